@@ -1,0 +1,54 @@
+# From a fresh clone: `make demo` or `make test` does all the set-up, in .venv.
+
+PYTHON    ?= python3
+# Passed to every pip install, for instance
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# for a torch without CUDA where the default index has only the other one.
+PIP_FLAGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    set up and run the embedded model with policies/demo.toml"
+	@echo "make test    set up and run ruff, mypy and pytest"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove .venv, builds and caches"
+	@echo "PYTHON=python3.12 chooses the interpreter, PIP_FLAGS=... adds options to pip install."
+
+demo: .venv/.installed-run
+	$(BIN)/python -m flexgen.bench --policy policies/demo.toml
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy flexgen
+
+format: .venv/.installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is touched last, so that a set-up that broke off is done again.
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "flexgen needs Python 3.11 or later: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.installed-run: setup.py constraints.txt | .venv/.created
+	$(PIP) --editable .
+	touch $@
+
+.venv/.installed-test: setup.py constraints.txt | .venv/.created
+	$(PIP) --editable '.[test]'
+	touch $@ .venv/.installed-run

@@ -1,0 +1,37 @@
+"""Every error flexgen raises on purpose, so that callers can catch by class.
+
+A message says what is wrong, the value, the limit and the fix. Bad input is refused before any
+work is done; `LaneError` is the one class raised while bytes are moving.
+"""
+
+
+class FlexGenError(Exception):
+    """Base of all errors raised on purpose by flexgen."""
+
+
+class PolicyError(FlexGenError, ValueError):
+    """A policy (or its TOML) is not valid: sums, signs, types, unknown keys."""
+
+
+class RequestError(FlexGenError, ValueError):
+    """The arguments of a call (prompts, lengths, sampling) cannot be served as they are."""
+
+
+class ModelError(FlexGenError, ValueError):
+    """A model's configuration or family is not supported, or the model cannot be found."""
+
+
+class CheckpointError(FlexGenError, ValueError):
+    """A checkpoint is missing, damaged, or does not hold the tensors its configuration promises."""
+
+
+class CapacityError(FlexGenError, MemoryError):
+    """A memory plan needs more bytes on a tier than the tier has."""
+
+
+class ScheduleError(FlexGenError, ValueError):
+    """An order of steps is illegal or incomplete."""
+
+
+class LaneError(FlexGenError, RuntimeError):
+    """A step failed while it ran on a lane; `__cause__` is the original exception."""

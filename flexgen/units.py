@@ -1,0 +1,58 @@
+"""Bytes and seconds, read from and written for people."""
+
+from __future__ import annotations
+
+import re
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_SCALES = {
+    "": 1, "B": 1,
+    "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40,
+    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes from "10GiB", "1.5 GB", "4096" or a number. Raises ValueError for anything else."""
+    if isinstance(text, bool):
+        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
+    if isinstance(text, int | float):
+        if not 0 <= text < float("inf"):
+            raise ValueError(f"{text!r} is not a size: it must be a finite number >= 0")
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].upper() not in _SCALES:
+        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
+    return int(float(match[1]) * _SCALES[match[2].upper()])
+
+
+def format_bytes(count: int | float) -> str:
+    """`1536 -> "1.5 KiB"`: at most three significant decimals, binary units."""
+    value, sign = abs(float(count)), "-" if count < 0 else ""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{sign}{value:.0f} {unit}" if unit == "B" else f"{sign}{value:.3g} {unit}"
+        value /= 1024
+    return f"{sign}{value:.4g} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.0123 -> "12.3 ms"`, `75 -> "1 min 15 s"`."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def align(count: int, to: int) -> int:
+    """The smallest multiple of `to` that is >= `count`."""
+    return -(-count // to) * to

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"]
+
+setup(
+    name="flexgen",
+    version="1.0.0.dev0",
+    description="Throughput-oriented language model inference with offloading over GPU, CPU and disk",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["flexgen", "flexgen.*"]),
+    package_data={"flexgen": ["py.typed", "demo/model/*", "planning/*.toml"]},
+    zip_safe=False,  # the demo model is read in place
+    # transformers brings huggingface_hub and tokenizers, in the versions it works with.
+    install_requires=["torch>=2.6", "numpy", "transformers>=5", "safetensors", "psutil", "tqdm"],
+    extras_require={"test": TEST, "dev": [*TEST, "build"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,103 @@
+"""The house rules that can be read off the source: imports point down, siblings never meet."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flexgen"
+
+# Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
+# a sibling on its own layer.
+LAYERS = [
+    {"errors", "units"},
+    {"policy", "workload", "schedule", "demo"},
+    {"trace", "report"},
+    {"models", "quant"},
+    {"memory"},
+    {"runtime", "planning"},
+    {"engine"},
+    {"hf", "flex_opt"},
+    {"bench", "tune", "simulate", "measure", "complete", "batch"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+WITHOUT_TORCH = set.union(*LAYERS[:3])
+MAX_LINES = 400
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in FILES}
+each_file = pytest.mark.parametrize("path", SOURCES, ids=str)
+
+
+def room(path):
+    """The first folder below flexgen, or the file's own name."""
+    return Path(path.parts[0]).stem
+
+
+def layer(name):
+    found = [number for number, rooms in enumerate(LAYERS) if name in rooms]
+    assert found, f"{name} has no layer yet: add it to LAYERS"
+    return found[0]
+
+
+def imported(tree):
+    """Full names of what is imported anywhere below `tree`: (line, "flexgen.memory.disk.DiskIO")."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the import with its full name"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def own(tree):
+    return [(line, name) for line, name in imported(tree) if name.split(".")[0] == "flexgen"]
+
+
+@each_file
+def test_imports_point_down(path):
+    for line, name in own(ast.parse(SOURCES[path])):
+        target = name.split(".")[1] if "." in name else "__init__"
+        allowed = target == room(path) or layer(target) < layer(room(path))
+        assert allowed, f"{path}:{line}: {room(path)} must not import {name}"
+
+
+@each_file
+def test_imports_of_flexgen_stand_at_the_top(path):
+    for node in ast.walk(ast.parse(SOURCES[path])):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert not own(node), f"{path}: {node.name} imports {own(node)} inside its body"
+
+
+@each_file
+def test_low_layers_do_without_torch(path):
+    if room(path) in WITHOUT_TORCH:
+        heavy = [name for _, name in imported(ast.parse(SOURCES[path])) if name.split(".")[0] == "torch"]
+        assert not heavy, f"{path} imports {heavy}"
+
+
+@each_file
+def test_files_are_short_and_named_for_what_they_do(path):
+    assert path.name not in ("utils.py", "util.py", "helpers.py", "misc.py")
+    lines = SOURCES[path].count("\n")
+    assert lines <= MAX_LINES, f"{path} has {lines} lines, at most {MAX_LINES}: split it"
+
+
+def test_every_folder_is_a_package():
+    folders = {path.parent for path in SOURCES}
+    missing = [str(folder) for folder in folders if folder / "__init__.py" not in SOURCES]
+    assert not missing, f"no __init__.py in {missing}: an installed flexgen would lack them"
+
+
+def test_no_circular_imports():
+    modules = {
+        ".".join(("flexgen", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in SOURCES
+    }
+    graph = {}
+    for module, path in modules.items():
+        # `from flexgen.memory import disk` names a module, `from flexgen.policy import Policy` a part of one.
+        names = [name for _, name in own(ast.parse(SOURCES[path]))]
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
