@@ -1,0 +1,308 @@
+"""Where weights, KV cache and activations live, and in what blocks prompts are run.
+
+A `Policy` is plain, immutable, validated data with one spelling: its keyword arguments are the keys
+of its TOML file. It knows nothing of models or devices; what a policy costs is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import operator
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+from flexgen.errors import PolicyError
+
+CODECS = ("none",)
+"""Names a share's `codec` may have. A new codec is added here and in the package that implements it."""
+
+SUM_TOLERANCE = 1e-6
+"""How far the three percentages of a split may be from 100."""
+
+
+class Tier(StrEnum):
+    """A kind of memory, fastest first: of the compute device, of the host, files."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+    DISK = "disk"
+
+
+Given = TypeVar("Given")
+Held = TypeVar("Held")
+
+
+class _Converted(Generic[Given, Held]):
+    """A dataclass field that may be given in short form (20, {"gpu": 20}) and is held in full form."""
+
+    def __init__(self, convert: Callable[[Given], Held], default: Held) -> None:
+        self.convert = convert
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Held: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Held: ...
+    def __get__(self, instance: object | None, owner: type) -> Held:
+        if instance is None:
+            return self.default
+        held: Held = instance.__dict__[self.name]
+        return held
+
+    def __set__(self, instance: object, given: Given) -> None:
+        try:
+            instance.__dict__[self.name] = self.convert(given)
+        except PolicyError as error:
+            raise PolicyError(f"{self.name}: {error}") from None
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = [str(name) for name in known]
+    for key in given:
+        if key not in known:
+            raise PolicyError(f"unknown key {key!r}; known: {', '.join(known)}{_did_you_mean(key, known)}")
+
+
+def _did_you_mean(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _percent(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise PolicyError(f"{value!r} ({type(value).__name__}) is no percentage; write a number, 0 to 100")
+    percent = float(value)
+    if not 0 <= percent <= 100:  # NaN fails this too
+        raise PolicyError(f"{percent:g} percent is outside 0 to 100; write 20 for a fifth")
+    return percent + 0.0  # -0.0 becomes 0.0
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be a whole number >= 1")
+    if value < 1:
+        raise PolicyError(f"{name} is {value}; it must be at least 1")
+    return operator.index(value)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One tier's part of a split: `percent` (0 to 100), kept with `codec`."""
+
+    percent: float
+    codec: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "percent", _percent(self.percent))
+        if not isinstance(self.codec, str) or self.codec not in CODECS:
+            hint = _did_you_mean(self.codec, CODECS)
+            raise PolicyError(f"codec {self.codec!r} is unknown; known: {', '.join(CODECS)}{hint}")
+
+    @classmethod
+    def of(cls, given: ShareLike) -> Share:
+        """A share from a number of percent, a mapping with `percent` and perhaps `codec`, or a share."""
+        if isinstance(given, Share):
+            return given
+        if not isinstance(given, Mapping):
+            return cls(given)
+        _refuse_unknown(given, ("percent", "codec"))
+        if "percent" not in given:
+            raise PolicyError(
+                f"{dict(given)} has no percent; write {{ percent = 50, codec = {CODECS[0]!r} }} or a number"
+            )
+        return cls(**given)
+
+
+ShareLike = Share | float | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one class of bytes is spread over the tiers; the three percentages sum to 100."""
+
+    gpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
+    cpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
+    disk: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
+
+    def __post_init__(self) -> None:
+        total = math.fsum(self.percent(tier) for tier in Tier)
+        if abs(total - 100) > SUM_TOLERANCE:
+            parts = " + ".join(f"{tier} {_number(self.percent(tier))}" for tier in Tier)
+            change = f"add {100 - total:g} to" if total < 100 else f"take {total - 100:g} from"
+            raise PolicyError(f"{parts} is {total:g} percent, must be 100; {change} one of them")
+
+    @classmethod
+    def of(cls, given: SplitLike) -> Split:
+        """A split from a mapping such as {"gpu": 20, "cpu": {"percent": 80, "codec": "none"}}."""
+        if isinstance(given, Split):
+            return given
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise PolicyError(
+                f"{given!r} ({kind}) is no split; write percent by tier: {{ gpu = 20, cpu = 80 }}"
+            )
+        _refuse_unknown(given, tuple(Tier))
+        return cls(**given)
+
+    def __getitem__(self, tier: Tier | str) -> Share:
+        share: Share = getattr(self, Tier(tier))
+        return share
+
+    def percent(self, tier: Tier | str) -> float:
+        """Percent on `tier`, 0 to 100."""
+        return self[tier].percent
+
+    def rows(self, count: int) -> dict[Tier, range]:
+        """Contiguous row ranges in the order gpu, cpu, disk; their lengths sum to `count` exactly.
+
+        By largest remainder, so that each tier is within one row of its exact part and a tier of
+        0 percent gets none; ties go to the faster tier.
+        """
+        if count < 0:
+            raise ValueError(f"cannot split {count} rows; the count must be >= 0")
+        # Fractions, because a float quota that lands just beside an integer could lose or invent a row.
+        percents = {tier: Fraction(self.percent(tier)) for tier in Tier}
+        total = sum(percents.values())
+        quotas = {tier: count * percent / total for tier, percent in percents.items()}
+        lengths = {tier: math.floor(quota) for tier, quota in quotas.items()}
+        by_remainder = sorted(Tier, key=lambda tier: lengths[tier] - quotas[tier])
+        for tier in by_remainder[: count - sum(lengths.values())]:
+            lengths[tier] += 1
+        ranges, start = {}, 0
+        for tier in Tier:
+            ranges[tier] = range(start, start + lengths[tier])
+            start += lengths[tier]
+        return ranges
+
+
+SplitLike = Split | Mapping[str, Any]
+_ALL_GPU = Split(gpu=100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """One way to run a model; raises PolicyError for what cannot be meant.
+
+    A block is `gpu_batch_size * num_gpu_batches` prompts: each layer's weights are brought in once per
+    block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
+    GPU is attended. `sep_layer` streams attention and MLP as two units. `pin_weight` keeps the weights of
+    the CPU tier in pinned memory.
+    """
+
+    gpu_batch_size: int = 1
+    num_gpu_batches: int = 1
+    weights: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
+    cache: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
+    activations: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
+    attend_on: str = "cpu"
+    overlap: bool = True
+    sep_layer: bool = True
+    pin_weight: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_batch_size", "num_gpu_batches"):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
+            raise PolicyError(f'attend_on is {self.attend_on!r}; it must be "cpu" or "gpu"')
+        for name in ("overlap", "sep_layer", "pin_weight"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be true or false")
+
+    @property
+    def block_size(self) -> int:
+        """Prompts in one block."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Policy:
+        """A policy from the keys of its TOML; the inverse of `to_dict`."""
+        _refuse_unknown(fields, tuple(field.name for field in dataclasses.fields(cls)))
+        return cls(**fields)
+
+    @classmethod
+    def from_percent(
+        cls, w_gpu: float, w_cpu: float, c_gpu: float, c_cpu: float, a_gpu: float, a_cpu: float, **fields: Any
+    ) -> Policy:
+        """FlexGen's six numbers: percent of weights, cache, activations on gpu and cpu; the rest is disk."""
+        given = {"weights": (w_gpu, w_cpu), "cache": (c_gpu, c_cpu), "activations": (a_gpu, a_cpu)}
+        return cls.from_dict(fields | {name: _rest_on_disk(name, *pair) for name, pair in given.items()})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Policy:
+        """The policy in a TOML file. Raises PolicyError, with the path, for a missing or wrong file."""
+        try:
+            with open(path, "rb") as file:
+                fields = tomllib.load(file)
+        except OSError as error:
+            raise PolicyError(
+                f"{path}: cannot read the policy: {error.strerror}; give the path of a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{path}: not valid TOML: {error}") from error
+        try:
+            return cls.from_dict(fields)
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from None
+
+    def save(self, path: str | PathLike[str], comment: str | None = None) -> None:
+        """Write the policy as TOML, with `comment` (where it came from) above it; `load` gives it back."""
+        lines = [f"# {line}".rstrip() for line in _printable(comment or "").splitlines()]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        width = max(map(len, fields))
+        lines += [f"{name:<{width}} = {_toml(value)}" for name, value in fields.items()]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (for JSON): every key of the TOML, splits as {tier: {percent, codec}}."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Policy:
+        """The same policy with some fields changed."""
+        current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return self.from_dict(current | changes)
+
+
+def _rest_on_disk(name: str, gpu: float, cpu: float) -> Split:
+    try:
+        shares = Share.of(gpu), Share.of(cpu)
+        rest = 100 - math.fsum(share.percent for share in shares)
+        if rest < -SUM_TOLERANCE:
+            raise PolicyError(f"gpu {gpu:g} + cpu {cpu:g} is {gpu + cpu:g} percent; the most is 100 together")
+        # A rest of 1e-14 is rounding, not a wish to use the disk.
+        return Split(*shares, disk=rest if rest > SUM_TOLERANCE else 0.0)
+    except PolicyError as error:
+        raise PolicyError(f"{name}: {error}") from None
+
+
+def _printable(text: str) -> str:
+    # TOML allows no control characters in a comment.
+    lines = text.splitlines()
+    return "\n".join("".join(c if c.isprintable() or c == "\t" else " " for c in line) for line in lines)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _toml(value: Split | Share | str | bool | int) -> str:
+    if isinstance(value, Split):
+        shares = [f"{tier} = {_toml(value[tier])}" for tier in Tier if value[tier] != Share(0.0)]
+        return "{ " + ", ".join(shares) + " }"
+    if isinstance(value, Share):
+        percent = _number(value.percent)
+        return percent if value.codec == "none" else f'{{ percent = {percent}, codec = "{value.codec}" }}'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else f'"{value}"'

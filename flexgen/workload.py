@@ -1,0 +1,37 @@
+"""How much is asked of a run: the sizes from which memory and time are planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import operator
+from dataclasses import dataclass
+
+from flexgen.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`num_prompts` prompts of `prompt_len` tokens, each continued by `gen_len` tokens.
+
+    Shorter prompts are padded to `prompt_len`. Raises RequestError unless all three are whole numbers >= 1.
+    """
+
+    prompt_len: int
+    gen_len: int
+    num_prompts: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                kind = type(value).__name__
+                raise RequestError(f"{field.name} is {value!r} ({kind}); it must be a whole number >= 1")
+            if value < 1:
+                raise RequestError(f"{field.name} is {value}; it must be at least 1")
+            object.__setattr__(self, field.name, operator.index(value))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of KV cache one prompt can fill: the prompt and all that is generated."""
+        return self.prompt_len + self.gen_len

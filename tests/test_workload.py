@@ -1,0 +1,33 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flexgen.errors import RequestError
+from flexgen.workload import Workload
+
+
+def test_capacity_is_prompt_and_generated_tokens():
+    assert Workload(prompt_len=512, gen_len=32, num_prompts=64).capacity == 544
+
+
+def test_numpy_integers_become_plain_ones():
+    workload = Workload(np.int64(3), np.int32(2), np.int64(1))
+    assert workload == Workload(3, 2, 1)
+    assert all(type(value) is int for value in dataclasses.astuple(workload))
+
+
+def test_workload_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Workload(1, 1, 1).gen_len = 2
+
+
+@pytest.mark.parametrize("name", ["prompt_len", "gen_len", "num_prompts"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0, "at least 1"), (-2, "-2"), (1.0, "float"), (True, "bool"), ("8", "str"), (None, "None")],
+)
+def test_sizes_are_whole_and_positive(name, value, message):
+    sizes = {"prompt_len": 1, "gen_len": 1, "num_prompts": 1, name: value}
+    with pytest.raises(RequestError, match=f"{name} is .*{message}"):
+        Workload(**sizes)
