@@ -1,0 +1,231 @@
+"""Schedules as data: the order of steps, and what each step needs.
+
+A schedule walks a grid of cells (token i, layer j, batch k); the literature calls it the block
+schedule (FlexGen, arXiv 2303.06865, section 4.1, algorithm 1). Everything else follows from two
+functions: an *order* yields every `Step` of a `Grid` once, and `needs` tells what must be done before a
+step may start, the reuse of buffers included. `check` proves an order, the executor runs it, the
+simulator times it; none of them knows how the order was made.
+
+To add an order, write one generator and decorate it with `@order`:
+
+    @order
+    def my_order(grid): ...
+
+It can then be asked for by name (`OptLM(..., order="my_order")`, `--order my_order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+from flexgen.errors import ScheduleError
+
+
+class Op(Enum):
+    """What a step does for its cell."""
+
+    LOAD_WEIGHTS = auto()  # one piece of a layer's weights, from their home into a slot
+    LOAD_CACHE = auto()  # the KV cache of earlier tokens, to where it is attended
+    LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
+    COMPUTE = auto()
+    STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
+    STORE_CACHE = auto()  # keys and values of the new tokens, to their home
+
+    # An Enum hashes by name through Python code; identity is enough and keeps a step cheap.
+    __hash__ = object.__hash__
+
+
+class Step(NamedTuple):
+    """One operation of cell (token, layer, batch). For LOAD_WEIGHTS `batch` is the piece's number."""
+
+    op: Op
+    token: int
+    layer: int
+    batch: int = 0
+
+
+class Cell(NamedTuple):
+    token: int
+    layer: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The cells of one block, and how many buffers they share.
+
+    `weight_pieces`: a layer's weights travel in that many pieces, so that a long transfer does not hold
+    up the short ones that queue behind it. `weight_slots` and `cell_slots`: how many layers' weights, and
+    how many cells' inputs and outputs, may be on their way at once.
+    """
+
+    tokens: int
+    layers: int
+    batches: int
+    weight_pieces: int = 1
+    weight_slots: int = 2
+    cell_slots: int = 2
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < 1:
+                raise ScheduleError(f"a grid needs {name} >= 1, not {getattr(self, name)}")
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell: tokens outermost, batches innermost, so that a layer's weights serve all batches."""
+        return (
+            Cell(i, j, k) for i in range(self.tokens) for j in range(self.layers) for k in range(self.batches)
+        )
+
+    def cell_after(self, cell: Cell, distance: int) -> Cell | None:
+        """The cell `distance` places later (earlier if negative) in that sequence, or None outside."""
+        n = (cell.token * self.layers + cell.layer) * self.batches + cell.batch + distance
+        if not 0 <= n < self.tokens * self.layers * self.batches:
+            return None
+        visit, batch = divmod(n, self.batches)
+        return Cell(*divmod(visit, self.layers), batch)
+
+    def visit(self, token: int, layer: int, distance: int = 0) -> tuple[int, int] | None:
+        """(token, layer) of the layer visit `distance` visits later, or None outside the grid."""
+        n = token * self.layers + layer + distance
+        return divmod(n, self.layers) if 0 <= n < self.tokens * self.layers else None
+
+    def weight_slot(self, token: int, layer: int) -> int:
+        return (token * self.layers + layer) % self.weight_slots
+
+    def cell_slot(self, token: int, layer: int, batch: int) -> int:
+        return ((token * self.layers + layer) * self.batches + batch) % self.cell_slots
+
+    def pieces_beside(self, batch: int) -> range:
+        """The pieces of the next layer's weights to issue beside `batch`: spread evenly, earliest first."""
+        first, last = (-(-k * self.weight_pieces // self.batches) for k in (batch, batch + 1))
+        return range(first, last)
+
+
+def needs(step: Step, grid: Grid) -> list[Step]:
+    """Steps that must be done before `step` may start: its data, and the last user of its buffers."""
+    op, i, j, k = step
+    match op:
+        case Op.LOAD_WEIGHTS:  # the slot is free once the layer that had it has computed every batch
+            before = grid.visit(i, j, -grid.weight_slots)
+            return [Step(Op.COMPUTE, *before, batch) for batch in range(grid.batches)] if before else []
+        case Op.LOAD_CACHE:
+            needed = [Step(Op.STORE_CACHE, i - 1, j, k)] if i else []
+            if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # new keys are stored from the slot
+                needed += [Step(Op.COMPUTE, *old), Step(Op.STORE_CACHE, *old)]
+            return needed
+        case Op.LOAD_HIDDEN:
+            before = grid.visit(i, j, -1)
+            needed = [Step(Op.STORE_HIDDEN, *before, k)] if before else []
+            if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):
+                needed.append(Step(Op.COMPUTE, *old))
+            return needed
+        case Op.COMPUTE:
+            needed = [Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces)]
+            needed += [Step(Op.LOAD_CACHE, i, j, k), Step(Op.LOAD_HIDDEN, i, j, k)]
+            if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
+                needed += [Step(Op.STORE_HIDDEN, *old), Step(Op.STORE_CACHE, *old)]
+            return needed
+        case Op.STORE_HIDDEN | Op.STORE_CACHE:
+            return [Step(Op.COMPUTE, i, j, k)]
+
+
+def all_steps(grid: Grid) -> Iterator[Step]:
+    """Every step of the grid, in no useful order."""
+    for i, j, k in grid.cells():
+        if k == 0:
+            yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
+        yield from (Step(op, i, j, k) for op in Op if op is not Op.LOAD_WEIGHTS)
+
+
+def check(steps: Iterable[Step], grid: Grid) -> None:
+    """Prove that an order is legal and complete, or raise ScheduleError.
+
+    Legal: each step once, and after all that it needs. Because lanes serve their queues in the order of
+    issue, a legal order cannot deadlock. Complete: no step of the grid is missing.
+    """
+    expected = set(all_steps(grid))
+    done: set[Step] = set()
+    for n, step in enumerate(steps):
+        if step not in expected:
+            raise ScheduleError(f"step {n} {step} is outside {grid}")
+        if step in done:
+            raise ScheduleError(f"step {n} {step} is issued twice")
+        if late := [other for other in needs(step, grid) if other not in done]:
+            raise ScheduleError(f"step {n} {step} is issued before {late[0]}, which it needs")
+        done.add(step)
+    if missing := expected - done:
+        raise ScheduleError(f"{len(missing)} steps are never issued, one is {min(missing, key=str)}")
+
+
+Order = Callable[[Grid], Iterator[Step]]
+ORDERS: dict[str, Order] = {}
+
+
+def order(generator: Order) -> Order:
+    """Register an order under its function's name."""
+    ORDERS[generator.__name__] = generator
+    return generator
+
+
+@order
+def normal(grid: Grid) -> Iterator[Step]:
+    """No overlap: everything a cell needs is fetched right before it computes."""
+    for i, j, k in grid.cells():
+        if k == 0:
+            yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
+        for op in (Op.LOAD_CACHE, Op.LOAD_HIDDEN, Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE):
+            yield Step(op, i, j, k)
+
+
+@order
+def overlap_single_batch(grid: Grid) -> Iterator[Step]:
+    """While a layer computes, the next layer's weights and the next cell's cache arrive.
+
+    Hidden states go straight from one layer to the next: with one batch there is nothing to hide them
+    behind.
+    """
+    yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
+    yield Step(Op.LOAD_CACHE, 0, 0, 0)
+    for cell in grid.cells():
+        i, j, k = cell
+        if next_visit := grid.visit(i, j, 1):
+            yield from (Step(Op.LOAD_WEIGHTS, *next_visit, piece) for piece in grid.pieces_beside(k))
+        following = grid.cell_after(cell, 1)
+        # With one layer and one batch the next cell reads what this one stores: it cannot come early.
+        early = following is not None and following[1:] != cell[1:]
+        if following and early:
+            yield Step(Op.LOAD_CACHE, *following)
+        yield from (Step(op, i, j, k) for op in (Op.LOAD_HIDDEN, Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE))
+        if following and not early:
+            yield Step(Op.LOAD_CACHE, *following)
+
+
+@order
+def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
+    """While a batch computes, the next batch's cache and hidden states arrive, the previous one's leave,
+    and the next layer's weights come in pieces beside each batch (algorithm 1 of the paper)."""
+    if grid.batches == 1:  # the next cell's hidden states are this cell's output: nothing to overlap
+        yield from overlap_single_batch(grid)
+        return
+    yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
+    yield Step(Op.LOAD_CACHE, 0, 0, 0)
+    yield Step(Op.LOAD_HIDDEN, 0, 0, 0)
+    for cell in grid.cells():
+        i, j, k = cell
+        if next_visit := grid.visit(i, j, 1):
+            yield from (Step(Op.LOAD_WEIGHTS, *next_visit, piece) for piece in grid.pieces_beside(k))
+        if following := grid.cell_after(cell, 1):
+            yield Step(Op.LOAD_CACHE, *following)
+            yield Step(Op.LOAD_HIDDEN, *following)
+        yield from (Step(op, i, j, k) for op in (Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE))
+
+
+def order_for(overlap: bool, num_gpu_batches: int) -> str:
+    """The name of the order that a policy asks for."""
+    if not overlap:
+        return "normal"
+    return "overlap_single_batch" if num_gpu_batches == 1 else "overlap_multi_batch"
