@@ -1,0 +1,19 @@
+"""Models as streams of layers: specs, the layers' calculations, checkpoints."""
+
+from flexgen.models.attention import Attention
+from flexgen.models.block import Block
+from flexgen.models.checkpoint import open_model
+from flexgen.models.embed import Head, InputEmbed
+from flexgen.models.layer import Context, Layer
+from flexgen.models.mlp import MLP
+from flexgen.models.spec import ModelSpec, WeightSpec
+
+__all__ = ["Context", "Layer", "ModelSpec", "WeightSpec", "build_layers", "open_model"]
+
+
+def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
+    """Input embedding, transformer layers, head: attention and MLP apart, or as one unit."""
+    middle: list[Layer] = []
+    for index in range(spec.num_layers):
+        middle += [Attention(spec, index), MLP(spec, index)] if sep_layer else [Block(spec, index)]
+    return InputEmbed(spec), *middle, Head(spec)

@@ -1,0 +1,66 @@
+"""Attention and MLP of one transformer layer as one streaming unit (`sep_layer = false`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flexgen.models.attention import Attention
+from flexgen.models.layer import Context, Layer
+from flexgen.models.mlp import MLP
+from flexgen.models.spec import ModelSpec
+
+
+class Block(Layer):
+    """Weights carry their half in the name: "attention.q.weight", "mlp.up.weight"."""
+
+    has_cache: ClassVar[bool] = True
+    attention: Attention
+    mlp: MLP
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        attention, mlp = Attention(spec, index), MLP(spec, index)
+        super().__init__(
+            spec,
+            f"layers.{index}",
+            tuple(replace(weight, name=f"attention.{weight.name}") for weight in attention.weights)
+            + tuple(replace(weight, name=f"mlp.{weight.name}") for weight in mlp.weights),
+        )
+        object.__setattr__(self, "attention", attention)
+        object.__setattr__(self, "mlp", mlp)
+
+    @property
+    def scale(self) -> float:
+        return self.attention.scale
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        hidden = self.attention.forward(x, _half(weights, "attention."), ctx)
+        return self.mlp.transform(hidden, _half(weights, "mlp."))
+
+    def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Attention.qkv`."""
+        return self.attention.qkv(x, _half(weights, "attention."), ctx)
+
+    def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `Attention.output`, and the MLP."""
+        hidden = self.attention.output(attended, x, _half(weights, "attention."))
+        return self.mlp.transform(hidden, _half(weights, "mlp."))
+
+    def flops(self, rows: int, seq: int, context: int) -> int:
+        return self.attention.flops(rows, seq, context) + self.mlp.flops(rows, seq, context)
+
+    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.
+        between = rows * seq * (self.spec.hidden_size + self.spec.q_size) * dtype.itemsize
+        return max(
+            self.attention.workspace_bytes(rows, seq, context, dtype),
+            between + self.mlp.workspace_bytes(rows, seq, context, dtype),
+        )
+
+
+def _half(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,206 @@
+"""Find a model by name or place, and open what holds its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from flexgen.demo import MODEL_DIR
+from flexgen.errors import CheckpointError, ModelError
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.embed import Head, InputEmbed
+from flexgen.models.families import config_from_dict, spec_from_config
+from flexgen.models.families.fields import eos_ids
+from flexgen.models.families.opt import known_config, known_size
+from flexgen.models.layer import Layer
+from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.models.tensor_files import BinCheckpoint, Extent, SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "Extent", "open_model"]
+
+_CONFIG = "config.json"
+_GENERATION = "generation_config.json"
+_TEXT_FILES = [_CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_tokens*.json", "chat_template*"]
+_SUBDIRECTORIES = ["*/*"]
+
+_Files = SafetensorsCheckpoint | BinCheckpoint
+
+
+class Checkpoint(Protocol):
+    """Where weights come from."""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the tokenizer lies; None for a model that has none."""
+
+    @property
+    def identity(self) -> str:
+        """Names the content, so that what is derived from it can be kept and found again."""
+
+    def extent(self, weight: WeightSpec) -> Extent | None:
+        """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""
+
+    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+        """A contiguous host tensor of its own in `dtype`. Raises CheckpointError."""
+
+    def verify(self, layers: Sequence[Layer]) -> None:
+        """Raises CheckpointError unless every weight is there, with its shape and a floating dtype."""
+
+
+def open_model(
+    model: str | Path | PreTrainedConfig, weights: Literal["checkpoint", "dummy"] = "checkpoint"
+) -> tuple[ModelSpec, Checkpoint]:
+    """The spec of a model and its checkpoint.
+
+    `model` is "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), the id of a
+    repository on the hub, or a transformers config. Only a hub id asks the network; with "dummy", at most
+    for its config.json. Headers are read; weights only where a file has both an embedding and a head that
+    its config calls one. Raises ModelError and CheckpointError.
+    """
+    if weights not in ("checkpoint", "dummy"):
+        raise ModelError(f"weights = {weights!r} is not supported; supported: 'checkpoint', 'dummy'")
+    dummy = weights == "dummy"
+    if isinstance(model, PreTrainedConfig):
+        if not dummy:
+            raise ModelError(
+                "a config has no weights: give the directory or hub id that has them, or weights='dummy'"
+            )
+        return spec_from_config(model, model.name_or_path or model.model_type), DummyCheckpoint()
+    if not isinstance(model, str | Path):
+        raise ModelError(
+            f"model is a {type(model).__name__}; expected a name, a directory or a transformers config"
+        )
+    name, directory = str(model), Path(model).expanduser()
+    if name == "demo":
+        return _open_directory(MODEL_DIR, name, dummy)
+    if directory.is_dir():
+        return _open_directory(directory, name, dummy)
+    size = known_size(name)
+    if size is not None and dummy:
+        return spec_from_config(known_config(size), size), DummyCheckpoint()
+    if directory.exists():
+        raise ModelError(f"{name} is a file; give the directory that holds it and {_CONFIG}")
+    if (
+        isinstance(model, Path)
+        or directory.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+    ):
+        raise ModelError(f"{name}: there is no such directory")
+    repository = f"facebook/{size}" if size is not None else name
+    if dummy:
+        config = Path(_ask_hub(repository, hf_hub_download, filename=_CONFIG))
+        return _open_directory(config.parent, name, dummy)
+    return _open_directory(_download(repository), name, dummy)
+
+
+def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    config = config_from_dict(_read_json(directory / _CONFIG), name)
+    spec = spec_from_config(config, name)
+    if (directory / _GENERATION).exists():
+        generation = _read_json(directory / _GENERATION)
+        if generation.get("eos_token_id") is not None:
+            spec = replace(spec, eos_token_ids=eos_ids(generation["eos_token_id"]))
+    if dummy:
+        return spec, DummyCheckpoint(directory)
+    files = _open_files(directory)
+    embed, head = _vocabulary(spec)
+    if config.dtype is None and files.holds(embed):
+        spec = replace(spec, dtype=files.dtype_of(embed))
+    if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
+        spec = replace(spec, tied_head=False)
+    return spec, files
+
+
+def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
+    """The embedding and the LM head under the names that each has of its own."""
+    untied = replace(spec, tied_head=False)
+    ends = (InputEmbed(untied), "embed.weight"), (Head(untied), "head.weight")
+    embed, head = (next(w for w in layer.weights if w.name == name) for layer, name in ends)
+    return embed, head
+
+
+def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
+    """Whether a head called tied has values of its own: those count, as in transformers."""
+    dtype = files.dtype_of(embed)
+    return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ModelError(f"{path.parent}: no {path.name} in this directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _open_files(directory: Path) -> _Files:
+    formats: tuple[tuple[str, type[_Files]], ...] = (
+        ("model.safetensors", SafetensorsCheckpoint),
+        ("pytorch_model.bin", BinCheckpoint),
+    )
+    looked_for = []
+    for single, checkpoint in formats:
+        index = directory / f"{single}.index.json"
+        if (directory / single).exists():
+            return checkpoint(directory, [directory / single])
+        if index.exists():
+            return checkpoint(directory, _shards(index))
+        looked_for += [single, index.name]
+    raise CheckpointError(
+        f"{directory}: no weight files; looked for {', '.join(looked_for)}. "
+        "weights='dummy' runs the model with random weights"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Which tensor lies in which is read from their headers."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent}: {index.name} names files that are missing: {', '.join(missing)}"
+        )
+    return files
+
+
+def _download(repository: str) -> Path:
+    """The directory of a repository's snapshot with config, tokenizer and one format of weights."""
+    for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+        patterns = [*_TEXT_FILES, weights]
+        snapshot = _ask_hub(
+            repository, snapshot_download, allow_patterns=patterns, ignore_patterns=_SUBDIRECTORIES
+        )
+        if any(file.match(weights) for file in Path(snapshot).iterdir()):
+            break
+    return Path(snapshot)
+
+
+def _ask_hub(repository: str, download: Any, **options: Any) -> str:
+    """One call to the hub, or to its cache on this machine. Raises ModelError with what the hub said."""
+    try:
+        return str(download(repository, **options))
+    except HFValidationError as error:
+        raise ModelError(f"{repository}: neither a directory here nor a hub id: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repository}: not a directory here, and the hub cannot be reached: {error}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{repository}: not a directory here, and the hub says: {error}") from error

@@ -1,0 +1,57 @@
+"""Random weights of the right shapes, for benchmarks and plans without a download."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexgen.models.layer import Layer
+from flexgen.models.spec import WeightSpec
+
+_STD = 0.02
+# A prime, so that no row length divides it and the rows of a matrix do not repeat.
+_POOL = 262_139
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(_POOL, generator=generator) * _STD).to(dtype)
+
+
+class DummyCheckpoint:
+    """Values depend on the weight's key alone: normal with deviation 0.02, scales of norms are 1.
+
+    They are cut from one fixed pool, so that a model of tens of GB is made at the speed of a copy.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+
+    identity = f"dummy {_STD} {_POOL}"
+    """Names the values, with a weight's key and shape."""
+
+    def extent(self, weight: WeightSpec) -> None:
+        """Always None: there is no file."""
+
+    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+        """A new host tensor in `dtype`; the same weight has the same values up to the rounding of `dtype`."""
+        if weight.name.endswith("norm.weight"):
+            return torch.ones(weight.shape, dtype=dtype)
+        flat = torch.empty(weight.numel, dtype=dtype)
+        # Through numpy each piece is one memcpy; torch would wake its threads for every one.
+        pool, out = (tensor.view(torch.uint8).numpy() for tensor in (_pool(dtype), flat))
+        begin, done = zlib.crc32(weight.key.encode()) % _POOL * dtype.itemsize, 0
+        while done < len(out):
+            count = min(len(pool) - begin, len(out) - done)
+            out[done : done + count] = pool[begin : begin + count]
+            begin, done = 0, done + count
+        return flat.view(weight.shape)
+
+    def verify(self, layers: Sequence[Layer]) -> None:
+        """Nothing can be missing."""

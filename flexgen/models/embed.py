@@ -1,0 +1,84 @@
+"""Both ends of a model: ids to hidden states, hidden states to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
+from flexgen.models.ops import linear, normalise
+from flexgen.models.spec import ModelSpec, WeightSpec
+
+
+def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
+    """The (vocab, embed) matrix of either end; where the head is tied, both ends are one tensor."""
+    embed, head = (tuple(f"{s}.weight" for s in spec.names.sources(end)) for end in ("embed", "head"))
+    sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
+    return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
+
+
+class InputEmbed(Layer):
+    """Token embedding, projected to the hidden size where it is narrower, plus learned positions if any."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        weights: tuple[WeightSpec, ...] = (_vocabulary(spec, "embed"),)
+        if spec.projected:
+            weights += linear_weights(spec, "project_in", spec.hidden_size, spec.embed_size, bias=False)
+        if spec.positions == "learned":
+            table = spec.max_positions + spec.position_offset
+            weights += linear_weights(spec, "positions", table, spec.hidden_size, bias=False)
+        super().__init__(spec, "embed", weights)
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        hidden = F.embedding(x, weights["embed.weight"])
+        if self.spec.projected:
+            hidden = linear(hidden, weights["project_in.weight"])
+        if self.spec.positions == "learned":
+            rows = ctx.positions + self.spec.position_offset
+            hidden += F.embedding(rows, weights["positions.weight"])
+        return hidden
+
+    def flops(self, rows: int, seq: int, context: int) -> int:
+        spec = self.spec
+        project = 2 * spec.embed_size * spec.hidden_size if spec.projected else 0
+        return rows * seq * (project + (spec.hidden_size if spec.positions == "learned" else 0))
+
+    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        spec = self.spec
+        widths = 2 * spec.hidden_size + (spec.embed_size if spec.projected else 0)
+        return rows * seq * (widths * dtype.itemsize + torch.int64.itemsize)
+
+
+class Head(Layer):
+    """Final norm, projection to the embedding's width where it differs, LM head."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        weights: tuple[WeightSpec, ...] = norm_weights(spec, "final_norm") if spec.final_norm else ()
+        if spec.projected:
+            weights += linear_weights(spec, "project_out", spec.embed_size, spec.hidden_size, bias=False)
+        weights += (_vocabulary(spec, "head"),)
+        if spec.head_bias:
+            weights += linear_weights(spec, "head", spec.vocab_size, spec.embed_size, bias=True)[1:]
+        super().__init__(spec, "head", weights)
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        if ctx.last_only:
+            x = x[:, -1:]
+        if self.spec.final_norm:
+            x = normalise(self.spec, x, weights)
+        if self.spec.projected:
+            x = linear(x, weights["project_out.weight"])
+        return linear(x, weights["head.weight"], weights.get("head.bias"))
+
+    def flops(self, rows: int, seq: int, context: int) -> int:
+        spec = self.spec
+        project = spec.embed_size * spec.hidden_size if spec.projected else 0
+        return 2 * rows * seq * (project + spec.vocab_size * spec.embed_size)
+
+    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        spec, tokens = self.spec, rows * seq
+        widths = 2 * spec.hidden_size + spec.embed_size + spec.vocab_size
+        return tokens * widths * dtype.itemsize + norm_workspace(spec, tokens, dtype)

@@ -1,0 +1,119 @@
+"""Llama 1, 2 and 3, and the checkpoints of other houses that carry its model_type."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from flexgen.errors import ModelError
+from flexgen.models.families import fields
+from flexgen.models.spec import ModelSpec, NameTable, RopeSpec
+
+CONFIG_CLASS = LlamaConfig
+
+NAMES = NameTable(
+    prefixes=("model.", ""),
+    embed="embed_tokens",
+    attention_norm="layers.{i}.input_layernorm",
+    q="layers.{i}.self_attn.q_proj",
+    k="layers.{i}.self_attn.k_proj",
+    v="layers.{i}.self_attn.v_proj",
+    out="layers.{i}.self_attn.o_proj",
+    mlp_norm="layers.{i}.post_attention_layernorm",
+    gate="layers.{i}.mlp.gate_proj",
+    up="layers.{i}.mlp.up_proj",
+    down="layers.{i}.mlp.down_proj",
+    final_norm="norm",
+    head="lm_head",
+)
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
+    """The spec of a Llama config. Raises ModelError for what the layers do not compute."""
+    fields.check_neutral(config, name)
+    hidden_size, head_dim = (fields.size(config, name, f) for f in ("hidden_size", "head_dim"))
+    num_heads, num_kv_heads = (
+        fields.size(config, name, f) for f in ("num_attention_heads", "num_key_value_heads")
+    )
+    fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
+    fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
+    return ModelSpec(
+        name=name,
+        family="llama",
+        names=NAMES,
+        dtype=fields.dtype_of(config, name),
+        hidden_size=hidden_size,
+        num_layers=fields.size(config, name, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        ffn_size=fields.size(config, name, "intermediate_size"),
+        vocab_size=fields.size(config, name, "vocab_size"),
+        max_positions=fields.size(config, name, "max_position_embeddings"),
+        embed_size=hidden_size,
+        bos_token_id=config.bos_token_id,
+        pad_token_id=config.pad_token_id,
+        eos_token_ids=fields.eos_ids(config.eos_token_id),
+        norm="rmsnorm",
+        norm_eps=config.rms_norm_eps,
+        norm_affine=True,
+        pre_norm=True,
+        final_norm=True,
+        activation=fields.activation(config, name, "hidden_act"),
+        gated_mlp=True,
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        head_bias=False,
+        tied_head=config.tie_word_embeddings,
+        positions="rope",
+        rope=_rope(config, name, head_dim),
+    )
+
+
+def _rope(config: LlamaConfig, name: str, head_dim: int) -> RopeSpec:
+    """Frequencies from transformers' own functions, so that they are equal to the last bit."""
+    # The functions below complete the parameters in place; the caller's config stays as it is.
+    config = copy.deepcopy(config)
+    parameters: dict[str, Any] = dict(config.rope_parameters or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_KINDS:
+        raise ModelError(f"{name}: rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    if parameters.get("partial_rotary_factor") not in (None, 1.0):
+        part = parameters["partial_rotary_factor"]
+        raise ModelError(f"{name}: partial_rotary_factor = {part!r} is not supported; supported: 1.0")
+    init = (
+        LlamaRotaryEmbedding.compute_default_rope_parameters
+        if kind == "default"
+        else ROPE_INIT_FUNCTIONS[kind]
+    )
+    long: torch.Tensor | None = None
+    original = config.max_position_embeddings
+    try:
+        inv_freq, scaling = init(config)
+        if kind == "longrope":
+            original = parameters["original_max_position_embeddings"]
+            long, _ = init(config, seq_len=original + 1)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: rope_parameters = {parameters!r} cannot be used: {error!r}") from error
+    if len(inv_freq) != head_dim // 2:
+        raise ModelError(
+            f"{name}: rope_parameters give {len(inv_freq)} frequencies; "
+            f"head_dim = {head_dim} needs {head_dim // 2}"
+        )
+    return RopeSpec(
+        kind=kind,
+        inv_freq=tuple(inv_freq.tolist()),
+        scaling=float(scaling),
+        theta=float(parameters["rope_theta"]),
+        factor=float(parameters.get("factor") or 1.0),
+        original_max_positions=original,
+        long_inv_freq=() if long is None else tuple(long.tolist()),
+    )

@@ -1,0 +1,102 @@
+"""OPT, and what was built on its shape: OPT-IML and Galactica."""
+
+from __future__ import annotations
+
+from transformers import OPTConfig
+
+from flexgen.models.families import fields
+from flexgen.models.spec import ModelSpec, NameTable
+
+CONFIG_CLASS = OPTConfig
+
+NAMES = NameTable(
+    prefixes=("model.decoder.", "decoder."),
+    embed="embed_tokens",
+    positions="embed_positions",
+    project_in="project_in",
+    project_out="project_out",
+    attention_norm="layers.{i}.self_attn_layer_norm",
+    q="layers.{i}.self_attn.q_proj",
+    k="layers.{i}.self_attn.k_proj",
+    v="layers.{i}.self_attn.v_proj",
+    out="layers.{i}.self_attn.out_proj",
+    mlp_norm="layers.{i}.final_layer_norm",
+    up="layers.{i}.fc1",
+    down="layers.{i}.fc2",
+    final_norm="final_layer_norm",
+    head="lm_head",
+)
+
+# (layers, heads, hidden size): table 1 of "OPT: Open Pre-trained Transformer Language Models".
+SIZES = {
+    "opt-125m": (12, 12, 768),
+    "opt-350m": (24, 16, 1024),
+    "opt-1.3b": (24, 32, 2048),
+    "opt-2.7b": (32, 32, 2560),
+    "opt-6.7b": (32, 32, 4096),
+    "opt-13b": (40, 40, 5120),
+    "opt-30b": (48, 56, 7168),
+    "opt-66b": (64, 72, 9216),
+    "opt-175b": (96, 96, 12288),
+}
+
+
+def known_size(model: str) -> str | None:
+    """The key in `SIZES` of "opt-30b", "facebook/opt-30b" or "OPT-30B"; None for any other text."""
+    size = model.lower().removeprefix("facebook/")
+    return size if size in SIZES else None
+
+
+def known_config(size: str) -> OPTConfig:
+    """The configuration of a key of `SIZES`, made without a network."""
+    num_layers, num_heads, hidden_size = SIZES[size]
+    small = size == "opt-350m"
+    return OPTConfig(
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        hidden_size=hidden_size,
+        ffn_dim=4 * hidden_size,
+        word_embed_proj_dim=512 if small else hidden_size,
+        do_layer_norm_before=not small,
+        dtype="float16",
+    )
+
+
+def to_spec(config: OPTConfig, name: str) -> ModelSpec:
+    """The spec of an OPT config. Raises ModelError for what the layers do not compute."""
+    fields.check_neutral(config, name)
+    hidden_size, num_heads = (fields.size(config, name, f) for f in ("hidden_size", "num_attention_heads"))
+    fields.multiple(name, "hidden_size", hidden_size, "num_attention_heads", num_heads)
+    return ModelSpec(
+        name=name,
+        family="opt",
+        names=NAMES,
+        dtype=fields.dtype_of(config, name),
+        hidden_size=hidden_size,
+        num_layers=fields.size(config, name, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        ffn_size=fields.size(config, name, "ffn_dim"),
+        vocab_size=fields.size(config, name, "vocab_size"),
+        max_positions=fields.size(config, name, "max_position_embeddings"),
+        embed_size=fields.size(config, name, "word_embed_proj_dim"),
+        bos_token_id=config.bos_token_id,
+        pad_token_id=config.pad_token_id,
+        eos_token_ids=fields.eos_ids(config.eos_token_id),
+        norm="layernorm",
+        norm_eps=1e-5,
+        norm_affine=config.layer_norm_elementwise_affine,
+        pre_norm=config.do_layer_norm_before,
+        # The config's own field, with its underscore: checkpoints tuned before transformers 4.20.1 have none.
+        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
+        activation=fields.activation(config, name, "activation_function"),
+        gated_mlp=False,
+        qkv_bias=config.enable_bias,
+        out_bias=config.enable_bias,
+        mlp_bias=config.enable_bias,
+        head_bias=False,
+        tied_head=config.tie_word_embeddings,
+        positions="learned",
+        position_offset=2,
+    )

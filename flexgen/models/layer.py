@@ -1,0 +1,104 @@
+"""What every streaming unit of a model answers: its weights, its bytes, its flops, its forward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen.models.spec import ModelSpec, WeightSpec
+
+
+class Context(Protocol):
+    """What a layer is given about the call it runs in. The runtime implements it with its KV cache."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(batch, seq) int64 on the compute device, counted from the row's first real one; padding has 0."""
+
+    @property
+    def last_only(self) -> bool:
+        """The head computes logits for the last position only."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention of the new tokens over themselves and all tokens before them.
+
+        q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim), positions already applied;
+        returns (batch, heads, seq, head_dim).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(ABC):
+    """One streaming unit: immutable and stateless, weights come with every call."""
+
+    spec: ModelSpec
+    name: str
+    weights: tuple[WeightSpec, ...]
+
+    has_cache: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        """x: ids (batch, seq) int64 for the input embedding, else hidden states (batch, seq, hidden).
+
+        Returns hidden states, or logits (batch, seq or 1, vocab) for the head. Never writes into x.
+        """
+
+    @abstractmethod
+    def flops(self, rows: int, seq: int, context: int) -> int:
+        """Operations (a multiply-add is two) for `seq` new tokens of each of `rows` prompts.
+
+        `context` counts the tokens that the last of them attends to, itself included. A head that runs with
+        `last_only` has seq 1, here and in `workspace_bytes`.
+        """
+
+    @abstractmethod
+    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        """Upper estimate of what `forward` allocates at its peak: result and attention's scores included.
+
+        Left out is what a math library keeps for itself whatever the layer: at most some 200 KiB per thread
+        on a CPU (bfloat16 products), a workspace of fixed size on CUDA.
+        """
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights in `dtype`."""
+        return sum(weight.nbytes(dtype) for weight in self.weights)
+
+    def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of K and V for `tokens` tokens of one prompt; 0 for a layer without a cache."""
+        return 2 * tokens * self.spec.kv_size * dtype.itemsize if self.has_cache else 0
+
+
+def norm_weights(spec: ModelSpec, module: str, index: int | None = None) -> tuple[WeightSpec, ...]:
+    """Weights "norm.weight" (and "norm.bias" of a layer norm) of the table's field `module`."""
+    if not spec.norm_affine:
+        return ()
+    parts = ("weight", "bias") if spec.norm == "layernorm" else ("weight",)
+    sources = spec.names.sources(module, index)
+    return tuple(
+        WeightSpec(f"norm.{part}", (spec.hidden_size,), tuple(f"{source}.{part}" for source in sources))
+        for part in parts
+    )
+
+
+def linear_weights(
+    spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
+) -> tuple[WeightSpec, ...]:
+    """Weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
+    sources = spec.names.sources(module, index)
+    weight = WeightSpec(f"{module}.weight", (out_size, in_size), tuple(f"{s}.weight" for s in sources))
+    if not bias:
+        return (weight,)
+    return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
+
+
+def norm_workspace(spec: ModelSpec, tokens: int, dtype: torch.dtype) -> int:
+    """Peak bytes of normalising `tokens` hidden states, the result included."""
+    # An RMS norm works on two float32 copies, as transformers does; both norms keep two numbers per token.
+    float32_copies = 2 * torch.float32.itemsize if spec.norm == "rmsnorm" else 0
+    return tokens * (spec.hidden_size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize)

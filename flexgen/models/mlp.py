@@ -1,0 +1,53 @@
+"""The feed-forward half of a transformer layer, plain or gated, with its norm and its residual add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
+from flexgen.models.ops import ACTIVATIONS, linear, normalise
+from flexgen.models.spec import ModelSpec
+
+
+class MLP(Layer):
+    """x + down(activation(up(x))), or x + down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        hidden, ffn, bias = spec.hidden_size, spec.ffn_size, spec.mlp_bias
+        super().__init__(
+            spec,
+            f"layers.{index}.mlp",
+            norm_weights(spec, "mlp_norm", index)
+            + (linear_weights(spec, "gate", ffn, hidden, bias, index) if spec.gated_mlp else ())
+            + linear_weights(spec, "up", ffn, hidden, bias, index)
+            + linear_weights(spec, "down", hidden, ffn, bias, index),
+        )
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        return self.transform(x, weights)
+
+    def transform(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`forward`, which needs nothing of its context."""
+        spec, activation = self.spec, ACTIVATIONS[self.spec.activation]
+        normed = normalise(spec, x, weights) if spec.pre_norm else x
+        if spec.gated_mlp:
+            inner = activation(linear(normed, weights["gate.weight"], weights.get("gate.bias")))
+            inner.mul_(linear(normed, weights["up.weight"], weights.get("up.bias")))
+        else:
+            inner = activation(linear(normed, weights["up.weight"], weights.get("up.bias")))
+        out = linear(inner, weights["down.weight"], weights.get("down.bias")).add_(x)
+        return out if spec.pre_norm else normalise(spec, out, weights)
+
+    def flops(self, rows: int, seq: int, context: int) -> int:
+        matrices = 3 if self.spec.gated_mlp else 2
+        return 2 * rows * seq * matrices * self.spec.hidden_size * self.spec.ffn_size
+
+    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        spec, tokens = self.spec, rows * seq
+        # The normed input, two arrays of the inner width (gate and up, or before and after an activation
+        # that cannot work in place) and the result.
+        inner = tokens * (2 * spec.hidden_size + 2 * spec.ffn_size) * dtype.itemsize
+        return inner + norm_workspace(spec, tokens, dtype)

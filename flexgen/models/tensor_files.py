@@ -1,0 +1,220 @@
+"""Checkpoints as files: safetensors, whose bytes can be read in place, and torch's own `.bin`."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import CheckpointError
+from flexgen.models.layer import Layer
+from flexgen.models.spec import WeightSpec
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LENGTH_BYTES = 8
+_HEADER_LIMIT = 100_000_000  # the published limit of the format
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a tensor's bytes lie: `nbytes` from `offset` of `path`, row-major, little-endian."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file says of a tensor. `dtype` is None where `kind`, the file's own word, is no float."""
+
+    path: Path
+    kind: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    offset: int = 0
+    nbytes: int = 0
+
+
+class _TensorFiles:
+    """What both formats share: a directory, and what its files say of each tensor by name."""
+
+    def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.directory: Path | None = directory
+        self._tensors = tensors
+
+    @property
+    def identity(self) -> str:
+        """Names the content: changes when a file is replaced."""
+        paths = sorted({tensor.path.resolve() for tensor in self._tensors.values()})
+        return "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+
+    def holds(self, weight: WeightSpec) -> bool:
+        """Whether any of the weight's sources is there."""
+        return self._source(weight) is not None
+
+    def dtype_of(self, weight: WeightSpec) -> torch.dtype:
+        """The dtype of the stored weight. Raises CheckpointError where it is missing or not a float."""
+        source, stored = self._find(weight)
+        if stored.dtype is None:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
+            raise CheckpointError(
+                f"{stored.path}: {source} has dtype {stored.kind}, which is not supported; "
+                f"supported: {supported}"
+            )
+        return stored.dtype
+
+    def verify(self, layers: Sequence[Layer]) -> None:
+        """Raises CheckpointError for missing tensors, wrong shapes and dtypes that are not supported."""
+        missing, wrong = [], []
+        weights = [weight for layer in layers for weight in layer.weights]
+        for weight in weights:
+            source = self._source(weight)
+            if source is None:
+                missing.append(weight.key)
+            elif self._tensors[source].shape != weight.shape:
+                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.shape}")
+        if missing:
+            raise CheckpointError(f"{self.directory}: {_count(missing, 'tensor')} missing: {_some(missing)}")
+        if wrong:
+            raise CheckpointError(
+                f"{self.directory}: {_count(wrong, 'tensor')} of the wrong shape: {_some(wrong)}"
+            )
+        for weight in weights:
+            self.dtype_of(weight)
+
+    def _source(self, weight: WeightSpec) -> str | None:
+        return next((source for source in weight.sources if source in self._tensors), None)
+
+    def _find(self, weight: WeightSpec) -> tuple[str, StoredTensor]:
+        source = self._source(weight)
+        if source is None:
+            raise CheckpointError(
+                f"{self.directory}: tensor missing, looked for {' and '.join(weight.sources)}"
+            )
+        return source, self._tensors[source]
+
+
+def _count(items: Sequence[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'s' if len(items) != 1 else ''}"
+
+
+def _some(items: Sequence[str], limit: int = 8) -> str:
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises CheckpointError for a file that is not one, or that ends before its last tensor.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if size < _LENGTH_BYTES or not 2 <= length <= min(_HEADER_LIMIT, size - _LENGTH_BYTES):
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file: {size} bytes, and a header of {length}"
+            )
+        text = file.read(length)
+    base = _LENGTH_BYTES + length
+    tensors = {}
+    try:
+        for name, entry in json.loads(text).items():
+            if name == "__metadata__":
+                continue
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            tensors[name] = StoredTensor(path, kind, _DTYPES.get(kind), shape, base + begin, end - begin)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from error
+    for name, stored in tensors.items():
+        end = stored.offset + stored.nbytes
+        if stored.offset < base or stored.nbytes < 0 or end > size:
+            raise CheckpointError(
+                f"{path}: {name} lies at bytes {stored.offset} to {end}, the file has {size}: "
+                "it is truncated or damaged, copy or download it again"
+            )
+        if stored.dtype is not None and stored.nbytes != math.prod(stored.shape) * stored.dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot take {stored.nbytes} bytes"
+            )
+    return tensors
+
+
+class SafetensorsCheckpoint(_TensorFiles):
+    """One or several safetensors files of one directory. Only headers are kept in memory."""
+
+    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
+        super().__init__(directory, {n: stored for path in files for n, stored in read_header(path).items()})
+
+    def extent(self, weight: WeightSpec) -> Extent:
+        """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
+        dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
+        return Extent(stored.path, stored.offset, stored.nbytes, dtype, stored.shape)
+
+    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+        """A host tensor of its own in `dtype`; plain reads, so no file stays mapped."""
+        extent = self.extent(weight)
+        buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        with extent.path.open("rb", buffering=0) as file:
+            file.seek(extent.offset)
+            done = 0
+            # One read returns at most 2 GiB.
+            while done < extent.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
+                done += count
+        return buffer.view(extent.dtype).view(extent.shape).to(dtype)
+
+
+class BinCheckpoint(_TensorFiles):
+    """One or several `.bin` files of one directory, read with `weights_only`: no code of a file ever runs."""
+
+    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
+        self._legacy: tuple[Path, dict[str, Any]] | None = None
+        tensors = {}
+        for path in files:
+            for name, tensor in self._load(path).items():
+                if isinstance(tensor, Tensor):
+                    dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
+                    tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
+        super().__init__(directory, tensors)
+
+    def extent(self, weight: WeightSpec) -> None:
+        """Always None: a pickle is no place to read bytes from."""
+
+    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+        """A host tensor of its own in `dtype`. The file is mapped for the time of this call only."""
+        self.dtype_of(weight)
+        source, stored = self._find(weight)
+        tensor = self._load(stored.path)[source]
+        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        if self._legacy is not None and self._legacy[0] == path:
+            return self._legacy[1]
+        mappable = zipfile.is_zipfile(path)
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {error}") from error
+        if not isinstance(tensors, dict):
+            raise CheckpointError(
+                f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"
+            )
+        if not mappable:
+            # The format before torch 1.6 is only read whole: keep the last file, weights come in its order.
+            self._legacy = (path, tensors)
+        return tensors

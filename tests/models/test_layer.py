@@ -1,0 +1,153 @@
+"""What a layer says of itself: names, bytes, flops and workspace, against what torch counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, OPTConfig
+
+from flexgen.models import build_layers, open_model
+from flexgen.models.ops import causal_attention, decode_attention
+
+ROWS, PAGE = 4, 128
+CONFIGS = {
+    "opt": OPTConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, ffn_dim=512,
+        word_embed_proj_dim=64, activation_function="gelu", max_position_embeddings=600,
+    ),
+    "opt-post-norm": OPTConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, ffn_dim=512,
+        do_layer_norm_before=False, max_position_embeddings=600,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
+        intermediate_size=320, max_position_embeddings=600,
+    ),
+}  # fmt: skip
+
+
+class _Context:
+    """A cache of `context` tokens that is there already; the prompt is attended as one."""
+
+    last_only = False
+
+    def __init__(self, spec, seq, context, starts, dtype):
+        self.starts, self.context = starts, context
+        self.positions = torch.arange(context - seq, context).expand(ROWS, seq).contiguous()
+        shape = (ROWS, spec.num_kv_heads, PAGE, spec.head_dim)
+        count = -(-context // PAGE)
+        self.pages = [
+            (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(count)
+        ]
+
+    def attend(self, q, k, v, scale):
+        if q.shape[2] > 1:
+            return causal_attention(q, k, v, self.starts, scale)
+        return decode_attention(q, self.pages, self.context, torch.tensor(self.starts), scale)
+
+
+def _cases(config, dtype, seq, context, starts, sep_layer=True):
+    spec, checkpoint = open_model(CONFIGS[config], "dummy")
+    ctx = _Context(spec, seq, context, starts, dtype)
+    for layer in build_layers(spec, sep_layer):
+        weights = {weight.name: checkpoint.read(weight, dtype) for weight in layer.weights}
+        x = torch.zeros(ROWS, seq, dtype=torch.int64)
+        if layer.name != "embed":
+            x = torch.randn(ROWS, seq, spec.hidden_size).to(dtype)
+        yield layer, lambda layer=layer, x=x, weights=weights: layer.forward(x, weights, ctx)
+
+
+def _peak_bytes(call, trace):
+    """The most bytes that `call` held at once, from the allocator's own events."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+# float16, because bfloat16 products take scratch memory of their own on a CPU.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("seq", "context", "starts"),
+    [(64, 64, [0] * ROWS), (64, 64, [0, 3, 9, 3]), (1, 500, [0, 3, 9, 3])],
+    ids=["prompt", "ragged", "decode"],
+)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context, starts, dtype, tmp_path):
+    for sep_layer in (True, False):
+        for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
+            peak = _peak_bytes(call, tmp_path / "trace.json")
+            estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
+            assert peak <= estimate <= 3 * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_flops_equal_what_torch_counts(config):
+    # One token over whole pages: torch counts what is multiplied, masked or not.
+    for layer, call in _cases(config, torch.float32, 1, 2 * PAGE, [0] * ROWS):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        additions = ROWS * layer.spec.hidden_size if layer.name == "embed" else 0
+        positions = additions if layer.spec.positions == "learned" else 0
+        assert layer.flops(ROWS, 1, 2 * PAGE) == counter.get_total_flops() + positions, layer.name
+
+
+def test_flops_of_a_prompt_are_those_of_its_tokens_one_by_one():
+    spec, _ = open_model(CONFIGS["llama"], "dummy")
+    for sep_layer in (True, False):
+        for layer in build_layers(spec, sep_layer):
+            one_by_one = sum(layer.flops(3, 1, context) for context in range(1, 11))
+            assert layer.flops(3, 10, 10) == one_by_one
+            assert layer.flops(3, 4, 10) == sum(layer.flops(3, 1, context) for context in range(7, 11))
+
+
+def test_names_and_bytes():
+    spec, checkpoint = open_model(CONFIGS["llama"], "dummy")
+    apart, together = build_layers(spec), build_layers(spec, sep_layer=False)
+    assert [layer.name for layer in apart] == ["embed", "layers.0.attention", "layers.0.mlp", "head"]
+    assert [layer.name for layer in together] == ["embed", "layers.0", "head"]
+    assert [layer.has_cache for layer in apart] == [False, True, False, False]
+    assert [layer.has_cache for layer in together] == [False, True, False]
+    for layer in (*apart, *together):
+        read = sum(checkpoint.read(weight, torch.bfloat16).nbytes for weight in layer.weights)
+        assert layer.weight_bytes(torch.bfloat16) == read
+        assert len({weight.name for weight in layer.weights}) == len(layer.weights)
+    per_token = 2 * spec.num_kv_heads * spec.head_dim * 2
+    assert [layer.cache_bytes(7, torch.bfloat16) for layer in together] == [0, 7 * per_token, 0]
+    assert {w.key for layer in apart for w in layer.weights} == {
+        w.key for layer in together for w in layer.weights
+    }
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_halves_run_apart_and_inputs_stay_as_they_were(config, sep_layer):
+    spec, checkpoint = open_model(CONFIGS[config], "dummy")
+    ctx = _Context(spec, 3, 3, [0] * ROWS, torch.float32)
+    _, *middle, _ = build_layers(spec, sep_layer)
+    for layer in middle:
+        weights = {weight.name: checkpoint.read(weight, torch.float32) for weight in layer.weights}
+        x = torch.randn(ROWS, 3, spec.hidden_size)
+        before = x.clone()
+        out = layer.forward(x, weights, ctx)
+        if layer.has_cache:
+            attended = ctx.attend(*layer.qkv(x, weights, ctx), layer.scale)
+            assert torch.equal(layer.output(attended, x, weights), out)
+        assert torch.equal(x, before)
+
+
+def test_a_layer_is_immutable():
+    spec, _ = open_model(CONFIGS["opt"], "dummy")
+    for layer in (*build_layers(spec), *build_layers(spec, sep_layer=False)):
+        with pytest.raises(AttributeError):
+            layer.weights = ()

@@ -1,0 +1,89 @@
+"""The two attention calculations against the textbook formula, over shapes of all kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen.models.ops import causal_attention, decode_attention
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _textbook(q, k, v, starts, scale):
+    """Attention in float64; query t stands at position keys - queries + t."""
+    group, keys, queries = q.shape[1] // k.shape[1], k.shape[2], q.shape[2]
+    k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    position = torch.arange(keys)
+    allowed = position <= torch.arange(keys - queries, keys)[:, None]
+    allowed = allowed & (position >= torch.tensor(starts)[:, None, None])
+    scores = (q.double() @ k.mT * scale).masked_fill(~allowed[:, None], float("-inf"))
+    return (scores.softmax(-1).nan_to_num() @ v).to(q.dtype)
+
+
+def _tensors(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+shapes = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.sampled_from([2, 6]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40)
+@given(shape=shapes, seq=st.integers(1, 9), starts=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_causal_attention(device, shape, seq, starts):
+    kv_heads, group, dim = shape
+    batch, starts = len(starts), [min(start, seq) for start in starts]
+    q, k, v = _tensors(0, (batch, kv_heads * group, seq, dim), *[(batch, kv_heads, seq, dim)] * 2)
+    out = causal_attention(q.to(device), k.to(device), v.to(device), starts, 0.3).cpu()
+    torch.testing.assert_close(out, _textbook(q, k, v, starts, 0.3), rtol=0, atol=1e-5)
+    for row, start in enumerate(starts):
+        assert not out[row, :, :start].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40)
+@given(
+    shape=shapes,
+    pages=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    unused=st.integers(0, 4),
+    starts=st.one_of(st.none(), st.lists(st.integers(0, 19), min_size=3, max_size=3)),
+)
+def test_decode_attention(device, shape, pages, unused, starts):
+    (kv_heads, group, dim), rows = shape, 3
+    length = sum(pages) - min(unused, pages[-1] - 1)
+    q, k, v = _tensors(1, (rows, kv_heads * group, 1, dim), *[(rows, kv_heads, sum(pages), dim)] * 2)
+    k[:, :, length:] = v[:, :, length:] = 0
+    cut = [
+        (page_k.contiguous().to(device), page_v.contiguous().to(device))
+        for page_k, page_v in zip(k.split(pages, 2), v.split(pages, 2), strict=True)
+    ]
+    begins = [min(start, length - 1) for start in starts or [0] * rows]
+    padding = torch.tensor(begins, device=device) if starts else None
+    out = decode_attention(q.to(device), cut, length, padding, 0.3).cpu()
+    expected = _textbook(q, k[:, :, :length], v[:, :, :length], begins, 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_within_its_rounding(dtype):
+    q, k, v = _tensors(2, (2, 8, 1, 16), (2, 2, 64, 16), (2, 2, 64, 16))
+    low = [x.to(dtype) for x in (q, k, v)]
+    pages = [
+        (low[1][:, :, i : i + 16].contiguous(), low[2][:, :, i : i + 16].contiguous())
+        for i in (0, 16, 32, 48)
+    ]
+    expected = _textbook(q, k, v, [0, 0], 0.25)
+    out = decode_attention(low[0], pages, 64, None, 0.25)
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)
+    prompt = causal_attention(low[1].repeat(1, 4, 1, 1), low[1], low[2], [0, 5], 0.25)
+    assert prompt.dtype == dtype
+    assert prompt.isfinite().all()
+
+
+def test_a_prompt_without_padding_is_one_call_and_equals_explicit_zeros():
+    q, k, v = _tensors(3, (2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 5, 4))
+    assert torch.equal(causal_attention(q, k, v, None, 0.5), causal_attention(q, k, v, [0, 0], 0.5))

@@ -1,0 +1,197 @@
+"""Tensors in files: extents, reads, shards, and every kind of damage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flexgen.errors import CheckpointError
+from flexgen.models import build_layers, open_model
+from flexgen.models.tensor_files import BinCheckpoint, SafetensorsCheckpoint, StoredTensor, read_header
+
+
+def _all_weights(spec):
+    return [weight for layer in build_layers(spec) for weight in layer.weights]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "10KB"}], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extents_read_back_by_plain_file_reads(dtype, options, make_model, save):
+    model = make_model("opt", dtype=dtype)
+    directory = save(model, **options)
+    assert (len(list(directory.glob("*.safetensors"))) > 1) == bool(options)
+    spec, checkpoint = open_model(directory)
+    checkpoint.verify(build_layers(spec))
+    tensors = model.state_dict()
+    for weight in _all_weights(spec):
+        extent = checkpoint.extent(weight)
+        with extent.path.open("rb") as file:
+            file.seek(extent.offset)
+            data = bytearray(file.read(extent.nbytes))
+        found = torch.frombuffer(data, dtype=extent.dtype).view(extent.shape)
+        assert torch.equal(found, tensors[weight.key])
+        assert extent.nbytes == weight.nbytes(dtype)
+        assert torch.equal(checkpoint.read(weight, dtype), found)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_files(shards, legacy, make_model, save):
+    model = make_model("llama")
+    options = {"_use_new_zipfile_serialization": False} if legacy and shards == 1 else {}
+    spec, checkpoint = open_model(save(model, "bin", shards, **options))
+    assert isinstance(checkpoint, BinCheckpoint)
+    checkpoint.verify(build_layers(spec))
+    for weight in _all_weights(spec):
+        assert checkpoint.extent(weight) is None
+        read = checkpoint.read(weight, torch.float32)
+        assert torch.equal(read, model.state_dict()[weight.key])
+        read.zero_()
+        assert checkpoint.read(weight, torch.float32).any(), "a read is a tensor of its own"
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_reads_convert(format, make_model, save):
+    model = make_model("opt")
+    spec, checkpoint = open_model(save(model, format))
+    assert spec.tied_head, "two equal copies in a file are one tensor"
+    for weight in _all_weights(spec):
+        read = checkpoint.read(weight, torch.bfloat16)
+        assert read.is_contiguous()
+        assert torch.equal(read, model.state_dict()[weight.key].bfloat16())
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("opt", "model."), ("llama", "model.")])
+def test_names_of_a_bare_decoder(family, prefix, make_model, save):
+    model = make_model(family, tie_word_embeddings=True)
+    directory = save(model)
+    path = directory / "model.safetensors"
+    save_file({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}, path)
+    spec, checkpoint = open_model(directory)
+    checkpoint.verify(build_layers(spec))
+    for weight in _all_weights(spec):
+        assert torch.equal(checkpoint.read(weight, torch.float32), model.state_dict()[weight.key])
+
+
+def test_headers_count_and_not_the_index(make_model, save):
+    directory = save(make_model("opt"), max_shard_size="10KB")
+    index = directory / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    files = sorted(set(values["weight_map"].values()))
+    values["weight_map"] = {f"nonsense.{i}": file for i, file in enumerate(files)}
+    index.write_text(json.dumps(values))
+    spec, checkpoint = open_model(directory)
+    checkpoint.verify(build_layers(spec))
+
+
+def _rewrite(directory, format, change):
+    path = directory / ("model.safetensors" if format == "safetensors" else "pytorch_model.bin")
+    tensors = load_file(path) if format == "safetensors" else torch.load(path)
+    change(tensors)
+    save_file(tensors, path) if format == "safetensors" else torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_what_is_missing_or_of_the_wrong_shape_or_dtype_is_named(format, make_model, save):
+    fc1, fc2 = (f"model.decoder.layers.1.{name}.weight" for name in ("fc1", "fc2"))
+    directory = save(make_model("opt"), format)
+    spec, _ = open_model(directory)
+    layers = build_layers(spec)
+
+    _rewrite(directory, format, lambda tensors: tensors.update({fc1: tensors[fc1].long()}))
+    with pytest.raises(CheckpointError, match=rf"{fc1} has dtype .*64, which is not supported; supported: "):
+        open_model(directory)[1].verify(layers)
+    _rewrite(directory, format, lambda tensors: tensors.update({fc1: torch.zeros(3, 32)}))
+    with pytest.raises(
+        CheckpointError, match=rf"1 tensor of the wrong shape: {fc1}: found \(3, 32\), expected \(48, 32\)"
+    ):
+        open_model(directory)[1].verify(layers)
+    _rewrite(directory, format, lambda tensors: (tensors.pop(fc1), tensors.pop(fc2)))
+    with pytest.raises(CheckpointError, match=f"2 tensors missing: {fc1}; {fc2}"):
+        open_model(directory)[1].verify(layers)
+    (missing,) = [weight for weight in _all_weights(spec) if weight.key == fc1]
+    with pytest.raises(
+        CheckpointError, match=f"tensor missing, looked for {fc1} and decoder.layers.1.fc1.weight"
+    ):
+        open_model(directory)[1].read(missing, torch.float32)
+
+
+def test_many_missing_tensors_are_counted(make_model, save):
+    directory = save(make_model("opt"))
+    layers = build_layers(open_model(directory)[0])
+    _rewrite(directory, "safetensors", lambda tensors: [tensors.pop(name) for name in list(tensors)[2:]])
+    with pytest.raises(CheckpointError, match="tensors missing: .*; and [0-9]+ more"):
+        open_model(directory)[1].verify(layers)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 500, -1])
+def test_a_truncated_file_is_refused_when_it_is_opened(keep, make_model, save):
+    directory = save(make_model("opt"))
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"not a complete safetensors file|truncated or damaged"):
+        open_model(directory)
+
+
+def _safetensors(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{not json", "header cannot be read"),
+        (b"[1, 2]", "header cannot be read"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "header cannot be read"),
+        (
+            {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+            "of shape .2,. in F32 cannot take 4 bytes",
+        ),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "truncated or damaged"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, "truncated or damaged"),
+    ],
+)
+def test_a_damaged_header_is_refused(header, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        read_header(_safetensors(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_the_published_example_of_the_format(tmp_path):
+    header = {"__metadata__": {"by": "hand"}, "a": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [2, 6]}}
+    path = _safetensors(tmp_path / "x.safetensors", header, bytes(6))
+    offset = path.stat().st_size - 4
+    assert read_header(path) == {"a": StoredTensor(path, "BF16", torch.bfloat16, (1, 2), offset, 4)}
+
+
+def test_a_file_that_shrinks_after_it_was_opened(make_model, save):
+    directory = save(make_model("opt"))
+    spec, checkpoint = open_model(directory)
+    assert isinstance(checkpoint, SafetensorsCheckpoint)
+    last = max(_all_weights(spec), key=lambda weight: checkpoint.extent(weight).offset)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=f"ended within {last.key}"):
+        checkpoint.read(last, torch.float32)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "list", "text"])
+def test_a_bin_file_that_is_no_checkpoint(content, make_model, save, capsys):
+    directory = save(make_model("opt"), "bin")
+    path = directory / "pytorch_model.bin"
+    if content == "text":
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    else:
+        torch.save({"a": _Evil()} if content == "pickle" else [1], path)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: (cannot be read|holds list)"):
+        open_model(directory)
+    assert "code of the file ran" not in capsys.readouterr().out
