@@ -1,0 +1,1 @@
+"""Memory tiers, lanes and transfers: where bytes live and how they move."""

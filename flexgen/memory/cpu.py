@@ -1,0 +1,137 @@
+"""The CPU tier: host memory, pinned when there is a device to feed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from flexgen.memory.store import Store
+from flexgen.policy import Tier
+from flexgen.units import MIB, format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class HostStore(Store):
+    """Page-aligned anonymous memory.
+
+    Mapped by ourselves, not by torch: its pinned allocator rounds up to powers of two, and memory that is
+    mapped, touched by several threads and then registered is pinned several times faster than
+    `cudaHostAlloc` does it. Large buffers ask for huge pages. Where the driver refuses to register
+    (limits, some virtual machines) the memory stays pageable, which is slower, and a warning says so.
+    """
+
+    def __init__(self, tier: Tier = Tier.CPU, capacity: int | None = None, pin: bool = False) -> None:
+        super().__init__(tier, capacity)
+        self.pin = pin and torch.cuda.is_available()
+        self._registered: set[int] = set()
+
+    def _make(self, nbytes: int, purpose: str) -> Tensor:
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if nbytes >= 4 * MIB and hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+        if self.pin:
+            buffer.zero_()  # touched by all threads: registering untouched pages takes one
+            self._register(buffer, purpose)
+        return buffer
+
+    def _register(self, buffer: Tensor, purpose: str) -> None:
+        status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        if status == 0:
+            self._registered.add(buffer.data_ptr())
+        else:
+            logger.warning(
+                "%s: cannot pin %s (CUDA error %d); transfers from pageable memory are slower. "
+                "Raise the limit of locked memory (ulimit -l) or set pin_weight = false",
+                purpose,
+                format_bytes(buffer.nbytes),
+                status,
+            )
+
+    def _free(self, buffer: Tensor) -> None:
+        if buffer.data_ptr() in self._registered:
+            self._registered.discard(buffer.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+    def close(self) -> None:
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._registered.clear()
+        super().close()
+
+
+def available_bytes() -> int:
+    """Host memory that can be taken now: what the system has free, and at most what a cgroup leaves."""
+    available = int(psutil.virtual_memory().available)
+    left = _cgroup_left()
+    return available if left is None else min(available, left)
+
+
+def _cgroup_left() -> int | None:
+    """Bytes up to the memory limit of this process's control group (v2 or v1), or None without one."""
+    groups = Path("/proc/self/cgroup")
+    if not groups.exists():
+        return None
+    left: list[int] = []
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = "/sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        for folder in (Path(root + path), Path(root)):  # inside a container the path may not be visible
+            try:
+                most = (folder / limit).read_text().strip()
+                used = int((folder / usage).read_text())
+                cache = _page_cache(folder)
+            except (OSError, ValueError):
+                continue
+            if most != "max":
+                left.append(max(int(most) - used + cache, 0))
+            break
+    return min(left, default=None)
+
+
+def _page_cache(folder: Path) -> int:
+    """Bytes of inactive page cache charged to a control group: the kernel gives them up when asked."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        key, value = line.split()
+        if key in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process so far, by the kernel's account (0 where it keeps none)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def reset_peak_resident_bytes() -> int:
+    """Begin a new account of the largest resident set, where the kernel allows it; returns the present one."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    return resident_bytes()

@@ -1,0 +1,107 @@
+"""An open file whose transfers bypass the page cache where the file system allows it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = 4096
+"""Bytes. Direct transfers want file offset, length and memory address to be multiples of it."""
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
+
+
+class _Handle(NamedTuple):
+    fd: int
+    direct: bool
+
+
+class DirectFile:
+    """An open file that turns to buffered transfers, for good, when direct ones are refused.
+
+    A refusal is EINVAL, at open (tmpfs and others) or at the first transfer (some network and stacked
+    file systems, devices with larger blocks). Interrupted calls are resumed by Python itself.
+    """
+
+    def __init__(self, path: Path, writable: bool, direct: bool) -> None:
+        self.path = path
+        self.writable = writable
+        self.users = 0
+        self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        self._lock = threading.Lock()
+        self._retired: list[int] = []  # descriptors another thread may still be using
+        self._handle = self._open(direct and _O_DIRECT != 0)
+
+    @property
+    def direct(self) -> bool:
+        return self._handle.direct
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._handle.fd).st_size
+
+    def read(self, view: memoryview, offset: int) -> int:
+        """Fill `view` and return its length, or less where the file ends."""
+        done = 0
+        while done < len(view):
+            count = self._call(os.preadv, view[done:], offset + done)
+            done += count
+            if count == 0 or (done % BLOCK and offset + done >= self.size):
+                break
+            if done % BLOCK:  # cut short inside a block, where a direct read cannot go on
+                self._turn_buffered(self._handle)
+        self._leave_cache(offset, done)
+        return done
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of `view`."""
+        done = 0
+        while done < len(view):
+            count = self._call(os.pwritev, view[done:], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"nothing written at offset {offset + done}", str(self.path))
+            done += count
+            if done % BLOCK:
+                self._turn_buffered(self._handle)
+        self._leave_cache(offset, done)
+
+    def close(self) -> None:
+        for fd in (self._handle.fd, *self._retired):
+            os.close(fd)
+
+    def _call(self, move: Callable[[int, list[memoryview], int], int], view: memoryview, offset: int) -> int:
+        while True:
+            handle = self._handle
+            try:
+                return move(handle.fd, [view], offset)
+            except OSError as error:
+                if error.errno == errno.EINVAL and handle.direct:
+                    self._turn_buffered(handle)
+                    continue
+                message = f"{move.__name__} of {len(view)} bytes at offset {offset}: {error.strerror}"
+                raise OSError(error.errno, message, str(self.path)) from error
+
+    def _turn_buffered(self, refused: _Handle) -> None:
+        with self._lock:
+            if self._handle is refused and refused.direct:
+                self._retired.append(refused.fd)
+                self._handle = self._open(direct=False)
+
+    def _open(self, direct: bool) -> _Handle:
+        if direct:
+            try:
+                return _Handle(os.open(self.path, self._flags | _O_DIRECT), True)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        return _Handle(os.open(self.path, self._flags), False)
+
+    def _leave_cache(self, offset: int, nbytes: int) -> None:
+        # What streams past is not read again soon: it must not push out what others keep in the cache.
+        handle = self._handle
+        if nbytes and not handle.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

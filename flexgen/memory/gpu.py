@@ -1,0 +1,233 @@
+"""Compute devices: where layers run, the memory they run in, and the links that feed it.
+
+Three machines behind one face. `cuda` is a GPU. `cpu` computes in host memory, so what lives in the GPU
+or CPU tier is used in place. `emulated` is a separate arena of host memory behind links of a given
+bandwidth: every move is a real copy, so that a machine without a GPU exercises all three tiers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import RequestError
+from flexgen.memory.cpu import HostStore
+from flexgen.memory.lanes import InlineLane, Lane, Lanes, StreamLane, ThreadLane
+from flexgen.memory.store import Store
+from flexgen.policy import Tier
+from flexgen.trace import LaneName
+from flexgen.units import parse_bytes
+
+
+class ComputeDevice(ABC):
+    """Where layers run. `memory` is its store (the GPU tier)."""
+
+    name: str
+    torch_device: torch.device
+    memory: Store
+    shares_host_memory = False
+    """Whether host memory is its memory, so that nothing has to cross a link."""
+    pinnable = False
+    """Whether its links are faster from pinned host memory."""
+    disk_bandwidth: float | None = None
+    """Bytes/s at which the disk is held back; None for the real disk."""
+
+    @abstractmethod
+    def make_lanes(self, streaming: bool) -> Lanes:
+        """Lanes of its resources; `streaming` tells whether anything moves beside the computation."""
+
+    @abstractmethod
+    def to_device(self, target: Tensor, source: Tensor) -> None:
+        """Copy host memory into device memory on the current lane; contiguous, of equal bytes."""
+
+    @abstractmethod
+    def from_device(self, target: Tensor, source: Tensor) -> None:
+        """Copy device memory into host memory on the current lane; contiguous, of equal bytes."""
+
+    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
+        return checkpoint
+
+    def peak_bytes(self) -> int:
+        """Most device memory taken at once since the device was opened."""
+        return self.memory.peak
+
+    def wait_for_compute(self) -> None:  # noqa: B027 (only a device with streams has to)
+        """Block the host until what the compute lane has enqueued is done."""
+
+    def available_bytes(self) -> int | None:
+        """Device memory that can be taken now, None if it is not limited on its own."""
+        capacity = self.memory.capacity
+        return None if capacity is None else capacity - self.memory.used
+
+
+class _HostArithmetic(ComputeDevice):
+    """Computes on the CPU."""
+
+    def __init__(self, memory: Store) -> None:
+        self.torch_device = torch.device("cpu")
+        self.memory = memory
+
+    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """float16 products are several times slower than others on a CPU: bfloat16 where it has instructions
+        for it, float32 elsewhere. (benchmarks/host_dtype.py measures it.)"""
+        if checkpoint is not torch.float16:
+            return checkpoint
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+
+
+class HostDevice(_HostArithmetic):
+    """The CPU. The GPU tier is host memory too, so a policy written for a GPU runs here as it is."""
+
+    name = "cpu"
+    shares_host_memory = True
+
+    def __init__(self) -> None:
+        super().__init__(HostStore(Tier.CPU))
+
+    def make_lanes(self, streaming: bool) -> Lanes:
+        compute: Lane = ThreadLane(LaneName.COMPUTE) if streaming else InlineLane(LaneName.COMPUTE)
+        lanes: dict[LaneName, Lane] = dict.fromkeys(LaneName, compute)
+        if streaming:
+            lanes |= {name: ThreadLane(name) for name in (LaneName.DISK_READ, LaneName.DISK_WRITE)}
+        return Lanes(lanes)
+
+    def to_device(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    from_device = to_device
+
+
+@dataclass
+class Pace:
+    """Holds a link at a bandwidth: `wait` returns no earlier than the bytes would have taken."""
+
+    bandwidth: float
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
+
+    def wait(self, began: float, nbytes: int) -> None:
+        """Wait until `nbytes` / `bandwidth` seconds have passed since `began` (by `clock`)."""
+        while (left := began + nbytes / self.bandwidth - self.clock()) > 0:
+            self.sleep(left)
+
+
+class EmulatedDevice(_HostArithmetic):
+    """A device of `memory` bytes behind a full-duplex link of `link` bytes/s and a disk of `disk` bytes/s.
+
+    None means not limited. Arithmetic runs on the CPU.
+    """
+
+    name = "emulated"
+
+    def __init__(
+        self, memory: int | None = None, link: float | None = None, disk: float | None = None
+    ) -> None:
+        super().__init__(HostStore(Tier.GPU, capacity=memory))
+        self.disk_bandwidth = disk
+        self.pace = Pace(link) if link else None
+
+    def make_lanes(self, streaming: bool) -> Lanes:
+        return Lanes({name: ThreadLane(name) for name in LaneName})
+
+    def to_device(self, target: Tensor, source: Tensor) -> None:
+        if not (target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes):
+            raise ValueError(f"a link carries equal contiguous bytes, not {source.shape} to {target.shape}")
+        began = self.pace.clock() if self.pace else 0.0
+        # One thread and no GIL, as a DMA engine would: torch's own copy takes every core.
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+        if self.pace:
+            self.pace.wait(began, source.nbytes)
+
+    from_device = to_device
+
+
+class CudaStore(Store):
+    """Device memory, from torch's caching allocator."""
+
+    def __init__(self, device: torch.device, capacity: int | None = None) -> None:
+        super().__init__(Tier.GPU, capacity)
+        self.device = device
+
+    def _make(self, nbytes: int, purpose: str) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+
+class CudaDevice(ComputeDevice):
+    """A GPU that torch calls `cuda` (NVIDIA, or AMD through ROCm)."""
+
+    pinnable = True
+
+    def __init__(self, device: torch.device, memory: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise RequestError(f"device {device}: no GPU is visible to torch; use device='cpu'")
+        self.torch_device = torch.device("cuda", device.index or 0)
+        if self.torch_device.index >= torch.cuda.device_count():
+            raise RequestError(
+                f"device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+            )
+        self.name = str(self.torch_device)
+        self.memory = CudaStore(self.torch_device, memory)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def make_lanes(self, streaming: bool) -> Lanes:
+        streams = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+        threads = (LaneName.HOST, LaneName.DISK_READ, LaneName.DISK_WRITE)
+        lanes: dict[LaneName, Lane] = {name: StreamLane(name, self.torch_device) for name in streams}
+        return Lanes(lanes | {name: ThreadLane(name) for name in threads})
+
+    def to_device(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    from_device = to_device
+
+    def wait_for_compute(self) -> None:
+        torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def available_bytes(self) -> int | None:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        left = super().available_bytes()
+        return free if left is None else min(free, left)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.torch_device)
+
+
+def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
+    """A compute device from its name.
+
+    "auto" (a GPU where there is one, else "cpu"), "cpu", "cuda", "cuda:1", "emulated", or with limits:
+    "emulated:memory=1GiB,link=8GiB,disk=2GiB" (bytes, bytes/s, bytes/s) and "cuda:0,memory=16GiB".
+    Raises RequestError for anything else.
+    """
+    if isinstance(device, ComputeDevice):
+        return device
+    name = str(device).strip().lower()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return HostDevice()
+    kind, _, rest = name.partition(":")
+    words = [word for word in rest.split(",") if word]
+    index = [word for word in words if word.isdigit()]
+    if kind.startswith("cuda,"):
+        words, kind = [*kind.split(",")[1:], *words], "cuda"
+    try:
+        limits = {k: parse_bytes(v) for k, _, v in (w.partition("=") for w in words if w not in index)}
+        if kind == "emulated" and limits.keys() <= {"memory", "link", "disk"} and not index:
+            return EmulatedDevice(**limits)
+        if kind == "cuda" and limits.keys() <= {"memory"} and len(index) <= 1:
+            return CudaDevice(torch.device("cuda", int(index[0]) if index else 0), **limits)
+    except ValueError as error:
+        raise RequestError(f"device {device!r}: {error}") from None
+    raise RequestError(
+        f"device {device!r} is not known: use 'auto', 'cpu', 'cuda', 'cuda:0', 'emulated' or "
+        "'emulated:memory=1GiB,link=8GiB,disk=2GiB'"
+    )

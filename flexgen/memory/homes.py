@@ -1,0 +1,135 @@
+"""Where each weight lives: loaded to its tier once, when a model is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flexgen.errors import CapacityError
+from flexgen.memory.machine import Machine
+from flexgen.memory.placement import Placement
+from flexgen.memory.store import ALIGNMENT, Store, tensor_at
+from flexgen.models import Layer, WeightSpec
+from flexgen.models.checkpoint import Checkpoint, Extent
+from flexgen.models.tensor_files import read_header
+from flexgen.policy import Tier
+from flexgen.units import align, format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HostRegion:
+    """A weight in host memory that is not the compute device's: `nbytes` from `offset` of `buffer`."""
+
+    buffer: Tensor
+    offset: int
+    nbytes: int
+
+
+Home = Tensor | HostRegion | Extent
+"""A tensor that the compute device can use as it is, a region of host memory, or bytes of a file."""
+
+
+class Homes:
+    """Gives every weight its home. Weights of one layer and tier lie side by side in one buffer.
+
+    Disk weights stay in the checkpoint's own files where those hold them in the right dtype; otherwise
+    they are written once to the offload directory, in the same format, complete or absent, and a later run
+    finds them there.
+
+    Raises CheckpointError for what cannot be read and CapacityError where a store is too small.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        dtype: torch.dtype,
+        machine: Machine,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._placement = placement
+        self._dtype = dtype
+        self._device = machine.device
+        self._host = machine.host
+        self._disk = machine.disk
+        self._by_key: dict[str, Home] = {}
+
+    def __getitem__(self, weight: WeightSpec) -> Home:
+        return self._by_key[weight.key]
+
+    def load(self, layers: Iterable[Layer]) -> None:
+        """Bring every weight home. A tied head finds the embedding's tensor at home already."""
+        for layer in layers:
+            new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
+            for weight in layer.weights:
+                if weight.key not in self._by_key:
+                    new[self._placement.of(weight)].append(weight)
+            self._to_memory(layer, new[Tier.GPU], self._device.memory, on_device=True)
+            self._to_memory(layer, new[Tier.CPU], self._host, on_device=self._device.shares_host_memory)
+            self._to_disk(layer, new[Tier.DISK])
+
+    def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
+        if not weights:
+            return
+        offsets, end = [], 0
+        for weight in weights:
+            offsets.append(end)
+            end = align(end + weight.nbytes(self._dtype), ALIGNMENT)
+        buffer = store.allocate(end, f"weights of {layer.name}")
+        for weight, offset in zip(weights, offsets, strict=True):
+            view = tensor_at(buffer, offset, weight.shape, self._dtype)
+            view.copy_(self._checkpoint.read(weight, self._dtype))
+            self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
+
+    def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
+        elsewhere = []
+        for weight in weights:
+            extent = self._checkpoint.extent(weight)
+            # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
+            if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
+                self._by_key[weight.key] = extent
+            else:
+                elsewhere.append(weight)
+        if elsewhere:
+            self._by_key |= self._write(layer, elsewhere)
+
+    def _write(self, layer: Layer, weights: Sequence[WeightSpec]) -> dict[str, Extent]:
+        """Extents of weights whose bytes lie in no file as they are needed."""
+        name = self._file_name(layer, weights)
+        path = self._disk.published(name)
+        if path is None:
+            nbytes = sum(weight.nbytes(self._dtype) for weight in weights)
+            if self._disk.free < nbytes:
+                raise CapacityError(
+                    f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, which has "
+                    f"{format_bytes(self._disk.free)} free: give another offload_dir or a smaller disk share"
+                )
+
+            def write(file: BinaryIO) -> None:
+                tensors = {weight.key: self._checkpoint.read(weight, self._dtype) for weight in weights}
+                file.write(safetensors.torch.save(tensors))
+
+            path = self._disk.publish(name, write)
+            logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)
+        entries = read_header(path)
+        extents = {}
+        for weight in weights:
+            entry = entries[weight.key]
+            extents[weight.key] = Extent(path, entry.offset, entry.nbytes, self._dtype, entry.shape)
+        return extents
+
+    def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
+        """Names the content: another checkpoint, dtype or choice of weights makes another file."""
+        parts = [self._checkpoint.identity, str(self._dtype)]
+        parts += [f"{weight.key} {weight.shape}" for weight in weights]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return f"{layer.spec.name.strip('/').replace('/', '--')}/{layer.name}-{digest}.safetensors"

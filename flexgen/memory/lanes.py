@@ -1,0 +1,282 @@
+"""Lanes: what is submitted to one runs in order, and each submission hands back a `Done`.
+
+Where work only enqueues on a stream (copies from pinned memory, kernels) a lane is a CUDA stream, issued
+inline with events between lanes. Where work blocks the host (disk, copies of pageable memory, host
+arithmetic) it is a thread. Where nothing runs beside it, it is the caller itself. There is no device-wide
+synchronisation: a job waits for the jobs it was told to wait for, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import _thread
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from flexgen.errors import LaneError
+from flexgen.schedule import Step
+from flexgen.trace import Event, LaneName
+
+Job = Callable[[], object]
+
+
+class Cancelled(Exception):
+    """A job was dropped because an earlier one failed or the caller gave up."""
+
+
+class Done(Protocol):
+    """The end of one job."""
+
+    def wait(self) -> None:
+        """Block the host until the job has ended. Raises LaneError if it (or what it needed) failed."""
+
+    def precede(self, stream: Any) -> None:
+        """Make a CUDA stream wait for the job, without blocking the host where that is possible."""
+
+
+def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
+    """A LaneError that names the step; what comes from an earlier step keeps the name it has."""
+    if isinstance(cause, LaneError):
+        return cause
+    error = LaneError(
+        f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch} "
+        f"failed on lane {lane}: {type(cause).__name__}: {cause}"
+    )
+    error.__cause__ = cause
+    return error
+
+
+class Lane(ABC):
+    """One resource that serves its jobs in the order of their submission."""
+
+    def __init__(self, name: LaneName) -> None:
+        self.name = name
+
+    @abstractmethod
+    def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
+        """Queue `job` behind `after`; `step` names it in the trace and in errors. Never raises for the
+        job: its failure is told by the Done."""
+
+    @abstractmethod
+    def take_events(self, origin: float) -> list[Event]:
+        """The events since the last call, once idle; seconds count from `origin` (time.perf_counter)."""
+
+    def cancel(self) -> None:  # noqa: B027 (not every lane has something to do here)
+        """From now on, drop queued jobs instead of running them (until `drain`)."""
+
+    def drain(self) -> None:  # noqa: B027 (not every lane has something to do here)
+        """Wait until the lane is idle, so that no job touches a buffer afterwards. Does not raise."""
+
+    def close(self) -> None:  # noqa: B027 (not every lane has something to do here)
+        """Free the thread or stream."""
+
+
+class HostDone:
+    """The end of a job that a host thread runs. A bare lock: thousands are made per generated token."""
+
+    __slots__ = ("_error", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
+        self._lock.acquire()
+        self._error: BaseException | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self._error = error
+        self._lock.release()
+
+    def wait(self) -> None:
+        with self._lock:  # taken and given back: free for the next one who waits
+            pass
+        if self._error is not None:
+            raise self._error
+
+    def precede(self, stream: Any) -> None:
+        self.wait()
+
+
+class InlineLane(Lane):
+    """Runs each job at once, in the thread that submits it: no thread hop where nothing runs beside it."""
+
+    def __init__(self, name: LaneName) -> None:
+        super().__init__(name)
+        self._events: list[Event] = []
+
+    def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
+        done = HostDone()
+        try:
+            for other in after:
+                other.wait()
+            start = time.perf_counter()
+            job()
+            self._events.append(Event(step, self.name, start, time.perf_counter()))
+        except Exception as error:
+            done.finish(failure(step, self.name, error))
+        else:
+            done.finish()
+        return done
+
+    def take_events(self, origin: float) -> list[Event]:
+        taken, self._events = self._events, []
+        return [Event(s, lane, a - origin, b - origin) for s, lane, a, b in taken]
+
+
+class ThreadLane(Lane):
+    """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit."""
+
+    def __init__(self, name: LaneName) -> None:
+        super().__init__(name)
+        self._events: list[Event] = []
+        # A job with its waits, a mark that tells when the queue has been served, or the end.
+        self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
+        self._queue = queue.SimpleQueue()
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._serve, name=f"flexgen-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
+        done = HostDone()
+        self._queue.put((job, after, step, done))
+        return done
+
+    def _serve(self) -> None:
+        with torch.inference_mode():  # the mode belongs to a thread, not to the process
+            while (item := self._queue.get()) is not None:
+                if isinstance(item, HostDone):
+                    item.finish()
+                else:
+                    self._run(*item)
+                del item  # no buffer is held while the lane is idle
+
+    def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
+        try:
+            for other in after:
+                other.wait()
+            if self._cancelled:
+                raise Cancelled("an earlier step failed, or the caller gave up")
+            start = time.perf_counter()
+            job()
+            self._events.append(Event(step, self.name, start, time.perf_counter()))
+        except BaseException as error:  # whatever it is, the one who waits must hear of it
+            done.finish(failure(step, self.name, error))
+        else:
+            done.finish()
+
+    def take_events(self, origin: float) -> list[Event]:
+        taken, self._events = self._events, []
+        return [Event(s, lane, a - origin, b - origin) for s, lane, a, b in taken]
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def drain(self) -> None:
+        served = HostDone()
+        self._queue.put(served)
+        served.wait()
+        self._cancelled = False
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+
+class EventDone:
+    """The end of a job on a CUDA stream."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def precede(self, stream: Any) -> None:
+        stream.wait_event(self._event)
+
+
+class StreamLane(Lane):
+    """A CUDA stream. Jobs only enqueue, so they are issued inline; events order lanes on the device.
+
+    The host blocks only for a job of a thread lane, which has no event to wait for.
+    """
+
+    def __init__(self, name: LaneName, device: torch.device) -> None:
+        super().__init__(name)
+        self.stream = torch.cuda.Stream(device)
+        self._pending: list[tuple[Step, torch.cuda.Event, torch.cuda.Event]] = []
+        self._origin_event = torch.cuda.Event(enable_timing=True)
+        self._origin_event.record(self.stream)
+        self._origin_event.synchronize()
+        self._origin = time.perf_counter()
+
+    def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
+        try:
+            for other in after:
+                other.precede(self.stream)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.stream(self.stream):
+                start.record()
+                job()
+                end.record()
+        except Exception as error:
+            done = HostDone()
+            done.finish(failure(step, self.name, error))
+            return done
+        self._pending.append((step, start, end))
+        return EventDone(end)
+
+    def take_events(self, origin: float) -> list[Event]:
+        taken, self._pending = self._pending, []
+        shift = self._origin - origin
+
+        def seconds(event: torch.cuda.Event) -> float:
+            return shift + self._origin_event.elapsed_time(event) / 1e3
+
+        return [Event(step, self.name, seconds(start), seconds(end)) for step, start, end in taken]
+
+    def drain(self) -> None:
+        self.stream.synchronize()
+
+
+class Lanes(Mapping[LaneName, Lane]):
+    """The lanes of one compute device. Two names may share a lane where one resource serves both."""
+
+    def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
+        self._lanes = dict(lanes)
+
+    def __getitem__(self, name: LaneName) -> Lane:
+        return self._lanes[name]
+
+    def __iter__(self) -> Iterator[LaneName]:
+        return iter(self._lanes)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def _distinct(self) -> Iterable[Lane]:
+        return {id(lane): lane for lane in self._lanes.values()}.values()
+
+    def stop(self, cancel: bool) -> None:
+        """Wait until every lane is idle; with `cancel`, what has not begun is dropped."""
+        if cancel:
+            for lane in self._distinct():
+                lane.cancel()
+        for lane in self._distinct():
+            lane.drain()
+
+    def take_events(self, origin: float) -> list[Event]:
+        """Events of all lanes since the last call, by their start."""
+        events = [event for lane in self._distinct() for event in lane.take_events(origin)]
+        return sorted(events, key=lambda event: event.start)
+
+    def close(self) -> None:
+        self.stop(cancel=True)
+        for lane in self._distinct():
+            lane.close()
+        self._lanes.clear()

@@ -1,0 +1,60 @@
+"""The machine a model is opened on: its compute device and the stores of the three tiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexgen.memory.cpu import HostStore, available_bytes
+from flexgen.memory.disk import DiskIO, DiskStore
+from flexgen.memory.gpu import ComputeDevice, open_device
+from flexgen.memory.store import Store
+from flexgen.policy import Tier
+
+_RESERVE = 0.95
+"""Share of the host memory that is free now which a plan may use: the process itself needs some too."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every part of a call draws its memory from. Closing it frees files, threads and pinned memory."""
+
+    device: ComputeDevice
+    host: Store
+    disk: DiskStore
+    io: DiskIO
+
+    @classmethod
+    def open(
+        cls,
+        device: str | torch.device | ComputeDevice,
+        offload_dir: str | Path | None = None,
+        pin: bool = True,
+    ) -> Machine:
+        """`offload_dir` holds what is kept on disk; without one a temporary directory is made when needed."""
+        compute = open_device(device)
+        # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
+        host = (
+            compute.memory
+            if compute.shares_host_memory
+            else HostStore(Tier.CPU, pin=pin and compute.pinnable)
+        )
+        io = DiskIO(bandwidth=compute.disk_bandwidth)
+        return cls(compute, host, DiskStore(Path(offload_dir) if offload_dir else None, io), io)
+
+    def limits(self) -> dict[Tier, int | None]:
+        """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
+        left = None if self.device.shares_host_memory else self.device.available_bytes()
+        return {
+            Tier.GPU: None if left is None else left + self.device.memory.used,
+            Tier.CPU: int(available_bytes() * _RESERVE) + self.host.used,
+            Tier.DISK: self.disk.free + self.disk.used,
+        }
+
+    def close(self) -> None:
+        self.device.memory.close()
+        self.host.close()
+        self.disk.close()
+        self.io.close()

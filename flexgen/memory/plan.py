@@ -1,0 +1,266 @@
+"""The memory plan: how many bytes each tier must hold, computed once from layers, policy and workload.
+
+The feasibility check, the buffers that are allocated, the report and the cost model all read it, so what was
+promised is what is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from flexgen.memory.disk import BLOCK
+from flexgen.memory.placement import Placement
+from flexgen.memory.weights import SlotSizes, slot_sizes
+from flexgen.models import Layer, ModelSpec
+from flexgen.policy import Policy, Tier
+from flexgen.units import MIB, align, format_bytes
+from flexgen.workload import Workload
+
+SLOTS = 2
+"""Buffers of each kind: one in use, one on its way."""
+
+_MEMORY_PAGE_TOKENS = 128
+_DISK_PAGE_TOKENS = 16, 128
+_DISK_PAGE_BYTES = 1 * MIB
+
+
+@dataclass(frozen=True)
+class CacheSegment:
+    """The KV cache of some rows of one batch in one layer: pages of (2, rows, kv_heads, tokens, head_dim).
+
+    A page is contiguous, whatever part of it is filled: it is attended where it lies, and it moves as one
+    block. `on_device`: attended by the compute device, otherwise by the host. `resident`: it lives where it
+    is attended, so that it never moves.
+    """
+
+    tier: Tier
+    rows: range
+    on_device: bool
+    resident: bool
+    pages: int
+    page_tokens: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int, int]:
+        return 2, len(self.rows), self.kv_heads, self.page_tokens, self.head_dim
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes from one page to the next: whole disk blocks."""
+        return align(math.prod(self.page_shape) * self.dtype.itemsize, BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def token_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of `tokens` tokens of all rows, without padding."""
+        return 2 * len(self.rows) * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
+
+
+def cache_segments(
+    spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, shares_host_memory: bool
+) -> tuple[CacheSegment, ...]:
+    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows."""
+    segments = []
+    for tier, part in policy.cache.rows(rows).items():
+        if not part:
+            continue
+        on_device = tier is Tier.GPU or shares_host_memory or policy.attend_on == "gpu"
+        resident = tier is Tier.GPU or (tier is Tier.CPU and (shares_host_memory or not on_device))
+        page_tokens = _MEMORY_PAGE_TOKENS
+        if tier is Tier.DISK:
+            token = 2 * len(part) * spec.kv_size * dtype.itemsize
+            least, most = _DISK_PAGE_TOKENS
+            page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
+        pages = -(-capacity // page_tokens)
+        page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
+        segments.append(
+            CacheSegment(
+                tier, part, on_device, resident, pages, page_tokens, spec.num_kv_heads, spec.head_dim, dtype
+            )
+        )
+    return tuple(segments)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one class of data takes on a tier, and in what role."""
+
+    tier: Tier
+    what: str  # weights, cache, activations
+    role: str  # home, slots, staging, workspace
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All needs of one call, and the sizes of the weight slots among them."""
+
+    needs: tuple[Need, ...]
+    weight_slots: SlotSizes
+
+    def on(self, tier: Tier, what: str | None = None) -> int:
+        """Bytes on `tier`, of one class or of all."""
+        return sum(n.nbytes for n in self.needs if n.tier is tier and what in (None, n.what))
+
+    @property
+    def by_tier(self) -> dict[Tier, int]:
+        return {tier: self.on(tier) for tier in Tier}
+
+    def shortage(self, limits: Mapping[Tier, int | None]) -> str:
+        """Which tier's needs exceed its limit (bytes, None for no limit), by how much and for what; "" if none.
+
+        Weights on disk are left out: they are files that exist already, or are checked when they are written.
+        """
+        for tier in Tier:
+            counted = [n for n in self.needs if n.tier is tier and (tier, n.what) != (Tier.DISK, "weights")]
+            total, limit = sum(need.nbytes for need in counted), limits.get(tier)
+            if limit is None or total <= limit:
+                continue
+            largest = sorted((n for n in counted if n.nbytes), key=lambda need: -need.nbytes)
+            parts = ", ".join(f"{n.what} {n.role} {format_bytes(n.nbytes)}" for n in largest)
+            in_all = ", ".join(f"{t} {format_bytes(count)}" for t, count in self.by_tier.items())
+            return (
+                f"the policy needs {format_bytes(total)} on the {tier} tier, which has {format_bytes(limit)} "
+                f"({parts}); in all it needs {in_all}"
+            )
+        return ""
+
+
+def plan_memory(
+    layers: Sequence[Layer],
+    placement: Placement,
+    policy: Policy,
+    dtype: torch.dtype,
+    shares_host_memory: bool,
+    workload: Workload | None = None,
+    all_logits: bool = False,
+) -> MemoryPlan:
+    """The plan of one call, or of the weights alone without a workload.
+
+    `all_logits`: the head computes every position of the prompt, and the result is kept in host memory.
+
+    Where the compute device shares host memory, what a policy puts on the GPU tier takes bytes of the CPU tier.
+    """
+    sizes = slot_sizes(layers, placement, dtype, shares_host_memory)
+    needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
+    needs.append(Need(Tier.GPU, "weights", "slots", SLOTS * sizes.device))
+    needs.append(Need(Tier.CPU, "weights", "staging", SLOTS * sizes.staging))
+    if workload is not None:
+        spec = layers[0].spec
+        batches = batch_sizes(policy, workload.num_prompts)
+        for rows in batches:
+            needs += _cache_homes(layers, spec, policy, rows, workload, dtype, shares_host_memory)
+            needs += _activation_homes(spec, policy, rows, workload, dtype)
+        # One set of slots serves every batch: each as large as the batch that needs most of it.
+        largest: dict[tuple[Tier, str, str], int] = {}
+        for rows in set(batches):
+            in_flight = _in_flight(layers, policy, rows, workload, dtype, shares_host_memory, all_logits)
+            for key, nbytes in _summed(in_flight):
+                largest[key] = max(largest.get(key, 0), nbytes)
+        needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
+        if all_logits:
+            logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
+            needs.append(Need(Tier.CPU, "activations", "home", logits))
+    if shares_host_memory:
+        needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
+    return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
+
+
+def _summed(needs: Iterable[Need]) -> Iterable[tuple[tuple[Tier, str, str], int]]:
+    totals: dict[tuple[Tier, str, str], int] = {}
+    for need in needs:
+        key = need.tier, need.what, need.role
+        totals[key] = totals.get(key, 0) + need.nbytes
+    return totals.items()
+
+
+def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
+    """Rows of each GPU batch of a block; the last batch takes what is left."""
+    prompts = min(num_prompts, policy.block_size)
+    full, rest = divmod(prompts, policy.gpu_batch_size)
+    return [policy.gpu_batch_size] * full + ([rest] if rest else [])
+
+
+def _cache_homes(
+    layers: Sequence[Layer],
+    spec: ModelSpec,
+    policy: Policy,
+    rows: int,
+    workload: Workload,
+    dtype: torch.dtype,
+    shared: bool,
+) -> list[Need]:
+    cached = sum(layer.has_cache for layer in layers)
+    needs = []
+    for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
+        needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
+        if segment.tier is Tier.DISK:  # the page that is being filled
+            needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))
+    return needs
+
+
+def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the hidden states of `tokens` tokens of `rows` prompts, in whole disk blocks."""
+    return align(rows * tokens * spec.hidden_size * dtype.itemsize, BLOCK)
+
+
+def _activation_homes(
+    spec: ModelSpec, policy: Policy, rows: int, workload: Workload, dtype: torch.dtype
+) -> list[Need]:
+    return [
+        Need(tier, "activations", "home", activation_bytes(spec, len(part), workload.prompt_len, dtype))
+        for tier, part in policy.activations.rows(rows).items()
+        if part
+    ]
+
+
+def _in_flight(
+    layers: Sequence[Layer],
+    policy: Policy,
+    rows: int,
+    workload: Workload,
+    dtype: torch.dtype,
+    shared: bool,
+    all_logits: bool,
+) -> list[Need]:
+    """Slots, staging and workspace while a batch of `rows` is computed."""
+    needs = []
+    spec = layers[0].spec
+    prompt = workload.prompt_len
+    for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
+        if segment.tier is Tier.DISK:
+            needs.append(Need(Tier.CPU, "cache", "slots", SLOTS * segment.nbytes))
+        if segment.on_device and not segment.resident and not shared:
+            needs.append(Need(Tier.GPU, "cache", "slots", SLOTS * segment.nbytes))
+        if not segment.on_device:
+            exchange = 2 * (spec.num_heads + spec.num_kv_heads) * len(segment.rows) * spec.head_dim
+            needs.append(Need(Tier.CPU, "cache", "staging", exchange * dtype.itemsize))
+        if segment.tier is not Tier.GPU and not shared:
+            fresh = segment.token_bytes(prompt)
+            needs.append(Need(Tier.CPU, "cache", "staging", SLOTS * align(fresh, BLOCK)))
+            needs.append(Need(Tier.GPU, "cache", "workspace", SLOTS * fresh))
+    parts = policy.activations.rows(rows)
+    from_disk = activation_bytes(spec, len(parts[Tier.DISK]), prompt, dtype)
+    needs.append(Need(Tier.CPU, "activations", "staging", 2 * SLOTS * from_disk))
+    if not shared:
+        moved = activation_bytes(spec, rows - len(parts[Tier.GPU]), prompt, dtype)
+        needs.append(Need(Tier.GPU, "activations", "slots", SLOTS * moved))
+    hidden = activation_bytes(spec, rows, prompt, dtype)
+    # Layers are asked about the prefill and about the last token; the head takes one position of each row.
+    steps = [(prompt, prompt), (1, workload.capacity)]
+    workspace = max(
+        layer.workspace_bytes(rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype)
+        for layer in layers
+        for seq, context in steps
+    )
+    needs.append(Need(Tier.GPU, "activations", "workspace", workspace + SLOTS * hidden))
+    return needs

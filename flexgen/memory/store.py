@@ -1,0 +1,64 @@
+"""Stores: the memory of one tier, handed out as flat byte buffers and counted."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import CapacityError
+from flexgen.policy import Tier
+from flexgen.units import format_bytes
+
+ALIGNMENT = 256
+"""Bytes. Tensors inside a buffer begin at multiples of it, as CUDA's own allocator does."""
+
+
+class Store(ABC):
+    """The memory of one tier. `used` and `peak` count the bytes of live buffers."""
+
+    def __init__(self, tier: Tier, capacity: int | None = None) -> None:
+        self.tier = tier
+        self.capacity = capacity
+        self.used = 0
+        self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def allocate(self, nbytes: int, purpose: str) -> Tensor:
+        """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit."""
+        if self.capacity is not None and self.used + nbytes > self.capacity:
+            raise CapacityError(
+                f"{purpose} needs {format_bytes(nbytes)} on the {self.tier} tier, where "
+                f"{format_bytes(self.used)} of {format_bytes(self.capacity)} are taken: "
+                f"put a smaller share on {self.tier} or use smaller batches"
+            )
+        buffer = self._make(nbytes, purpose)
+        self._live[buffer.data_ptr()] = self._live.get(buffer.data_ptr(), 0) + nbytes
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+        return buffer
+
+    def release(self, buffer: Tensor) -> None:
+        """Give a buffer back. The caller drops its last reference."""
+        self._free(buffer)
+        self.used -= self._live.pop(buffer.data_ptr(), 0)
+
+    @abstractmethod
+    def _make(self, nbytes: int, purpose: str) -> Tensor: ...
+
+    def _free(self, buffer: Tensor) -> None:  # noqa: B027 (most memory is freed with its last reference)
+        pass
+
+    def close(self) -> None:
+        """Forget every buffer."""
+        self._live.clear()
+        self.used = 0
+
+
+def tensor_at(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A typed view of `buffer` (uint8) that begins `offset` bytes in."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return buffer[offset : offset + nbytes].view(dtype).view(tuple(shape))
