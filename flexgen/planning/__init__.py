@@ -1,0 +1,1 @@
+"""Tells what a run will take before it runs."""

@@ -1,0 +1,1 @@
+"""Runs a schedule: the executor, and the state of one call that its steps work on."""

@@ -1,0 +1,179 @@
+"""One call: its blocks of prompts, one after another, through the same buffers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from flexgen.memory.lanes import Lanes
+from flexgen.memory.machine import Machine
+from flexgen.memory.plan import SLOTS, batch_sizes, cache_segments
+from flexgen.memory.transfer import Chains
+from flexgen.memory.weights import WeightSlots
+from flexgen.models import Layer
+from flexgen.policy import Policy
+from flexgen.runtime.activations import Activations
+from flexgen.runtime.executor import Work, execute
+from flexgen.runtime.generation import Generation
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.tokens import Output, Prompts
+from flexgen.schedule import ORDERS, Grid, Op, Step, order_for
+from flexgen.trace import LaneName, Trace
+from flexgen.units import MIB
+from flexgen.workload import Workload
+
+_PIECE_BYTES = 1 * MIB
+"""Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model, ready to run: what every call shares."""
+
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype
+    policy: Policy
+    machine: Machine
+    weights: WeightSlots
+    lanes: Lanes
+    order: str | None = None
+
+
+@dataclass
+class Timing:
+    """Seconds and events of a call. Prefill ends, for each block, when its last first token is known."""
+
+    prefill: float = 0.0
+    total: float = 0.0
+    trace: Trace = field(default_factory=Trace)
+
+    @property
+    def decode(self) -> float:
+        return self.total - self.prefill
+
+
+class Call:
+    """The blocks of one call, one after another.
+
+    For each block: `prepare` its prompts, make an output for them, `run`. Buffers of the cache and of the
+    hidden states are made for the first block and kept for all of its shape.
+    """
+
+    def __init__(self, model: Model, workload: Workload, pad_id: int) -> None:
+        self._model = model
+        self._workload = workload
+        self._pad_id = pad_id
+        self._batches: list[int] = []
+        self._prompts: Prompts | None = None
+        self._cache: KVCache | None = None
+        self._activations: Activations | None = None
+        self._began = 0.0
+        self.timing = Timing()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._free_prompts()
+        self._free_buffers()
+
+    def prepare(self, prompts: Sequence[np.ndarray]) -> Prompts:
+        """Take the prompts of the next block, at most the policy's block size."""
+        self._began = time.perf_counter()
+        self._free_prompts()
+        batches = batch_sizes(self._model.policy, len(prompts))
+        if batches != self._batches:
+            self._free_buffers()
+            self._make_buffers(batches)
+        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine)
+        return self._prompts
+
+    def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
+        """Generate `tokens` tokens for the prepared prompts, fewer if all rows stop; `output` has the result."""
+        generation = self._generation(prompts, tokens, output)
+        offset = self.timing.total + time.perf_counter() - self._began
+        trace = execute(self._steps(generation.grid), generation.grid, generation, self._model.lanes)
+        last = len(self._model.layers) - 1
+        first_tokens = [
+            e.end
+            for e in trace.events
+            if (e.step.op, e.step.token, e.step.layer) == (Op.STORE_HIDDEN, 0, last)
+        ]
+        self.timing.prefill += offset - self.timing.total + max(first_tokens)
+        self.timing.trace.extend(trace.events, offset)
+        self.timing.total += time.perf_counter() - self._began
+
+    def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> float:
+        """Seconds that `lane` works on the prepared block when nothing else runs.
+
+        The prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
+        lies between them grows evenly, so that their mean stands for it. The results are meaningless.
+        """
+        sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
+        generation = self._generation(prompts, tokens, output)
+        grid = replace(generation.grid, tokens=len(sampled))
+        trace = execute(self._steps(grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes)
+        seconds = [0.0] * len(sampled)
+        for event in trace.events:
+            seconds[event.step.token] += event.end - event.start
+        later = seconds[1:]
+        return seconds[0] + (sum(later) / len(later) * (tokens - 1) if later else 0.0)
+
+    def _generation(self, prompts: Prompts, tokens: int, output: Output) -> Generation:
+        assert self._cache is not None and self._activations is not None, "prepare comes before run"
+        model, batches = self._model, len(self._batches)
+        moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
+        pieces = max(min(batches, moved // _PIECE_BYTES), 1)
+        grid = Grid(tokens, len(model.layers), batches, pieces, model.weights.count, SLOTS)
+        return Generation(grid, model.layers, model.weights, prompts, self._cache, self._activations, output)
+
+    def _steps(self, grid: Grid) -> Iterator[Step]:
+        name = self._model.order or order_for(self._model.policy.overlap, grid.batches)
+        return ORDERS[name](grid)
+
+    def _make_buffers(self, batches: list[int]) -> None:
+        model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
+        shared = model.machine.device.shares_host_memory
+        segments = [
+            cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, shared)
+            for rows in batches
+        ]
+        cached = [j for j, layer in enumerate(model.layers) if layer.has_cache]
+        self._batches = batches
+        self._cache = KVCache(cached, segments, prompt_len, spec.num_heads, model.machine)
+        self._activations = Activations(spec, model.policy, batches, prompt_len, model.dtype, model.machine)
+
+    def _free_buffers(self) -> None:
+        self._batches = []
+        for buffers in (self._cache, self._activations):
+            if buffers is not None:
+                buffers.close()
+        self._cache = self._activations = None
+
+    def _free_prompts(self) -> None:
+        if self._prompts is not None:
+            self._prompts.close()
+            self._prompts = None
+
+
+class _LaneAlone:
+    """The part of a generation that one lane does, at some of its tokens."""
+
+    can_finish = False
+
+    def __init__(self, work: Work, lane: LaneName, tokens: Sequence[int]) -> None:
+        self._work = work
+        self._lane = lane
+        self._tokens = tokens
+
+    def chains(self, step: Step) -> Chains:
+        chains = self._work.chains(step._replace(token=self._tokens[step.token]))
+        alone = (tuple(stage for stage in chain if stage.lane is self._lane) for chain in chains)
+        return tuple(chain for chain in alone if chain)
+
+    def finished(self, token: int) -> bool:
+        return False

@@ -1,0 +1,106 @@
+"""The only loop: issues the steps of a schedule to lanes, in order, each behind what it needs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from flexgen.memory.lanes import Done, Lanes
+from flexgen.memory.transfer import Chains
+from flexgen.schedule import Grid, Op, Step, needs
+from flexgen.trace import Trace
+
+_WINDOW = 256
+"""Steps that may be issued ahead of what has been done: bounds memory and keeps Ctrl-C quick."""
+
+
+class Work(Protocol):
+    """What the steps of a schedule do."""
+
+    def chains(self, step: Step) -> Chains:
+        """The work of a step; nothing where what it is for is already in place."""
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether generation may end before the last token, so that each token's end is worth a wait."""
+
+    def finished(self, token: int) -> bool:
+        """Whether generation ends with token `token`, which is known for every row of the block."""
+
+
+def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trace:
+    """Run a schedule and return its trace, in seconds since the call.
+
+    Steps go to their lanes in the order of the schedule, and lanes serve in order, so a schedule that
+    `schedule.check` accepts cannot deadlock. Raises LaneError, with its cause, if a step fails; by then no
+    lane touches a buffer any more, which holds for Ctrl-C too.
+    """
+    origin = time.perf_counter()
+    run = _Run(grid, work, lanes)
+    completed = False
+    try:
+        for step in steps:
+            if run.at_end(step):
+                break
+            run.issue(step)
+        run.wait()
+        completed = True
+    finally:
+        lanes.stop(cancel=not completed)
+    return Trace(lanes.take_events(origin))
+
+
+class _Run:
+    """What has been issued so far."""
+
+    def __init__(self, grid: Grid, work: Work, lanes: Lanes) -> None:
+        self._grid = grid
+        self._work = work
+        self._lanes = lanes
+        self._done: dict[Step, tuple[Done, ...]] = {}
+        self._pending: deque[tuple[Done, ...]] = deque()
+        self._token = 0  # the latest token whose predecessors are over
+
+    def issue(self, step: Step) -> None:
+        after = tuple({id(d): d for needed in needs(step, self._grid) for d in self._done[needed]}.values())
+        ends: list[Done] = []
+        for chain in self._work.chains(step):
+            waits = after
+            for lane, job in chain:
+                waits = (self._lanes[lane].submit(job, waits, step),)
+            ends += waits
+        # A step without work is done when what it needs is done.
+        self._done[step] = tuple(ends) or after
+        if ends:
+            self._pending.append(tuple(ends))
+            if len(self._pending) > _WINDOW:
+                _wait_all(self._pending.popleft())
+
+    def at_end(self, step: Step) -> bool:
+        """At the first computation of a token: whether the token before it was the last."""
+        if step.op is not Op.COMPUTE or step.token <= self._token:
+            return False
+        before, head = step.token - 1, self._grid.layers - 1
+        stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
+        if any(store not in self._done for store in stores):
+            return False  # an order that is still busy with the token before: ask again later
+        self._token = step.token
+        # No step needs what is further back than its slots.
+        oldest = before - max(self._grid.weight_slots, self._grid.cell_slots)
+        self._done = {old: done for old, done in self._done.items() if old.token >= oldest}
+        if not self._work.can_finish:
+            return False
+        for store in stores:
+            _wait_all(self._done[store])
+        return self._work.finished(before)
+
+    def wait(self) -> None:
+        while self._pending:
+            _wait_all(self._pending.popleft())
+
+
+def _wait_all(dones: Iterable[Done]) -> None:
+    for done in dones:
+        done.wait()

@@ -1,0 +1,375 @@
+"""The KV cache of one block: where keys and values live, how they travel, and where they are attended.
+
+Each batch of each attention layer has one `_Part` for every `CacheSegment` of its rows. A resident part is
+attended where it lies. The others come, page by page, into one of a few slots: in device memory, or in host
+memory for rows on disk. New keys and values leave by the chains of `store`, so that a later token finds them.
+
+A part on disk grows through its tail, the page that is being filled, which stays in host memory: the file
+only ever sees whole pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexgen.memory.disk import Read, Write
+from flexgen.memory.machine import Machine
+from flexgen.memory.plan import SLOTS, CacheSegment
+from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.transfer import Chain, Chains, Stage
+from flexgen.models.ops import causal_attention, decode_attention
+from flexgen.policy import Tier
+from flexgen.trace import LaneName
+
+Page = tuple[Tensor, Tensor]
+"""Keys and values, each (rows, kv_heads, page_tokens, head_dim)."""
+
+
+def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
+    """The pages of `segment` that lie in `buffer` (bytes)."""
+    starts = range(0, buffer.numel() - segment.page_bytes + 1, segment.page_bytes)
+    both = [tensor_at(buffer, start, segment.page_shape, segment.dtype) for start in starts]
+    return [(page[0], page[1]) for page in both]
+
+
+def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
+    """Write k and v (rows, kv_heads, tokens, head_dim) into the pages, from token `position` on."""
+    page_tokens, tokens, done = pages[0][0].shape[2], k.shape[2], 0
+    while done < tokens:
+        page, begin = divmod(position + done, page_tokens)
+        count = min(page_tokens - begin, tokens - done)
+        for target, source in zip(pages[page], (k, v), strict=True):
+            target[:, :, begin : begin + count] = source[:, :, done : done + count]
+        done += count
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached ones."""
+
+    length: int
+    new: int
+
+    def whole_pages(self, page_tokens: int) -> int:
+        """Pages that lie whole before the one that takes the last new token."""
+        return (self.length or self.new) // page_tokens
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Left padding of a batch: how many positions before each row's first token."""
+
+    starts: tuple[int, ...]
+    on_device: Tensor
+    on_host: Tensor
+
+    @property
+    def any(self) -> bool:
+        return any(self.starts)
+
+    def of(self, rows: range, device: torch.device) -> Tensor | None:
+        """(rows,) for attention on `device`, or None without padding."""
+        if not self.any:
+            return None
+        return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The cache of one segment of one batch in one layer, at home."""
+
+    segment: CacheSegment
+    home: Tensor | None = None  # bytes, in the GPU or CPU tier
+    pages: tuple[Page, ...] = ()
+    file: tuple[Path, int] | None = None  # in the disk tier: the file, and where the part begins
+    tail: Tensor | None = None
+    tail_page: tuple[Page, ...] = ()
+
+
+class _Slot:
+    """Buffers that one cell uses while its cache is on its way; views depend on the segment."""
+
+    def __init__(self, device: Tensor | None, host: Tensor | None, fresh: Tensor | None) -> None:
+        self.device = device
+        self.host = host
+        self.fresh = fresh
+        self.new: tuple[Tensor, Tensor] | None = None  # k, v on the device, until they are stored
+        self._pages: dict[tuple[int, CacheSegment], list[Page]] = {}
+
+    def pages(self, buffer: Tensor, segment: CacheSegment) -> list[Page]:
+        key = buffer.data_ptr(), segment
+        if key not in self._pages:
+            self._pages[key] = pages_in(buffer[: segment.nbytes], segment)
+        return self._pages[key]
+
+
+class KVCache:
+    """Keys and values of `batches` (the segments of each batch) in the layers at `layers`."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        batches: Sequence[Sequence[CacheSegment]],
+        prompt_len: int,
+        heads: int,
+        machine: Machine,
+    ) -> None:
+        self._device = machine.device
+        self._shared = machine.device.shares_host_memory
+        self._host = machine.host
+        self._disk = machine.disk
+        self._io = machine.io
+        self._owned: list[tuple[Store, Tensor]] = []
+        self._files: list[Path] = []
+        self._parts: dict[tuple[int, int], list[_Part]] = {
+            (j, k): [] for j in layers for k in range(len(batches))
+        }
+        for batch, segments in enumerate(batches):
+            for segment in segments:
+                for layer, part in zip(layers, self._make_parts(segment, len(layers)), strict=True):
+                    self._parts[layer, batch].append(part)
+        every = [segment for segments in batches for segment in segments]
+        self._slots = {
+            tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(SLOTS)]
+            for tier in {segment.tier for segment in every}
+        }
+        attended_on_host = {segment.tier for segment in every if not segment.on_device}
+        self._exchange = {
+            tier: self._make_exchange([s for s in every if s.tier is tier], heads)
+            for tier in attended_on_host
+        }
+
+    def close(self) -> None:
+        """Give back all memory and files."""
+        for store, buffer in self._owned:
+            store.release(buffer)
+        for path in self._files:
+            self._io.forget(path)
+            self._disk.release(path)
+        self._owned.clear()
+        self._files.clear()
+
+    # Buffers
+
+    def _take(self, store: Store, nbytes: int, purpose: str) -> Tensor:
+        buffer = store.allocate(nbytes, purpose)
+        self._owned.append((store, buffer))
+        return buffer
+
+    def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[_Part]:
+        if segment.tier is Tier.DISK:
+            path = self._disk.scratch(f"cache-{len(self._files)}", layers * segment.nbytes)
+            self._files.append(path)
+            tails = self._take(self._host, layers * segment.page_bytes, "tails of the KV cache on disk")
+            for n, tail in enumerate(tails.split(segment.page_bytes)):
+                place = (path, n * segment.nbytes)
+                yield _Part(segment, file=place, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+            return
+        store = self._device.memory if segment.tier is Tier.GPU else self._host
+        homes = self._take(store, layers * segment.nbytes, "KV cache")
+        for home in homes.split(segment.nbytes):
+            yield _Part(segment, home=home, pages=tuple(pages_in(home, segment)))
+
+    def _make_slot(self, segments: Sequence[CacheSegment], prompt_len: int) -> _Slot:
+        """Buffers for the parts of one tier: each as large as the largest batch needs it."""
+        largest = max(segment.nbytes for segment in segments)
+        tier, on_device, resident = segments[0].tier, segments[0].on_device, segments[0].resident
+        in_device = on_device and not resident and not self._shared
+        fresh = max(segment.token_bytes(prompt_len) for segment in segments)
+        return _Slot(
+            device=self._take(self._device.memory, largest, "slots of the KV cache") if in_device else None,
+            host=self._take(self._host, largest, "slots of the KV cache") if tier is Tier.DISK else None,
+            fresh=None
+            if self._shared or tier is Tier.GPU
+            else self._take(self._host, fresh, "staging of the KV cache"),
+        )
+
+    def _make_exchange(self, segments: Sequence[CacheSegment], heads: int) -> tuple[Tensor, Tensor]:
+        """Where queries, keys and values reach the host, and its answer leaves, when the host attends."""
+        head_bytes = max(len(s.rows) * s.head_dim * s.dtype.itemsize for s in segments)
+        sizes = (heads + 2 * segments[0].kv_heads) * head_bytes, heads * head_bytes
+        asked, answered = (self._take(self._host, n, "staging of attention on the host") for n in sizes)
+        return asked, answered
+
+    # Travel
+
+    def load(self, layer: int, batch: int, slot: int, length: int) -> Chains:
+        """The work that brings the `length` cached tokens to where they are attended."""
+        if not length:
+            return ()
+        return tuple(
+            chain
+            for part in self._parts[layer, batch]
+            if not part.segment.resident and (chain := self._load(part, slot, length))
+        )
+
+    def _load(self, part: _Part, slot: int, length: int) -> Chain:
+        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
+        whole, rest = divmod(length, segment.page_tokens)
+        nbytes = whole * segment.page_bytes
+        stages: list[Stage] = []
+        sources: list[Tensor] = []
+        if part.home is not None:
+            sources.append(part.home[: nbytes + bool(rest) * segment.page_bytes])
+        elif part.file is not None and buffers.host is not None and part.tail is not None:
+            path, start = part.file
+            if whole:
+                read = Read(path, start, buffers.host[:nbytes])
+                stages.append(Stage(LaneName.DISK_READ, partial(self._io.read, [read])))
+                sources.append(buffers.host[:nbytes])
+            if rest:
+                sources.append(part.tail)
+        if buffers.device is not None:
+            stages.append(Stage(LaneName.TO_DEVICE, partial(self._copy_in, buffers.device, sources)))
+        return tuple(stages)
+
+    def _copy_in(self, target: Tensor, sources: Sequence[Tensor]) -> None:
+        begin = 0
+        for source in sources:
+            self._device.to_device(target[begin : begin + source.nbytes], source)
+            begin += source.nbytes
+
+    def store(self, layer: int, batch: int, slot: int, span: Span) -> Chains:
+        """The work that brings the new keys and values home, after `attend`."""
+        chains = (self._store(part, slot, span) for part in self._parts[layer, batch])
+        return tuple(chain for chain in chains if chain)
+
+    def _store(self, part: _Part, slot: int, span: Span) -> Chain:
+        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
+        stages: list[Stage] = []
+        if buffers.fresh is not None and self._leaves_device(segment, span):
+            stages.append(Stage(LaneName.FROM_DEVICE, partial(self._copy_out, part, buffers, span)))
+            stages.append(Stage(LaneName.HOST, partial(self._put_fresh, part, buffers, span)))
+        if flush := self._flush(part, buffers, span):
+            stages.append(Stage(LaneName.DISK_WRITE, partial(self._io.write, flush)))
+        return tuple(stages)
+
+    def _leaves_device(self, segment: CacheSegment, span: Span) -> bool:
+        """Whether new keys and values are still on a device of its own once they are attended.
+
+        The prompt is always attended there; for a single token the host that attends has got them already.
+        """
+        return not self._shared and segment.tier is not Tier.GPU and (segment.on_device or not span.length)
+
+    def _fresh(self, part: _Part, buffers: _Slot, span: Span) -> tuple[Tensor, Tensor]:
+        assert buffers.fresh is not None
+        segment = part.segment
+        shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.head_dim)
+        both = tensor_at(buffers.fresh, 0, shape, segment.dtype)
+        return both[0], both[1]
+
+    def _copy_out(self, part: _Part, buffers: _Slot, span: Span) -> None:
+        assert buffers.new is not None
+        for target, source in zip(self._fresh(part, buffers, span), buffers.new, strict=True):
+            self._device.from_device(target, source)
+
+    def _put_fresh(self, part: _Part, buffers: _Slot, span: Span) -> None:
+        put(self._working_pages(part, buffers, span), span.length, *self._fresh(part, buffers, span))
+
+    def _working_pages(self, part: _Part, buffers: _Slot, span: Span) -> Sequence[Page]:
+        """Pages in host memory (or at home on the device) that hold the cached tokens and take the new ones."""
+        if buffers.host is None:
+            return part.pages
+        whole = span.whole_pages(part.segment.page_tokens)
+        return [*buffers.pages(buffers.host, part.segment)[:whole], *part.tail_page]
+
+    def _flush(self, part: _Part, buffers: _Slot, span: Span) -> list[Write]:
+        """Pages that became whole, to their file."""
+        if part.file is None or buffers.host is None or part.tail is None:
+            return []
+        (path, start), segment = part.file, part.segment
+        whole = span.whole_pages(segment.page_tokens)
+        if not span.length:
+            return [Write(path, start, buffers.host[: whole * segment.page_bytes])] if whole else []
+        if (span.length + span.new) % segment.page_tokens:
+            return []
+        return [Write(path, start + whole * segment.page_bytes, part.tail)]
+
+    # Attention
+
+    def attend(
+        self,
+        layer: int,
+        batch: int,
+        slot: int,
+        span: Span,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Padding,
+        scale: float,
+    ) -> Tensor:
+        """Attention of the new tokens, whose keys and values are kept; part of the cell's computation.
+
+        q (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), on the compute device, as is
+        the result (rows, heads, new, head_dim).
+        """
+        parts = self._parts[layer, batch]
+        if not span.length:
+            for part in parts:
+                self._keep(part, slot, span, k, v)
+            return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
+        waiting = [self._ask_host(part, q, k, v) for part in parts if not part.segment.on_device]
+        outs: dict[int, Tensor] = {}
+        for part in parts:  # the device's part is only enqueued: it runs while the host attends to its own
+            if part.segment.on_device:
+                pages = self._keep(part, slot, span, k, v)
+                outs[part.segment.rows.start] = self._attend(
+                    part, pages, span, _rows(q, part), padding, scale
+                )
+        for part, answer in zip((p for p in parts if not p.segment.on_device), waiting, strict=True):
+            pages = self._working_pages(part, self._slots[part.segment.tier][slot], span)
+            outs[part.segment.rows.start] = answer(pages, span, padding, scale)
+        ordered = [outs[start] for start in sorted(outs)]
+        return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+    def _keep(self, part: _Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
+        """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
+        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
+        k, v = _rows(k, part), _rows(v, part)
+        if self._leaves_device(segment, span):
+            buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
+            if not span.length or buffers.device is None:
+                return ()
+            pages: Sequence[Page] = buffers.pages(buffers.device, segment)
+        else:
+            pages = self._working_pages(part, buffers, span)
+        put(pages, span.length, k, v)
+        return pages
+
+    def _attend(
+        self, part: _Part, pages: Sequence[Page], span: Span, q: Tensor, padding: Padding, scale: float
+    ) -> Tensor:
+        used = -(-(span.length + span.new) // part.segment.page_tokens)
+        starts = padding.of(part.segment.rows, q.device)
+        return decode_attention(q, pages[:used], span.length + span.new, starts, scale)
+
+    def _ask_host(self, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
+        """Send a part's queries, keys and values to the host; the answer is computed when it is asked for."""
+        inbox, outbox = self._exchange[part.segment.tier]
+        sizes = (q.shape[1], k.shape[1], v.shape[1])
+        asked = torch.cat([_rows(x, part) for x in (q, k, v)], dim=1)
+        there = tensor_at(inbox, 0, asked.shape, asked.dtype)
+        self._device.from_device(there, asked)
+        self._device.wait_for_compute()
+        q_there, k_there, v_there = there.split(sizes, dim=1)
+
+        def answer(pages: Sequence[Page], span: Span, padding: Padding, scale: float) -> Tensor:
+            put(pages, span.length, k_there, v_there)
+            attended = tensor_at(outbox, 0, q_there.shape, q_there.dtype)
+            attended.copy_(self._attend(part, pages, span, q_there, padding, scale))
+            back = torch.empty(attended.shape, dtype=attended.dtype, device=self._device.torch_device)
+            self._device.to_device(back, attended)
+            return back
+
+        return answer
+
+
+def _rows(x: Tensor, part: _Part) -> Tensor:
+    return x[part.segment.rows.start : part.segment.rows.stop]

@@ -1,0 +1,149 @@
+"""What a caller asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from flexgen.errors import RequestError
+from flexgen.models import ModelSpec
+
+IdRows = Sequence[Sequence[int]] | np.ndarray | Tensor
+"""Prompts: a (prompts, prompt_len) array or tensor, or a list of id lists of any lengths."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts without padding, and the width of the array they came in."""
+
+    prompts: tuple[np.ndarray, ...]
+    width: int
+    columns: tuple[np.ndarray, ...]
+    """Where each prompt's ids were in its row."""
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.prompts))
+
+
+def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) -> Request:
+    """Check prompts and free them of their padding.
+
+    Padding is what `attention_mask` (prompts, prompt_len) marks with 0, at either end of a row; without a mask
+    it is what a row of a rectangular array begins with of the model's pad id, unless that id also ends texts.
+
+    Raises RequestError for no prompts, an empty prompt, ids outside the vocabulary, ids that are not whole
+    numbers, and a mask of another shape, with holes, or with an empty row.
+    """
+    rows, rectangular = _rows(inputs)
+    if attention_mask is not None:
+        kept = _unmasked(rows, attention_mask)
+    elif rectangular and spec.pad_token_id is not None and spec.pad_token_id not in spec.eos_token_ids:
+        kept = [np.arange(_leading(row, spec.pad_token_id), len(row)) for row in rows]
+    else:
+        kept = [np.arange(len(row)) for row in rows]
+    prompts = tuple(row[columns] for row, columns in zip(rows, kept, strict=True))
+    for n, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise RequestError(
+                f"prompt {n} is empty: give at least one id (the model's first is often its bos)"
+            )
+        worst = prompt.min() if prompt.min() < 0 else prompt.max()
+        if not 0 <= worst < spec.vocab_size:
+            raise RequestError(
+                f"prompt {n} has id {worst}, the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
+                "was it tokenised for another model?"
+            )
+    return Request(prompts, max(map(len, rows)), tuple(kept))
+
+
+def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
+    if isinstance(inputs, Tensor):
+        inputs = inputs.detach().cpu().numpy()
+    if isinstance(inputs, np.ndarray) and inputs.ndim != 2:
+        raise RequestError(f"prompts have shape {inputs.shape}; they must be (prompts, prompt_len)")
+    if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray):
+        raise RequestError(
+            f"prompts are a {type(inputs).__name__}; give ids: an array, a tensor or a list of lists"
+        )
+    if not len(inputs):
+        raise RequestError("there are no prompts: give at least one")
+    rows = []
+    for n, given in enumerate(inputs):
+        row = np.asarray(given if not isinstance(given, Tensor) else given.cpu())
+        if row.ndim != 1:
+            raise RequestError(
+                f"prompt {n} is {given!r}; it must be a list of ids (wrap one prompt in a list)"
+            )
+        if len(row) and row.dtype.kind not in "iu":
+            raise RequestError(f"prompt {n} holds {row.dtype} values; ids are whole numbers")
+        rows.append(row.astype(np.int64))
+    return rows, isinstance(inputs, np.ndarray) or len({len(row) for row in rows}) == 1
+
+
+def _leading(row: np.ndarray, pad_id: int) -> int:
+    """How many pad ids a row begins with."""
+    other = np.flatnonzero(row != pad_id)
+    return int(other[0]) if len(other) else len(row)
+
+
+def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarray]:
+    if isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask.detach().cpu().numpy()
+    if len(attention_mask) != len(rows):
+        raise RequestError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
+    kept = []
+    for n, (row, given) in enumerate(zip(rows, attention_mask, strict=True)):
+        mask = np.asarray(given)
+        if mask.shape != row.shape:
+            raise RequestError(f"attention_mask row {n} has {len(mask)} entries for {len(row)} ids")
+        columns = np.flatnonzero(mask)
+        if not len(columns):
+            raise RequestError(f"attention_mask row {n} is all zero: the prompt would be empty")
+        if len(columns) != columns[-1] - columns[0] + 1:
+            raise RequestError(f"attention_mask row {n} has a hole: only padding at the ends can be masked")
+        kept.append(columns)
+    return kept
+
+
+def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
+    """Raise RequestError unless `max_new_tokens` is a count and fits behind every prompt."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number >= 1")
+    check_positions(spec, request, max_new_tokens)
+
+
+def check_positions(spec: ModelSpec, request: Request, new_tokens: int) -> None:
+    """Raise RequestError unless every prompt and `new_tokens` more fit the model's positions."""
+    longest = request.longest
+    if longest + new_tokens > spec.max_positions:
+        row = max(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
+        raise RequestError(
+            f"prompt {row} has {longest} ids and {new_tokens} more are asked for: {longest + new_tokens} exceed "
+            f"the {spec.max_positions} positions of {spec.name}. Shorten the prompt or ask for at most "
+            f"{max(spec.max_positions - longest, 0)} new tokens"
+        )
+
+
+def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ...]:
+    """The ids that end a row: `stop`, or the model's own end ids for None; an empty one never stops."""
+    if stop is None:
+        return spec.eos_token_ids
+    ids = (stop,) if isinstance(stop, int | np.integer) else tuple(stop)
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise RequestError(f"stop holds {value!r}; it takes one id, several ids, or () to never stop")
+        if not 0 <= value < spec.vocab_size:
+            raise RequestError(f"stop id {value} is outside the vocabulary, 0 to {spec.vocab_size - 1}")
+    return tuple(int(value) for value in ids)
+
+
+def pad_id(spec: ModelSpec) -> int:
+    """What follows a row that has stopped: the model's pad id, else what ends texts, else 0."""
+    if spec.pad_token_id is not None:
+        return spec.pad_token_id
+    return spec.eos_token_ids[0] if spec.eos_token_ids else 0

@@ -1,0 +1,58 @@
+"""From logits to token ids."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import RequestError
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise RequestError for values that cannot be meant."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"{name} is {value!r}; it must be a number")
+    if not 0 <= temperature < math.inf:  # NaN fails too
+        raise RequestError(
+            f"temperature is {temperature}; it must be finite and >= 0 (0 takes the best token)"
+        )
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise RequestError(f"top_k is {top_k!r}; it must be a whole number >= 0 (0 keeps all)")
+    if not 0 < top_p <= 1:
+        raise RequestError(f"top_p is {top_p}; it must be above 0 and at most 1 (1 keeps all)")
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Token ids (batch,) int64 for logits (batch, vocab).
+
+    Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
+    the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
+    falling probability, is below `top_p` (so the best one always); then one multinomial draw.
+
+    Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    scaled = logits.float() / temperature
+    if 0 < top_k < scaled.shape[-1]:
+        kth = scaled.topk(top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(dim=-1)
+        before = mass.cumsum(dim=-1) - mass
+        ordered = ordered.masked_fill(before >= top_p, -math.inf)
+        # The best token has nothing before it; rounding of the sum must not take it away.
+        ordered[..., 0] = scaled.max(dim=-1).values
+        scaled = torch.full_like(scaled, -math.inf).scatter_(-1, order, ordered)
+    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator).squeeze(-1)

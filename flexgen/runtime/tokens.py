@@ -1,0 +1,202 @@
+"""The ids of one block: what the first layer reads, what the last one adds, and which rows have stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.machine import Machine
+from flexgen.memory.plan import SLOTS
+from flexgen.memory.store import tensor_at
+from flexgen.memory.transfer import Chains, Stage
+from flexgen.runtime.kvcache import Padding
+from flexgen.trace import LaneName
+
+
+class Prompts:
+    """Prompts of one block, left-padded to one width, and the newest id of every row.
+
+    `batches` are the rows of each GPU batch, in order.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        batches: Sequence[int],
+        pad_id: int,
+        machine: Machine,
+    ) -> None:
+        self._device = device = machine.device
+        self._host = machine.host
+        self._rows = [slice(a, b) for a, b in pairwise(accumulate(batches, initial=0))]
+        self.width = max(map(len, prompts))
+        count = len(prompts)
+        item = torch.int64.itemsize
+        self._buffer = machine.host.allocate(count * (self.width + 1) * item, "prompts")
+        self.ids = tensor_at(self._buffer, 0, (count, self.width), torch.int64)
+        self.newest = tensor_at(self._buffer, count * self.width * item, (count,), torch.int64)
+        self.ids.fill_(pad_id)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, self.width - len(prompt) :] = torch.from_numpy(prompt)
+        starts = tuple(self.width - len(prompt) for prompt in prompts)
+        self.padding = [self._padding(starts[rows]) for rows in self._rows]
+        self._slots = [
+            torch.zeros(max(batches) * self.width, dtype=torch.int64, device=device.torch_device)
+            for _ in range(0 if device.shares_host_memory else SLOTS)
+        ]
+
+    def _padding(self, starts: tuple[int, ...]) -> Padding:
+        there = torch.tensor(starts, dtype=torch.int64)
+        return Padding(starts, there.to(self._device.torch_device), there)
+
+    def close(self) -> None:
+        self._host.release(self._buffer)
+
+    def _source(self, token: int, batch: int) -> Tensor:
+        """(rows, seq) in host memory: the prompt for the first token, then the newest id."""
+        rows = self._rows[batch]
+        return self.newest[rows].unsqueeze(1) if token else self.ids[rows]
+
+    def load(self, token: int, batch: int, slot: int) -> Chains:
+        """The work that brings the ids of the step to the compute device."""
+        if self._device.shares_host_memory:
+            return ()
+        source = self._source(token, batch)
+        target = self._slots[slot][: source.numel()].view(source.shape)
+        return ((Stage(LaneName.TO_DEVICE, partial(self._device.to_device, target, source)),),)
+
+    def take(self, token: int, batch: int, slot: int) -> Tensor:
+        """(rows, seq) on the compute device, once `load` is done."""
+        source = self._source(token, batch)
+        if self._device.shares_host_memory:
+            return source
+        return self._slots[slot][: source.numel()].view(source.shape)
+
+    def rows(self, batch: int) -> slice:
+        """The rows of the block that are in `batch`."""
+        return self._rows[batch]
+
+    def positions(self, token: int, batch: int) -> Tensor:
+        """(rows, seq) on the compute device: counted from the row's first token, 0 in the padding."""
+        first = self.width + token - 1 if token else 0
+        after = self.width + token
+        columns = torch.arange(first, after, device=self._device.torch_device)
+        return (columns - self.padding[batch].on_device[:, None]).clamp_(min=0)
+
+
+class Output(Protocol):
+    """What becomes of the last layer's logits."""
+
+    last_only: bool
+    """Whether only the last position's logits are wanted."""
+
+    can_finish: bool
+
+    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
+        """Accept logits (rows, seq or 1, vocab) on the compute device; part of the computation."""
+
+    def store(self, token: int, batch: int, slot: int) -> Chains:
+        """The work that brings what was made of them to host memory."""
+
+    def finished(self, token: int) -> bool:
+        """Whether every row of the block has stopped by `token`."""
+
+
+class NewTokens:
+    """Chooses the next id of every row, and keeps them until the row meets a stop id.
+
+    `ids` (rows of the block, tokens): pad id after a row has stopped. `count`: tokens made before that.
+    `on_new` is told how many ids came at once, for a progress bar.
+    """
+
+    last_only = True
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        tokens: int,
+        choose: Callable[[Tensor], Tensor],
+        stop_ids: Sequence[int],
+        pad_id: int,
+        device: ComputeDevice,
+        on_new: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        self._prompts = prompts
+        self._choose = choose
+        self._on_new = on_new
+        self.count = 0
+        self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
+        self._pad_id = pad_id
+        self._device = device
+        self._chosen: list[Tensor | None] = [None] * SLOTS
+        count = len(prompts.ids)
+        self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
+        self._stopped = torch.zeros(count, dtype=torch.bool)
+        self.can_finish = bool(len(self._stop_ids))
+
+    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
+        self._chosen[slot] = self._choose(logits[:, -1])
+
+    def store(self, token: int, batch: int, slot: int) -> Chains:
+        record = Stage(LaneName.HOST, partial(self._record, token, batch, slot))
+        if self._device.shares_host_memory:
+            return ((record,),)
+        return ((Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot)), record),)
+
+    def _fetch(self, batch: int, slot: int) -> None:
+        chosen = self._chosen[slot]
+        assert chosen is not None
+        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], chosen)
+
+    def _record(self, token: int, batch: int, slot: int) -> None:
+        rows = self._prompts.rows(batch)
+        newest = self._prompts.newest[rows]
+        if self._device.shares_host_memory:
+            chosen = self._chosen[slot]
+            assert chosen is not None
+            newest.copy_(chosen)
+        stopped = self._stopped[rows]
+        newest.masked_fill_(stopped, self._pad_id)
+        self.ids[rows, token] = newest
+        self.count += len(newest) - int(stopped.sum())
+        self._on_new(len(newest))
+        if self.can_finish:
+            stopped |= torch.isin(newest, self._stop_ids)
+
+    def finished(self, token: int) -> bool:
+        return bool(self._stopped.all())
+
+
+class AllLogits:
+    """Keeps the logits (rows, seq, vocab) of every position of every prompt, in host memory."""
+
+    last_only = False
+    can_finish = False
+
+    def __init__(self, prompts: Prompts, vocab: int, dtype: torch.dtype, device: ComputeDevice) -> None:
+        self._prompts = prompts
+        self._device = device
+        self._there: list[Tensor | None] = [None] * SLOTS
+        self.logits = torch.zeros(len(prompts.ids), prompts.width, vocab, dtype=dtype)
+
+    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
+        self._there[slot] = logits
+
+    def store(self, token: int, batch: int, slot: int) -> Chains:
+        lane = LaneName.HOST if self._device.shares_host_memory else LaneName.FROM_DEVICE
+        return ((Stage(lane, partial(self._fetch, batch, slot)),),)
+
+    def _fetch(self, batch: int, slot: int) -> None:
+        logits = self._there[slot]
+        assert logits is not None
+        self._device.from_device(self.logits[self._prompts.rows(batch)], logits.contiguous())
+
+    def finished(self, token: int) -> bool:
+        return False
