@@ -1,0 +1,331 @@
+"""`OptLM`: a model opened on a machine under a policy, and its calls."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from flexgen.errors import CapacityError, RequestError, ScheduleError
+from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
+from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.homes import Homes
+from flexgen.memory.machine import Machine
+from flexgen.memory.placement import place_weights
+from flexgen.memory.plan import SLOTS, MemoryPlan, plan_memory
+from flexgen.memory.weights import WeightSlots
+from flexgen.models import build_layers, open_model
+from flexgen.policy import Policy, Tier
+from flexgen.runtime.call import Call, Model, Timing
+from flexgen.runtime.request import (
+    IdRows,
+    Request,
+    check_length,
+    check_positions,
+    pad_id,
+    read_request,
+    stop_ids,
+)
+from flexgen.runtime.sampler import check_sampling, sample
+from flexgen.runtime.tokens import AllLogits, NewTokens
+from flexgen.schedule import ORDERS
+from flexgen.trace import LaneName
+from flexgen.units import format_seconds
+from flexgen.workload import Workload
+
+_FEWER_TOKENS = 4
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last call took: times and events, tokens, and bytes by tier, planned and measured."""
+
+    timing: Timing
+    plan: MemoryPlan
+    peak_bytes: dict[Tier, int]
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+class OptLM:
+    """A language model that need not fit its device.
+
+    model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
+        config; weights="dummy" makes random weights of the right shapes and never touches the network.
+    policy: a `Policy`, or the path of its TOML file.
+    device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
+    dtype: of arithmetic, weights and cache: "auto" (the checkpoint's own), "float32", "bfloat16", "float16".
+    offload_dir: where cache and hidden states on disk, and weights that are in no file as they are needed, are
+        kept; a temporary directory if None. Weights already written there are used again.
+    progress: bars for loading and generation; None shows them on a terminal only.
+    order: the name of a schedule, instead of the one that the policy asks for.
+
+    Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
+    Raises PolicyError, ModelError, CheckpointError, CapacityError (what does not fit, before a byte moves).
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedConfig,
+        policy: Policy | str | Path,
+        *,
+        device: str | torch.device | ComputeDevice = "auto",
+        dtype: str | torch.dtype = "auto",
+        offload_dir: str | Path | None = None,
+        weights: Literal["checkpoint", "dummy"] = "checkpoint",
+        progress: bool | None = None,
+        order: str | None = None,
+    ) -> None:
+        if order is not None and order not in ORDERS:
+            raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
+        self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+        self.spec, checkpoint = open_model(model, weights)
+        self.tokenizer_dir = checkpoint.directory
+        self._layers = build_layers(self.spec, sep_layer=self.policy.sep_layer)
+        checkpoint.verify(self._layers)
+        self._no_bar = None if progress is None else not progress
+        self.stats: Stats | None = None
+        with contextlib.ExitStack() as stack:
+            machine = Machine.open(device, offload_dir, pin=self.policy.pin_weight)
+            stack.callback(machine.close)
+            self._machine = machine
+            self.dtype = _dtype(dtype, self.spec.dtype, machine.device)
+            self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
+            self._resident_before = reset_peak_resident_bytes()
+            plan = self._planned(None)
+            homes = Homes(checkpoint, self.placement, self.dtype, machine)
+            homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
+            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, SLOTS)
+            lanes = machine.device.make_lanes(streaming=slots.streaming or _uses_disk(self.policy))
+            stack.callback(lanes.close)
+            self._model = Model(self._layers, self.dtype, self.policy, machine, slots, lanes, order)
+            # Also when the user forgets to close, and at exit: files and threads must not stay behind.
+            self._finalizer = weakref.finalize(self, stack.pop_all().close)
+
+    @property
+    def device(self) -> str:
+        """Name of the compute device."""
+        return self._machine.device.name
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Of the streaming units, in the order of the trace's layer numbers."""
+        return [layer.name for layer in self._layers]
+
+    def close(self) -> None:
+        """Free files, threads and pinned memory; the model cannot be used afterwards."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        inputs: IdRows,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        stop: int | Iterable[int] | None = None,
+        debug_mode: str | None = None,
+        cut_gen_len: int | None = None,
+        verbose: int = 0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        attention_mask: Any = None,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int64.
+
+        inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. Shorter
+            prompts are padded on the left, in the result too; there may be any number of them.
+        do_sample: draw with `temperature`, `top_k` and `top_p` (see `sample`), from `seed` if it is given;
+            otherwise the most probable token.
+        stop: the id or ids that end a row, the model's end ids if None; `()` never stops. What follows a stop
+            is the pad id.
+        attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
+            begin a row of a rectangular input are padding.
+        cut_gen_len: generate only so many tokens, the rest of the result is pad ids (for benchmarks).
+        debug_mode: "breakdown" prints what each operation took; "fewer_batch" runs a few tokens only, as
+            `cut_gen_len` does, and prints the times projected from them.
+        verbose: above 0, prints a summary of the call (to stderr).
+
+        Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
+        LaneError, with its cause, if a step fails.
+        """
+        request = read_request(self.spec, inputs, attention_mask)
+        check_length(self.spec, request, max_new_tokens)
+        check_sampling(temperature, top_k, top_p)
+        tokens = _cut(max_new_tokens, cut_gen_len, debug_mode)
+        stops = stop_ids(self.spec, stop)
+        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
+        plan = self._planned(workload)
+        pad = pad_id(self.spec)
+        generator = torch.Generator(self._machine.device.torch_device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+
+        def choose(logits: Tensor) -> Tensor:
+            return sample(logits, temperature if do_sample else 0.0, top_k, top_p, generator)
+
+        out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
+        for row, prompt in zip(out, request.prompts, strict=True):
+            row[request.width - len(prompt) : request.width] = prompt
+        new_tokens = 0
+        bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=self._no_bar, leave=False)
+        with bar, torch.inference_mode(), Call(self._model, workload, pad) as call:
+            for rows in self._blocks(request):
+                prompts = call.prepare(request.prompts[rows])
+                output = NewTokens(prompts, tokens, choose, stops, pad, self._machine.device, bar.update)
+                call.run(prompts, tokens, output)
+                out[rows, request.width : request.width + tokens] = output.ids.numpy()
+                new_tokens += output.count
+            self.stats = self._measured(call.timing, plan, request, new_tokens)
+        if debug_mode or verbose:
+            print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
+        return out
+
+    def forward(self, input_ids: IdRows, attention_mask: Any = None) -> Tensor:
+        """Logits (prompts, prompt_len, vocab) of every position, in host memory; zero in the padding.
+
+        Prompts as in `generate`, of any number and, as lists, of any lengths; each row's logits stand where
+        its ids stood. Raises as `generate` does.
+        """
+        request = read_request(self.spec, input_ids, attention_mask)
+        check_positions(self.spec, request, 0)
+        workload = Workload(request.longest, 1, len(request.prompts))
+        plan = self._planned(workload, all_logits=True)
+        shape = (len(request.prompts), request.width, self.spec.vocab_size)
+        logits = torch.zeros(shape, dtype=self.dtype)
+        with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
+            for rows in self._blocks(request):
+                prompts = call.prepare(request.prompts[rows])
+                output = AllLogits(prompts, self.spec.vocab_size, self.dtype, self._machine.device)
+                call.run(prompts, 1, output)
+                for n, row in zip(range(rows.start, rows.stop), output.logits, strict=True):
+                    logits[n, torch.from_numpy(request.columns[n])] = row[-len(request.prompts[n]) :]
+            self.stats = self._measured(call.timing, plan, request, 0)
+        return logits
+
+    def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[LaneName, float]:
+        """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
+
+        The largest is the bound that no order of steps can beat. Each lane runs its part of one block with the
+        others idle (some tokens of it, see `Call.time_lane`); further blocks count by their prompts.
+        """
+        request = read_request(self.spec, inputs)
+        check_length(self.spec, request, max_new_tokens)
+        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
+        self._planned(workload)
+        seconds: dict[LaneName, float] = {}
+        with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
+            rows = self._blocks(request)[0]
+            prompts = call.prepare(request.prompts[rows])
+            output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
+            for lane in (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ):
+                alone = call.time_lane(lane, prompts, max_new_tokens, output)
+                if alone:
+                    seconds[lane] = alone * len(request.prompts) / (rows.stop - rows.start)
+        return seconds
+
+    # Planning
+
+    def _planned(self, workload: Workload | None, all_logits: bool = False) -> MemoryPlan:
+        """The plan of a call (of the weights alone without a workload), which fits the machine.
+
+        Raises CapacityError otherwise, with a batch shape that would fit where there is one.
+        """
+
+        def plan(policy: Policy) -> MemoryPlan:
+            shared = self._machine.device.shares_host_memory
+            return plan_memory(self._layers, self.placement, policy, self.dtype, shared, workload, all_logits)
+
+        limits = self._machine.limits()
+        asked = plan(self.policy)
+        if short := asked.shortage(limits):
+            for smaller in _smaller(self.policy) if workload else ():
+                if not plan(smaller).shortage(limits):
+                    shape = f"{smaller.gpu_batch_size} and num_gpu_batches = {smaller.num_gpu_batches}"
+                    raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
+            raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
+        return asked
+
+    def _blocks(self, request: Request) -> list[slice]:
+        size = self.policy.block_size
+        return [slice(n, min(n + size, len(request.prompts))) for n in range(0, len(request.prompts), size)]
+
+    def _measured(self, timing: Timing, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
+        machine = self._machine
+        on_disk = self.placement.nbytes[Tier.DISK] + machine.disk.peak
+        peak = {
+            Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
+            Tier.CPU: max(peak_resident_bytes() - self._resident_before, 0),
+            Tier.DISK: on_disk,
+        }
+        prompt_tokens = sum(map(len, request.prompts))
+        return Stats(timing, plan, peak, len(request.prompts), prompt_tokens, new_tokens)
+
+
+def _best(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _uses_disk(policy: Policy) -> bool:
+    return any(split.percent(Tier.DISK) > 0 for split in (policy.cache, policy.activations))
+
+
+def _smaller(policy: Policy) -> Iterable[Policy]:
+    """The policy with fewer prompts in flight: fewer batches first, then smaller ones."""
+    for batches in range(policy.num_gpu_batches - 1, 0, -1):
+        yield policy.replace(num_gpu_batches=batches)
+    size = policy.gpu_batch_size
+    while (size := size // 2) > 0:
+        yield policy.replace(num_gpu_batches=1, gpu_batch_size=size)
+
+
+def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
+    if asked == "auto":
+        return device.fast_dtype(checkpoint)
+    dtype = _DTYPES.get(str(asked).removeprefix("torch."))
+    if dtype is None:
+        raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")
+    return dtype
+
+
+def _cut(max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None) -> int:
+    """How many tokens to run."""
+    if debug_mode not in (None, "breakdown", "fewer_batch"):
+        raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
+    if cut_gen_len is None:
+        return min(max_new_tokens, _FEWER_TOKENS) if debug_mode == "fewer_batch" else max_new_tokens
+    if isinstance(cut_gen_len, bool) or not isinstance(cut_gen_len, int) or cut_gen_len < 1:
+        raise RequestError(f"cut_gen_len is {cut_gen_len!r}; it must be a whole number >= 1, or None")
+    return min(cut_gen_len, max_new_tokens)
+
+
+def _summary(stats: Stats, debug_mode: str | None, tokens: int, asked: int) -> str:
+    timing = stats.timing
+    decode = timing.decode * (asked - 1) / (tokens - 1) if tokens > 1 else timing.decode
+    lines = [
+        f"{stats.num_prompts} prompts, {stats.new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, "
+        f"decode {format_seconds(decode)}" + (f" (projected from {tokens} tokens)" if tokens < asked else "")
+    ]
+    if debug_mode == "breakdown":
+        for (op, lane), (count, seconds) in timing.trace.by_op().items():
+            each = format_seconds(seconds / count)
+            lines.append(f"{op.name.lower():<14}{lane:<14}{count:>7} x {each:>9} = {format_seconds(seconds)}")
+    return "\n".join(lines)
