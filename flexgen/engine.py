@@ -188,8 +188,8 @@ class OptLM:
         new_tokens = 0
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=self._no_bar, leave=False)
         with bar, torch.inference_mode(), Call(self._model, workload, pad) as call:
-            for rows in self._blocks(request):
-                prompts = call.prepare(request.prompts[rows])
+            for rows in request.blocks(self.policy.block_size):
+                prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, choose, stops, pad, self._machine.device, bar.update)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
@@ -212,12 +212,12 @@ class OptLM:
         shape = (len(request.prompts), request.width, self.spec.vocab_size)
         logits = torch.zeros(shape, dtype=self.dtype)
         with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
-            for rows in self._blocks(request):
-                prompts = call.prepare(request.prompts[rows])
+            for rows in request.blocks(self.policy.block_size):
+                prompts = call.prepare([request.prompts[n] for n in rows])
                 output = AllLogits(prompts, self.spec.vocab_size, self.dtype, self._machine.device)
                 call.run(prompts, 1, output)
-                for n, row in zip(range(rows.start, rows.stop), output.logits, strict=True):
-                    logits[n, torch.from_numpy(request.columns[n])] = row[-len(request.prompts[n]) :]
+                for place, n in enumerate(rows):
+                    logits[n, torch.from_numpy(request.columns[n])] = output.row(place)
             self.stats = self._measured(call.timing, plan, request, 0)
         return logits
 
@@ -233,13 +233,13 @@ class OptLM:
         self._planned(workload)
         seconds: dict[LaneName, float] = {}
         with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
-            rows = self._blocks(request)[0]
-            prompts = call.prepare(request.prompts[rows])
+            rows = request.blocks(self.policy.block_size)[0]
+            prompts = call.prepare([request.prompts[n] for n in rows])
             output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
             for lane in (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ):
                 alone = call.time_lane(lane, prompts, max_new_tokens, output)
                 if alone:
-                    seconds[lane] = alone * len(request.prompts) / (rows.stop - rows.start)
+                    seconds[lane] = alone * len(request.prompts) / len(rows)
         return seconds
 
     # Planning
@@ -263,10 +263,6 @@ class OptLM:
                     raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
             raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
         return asked
-
-    def _blocks(self, request: Request) -> list[slice]:
-        size = self.policy.block_size
-        return [slice(n, min(n + size, len(request.prompts))) for n in range(0, len(request.prompts), size)]
 
     def _measured(self, timing: Timing, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
         machine = self._machine

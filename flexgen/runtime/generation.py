@@ -65,16 +65,12 @@ class Generation:
     def finished(self, token: int) -> bool:
         return self._output.finished(token)
 
-    def _span(self, token: int) -> Span:
-        width = self._prompts.width
-        return Span(width + token - 1, 1) if token else Span(0, width)
-
     def chains(self, step: Step) -> Chains:
         """The work of a step; empty where nothing has to move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
             return self._weights.chains(j, self.grid.weight_slot(i, j), k, self.grid.weight_pieces)
-        slot, span = self.grid.cell_slot(i, j, k), self._span(i)
+        slot, span = self.grid.cell_slot(i, j, k), self._prompts.span(i, k)
         match op:
             case Op.LOAD_CACHE:
                 return self._cache.load(j, k, slot, span.length) if self._layers[j].has_cache else ()

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
 
-IdRows = Sequence[Sequence[int]] | np.ndarray | Tensor
+IdRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Tensor
 """Prompts: a (prompts, prompt_len) array or tensor, or a list of id lists of any lengths."""
 
 
@@ -28,6 +28,12 @@ class Request:
     @property
     def longest(self) -> int:
         return max(map(len, self.prompts))
+
+    def blocks(self, size: int) -> list[list[int]]:
+        """The prompts' numbers in blocks of `size`, longest first: neighbours are of like length, so that rows
+        of one batch need little padding, and what is too large for the machine shows at once."""
+        order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n]))
+        return [order[n : n + size] for n in range(0, len(order), size)]
 
 
 def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) -> Request:

@@ -14,14 +14,13 @@ from torch import Tensor
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
-from flexgen.memory.store import tensor_at
 from flexgen.memory.transfer import Chains, Stage
-from flexgen.runtime.kvcache import Padding
+from flexgen.runtime.kvcache import Padding, Span
 from flexgen.trace import LaneName
 
 
 class Prompts:
-    """Prompts of one block, left-padded to one width, and the newest id of every row.
+    """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
     `batches` are the rows of each GPU batch, in order.
     """
@@ -36,21 +35,28 @@ class Prompts:
         self._device = device = machine.device
         self._host = machine.host
         self._rows = [slice(a, b) for a, b in pairwise(accumulate(batches, initial=0))]
-        self.width = max(map(len, prompts))
-        count = len(prompts)
+        self.lengths = [len(prompt) for prompt in prompts]
+        widths = [max(self.lengths[rows]) for rows in self._rows]
+        sizes = [rows * width for rows, width in zip(batches, widths, strict=True)]
         item = torch.int64.itemsize
-        self._buffer = machine.host.allocate(count * (self.width + 1) * item, "prompts")
-        self.ids = tensor_at(self._buffer, 0, (count, self.width), torch.int64)
-        self.newest = tensor_at(self._buffer, count * self.width * item, (count,), torch.int64)
-        self.ids.fill_(pad_id)
-        for row, prompt in enumerate(prompts):
-            self.ids[row, self.width - len(prompt) :] = torch.from_numpy(prompt)
-        starts = tuple(self.width - len(prompt) for prompt in prompts)
-        self.padding = [self._padding(starts[rows]) for rows in self._rows]
+        self._buffer = machine.host.allocate((sum(sizes) + len(prompts)) * item, "prompts")
+        *flat, self.newest = self._buffer.view(torch.int64).split([*sizes, len(prompts)])
+        self._ids = [ids.view(-1, width) for ids, width in zip(flat, widths, strict=True)]
+        self.padding: list[Padding] = []
+        for rows, ids in zip(self._rows, self._ids, strict=True):
+            ids.fill_(pad_id)
+            for row, prompt in zip(ids, prompts[rows], strict=True):
+                row[len(row) - len(prompt) :] = torch.from_numpy(prompt)
+            self.padding.append(self._padding(tuple(ids.shape[1] - length for length in self.lengths[rows])))
         self._slots = [
-            torch.zeros(max(batches) * self.width, dtype=torch.int64, device=device.torch_device)
+            torch.zeros(max(sizes), dtype=torch.int64, device=device.torch_device)
             for _ in range(0 if device.shares_host_memory else SLOTS)
         ]
+
+    def span(self, token: int, batch: int) -> Span:
+        """The columns of the step: the whole prompts first, then one at a time."""
+        width = self._ids[batch].shape[1]
+        return Span(width + token - 1, 1) if token else Span(0, width)
 
     def _padding(self, starts: tuple[int, ...]) -> Padding:
         there = torch.tensor(starts, dtype=torch.int64)
@@ -62,7 +68,7 @@ class Prompts:
     def _source(self, token: int, batch: int) -> Tensor:
         """(rows, seq) in host memory: the prompt for the first token, then the newest id."""
         rows = self._rows[batch]
-        return self.newest[rows].unsqueeze(1) if token else self.ids[rows]
+        return self.newest[rows].unsqueeze(1) if token else self._ids[batch]
 
     def load(self, token: int, batch: int, slot: int) -> Chains:
         """The work that brings the ids of the step to the compute device."""
@@ -85,9 +91,8 @@ class Prompts:
 
     def positions(self, token: int, batch: int) -> Tensor:
         """(rows, seq) on the compute device: counted from the row's first token, 0 in the padding."""
-        first = self.width + token - 1 if token else 0
-        after = self.width + token
-        columns = torch.arange(first, after, device=self._device.torch_device)
+        span = self.span(token, batch)
+        columns = torch.arange(span.length, span.length + span.new, device=self._device.torch_device)
         return (columns - self.padding[batch].on_device[:, None]).clamp_(min=0)
 
 
@@ -136,7 +141,7 @@ class NewTokens:
         self._pad_id = pad_id
         self._device = device
         self._chosen: list[Tensor | None] = [None] * SLOTS
-        count = len(prompts.ids)
+        count = len(prompts.lengths)
         self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
         self._stopped = torch.zeros(count, dtype=torch.bool)
         self.can_finish = bool(len(self._stop_ids))
@@ -175,7 +180,7 @@ class NewTokens:
 
 
 class AllLogits:
-    """Keeps the logits (rows, seq, vocab) of every position of every prompt, in host memory."""
+    """Keeps the logits of every position of every prompt, in host memory."""
 
     last_only = False
     can_finish = False
@@ -184,7 +189,11 @@ class AllLogits:
         self._prompts = prompts
         self._device = device
         self._there: list[Tensor | None] = [None] * SLOTS
-        self.logits = torch.zeros(len(prompts.ids), prompts.width, vocab, dtype=dtype)
+        self._rows = [torch.empty(length, vocab, dtype=dtype) for length in prompts.lengths]
+
+    def row(self, n: int) -> Tensor:
+        """(tokens of prompt n, vocab)."""
+        return self._rows[n]
 
     def keep(self, batch: int, slot: int, logits: Tensor) -> None:
         self._there[slot] = logits
@@ -196,7 +205,8 @@ class AllLogits:
     def _fetch(self, batch: int, slot: int) -> None:
         logits = self._there[slot]
         assert logits is not None
-        self._device.from_device(self.logits[self._prompts.rows(batch)], logits.contiguous())
+        for target, source in zip(self._rows[self._prompts.rows(batch)], logits, strict=True):
+            self._device.from_device(target, source[len(source) - len(target) :])
 
     def finished(self, token: int) -> bool:
         return False

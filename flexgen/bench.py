@@ -1,0 +1,232 @@
+"""`python -m flexgen.bench`: measure the throughput of a policy.
+
+    python -m flexgen.bench --policy policies/demo.toml
+    python -m flexgen.bench --model opt-1.3b --weights dummy --policy FILE --prompt-len 512 --gen-len 32
+
+Prints a card, on request a line of JSON and a trace; with the embedded model, answers beside the right ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import transformers
+
+from flexgen import demo
+from flexgen.engine import OptLM, Stats
+from flexgen.errors import FlexGenError
+from flexgen.memory.plan import batch_sizes
+from flexgen.policy import Policy, Split, Tier
+from flexgen.report import Report
+from flexgen.schedule import ORDERS, order_for
+
+_DEMO_GEN_LEN = 24
+_DEMO_PROMPTS = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        bench(args)
+    except (FlexGenError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def bench(args: argparse.Namespace) -> Report:
+    """Open the model, run the job, print what it took."""
+    policy = read_policy(args)
+    with OptLM(
+        args.model,
+        policy,
+        device=args.device,
+        dtype=args.dtype,
+        offload_dir=args.offload_dir,
+        weights=args.weights,
+        order=args.order,
+    ) as model:
+        job = make_job(model, args)
+        # The first pass makes threads, pages and caches of libraries that later ones find: it is not measured.
+        model.generate([job.prompts[0][:1]], 1, stop=())
+        ids = model.generate(job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed)
+        assert model.stats is not None
+        stats = model.stats
+        lanes = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
+        report = make_report(model, args, job, stats, lanes)
+        if args.trace:
+            stats.timing.trace.save(args.trace, model.layer_names)
+    if job.records:
+        print(answers(job, ids))
+    print(report.card())
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(report.to_json() + "\n")
+    return report
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts to run; the records that they ask about, where their answers are known."""
+
+    prompts: Sequence[np.ndarray]
+    gen_len: int
+    records: Sequence[demo.Record] = ()
+    tokenizer: Any = None
+
+    @property
+    def prompt_len(self) -> int:
+        return max(map(len, self.prompts))
+
+
+def make_job(model: OptLM, args: argparse.Namespace) -> Job:
+    """Record tasks for the embedded model, random ids for others and where a prompt length is asked for."""
+    if args.model == "demo" and args.weights == "checkpoint" and args.prompt_len is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+        records = demo.records(args.num_prompts or _DEMO_PROMPTS, seed=args.seed)
+        prompts = [np.array(tokenizer(record.prompt).input_ids, dtype=np.int64) for record in records]
+        return Job(prompts, args.gen_len or _DEMO_GEN_LEN, records, tokenizer)
+    count = args.num_prompts or model.policy.block_size
+    random = np.random.default_rng(args.seed)
+    ids = random.integers(0, model.spec.vocab_size, size=(count, args.prompt_len or 512))
+    return Job(list(ids), args.gen_len or 32)
+
+
+def read_policy(args: argparse.Namespace) -> Policy:
+    """The policy file, changed by the flags that were given."""
+    policy = Policy.load(args.policy) if args.policy else Policy()
+    changes: dict[str, Any] = {}
+    if args.percent:
+        given = Policy.from_percent(*args.percent)
+        changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
+    for name in ("gpu_batch_size", "num_gpu_batches", "overlap", "sep_layer", "pin_weight"):
+        if (value := getattr(args, name)) is not None:
+            changes[name] = value
+    if args.cpu_cache_compute is not None:
+        changes["attend_on"] = "cpu" if args.cpu_cache_compute else "gpu"
+    return policy.replace(**changes)
+
+
+def make_report(
+    model: OptLM, args: argparse.Namespace, job: Job, stats: Stats, lanes: dict[Any, float]
+) -> Report:
+    """What the run took; the decode of a run that was cut short is projected to its full length."""
+    run = min(args.cut_gen_len or job.gen_len, job.gen_len)
+    decode = stats.timing.decode
+    if 1 < run < job.gen_len:
+        decode *= (job.gen_len - 1) / (run - 1)
+    batches = batch_sizes(model.policy, len(job.prompts))
+    return Report(
+        model=str(args.model),
+        policy=model.policy,
+        device=model.device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        order=args.order or order_for(model.policy.overlap, len(batches)),
+        prompt_len=job.prompt_len,
+        gen_len=job.gen_len,
+        num_prompts=len(job.prompts),
+        prefill_s=stats.timing.prefill,
+        decode_s=decode,
+        prompt_tokens=stats.prompt_tokens,
+        lanes=lanes,
+        plan_bytes=stats.plan.by_tier,
+        peak_bytes=stats.peak_bytes,
+        placement={
+            "weights": _asked_and_achieved(model.policy.weights, model.placement.percent),
+            "cache": _asked_and_achieved(model.policy.cache, _rows(model.policy.cache, batches)),
+            "activations": _asked_and_achieved(
+                model.policy.activations, _rows(model.policy.activations, batches)
+            ),
+        },
+        projected_from=run if run < job.gen_len else None,
+    )
+
+
+def _asked_and_achieved(asked: Split, achieved: dict[Tier, float]) -> dict[Tier, tuple[float, float]]:
+    return {tier: (asked.percent(tier), achieved[tier]) for tier in Tier}
+
+
+def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
+    """Percent of the rows of a block on each tier."""
+    rows = [split.rows(count) for count in batches]
+    return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
+
+
+def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
+    """Some generated answers beside the right ones, and the share of right ones by task."""
+    completions = [job.tokenizer.decode(row[job.prompt_len :], skip_special_tokens=True) for row in ids]
+    lines = []
+    seen: dict[str, int] = {}
+    for record, completion in zip(job.records, completions, strict=True):
+        seen[record.task] = seen.get(record.task, 0) + 1
+        if seen[record.task] > shown:
+            continue
+        given = completion.partition("\n")[0].strip()
+        mark = "right" if demo.is_right(record, completion) else f"wrong, should be {record.answer.strip()!r}"
+        lines.append(f"{record.prompt} {given}    [{mark}]\n")
+    right = demo.accuracy(job.records, completions)
+    shares = ", ".join(f"{task} {share:.1%}" for task, share in right.items())
+    return "\n".join([*lines, f"right answers: {shares}"])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; those of FlexGen's own benchmark are accepted beside a policy file and override it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen.bench", description="Measure the throughput of a policy."
+    )
+    add = parser.add_argument
+    add("--policy", metavar="FILE", help="TOML file of the policy (default: everything on the GPU tier)")
+    add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
+    add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random ones")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add(
+        "--prompt-len",
+        type=_count,
+        help="tokens of each prompt of random ids (default: 512; demo: its records)",
+    )
+    add("--gen-len", type=_count, help="new tokens of each prompt (default: 32; demo: 24)")
+    add("--num-prompts", type=_count, help="prompts in all (default: one block; demo: 256)")
+    add("--cut-gen-len", type=_count, metavar="N", help="run N tokens only and project the decode time")
+    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
+    add("--order", choices=sorted(ORDERS), help="schedule (default: the one the policy asks for)")
+    add("--seed", type=int, default=0, help="of prompts and records")
+    add("--json", metavar="FILE", help="append the figures to FILE as a line of JSON")
+    add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
+    add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
+    flexgen = parser.add_argument_group("flags of FlexGen's benchmark (they override the policy file)")
+    add = flexgen.add_argument
+    names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
+    add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
+    add("--gpu-batch-size", type=_count)
+    add("--num-gpu-batches", type=_count)
+    for name in ("--overlap", "--sep-layer", "--pin-weight", "--cpu-cache-compute"):
+        add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+def _yes_or_no(text: str) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return known[text.lower()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
