@@ -78,7 +78,10 @@ def available_bytes() -> int:
 
 
 def _cgroup_left() -> int | None:
-    """Bytes up to the memory limit of this process's control group (v2 or v1), or None without one."""
+    """Bytes up to the memory limit of this process's control group (v2 or v1), or None without one.
+
+    The limits of the groups around it count too: some systems set them there only.
+    """
     groups = Path("/proc/self/cgroup")
     if not groups.exists():
         return None
@@ -91,7 +94,8 @@ def _cgroup_left() -> int | None:
             root, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        for folder in (Path(root + path), Path(root)):  # inside a container the path may not be visible
+        own = Path(root + path)  # inside a container it may not be visible; the root's limit is then its own
+        for folder in (own, *own.parents):
             try:
                 most = (folder / limit).read_text().strip()
                 used = int((folder / usage).read_text())
@@ -100,7 +104,6 @@ def _cgroup_left() -> int | None:
                 continue
             if most != "max":
                 left.append(max(int(most) - used + cache, 0))
-            break
     return min(left, default=None)
 
 

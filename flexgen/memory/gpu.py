@@ -58,6 +58,9 @@ class ComputeDevice(ABC):
         """Most device memory taken at once since the device was opened."""
         return self.memory.peak
 
+    def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
+        """Block the host until buffers that were made outside the lanes are ready for them."""
+
     def wait_for_compute(self) -> None:  # noqa: B027 (only a device with streams has to)
         """Block the host until what the compute lane has enqueued is done."""
 
@@ -176,6 +179,9 @@ class CudaDevice(ComputeDevice):
         self.name = str(self.torch_device)
         self.memory = CudaStore(self.torch_device, memory)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+        if memory is not None:  # the cap holds for torch's temporaries too, not only for what is counted here
+            total = torch.cuda.get_device_properties(self.torch_device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
 
     def make_lanes(self, streaming: bool) -> Lanes:
         streams = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
@@ -187,6 +193,10 @@ class CudaDevice(ComputeDevice):
         target.copy_(source, non_blocking=True)
 
     from_device = to_device
+
+    def settle(self) -> None:
+        # Zero-filling runs on the default stream, which the lanes' streams do not wait for.
+        torch.cuda.default_stream(self.torch_device).synchronize()
 
     def wait_for_compute(self) -> None:
         torch.cuda.current_stream(self.torch_device).synchronize()
@@ -221,10 +231,14 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
         words, kind = [*kind.split(",")[1:], *words], "cuda"
     try:
         limits = {k: parse_bytes(v) for k, _, v in (w.partition("=") for w in words if w not in index)}
+        if 0 in limits.values():
+            raise RequestError(f"device {device!r}: a limit must be more than 0")
         if kind == "emulated" and limits.keys() <= {"memory", "link", "disk"} and not index:
             return EmulatedDevice(**limits)
         if kind == "cuda" and limits.keys() <= {"memory"} and len(index) <= 1:
             return CudaDevice(torch.device("cuda", int(index[0]) if index else 0), **limits)
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(f"device {device!r}: {error}") from None
     raise RequestError(

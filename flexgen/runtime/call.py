@@ -21,7 +21,7 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import ORDERS, Grid, Op, Step, order_for
+from flexgen.schedule import ORDERS, SEQUENTIAL, Grid, Op, Step, order_for
 from flexgen.trace import LaneName, Trace
 from flexgen.units import MIB
 from flexgen.workload import Workload
@@ -90,6 +90,7 @@ class Call:
             self._free_buffers()
             self._make_buffers(batches)
         self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine)
+        self._model.machine.device.settle()
         return self._prompts
 
     def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
@@ -128,12 +129,15 @@ class Call:
         model, batches = self._model, len(self._batches)
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
         pieces = max(min(batches, moved // _PIECE_BYTES), 1)
-        grid = Grid(tokens, len(model.layers), batches, pieces, model.weights.count, SLOTS)
+        slots = 1 if self._order(batches) in SEQUENTIAL else SLOTS
+        grid = Grid(tokens, len(model.layers), batches, pieces, min(slots, model.weights.count), slots)
         return Generation(grid, model.layers, model.weights, prompts, self._cache, self._activations, output)
 
     def _steps(self, grid: Grid) -> Iterator[Step]:
-        name = self._model.order or order_for(self._model.policy.overlap, grid.batches)
-        return ORDERS[name](grid)
+        return ORDERS[self._order(grid.batches)](grid)
+
+    def _order(self, batches: int) -> str:
+        return self._model.order or order_for(self._model.policy.overlap, batches)
 
     def _make_buffers(self, batches: list[int]) -> None:
         model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len

@@ -49,7 +49,8 @@ def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trac
         completed = True
     finally:
         lanes.stop(cancel=not completed)
-    return Trace(lanes.take_events(origin))
+        events = lanes.take_events(origin)  # those of a failed run too: they must not show up in the next
+    return Trace(events)
 
 
 class _Run:

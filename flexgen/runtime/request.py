@@ -100,6 +100,8 @@ def _leading(row: np.ndarray, pad_id: int) -> int:
 def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarray]:
     if isinstance(attention_mask, Tensor):
         attention_mask = attention_mask.detach().cpu().numpy()
+    if not isinstance(attention_mask, Sequence | np.ndarray) or np.ndim(attention_mask[:1]) != 2:
+        raise RequestError("attention_mask must have one row of 0 and 1 for each prompt")
     if len(attention_mask) != len(rows):
         raise RequestError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
     kept = []
@@ -139,7 +141,7 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
     """The ids that end a row: `stop`, or the model's own end ids for None; an empty one never stops."""
     if stop is None:
         return spec.eos_token_ids
-    ids = (stop,) if isinstance(stop, int | np.integer) else tuple(stop)
+    ids = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise RequestError(f"stop holds {value!r}; it takes one id, several ids, or () to never stop")
