@@ -1,0 +1,84 @@
+import json
+import math
+
+import pytest
+
+from flexgen.policy import Policy, Tier
+from flexgen.report import Report
+from flexgen.trace import LaneName
+
+KEYS = """model policy device prompt_len gen_len num_prompts prefill_s decode_s total_s prefill_tokens_s
+decode_tokens_s throughput_tokens_s bound_share plan_bytes peak_bytes placement""".split()
+
+
+def report(**changes):
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights={"cpu": 60, "disk": 40})
+    split = {Tier.GPU: (0.0, 0.0), Tier.CPU: (60.0, 58.5), Tier.DISK: (40.0, 41.5)}
+    fields = dict(
+        model="demo",
+        policy=policy,
+        device="cpu",
+        dtype="float32",
+        order="normal",
+        prompt_len=10,
+        gen_len=5,
+        num_prompts=8,
+        prefill_s=2.0,
+        decode_s=6.0,
+        prompt_tokens=80,
+        lanes={LaneName.COMPUTE: 6.0, LaneName.DISK_READ: 7.2},
+        plan_bytes=dict(zip(Tier, (0, 2048, 4096), strict=True)),
+        peak_bytes=dict(zip(Tier, (0, 1024, 4096), strict=True)),
+        placement={"weights": split},
+    )
+    return Report(**fields | changes)
+
+
+def test_figures_add_up():
+    found = report()
+    assert found.total_s == 8.0
+    assert found.prefill_tokens_s == 40.0
+    assert found.decode_tokens_s == pytest.approx(8 * 4 / 6.0)
+    assert found.throughput_tokens_s == 5.0
+    assert found.bottleneck is LaneName.DISK_READ
+    assert found.bound_share == pytest.approx(0.9)
+
+
+def test_json_is_one_line_with_every_key():
+    text = report().to_json()
+    assert "\n" not in text
+    found = json.loads(text)
+    assert set(KEYS) <= found.keys()
+    for key in ("plan_bytes", "peak_bytes", "placement"):
+        assert set(found[key]) == {"gpu", "cpu", "disk"}
+    assert found["placement"]["disk"]["weights"] == {"asked": 40.0, "achieved": 41.5}
+    assert found["bottleneck"] == "disk_read"
+    assert Policy.from_dict(found["policy"]) == report().policy
+
+
+def test_card_says_what_people_look_for():
+    card = report().card()
+    assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
+    assert "90% of what the hardware gives here; disk_read is the bottleneck" in card
+    assert "2 KiB planned, 1 KiB at the peak" in card
+    assert "bytes gpu" not in card  # nothing is there
+    assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1
+
+
+def test_without_lanes_there_is_no_bound():
+    found = report(lanes={})
+    assert found.bound_share is None and found.bottleneck is None
+    assert "bound" not in found.card()
+    assert json.loads(found.to_json())["bound_share"] is None
+
+
+def test_ragged_prompts_and_projection_are_told():
+    card = report(prompt_tokens=40, projected_from=3).card()
+    assert "(5.0 on average)" in card
+    assert "projected from 3 tokens" in card
+
+
+def test_one_token_has_no_decode():
+    found = report(gen_len=1, decode_s=0.0)
+    assert found.decode_tokens_s == 0.0
+    assert math.isfinite(found.throughput_tokens_s)
