@@ -108,9 +108,12 @@ class OptLM:
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
             slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, SLOTS)
+            machine.device.settle()
             lanes = machine.device.make_lanes(streaming=slots.streaming or _uses_disk(self.policy))
             stack.callback(lanes.close)
-            self._model = Model(self._layers, self.dtype, self.policy, machine, slots, lanes, order)
+            self._model: Model | None = Model(
+                self._layers, self.dtype, self.policy, machine, slots, lanes, order
+            )
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
             self._finalizer = weakref.finalize(self, stack.pop_all().close)
 
@@ -125,8 +128,14 @@ class OptLM:
         return [layer.name for layer in self._layers]
 
     def close(self) -> None:
-        """Free files, threads and pinned memory; the model cannot be used afterwards."""
+        """Free files, threads and memory; the model cannot be used afterwards."""
         self._finalizer()
+        self._model = None  # and with it the last references to weights and slots
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            raise RequestError("this model is closed, its weights are gone; open it again with OptLM(...)")
+        return self._model
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +177,7 @@ class OptLM:
         Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
         LaneError, with its cause, if a step fails.
         """
+        model = self._opened()
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
         check_sampling(temperature, top_k, top_p)
@@ -187,7 +197,7 @@ class OptLM:
             row[request.width - len(prompt) : request.width] = prompt
         new_tokens = 0
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=self._no_bar, leave=False)
-        with bar, torch.inference_mode(), Call(self._model, workload, pad) as call:
+        with bar, torch.inference_mode(), Call(model, workload, pad) as call:
             for rows in request.blocks(self.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, choose, stops, pad, self._machine.device, bar.update)
@@ -205,13 +215,14 @@ class OptLM:
         Prompts as in `generate`, of any number and, as lists, of any lengths; each row's logits stand where
         its ids stood. Raises as `generate` does.
         """
+        model = self._opened()
         request = read_request(self.spec, input_ids, attention_mask)
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
         plan = self._planned(workload, all_logits=True)
         shape = (len(request.prompts), request.width, self.spec.vocab_size)
         logits = torch.zeros(shape, dtype=self.dtype)
-        with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
+        with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
             for rows in request.blocks(self.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = AllLogits(prompts, self.spec.vocab_size, self.dtype, self._machine.device)
@@ -227,12 +238,13 @@ class OptLM:
         The largest is the bound that no order of steps can beat. Each lane runs its part of one block with the
         others idle (some tokens of it, see `Call.time_lane`); further blocks count by their prompts.
         """
+        model = self._opened()
         request = read_request(self.spec, inputs)
         check_length(self.spec, request, max_new_tokens)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         self._planned(workload)
         seconds: dict[LaneName, float] = {}
-        with torch.inference_mode(), Call(self._model, workload, pad_id(self.spec)) as call:
+        with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
             rows = request.blocks(self.policy.block_size)[0]
             prompts = call.prepare([request.prompts[n] for n in rows])
             output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)

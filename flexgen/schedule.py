@@ -171,6 +171,11 @@ def order(generator: Order) -> Order:
     return generator
 
 
+SEQUENTIAL = frozenset({"normal"})
+"""Orders that want a grid with one slot of each kind: with a second one, the lanes would fetch ahead of
+the computation whatever the order says, because nothing that the next load needs is missing."""
+
+
 @order
 def normal(grid: Grid) -> Iterator[Step]:
     """No overlap: everything a cell needs is fetched right before it computes."""

@@ -29,20 +29,25 @@ def parse_bytes(text: str | int | float) -> int:
 
 
 def format_bytes(count: int | float) -> str:
-    """`1536 -> "1.5 KiB"`: at most three significant decimals, binary units."""
+    """`1536 -> "1.5 KiB"`: three significant digits, binary units."""
     value, sign = abs(float(count)), "-" if count < 0 else ""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
-            return f"{sign}{value:.0f} {unit}" if unit == "B" else f"{sign}{value:.3g} {unit}"
+            return f"{sign}{value:.0f} {unit}" if unit == "B" else f"{sign}{_three_digits(value)} {unit}"
         value /= 1024
-    return f"{sign}{value:.4g} TiB"
+    return f"{sign}{_three_digits(value)} TiB"
+
+
+def _three_digits(value: float) -> str:
+    # `.3g` turns to exponents from 1000 on, which binary units reach.
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def format_seconds(seconds: float) -> str:
     """`0.0123 -> "12.3 ms"`, `75 -> "1 min 15 s"`."""
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} us"
-    if seconds < 1:
+    if seconds < 0.9995:  # what rounds to a whole second is told as one
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"

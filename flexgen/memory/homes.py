@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -23,6 +24,8 @@ from flexgen.policy import Tier
 from flexgen.units import align, format_bytes
 
 logger = logging.getLogger(__name__)
+
+_NAME_LIMIT = 80  # characters; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -132,4 +135,6 @@ class Homes:
         parts = [self._checkpoint.identity, str(self._dtype)]
         parts += [f"{weight.key} {weight.shape}" for weight in weights]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        return f"{layer.spec.name.strip('/').replace('/', '--')}/{layer.name}-{digest}.safetensors"
+        # The folder's name is for people: of a long path its end, and never "..".
+        folder = re.sub(r"[^A-Za-z0-9_.-]+", "--", layer.spec.name)[-_NAME_LIMIT:].strip(".-")
+        return f"{folder or 'model'}/{layer.name}-{digest}.safetensors"

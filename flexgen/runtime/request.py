@@ -69,6 +69,8 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
 
 def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
     if isinstance(inputs, Tensor):
+        if inputs.dtype.is_floating_point:  # numpy lacks some of those
+            raise RequestError(f"prompts hold {inputs.dtype} values; ids are whole numbers")
         inputs = inputs.detach().cpu().numpy()
     if isinstance(inputs, np.ndarray) and inputs.ndim != 2:
         raise RequestError(f"prompts have shape {inputs.shape}; they must be (prompts, prompt_len)")
@@ -80,7 +82,10 @@ def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
         raise RequestError("there are no prompts: give at least one")
     rows = []
     for n, given in enumerate(inputs):
-        row = np.asarray(given if not isinstance(given, Tensor) else given.cpu())
+        try:
+            row = np.asarray(given if not isinstance(given, Tensor) else given.cpu())
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"prompt {n} is no list of ids: {error}") from None
         if row.ndim != 1:
             raise RequestError(
                 f"prompt {n} is {given!r}; it must be a list of ids (wrap one prompt in a list)"

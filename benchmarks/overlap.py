@@ -1,0 +1,74 @@
+"""Share of the bound that each order reaches: the longest lane alone over the measured time.
+
+    python benchmarks/overlap.py --offload-dir DIR
+
+Weights 100% on disk with large and with small batches, and the KV cache on disk, for the OPT-1.3B shape with
+random weights in bfloat16 on the CPU. `normal` is measured beside the overlap orders. DIR should lie on a real
+disk; the model's 2.6 GB are written there once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from functools import partial
+
+import numpy as np
+from record import interleaved, save
+
+from flexgen import OptLM, Policy
+
+MODEL = "opt-1.3b"
+DISK, CPU = {"disk": 100}, {"cpu": 100}
+CASES: dict[str, tuple[Policy, int, int]] = {
+    # name: policy, prompt tokens, new tokens
+    "weights on disk, 1 x 4": (Policy(gpu_batch_size=4, weights=DISK), 64, 8),
+    "weights on disk, 4 x 16": (Policy(gpu_batch_size=16, num_gpu_batches=4, weights=DISK), 64, 8),
+    "cache on disk, 4 x 8": (Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, cache=DISK), 256, 8),
+}
+
+
+def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
+    model.generate(prompts, tokens, stop=())
+    assert model.stats is not None
+    total = model.stats.timing.total
+    lanes = model.lane_seconds(prompts, tokens)
+    return {"share": max(lanes.values()) / total, "seconds": total} | {str(k): v for k, v in lanes.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--offload-dir", required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    figures = {}
+    for name, (policy, prompt_len, tokens) in CASES.items():
+        prompts = np.random.default_rng(0).integers(4, 50_000, size=(policy.block_size, prompt_len))
+        with contextlib.ExitStack() as stack:
+            cases = {}
+            for overlap in (True, False):
+                model = stack.enter_context(
+                    OptLM(
+                        MODEL,
+                        policy.replace(overlap=overlap),
+                        device="cpu",
+                        dtype="bfloat16",
+                        weights="dummy",
+                        offload_dir=args.offload_dir,
+                    )
+                )
+                model.generate(prompts[:1, :4], 1, stop=())
+                cases["overlap" if overlap else "normal"] = partial(run, model, prompts, tokens)
+            figures[name] = interleaved(cases, args.repeats)
+    print(f"{'case':<28}{'overlap':>10}{'normal':>10}")
+    for name, found in figures.items():
+        print(
+            f"{name:<28}{found['overlap']['share']['median']:>10.2f}{found['normal']['share']['median']:>10.2f}"
+        )
+    print(save("overlap", {"model": MODEL, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

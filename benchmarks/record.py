@@ -1,0 +1,68 @@
+"""How figures are kept: one JSON per benchmark, with the command and the machine, from interleaved repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], dict[str, float]]], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Run every case once, `repeats` times over, so that a drift of the machine meets all of them alike.
+
+    Each case returns figures by name; the result has, by case and figure, the median and all values.
+    """
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
+    for n in range(repeats):
+        for name, run in cases.items():
+            for figure, value in run().items():
+                values[name].setdefault(figure, []).append(value)
+            print(f"repeat {n + 1}/{repeats} {name}: {_last(values[name])}", file=sys.stderr, flush=True)
+    return {
+        name: {figure: {"median": statistics.median(all_), "all": all_} for figure, all_ in figures.items()}
+        for name, figures in values.items()
+    }
+
+
+def _last(figures: Mapping[str, list[float]]) -> str:
+    return ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures.items())
+
+
+def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Write figures, with the command and the machine, to results/<name>.json."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    document = {"command": command, "machine": machine(), **figures}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path

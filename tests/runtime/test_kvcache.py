@@ -1,0 +1,245 @@
+"""The cache by itself: whatever tier holds it and whoever attends, attention is that over the whole history."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexgen.memory.machine import Machine
+from flexgen.memory.plan import cache_segments
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy, Split, Tier
+from flexgen.runtime.kvcache import KVCache, Padding, Span, put
+
+HEAD_DIM = 8
+LAYERS = [1, 3]  # those of the model that have a cache
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Tensor:
+    """Attention of the last tokens, q (rows, heads, new, d), over k and v (rows, kv_heads, all, d); float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    total, new = k.shape[2], q.shape[2]
+    columns = torch.arange(total)
+    visible = columns <= torch.arange(total - new, total)[:, None]
+    visible = visible & (columns >= torch.tensor(starts)[:, None, None])
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~visible[:, None], -math.inf)
+    return torch.softmax(scores, dim=-1).nan_to_num() @ v  # a position of the padding sees nothing: zero
+
+
+class History:
+    """All keys and values of some batches, and the cache that must give the same attention."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        run: Any,
+        spec: ModelSpec,
+        policy: Policy,
+        batches: list[int],
+        prompt: int,
+        steps: int,
+        ratio: int,
+        starts: list[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.run, self.prompt, self.dtype = run, prompt, dtype
+        self.kv_heads, self.heads = 2, 2 * ratio
+        spec = replace(spec, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=HEAD_DIM)
+        shared = machine.device.shares_host_memory
+        self.segments = [
+            cache_segments(spec, policy, rows, prompt + steps, dtype, shared) for rows in batches
+        ]
+        self.cache = KVCache(LAYERS, self.segments, prompt, self.heads, machine)
+        self.batches = batches
+        self.padding = []
+        for rows in batches:
+            mine = [min(starts[n % len(starts)], prompt - 1) for n in range(rows)]
+            there = torch.tensor(mine)
+            self.padding.append(Padding(tuple(mine), there, there))
+        self.generator = torch.Generator().manual_seed(0)
+        empty = [torch.empty(rows, self.kv_heads, 0, HEAD_DIM, dtype=dtype) for rows in batches]
+        self.keys = {(layer, k): empty[k] for layer in LAYERS for k in range(len(batches))}
+        self.values = dict(self.keys)
+        self.cells = 0
+
+    def random(self, rows: int, heads: int, tokens: int) -> Tensor:
+        return torch.randn(rows, heads, tokens, HEAD_DIM, generator=self.generator).to(self.dtype)
+
+    def step(self, span: Span, atol: float) -> None:
+        """One token (or the prompt) of every layer and batch."""
+        scale = HEAD_DIM**-0.5
+        for layer in LAYERS:
+            for batch, rows in enumerate(self.batches):
+                slot = self.cells % 2
+                self.cells += 1
+                q = self.random(rows, self.heads, span.new)
+                k, v = (self.random(rows, self.kv_heads, span.new) for _ in range(2))
+                for history, new in ((self.keys, k), (self.values, v)):
+                    history[layer, batch] = torch.cat([history[layer, batch], new], dim=2)
+                padding = self.padding[batch]
+                self.run(self.cache.load(layer, batch, slot, span.length))
+                ours = self.cache.attend(layer, batch, slot, span, q, k, v, padding, scale)
+                self.run(self.cache.store(layer, batch, slot, span))
+                keys, values = self.keys[layer, batch], self.values[layer, batch]
+                theirs = reference(q, keys, values, list(padding.starts), scale)
+                torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
+
+    def check(self, steps: int, atol: float = 1e-5) -> None:
+        self.step(Span(0, self.prompt), atol)
+        for token in range(steps):
+            self.step(Span(self.prompt + token, 1), atol)
+
+
+@pytest.fixture
+def page_tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_to(tokens: int) -> None:
+        monkeypatch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (tokens, tokens))
+        monkeypatch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", tokens)
+
+    return set_to
+
+
+KINDS = [
+    (device, tier, attend_on)
+    for device in ("cpu", "emulated")
+    for tier in Tier
+    for attend_on in ("cpu", "gpu")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "tier", "attend_on"), KINDS, ids=lambda value: str(value))
+@pytest.mark.parametrize("prompt", [3, 4, 5, 8])  # before, at and after the end of a page, and of two
+def test_every_kind_of_segment_across_pages(
+    prompt: int, device: str, tier: Tier, attend_on: str, machine: Any, run: Any, spec: Any, page_tokens: Any
+) -> None:
+    page_tokens(4)
+    policy = Policy(cache={str(tier): 100}, attend_on=attend_on)
+    with machine(device) as m:
+        history = History(m, run, spec, policy, [2, 1], prompt, 16 - prompt, 2, [0, 2])
+        (segment,) = history.segments[0]
+        assert (segment.tier, segment.page_tokens, segment.pages) == (tier, 4, 4)
+        history.check(16 - prompt)
+        history.cache.close()
+
+
+SPLITS = st.sampled_from(
+    [
+        {"gpu": 34, "cpu": 33, "disk": 33},
+        {"gpu": 50, "disk": 50},
+        {"cpu": 50, "disk": 50},
+        {"gpu": 50, "cpu": 50},
+    ]
+)
+
+
+@settings(max_examples=60)
+@given(
+    device=st.sampled_from(["cpu", "emulated"]),
+    cache=SPLITS,
+    attend_on=st.sampled_from(["cpu", "gpu"]),
+    batches=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    prompt=st.integers(1, 10),
+    steps=st.integers(0, 9),
+    page=st.integers(1, 7),
+    ratio=st.sampled_from([1, 2, 8]),
+    starts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+)
+def test_rows_on_several_tiers(
+    device: str,
+    cache: dict[str, int],
+    attend_on: str,
+    batches: list[int],
+    prompt: int,
+    steps: int,
+    page: int,
+    ratio: int,
+    starts: list[int],
+    machine: Any,
+    run: Any,
+    spec: Any,
+) -> None:
+    policy = Policy(cache=cache, attend_on=attend_on)
+    with pytest.MonkeyPatch.context() as patch, machine(device) as m:
+        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (page, page))
+        patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", page)
+        history = History(m, run, spec, policy, batches, prompt, steps, ratio, starts)
+        history.check(steps)
+        history.cache.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_bfloat16(device: str, machine: Any, run: Any, spec: Any, page_tokens: Any) -> None:
+    page_tokens(4)
+    policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
+    with machine(device) as m:
+        history = History(m, run, spec, policy, [3], 5, 8, 2, [0, 1], torch.bfloat16)
+        history.check(8, atol=0.05)
+        history.cache.close()
+
+
+def test_a_second_block_finds_nothing_of_the_first(
+    machine: Any, run: Any, spec: Any, page_tokens: Any
+) -> None:
+    page_tokens(4)
+    policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
+    with machine("emulated") as m:
+        history = History(m, run, spec, policy, [3], 6, 8, 1, [0, 2])
+        history.check(8)
+        for kept in (history.keys, history.values):
+            for key in kept:
+                kept[key] = kept[key][:, :, :0]
+        history.prompt = 3  # shorter than what the buffers were made for
+        history.check(6)
+        history.cache.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("tier", list(Tier), ids=str)
+def test_what_moves(device: str, tier: Tier, machine: Any, run: Any, spec: Any, page_tokens: Any) -> None:
+    """A resident part is never loaded; one on disk is written only when a page is full."""
+    page_tokens(4)
+    policy = Policy(cache={str(tier): 100}, attend_on="gpu")
+    with machine(device) as m:
+        history = History(m, run, spec, policy, [2], 5, 7, 1, [0])
+        cache, (segment,) = history.cache, history.segments[0]
+        history.step(Span(0, 5), 1e-5)
+        for length in range(5, 12):
+            lanes = [stage.lane for chain in cache.load(1, 0, 0, length) for stage in chain]
+            assert bool(lanes) != segment.resident
+            assert ("disk_read" in lanes) == (tier is Tier.DISK)
+            assert ("to_device" in lanes) == (tier is not Tier.GPU and device == "emulated")
+            stored = [stage.lane for chain in cache.store(1, 0, 0, Span(length, 1)) for stage in chain]
+            assert ("disk_write" in stored) == (tier is Tier.DISK and (length + 1) % 4 == 0)
+            history.step(Span(length, 1), 1e-5)
+        assert not cache.load(1, 0, 0, 0), "before the prompt there is nothing to load"
+        cache.close()
+
+
+@given(page=st.integers(1, 5), pages=st.integers(1, 5), begin=st.integers(0, 10), tokens=st.integers(0, 12))
+def test_put_crosses_pages(page: int, pages: int, begin: int, tokens: int) -> None:
+    capacity = page * pages
+    begin = min(begin, capacity)
+    tokens = min(tokens, capacity - begin)
+    held = [(torch.zeros(2, 3, page, 4), torch.zeros(2, 3, page, 4)) for _ in range(pages)]
+    k, v = torch.randn(2, 2, 3, tokens, 4)
+    put(held, begin, k, v)
+    for n, new in enumerate((k, v)):
+        flat = torch.cat([both[n] for both in held], dim=2)
+        assert flat[:, :, begin : begin + tokens].equal(new)
+        assert not flat[:, :, :begin].any() and not flat[:, :, begin + tokens :].any()
+
+
+def test_rows_of_the_split_are_contiguous_segments(spec: Any) -> None:
+    split = Split(gpu=34, cpu=33, disk=33)
+    segments = cache_segments(spec, Policy(cache=split), 7, 20, torch.float32, False)
+    assert [n for segment in segments for n in segment.rows] == list(range(7))
+    assert {segment.tier: segment.rows for segment in segments} == split.rows(7)

@@ -1,0 +1,118 @@
+"""The ids of one block: padding, positions, the newest id of each row, stops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flexgen.runtime.kvcache import Span
+from flexgen.runtime.tokens import AllLogits, NewTokens, Prompts
+
+PAD = 1
+GIVEN = [[5, 6, 7, 8], [9, 10], [11], [12, 13, 14]]
+DEVICES = ["cpu", "emulated"]
+
+
+def prompts_on(machine: Any) -> Prompts:
+    return Prompts([np.array(row) for row in GIVEN], [2, 2], PAD, machine)
+
+
+def chosen(ids: list[int], positions: int = 1) -> torch.Tensor:
+    """Logits (rows, positions, 16) whose best last ids are these."""
+    logits = torch.zeros(len(ids), positions, 16)
+    logits[range(len(ids)), -1, ids] = 1.0
+    return logits
+
+
+def best(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_batch_is_padded_to_its_own_width(device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        expected = [[[5, 6, 7, 8], [PAD, PAD, 9, 10]], [[PAD, PAD, 11], [12, 13, 14]]]
+        positions = [[[0, 1, 2, 3], [0, 0, 0, 1]], [[0, 0, 0], [0, 1, 2]]]
+        for batch in range(2):
+            run(prompts.load(0, batch, slot=batch))
+            assert prompts.take(0, batch, slot=batch).tolist() == expected[batch]
+            assert prompts.positions(0, batch).tolist() == positions[batch]
+        assert [prompts.padding[n].starts for n in range(2)] == [(0, 2), (2, 0)]
+        assert (prompts.span(0, 0), prompts.span(0, 1)) == (Span(0, 4), Span(0, 3))
+        assert (prompts.span(1, 0), prompts.span(3, 1)) == (Span(4, 1), Span(5, 1))
+        assert prompts.positions(1, 0).tolist() == [[4], [2]]
+        assert prompts.positions(3, 1).tolist() == [[3], [5]]
+        prompts.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        told: list[int] = []
+        output = NewTokens(prompts, 3, best, (), PAD, m.device, told.append)
+        for token, ids in enumerate([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]):
+            for batch in range(2):
+                output.keep(batch, batch, chosen(ids[2 * batch : 2 * batch + 2]))
+                run(output.store(token, batch, batch))
+                run(prompts.load(token + 1, batch, batch))
+                read = prompts.take(token + 1, batch, batch)
+                assert read.tolist() == [[n] for n in ids[2 * batch : 2 * batch + 2]]
+        assert output.ids.tolist() == [[3, 7, 11], [4, 8, 12], [5, 9, 13], [6, 10, 14]]
+        assert output.count == sum(told) == 12
+        assert not output.can_finish and not output.finished(2)
+        prompts.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stops", [(0,), (0, 15)])
+def test_a_stopped_row_gets_pad_ids(stops: tuple[int, ...], device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        output = NewTokens(prompts, 4, best, stops, PAD, m.device)
+        assert output.can_finish
+        finished = []
+        for token, ids in enumerate([[0, 4, 5, 6], [7, 8, 0, 10], [11, 0, 13, 15], [2, 2, 2, 0]]):
+            for batch in range(2):
+                output.keep(batch, 0, chosen(ids[2 * batch : 2 * batch + 2]))
+                run(output.store(token, batch, 0))
+            finished.append(output.finished(token))
+        ends = 15 in stops
+        last = [6, 10, 15, PAD if ends else 0]
+        assert output.ids.tolist() == [[0, PAD, PAD, PAD], [4, 8, 0, PAD], [5, 0, PAD, PAD], last]
+        assert finished == [False, False, ends, True]
+        assert output.count == 1 + 3 + 2 + (3 if ends else 4)
+        prompts.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_last_position_chooses(device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        output = NewTokens(prompts, 1, best, (), PAD, m.device)
+        logits = chosen([3, 4], positions=4)
+        logits[:, 0, 9] = 5.0
+        output.keep(0, 0, logits)
+        run(output.store(0, 0, 0))
+        assert output.ids[:2].tolist() == [[3], [4]]
+        prompts.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        output = AllLogits(prompts, 16, torch.float32, m.device)
+        assert not output.last_only and not output.can_finish
+        logits = [torch.randn(2, width, 16) for width in (4, 3)]
+        for batch in range(2):
+            output.keep(batch, batch, logits[batch])
+            run(output.store(0, batch, batch))
+        for n, given in enumerate(GIVEN):
+            assert output.row(n).equal(logits[n // 2][n % 2, -len(given) :])
+        assert not output.finished(0)
+        prompts.close()
