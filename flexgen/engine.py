@@ -22,7 +22,7 @@ from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.homes import Homes
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import SLOTS, MemoryPlan, plan_memory
+from flexgen.memory.plan import MemoryPlan, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
@@ -32,13 +32,14 @@ from flexgen.runtime.request import (
     Request,
     check_length,
     check_positions,
+    check_whole,
     pad_id,
     read_request,
     stop_ids,
 )
 from flexgen.runtime.sampler import check_sampling, sample
 from flexgen.runtime.tokens import AllLogits, NewTokens
-from flexgen.schedule import ORDERS
+from flexgen.schedule import ORDERS, order_for
 from flexgen.trace import LaneName
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
@@ -73,7 +74,8 @@ class OptLM:
     order: the name of a schedule, instead of the one that the policy asks for.
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
-    Raises PolicyError, ModelError, CheckpointError, CapacityError (what does not fit, before a byte moves).
+    Raises PolicyError, ModelError, CheckpointError, ScheduleError (an unknown order), RequestError (an unknown
+    device or dtype) and CapacityError (what does not fit, before a byte moves).
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class OptLM:
             raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
         self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
         self.spec, checkpoint = open_model(model, weights)
+        named = order or order_for(self.policy.overlap, self.policy.num_gpu_batches)
+        self._slots = ORDERS[named].slots
         self.tokenizer_dir = checkpoint.directory
         self._layers = build_layers(self.spec, sep_layer=self.policy.sep_layer)
         checkpoint.verify(self._layers)
@@ -107,7 +111,7 @@ class OptLM:
             plan = self._planned(None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
-            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, SLOTS)
+            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, self._slots)
             machine.device.settle()
             lanes = machine.device.make_lanes(streaming=slots.streaming or _uses_disk(self.policy))
             stack.callback(lanes.close)
@@ -181,13 +185,15 @@ class OptLM:
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
         check_sampling(temperature, top_k, top_p)
+        if seed is not None:
+            check_whole("seed", seed, 0)
         tokens = _cut(max_new_tokens, cut_gen_len, debug_mode)
         stops = stop_ids(self.spec, stop)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         plan = self._planned(workload)
         pad = pad_id(self.spec)
         generator = torch.Generator(self._machine.device.torch_device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        generator.manual_seed(int(seed)) if seed is not None else generator.seed()
 
         def choose(logits: Tensor) -> Tensor:
             return sample(logits, temperature if do_sample else 0.0, top_k, top_p, generator)
@@ -264,7 +270,9 @@ class OptLM:
 
         def plan(policy: Policy) -> MemoryPlan:
             shared = self._machine.device.shares_host_memory
-            return plan_memory(self._layers, self.placement, policy, self.dtype, shared, workload, all_logits)
+            return plan_memory(
+                self._layers, self.placement, policy, self.dtype, shared, workload, all_logits, self._slots
+            )
 
         limits = self._machine.limits()
         asked = plan(self.policy)
@@ -320,8 +328,7 @@ def _cut(max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None) -
         raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
     if cut_gen_len is None:
         return min(max_new_tokens, _FEWER_TOKENS) if debug_mode == "fewer_batch" else max_new_tokens
-    if isinstance(cut_gen_len, bool) or not isinstance(cut_gen_len, int) or cut_gen_len < 1:
-        raise RequestError(f"cut_gen_len is {cut_gen_len!r}; it must be a whole number >= 1, or None")
+    check_whole("cut_gen_len", cut_gen_len, 1)
     return min(cut_gen_len, max_new_tokens)
 
 

@@ -6,9 +6,9 @@ functions: an *order* yields every `Step` of a `Grid` once, and `needs` tells wh
 step may start, the reuse of buffers included. `check` proves an order, the executor runs it, the
 simulator times it; none of them knows how the order was made.
 
-To add an order, write one generator and decorate it with `@order`:
+To add an order, write one generator and decorate it with `@order()`:
 
-    @order
+    @order()
     def my_order(grid): ...
 
 It can then be asked for by name (`OptLM(..., order="my_order")`, `--order my_order`).
@@ -161,22 +161,37 @@ def check(steps: Iterable[Step], grid: Grid) -> None:
         raise ScheduleError(f"{len(missing)} steps are never issued, one is {min(missing, key=str)}")
 
 
-Order = Callable[[Grid], Iterator[Step]]
+@dataclass(frozen=True)
+class Order:
+    """A generator of the steps of a grid, and the slots of each kind that its grid is to have.
+
+    With one slot nothing can be fetched before what it replaces has been used, so an order that wants no
+    overlap asks for one: lanes run ahead of the computation as far as the slots let them.
+    """
+
+    name: str
+    generate: Callable[[Grid], Iterator[Step]]
+    slots: int
+
+    def __call__(self, grid: Grid) -> Iterator[Step]:
+        return self.generate(grid)
+
+
 ORDERS: dict[str, Order] = {}
 
 
-def order(generator: Order) -> Order:
-    """Register an order under its function's name."""
-    ORDERS[generator.__name__] = generator
-    return generator
+def order(*, slots: int = 2) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
+    """Register a generator as an order under its own name."""
+
+    def register(generate: Callable[[Grid], Iterator[Step]]) -> Order:
+        made = Order(generate.__name__, generate, slots)
+        ORDERS[made.name] = made
+        return made
+
+    return register
 
 
-SEQUENTIAL = frozenset({"normal"})
-"""Orders that want a grid with one slot of each kind: with a second one, the lanes would fetch ahead of
-the computation whatever the order says, because nothing that the next load needs is missing."""
-
-
-@order
+@order(slots=1)
 def normal(grid: Grid) -> Iterator[Step]:
     """No overlap: everything a cell needs is fetched right before it computes."""
     for i, j, k in grid.cells():
@@ -186,7 +201,7 @@ def normal(grid: Grid) -> Iterator[Step]:
             yield Step(op, i, j, k)
 
 
-@order
+@order()
 def overlap_single_batch(grid: Grid) -> Iterator[Step]:
     """While a layer computes, the next layer's weights and the next cell's cache arrive.
 
@@ -209,7 +224,7 @@ def overlap_single_batch(grid: Grid) -> Iterator[Step]:
             yield Step(Op.LOAD_CACHE, *following)
 
 
-@order
+@order()
 def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
     """While a batch computes, the next batch's cache and hidden states arrive, the previous one's leave,
     and the next layer's weights come in pieces beside each batch (algorithm 1 of the paper)."""

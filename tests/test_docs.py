@@ -27,12 +27,12 @@ def commands():
                 yield pytest.param(line, id=line.removeprefix("python -m "))
 
 
-@pytest.mark.parametrize("text", fenced("python"))
+@pytest.mark.parametrize("text", list(fenced("python")))
 def test_python(text):
     exec(compile(text, "snippet", "exec"), {})
 
 
-@pytest.mark.parametrize("text", fenced("toml"))
+@pytest.mark.parametrize("text", list(fenced("toml")))
 def test_policy(text, tmp_path):
     path = tmp_path / "policy.toml"
     path.write_text(text)
@@ -41,7 +41,7 @@ def test_policy(text, tmp_path):
     assert Policy.load(path) == policy
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_command(line, tmp_path, monkeypatch, capsys):
     (tmp_path / "policies").symlink_to(ROOT / "policies")
     monkeypatch.chdir(tmp_path)

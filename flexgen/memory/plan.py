@@ -21,7 +21,7 @@ from flexgen.units import MIB, align, format_bytes
 from flexgen.workload import Workload
 
 SLOTS = 2
-"""Buffers of each kind: one in use, one on its way."""
+"""Buffers of each kind unless an order wants one only: one in use, one on its way."""
 
 _MEMORY_PAGE_TOKENS = 128
 _DISK_PAGE_TOKENS = 16, 128
@@ -143,6 +143,7 @@ def plan_memory(
     shares_host_memory: bool,
     workload: Workload | None = None,
     all_logits: bool = False,
+    slots: int = SLOTS,
 ) -> MemoryPlan:
     """The plan of one call, or of the weights alone without a workload.
 
@@ -152,8 +153,8 @@ def plan_memory(
     """
     sizes = slot_sizes(layers, placement, dtype, shares_host_memory)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
-    needs.append(Need(Tier.GPU, "weights", "slots", SLOTS * sizes.device))
-    needs.append(Need(Tier.CPU, "weights", "staging", SLOTS * sizes.staging))
+    needs.append(Need(Tier.GPU, "weights", "slots", slots * sizes.device))
+    needs.append(Need(Tier.CPU, "weights", "staging", slots * sizes.staging))
     if workload is not None:
         spec = layers[0].spec
         batches = batch_sizes(policy, workload.num_prompts)
@@ -163,7 +164,9 @@ def plan_memory(
         # One set of slots serves every batch: each as large as the batch that needs most of it.
         largest: dict[tuple[Tier, str, str], int] = {}
         for rows in set(batches):
-            in_flight = _in_flight(layers, policy, rows, workload, dtype, shares_host_memory, all_logits)
+            in_flight = _in_flight(
+                layers, policy, rows, workload, dtype, shares_host_memory, all_logits, slots
+            )
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
@@ -231,6 +234,7 @@ def _in_flight(
     dtype: torch.dtype,
     shared: bool,
     all_logits: bool,
+    slots: int,
 ) -> list[Need]:
     """Slots, staging and workspace while a batch of `rows` is computed."""
     needs = []
@@ -238,22 +242,22 @@ def _in_flight(
     prompt = workload.prompt_len
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         if segment.tier is Tier.DISK:
-            needs.append(Need(Tier.CPU, "cache", "slots", SLOTS * segment.nbytes))
+            needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
         if segment.on_device and not segment.resident and not shared:
-            needs.append(Need(Tier.GPU, "cache", "slots", SLOTS * segment.nbytes))
+            needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:
             exchange = 2 * (spec.num_heads + spec.num_kv_heads) * len(segment.rows) * spec.head_dim
             needs.append(Need(Tier.CPU, "cache", "staging", exchange * dtype.itemsize))
         if segment.tier is not Tier.GPU and not shared:
             fresh = segment.token_bytes(prompt)
-            needs.append(Need(Tier.CPU, "cache", "staging", SLOTS * align(fresh, BLOCK)))
-            needs.append(Need(Tier.GPU, "cache", "workspace", SLOTS * fresh))
+            needs.append(Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK)))
+            needs.append(Need(Tier.GPU, "cache", "workspace", slots * fresh))
     parts = policy.activations.rows(rows)
     from_disk = activation_bytes(spec, len(parts[Tier.DISK]), prompt, dtype)
-    needs.append(Need(Tier.CPU, "activations", "staging", 2 * SLOTS * from_disk))
+    needs.append(Need(Tier.CPU, "activations", "staging", 2 * slots * from_disk))
     if not shared:
         moved = activation_bytes(spec, rows - len(parts[Tier.GPU]), prompt, dtype)
-        needs.append(Need(Tier.GPU, "activations", "slots", SLOTS * moved))
+        needs.append(Need(Tier.GPU, "activations", "slots", slots * moved))
     hidden = activation_bytes(spec, rows, prompt, dtype)
     # Layers are asked about the prefill and about the last token; the head takes one position of each row.
     steps = [(prompt, prompt), (1, workload.capacity)]
@@ -262,5 +266,5 @@ def _in_flight(
         for layer in layers
         for seq, context in steps
     )
-    needs.append(Need(Tier.GPU, "activations", "workspace", workspace + SLOTS * hidden))
+    needs.append(Need(Tier.GPU, "activations", "workspace", workspace + slots * hidden))
     return needs

@@ -35,6 +35,7 @@ class Activations:
         prompt_len: int,
         dtype: torch.dtype,
         machine: Machine,
+        slots: int = SLOTS,
     ) -> None:
         self._hidden = spec.hidden_size
         self._dtype = dtype
@@ -48,7 +49,7 @@ class Activations:
             len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if self._shared else 0) for parts in self._parts
         ]
         self._kept: list[Tensor | None] = [None] * len(batches)
-        self._leaving: list[Tensor | None] = [None] * SLOTS
+        self._leaving: dict[int, Tensor] = {}  # by slot
 
         def size(rows: int) -> int:
             return activation_bytes(spec, rows, prompt_len, dtype)
@@ -62,11 +63,11 @@ class Activations:
                 self._files[batch] = machine.disk.scratch(f"hidden-{batch}", size(len(parts[Tier.DISK])))
         from_disk = max(size(len(parts[Tier.DISK])) for parts in self._parts)
         moved = max(size(rows - stay) for rows, stay in zip(batches, self._resident, strict=True))
-        self._arriving = [self._take(machine.host, from_disk) for _ in range(SLOTS)]
-        self._departing = [self._take(machine.host, from_disk) for _ in range(SLOTS)]
+        self._arriving = [self._take(machine.host, from_disk) for _ in range(slots)]
+        self._departing = [self._take(machine.host, from_disk) for _ in range(slots)]
         self._slots = [
             self._arriving[n] if self._shared else self._take(machine.device.memory, moved)
-            for n in range(SLOTS)
+            for n in range(slots)
         ]
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
@@ -147,9 +148,8 @@ class Activations:
         return tuple(chains)
 
     def _leave(self, batch: int, tier: Tier, slot: int, target: Tensor) -> None:
-        hidden, part = self._leaving[slot], self._parts[batch][tier]
-        assert hidden is not None
-        rows = hidden[part.start : part.stop]
+        part = self._parts[batch][tier]
+        rows = self._leaving[slot][part.start : part.stop]
         self._device.from_device(target.view(self._dtype).view(rows.shape), rows.contiguous())
 
     def _bytes(self, batch: int, tier: Tier, tokens: int) -> int:

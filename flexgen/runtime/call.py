@@ -11,7 +11,7 @@ import torch
 
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS, batch_sizes, cache_segments
+from flexgen.memory.plan import batch_sizes, cache_segments
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
@@ -21,7 +21,7 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import ORDERS, SEQUENTIAL, Grid, Op, Step, order_for
+from flexgen.schedule import ORDERS, Grid, Op, Step, order_for
 from flexgen.trace import LaneName, Trace
 from flexgen.units import MIB
 from flexgen.workload import Workload
@@ -89,7 +89,9 @@ class Call:
         if batches != self._batches:
             self._free_buffers()
             self._make_buffers(batches)
-        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine)
+        self._prompts = Prompts(
+            prompts, batches, self._pad_id, self._model.machine, self._model.weights.count
+        )
         self._model.machine.device.settle()
         return self._prompts
 
@@ -129,27 +131,25 @@ class Call:
         model, batches = self._model, len(self._batches)
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
         pieces = max(min(batches, moved // _PIECE_BYTES), 1)
-        slots = 1 if self._order(batches) in SEQUENTIAL else SLOTS
-        grid = Grid(tokens, len(model.layers), batches, pieces, min(slots, model.weights.count), slots)
+        grid = Grid(tokens, len(model.layers), batches, pieces, model.weights.count, model.weights.count)
         return Generation(grid, model.layers, model.weights, prompts, self._cache, self._activations, output)
 
     def _steps(self, grid: Grid) -> Iterator[Step]:
-        return ORDERS[self._order(grid.batches)](grid)
-
-    def _order(self, batches: int) -> str:
-        return self._model.order or order_for(self._model.policy.overlap, batches)
+        return ORDERS[self._model.order or order_for(self._model.policy.overlap, grid.batches)](grid)
 
     def _make_buffers(self, batches: list[int]) -> None:
         model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
-        shared = model.machine.device.shares_host_memory
+        shared, slots = model.machine.device.shares_host_memory, model.weights.count
         segments = [
             cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, shared)
             for rows in batches
         ]
         cached = [j for j, layer in enumerate(model.layers) if layer.has_cache]
         self._batches = batches
-        self._cache = KVCache(cached, segments, prompt_len, spec.num_heads, model.machine)
-        self._activations = Activations(spec, model.policy, batches, prompt_len, model.dtype, model.machine)
+        self._cache = KVCache(cached, segments, prompt_len, spec.num_heads, model.machine, slots)
+        self._activations = Activations(
+            spec, model.policy, batches, prompt_len, model.dtype, model.machine, slots
+        )
 
     def _free_buffers(self) -> None:
         self._batches = []

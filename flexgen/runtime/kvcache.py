@@ -119,6 +119,7 @@ class KVCache:
         prompt_len: int,
         heads: int,
         machine: Machine,
+        slots: int = SLOTS,
     ) -> None:
         self._device = machine.device
         self._shared = machine.device.shares_host_memory
@@ -136,7 +137,7 @@ class KVCache:
                     self._parts[layer, batch].append(part)
         every = [segment for segments in batches for segment in segments]
         self._slots = {
-            tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(SLOTS)]
+            tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(slots)]
             for tier in {segment.tier for segment in every}
         }
         attended_on_host = {segment.tier for segment in every if not segment.on_device}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +124,15 @@ def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarra
     return kept
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise RequestError unless `value` is a whole number (numpy's too) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number >= {least}")
+
+
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
     """Raise RequestError unless `max_new_tokens` is a count and fits behind every prompt."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number >= 1")
+    check_whole("max_new_tokens", max_new_tokens, 1)
     check_positions(spec, request, max_new_tokens)
 
 
@@ -146,11 +152,13 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
     """The ids that end a row: `stop`, or the model's own end ids for None; an empty one never stops."""
     if stop is None:
         return spec.eos_token_ids
+    if isinstance(stop, np.ndarray | Tensor):
+        stop = stop.reshape(-1).tolist()
     ids = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     for value in ids:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise RequestError(f"stop holds {value!r}; it takes one id, several ids, or () to never stop")
-        if not 0 <= value < spec.vocab_size:
+        if not 0 <= int(value) < spec.vocab_size:
             raise RequestError(f"stop id {value} is outside the vocabulary, 0 to {spec.vocab_size - 1}")
     return tuple(int(value) for value in ids)
 

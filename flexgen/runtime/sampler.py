@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
 from flexgen.errors import RequestError
+from flexgen.runtime.request import check_whole
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise RequestError for values that cannot be meant."""
     for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise RequestError(f"{name} is {value!r}; it must be a number")
     if not 0 <= temperature < math.inf:  # NaN fails too
         raise RequestError(
             f"temperature is {temperature}; it must be finite and >= 0 (0 takes the best token)"
         )
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise RequestError(f"top_k is {top_k!r}; it must be a whole number >= 0 (0 keeps all)")
+    check_whole("top_k", top_k, 0)
     if not 0 < top_p <= 1:
         raise RequestError(f"top_p is {top_p}; it must be above 0 and at most 1 (1 keeps all)")
 

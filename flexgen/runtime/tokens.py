@@ -31,6 +31,7 @@ class Prompts:
         batches: Sequence[int],
         pad_id: int,
         machine: Machine,
+        slots: int = SLOTS,
     ) -> None:
         self._device = device = machine.device
         self._host = machine.host
@@ -50,7 +51,7 @@ class Prompts:
             self.padding.append(self._padding(tuple(ids.shape[1] - length for length in self.lengths[rows])))
         self._slots = [
             torch.zeros(max(sizes), dtype=torch.int64, device=device.torch_device)
-            for _ in range(0 if device.shares_host_memory else SLOTS)
+            for _ in range(0 if device.shares_host_memory else slots)
         ]
 
     def span(self, token: int, batch: int) -> Span:
@@ -140,7 +141,7 @@ class NewTokens:
         self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
         self._pad_id = pad_id
         self._device = device
-        self._chosen: list[Tensor | None] = [None] * SLOTS
+        self._chosen: dict[int, Tensor] = {}  # by slot
         count = len(prompts.lengths)
         self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
         self._stopped = torch.zeros(count, dtype=torch.bool)
@@ -156,17 +157,13 @@ class NewTokens:
         return ((Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot)), record),)
 
     def _fetch(self, batch: int, slot: int) -> None:
-        chosen = self._chosen[slot]
-        assert chosen is not None
-        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], chosen)
+        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._chosen[slot])
 
     def _record(self, token: int, batch: int, slot: int) -> None:
         rows = self._prompts.rows(batch)
         newest = self._prompts.newest[rows]
         if self._device.shares_host_memory:
-            chosen = self._chosen[slot]
-            assert chosen is not None
-            newest.copy_(chosen)
+            newest.copy_(self._chosen[slot])
         stopped = self._stopped[rows]
         newest.masked_fill_(stopped, self._pad_id)
         self.ids[rows, token] = newest
@@ -188,7 +185,7 @@ class AllLogits:
     def __init__(self, prompts: Prompts, vocab: int, dtype: torch.dtype, device: ComputeDevice) -> None:
         self._prompts = prompts
         self._device = device
-        self._there: list[Tensor | None] = [None] * SLOTS
+        self._there: dict[int, Tensor] = {}  # by slot
         self._rows = [torch.empty(length, vocab, dtype=dtype) for length in prompts.lengths]
 
     def row(self, n: int) -> Tensor:
@@ -203,9 +200,7 @@ class AllLogits:
         return ((Stage(lane, partial(self._fetch, batch, slot)),),)
 
     def _fetch(self, batch: int, slot: int) -> None:
-        logits = self._there[slot]
-        assert logits is not None
-        for target, source in zip(self._rows[self._prompts.rows(batch)], logits, strict=True):
+        for target, source in zip(self._rows[self._prompts.rows(batch)], self._there[slot], strict=True):
             self._device.from_device(target, source[len(source) - len(target) :])
 
     def finished(self, token: int) -> bool:

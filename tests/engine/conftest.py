@@ -141,7 +141,7 @@ def mixed() -> Callable[..., Policy]:
     return make
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _small_pages() -> Iterator[None]:
     """Pages and pieces so small that a tiny model has several."""
     with pytest.MonkeyPatch.context() as patch:
