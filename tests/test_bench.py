@@ -99,7 +99,9 @@ def test_bad_input_is_one_clear_line(flags, said, capsys):
     assert said in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("flags", ["--gen-len 0", "--gpu-batch-size -1", "--overlap perhaps", "--order nothing"])
+@pytest.mark.parametrize(
+    "flags", ["--gen-len 0", "--gpu-batch-size -1", "--overlap perhaps", "--order nothing"]
+)
 def test_bad_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         bench.main(shlex.split(flags))

@@ -15,6 +15,7 @@ LAYERS = [
     {"policy", "workload", "schedule", "demo"},
     {"trace"},
     {"report"},
+    {"kernels"},
     {"models", "quant"},
     {"memory"},
     {"runtime", "planning"},

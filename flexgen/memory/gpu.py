@@ -58,6 +58,10 @@ class ComputeDevice(ABC):
         """Most device memory taken at once since the device was opened."""
         return self.memory.peak
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self.memory.close()
+
     def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
         """Block the host until buffers that were made outside the lanes are ready for them."""
 
@@ -193,6 +197,11 @@ class CudaDevice(ComputeDevice):
         target.copy_(source, non_blocking=True)
 
     from_device = to_device
+
+    def close(self) -> None:
+        super().close()
+        if self.memory.capacity is not None:  # the cap belongs to the process, not to this object
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     def settle(self) -> None:
         # Zero-filling runs on the default stream, which the lanes' streams do not wait for.

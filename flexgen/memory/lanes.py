@@ -9,6 +9,7 @@ synchronisation: a job waits for the jobs it was told to wait for, and for nothi
 from __future__ import annotations
 
 import _thread
+import contextlib
 import queue
 import threading
 import time
@@ -188,13 +189,18 @@ class ThreadLane(Lane):
 class EventDone:
     """The end of a job on a CUDA stream."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_event", "_lane", "_step")
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, step: Step, lane: LaneName) -> None:
         self._event = event
+        self._step = step
+        self._lane = lane
 
     def wait(self) -> None:
-        self._event.synchronize()
+        try:
+            self._event.synchronize()
+        except RuntimeError as error:  # a kernel failed, in this job or in one before it on the device
+            raise failure(self._step, self._lane, error) from error
 
     def precede(self, stream: Any) -> None:
         stream.wait_event(self._event)
@@ -229,7 +235,7 @@ class StreamLane(Lane):
             done.finish(failure(step, self.name, error))
             return done
         self._pending.append((step, start, end))
-        return EventDone(end)
+        return EventDone(end, step, self.name)
 
     def take_events(self, origin: float) -> list[Event]:
         taken, self._pending = self._pending, []
@@ -241,7 +247,9 @@ class StreamLane(Lane):
         return [Event(step, self.name, seconds(start), seconds(end)) for step, start, end in taken]
 
     def drain(self) -> None:
-        self.stream.synchronize()
+        # A failed kernel is told by the Done of its job; here it only means that nothing runs any more.
+        with contextlib.suppress(RuntimeError):
+            self.stream.synchronize()
 
 
 class Lanes(Mapping[LaneName, Lane]):

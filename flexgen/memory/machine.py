@@ -54,7 +54,7 @@ class Machine:
         }
 
     def close(self) -> None:
-        self.device.memory.close()
+        self.device.close()
         self.host.close()
         self.disk.close()
         self.io.close()

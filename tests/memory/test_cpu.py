@@ -1,0 +1,173 @@
+"""Host memory: what may be taken of it, and what is pinned."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from flexgen.memory import cpu
+from flexgen.memory.cpu import HostStore
+from flexgen.units import GIB, MIB
+
+V2 = Path("sys/fs/cgroup")
+V1 = Path("sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """`files({path: text})` stands in for /proc and /sys."""
+    monkeypatch.setattr(cpu, "Path", lambda path: Path(f"{tmp_path}{path}"))
+
+    def write(texts):
+        for path, text in texts.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(f"{text}\n")
+
+    return write
+
+
+@pytest.fixture
+def plenty(monkeypatch):
+    free = 64 * GIB
+    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    return free
+
+
+def group_v2(folder, limit, used, inactive=0):
+    stat = f"anon 5\ninactive_file {inactive}\nactive_file 7"
+    return {folder / "memory.max": limit, folder / "memory.current": used, folder / "memory.stat": stat}
+
+
+def test_without_a_control_group_the_system_decides(files, plenty):
+    assert cpu.available_bytes() == plenty
+
+
+def test_a_limit_leaves_what_is_not_used_and_what_the_kernel_gives_up(files, plenty):
+    files({"proc/self/cgroup": "0::/job"} | group_v2(V2 / "job", 8 * GIB, 3 * GIB, inactive=GIB))
+    assert cpu.available_bytes() == 6 * GIB
+
+
+def test_a_group_without_a_limit_does_not_count(files, plenty):
+    files({"proc/self/cgroup": "0::/job"} | group_v2(V2 / "job", "max", 3 * GIB))
+    assert cpu.available_bytes() == plenty
+
+
+def test_the_limit_of_a_group_around_it_counts(files, plenty):
+    files(
+        {"proc/self/cgroup": "0::/job/step/task"}
+        | group_v2(V2 / "job/step/task", "max", GIB)
+        | group_v2(V2 / "job/step", 9 * GIB, GIB)
+        | group_v2(V2 / "job", 6 * GIB, 2 * GIB)
+    )
+    assert cpu.available_bytes() == 4 * GIB
+
+
+@pytest.mark.parametrize("path", ["/docker/0123", "/../../elsewhere"])
+def test_inside_a_container_the_limit_stands_at_the_root(files, plenty, path):
+    files({"proc/self/cgroup": f"0::{path}"} | group_v2(V2, 2 * GIB, GIB))
+    assert cpu.available_bytes() == GIB
+
+
+def test_more_used_than_allowed_leaves_nothing(files, plenty):
+    files({"proc/self/cgroup": "0::/"} | group_v2(V2, GIB, 2 * GIB))
+    assert cpu.available_bytes() == 0
+
+
+def test_the_first_version_of_control_groups(files, plenty):
+    files(
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/job\n0::/",
+            V1 / "job/memory.limit_in_bytes": 4 * GIB,
+            V1 / "job/memory.usage_in_bytes": GIB,
+            V1 / "job/memory.stat": "cache 3\ntotal_inactive_file 0",
+        }
+    )
+    assert cpu.available_bytes() == 3 * GIB
+
+
+def test_a_small_system_is_not_made_larger_by_a_limit(files, plenty):
+    files({"proc/self/cgroup": "0::/"} | group_v2(V2, 1024 * GIB, 0))
+    assert cpu.available_bytes() == plenty
+
+
+def test_a_damaged_account_is_passed_over(files, plenty):
+    files({"proc/self/cgroup": "0::/job"} | group_v2(V2 / "job", "?", "?"))
+    assert cpu.available_bytes() == plenty
+
+
+def test_this_machine_has_memory_to_give():
+    assert 0 < cpu.available_bytes() <= psutil.virtual_memory().total
+    assert 0 < cpu.resident_bytes() < psutil.virtual_memory().total
+
+
+def test_the_peak_of_resident_memory_is_seen_after_it_is_gone():
+    cpu.reset_peak_resident_bytes()
+    if not cpu.peak_resident_bytes():
+        pytest.skip("this kernel keeps no account of the peak")
+    before = cpu.resident_bytes()
+    buffer = HostStore().allocate(64 * MIB, "a peak").fill_(1)
+    del buffer
+    assert cpu.peak_resident_bytes() >= before + 48 * MIB
+
+
+def test_without_a_device_nothing_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    store = HostStore(pin=True)
+    assert not store.pin
+    assert not store.allocate(4096, "anything").is_pinned()
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda address, nbytes, flags: 2)
+
+        def cudaHostUnregister(self, address):
+            raise AssertionError("it was never registered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    store = HostStore(pin=True)
+    buffer = store.allocate(MIB, "weights of layer-0")
+    assert buffer.numel() == MIB and not buffer.any()
+    assert "weights of layer-0: cannot pin 1 MiB (CUDA error 2)" in caplog.text
+    store.release(buffer)
+    store.close()
+
+
+def test_what_was_pinned_is_given_back(monkeypatch):
+    pinned = set()
+
+    class Runtime:
+        def cudaHostRegister(self, address, nbytes, flags):
+            pinned.add(address)
+            return 0
+
+        def cudaHostUnregister(self, address):
+            pinned.remove(address)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    store = HostStore(pin=True)
+    first, second = (store.allocate(4096, "anything") for _ in range(2))
+    assert pinned == {first.data_ptr(), second.data_ptr()}
+    store.release(first)
+    assert pinned == {second.data_ptr()}
+    store.close()
+    assert pinned == set()
+
+
+@pytest.mark.gpu
+def test_registered_memory_is_pinned():
+    store = HostStore(pin=True)
+    buffer = store.allocate(8 * MIB, "weights")
+    assert buffer.is_pinned()
+    device = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+    device.copy_(buffer.fill_(7), non_blocking=True)
+    torch.cuda.synchronize()
+    assert (device == 7).all()
+    store.release(buffer)
+    again = store.allocate(8 * MIB, "weights")
+    assert again.is_pinned()
+    store.close()

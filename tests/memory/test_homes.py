@@ -1,0 +1,162 @@
+"""Where weights live once a model is opened: in memory, in the user's files, or in files written once."""
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+import torch
+
+from flexgen.errors import CapacityError, CheckpointError
+from flexgen.memory.disk import DiskStore
+from flexgen.memory.gpu import EmulatedDevice
+from flexgen.memory.homes import HostRegion
+from flexgen.memory.plan import SLOTS
+from flexgen.memory.store import ALIGNMENT
+from flexgen.memory.weights import slot_sizes
+from flexgen.models import checkpoint as source
+from flexgen.models import tensor_files
+from flexgen.models.checkpoint import Extent
+from flexgen.policy import Split, Tier
+
+MIXED = Split(gpu=30, cpu=30, disk=40)
+DISK = Split(disk=100)
+
+
+def files_in(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_each_home_is_on_the_tier_it_was_given(stream, saved, family, device):
+    model = stream(saved(family), MIXED, device)
+    seen = set()
+    for layer in model.layers:
+        for weight in layer.weights:
+            home, tier = model.homes[weight], model.placement.of(weight)
+            seen.add(tier)
+            if tier is Tier.DISK:
+                assert isinstance(home, Extent)
+            elif tier is Tier.CPU and device == "emulated":
+                assert isinstance(home, HostRegion)
+                region = home.buffer[home.offset : home.offset + home.nbytes]
+                expected = model.checkpoint.read(weight, torch.float32)
+                assert torch.equal(region.view(torch.float32).view(weight.shape), expected)
+            else:
+                assert torch.equal(home, model.checkpoint.read(weight, torch.float32))
+    assert seen == set(Tier)
+
+
+def test_stores_hold_what_was_placed(stream, saved):
+    model = stream(saved(), MIXED, "emulated")
+    count = sum(len(layer.weights) for layer in model.layers)
+    slots = slot_sizes(model.layers, model.placement, model.dtype, shares_host_memory=False)
+    device = model.machine.device.memory.used - SLOTS * slots.device
+    host = model.machine.host.used - SLOTS * slots.staging
+    for used, tier in ((device, Tier.GPU), (host, Tier.CPU)):
+        assert 0 <= used - model.placement.nbytes[tier] < ALIGNMENT * count
+    assert model.machine.disk.used == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_weights_on_disk_are_read_in_place(stream, saved, tmp_path, device):
+    directory, offload = saved(), tmp_path / "offload"
+    model = stream(directory, DISK, device, offload_dir=offload)
+    for layer in model.layers:
+        for weight in layer.weights:
+            assert model.homes[weight].path.parent == directory
+    assert files_in(offload) == {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format", "weights", "wanted"),
+    [
+        (torch.float16, "safetensors", "checkpoint", torch.float32),
+        (torch.float32, "safetensors", "checkpoint", torch.bfloat16),
+        (torch.float32, "bin", "checkpoint", torch.float32),
+        (torch.float32, "safetensors", "dummy", torch.float32),
+    ],
+)
+def test_what_no_file_holds_is_written_once(stream, saved, tmp_path, dtype, format, weights, wanted):
+    directory, offload = saved("opt", dtype, format), tmp_path / "offload"
+    first = stream(directory, DISK, dtype=wanted, offload_dir=offload, weights=weights)
+    written = files_in(offload)
+    assert len(written) == len(first.layers)
+    assert all(path.suffix == ".safetensors" for path in written)
+    second = stream(directory, DISK, dtype=wanted, offload_dir=offload, weights=weights)
+    assert files_in(offload) == written
+    for layer in range(len(second.layers)):
+        second.bring(layer, slot=0)
+        second.assert_there(layer, slot=0)
+
+
+def test_another_dtype_makes_other_files(stream, saved, tmp_path):
+    directory, offload = saved("opt", torch.float16), tmp_path / "offload"
+    first = stream(directory, DISK, dtype=torch.float32, offload_dir=offload)
+    stream(directory, DISK, dtype=torch.bfloat16, offload_dir=offload)
+    assert len(files_in(offload)) == 2 * len(first.layers)
+
+
+def test_a_changed_checkpoint_makes_other_files(stream, saved, tmp_path):
+    offload, directory = tmp_path / "offload", tmp_path / "model"
+    shutil.copytree(saved("opt", torch.float16), directory)
+    stream(directory, DISK, offload_dir=offload)
+    before = files_in(offload)
+    shutil.copy(saved("opt", torch.float16, max_position_embeddings=41) / "model.safetensors", directory)
+    shutil.copy(saved("opt", torch.float16, max_position_embeddings=41) / "config.json", directory)
+    model = stream(directory, DISK, offload_dir=offload)
+    assert len(files_in(offload)) == 2 * len(before)
+    for layer in range(len(model.layers)):
+        model.bring(layer, slot=0)
+        model.assert_there(layer, slot=0)
+
+
+@pytest.mark.parametrize("name", ["..", "a/../b", "x" * 300, "/deep" * 80, "é" * 300, "/"])
+def test_any_name_of_a_model_is_a_folder(stream, saved, tmp_path, monkeypatch, name):
+    opened = source._open_directory
+
+    def renamed(*args):
+        spec, files = opened(*args)
+        return dataclasses.replace(spec, name=name), files
+
+    monkeypatch.setattr(source, "_open_directory", renamed)
+    model = stream(saved("opt", torch.float16), DISK, offload_dir=tmp_path / "offload")
+    model.bring(1, slot=0)
+    model.assert_there(1, slot=0)
+
+
+def test_a_tied_head_is_the_embedding_at_home(stream, saved):
+    model = stream(saved("opt"), MIXED, "emulated")
+    embed = next(w for w in model.layers[0].weights if w.name == "embed.weight")
+    head = next(w for w in model.layers[-1].weights if w.shape == embed.shape)
+    assert model.homes[head] is model.homes[embed]
+
+
+def test_a_checkpoint_that_shrinks_while_it_is_read_is_told(stream, saved, tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    shutil.copytree(saved(), directory)
+    read = tensor_files.SafetensorsCheckpoint.read
+
+    def shrinking(self, weight, dtype):
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.truncate(5000)
+        return read(self, weight, dtype)
+
+    monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", shrinking)
+    with pytest.raises(CheckpointError, match=re.escape(str(directory / "model.safetensors"))):
+        stream(directory, Split(gpu=100))
+
+
+def test_memory_that_is_too_small_is_told_by_layer(stream, saved):
+    with pytest.raises(CapacityError, match=r"weights of \S+ needs .* on the gpu tier"):
+        stream(saved(), Split(gpu=100), EmulatedDevice(memory=4096))
+
+
+def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiskStore, "free", property(lambda self: 1000))
+    with pytest.raises(
+        CapacityError, match=r"weights of \S+ need .* in the offload directory, which has 1000 B"
+    ):
+        stream(saved("opt", torch.float16), DISK, offload_dir=tmp_path / "offload")
+    assert files_in(tmp_path / "offload") == {}

@@ -1,0 +1,316 @@
+"""Lanes serve in order, wait for what they were told to wait for, and tell the caller of errors."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+
+from flexgen.errors import LaneError
+from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, StreamLane, ThreadLane
+from flexgen.schedule import Op, Step
+from flexgen.trace import LaneName
+
+STEP = Step(Op.COMPUTE, 3, 1, 2)
+LOAD = Step(Op.LOAD_WEIGHTS, 0, 1, 2)
+PATIENCE = 60  # seconds after which a test that hangs fails instead
+
+
+class Boom(Exception):
+    pass
+
+
+def boom():
+    raise Boom("out of luck")
+
+
+class Gate:
+    """A job that says that it has begun, and then waits to be let through."""
+
+    def __init__(self):
+        self.begun, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.opened.wait(PATIENCE)
+
+
+@pytest.fixture
+def make_lane():
+    lanes = []
+
+    def make(name=LaneName.COMPUTE):
+        lanes.append(ThreadLane(name))
+        return lanes[-1]
+
+    yield make
+    for lane in lanes:
+        lane.close()
+
+
+@pytest.fixture
+def lane(make_lane):
+    return make_lane()
+
+
+def test_a_lane_serves_in_order(lane):
+    ran = []
+    dones = [lane.submit(lambda n=n: ran.append(n), (), STEP) for n in range(100)]
+    dones[-1].wait()
+    assert ran == list(range(100))
+    for done in dones:
+        done.wait()  # all are over, and waiting twice is allowed
+    dones[0].wait()
+
+
+def test_lanes_run_beside_each_other(make_lane):
+    gate = Gate()
+    blocked = make_lane().submit(gate, (), STEP)
+    assert gate.begun.wait(PATIENCE)
+    make_lane(LaneName.DISK_READ).submit(lambda: None, (), LOAD).wait()  # returns while the gate is shut
+    gate.opened.set()
+    blocked.wait()
+
+
+def test_a_job_waits_for_jobs_of_other_lanes(make_lane):
+    disk, link, compute = make_lane(LaneName.DISK_READ), make_lane(LaneName.TO_DEVICE), make_lane()
+    gate, ran = Gate(), []
+    read = disk.submit(gate, (), LOAD)
+    copied = link.submit(lambda: ran.append("copy"), (read,), LOAD)
+    computed = compute.submit(lambda: ran.append("compute"), (read, copied), STEP)
+    assert gate.begun.wait(PATIENCE)
+    assert ran == []
+    gate.opened.set()
+    computed.wait()
+    assert ran == ["copy", "compute"]
+    (reading,), (copying,), (computing,) = (lane.take_events(0.0) for lane in (disk, link, compute))
+    assert reading.end <= copying.start and copying.end <= computing.start
+
+
+def test_an_error_reaches_the_one_who_waits(lane):
+    done = lane.submit(boom, (), STEP)
+    with pytest.raises(
+        LaneError, match="compute of token 3, layer 1, batch 2 failed on lane compute"
+    ) as caught:
+        done.wait()
+    assert isinstance(caught.value.__cause__, Boom)
+    assert "Boom: out of luck" in str(caught.value)
+    lane.submit(lambda: None, (), STEP).wait()  # the lane lives on
+
+
+def test_what_depends_on_a_failure_does_not_run_and_tells_of_the_same(make_lane):
+    ran = []
+    failed = make_lane(LaneName.DISK_READ).submit(boom, (), LOAD)
+    dependent = make_lane(LaneName.TO_DEVICE).submit(lambda: ran.append(1), (failed,), LOAD)
+    further = make_lane().submit(lambda: ran.append(2), (dependent,), STEP)
+    inline = InlineLane(LaneName.HOST).submit(lambda: ran.append(3), (further,), STEP)
+    errors = []
+    for done in (failed, dependent, further, inline):
+        with pytest.raises(LaneError) as caught:
+            done.wait()
+        errors.append(caught.value)
+    assert ran == []
+    assert all(error is errors[0] for error in errors)
+    assert "load_weights of token 0, layer 1, batch 2 failed on lane disk_read" in str(errors[0])
+
+
+def test_an_exit_inside_a_job_is_told_too(lane):
+    with pytest.raises(LaneError) as caught:
+        lane.submit(sys.exit, (), STEP).wait()
+    assert isinstance(caught.value.__cause__, SystemExit)
+
+
+def test_cancel_drops_what_has_not_begun(lane):
+    gate, ran = Gate(), []
+    running = lane.submit(gate, (), STEP)
+    dropped = [lane.submit(lambda: ran.append("dropped"), (), STEP) for _ in range(3)]
+    assert gate.begun.wait(PATIENCE)
+    lane.cancel()
+    gate.opened.set()
+    lane.drain()
+    running.wait()  # what had begun has ended well
+    for done in dropped:
+        with pytest.raises(LaneError) as caught:
+            done.wait()
+        assert isinstance(caught.value.__cause__, Cancelled)
+    assert ran == []
+    lane.submit(lambda: ran.append("next"), (), STEP).wait()
+    assert ran == ["next"]
+
+
+def test_drain_returns_when_nothing_runs(lane):
+    gate, ended = Gate(), []
+    lane.submit(gate, (), STEP)
+    lane.submit(lambda: ended.append(True), (), STEP)
+    threading.Thread(target=lambda: gate.begun.wait(PATIENCE) and gate.opened.set()).start()
+    lane.drain()
+    assert ended == [True]
+
+
+def test_drain_does_not_raise(lane):
+    lane.submit(boom, (), STEP)
+    lane.drain()
+
+
+def test_close_ends_the_thread():
+    lane, threads = ThreadLane(LaneName.HOST), []
+    lane.submit(lambda: threads.append(threading.current_thread()), (), STEP)
+    lane.close()
+    assert len(threads) == 1 and not threads[0].is_alive()
+    assert threads[0] is not threading.current_thread() and threads[0].name == "flexgen-host"
+
+
+def test_events_tell_step_and_times(lane):
+    before = time.perf_counter()
+    lane.submit(lambda: None, (), LOAD)
+    lane.submit(lambda: None, (), STEP)
+    lane.submit(boom, (), STEP)  # what fails has no event
+    lane.drain()
+    after = time.perf_counter()
+    first, second = lane.take_events(origin=before)
+    assert (first.step, first.lane, second.step) == (LOAD, LaneName.COMPUTE, STEP)
+    assert 0 <= first.start <= first.end <= second.start <= second.end <= after - before
+    assert lane.take_events(before) == []
+
+
+def test_jobs_run_in_inference_mode(lane):
+    modes = []
+    lane.submit(lambda: modes.append(torch.is_inference_mode_enabled()), (), STEP).wait()
+    assert modes == [True]
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_an_idle_lane_holds_no_job(lane):
+    tensor = torch.zeros(1)
+    alive = weakref.ref(tensor)
+    lane.submit(tensor.zero_, (), STEP)
+    lane.drain()
+    del tensor
+    gc.collect()
+    assert alive() is None
+
+
+def test_an_inline_lane_runs_at_once_in_the_caller():
+    lane, threads = InlineLane(LaneName.COMPUTE), []
+    done = lane.submit(lambda: threads.append(threading.current_thread()), (), STEP)
+    assert threads == [threading.current_thread()]
+    done.wait()
+    (event,) = lane.take_events(0.0)
+    assert (event.step, event.lane) == (STEP, LaneName.COMPUTE) and event.start <= event.end
+    assert lane.take_events(0.0) == []
+
+
+def test_an_inline_lane_waits_for_other_lanes(lane):
+    gate, ran = Gate(), []
+    first = lane.submit(lambda: (gate(), ran.append("thread")), (), LOAD)
+    threading.Thread(target=lambda: gate.begun.wait(PATIENCE) and gate.opened.set()).start()
+    InlineLane(LaneName.HOST).submit(lambda: ran.append("inline"), (first,), STEP)
+    assert ran == ["thread", "inline"]
+
+
+def test_an_inline_lane_tells_of_an_error_when_asked():
+    done = InlineLane(LaneName.COMPUTE).submit(boom, (), STEP)
+    with pytest.raises(LaneError, match="compute of token 3") as caught:
+        done.wait()
+    assert isinstance(caught.value.__cause__, Boom)
+
+
+def test_an_interrupt_of_an_inline_job_is_not_swallowed():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    lane = InlineLane(LaneName.COMPUTE)
+    with pytest.raises(KeyboardInterrupt):
+        lane.submit(interrupted, (), STEP)
+    lane.submit(lambda: None, (), STEP).wait()
+
+
+def test_lanes_stop_collect_and_close():
+    gate = Gate()
+
+    class OpenedByCancel(ThreadLane):
+        def cancel(self):
+            super().cancel()
+            gate.opened.set()
+
+    shared, disk = ThreadLane(LaneName.COMPUTE), OpenedByCancel(LaneName.DISK_READ)
+    lanes = Lanes({LaneName.COMPUTE: shared, LaneName.HOST: shared, LaneName.DISK_READ: disk})
+    assert set(lanes) == {LaneName.COMPUTE, LaneName.HOST, LaneName.DISK_READ} and len(lanes) == 3
+    assert lanes[LaneName.HOST] is lanes[LaneName.COMPUTE]
+    threads = []
+
+    def remember():
+        threads.append(threading.current_thread())
+
+    read = lanes[LaneName.DISK_READ].submit(remember, (), LOAD)
+    lanes[LaneName.HOST].submit(remember, (read,), STEP)
+    lanes.stop(cancel=False)
+    assert [event.step for event in lanes.take_events(0.0)] == [LOAD, STEP]  # once each, by their start
+    assert lanes.take_events(0.0) == []
+    lanes[LaneName.DISK_READ].submit(gate, (), LOAD)
+    dropped = lanes[LaneName.DISK_READ].submit(remember, (), LOAD)
+    assert gate.begun.wait(PATIENCE)
+    lanes.close()
+    assert not any(thread.is_alive() for thread in threads) and len(lanes) == 0
+    with pytest.raises(LaneError) as caught:
+        dropped.wait()
+    assert isinstance(caught.value.__cause__, Cancelled)
+
+
+def test_a_forgotten_lane_does_not_hold_up_the_exit():
+    script = (
+        "import threading\n"
+        "from flexgen.memory.lanes import ThreadLane\n"
+        "from flexgen.schedule import Op, Step\n"
+        "from flexgen.trace import LaneName\n"
+        "begun = threading.Event()\n"
+        "def forever():\n"
+        "    begun.set()\n"
+        "    threading.Event().wait()\n"
+        "ThreadLane(LaneName.DISK_READ).submit(forever, (), Step(Op.COMPUTE, 0, 0, 0))\n"
+        "begun.wait()\n"
+        "print('leaving')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout.strip()) == (0, "leaving"), done.stderr
+
+
+@pytest.mark.gpu
+def test_stream_lanes_wait_for_each_other_and_for_threads(make_lane):
+    device = torch.device("cuda", 0)
+    link, compute = StreamLane(LaneName.TO_DEVICE, device), StreamLane(LaneName.COMPUTE, device)
+    disk, back = make_lane(LaneName.DISK_READ), make_lane(LaneName.HOST)
+    source = torch.zeros(1 << 24, pin_memory=True)
+    target, result = torch.zeros(1 << 24, device=device), torch.zeros(1 << 24, device=device)
+    answers = []
+    torch.cuda.synchronize()
+    read = disk.submit(lambda: source.fill_(2.0), (), LOAD)
+    copied = link.submit(lambda: target.copy_(source, non_blocking=True), (read,), LOAD)
+    computed = compute.submit(lambda: torch.mul(target, 3.0, out=result), (copied,), STEP)
+    back.submit(lambda: answers.append(result.cpu()), (computed,), STEP).wait()
+    assert (answers[0] == 6.0).all()
+    link.drain()
+    compute.drain()
+    origin = time.perf_counter()
+    (copying,), (computing,) = link.take_events(origin), compute.take_events(origin)
+    assert (copying.step, copying.lane) == (LOAD, LaneName.TO_DEVICE)
+    assert copying.start <= copying.end and computing.start <= computing.end <= 0
+    assert link.take_events(origin) == []
+
+
+@pytest.mark.gpu
+def test_a_stream_lane_tells_of_errors_and_of_earlier_ones(make_lane):
+    compute, ran = StreamLane(LaneName.COMPUTE, torch.device("cuda", 0)), []
+    failed = compute.submit(boom, (), STEP)
+    dependent = compute.submit(lambda: ran.append(1), (make_lane().submit(boom, (), LOAD),), STEP)
+    for done, step in ((failed, "compute of token 3"), (dependent, "load_weights of token 0")):
+        with pytest.raises(LaneError, match=step) as caught:
+            done.wait()
+        assert isinstance(caught.value.__cause__, Boom)
+    assert ran == []
+    compute.drain()
+    assert compute.take_events(0.0) == []

@@ -1,0 +1,306 @@
+"""The memory plan is what is really taken, and what does not fit is refused before it is."""
+
+from contextlib import closing
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen.engine import OptLM
+from flexgen.errors import CapacityError
+from flexgen.memory.disk import BLOCK
+from flexgen.memory.machine import Machine
+from flexgen.memory.placement import place_weights
+from flexgen.memory.plan import SLOTS, MemoryPlan, Need, batch_sizes, cache_segments, plan_memory
+from flexgen.memory.store import ALIGNMENT, Store
+from flexgen.memory.weights import SlotSizes
+from flexgen.models import build_layers, open_model
+from flexgen.policy import Policy, Split, Tier
+from flexgen.runtime.activations import Activations
+from flexgen.runtime.kvcache import KVCache
+from flexgen.units import GIB, KIB, MIB
+from flexgen.workload import Workload
+
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+SPEC, DUMMY = open_model("opt-125m", weights="dummy")
+LAYERS = build_layers(SPEC)
+
+
+@st.composite
+def splits(draw):
+    a, b = sorted((draw(st.integers(0, 20)), draw(st.integers(0, 20))))
+    return Split(gpu=5 * a, cpu=5 * (b - a), disk=5 * (20 - b))
+
+
+policies = st.builds(
+    Policy,
+    gpu_batch_size=st.integers(1, 9),
+    num_gpu_batches=st.integers(1, 3),
+    weights=st.just(Split(cpu=100)),
+    cache=splits(),
+    activations=splits(),
+    attend_on=st.sampled_from(["cpu", "gpu"]),
+)
+
+
+# Cache segments
+
+
+@given(
+    policy=policies,
+    rows=st.integers(1, 40),
+    capacity=st.integers(1, 3000),
+    dtype=DTYPES,
+    shared=st.booleans(),
+)
+def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, shared):
+    segments = cache_segments(SPEC, policy, rows, capacity, dtype, shared)
+    assert [row for segment in segments for row in segment.rows] == list(range(rows))
+    assert len({segment.tier for segment in segments}) == len(segments)
+    for segment in segments:
+        assert segment.tier is Tier.GPU or policy.cache.percent(segment.tier) > 0
+        assert segment.rows and segment.pages * segment.page_tokens >= capacity
+        assert segment.pages * segment.page_tokens - capacity < segment.pages  # even pages, none mostly empty
+        assert 1 <= segment.page_tokens <= 128
+        assert segment.page_shape == (2, len(segment.rows), 12, segment.page_tokens, 64)
+        filled = segment.token_bytes(segment.page_tokens)
+        assert segment.page_bytes % BLOCK == 0 and 0 <= segment.page_bytes - filled < BLOCK
+        assert segment.nbytes == segment.pages * segment.page_bytes
+        assert segment.token_bytes(1) == 2 * len(segment.rows) * 768 * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("tier", "attend_on", "shared", "on_device", "resident"),
+    [
+        (Tier.GPU, "cpu", False, True, True),
+        (Tier.GPU, "gpu", False, True, True),
+        (Tier.CPU, "cpu", False, False, True),
+        (Tier.CPU, "gpu", False, True, False),
+        (Tier.DISK, "cpu", False, False, False),
+        (Tier.DISK, "gpu", False, True, False),
+        (Tier.GPU, "cpu", True, True, True),
+        (Tier.CPU, "cpu", True, True, True),
+        (Tier.DISK, "cpu", True, True, False),
+    ],
+)
+def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, shared, on_device, resident):
+    policy = Policy(cache=Split(**{tier: 100}), attend_on=attend_on)
+    (segment,) = cache_segments(SPEC, policy, 4, 100, torch.float16, shared)
+    assert (segment.tier, segment.on_device, segment.resident) == (tier, on_device, resident)
+
+
+def test_pages_on_disk_are_about_a_mebibyte():
+    policy = Policy(cache=Split(disk=100))
+    (many,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, False)  # 24 KiB a token
+    assert MIB <= many.page_bytes < MIB + 24 * KIB + BLOCK and many.pages > 1
+    (wide,) = cache_segments(SPEC, policy, 64, 1024, torch.float16, False)  # 192 KiB a token
+    assert wide.page_tokens == 16
+
+
+# What is planned is what is taken
+
+
+def opened(policy, workload, machine, dtype, slots):
+    """Cache and hidden states of one block, as a call makes them."""
+    batches = batch_sizes(policy, workload.num_prompts)
+    shared = machine.device.shares_host_memory
+    segments = [cache_segments(SPEC, policy, rows, workload.capacity, dtype, shared) for rows in batches]
+    cached = [j for j, layer in enumerate(LAYERS) if layer.has_cache]
+    yield "cache", lambda: KVCache(cached, segments, workload.prompt_len, SPEC.num_heads, machine, slots)
+    yield (
+        "activations",
+        lambda: Activations(SPEC, policy, batches, workload.prompt_len, dtype, machine, slots),
+    )
+
+
+def planned(plan, tier, what, besides=()):
+    """Bytes of buffers. Tensors that torch makes as it computes are workspace."""
+    roles = {"home", "slots", "staging"} - set(besides)
+    return sum(n.nbytes for n in plan.needs if (n.tier, n.what) == (tier, what) and n.role in roles)
+
+
+@settings(max_examples=40)
+@given(
+    policy=policies,
+    prompts=st.integers(1, 30),
+    prompt_len=st.integers(1, 12),
+    dtype=DTYPES,
+    device=st.sampled_from(["cpu", "emulated"]),
+    slots=st.integers(1, SLOTS),
+)
+def test_cache_and_hidden_states_take_what_was_planned(policy, prompts, prompt_len, dtype, device, slots):
+    workload = Workload(prompt_len, 5, prompts)
+    with closing(Machine.open(device)) as machine:
+        placement = place_weights(LAYERS, policy.weights, dtype)
+        shared = machine.device.shares_host_memory
+        plan = plan_memory(LAYERS, placement, policy, dtype, shared, workload, slots=slots)
+        stores = {Tier.CPU: machine.host, Tier.DISK: machine.disk}
+        computes_in = Tier.CPU if shared else Tier.GPU
+        if not shared:
+            stores[Tier.GPU] = machine.device.memory
+        for what, make in opened(policy, workload, machine, dtype, slots):
+            before = {tier: store.used for tier, store in stores.items()}
+            with closing(make()):
+                for tier, store in stores.items():
+                    # Hidden states that stay where they are computed are a layer's result as it is.
+                    stay = ("home",) if (what, tier) == ("activations", computes_in) else ()
+                    taken, promised = store.used - before[tier], planned(plan, tier, what, besides=stay)
+                    if (what, tier) == (
+                        "cache",
+                        Tier.CPU,
+                    ):  # the plan rounds what is staged up to whole blocks
+                        assert taken <= promised <= taken + 2 * SLOTS * BLOCK
+                    else:
+                        assert taken == promised, (what, tier)
+            assert {tier: store.used for tier, store in stores.items()} == before  # all is given back
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("weights", [Split(gpu=20, cpu=50, disk=30), Split(cpu=100), Split(disk=100)])
+def test_weights_take_what_was_planned(stream, saved, device, weights):
+    model = stream(saved(), weights, device)
+    machine, shared = model.machine, model.machine.device.shares_host_memory
+    plan = plan_memory(model.layers, model.placement, Policy(weights=weights), model.dtype, shared)
+    padding = ALIGNMENT * sum(len(layer.weights) for layer in model.layers)
+    assert 0 <= machine.host.peak - plan.on(Tier.CPU) <= padding
+    if not shared:
+        assert 0 <= machine.device.memory.peak - plan.on(Tier.GPU) <= padding
+    assert plan.on(Tier.DISK, "weights") == model.placement.nbytes[Tier.DISK]
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_whole_call_stays_within_the_plan(saved, device, tmp_path):
+    """Weights, cache, hidden states: the stores' peaks are the plan's, but for the ids of the prompts."""
+    mixed = Split(gpu=30, cpu=30, disk=40)
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights=mixed, cache=mixed, activations=mixed)
+    with OptLM(saved(), policy, device=device, offload_dir=tmp_path, progress=False) as model:
+        model.generate([[5, 6, 7, 8, 9]] * 8, max_new_tokens=6, stop=())
+        plan, machine = model.stats.plan, model._machine
+        fixed = {
+            tier: sum(n.nbytes for n in plan.needs if n.tier is tier and n.role != "workspace")
+            for tier in Tier
+        }
+        assert machine.host.peak == pytest.approx(fixed[Tier.CPU], rel=0.1)
+        on_disk = fixed[Tier.DISK] - plan.on(Tier.DISK, "weights")
+        assert machine.disk.peak == on_disk > 0
+        if device == "emulated":
+            assert machine.device.memory.peak == pytest.approx(fixed[Tier.GPU], rel=0.1)
+        assert machine.disk.used == 0, "nothing of a call stays behind"
+
+
+def test_where_memory_is_shared_nothing_is_on_the_gpu_tier():
+    policy = Policy(gpu_batch_size=4)
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+    plan = plan_memory(LAYERS, placement, policy, torch.float16, True, Workload(8, 8, 4))
+    assert plan.on(Tier.GPU) == 0 and plan.on(Tier.CPU) > placement.nbytes[Tier.GPU]
+    assert plan.by_tier == {tier: plan.on(tier) for tier in Tier}
+
+
+def test_only_one_block_is_in_memory_at_once():
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2)
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+    one, many = (
+        plan_memory(LAYERS, placement, policy, torch.float16, False, Workload(8, 8, prompts))
+        for prompts in (8, 1000)
+    )
+    assert one == many
+
+
+def test_all_logits_are_kept_in_host_memory():
+    policy = Policy(gpu_batch_size=4)
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+    last, every = (
+        plan_memory(LAYERS, placement, policy, torch.float16, False, Workload(8, 1, 6), all_logits=all_logits)
+        for all_logits in (False, True)
+    )
+    logits = 6 * 8 * SPEC.vocab_size * 2
+    assert every.on(Tier.CPU) - last.on(Tier.CPU) == logits
+    assert every.on(Tier.GPU, "activations") > last.on(Tier.GPU, "activations")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sizes"),
+    [(1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4]), (11, [4, 4, 3]), (12, [4] * 3), (99, [4] * 3)],
+)
+def test_batches_of_a_block(prompts, sizes):
+    assert batch_sizes(Policy(gpu_batch_size=4, num_gpu_batches=3), prompts) == sizes
+
+
+# What does not fit
+
+
+PLAN = MemoryPlan(
+    (
+        Need(Tier.GPU, "weights", "home", 3 * GIB),
+        Need(Tier.GPU, "cache", "slots", 5 * GIB),
+        Need(Tier.GPU, "activations", "slots", 0),
+        Need(Tier.CPU, "cache", "home", 2 * GIB),
+        Need(Tier.DISK, "weights", "home", 7 * GIB),
+        Need(Tier.DISK, "cache", "home", GIB),
+    ),
+    SlotSizes(0, 0),
+)
+
+
+def test_a_shortage_names_tier_need_limit_and_parts():
+    text = PLAN.shortage({Tier.GPU: 6 * GIB, Tier.CPU: None, Tier.DISK: None})
+    assert "needs 8 GiB on the gpu tier, which has 6 GiB" in text
+    assert "(cache slots 5 GiB, weights home 3 GiB)" in text  # the largest first, nothing that is empty
+    assert "in all it needs gpu 8 GiB, cpu 2 GiB, disk 8 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "short"),
+    [
+        ({Tier.GPU: 8 * GIB, Tier.CPU: 2 * GIB, Tier.DISK: GIB}, None),
+        ({}, None),
+        ({Tier.GPU: 8 * GIB - 1}, "gpu"),
+        ({Tier.CPU: 2 * GIB - 1}, "cpu"),
+        ({Tier.DISK: GIB - 1}, "disk"),  # weights on disk are files that are there already
+    ],
+)
+def test_a_limit_is_the_most_that_fits(limits, short):
+    text = PLAN.shortage(limits)
+    assert f"on the {short} tier" in text if short else text == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [
+        (Policy(), "weights home"),
+        (Policy(weights=Split(disk=100), gpu_batch_size=64), "weights slots"),
+    ],
+)
+def test_a_small_device_refuses_before_anything_is_allocated(saved, monkeypatch, policy, what):
+    taken = []
+    monkeypatch.setattr(Store, "allocate", lambda self, nbytes, purpose: taken.append((nbytes, purpose)))
+    with pytest.raises(CapacityError) as caught:
+        OptLM(saved(), policy, device="emulated:memory=20KiB", progress=False)
+    for part in ("on the gpu tier, which has 20 KiB", what, "larger share on a slower tier"):
+        assert part in str(caught.value)
+    assert taken == []
+
+
+def test_a_call_that_does_not_fit_is_refused_with_a_shape_that_does(saved):
+    policy = Policy(weights=Split(cpu=100), gpu_batch_size=64, num_gpu_batches=4)
+    with OptLM(saved(), policy, device="emulated:memory=1MiB", progress=False) as model:
+        used = model._machine.device.memory.used
+        with pytest.raises(CapacityError, match="It would fit with gpu_batch_size = ") as caught:
+            model.generate([[5, 6, 7]] * 256, max_new_tokens=20)
+        assert "on the gpu tier, which has 1 MiB" in str(caught.value)
+        assert model._machine.device.memory.used == used
+        size = int(str(caught.value).split("gpu_batch_size = ")[1].split()[0])
+    smaller = policy.replace(gpu_batch_size=size, num_gpu_batches=1)
+    with OptLM(saved(), smaller, device="emulated:memory=1MiB", progress=False) as model:
+        assert model.generate([[5, 6, 7]] * 256, max_new_tokens=20, stop=()).shape == (256, 23)
+
+
+def test_what_is_taken_already_counts_as_there(saved):
+    with closing(Machine.open("emulated:memory=1MiB")) as machine:
+        assert machine.limits()[Tier.GPU] == MIB
+        machine.device.memory.allocate(300 * KIB, "weights")
+        assert machine.limits()[Tier.GPU] == MIB
+        assert machine.limits()[Tier.CPU] > 0 and machine.limits()[Tier.DISK] > 0
+    with closing(Machine.open("cpu")) as machine:
+        assert machine.limits()[Tier.GPU] is None and machine.host is machine.device.memory
