@@ -113,7 +113,7 @@ class OptLM:
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
             slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, self._slots)
             machine.device.settle()
-            lanes = machine.device.make_lanes(streaming=slots.streaming or _uses_disk(self.policy))
+            lanes = machine.device.make_lanes()
             stack.callback(lanes.close)
             self._model: Model | None = Model(
                 self._layers, self.dtype, self.policy, machine, slots, lanes, order
@@ -298,10 +298,6 @@ class OptLM:
 
 def _best(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
-
-
-def _uses_disk(policy: Policy) -> bool:
-    return any(split.percent(Tier.DISK) > 0 for split in (policy.cache, policy.activations))
 
 
 def _smaller(policy: Policy) -> Iterable[Policy]:

@@ -89,6 +89,7 @@ class DiskIO:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flexgen-disk")
         self._files: OrderedDict[tuple[Path, bool], DirectFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
+        self._closed = False
 
     def read(self, reads: Sequence[Read]) -> None:
         """Return when every target is filled.
@@ -121,6 +122,7 @@ class DiskIO:
 
     def close(self) -> None:
         """Wait for what is under way, end the threads and close all files."""
+        self._closed = True
         self._pool.shutdown()
         for file in self._files.values():
             file.close()
@@ -141,7 +143,10 @@ class DiskIO:
         *,
         writable: bool,
     ) -> None:
+        if self._closed:
+            raise RuntimeError("this DiskIO is closed")
         started = self._clock()
+        total = sum(tensor.numel() for _, _, tensor, _ in pieces)
         files: list[DirectFile] = []
         futures: list[Future[None]] = []
         try:
@@ -149,6 +154,9 @@ class DiskIO:
                 files.append(file := self._acquire(path, writable))
                 view = tensor.numpy().data
                 needed = len(view) if needed is None else needed
+                if total <= self.chunk:  # a hop to another thread would take longer than the transfer gains
+                    move(file, view, offset, needed)
+                    continue
                 for at in range(0, len(view), self.chunk):
                     part = view[at : at + self.chunk]
                     part_needed = min(max(needed - at, 0), len(part))
@@ -163,7 +171,7 @@ class DiskIO:
         for future in futures:
             if not future.cancelled():
                 future.result()
-        self._keep_pace(started, sum(tensor.numel() for _, _, tensor, _ in pieces))
+        self._keep_pace(started, total)
 
     def _keep_pace(self, started: float, nbytes: int) -> None:
         if self.bandwidth is None:

@@ -144,7 +144,7 @@ def _stream_layers(
     homes.load(layers)
     sizes = slot_sizes(layers, placement, dtype, machine.device.shares_host_memory)
     slots = WeightSlots(layers, homes, sizes, dtype, machine, SLOTS)
-    lanes = machine.device.make_lanes(streaming=True)
+    lanes = machine.device.make_lanes()
     stack.callback(lanes.close)
     return Streamed(layers, checkpoint, placement, dtype, machine, homes, slots, lanes)
 

@@ -154,19 +154,17 @@ def test_emulated_memory_is_limited():
     assert device.peak_bytes() == MIB // 2 and device.available_bytes() == MIB
 
 
-@pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
-def test_every_device_serves_every_lane(name, streaming):
-    lanes = open_device(name).make_lanes(streaming)
+def test_every_device_serves_every_lane(name):
+    lanes = open_device(name).make_lanes()
     try:
         assert set(lanes) == set(LaneName)
         distinct = len({id(lane) for lane in lanes.values()})
         if name == "emulated":
             assert distinct == len(LaneName)  # a resource each
-        elif streaming:
-            assert distinct == 3  # the processor, and the disk in both directions
         else:
-            assert distinct == 1 and isinstance(lanes[LaneName.COMPUTE], InlineLane)
+            assert distinct == 3  # the processor, and the disk in both directions
+        assert isinstance(lanes[LaneName.COMPUTE], InlineLane)  # no thread hop for a computation
     finally:
         lanes.close()
 
@@ -215,6 +213,6 @@ def test_a_gpu_with_a_limit():
 
 @pytest.mark.gpu
 def test_a_gpu_has_streams_and_threads():
-    lanes = open_device("cuda").make_lanes(streaming=True)
+    lanes = open_device("cuda").make_lanes()
     assert set(lanes) == set(LaneName) and len({id(lane) for lane in lanes.values()}) == len(LaneName)
     lanes.close()
