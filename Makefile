@@ -35,7 +35,7 @@ format: .venv/.installed-test
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info flexgen/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last, so that a set-up that broke off is done again.
@@ -45,10 +45,13 @@ clean:
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/.installed-run: setup.py constraints.txt | .venv/.created
+# What the extension is compiled from.
+KERNELS := $(wildcard flexgen/kernels/cpp/*)
+
+.venv/.installed-run: setup.py constraints.txt $(KERNELS) | .venv/.created
 	$(PIP) --editable .
 	touch $@
 
-.venv/.installed-test: setup.py constraints.txt | .venv/.created
+.venv/.installed-test: setup.py constraints.txt $(KERNELS) | .venv/.created
 	$(PIP) --editable '.[test]'
 	touch $@ .venv/.installed-run

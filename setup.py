@@ -1,8 +1,23 @@
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"]
+
+SOURCES = Path("flexgen/kernels/cpp")
+
+# Only baseline flags: each file asks for its instruction set function by function, and the module chooses
+# among them when it is loaded. Without a compiler the install goes on and flexgen computes in torch alone.
+kernels = Extension(
+    "flexgen.kernels._native",
+    sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
+    depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+    # GCC 12 takes the "undefined" registers of its own intrinsics for uninitialised variables.
+    extra_compile_args=["-O3", "-std=c++17", "-pthread", "-Wno-maybe-uninitialized"],
+    extra_link_args=["-pthread", "-ldl"],
+    language="c++",
+    optional=True,
+)
 
 setup(
     name="flexgen",
@@ -14,7 +29,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["flexgen", "flexgen.*"]),
-    package_data={"flexgen": ["py.typed", "demo/model/*", "planning/*.toml"]},
+    package_data={"flexgen": ["py.typed", "demo/model/*", "planning/*.toml", "kernels/*.pyi"]},
+    ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place
     # transformers brings huggingface_hub and tokenizers, in the versions it works with.
     install_requires=["torch>=2.6", "numpy", "transformers>=5", "safetensors", "psutil", "tqdm"],

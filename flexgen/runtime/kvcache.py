@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgen.kernels.attention import decode_attention
 from flexgen.memory.disk import Read, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.transfer import Chain, Chains, Stage
-from flexgen.models.ops import causal_attention, decode_attention
+from flexgen.models.ops import causal_attention
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 

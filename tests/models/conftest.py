@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from flexgen.kernels.attention import decode_attention
 from flexgen.models import build_layers, open_model
-from flexgen.models.ops import causal_attention, decode_attention
+from flexgen.models.ops import causal_attention
 
 OPT = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.models.ops import causal_attention, decode_attention
+from flexgen.kernels.attention import decode_attention
+from flexgen.models.ops import causal_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -1,0 +1,1 @@
+"""Arithmetic that torch does slowly on a CPU, compiled; each with a version in torch for every device."""

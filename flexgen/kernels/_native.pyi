@@ -1,0 +1,54 @@
+"""The compiled kernels. Addresses are integers, types are the numbers in `loading.NUMBERS`."""
+
+def decode_attention(
+    type: int,
+    q: int,
+    out: int,
+    shape: tuple[int, int, int, int],
+    keys: list[int],
+    values: list[int],
+    page_tokens: list[int],
+    length: int,
+    starts: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows, heads, kv_heads, head_dim. `starts`: 0 for none."""
+
+def quantise(
+    type: int,
+    scale_type: int,
+    bits: int,
+    group: int,
+    groups: int,
+    x: int,
+    values: int,
+    scales: int,
+    minimums: int,
+    threads: int,
+    /,
+) -> None: ...
+def dequantise(
+    type: int,
+    scale_type: int,
+    bits: int,
+    group: int,
+    groups: int,
+    x: int,
+    values: int,
+    scales: int,
+    minimums: int,
+    threads: int,
+    /,
+) -> None: ...
+def read(address: int, nbytes: int, threads: int, /) -> int:
+    """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
+
+def variants() -> list[str]:
+    """The instruction sets that this processor has and the kernels know, best first."""
+
+def variant() -> str:
+    """The one in use."""
+
+def set_variant(name: str, /) -> None: ...

@@ -1,0 +1,112 @@
+"""Attention of one new token per row over a cache in pages, where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.loading import NUMBERS, announce, native
+
+Pages = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values, both (rows, kv_heads, page_tokens, head_dim) and contiguous: positions 0, 1, ... in order."""
+
+
+def decode_attention(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token per row over the first `length` positions of the cache.
+
+    q (rows, heads, 1, head_dim), in the type of the cache; a multiple of kv_heads query heads. Memory beyond
+    `length` must be finite: only the compiled kernel never reads it, so allocate pages zero-filled.
+    `starts` (rows,) integers below `length`: positions before a row's start are padding; None for no padding.
+    Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
+    """
+    _check(q, pages, length)
+    if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
+        return attend_natively(q, pages, length, starts, scale)
+    return attend_in_torch(q, pages, length, starts, scale)
+
+
+def _check(q: Tensor, pages: Pages, length: int) -> None:
+    rows, heads, queries, head_dim = q.shape
+    kv_heads = pages[0][0].shape[1]
+    if queries != 1 or heads % kv_heads:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}: expected one query and a multiple of {kv_heads} heads"
+        )
+    total = 0
+    for page in pages:
+        tokens = page[0].shape[2]
+        for x in page:
+            if x.shape != (rows, kv_heads, tokens, head_dim) or x.dtype is not q.dtype:
+                raise ValueError(
+                    f"a page has shape {tuple(x.shape)} and type {x.dtype}: expected "
+                    f"{(rows, kv_heads, tokens, head_dim)} and {q.dtype}"
+                )
+            if not x.is_contiguous() or x.device != q.device:
+                raise ValueError(f"a page must be contiguous, on {q.device}")
+        total += tokens
+    if not 1 <= length <= total:
+        raise ValueError(f"length {length}, but the pages hold {total} tokens")
+
+
+def attend_natively(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+    """The compiled kernel: K and V are read once, where they lie, and padding is skipped."""
+    rows, heads, _, head_dim = q.shape
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    if not q.numel():
+        return out
+    if starts is not None:
+        starts = starts.to("cpu", torch.int64).contiguous()
+        if starts.shape != (rows,) or int(starts.min()) < 0:
+            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
+    native.decode_attention(
+        NUMBERS[q.dtype],
+        q.data_ptr(),
+        out.data_ptr(),
+        (rows, heads, pages[0][0].shape[1], head_dim),
+        [k.data_ptr() for k, _ in pages],
+        [v.data_ptr() for _, v in pages],
+        [k.shape[2] for k, _ in pages],
+        length,
+        0 if starts is None else starts.data_ptr(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attend_in_torch(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+    """The same in torch, on every device.
+
+    Whole pages are multiplied because a batched product on a slice of a larger buffer is ten times slower
+    on a CPU. The query heads that share a K/V head are the M dimension of the product, so K and V are read
+    once. Memory beyond `length` is multiplied by a zero probability.
+    """
+    rows, heads, _, head_dim = q.shape
+    kv_heads = pages[0][0].shape[1]
+    group = heads // kv_heads
+    # Scaled before the product, which in float16 could overflow.
+    query = (q * scale).reshape(rows * kv_heads, group, head_dim)
+    total = sum(k.shape[2] for k, _ in pages)
+    scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
+    begin = 0
+    for k, _ in pages:
+        end = begin + k.shape[2]
+        keys = k.view(rows * kv_heads, end - begin, head_dim)
+        scores[:, :, begin:end] = torch.bmm(query, keys.transpose(1, 2))
+        begin = end
+    scores[:, :, length:] = float("-inf")
+    if starts is not None:
+        padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]
+        scores.view(rows, heads, total).masked_fill_(padding[:, None], float("-inf"))
+    probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
+    out = torch.zeros(rows * kv_heads, group, head_dim, dtype=torch.float32, device=q.device)
+    begin = 0
+    for _, v in pages:
+        end = begin + v.shape[2]
+        values = v.view(rows * kv_heads, end - begin, head_dim)
+        out += torch.bmm(probabilities[:, :, begin:end], values)
+        begin = end
+    return out.to(q.dtype).view(rows, heads, 1, head_dim)

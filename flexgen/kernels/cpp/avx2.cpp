@@ -1,0 +1,58 @@
+#include "kernels.h"
+
+#ifdef FLEXGEN_X86
+#include <cpuid.h>
+#include <immintrin.h>
+
+#define VARIANT avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#define SUM_REGISTERS 8
+#include "vectors.h"
+
+namespace avx2 {
+
+INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Vec from_half(Shorts x) { return _mm256_cvtph_ps((__m128i)x); }
+INLINE Shorts to_half(Vec x) {
+    return (Shorts)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE float from_half_scalar(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+INLINE Words load_octets(const uint8_t *from) {
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+INLINE void store_octets(uint8_t *to, Words x) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    const __m128i shorts = _mm_packus_epi32(low, high);
+    _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(shorts, shorts));
+}
+
+// Lane i of the result is the sum over the lanes of x[i].
+INLINE Vec sums(const Vec (&x)[LANES]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return (Vec)_mm256_permute2f128_ps(a, b, 0x20) + (Vec)_mm256_permute2f128_ps(a, b, 0x31);
+}
+
+}  // namespace avx2
+
+#include "attention.h"
+#include "groupwise.h"
+
+static bool supported() {
+    unsigned eax, ebx, ecx, edx;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+}
+
+const Variant avx2_variant = {
+    "avx2",
+    supported,
+    avx2::attention::attend_any,
+    avx2::attention::merge_any,
+    avx2::groupwise::dequantise_any,
+    avx2::groupwise::quantise_any,
+    avx2::read,
+};
+#endif

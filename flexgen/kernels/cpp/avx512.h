@@ -1,0 +1,44 @@
+// The operations of AVX-512, for the variants with and without dot products in bfloat16. They define VARIANT
+// and TARGET before.
+#include <immintrin.h>
+
+#define LANES 16
+#define SUM_REGISTERS 16
+#include "vectors.h"
+
+namespace VARIANT {
+
+INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Vec from_half(Shorts x) { return _mm512_cvtph_ps((__m256i)x); }
+INLINE Shorts to_half(Vec x) {
+    return (Shorts)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+INLINE float from_half_scalar(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+INLINE Words load_octets(const uint8_t *from) { return (Words)_mm512_cvtepu8_epi32(raw<__m128i>(from)); }
+INLINE void store_octets(uint8_t *to, Words x) {
+    const __m128i octets = _mm512_cvtepi32_epi8((__m512i)x);
+    memcpy(to, &octets, sizeof octets);
+}
+
+// Lane i of the result is the sum over the lanes of x[i].
+INLINE Vec sums(const Vec (&x)[LANES]) {
+    Vec fours[4];
+    for (int i = 0; i < 4; ++i) {
+        const Vec *of = x + 4 * i;
+        const Vec a = _mm512_unpacklo_ps(of[0], of[1]) + (Vec)_mm512_unpackhi_ps(of[0], of[1]);
+        const Vec b = _mm512_unpacklo_ps(of[2], of[3]) + (Vec)_mm512_unpackhi_ps(of[2], of[3]);
+        const __m512d c = (__m512d)a, d = (__m512d)b;
+        fours[i] = (Vec)_mm512_unpacklo_pd(c, d) + (Vec)_mm512_unpackhi_pd(c, d);
+    }
+    const Vec a = (Vec)_mm512_shuffle_f32x4(fours[0], fours[1], 0x44) +
+                  (Vec)_mm512_shuffle_f32x4(fours[0], fours[1], 0xee);
+    const Vec b = (Vec)_mm512_shuffle_f32x4(fours[2], fours[3], 0x44) +
+                  (Vec)_mm512_shuffle_f32x4(fours[2], fours[3], 0xee);
+    return (Vec)_mm512_shuffle_f32x4(a, b, 0x88) + (Vec)_mm512_shuffle_f32x4(a, b, 0xdd);
+}
+
+}  // namespace VARIANT
+
+#include "attention.h"
+#include "groupwise.h"

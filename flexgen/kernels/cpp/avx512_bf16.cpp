@@ -1,0 +1,26 @@
+#include "kernels.h"
+
+#ifdef FLEXGEN_X86
+#include <cpuid.h>
+
+#define VARIANT avx512_bf16
+#define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define FLEXGEN_DOT_BF16
+#include "avx512.h"
+
+static bool supported() {
+    unsigned eax, ebx, ecx, edx;
+    if (!avx512_variant.supported() || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+    return eax & (1u << 5);
+}
+
+const Variant avx512_bf16_variant = {
+    "avx512_bf16",
+    supported,
+    avx512_bf16::attention::attend_any,
+    avx512_bf16::attention::merge_any,
+    avx512_bf16::groupwise::dequantise_any,
+    avx512_bf16::groupwise::quantise_any,
+    avx512_bf16::read,
+};
+#endif

@@ -1,0 +1,70 @@
+// For every processor: the compiler maps vectors of four floats to what there is.
+#define VARIANT baseline
+#define TARGET
+#define LANES 4
+#define SUM_REGISTERS 4
+#include "vectors.h"
+
+namespace baseline {
+
+INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+INLINE Vec from_half(Shorts x) {
+    const Words half = __builtin_convertvector(x, Words);
+    // Moved to the place of a float's exponent and mantissa, the bits mean x / 2^112; subnormals as well.
+    const Vec scaled = (Vec)((half & 0x7fff) << 13) * 5.192296858534828e33f;
+    const Words infinite = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000u;
+    return (Vec)((Words)scaled | infinite | ((half & 0x8000) << 16));
+}
+
+INLINE uint16_t to_half_scalar(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);   // NaN
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // rounds to infinity
+    if (size < 0x38800000) {  // subnormal: adding 0.5 rounds to units of 2^-24, ties to even
+        float shifted;
+        memcpy(&shifted, &size, sizeof shifted);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    const uint32_t rounded = size + 0xfff + (size >> 13 & 1);
+    return (uint16_t)(sign | ((rounded - 0x38000000) >> 13));
+}
+INLINE Shorts to_half(Vec x) {
+    Shorts halves;
+    for (int i = 0; i < LANES; ++i) halves[i] = to_half_scalar(x[i]);
+    return halves;
+}
+INLINE float from_half_scalar(uint16_t x) { return from_half(Shorts{x})[0]; }
+INLINE Words load_octets(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
+INLINE void store_octets(uint8_t *to, Words x) {
+    for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)x[i];
+}
+
+// Lane i of the result is the sum over the lanes of x[i].
+INLINE Vec sums(const Vec (&x)[LANES]) {
+    Vec sum;
+    for (int i = 0; i < LANES; ++i) sum[i] = x[i][0] + x[i][1] + x[i][2] + x[i][3];
+    return sum;
+}
+
+}  // namespace baseline
+
+#include "attention.h"
+#include "groupwise.h"
+
+static bool supported() { return true; }
+
+const Variant baseline_variant = {
+    "baseline",
+    supported,
+    baseline::attention::attend_any,
+    baseline::attention::merge_any,
+    baseline::groupwise::dequantise_any,
+    baseline::groupwise::quantise_any,
+    baseline::read,
+};

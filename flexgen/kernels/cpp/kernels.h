@@ -1,0 +1,74 @@
+// What the variants of the kernels (one per instruction set) share with the rest of the module.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#define FLEXGEN_X86 1
+#endif
+
+// Elements as they lie in memory; the types only choose the conversion.
+struct Bf16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+struct Page {
+    const void *k, *v;  // each (rows, kv_heads, tokens, head_dim)
+    int64_t begin, tokens;  // position of its first token, and its capacity
+};
+
+// Attention of one new token per row. Its work is cut into tasks: one item (a row and a K/V head, with all
+// query heads that share it) over one of `splits` ranges of tokens.
+struct Attention {
+    Type type;
+    const void *q;  // (rows, heads, head_dim), as is out
+    void *out;
+    int64_t rows, heads, kv_heads, head_dim, length;
+    const int64_t *starts;  // (rows,) or null
+    std::vector<Page> pages;
+    float scale;
+
+    int64_t splits = 1, split_tokens = 0;
+    std::vector<float> partial;  // per task, where there are splits: `partial_size` floats, zero at first
+    std::atomic<int64_t> claimed{0};
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t items() const { return rows * kv_heads; }
+    int64_t tasks() const { return items() * splits; }
+    int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
+    // Per query head: the maximum score, the sum of exponentials, then the weighted sum of values.
+    int64_t partial_size() const { return group() * (2 + head_dim); }
+};
+
+// Groups of consecutive values: x = q * scale + minimum. In four bits, the first half of a group has the low
+// nibbles and the second half the high ones, so that a run of bytes unpacks to two runs of values.
+struct Groupwise {
+    Type type, scale_type;  // scale_type: bfloat16 or float16
+    int bits;  // 4 or 8
+    int64_t group, groups;
+    void *x;  // groups * group values; read by quantise, written by dequantise
+    uint8_t *packed;
+    void *scales, *minimums;  // (groups,)
+};
+
+struct Variant {
+    const char *name;
+    bool (*supported)();
+    void (*attend)(Attention &);  // on each thread: claims tasks until there are none
+    void (*merge)(const Attention &);  // where there are splits: the partial results to `out`
+    void (*dequantise)(const Groupwise &, int64_t begin, int64_t end);  // groups
+    void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
+    uint32_t (*read)(const uint8_t *, int64_t nbytes);  // every byte once; a multiple of 1024
+};
+
+extern const Variant baseline_variant;
+#ifdef FLEXGEN_X86
+extern const Variant avx2_variant, avx512_variant, avx512_bf16_variant;
+#endif

@@ -1,0 +1,208 @@
+// flexgen.kernels._native: the kernels as Python calls them, with addresses as integers. The callers in
+// flexgen/kernels/*.py check types, shapes and contiguity; nothing here can.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace {
+
+// Below this much memory, other threads cost more than they save.
+constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
+// A thread takes work in pieces of about this size.
+constexpr int64_t PIECE_BYTES = 64 << 10;
+constexpr int64_t MIN_SPLIT_TOKENS = 128;
+
+const Variant *const VARIANTS[] = {  // best first
+#ifdef FLEXGEN_X86
+    &avx512_bf16_variant, &avx512_variant, &avx2_variant,
+#endif
+    &baseline_variant,
+};
+const Variant *variant = nullptr;
+
+int useful_threads(int threads, int64_t nbytes) {
+    return nbytes < BYTES_FOR_THREADS ? 1 : threads;
+}
+
+int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// Call `work` without the interpreter's lock. False with a Python error where memory ran out.
+template <class Work>
+bool without_gil(const Work &work) {
+    bool done = true;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        work();
+    } catch (const std::exception &) {
+        done = false;
+    }
+    Py_END_ALLOW_THREADS;
+    if (!done) PyErr_NoMemory();
+    return done;
+}
+
+void attend(Attention &job, int threads) {
+    const int64_t token_bytes = 2 * job.head_dim * element_bytes(job.type);
+    threads = useful_threads(threads, job.items() * job.length * token_bytes);
+    job.split_tokens = job.length;
+    if (threads > 1 && job.items() < 4 * threads) {
+        // Too few rows and heads to keep all threads busy to the end: cut the tokens as well.
+        const int64_t wanted = (4 * threads + job.items() - 1) / job.items();
+        job.split_tokens = std::max(MIN_SPLIT_TOKENS, (job.length + wanted - 1) / wanted);
+        job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
+        if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
+    }
+    // A row of nothing but padding is not visited.
+    if (job.starts) memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.type));
+    const Variant *now = variant;
+    run_on_threads(threads, [&job, now] { now->attend(job); });
+    if (job.splits > 1) now->merge(job);
+}
+
+bool integers(PyObject *list, std::vector<int64_t> &out) {
+    if (!PyList_Check(list)) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of integers");
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+        out.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list, i)));
+        if (out.back() == -1 && PyErr_Occurred()) return false;
+    }
+    return true;
+}
+
+PyObject *py_decode_attention(PyObject *, PyObject *args) {
+    int type, threads;
+    long long q, out, starts;
+    PyObject *keys, *values, *tokens;
+    Attention job;
+    long long rows, heads, kv_heads, head_dim, length;
+    if (!PyArg_ParseTuple(args, "iLL(LLLL)O!O!O!LLfi", &type, &q, &out, &rows, &heads, &kv_heads, &head_dim,
+                          &PyList_Type, &keys, &PyList_Type, &values, &PyList_Type, &tokens, &length, &starts,
+                          &job.scale, &threads))
+        return nullptr;
+    std::vector<int64_t> k, v, n;
+    if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
+    job.type = (Type)type;
+    job.q = (const void *)q;
+    job.out = (void *)out;
+    job.rows = rows;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.head_dim = head_dim;
+    job.length = length;
+    job.starts = (const int64_t *)starts;
+    int64_t total = 0;
+    for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {
+        job.pages.push_back({(const void *)k[i], (const void *)v[i], total, n[i]});
+        total += n[i];
+    }
+    if (length < 1 || length > total) {
+        return PyErr_Format(PyExc_ValueError, "length %lld, but the pages hold %lld tokens", length,
+                            (long long)total);
+    }
+    if (!without_gil([&] { attend(job, threads); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *groupwise(PyObject *args, bool pack) {
+    Groupwise job;
+    int type, scale_type, threads;
+    long long group, groups, x, packed, scales, minimums;
+    if (!PyArg_ParseTuple(args, "iiiLLLLLLi", &type, &scale_type, &job.bits, &group, &groups, &x, &packed,
+                          &scales, &minimums, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.scale_type = (Type)scale_type;
+    job.group = group;
+    job.groups = groups;
+    job.x = (void *)x;
+    job.packed = (uint8_t *)packed;
+    job.scales = (void *)scales;
+    job.minimums = (void *)minimums;
+    const int64_t group_bytes = group * element_bytes(job.type);
+    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / group_bytes);
+    const auto work = pack ? variant->quantise : variant->dequantise;
+    std::atomic<int64_t> claimed{0};
+    const auto claim = [&] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.groups;)
+            work(job, begin, std::min(begin + piece, job.groups));
+    };
+    const int useful = useful_threads(threads, groups * group_bytes);
+    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
+PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
+
+PyObject *py_read(PyObject *, PyObject *args) {
+    long long address, nbytes;
+    int threads;
+    if (!PyArg_ParseTuple(args, "LLi", &address, &nbytes, &threads)) return nullptr;
+    const int64_t piece = 1 << 20;
+    std::atomic<int64_t> claimed{0};
+    std::atomic<uint32_t> sum{0};
+    const auto claim = [&] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) + piece <= nbytes;)
+            sum ^= variant->read((const uint8_t *)address + begin, piece);
+    };
+    if (!without_gil([&] { run_on_threads(threads, claim); })) return nullptr;
+    return PyLong_FromUnsignedLong(sum);
+}
+
+PyObject *py_variants(PyObject *, PyObject *) {
+    PyObject *names = PyList_New(0);
+    for (const Variant *each : VARIANTS) {
+        if (!names || !each->supported()) continue;
+        PyObject *name = PyUnicode_FromString(each->name);
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+PyObject *py_variant(PyObject *, PyObject *) { return PyUnicode_FromString(variant->name); }
+
+PyObject *py_set_variant(PyObject *, PyObject *name) {
+    const char *wanted = PyUnicode_AsUTF8(name);
+    if (!wanted) return nullptr;
+    for (const Variant *each : VARIANTS) {
+        if (strcmp(each->name, wanted) || !each->supported()) continue;
+        variant = each;
+        Py_RETURN_NONE;
+    }
+    return PyErr_Format(PyExc_ValueError, "no variant %s on this processor", wanted);
+}
+
+PyMethodDef METHODS[] = {
+    {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
+    {"quantise", py_quantise, METH_VARARGS, nullptr},
+    {"dequantise", py_dequantise, METH_VARARGS, nullptr},
+    {"read", py_read, METH_VARARGS, nullptr},
+    {"variants", py_variants, METH_NOARGS, nullptr},
+    {"variant", py_variant, METH_NOARGS, nullptr},
+    {"set_variant", py_set_variant, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "_native", "Kernels for the CPU.", -1, METHODS, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+    for (const Variant *each : VARIANTS) {
+        if (!each->supported()) continue;
+        variant = each;
+        break;
+    }
+    return PyModule_Create(&MODULE);
+}

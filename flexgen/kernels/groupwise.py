@@ -1,0 +1,141 @@
+"""Group-wise integers of 4 or 8 bits: x = q * scale + minimum for each group of consecutive values.
+
+The compiled kernels and torch give the same bits, in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.loading import NUMBERS, announce, native
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Values in groups along the last dimension, which is (..., n).
+
+    In four bits the first half of a group lies in the low nibbles of the group's bytes and the second half
+    in the high ones, so that unpacking moves whole vectors.
+    """
+
+    values: Tensor  # uint8 (..., n * bits / 8)
+    scales: Tensor  # float16 or bfloat16 (..., n / group)
+    minimums: Tensor  # like scales
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what was packed."""
+        return torch.Size((*self.scales.shape[:-1], self.scales.shape[-1] * self.group))
+
+
+def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
+    """Each value to the nearest of the 2 ** bits between the least and the largest of its group.
+
+    x must be finite; its last dimension must be a multiple of `group`, a multiple of 32.
+    """
+    _check(bits, group, scale_dtype)
+    if not x.dim() or not x.shape[-1] or x.shape[-1] % group:
+        raise ValueError(f"the last dimension of {tuple(x.shape)} is no multiple of the group, {group}")
+    *outer, n = x.shape
+    packed = Packed(
+        values=torch.empty(*outer, n * bits // 8, dtype=torch.uint8, device=x.device),
+        scales=torch.empty(*outer, n // group, dtype=scale_dtype, device=x.device),
+        minimums=torch.empty(*outer, n // group, dtype=scale_dtype, device=x.device),
+        bits=bits,
+        group=group,
+    )
+    if x.device.type == "cpu" and x.dtype in NUMBERS and announce():
+        quantise_natively(x, packed)
+    else:
+        quantise_in_torch(x, packed)
+    return packed
+
+
+def dequantise(packed: Packed, out: Tensor) -> Tensor:
+    """Write what was packed to `out`, rounded to its type, and return it."""
+    _check(packed.bits, packed.group, packed.scales.dtype)
+    if out.shape != packed.shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}: expected {tuple(packed.shape)}")
+    *outer, n = packed.shape
+    octets = torch.Size((*outer, n * packed.bits // 8))
+    if packed.values.shape != octets or packed.values.dtype != torch.uint8:
+        raise ValueError(
+            f"values of shape {tuple(packed.values.shape)}: expected uint8 of shape {tuple(octets)}"
+        )
+    if (packed.minimums.shape, packed.minimums.dtype) != (packed.scales.shape, packed.scales.dtype):
+        raise ValueError("scales and minimums must have the same shape and type")
+    tensors = out, packed.values, packed.scales, packed.minimums
+    fits = all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and out.dtype in NUMBERS
+    if fits and announce():
+        return dequantise_natively(packed, out)
+    return dequantise_in_torch(packed, out)
+
+
+def _check(bits: int, group: int, scale_dtype: torch.dtype) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits: expected 4 or 8")
+    if group < 32 or group % 32:
+        raise ValueError(f"group {group}: expected a multiple of 32")
+    if scale_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"scales in {scale_dtype}: expected torch.float16 or torch.bfloat16")
+
+
+def quantise_natively(x: Tensor, packed: Packed) -> None:
+    """Fill `packed` with the compiled kernel."""
+    x = x.contiguous()
+    native.quantise(*_arguments(x, packed))
+
+
+def dequantise_natively(packed: Packed, out: Tensor) -> Tensor:
+    """Fill `out`, which is contiguous, with the compiled kernel."""
+    native.dequantise(*_arguments(out, packed))
+    return out
+
+
+def _arguments(x: Tensor, packed: Packed) -> tuple[int, int, int, int, int, int, int, int, int, int]:
+    return (
+        NUMBERS[x.dtype],
+        NUMBERS[packed.scales.dtype],
+        packed.bits,
+        packed.group,
+        packed.scales.numel(),
+        x.data_ptr(),
+        packed.values.data_ptr(),
+        packed.scales.data_ptr(),
+        packed.minimums.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def quantise_in_torch(x: Tensor, packed: Packed) -> None:
+    """Fill `packed`, on any device."""
+    levels = 2**packed.bits - 1
+    groups = x.float().unflatten(-1, (-1, packed.group))
+    # Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
+    minimum = _keep(groups.amin(-1) + 0.0, packed.minimums)  # no negative zero
+    scale = _keep((groups.amax(-1) - minimum).clamp_min(0) * (1 / levels), packed.scales)
+    steps = (groups - minimum[..., None]) / scale[..., None]
+    codes = torch.where(scale[..., None] == 0, 0.0, steps).clamp(0, levels).round().to(torch.uint8)
+    if packed.bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        codes = low | high << 4
+    packed.values.copy_(codes.flatten(-2))
+
+
+def _keep(x: Tensor, target: Tensor) -> Tensor:
+    largest = torch.finfo(target.dtype).max
+    return target.copy_(x.clamp(-largest, largest)).float()
+
+
+def dequantise_in_torch(packed: Packed, out: Tensor) -> Tensor:
+    """Fill `out`, on any device."""
+    codes = packed.values.unflatten(-1, (-1, packed.group * packed.bits // 8))
+    if packed.bits == 4:
+        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+    x = codes.float() * packed.scales.float()[..., None] + packed.minimums.float()[..., None]
+    return out.copy_(x.flatten(-2))

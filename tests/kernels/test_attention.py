@@ -1,0 +1,189 @@
+"""Decode attention against the textbook formula in float64."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexgen.kernels.attention import attend_in_torch, attend_natively, decode_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GARBAGE = float("nan")
+
+# The fixture is the same for all examples of a test.
+relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Case:
+    """Random queries and a cache, cut into pages."""
+
+    def __init__(self, dtype, rows, kv_heads, group, dim, pages, length, starts=None, unused=0.0):
+        generator = torch.Generator().manual_seed(rows * 1000 + dim)
+        shape = (rows, kv_heads, sum(pages), dim)
+        q, k, v = (
+            torch.randn(s, generator=generator).to(dtype)
+            for s in ((rows, kv_heads * group, 1, dim), shape, shape)
+        )
+        k[:, :, length:] = v[:, :, length:] = unused
+        self.q, self.k, self.v = q, k, v
+        self.pages = [
+            (a.contiguous(), b.contiguous())
+            for a, b in zip(k.split(pages, 2), v.split(pages, 2), strict=True)
+        ]
+        self.length = length
+        self.starts = None if starts is None else torch.tensor([min(s, length - 1) for s in starts[:rows]])
+        self.scale = 1 / math.sqrt(dim)
+        self.arguments = q, self.pages, length, self.starts, self.scale
+
+    def expected(self):
+        group = self.q.shape[1] // self.k.shape[1]
+        k, v = (x[:, :, : self.length].double().repeat_interleave(group, dim=1) for x in (self.k, self.v))
+        scores = self.q.double() @ k.mT * self.scale
+        if self.starts is not None:
+            padding = torch.arange(self.length) < self.starts[:, None]
+            scores.masked_fill_(padding[:, None, None], float("-inf"))
+            v = v.masked_fill(padding[:, None, :, None], 0)
+        return scores.softmax(-1) @ v
+
+    def check(self, out, version):
+        assert out.dtype == self.q.dtype
+        assert out.shape == self.q.shape
+        assert out.is_contiguous()
+        expected = self.expected()
+        if self.q.dtype is torch.float32:
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=5e-6)
+        elif version == "torch":  # rounds the products and the probabilities as well
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.04)
+        else:  # rounds once, at the end
+            unit = torch.finfo(self.q.dtype).eps
+            torch.testing.assert_close(out.double(), expected, rtol=0.51 * unit, atol=1e-5)
+
+
+def attend(version):
+    return attend_in_torch if version == "torch" else attend_natively
+
+
+@relaxed
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, 16]),
+    dim=st.one_of(st.integers(1, 40), st.sampled_from([64, 80, 128, 256])),
+    pages=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    unused=st.integers(0, 69),
+    starts=st.one_of(st.none(), st.lists(st.integers(0, 279), min_size=3, max_size=3)),
+)
+def test_every_shape(version, dtype, rows, kv_heads, group, dim, pages, unused, starts):
+    length = sum(pages) - min(unused, pages[-1] - 1)
+    case = Case(dtype, rows, kv_heads, group, dim, pages, length, starts)
+    case.check(attend(version)(*case.arguments), version)
+
+
+@settings(relaxed, max_examples=25)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 4]),
+    page=st.sampled_from([64, 1000, 4096]),
+    length=st.integers(600, 3000),
+    starts=st.one_of(st.none(), st.lists(st.integers(0, 2999), min_size=5, max_size=5)),
+    threads=st.integers(1, 5),
+)
+def test_long_caches_are_split_over_threads(
+    variant, dtype, rows, kv_heads, group, page, length, starts, threads
+):
+    torch.set_num_threads(threads)
+    case = Case(dtype, rows, kv_heads, group, 64, [page] * -(-length // page), length, starts)
+    case.check(attend_natively(*case.arguments), variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [5, 900])
+def test_what_is_not_valid_is_never_read(variant, dtype, length):
+    starts = [0, 3, length - 1]
+    case = Case(dtype, 3, 2, 4, 64, [400, 400, 400][: 1 + length // 400], length, starts, GARBAGE)
+    expected = attend_natively(*case.arguments)
+    case.check(expected, variant)
+    for row, start in enumerate(starts):
+        for k, v in case.pages[:1]:
+            k[row, :, : min(start, 400)] = v[row, :, : min(start, 400)] = GARBAGE
+    if length > 800:
+        for k, v in case.pages[:2]:
+            k[2] = v[2] = GARBAGE
+    assert torch.equal(attend_natively(*case.arguments), expected)
+
+
+def test_scores_of_any_size_do_not_overflow(version):
+    case = Case(torch.float32, 1, 1, 2, 16, [64, 64], 100)
+    case.q *= 1e4
+    case.check(attend(version)(*case.arguments), version)
+
+
+def test_a_row_of_padding_only_is_zero(variant):
+    case = Case(torch.float32, 2, 1, 1, 16, [8], 8)
+    out = attend_natively(case.q, case.pages, 8, torch.tensor([8, 0]), 1.0)
+    assert not out[0].any()
+    assert out[1].any()
+
+
+def test_callers_on_several_threads_get_what_they_get_alone(variant):
+    cases = [
+        Case(dtype, rows, 2, 4, 64, [512] * 4, 2000, None if rows == 1 else list(range(0, 50 * rows, 50)))
+        for dtype in DTYPES
+        for rows in (1, 3, 9)
+    ]
+    torch.set_num_threads(3)
+    alone = [attend_natively(*case.arguments) for case in cases]
+
+    def repeat(case):
+        torch.set_num_threads(3)
+        return [attend_natively(*case.arguments) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(cases)) as callers:
+        for expected, results in zip(alone, callers.map(repeat, cases), strict=True):
+            assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_public_function_takes_what_fits(dtype):
+    case = Case(dtype, 2, 2, 2, 32, [16, 16], 20, [0, 4])
+    torch.testing.assert_close(decode_attention(*case.arguments).double(), case.expected(), rtol=0, atol=0.04)
+    strided = torch.stack((case.q, case.q), dim=-1)[..., 0]
+    assert torch.equal(decode_attention(strided, *case.arguments[1:]), decode_attention(*case.arguments))
+
+
+def test_no_rows():
+    case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
+    pages = [(k[:0], v[:0]) for k, v in case.pages]
+    assert decode_attention(case.q[:0], pages, 4, None, 1.0).shape == (0, 4, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, pages: (q[:, :3], pages, 4, None), "a multiple of 2 heads"),
+        (lambda q, pages: (q, pages, 5, None), "length 5, but the pages hold 4 tokens"),
+        (lambda q, pages: (q, pages, 0, None), "length 0"),
+        (lambda q, pages: (q.half(), pages, 4, None), "expected .* torch.float16"),
+        (lambda q, pages: (q[..., :4], pages, 4, None), "a page has shape"),
+        (lambda q, pages: (q, [(pages[0][0].mT.contiguous().mT, pages[0][1])], 4, None), "contiguous"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*change(case.q, case.pages), 1.0)
+
+
+@pytest.mark.parametrize("starts", [[-1, 0], [0]])
+def test_starts_that_do_not_fit_are_refused(variant, starts):
+    case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
+    with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
+        attend_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0)

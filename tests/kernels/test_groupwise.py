@@ -1,0 +1,162 @@
+"""Group-wise integers: as near as the bits allow, and the same bits from every version."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexgen.kernels import groupwise
+from flexgen.kernels.groupwise import Packed, dequantise, quantise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES = [torch.float16, torch.bfloat16]
+
+# The fixture is the same for all examples of a test.
+relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """Run a function of the module in torch, whatever is built."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(groupwise, "announce", lambda: False)
+            return function(*arguments)
+
+    return run
+
+
+def values(shape, dtype, spread, offset, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread + offset
+    return x.to(dtype)
+
+
+cases = given(
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(SCALES),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 96, 128]),
+    groups=st.integers(1, 5),
+    outer=st.lists(st.integers(1, 4), max_size=2),
+    spread=st.sampled_from([0.0, 1e-6, 1e-2, 1.0, 300.0]),
+    offset=st.sampled_from([0.0, -2.5, 0.1]),
+)
+
+
+@relaxed
+@cases
+def test_codes_are_the_nearest(
+    version, in_torch, dtype, scale_dtype, bits, group, groups, outer, spread, offset
+):
+    x = values((*outer, groups * group), dtype, spread, offset)
+    packed = (
+        in_torch(quantise, x, bits, group, scale_dtype)
+        if version == "torch"
+        else quantise(x, bits, group, scale_dtype)
+    )
+    assert packed.shape == x.shape
+    assert packed.values.nbytes * 8 == x.numel() * bits
+    exact = torch.empty_like(x, dtype=torch.float32)
+    in_torch(dequantise, packed, exact) if version == "torch" else dequantise(packed, exact)
+    of_group = x.double().unflatten(-1, (-1, group))
+    scale = packed.scales.double()[..., None]
+    # Half a step, and what the rounding of scale and minimum to 8 or 11 bits shifts the ends of the range.
+    unit = torch.finfo(scale_dtype).eps
+    ends = of_group.abs().amax(-1, keepdim=True) * 2 * unit + torch.finfo(scale_dtype).tiny
+    error = (exact.double().unflatten(-1, (-1, group)) - of_group).abs()
+    assert (error <= 0.501 * scale + (2**bits - 1) * scale * unit + ends).all()
+
+
+@relaxed
+@cases
+def test_every_version_gives_the_same_bits(
+    variant, in_torch, dtype, scale_dtype, bits, group, groups, outer, spread, offset
+):
+    x = values((*outer, groups * group), dtype, spread, offset)
+    packed, expected = quantise(x, bits, group, scale_dtype), in_torch(quantise, x, bits, group, scale_dtype)
+    for name in ("values", "scales", "minimums"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), name
+    for out_dtype in DTYPES:
+        out, other = torch.empty_like(x, dtype=out_dtype), torch.empty_like(x, dtype=out_dtype)
+        assert dequantise(packed, out) is out
+        assert torch.equal(out, in_torch(dequantise, packed, other))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_large_tensors_are_split_over_threads(variant, in_torch, bits, threads):
+    x = values((300, 64 * 33), torch.bfloat16, 0.02, 0.0)
+    torch.set_num_threads(threads)
+    packed, expected = quantise(x, bits), in_torch(quantise, x, bits)
+    assert torch.equal(packed.values, expected.values)
+    out, other = torch.empty_like(x), torch.empty_like(x)
+    assert torch.equal(dequantise(packed, out), in_torch(dequantise, expected, other))
+
+
+def test_all_codes_of_all_scales(variant, in_torch):
+    """Every finite half as a scale and every code, so that no conversion is left out."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    scales = every[every.isfinite()]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
+    for minimums in (torch.zeros_like(scales), scales.flip(0)):
+        packed = Packed(codes, scales[:, None], minimums[:, None].contiguous(), 8, 256)
+        for dtype in DTYPES:
+            out = torch.empty(codes.shape, dtype=dtype)
+            other = in_torch(dequantise, packed, torch.empty_like(out))
+            assert torch.equal(dequantise(packed, out), other), dtype
+
+
+def test_four_bits_lie_in_halves_of_a_group():
+    x = torch.arange(64.0) % 16
+    packed = quantise(x, 4)
+    assert packed.scales.item() == 1
+    assert packed.minimums.item() == 0
+    assert packed.values.tolist() == [low | (low << 4) for low in list(range(16)) * 2]
+
+
+def test_a_constant_group_keeps_its_value(version, in_torch):
+    x = torch.full((2, 64), 0.1).to(torch.float16)
+    packed = in_torch(quantise, x, 4) if version == "torch" else quantise(x, 4)
+    assert not packed.scales.any()
+    assert torch.equal(dequantise(packed, torch.empty_like(x)), x)
+
+
+def test_values_beyond_the_scale_type_are_clamped(version, in_torch):
+    x = torch.linspace(-1e6, 1e6, 64)
+    packed = in_torch(quantise, x, 8) if version == "torch" else quantise(x, 8)
+    assert packed.minimums.item() == -65504
+    assert packed.scales.isfinite().all()
+
+
+def test_what_is_not_contiguous_works():
+    x = values((64, 8), torch.float32, 1.0, 0.0).T
+    packed = quantise(x, 8)
+    assert torch.equal(packed.values, quantise(x.contiguous(), 8).values)
+    out = torch.empty(64, 8).T
+    assert torch.equal(dequantise(packed, out), dequantise(packed, torch.empty(8, 64)))
+
+
+@pytest.mark.parametrize(
+    ("x", "bits", "group", "scale_dtype", "message"),
+    [
+        (torch.ones(64), 3, 64, torch.float16, "3 bits: expected 4 or 8"),
+        (torch.ones(64), 4, 48, torch.float16, "group 48: expected a multiple of 32"),
+        (torch.ones(65), 4, 64, torch.float16, "no multiple of the group, 64"),
+        (torch.ones(64), 4, 64, torch.float32, "scales in torch.float32"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(x, bits, group, scale_dtype, message):
+    with pytest.raises(ValueError, match=message):
+        quantise(x, bits, group, scale_dtype)
+
+
+def test_an_output_that_does_not_fit_is_refused():
+    packed = quantise(torch.ones(2, 64), 4)
+    with pytest.raises(ValueError, match=r"out has shape \(64,\): expected \(2, 64\)"):
+        dequantise(packed, torch.empty(64))
+    short = Packed(packed.values[:1], packed.scales, packed.minimums, 4, 64)
+    with pytest.raises(ValueError, match=r"expected uint8 of shape \(2, 32\)"):
+        dequantise(short, torch.empty(2, 64))

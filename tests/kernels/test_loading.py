@@ -1,0 +1,109 @@
+"""Which kernels run, and that the module survives what a process does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flexgen.kernels import loading
+from flexgen.kernels.loading import announce, native
+
+needs_native = pytest.mark.skipif(native is None, reason="flexgen.kernels._native is not built")
+
+ATTEND = """
+import os, threading
+import torch
+from flexgen.kernels.attention import decode_attention
+torch.set_num_threads(2)
+page = torch.ones(4, 2, 1024, 64), torch.ones(4, 2, 1024, 64)
+q = torch.ones(4, 4, 1, 64)
+def attend():
+    return decode_attention(q, [page], 1000, None, 0.1)[0, 0, 0, 0].item()
+assert abs(attend() - 1) < 1e-4
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def afresh():
+    announce.cache_clear()
+    yield
+    announce.cache_clear()
+
+
+def test_the_environment_chooses_torch():
+    code = "import logging; logging.basicConfig(level='INFO')" + ATTEND
+    done = run(
+        code + "from flexgen.kernels.loading import native_available; print(native_available())",
+        FLEXGEN_NATIVE="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"]
+    assert done.stderr.count("CPU kernels: torch, since FLEXGEN_NATIVE is 0") == 1
+
+
+@needs_native
+def test_the_variant_is_announced_once(afresh, caplog, monkeypatch):
+    monkeypatch.setattr(loading, "_switched_off", False)
+    caplog.set_level(logging.INFO)
+    assert announce()
+    assert announce()
+    assert [record.message for record in caplog.records] == [f"CPU kernels: compiled, {native.variant()}"]
+
+
+def test_a_missing_build_is_a_warning(afresh, caplog, monkeypatch):
+    monkeypatch.setattr(loading, "native", None)
+    monkeypatch.setattr(loading, "_switched_off", False)
+    assert not announce()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "install a C++17 compiler" in caplog.text
+
+
+@needs_native
+def test_variants_are_chosen_by_name():
+    assert native.variants()[-1] == "baseline"
+    assert native.variant() in native.variants()
+    with pytest.raises(ValueError, match="no variant sse9 on this processor"):
+        native.set_variant("sse9")
+
+
+@needs_native
+def test_a_child_after_fork_computes_on_threads_of_its_own():
+    code = """
+child = os.fork()
+if not child:
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(4) as callers:
+        results = list(callers.map(lambda _: attend(), range(200)))
+    os._exit(0 if max(results) == min(results) == results[0] else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = run(ATTEND + code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
+def test_the_interpreter_exits_while_a_thread_computes():
+    # Without torch in the loop, which aborts when its own calls are cut off so.
+    code = """
+from flexgen.kernels.loading import native
+memory = torch.ones(4 << 20, dtype=torch.uint8)
+def forever():
+    while True: native.read(memory.data_ptr(), memory.nbytes, 2)
+threading.Thread(target=forever, daemon=True).start()
+"""
+    done = run(ATTEND + code)
+    assert done.returncode == 0, done.stderr
