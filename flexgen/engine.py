@@ -45,6 +45,8 @@ from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
 _FEWER_TOKENS = 4
+_TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ)
+"""Those whose work needs nothing that another lane made: it can be run alone, on whatever lies in the buffers."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -241,8 +243,8 @@ class OptLM:
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[LaneName, float]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
 
-        The largest is the bound that no order of steps can beat. Each lane runs its part of one block with the
-        others idle (some tokens of it, see `Call.time_lane`); further blocks count by their prompts.
+        The largest is the bound that no order of steps can beat. Each lane runs its part of each block with the
+        others idle (some tokens of it, see `Call.time_lane`); a block of lengths that were timed is not run again.
         """
         model = self._opened()
         request = read_request(self.spec, inputs)
@@ -251,14 +253,18 @@ class OptLM:
         self._planned(workload)
         seconds: dict[LaneName, float] = {}
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
-            rows = request.blocks(self.policy.block_size)[0]
-            prompts = call.prepare([request.prompts[n] for n in rows])
-            output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
-            for lane in (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ):
-                alone = call.time_lane(lane, prompts, max_new_tokens, output)
-                if alone:
-                    seconds[lane] = alone * len(request.prompts) / len(rows)
-        return seconds
+            timed: dict[tuple[int, ...], dict[LaneName, float]] = {}
+            for rows in request.blocks(self.policy.block_size):
+                lengths = tuple(len(request.prompts[n]) for n in rows)
+                if lengths not in timed:
+                    prompts = call.prepare([request.prompts[n] for n in rows])
+                    output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
+                    timed[lengths] = {
+                        lane: call.time_lane(lane, prompts, max_new_tokens, output) for lane in _TIMED_LANES
+                    }
+                for lane, alone in timed[lengths].items():
+                    seconds[lane] = seconds.get(lane, 0.0) + alone
+        return {lane: alone for lane, alone in seconds.items() if alone}
 
     # Planning
 
