@@ -113,7 +113,7 @@ class OptLM:
             plan = self._planned(None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
-            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.dtype, machine, self._slots)
+            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.placement, machine, self._slots)
             machine.device.settle()
             lanes = machine.device.make_lanes()
             stack.callback(lanes.close)

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from flexgen.errors import PolicyError
 
-CODECS = ("none",)
+CODECS = ("none", "int4", "int8")
 """Names a share's `codec` may have. A new codec is added here and in the package that implements it."""
 
 SUM_TOLERANCE = 1e-6
@@ -216,6 +216,12 @@ class Policy:
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {self.attend_on!r}; it must be "cpu" or "gpu"')
+        for name in ("cache", "activations"):
+            for tier in Tier:
+                if (codec := getattr(self, name)[tier].codec) != "none":
+                    raise PolicyError(
+                        f"{name}: codec {codec!r} on {tier}; only weights can be encoded, leave {name} as they are"
+                    )
         for name in ("overlap", "sep_layer", "pin_weight"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be true or false")

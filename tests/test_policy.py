@@ -247,3 +247,10 @@ def test_load_of_a_missing_file(tmp_path):
         Policy.load(tmp_path / "absent.toml")
     with pytest.raises(PolicyError, match="Is a directory"):
         Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["cache", "activations"])
+def test_only_weights_may_be_encoded_yet(what):
+    with pytest.raises(PolicyError, match=f"{what}: codec 'int4' on cpu; only weights"):
+        Policy(**{what: {"cpu": {"percent": 100, "codec": "int4"}}})
+    assert Policy(weights={"cpu": {"percent": 100, "codec": "int4"}}).weights["cpu"].codec == "int4"

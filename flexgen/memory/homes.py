@@ -38,7 +38,10 @@ class HostRegion:
 
 
 Home = Tensor | HostRegion | Extent
-"""A tensor that the compute device can use as it is, a region of host memory, or bytes of a file."""
+"""A tensor in the compute device's memory, a region of host memory, or bytes of a file.
+
+An encoded weight is its codec's bytes in all three.
+"""
 
 
 class Homes:
@@ -86,17 +89,23 @@ class Homes:
         offsets, end = [], 0
         for weight in weights:
             offsets.append(end)
-            end = align(end + weight.nbytes(self._dtype), ALIGNMENT)
+            end = align(end + self._placement.kept_bytes(weight), ALIGNMENT)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
-            view = tensor_at(buffer, offset, weight.shape, self._dtype)
-            view.copy_(self._checkpoint.read(weight, self._dtype))
+            kept = self._kept(weight)
+            view = tensor_at(buffer, offset, kept.shape, kept.dtype)
+            view.copy_(kept)
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
+
+    def _kept(self, weight: WeightSpec) -> Tensor:
+        """The weight as its tier keeps it: in the model's dtype, or the bytes of its codec (uint8)."""
+        tensor, codec = self._checkpoint.read(weight, self._dtype), self._placement.codec(weight)
+        return codec.encode(tensor) if codec else tensor
 
     def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
         elsewhere = []
         for weight in weights:
-            extent = self._checkpoint.extent(weight)
+            extent = self._checkpoint.extent(weight) if self._placement.codec(weight) is None else None
             # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
             if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
                 self._by_key[weight.key] = extent
@@ -110,7 +119,7 @@ class Homes:
         name = self._file_name(layer, weights)
         path = self._disk.published(name)
         if path is None:
-            nbytes = sum(weight.nbytes(self._dtype) for weight in weights)
+            nbytes = sum(self._placement.kept_bytes(weight) for weight in weights)
             if self._disk.free < nbytes:
                 raise CapacityError(
                     f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, which has "
@@ -118,7 +127,7 @@ class Homes:
                 )
 
             def write(file: BinaryIO) -> None:
-                tensors = {weight.key: self._checkpoint.read(weight, self._dtype) for weight in weights}
+                tensors = {weight.key: self._kept(weight) for weight in weights}
                 file.write(safetensors.torch.save(tensors))
 
             path = self._disk.publish(name, write)
@@ -133,7 +142,7 @@ class Homes:
     def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
         """Names the content: another checkpoint, dtype or choice of weights makes another file."""
         parts = [self._checkpoint.identity, str(self._dtype)]
-        parts += [f"{weight.key} {weight.shape}" for weight in weights]
+        parts += [f"{weight.key} {weight.shape} {self._placement.codec(weight)}" for weight in weights]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         # The folder's name is for people: of a long path its end, and never "..".
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "--", layer.spec.name)[-_NAME_LIMIT:].strip(".-")

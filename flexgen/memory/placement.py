@@ -1,4 +1,4 @@
-"""Which tier each weight lives on."""
+"""Which tier each weight lives on, and in what form it is kept there."""
 
 from __future__ import annotations
 
@@ -9,23 +9,39 @@ import torch
 
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Split, Tier
+from flexgen.quant import Codec, codec_for
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The tier of every weight by its key, and the bytes that each tier got."""
+    """The tier and codec of every weight by its key, and the bytes that each tier got.
 
+    `nbytes` counts what is kept, encoded; `share` what it is of the model in `dtype`, which is what a policy's
+    percentages are about.
+    """
+
+    dtype: torch.dtype
     tiers: dict[str, Tier]
+    codecs: dict[str, Codec]
     nbytes: dict[Tier, int]
+    share: dict[Tier, int]
 
     def of(self, weight: WeightSpec) -> Tier:
         return self.tiers[weight.key]
 
+    def codec(self, weight: WeightSpec) -> Codec | None:
+        return self.codecs.get(weight.key)
+
+    def kept_bytes(self, weight: WeightSpec) -> int:
+        """Bytes of the weight as it is kept, and as it travels."""
+        codec = self.codec(weight)
+        return codec.nbytes(weight.shape) if codec else weight.nbytes(self.dtype)
+
     @property
     def percent(self) -> dict[Tier, float]:
-        """Achieved percent of the model's bytes by tier."""
-        total = sum(self.nbytes.values())
-        return {tier: 100 * count / total if total else 0.0 for tier, count in self.nbytes.items()}
+        """Achieved percent of the model by tier."""
+        total = sum(self.share.values())
+        return {tier: 100 * count / total if total else 0.0 for tier, count in self.share.items()}
 
 
 def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> Placement:
@@ -34,17 +50,22 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     Each tensor goes to the tier that is furthest behind its share of all bytes placed so far. What one
     layer is rounded by is thus carried to the next, every layer streams about the same bytes, and no tier
     ends further from its share than one tensor. A tied head is the embedding's tensor: it counts once.
+    A tier's codec is used for the tensors that it fits, which are all matrices but the table of positions.
     """
-    tiers: dict[str, Tier] = {}
-    placed = dict.fromkeys(Tier, 0)
+    placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
+    placed = placement.share
     for layer in layers:
         # Large tensors first: the small ones then even out what is left.
         for weight in sorted(layer.weights, key=lambda w: -w.numel):
-            if weight.key in tiers:
+            if weight.key in placement.tiers:
                 continue
             total = sum(placed.values()) + weight.nbytes(dtype)
             wanted = {tier: total * split.percent(tier) / 100 for tier in Tier if split.percent(tier) > 0}
             tier = max(wanted, key=lambda t: wanted[t] - placed[t])
-            tiers[weight.key] = tier
+            placement.tiers[weight.key] = tier
+            codec = codec_for(split[tier].codec, weight.shape)
+            if codec and weight.encodable:
+                placement.codecs[weight.key] = codec
             placed[tier] += weight.nbytes(dtype)
-    return Placement(tiers, placed)
+            placement.nbytes[tier] += placement.kept_bytes(weight)
+    return placement

@@ -151,10 +151,11 @@ def plan_memory(
 
     Where the compute device shares host memory, what a policy puts on the GPU tier takes bytes of the CPU tier.
     """
-    sizes = slot_sizes(layers, placement, dtype, shares_host_memory)
+    sizes = slot_sizes(layers, placement, shares_host_memory)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
     needs.append(Need(Tier.GPU, "weights", "slots", slots * sizes.device))
     needs.append(Need(Tier.CPU, "weights", "staging", slots * sizes.staging))
+    needs.append(Need(Tier.GPU, "weights", "workspace", sizes.decoded))
     if workload is not None:
         spec = layers[0].spec
         batches = batch_sizes(policy, workload.num_prompts)

@@ -23,6 +23,7 @@ from flexgen.memory.transfer import Chain, Chains, Stage, cut
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
+from flexgen.quant import Codec
 from flexgen.trace import LaneName
 from flexgen.units import align
 
@@ -32,15 +33,17 @@ _GAP = 4 * BLOCK
 
 @dataclass(frozen=True)
 class SlotSizes:
-    """Upper bounds, in bytes, of the buffers that one slot needs: known before anything is loaded."""
+    """Upper bounds, in bytes, of the buffers that one slot needs: known before anything is loaded.
+
+    `decoded`: of the one buffer that holds a layer's encoded weights in the model's dtype while it computes.
+    """
 
     device: int
     staging: int
+    decoded: int
 
 
-def slot_sizes(
-    layers: Sequence[Layer], placement: Placement, dtype: torch.dtype, shares_host_memory: bool
-) -> SlotSizes:
+def slot_sizes(layers: Sequence[Layer], placement: Placement, shares_host_memory: bool) -> SlotSizes:
     """What a slot must hold so that any layer fits.
 
     On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
@@ -48,12 +51,19 @@ def slot_sizes(
     """
 
     def largest(*tiers: Tier) -> int:
-        moving = ([w.nbytes(dtype) for w in layer.weights if placement.of(w) in tiers] for layer in layers)
+        moving = (
+            [placement.kept_bytes(w) for w in layer.weights if placement.of(w) in tiers] for layer in layers
+        )
         return max(sum(align(n, ALIGNMENT) + _GAP + 2 * BLOCK for n in sizes) for sizes in moving)
 
+    decoded = max(_decoded_bytes(layer, placement) for layer in layers)
     if shares_host_memory:
-        return SlotSizes(device=largest(Tier.DISK), staging=0)
-    return SlotSizes(device=largest(Tier.CPU, Tier.DISK), staging=largest(Tier.DISK))
+        return SlotSizes(device=largest(Tier.DISK), staging=0, decoded=decoded)
+    return SlotSizes(largest(Tier.CPU, Tier.DISK), staging=largest(Tier.DISK), decoded=decoded)
+
+
+def _decoded_bytes(layer: Layer, placement: Placement) -> int:
+    return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in layer.weights if placement.codec(w))
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,14 @@ def _file_cargo(found: list[tuple[WeightSpec, Extent]]) -> list[Cargo]:
     return cargo
 
 
+@dataclass(frozen=True)
+class _LayerViews:
+    """A layer's weights as they are computed with, and those of them that must be decoded first."""
+
+    weights: Mapping[str, Tensor]
+    encoded: tuple[tuple[Codec, Tensor, Tensor], ...]
+
+
 class WeightSlots:
     """The slots, and for each layer the work that brings it into one and the tensors found there."""
 
@@ -119,22 +137,24 @@ class WeightSlots:
         layers: Sequence[Layer],
         homes: Homes,
         sizes: SlotSizes,
-        dtype: torch.dtype,
+        placement: Placement,
         machine: Machine,
         count: int,
     ) -> None:
         self.count = count
         self._layers = layers
         self._homes = homes
-        self._dtype = dtype
+        self._placement = placement
         self._device = machine.device
         self._io = machine.io
         self._cargo = [cargo_of(layer, homes) for layer in layers]
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
         self._slots = [machine.device.memory.allocate(sizes.device, "weight slots") for _ in range(count)]
         self._staging = [machine.host.allocate(sizes.staging, "staging of weights") for _ in range(count)]
+        self._decoded = machine.device.memory.allocate(sizes.decoded, "decoded weights")
+        self._decoded_for: object = self  # no visit yet
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
-        self._views: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+        self._views: dict[tuple[int, int], _LayerViews] = {}
 
     @property
     def streaming(self) -> bool:
@@ -145,19 +165,42 @@ class WeightSlots:
         """Bytes that move on each visit of the layer."""
         return sum(cargo.length for cargo in self._cargo[layer])
 
-    def weights(self, layer: int, slot: int) -> Mapping[str, Tensor]:
-        """The layer's weights by name, on the compute device; those that travel are views of the slot."""
+    def weights(self, layer: int, slot: int, visit: object) -> Mapping[str, Tensor]:
+        """The layer's weights by name, on the compute device; those that travel are views of the slot.
+
+        Encoded ones are decoded here, as part of the computation, once for each `visit` of the layer: the
+        batches of a visit share the result.
+        """
         key = (layer, slot)
         if key not in self._views:
-            homes = ((weight.name, self._homes[weight]) for weight in self._layers[layer].weights)
-            views = {name: home for name, home in homes if isinstance(home, Tensor)}
-            for cargo, offset in zip(self._cargo[layer], self._device_offsets[layer], strict=True):
-                for weight, place in cargo.weights:
-                    views[weight.name] = tensor_at(
-                        self._slots[slot], offset + place, weight.shape, self._dtype
-                    )
-            self._views[key] = views
-        return self._views[key]
+            self._views[key] = self._view(layer, slot)
+        views = self._views[key]
+        if views.encoded and visit != self._decoded_for:
+            for codec, kept, out in views.encoded:
+                codec.decode(kept, out)
+            self._decoded_for = visit
+        return views.weights
+
+    def _view(self, layer: int, slot: int) -> _LayerViews:
+        kept: dict[str, Tensor] = {}
+        for weight in self._layers[layer].weights:
+            home = self._homes[weight]
+            if isinstance(home, Tensor):
+                kept[weight.name] = home
+        for cargo, offset in zip(self._cargo[layer], self._device_offsets[layer], strict=True):
+            for weight, place in cargo.weights:
+                encoded = self._placement.codec(weight) is not None
+                shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
+                dtype = torch.uint8 if encoded else self._placement.dtype
+                kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
+        weights, encoded_ones, end = dict(kept), [], 0
+        for weight in self._layers[layer].weights:
+            if codec := self._placement.codec(weight):
+                out = tensor_at(self._decoded, end, weight.shape, self._placement.dtype)
+                encoded_ones.append((codec, kept[weight.name], out))
+                weights[weight.name] = out
+                end = align(end + out.nbytes, ALIGNMENT)
+        return _LayerViews(weights, tuple(encoded_ones))
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
         """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""

@@ -71,6 +71,11 @@ class WeightSpec:
     sources: tuple[str, ...]
 
     @property
+    def encodable(self) -> bool:
+        """Whether a codec may round it: not a table of positions, whose rows are added as they are."""
+        return not self.name.endswith("positions.weight")
+
+    @property
     def key(self) -> str:
         """Identity over the whole model: a tied head and the embedding have the same key."""
         return self.sources[0]

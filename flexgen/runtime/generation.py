@@ -92,7 +92,7 @@ class Generation:
             x = self._prompts.take(i, k, slot)
         else:
             x = self._activations.take(k, slot, span.new)
-        weights = self._weights.weights(j, self.grid.weight_slot(i, j))
+        weights = self._weights.weights(j, self.grid.weight_slot(i, j), visit=(id(self), i, j))
         padding = self._prompts.padding[k]
         cell = _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
         y = self._layers[j].forward(x, weights, cell)

@@ -96,7 +96,7 @@ class Streamed:
 
     def assert_there(self, layer: int, slot: int) -> None:
         """The layer's weights are in the slot (or in place), bit by bit."""
-        found = self.slots.weights(layer, slot)
+        found = self.slots.weights(layer, slot, visit=0)
         assert set(found) == {weight.name for weight in self.layers[layer].weights}
         for weight in self.layers[layer].weights:
             assert torch.equal(found[weight.name], self.checkpoint.read(weight, self.dtype)), weight.name
@@ -142,8 +142,8 @@ def _stream_layers(
     placement = place_weights(layers, split, dtype)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
-    sizes = slot_sizes(layers, placement, dtype, machine.device.shares_host_memory)
-    slots = WeightSlots(layers, homes, sizes, dtype, machine, SLOTS)
+    sizes = slot_sizes(layers, placement, machine.device.shares_host_memory)
+    slots = WeightSlots(layers, homes, sizes, placement, machine, SLOTS)
     lanes = machine.device.make_lanes()
     stack.callback(lanes.close)
     return Streamed(layers, checkpoint, placement, dtype, machine, homes, slots, lanes)

@@ -51,7 +51,7 @@ def test_each_home_is_on_the_tier_it_was_given(stream, saved, family, device):
 def test_stores_hold_what_was_placed(stream, saved):
     model = stream(saved(), MIXED, "emulated")
     count = sum(len(layer.weights) for layer in model.layers)
-    slots = slot_sizes(model.layers, model.placement, model.dtype, shares_host_memory=False)
+    slots = slot_sizes(model.layers, model.placement, shares_host_memory=False)
     device = model.machine.device.memory.used - SLOTS * slots.device
     host = model.machine.host.used - SLOTS * slots.staging
     for used, tier in ((device, Tier.GPU), (host, Tier.CPU)):

@@ -239,7 +239,7 @@ PLAN = MemoryPlan(
         Need(Tier.DISK, "weights", "home", 7 * GIB),
         Need(Tier.DISK, "cache", "home", GIB),
     ),
-    SlotSizes(0, 0),
+    SlotSizes(0, 0, 0),
 )
 
 

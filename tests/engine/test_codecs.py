@@ -1,0 +1,130 @@
+"""Encoded weights: the engine computes exactly what the decoded weights give, wherever they live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from flexgen import OptLM, Policy
+from flexgen.policy import Tier
+from flexgen.quant import CODECS, codec_for
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=48
+)
+CONFIGS = {
+    "opt": OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64, init_std=0.3, pad_token_id=1),
+    "llama": LlamaConfig(**SIZES, intermediate_size=128, num_key_value_heads=2, initializer_range=0.3),
+}
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [13, 14, 15]]
+
+
+def split(codec: str, **percent: float) -> dict[str, Any]:
+    return {tier: {"percent": value, "codec": codec} for tier, value in percent.items()}
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
+    """A model's directory, and the same model in transformers."""
+    torch.manual_seed(0)
+    kind = {"opt": OPTForCausalLM, "llama": LlamaForCausalLM}[request.param]
+    model = kind(CONFIGS[request.param]).eval()
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+def rounded(model: Any, codec: str) -> Any:
+    """The model with every matrix that is encoded replaced by what decoding gives."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            found = codec_for(codec, weight.shape)
+            if found and "embed_positions" not in name:
+                out = torch.empty_like(weight)
+                found.decode(found.encode(weight), out)
+                weight.copy_(out)
+    return model
+
+
+def greedy(model: Any, tokens: int) -> list[list[int]]:
+    answers = []
+    for prompt in PROMPTS:
+        with torch.no_grad():
+            ids = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        answers.append(ids[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("sep_layer", [True, False])
+def test_greedy_ids_are_those_of_the_rounded_model(
+    saved: tuple[Path, Any], codec: str, device: str, sep_layer: bool
+) -> None:
+    directory, model = saved
+    expected = greedy(rounded(model, codec), 6)
+    weights = split(codec, gpu=30, cpu=30, disk=40)
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=2, weights=weights, sep_layer=sep_layer)
+    with OptLM(directory, policy, device=device, dtype="float32") as lm:
+        ids = lm.generate(PROMPTS, 6, stop=())
+        assert [row[-6:].tolist() for row in ids] == expected
+        assert all(lm.placement.nbytes.values())
+        again = lm.generate(PROMPTS, 6, stop=())
+        np.testing.assert_array_equal(again, ids)
+
+
+def test_a_codec_for_each_tier(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    directory, _ = saved
+    weights = {"cpu": {"percent": 50, "codec": "int8"}, "disk": {"percent": 50, "codec": "int4"}}
+    offload = tmp_path / "offload"
+    with OptLM(directory, Policy(weights=weights), device="cpu", dtype="float32", offload_dir=offload) as lm:
+        names = {codec.name for codec in lm.placement.codecs.values()}
+        assert names == {"int8", "int4"}
+        for key, codec in lm.placement.codecs.items():
+            assert codec.name == {Tier.CPU: "int8", Tier.DISK: "int4"}[lm.placement.tiers[key]]
+        first = lm.generate(PROMPTS, 4, stop=())
+    written = {path: path.stat().st_mtime_ns for path in offload.rglob("*.safetensors")}
+    assert written, "encoded weights are kept for the next run"
+    with OptLM(directory, Policy(weights=weights), device="cpu", dtype="float32", offload_dir=offload) as lm:
+        np.testing.assert_array_equal(lm.generate(PROMPTS, 4, stop=()), first)
+    assert {path: path.stat().st_mtime_ns for path in offload.rglob("*.safetensors")} == written
+
+
+def test_percentages_are_about_the_model_and_bytes_about_what_is_kept() -> None:
+    config = OPTConfig(
+        hidden_size=256, ffn_dim=1024, num_hidden_layers=8, num_attention_heads=4, vocab_size=512
+    )
+    config.word_embed_proj_dim = 256
+    policy = Policy(weights=split("int4", cpu=50, disk=50))
+    with OptLM(config, policy, device="cpu", dtype="bfloat16", weights="dummy") as lm:
+        assert lm.placement.percent[Tier.CPU] == pytest.approx(50, abs=5)
+        matrices = sum(w.numel for layer in lm._layers for w in layer.weights if lm.placement.codec(w))
+        encoded = sum(
+            lm.placement.kept_bytes(w) for layer in lm._layers for w in layer.weights if lm.placement.codec(w)
+        )
+        assert encoded * 8 / matrices <= 4.6
+
+
+def test_decoding_happens_once_for_all_batches_of_a_visit(
+    saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = saved
+    decoded = []
+    codec = CODECS["int4"]
+    original = type(codec).decode
+    monkeypatch.setattr(type(codec), "decode", lambda *args: (decoded.append(1), original(*args))[1])
+    policy = Policy(gpu_batch_size=1, num_gpu_batches=3, weights=split("int4", cpu=100))
+    with OptLM(directory, policy, device="cpu", dtype="float32") as lm:
+        used = sum(bool(lm.placement.codec(w)) for layer in lm._layers for w in layer.weights)
+        lm.generate(PROMPTS, 2, stop=())
+    assert len(decoded) == 2 * used

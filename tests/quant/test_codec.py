@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.policy import CODECS as NAMES
+from flexgen.quant import CODECS, codec_for
+
+
+def test_policies_know_the_codecs_that_exist():
+    assert set(NAMES) == {"none", *CODECS}
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int4", 4.5), ("int8", 8.5)])
+def test_bytes_are_what_theory_says(name, bits):
+    shape = (4096, 4096)
+    assert CODECS[name].nbytes(shape) * 8 == bits * 4096 * 4096
+
+
+@given(
+    name=st.sampled_from(sorted(CODECS)),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_round_trip_is_within_half_a_step(name, rows, groups, dtype, seed):
+    codec = CODECS[name]
+    x = torch.randn(rows, 64 * groups, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    encoded = codec.encode(x)
+    assert encoded.dtype is torch.uint8 and encoded.shape == (codec.nbytes(x.shape),)
+    out = torch.empty_like(x)
+    codec.decode(encoded, out)
+    by_group = x.double().view(rows, groups, 64)
+    step = (by_group.amax(-1) - by_group.amin(-1)) / (2 ** {"int4": 4, "int8": 8}[name] - 1)
+    # Half a step, the rounding of scale and minimum to float16, and that of the result.
+    slack = 2e-3 * by_group.abs().amax(-1) + torch.finfo(dtype).eps * by_group.abs().amax(-1)
+    error = (out.double() - x.double()).abs().view(rows, groups, 64).amax(-1)
+    assert (error <= step / 2 + slack).all()
+
+
+def test_encoding_what_was_decoded_changes_nothing_more():
+    codec, x = CODECS["int8"], torch.randn(8, 128)
+    once, twice = torch.empty_like(x), torch.empty_like(x)
+    codec.decode(codec.encode(x), once)
+    codec.decode(codec.encode(once), twice)
+    torch.testing.assert_close(twice, once, atol=2e-3, rtol=0)
+
+
+def test_extremes_and_constants():
+    x = torch.stack([torch.zeros(64), torch.full((64,), -3.0), torch.linspace(-1e4, 1e4, 64)])
+    out = torch.empty_like(x)
+    CODECS["int4"].decode(CODECS["int4"].encode(x), out)
+    assert out[0].eq(0).all() and out[1].eq(-3).all()
+    assert out[2, 0] == pytest.approx(-1e4, rel=1e-3) and out[2, -1] == pytest.approx(1e4, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 63), (4, 96)])
+def test_shapes_that_do_not_fit_are_kept_as_they_are(shape):
+    assert codec_for("int4", shape) is None
+
+
+def test_none_is_no_codec():
+    assert codec_for("none", (64, 64)) is None
+    assert codec_for("int4", (64, 64)) is CODECS["int4"]
