@@ -1,6 +1,6 @@
 """The CPU kernels against the memory: decode attention as a share of the read bandwidth, and codecs in GB/s.
 
-    python benchmarks/kernels.py
+    python benchmarks/cpu_kernels.py
 
 Attention is counted in bytes of valid keys and values, dequantisation in bytes of output. The read bandwidth
 is measured between the cases, over the same memory with as many threads: the better of a plain compiled loop
