@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import RequestError
+from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, StreamLane, ThreadLane
 from flexgen.memory.store import Store
@@ -54,6 +55,14 @@ class ComputeDevice(ABC):
         """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
         return checkpoint
 
+    def packs(self, dtype: torch.dtype) -> bool:
+        """Whether matrices that live on the device and are multiplied are better off with `pack`."""
+        return False
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A matrix (out, in) in host memory, laid out as the device's products want it."""
+        raise RequestError(f"device {self.name} computes with weights as they are")
+
     def peak_bytes(self) -> int:
         """Most device memory taken at once since the device was opened."""
         return self.memory.peak
@@ -88,11 +97,17 @@ class _HostArithmetic(ComputeDevice):
 
     def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         """float16 products are several times slower than others on a CPU: bfloat16 where it has instructions
-        for it, float32 elsewhere. (benchmarks/host_dtype.py measures it.)"""
+        for it, float32 elsewhere (benchmarks/host_linear.py measures them)."""
         if checkpoint is not torch.float16:
             return checkpoint
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        return can_pack(dtype)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return pack(weight)
 
 
 class HostDevice(_HostArithmetic):

@@ -73,7 +73,7 @@ class Homes:
         return self._by_key[weight.key]
 
     def load(self, layers: Iterable[Layer]) -> None:
-        """Bring every weight home. A tied head finds the embedding's tensor at home already."""
+        """Bring every weight home. A tied head finds the embedding's tensor, laid out as a table, at home."""
         for layer in layers:
             new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
             for weight in layer.weights:
@@ -84,6 +84,14 @@ class Homes:
             self._to_disk(layer, new[Tier.DISK])
 
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
+        if on_device and self._device.packs(self._dtype):
+            packed = [
+                w for w in weights if len(w.shape) == 2 and not w.looked_up and not self._placement.codec(w)
+            ]
+            for weight in packed:
+                store.adopt(weight.nbytes(self._dtype), f"weights of {layer.name}")
+                self._by_key[weight.key] = self._device.pack(self._checkpoint.read(weight, self._dtype))
+            weights = [weight for weight in weights if weight not in packed]
         if not weights:
             return
         offsets, end = [], 0

@@ -29,17 +29,28 @@ class Store(ABC):
 
     def allocate(self, nbytes: int, purpose: str) -> Tensor:
         """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit."""
+        self._check(nbytes, purpose)
+        buffer = self._make(nbytes, purpose)
+        self._live[buffer.data_ptr()] = self._live.get(buffer.data_ptr(), 0) + nbytes
+        self._count(nbytes)
+        return buffer
+
+    def adopt(self, nbytes: int, purpose: str) -> None:
+        """Count memory of this tier that a library allocates for itself and keeps until the end."""
+        self._check(nbytes, purpose)
+        self._count(nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+
+    def _check(self, nbytes: int, purpose: str) -> None:
         if self.capacity is not None and self.used + nbytes > self.capacity:
             raise CapacityError(
                 f"{purpose} needs {format_bytes(nbytes)} on the {self.tier} tier, where "
                 f"{format_bytes(self.used)} of {format_bytes(self.capacity)} are taken: "
                 f"put a smaller share on {self.tier} or use smaller batches"
             )
-        buffer = self._make(nbytes, purpose)
-        self._live[buffer.data_ptr()] = self._live.get(buffer.data_ptr(), 0) + nbytes
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
-        return buffer
 
     def release(self, buffer: Tensor) -> None:
         """Give a buffer back. The caller drops its last reference."""

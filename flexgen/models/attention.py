@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flexgen.kernels.linear import linear
 from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
-from flexgen.models.ops import apply_rope, linear, normalise, rope_tables
+from flexgen.models.ops import apply_rope, normalise, rope_tables
 from flexgen.models.spec import ModelSpec
 from flexgen.units import align
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.linear import linear
 from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
-from flexgen.models.ops import linear, normalise
+from flexgen.models.ops import normalise
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flexgen.kernels.linear import linear
 from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
-from flexgen.models.ops import ACTIVATIONS, linear, normalise
+from flexgen.models.ops import ACTIVATIONS, normalise
 from flexgen.models.spec import ModelSpec
 
 

@@ -29,11 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By the names that configurations use. Each may overwrite its argument."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out)."""
-    return F.linear(x, weight, bias)
-
-
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

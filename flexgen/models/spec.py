@@ -73,7 +73,12 @@ class WeightSpec:
     @property
     def encodable(self) -> bool:
         """Whether a codec may round it: not a table of positions, whose rows are added as they are."""
-        return not self.name.endswith("positions.weight")
+        return self.name != "positions.weight"
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether it is a table whose rows are taken by number, not a matrix that is multiplied."""
+        return self.name in ("embed.weight", "positions.weight")
 
     @property
     def key(self) -> str:

@@ -1,0 +1,60 @@
+"""How fast a CPU multiplies: by dtype, by number of rows, and with weights laid out before or in every product.
+
+    python benchmarks/host_linear.py
+
+What `fast_dtype` (no float16 on a CPU) and `kernels.linear` (pack bfloat16) rest on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from record import interleaved, save
+from torch import Tensor
+
+from flexgen.kernels.linear import can_pack, linear, pack
+
+OUT, IN = 4096, 4096
+ROWS = (1, 8, 32, 128, 512)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = 4  # weights in turn, so that none stays in a cache
+
+
+def rate(multiply: partial[Tensor], weights: list[Tensor], x: Tensor) -> dict[str, float]:
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.2 or count < COPIES:
+        multiply(x, weights[count % COPIES])
+        count += 1
+    return {"GFLOP/s": 2 * x.numel() * OUT * count / (time.perf_counter() - began) / 1e9}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    cases = {}
+    for dtype in DTYPES:
+        plain = [torch.randn(OUT, IN).to(dtype) for _ in range(COPIES)]
+        layouts = {"plain": plain} | ({"packed": [pack(w) for w in plain]} if can_pack(dtype) else {})
+        for rows, (layout, weights) in itertools.product(ROWS, layouts.items()):
+            x = torch.randn(rows, IN).to(dtype)
+            multiply = partial(linear if layout == "packed" else F.linear)
+            cases[f"{str(dtype).removeprefix('torch.')} {layout}, {rows} rows"] = partial(
+                rate, multiply, weights, x
+            )
+    found = interleaved(cases, args.repeats)
+    for name, figures in found.items():
+        print(f"{name:<32}{figures['GFLOP/s']['median']:>8.0f} GFLOP/s")
+    print(save("host_linear", {"shape": [OUT, IN], "figures": found}))
+
+
+if __name__ == "__main__":
+    main()
