@@ -1,9 +1,8 @@
 # From a fresh clone: `make demo` or `make test` does all the set-up, in .venv.
 
 PYTHON    ?= python3
-# Passed to every pip install, for instance
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# for a torch without CUDA where the default index has only the other one.
+# Passed to every pip install: options such as another index. PyTorch publishes builds without CUDA in one of
+# its own (see its installation page), gigabytes smaller where there is no GPU.
 PIP_FLAGS ?=
 
 BIN := .venv/bin
