@@ -156,11 +156,6 @@ class WeightSlots:
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
         self._views: dict[tuple[int, int], _LayerViews] = {}
 
-    @property
-    def streaming(self) -> bool:
-        """Whether any layer has to move."""
-        return any(self._cargo)
-
     def moved_bytes(self, layer: int) -> int:
         """Bytes that move on each visit of the layer."""
         return sum(cargo.length for cargo in self._cargo[layer])
