@@ -45,9 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--offload-dir", required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
     args = parser.parse_args()
     figures = {}
-    for name, (policy, prompt_len, tokens) in CASES.items():
+    for name in args.case or CASES:
+        policy, prompt_len, tokens = CASES[name]
         prompts = np.random.default_rng(0).integers(4, 50_000, size=(policy.block_size, prompt_len))
         with contextlib.ExitStack() as stack:
             cases = {}
