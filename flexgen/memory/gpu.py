@@ -87,8 +87,7 @@ class _HostArithmetic(ComputeDevice):
     """Computes on the CPU, in the thread that issues the steps.
 
     An order issues what a cell may overlap with before the cell computes, so nothing is lost by computing
-    there, and a thread for it would take turns with the issuing one at Python's lock (a quarter of the demo's
-    time).
+    there, and a thread for it would take turns with the issuing one at Python's lock.
     """
 
     def __init__(self, memory: Store) -> None:

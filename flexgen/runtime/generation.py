@@ -57,6 +57,7 @@ class Generation:
         self._activations = activations
         self._output = output
         self._positions: dict[int, Tensor] = {}
+        self._run = object()  # tells this generation's visits from all others'; an id could come again
 
     @property
     def can_finish(self) -> bool:
@@ -92,7 +93,7 @@ class Generation:
             x = self._prompts.take(i, k, slot)
         else:
             x = self._activations.take(k, slot, span.new)
-        weights = self._weights.weights(j, self.grid.weight_slot(i, j), visit=(id(self), i, j))
+        weights = self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))
         padding = self._prompts.padding[k]
         cell = _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
         y = self._layers[j].forward(x, weights, cell)
