@@ -12,7 +12,8 @@ from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
 from flexgen.runtime.activations import Activations
-from flexgen.runtime.kvcache import KVCache, Padding, Span
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.pages import Padding, Span
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule import Grid, Op, Step
 from flexgen.trace import LaneName

@@ -26,59 +26,8 @@ from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Tier
+from flexgen.runtime.pages import Padding, Page, Span, pages_in, put
 from flexgen.trace import LaneName
-
-Page = tuple[Tensor, Tensor]
-"""Keys and values, each (rows, kv_heads, page_tokens, head_dim)."""
-
-
-def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
-    """The pages of `segment` that lie in `buffer` (bytes)."""
-    starts = range(0, buffer.numel() - segment.page_bytes + 1, segment.page_bytes)
-    both = [tensor_at(buffer, start, segment.page_shape, segment.dtype) for start in starts]
-    return [(page[0], page[1]) for page in both]
-
-
-def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
-    """Write k and v (rows, kv_heads, tokens, head_dim) into the pages, from token `position` on."""
-    page_tokens, tokens, done = pages[0][0].shape[2], k.shape[2], 0
-    while done < tokens:
-        page, begin = divmod(position + done, page_tokens)
-        count = min(page_tokens - begin, tokens - done)
-        for target, source in zip(pages[page], (k, v), strict=True):
-            target[:, :, begin : begin + count] = source[:, :, done : done + count]
-        done += count
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached ones."""
-
-    length: int
-    new: int
-
-    def whole_pages(self, page_tokens: int) -> int:
-        """Pages that lie whole before the one that takes the last new token."""
-        return (self.length or self.new) // page_tokens
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Left padding of a batch: how many positions before each row's first token."""
-
-    starts: tuple[int, ...]
-    on_device: Tensor
-    on_host: Tensor
-
-    @property
-    def any(self) -> bool:
-        return any(self.starts)
-
-    def of(self, rows: range, device: torch.device) -> Tensor | None:
-        """(rows,) for attention on `device`, or None without padding."""
-        if not self.any:
-            return None
-        return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
 from flexgen.memory.transfer import Chains, Stage
-from flexgen.runtime.kvcache import Padding, Span
+from flexgen.runtime.pages import Padding, Span
 from flexgen.trace import LaneName
 
 

@@ -16,7 +16,8 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.plan import cache_segments
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
-from flexgen.runtime.kvcache import KVCache, Padding, Span, put
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.pages import Padding, Span, put
 
 HEAD_DIM = 8
 LAYERS = [1, 3]  # those of the model that have a cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.runtime.kvcache import Span
+from flexgen.runtime.pages import Span
 from flexgen.runtime.tokens import AllLogits, NewTokens, Prompts
 
 PAD = 1
