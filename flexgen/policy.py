@@ -167,8 +167,9 @@ class Split:
     def rows(self, count: int) -> dict[Tier, range]:
         """Contiguous row ranges in the order gpu, cpu, disk; their lengths sum to `count` exactly.
 
-        By largest remainder, so that each tier is within one row of its exact part and a tier of
-        0 percent gets none; ties go to the faster tier.
+        By Webster's method: each tier is within one row of its exact part (true of three tiers, not of more),
+        a tier of 0 percent gets none, and a smaller count never gets more rows on any tier, so that what was
+        made for a batch serves a smaller one. Ties go to the faster tier.
         """
         if count < 0:
             raise ValueError(f"cannot split {count} rows; the count must be >= 0")
@@ -177,8 +178,9 @@ class Split:
         total = sum(percents.values())
         quotas = {tier: count * percent / total for tier, percent in percents.items()}
         lengths = {tier: math.floor(quota) for tier, quota in quotas.items()}
-        by_remainder = sorted(Tier, key=lambda tier: lengths[tier] - quotas[tier])
-        for tier in by_remainder[: count - sum(lengths.values())]:
+        # The next row of a tier with n rows is worth its percentage / (2n + 1).
+        by_worth = sorted(Tier, key=lambda tier: -percents[tier] / (2 * lengths[tier] + 1))
+        for tier in by_worth[: count - sum(lengths.values())]:
             lengths[tier] += 1
         ranges, start = {}, 0
         for tier in Tier:

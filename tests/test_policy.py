@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexgen.errors import PolicyError
@@ -162,8 +162,15 @@ def test_rows_are_contiguous_exact_and_within_one_of_their_part(split, count):
         (Split(20, 50, 30), 0, (0, 0, 0)),
     ],
 )
-def test_rows_by_largest_remainder(split, count, lengths):
+def test_rows_of_a_split(split, count, lengths):
     assert tuple(len(part) for part in split.rows(count).values()) == lengths
+
+
+@given(split=splits(), count=st.integers(0, 200))
+@example(split=Split(43, 43, 14), count=3)  # by largest remainder the third tier has a row of 3 and none of 4
+def test_fewer_rows_never_take_more_of_a_tier(split, count):
+    fewer, more = split.rows(count), split.rows(count + 1)
+    assert all(len(fewer[tier]) <= len(more[tier]) for tier in Tier)
 
 
 def test_rows_refuse_a_negative_count():
