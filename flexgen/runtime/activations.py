@@ -44,11 +44,8 @@ class Activations:
         self._disk = machine.disk
         self._io = machine.io
         self._owned: list[tuple[Store, Tensor]] = []
-        self._parts = [policy.activations.rows(rows) for rows in batches]
-        self._resident = [
-            len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if self._shared else 0) for parts in self._parts
-        ]
-        self._kept: list[Tensor | None] = [None] * len(batches)
+        self._split = policy.activations
+        self.regroup(batches)
         self._leaving: dict[int, Tensor] = {}  # by slot
 
         def size(rows: int) -> int:
@@ -75,6 +72,17 @@ class Activations:
         self._owned.append((store, buffer))
         return buffer
 
+    def regroup(self, batches: Sequence[int]) -> None:
+        """From here on, batches of so many rows: none larger than the one of its number was at first.
+
+        What is kept between two layers is forgotten, so this is for the time between two tokens.
+        """
+        self._parts = [self._split.rows(rows) for rows in batches]
+        self._resident = [
+            len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if self._shared else 0) for parts in self._parts
+        ]
+        self._kept: list[Tensor | None] = [None] * len(batches)
+
     def close(self) -> None:
         """Give back all memory and files."""
         for store, buffer in self._owned:
@@ -89,12 +97,12 @@ class Activations:
         """The work that brings the batch's rows that are away into `slot`."""
         chains: list[Chain] = []
         target, away = self._slots[slot], 0
-        if batch in self._homes:
+        if self._parts[batch][Tier.CPU] and not self._shared:
             source = self._homes[batch][: self._bytes(batch, Tier.CPU, tokens)]
             copy = partial(self._device.to_device, target[: source.nbytes], source)
             chains.append((Stage(LaneName.TO_DEVICE, copy),))
             away = source.nbytes
-        if batch in self._files:
+        if self._parts[batch][Tier.DISK]:
             nbytes = self._bytes(batch, Tier.DISK, tokens)
             arriving = self._arriving[slot]
             read = Read(self._files[batch], 0, arriving[: align(nbytes, BLOCK)])
@@ -128,10 +136,10 @@ class Activations:
     def store(self, batch: int, slot: int, tokens: int) -> Chains:
         """The work that brings the rows that leave home."""
         chains: list[Chain] = []
-        if batch in self._homes:
+        if self._parts[batch][Tier.CPU] and not self._shared:
             target = self._homes[batch][: self._bytes(batch, Tier.CPU, tokens)]
             chains.append((Stage(LaneName.FROM_DEVICE, partial(self._leave, batch, Tier.CPU, slot, target)),))
-        if batch in self._files:
+        if self._parts[batch][Tier.DISK]:
             nbytes = self._bytes(batch, Tier.DISK, tokens)
             target = self._departing[slot][:nbytes]
             write = Write(self._files[batch], 0, self._departing[slot][: align(nbytes, BLOCK)])

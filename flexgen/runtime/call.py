@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from flexgen.errors import LaneError
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import batch_sizes, cache_segments
@@ -73,6 +74,8 @@ class Call:
         self._activations: Activations | None = None
         self._began = 0.0
         self.timing = Timing()
+        self.positions_computed = 0
+        """Of the prompts of all blocks, the padding of their batches included."""
 
     def __enter__(self) -> Call:
         return self
@@ -89,26 +92,52 @@ class Call:
         if batches != self._batches:
             self._free_buffers()
             self._make_buffers(batches)
+        elif self._cache is not None and self._activations is not None:
+            self._cache.reset()
+            self._activations.regroup(batches)
         self._prompts = Prompts(
             prompts, batches, self._pad_id, self._model.machine, self._model.weights.count
         )
         self._model.machine.device.settle()
+        self.positions_computed += self._prompts.positions_computed
         return self._prompts
 
     def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
-        """Generate `tokens` tokens for the prepared prompts, fewer if all rows stop; `output` has the result."""
-        generation = self._generation(prompts, tokens, output)
+        """Generate `tokens` tokens for the prepared prompts, fewer if all rows stop; `output` has the result.
+
+        It runs in one piece as long as the same batches go on. Where rows that have stopped leave, the others
+        are regrouped and go on from the next token.
+        """
+        generation = self._execute(self._generation(prompts, tokens, output))
+        while generation.following:
+            self._regroup(prompts, generation.following, generation.next)
+            generation = self._execute(self._generation(prompts, tokens, output, generation.next))
+        self.timing.total += time.perf_counter() - self._began
+
+    def _execute(self, generation: Generation) -> Generation:
         offset = self.timing.total + time.perf_counter() - self._began
         trace = execute(self._steps(generation.grid), generation.grid, generation, self._model.lanes)
-        last = len(self._model.layers) - 1
-        first_tokens = [
-            e.end
-            for e in trace.events
-            if (e.step.op, e.step.token, e.step.layer) == (Op.STORE_HIDDEN, 0, last)
-        ]
-        self.timing.prefill += offset - self.timing.total + max(first_tokens)
-        self.timing.trace.extend(trace.events, offset)
-        self.timing.total += time.perf_counter() - self._began
+        first, last = generation.first, len(self._model.layers) - 1
+        events = [e._replace(step=e.step._replace(token=first + e.step.token)) for e in trace.events]
+        if not first:
+            heads = [
+                e.end for e in events if (e.step.op, e.step.token, e.step.layer) == (Op.STORE_HIDDEN, 0, last)
+            ]
+            self.timing.prefill += offset - self.timing.total + max(heads)
+        self.timing.trace.extend(events, offset)
+        return generation
+
+    def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
+        """From `token` on, only these rows; nothing runs meanwhile."""
+        assert self._cache is not None and self._activations is not None
+        try:
+            self._cache.regroup(prompts.regroup(batches, token), self._model.policy.cache)
+        except OSError as error:
+            raise LaneError(
+                f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
+            ) from error
+        self._activations.regroup([len(rows) for rows in batches])
+        self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> float:
         """Seconds that `lane` works on the prepared block when nothing else runs.
@@ -126,13 +155,16 @@ class Call:
         later = seconds[1:]
         return seconds[0] + (sum(later) / len(later) * (tokens - 1) if later else 0.0)
 
-    def _generation(self, prompts: Prompts, tokens: int, output: Output) -> Generation:
+    def _generation(self, prompts: Prompts, tokens: int, output: Output, first: int = 0) -> Generation:
         assert self._cache is not None and self._activations is not None, "prepare comes before run"
-        model, batches = self._model, len(self._batches)
+        model, batches = self._model, len(prompts.batches)
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
         pieces = max(min(batches, moved // _PIECE_BYTES), 1)
-        grid = Grid(tokens, len(model.layers), batches, pieces, model.weights.count, model.weights.count)
-        return Generation(grid, model.layers, model.weights, prompts, self._cache, self._activations, output)
+        count = model.weights.count
+        grid = Grid(tokens - first, len(model.layers), batches, pieces, count, count)
+        return Generation(
+            grid, model.layers, model.weights, prompts, self._cache, self._activations, output, first
+        )
 
     def _steps(self, grid: Grid) -> Iterator[Step]:
         return ORDERS[self._model.order or order_for(self._model.policy.overlap, grid.batches)](grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from flexgen.memory.lanes import Done, Lanes
@@ -27,7 +28,10 @@ class Work(Protocol):
         """Whether generation may end before the last token, so that each token's end is worth a wait."""
 
     def finished(self, token: int) -> bool:
-        """Whether generation ends with token `token`, which is known for every row of the block."""
+        """Whether the run ends with token `token`, which is known for every row of the block.
+
+        All steps of the token are issued by then, and done when `execute` returns.
+        """
 
 
 def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trace:
@@ -85,7 +89,8 @@ class _Run:
             return False
         before, head = step.token - 1, self._grid.layers - 1
         stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
-        if any(store not in self._done for store in stores):
+        kept = (Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells())
+        if any(store not in self._done for store in (*stores, *kept)):
             return False  # an order that is still busy with the token before: ask again later
         self._token = step.token
         # No step needs what is further back than its slots.

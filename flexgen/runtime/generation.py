@@ -48,8 +48,15 @@ class Generation:
         cache: KVCache,
         activations: Activations,
         output: Output,
+        first: int = 0,
     ) -> None:
+        """`first`: the token of the text that the grid's first token is. Those before it are in the cache."""
         self.grid = grid
+        self.first = first
+        self.following: list[list[int]] | None = None
+        """Where the run has ended early: the rows of each batch that go on, [] if none does."""
+        self.next = first + grid.tokens
+        """The token of the text that comes after this run."""
         self._layers = layers
         self._last = len(layers) - 1
         self._weights = weights
@@ -65,14 +72,19 @@ class Generation:
         return self._output.can_finish
 
     def finished(self, token: int) -> bool:
-        return self._output.finished(token)
+        self.following = self._output.following(self.first + token)
+        if self.following is None:
+            return False
+        self.next = self.first + token + 1
+        return True
 
     def chains(self, step: Step) -> Chains:
         """The work of a step; empty where nothing has to move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
             return self._weights.chains(j, self.grid.weight_slot(i, j), k, self.grid.weight_pieces)
-        slot, span = self.grid.cell_slot(i, j, k), self._prompts.span(i, k)
+        slot, i = self.grid.cell_slot(i, j, k), self.first + i
+        span = self._prompts.span(i, k)
         match op:
             case Op.LOAD_CACHE:
                 return self._cache.load(j, k, slot, span.length) if self._layers[j].has_cache else ()
@@ -90,8 +102,8 @@ class Generation:
     def _compute(self, step: Step, slot: int, span: Span) -> None:
         _, i, j, k = step
         if j == 0:
-            self._positions[k] = self._prompts.positions(i, k)
-            x = self._prompts.take(i, k, slot)
+            self._positions[k] = self._prompts.positions(self.first + i, k)
+            x = self._prompts.take(self.first + i, k, slot)
         else:
             x = self._activations.take(k, slot, span.new)
         weights = self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))

@@ -10,8 +10,9 @@ only ever sees whole pages.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models.ops import causal_attention
-from flexgen.policy import Tier
+from flexgen.policy import Split, Tier
+from flexgen.runtime.compaction import Moved, gather
 from flexgen.runtime.pages import Padding, Page, Span, pages_in, put
 from flexgen.trace import LaneName
 
@@ -85,6 +87,7 @@ class KVCache:
             for segment in segments:
                 for layer, part in zip(layers, self._make_parts(segment, len(layers)), strict=True):
                     self._parts[layer, batch].append(part)
+        self._made = self._parts
         every = [segment for segments in batches for segment in segments]
         self._slots = {
             tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(slots)]
@@ -241,6 +244,72 @@ class KVCache:
         if (span.length + span.new) % segment.page_tokens:
             return []
         return [Write(path, start + whole * segment.page_bytes, part.tail)]
+
+    # Regrouping
+
+    def regroup(self, batches: Sequence[Moved], split: Split) -> None:
+        """Go on with these batches, their rows on the tiers by `split`; no transfer may be under way.
+
+        A new batch takes the place of the old one of its number: whatever the rows, those before it and its own
+        come from that one or from earlier ones, and have been read by then. So this takes no memory but that of
+        one batch's rows in one layer (see `gather`).
+        """
+        if all(moved.whole is not None for moved in batches):
+            self._parts = {
+                (j, k): self._parts[j, moved.whole]
+                for j in {layer for layer, _ in self._parts}
+                for k, moved in enumerate(batches)
+                if moved.whole is not None
+            }
+            return
+        parts: dict[tuple[int, int], list[_Part]] = {}
+        for j in {layer for layer, _ in self._parts}:
+            for k, moved in enumerate(batches):
+                tiers = split.rows(len(moved.rows))
+                places = [part for part in self._parts[j, k] if tiers[part.segment.tier]]
+                segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in places]
+                held = gather(moved, segments, self._histories(j, moved), self._device)
+                parts[j, k] = [
+                    self._refill(part, segment, *both)
+                    for part, segment, both in zip(places, segments, held, strict=True)
+                ]
+        self._parts = parts
+
+    def reset(self) -> None:
+        """Back to the batches that the cache was made for, for other prompts."""
+        if self._parts is not self._made:
+            self._parts = self._made
+            for part in itertools.chain.from_iterable(self._made.values()):
+                for memory in (part.home, part.tail):
+                    if memory is not None:  # it was used with other shapes: what is not filled must be finite
+                        memory.zero_()
+
+    def _histories(self, layer: int, moved: Moved) -> Iterator[tuple[int, CacheSegment, Sequence[Page]]]:
+        """Parts that rows move from, their pages in memory."""
+        for batch in sorted(moved.sources()):
+            for part in self._parts[layer, batch]:
+                if moved.of(batch, part.segment.rows):
+                    span = Span(moved.lengths[batch], 1)
+                    buffers = self._slots[part.segment.tier][0]
+                    whole = span.whole_pages(part.segment.page_tokens) * part.segment.page_bytes
+                    if part.file is not None and buffers.host is not None and whole:
+                        self._io.read([Read(*part.file, buffers.host[:whole])])
+                    yield batch, part.segment, self._working_pages(part, buffers, span)
+
+    def _refill(self, part: _Part, segment: CacheSegment, k: Tensor, v: Tensor) -> _Part:
+        """The part with the keys and values of other rows, as many as `segment` has."""
+        span, buffers = Span(k.shape[2], 1), self._slots[segment.tier][0]
+        if part.home is not None:
+            home = part.home[: segment.nbytes].zero_()
+            part = replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
+        elif part.tail is not None:
+            tail = part.tail[: segment.page_bytes].zero_()
+            part = replace(part, segment=segment, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+        put(self._working_pages(part, buffers, span), 0, k, v)
+        whole = span.whole_pages(segment.page_tokens) * segment.page_bytes
+        if part.file is not None and buffers.host is not None and whole:
+            self._io.write([Write(*part.file, buffers.host[:whole])])
+        return part
 
     # Attention
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,23 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
         for target, source in zip(pages[page], (k, v), strict=True):
             target[:, :, begin : begin + count] = source[:, :, done : done + count]
         done += count
+
+
+def pick(
+    pages: Sequence[Page], rows: Sequence[int], begin: int, end: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Copies of k and v (rows, kv_heads, tokens, head_dim) of some rows, from token `begin` up to `end`.
+
+    Page by page, each with the number of its first token.
+    """
+    page_tokens = pages[0][0].shape[2]
+    index = torch.tensor(rows, device=pages[0][0].device)
+    while begin < end:
+        page, first = divmod(begin, page_tokens)
+        last = min(first + end - begin, page_tokens)
+        k, v = (x[:, :, first:last].index_select(0, index) for x in pages[page])
+        yield begin, k, v
+        begin += last - first
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
 from flexgen.memory.transfer import Chains, Stage
+from flexgen.runtime.compaction import Moved, regrouped
 from flexgen.runtime.pages import Padding, Span
 from flexgen.trace import LaneName
 
@@ -22,8 +23,12 @@ from flexgen.trace import LaneName
 class Prompts:
     """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
-    `batches` are the rows of each GPU batch, in order.
+    `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
+    `positions_computed`: of all prompts, padding included.
     """
+
+    batches: Sequence[Sequence[int]]
+    padding: list[Padding]
 
     def __init__(
         self,
@@ -35,28 +40,57 @@ class Prompts:
     ) -> None:
         self._device = device = machine.device
         self._host = machine.host
-        self._rows = [slice(a, b) for a, b in pairwise(accumulate(batches, initial=0))]
         self.lengths = [len(prompt) for prompt in prompts]
-        widths = [max(self.lengths[rows]) for rows in self._rows]
-        sizes = [rows * width for rows, width in zip(batches, widths, strict=True)]
+        self._group([list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))])
+        sizes = [rows * width for rows, width in zip(batches, self._widths, strict=True)]
+        self.positions_computed = sum(sizes)
         item = torch.int64.itemsize
         self._buffer = machine.host.allocate((sum(sizes) + len(prompts)) * item, "prompts")
         *flat, self.newest = self._buffer.view(torch.int64).split([*sizes, len(prompts)])
-        self._ids = [ids.view(-1, width) for ids, width in zip(flat, widths, strict=True)]
-        self.padding: list[Padding] = []
-        for rows, ids in zip(self._rows, self._ids, strict=True):
+        self._ids = [ids.view(-1, width) for ids, width in zip(flat, self._widths, strict=True)]
+        for rows, ids in zip(self.batches, self._ids, strict=True):
             ids.fill_(pad_id)
-            for row, prompt in zip(ids, prompts[rows], strict=True):
-                row[len(row) - len(prompt) :] = torch.from_numpy(prompt)
-            self.padding.append(self._padding(tuple(ids.shape[1] - length for length in self.lengths[rows])))
+            for row, n in zip(ids, rows, strict=True):
+                row[len(row) - len(prompts[n]) :] = torch.from_numpy(prompts[n])
         self._slots = [
             torch.zeros(max(sizes), dtype=torch.int64, device=device.torch_device)
             for _ in range(0 if device.shares_host_memory else slots)
         ]
 
+    def _group(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+        self._rows = [slice(a, b) for a, b in pairwise(accumulate(map(len, batches), initial=0))]
+        self._widths = [max(self.lengths[row] for row in rows) for rows in batches]
+        self.padding = [
+            self._padding(tuple(width - self.lengths[row] for row in rows))
+            for rows, width in zip(batches, self._widths, strict=True)
+        ]
+
+    def regroup(self, batches: Sequence[Sequence[int]], token: int) -> list[Moved]:
+        """From `token` (not the first) on, only these rows of the block, which must be among those before.
+
+        A batch is padded to the longest of its own prompts. Returns where the rows of each batch come from.
+        """
+        places = {row: (k, n) for k, rows in enumerate(self.batches) for n, row in enumerate(rows)}
+        order = {row: n for n, row in enumerate(chain.from_iterable(self.batches))}
+        lengths = tuple(self.span(token, k).length for k in range(len(self.batches)))
+        before = {tuple(rows): k for k, rows in enumerate(self.batches)}
+        self._group(batches)
+        newest = [order[row] for row in chain.from_iterable(batches)]
+        self.newest[: len(newest)] = self.newest[newest]
+        return [
+            Moved(
+                tuple(places[row] for row in rows),
+                lengths,
+                self.span(token, k).length,
+                before.get(tuple(rows)),
+            )
+            for k, rows in enumerate(batches)
+        ]
+
     def span(self, token: int, batch: int) -> Span:
         """The columns of the step: the whole prompts first, then one at a time."""
-        width = self._ids[batch].shape[1]
+        width = self._widths[batch]
         return Span(width + token - 1, 1) if token else Span(0, width)
 
     def _padding(self, starts: tuple[int, ...]) -> Padding:
@@ -87,7 +121,7 @@ class Prompts:
         return self._slots[slot][: source.numel()].view(source.shape)
 
     def rows(self, batch: int) -> slice:
-        """The rows of the block that are in `batch`."""
+        """Where the rows of `batch` are in `newest`."""
         return self._rows[batch]
 
     def positions(self, token: int, batch: int) -> Tensor:
@@ -111,8 +145,8 @@ class Output(Protocol):
     def store(self, token: int, batch: int, slot: int) -> Chains:
         """The work that brings what was made of them to host memory."""
 
-    def finished(self, token: int) -> bool:
-        """Whether every row of the block has stopped by `token`."""
+    def following(self, token: int) -> list[list[int]] | None:
+        """The rows of each batch after `token`: [] if every row has stopped, None to go on as before."""
 
 
 class NewTokens:
@@ -160,8 +194,8 @@ class NewTokens:
         self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._chosen[slot])
 
     def _record(self, token: int, batch: int, slot: int) -> None:
-        rows = self._prompts.rows(batch)
-        newest = self._prompts.newest[rows]
+        newest = self._prompts.newest[self._prompts.rows(batch)]
+        rows = self._prompts.batches[batch]
         if self._device.shares_host_memory:
             newest.copy_(self._chosen[slot])
         stopped = self._stopped[rows]
@@ -170,10 +204,10 @@ class NewTokens:
         self.count += len(newest) - int(stopped.sum())
         self._on_new(len(newest))
         if self.can_finish:
-            stopped |= torch.isin(newest, self._stop_ids)
+            self._stopped[rows] = stopped | torch.isin(newest, self._stop_ids)
 
-    def finished(self, token: int) -> bool:
-        return bool(self._stopped.all())
+    def following(self, token: int) -> list[list[int]] | None:
+        return regrouped(self._prompts.batches, self._stopped.tolist(), self.ids.shape[1] - token - 1)
 
 
 class AllLogits:
@@ -200,8 +234,9 @@ class AllLogits:
         return ((Stage(lane, partial(self._fetch, batch, slot)),),)
 
     def _fetch(self, batch: int, slot: int) -> None:
-        for target, source in zip(self._rows[self._prompts.rows(batch)], self._there[slot], strict=True):
+        for row, source in zip(self._prompts.batches[batch], self._there[slot], strict=True):
+            target = self._rows[row]
             self._device.from_device(target, source[len(source) - len(target) :])
 
-    def finished(self, token: int) -> bool:
-        return False
+    def following(self, token: int) -> None:
+        return None

@@ -64,7 +64,7 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
                 assert read.tolist() == [[n] for n in ids[2 * batch : 2 * batch + 2]]
         assert output.ids.tolist() == [[3, 7, 11], [4, 8, 12], [5, 9, 13], [6, 10, 14]]
         assert output.count == sum(told) == 12
-        assert not output.can_finish and not output.finished(2)
+        assert not output.can_finish and output.following(1) is None
         prompts.close()
 
 
@@ -80,7 +80,7 @@ def test_a_stopped_row_gets_pad_ids(stops: tuple[int, ...], device: str, machine
             for batch in range(2):
                 output.keep(batch, 0, chosen(ids[2 * batch : 2 * batch + 2]))
                 run(output.store(token, batch, 0))
-            finished.append(output.finished(token))
+            finished.append(output.following(token) == [])
         ends = 15 in stops
         last = [6, 10, 15, PAD if ends else 0]
         assert output.ids.tolist() == [[0, PAD, PAD, PAD], [4, 8, 0, PAD], [5, 0, PAD, PAD], last]
@@ -114,5 +114,5 @@ def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, ru
             run(output.store(0, batch, batch))
         for n, given in enumerate(GIVEN):
             assert output.row(n).equal(logits[n // 2][n % 2, -len(given) :])
-        assert not output.finished(0)
+        assert output.following(0) is None
         prompts.close()
