@@ -267,5 +267,24 @@ def _in_flight(
         for layer in layers
         for seq, context in steps
     )
-    needs.append(Need(Tier.GPU, "activations", "workspace", workspace + slots * hidden))
+    # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
+    gathered = _gathered(spec, policy, rows, workload, dtype, shared)
+    needs.append(
+        Need(Tier.GPU, "activations", "workspace", max(workspace + slots * hidden, gathered[Tier.GPU]))
+    )
+    needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
     return needs
+
+
+def _gathered(
+    spec: ModelSpec, policy: Policy, rows: int, workload: Workload, dtype: torch.dtype, shared: bool
+) -> dict[Tier, int]:
+    """Bytes, on the device and in host memory, while rows move to a batch of `rows`: its keys and values in one
+    layer, and of the page that is copied."""
+    segments = cache_segments(spec, policy, rows, workload.capacity, dtype, shared)
+    taken = {Tier.GPU: 0, Tier.CPU: 0}
+    for segment in segments:
+        on = Tier.GPU if shared or segment.tier is Tier.GPU else Tier.CPU
+        taken[on] += segment.token_bytes(workload.capacity)
+    page = 2 * max(segment.page_bytes for segment in segments)
+    return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}
