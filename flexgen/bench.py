@@ -142,6 +142,7 @@ def make_report(
         prefill_s=stats.timing.prefill,
         decode_s=decode,
         prompt_tokens=stats.prompt_tokens,
+        padded_share=stats.padded_share,
         lanes=lanes,
         plan_bytes=stats.plan.by_tier,
         peak_bytes=stats.peak_bytes,

@@ -52,7 +52,10 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last call took: times and events, tokens, and bytes by tier, planned and measured."""
+    """What the last call took: times and events, tokens, and bytes by tier, planned and measured.
+
+    `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
+    """
 
     timing: Timing
     plan: MemoryPlan
@@ -60,6 +63,12 @@ class Stats:
     num_prompts: int
     prompt_tokens: int
     new_tokens: int
+    positions_computed: int
+
+    @property
+    def padded_share(self) -> float:
+        """Share of the positions that the prefill computed which are padding, 0 to 1."""
+        return 1 - self.prompt_tokens / self.positions_computed
 
 
 class OptLM:
@@ -212,7 +221,7 @@ class OptLM:
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
-            self.stats = self._measured(call.timing, plan, request, new_tokens)
+            self.stats = self._measured(call, plan, request, new_tokens)
         if debug_mode or verbose:
             print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
         return out
@@ -237,7 +246,7 @@ class OptLM:
                 call.run(prompts, 1, output)
                 for place, n in enumerate(rows):
                     logits[n, torch.from_numpy(request.columns[n])] = output.row(place)
-            self.stats = self._measured(call.timing, plan, request, 0)
+            self.stats = self._measured(call, plan, request, 0)
         return logits
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[LaneName, float]:
@@ -295,7 +304,7 @@ class OptLM:
             raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
         return asked
 
-    def _measured(self, timing: Timing, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
+    def _measured(self, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
         machine = self._machine
         on_disk = self.placement.nbytes[Tier.DISK] + machine.disk.peak
         peak = {
@@ -304,7 +313,8 @@ class OptLM:
             Tier.DISK: on_disk,
         }
         prompt_tokens = sum(map(len, request.prompts))
-        return Stats(timing, plan, peak, len(request.prompts), prompt_tokens, new_tokens)
+        computed = call.positions_computed
+        return Stats(call.timing, plan, peak, len(request.prompts), prompt_tokens, new_tokens, computed)
 
 
 def _best(logits: Tensor) -> Tensor:

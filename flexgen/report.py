@@ -32,8 +32,9 @@ class Report:
 
     Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
     token) and over all (new tokens / total). `lanes`: seconds that each lane alone would take.
-    `placement`: percent by class and tier, asked and achieved. `projected_from`: tokens that were run, where the
-    decode was projected from fewer than `gen_len`.
+    `placement`: percent by class and tier, asked and achieved. `padded_share`: padding among the prompt positions
+    that were computed, 0 to 1. `projected_from`: tokens that were run, where the decode was projected from fewer
+    than `gen_len`.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Report:
     prefill_s: float
     decode_s: float
     prompt_tokens: int
+    padded_share: float = 0.0
     lanes: Mapping[LaneName, float] = field(default_factory=dict)
     plan_bytes: ByTier
     peak_bytes: ByTier
@@ -130,8 +132,11 @@ class Report:
 
     def _sizes(self) -> str:
         mean = self.prompt_tokens / self.num_prompts
-        padded = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
-        return f"{self.num_prompts} of up to {self.prompt_len} tokens{padded}, {self.gen_len} new tokens each"
+        ragged = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
+        sizes = (
+            f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each"
+        )
+        return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
 
     def _schedule(self) -> str:
         shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"

@@ -73,8 +73,11 @@ def test_without_lanes_there_is_no_bound():
 
 
 def test_ragged_prompts_and_projection_are_told():
-    card = report(prompt_tokens=40, projected_from=3).card()
-    assert "(5.0 on average)" in card
+    found = report(prompt_tokens=40, padded_share=0.125, projected_from=3)
+    card = found.card()
+    assert "8 of up to 10 tokens (5.0 on average), 5 new tokens each, 12.5% padding" in card
+    assert json.loads(found.to_json())["padded_share"] == 0.125
+    assert "padding" not in report().card()
     assert "projected from 3 tokens" in card
 
 

@@ -227,10 +227,23 @@ def test_stats_describe_the_call(lm: OptLM, prompts: Any) -> None:
     stats = lm.stats
     assert stats is not None
     assert (stats.num_prompts, stats.prompt_tokens, stats.new_tokens) == (2, 9, 6)
+    assert stats.positions_computed == 10 and stats.padded_share == pytest.approx(0.1)
     assert 0 < stats.timing.prefill <= stats.timing.total
     for tier, nbytes in stats.plan.by_tier.items():
         assert nbytes > 0 and stats.peak_bytes[tier] >= 0
     assert {event.step.layer for event in stats.timing.trace.events} == set(range(len(lm.layer_names)))
+
+
+def test_padded_share_counts_the_padding_of_each_batch(lm: OptLM, prompts: Any) -> None:
+    """Batches of 3, longest first: 9 8 7 | 6 5 4, then in a block of its own 3 2."""
+    given = prompts([3, 7, 5, 9, 2, 6, 4, 8])
+    for call in (lambda: lm.generate(given, 3, stop=()), lambda: lm.forward(given)):
+        call()
+        assert lm.stats is not None
+        assert lm.stats.positions_computed == 3 * 9 + 3 * 6 + 2 * 3
+        assert lm.stats.padded_share == pytest.approx(1 - 44 / 51)
+    lm.generate(prompts([4] * 7), 3, stop=())
+    assert lm.stats is not None and lm.stats.padded_share == 0.0
 
 
 # Sampling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,14 @@ from hypothesis import strategies as st
 
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
-from flexgen.runtime.request import check_length, check_positions, pad_id, read_request, stop_ids
+from flexgen.runtime.request import (
+    Request,
+    check_length,
+    check_positions,
+    pad_id,
+    read_request,
+    stop_ids,
+)
 
 IDS = st.lists(st.integers(3, 63), min_size=1, max_size=12)
 
@@ -97,3 +106,17 @@ def test_pad_id(spec: ModelSpec) -> None:
     assert pad_id(replace(spec, pad_token_id=0)) == 0
     assert pad_id(replace(spec, pad_token_id=None)) == 2
     assert pad_id(replace(spec, pad_token_id=None, eos_token_ids=())) == 0
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=6, max_size=6), size=st.sampled_from([1, 2, 3, 6]))
+def test_blocks_of_like_length_need_no_more_padding_than_any_other_order(
+    lengths: list[int], size: int
+) -> None:
+    def positions(order: Iterable[int]) -> int:
+        ordered = [lengths[n] for n in order]
+        batches = [ordered[n : n + size] for n in range(0, 6, size)]
+        return sum(len(batch) * max(batch) for batch in batches)
+
+    request = Request(tuple(np.zeros(n, dtype=int) for n in lengths), max(lengths), ())
+    (ours,) = request.blocks(6)
+    assert positions(ours) == min(map(positions, itertools.permutations(range(6))))
