@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
-from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
-from flexgen.models.ops import apply_rope, normalise, rope_tables
+from flexgen.models.layer import (
+    Context,
+    Layer,
+    chunks,
+    linear_weights,
+    norm_weights,
+    norm_workspace,
+)
+from flexgen.models.ops import MASK_VALUES, apply_rope, normalise, rope_tables
 from flexgen.models.spec import ModelSpec
 from flexgen.units import align
 
@@ -38,18 +45,61 @@ class Attention(Layer):
         return self.spec.head_dim**-0.5
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        rows, seq = x.shape[:2]
+        if seq > 1 and rows * seq > self.spec.chunk_tokens:
+            return self._in_chunks(x, weights, ctx)
         # Queries, keys and values are not kept by name: they are freed before the output is computed.
         attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
         return self.output(attended, x, weights)
 
     def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (batch, heads, seq, head_dim), keys and values (batch, kv_heads, seq, head_dim) of x."""
-        normed = normalise(self.spec, x, weights) if self.spec.pre_norm else x
-        q, k, v = (self._heads(normed, weights, name) for name in ("q", "k", "v"))
-        if self.spec.rope is not None:
-            cos, sin = rope_tables(self.spec.rope, ctx.positions, x.dtype)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
         return q, k, v
+
+    def _project(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        positions: Tensor,
+        *names: str,
+        length: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Those of "q", "k", "v" that are asked for; `length` as in `rope_tables`."""
+        normed = normalise(self.spec, x, weights) if self.spec.pre_norm else x
+        made = [self._heads(normed, weights, name) for name in names]
+        if self.spec.rope is not None:
+            cos, sin = rope_tables(self.spec.rope, positions, x.dtype, length)
+            made = [
+                each if name == "v" else apply_rope(each, cos, sin)
+                for name, each in zip(names, made, strict=True)
+            ]
+        return made
+
+    def _in_chunks(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        """A long prompt: keys and values of all of it, then queries, attention and output chunk by chunk."""
+        spec, (rows, seq) = self.spec, x.shape[:2]
+        parts = list(chunks(rows, seq, spec.chunk_tokens))
+        # A chunk's own largest position would stretch it otherwise than its neighbours.
+        stretched = spec.rope is not None and spec.rope.kind in ("dynamic", "longrope")
+        length = ctx.positions.max() + 1 if stretched else None
+        # Laid out by token, as products are.
+        shape = (rows, seq, spec.num_kv_heads, spec.head_dim)
+        k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(2))
+        for part in parts:
+            made = self._project(x[part], weights, ctx.positions[part], "k", "v", length=length)
+            for whole, each in zip((k, v), made, strict=True):
+                whole[part.rows, :, part.tokens] = each
+            del made, each
+        ctx.keep_prompt(k, v)
+        out = torch.empty_like(x)
+        for part in parts:
+            (q,) = self._project(x[part], weights, ctx.positions[part], "q", length=length)
+            attended = ctx.attend_chunk(part, q, k, v, self.scale)
+            del q
+            out[part] = self.output(attended, x[part], weights)
+            del attended
+        return out
 
     def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Hidden states, from attended (batch, heads, seq, head_dim) and the layer's input x."""
@@ -69,6 +119,18 @@ class Attention(Layer):
         return 2 * rows * (seq * projections + 2 * pairs * spec.q_size)
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        limit = self.spec.chunk_tokens
+        if seq == 1 or rows * seq <= limit:
+            return self._workspace(rows, seq, context, dtype)
+        # Keys, values and the result are those of all tokens, all else is of one chunk, with a mask if it is
+        # part of a row.
+        spec, at_once = self.spec, min(seq, limit)
+        whole = rows * seq * (spec.hidden_size + 2 * spec.kv_size) * dtype.itemsize
+        mask = min(at_once * seq, MASK_VALUES) * dtype.itemsize if seq > limit else 0
+        return whole + mask + self._workspace(limit // at_once, at_once, at_once, dtype)
+
+    def _workspace(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+        """What is computed at once takes."""
         spec, tokens, item = self.spec, rows * seq, dtype.itemsize
         qkv = tokens * (spec.q_size + 2 * spec.kv_size) * item
         project = tokens * spec.hidden_size * item + qkv

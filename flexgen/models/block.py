@@ -55,7 +55,8 @@ class Block(Layer):
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.
-        between = rows * seq * (self.spec.hidden_size + self.spec.q_size) * dtype.itemsize
+        attended = min(rows * seq, self.spec.chunk_tokens) * self.spec.q_size
+        between = (rows * seq * self.spec.hidden_size + attended) * dtype.itemsize
         return max(
             self.attention.workspace_bytes(rows, seq, context, dtype),
             between + self.mlp.workspace_bytes(rows, seq, context, dtype),

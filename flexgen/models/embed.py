@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
-from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
+from flexgen.models.layer import Context, Layer, chunks, linear_weights, norm_weights, norm_workspace
 from flexgen.models.ops import normalise
 from flexgen.models.spec import ModelSpec, WeightSpec
 
@@ -34,12 +34,21 @@ class InputEmbed(Layer):
         super().__init__(spec, "embed", weights)
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
-        hidden = F.embedding(x, weights["embed.weight"])
+        rows, seq = x.shape
+        if rows * seq <= self.spec.chunk_tokens:
+            return self._embed(x, weights, ctx.positions)
+        table = weights["embed.weight"]
+        out = torch.empty(rows, seq, self.spec.hidden_size, dtype=table.dtype, device=x.device)
+        for part in chunks(rows, seq, self.spec.chunk_tokens):
+            out[part] = self._embed(x[part], weights, ctx.positions[part])
+        return out
+
+    def _embed(self, ids: Tensor, weights: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        hidden = F.embedding(ids, weights["embed.weight"])
         if self.spec.projected:
             hidden = linear(hidden, weights["project_in.weight"])
         if self.spec.positions == "learned":
-            rows = ctx.positions + self.spec.position_offset
-            hidden += F.embedding(rows, weights["positions.weight"])
+            hidden += F.embedding(positions + self.spec.position_offset, weights["positions.weight"])
         return hidden
 
     def flops(self, rows: int, seq: int, context: int) -> int:
@@ -50,11 +59,16 @@ class InputEmbed(Layer):
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         spec = self.spec
         widths = 2 * spec.hidden_size + (spec.embed_size if spec.projected else 0)
-        return rows * seq * (widths * dtype.itemsize + torch.int64.itemsize)
+        tokens = min(rows * seq, spec.chunk_tokens)
+        result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
+        return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + result
 
 
 class Head(Layer):
-    """Final norm, projection to the embedding's width where it differs, LM head."""
+    """Final norm, projection to the embedding's width where it differs, LM head.
+
+    It is not computed in chunks: with logits of every position, these are most of what it takes.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         weights: tuple[WeightSpec, ...] = norm_weights(spec, "final_norm") if spec.final_norm else ()

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flexgen.models.spec import ModelSpec, WeightSpec
+
+
+class Chunk(NamedTuple):
+    """Part of a batch: these rows and, of each, these tokens."""
+
+    rows: slice
+    tokens: slice
+
+
+def chunks(rows: int, seq: int, limit: int) -> Iterator[Chunk]:
+    """Parts of (rows, seq) of at most `limit` tokens, in order: whole rows, or pieces of one row that is longer.
+
+    They are of nearly equal size, so that none is too small for a product at full rate.
+    """
+    if seq <= limit:
+        yield from (Chunk(part, slice(0, seq)) for part in slices(rows, limit // seq))
+    else:
+        for row in range(rows):
+            yield from (Chunk(slice(row, row + 1), part) for part in slices(seq, limit))
+
+
+def slices(count: int, limit: int) -> Iterator[slice]:
+    """`count` things in as few nearly equal parts of at most `limit` as there can be."""
+    parts = -(-count // limit)
+    return (slice(count * n // parts, count * (n + 1) // parts) for n in range(parts))
 
 
 class Context(Protocol):
@@ -29,6 +54,15 @@ class Context(Protocol):
 
         q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim), positions already applied;
         returns (batch, heads, seq, head_dim).
+        """
+
+    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+        """Take keys and values of a whole prompt, whose queries then come by `attend_chunk`."""
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`attend` for the part `chunk` of a prompt: its q, and k and v of the whole batch.
+
+        q and the result are (rows, heads, tokens, head_dim) of the chunk.
         """
 
 
@@ -61,8 +95,11 @@ class Layer(ABC):
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         """Upper estimate of what `forward` allocates at its peak: result and attention's scores included.
 
-        Left out is what a math library keeps for itself whatever the layer: at most some 200 KiB per thread
-        on a CPU (bfloat16 products), a workspace of fixed size on CUDA.
+        Beyond `ModelSpec.chunk_tokens` new tokens it grows only by what a layer keeps of a prompt: its result, of
+        attention the keys and values too, of a head with all positions their logits.
+
+        Left out is what a math library keeps for itself whatever the layer: per thread of a CPU some 200 KiB for
+        bfloat16 products and up to 1 MiB for the blocks of attention, a workspace of fixed size on CUDA.
         """
 
     def weight_bytes(self, dtype: torch.dtype) -> int:

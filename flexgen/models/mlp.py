@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
-from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace
+from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace, slices
 from flexgen.models.ops import ACTIVATIONS, normalise
 from flexgen.models.spec import ModelSpec
 
@@ -32,6 +32,16 @@ class MLP(Layer):
 
     def transform(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """`forward`, which needs nothing of its context."""
+        tokens = x.shape[0] * x.shape[1]
+        if tokens <= self.spec.chunk_tokens:
+            return self._transform(x, weights)
+        out = torch.empty_like(x)
+        flat, result = x.view(tokens, -1), out.view(tokens, -1)
+        for part in slices(tokens, self.spec.chunk_tokens):
+            result[part] = self._transform(flat[part], weights)
+        return out
+
+    def _transform(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         spec, activation = self.spec, ACTIVATIONS[self.spec.activation]
         normed = normalise(spec, x, weights) if spec.pre_norm else x
         if spec.gated_mlp:
@@ -47,8 +57,10 @@ class MLP(Layer):
         return 2 * rows * seq * matrices * self.spec.hidden_size * self.spec.ffn_size
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
-        spec, tokens = self.spec, rows * seq
+        spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
         # The normed input, two arrays of the inner width (gate and up, or before and after an activation
         # that cannot work in place) and the result.
         inner = tokens * (2 * spec.hidden_size + 2 * spec.ffn_size) * dtype.itemsize
-        return inner + norm_workspace(spec, tokens, dtype)
+        # In chunks, the result of the whole is beside them.
+        result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
+        return inner + norm_workspace(spec, tokens, dtype) + result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -54,23 +55,28 @@ def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def rope_tables(rope: RopeSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    rope: RopeSpec, positions: Tensor, dtype: torch.dtype, length: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin for `apply_rope`, each (batch, 1, seq, head_dim / 2) in `dtype`.
 
-    Where the frequencies depend on the length, it is the largest position given plus one, over all rows of
-    the batch, as in transformers. It stays on the device: no synchronisation.
+    Where the frequencies depend on the length, it is the largest position of the batch plus one, over all rows,
+    as in transformers: `length`, which must be given where `positions` are a part of the batch's. It stays on
+    the device: no synchronisation.
     """
+    if length is None and rope.kind in ("dynamic", "longrope"):
+        length = positions.max() + 1
     frequencies = _frequencies(rope.inv_freq, positions.device)
-    if rope.kind == "dynamic":
-        length = (positions.max() + 1).clamp_min(rope.original_max_positions)
+    if rope.kind == "dynamic" and length is not None:
+        length = length.clamp_min(rope.original_max_positions)
         dim = 2 * len(rope.inv_freq)
         stretch = rope.factor * length / rope.original_max_positions - (rope.factor - 1)
         theta = rope.theta * stretch ** (dim / (dim - 2))
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
         frequencies = 1.0 / theta**exponents
-    elif rope.kind == "longrope":
+    elif rope.kind == "longrope" and length is not None:
         long = _frequencies(rope.long_inv_freq, positions.device)
-        frequencies = torch.where(positions.max() + 1 > rope.original_max_positions, long, frequencies)
+        frequencies = torch.where(length > rope.original_max_positions, long, frequencies)
     angles = positions[:, None, :, None].float() * frequencies
     return (angles.cos() * rope.scaling).to(dtype), (angles.sin() * rope.scaling).to(dtype)
 
@@ -81,36 +87,69 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+MASK_VALUES = 1 << 20
+"""Largest mask that is made where queries stand at the end of their keys: 4 MiB in float32. At 16k keys that is 64
+queries of every head at once."""
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scale: float) -> Tensor:
-    """Attention of the prompt's tokens over the prompt.
+    """Attention of the prompt's tokens, or of its last ones, over the prompt.
 
-    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim); `starts[row]` is the number of
-    padding positions at the left of the row, None for none. Returns (batch, heads, seq, head_dim), zero at
-    padding positions.
+    q (batch, heads, queries, head_dim), of the last of the seq tokens; k and v (batch, kv_heads, seq, head_dim);
+    `starts[row]` is the number of padding positions at the left of the row, None for none. Returns (batch, heads,
+    queries, head_dim), zero at padding positions.
 
-    There is no mask: neighbouring rows with the same start run together on their slice without padding, so
-    that torch always takes a kernel that never builds (seq, seq) scores in memory. Slices are views: rows
-    sorted by length make the fewest calls.
+    Padding needs no mask: neighbouring rows with the same start run together on their slice without it. Slices
+    are views: rows sorted by length make the fewest calls. Scores (queries, seq) are never built in memory.
     """
-    batch, heads, seq, head_dim = q.shape
+    batch, heads, queries, head_dim = q.shape
     if starts is None or not any(starts):
         return _causal(q, k, v, scale)
     # Laid out by token, so that merging the heads afterwards is a view.
-    out = q.new_zeros(batch, seq, heads, head_dim).transpose(1, 2)
+    out = q.new_zeros(batch, queries, heads, head_dim).transpose(1, 2)
+    before = k.shape[2] - queries
     begin = 0
     for start, run in itertools.groupby(starts):
         end = begin + len(list(run))
-        if start < seq:
-            rows, tokens = slice(begin, end), slice(start, None)
-            out[rows, :, tokens] = _causal(q[rows, :, tokens], k[rows, :, tokens], v[rows, :, tokens], scale)
+        first = max(start - before, 0)
+        if first < queries:
+            rows = slice(begin, end)
+            out[rows, :, first:] = _causal(q[rows, :, first:], k[rows, :, start:], v[rows, :, start:], scale)
         begin = end
     return out
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        # Copies of K and V are small beside the attention; `enable_gqa` falls back to full score matrices
-        # on CUDA in float32.
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if heads == kv_heads:
+        return _attend_last(q, k, v, scale)
+    # `enable_gqa` falls back to full score matrices on CUDA in float32.
+    if batch == 1:
+        # The heads of a group see one view of their K and V.
+        shape = (kv_heads, heads // kv_heads, keys, head_dim)
+        k, v = (x.transpose(0, 1).expand(shape) for x in (k, v))
+        return _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scale).flatten(0, 1).unsqueeze(0)
+    # Copies are small beside the attention, and one call serves all rows.
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    return _attend_last(q, k, v, scale)
+
+
+def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The queries are those of the last keys, and heads of both are as many."""
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    # Here torch's `is_causal` would align the first query with the first key. A mask of few queries is small,
+    # whatever the length, and kernels that take one do not build scores either.
+    out = torch.empty_like(q)
+    step = max(MASK_VALUES // keys, 1)
+    for begin in range(0, queries, step):
+        end = min(begin + step, queries)
+        seen = keys - queries + end
+        hidden = torch.full((end - begin, seen), -math.inf, dtype=q.dtype, device=q.device)
+        hidden.triu_(seen - (end - begin) + 1)
+        out[:, :, begin:end] = F.scaled_dot_product_attention(
+            q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], attn_mask=hidden, scale=scale
+        )
+    return out

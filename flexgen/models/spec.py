@@ -138,6 +138,11 @@ class ModelSpec:
     """Rows of a learned position table that come before position 0."""
     rope: RopeSpec | None = None
 
+    chunk_tokens: int = 4096
+    """Tokens that a layer computes at once, which bounds what it allocates for a long prompt. Products reach
+    their full rate with some hundreds of rows on a CPU (benchmarks/host_linear.py) and with some thousands on a
+    GPU, so more would only take memory."""
+
     @property
     def projected(self) -> bool:
         return self.embed_size != self.hidden_size

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
-from flexgen.models import Layer
+from flexgen.models import Chunk, Layer
+from flexgen.models.ops import causal_attention
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding, Span
@@ -34,6 +35,13 @@ class _Cell:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self.cache.attend(self.layer, self.batch, self.slot, self.span, q, k, v, self.padding, scale)
+
+    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+        self.cache.keep(self.layer, self.batch, self.slot, self.span, k, v)
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+        return causal_attention(q, k[seen], v[seen], self.padding.starts[chunk.rows], scale)
 
 
 class Generation:

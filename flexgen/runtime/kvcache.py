@@ -332,8 +332,7 @@ class KVCache:
         """
         parts = self._parts[layer, batch]
         if not span.length:
-            for part in parts:
-                self._keep(part, slot, span, k, v)
+            self.keep(layer, batch, slot, span, k, v)
             return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
         waiting = [self._ask_host(part, q, k, v) for part in parts if not part.segment.on_device]
         outs: dict[int, Tensor] = {}
@@ -348,6 +347,11 @@ class KVCache:
             outs[part.segment.rows.start] = answer(pages, span, padding, scale)
         ordered = [outs[start] for start in sorted(outs)]
         return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+    def keep(self, layer: int, batch: int, slot: int, span: Span, k: Tensor, v: Tensor) -> None:
+        """Take the prompt's keys and values, for `store`."""
+        for part in self._parts[layer, batch]:
+            self._keep(part, slot, span, k, v)
 
     def _keep(self, part: _Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
         """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""

@@ -5,6 +5,7 @@ tests/engine/test_properties.py draws further combinations.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from flexgen.engine import OptLM
+from flexgen.models import open_model
 from flexgen.policy import Policy
 from flexgen.schedule import ORDERS, Op
 
@@ -151,6 +153,26 @@ def test_logits_with_padding_at_either_end(
     assert ours.shape == theirs.shape and ours.dtype == torch.float32
     torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=1e-4)
     assert not ours[~mask.bool()].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk_tokens", [4, 20])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_in_chunks(
+    name: str, chunk_tokens: int, device: str, tiny: Any, prompts: Any, mixed: Any, monkeypatch: Any
+) -> None:
+    def in_chunks(*args: Any) -> Any:
+        spec, checkpoint = open_model(*args)
+        return replace(spec, chunk_tokens=chunk_tokens), checkpoint
+
+    monkeypatch.setattr("flexgen.engine.open_model", in_chunks)
+    model, given = tiny(name), prompts(LENGTHS)
+    ids = torch.tensor(prompts([12] * 4))
+    with OptLM(model.directory, mixed(), device=device, progress=False) as lm:
+        np.testing.assert_array_equal(lm.generate(given, 5, stop=()), model.greedy(given, 5))
+        torch.testing.assert_close(
+            lm.forward(ids), model.logits(ids, torch.ones_like(ids)), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ class FullContext:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return causal_attention(q, k, v, self.starts, scale)
 
+    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+        pass
+
+    def attend_chunk(self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scale)
+
 
 class PagedContext:
     """A cache in zero-filled pages of a few tokens. `step` says what comes next before each pass."""
@@ -131,8 +139,16 @@ class PagedContext:
 class Runner:
     """All layers of a saved model, chained; weights in host memory."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, sep_layer: bool = True, weights: Any = "checkpoint"):
-        self.spec, self.checkpoint = open_model(model, weights)
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        sep_layer: bool = True,
+        weights: Any = "checkpoint",
+        **changes: Any,
+    ):
+        spec, self.checkpoint = open_model(model, weights)
+        self.spec = replace(spec, **changes)
         self.layers = build_layers(self.spec, sep_layer)
         self.checkpoint.verify(self.layers)
         self.weights = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, OPTConfig
 
@@ -45,6 +48,13 @@ class _Context:
             (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(count)
         ]
 
+    def keep_prompt(self, k, v):
+        pass
+
+    def attend_chunk(self, chunk, q, k, v, scale):
+        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scale)
+
     def attend(self, q, k, v, scale):
         if q.shape[2] > 1:
             return causal_attention(q, k, v, self.starts, scale)
@@ -52,8 +62,9 @@ class _Context:
         return attend_in_torch(q, self.pages, self.context, torch.tensor(self.starts), scale)
 
 
-def _cases(config, dtype, seq, context, starts, sep_layer=True):
+def _cases(config, dtype, seq, context, starts, sep_layer=True, **changes):
     spec, checkpoint = open_model(CONFIGS[config], "dummy")
+    spec = replace(spec, **changes)
     ctx = _Context(spec, seq, context, starts, dtype)
     for layer in build_layers(spec, sep_layer):
         weights = {weight.name: checkpoint.read(weight, dtype) for weight in layer.weights}
@@ -91,6 +102,74 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
             peak = _peak_bytes(call, tmp_path / "trace.json")
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
             assert peak <= estimate <= 3 * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
+
+
+# Four pieces of each row; two rows at once; one row at once.
+@pytest.mark.parametrize("chunk_tokens", [16, 130, 64])
+@pytest.mark.parametrize("starts", [[0] * ROWS, [0, 3, 40, 40]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, tmp_path):
+    for sep_layer in (True, False):
+        cases = _cases(config, torch.float32, 64, 64, starts, sep_layer, chunk_tokens=chunk_tokens)
+        for layer, call in cases:
+            peak = _peak_bytes(call, tmp_path / "trace.json")
+            estimate = layer.workspace_bytes(ROWS, 64, 64, torch.float32)
+            assert peak <= estimate <= 3 * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_layer, tmp_path):
+    """Beyond a chunk: its result, the keys and values of attention, and the middle of both halves in one."""
+    _, *middle, _ = _cases(config, torch.float32, 512, 512, [0] * ROWS, sep_layer, chunk_tokens=64)
+    for layer, call in middle:
+        spec = layer.spec
+        kept = spec.hidden_size + (2 * spec.kv_size if layer.has_cache else 0)
+        if not sep_layer:  # the two halves have each their own most, and the middle stays beside the second
+            kept = max(kept, 2 * spec.hidden_size)
+        one, two = (layer.workspace_bytes(1, n, n, torch.float32) for n in (100_000, 200_000))
+        assert two - one <= 100_000 * kept * 4
+        estimate = layer.workspace_bytes(ROWS, 512, 512, torch.float32)
+        blocks = 200 * 1024 * torch.get_num_threads()  # of the attention kernel, for itself
+        assert _peak_bytes(call, tmp_path / "trace.json") <= estimate + blocks
+        assert estimate < 0.7 * _whole(layer).workspace_bytes(ROWS, 512, 512, torch.float32)
+
+
+def _whole(layer):
+    """The layer that computes a prompt at once."""
+    spec = replace(layer.spec, chunk_tokens=1 << 30)
+    return next(other for other in build_layers(spec, layer.name.count(".") > 1) if other.name == layer.name)
+
+
+class _Largest(TorchDispatchMode):
+    """Values of the largest tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return made
+
+
+@pytest.mark.parametrize("chunk_tokens", [100_000, 512])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, tmp_path):
+    """Neither as a tensor nor inside a kernel: all that a layer holds is smaller than the scores of one head."""
+    seq = 2048
+    cases = _cases(
+        config, torch.float32, seq, seq, [0, 0, 100, 600], chunk_tokens=chunk_tokens, max_positions=seq
+    )
+    for layer, call in cases:
+        if layer.has_cache:
+            with _Largest() as largest:
+                call()
+            assert 0 < largest.numel < ROWS * seq * seq / 3
+            assert _peak_bytes(call, tmp_path / "trace.json") < ROWS * layer.spec.num_heads * seq * seq
 
 
 @pytest.mark.parametrize("config", CONFIGS)
