@@ -79,7 +79,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("split", SPLITS[:4], ids=str)
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_ids_are_those_of_transformers(
     order: str, split: Any, device: str, tiny: Any, prompts: Any, mixed: Any, heads: list[int]
@@ -95,7 +95,7 @@ def test_ids_are_those_of_transformers(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("split", SPLITS[2:5], ids=str)
 def test_many_moves(
     split: Any, attend_on: str, device: str, tiny: Any, prompts: Any, mixed: Any, eager: None
 ) -> None:
@@ -108,7 +108,7 @@ def test_many_moves(
         np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),

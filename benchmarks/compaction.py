@@ -1,0 +1,119 @@
+"""What it is worth that rows which have stopped leave their batches: tokens/s with and without, same ids.
+
+    python benchmarks/compaction.py
+
+Rows stop at times drawn uniformly from 1 to --gen-len: a stand-in for texts of different lengths, made by choosing a
+stop id at that time instead of the best id. Both sides draw the same times, run the same policy and stop when the
+last row has; the other one computes all rows until then. Eight layers of the OPT-1.3B shape with random weights in
+bfloat16 on the CPU, with the cache in memory, and with it on disk in DIR (--offload-dir, a temporary one without it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import torch
+from record import interleaved, save
+from transformers import OPTConfig
+
+from flexgen import OptLM, Policy
+from flexgen.runtime import tokens
+from flexgen.runtime.compaction import regrouped
+
+STOP = 2
+CASES = {
+    "cache in memory": Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100}, cache={"cpu": 100}),
+    "cache on disk": Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100}, cache={"disk": 100}),
+    "one batch": Policy(gpu_batch_size=32, weights={"cpu": 100}, cache={"cpu": 100}),
+}
+
+
+def all_or_nothing(batches: list[list[int]], stopped: list[bool], tokens_left: int) -> list[list[int]] | None:
+    """As before there was compaction: a block ends when its last row has stopped."""
+    return [] if all(stopped) else None
+
+
+class TimedStops(tokens.NewTokens):
+    """Row n of the block stops with token `times[n]`."""
+
+    times: np.ndarray
+
+    def _record(self, token: int, batch: int, slot: int) -> None:
+        chosen = self._chosen[slot]
+        due = torch.from_numpy(self.times[self._prompts.batches[batch]] == token)
+        # No other id may stop a row.
+        chosen.masked_fill_(chosen == STOP, STOP + 1).masked_fill_(due.to(chosen.device), STOP)
+        super()._record(token, batch, slot)
+
+
+@contextlib.contextmanager
+def stopping(times: np.ndarray, rule: object) -> Iterator[None]:
+    with (
+        mock.patch("flexgen.engine.NewTokens", type("Stops", (TimedStops,), {"times": times})),
+        mock.patch("flexgen.runtime.tokens.regrouped", rule),
+    ):
+        yield
+
+
+def run(model: OptLM, prompts: np.ndarray, gen_len: int, times: np.ndarray, rule: object) -> dict[str, float]:
+    with stopping(times, rule):
+        model.generate(prompts, gen_len, stop=STOP)
+    assert model.stats is not None
+    assert model.stats.new_tokens == (times + 1).sum()
+    timing = model.stats.timing
+    return {
+        "decode_s": timing.decode,
+        "total_s": timing.total,
+        "tokens_s": model.stats.new_tokens / timing.total,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--offload-dir", metavar="DIR")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--gen-len", type=int, default=64)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args()
+    config = OPTConfig(
+        hidden_size=2048,
+        ffn_dim=8192,
+        num_hidden_layers=args.layers,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
+    )
+    figures = {}
+    for name in args.case or CASES:
+        policy, random = CASES[name], np.random.default_rng(0)
+        prompts = random.integers(4, 50_000, size=(policy.block_size, args.prompt_len))
+        times = random.integers(0, args.gen_len, size=policy.block_size)
+        with OptLM(
+            config, policy, device="cpu", dtype="bfloat16", weights="dummy", offload_dir=args.offload_dir
+        ) as model:
+            model.generate(prompts[:1, :4], 1, stop=())
+            cases = {
+                "with": partial(run, model, prompts, args.gen_len, times, regrouped),
+                "without": partial(run, model, prompts, args.gen_len, times, all_or_nothing),
+            }
+            figures[name] = interleaved(cases, args.repeats)
+    print(f"{'case':<20}{'tokens/s, with over without':>28}")
+    for name, found in figures.items():
+        ratio = found["with"]["tokens_s"]["median"] / found["without"]["tokens_s"]["median"]
+        print(f"{name:<20}{ratio:>28.2f}")
+    if not args.no_save:
+        model_name = f"{args.layers} layers of the OPT-1.3B shape, bfloat16"
+        print(save("compaction", {"model": model_name, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
