@@ -218,12 +218,12 @@ class Policy:
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {self.attend_on!r}; it must be "cpu" or "gpu"')
-        for name in ("cache", "activations"):
-            for tier in Tier:
-                if (codec := getattr(self, name)[tier].codec) != "none":
-                    raise PolicyError(
-                        f"{name}: codec {codec!r} on {tier}; only weights can be encoded, leave {name} as they are"
-                    )
+        for tier in Tier:
+            if (codec := self.activations[tier].codec) != "none":
+                raise PolicyError(
+                    f"activations: codec {codec!r} on {tier}; only weights and cache can be encoded, "
+                    "leave activations as they are"
+                )
         for name in ("overlap", "sep_layer", "pin_weight"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be true or false")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.policy import Policy, Tier
+from flexgen.policy import Policy, Split, Tier
 from flexgen.trace import LaneName
 from flexgen.units import format_bytes, format_seconds
 
@@ -145,9 +145,14 @@ class Report:
     def _placement_rows(self) -> list[tuple[str, str]]:
         rows = []
         for what, by_tier in self.placement.items():
-            used = [(tier, *pair) for tier, pair in by_tier.items() if any(pair)]
-            text = ", ".join(f"{tier} {achieved:.1f}% (asked {asked:g})" for tier, asked, achieved in used)
-            rows.append((what, text))
+            split: Split = getattr(self.policy, what)
+            parts = []
+            for tier, (asked, achieved) in by_tier.items():
+                if asked or achieved:
+                    codec = split[tier].codec
+                    kept = "" if codec == "none" else f" in {codec}"
+                    parts.append(f"{tier} {achieved:.1f}%{kept} (asked {asked:g})")
+            rows.append((what, ", ".join(parts)))
         return rows
 
     def _decode(self) -> str:

@@ -65,5 +65,21 @@ def test_answers_are_those_of_transformers(
     assert accuracy(asked, answers) == accuracy(asked, reference)
 
 
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_an_encoded_cache_costs_less_than_one_answer_in_a_hundred(codec: str, tokenizer: Any) -> None:
+    asked = records(200, SEED + 1)
+    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    prompts = [tokenizer(record.prompt)["input_ids"] for record in asked]
+    width, right = max(map(len, prompts)), {}
+    for kept in ("none", codec):
+        cache = {tier: {"percent": percent, "codec": kept} for tier, percent in THIRDS.items()}
+        policy = Policy(gpu_batch_size=50, num_gpu_batches=2, cache=cache)
+        with OptLM("demo", policy, device="emulated", dtype="float32", progress=False) as lm:
+            out = lm.generate(prompts, NEW_TOKENS, stop=newline)
+        answers = [tokenizer.decode(row[width:]).split("\n")[0] for row in out]
+        right[kept] = accuracy(asked, answers)["all"]
+    assert right[codec] > right["none"] - 0.01
+
+
 def test_answers_are_right(jobs: Any, reference: list[str]) -> None:
     assert accuracy(jobs[0], reference)["all"] >= 0.85

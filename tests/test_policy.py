@@ -256,8 +256,15 @@ def test_load_of_a_missing_file(tmp_path):
         Policy.load(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["cache", "activations"])
-def test_only_weights_may_be_encoded_yet(what):
-    with pytest.raises(PolicyError, match=f"{what}: codec 'int4' on cpu; only weights"):
-        Policy(**{what: {"cpu": {"percent": 100, "codec": "int4"}}})
-    assert Policy(weights={"cpu": {"percent": 100, "codec": "int4"}}).weights["cpu"].codec == "int4"
+@pytest.mark.parametrize("what", ["weights", "cache"])
+def test_weights_and_cache_may_be_encoded(what, tmp_path):
+    shares = {"cpu": {"percent": 60, "codec": "int4"}, "disk": {"percent": 40, "codec": "int8"}}
+    policy = Policy(**{what: shares})
+    assert [getattr(policy, what)[tier].codec for tier in Tier] == ["none", "int4", "int8"]
+    policy.save(tmp_path / "policy.toml")
+    assert Policy.load(tmp_path / "policy.toml") == policy
+
+
+def test_activations_may_not_be_encoded():
+    with pytest.raises(PolicyError, match="activations: codec 'int4' on cpu; only weights and cache can"):
+        Policy(activations={"cpu": {"percent": 100, "codec": "int4"}})

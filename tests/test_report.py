@@ -65,6 +65,18 @@ def test_card_says_what_people_look_for():
     assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1
 
 
+def test_card_names_codecs():
+    encoded = Policy(
+        weights={"cpu": {"percent": 60, "codec": "int8"}, "disk": 40},
+        cache={"gpu": 50, "cpu": {"percent": 50, "codec": "int4"}},
+    )
+    halves = {Tier.GPU: (50.0, 50.0), Tier.CPU: (50.0, 50.0), Tier.DISK: (0.0, 0.0)}
+    weights = report().placement["weights"]
+    card = report(policy=encoded, placement={"weights": weights, "cache": halves}).card()
+    assert "cpu 58.5% in int8 (asked 60), disk 41.5% (asked 40)" in card
+    assert "gpu 50.0% (asked 50), cpu 50.0% in int4 (asked 50)" in card
+
+
 def test_without_lanes_there_is_no_bound():
     found = report(lanes={})
     assert found.bound_share is None and found.bottleneck is None

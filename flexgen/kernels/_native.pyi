@@ -5,6 +5,7 @@ def decode_attention(
     q: int,
     out: int,
     shape: tuple[int, int, int, int],
+    format: tuple[int, int, int],
     keys: list[int],
     values: list[int],
     page_tokens: list[int],
@@ -14,7 +15,7 @@ def decode_attention(
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `starts`: 0 for none."""
+    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none."""
 
 def quantise(
     type: int,

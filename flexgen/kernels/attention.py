@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.heads import HeadFormat, PlainHeads
 from flexgen.kernels.loading import NUMBERS, announce, native
 
 Pages = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values, both (rows, kv_heads, page_tokens, head_dim) and contiguous: positions 0, 1, ... in order."""
+"""Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
+
+A `HeadFormat` says what the `width` elements of a head are; where none is given, its head_dim values.
+"""
 
 
-def decode_attention(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    pages: Pages,
+    length: int,
+    starts: Tensor | None,
+    scale: float,
+    form: HeadFormat | None = None,
+) -> Tensor:
     """Attention of one new token per row over the first `length` positions of the cache.
 
-    q (rows, heads, 1, head_dim), in the type of the cache; a multiple of kv_heads query heads. Memory beyond
-    `length` must be finite: only the compiled kernel never reads it, so allocate pages zero-filled.
+    q (rows, heads, 1, head_dim), in the type of the cache; a multiple of kv_heads query heads. `form` is how
+    the pages keep a head. Plain memory beyond `length` must be finite: only the compiled kernel never reads it,
+    so allocate pages zero-filled.
     `starts` (rows,) integers below `length`: positions before a row's start are padding; None for no padding.
     Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
     """
-    _check(q, pages, length)
+    form = form or PlainHeads(q.shape[-1], q.dtype)
+    _check(q, pages, length, form)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
-        return attend_natively(q, pages, length, starts, scale)
-    return attend_in_torch(q, pages, length, starts, scale)
+        return attend_natively(q, pages, length, starts, scale, form)
+    return attend_in_torch(q, pages, length, starts, scale, form)
 
 
-def _check(q: Tensor, pages: Pages, length: int) -> None:
+def _check(q: Tensor, pages: Pages, length: int, form: HeadFormat) -> None:
     rows, heads, queries, head_dim = q.shape
     kv_heads = pages[0][0].shape[1]
     if queries != 1 or heads % kv_heads:
         raise ValueError(
             f"q has shape {tuple(q.shape)}: expected one query and a multiple of {kv_heads} heads"
         )
+    if head_dim != form.head_dim:
+        raise ValueError(f"q has shape {tuple(q.shape)}: the pages keep heads of {form.head_dim}")
     total = 0
     for page in pages:
         tokens = page[0].shape[2]
         for x in page:
-            if x.shape != (rows, kv_heads, tokens, head_dim) or x.dtype is not q.dtype:
+            if x.shape != (rows, kv_heads, tokens, form.width) or x.dtype is not form.dtype:
                 raise ValueError(
                     f"a page has shape {tuple(x.shape)} and type {x.dtype}: expected "
-                    f"{(rows, kv_heads, tokens, head_dim)} and {q.dtype}"
+                    f"{(rows, kv_heads, tokens, form.width)} and {form.dtype}"
                 )
             if not x.is_contiguous() or x.device != q.device:
                 raise ValueError(f"a page must be contiguous, on {q.device}")
@@ -50,9 +65,12 @@ def _check(q: Tensor, pages: Pages, length: int) -> None:
         raise ValueError(f"length {length}, but the pages hold {total} tokens")
 
 
-def attend_natively(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+def attend_natively(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
+) -> Tensor:
     """The compiled kernel: K and V are read once, where they lie, and padding is skipped."""
     rows, heads, _, head_dim = q.shape
+    form = form or PlainHeads(head_dim, q.dtype)
     q = q.contiguous()
     out = torch.empty_like(q)
     if not q.numel():
@@ -66,6 +84,7 @@ def attend_natively(q: Tensor, pages: Pages, length: int, starts: Tensor | None,
         q.data_ptr(),
         out.data_ptr(),
         (rows, heads, pages[0][0].shape[1], head_dim),
+        (form.bits, form.group, form.nbytes),
         [k.data_ptr() for k, _ in pages],
         [v.data_ptr() for _, v in pages],
         [k.shape[2] for k, _ in pages],
@@ -77,36 +96,47 @@ def attend_natively(q: Tensor, pages: Pages, length: int, starts: Tensor | None,
     return out
 
 
-def attend_in_torch(q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float) -> Tensor:
+def attend_in_torch(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
+) -> Tensor:
     """The same in torch, on every device.
 
     Whole pages are multiplied because a batched product on a slice of a larger buffer is ten times slower
     on a CPU. The query heads that share a K/V head are the M dimension of the product, so K and V are read
-    once. Memory beyond `length` is multiplied by a zero probability.
+    once. Plain memory beyond `length` is multiplied by a zero probability; encoded pages are decoded a piece at
+    a time, up to `length`.
     """
     rows, heads, _, head_dim = q.shape
+    form = form or PlainHeads(head_dim, q.dtype)
     kv_heads = pages[0][0].shape[1]
     group = heads // kv_heads
     # Scaled before the product, which in float16 could overflow.
     query = (q * scale).reshape(rows * kv_heads, group, head_dim)
     total = sum(k.shape[2] for k, _ in pages)
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
-    begin = 0
-    for k, _ in pages:
-        end = begin + k.shape[2]
-        keys = k.view(rows * kv_heads, end - begin, head_dim)
-        scores[:, :, begin:end] = torch.bmm(query, keys.transpose(1, 2))
-        begin = end
+    for begin, part in _decoded([k for k, _ in pages], length, form, q.dtype):
+        keys = part.view(rows * kv_heads, -1, head_dim)
+        scores[:, :, begin : begin + keys.shape[1]] = torch.bmm(query, keys.transpose(1, 2))
     scores[:, :, length:] = float("-inf")
     if starts is not None:
         padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]
         scores.view(rows, heads, total).masked_fill_(padding[:, None], float("-inf"))
     probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
     out = torch.zeros(rows * kv_heads, group, head_dim, dtype=torch.float32, device=q.device)
-    begin = 0
-    for _, v in pages:
-        end = begin + v.shape[2]
-        values = v.view(rows * kv_heads, end - begin, head_dim)
-        out += torch.bmm(probabilities[:, :, begin:end], values)
-        begin = end
+    for begin, part in _decoded([v for _, v in pages], length, form, q.dtype):
+        values = part.view(rows * kv_heads, -1, head_dim)
+        out += torch.bmm(probabilities[:, :, begin : begin + values.shape[1]], values)
     return out.to(q.dtype).view(rows, heads, 1, head_dim)
+
+
+def _decoded(
+    kept: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """The keys, or the values, of at least `length` tokens in runs, with the position where each begins."""
+    begin = 0
+    for page in kept:
+        position = begin
+        for part in form.decode(page, max(0, length - begin), dtype):
+            yield position, part
+            position += part.shape[2]
+        begin += page.shape[2]

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
 
+_VECTOR = 16
+"""Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -36,7 +39,7 @@ class Packed:
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
     """Each value to the nearest of the 2 ** bits between the least and the largest of its group.
 
-    x must be finite; its last dimension must be a multiple of `group`, a multiple of 32.
+    x must be finite; its last dimension must be a multiple of `group`, whose codes are whole bytes.
     """
     _check(bits, group, scale_dtype)
     if not x.dim() or not x.shape[-1] or x.shape[-1] % group:
@@ -49,7 +52,7 @@ def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = t
         bits=bits,
         group=group,
     )
-    if x.device.type == "cpu" and x.dtype in NUMBERS and announce():
+    if x.device.type == "cpu" and x.dtype in NUMBERS and _has_vectors(bits, group) and announce():
         quantise_natively(x, packed)
     else:
         quantise_in_torch(x, packed)
@@ -71,7 +74,7 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
         raise ValueError("scales and minimums must have the same shape and type")
     tensors = out, packed.values, packed.scales, packed.minimums
     fits = all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and out.dtype in NUMBERS
-    if fits and announce():
+    if fits and _has_vectors(packed.bits, packed.group) and announce():
         return dequantise_natively(packed, out)
     return dequantise_in_torch(packed, out)
 
@@ -79,10 +82,14 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
 def _check(bits: int, group: int, scale_dtype: torch.dtype) -> None:
     if bits not in (4, 8):
         raise ValueError(f"{bits} bits: expected 4 or 8")
-    if group < 32 or group % 32:
-        raise ValueError(f"group {group}: expected a multiple of 32")
+    if group < 1 or group * bits % 8:
+        raise ValueError(f"group {group}: expected a number of values whose codes are whole bytes")
     if scale_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"scales in {scale_dtype}: expected torch.float16 or torch.bfloat16")
+
+
+def _has_vectors(bits: int, group: int) -> bool:
+    return group * bits // 8 >= _VECTOR
 
 
 def quantise_natively(x: Tensor, packed: Packed) -> None:

@@ -6,17 +6,19 @@ promised is what is taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from flexgen.kernels.heads import HeadFormat
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.placement import Placement
 from flexgen.memory.weights import SlotSizes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
+from flexgen.quant import head_format
 from flexgen.units import MIB, align, format_bytes
 from flexgen.workload import Workload
 
@@ -30,11 +32,11 @@ _DISK_PAGE_BYTES = 1 * MIB
 
 @dataclass(frozen=True)
 class CacheSegment:
-    """The KV cache of some rows of one batch in one layer: pages of (2, rows, kv_heads, tokens, head_dim).
+    """The KV cache of some rows of one batch in one layer: pages of (2, rows, kv_heads, tokens, heads.width).
 
     A page is contiguous, whatever part of it is filled: it is attended where it lies, and it moves as one
     block. `on_device`: attended by the compute device, otherwise by the host. `resident`: it lives where it
-    is attended, so that it never moves.
+    is attended, so that it never moves. `dtype` is that of the computation, `codec` names what keeps the heads.
     """
 
     tier: Tier
@@ -46,45 +48,70 @@ class CacheSegment:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    codec: str = "none"
+
+    @cached_property
+    def heads(self) -> HeadFormat:
+        """How a head's key or value lies in a page."""
+        return head_format(self.codec, self.head_dim, self.dtype)
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
-        return 2, len(self.rows), self.kv_heads, self.page_tokens, self.head_dim
+        """Of elements of `heads.dtype`."""
+        return 2, len(self.rows), self.kv_heads, self.page_tokens, self.heads.width
 
     @property
     def page_bytes(self) -> int:
         """Bytes from one page to the next: whole disk blocks."""
-        return align(math.prod(self.page_shape) * self.dtype.itemsize, BLOCK)
+        return align(self.token_bytes(self.page_tokens), BLOCK)
 
     @property
     def nbytes(self) -> int:
         return self.pages * self.page_bytes
 
     def token_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values of `tokens` tokens of all rows, without padding."""
-        return 2 * len(self.rows) * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
+        """Bytes of keys and values of `tokens` tokens of all rows as they are kept, without padding."""
+        return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
+
+    def workspace_bytes(self, prompt_len: int) -> int:
+        """What encoding a prompt and decoding a page take meanwhile."""
+        heads = len(self.rows) * self.kv_heads
+        return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
 
 
 def cache_segments(
     spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, shares_host_memory: bool
 ) -> tuple[CacheSegment, ...]:
-    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows."""
+    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows.
+
+    Raises PolicyError where a tier's codec cannot keep heads of the model's size.
+    """
     segments = []
     for tier, part in policy.cache.rows(rows).items():
         if not part:
             continue
         on_device = tier is Tier.GPU or shares_host_memory or policy.attend_on == "gpu"
         resident = tier is Tier.GPU or (tier is Tier.CPU and (shares_host_memory or not on_device))
+        codec = policy.cache[tier].codec
         page_tokens = _MEMORY_PAGE_TOKENS
         if tier is Tier.DISK:
-            token = 2 * len(part) * spec.kv_size * dtype.itemsize
+            token = 2 * len(part) * spec.num_kv_heads * head_format(codec, spec.head_dim, dtype).nbytes
             least, most = _DISK_PAGE_TOKENS
             page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
         pages = -(-capacity // page_tokens)
         page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
         segments.append(
             CacheSegment(
-                tier, part, on_device, resident, pages, page_tokens, spec.num_kv_heads, spec.head_dim, dtype
+                tier,
+                part,
+                on_device,
+                resident,
+                pages,
+                page_tokens,
+                spec.num_kv_heads,
+                spec.head_dim,
+                dtype,
+                codec,
             )
         )
     return tuple(segments)
@@ -244,6 +271,7 @@ def _in_flight(
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         if segment.tier is Tier.DISK:
             needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
+        needs.append(Need(Tier.GPU, "cache", "workspace", segment.workspace_bytes(prompt)))
         if segment.on_device and not segment.resident and not shared:
             needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:

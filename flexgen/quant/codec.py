@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexgen.errors import PolicyError
 from flexgen.kernels.groupwise import Packed, dequantise, quantise
+from flexgen.kernels.heads import GroupwiseHeads, HeadFormat, PlainHeads
 from flexgen.units import align
 
 _ALIGNMENT = 64
@@ -37,6 +39,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """Write the tensor to `out`, contiguous, of the shape that was encoded, rounded to its dtype."""
+
+    @abstractmethod
+    def heads(self, head_dim: int) -> HeadFormat:
+        """How it keeps a head's key or value in the KV cache. Raises PolicyError where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,15 @@ class Groupwise(Codec):
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         dequantise(self._view(encoded, out.shape), out)
 
+    def heads(self, head_dim: int) -> HeadFormat:
+        """In groups of `group` values where those divide the head, otherwise the head is one group."""
+        if head_dim * self.bits % 8:
+            raise PolicyError(
+                f"cache: codec {self.name!r} keeps heads of an even size, this model's have {head_dim}; "
+                "leave the cache as it is"
+            )
+        return GroupwiseHeads(head_dim, self.bits, head_dim if head_dim % self.group else self.group)
+
     def _parts(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Where scales and minimums begin, and where the tensor ends, in bytes; values come first."""
         count = math.prod(shape)
@@ -99,3 +114,11 @@ def codec_for(name: str, shape: Sequence[int]) -> Codec | None:
     """The codec that a share's name asks for, or None where a tensor of this shape is kept as it is."""
     codec = CODECS.get(name)
     return codec if codec is not None and codec.fits(shape) else None
+
+
+def head_format(name: str, head_dim: int, dtype: torch.dtype) -> HeadFormat:
+    """How the KV cache keeps heads, computed in `dtype`, under the codec that a share names.
+
+    Raises PolicyError where the codec cannot keep heads of this size.
+    """
+    return CODECS[name].heads(head_dim) if name in CODECS else PlainHeads(head_dim, dtype)

@@ -51,7 +51,7 @@ class _Slot:
         self.device = device
         self.host = host
         self.fresh = fresh
-        self.new: tuple[Tensor, Tensor] | None = None  # k, v on the device, until they are stored
+        self.new: tuple[Tensor, Tensor] | None = None  # k, v as they are kept, on the device, until stored
         self._pages: dict[tuple[int, CacheSegment], list[Page]] = {}
 
     def pages(self, buffer: Tensor, segment: CacheSegment) -> list[Page]:
@@ -214,8 +214,8 @@ class KVCache:
     def _fresh(self, part: _Part, buffers: _Slot, span: Span) -> tuple[Tensor, Tensor]:
         assert buffers.fresh is not None
         segment = part.segment
-        shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.head_dim)
-        both = tensor_at(buffers.fresh, 0, shape, segment.dtype)
+        shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.heads.width)
+        both = tensor_at(buffers.fresh, 0, shape, segment.heads.dtype)
         return both[0], both[1]
 
     def _copy_out(self, part: _Part, buffers: _Slot, span: Span) -> None:
@@ -356,7 +356,7 @@ class KVCache:
     def _keep(self, part: _Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
         """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        k, v = _rows(k, part), _rows(v, part)
+        k, v = (segment.heads.encode(_rows(x, part)) for x in (k, v))
         if self._leaves_device(segment, span):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None:
@@ -372,7 +372,8 @@ class KVCache:
     ) -> Tensor:
         used = -(-(span.length + span.new) // part.segment.page_tokens)
         starts = padding.of(part.segment.rows, q.device)
-        return decode_attention(q, pages[:used], span.length + span.new, starts, scale)
+        heads = part.segment.heads
+        return decode_attention(q, pages[:used], span.length + span.new, starts, scale, heads)
 
     def _ask_host(self, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
         """Send a part's queries, keys and values to the host; the answer is computed when it is asked for."""
@@ -385,7 +386,8 @@ class KVCache:
         q_there, k_there, v_there = there.split(sizes, dim=1)
 
         def answer(pages: Sequence[Page], span: Span, padding: Padding, scale: float) -> Tensor:
-            put(pages, span.length, k_there, v_there)
+            heads = part.segment.heads
+            put(pages, span.length, heads.encode(k_there), heads.encode(v_there))
             attended = tensor_at(outbox, 0, q_there.shape, q_there.dtype)
             attended.copy_(self._attend(part, pages, span, q_there, padding, scale))
             back = torch.empty(attended.shape, dtype=attended.dtype, device=self._device.torch_device)

@@ -12,18 +12,18 @@ from flexgen.memory.plan import CacheSegment
 from flexgen.memory.store import tensor_at
 
 Page = tuple[Tensor, Tensor]
-"""Keys and values, each (rows, kv_heads, page_tokens, head_dim)."""
+"""Keys and values as they are kept, each (rows, kv_heads, page_tokens, heads.width)."""
 
 
 def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
     """The pages of `segment` that lie in `buffer` (bytes)."""
     starts = range(0, buffer.numel() - segment.page_bytes + 1, segment.page_bytes)
-    both = [tensor_at(buffer, start, segment.page_shape, segment.dtype) for start in starts]
+    both = [tensor_at(buffer, start, segment.page_shape, segment.heads.dtype) for start in starts]
     return [(page[0], page[1]) for page in both]
 
 
 def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
-    """Write k and v (rows, kv_heads, tokens, head_dim) into the pages, from token `position` on."""
+    """Write k and v, as they are kept, (rows, kv_heads, tokens, width), into the pages from token `position` on."""
     page_tokens, tokens, done = pages[0][0].shape[2], k.shape[2], 0
     while done < tokens:
         page, begin = divmod(position + done, page_tokens)

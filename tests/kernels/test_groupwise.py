@@ -38,7 +38,7 @@ cases = given(
     dtype=st.sampled_from(DTYPES),
     scale_dtype=st.sampled_from(SCALES),
     bits=st.sampled_from([4, 8]),
-    group=st.sampled_from([32, 64, 96, 128]),
+    group=st.sampled_from([2, 16, 30, 32, 34, 40, 64, 72, 80, 96, 100, 128]),
     groups=st.integers(1, 5),
     outer=st.lists(st.integers(1, 4), max_size=2),
     spread=st.sampled_from([0.0, 1e-6, 1e-2, 1.0, 300.0]),
@@ -143,7 +143,8 @@ def test_what_is_not_contiguous_works():
     ("x", "bits", "group", "scale_dtype", "message"),
     [
         (torch.ones(64), 3, 64, torch.float16, "3 bits: expected 4 or 8"),
-        (torch.ones(64), 4, 48, torch.float16, "group 48: expected a multiple of 32"),
+        (torch.ones(66), 4, 33, torch.float16, "group 33: expected .* whole bytes"),
+        (torch.ones(64), 4, 0, torch.float16, "group 0: expected"),
         (torch.ones(65), 4, 64, torch.float16, "no multiple of the group, 64"),
         (torch.ones(64), 4, 64, torch.float32, "scales in torch.float32"),
     ],

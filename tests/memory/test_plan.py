@@ -1,6 +1,7 @@
 """The memory plan is what is really taken, and what does not fit is refused before it is."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.engine import OptLM
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, PolicyError
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
@@ -16,7 +17,8 @@ from flexgen.memory.plan import SLOTS, MemoryPlan, Need, batch_sizes, cache_segm
 from flexgen.memory.store import ALIGNMENT, Store
 from flexgen.memory.weights import SlotSizes
 from flexgen.models import build_layers, open_model
-from flexgen.policy import Policy, Split, Tier
+from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.quant import CODECS
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.units import GIB, KIB, MIB
@@ -28,9 +30,10 @@ LAYERS = build_layers(SPEC)
 
 
 @st.composite
-def splits(draw):
+def splits(draw, codecs=("none",)):
     a, b = sorted((draw(st.integers(0, 20)), draw(st.integers(0, 20))))
-    return Split(gpu=5 * a, cpu=5 * (b - a), disk=5 * (20 - b))
+    shares = (Share(percent, draw(st.sampled_from(codecs))) for percent in (5 * a, 5 * (b - a), 5 * (20 - b)))
+    return Split(*shares)
 
 
 policies = st.builds(
@@ -38,7 +41,7 @@ policies = st.builds(
     gpu_batch_size=st.integers(1, 9),
     num_gpu_batches=st.integers(1, 3),
     weights=st.just(Split(cpu=100)),
-    cache=splits(),
+    cache=splits(codecs=("none", *CODECS)),
     activations=splits(),
     attend_on=st.sampled_from(["cpu", "gpu"]),
 )
@@ -63,11 +66,14 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, share
         assert segment.rows and segment.pages * segment.page_tokens >= capacity
         assert segment.pages * segment.page_tokens - capacity < segment.pages  # even pages, none mostly empty
         assert 1 <= segment.page_tokens <= 128
-        assert segment.page_shape == (2, len(segment.rows), 12, segment.page_tokens, 64)
+        assert segment.codec == policy.cache[segment.tier].codec
+        head = {"none": 64 * dtype.itemsize, "int4": 64 // 2 + 4, "int8": 64 + 4}[segment.codec]
+        width = head // dtype.itemsize if segment.codec == "none" else head
+        assert segment.page_shape == (2, len(segment.rows), 12, segment.page_tokens, width)
         filled = segment.token_bytes(segment.page_tokens)
         assert segment.page_bytes % BLOCK == 0 and 0 <= segment.page_bytes - filled < BLOCK
         assert segment.nbytes == segment.pages * segment.page_bytes
-        assert segment.token_bytes(1) == 2 * len(segment.rows) * 768 * dtype.itemsize
+        assert segment.token_bytes(1) == 2 * len(segment.rows) * 12 * head
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,21 @@ def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, share
     policy = Policy(cache=Split(**{tier: 100}), attend_on=attend_on)
     (segment,) = cache_segments(SPEC, policy, 4, 100, torch.float16, shared)
     assert (segment.tier, segment.on_device, segment.resident) == (tier, on_device, resident)
+
+
+def test_encoded_cache_takes_the_bytes_of_its_codec():
+    for codec, bits in (("none", 16), ("int8", 8.5), ("int4", 4.5)):
+        policy = Policy(cache={"cpu": {"percent": 100, "codec": codec}})
+        (segment,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, False)
+        exact = 2 * 8 * 768 * 1024 * bits / 8
+        assert exact <= segment.nbytes <= exact + segment.pages * BLOCK
+        assert segment.workspace_bytes(8) == 0 or codec != "none"
+
+
+def test_heads_that_a_codec_cannot_keep_are_refused():
+    policy = Policy(cache={"cpu": {"percent": 100, "codec": "int4"}})
+    with pytest.raises(PolicyError, match="codec 'int4' keeps heads of an even size, this model's have 5"):
+        cache_segments(replace(SPEC, head_dim=5), policy, 1, 8, torch.float16, True)
 
 
 def test_pages_on_disk_are_about_a_mebibyte():
@@ -170,10 +191,12 @@ def test_weights_take_what_was_planned(stream, saved, device, weights):
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_a_whole_call_stays_within_the_plan(saved, device, tmp_path):
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_a_whole_call_stays_within_the_plan(saved, device, codec, tmp_path):
     """Weights, cache, hidden states: the stores' peaks are the plan's, but for the ids of the prompts."""
     mixed = Split(gpu=30, cpu=30, disk=40)
-    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights=mixed, cache=mixed, activations=mixed)
+    cache = {tier: Share(mixed.percent(tier), codec) for tier in Tier}
+    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights=mixed, cache=cache, activations=mixed)
     with OptLM(saved(), policy, device=device, offload_dir=tmp_path, progress=False) as model:
         model.generate([[5, 6, 7, 8, 9]] * 8, max_new_tokens=6, stop=())
         plan, machine = model.stats.plan, model._machine

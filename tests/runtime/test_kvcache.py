@@ -16,6 +16,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.plan import cache_segments
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
+from flexgen.quant import CODECS
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding, Span, put
 
@@ -75,6 +76,16 @@ class History:
     def random(self, rows: int, heads: int, tokens: int) -> Tensor:
         return torch.randn(rows, heads, tokens, HEAD_DIM, generator=self.generator).to(self.dtype)
 
+    def kept(self, batch: int, x: Tensor) -> Tensor:
+        """Keys or values as the codecs of the batch's segments round them."""
+        rounded = [
+            torch.cat(
+                list(s.heads.decode(s.heads.encode(x[s.rows.start : s.rows.stop]), x.shape[2], x.dtype)), 2
+            )
+            for s in self.segments[batch]
+        ]
+        return torch.cat(rounded)
+
     def step(self, span: Span, atol: float) -> None:
         """One token (or the prompt) of every layer and batch."""
         scale = HEAD_DIM**-0.5
@@ -84,14 +95,17 @@ class History:
                 self.cells += 1
                 q = self.random(rows, self.heads, span.new)
                 k, v = (self.random(rows, self.kv_heads, span.new) for _ in range(2))
+                seen = []
                 for history, new in ((self.keys, k), (self.values, v)):
-                    history[layer, batch] = torch.cat([history[layer, batch], new], dim=2)
+                    kept = self.kept(batch, new)
+                    # The prompt attends to itself as it is; later tokens to what the cache keeps.
+                    seen.append(torch.cat([history[layer, batch], kept if span.length else new], dim=2))
+                    history[layer, batch] = torch.cat([history[layer, batch], kept], dim=2)
                 padding = self.padding[batch]
                 self.run(self.cache.load(layer, batch, slot, span.length))
                 ours = self.cache.attend(layer, batch, slot, span, q, k, v, padding, scale)
                 self.run(self.cache.store(layer, batch, slot, span))
-                keys, values = self.keys[layer, batch], self.values[layer, batch]
-                theirs = reference(q, keys, values, list(padding.starts), scale)
+                theirs = reference(q, *seen, list(padding.starts), scale)
                 torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
 
     def check(self, steps: int, atol: float = 1e-5) -> None:
@@ -119,11 +133,20 @@ KINDS = [
 
 @pytest.mark.parametrize(("device", "tier", "attend_on"), KINDS, ids=lambda value: str(value))
 @pytest.mark.parametrize("prompt", [3, 4, 5, 8])  # before, at and after the end of a page, and of two
+@pytest.mark.parametrize("codec", ["none", "int4", "int8"])
 def test_every_kind_of_segment_across_pages(
-    prompt: int, device: str, tier: Tier, attend_on: str, machine: Any, run: Any, spec: Any, page_tokens: Any
+    codec: str,
+    prompt: int,
+    device: str,
+    tier: Tier,
+    attend_on: str,
+    machine: Any,
+    run: Any,
+    spec: Any,
+    page_tokens: Any,
 ) -> None:
     page_tokens(4)
-    policy = Policy(cache={str(tier): 100}, attend_on=attend_on)
+    policy = Policy(cache={str(tier): {"percent": 100, "codec": codec}}, attend_on=attend_on)
     with machine(device) as m:
         history = History(m, run, spec, policy, [2, 1], prompt, 16 - prompt, 2, [0, 2])
         (segment,) = history.segments[0]
@@ -146,6 +169,7 @@ SPLITS = st.sampled_from(
 @given(
     device=st.sampled_from(["cpu", "emulated"]),
     cache=SPLITS,
+    codecs=st.fixed_dictionaries({str(tier): st.sampled_from(["none", *CODECS]) for tier in Tier}),
     attend_on=st.sampled_from(["cpu", "gpu"]),
     batches=st.lists(st.integers(1, 5), min_size=1, max_size=3),
     prompt=st.integers(1, 10),
@@ -157,6 +181,7 @@ SPLITS = st.sampled_from(
 def test_rows_on_several_tiers(
     device: str,
     cache: dict[str, int],
+    codecs: dict[str, str],
     attend_on: str,
     batches: list[int],
     prompt: int,
@@ -168,7 +193,8 @@ def test_rows_on_several_tiers(
     run: Any,
     spec: Any,
 ) -> None:
-    policy = Policy(cache=cache, attend_on=attend_on)
+    shares = {tier: {"percent": percent, "codec": codecs[tier]} for tier, percent in cache.items()}
+    policy = Policy(cache=shares, attend_on=attend_on)
     with pytest.MonkeyPatch.context() as patch, machine(device) as m:
         patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (page, page))
         patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", page)

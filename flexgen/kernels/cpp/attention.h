@@ -4,67 +4,11 @@
 // V of the next block are prefetched a little at a time, so that the memory never waits for the arithmetic.
 // Scores are laid out by token, then head, so that a vector of them belongs to LANES / HEADS tokens and softmax
 // needs no shuffling.
-#include <algorithm>
-#include <cmath>
+#include "blocks.h"
+#include "packed.h"
 
 namespace VARIANT {
 namespace attention {
-
-constexpr int MAX_HEADS = LANES < 8 ? LANES : 8;
-constexpr int64_t BLOCK_BYTES = 8192;  // of K: K and V of two blocks fit the first-level cache
-constexpr int64_t BLOCK_TOKENS = 128;  // at most
-constexpr int64_t QUERY_PADDING = 2 * LANES;  // queries and sums are padded with zeros to a multiple of this
-
-struct Block {
-    int64_t task, item, tokens;
-    const char *k, *v;
-    bool first, last;  // of its task
-};
-
-// The blocks of the tasks that this thread claims, in the order in which they are read.
-class Blocks {
-public:
-    Blocks(Attention &job, int64_t token_bytes) : job_(job), token_bytes_(token_bytes) {
-        const int64_t tokens = BLOCK_BYTES / token_bytes / LANES * LANES;
-        block_tokens_ = std::min(BLOCK_TOKENS, std::max<int64_t>(LANES, tokens));
-    }
-
-    bool next(Block &block) {
-        const bool first = token_ >= end_;
-        if (first && !claim()) return false;
-        while (job_.pages[page_].begin + job_.pages[page_].tokens <= token_) ++page_;
-        const Page &page = job_.pages[page_];
-        const int64_t within = token_ - page.begin, offset = (item_ * page.tokens + within) * token_bytes_;
-        block.task = task_;
-        block.item = item_;
-        block.tokens = std::min({block_tokens_, end_ - token_, page.tokens - within});
-        block.k = (const char *)page.k + offset;
-        block.v = (const char *)page.v + offset;
-        token_ += block.tokens;
-        block.first = first;
-        block.last = token_ == end_;
-        return true;
-    }
-
-private:
-    bool claim() {  // the next task with a token that is no padding
-        do {
-            task_ = job_.claimed.fetch_add(1, std::memory_order_relaxed);
-            if (task_ >= job_.tasks()) return false;
-            item_ = task_ / job_.splits;
-            const int64_t begin = task_ % job_.splits * job_.split_tokens;
-            end_ = std::min(begin + job_.split_tokens, job_.length);
-            token_ = std::max(begin, job_.start(item_));
-        } while (token_ >= end_);
-        page_ = 0;
-        return true;
-    }
-
-    Attention &job_;
-    int64_t token_bytes_, block_tokens_;
-    int64_t task_ = 0, item_ = 0, token_ = 0, end_ = 0;
-    size_t page_ = 0;
-};
 
 // How keys of type T meet queries: widened to float32, unless the variant has something better.
 template <class T>
@@ -94,31 +38,6 @@ struct Dot<Bf16> {
     }
 };
 #endif
-
-// Query heads of one item that go through the softmax together: HEADS, a power of two, of which `count` exist.
-// The others have zero queries.
-struct Heads {
-    int count;
-    std::vector<float> q, sum;  // (HEADS, padded)
-    std::vector<Bf16> q_bf16;
-    float maximum[MAX_HEADS], total[MAX_HEADS];
-
-    const float *queries(float) const { return q.data(); }
-    const Bf16 *queries(Bf16) const { return q_bf16.data(); }
-};
-
-// One block and one set of heads.
-struct Pass {
-    const char *ahead;  // to be prefetched while this block's K, or V, is read; null for nothing
-    int64_t dim, padded, tokens;
-    float scale;
-    float *scores;  // (tokens, HEADS), with room for LANES more
-};
-
-INLINE void prefetch(const char *ahead, int64_t begin, int64_t end) {
-    if (!ahead) return;
-    for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(ahead + at);
-}
 
 template <class T, int HEADS>
 INLINE void score(const T *k, Heads &heads, const Pass &pass) {
@@ -215,27 +134,34 @@ TARGET inline void add_values(const T *v, Heads &heads, const Pass &pass, const 
         add_columns<T, HEADS, 1, true>(v, heads, pass, shrink, at);
 }
 
-template <class T, int HEADS>
+// K: the elements of the pages, Codes<BITS> where they are packed.
+template <class K, int HEADS>
 TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pass pass) {
     float shrink[MAX_HEADS];
     pass.ahead = next ? next->k : nullptr;
-    score<T, HEADS>((const T *)block.k, heads, pass);
+    if constexpr (bits_of<K> != 0)
+        score_packed<bits_of<K>, HEADS>(block.k, heads, pass);
+    else
+        score<K, HEADS>((const K *)block.k, heads, pass);
     exponentials<HEADS>(heads, pass, shrink);
     pass.ahead = next ? next->v : nullptr;
     constexpr int WIDE = SUM_REGISTERS / HEADS;
-    add_values<T, HEADS, WIDE>((const T *)block.v, heads, pass, shrink, 0);
+    if constexpr (bits_of<K> != 0)
+        add_packed<bits_of<K>, HEADS>(block.v, heads, pass, shrink);
+    else
+        add_values<K, HEADS, WIDE>((const K *)block.v, heads, pass, shrink, 0);
 }
 
-template <class T>
+template <class K>
 TARGET void attend_heads(const Block &block, const Block *next, Heads &heads, const Pass &pass) {
     if (heads.count == 1)
-        attend_block<T, 1>(block, next, heads, pass);
+        attend_block<K, 1>(block, next, heads, pass);
     else if (heads.count == 2)
-        attend_block<T, 2>(block, next, heads, pass);
+        attend_block<K, 2>(block, next, heads, pass);
     else if (heads.count <= 4)
-        attend_block<T, 4>(block, next, heads, pass);
+        attend_block<K, 4>(block, next, heads, pass);
     else
-        attend_block<T, MAX_HEADS>(block, next, heads, pass);
+        attend_block<K, MAX_HEADS>(block, next, heads, pass);
 }
 
 template <class T>
@@ -251,6 +177,7 @@ TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
     std::fill(heads.sum.begin(), heads.sum.end(), 0.0f);
     std::fill_n(heads.maximum, MAX_HEADS, -INFINITY);
     std::fill_n(heads.total, MAX_HEADS, 0.0f);
+    if (pass.packing) begin_packed(heads, pass);
 }
 
 template <class T>
@@ -261,7 +188,8 @@ TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
     }
 }
 
-template <class T>
+// T: the elements of queries and of the answer.
+template <class T, class K>
 TARGET void attend(Attention &job) {
     const int64_t dim = job.head_dim, group = job.group();
     Pass pass = {};
@@ -270,15 +198,18 @@ TARGET void attend(Attention &job) {
     pass.scale = job.scale;
     std::vector<float> scores(BLOCK_TOKENS * MAX_HEADS + LANES);
     pass.scores = scores.data();
+    std::optional<Packing> packing;
+    if constexpr (bits_of<K> != 0) pass.packing = &packing.emplace(job);
+    const int64_t sum_width = packing ? packing->width() : pass.padded;
     std::vector<Heads> parts((group + MAX_HEADS - 1) / MAX_HEADS);
     for (size_t n = 0; n < parts.size(); ++n) {
         parts[n].count = (int)std::min<int64_t>(MAX_HEADS, group - (int64_t)n * MAX_HEADS);
         parts[n].q.resize(MAX_HEADS * pass.padded);
-        parts[n].sum.resize(MAX_HEADS * pass.padded);
+        parts[n].sum.resize(MAX_HEADS * sum_width);
         parts[n].q_bf16.resize(MAX_HEADS * pass.padded);
     }
 
-    Blocks blocks(job, dim * (int64_t)sizeof(T));
+    Blocks blocks(job, job.head_bytes);
     Block block, next;
     for (bool more = blocks.next(block); more; block = next) {
         more = blocks.next(next);
@@ -287,10 +218,10 @@ TARGET void attend(Attention &job) {
             const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
             if (block.first) begin_task(parts[n], (const T *)job.q + head * dim, pass);
             // The first heads prefetch for all.
-            attend_heads<T>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
+            attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
             if (!block.last) continue;
             for (int h = 0; h < parts[n].count; ++h) {
-                const float *sum = &parts[n].sum[h * pass.padded];
+                const float *sum = packing ? unpacked(parts[n], pass, h) : &parts[n].sum[h * pass.padded];
                 if (job.splits == 1) {
                     write((T *)job.out + (head + h) * dim, sum, 1.0f / parts[n].total[h], dim);
                     continue;
@@ -330,10 +261,17 @@ TARGET void merge(const Attention &job) {
     }
 }
 
+template <class T>
+void attend_type(Attention &job) {
+    if (job.bits == 4) return attend<T, Codes<4>>(job);
+    if (job.bits == 8) return attend<T, Codes<8>>(job);
+    attend<T, T>(job);
+}
+
 void attend_any(Attention &job) {
-    if (job.type == Type::float32) return attend<float>(job);
-    if (job.type == Type::bfloat16) return attend<Bf16>(job);
-    attend<Half>(job);
+    if (job.type == Type::float32) return attend_type<float>(job);
+    if (job.type == Type::bfloat16) return attend_type<Bf16>(job);
+    attend_type<Half>(job);
 }
 
 void merge_any(const Attention &job) {

@@ -13,8 +13,6 @@ INLINE float scalar(const Bf16 *x) {
 }
 INLINE float scalar(const Half *x) { return from_half_scalar(x->bits); }
 
-INLINE Vec to_float(Words q) { return __builtin_convertvector((Ints)q, Vec); }
-
 template <class T, class S, int BITS>
 TARGET void dequantise(const Groupwise &job, int64_t begin, int64_t end) {
     const int64_t group = job.group, octets = group * BITS / 8;
@@ -23,7 +21,8 @@ TARGET void dequantise(const Groupwise &job, int64_t begin, int64_t end) {
         const Vec minimum = splat(scalar((const S *)job.minimums + g));
         const uint8_t *packed = job.packed + g * octets;
         T *x = (T *)job.x + g * group;
-        for (int64_t i = 0; i < octets; i += LANES) {
+        for (int64_t n = 0; n < octets; n += LANES) {
+            const int64_t i = std::min(n, octets - LANES);  // the last vector ends with the group
             const Words q = load_octets(packed + i);
             if (BITS == 8) {
                 store(x + i, fma(to_float(q), scale, minimum));
@@ -52,7 +51,8 @@ TARGET void quantise(const Groupwise &job, int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
         const T *x = (const T *)job.x + g * group;
         Vec low = load(x), high = low;
-        for (int64_t i = LANES; i < group; i += LANES) {
+        for (int64_t n = LANES; n < group; n += LANES) {
+            const int64_t i = std::min(n, group - LANES);
             low = smaller(load(x + i), low);
             high = larger(load(x + i), high);
         }
@@ -69,7 +69,8 @@ TARGET void quantise(const Groupwise &job, int64_t begin, int64_t end) {
             continue;
         }
         const Vec shift = splat(8388608.0f), last = splat((float)levels);  // 2^23: its last bits count units
-        for (int64_t i = 0; i < octets; i += LANES) {
+        for (int64_t n = 0; n < octets; n += LANES) {
+            const int64_t i = std::min(n, octets - LANES);
             Words codes = {};
             for (int part = 0; part < 8 / BITS; ++part) {
                 const Vec steps = (load(x + part * octets + i) - minimum) / scale;

@@ -20,7 +20,7 @@ struct Half {
 enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 struct Page {
-    const void *k, *v;  // each (rows, kv_heads, tokens, head_dim)
+    const void *k, *v;  // each (rows, kv_heads, tokens), head_bytes for each
     int64_t begin, tokens;  // position of its first token, and its capacity
 };
 
@@ -31,6 +31,9 @@ struct Attention {
     const void *q;  // (rows, heads, head_dim), as is out
     void *out;
     int64_t rows, heads, kv_heads, head_dim, length;
+    int bits;  // of the codes in the pages (packed.h); 0 where they hold elements of `type`
+    int64_t code_group;  // elements that share a scale
+    int64_t head_bytes;  // of one head's key, or value, of one token
     const int64_t *starts;  // (rows,) or null
     std::vector<Page> pages;
     float scale;

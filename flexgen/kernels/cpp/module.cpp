@@ -48,7 +48,7 @@ bool without_gil(const Work &work) {
 }
 
 void attend(Attention &job, int threads) {
-    const int64_t token_bytes = 2 * job.head_dim * element_bytes(job.type);
+    const int64_t token_bytes = 2 * job.head_bytes;
     threads = useful_threads(threads, job.items() * job.length * token_bytes);
     job.split_tokens = job.length;
     if (threads > 1 && job.items() < 4 * threads) {
@@ -82,10 +82,10 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     long long q, out, starts;
     PyObject *keys, *values, *tokens;
     Attention job;
-    long long rows, heads, kv_heads, head_dim, length;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)O!O!O!LLfi", &type, &q, &out, &rows, &heads, &kv_heads, &head_dim,
-                          &PyList_Type, &keys, &PyList_Type, &values, &PyList_Type, &tokens, &length, &starts,
-                          &job.scale, &threads))
+    long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
+    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LLfi", &type, &q, &out, &rows, &heads, &kv_heads,
+                          &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
+                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &threads))
         return nullptr;
     std::vector<int64_t> k, v, n;
     if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
@@ -97,6 +97,8 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.kv_heads = kv_heads;
     job.head_dim = head_dim;
     job.length = length;
+    job.code_group = code_group;
+    job.head_bytes = head_bytes;
     job.starts = (const int64_t *)starts;
     int64_t total = 0;
     for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {

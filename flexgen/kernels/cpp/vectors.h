@@ -36,6 +36,9 @@ INLINE Vec load(const Bf16 *from) {
 }
 INLINE Vec load(const Half *from) { return from_half(raw<Shorts>(from)); }
 
+// From words below 2^31.
+INLINE Vec to_float(Words x) { return __builtin_convertvector((Ints)x, Vec); }
+
 INLINE void store(float *to, Vec x) { memcpy(to, &x, sizeof x); }
 INLINE void store(Bf16 *to, Vec x) {
     Words bits = (Words)x;

@@ -1,0 +1,99 @@
+// What decode attention reads and keeps, whatever the pages hold: blocks of tokens, query heads, one pass.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+namespace VARIANT {
+namespace attention {
+
+constexpr int MAX_HEADS = LANES < 8 ? LANES : 8;
+constexpr int64_t BLOCK_BYTES = 8192;  // of K: K and V of two blocks fit the first-level cache
+constexpr int64_t BLOCK_TOKENS = 128;  // at most
+constexpr int64_t QUERY_PADDING = 2 * LANES;  // queries and sums are padded with zeros to a multiple of this
+
+struct Block {
+    int64_t task, item, tokens;
+    const char *k, *v;
+    bool first, last;  // of its task
+};
+
+// The blocks of the tasks that this thread claims, in the order in which they are read.
+class Blocks {
+public:
+    Blocks(Attention &job, int64_t token_bytes) : job_(job), token_bytes_(token_bytes) {
+        const int64_t tokens = BLOCK_BYTES / token_bytes / LANES * LANES;
+        block_tokens_ = std::min(BLOCK_TOKENS, std::max<int64_t>(LANES, tokens));
+    }
+
+    bool next(Block &block) {
+        const bool first = token_ >= end_;
+        if (first && !claim()) return false;
+        while (job_.pages[page_].begin + job_.pages[page_].tokens <= token_) ++page_;
+        const Page &page = job_.pages[page_];
+        const int64_t within = token_ - page.begin, offset = (item_ * page.tokens + within) * token_bytes_;
+        block.task = task_;
+        block.item = item_;
+        block.tokens = std::min({block_tokens_, end_ - token_, page.tokens - within});
+        block.k = (const char *)page.k + offset;
+        block.v = (const char *)page.v + offset;
+        token_ += block.tokens;
+        block.first = first;
+        block.last = token_ == end_;
+        return true;
+    }
+
+private:
+    bool claim() {  // the next task with a token that is no padding
+        do {
+            task_ = job_.claimed.fetch_add(1, std::memory_order_relaxed);
+            if (task_ >= job_.tasks()) return false;
+            item_ = task_ / job_.splits;
+            const int64_t begin = task_ % job_.splits * job_.split_tokens;
+            end_ = std::min(begin + job_.split_tokens, job_.length);
+            token_ = std::max(begin, job_.start(item_));
+        } while (token_ >= end_);
+        page_ = 0;
+        return true;
+    }
+
+    Attention &job_;
+    int64_t token_bytes_, block_tokens_;
+    int64_t task_ = 0, item_ = 0, token_ = 0, end_ = 0;
+    size_t page_ = 0;
+};
+
+// Query heads of one item that go through the softmax together: HEADS, a power of two, of which `count` exist.
+// The others have zero queries.
+struct Heads {
+    int count;
+    std::vector<float> q, sum;  // (HEADS, padded)
+    std::vector<Bf16> q_bf16;
+    // For packed pages, where `sum` is in the order of the operands:
+    std::vector<float> operands, ordered;  // (HEADS, width), (head_dim,)
+    std::vector<float> query_sums, offsets;  // (groups, MAX_HEADS): what minimums are multiplied by, and add
+    float maximum[MAX_HEADS], total[MAX_HEADS];
+
+    const float *queries(float) const { return q.data(); }
+    const Bf16 *queries(Bf16) const { return q_bf16.data(); }
+};
+
+struct Packing;
+
+// One block and one set of heads.
+struct Pass {
+    const char *ahead;  // to be prefetched while this block's K, or V, is read; null for nothing
+    int64_t dim, padded, tokens;
+    float scale;
+    float *scores;  // (tokens, HEADS), with room for LANES more
+    Packing *packing;  // of packed pages, null for plain ones
+};
+
+INLINE void prefetch(const char *ahead, int64_t begin, int64_t end) {
+    if (!ahead) return;
+    for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(ahead + at);
+}
+
+}  // namespace attention
+}  // namespace VARIANT
