@@ -4,7 +4,8 @@
 
 Attention is counted in bytes of valid keys and values, dequantisation in bytes of output. The read bandwidth
 is measured between the cases, over the same memory with as many threads: the better of a plain compiled loop
-and torch.sum. The versions in torch are measured beside the compiled ones.
+and torch.sum. The versions in torch are measured beside the compiled ones. Encoded caches are counted in the
+bytes that they take, and in tokens against a bfloat16 cache of the same size that is measured beside them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 from flexgen.kernels import groupwise
 from flexgen.kernels.attention import attend_in_torch, attend_natively
 from flexgen.kernels.groupwise import quantise
+from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.loading import native, native_available
+from flexgen.quant import CODECS, head_format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE_BYTES = 256 << 20  # keys and values of one case, far more than a cache holds
@@ -41,20 +44,21 @@ LAYOUTS = {
 
 class Case(NamedTuple):
     nbytes: int
-    arguments: tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, float]
+    arguments: tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, float, HeadFormat]
 
 
-def case(memory: Tensor, dtype: torch.dtype, group: int, dim: int, layout: str) -> Case:
-    """A cache in one page that fills `memory`."""
+def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, layout: str) -> Case:
+    """A cache in one page that fills `memory`, which holds heads of this codec, type and size."""
     length, capacity, padding = LAYOUTS[layout]
-    row_bytes = KV_HEADS * capacity * dim * dtype.itemsize
+    form = head_format(codec, dim, dtype)
+    row_bytes = KV_HEADS * capacity * form.nbytes
     rows = memory.nbytes // (2 * row_bytes)
-    both = memory[: 2 * rows * row_bytes].view(dtype).view(2, rows, KV_HEADS, capacity, dim)
+    both = memory[: 2 * rows * row_bytes].view(form.dtype).view(2, rows, KV_HEADS, capacity, form.width)
     starts = torch.arange(rows) % 2 * int(length * padding) if padding else None
     tokens = rows * length - (int(starts.sum()) if starts is not None else 0)
     q = torch.randn(rows, KV_HEADS * group, 1, dim).to(dtype)
-    nbytes = 2 * tokens * KV_HEADS * dim * dtype.itemsize
-    return Case(nbytes, (q, [(both[0], both[1])], length, starts, dim**-0.5))
+    nbytes = 2 * tokens * KV_HEADS * form.nbytes
+    return Case(nbytes, (q, [(both[0], both[1])], length, starts, dim**-0.5, form))
 
 
 def rate(nbytes: int, call: Callable[[], object]) -> dict[str, float]:
@@ -79,7 +83,7 @@ def median(figures: dict[str, Any]) -> float:
 
 def attention(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any]]:
     for name, group, dim in itertools.product(DTYPES, (1, 4, 8), (64, 80, 128)):
-        cases = {layout: case(memory[name], DTYPES[name], group, dim, layout) for layout in LAYOUTS}
+        cases = {layout: case(memory[name], "none", DTYPES[name], group, dim, layout) for layout in LAYOUTS}
         calls = read_cases(memory[name])
         for layout, (nbytes, arguments) in cases.items():
             calls[f"{layout}, compiled"] = partial(rate, nbytes, partial(attend_natively, *arguments))
@@ -92,6 +96,34 @@ def attention(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any
                 **{"cache": name, "group": group, "head_dim": dim, "tokens": layout},
                 **{"compiled": compiled, "torch": plain, "read": read, "share": compiled / read},
             }
+
+
+def encoded_heads(form: HeadFormat) -> Tensor:
+    """CACHE_BYTES of encoded heads."""
+    some = form.encode(torch.randn(1, 1, 4096, form.head_dim)).flatten()
+    return some.repeat(-(-CACHE_BYTES // some.nbytes))[: CACHE_BYTES // 1024 * 1024]
+
+
+def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
+    bf16 = DTYPES["bf16"]
+    for codec, dim in itertools.product(CODECS, (64, 80, 128)):
+        form = head_format(codec, dim, bf16)
+        memory, times = encoded_heads(form), dim * bf16.itemsize / form.nbytes
+        for group in (1, 4, 8):
+            calls = read_cases(memory)
+            for layout in LAYOUTS:
+                for name, kept, of in ((codec, memory, codec), ("bf16", plain, "none")):
+                    nbytes, arguments = case(kept, of, bf16, group, dim, layout)
+                    calls[f"{layout}, {name}"] = partial(rate, nbytes, partial(attend_natively, *arguments))
+            figures = interleaved(calls, repeats)
+            read = max(median(figures["read, compiled"]), median(figures["read, torch.sum"]))
+            for layout in LAYOUTS:
+                compiled, plainly = (median(figures[f"{layout}, {name}"]) for name in (codec, "bf16"))
+                yield {
+                    **{"cache": codec, "group": group, "head_dim": dim, "tokens": layout},
+                    **{"compiled": compiled, "read": read, "share": compiled / read},
+                    "tokens/s over bf16": times * compiled / plainly,
+                }
 
 
 def codecs(repeats: int) -> Iterator[dict[str, Any]]:
@@ -144,10 +176,12 @@ def main() -> None:
         for name, dtype in DTYPES.items()
     }
     attended = list(attention(memory, args.repeats))
+    encoded = list(encoded_attention(memory["bf16"], args.repeats))
     packed = list(codecs(args.repeats))
-    figures = {"variant": native.variant(), "load_at_start": load, "attention": attended, "codecs": packed}
+    figures = {"variant": native.variant(), "load_at_start": load}
+    figures |= {"attention": attended, "encoded_attention": encoded, "codecs": packed}
     save("kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures})
-    print(table(attended), table(packed), sep="\n\n")
+    print(table(attended), table(encoded), table(packed), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -82,10 +82,7 @@ class CacheSegment:
 def cache_segments(
     spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, shares_host_memory: bool
 ) -> tuple[CacheSegment, ...]:
-    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows.
-
-    Raises PolicyError where a tier's codec cannot keep heads of the model's size.
-    """
+    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows."""
     segments = []
     for tier, part in policy.cache.rows(rows).items():
         if not part:
@@ -177,14 +174,17 @@ def plan_memory(
     `all_logits`: the head computes every position of the prompt, and the result is kept in host memory.
 
     Where the compute device shares host memory, what a policy puts on the GPU tier takes bytes of the CPU tier.
+    Raises PolicyError where a codec of the cache cannot keep heads of the model's size.
     """
+    spec = layers[0].spec
+    for tier in Tier:  # refused before weights are loaded
+        head_format(policy.cache[tier].codec, spec.head_dim, dtype)
     sizes = slot_sizes(layers, placement, shares_host_memory)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
     needs.append(Need(Tier.GPU, "weights", "slots", slots * sizes.device))
     needs.append(Need(Tier.CPU, "weights", "staging", slots * sizes.staging))
     needs.append(Need(Tier.GPU, "weights", "workspace", sizes.decoded))
     if workload is not None:
-        spec = layers[0].spec
         batches = batch_sizes(policy, workload.num_prompts)
         for rows in batches:
             needs += _cache_homes(layers, spec, policy, rows, workload, dtype, shares_host_memory)

@@ -1,12 +1,12 @@
 """The memory plan is what is really taken, and what does not fit is refused before it is."""
 
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import OPTConfig
 
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError, PolicyError
@@ -105,10 +105,12 @@ def test_encoded_cache_takes_the_bytes_of_its_codec():
         assert segment.workspace_bytes(8) == 0 or codec != "none"
 
 
-def test_heads_that_a_codec_cannot_keep_are_refused():
+def test_heads_that_a_codec_cannot_keep_are_refused_at_once():
+    config = OPTConfig(hidden_size=30, word_embed_proj_dim=30, num_attention_heads=6, num_hidden_layers=1)
     policy = Policy(cache={"cpu": {"percent": 100, "codec": "int4"}})
     with pytest.raises(PolicyError, match="codec 'int4' keeps heads of an even size, this model's have 5"):
-        cache_segments(replace(SPEC, head_dim=5), policy, 1, 8, torch.float16, True)
+        OptLM(config, policy, device="cpu", weights="dummy", progress=False)
+    OptLM(config, policy.replace(cache={"cpu": 100}), device="cpu", weights="dummy", progress=False).close()
 
 
 def test_pages_on_disk_are_about_a_mebibyte():

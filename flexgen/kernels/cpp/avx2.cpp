@@ -28,6 +28,8 @@ INLINE void store_octets(uint8_t *to, Words x) {
     _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(shorts, shorts));
 }
 
+INLINE Vec permute(Vec x, Words lanes) { return _mm256_permutevar8x32_ps(x, (__m256i)lanes); }
+
 // Lane i of the result is the sum over the lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));

@@ -21,6 +21,8 @@ INLINE void store_octets(uint8_t *to, Words x) {
     memcpy(to, &octets, sizeof octets);
 }
 
+INLINE Vec permute(Vec x, Words lanes) { return _mm512_permutexvar_ps((__m512i)lanes, x); }
+
 // Lane i of the result is the sum over the lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     Vec fours[4];

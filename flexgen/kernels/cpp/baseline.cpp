@@ -45,6 +45,8 @@ INLINE void store_octets(uint8_t *to, Words x) {
     for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)x[i];
 }
 
+INLINE Vec permute(Vec x, Words lanes) { return Vec{x[lanes[0]], x[lanes[1]], x[lanes[2]], x[lanes[3]]}; }
+
 // Lane i of the result is the sum over the lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     Vec sum;

@@ -72,7 +72,8 @@ struct Heads {
     std::vector<Bf16> q_bf16;
     // For packed pages, where `sum` is in the order of the operands:
     std::vector<float> operands, ordered;  // (HEADS, width), (head_dim,)
-    std::vector<float> query_sums, offsets;  // (groups, MAX_HEADS): what minimums are multiplied by, and add
+    std::vector<float> query_sums;  // (groups, LANES), as in a vector of scores: what minimums are multiplied by
+    std::vector<float> offsets;  // (groups, MAX_HEADS): what minimums add
     float maximum[MAX_HEADS], total[MAX_HEADS];
 
     const float *queries(float) const { return q.data(); }

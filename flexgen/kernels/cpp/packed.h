@@ -71,9 +71,9 @@ INLINE Vec operand(Words codes, int part) {
 template <int HEADS>
 INLINE Vec spread(const float *from) {
     if constexpr (HEADS == 1) return load(from);
-    Vec x = {};
-    for (int i = 0; i < LANES; ++i) x[i] = from[i / HEADS];
-    return x;
+    Words lanes = {};
+    for (int i = 0; i < LANES; ++i) lanes[i] = (uint32_t)(i / HEADS);
+    return permute(load(from), lanes);
 }
 
 INLINE void read_scales(const char *from, Packing &packing, int64_t tokens) {
@@ -93,15 +93,20 @@ INLINE void read_scales(const char *from, Packing &packing, int64_t tokens) {
 TARGET inline void begin_packed(Heads &heads, const Pass &pass) {
     const Packing &packing = *pass.packing;
     heads.operands.assign(MAX_HEADS * packing.width(), 0.0f);
-    heads.query_sums.assign(MAX_HEADS * packing.groups, 0.0f);
+    heads.query_sums.assign(LANES * packing.groups, 0.0f);
     heads.offsets.assign(MAX_HEADS * packing.groups, 0.0f);
     for (int h = 0; h < heads.count; ++h) {
         for (int64_t i = 0; i < pass.dim; ++i) {
             const float q = heads.q[h * pass.padded + i];
             heads.operands[h * packing.width() + packing.place[i]] = q;
-            heads.query_sums[i / packing.group * MAX_HEADS + h] += q;
+            heads.query_sums[i / packing.group * LANES + h] += q;
         }
     }
+    // As in a vector of scores: by token, then head.
+    const int each = heads.count == 1 ? 1 : heads.count == 2 ? 2 : heads.count <= 4 ? 4 : MAX_HEADS;
+    for (int64_t g = 0; g < packing.groups; ++g)
+        for (int i = each; i < LANES; ++i)
+            heads.query_sums[g * LANES + i] = heads.query_sums[g * LANES + i - each];
 }
 
 template <int BITS, int HEADS>
@@ -133,11 +138,10 @@ INLINE void score_packed(const char *k, Heads &heads, const Pass &pass) {
                     }
                 }
             }
-            float lanes[LANES];
-            for (int i = 0; i < LANES; ++i) lanes[i] = heads.query_sums[g * MAX_HEADS + i % HEADS];
+            const Vec query_sums = load(&heads.query_sums[g * LANES]);
             const int64_t token = g * Packing::STRIDE + begin;
             total = fma(sums(dots), spread<HEADS>(&packing.scales[token]), total);
-            total = fma(load(lanes), spread<HEADS>(&packing.minimums[token]), total);
+            total = fma(query_sums, spread<HEADS>(&packing.minimums[token]), total);
         }
         store(pass.scores + begin * HEADS, total * pass.scale);
     }

@@ -22,6 +22,7 @@ INLINE Shorts to_half(Vec x);
 INLINE float from_half_scalar(uint16_t x);
 INLINE Words load_octets(const uint8_t *from);
 INLINE void store_octets(uint8_t *to, Words x);  // each below 256
+INLINE Vec permute(Vec x, Words lanes);  // lane i of the result is x[lanes[i]]; lanes below LANES
 
 template <class V>
 INLINE V raw(const void *from) {
