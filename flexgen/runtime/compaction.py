@@ -68,7 +68,7 @@ def gather(
     sources: Iterable[tuple[int, CacheSegment, Sequence[Page]]],
     device: ComputeDevice,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values, each (rows, kv_heads, length, head_dim), of every one of the new batch's `segments`.
+    """Keys and values, as they are kept, (rows, kv_heads, length, width), of each of the new batch's `segments`.
 
     They are in the memory of the segment's tier, for disk in host memory. `sources` are the parts of the old
     batches, their pages in memory; a part may be gone when the next one is asked for. Columns that a row did not
@@ -88,7 +88,8 @@ def gather(
             for column, *parts in pick(pages, rows, first, moved.lengths[batch]):
                 for target, part in zip(both, parts, strict=True):
                     begin = column + shift
-                    carry(target[places[0] : places[-1] + 1, :, begin : begin + part.shape[2]], part)
+                    kept = _recoded(part, old, segment)
+                    carry(target[places[0] : places[-1] + 1, :, begin : begin + kept.shape[2]], kept)
     return held
 
 
@@ -97,10 +98,17 @@ def _on_device(segment: CacheSegment, device: ComputeDevice) -> bool:
 
 
 def _zeros(segment: CacheSegment, tokens: int, device: ComputeDevice) -> tuple[Tensor, Tensor]:
-    shape = (2, len(segment.rows), segment.kv_heads, tokens, segment.head_dim)
+    shape = (2, len(segment.rows), segment.kv_heads, tokens, segment.heads.width)
     where = device.torch_device if _on_device(segment, device) else torch.device("cpu")
-    both = torch.zeros(shape, dtype=segment.dtype, device=where)
+    both = torch.zeros(shape, dtype=segment.heads.dtype, device=where)
     return both[0], both[1]
+
+
+def _recoded(kept: Tensor, old: CacheSegment, new: CacheSegment) -> Tensor:
+    """Keys or values as the new segment keeps them; rows that change their codec are decoded and encoded."""
+    if old.heads == new.heads:
+        return kept
+    return new.heads.encode(torch.cat(list(old.heads.decode(kept, kept.shape[2], old.dtype)), dim=2))
 
 
 def _carrier(

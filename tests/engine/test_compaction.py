@@ -108,6 +108,37 @@ def test_many_moves(
         np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
+def test_encoded_caches_move_as_they_are_kept(
+    attend_on: str, device: str, tiny: Any, prompts: Any, mixed: Any, eager: None
+) -> None:
+    model, rows = tiny(NAME), prompts(LENGTHS)
+    stop, found = staggered(model, rows)
+    shares = {tier: {"percent": percent, "codec": "int8"} for tier, percent in SPLITS[3].items()}
+    policy = mixed(cache=shares, gpu_batch_size=5, num_gpu_batches=3, attend_on=attend_on)
+    with OptLM(model.directory, policy, device=device, progress=False) as lm:
+        free, ours = lm.generate(rows, TOKENS, stop=()), lm.generate(rows, TOKENS, stop=stop)
+    width = max(map(len, rows))
+    for row, at in enumerate(ends(free[:, width:], stop)):
+        np.testing.assert_array_equal(ours[row, : width + at], free[row, : width + at])
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_change_their_codec_with_their_tier(
+    device: str, tiny: Any, prompts: Any, mixed: Any, eager: None
+) -> None:
+    """Rows that move to a tier with another codec are encoded anew: int8 is close enough for the same ids."""
+    model, rows = tiny(NAME), prompts(LENGTHS)
+    stop, _ = staggered(model, rows)
+    shares = {"gpu": 34, "cpu": {"percent": 33, "codec": "int8"}, "disk": 33}
+    policy = mixed(cache=shares, gpu_batch_size=5, num_gpu_batches=3)
+    with OptLM(model.directory, policy, device=device, progress=False) as lm:
+        ours, expected = lm.generate(rows, TOKENS, stop=stop), model.greedy(rows, TOKENS, stop)
+    assert (ours == expected).mean() > 0.9
+
+
 @settings(max_examples=40)
 @given(
     data=st.data(),
