@@ -102,7 +102,7 @@ def test_many_moves(
     """Two blocks, so that a cache that has been regrouped serves other prompts again."""
     model, rows = tiny(NAME), prompts(LENGTHS * 2)
     stop, _ = staggered(model, rows)
-    policy = mixed(cache=split, activations=split, gpu_batch_size=5, num_gpu_batches=3, attend_on=attend_on)
+    policy = mixed(cache=split, activations=split, gpu_batch_size=4, num_gpu_batches=3, attend_on=attend_on)
     with OptLM(model.directory, policy, device=device, progress=False) as lm:
         expected = model.greedy(rows, TOKENS, stop)
         np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)

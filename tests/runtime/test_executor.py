@@ -16,7 +16,7 @@ from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.transfer import Stage
 from flexgen.runtime import executor
 from flexgen.runtime.executor import execute
-from flexgen.schedule import ORDERS, Grid, Op, Step, all_steps, needs
+from flexgen.schedule import ORDERS, Grid, Op, Step, all_steps, check, needs
 from flexgen.trace import LaneName
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch"]
@@ -330,6 +330,23 @@ def test_an_interrupt_while_the_caller_waits(name):
             run(name, grid, work, lanes)
         assert work.running == 0 and after == [], "what had not begun is dropped"
         assert_usable(name, grid, lanes)
+
+
+# Ending early
+
+
+def test_a_run_ends_when_all_of_its_last_token_has_been_issued():
+    """The cache of that token is gone on with, so an order that stores it late must not lose it."""
+    grid = Grid(3, layers=3, batches=1)
+    late, head = Step(Op.STORE_CACHE, 0, 2, 0), Step(Op.COMPUTE, 1, 0, 0)
+    steps = [step for step in ORDERS["overlap_single_batch"](grid) if step != late]
+    steps.insert(steps.index(head) + 1, late)
+    check(steps, grid)
+    work = Logged(grid, stop_after=0, hooks={late: lambda: None})
+    with closing(make_lanes({})) as lanes:
+        execute(iter(steps), grid, work, lanes)
+    assert work.asked == [0] and work.complete(late)
+    assert not work.complete(Step(Op.COMPUTE, 2, 0, 0))
 
 
 # Memory

@@ -17,6 +17,7 @@ from flexgen.memory.plan import cache_segments
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
+from flexgen.runtime.compaction import Moved
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding, Span, put
 
@@ -226,6 +227,49 @@ def test_a_second_block_finds_nothing_of_the_first(
                 kept[key] = kept[key][:, :, :0]
         history.prompt = 3  # shorter than what the buffers were made for
         history.check(6)
+        history.cache.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("dropped", [0, 2], ids=["same columns", "fewer columns"])
+@pytest.mark.parametrize("cache", [{str(tier): 100} for tier in Tier] + [{"gpu": 34, "cpu": 33, "disk": 33}])
+def test_rows_move_together_and_go_on(
+    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any, spec: Any, page_tokens: Any
+) -> None:
+    """Rows of three batches become two batches; `dropped` columns are padding of all rows that go on."""
+    page_tokens(4)
+    policy = Policy(cache=cache)
+    with machine(device) as m:
+        history = History(m, run, spec, policy, [3, 3, 3], 7, 9, 2, [dropped])
+        history.check(4)
+        length, new = 11, 11 - dropped
+        groups = [[(0, 1), (1, 0), (1, 2)], [(2, 0)]]
+        moved = [Moved(tuple(rows), (length,) * 3, new, None) for rows in groups]
+        used = m.host.used, m.device.memory.used, m.disk.used
+        history.cache.regroup(moved, policy.cache)
+        assert (m.host.used, m.device.memory.used, m.disk.used) == used, "moving takes no second cache"
+        for kept in (history.keys, history.values):
+            before = dict(kept)
+            kept.clear()
+            for layer in LAYERS:
+                for batch, rows in enumerate(groups):
+                    picked = [before[layer, source][row, :, dropped:] for source, row in rows]
+                    kept[layer, batch] = torch.stack(picked)
+        history.batches = [3, 1]
+        history.padding = [Padding((0,) * n, torch.zeros(n), torch.zeros(n)) for n in history.batches]
+        for parts in history.cache._parts.values():
+            for part in parts:  # as in a new cache: kernels in torch multiply what is not filled
+                pages = part.pages or part.tail_page
+                filled = new % 4 if part.tail_page else new
+                beyond = torch.cat([page[0] for page in pages], dim=2)[:, :, filled:]
+                assert beyond.numel() and not beyond.any()
+        for token in range(length - dropped, 16 - dropped):
+            history.step(Span(token, 1), 1e-5)
+        history.cache.reset()
+        history.__dict__.update(batches=[3, 3, 3], padding=history.padding[:1] * 3)
+        for kept in (history.keys, history.values):
+            kept.update({(j, n): torch.empty(3, 2, 0, HEAD_DIM) for j in LAYERS for n in range(3)})
+        history.check(9)
         history.cache.close()
 
 
