@@ -23,7 +23,7 @@ from flexgen.errors import FlexGenError
 from flexgen.memory.plan import batch_sizes
 from flexgen.policy import Policy, Split, Tier
 from flexgen.report import Report
-from flexgen.schedule import ORDERS, order_for
+from flexgen.schedule import ORDERS
 
 _DEMO_GEN_LEN = 24
 _DEMO_PROMPTS = 1024
@@ -135,7 +135,7 @@ def make_report(
         policy=model.policy,
         device=model.device,
         dtype=str(model.dtype).removeprefix("torch."),
-        order=args.order or order_for(model.policy.overlap, len(batches)),
+        order=stats.order,
         prompt_len=job.prompt_len,
         gen_len=job.gen_len,
         num_prompts=len(job.prompts),

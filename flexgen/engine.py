@@ -22,11 +22,11 @@ from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.homes import Homes
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, plan_memory
+from flexgen.memory.plan import MemoryPlan, batch_sizes, host_attends, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
-from flexgen.runtime.call import Call, Model, Timing
+from flexgen.runtime.call import Call, Model, Timing, choose_order
 from flexgen.runtime.request import (
     IdRows,
     Request,
@@ -39,25 +39,28 @@ from flexgen.runtime.request import (
 )
 from flexgen.runtime.sampler import check_sampling, sample
 from flexgen.runtime.tokens import AllLogits, NewTokens
-from flexgen.schedule import ORDERS, order_for
+from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
 _FEWER_TOKENS = 4
 _TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ)
-"""Those whose work needs nothing that another lane made: it can be run alone, on whatever lies in the buffers."""
+"""Those whose work needs nothing that another lane made: it can be run alone, on whatever lies in the buffers.
+So can the host's, where it attends."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last call took: times and events, tokens, and bytes by tier, planned and measured.
+    """What the last call took: times and events, the order of a full block, tokens, and bytes by tier, planned
+    and measured.
 
     `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
     """
 
     timing: Timing
+    order: str
     plan: MemoryPlan
     peak_bytes: dict[Tier, int]
     num_prompts: int
@@ -105,8 +108,6 @@ class OptLM:
             raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
         self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
         self.spec, checkpoint = open_model(model, weights)
-        named = order or order_for(self.policy.overlap, self.policy.num_gpu_batches)
-        self._slots = ORDERS[named].slots
         self.tokenizer_dir = checkpoint.directory
         self._layers = build_layers(self.spec, sep_layer=self.policy.sep_layer)
         checkpoint.verify(self._layers)
@@ -116,18 +117,23 @@ class OptLM:
             machine = Machine.open(device, offload_dir, pin=self.policy.pin_weight)
             stack.callback(machine.close)
             self._machine = machine
+            # A block with fewer batches may run in another order; the slots of a full one are enough for all.
+            self._slots = choose_order(order, self.policy, machine, self.policy.num_gpu_batches).slots
             self.dtype = _dtype(dtype, self.spec.dtype, machine.device)
             self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
             self._resident_before = reset_peak_resident_bytes()
             plan = self._planned(None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
-            slots = WeightSlots(self._layers, homes, plan.weight_slots, self.placement, machine, self._slots)
+            count, decoded = self._slots.weights, self._slots.decoded
+            weight_slots = WeightSlots(
+                self._layers, homes, plan.weight_slots, self.placement, machine, count, decoded
+            )
             machine.device.settle()
             lanes = machine.device.make_lanes()
             stack.callback(lanes.close)
             self._model: Model | None = Model(
-                self._layers, self.dtype, self.policy, machine, slots, lanes, order
+                self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order
             )
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
             self._finalizer = weakref.finalize(self, stack.pop_all().close)
@@ -261,6 +267,8 @@ class OptLM:
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         self._planned(workload)
         seconds: dict[LaneName, float] = {}
+        attends = host_attends(self.policy, self._machine.device.shares_host_memory)
+        lanes = (*_TIMED_LANES, LaneName.HOST) if attends else _TIMED_LANES
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
             timed: dict[tuple[int, ...], dict[LaneName, float]] = {}
             for rows in request.blocks(self.policy.block_size):
@@ -271,7 +279,7 @@ class OptLM:
                     if self._uses_disk():  # what was never written is read without touching the disk
                         call.run(prompts, 1, output)
                     timed[lengths] = {
-                        lane: call.time_lane(lane, prompts, max_new_tokens, output) for lane in _TIMED_LANES
+                        lane: call.time_lane(lane, prompts, max_new_tokens, output) for lane in lanes
                     }
                 for lane, alone in timed[lengths].items():
                     seconds[lane] = seconds.get(lane, 0.0) + alone
@@ -313,8 +321,10 @@ class OptLM:
             Tier.DISK: on_disk,
         }
         prompt_tokens = sum(map(len, request.prompts))
-        computed = call.positions_computed
-        return Stats(call.timing, plan, peak, len(request.prompts), prompt_tokens, new_tokens, computed)
+        batches = len(batch_sizes(self.policy, len(request.prompts)))
+        order = self._opened().order_of(batches).name
+        prompts, computed = len(request.prompts), call.positions_computed
+        return Stats(call.timing, order, plan, peak, prompts, prompt_tokens, new_tokens, computed)
 
 
 def _best(logits: Tensor) -> Tensor:

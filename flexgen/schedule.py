@@ -11,7 +11,8 @@ To add an order, write one generator and decorate it with `@order()`:
     @order()
     def my_order(grid): ...
 
-It can then be asked for by name (`OptLM(..., order="my_order")`, `--order my_order`).
+It can then be asked for by name (`OptLM(..., order="my_order")`, `--order my_order`). How many buffers it
+wants, and whether it takes the layers that attend apart, are arguments of the decorator.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Op(Enum):
     LOAD_WEIGHTS = auto()  # one piece of a layer's weights, from their home into a slot
     LOAD_CACHE = auto()  # the KV cache of earlier tokens, to where it is attended
     LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
-    COMPUTE = auto()
+    PROJECT = auto()  # queries, keys and values; those of rows that the host attends leave the device
+    ATTEND = auto()  # attention: the host's rows on the host, the device's on the device
+    LOAD_ATTENDED = auto()  # what the host has attended, to the device
+    COMPUTE = auto()  # the layer, or what the three steps before it have left of it
     STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
     STORE_CACHE = auto()  # keys and values of the new tokens, to their home
 
@@ -59,7 +63,8 @@ class Grid:
 
     `weight_pieces`: a layer's weights travel in that many pieces, so that a long transfer does not hold
     up the short ones that queue behind it. `weight_slots` and `cell_slots`: how many layers' weights, and
-    how many cells' inputs and outputs, may be on their way at once.
+    how many cells' inputs and outputs, may be on their way at once. `splits_attention`: a cell has the steps
+    PROJECT, ATTEND and LOAD_ATTENDED, for whose sake the host attends beside the computation.
     """
 
     tokens: int
@@ -68,9 +73,10 @@ class Grid:
     weight_pieces: int = 1
     weight_slots: int = 2
     cell_slots: int = 2
+    splits_attention: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
+        for name in self.__dataclass_fields__.keys() - {"splits_attention"}:
             if getattr(self, name) < 1:
                 raise ScheduleError(f"a grid needs {name} >= 1, not {getattr(self, name)}")
 
@@ -80,13 +86,23 @@ class Grid:
             Cell(i, j, k) for i in range(self.tokens) for j in range(self.layers) for k in range(self.batches)
         )
 
-    def cell_after(self, cell: Cell, distance: int) -> Cell | None:
-        """The cell `distance` places later (earlier if negative) in that sequence, or None outside."""
-        n = (cell.token * self.layers + cell.layer) * self.batches + cell.batch + distance
+    @property
+    def computing(self) -> tuple[Op, ...]:
+        """The steps that compute a cell, in order."""
+        if self.splits_attention:
+            return Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE
+        return (Op.COMPUTE,)
+
+    def cell(self, n: int) -> Cell | None:
+        """Cell number `n` of that sequence, or None outside the grid."""
         if not 0 <= n < self.tokens * self.layers * self.batches:
             return None
         visit, batch = divmod(n, self.batches)
         return Cell(*divmod(visit, self.layers), batch)
+
+    def cell_after(self, cell: Cell, distance: int) -> Cell | None:
+        """The cell `distance` places later (earlier if negative) in that sequence, or None outside."""
+        return self.cell((cell.token * self.layers + cell.layer) * self.batches + cell.batch + distance)
 
     def visit(self, token: int, layer: int, distance: int = 0) -> tuple[int, int] | None:
         """(token, layer) of the layer visit `distance` visits later, or None outside the grid."""
@@ -103,6 +119,10 @@ class Grid:
         """The pieces of the next layer's weights to issue beside `batch`: spread evenly, earliest first."""
         first, last = (-(-k * self.weight_pieces // self.batches) for k in (batch, batch + 1))
         return range(first, last)
+
+
+_LOADS = Op.LOAD_CACHE, Op.LOAD_HIDDEN
+_STORES = Op.STORE_HIDDEN, Op.STORE_CACHE
 
 
 def needs(step: Step, grid: Grid) -> list[Step]:
@@ -123,9 +143,22 @@ def needs(step: Step, grid: Grid) -> list[Step]:
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):
                 needed.append(Step(Op.COMPUTE, *old))
             return needed
-        case Op.COMPUTE:
+        case Op.PROJECT:
             needed = [Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces)]
-            needed += [Step(Op.LOAD_CACHE, i, j, k), Step(Op.LOAD_HIDDEN, i, j, k)]
+            needed.append(Step(Op.LOAD_HIDDEN, i, j, k))
+            if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # what passes from half to half
+                needed.append(Step(Op.COMPUTE, *old))
+            return needed
+        case Op.ATTEND:
+            return [Step(Op.PROJECT, i, j, k), Step(Op.LOAD_CACHE, i, j, k)]
+        case Op.LOAD_ATTENDED:
+            return [Step(Op.ATTEND, i, j, k)]
+        case Op.COMPUTE:
+            if grid.splits_attention:  # its input and weights were there before PROJECT
+                needed = [Step(Op.LOAD_ATTENDED, i, j, k)]
+            else:
+                needed = [Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces)]
+                needed += [Step(Op.LOAD_CACHE, i, j, k), Step(Op.LOAD_HIDDEN, i, j, k)]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
                 needed += [Step(Op.STORE_HIDDEN, *old), Step(Op.STORE_CACHE, *old)]
             return needed
@@ -138,7 +171,7 @@ def all_steps(grid: Grid) -> Iterator[Step]:
     for i, j, k in grid.cells():
         if k == 0:
             yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
-        yield from (Step(op, i, j, k) for op in Op if op is not Op.LOAD_WEIGHTS)
+        yield from (Step(op, i, j, k) for op in (*_LOADS, *grid.computing, *_STORES))
 
 
 def check(steps: Iterable[Step], grid: Grid) -> None:
@@ -162,16 +195,28 @@ def check(steps: Iterable[Step], grid: Grid) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
-    """A generator of the steps of a grid, and the slots of each kind that its grid is to have.
+class Slots:
+    """How many buffers of each kind are kept: of whole layers' weights, of cells' inputs and outputs, and of
+    layers' decoded weights, as many as there are layers that are computed by turns.
 
     With one slot nothing can be fetched before what it replaces has been used, so an order that wants no
     overlap asks for one: lanes run ahead of the computation as far as the slots let them.
     """
 
+    weights: int = 2
+    cells: int = 2
+    decoded: int = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """A generator of the steps of a grid, the slots that its grid is to have, and whether its cells are to
+    attend in steps of their own."""
+
     name: str
     generate: Callable[[Grid], Iterator[Step]]
-    slots: int
+    slots: Slots
+    splits_attention: bool
 
     def __call__(self, grid: Grid) -> Iterator[Step]:
         return self.generate(grid)
@@ -180,25 +225,26 @@ class Order:
 ORDERS: dict[str, Order] = {}
 
 
-def order(*, slots: int = 2) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
+def order(
+    *, slots: Slots = Slots(), splits_attention: bool = False
+) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
     """Register a generator as an order under its own name."""
 
     def register(generate: Callable[[Grid], Iterator[Step]]) -> Order:
-        made = Order(generate.__name__, generate, slots)
+        made = Order(generate.__name__, generate, slots, splits_attention)
         ORDERS[made.name] = made
         return made
 
     return register
 
 
-@order(slots=1)
+@order(slots=Slots(weights=1, cells=1))
 def normal(grid: Grid) -> Iterator[Step]:
     """No overlap: everything a cell needs is fetched right before it computes."""
     for i, j, k in grid.cells():
         if k == 0:
             yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
-        for op in (Op.LOAD_CACHE, Op.LOAD_HIDDEN, Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE):
-            yield Step(op, i, j, k)
+        yield from (Step(op, i, j, k) for op in (*_LOADS, *grid.computing, *_STORES))
 
 
 @order()
@@ -219,7 +265,7 @@ def overlap_single_batch(grid: Grid) -> Iterator[Step]:
         early = following is not None and following[1:] != cell[1:]
         if following and early:
             yield Step(Op.LOAD_CACHE, *following)
-        yield from (Step(op, i, j, k) for op in (Op.LOAD_HIDDEN, Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE))
+        yield from (Step(op, i, j, k) for op in (Op.LOAD_HIDDEN, *grid.computing, *_STORES))
         if following and not early:
             yield Step(Op.LOAD_CACHE, *following)
 
@@ -241,11 +287,55 @@ def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
         if following := grid.cell_after(cell, 1):
             yield Step(Op.LOAD_CACHE, *following)
             yield Step(Op.LOAD_HIDDEN, *following)
-        yield from (Step(op, i, j, k) for op in (Op.COMPUTE, Op.STORE_HIDDEN, Op.STORE_CACHE))
+        yield from (Step(op, i, j, k) for op in (*grid.computing, *_STORES))
 
 
-def order_for(overlap: bool, num_gpu_batches: int) -> str:
-    """The name of the order that a policy asks for."""
+@order(slots=Slots(weights=3, cells=4, decoded=2), splits_attention=True)
+def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
+    """While the host attends to a batch, the device projects the next one and computes what is left of the
+    one before, and the next layer's weights arrive (as in MoE-Lightning, arXiv 2411.11217, section 4.1).
+
+    Wants whole layers (`sep_layer = false`): beside an MLP that is a unit of its own nothing is attended.
+    """
+    if grid.batches == 1:  # the next cell's hidden states are this cell's output: nothing to overlap
+        yield from overlap_single_batch(grid)
+        return
+    in_hand = min(grid.batches, grid.cell_slots)
+    # COMPUTE is issued right after its answer, or, with cells enough, behind the next PROJECT: then neither
+    # the device nor the host waits while queries and answers cross the link.
+    lag = 2 if in_hand > 3 else 1
+    ahead = 1 if in_hand > lag + 1 else 0  # how far a cell's loads are ahead of it
+    yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
+    yield from (Step(op, *cell) for n in range(ahead) if (cell := grid.cell(n)) for op in _LOADS)
+    beside = 0  # the cell beside which the next weights are issued
+    for n in range(grid.tokens * grid.layers * grid.batches + lag):
+        if following := grid.cell(n + ahead):
+            yield from (Step(op, *following) for op in _LOADS)
+        cell, before, oldest = grid.cell(n), grid.cell(n - 1), grid.cell(n - lag)
+        rest = [Step(op, *oldest) for op in (Op.COMPUTE, *_STORES)] if oldest else []
+        if cell and grid.splits_attention:
+            yield Step(Op.PROJECT, *cell)
+        if lag > 1:
+            yield from rest
+        if cell and grid.splits_attention:
+            yield Step(Op.ATTEND, *cell)
+        if before and grid.splits_attention:
+            yield Step(Op.LOAD_ATTENDED, *before)
+        # Weights come behind the short transfers, and early, so that the first PROJECT of a layer does not wait
+        # for the last of them; but no earlier than the layer whose slot they take has computed every batch.
+        while beside <= n + 1 and (beside // grid.batches + 2 - grid.weight_slots) * grid.batches + lag <= n:
+            visit, batch = divmod(beside, grid.batches)
+            if next_visit := grid.visit(0, 0, visit + 1):
+                yield from (Step(Op.LOAD_WEIGHTS, *next_visit, piece) for piece in grid.pieces_beside(batch))
+            beside += 1
+        if lag == 1:
+            yield from rest
+
+
+def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:
+    """The name of the order that a policy asks for. `host_attends`: to rows of a device with its own memory."""
     if not overlap:
         return "normal"
-    return "overlap_single_batch" if num_gpu_batches == 1 else "overlap_multi_batch"
+    if num_gpu_batches == 1:
+        return "overlap_single_batch"
+    return "overlap_cpu_attention" if host_attends else "overlap_multi_batch"

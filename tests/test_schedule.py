@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import ScheduleError
-from flexgen.schedule import ORDERS, Cell, Grid, Op, Step, all_steps, check, needs, order, order_for
+from flexgen.schedule import ORDERS, Cell, Grid, Op, Slots, Step, all_steps, check, needs, order, order_for
 
-SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch"]
+SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention"]
 OVERLAP = SHIPPED[1:]
 
 grids = st.builds(
@@ -20,6 +20,7 @@ grids = st.builds(
     weight_pieces=st.integers(1, 7),
     weight_slots=st.integers(2, 5),
     cell_slots=st.integers(2, 5),
+    splits_attention=st.booleans(),
 )
 
 
@@ -27,15 +28,15 @@ def W(i, j, piece=0):
     return Step(Op.LOAD_WEIGHTS, i, j, piece)
 
 
-def test_the_three_orders_are_registered():
+def test_the_orders_are_registered():
     assert set(SHIPPED) <= set(ORDERS)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_orders_are_legal_on_every_small_grid(name):
-    sizes = itertools.product(*[(1, 2, 3)] * 3, (1, 2, 3, 5), (2, 3), (2, 3))
-    for size in sizes:
-        grid = Grid(*size)
+    shapes = itertools.product((1, 3), (1, 2, 3), (1, 2, 3, 4, 5))
+    for shape, *slots in itertools.product(shapes, (1, 2, 5), (2, 3), (2, 3, 4), (False, True)):
+        grid = Grid(*shape, *slots)
         check(ORDERS[name](grid), grid)
 
 
@@ -44,12 +45,19 @@ def test_orders_are_legal_on_any_grid(grid, name):
     check(ORDERS[name](grid), grid)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_orders_are_legal_with_the_slots_they_ask_for(name):
-    slots = ORDERS[name].slots
-    assert slots == (1 if name == "normal" else 2)
-    for size in itertools.product(*[(1, 2, 3)] * 3, (1, 2, 3)):
-        grid = Grid(*size, weight_slots=slots, cell_slots=slots)
+@pytest.mark.parametrize(
+    ("name", "slots", "splits"),
+    [
+        ("normal", Slots(1, 1), False),
+        ("overlap_single_batch", Slots(2, 2), False),
+        ("overlap_multi_batch", Slots(2, 2), False),
+        ("overlap_cpu_attention", Slots(3, 4, decoded=2), True),
+    ],
+)
+def test_orders_are_legal_with_the_slots_they_ask_for(name, slots, splits):
+    assert (ORDERS[name].slots, ORDERS[name].splits_attention) == (slots, splits)
+    for *shape, pieces in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4, 5, 8), (1, 2, 3)):
+        grid = Grid(*shape, pieces, slots.weights, slots.cells, splits)
         check(ORDERS[name](grid), grid)
 
 
@@ -57,7 +65,11 @@ def test_orders_are_legal_with_the_slots_they_ask_for(name):
 def test_all_steps_names_each_once(grid):
     steps = list(all_steps(grid))
     visits, cells = grid.tokens * grid.layers, grid.tokens * grid.layers * grid.batches
-    assert len(steps) == len(set(steps)) == visits * grid.weight_pieces + cells * (len(Op) - 1)
+    assert (
+        len(steps)
+        == len(set(steps))
+        == visits * grid.weight_pieces + cells * (8 if grid.splits_attention else 5)
+    )
 
 
 @given(grid=grids, name=st.sampled_from(SHIPPED), data=st.data())
@@ -120,13 +132,13 @@ def test_nothing_is_no_complete_order():
 )
 @pytest.mark.parametrize("batches", [1, 2, 3])
 def test_overlap_needs_a_second_slot(name, slots, batches):
-    grid = Grid(tokens=2, layers=3, batches=batches, **slots)
+    grid = Grid(tokens=2, layers=3, batches=batches, splits_attention=ORDERS[name].splits_attention, **slots)
     with pytest.raises(ScheduleError, match="is issued before"):
         check(ORDERS[name](grid), grid)
     check(ORDERS["normal"](grid), grid)
 
 
-@pytest.mark.parametrize("field", list(Grid.__dataclass_fields__))
+@pytest.mark.parametrize("field", [f for f in Grid.__dataclass_fields__ if f != "splits_attention"])
 def test_a_grid_has_at_least_one_of_everything(field):
     sizes = dict(tokens=1, layers=1, batches=1) | {field: 0}
     with pytest.raises(ScheduleError, match=f"{field} >= 1, not 0"):
@@ -170,6 +182,29 @@ def test_needs_of_hand_written_cases(step, expected):
     assert sorted(needs(step, grid), key=str) == sorted((Step(*s) for s in expected), key=str)
 
 
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        # The host is asked as soon as the device has the cell's input, and needs its cache only to answer.
+        (Step(Op.PROJECT, 0, 0, 0), [W(0, 0, 0), W(0, 0, 1), (Op.LOAD_HIDDEN, 0, 0, 0)]),
+        (Step(Op.ATTEND, 1, 1, 0), [(Op.PROJECT, 1, 1, 0), (Op.LOAD_CACHE, 1, 1, 0)]),
+        (Step(Op.LOAD_ATTENDED, 1, 1, 0), [(Op.ATTEND, 1, 1, 0)]),
+        # What it is asked and answers lies in the slot of three cells before, which has been computed.
+        (
+            Step(Op.PROJECT, 1, 2, 1),
+            [W(1, 2, 0), W(1, 2, 1), (Op.LOAD_HIDDEN, 1, 2, 1), (Op.COMPUTE, 1, 1, 0)],
+        ),
+        (
+            Step(Op.COMPUTE, 1, 2, 1),
+            [(Op.LOAD_ATTENDED, 1, 2, 1), (Op.STORE_HIDDEN, 1, 1, 0), (Op.STORE_CACHE, 1, 1, 0)],
+        ),
+    ],
+)
+def test_needs_of_the_halves_of_a_cell(step, expected):
+    grid = Grid(tokens=2, layers=3, batches=2, weight_pieces=2, cell_slots=3, splits_attention=True)
+    assert sorted(needs(step, grid), key=str) == sorted((Step(*s) for s in expected), key=str)
+
+
 def test_needs_with_other_numbers_of_slots():
     grid = Grid(tokens=2, layers=2, batches=2, weight_slots=1, cell_slots=3)
     assert needs(W(0, 1), grid) == [Step(Op.COMPUTE, 0, 0, 0), Step(Op.COMPUTE, 0, 0, 1)]
@@ -189,6 +224,7 @@ def test_steps_that_share_a_slot_never_meet(grid):
             assert Step(Op.COMPUTE, *last[slot]) in needs(Step(Op.LOAD_HIDDEN, *cell), grid)
             assert Step(Op.STORE_CACHE, *last[slot]) in needs(Step(Op.LOAD_CACHE, *cell), grid)
             assert Step(Op.STORE_HIDDEN, *last[slot]) in needs(Step(Op.COMPUTE, *cell), grid)
+            assert Step(Op.COMPUTE, *last[slot]) in needs(Step(Op.PROJECT, *cell), grid)
         last[slot] = cell
 
 
@@ -228,20 +264,53 @@ def test_a_custom_order_is_a_generator_and_a_decorator(monkeypatch):
             yield Step(Op.STORE_HIDDEN, i, j, k)
 
     assert registered["weights_last"] is weights_last
-    assert (weights_last.name, weights_last.slots) == ("weights_last", 2)
+    assert (weights_last.name, weights_last.slots) == ("weights_last", Slots(2, 2))
     assert "weights_last" not in ORDERS
     grid = Grid(3, 2, 2, weight_pieces=3)
     check(registered["weights_last"](grid), grid)
 
 
 @pytest.mark.parametrize(
-    ("overlap", "batches", "name"),
+    ("overlap", "batches", "host_attends", "name"),
     [
-        (False, 1, "normal"),
-        (False, 4, "normal"),
-        (True, 1, "overlap_single_batch"),
-        (True, 2, "overlap_multi_batch"),
+        (False, 1, False, "normal"),
+        (False, 4, True, "normal"),
+        (True, 1, False, "overlap_single_batch"),
+        (True, 1, True, "overlap_single_batch"),
+        (True, 2, False, "overlap_multi_batch"),
+        (True, 2, True, "overlap_cpu_attention"),
     ],
 )
-def test_order_for_a_policy(overlap, batches, name):
-    assert order_for(overlap, batches) == name
+def test_order_for_a_policy(overlap, batches, host_attends, name):
+    assert order_for(overlap, batches, host_attends) == name
+
+
+# What runs beside what, with cells enough
+
+
+@pytest.mark.parametrize("batches", [2, 3, 4, 8])
+def test_cpu_attention_is_issued_with_work_for_the_device_beside_it(batches):
+    """Once a cell is attended, the device has another one's halves to do before it needs the answer."""
+    slots = ORDERS["overlap_cpu_attention"].slots
+    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
+    steps = list(ORDERS["overlap_cpu_attention"](grid))
+    place = {step: n for n, step in enumerate(steps)}
+    cells = list(grid.cells())
+    for before, cell, after in zip(cells, cells[1:], cells[2:], strict=False):
+        answer = place[Step(Op.LOAD_ATTENDED, *cell)]
+        assert place[Step(Op.ATTEND, *cell)] < place[Step(Op.COMPUTE, *before)]
+        assert place[Step(Op.PROJECT, *after)] < answer
+        assert place[Step(Op.COMPUTE, *before)] < answer
+        if batches > 3:  # and the host has its next cell before it has answered this one
+            assert place[Step(Op.ATTEND, *after)] < answer
+
+
+@pytest.mark.parametrize("batches", [3, 4, 8])
+def test_cpu_attention_issues_weights_before_the_layer_before_has_ended(batches):
+    slots = ORDERS["overlap_cpu_attention"].slots
+    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
+    place = {step: n for n, step in enumerate(ORDERS["overlap_cpu_attention"](grid))}
+    for i, j in itertools.product(range(2), range(3)):
+        if following := grid.visit(i, j, 1):
+            last = max(place[W(*following, piece)] for piece in range(batches))
+            assert last < place[Step(Op.PROJECT, i, j, batches - 1)]

@@ -19,11 +19,13 @@ from flexgen.memory.weights import SlotSizes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
+from flexgen.schedule import Slots
 from flexgen.units import MIB, align, format_bytes
 from flexgen.workload import Workload
 
-SLOTS = 2
-"""Buffers of each kind unless an order wants one only: one in use, one on its way."""
+_TWO_OF_EACH = Slots()
+SLOTS = _TWO_OF_EACH.cells
+"""Buffers of each kind unless an order wants another number: one in use, one on its way."""
 
 _MEMORY_PAGE_TOKENS = 128
 _DISK_PAGE_TOKENS = 16, 128
@@ -79,6 +81,11 @@ class CacheSegment:
         return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
 
 
+def host_attends(policy: Policy, shares_host_memory: bool) -> bool:
+    """Whether the policy has rows that the host attends, beside a compute device with memory of its own."""
+    return not shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
+
+
 def cache_segments(
     spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, shares_host_memory: bool
 ) -> tuple[CacheSegment, ...]:
@@ -87,7 +94,7 @@ def cache_segments(
     for tier, part in policy.cache.rows(rows).items():
         if not part:
             continue
-        on_device = tier is Tier.GPU or shares_host_memory or policy.attend_on == "gpu"
+        on_device = tier is Tier.GPU or not host_attends(policy, shares_host_memory)
         resident = tier is Tier.GPU or (tier is Tier.CPU and (shares_host_memory or not on_device))
         codec = policy.cache[tier].codec
         page_tokens = _MEMORY_PAGE_TOKENS
@@ -167,7 +174,7 @@ def plan_memory(
     shares_host_memory: bool,
     workload: Workload | None = None,
     all_logits: bool = False,
-    slots: int = SLOTS,
+    slots: Slots = _TWO_OF_EACH,
 ) -> MemoryPlan:
     """The plan of one call, or of the weights alone without a workload.
 
@@ -181,9 +188,9 @@ def plan_memory(
         head_format(policy.cache[tier].codec, spec.head_dim, dtype)
     sizes = slot_sizes(layers, placement, shares_host_memory)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
-    needs.append(Need(Tier.GPU, "weights", "slots", slots * sizes.device))
-    needs.append(Need(Tier.CPU, "weights", "staging", slots * sizes.staging))
-    needs.append(Need(Tier.GPU, "weights", "workspace", sizes.decoded))
+    needs.append(Need(Tier.GPU, "weights", "slots", slots.weights * sizes.device))
+    needs.append(Need(Tier.CPU, "weights", "staging", slots.weights * sizes.staging))
+    needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * sizes.decoded))
     if workload is not None:
         batches = batch_sizes(policy, workload.num_prompts)
         for rows in batches:
@@ -193,7 +200,7 @@ def plan_memory(
         largest: dict[tuple[Tier, str, str], int] = {}
         for rows in set(batches):
             in_flight = _in_flight(
-                layers, policy, rows, workload, dtype, shares_host_memory, all_logits, slots
+                layers, policy, rows, workload, dtype, shares_host_memory, all_logits, slots.cells
             )
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
@@ -268,6 +275,7 @@ def _in_flight(
     needs = []
     spec = layers[0].spec
     prompt = workload.prompt_len
+    asked_of_host = 0
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         if segment.tier is Tier.DISK:
             needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
@@ -275,12 +283,19 @@ def _in_flight(
         if segment.on_device and not segment.resident and not shared:
             needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:
-            exchange = 2 * (spec.num_heads + spec.num_kv_heads) * len(segment.rows) * spec.head_dim
-            needs.append(Need(Tier.CPU, "cache", "staging", exchange * dtype.itemsize))
+            asked_of_host += len(segment.rows)
         if segment.tier is not Tier.GPU and not shared:
             fresh = segment.token_bytes(prompt)
             needs.append(Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK)))
             needs.append(Need(Tier.GPU, "cache", "workspace", slots * fresh))
+    if asked_of_host:
+        answer, kv = (slots * size * dtype.itemsize for size in (spec.q_size, spec.kv_size))
+        qkv = answer + 2 * kv
+        needs.append(Need(Tier.CPU, "cache", "staging", asked_of_host * (qkv + answer)))
+        needs.append(Need(Tier.GPU, "cache", "slots", asked_of_host * answer))
+        # Between the halves of a layer: its input, queries, keys and values, and those of them that leave.
+        between = spec.hidden_size * dtype.itemsize * slots + qkv
+        needs.append(Need(Tier.GPU, "cache", "workspace", rows * between + asked_of_host * qkv))
     parts = policy.activations.rows(rows)
     from_disk = activation_bytes(spec, len(parts[Tier.DISK]), prompt, dtype)
     needs.append(Need(Tier.CPU, "activations", "staging", 2 * slots * from_disk))

@@ -35,7 +35,7 @@ _GAP = 4 * BLOCK
 class SlotSizes:
     """Upper bounds, in bytes, of the buffers that one slot needs: known before anything is loaded.
 
-    `decoded`: of the one buffer that holds a layer's encoded weights in the model's dtype while it computes.
+    `decoded`: of the buffer that holds a layer's encoded weights in the model's dtype while it computes.
     """
 
     device: int
@@ -140,7 +140,9 @@ class WeightSlots:
         placement: Placement,
         machine: Machine,
         count: int,
+        decoded: int = 1,
     ) -> None:
+        """`count` slots, and as many buffers of decoded weights as layers are computed by turns."""
         self.count = count
         self._layers = layers
         self._homes = homes
@@ -151,10 +153,13 @@ class WeightSlots:
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
         self._slots = [machine.device.memory.allocate(sizes.device, "weight slots") for _ in range(count)]
         self._staging = [machine.host.allocate(sizes.staging, "staging of weights") for _ in range(count)]
-        self._decoded = machine.device.memory.allocate(sizes.decoded, "decoded weights")
-        self._decoded_for: object = self  # no visit yet
+        self._decoded = [
+            machine.device.memory.allocate(sizes.decoded, "decoded weights") for _ in range(decoded)
+        ]
+        self._decoded_for: list[object] = [self] * decoded  # the visit that each serves; none yet
+        self._next_decoded = 0
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
-        self._views: dict[tuple[int, int], _LayerViews] = {}
+        self._views: dict[tuple[int, int, int], _LayerViews] = {}
 
     def moved_bytes(self, layer: int) -> int:
         """Bytes that move on each visit of the layer."""
@@ -166,17 +171,20 @@ class WeightSlots:
         Encoded ones are decoded here, as part of the computation, once for each `visit` of the layer: the
         batches of a visit share the result.
         """
-        key = (layer, slot)
+        known = visit in self._decoded_for
+        place = self._decoded_for.index(visit) if known else self._next_decoded
+        key = (layer, slot, place)
         if key not in self._views:
-            self._views[key] = self._view(layer, slot)
+            self._views[key] = self._view(*key)
         views = self._views[key]
-        if views.encoded and visit != self._decoded_for:
+        if views.encoded and not known:
             for codec, kept, out in views.encoded:
                 codec.decode(kept, out)
-            self._decoded_for = visit
+            self._decoded_for[place] = visit
+            self._next_decoded = (place + 1) % len(self._decoded)
         return views.weights
 
-    def _view(self, layer: int, slot: int) -> _LayerViews:
+    def _view(self, layer: int, slot: int, decoded: int) -> _LayerViews:
         kept: dict[str, Tensor] = {}
         for weight in self._layers[layer].weights:
             home = self._homes[weight]
@@ -191,7 +199,7 @@ class WeightSlots:
         weights, encoded_ones, end = dict(kept), [], 0
         for weight in self._layers[layer].weights:
             if codec := self._placement.codec(weight):
-                out = tensor_at(self._decoded, end, weight.shape, self._placement.dtype)
+                out = tensor_at(self._decoded[decoded], end, weight.shape, self._placement.dtype)
                 encoded_ones.append((codec, kept[weight.name], out))
                 weights[weight.name] = out
                 end = align(end + out.nbytes, ALIGNMENT)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
 from flexgen.models.layer import (
+    AttentionLayer,
     Context,
-    Layer,
     chunks,
     linear_weights,
     norm_weights,
@@ -22,10 +21,8 @@ from flexgen.models.spec import ModelSpec
 from flexgen.units import align
 
 
-class Attention(Layer):
-    """`output(ctx.attend(*qkv))`; the two halves are apart so that a schedule can run them apart."""
-
-    has_cache: ClassVar[bool] = True
+class Attention(AttentionLayer):
+    """Norm and projections, and behind attention the output projection."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         hidden, q_size, kv_size = spec.hidden_size, spec.q_size, spec.kv_size
@@ -41,19 +38,15 @@ class Attention(Layer):
 
     @property
     def scale(self) -> float:
-        """What `Context.attend` multiplies the scores by."""
         return self.spec.head_dim**-0.5
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
         rows, seq = x.shape[:2]
         if seq > 1 and rows * seq > self.spec.chunk_tokens:
             return self._in_chunks(x, weights, ctx)
-        # Queries, keys and values are not kept by name: they are freed before the output is computed.
-        attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
-        return self.output(attended, x, weights)
+        return super().forward(x, weights, ctx)
 
     def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (batch, heads, seq, head_dim), keys and values (batch, kv_heads, seq, head_dim) of x."""
         q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
         return q, k, v
 
@@ -102,7 +95,6 @@ class Attention(Layer):
         return out
 
     def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states, from attended (batch, heads, seq, head_dim) and the layer's input x."""
         merged = attended.transpose(1, 2).reshape(*x.shape[:2], self.spec.q_size)
         out = linear(merged, weights["out.weight"], weights.get("out.bias")).add_(x)
         return out if self.spec.pre_norm else normalise(self.spec, out, weights)

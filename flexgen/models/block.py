@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flexgen.models.attention import Attention
-from flexgen.models.layer import Context, Layer
+from flexgen.models.layer import AttentionLayer, Context
 from flexgen.models.mlp import MLP
 from flexgen.models.spec import ModelSpec
 
 
-class Block(Layer):
+class Block(AttentionLayer):
     """Weights carry their half in the name: "attention.q.weight", "mlp.up.weight"."""
 
-    has_cache: ClassVar[bool] = True
     attention: Attention
     mlp: MLP
 
@@ -42,11 +40,9 @@ class Block(Layer):
         return self.mlp.transform(hidden, _half(weights, "mlp."))
 
     def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Attention.qkv`."""
         return self.attention.qkv(x, _half(weights, "attention."), ctx)
 
     def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """As `Attention.output`, and the MLP."""
         hidden = self.attention.output(attended, x, _half(weights, "attention."))
         return self.mlp.transform(hidden, _half(weights, "mlp."))
 

@@ -111,6 +111,30 @@ class Layer(ABC):
         return 2 * tokens * self.spec.kv_size * dtype.itemsize if self.has_cache else 0
 
 
+class AttentionLayer(Layer):
+    """A layer with a cache, in two halves, so that a schedule can run them apart with attention between."""
+
+    has_cache: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What `Context.attend` multiplies the scores by."""
+
+    @abstractmethod
+    def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (batch, heads, seq, head_dim), keys and values (batch, kv_heads, seq, head_dim) of x."""
+
+    @abstractmethod
+    def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states, from attended (batch, heads, seq, head_dim) and the layer's input x."""
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+        # Queries, keys and values are not kept by name: they are freed before the output is computed.
+        attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
+        return self.output(attended, x, weights)
+
+
 def norm_weights(spec: ModelSpec, module: str, index: int | None = None) -> tuple[WeightSpec, ...]:
     """Weights "norm.weight" (and "norm.bias" of a layer norm) of the table's field `module`."""
     if not spec.norm_affine:

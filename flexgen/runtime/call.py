@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from flexgen.errors import LaneError
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import batch_sizes, cache_segments
+from flexgen.memory.plan import batch_sizes, cache_segments, host_attends
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
@@ -22,7 +22,7 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import ORDERS, Grid, Op, Step, order_for
+from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step, order_for
 from flexgen.trace import LaneName, Trace
 from flexgen.units import MIB
 from flexgen.workload import Workload
@@ -41,7 +41,18 @@ class Model:
     machine: Machine
     weights: WeightSlots
     lanes: Lanes
+    slots: Slots
     order: str | None = None
+
+    def order_of(self, batches: int) -> Order:
+        """The order in which a block of so many batches runs."""
+        return choose_order(self.order, self.policy, self.machine, batches)
+
+
+def choose_order(name: str | None, policy: Policy, machine: Machine, batches: int) -> Order:
+    """The order of that name, or without one that which the policy asks for on this machine."""
+    attends = host_attends(policy, machine.device.shares_host_memory)
+    return ORDERS[name or order_for(policy.overlap, batches, attends)]
 
 
 @dataclass
@@ -95,9 +106,7 @@ class Call:
         elif self._cache is not None and self._activations is not None:
             self._cache.reset()
             self._activations.regroup(batches)
-        self._prompts = Prompts(
-            prompts, batches, self._pad_id, self._model.machine, self._model.weights.count
-        )
+        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, self._model.slots.cells)
         self._model.machine.device.settle()
         self.positions_computed += self._prompts.positions_computed
         return self._prompts
@@ -108,16 +117,18 @@ class Call:
         It runs in one piece as long as the same batches go on. Where rows that have stopped leave, the others
         are regrouped and go on from the next token.
         """
-        generation = self._execute(self._generation(prompts, tokens, output))
+        generation = self._execute(prompts, tokens, output, 0)
         while generation.following:
             self._regroup(prompts, generation.following, generation.next)
-            generation = self._execute(self._generation(prompts, tokens, output, generation.next))
+            generation = self._execute(prompts, tokens, output, generation.next)
         self.timing.total += time.perf_counter() - self._began
 
-    def _execute(self, generation: Generation) -> Generation:
+    def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
+        order = self._model.order_of(len(prompts.batches))
+        generation = self._generation(prompts, tokens, output, order.splits_attention, first)
         offset = self.timing.total + time.perf_counter() - self._began
-        trace = execute(self._steps(generation.grid), generation.grid, generation, self._model.lanes)
-        first, last = generation.first, len(self._model.layers) - 1
+        trace = execute(order(generation.grid), generation.grid, generation, self._model.lanes)
+        last = len(self._model.layers) - 1
         events = [e._replace(step=e.step._replace(token=first + e.step.token)) for e in trace.events]
         if not first:
             heads = [
@@ -143,35 +154,38 @@ class Call:
         """Seconds that `lane` works on the prepared block when nothing else runs.
 
         The prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
-        lies between them grows evenly, so that their mean stands for it. The results are meaningless.
+        lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
+        host attends is timed apart from what the device computes, whatever the order that is in force.
         """
         sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
-        generation = self._generation(prompts, tokens, output)
+        generation = self._generation(prompts, tokens, output, splits_attention=True)
         grid = replace(generation.grid, tokens=len(sampled))
-        trace = execute(self._steps(grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes)
+        trace = execute(
+            ORDERS["normal"](grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes
+        )
         seconds = [0.0] * len(sampled)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
         later = seconds[1:]
         return seconds[0] + (sum(later) / len(later) * (tokens - 1) if later else 0.0)
 
-    def _generation(self, prompts: Prompts, tokens: int, output: Output, first: int = 0) -> Generation:
+    def _generation(
+        self, prompts: Prompts, tokens: int, output: Output, splits_attention: bool, first: int = 0
+    ) -> Generation:
         assert self._cache is not None and self._activations is not None, "prepare comes before run"
-        model, batches = self._model, len(prompts.batches)
+        model, batches, slots = self._model, len(prompts.batches), self._model.slots
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
         pieces = max(min(batches, moved // _PIECE_BYTES), 1)
-        count = model.weights.count
-        grid = Grid(tokens - first, len(model.layers), batches, pieces, count, count)
+        grid = Grid(
+            tokens - first, len(model.layers), batches, pieces, slots.weights, slots.cells, splits_attention
+        )
         return Generation(
             grid, model.layers, model.weights, prompts, self._cache, self._activations, output, first
         )
 
-    def _steps(self, grid: Grid) -> Iterator[Step]:
-        return ORDERS[self._model.order or order_for(self._model.policy.overlap, grid.batches)](grid)
-
     def _make_buffers(self, batches: list[int]) -> None:
         model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
-        shared, slots = model.machine.device.shares_host_memory, model.weights.count
+        shared, slots = model.machine.device.shares_host_memory, model.slots.cells
         segments = [
             cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, shared)
             for rows in batches

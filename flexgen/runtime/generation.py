@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer
+from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import causal_attention
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
@@ -44,6 +45,15 @@ class _Cell:
         return causal_attention(q, k[seen], v[seen], self.padding.starts[chunk.rows], scale)
 
 
+@dataclass(frozen=True)
+class _Half:
+    """What a layer's first half leaves to the second, on the compute device."""
+
+    x: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor]
+    attended: Sequence[Tensor] = ()
+
+
 class Generation:
     """The state of one block, and the work of each step on it: what the executor calls."""
 
@@ -73,6 +83,7 @@ class Generation:
         self._activations = activations
         self._output = output
         self._positions: dict[int, Tensor] = {}
+        self._halves: dict[int, _Half] = {}  # by slot, from PROJECT to COMPUTE
         self._run = object()  # tells this generation's visits from all others'; an id could come again
 
     @property
@@ -104,20 +115,88 @@ class Generation:
                 return self._activations.store(k, slot, span.new)
             case Op.STORE_CACHE:
                 return self._cache.store(j, k, slot, span) if self._layers[j].has_cache else ()
+            case Op.PROJECT | Op.ATTEND | Op.LOAD_ATTENDED:
+                return self._attention(step, slot, span) if self._splits(step, span) else ()
             case _:
-                return ((Stage(LaneName.COMPUTE, partial(self._compute, step, slot, span)),),)
+                work = self._finish if self._splits(step, span) else self._compute
+                return ((Stage(LaneName.COMPUTE, partial(work, step, slot, span)),),)
+
+    # A whole layer
 
     def _compute(self, step: Step, slot: int, span: Span) -> None:
+        _, _, j, k = step
+        x = self._input(step, slot, span)
+        self._keep(step, slot, self._layers[j].forward(x, self._taken(step), self._cell(step, slot, span)))
+
+    # A layer in halves, with attention between
+
+    def _splits(self, step: Step, span: Span) -> bool:
+        _, _, j, k = step
+        return self.grid.splits_attention and self._layers[j].has_cache and self._cache.asks_host(k, span)
+
+    def _attention(self, step: Step, slot: int, span: Span) -> Chains:
+        op, _, j, k = step
+        host = self._cache.host
+        match op:
+            case Op.PROJECT:
+                project = partial(self._project, step, slot, span)
+                send = partial(host.send, k, slot)
+                return ((Stage(LaneName.COMPUTE, project), Stage(LaneName.FROM_DEVICE, send)),)
+            case Op.ATTEND:
+                padding, scale = self._prompts.padding[k], self._attention_layer(j).scale
+                there = partial(self._cache.attend_on_host, j, k, slot, span, padding, scale)
+                chains: Chains = ((Stage(LaneName.HOST, there),),)
+                if self._cache.asks_device(k):
+                    chains += ((Stage(LaneName.COMPUTE, partial(self._attend, step, slot, span)),),)
+                return chains
+            case _:
+                return ((Stage(LaneName.TO_DEVICE, partial(host.fetch, k, slot)),),)
+
+    def _project(self, step: Step, slot: int, span: Span) -> None:
+        _, _, j, k = step
+        x = self._input(step, slot, span)
+        qkv = self._attention_layer(j).qkv(x, self._taken(step), self._cell(step, slot, span))
+        self._cache.host.pack(k, slot, *qkv)
+        self._halves[slot] = _Half(x, qkv)
+
+    def _attend(self, step: Step, slot: int, span: Span) -> None:
+        _, _, j, k = step
+        half, padding = self._halves[slot], self._prompts.padding[k]
+        scale = self._attention_layer(j).scale
+        attended = self._cache.attend_on_device(j, k, slot, span, *half.qkv, padding, scale)
+        self._halves[slot] = replace(half, attended=attended)
+
+    def _finish(self, step: Step, slot: int, span: Span) -> None:
+        _, _, j, k = step
+        half = self._halves.pop(slot)
+        attended = self._cache.join(k, slot, span, half.attended)
+        self._keep(step, slot, self._attention_layer(j).output(attended, half.x, self._taken(step)))
+
+    def _attention_layer(self, j: int) -> AttentionLayer:
+        layer = self._layers[j]
+        assert isinstance(layer, AttentionLayer)
+        return layer
+
+    # What a layer takes and gives
+
+    def _input(self, step: Step, slot: int, span: Span) -> Tensor:
         _, i, j, k = step
         if j == 0:
             self._positions[k] = self._prompts.positions(self.first + i, k)
-            x = self._prompts.take(self.first + i, k, slot)
-        else:
-            x = self._activations.take(k, slot, span.new)
-        weights = self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))
+            return self._prompts.take(self.first + i, k, slot)
+        return self._activations.take(k, slot, span.new)
+
+    def _taken(self, step: Step) -> Mapping[str, Tensor]:
+        _, i, j, _ = step
+        return self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))
+
+    def _cell(self, step: Step, slot: int, span: Span) -> _Cell:
+        _, _, j, k = step
         padding = self._prompts.padding[k]
-        cell = _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
-        y = self._layers[j].forward(x, weights, cell)
+        return _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
+
+    def _keep(self, step: Step, slot: int, y: Tensor) -> None:
+        _, _, j, k = step
         if j == self._last:
             self._output.keep(k, slot, y)
         else:

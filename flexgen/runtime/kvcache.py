@@ -1,6 +1,6 @@
 """The KV cache of one block: where keys and values live, how they travel, and where they are attended.
 
-Each batch of each attention layer has one `_Part` for every `CacheSegment` of its rows. A resident part is
+Each batch of each attention layer has one `Part` for every `CacheSegment` of its rows. A resident part is
 attended where it lies. The others come, page by page, into one of a few slots: in device memory, or in host
 memory for rows on disk. New keys and values leave by the chains of `store`, so that a later token finds them.
 
@@ -11,15 +11,14 @@ only ever sees whole pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import decode_attention
 from flexgen.memory.disk import Read, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
@@ -28,37 +27,10 @@ from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
 from flexgen.runtime.compaction import Moved, gather
+from flexgen.runtime.host_attention import HostAttention, attend_to_pages
 from flexgen.runtime.pages import Padding, Page, Span, pages_in, put
+from flexgen.runtime.parts import Part, Slot
 from flexgen.trace import LaneName
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The cache of one segment of one batch in one layer, at home."""
-
-    segment: CacheSegment
-    home: Tensor | None = None  # bytes, in the GPU or CPU tier
-    pages: tuple[Page, ...] = ()
-    file: tuple[Path, int] | None = None  # in the disk tier: the file, and where the part begins
-    tail: Tensor | None = None
-    tail_page: tuple[Page, ...] = ()
-
-
-class _Slot:
-    """Buffers that one cell uses while its cache is on its way; views depend on the segment."""
-
-    def __init__(self, device: Tensor | None, host: Tensor | None, fresh: Tensor | None) -> None:
-        self.device = device
-        self.host = host
-        self.fresh = fresh
-        self.new: tuple[Tensor, Tensor] | None = None  # k, v as they are kept, on the device, until stored
-        self._pages: dict[tuple[int, CacheSegment], list[Page]] = {}
-
-    def pages(self, buffer: Tensor, segment: CacheSegment) -> list[Page]:
-        key = buffer.data_ptr(), segment
-        if key not in self._pages:
-            self._pages[key] = pages_in(buffer[: segment.nbytes], segment)
-        return self._pages[key]
 
 
 class KVCache:
@@ -80,7 +52,7 @@ class KVCache:
         self._io = machine.io
         self._owned: list[tuple[Store, Tensor]] = []
         self._files: list[Path] = []
-        self._parts: dict[tuple[int, int], list[_Part]] = {
+        self._parts: dict[tuple[int, int], list[Part]] = {
             (j, k): [] for j in layers for k in range(len(batches))
         }
         for batch, segments in enumerate(batches):
@@ -93,14 +65,12 @@ class KVCache:
             tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(slots)]
             for tier in {segment.tier for segment in every}
         }
-        attended_on_host = {segment.tier for segment in every if not segment.on_device}
-        self._exchange = {
-            tier: self._make_exchange([s for s in every if s.tier is tier], heads)
-            for tier in attended_on_host
-        }
+        self.host = HostAttention(batches, heads, machine, slots)
+        self._go_on_with(self._parts)
 
     def close(self) -> None:
         """Give back all memory and files."""
+        self.host.close()
         for store, buffer in self._owned:
             store.release(buffer)
         for path in self._files:
@@ -116,40 +86,33 @@ class KVCache:
         self._owned.append((store, buffer))
         return buffer
 
-    def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[_Part]:
+    def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[Part]:
         if segment.tier is Tier.DISK:
             path = self._disk.scratch(f"cache-{len(self._files)}", layers * segment.nbytes)
             self._files.append(path)
             tails = self._take(self._host, layers * segment.page_bytes, "tails of the KV cache on disk")
             for n, tail in enumerate(tails.split(segment.page_bytes)):
                 place = (path, n * segment.nbytes)
-                yield _Part(segment, file=place, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+                yield Part(segment, file=place, tail=tail, tail_page=tuple(pages_in(tail, segment)))
             return
         store = self._device.memory if segment.tier is Tier.GPU else self._host
         homes = self._take(store, layers * segment.nbytes, "KV cache")
         for home in homes.split(segment.nbytes):
-            yield _Part(segment, home=home, pages=tuple(pages_in(home, segment)))
+            yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
 
-    def _make_slot(self, segments: Sequence[CacheSegment], prompt_len: int) -> _Slot:
+    def _make_slot(self, segments: Sequence[CacheSegment], prompt_len: int) -> Slot:
         """Buffers for the parts of one tier: each as large as the largest batch needs it."""
         largest = max(segment.nbytes for segment in segments)
         tier, on_device, resident = segments[0].tier, segments[0].on_device, segments[0].resident
         in_device = on_device and not resident and not self._shared
         fresh = max(segment.token_bytes(prompt_len) for segment in segments)
-        return _Slot(
+        return Slot(
             device=self._take(self._device.memory, largest, "slots of the KV cache") if in_device else None,
             host=self._take(self._host, largest, "slots of the KV cache") if tier is Tier.DISK else None,
             fresh=None
             if self._shared or tier is Tier.GPU
             else self._take(self._host, fresh, "staging of the KV cache"),
         )
-
-    def _make_exchange(self, segments: Sequence[CacheSegment], heads: int) -> tuple[Tensor, Tensor]:
-        """Where queries, keys and values reach the host, and its answer leaves, when the host attends."""
-        head_bytes = max(len(s.rows) * s.head_dim * s.dtype.itemsize for s in segments)
-        sizes = (heads + 2 * segments[0].kv_heads) * head_bytes, heads * head_bytes
-        asked, answered = (self._take(self._host, n, "staging of attention on the host") for n in sizes)
-        return asked, answered
 
     # Travel
 
@@ -163,7 +126,7 @@ class KVCache:
             if not part.segment.resident and (chain := self._load(part, slot, length))
         )
 
-    def _load(self, part: _Part, slot: int, length: int) -> Chain:
+    def _load(self, part: Part, slot: int, length: int) -> Chain:
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
         whole, rest = divmod(length, segment.page_tokens)
         nbytes = whole * segment.page_bytes
@@ -194,7 +157,7 @@ class KVCache:
         chains = (self._store(part, slot, span) for part in self._parts[layer, batch])
         return tuple(chain for chain in chains if chain)
 
-    def _store(self, part: _Part, slot: int, span: Span) -> Chain:
+    def _store(self, part: Part, slot: int, span: Span) -> Chain:
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
         stages: list[Stage] = []
         if buffers.fresh is not None and self._leaves_device(segment, span):
@@ -211,29 +174,29 @@ class KVCache:
         """
         return not self._shared and segment.tier is not Tier.GPU and (segment.on_device or not span.length)
 
-    def _fresh(self, part: _Part, buffers: _Slot, span: Span) -> tuple[Tensor, Tensor]:
+    def _fresh(self, part: Part, buffers: Slot, span: Span) -> tuple[Tensor, Tensor]:
         assert buffers.fresh is not None
         segment = part.segment
         shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.heads.width)
         both = tensor_at(buffers.fresh, 0, shape, segment.heads.dtype)
         return both[0], both[1]
 
-    def _copy_out(self, part: _Part, buffers: _Slot, span: Span) -> None:
+    def _copy_out(self, part: Part, buffers: Slot, span: Span) -> None:
         assert buffers.new is not None
         for target, source in zip(self._fresh(part, buffers, span), buffers.new, strict=True):
             self._device.from_device(target, source)
 
-    def _put_fresh(self, part: _Part, buffers: _Slot, span: Span) -> None:
+    def _put_fresh(self, part: Part, buffers: Slot, span: Span) -> None:
         put(self._working_pages(part, buffers, span), span.length, *self._fresh(part, buffers, span))
 
-    def _working_pages(self, part: _Part, buffers: _Slot, span: Span) -> Sequence[Page]:
+    def _working_pages(self, part: Part, buffers: Slot, span: Span) -> Sequence[Page]:
         """Pages in host memory (or at home on the device) that hold the cached tokens and take the new ones."""
         if buffers.host is None:
             return part.pages
         whole = span.whole_pages(part.segment.page_tokens)
         return [*buffers.pages(buffers.host, part.segment)[:whole], *part.tail_page]
 
-    def _flush(self, part: _Part, buffers: _Slot, span: Span) -> list[Write]:
+    def _flush(self, part: Part, buffers: Slot, span: Span) -> list[Write]:
         """Pages that became whole, to their file."""
         if part.file is None or buffers.host is None or part.tail is None:
             return []
@@ -255,14 +218,15 @@ class KVCache:
         one batch's rows in one layer (see `gather`).
         """
         if all(moved.whole is not None for moved in batches):
-            self._parts = {
+            kept = {
                 (j, k): self._parts[j, moved.whole]
                 for j in {layer for layer, _ in self._parts}
                 for k, moved in enumerate(batches)
                 if moved.whole is not None
             }
+            self._go_on_with(kept)
             return
-        parts: dict[tuple[int, int], list[_Part]] = {}
+        parts: dict[tuple[int, int], list[Part]] = {}
         for j in {layer for layer, _ in self._parts}:
             for k, moved in enumerate(batches):
                 tiers = split.rows(len(moved.rows))
@@ -273,12 +237,19 @@ class KVCache:
                     self._refill(part, segment, *both)
                     for part, segment, both in zip(places, segments, held, strict=True)
                 ]
+        self._go_on_with(parts)
+
+    def _go_on_with(self, parts: dict[tuple[int, int], list[Part]]) -> None:
         self._parts = parts
+        layer = next(j for j, _ in parts)  # all layers are grouped alike
+        batches = [[p.segment for p in parts[layer, k]] for k in range(len(parts)) if (layer, k) in parts]
+        self._device_attends = [any(segment.on_device for segment in segments) for segments in batches]
+        self.host.regroup(batches)
 
     def reset(self) -> None:
         """Back to the batches that the cache was made for, for other prompts."""
         if self._parts is not self._made:
-            self._parts = self._made
+            self._go_on_with(self._made)
             for part in itertools.chain.from_iterable(self._made.values()):
                 for memory in (part.home, part.tail):
                     if memory is not None:  # it was used with other shapes: what is not filled must be finite
@@ -296,7 +267,7 @@ class KVCache:
                         self._io.read([Read(*part.file, buffers.host[:whole])])
                     yield batch, part.segment, self._working_pages(part, buffers, span)
 
-    def _refill(self, part: _Part, segment: CacheSegment, k: Tensor, v: Tensor) -> _Part:
+    def _refill(self, part: Part, segment: CacheSegment, k: Tensor, v: Tensor) -> Part:
         """The part with the keys and values of other rows, as many as `segment` has."""
         span, buffers = Span(k.shape[2], 1), self._slots[segment.tier][0]
         if part.home is not None:
@@ -312,6 +283,14 @@ class KVCache:
         return part
 
     # Attention
+
+    def asks_host(self, batch: int, span: Span) -> bool:
+        """Whether the host attends to rows of the batch; the prompt is always attended on the device."""
+        return bool(span.length) and self.host.attends(batch)
+
+    def asks_device(self, batch: int) -> bool:
+        """Whether the device attends to rows of the batch once the prompt is over."""
+        return self._device_attends[batch]
 
     def attend(
         self,
@@ -330,33 +309,66 @@ class KVCache:
         q (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), on the compute device, as is
         the result (rows, heads, new, head_dim).
         """
-        parts = self._parts[layer, batch]
         if not span.length:
             self.keep(layer, batch, slot, span, k, v)
             return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
-        waiting = [self._ask_host(part, q, k, v) for part in parts if not part.segment.on_device]
-        outs: dict[int, Tensor] = {}
-        for part in parts:  # the device's part is only enqueued: it runs while the host attends to its own
+        asks = self.asks_host(batch, span)
+        if asks:
+            self.host.pack(batch, slot, q, k, v)
+            self.host.send(batch, slot)
+            self._device.wait_for_compute()
+        # The device's rows are only enqueued: they run while the host attends to its own.
+        attended = self.attend_on_device(layer, batch, slot, span, q, k, v, padding, scale)
+        if asks:
+            self.attend_on_host(layer, batch, slot, span, padding, scale)
+            self.host.fetch(batch, slot)
+        return self.join(batch, slot, span, attended)
+
+    def attend_on_device(
+        self,
+        layer: int,
+        batch: int,
+        slot: int,
+        span: Span,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Padding,
+        scale: float,
+    ) -> list[Tensor]:
+        """`attend` for those rows of a later token that the device attends: one result for each part."""
+        outs = []
+        for part in self._parts[layer, batch]:
             if part.segment.on_device:
                 pages = self._keep(part, slot, span, k, v)
-                outs[part.segment.rows.start] = self._attend(
-                    part, pages, span, _rows(q, part), padding, scale
-                )
-        for part, answer in zip((p for p in parts if not p.segment.on_device), waiting, strict=True):
-            pages = self._working_pages(part, self._slots[part.segment.tier][slot], span)
-            outs[part.segment.rows.start] = answer(pages, span, padding, scale)
-        ordered = [outs[start] for start in sorted(outs)]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+                outs.append(attend_to_pages(pages, span, part.rows_of(q), part.segment, padding, scale))
+        return outs
+
+    def attend_on_host(
+        self, layer: int, batch: int, slot: int, span: Span, padding: Padding, scale: float
+    ) -> None:
+        """`attend` for those that the host attends, once it has been asked; its answer is still to be fetched."""
+        parts = (
+            (part.segment, self._working_pages(part, self._slots[part.segment.tier][slot], span))
+            for part in self._parts[layer, batch]
+            if not part.segment.on_device
+        )
+        self.host.attend(batch, slot, parts, span, padding, scale)
+
+    def join(self, batch: int, slot: int, span: Span, on_device: Sequence[Tensor]) -> Tensor:
+        """All rows: what the device attended, and after it the answer of the host if it was asked."""
+        outs = [*on_device, self.host.take(batch, slot)] if self.asks_host(batch, span) else on_device
+        return outs[0] if len(outs) == 1 else torch.cat(list(outs))
 
     def keep(self, layer: int, batch: int, slot: int, span: Span, k: Tensor, v: Tensor) -> None:
         """Take the prompt's keys and values, for `store`."""
         for part in self._parts[layer, batch]:
             self._keep(part, slot, span, k, v)
 
-    def _keep(self, part: _Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
+    def _keep(self, part: Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
         """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        k, v = (segment.heads.encode(_rows(x, part)) for x in (k, v))
+        k, v = (segment.heads.encode(part.rows_of(x)) for x in (k, v))
         if self._leaves_device(segment, span):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None:
@@ -366,36 +378,3 @@ class KVCache:
             pages = self._working_pages(part, buffers, span)
         put(pages, span.length, k, v)
         return pages
-
-    def _attend(
-        self, part: _Part, pages: Sequence[Page], span: Span, q: Tensor, padding: Padding, scale: float
-    ) -> Tensor:
-        used = -(-(span.length + span.new) // part.segment.page_tokens)
-        starts = padding.of(part.segment.rows, q.device)
-        heads = part.segment.heads
-        return decode_attention(q, pages[:used], span.length + span.new, starts, scale, heads)
-
-    def _ask_host(self, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        """Send a part's queries, keys and values to the host; the answer is computed when it is asked for."""
-        inbox, outbox = self._exchange[part.segment.tier]
-        sizes = (q.shape[1], k.shape[1], v.shape[1])
-        asked = torch.cat([_rows(x, part) for x in (q, k, v)], dim=1)
-        there = tensor_at(inbox, 0, asked.shape, asked.dtype)
-        self._device.from_device(there, asked)
-        self._device.wait_for_compute()
-        q_there, k_there, v_there = there.split(sizes, dim=1)
-
-        def answer(pages: Sequence[Page], span: Span, padding: Padding, scale: float) -> Tensor:
-            heads = part.segment.heads
-            put(pages, span.length, heads.encode(k_there), heads.encode(v_there))
-            attended = tensor_at(outbox, 0, q_there.shape, q_there.dtype)
-            attended.copy_(self._attend(part, pages, span, q_there, padding, scale))
-            back = torch.empty(attended.shape, dtype=attended.dtype, device=self._device.torch_device)
-            self._device.to_device(back, attended)
-            return back
-
-        return answer
-
-
-def _rows(x: Tensor, part: _Part) -> Tensor:
-    return x[part.segment.rows.start : part.segment.rows.stop]

@@ -36,7 +36,7 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
 def pick(
     pages: Sequence[Page], rows: Sequence[int], begin: int, end: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Copies of k and v, as they are kept, (rows, kv_heads, tokens, width), of some rows, from token `begin` up to `end`.
+    """Copies of k and v (rows, kv_heads, tokens, width), as they are kept, of some rows; from token `begin` to `end`.
 
     Page by page, each with the number of its first token.
     """

@@ -13,7 +13,7 @@ from flexgen.errors import CapacityError, PolicyError
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import SLOTS, MemoryPlan, Need, batch_sizes, cache_segments, plan_memory
+from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, cache_segments, plan_memory
 from flexgen.memory.store import ALIGNMENT, Store
 from flexgen.memory.weights import SlotSizes
 from flexgen.models import build_layers, open_model
@@ -21,6 +21,7 @@ from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.quant import CODECS
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
+from flexgen.schedule import Slots
 from flexgen.units import GIB, KIB, MIB
 from flexgen.workload import Workload
 
@@ -150,14 +151,14 @@ def planned(plan, tier, what, besides=()):
     prompt_len=st.integers(1, 12),
     dtype=DTYPES,
     device=st.sampled_from(["cpu", "emulated"]),
-    slots=st.integers(1, SLOTS),
+    slots=st.integers(1, 4),
 )
 def test_cache_and_hidden_states_take_what_was_planned(policy, prompts, prompt_len, dtype, device, slots):
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
         placement = place_weights(LAYERS, policy.weights, dtype)
         shared = machine.device.shares_host_memory
-        plan = plan_memory(LAYERS, placement, policy, dtype, shared, workload, slots=slots)
+        plan = plan_memory(LAYERS, placement, policy, dtype, shared, workload, slots=Slots(cells=slots))
         stores = {Tier.CPU: machine.host, Tier.DISK: machine.disk}
         computes_in = Tier.CPU if shared else Tier.GPU
         if not shared:
@@ -173,7 +174,7 @@ def test_cache_and_hidden_states_take_what_was_planned(policy, prompts, prompt_l
                         "cache",
                         Tier.CPU,
                     ):  # the plan rounds what is staged up to whole blocks
-                        assert taken <= promised <= taken + 2 * SLOTS * BLOCK
+                        assert taken <= promised <= taken + 2 * slots * BLOCK
                     else:
                         assert taken == promised, (what, tier)
             assert {tier: store.used for tier, store in stores.items()} == before  # all is given back

@@ -19,7 +19,7 @@ from flexgen.runtime.executor import execute
 from flexgen.schedule import ORDERS, Grid, Op, Step, all_steps, check, needs
 from flexgen.trace import LaneName
 
-SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch"]
+SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention"]
 PATIENCE = 60  # seconds after which a test that hangs fails instead
 
 
@@ -131,10 +131,11 @@ grids = st.builds(
     Grid,
     tokens=st.integers(1, 5),
     layers=st.integers(1, 4),
-    batches=st.integers(1, 3),
+    batches=st.integers(1, 5),
     weight_pieces=st.integers(1, 3),
     weight_slots=st.integers(2, 4),
     cell_slots=st.integers(2, 4),
+    splits_attention=st.booleans(),
 )
 kinds = st.fixed_dictionaries(
     {name: st.sampled_from(["thread", "thread", "inline", LaneName.COMPUTE]) for name in list(LaneName)[1:]}
@@ -231,7 +232,7 @@ def assert_usable(name, grid, lanes):
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("op", list(Op))
 def test_a_failure_of_any_step_reaches_the_caller(op, name, kinds):
-    grid = Grid(tokens=3, layers=3, batches=2)
+    grid = Grid(tokens=3, layers=3, batches=2, splits_attention=True)
     failing = Step(op, 1, 1, 0)
     for seed, lane in enumerate(LaneName):
         work = Logged(grid, seed, hooks={failing: boom}, only={failing: lane})
@@ -337,7 +338,7 @@ def test_an_interrupt_while_the_caller_waits(name):
 
 def test_a_run_ends_when_all_of_its_last_token_has_been_issued():
     """The cache of that token is gone on with, so an order that stores it late must not lose it."""
-    grid = Grid(3, layers=3, batches=1)
+    grid = Grid(3, layers=3, batches=1, cell_slots=3)
     late, head = Step(Op.STORE_CACHE, 0, 2, 0), Step(Op.COMPUTE, 1, 0, 0)
     steps = [step for step in ORDERS["overlap_single_batch"](grid) if step != late]
     steps.insert(steps.index(head) + 1, late)

@@ -1,0 +1,117 @@
+"""Attention by the host: for rows whose cache it holds, beside a compute device with memory of its own.
+
+Queries and the new keys and values cross the link, and what was attended comes back; the cache stays where
+it is. Each cell slot has its own buffers for that, so that a schedule may have several cells under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.attention import decode_attention
+from flexgen.memory.machine import Machine
+from flexgen.memory.plan import SLOTS, CacheSegment
+from flexgen.memory.store import Store, tensor_at
+from flexgen.runtime.pages import Padding, Page, Span, put
+
+
+class HostAttention:
+    """Where the host's rows of `batches` (the segments of each batch) are asked about and answered.
+
+    A cell calls `pack`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
+    the host, the link and the compute lane.
+    """
+
+    def __init__(
+        self, batches: Sequence[Sequence[CacheSegment]], heads: int, machine: Machine, slots: int = SLOTS
+    ) -> None:
+        self._device = machine.device
+        self._owned: list[tuple[Store, Tensor]] = []
+        self.regroup(batches)
+        self._leaving: dict[int, Tensor] = {}  # by slot: on the device until the link has taken it
+        if not any(self._rows):
+            return
+        segment = batches[0][0]
+        self._dtype, self._head_dim = segment.dtype, segment.head_dim
+        self._heads = heads, segment.kv_heads, segment.kv_heads
+        head_bytes = max(map(len, self._rows)) * self._head_dim * self._dtype.itemsize
+        asked, answered = sum(self._heads) * head_bytes, heads * head_bytes
+        host, device = machine.host, machine.device.memory
+        self._asked = [self._take(host, asked) for _ in range(slots)]
+        self._answered = [self._take(host, answered) for _ in range(slots)]
+        self._arrived = [self._take(device, answered) for _ in range(slots)]
+
+    def regroup(self, batches: Sequence[Sequence[CacheSegment]]) -> None:
+        """From here on these batches, none with more rows for the host than the largest at first."""
+        self._rows = [[row for s in segments if not s.on_device for row in s.rows] for segments in batches]
+
+    def _take(self, store: Store, nbytes: int) -> Tensor:
+        buffer = store.allocate(nbytes, "staging of attention on the host")
+        self._owned.append((store, buffer))
+        return buffer
+
+    def close(self) -> None:
+        """Give back all memory."""
+        for store, buffer in self._owned:
+            store.release(buffer)
+        self._owned.clear()
+
+    def attends(self, batch: int) -> bool:
+        """Whether the host attends to any row of the batch."""
+        return bool(self._rows[batch])
+
+    def pack(self, batch: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Gather what the host is asked, on the device: q (rows, heads, 1, head_dim), k, v of all rows."""
+        first, last = self._rows[batch][0], self._rows[batch][-1]
+        self._leaving[slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
+
+    def send(self, batch: int, slot: int) -> None:
+        """What was packed, to the host."""
+        self._device.from_device(self._question(batch, slot), self._leaving[slot])
+
+    def attend(
+        self,
+        batch: int,
+        slot: int,
+        parts: Iterable[tuple[CacheSegment, Sequence[Page]]],
+        span: Span,
+        padding: Padding,
+        scale: float,
+    ) -> None:
+        """Put what was sent into the pages of its rows, in host memory, and attend to them."""
+        q, k, v = self._question(batch, slot).split(self._heads, dim=1)
+        attended, first = self._answer(self._answered[slot], batch), self._rows[batch][0]
+        for segment, pages in parts:
+            here = slice(segment.rows.start - first, segment.rows.stop - first)
+            put(pages, span.length, segment.heads.encode(k[here]), segment.heads.encode(v[here]))
+            attended[here] = attend_to_pages(pages, span, q[here], segment, padding, scale)
+
+    def fetch(self, batch: int, slot: int) -> None:
+        """What was attended, to the device."""
+        arrived, answered = (self._answer(at[slot], batch) for at in (self._arrived, self._answered))
+        self._device.to_device(arrived, answered)
+
+    def take(self, batch: int, slot: int) -> Tensor:
+        """What was attended, (the host's rows, heads, 1, head_dim) on the device; good until the slot's next cell."""
+        return self._answer(self._arrived[slot], batch)
+
+    def _question(self, batch: int, slot: int) -> Tensor:
+        shape = (len(self._rows[batch]), sum(self._heads), 1, self._head_dim)
+        return tensor_at(self._asked[slot], 0, shape, self._dtype)
+
+    def _answer(self, buffer: Tensor, batch: int) -> Tensor:
+        return tensor_at(buffer, 0, (len(self._rows[batch]), self._heads[0], 1, self._head_dim), self._dtype)
+
+
+def attend_to_pages(
+    pages: Sequence[Page], span: Span, q: Tensor, segment: CacheSegment, padding: Padding, scale: float
+) -> Tensor:
+    """Attention of the one new token of the segment's rows, q (rows, heads, 1, head_dim), over pages that hold it
+    already."""
+    length = span.length + span.new
+    used = -(-length // segment.page_tokens)
+    starts = padding.of(segment.rows, q.device)
+    return decode_attention(q, pages[:used], length, starts, scale, segment.heads)
