@@ -115,16 +115,28 @@ def test_percentages_are_about_the_model_and_bytes_about_what_is_kept() -> None:
         assert encoded * 8 / matrices <= 4.6
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_decoding_happens_once_for_all_batches_of_a_visit(
-    saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    device: str, saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, _ = saved
+    """Also where two layers are computed by turns, which is so where the host attends beside the device."""
+    directory, model = saved
+    expected = greedy(rounded(model, "int4"), 4)
     decoded = []
     codec = CODECS["int4"]
     original = type(codec).decode
-    monkeypatch.setattr(type(codec), "decode", lambda *args: (decoded.append(1), original(*args))[1])
-    policy = Policy(gpu_batch_size=1, num_gpu_batches=3, weights=split("int4", cpu=100))
-    with OptLM(directory, policy, device="cpu", dtype="float32") as lm:
+    policy = Policy(
+        gpu_batch_size=1,
+        num_gpu_batches=3,
+        weights=split("int4", cpu=100),
+        cache={"cpu": 100},
+        sep_layer=False,
+    )
+    with OptLM(directory, policy, device=device, dtype="float32") as lm:
         used = sum(bool(lm.placement.codec(w)) for layer in lm._layers for w in layer.weights)
-        lm.generate(PROMPTS, 2, stop=())
-    assert len(decoded) == 2 * used
+        monkeypatch.setattr(type(codec), "decode", lambda *args: (decoded.append(1), original(*args))[1])
+        ids = lm.generate(PROMPTS, 4, stop=())
+        assert lm.stats is not None
+        assert lm.stats.order == {"cpu": "overlap_multi_batch", "emulated": "overlap_cpu_attention"}[device]
+    assert [row[-4:].tolist() for row in ids] == expected
+    assert len(decoded) == 4 * used

@@ -28,7 +28,7 @@ SPLITS = st.sampled_from(
 POLICIES = st.builds(
     Policy,
     gpu_batch_size=st.integers(1, 4),
-    num_gpu_batches=st.integers(1, 3),
+    num_gpu_batches=st.integers(1, 5),
     weights=SPLITS,
     cache=SPLITS,
     activations=SPLITS,
