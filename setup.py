@@ -13,7 +13,7 @@ kernels = Extension(
     sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
     depends=sorted(str(path) for path in SOURCES.glob("*.h")),
     # GCC 12 takes the "undefined" registers of its own intrinsics for uninitialised variables.
-    extra_compile_args=["-O3", "-std=c++17", "-pthread", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-O3", "-std=c++17", "-pthread", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     extra_link_args=["-pthread", "-ldl"],
     language="c++",
     optional=True,

@@ -43,6 +43,22 @@ def dequantise(
     threads: int,
     /,
 ) -> None: ...
+def packed_linear(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int, int],
+    x: int,
+    y: int,
+    bias: int,
+    values: int,
+    scales: int,
+    minimums: int,
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows of x, out, in, group. `bias`: 0 for none."""
+
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
 
 _VECTOR = 16
 """Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
@@ -61,9 +61,21 @@ def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = t
 
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
     """Write what was packed to `out`, rounded to its type, and return it."""
-    _check(packed.bits, packed.group, packed.scales.dtype)
+    check_packed(packed)
     if out.shape != packed.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}: expected {tuple(packed.shape)}")
+    tensors = out, packed.values, packed.scales, packed.minimums
+    fits = all(x.is_contiguous() and x.device == out.device for x in tensors) and out.dtype in NUMBERS
+    if fits and out.device.type == "cpu" and _has_vectors(packed.bits, packed.group) and announce():
+        return dequantise_natively(packed, out)
+    if fits and (kernels := triton_kernels(out.device)):
+        return kernels.dequantise(packed, out)
+    return dequantise_in_torch(packed, out)
+
+
+def check_packed(packed: Packed) -> None:
+    """Raises ValueError where the parts do not belong together."""
+    _check(packed.bits, packed.group, packed.scales.dtype)
     *outer, n = packed.shape
     octets = torch.Size((*outer, n * packed.bits // 8))
     if packed.values.shape != octets or packed.values.dtype != torch.uint8:
@@ -72,11 +84,6 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
         )
     if (packed.minimums.shape, packed.minimums.dtype) != (packed.scales.shape, packed.scales.dtype):
         raise ValueError("scales and minimums must have the same shape and type")
-    tensors = out, packed.values, packed.scales, packed.minimums
-    fits = all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and out.dtype in NUMBERS
-    if fits and _has_vectors(packed.bits, packed.group) and announce():
-        return dequantise_natively(packed, out)
-    return dequantise_in_torch(packed, out)
 
 
 def _check(bits: int, group: int, scale_dtype: torch.dtype) -> None:

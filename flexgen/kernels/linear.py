@@ -1,4 +1,4 @@
-"""Linear layers on a CPU with weights laid out for its matrix products.
+"""Linear layers and embeddings, whatever form their matrix is kept in.
 
 oneDNN lays a weight out anew in every product unless that was done before. Done once, bfloat16 products of few
 rows are 1.3 to 2 times faster (benchmarks/host_linear.py), and those of many rows a little.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flexgen.kernels.packed_linear import PackedMatrix, fused_rows, gather, multiply
 
 _ROWS = 32
 """Rows of x that the layout is chosen for; the choice matters little, and every number of rows is right."""
@@ -28,8 +30,23 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out); the weight may be packed."""
+def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight (out, in) transposed + bias (out).
+
+    The weight may be a tensor, what `pack` made of one, or in group-wise integers, which are decoded only where x
+    has more rows than `fused_rows`.
+    """
+    if isinstance(weight, PackedMatrix):
+        if x.numel() <= fused_rows(weight.packed, x.dtype) * x.shape[-1]:
+            return multiply(x, weight.packed, bias)
+        weight = weight.decoded()
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n); of group-wise integers only these are decoded."""
+    if isinstance(weight, PackedMatrix):
+        return gather(weight.packed, ids, weight.dtype)
+    return F.embedding(ids, weight)

@@ -1,10 +1,13 @@
-"""The compiled module where there is one, and which version of the kernels is in use."""
+"""The compiled module and the GPU kernels where there are any, and which version of the kernels is in use."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
+from types import ModuleType
 
 import torch
 
@@ -38,3 +41,28 @@ def announce() -> bool:
             "built: install a C++17 compiler and install flexgen again"
         )
     return native_available()
+
+
+_LEAST_CAPABILITY = (8, 0)
+"""The oldest NVIDIA GPUs that Triton supports."""
+
+
+@functools.cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """`flexgen.kernels.triton_groupwise` for a GPU that Triton knows, None for another device and without Triton.
+
+    Says once for each GPU which kernels it runs. The import waits until here: Triton takes a second to load, and
+    a machine without a GPU need not have it.
+    """
+    if device.type != "cuda":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        _log.warning(
+            "kernels on %s: torch, which decodes weights several times slower: install triton", device
+        )
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        _log.info("kernels on %s: torch, since Triton does not support this GPU", device)
+        return None
+    _log.info("kernels on %s: Triton", device)
+    return importlib.import_module("flexgen.kernels.triton_groupwise")

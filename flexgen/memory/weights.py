@@ -6,7 +6,7 @@ few preallocated slots, each big enough for any layer, and is used there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgen.kernels.packed_linear import PackedMatrix
 from flexgen.memory.disk import BLOCK, Read, aligned_span
 from flexgen.memory.homes import Homes, HostRegion
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT, tensor_at
 from flexgen.memory.transfer import Chain, Chains, Stage, cut
-from flexgen.models import Layer, WeightSpec
+from flexgen.models import Layer, Weights, WeightSpec
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.quant import Codec
@@ -35,7 +36,8 @@ _GAP = 4 * BLOCK
 class SlotSizes:
     """Upper bounds, in bytes, of the buffers that one slot needs: known before anything is loaded.
 
-    `decoded`: of the buffer that holds a layer's encoded weights in the model's dtype while it computes.
+    `decoded`: of the buffer that holds a layer's encoded weights in the model's dtype while it computes with many
+    rows.
     """
 
     device: int
@@ -121,12 +123,32 @@ def _file_cargo(found: list[tuple[WeightSpec, Extent]]) -> list[Cargo]:
     return cargo
 
 
+class _Decoding:
+    """An encoded weight in the model's dtype: decoded when a visit first asks for it."""
+
+    def __init__(self, codec: Codec, kept: Tensor, out: Tensor) -> None:
+        self._codec = codec
+        self._kept = kept
+        self._out = out
+        self._done = False
+
+    def __call__(self) -> Tensor:
+        if not self._done:
+            self._codec.decode(self._kept, self._out)
+            self._done = True
+        return self._out
+
+    def forget(self) -> None:
+        """What was decoded may be overwritten, or the slot holds other bytes."""
+        self._done = False
+
+
 @dataclass(frozen=True)
 class _LayerViews:
-    """A layer's weights as they are computed with, and those of them that must be decoded first."""
+    """A layer's weights as `WeightSlots.weights` gives them, and the decodings behind those that are encoded."""
 
-    weights: Mapping[str, Tensor]
-    encoded: tuple[tuple[Codec, Tensor, Tensor], ...]
+    weights: Weights
+    decodings: tuple[_Decoding, ...]
 
 
 class WeightSlots:
@@ -165,11 +187,11 @@ class WeightSlots:
         """Bytes that move on each visit of the layer."""
         return sum(cargo.length for cargo in self._cargo[layer])
 
-    def weights(self, layer: int, slot: int, visit: object) -> Mapping[str, Tensor]:
+    def weights(self, layer: int, slot: int, visit: object) -> Weights:
         """The layer's weights by name, on the compute device; those that travel are views of the slot.
 
-        Encoded ones are decoded here, as part of the computation, once for each `visit` of the layer: the
-        batches of a visit share the result.
+        Tensors, and a `PackedMatrix` for what is encoded. A product of many rows has its matrix decoded, as part of
+        the computation, once for each `visit` of the layer: the batches of a visit share the result.
         """
         known = visit in self._decoded_for
         place = self._decoded_for.index(visit) if known else self._next_decoded
@@ -177,9 +199,9 @@ class WeightSlots:
         if key not in self._views:
             self._views[key] = self._view(*key)
         views = self._views[key]
-        if views.encoded and not known:
-            for codec, kept, out in views.encoded:
-                codec.decode(kept, out)
+        if not known:
+            for decoding in views.decodings:
+                decoding.forget()
             self._decoded_for[place] = visit
             self._next_decoded = (place + 1) % len(self._decoded)
         return views.weights
@@ -196,14 +218,16 @@ class WeightSlots:
                 shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
                 dtype = torch.uint8 if encoded else self._placement.dtype
                 kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
-        weights, encoded_ones, end = dict(kept), [], 0
+        weights: dict[str, Tensor | PackedMatrix] = dict(kept)
+        decodings, end = [], 0
         for weight in self._layers[layer].weights:
             if codec := self._placement.codec(weight):
                 out = tensor_at(self._decoded[decoded], end, weight.shape, self._placement.dtype)
-                encoded_ones.append((codec, kept[weight.name], out))
-                weights[weight.name] = out
+                decodings.append(_Decoding(codec, kept[weight.name], out))
+                packed = codec.packed(kept[weight.name], weight.shape)
+                weights[weight.name] = PackedMatrix(packed, out.dtype, decodings[-1])
                 end = align(end + out.nbytes, ALIGNMENT)
-        return _LayerViews(weights, tuple(encoded_ones))
+        return _LayerViews(weights, tuple(decodings))
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
         """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""

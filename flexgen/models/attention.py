@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from flexgen.kernels.linear import linear
 from flexgen.models.layer import (
     AttentionLayer,
     Context,
+    Weights,
     chunks,
     linear_weights,
     norm_weights,
@@ -40,20 +39,20 @@ class Attention(AttentionLayer):
     def scale(self) -> float:
         return self.spec.head_dim**-0.5
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         rows, seq = x.shape[:2]
         if seq > 1 and rows * seq > self.spec.chunk_tokens:
             return self._in_chunks(x, weights, ctx)
         return super().forward(x, weights, ctx)
 
-    def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
         return q, k, v
 
     def _project(
         self,
         x: Tensor,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         positions: Tensor,
         *names: str,
         length: Tensor | None = None,
@@ -69,7 +68,7 @@ class Attention(AttentionLayer):
             ]
         return made
 
-    def _in_chunks(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """A long prompt: keys and values of all of it, then queries, attention and output chunk by chunk."""
         spec, (rows, seq) = self.spec, x.shape[:2]
         parts = list(chunks(rows, seq, spec.chunk_tokens))
@@ -94,12 +93,12 @@ class Attention(AttentionLayer):
             del attended
         return out
 
-    def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
         merged = attended.transpose(1, 2).reshape(*x.shape[:2], self.spec.q_size)
         out = linear(merged, weights["out.weight"], weights.get("out.bias")).add_(x)
         return out if self.spec.pre_norm else normalise(self.spec, out, weights)
 
-    def _heads(self, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    def _heads(self, x: Tensor, weights: Weights, name: str) -> Tensor:
         flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
         return flat.view(*x.shape[:2], -1, self.spec.head_dim).transpose(1, 2)
 

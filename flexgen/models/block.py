@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flexgen.models.attention import Attention
-from flexgen.models.layer import AttentionLayer, Context
+from flexgen.models.layer import AttentionLayer, Context, Weights
 from flexgen.models.mlp import MLP
 from flexgen.models.spec import ModelSpec
 
@@ -35,14 +34,14 @@ class Block(AttentionLayer):
     def scale(self) -> float:
         return self.attention.scale
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         hidden = self.attention.forward(x, _half(weights, "attention."), ctx)
         return self.mlp.transform(hidden, _half(weights, "mlp."))
 
-    def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.qkv(x, _half(weights, "attention."), ctx)
 
-    def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
         hidden = self.attention.output(attended, x, _half(weights, "attention."))
         return self.mlp.transform(hidden, _half(weights, "mlp."))
 
@@ -59,5 +58,5 @@ class Block(AttentionLayer):
         )
 
 
-def _half(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _half(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

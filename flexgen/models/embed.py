@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.linear import linear
-from flexgen.models.layer import Context, Layer, chunks, linear_weights, norm_weights, norm_workspace
+from flexgen.kernels.linear import embedding, linear
+from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights, norm_weights, norm_workspace
 from flexgen.models.ops import normalise
 from flexgen.models.spec import ModelSpec, WeightSpec
 
@@ -33,7 +31,7 @@ class InputEmbed(Layer):
             weights += linear_weights(spec, "positions", table, spec.hidden_size, bias=False)
         super().__init__(spec, "embed", weights)
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         rows, seq = x.shape
         if rows * seq <= self.spec.chunk_tokens:
             return self._embed(x, weights, ctx.positions)
@@ -43,8 +41,8 @@ class InputEmbed(Layer):
             out[part] = self._embed(x[part], weights, ctx.positions[part])
         return out
 
-    def _embed(self, ids: Tensor, weights: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        hidden = F.embedding(ids, weights["embed.weight"])
+    def _embed(self, ids: Tensor, weights: Weights, positions: Tensor) -> Tensor:
+        hidden = embedding(ids, weights["embed.weight"])
         if self.spec.projected:
             hidden = linear(hidden, weights["project_in.weight"])
         if self.spec.positions == "learned":
@@ -79,7 +77,7 @@ class Head(Layer):
             weights += linear_weights(spec, "head", spec.vocab_size, spec.embed_size, bias=True)[1:]
         super().__init__(spec, "head", weights)
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         if ctx.last_only:
             x = x[:, -1:]
         if self.spec.final_norm:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flexgen.models.spec import ModelSpec, WeightSpec
+
+Weights = Mapping[str, Any]
+"""A layer's weights by name: tensors, and for encoded matrices a `PackedMatrix`, which `linear` and `embedding` take."""
 
 
 class Chunk(NamedTuple):
@@ -77,7 +80,7 @@ class Layer(ABC):
     has_cache: ClassVar[bool] = False
 
     @abstractmethod
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """x: ids (batch, seq) int64 for the input embedding, else hidden states (batch, seq, hidden).
 
         Returns hidden states, or logits (batch, seq or 1, vocab) for the head. Never writes into x.
@@ -122,14 +125,14 @@ class AttentionLayer(Layer):
         """What `Context.attend` multiplies the scores by."""
 
     @abstractmethod
-    def qkv(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (batch, heads, seq, head_dim), keys and values (batch, kv_heads, seq, head_dim) of x."""
 
     @abstractmethod
-    def output(self, attended: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
         """Hidden states, from attended (batch, heads, seq, head_dim) and the layer's input x."""
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         # Queries, keys and values are not kept by name: they are freed before the output is computed.
         attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
         return self.output(attended, x, weights)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
-from flexgen.models.layer import Context, Layer, linear_weights, norm_weights, norm_workspace, slices
+from flexgen.models.layer import Context, Layer, Weights, linear_weights, norm_weights, norm_workspace, slices
 from flexgen.models.ops import ACTIVATIONS, normalise
 from flexgen.models.spec import ModelSpec
 
@@ -27,10 +25,10 @@ class MLP(Layer):
             + linear_weights(spec, "down", hidden, ffn, bias, index),
         )
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor], ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         return self.transform(x, weights)
 
-    def transform(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def transform(self, x: Tensor, weights: Weights) -> Tensor:
         """`forward`, which needs nothing of its context."""
         tokens = x.shape[0] * x.shape[1]
         if tokens <= self.spec.chunk_tokens:
@@ -41,7 +39,7 @@ class MLP(Layer):
             result[part] = self._transform(flat[part], weights)
         return out
 
-    def _transform(self, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _transform(self, x: Tensor, weights: Weights) -> Tensor:
         spec, activation = self.spec, ACTIVATIONS[self.spec.activation]
         normed = normalise(spec, x, weights) if spec.pre_norm else x
         if spec.gated_mlp:

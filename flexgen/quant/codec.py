@@ -41,6 +41,10 @@ class Codec(ABC):
         """Write the tensor to `out`, contiguous, of the shape that was encoded, rounded to its dtype."""
 
     @abstractmethod
+    def packed(self, encoded: Tensor, shape: Sequence[int]) -> Packed:
+        """A tensor of `shape` as it is encoded, in views, for kernels that compute with it undecoded."""
+
+    @abstractmethod
     def heads(self, head_dim: int) -> HeadFormat:
         """How it keeps a head's key or value in the KV cache. Raises PolicyError where it cannot."""
 
@@ -66,14 +70,14 @@ class Groupwise(Codec):
     def encode(self, x: Tensor) -> Tensor:
         packed = quantise(x, self.bits, self.group)
         encoded = torch.zeros(self.nbytes(x.shape), dtype=torch.uint8, device=x.device)
-        view = self._view(encoded, x.shape)
+        view = self.packed(encoded, x.shape)
         view.values.copy_(packed.values)
         view.scales.copy_(packed.scales)
         view.minimums.copy_(packed.minimums)
         return encoded
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
-        dequantise(self._view(encoded, out.shape), out)
+        dequantise(self.packed(encoded, out.shape), out)
 
     def heads(self, head_dim: int) -> HeadFormat:
         """In groups of `group` values where those divide the head, otherwise the head is one group."""
@@ -91,7 +95,7 @@ class Groupwise(Codec):
         scales = align(count * self.bits // 8, _ALIGNMENT)
         return scales, scales + per_group, scales + 2 * per_group
 
-    def _view(self, encoded: Tensor, shape: Sequence[int]) -> Packed:
+    def packed(self, encoded: Tensor, shape: Sequence[int]) -> Packed:
         *outer, last = shape
         scales, minimums, _ = self._parts(shape)
         groups = (*outer, last // self.group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
-from flexgen.models import Chunk, Layer
+from flexgen.models import Chunk, Layer, Weights
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import causal_attention
 from flexgen.runtime.activations import Activations
@@ -186,7 +186,7 @@ class Generation:
             return self._prompts.take(self.first + i, k, slot)
         return self._activations.take(k, slot, span.new)
 
-    def _taken(self, step: Step) -> Mapping[str, Tensor]:
+    def _taken(self, step: Step) -> Weights:
         _, i, j, _ = step
         return self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))
 

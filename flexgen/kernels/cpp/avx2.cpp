@@ -41,6 +41,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 
 #include "attention.h"
 #include "groupwise.h"
+#include "linear.h"
 
 static bool supported() {
     unsigned eax, ebx, ecx, edx;
@@ -56,5 +57,7 @@ const Variant avx2_variant = {
     avx2::groupwise::dequantise_any,
     avx2::groupwise::quantise_any,
     avx2::read,
+    avx2::linear::prepare_any,
+    avx2::linear::multiply_any,
 };
 #endif

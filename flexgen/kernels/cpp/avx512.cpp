@@ -19,5 +19,7 @@ const Variant avx512_variant = {
     avx512::groupwise::dequantise_any,
     avx512::groupwise::quantise_any,
     avx512::read,
+    avx512::linear::prepare_any,
+    avx512::linear::multiply_any,
 };
 #endif

@@ -22,5 +22,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::groupwise::dequantise_any,
     avx512_bf16::groupwise::quantise_any,
     avx512_bf16::read,
+    avx512_bf16::linear::prepare_any,
+    avx512_bf16::linear::multiply_any,
 };
 #endif

@@ -58,6 +58,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 
 #include "attention.h"
 #include "groupwise.h"
+#include "linear.h"
 
 static bool supported() { return true; }
 
@@ -69,4 +70,6 @@ const Variant baseline_variant = {
     baseline::groupwise::dequantise_any,
     baseline::groupwise::quantise_any,
     baseline::read,
+    baseline::linear::prepare_any,
+    baseline::linear::multiply_any,
 };

@@ -61,6 +61,25 @@ struct Groupwise {
     void *scales, *minimums;  // (groups,)
 };
 
+// y (rows, out) = x (rows, in) times the transpose of W (out, in), plus bias (out,) unless null. W is Groupwise,
+// its groups along `in`. Sums are in float32.
+struct PackedLinear {
+    Type type, scale_type;  // of x, y and bias; of scales and minimums
+    int bits;
+    int64_t rows, out, in, group;
+    const void *x, *bias;
+    void *y;
+    const uint8_t *packed;
+    const void *scales, *minimums;  // (out, groups)
+
+    // Made by `prepare_linear`: x as the variant multiplies it, and its group sums where the variant needs them.
+    const void *operand = nullptr;
+    const float *sums = nullptr;
+    std::vector<float> wide;
+
+    int64_t groups() const { return in / group; }
+};
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -69,6 +88,8 @@ struct Variant {
     void (*dequantise)(const Groupwise &, int64_t begin, int64_t end);  // groups
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // every byte once; a multiple of 1024
+    void (*prepare_linear)(PackedLinear &);
+    void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
 };
 
 extern const Variant baseline_variant;

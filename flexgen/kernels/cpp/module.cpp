@@ -144,6 +144,45 @@ PyObject *groupwise(PyObject *args, bool pack) {
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
 
+void multiply(PackedLinear &job, int threads) {
+    const int64_t row_bytes = job.in * job.bits / 8;
+    threads = useful_threads(threads, row_bytes * job.out * job.rows);
+    // A piece is a whole number of the blocks that a variant may choose; at least four for each thread.
+    const int64_t BLOCKS = 12;
+    const int64_t most = std::min(PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
+    const Variant *now = variant;
+    now->prepare_linear(job);
+    std::atomic<int64_t> claimed{0};
+    run_on_threads(threads, [&, now] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.out;)
+            now->linear(job, begin, std::min(begin + piece, job.out));
+    });
+}
+
+PyObject *py_packed_linear(PyObject *, PyObject *args) {
+    PackedLinear job;
+    int type, scale_type, threads;
+    long long rows, out, in, group, x, y, bias, packed, scales, minimums;
+    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
+                          &y, &bias, &packed, &scales, &minimums, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.scale_type = (Type)scale_type;
+    job.rows = rows;
+    job.out = out;
+    job.in = in;
+    job.group = group;
+    job.x = (const void *)x;
+    job.y = (void *)y;
+    job.bias = (const void *)bias;
+    job.packed = (const uint8_t *)packed;
+    job.scales = (const void *)scales;
+    job.minimums = (const void *)minimums;
+    if (!without_gil([&] { multiply(job, threads); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -187,6 +226,7 @@ PyMethodDef METHODS[] = {
     {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
+    {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

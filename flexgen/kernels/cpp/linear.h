@@ -1,0 +1,235 @@
+// Products with group-wise integers for one variant: each weight is unpacked in registers, multiplied with all
+// rows of x that there are registers for, and never written out.
+//
+// Blocks of WEIGHTS rows of W meet blocks of X rows of x, whose sums lie in registers. Meanwhile the codes of the
+// next block are prefetched. Rows of x beyond one block find the codes in the first-level cache.
+#include <algorithm>
+
+namespace VARIANT {
+namespace linear {
+
+constexpr int MAX_X = SUM_REGISTERS / 2;
+constexpr int64_t LINE = 64;  // bytes
+static_assert(SUM_REGISTERS <= LANES, "the sums of a block are added up as one vector");
+
+// Rows of W beside X rows of x.
+constexpr int weights_beside(int x) { return SUM_REGISTERS / x < 4 ? SUM_REGISTERS / x : 4; }
+
+// One block of rows of W, with scales and minimums (WEIGHTS, padded groups) in float32.
+template <int WEIGHTS>
+struct Rows {
+    const uint8_t *codes[WEIGHTS];
+    std::vector<float> scales, minimums;
+};
+
+INLINE int64_t padded(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
+
+// x in float32: q * scale + minimum is the very value that `dequantise` writes in float32.
+struct Wide {
+    typedef float Operand;
+    static constexpr bool BY_SUMS = false;
+
+    template <int BITS, int X, int WEIGHTS>
+    INLINE static void add_group(const PackedLinear &job, const float *x, const Rows<WEIGHTS> &rows, int64_t g,
+                                 int64_t stride, Vec (&sum)[LANES]) {
+        const int64_t octets = job.group * BITS / 8;
+        Vec scale[WEIGHTS], minimum[WEIGHTS];
+        for (int n = 0; n < WEIGHTS; ++n) {
+            scale[n] = splat(rows.scales[n * stride + g]);
+            minimum[n] = splat(rows.minimums[n * stride + g]);
+        }
+        for (int64_t i = 0; i < octets; i += LANES) {
+            Words codes[WEIGHTS];
+            for (int n = 0; n < WEIGHTS; ++n) codes[n] = load_octets(rows.codes[n] + g * octets + i);
+            for (int part = 0; part < 8 / BITS; ++part) {
+                Vec w[WEIGHTS];
+                for (int n = 0; n < WEIGHTS; ++n) {
+                    const Words q = BITS == 8 ? codes[n] : part ? codes[n] >> 4 : codes[n] & 15;
+                    w[n] = fma(groupwise::to_float(q), scale[n], minimum[n]);
+                }
+                for (int m = 0; m < X; ++m) {
+                    const Vec values = load(x + m * job.in + g * job.group + part * octets + i);
+                    for (int n = 0; n < WEIGHTS; ++n) sum[n * X + m] = fma(w[n], values, sum[n * X + m]);
+                }
+            }
+        }
+    }
+};
+
+#ifdef FLEXGEN_DOT_BF16
+// x as it is: codes are exact in bfloat16, and a group's scale meets the sum of their products. What is left of
+// the minimums is their product with the group sums of x.
+struct Dots {
+    typedef Bf16 Operand;
+    static constexpr bool BY_SUMS = true;
+    static constexpr int64_t STEP = 2 * LANES;  // values in a register
+
+    INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 4>) {
+        // Only the low five bits of an index count, and the table repeats after sixteen: no mask is needed.
+        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
+            0x4140, 0x4150, 0x4160, 0x4170));
+        const __m512i codes = _mm512_cvtepu8_epi16(raw<__m256i>(from));
+        w[0] = _mm512_permutexvar_epi16(codes, table);
+        w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+    }
+    INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 8>) {
+        for (int part = 0; part < 2; ++part) {
+            const Vec low = groupwise::to_float(load_octets(from + part * STEP));
+            const Vec high = groupwise::to_float(load_octets(from + part * STEP + LANES));
+            w[part] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        }
+    }
+
+    template <int BITS, int X, int WEIGHTS>
+    INLINE static void add_group(const PackedLinear &job, const Bf16 *x, const Rows<WEIGHTS> &rows, int64_t g,
+                                 int64_t stride, Vec (&sum)[LANES]) {
+        constexpr int64_t PIECE = 2 * STEP * BITS / 8;  // octets that fill two registers
+        const int64_t octets = job.group * BITS / 8, second = BITS == 4 ? octets : STEP;
+        for (int64_t i = 0; i < octets; i += PIECE) {
+            __m512i w[WEIGHTS][2];
+            for (int n = 0; n < WEIGHTS; ++n)
+                unpack(rows.codes[n] + g * octets + i, w[n], std::integral_constant<int, BITS>());
+            for (int m = 0; m < X; ++m) {
+                const Bf16 *from = x + m * job.in + g * job.group + i;
+                const __m512bh a = (__m512bh)_mm512_loadu_si512(from);
+                const __m512bh b = (__m512bh)_mm512_loadu_si512(from + second);
+                for (int n = 0; n < WEIGHTS; ++n) {
+                    const Vec half = _mm512_dpbf16_ps(Vec{}, (__m512bh)w[n][0], a);
+                    const Vec dot = _mm512_dpbf16_ps(half, (__m512bh)w[n][1], b);
+                    sum[n * X + m] = fma(dot, splat(rows.scales[n * stride + g]), sum[n * X + m]);
+                }
+            }
+        }
+    }
+};
+
+inline bool by_dots(const PackedLinear &job) {
+    return job.type == Type::bfloat16 && job.group % (2 * Dots::STEP) == 0;
+}
+#else
+inline bool by_dots(const PackedLinear &) { return false; }
+#endif
+
+template <class S>
+TARGET void widen(const S *from, float *to, int64_t count) {
+    int64_t at = 0;
+    for (; at + LANES <= count; at += LANES) store(to + at, load(from + at));
+    if (at < count) store_part(to + at, load_part(from + at, count - at), count - at);
+}
+TARGET inline void widen(Type type, const void *from, int64_t at, float *to, int64_t count) {
+    if (type == Type::float32) return widen((const float *)from + at, to, count);
+    if (type == Type::bfloat16) return widen((const Bf16 *)from + at, to, count);
+    widen((const Half *)from + at, to, count);
+}
+
+TARGET inline void write(Type type, void *to, int64_t at, float value) {
+    if (type == Type::float32) return store_part((float *)to + at, splat(value), 1);
+    if (type == Type::bfloat16) return store_part((Bf16 *)to + at, splat(value), 1);
+    store_part((Half *)to + at, splat(value), 1);
+}
+
+// Rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist.
+template <class Kind, int BITS, int X, int WEIGHTS>
+TARGET void multiply(const PackedLinear &job, const Rows<WEIGHTS> &rows, int64_t m, int64_t n, int count) {
+    const int64_t groups = job.groups(), stride = padded(groups), octets = job.group * BITS / 8;
+    const auto *x = (const typename Kind::Operand *)job.operand + m * job.in;
+    Vec sum[LANES];
+    for (Vec &each : sum) each = Vec{};
+    if (Kind::BY_SUMS) {
+        for (int64_t g = 0; g < stride; g += LANES)
+            for (int i = 0; i < WEIGHTS * X; ++i)
+                sum[i] = fma(load(&rows.minimums[i / X * stride + g]), load(job.sums + (m + i % X) * stride + g),
+                             sum[i]);
+    }
+    const int64_t ahead = WEIGHTS * groups * octets;  // the next block
+    for (int64_t g = 0; g < groups; ++g) {
+        if (m == 0) {
+            for (int w = 0; w < WEIGHTS; ++w)
+                for (int64_t at = 0; at < octets; at += LINE)
+                    __builtin_prefetch(rows.codes[w] + g * octets + at + ahead);
+        }
+        Kind::template add_group<BITS, X, WEIGHTS>(job, x, rows, g, stride, sum);
+    }
+    float totals[LANES];
+    store(totals, sums(sum));
+    for (int w = 0; w < count; ++w) {
+        float bias = 0.0f;
+        if (job.bias) widen(job.type, job.bias, n + w, &bias, 1);
+        for (int i = 0; i < X; ++i) write(job.type, job.y, (m + i) * job.out + n + w, totals[w * X + i] + bias);
+    }
+}
+
+template <class Kind, int BITS, int X>
+TARGET void multiply_rows(const PackedLinear &job, int64_t begin, int64_t end) {
+    constexpr int WEIGHTS = weights_beside(X);
+    const int64_t groups = job.groups(), stride = padded(groups), octets = job.group * BITS / 8;
+    Rows<WEIGHTS> rows;
+    rows.scales.resize(WEIGHTS * stride);
+    rows.minimums.resize(WEIGHTS * stride);
+    for (int64_t n = begin; n < end; n += WEIGHTS) {
+        for (int w = 0; w < WEIGHTS; ++w) {
+            const int64_t row = std::min(n + w, end - 1);  // what lies beyond the last may not be read
+            rows.codes[w] = job.packed + row * groups * octets;
+            widen(job.scale_type, job.scales, row * groups, &rows.scales[w * stride], groups);
+            widen(job.scale_type, job.minimums, row * groups, &rows.minimums[w * stride], groups);
+        }
+        const int count = (int)std::min<int64_t>(WEIGHTS, end - n);
+        // The last block of x begins early enough to be whole, and gives some rows a second time.
+        for (int64_t m = 0; m < job.rows; m += X)
+            multiply<Kind, BITS, X>(job, rows, std::min(m, job.rows - X), n, count);
+    }
+}
+
+// As few blocks of x as there can be, of about the same size.
+template <class Kind, int BITS, int X>
+TARGET void multiply_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
+    const int64_t blocks = (job.rows + MAX_X - 1) / MAX_X;
+    if ((job.rows + blocks - 1) / blocks == X) return multiply_rows<Kind, BITS, X>(job, begin, end);
+    if constexpr (X > 1) multiply_blocks<Kind, BITS, X - 1>(job, begin, end);
+}
+
+template <class Kind>
+TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
+    if (job.bits == 4) return multiply_blocks<Kind, 4, MAX_X>(job, begin, end);
+    multiply_blocks<Kind, 8, MAX_X>(job, begin, end);
+}
+
+void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
+#ifdef FLEXGEN_DOT_BF16
+    if (by_dots(job)) return multiply_bits<Dots>(job, begin, end);
+#endif
+    multiply_bits<Wide>(job, begin, end);
+}
+
+// Room for `count` floats, from a whole line on.
+inline float *aligned(std::vector<float> &room, int64_t count) {
+    room.resize(count + LINE / sizeof(float));
+    return (float *)(((uintptr_t)room.data() + LINE - 1) / LINE * LINE);
+}
+
+// x as `multiply_any` reads it, made once for all rows of W.
+TARGET void prepare_any(PackedLinear &job) {
+    job.operand = job.x;
+    if (!by_dots(job)) {
+        if (job.type == Type::float32) return;
+        float *wide = aligned(job.wide, job.rows * job.in);
+        widen(job.type, job.x, 0, wide, job.rows * job.in);
+        job.operand = wide;
+        return;
+    }
+    const int64_t groups = job.groups(), stride = padded(groups);
+    float *total = aligned(job.wide, job.rows * stride);
+    for (int64_t g = 0; g < job.rows * groups; ++g) {
+        Vec sum = {};
+        for (int64_t i = 0; i < job.group; i += LANES) sum += load((const Bf16 *)job.x + g * job.group + i);
+        float lanes[LANES], all = 0.0f;
+        store(lanes, sum);
+        for (float each : lanes) all += each;
+        total[g / groups * stride + g % groups] = all;  // beyond the groups of a row it stays zero
+    }
+    job.sums = total;
+}
+
+}  // namespace linear
+}  // namespace VARIANT

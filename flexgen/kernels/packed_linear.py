@@ -1,0 +1,107 @@
+"""Products with matrices of group-wise integers as they are kept, and rows of such a matrix.
+
+A product of few rows waits for the weights. Read as they are kept, they are a quarter (int4) or half (int8) of the
+bytes of a 16-bit matrix, which would have to be written and read as well. With many rows the arithmetic binds, and a
+library's product of the decoded matrix is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen.kernels.groupwise import Packed, check_packed, dequantise
+from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
+
+_HOST_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 16}
+_GPU_ROWS = 64
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix (out, in) kept in group-wise integers: what `linear` and `embedding` take in a tensor's place.
+
+    `decoded()` gives it as a tensor in `dtype`, for products of many rows. It is called for each of them: whoever
+    makes this object decodes once for as many as it can.
+    """
+
+    packed: Packed
+    dtype: torch.dtype
+    decoded: Callable[[], Tensor]
+
+
+def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
+    """Most rows of an x in `dtype` that are better multiplied with `packed` as it is; 0 where nothing can.
+
+    The rows of one product count, whatever the number of products that could share a decoded matrix: with more
+    than this, decoding is soon earned back, and with fewer, even a product that finds the matrix decoded takes
+    longer than the fused one (`benchmarks/packed_linear.py`).
+    """
+    device = packed.values.device
+    if device.type == "cpu":
+        return _HOST_ROWS.get(dtype, 0) if announce() else 0
+    return _GPU_ROWS if triton_kernels(device) and dtype in NUMBERS else 0
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
+    check_packed(packed)
+    if len(packed.shape) != 2 or x.shape[-1] != packed.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., in) for {tuple(packed.shape)}")
+    out_size = packed.shape[0]
+    if bias is not None and (bias.shape, bias.dtype) != ((out_size,), x.dtype):
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} and type {bias.dtype}: expected {(out_size,)} and {x.dtype}"
+        )
+    parts = (packed.values, packed.scales, packed.minimums, *(() if bias is None else (bias,)))
+    if any(part.device != x.device for part in parts):
+        raise ValueError(f"x is on {x.device}, and the matrix or the bias is not")
+    if not x.numel() or x.dtype not in NUMBERS or not all(part.is_contiguous() for part in parts):
+        return multiply_in_torch(x, packed, bias)
+    if x.device.type == "cpu" and announce():
+        return multiply_natively(x, packed, bias)
+    if kernels := triton_kernels(x.device):
+        return kernels.multiply(x, packed, bias)
+    return multiply_in_torch(x, packed, bias)
+
+
+def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The compiled kernel: each weight is read once, unpacked in registers and multiplied with all rows."""
+    x = x.contiguous()
+    out_size, in_size = packed.shape
+    y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
+    native.packed_linear(
+        NUMBERS[x.dtype],
+        NUMBERS[packed.scales.dtype],
+        packed.bits,
+        (x.numel() // in_size, out_size, in_size, packed.group),
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        packed.values.data_ptr(),
+        packed.scales.data_ptr(),
+        packed.minimums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def multiply_in_torch(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same on every device: decoded to memory of its own, then multiplied."""
+    return F.linear(x, dequantise(packed, torch.empty(packed.shape, dtype=x.dtype, device=x.device)), bias)
+
+
+def gather(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (any shape) of a matrix (rows, n), as (*ids.shape, n) in `dtype`; only they are decoded."""
+    taken = ids.flatten()
+    found = replace(
+        packed,
+        values=packed.values.index_select(0, taken),
+        scales=packed.scales.index_select(0, taken),
+        minimums=packed.minimums.index_select(0, taken),
+    )
+    return dequantise(found, torch.empty(found.shape, dtype=dtype, device=ids.device)).unflatten(0, ids.shape)

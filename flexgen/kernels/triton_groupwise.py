@@ -1,0 +1,146 @@
+"""Group-wise integers on a GPU, in Triton: decoded once to memory, or multiplied with few rows as they are kept.
+
+Imported by `loading.triton_kernels` only. Both kernels give each weight the value that `dequantise_in_torch` gives
+it, rounded to the type that it is multiplied in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexgen.kernels.groupwise import Packed
+
+_DECODED = 1024
+"""Bytes of codes that one program decodes."""
+_CODES = 64
+"""Bytes of codes of each row of W that a program multiplies at a time; a power of two."""
+_OUT = 32
+"""Rows of W of one program: enough of them to read in large parts, few enough that there are many programs."""
+_LEAST_ROWS, _MOST_ROWS = 16, 64
+"""Rows of x of one program: matrix units take no fewer than 16."""
+
+
+@triton.jit
+def _decode(
+    values, scales, minimums, out, octets, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    GROUP_OCTETS: tl.constexpr = GROUP * BITS // 8
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < octets
+    group = at // GROUP_OCTETS
+    codes = tl.load(values + at, mask=valid, other=0)
+    scale = tl.load(scales + group, mask=valid, other=0).to(tl.float32)
+    minimum = tl.load(minimums + group, mask=valid, other=0).to(tl.float32)
+    first = group * GROUP + at % GROUP_OCTETS
+    if BITS == 8:
+        x = codes.to(tl.float32) * scale + minimum
+        tl.store(out + first, x.to(out.dtype.element_ty), mask=valid)
+    else:
+        low = (codes & 15).to(tl.float32) * scale + minimum
+        high = (codes >> 4).to(tl.float32) * scale + minimum
+        tl.store(out + first, low.to(out.dtype.element_ty), mask=valid)
+        tl.store(out + first + GROUP_OCTETS, high.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _add_product(sums, x, rows, has_row, within, valid, weights):
+    """sums (M, N) += x[rows, within] (M, K) @ weights (N, K) transposed."""
+    part = tl.load(x + rows[:, None] + within[None, :], mask=has_row[:, None] & valid[None, :], other=0)
+    # Weights beyond the end have the minimum of no group, but meet zeros.
+    return tl.dot(part, tl.trans(weights.to(part.dtype)), sums, input_precision="ieee")
+
+
+@triton.jit
+def _multiply(
+    x, values, scales, minimums, bias, y, num_rows, out_size, in_size,
+    GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    GROUP_OCTETS: tl.constexpr = GROUP * BITS // 8
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    has_row, has_out = m < num_rows, n < out_size
+    groups = in_size // GROUP
+    octets = groups * GROUP_OCTETS
+    rows = m.to(tl.int64) * in_size
+    code_rows = n.to(tl.int64) * octets
+    group_rows = n.to(tl.int64) * groups
+    sums = tl.zeros((ROWS, OUT), dtype=tl.float32)
+    for begin in range(0, octets, CODES):
+        at = begin + tl.arange(0, CODES)
+        valid = at < octets
+        group = at // GROUP_OCTETS
+        first = group * GROUP + at % GROUP_OCTETS
+        both = has_out[:, None] & valid[None, :]
+        codes = tl.load(values + code_rows[:, None] + at[None, :], mask=both, other=0)
+        scale = tl.load(scales + group_rows[:, None] + group[None, :], mask=both, other=0).to(tl.float32)
+        minimum = tl.load(minimums + group_rows[:, None] + group[None, :], mask=both, other=0).to(tl.float32)
+        if BITS == 8:
+            weights = codes.to(tl.float32) * scale + minimum
+            sums = _add_product(sums, x, rows, has_row, first, valid, weights)
+        else:
+            low = (codes & 15).to(tl.float32) * scale + minimum
+            sums = _add_product(sums, x, rows, has_row, first, valid, low)
+            high = (codes >> 4).to(tl.float32) * scale + minimum
+            sums = _add_product(sums, x, rows, has_row, first + GROUP_OCTETS, valid, high)
+    if BIASED:
+        sums += tl.load(bias + n, mask=has_out, other=0).to(tl.float32)[None, :]
+    place = m.to(tl.int64)[:, None] * out_size + n[None, :]
+    tl.store(y + place, sums.to(y.dtype.element_ty), mask=has_row[:, None] & has_out[None, :])
+
+
+def dequantise(packed: Packed, out: Tensor) -> Tensor:
+    """Fill `out`, which is contiguous and of the packed shape, and return it."""
+    octets = packed.values.numel()
+    if octets:
+        with _on(out.device):
+            _decode[(triton.cdiv(octets, _DECODED),)](
+                packed.values,
+                packed.scales,
+                packed.minimums,
+                out,
+                octets,
+                GROUP=packed.group,
+                BITS=packed.bits,
+                BLOCK=_DECODED,
+            )
+    return out
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
+    x = x.contiguous()
+    out_size, in_size = packed.shape
+    num_rows = x.numel() // in_size
+    y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype, device=x.device)
+    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS)
+    with _on(x.device):
+        _multiply[(triton.cdiv(out_size, _OUT), triton.cdiv(num_rows, rows))](
+            x,
+            packed.values,
+            packed.scales,
+            packed.minimums,
+            x if bias is None else bias,  # not read without one
+            y,
+            num_rows,
+            out_size,
+            in_size,
+            GROUP=packed.group,
+            BITS=packed.bits,
+            BIASED=bias is not None,
+            ROWS=rows,
+            OUT=_OUT,
+            CODES=_CODES,
+        )
+    return y
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the tensors'. In its interpreter there is none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,187 @@
+"""Products with group-wise integers against float64, and what `linear` and `embedding` make of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexgen.kernels import packed_linear
+from flexgen.kernels.groupwise import Packed, dequantise_in_torch, quantise
+from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.packed_linear import (
+    PackedMatrix,
+    fused_rows,
+    gather,
+    multiply,
+    multiply_in_torch,
+    multiply_natively,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES = [torch.float16, torch.bfloat16]
+
+# The fixture is the same for all examples of a test.
+relaxed = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Case:
+    """Random x (rows, in), packed weights (out, in) and a bias, or none."""
+
+    def __init__(self, dtype, rows, out, groups, bits=4, group=64, scales=torch.float16, biased=True, offset=0.0):
+        generator = torch.Generator().manual_seed(rows * 1000 + out)
+        size = groups * group
+        self.x = (torch.randn(rows, size, generator=generator) + offset).to(dtype)
+        weight = torch.randn(out, size, generator=generator) * 0.05 + offset / 10
+        self.packed = quantise(weight, bits, group, scales)
+        self.bias = torch.randn(out, generator=generator).to(dtype) if biased else None
+        self.arguments = self.x, self.packed, self.bias
+
+    @property
+    def weight(self):
+        return dequantise_in_torch(self.packed, torch.empty(self.packed.shape, dtype=torch.float64))
+
+    def check(self, y, version):
+        x, weight = self.x.double(), self.weight
+        exact = x @ weight.T + (0 if self.bias is None else self.bias.double())
+        assert y.dtype is self.x.dtype and y.shape == exact.shape
+        # Of the sums, which may cancel; in torch the weights are rounded as well.
+        size = x.abs() @ weight.abs().T
+        unit, rounded = torch.finfo(y.dtype).eps, version == "torch" and y.dtype is not torch.float32
+        bound = 0.51 * unit * exact.abs() + size * (unit if rounded else 4e-6) + 1e-6
+        error = (y.double() - exact).abs()
+        assert (error <= bound).all(), (error / bound).max()
+
+
+def product(version):
+    return multiply_in_torch if version == "torch" else multiply_natively
+
+
+@relaxed
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 17),
+    out=st.integers(1, 70),
+    groups=st.integers(1, 5),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 96, 128, 192]),
+    scales=st.sampled_from(SCALES),
+    biased=st.booleans(),
+    offset=st.sampled_from([0.0, 3.0]),
+)
+def test_every_shape(version, dtype, rows, out, groups, bits, group, scales, biased, offset):
+    case = Case(dtype, rows, out, groups, bits, group, scales, biased, offset)
+    case.check(product(version)(*case.arguments), version)
+
+
+@pytest.mark.parametrize("rows", range(1, 18))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_rows(version, dtype, bits, rows):
+    case = Case(dtype, rows, 37, 33, bits)
+    case.check(product(version)(*case.arguments), version)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_large_matrices_are_split_over_threads(variant, bits, threads):
+    torch.set_num_threads(threads)
+    case = Case(torch.bfloat16, 3, 1501, 16, bits)
+    case.check(multiply_natively(*case.arguments), variant)
+
+
+def test_each_code_meets_its_value(variant):
+    """One x that is not zero at a time takes single weights out of the matrix, without rounding."""
+    packed = Packed(
+        torch.arange(256, dtype=torch.uint8).view(1, 256), torch.ones(1, 4).half(), torch.zeros(1, 4).half(), 8, 64
+    )
+    for bits, matrix in ((8, packed), (4, quantise(torch.arange(256.0).remainder(16).view(1, 256), 4))):
+        for dtype in DTYPES:
+            found = multiply_natively(torch.eye(256, dtype=dtype), matrix)
+            expected = torch.arange(256).remainder(2**bits)
+            assert torch.equal(found[:, 0].long(), expected), (bits, dtype)
+
+
+def test_a_row_depends_on_no_other(variant):
+    for dtype in DTYPES:
+        case = Case(dtype, 13, 21, 3)
+        together = multiply_natively(*case.arguments)
+        case.x[1:] = float("nan")
+        assert torch.equal(multiply_natively(*case.arguments)[0], together[0])
+
+
+def test_the_public_function_takes_what_fits(version, monkeypatch):
+    if version == "torch":
+        monkeypatch.setattr(packed_linear, "announce", lambda: False)
+    case = Case(torch.bfloat16, 6, 10, 2)
+    expected = multiply(*case.arguments)
+    case.check(expected, version)
+    assert torch.equal(multiply(case.x.view(2, 3, 128), case.packed, case.bias), expected.view(2, 3, 10))
+    strided = torch.stack((case.x, case.x), dim=-1)[..., 0]
+    assert torch.equal(multiply(strided, case.packed, case.bias), expected)
+    assert multiply(case.x[:0], case.packed).shape == (0, 10)
+    double = Case(torch.float64, 2, 3, 1)
+    assert multiply(*double.arguments).dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, b: (x[:, :64], w, b), r"x has shape \(2, 64\): expected \(..., in\) for \(3, 128\)"),
+        (lambda x, w, b: (x, w, b[:2]), r"bias of shape \(2,\).*: expected \(3,\)"),
+        (lambda x, w, b: (x, w, b.double()), "expected .* torch.float32"),
+        (lambda x, w, b: (x, Packed(w.values[:2], w.scales, w.minimums, 4, 64), b), "expected uint8 of shape"),
+        (lambda x, w, b: (x.to("meta"), w, b), "x is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        multiply(*change(*Case(torch.float32, 2, 3, 2).arguments))
+
+
+class Decoded:
+    """Decodes a matrix when called, and counts."""
+
+    def __init__(self, packed, dtype):
+        self.count = 0
+        self.matrix = PackedMatrix(packed, dtype, self)
+
+    def __call__(self):
+        self.count += 1
+        return dequantise_in_torch(self.matrix.packed, torch.empty(self.matrix.packed.shape)).to(self.matrix.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_are_fused_and_many_decode(monkeypatch, dtype):
+    monkeypatch.setattr(packed_linear, "announce", lambda: True)
+    most = fused_rows(Case(dtype, 1, 4, 2).packed, dtype)
+    for rows, count in ((1, 0), (most, 0), (most + 1, 1)):
+        case = Case(dtype, rows, 9, 2)
+        decoded = Decoded(case.packed, dtype)
+        case.check(linear(case.x[None], decoded.matrix, case.bias)[0], "torch")
+        assert decoded.count == count
+
+
+def test_without_a_kernel_all_decode(monkeypatch):
+    monkeypatch.setattr(packed_linear, "announce", lambda: False)
+    case = Case(torch.bfloat16, 1, 9, 2)
+    decoded = Decoded(case.packed, torch.bfloat16)
+    case.check(linear(case.x, decoded.matrix, case.bias), "torch")
+    assert decoded.count == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_table_are_those_of_the_decoded_table(version, monkeypatch, dtype, bits):
+    if version == "torch":
+        monkeypatch.setattr("flexgen.kernels.groupwise.announce", lambda: False)
+    packed = Case(dtype, 1, 50, 3, bits).packed
+    decoded = Decoded(packed, dtype)
+    table = decoded()
+    for ids in (torch.tensor([[4, 49, 0], [4, 4, 7]]), torch.tensor([3]), torch.empty(2, 0, dtype=torch.int64)):
+        expected = torch.nn.functional.embedding(ids, table)
+        assert torch.equal(embedding(ids, decoded.matrix), expected)
+        assert torch.equal(gather(packed, ids, dtype), expected)
+        assert torch.equal(embedding(ids, table), expected)
+    assert decoded.count == 1, "only the rows that are asked for are decoded"
