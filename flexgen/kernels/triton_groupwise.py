@@ -56,7 +56,7 @@ def _add_product(sums, x, rows, has_row, within, valid, weights):
     return tl.dot(part, tl.trans(weights.to(part.dtype)), sums, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # batches of any size share one kernel
 def _multiply(
     x, values, scales, minimums, bias, y, num_rows, out_size, in_size,
     GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 Weights = Mapping[str, Any]
-"""A layer's weights by name: tensors, and for encoded matrices a `PackedMatrix`, which `linear` and `embedding` take."""
+"""A layer's weights by name: tensors, and for an encoded matrix what `linear` and `embedding` take in its place."""
 
 
 class Chunk(NamedTuple):

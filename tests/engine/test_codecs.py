@@ -115,16 +115,42 @@ def test_percentages_are_about_the_model_and_bytes_about_what_is_kept() -> None:
         assert encoded * 8 / matrices <= 4.6
 
 
+EVERY, NONE = 10**9, 0
+"""Rows up to which products take encoded weights as they are."""
+
+
+def fuse_up_to(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.kernels.linear.fused_rows", lambda packed, dtype: rows)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the matrices that were decoded, in order."""
+    shapes: list[torch.Size] = []
+    codec = CODECS["int4"]
+    original = type(codec).decode
+    monkeypatch.setattr(
+        type(codec), "decode", lambda *args: (shapes.append(args[2].shape), original(*args))[1]
+    )
+    return shapes
+
+
+def multiplied(lm: OptLM) -> list[list[torch.Size]]:
+    """Of each layer, the shapes of the encoded matrices that are multiplied."""
+    return [
+        [torch.Size(w.shape) for w in layer.weights if lm.placement.codec(w) and not w.looked_up]
+        for layer in lm._layers
+    ]
+
+
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_decoding_happens_once_for_all_batches_of_a_visit(
-    device: str, saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    device: str, saved: tuple[Path, Any], decoded: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where two layers are computed by turns, which is so where the host attends beside the device."""
     directory, model = saved
     expected = greedy(rounded(model, "int4"), 4)
-    decoded = []
-    codec = CODECS["int4"]
-    original = type(codec).decode
+    fuse_up_to(NONE, monkeypatch)
     policy = Policy(
         gpu_batch_size=1,
         num_gpu_batches=3,
@@ -133,10 +159,58 @@ def test_decoding_happens_once_for_all_batches_of_a_visit(
         sep_layer=False,
     )
     with OptLM(directory, policy, device=device, dtype="float32") as lm:
-        used = sum(bool(lm.placement.codec(w)) for layer in lm._layers for w in layer.weights)
-        monkeypatch.setattr(type(codec), "decode", lambda *args: (decoded.append(1), original(*args))[1])
+        every_visit = 4 * [shape for shapes in multiplied(lm) for shape in shapes]
         ids = lm.generate(PROMPTS, 4, stop=())
         assert lm.stats is not None
         assert lm.stats.order == {"cpu": "overlap_multi_batch", "emulated": "overlap_cpu_attention"}[device]
     assert [row[-4:].tolist() for row in ids] == expected
-    assert len(decoded) == 4 * used
+    assert sorted(decoded) == sorted(every_visit), "the table's rows are looked up, it is never decoded"
+
+
+def test_only_products_of_many_rows_decode(
+    saved: tuple[Path, Any], decoded: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill has rows times tokens, but its head, like every later token, only rows."""
+    directory, _ = saved
+    fuse_up_to(3, monkeypatch)
+    with OptLM(directory, Policy(gpu_batch_size=3, weights=split("int4", cpu=100)), device="cpu") as lm:
+        *before, head = multiplied(lm)
+        lm.generate(PROMPTS, 3, stop=())
+        assert head and sorted(decoded) == sorted(shape for shapes in before for shape in shapes)
+        decoded.clear()
+        lm.forward(PROMPTS)  # logits of every position: the head has many rows too
+        assert sorted(decoded) == sorted(shape for shapes in [*before, head] for shape in shapes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("rows", [NONE, 3, EVERY])
+def test_ids_are_the_same_whatever_is_decoded(
+    saved: tuple[Path, Any], rows: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers share slots and the place that they are decoded to, so what an earlier visit left must not be used."""
+    directory, model = saved
+    expected = greedy(rounded(model, "int4"), 6)
+    fuse_up_to(rows, monkeypatch)
+    for batch, batches in ((1, 1), (1, 3), (2, 2)):
+        policy = Policy(gpu_batch_size=batch, num_gpu_batches=batches, weights=split("int4", cpu=50, disk=50))
+        with OptLM(directory, policy, device=device, dtype="float32") as lm:
+            ids = lm.generate(PROMPTS, 6, stop=())
+        assert [row[-6:].tolist() for row in ids] == expected
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logits_are_the_same_within_rounding(
+    saved: tuple[Path, Any], codec: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, model = saved
+    with torch.no_grad():
+        # What is encoded are the checkpoint's weights in the dtype that is computed in.
+        exact = rounded(model.to(getattr(torch, dtype)).float(), codec)(torch.tensor([PROMPTS[0]])).logits
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    for rows in (NONE, EVERY):
+        fuse_up_to(rows, monkeypatch)
+        with OptLM(directory, Policy(weights=split(codec, cpu=100)), device="cpu", dtype=dtype) as lm:
+            logits = lm.forward(PROMPTS[:1])
+        # A few roundings of hidden states, and of the weights where they are decoded; sums in another order.
+        assert (logits.float() - exact).abs().max() <= 8 * unit * exact.abs().max() + 1e-4

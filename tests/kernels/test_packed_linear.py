@@ -29,7 +29,9 @@ relaxed = settings(max_examples=80, suppress_health_check=[HealthCheck.function_
 class Case:
     """Random x (rows, in), packed weights (out, in) and a bias, or none."""
 
-    def __init__(self, dtype, rows, out, groups, bits=4, group=64, scales=torch.float16, biased=True, offset=0.0):
+    def __init__(
+        self, dtype, rows, out, groups, bits=4, group=64, scales=torch.float16, biased=True, offset=0.0
+    ):
         generator = torch.Generator().manual_seed(rows * 1000 + out)
         size = groups * group
         self.x = (torch.randn(rows, size, generator=generator) + offset).to(dtype)
@@ -94,7 +96,11 @@ def test_large_matrices_are_split_over_threads(variant, bits, threads):
 def test_each_code_meets_its_value(variant):
     """One x that is not zero at a time takes single weights out of the matrix, without rounding."""
     packed = Packed(
-        torch.arange(256, dtype=torch.uint8).view(1, 256), torch.ones(1, 4).half(), torch.zeros(1, 4).half(), 8, 64
+        torch.arange(256, dtype=torch.uint8).view(1, 256),
+        torch.ones(1, 4).half(),
+        torch.zeros(1, 4).half(),
+        8,
+        64,
     )
     for bits, matrix in ((8, packed), (4, quantise(torch.arange(256.0).remainder(16).view(1, 256), 4))):
         for dtype in DTYPES:
@@ -131,7 +137,10 @@ def test_the_public_function_takes_what_fits(version, monkeypatch):
         (lambda x, w, b: (x[:, :64], w, b), r"x has shape \(2, 64\): expected \(..., in\) for \(3, 128\)"),
         (lambda x, w, b: (x, w, b[:2]), r"bias of shape \(2,\).*: expected \(3,\)"),
         (lambda x, w, b: (x, w, b.double()), "expected .* torch.float32"),
-        (lambda x, w, b: (x, Packed(w.values[:2], w.scales, w.minimums, 4, 64), b), "expected uint8 of shape"),
+        (
+            lambda x, w, b: (x, Packed(w.values[:2], w.scales, w.minimums, 4, 64), b),
+            "expected uint8 of shape",
+        ),
         (lambda x, w, b: (x.to("meta"), w, b), "x is on meta"),
     ],
 )
@@ -149,12 +158,13 @@ class Decoded:
 
     def __call__(self):
         self.count += 1
-        return dequantise_in_torch(self.matrix.packed, torch.empty(self.matrix.packed.shape)).to(self.matrix.dtype)
+        return dequantise_in_torch(self.matrix.packed, torch.empty(self.matrix.packed.shape)).to(
+            self.matrix.dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_are_fused_and_many_decode(monkeypatch, dtype):
-    monkeypatch.setattr(packed_linear, "announce", lambda: True)
+def test_few_rows_are_fused_and_many_decode(variant, dtype):
     most = fused_rows(Case(dtype, 1, 4, 2).packed, dtype)
     for rows, count in ((1, 0), (most, 0), (most + 1, 1)):
         case = Case(dtype, rows, 9, 2)
@@ -179,7 +189,11 @@ def test_rows_of_a_table_are_those_of_the_decoded_table(version, monkeypatch, dt
     packed = Case(dtype, 1, 50, 3, bits).packed
     decoded = Decoded(packed, dtype)
     table = decoded()
-    for ids in (torch.tensor([[4, 49, 0], [4, 4, 7]]), torch.tensor([3]), torch.empty(2, 0, dtype=torch.int64)):
+    for ids in (
+        torch.tensor([[4, 49, 0], [4, 4, 7]]),
+        torch.tensor([3]),
+        torch.empty(2, 0, dtype=torch.int64),
+    ):
         expected = torch.nn.functional.embedding(ids, table)
         assert torch.equal(embedding(ids, decoded.matrix), expected)
         assert torch.equal(gather(packed, ids, dtype), expected)

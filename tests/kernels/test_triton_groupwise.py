@@ -1,0 +1,118 @@
+"""The Triton kernels against float64: on the GPU where there is one, elsewhere in Triton's interpreter.
+
+The interpreter is chosen by the environment when Triton is imported, so the tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen.kernels.groupwise import dequantise_in_torch, quantise
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter computes with numpy, which has no bfloat16: it multiplies the bits, and rounds to zero.
+MULTIPLIED = [torch.float32, torch.float16] if INTERPRETED else DTYPES
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+runs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU: test_in_the_interpreter runs this test in a process of its own",
+)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from flexgen.kernels import triton_groupwise  # its import needs triton
+
+    return triton_groupwise
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 skipped" in done.stdout, done.stdout  # itself
+
+
+def test_flexgen_imports_the_kernels_only_when_a_gpu_needs_them():
+    code = "import sys, flexgen, flexgen.bench; sys.exit('flexgen.kernels.triton_groupwise' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def packed_case(rows, out, groups, bits, group, dtype, scales=torch.float16):
+    device = "cpu" if INTERPRETED else "cuda"
+    generator = torch.Generator().manual_seed(rows * 1000 + out)
+    x = torch.randn(rows, groups * group, generator=generator).to(dtype)
+    weight = torch.randn(out, groups * group, generator=generator) * 0.05 + 0.01
+    bias = torch.randn(out, generator=generator).to(dtype)
+    packed = quantise(weight.to(device), bits, group, scales)
+    return x.to(device), packed, bias.to(device)
+
+
+@needs_triton
+@runs_kernels
+@settings(max_examples=25)
+@given(
+    rows=st.sampled_from([1, 2, 16, 17, 33, 65]),
+    out=st.sampled_from([1, 31, 32, 33]),
+    groups=st.integers(1, 3),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 96, 128]),
+    dtype=st.sampled_from(MULTIPLIED),
+    scales=st.sampled_from([torch.float16, torch.bfloat16]),
+    biased=st.booleans(),
+)
+def test_products(kernels, rows, out, groups, bits, group, dtype, scales, biased):
+    x, packed, bias = packed_case(rows, out, groups, bits, group, dtype, scales)
+    y = kernels.multiply(x, packed, bias if biased else None)
+    # The weights are rounded to the type of x, as decoding them does; the sums are in float32.
+    weight = dequantise_in_torch(packed, torch.empty(packed.shape, dtype=dtype, device=x.device)).double()
+    exact = x.double() @ weight.T + (bias.double() if biased else 0)
+    assert y.dtype is dtype and y.shape == exact.shape
+    size = x.double().abs() @ weight.abs().T
+    bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 4e-6 * size + 1e-6
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@needs_triton
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "groups", "group"), [(1, 1, 64), (5, 3, 96), (17, 9, 128)])
+def test_decoding_gives_what_torch_gives(kernels, dtype, bits, out, groups, group):
+    _, packed, _ = packed_case(1, out, groups, bits, group, dtype)
+    expected = dequantise_in_torch(
+        packed, torch.empty(packed.shape, dtype=dtype, device=packed.values.device)
+    )
+    found = kernels.dequantise(packed, torch.full_like(expected, float("nan")))
+    # A GPU may fuse the product and the sum.
+    unit = 0 if INTERPRETED and dtype is not torch.bfloat16 else torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=unit, atol=0)
+
+
+@needs_triton
+@runs_kernels
+def test_shapes_of_x_are_kept(kernels):
+    x, packed, bias = packed_case(6, 10, 2, 4, 64, torch.float32)
+    expected = kernels.multiply(x, packed, bias)
+    assert torch.equal(kernels.multiply(x.view(2, 3, 128), packed, bias), expected.view(2, 3, 10))
+    strided = torch.stack((x, x), dim=-1)[..., 0]
+    assert torch.equal(kernels.multiply(strided, packed, bias), expected)
