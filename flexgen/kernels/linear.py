@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None)
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
-    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n); only these of group-wise integers are decoded."""
+    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n); of integers only these are decoded."""
     if isinstance(weight, PackedMatrix):
         return gather(weight.packed, ids, weight.dtype)
     return F.embedding(ids, weight)
