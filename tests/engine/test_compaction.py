@@ -289,8 +289,9 @@ def test_what_is_gathered_is_in_the_plan(
         lm.generate(rows, TOKENS, stop=stop)
         assert lm.stats is not None
         plan = lm.stats.plan
-    workspace = {t: sum(n.nbytes for n in plan.needs if n.tier is t and n.role == "workspace") for t in Tier}
-    assert taken and all(0 < nbytes <= workspace[tier] for tier, nbytes in taken.items())
+    workspace = {(n.tier, n.what): n.nbytes for n in plan.needs if n.role == "workspace"}
+    assert 0 < taken[Tier.GPU] <= workspace[Tier.GPU, "activations"]
+    assert 0 < taken[Tier.CPU] <= workspace[Tier.CPU, "cache"]
 
 
 def test_a_seed_repeats(tiny: Any, prompts: Any, mixed: Any, heads: list[int]) -> None:

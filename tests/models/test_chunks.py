@@ -19,7 +19,13 @@ FAMILIES = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     ("llama", {}),
     ("llama", {"num_key_value_heads": 1}),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
+    (
+        "llama",
+        {
+            "max_position_embeddings": 8,  # fewer than the prompt has: the rope is stretched
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+        },
+    ),
 ]
 
 
