@@ -213,9 +213,9 @@ class KVCache:
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
         """Go on with these batches, their rows on the tiers by `split`; no transfer may be under way.
 
-        A new batch takes the place of the old one of its number: whatever the rows, those before it and its own
-        come from that one or from earlier ones, and have been read by then. So this takes no memory but that of
-        one batch's rows in one layer (see `gather`).
+        A new batch takes the place of the old one of its number. As many rows fit into the new batches up to that
+        one as into the old ones, so whatever is overwritten has been read. So this takes no memory but that of one
+        batch's rows in one layer (see `gather`).
         """
         if all(moved.whole is not None for moved in batches):
             kept = {
