@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import transformers
 
-from flexgen import demo
+from flexgen import demo, scoring
 from flexgen.engine import OptLM, Stats
-from flexgen.errors import FlexGenError
+from flexgen.errors import CapacityError, FlexGenError
 from flexgen.memory.plan import batch_sizes
 from flexgen.policy import Policy, Split, Tier
 from flexgen.report import Report
@@ -27,6 +27,7 @@ from flexgen.schedule import ORDERS
 
 _DEMO_GEN_LEN = 24
 _DEMO_PROMPTS = 1024
+_SCORED_RECORDS = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def bench(args: argparse.Namespace) -> Report:
         assert model.stats is not None
         stats = model.stats
         lanes = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
-        report = make_report(model, args, job, stats, lanes)
+        report = make_report(model, args, job, stats, lanes, answer_perplexity(model, job))
         if args.trace:
             stats.timing.trace.save(args.trace, model.layer_names)
     if job.records:
@@ -122,7 +123,12 @@ def read_policy(args: argparse.Namespace) -> Policy:
 
 
 def make_report(
-    model: OptLM, args: argparse.Namespace, job: Job, stats: Stats, lanes: dict[Any, float]
+    model: OptLM,
+    args: argparse.Namespace,
+    job: Job,
+    stats: Stats,
+    lanes: dict[Any, float],
+    perplexity: float | None = None,
 ) -> Report:
     """What the run took; the decode of a run that was cut short is projected to its full length."""
     run = min(args.cut_gen_len or job.gen_len, job.gen_len)
@@ -154,6 +160,7 @@ def make_report(
             ),
         },
         projected_from=run if run < job.gen_len else None,
+        perplexity=perplexity,
     )
 
 
@@ -182,6 +189,25 @@ def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
     right = demo.accuracy(job.records, completions)
     shares = ", ".join(f"{task} {share:.1%}" for task, share in right.items())
     return "\n".join([*lines, f"right answers: {shares}"])
+
+
+def answer_perplexity(model: OptLM, job: Job) -> float | None:
+    """Perplexity of the right answers, each after its prompt, of the first records of the job.
+
+    None where no answers are known, or where there is no room for the logits of a whole text: a run whose
+    times are known does not fail for it.
+    """
+    if not job.records:
+        return None
+    pairs = list(zip(job.prompts, job.records, strict=True))[:_SCORED_RECORDS]
+    try:
+        scores = scoring.score(model.forward, [job.tokenizer(record.text).input_ids for _, record in pairs])
+    except CapacityError:
+        return None
+    # The ids of a prompt begin those of its text; the first of a text has no score.
+    return scoring.perplexity(
+        found[len(prompt) - 1 :] for found, (prompt, _) in zip(scores, pairs, strict=True)
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ class Report:
     token) and over all (new tokens / total). `lanes`: seconds that each lane alone would take.
     `placement`: percent by class and tier, asked and achieved. `padded_share`: padding among the prompt positions
     that were computed, 0 to 1. `projected_from`: tokens that were run, where the decode was projected from fewer
-    than `gen_len`.
+    than `gen_len`. `perplexity`: of the right answers, where they are known.
     """
 
     model: str
@@ -54,6 +54,7 @@ class Report:
     peak_bytes: ByTier
     placement: Mapping[str, Mapping[Tier, tuple[float, float]]]
     projected_from: int | None = None
+    perplexity: float | None = None
 
     @property
     def total_s(self) -> float:
@@ -125,6 +126,8 @@ class Report:
         ]
         if self.bottleneck:
             rows += [("lanes alone", self._lanes()), ("bound", self._bound())]
+        if self.perplexity is not None:
+            rows.append(("perplexity", f"{self.perplexity:.4f} of the right answers"))
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {text}" for name, text in rows]
         rule = "-" * max(map(len, lines))

@@ -15,7 +15,7 @@ LAYERS = [
     {"policy", "workload", "schedule", "demo"},
     {"trace"},
     {"report"},
-    {"kernels"},
+    {"kernels", "scoring"},
     {"models", "quant"},
     {"memory"},
     {"runtime", "planning"},

@@ -1,0 +1,55 @@
+"""How probable a model finds texts: log-likelihoods from its logits, and perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_ROWS = 32
+"""Texts whose logits are held at once: they take far more memory than the texts."""
+
+
+def log_likelihoods(logits: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
+    """(tokens - 1) float32: the natural logarithm of each id's probability, given the ids before it.
+
+    logits (tokens, vocab) in any floating dtype, as the model gives them for `ids` (tokens). The first id has no
+    probability: nothing comes before it. ValueError unless there is one row of logits for each id.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    if logits.dim() != 2 or ids.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and ids {tuple(ids.shape)}; "
+            "they must be (tokens, vocab) and (tokens)"
+        )
+    return torch.log_softmax(logits[:-1].float(), dim=-1).gather(-1, ids[1:, None]).squeeze(-1)
+
+
+def score(
+    forward: Callable[[Sequence[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]], rows: int = _ROWS
+) -> list[Tensor]:
+    """`log_likelihoods` of every text (ids), in the order of `texts`.
+
+    `forward` gives logits (texts, longest, vocab) for texts of any lengths, each text's from the beginning
+    of its row, as `OptLM.forward` does for lists. It is called with at most `rows` texts of like length at a time.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    longest_first = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+    for begin in range(0, len(texts), rows):
+        chosen = longest_first[begin : begin + rows]
+        for n, logits in zip(chosen, forward([texts[n] for n in chosen]), strict=True):
+            found[n] = log_likelihoods(logits[: len(texts[n])], texts[n])
+    return found
+
+
+def perplexity(scores: Iterable[Tensor]) -> float:
+    """The reciprocal of the geometric mean of the probabilities of all tokens, each counting once.
+
+    `scores` are log-likelihoods (tokens) of texts or of parts of them. ValueError if there is no token.
+    """
+    # float64: a sum over many texts would round away in float32.
+    every = torch.cat([score.double() for score in scores] or [torch.empty(0)])
+    if not len(every):
+        raise ValueError("perplexity of no tokens: give texts of at least two")
+    return float(torch.exp(-every.mean()))
