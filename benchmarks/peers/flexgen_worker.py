@@ -1,0 +1,142 @@
+"""One measurement of flexgen, in its own process: prints a JSON line.
+
+    python flexgen_worker.py '{"model": DIR, "batch": 16, "batches": 1, "codec": "none", ...}'
+
+Started by accelerate_offload.py. Of the policies on a grid (weights and cache between CPU and disk, with and without
+overlap) it takes the one that moves least and whose plan, on top of what the process takes before a model is
+opened, leaves a tenth of `limit` free.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexgen import OptLM, Policy, Tier, Workload
+from flexgen.errors import CapacityError
+from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
+from flexgen.memory.placement import place_weights
+from flexgen.memory.plan import MemoryPlan, plan_memory
+from flexgen.models import build_layers, open_model
+from flexgen.schedule import ORDERS, Op, order_for
+
+MARGIN = 0.1
+DTYPE = torch.bfloat16
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    baseline = resident_bytes()
+    policy, planned = choose(job, baseline)
+    print(f"baseline {baseline >> 20} MiB, plan {planned >> 20} MiB: {policy.to_dict()}", file=sys.stderr)
+    ids = np.random.default_rng(0).integers(4, 30_000, size=(policy.block_size, job["context"]))
+    began = time.perf_counter()
+    with OptLM(
+        job["model"], policy, device="cpu", dtype=DTYPE, offload_dir=job["folder"], progress=False
+    ) as model:
+        opened, open_peak = time.perf_counter() - began, peak_resident_bytes()
+        model.generate(ids[:1, :4], 2, stop=())  # makes threads and what libraries set up once
+        prefill, times, tokens = run(model, ids[:, : job["prompt_len"]], job, _steps_behind_prompt(job))
+        print(f"prefill {prefill:.2f} s, steps {times}", file=sys.stderr, flush=True)
+        if not times and job["gen_len"] > 1:
+            _, times, _ = run(model, ids, job, job["steps"])
+        assert model.stats is not None
+        stats = model.stats
+        busy = {str(lane): seconds for lane, seconds in stats.timing.trace.busy().items()}
+    found = {
+        "prefill_s": prefill,
+        "steps_s": times,
+        "tokens": tokens,
+        "open_s": opened,
+        "baseline_bytes": baseline,
+        "peak_rss_bytes": peak_resident_bytes(),
+        "open_peak_rss_bytes": open_peak,
+        "planned_bytes": planned,
+        "excess_bytes": stats.peak_bytes[Tier.CPU] - stats.plan.on(Tier.CPU),
+        "busy_s": busy,
+        "settings": {"policy": policy.to_dict()},
+        "versions": {"torch": torch.__version__},
+    }
+    print(json.dumps(found))
+
+
+def run(
+    model: OptLM, ids: np.ndarray, job: dict[str, Any], steps: int
+) -> tuple[float, list[float], list[int]]:
+    """Seconds of the prefill and of each step, and the first row's new ids (greedy)."""
+    left = job["prompt_len"] + job["gen_len"] - ids.shape[1]
+    out = model.generate(ids, left, cut_gen_len=1 + steps, stop=())
+    assert model.stats is not None
+    timing, last = model.stats.timing, len(model.layer_names) - 1
+    ends = [timing.prefill] + [0.0] * steps
+    for event in timing.trace.events:
+        if event.step.op is Op.STORE_HIDDEN and event.step.layer == last and event.step.token:
+            ends[event.step.token] = max(ends[event.step.token], event.end)
+    times = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return timing.prefill, times, out[0, ids.shape[1] : ids.shape[1] + 1 + steps].tolist()
+
+
+def _steps_behind_prompt(job: dict[str, Any]) -> int:
+    if not job["steps"]:
+        return int(job["gen_len"]) - 1
+    return int(job["steps"]) if job["context"] == job["prompt_len"] else 0
+
+
+def choose(job: dict[str, Any], baseline: int) -> tuple[Policy, int]:
+    """The policy that reads least from the disk for each token, and the bytes that it plans in memory.
+
+    CapacityError if none fits.
+    """
+    spec, _ = open_model(job["model"])
+    prompt_len = max(job["prompt_len"], job["context"])
+    new_tokens = job["prompt_len"] + job["gen_len"] - prompt_len
+    workload = Workload(prompt_len, new_tokens, job["batch"] * job["batches"])
+    room = (1 - MARGIN) * job["limit"] - baseline if job["limit"] else float("inf")
+    least, best = float("inf"), None
+    found: list[int] = []
+    for policy in policies(job):
+        plan = _plan(spec, policy, workload)
+        found.append(plan.on(Tier.CPU))
+        # Without overlap reading and computing add up: only where nothing else fits.
+        cost = plan.on(Tier.DISK) * (1 if policy.overlap else 100)
+        if plan.on(Tier.CPU) <= room and cost < least:
+            least, best = cost, (policy, plan.on(Tier.CPU))
+    if best is None:
+        raise CapacityError(
+            f"the least that a policy needs is {min(found)} bytes, {int(room)} are left of {job['limit']}"
+        )
+    return best
+
+
+def policies(job: dict[str, Any]) -> Iterator[Policy]:
+    """Shares of the weights in twentieths and of the cache in quarters; the rest lies on disk."""
+    for overlap in (True, False):
+        for cache in (100, 75, 50, 25, 0):
+            for weights in range(100, -5, -5):
+                share = {"percent": weights, "codec": job["codec"]}
+                rest = {"percent": 100 - weights, "codec": job["codec"]}
+                yield Policy(
+                    gpu_batch_size=job["batch"],
+                    num_gpu_batches=job["batches"],
+                    weights={"cpu": share, "disk": rest},
+                    cache={"cpu": cache, "disk": 100 - cache},
+                    activations={"cpu": 100},
+                    overlap=overlap,
+                )
+
+
+def _plan(spec: Any, policy: Policy, workload: Workload) -> MemoryPlan:
+    layers = build_layers(spec, sep_layer=policy.sep_layer)
+    placement = place_weights(layers, policy.weights, DTYPE)
+    slots = ORDERS[order_for(policy.overlap, policy.num_gpu_batches)].slots
+    return plan_memory(layers, placement, policy, DTYPE, True, workload, slots=slots)
+
+
+if __name__ == "__main__":
+    main()
