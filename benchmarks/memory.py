@@ -1,0 +1,150 @@
+"""Measured memory against the plan: the peak of the resident set in a fresh process, over what it had before.
+
+    python benchmarks/memory.py --work-dir DIR
+
+Each case is a process of its own, which imports torch and flexgen, notes its resident set, opens a model with random
+weights in bfloat16 and runs one call. The kernel's peak, of opening (weights are written to disk for the first time
+then) and of the call, may exceed that base and the plan by a tenth of the plan or 200 MB, whichever is more.
+DIR holds what lies on disk during a case, at most 2 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from record import interleaved, save
+from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
+
+from flexgen import OptLM, Policy, Tier
+from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes, resident_bytes
+
+SHARE, LEAST = 0.1, 200e6
+CPU, DISK = {"cpu": 100}, {"disk": 100}
+LLAMA = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=8,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=4096,
+    vocab_size=128_256,
+    tie_word_embeddings=True,
+)
+OPT = OPTConfig(
+    hidden_size=2048, ffn_dim=8192, num_hidden_layers=8, num_attention_heads=32, word_embed_proj_dim=2048
+)  # fmt: skip
+TINY = OPTConfig(
+    hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=64
+)
+
+
+class Case(NamedTuple):
+    model: str | PreTrainedConfig
+    policy: Policy
+    prompt_len: int
+    new_tokens: int
+
+
+def _policy(batch: int, batches: int = 1, **splits: Any) -> Policy:
+    given: dict[str, Any] = {"weights": CPU, "cache": CPU, "activations": CPU} | splits
+    return Policy(gpu_batch_size=batch, num_gpu_batches=batches, **given)
+
+
+INT4 = {"cpu": {"percent": 100, "codec": "int4"}}
+CASES = {
+    "weights on disk": Case(OPT, _policy(4, weights=DISK), 64, 4),
+    "weights on disk, large vocabulary": Case(LLAMA, _policy(4, weights=DISK), 64, 4),
+    "weights in memory": Case("opt-1.3b", _policy(4), 64, 4),
+    "weights in memory, int4": Case("opt-1.3b", _policy(4, weights=INT4), 64, 4),
+    "weights half and half": Case(OPT, _policy(4, 2, weights={"cpu": 50, "disk": 50}), 64, 4),
+    "cache on disk": Case("opt-125m", _policy(32, 4, cache=DISK), 256, 4),
+    "cache in memory, large batch": Case("opt-125m", _policy(128, 2), 256, 4),
+    "activations on disk": Case("opt-125m", _policy(32, 4, activations=DISK), 256, 4),
+    "long prompts": Case(LLAMA, _policy(2, weights=DISK), 2048, 2),
+    "all on disk": Case("opt-350m", _policy(16, 2, weights=DISK, cache=DISK, activations=DISK), 128, 4),
+    "tiny": Case(TINY, _policy(2, weights=DISK, cache=DISK), 8, 4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work-dir", required=True)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--out", help="another file for the results")
+    parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
+    if args.worker:
+        print(json.dumps(measure(CASES[args.worker], args.work_dir)))
+        return
+    cases = {name: partial(in_process, name, args.work_dir) for name in args.case or CASES}
+    figures = interleaved(cases, args.repeats)
+    columns = ("weights", "base", "plan", "opening", "call", "opening_excess", "call_excess")
+    print(
+        f"{'MB':<36}" + "".join(f"{column.replace('_', ' '):>16}" for column in columns) + f"{'allowed':>16}"
+    )
+    for name, found in figures.items():
+        found["allowed_bytes"] = max(SHARE * found["plan_bytes"]["median"], LEAST)
+        sizes = [found[f"{column}_bytes"]["median"] for column in columns]
+        found["within_limit"] = max(sizes[-2:]) <= found["allowed_bytes"]
+        told = "".join(f"{size / 1e6:>16.0f}" for size in (*sizes, found["allowed_bytes"]))
+        print(f"{name:<36}{told}{'' if found['within_limit'] else '  OVER'}")
+    rule = f"excess = peak - base - plan, at most {SHARE:.0%} of the plan or {LEAST / 1e6:.0f} MB"
+    print(save("memory", {"rule": rule, "figures": figures}, Path(args.out) if args.out else None))
+
+
+def in_process(name: str, work_dir: str) -> dict[str, float]:
+    """The case in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:  # without weights of an earlier process
+        words = [sys.executable, __file__, "--work-dir", folder, "--worker", name]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: the process ended with status {done.returncode}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(case: Case, folder: str) -> dict[str, float]:
+    """Bytes before the model is opened, planned, and at the peaks of opening it and of a call."""
+    ids = np.random.default_rng(0).integers(4, 30_000, size=(case.policy.block_size, case.prompt_len))
+    base = resident_bytes()
+    with OptLM(
+        case.model,
+        case.policy,
+        device="cpu",
+        dtype="bfloat16",
+        weights="dummy",
+        offload_dir=folder,
+        progress=False,
+    ) as model:
+        opening = peak_resident_bytes()
+        reset_peak_resident_bytes()
+        model.generate(ids, case.new_tokens, stop=())
+        assert model.stats is not None
+        call, plan = peak_resident_bytes(), model.stats.plan.on(Tier.CPU)
+        weights = sum(model.placement.nbytes.values())
+    return {
+        "weights_bytes": weights,
+        "base_bytes": base,
+        "plan_bytes": plan,
+        "opening_bytes": opening,
+        "call_bytes": call,
+        "opening_excess_bytes": opening - base - plan,
+        "call_excess_bytes": call - base - plan,
+    }
+
+
+if __name__ == "__main__":
+    main()
