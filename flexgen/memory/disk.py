@@ -1,4 +1,4 @@
-"""The disk tier: transfers that bypass the page cache, and the files of the offload directory.
+"""The disk tier: transfers that bypass the page cache.
 
 Streaming weights through the page cache would copy every byte once more, on the CPU that the arithmetic
 wants, and push out pages that other programs need. So files are opened with O_DIRECT and moved in large
@@ -8,28 +8,25 @@ buffered.
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 
-from flexgen.errors import CapacityError, CheckpointError
+from flexgen.errors import CheckpointError
 from flexgen.memory.direct_file import BLOCK, DirectFile
-from flexgen.memory.run_folder import RunFolder, mark_in_use, remove_abandoned
-from flexgen.units import MIB, align, format_bytes
+from flexgen.units import KIB, MIB, align
 
 _MAX_OPEN = 256  # idle files above this are closed, well below the usual limit of 1024 descriptors
+_HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does
+_INLINE_PIECES = 4  # as many small pieces are moved one after another, more of them by several threads
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,65 @@ class Write:
     path: Path
     offset: int
     source: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """Reads as the job of a lane: called, it returns when they are done; a `DiskLane` starts them ahead."""
+
+    io: DiskIO
+    reads: Sequence[Read]
+
+    def __call__(self) -> None:
+        self.io.read(self.reads)
+
+    def start(self) -> Transfer | None:
+        transfer = self.io.start_read(self.reads)
+        if transfer.under_way:
+            return transfer
+        transfer.wait()
+        return None
+
+
+class Transfer:
+    """Pieces that are on their way. Whoever gets one calls `wait`, once."""
+
+    def __init__(
+        self,
+        io: DiskIO,
+        files: Sequence[DirectFile],
+        futures: Sequence[Future[None]],
+        began: float,
+        nbytes: int,
+    ) -> None:
+        self._io = io
+        self._files = files
+        self._futures = futures
+        self._began = began
+        self._nbytes = nbytes
+
+    @property
+    def under_way(self) -> bool:
+        """Whether threads are busy with it: few small pieces are moved by whoever starts them."""
+        return bool(self._futures)
+
+    def wait(self) -> None:
+        """Return when all is done. After an error nothing touches the memory any more."""
+        try:
+            wait(self._futures, return_when=FIRST_EXCEPTION)
+        finally:  # also on an interrupt: the caller may free the memory as soon as this returns
+            self.abandon()
+        for future in self._futures:
+            if not future.cancelled():
+                future.result()
+        self._io._keep_pace(self._began, self._nbytes)
+
+    def abandon(self) -> None:
+        """Drop what has not begun, wait for the rest."""
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
+        self._io._release(self._files)
 
 
 def aligned_span(offset: int, nbytes: int) -> tuple[int, int, int]:
@@ -86,6 +142,7 @@ class DiskIO:
         self._clock = clock
         self._sleep = sleep
         self._idle_from = 0.0  # when the emulated disk has finished all it was given
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flexgen-disk")
         self._files: OrderedDict[tuple[Path, bool], DirectFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
@@ -97,20 +154,23 @@ class DiskIO:
         Raises CheckpointError for a file that ends before the needed bytes, OSError with the path for
         everything else. After an error nothing writes into the targets any more.
         """
-        for read in reads:
-            _check(read.path, read.offset, read.target)
-            length = read.target.numel()
-            if read.needed is not None and not 0 <= read.needed <= length:
-                raise ValueError(f"{read.path}: needs {read.needed} bytes of a read of {length}")
-        pieces = [(read.path, read.offset, read.target, read.needed) for read in reads]
-        self._transfer(pieces, _read_chunk, writable=False)
+        self._begin(_read_pieces(reads), _read_chunk, writable=False, inline=self.chunk).wait()
+
+    def start_read(self, reads: Sequence[Read]) -> Transfer:
+        """`read` in two halves: this one returns while the threads are busy, `wait` of its result ends it.
+
+        Reads that are started one after another keep all threads busy where each would leave some idle at its
+        end. Raises as `read` does, here or in `wait`.
+        """
+        inline = min(self.chunk, _HOP_BYTES)
+        return self._begin(_read_pieces(reads), _read_chunk, writable=False, inline=inline)
 
     def write(self, writes: Sequence[Write]) -> None:
         """Return when every source has been handed to the disk. Raises OSError with the path."""
         for write in writes:
             _check(write.path, write.offset, write.source)
-        pieces = [(write.path, write.offset, write.source, None) for write in writes]
-        self._transfer(pieces, _write_chunk, writable=True)
+        pieces: list[_Piece] = [(write.path, write.offset, write.source, None) for write in writes]
+        self._begin(pieces, _write_chunk, writable=True, inline=self.chunk).wait()
 
     def forget(self, path: Path) -> None:
         """Close `path`, as before it is removed or replaced."""
@@ -136,42 +196,46 @@ class DiskIO:
     ) -> None:
         self.close()
 
-    def _transfer(
-        self,
-        pieces: Sequence[tuple[Path, int, torch.Tensor, int | None]],
-        move: Callable[[DirectFile, memoryview, int, int], None],
-        *,
-        writable: bool,
-    ) -> None:
+    def _begin(self, pieces: Sequence[_Piece], move: _Move, *, writable: bool, inline: int) -> Transfer:
+        """Hand pieces to the threads; few of at most `inline` bytes in all are moved here and now."""
         if self._closed:
             raise RuntimeError("this DiskIO is closed")
-        started = self._clock()
+        began = self._clock()
         total = sum(tensor.numel() for _, _, tensor, _ in pieces)
         files: list[DirectFile] = []
         futures: list[Future[None]] = []
+        transfer = Transfer(self, files, futures, began, total)
         try:
+            parts: list[_Part] = []
             for path, offset, tensor, needed in pieces:
                 files.append(file := self._acquire(path, writable))
                 view = tensor.numpy().data
                 needed = len(view) if needed is None else needed
-                if total <= self.chunk:  # a hop to another thread would take longer than the transfer gains
-                    move(file, view, offset, needed)
-                    continue
                 for at in range(0, len(view), self.chunk):
                     part = view[at : at + self.chunk]
-                    part_needed = min(max(needed - at, 0), len(part))
-                    futures.append(self._pool.submit(move, file, part, offset + at, part_needed))
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            # Also on an interrupt: the caller may free the memory as soon as this returns.
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            self._release(files)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
-        self._keep_pace(started, total)
+                    parts.append((file, part, offset + at, min(max(needed - at, 0), len(part))))
+            if total <= inline and len(parts) <= _INLINE_PIECES:
+                _move_all(move, parts)
+            else:
+                futures += [self._pool.submit(_move_all, move, share) for share in self._shares(parts)]
+        except BaseException:
+            transfer.abandon()
+            raise
+        return transfer
+
+    def _shares(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+        """Parts as they are dealt to the threads: one chunk at a time, or so many that each thread has as many."""
+        most = -(-len(parts) // self._threads)
+        share: list[_Part] = []
+        nbytes = 0
+        for part in parts:
+            if share and (nbytes + len(part[1]) > self.chunk or len(share) == most):
+                yield share
+                share, nbytes = [], 0
+            share.append(part)
+            nbytes += len(part[1])
+        if share:
+            yield share
 
     def _keep_pace(self, started: float, nbytes: int) -> None:
         if self.bandwidth is None:
@@ -202,126 +266,23 @@ class DiskIO:
                 self._files.pop(key).close()
 
 
-class DiskStore:
-    """The offload directory: scratch files of this run, and published files that later runs find again.
+_Piece = tuple[Path, int, torch.Tensor, int | None]
+_Part = tuple[DirectFile, memoryview, int, int]
+_Move = Callable[[DirectFile, memoryview, int, int], None]
 
-    Scratch lives in one folder per run, `flexgen-run-<pid>-<random>`, which `close` (or the end of the
-    process) removes; a start removes what crashed runs left. Without a `root`, everything is scratch, in
-    the system's temporary directory. `used` and `peak` count the bytes of live scratch files.
-    """
 
-    def __init__(self, root: Path | None, io: DiskIO) -> None:
-        self.root = root
-        self.io = io
-        self.used = 0
-        self.peak = 0
-        self._base = Path(tempfile.gettempdir()) if root is None else root
-        self._run: RunFolder | None = None
-        self._sizes: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        if root is not None:
-            root.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(root)
+def _read_pieces(reads: Sequence[Read]) -> list[_Piece]:
+    for read in reads:
+        _check(read.path, read.offset, read.target)
+        length = read.target.numel()
+        if read.needed is not None and not 0 <= read.needed <= length:
+            raise ValueError(f"{read.path}: needs {read.needed} bytes of a read of {length}")
+    return [(read.path, read.offset, read.target, read.needed) for read in reads]
 
-    @property
-    def free(self) -> int:
-        """Bytes this process may still write to the file system of the offload directory."""
-        return shutil.disk_usage(self._base).free
 
-    def scratch(self, name: str, nbytes: int) -> Path:
-        """A new file of `nbytes` zero bytes, rounded up to whole blocks, its space reserved.
-
-        Raises CapacityError when the file system has less, FileExistsError for a name in use.
-        """
-        path = _inside(self._run_folder(), name)
-        nbytes = align(nbytes, BLOCK)
-        if nbytes > self.free:
-            raise CapacityError(self._full(path, nbytes))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            _reserve(fd, nbytes)
-        except OSError as error:
-            path.unlink()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CapacityError(self._full(path, nbytes)) from error
-            raise
-        finally:
-            os.close(fd)
-        with self._lock:
-            self._sizes[path] = nbytes
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
-        return path
-
-    def release(self, path: Path) -> None:
-        """Remove a scratch file, of which no transfer may be under way."""
-        with self._lock:
-            self.used -= self._sizes.pop(path)
-        self.io.forget(path)
-        path.unlink()
-
-    def published(self, name: str) -> Path | None:
-        """The file published as `name`, by this run or an earlier one, if there is one."""
-        folder = self._run_folder() if self.root is None else self.root
-        path = _inside(folder, name)
-        return path if path.is_file() else None
-
-    def publish(self, name: str, write: Callable[[BinaryIO], None]) -> Path:
-        """Keep what `write` puts into the file it is given as `name`: complete, or not at all.
-
-        An existing file of that name is replaced. After an error in `write` nothing is left of it.
-        """
-        folder = self._run_folder() if self.root is None else self.root
-        path = _inside(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(prefix=f"flexgen-part-{os.getpid()}-", dir=folder)
-        try:
-            with open(fd, "wb") as file:
-                mark_in_use(fd)
-                write(file)
-                file.flush()
-                os.fsync(fd)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
-        _sync_folder(path.parent)
-        self.io.forget(path)
-        return path
-
-    def close(self) -> None:
-        """Remove this run's scratch files and their folder."""
-        with self._lock:
-            paths, self._sizes, self.used = list(self._sizes), {}, 0
-            run, self._run = self._run, None
-        for path in paths:
-            self.io.forget(path)
-        if run is not None:
-            run.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _run_folder(self) -> Path:
-        with self._lock:
-            if self._run is None:
-                if self.root is None:
-                    remove_abandoned(self._base)
-                self._run = RunFolder(self._base)
-            return self._run.path
-
-    def _full(self, path: Path, nbytes: int) -> str:
-        return (
-            f"{path}: needs {format_bytes(nbytes)} ({nbytes} bytes), but the disk has "
-            f"{format_bytes(self.free)} ({self.free} bytes) free: put a smaller share on disk, "
-            "or choose an offload directory with more room"
-        )
+def _move_all(move: _Move, parts: Iterable[_Part]) -> None:
+    for part in parts:
+        move(*part)
 
 
 def _read_chunk(file: DirectFile, view: memoryview, offset: int, needed: int) -> None:
@@ -347,28 +308,3 @@ def _check(path: Path, offset: int, memory: torch.Tensor) -> None:
     for name, value in (("offset", offset), ("length", memory.numel()), ("address", memory.data_ptr())):
         if value % BLOCK or value < 0:
             raise ValueError(f"{path}: {name} {value} must be a multiple of {BLOCK}; see aligned_span")
-
-
-def _inside(folder: Path, name: str) -> Path:
-    if not name or name.startswith("/") or ".." in Path(name).parts:
-        raise ValueError(f"{name!r} is no name for a file in {folder}: it must stay inside")
-    return folder / name
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        # Not every file system can reserve; nor is there anything to reserve for an empty file.
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, nbytes)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The new name itself must reach the disk, or a power failure could undo it.
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
+from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, StreamLane, ThreadLane
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
@@ -120,7 +121,8 @@ class HostDevice(_HostArithmetic):
 
     def make_lanes(self) -> Lanes:
         lanes: dict[LaneName, Lane] = dict.fromkeys(LaneName, InlineLane(LaneName.COMPUTE))
-        return Lanes(lanes | {name: ThreadLane(name) for name in (LaneName.DISK_READ, LaneName.DISK_WRITE)})
+        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
+        return Lanes(lanes | {LaneName.DISK_WRITE: ThreadLane(LaneName.DISK_WRITE)})
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -158,8 +160,11 @@ class EmulatedDevice(_HostArithmetic):
         self.pace = Pace(link) if link else None
 
     def make_lanes(self) -> Lanes:
-        lanes: dict[LaneName, Lane] = {name: ThreadLane(name) for name in LaneName}
-        return Lanes(lanes | {LaneName.COMPUTE: InlineLane(LaneName.COMPUTE)})
+        inline, disk = LaneName.COMPUTE, LaneName.DISK_READ
+        lanes: dict[LaneName, Lane] = {
+            name: ThreadLane(name) for name in LaneName if name not in (inline, disk)
+        }
+        return Lanes(lanes | {inline: InlineLane(inline), disk: DiskLane(disk)})
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         if not (target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes):
@@ -206,9 +211,9 @@ class CudaDevice(ComputeDevice):
 
     def make_lanes(self) -> Lanes:
         streams = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
-        threads = (LaneName.HOST, LaneName.DISK_READ, LaneName.DISK_WRITE)
         lanes: dict[LaneName, Lane] = {name: StreamLane(name, self.torch_device) for name in streams}
-        return Lanes(lanes | {name: ThreadLane(name) for name in threads})
+        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
+        return Lanes(lanes | {name: ThreadLane(name) for name in (LaneName.HOST, LaneName.DISK_WRITE)})
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

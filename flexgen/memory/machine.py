@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from flexgen.memory.cpu import HostStore, available_bytes
-from flexgen.memory.disk import DiskIO, DiskStore
+from flexgen.memory.disk import DiskIO
+from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import ComputeDevice, open_device
 from flexgen.memory.store import Store
 from flexgen.policy import Tier

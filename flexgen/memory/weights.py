@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.packed_linear import PackedMatrix
-from flexgen.memory.disk import BLOCK, Read, aligned_span
+from flexgen.memory.disk import BLOCK, Read, ReadJob, aligned_span
 from flexgen.memory.homes import Homes, HostRegion
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
@@ -279,7 +279,7 @@ class WeightSlots:
         if copies:
             chains.append((Stage(LaneName.TO_DEVICE, partial(_run_all, copies)),))
         if reads:
-            read = Stage(LaneName.DISK_READ, partial(self._io.read, reads))
+            read = Stage(LaneName.DISK_READ, ReadJob(self._io, reads))
             onward = (Stage(LaneName.TO_DEVICE, partial(_run_all, staged)),) if staged else ()
             chains.append((read, *onward))
         return tuple(chains)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.memory.disk import BLOCK, Read, Write
+from flexgen.memory.disk import BLOCK, Read, ReadJob, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, activation_bytes
 from flexgen.memory.store import Store, tensor_at
@@ -106,7 +106,7 @@ class Activations:
             nbytes = self._bytes(batch, Tier.DISK, tokens)
             arriving = self._arriving[slot]
             read = Read(self._files[batch], 0, arriving[: align(nbytes, BLOCK)])
-            chain: Chain = (Stage(LaneName.DISK_READ, partial(self._io.read, [read])),)
+            chain: Chain = (Stage(LaneName.DISK_READ, ReadJob(self._io, [read])),)
             if not self._shared:
                 copy = partial(self._device.to_device, target[away : away + nbytes], arriving[:nbytes])
                 chain += (Stage(LaneName.TO_DEVICE, copy),)

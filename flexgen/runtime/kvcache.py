@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.memory.disk import Read, Write
+from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
@@ -138,7 +138,7 @@ class KVCache:
             path, start = part.file
             if whole:
                 read = Read(path, start, buffers.host[:nbytes])
-                stages.append(Stage(LaneName.DISK_READ, partial(self._io.read, [read])))
+                stages.append(Stage(LaneName.DISK_READ, ReadJob(self._io, [read])))
                 sources.append(buffers.host[:nbytes])
             if rest:
                 sources.append(part.tail)

@@ -49,12 +49,12 @@ class Faulty:
 PLACES = [
     (InputEmbed, "forward", "emulated", "compute"),
     (Head, "forward", "emulated", "compute"),
-    (DiskIO, "read", "emulated", "disk_read"),
+    (DiskIO, "start_read", "emulated", "disk_read"),
     (DiskIO, "write", "emulated", "disk_write"),
     (EmulatedDevice, "to_device", "emulated", ""),
     (EmulatedDevice, "from_device", "emulated", ""),
     (Head, "forward", "cpu", "compute"),
-    (DiskIO, "read", "cpu", "disk_read"),
+    (DiskIO, "start_read", "cpu", "disk_read"),
     (HostDevice, "from_device", "cpu", ""),
 ]
 

@@ -253,6 +253,72 @@ def test_an_interrupted_caller_leaves_nothing_in_flight(path, monkeypatch):
     assert interrupted.is_set() and running == []
 
 
+def test_reads_that_were_started_end_when_they_are_waited_for(path, monkeypatch):
+    preadv, release, reading = os.preadv, threading.Event(), threading.Semaphore(0)
+
+    def read(fd, views, offset):
+        reading.release()
+        assert release.wait(60)
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with DiskIO(threads=4, chunk=BLOCK) as io:
+        first, second = memory(3 * BLOCK), memory(2 * BLOCK)
+        transfers = [io.start_read([Read(path, 0, first)]), io.start_read([Read(path, 3 * BLOCK, second)])]
+        for _ in range(4):  # one of the second's chunks is read beside those of the first
+            assert reading.acquire(timeout=60)
+        assert all(transfer.under_way for transfer in transfers)
+        release.set()
+        for transfer in transfers:
+            transfer.wait()
+        assert torch.equal(torch.cat([first, second]), content(path)[: 5 * BLOCK])
+        small = io.start_read([Read(path, 0, memory(BLOCK))])
+        assert not small.under_way
+        small.wait()
+
+
+def test_a_read_that_cannot_be_started_leaves_nothing_in_flight(path):
+    with DiskIO(threads=2, chunk=BLOCK) as io:
+        with pytest.raises(FileNotFoundError, match="absent"):
+            io.start_read(
+                [Read(path, 0, memory(5 * BLOCK)), Read(path.with_name("absent"), 0, memory(BLOCK))]
+            )
+        assert not any(file.users for file in io._files.values())
+        transfer = io.start_read([Read(path, 8 * BLOCK, memory(6 * BLOCK))])
+        with pytest.raises(CheckpointError, match="the file ends at"):
+            transfer.wait()
+        assert not any(file.users for file in io._files.values())
+
+
+@given(lengths=st.lists(st.integers(0, 9), max_size=40), threads=st.integers(1, 7), chunk=st.integers(1, 4))
+def test_pieces_are_dealt_evenly(lengths, threads, chunk):
+    parts = [(n, memoryview(bytes(min(length, chunk) * BLOCK))) for n, length in enumerate(lengths)]
+    with DiskIO(threads, chunk * BLOCK) as io:
+        shares = list(io._shares(parts))
+    assert [part for share in shares for part in share] == parts
+    for share in shares:
+        assert len(share) <= -(-len(parts) // threads)
+        assert sum(len(view) for _, view in share) <= chunk * BLOCK
+
+
+def test_many_small_pieces_are_read_by_several_threads(path, monkeypatch):
+    preadv, readers = os.preadv, set()
+
+    def read(fd, views, offset):
+        readers.add(threading.current_thread())
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with DiskIO(threads=4) as io:
+        targets = [memory(BLOCK) for _ in range(10)]
+        io.read([Read(path, n * BLOCK, target) for n, target in enumerate(targets)])
+        assert threading.current_thread() not in readers
+        assert torch.equal(torch.cat(targets), content(path)[: 10 * BLOCK])
+        readers.clear()
+        io.read([Read(path, n * BLOCK, target) for n, target in enumerate(targets[:2])])
+        assert readers == {threading.current_thread()}
+
+
 def test_writes_that_make_no_progress_end(path, monkeypatch):
     monkeypatch.setattr(os, "pwritev", lambda *call: 0)
     with DiskIO() as io, pytest.raises(OSError, match="nothing written at offset 0"):

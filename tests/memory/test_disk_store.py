@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flexgen.errors import CapacityError
-from flexgen.memory.disk import BLOCK, DiskIO, DiskStore, Read
+from flexgen.memory.disk import BLOCK, DiskIO, Read
+from flexgen.memory.disk_store import DiskStore
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ def test_without_a_root_everything_is_temporary(tmp_path, io, monkeypatch):
 
 def test_a_store_nobody_closed_is_cleaned_up_at_exit(root):
     code = (
-        "import sys; from pathlib import Path; from flexgen.memory.disk import DiskIO, DiskStore\n"
+        "import sys; from pathlib import Path; from flexgen.memory.disk import DiskIO; "
+        "from flexgen.memory.disk_store import DiskStore\n"
         "store = DiskStore(Path(sys.argv[1]), DiskIO()); assert store.scratch('a', 1).exists()"
     )
     subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=120)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexgen.errors import CapacityError, CheckpointError
-from flexgen.memory.disk import DiskStore
+from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
 from flexgen.memory.plan import SLOTS

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import LaneError
+from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.transfer import Stage
 from flexgen.runtime import executor
@@ -96,19 +97,20 @@ class Logged:
 
 
 def make_lanes(kinds):
-    """`kinds` by lane: "thread", "inline", a lane, or the name of an earlier one that serves this one too."""
+    """`kinds` by lane: "thread", "inline", "disk", a lane, or the name of an earlier one that serves this one too."""
     lanes = {}
     for name in LaneName:
         kind = kinds.get(name, "thread")
         if isinstance(kind, Lane):
             lanes[name] = kind
-        elif kind in ("thread", "inline"):
-            lanes[name] = ThreadLane(name) if kind == "thread" else InlineLane(name)
+        elif kind in KINDS:
+            lanes[name] = KINDS[kind](name)
         else:
             lanes[name] = lanes[kind]
     return Lanes(lanes)
 
 
+KINDS = {"thread": ThreadLane, "inline": InlineLane, "disk": DiskLane}
 THREADS, INLINE = {}, dict.fromkeys(LaneName, "inline")
 
 
@@ -138,7 +140,7 @@ grids = st.builds(
     splits_attention=st.booleans(),
 )
 kinds = st.fixed_dictionaries(
-    {name: st.sampled_from(["thread", "thread", "inline", LaneName.COMPUTE]) for name in list(LaneName)[1:]}
+    {name: st.sampled_from(["thread", "disk", "inline", LaneName.COMPUTE]) for name in list(LaneName)[1:]}
     | {LaneName.COMPUTE: st.sampled_from(["thread", "inline"])}
 )
 
