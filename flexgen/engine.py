@@ -20,6 +20,7 @@ from flexgen.errors import CapacityError, RequestError, ScheduleError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.homes import Homes
+from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import MemoryPlan, batch_sizes, host_attends, plan_memory
@@ -129,11 +130,12 @@ class OptLM:
             weight_slots = WeightSlots(
                 self._layers, homes, plan.weight_slots, self.placement, machine, count, decoded
             )
+            table = open_table(self._layers, homes, machine)
             machine.device.settle()
             lanes = machine.device.make_lanes()
             stack.callback(lanes.close)
             self._model: Model | None = Model(
-                self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order
+                self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order, table
             )
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
             self._finalizer = weakref.finalize(self, stack.pop_all().close)

@@ -62,7 +62,7 @@ class Homes:
         machine: Machine,
     ) -> None:
         self._checkpoint = checkpoint
-        self._placement = placement
+        self.placement = placement
         self._dtype = dtype
         self._device = machine.device
         self._host = machine.host
@@ -78,7 +78,7 @@ class Homes:
             new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
             for weight in layer.weights:
                 if weight.key not in self._by_key:
-                    new[self._placement.of(weight)].append(weight)
+                    new[self.placement.of(weight)].append(weight)
             self._to_memory(layer, new[Tier.GPU], self._device.memory, on_device=True)
             self._to_memory(layer, new[Tier.CPU], self._host, on_device=self._device.shares_host_memory)
             self._to_disk(layer, new[Tier.DISK])
@@ -86,7 +86,7 @@ class Homes:
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
         if on_device and self._device.packs(self._dtype):
             packed = [
-                w for w in weights if len(w.shape) == 2 and not w.looked_up and not self._placement.codec(w)
+                w for w in weights if len(w.shape) == 2 and not w.looked_up and not self.placement.codec(w)
             ]
             for weight in packed:
                 store.adopt(weight.nbytes(self._dtype), f"weights of {layer.name}")
@@ -97,7 +97,7 @@ class Homes:
         offsets, end = [], 0
         for weight in weights:
             offsets.append(end)
-            end = align(end + self._placement.kept_bytes(weight), ALIGNMENT)
+            end = align(end + self.placement.kept_bytes(weight), ALIGNMENT)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
             kept = self._kept(weight)
@@ -107,13 +107,13 @@ class Homes:
 
     def _kept(self, weight: WeightSpec) -> Tensor:
         """The weight as its tier keeps it: in the model's dtype, or the bytes of its codec (uint8)."""
-        tensor, codec = self._checkpoint.read(weight, self._dtype), self._placement.codec(weight)
+        tensor, codec = self._checkpoint.read(weight, self._dtype), self.placement.codec(weight)
         return codec.encode(tensor) if codec else tensor
 
     def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
         elsewhere = []
         for weight in weights:
-            extent = self._checkpoint.extent(weight) if self._placement.codec(weight) is None else None
+            extent = self._checkpoint.extent(weight) if self.placement.codec(weight) is None else None
             # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
             if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
                 self._by_key[weight.key] = extent
@@ -127,7 +127,7 @@ class Homes:
         name = self._file_name(layer, weights)
         path = self._disk.published(name)
         if path is None:
-            nbytes = sum(self._placement.kept_bytes(weight) for weight in weights)
+            nbytes = sum(self.placement.kept_bytes(weight) for weight in weights)
             if self._disk.free < nbytes:
                 raise CapacityError(
                     f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, which has "
@@ -150,7 +150,7 @@ class Homes:
     def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
         """Names the content: another checkpoint, dtype or choice of weights makes another file."""
         parts = [self._checkpoint.identity, str(self._dtype)]
-        parts += [f"{weight.key} {weight.shape} {self._placement.codec(weight)}" for weight in weights]
+        parts += [f"{weight.key} {weight.shape} {self.placement.codec(weight)}" for weight in weights]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         # The folder's name is for people: of a long path its end, and never "..".
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "--", layer.spec.name)[-_NAME_LIMIT:].strip(".-")

@@ -14,6 +14,7 @@ import torch
 
 from flexgen.kernels.heads import HeadFormat
 from flexgen.memory.disk import BLOCK
+from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.placement import Placement
 from flexgen.memory.weights import SlotSizes, slot_sizes
 from flexgen.models import Layer, ModelSpec
@@ -205,6 +206,10 @@ def plan_memory(
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
+        lookup = lookup_sizes(layers, placement, shares_host_memory, max(batches) * workload.prompt_len)
+        needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
+        needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
+        needs.append(Need(Tier.GPU, "weights", "workspace", lookup.decoded))
         if all_logits:
             logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
             needs.append(Need(Tier.CPU, "activations", "home", logits))

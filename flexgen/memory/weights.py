@@ -17,6 +17,7 @@ from torch import Tensor
 from flexgen.kernels.packed_linear import PackedMatrix
 from flexgen.memory.disk import BLOCK, Read, ReadJob, aligned_span
 from flexgen.memory.homes import Homes, HostRegion
+from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT, tensor_at
@@ -49,23 +50,22 @@ def slot_sizes(layers: Sequence[Layer], placement: Placement, shares_host_memory
     """What a slot must hold so that any layer fits.
 
     On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
-    through a staging buffer in host memory.
+    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole.
     """
+    whole = [travelling(layer, placement, shares_host_memory) for layer in layers]
 
     def largest(*tiers: Tier) -> int:
-        moving = (
-            [placement.kept_bytes(w) for w in layer.weights if placement.of(w) in tiers] for layer in layers
-        )
+        moving = ([placement.kept_bytes(w) for w in weights if placement.of(w) in tiers] for weights in whole)
         return max(sum(align(n, ALIGNMENT) + _GAP + 2 * BLOCK for n in sizes) for sizes in moving)
 
-    decoded = max(_decoded_bytes(layer, placement) for layer in layers)
+    decoded = max(_decoded_bytes(weights, placement) for weights in whole)
     if shares_host_memory:
         return SlotSizes(device=largest(Tier.DISK), staging=0, decoded=decoded)
     return SlotSizes(largest(Tier.CPU, Tier.DISK), staging=largest(Tier.DISK), decoded=decoded)
 
 
-def _decoded_bytes(layer: Layer, placement: Placement) -> int:
-    return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in layer.weights if placement.codec(w))
+def _decoded_bytes(weights: Sequence[WeightSpec], placement: Placement) -> int:
+    return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in weights if placement.codec(w))
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Cargo:
     weights: tuple[tuple[WeightSpec, int], ...]
 
 
-def cargo_of(layer: Layer, homes: Homes) -> list[Cargo]:
-    """What has to move each time `layer` is visited."""
+def cargo_of(weights: Sequence[WeightSpec], homes: Homes) -> list[Cargo]:
+    """What has to move each time the layer of these weights is visited."""
     in_host: dict[int, list[tuple[WeightSpec, HostRegion]]] = {}
     in_files: list[tuple[WeightSpec, Extent]] = []
-    for weight in layer.weights:
+    for weight in weights:
         home = homes[weight]
         if isinstance(home, HostRegion):
             in_host.setdefault(home.buffer.data_ptr(), []).append((weight, home))
@@ -166,12 +166,13 @@ class WeightSlots:
     ) -> None:
         """`count` slots, and as many buffers of decoded weights as layers are computed by turns."""
         self.count = count
-        self._layers = layers
         self._homes = homes
         self._placement = placement
         self._device = machine.device
         self._io = machine.io
-        self._cargo = [cargo_of(layer, homes) for layer in layers]
+        shared = machine.device.shares_host_memory
+        self._layers = [travelling(layer, placement, shared) for layer in layers]
+        self._cargo = [cargo_of(weights, homes) for weights in self._layers]
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
         self._slots = [machine.device.memory.allocate(sizes.device, "weight slots") for _ in range(count)]
         self._staging = [machine.host.allocate(sizes.staging, "staging of weights") for _ in range(count)]
@@ -188,7 +189,8 @@ class WeightSlots:
         return sum(cargo.length for cargo in self._cargo[layer])
 
     def weights(self, layer: int, slot: int, visit: object) -> Weights:
-        """The layer's weights by name, on the compute device; those that travel are views of the slot.
+        """The layer's weights by name, on the compute device; those that travel are views of the slot. A table
+        whose rows are gathered at home is not among them.
 
         Tensors, and a `PackedMatrix` for what is encoded. A product of many rows has its matrix decoded, as part of
         the computation, once for each `visit` of the layer: the batches of a visit share the result.
@@ -208,7 +210,7 @@ class WeightSlots:
 
     def _view(self, layer: int, slot: int, decoded: int) -> _LayerViews:
         kept: dict[str, Tensor] = {}
-        for weight in self._layers[layer].weights:
+        for weight in self._layers[layer]:
             home = self._homes[weight]
             if isinstance(home, Tensor):
                 kept[weight.name] = home
@@ -220,7 +222,7 @@ class WeightSlots:
                 kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
         weights: dict[str, Tensor | PackedMatrix] = dict(kept)
         decodings, end = [], 0
-        for weight in self._layers[layer].weights:
+        for weight in self._layers[layer]:
             if codec := self._placement.codec(weight):
                 out = tensor_at(self._decoded[decoded], end, weight.shape, self._placement.dtype)
                 decodings.append(_Decoding(codec, kept[weight.name], out))

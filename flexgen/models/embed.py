@@ -31,6 +31,10 @@ class InputEmbed(Layer):
             weights += linear_weights(spec, "positions", table, spec.hidden_size, bias=False)
         super().__init__(spec, "embed", weights)
 
+    @property
+    def table(self) -> WeightSpec:
+        return self.weights[0]
+
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         rows, seq = x.shape
         if rows * seq <= self.spec.chunk_tokens:

@@ -79,6 +79,14 @@ class Layer(ABC):
 
     has_cache: ClassVar[bool] = False
 
+    @property
+    def table(self) -> WeightSpec | None:
+        """The weight of which `forward` reads nothing but the rows that the ids in x name, if there is one.
+
+        `forward` works as well with some of its rows and with x counting among those.
+        """
+        return None
+
     @abstractmethod
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """x: ids (batch, seq) int64 for the input embedding, else hidden states (batch, seq, hidden).

@@ -33,6 +33,14 @@ class Codec(ABC):
         """Bytes of an encoded tensor."""
 
     @abstractmethod
+    def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Where the rows of an encoded matrix lie: for each part, where row 0 begins and the bytes of a row.
+
+        Rows of a part follow one another, so that some rows of a matrix, part by part, are a matrix of so many
+        rows in the same form.
+        """
+
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """uint8 (nbytes,) on the device of x."""
 
@@ -66,6 +74,11 @@ class Groupwise(Codec):
 
     def nbytes(self, shape: Sequence[int]) -> int:
         return self._parts(shape)[-1]
+
+    def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        scales, minimums, _ = self._parts(shape)
+        per_group = shape[-1] // self.group * torch.float16.itemsize
+        return (0, shape[-1] * self.bits // 8), (scales, per_group), (minimums, per_group)
 
     def encode(self, x: Tensor) -> Tensor:
         packed = quantise(x, self.bits, self.group)

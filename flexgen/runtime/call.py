@@ -11,6 +11,7 @@ import torch
 
 from flexgen.errors import LaneError
 from flexgen.memory.lanes import Lanes
+from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import batch_sizes, cache_segments, host_attends
 from flexgen.memory.transfer import Chains
@@ -21,6 +22,7 @@ from flexgen.runtime.activations import Activations
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step, order_for
 from flexgen.trace import LaneName, Trace
@@ -33,7 +35,10 @@ _PIECE_BYTES = 1 * MIB
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model, ready to run: what every call shares."""
+    """An opened model, ready to run: what every call shares.
+
+    `table`: of the embedding, where its rows are gathered at home.
+    """
 
     layers: tuple[Layer, ...]
     dtype: torch.dtype
@@ -43,6 +48,7 @@ class Model:
     lanes: Lanes
     slots: Slots
     order: str | None = None
+    table: RowTable | None = None
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
@@ -83,6 +89,7 @@ class Call:
         self._prompts: Prompts | None = None
         self._cache: KVCache | None = None
         self._activations: Activations | None = None
+        self._lookup: Lookup | None = None
         self._began = 0.0
         self.timing = Timing()
         self.positions_computed = 0
@@ -179,8 +186,9 @@ class Call:
         grid = Grid(
             tokens - first, len(model.layers), batches, pieces, slots.weights, slots.cells, splits_attention
         )
+        cache, activations = self._cache, self._activations
         return Generation(
-            grid, model.layers, model.weights, prompts, self._cache, self._activations, output, first
+            grid, model.layers, model.weights, prompts, cache, activations, output, self._lookup, first
         )
 
     def _make_buffers(self, batches: list[int]) -> None:
@@ -196,13 +204,16 @@ class Call:
         self._activations = Activations(
             spec, model.policy, batches, prompt_len, model.dtype, model.machine, slots
         )
+        if model.table is not None:
+            ids = max(batches) * prompt_len
+            self._lookup = Lookup(model.table, ids, model.dtype, model.machine, slots)
 
     def _free_buffers(self) -> None:
         self._batches = []
-        for buffers in (self._cache, self._activations):
+        for buffers in (self._cache, self._activations, self._lookup):
             if buffers is not None:
                 buffers.close()
-        self._cache = self._activations = None
+        self._cache = self._activations = self._lookup = None
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

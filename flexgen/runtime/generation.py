@@ -15,6 +15,7 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import causal_attention
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.pages import Padding, Span
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule import Grid, Op, Step
@@ -66,6 +67,7 @@ class Generation:
         cache: KVCache,
         activations: Activations,
         output: Output,
+        lookup: Lookup | None = None,
         first: int = 0,
     ) -> None:
         """`first`: the token of the text that the grid's first token is. Those before it are in the cache."""
@@ -82,6 +84,7 @@ class Generation:
         self._cache = cache
         self._activations = activations
         self._output = output
+        self._lookup = lookup
         self._positions: dict[int, Tensor] = {}
         self._halves: dict[int, _Half] = {}  # by slot, from PROJECT to COMPUTE
         self._run = object()  # tells this generation's visits from all others'; an id could come again
@@ -108,7 +111,11 @@ class Generation:
             case Op.LOAD_CACHE:
                 return self._cache.load(j, k, slot, span.length) if self._layers[j].has_cache else ()
             case Op.LOAD_HIDDEN:
-                return self._activations.load(k, slot, span.new) if j else self._prompts.load(i, k, slot)
+                if j:
+                    return self._activations.load(k, slot, span.new)
+                if self._lookup is not None:
+                    return self._lookup.load(self._prompts.source(i, k), slot)
+                return self._prompts.load(i, k, slot)
             case Op.STORE_HIDDEN:
                 if j == self._last:
                     return self._output.store(i, k, slot)
@@ -125,8 +132,11 @@ class Generation:
 
     def _compute(self, step: Step, slot: int, span: Span) -> None:
         _, _, j, k = step
-        x = self._input(step, slot, span)
-        self._keep(step, slot, self._layers[j].forward(x, self._taken(step), self._cell(step, slot, span)))
+        x, weights = self._input(step, slot, span), self._taken(step)
+        if j == 0 and self._lookup is not None:
+            x, rows = self._lookup.take(x.shape, slot)
+            weights = {**weights, self._lookup.name: rows}
+        self._keep(step, slot, self._layers[j].forward(x, weights, self._cell(step, slot, span)))
 
     # A layer in halves, with attention between
 

@@ -100,7 +100,7 @@ class Prompts:
     def close(self) -> None:
         self._host.release(self._buffer)
 
-    def _source(self, token: int, batch: int) -> Tensor:
+    def source(self, token: int, batch: int) -> Tensor:
         """(rows, seq) in host memory: the prompt for the first token, then the newest id."""
         rows = self._rows[batch]
         return self.newest[rows].unsqueeze(1) if token else self._ids[batch]
@@ -109,13 +109,13 @@ class Prompts:
         """The work that brings the ids of the step to the compute device."""
         if self._device.shares_host_memory:
             return ()
-        source = self._source(token, batch)
+        source = self.source(token, batch)
         target = self._slots[slot][: source.numel()].view(source.shape)
         return ((Stage(LaneName.TO_DEVICE, partial(self._device.to_device, target, source)),),)
 
     def take(self, token: int, batch: int, slot: int) -> Tensor:
         """(rows, seq) on the compute device, once `load` is done."""
-        source = self._source(token, batch)
+        source = self.source(token, batch)
         if self._device.shares_host_memory:
             return source
         return self._slots[slot][: source.numel()].view(source.shape)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Done, Lanes
+from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import SLOTS
@@ -95,10 +96,11 @@ class Streamed:
             done.wait()
 
     def assert_there(self, layer: int, slot: int) -> None:
-        """The layer's weights are in the slot (or in place), bit by bit."""
+        """The layer's weights are in the slot (or in place), bit by bit; a table that is gathered is not."""
         found = self.slots.weights(layer, slot, visit=0)
-        assert set(found) == {weight.name for weight in self.layers[layer].weights}
-        for weight in self.layers[layer].weights:
+        whole = travelling(self.layers[layer], self.placement, self.machine.device.shares_host_memory)
+        assert set(found) == {weight.name for weight in whole}
+        for weight in whole:
             tensor = found[weight.name]
             dense = (
                 tensor.to_dense() if tensor.is_mkldnn else tensor
