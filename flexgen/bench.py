@@ -22,7 +22,7 @@ from flexgen.engine import OptLM, Stats
 from flexgen.errors import CapacityError, FlexGenError
 from flexgen.memory.plan import batch_sizes
 from flexgen.policy import Policy, Split, Tier
-from flexgen.report import Report
+from flexgen.report import ByPhase, Report
 from flexgen.schedule import ORDERS
 
 _DEMO_GEN_LEN = 24
@@ -63,8 +63,8 @@ def bench(args: argparse.Namespace) -> Report:
         ids = model.generate(job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed)
         assert model.stats is not None
         stats = model.stats
-        lanes = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
-        report = make_report(model, args, job, stats, lanes, answer_perplexity(model, job))
+        phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
+        report = make_report(model, args, job, stats, phases, answer_perplexity(model, job))
         if args.trace:
             stats.timing.trace.save(args.trace, model.layer_names)
     if job.records:
@@ -127,7 +127,7 @@ def make_report(
     args: argparse.Namespace,
     job: Job,
     stats: Stats,
-    lanes: dict[Any, float],
+    phases: ByPhase,
     perplexity: float | None = None,
 ) -> Report:
     """What the run took; the decode of a run that was cut short is projected to its full length."""
@@ -149,7 +149,7 @@ def make_report(
         decode_s=decode,
         prompt_tokens=stats.prompt_tokens,
         padded_share=stats.padded_share,
-        lanes=lanes,
+        phases=phases,
         plan_bytes=stats.plan.by_tier,
         peak_bytes=stats.peak_bytes,
         placement={

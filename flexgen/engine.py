@@ -41,14 +41,14 @@ from flexgen.runtime.request import (
 from flexgen.runtime.sampler import check_sampling, sample
 from flexgen.runtime.tokens import AllLogits, NewTokens
 from flexgen.schedule import ORDERS
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
 _FEWER_TOKENS = 4
-_TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ)
-"""Those whose work needs nothing that another lane made: it can be run alone, on whatever lies in the buffers.
-So can the host's, where it attends."""
+_TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
+"""Those whose work can be run alone, on whatever lies in the buffers; so can the host's, where it attends. What leaves
+the device exists only once the cell was computed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -257,10 +257,11 @@ class OptLM:
             self.stats = self._measured(call, plan, request, 0)
         return logits
 
-    def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[LaneName, float]:
+    def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
 
-        The largest is the bound that no order of steps can beat. Each lane runs its part of each block with the
+        The largest of each phase, summed (`report.bound_seconds`), is the bound that orders are held against: a
+        block's decode cannot begin before its prefill is done. Each lane runs its part of each block with the
         others idle (some tokens of it, see `Call.time_lane`); a block of lengths that were timed is not run again.
         """
         model = self._opened()
@@ -268,24 +269,27 @@ class OptLM:
         check_length(self.spec, request, max_new_tokens)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         self._planned(workload)
-        seconds: dict[LaneName, float] = {}
         attends = host_attends(self.policy, self._machine.device.shares_host_memory)
         lanes = (*_TIMED_LANES, LaneName.HOST) if attends else _TIMED_LANES
+        seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
-            timed: dict[tuple[int, ...], dict[LaneName, float]] = {}
+            timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
             for rows in request.blocks(self.policy.block_size):
                 lengths = tuple(len(request.prompts[n]) for n in rows)
                 if lengths not in timed:
                     prompts = call.prepare([request.prompts[n] for n in rows])
                     output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
-                    if self._uses_disk():  # what was never written is read without touching the disk
+                    # What was never written is read without touching the disk, and no rows were looked up yet.
+                    if self._uses_disk() or model.table is not None:
                         call.run(prompts, 1, output)
                     timed[lengths] = {
                         lane: call.time_lane(lane, prompts, max_new_tokens, output) for lane in lanes
                     }
                 for lane, alone in timed[lengths].items():
-                    seconds[lane] = seconds.get(lane, 0.0) + alone
-        return {lane: alone for lane, alone in seconds.items() if alone}
+                    for phase, taken in alone.items():
+                        if taken:
+                            seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken
+        return seconds
 
     def _uses_disk(self) -> bool:
         return any(split.percent(Tier.DISK) for split in (self.policy.cache, self.policy.activations))

@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen.policy import Policy, Split, Tier
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.units import format_bytes, format_seconds
 
 ByTier = Mapping[Tier, int]
+ByPhase = Mapping[Phase, Mapping[LaneName, float]]
 
 _DERIVED = (
     "total_s",
     "prefill_tokens_s",
     "decode_tokens_s",
     "throughput_tokens_s",
+    "bound_s",
     "bottleneck",
     "bound_share",
 )
@@ -31,7 +33,7 @@ class Report:
     """What a run (or its prediction) took.
 
     Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
-    token) and over all (new tokens / total). `lanes`: seconds that each lane alone would take.
+    token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
     `placement`: percent by class and tier, asked and achieved. `padded_share`: padding among the prompt positions
     that were computed, 0 to 1. `projected_from`: tokens that were run, where the decode was projected from fewer
     than `gen_len`. `perplexity`: of the right answers, where they are known.
@@ -49,7 +51,7 @@ class Report:
     decode_s: float
     prompt_tokens: int
     padded_share: float = 0.0
-    lanes: Mapping[LaneName, float] = field(default_factory=dict)
+    phases: ByPhase = field(default_factory=dict)
     plan_bytes: ByTier
     peak_bytes: ByTier
     placement: Mapping[str, Mapping[Tier, tuple[float, float]]]
@@ -73,14 +75,38 @@ class Report:
         return _rate(self.num_prompts * self.gen_len, self.total_s)
 
     @property
+    def lanes(self) -> dict[LaneName, float]:
+        """Seconds that each lane alone would take for both phases."""
+        return {
+            lane: sum(lanes.get(lane, 0.0) for lanes in self.phases.values())
+            for lane in LaneName
+            if any(lane in lanes for lanes in self.phases.values())
+        }
+
+    @property
+    def waits_for(self) -> dict[Phase, LaneName]:
+        """The lane that alone would take longest in each phase."""
+        return {
+            phase: max(lanes, key=lambda lane: lanes[lane]) for phase, lanes in self.phases.items() if lanes
+        }
+
+    @property
     def bottleneck(self) -> LaneName | None:
-        """The lane that alone would take longest: no order of steps can be faster."""
-        return max(self.lanes, key=lambda lane: self.lanes[lane]) if self.lanes else None
+        """The lane that makes up most of the bound."""
+        parts: dict[LaneName, float] = {}
+        for phase, lane in self.waits_for.items():
+            parts[lane] = parts.get(lane, 0.0) + self.phases[phase][lane]
+        return max(parts, key=lambda lane: parts[lane]) if parts else None
+
+    @property
+    def bound_s(self) -> float | None:
+        """Seconds that orders are held against, see `bound_seconds`."""
+        return bound_seconds(self.phases) if self.waits_for else None
 
     @property
     def bound_share(self) -> float | None:
-        """The bottleneck's seconds over the total: 1 is all that the hardware gives under this policy."""
-        return self.lanes[self.bottleneck] / self.total_s if self.bottleneck else None
+        """The bound over the total: 1 is all that the hardware gives under this policy."""
+        return None if self.bound_s is None else self.bound_s / self.total_s
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -94,7 +120,9 @@ class Report:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return fields | {
             "policy": self.policy.to_dict(),
-            "lanes": {str(lane): seconds for lane, seconds in self.lanes.items()},
+            "lanes": _plain(self.lanes),
+            "phases": {str(phase): _plain(lanes) for phase, lanes in self.phases.items()},
+            "waits_for": {str(phase): str(lane) for phase, lane in self.waits_for.items()},
             "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
             "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
             "placement": placement,
@@ -124,8 +152,9 @@ class Report:
                 if self.plan_bytes[tier] or self.peak_bytes[tier]
             ),
         ]
-        if self.bottleneck:
-            rows += [("lanes alone", self._lanes()), ("bound", self._bound())]
+        if self.waits_for:
+            rows += [(f"{phase} lanes", self._lanes(phase)) for phase in self.waits_for]
+            rows.append(("bound", self._bound()))
         if self.perplexity is not None:
             rows.append(("perplexity", f"{self.perplexity:.4f} of the right answers"))
         width = max(len(name) for name, _ in rows)
@@ -165,13 +194,30 @@ class Report:
     def _bytes(self, tier: Tier) -> str:
         return f"{format_bytes(self.plan_bytes[tier])} planned, {format_bytes(self.peak_bytes[tier])} at the peak"
 
-    def _lanes(self) -> str:
-        ordered = sorted(self.lanes.items(), key=lambda pair: -pair[1])
-        return ", ".join(f"{lane} {format_seconds(seconds)}" for lane, seconds in ordered)
+    def _lanes(self, phase: Phase) -> str:
+        ordered = sorted(self.phases[phase].items(), key=lambda pair: -pair[1])
+        return "alone " + ", ".join(f"{lane} {format_seconds(seconds)}" for lane, seconds in ordered)
 
     def _bound(self) -> str:
-        assert self.bottleneck and self.bound_share is not None
-        return f"{self.bound_share:.0%} of what the hardware gives here; {self.bottleneck} is the bottleneck"
+        assert self.bound_share is not None
+        (first, lane), *others = self.waits_for.items()
+        waits = f"{first} waits for {lane}" + "".join(f", {phase} for {other}" for phase, other in others)
+        if others and {lane} == {other for _, other in others}:
+            waits = f"it waits for {lane}"
+        return f"{self.bound_share:.0%} of what the hardware gives here: {waits}"
+
+
+def bound_seconds(phases: ByPhase) -> float:
+    """Seconds below which no order gets, but for what it prefetches from one phase for the next.
+
+    `phases`: seconds that each lane alone would take. In each phase the slowest lane is waited for, and a block's
+    decode follows its prefill: at their seam no more can overlap than the layers that the slots hold.
+    """
+    return sum(max(lanes.values()) for lanes in phases.values() if lanes)
+
+
+def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:
+    return {str(lane): seconds for lane, seconds in lanes.items()}
 
 
 def _rate(count: int, seconds: float) -> float:

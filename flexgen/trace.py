@@ -28,6 +28,13 @@ class LaneName(StrEnum):
     DISK_WRITE = "disk_write"
 
 
+class Phase(StrEnum):
+    """The two parts of generation, which follow one another: no order runs a block's second beside its first."""
+
+    PREFILL = "prefill"  # the prompts, up to the first new token
+    DECODE = "decode"  # the other new tokens
+
+
 class Event(NamedTuple):
     """One stage of one step: `start` and `end` in seconds from the beginning of the call."""
 

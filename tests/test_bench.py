@@ -49,7 +49,11 @@ def test_card_json_and_trace_tell_the_same(tiny_model, tmp_path, capsys):
     assert (found["num_prompts"], found["prompt_len"], found["gen_len"]) == (4, 6, 4)
     assert found["throughput_tokens_s"] == pytest.approx(16 / found["total_s"])
     assert found["total_s"] == pytest.approx(found["prefill_s"] + found["decode_s"])
-    assert found["bound_share"] == pytest.approx(max(found["lanes"].values()) / found["total_s"])
+    assert found["phases"].keys() == {"prefill", "decode"}
+    for lane, seconds in found["lanes"].items():
+        assert seconds == pytest.approx(sum(lanes.get(lane, 0) for lanes in found["phases"].values()))
+    bound = sum(max(lanes.values()) for lanes in found["phases"].values())
+    assert found["bound_share"] == pytest.approx(bound / found["total_s"])
     card = capsys.readouterr().out
     assert f"{found['throughput_tokens_s']:,.1f} tokens/s" in card
     events = json.loads(trace.read_text())["traceEvents"]

@@ -4,11 +4,12 @@ import math
 import pytest
 
 from flexgen.policy import Policy, Tier
-from flexgen.report import Report
-from flexgen.trace import LaneName
+from flexgen.report import Report, bound_seconds
+from flexgen.trace import LaneName, Phase
 
 KEYS = """model policy device prompt_len gen_len num_prompts prefill_s decode_s total_s prefill_tokens_s
-decode_tokens_s throughput_tokens_s bound_share plan_bytes peak_bytes placement""".split()
+decode_tokens_s throughput_tokens_s lanes phases waits_for bottleneck bound_s bound_share
+plan_bytes peak_bytes placement""".split()
 
 
 def report(**changes):
@@ -26,7 +27,10 @@ def report(**changes):
         prefill_s=2.0,
         decode_s=6.0,
         prompt_tokens=80,
-        lanes={LaneName.COMPUTE: 6.0, LaneName.DISK_READ: 7.2},
+        phases={
+            Phase.PREFILL: {LaneName.COMPUTE: 1.8, LaneName.DISK_READ: 0.5},
+            Phase.DECODE: {LaneName.COMPUTE: 2.0, LaneName.DISK_READ: 5.4, LaneName.TO_DEVICE: 3.0},
+        },
         plan_bytes=dict(zip(Tier, (0, 2048, 4096), strict=True)),
         peak_bytes=dict(zip(Tier, (0, 1024, 4096), strict=True)),
         placement={"weights": split},
@@ -40,7 +44,13 @@ def test_figures_add_up():
     assert found.prefill_tokens_s == 40.0
     assert found.decode_tokens_s == pytest.approx(8 * 4 / 6.0)
     assert found.throughput_tokens_s == 5.0
+    assert found.lanes == pytest.approx(
+        {LaneName.COMPUTE: 3.8, LaneName.DISK_READ: 5.9, LaneName.TO_DEVICE: 3.0}
+    )
+    assert found.waits_for == {Phase.PREFILL: LaneName.COMPUTE, Phase.DECODE: LaneName.DISK_READ}
     assert found.bottleneck is LaneName.DISK_READ
+    # The longest lane in all would be 5.9 of 8: prefill and decode wait for one after the other.
+    assert found.bound_s == bound_seconds(found.phases) == pytest.approx(7.2)
     assert found.bound_share == pytest.approx(0.9)
 
 
@@ -53,13 +63,18 @@ def test_json_is_one_line_with_every_key():
         assert set(found[key]) == {"gpu", "cpu", "disk"}
     assert found["placement"]["disk"]["weights"] == {"asked": 40.0, "achieved": 41.5}
     assert found["bottleneck"] == "disk_read"
+    assert found["phases"]["prefill"] == {"compute": 1.8, "disk_read": 0.5}
+    assert found["waits_for"] == {"prefill": "compute", "decode": "disk_read"}
+    assert found["lanes"]["compute"] == pytest.approx(3.8)
+    assert (found["bound_s"], found["bound_share"]) == (pytest.approx(7.2), pytest.approx(0.9))
     assert Policy.from_dict(found["policy"]) == report().policy
 
 
 def test_card_says_what_people_look_for():
     card = report().card()
     assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
-    assert "90% of what the hardware gives here; disk_read is the bottleneck" in card
+    assert "90% of what the hardware gives here: prefill waits for compute, decode for disk_read" in card
+    assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
     assert "2 KiB planned, 1 KiB at the peak" in card
     assert "bytes gpu" not in card  # nothing is there
     assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1
@@ -78,8 +93,8 @@ def test_card_names_codecs():
 
 
 def test_without_lanes_there_is_no_bound():
-    found = report(lanes={})
-    assert found.bound_share is None and found.bottleneck is None
+    found = report(phases={})
+    assert found.bound_share is None and found.bottleneck is None and found.lanes == {}
     assert "bound" not in found.card()
     assert json.loads(found.to_json())["bound_share"] is None
 
@@ -97,3 +112,20 @@ def test_one_token_has_no_decode():
     found = report(gen_len=1, decode_s=0.0)
     assert found.decode_tokens_s == 0.0
     assert math.isfinite(found.throughput_tokens_s)
+    prefill = {Phase.PREFILL: {LaneName.COMPUTE: 1.0}, Phase.DECODE: {}}
+    alone = report(gen_len=1, decode_s=0.0, phases=prefill)
+    assert alone.bound_share == 0.5 and alone.waits_for == {Phase.PREFILL: LaneName.COMPUTE}
+    assert alone.card().rstrip("-\n").endswith("gives here: prefill waits for compute")
+
+
+def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
+    """Not the lane that is busiest in all: it may hide behind others in both phases."""
+    phases = {
+        Phase.PREFILL: {LaneName.COMPUTE: 5.0, LaneName.TO_DEVICE: 4.0},
+        Phase.DECODE: {LaneName.DISK_READ: 3.0, LaneName.TO_DEVICE: 2.0},
+    }
+    assert max(report(phases=phases).lanes.values()) == report(phases=phases).lanes[LaneName.TO_DEVICE]
+    assert report(phases=phases).bottleneck is LaneName.COMPUTE
+    same = {phase: {LaneName.DISK_READ: 2.0, LaneName.COMPUTE: 1.0} for phase in Phase}
+    assert report(phases=same).bottleneck is LaneName.DISK_READ
+    assert "gives here: it waits for disk_read" in report(phases=same).card()

@@ -25,7 +25,7 @@ from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step, order_for
-from flexgen.trace import LaneName, Trace
+from flexgen.trace import LaneName, Phase, Trace
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
@@ -157,8 +157,8 @@ class Call:
         self._activations.regroup([len(rows) for rows in batches])
         self._model.machine.device.settle()
 
-    def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> float:
-        """Seconds that `lane` works on the prepared block when nothing else runs.
+    def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
+        """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
 
         The prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
         lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
@@ -174,7 +174,8 @@ class Call:
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
         later = seconds[1:]
-        return seconds[0] + (sum(later) / len(later) * (tokens - 1) if later else 0.0)
+        decode = sum(later) / len(later) * (tokens - 1) if later else 0.0
+        return {Phase.PREFILL: seconds[0], Phase.DECODE: decode}
 
     def _generation(
         self, prompts: Prompts, tokens: int, output: Output, splits_attention: bool, first: int = 0

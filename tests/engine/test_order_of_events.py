@@ -16,7 +16,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import MLP, Attention, Head, InputEmbed
 from flexgen.policy import Policy
 from flexgen.schedule import Op
-from flexgen.trace import Event, LaneName
+from flexgen.trace import Event, LaneName, Phase
 
 SLOW = "emulated:link=8MiB,disk=8MiB"
 TOKENS = 4
@@ -154,8 +154,12 @@ def test_lanes_alone(device: str, tiny: Any, prompts: Any, mixed: Any) -> None:
     model, given = tiny("opt"), prompts(LENGTHS)
     with OptLM(model.directory, mixed(attend_on="gpu"), device=device, progress=False) as lm:
         seconds = lm.lane_seconds(given, 6)
-        assert all(value > 0 for value in seconds.values())
-        lanes = {LaneName.COMPUTE, LaneName.DISK_READ}
-        assert seconds.keys() == (lanes if device == "cpu" else lanes | {LaneName.TO_DEVICE})
+        assert seconds.keys() == set(Phase)
+        lanes = {LaneName.COMPUTE, LaneName.DISK_READ, LaneName.DISK_WRITE}
+        for by_lane in seconds.values():
+            assert all(value > 0 for value in by_lane.values())
+            assert by_lane.keys() == (lanes if device == "cpu" else lanes | {LaneName.TO_DEVICE})
+        (prefill,) = ({*lm.lane_seconds(given, 1)[phase]} for phase in Phase if phase is Phase.PREFILL)
+        assert prefill == seconds[Phase.PREFILL].keys() and not lm.lane_seconds(given, 1)[Phase.DECODE]
         assert lm.stats is None
         np.testing.assert_array_equal(lm.generate(given, 6, stop=()), model.greedy(given, 6))
