@@ -47,8 +47,8 @@ from flexgen.workload import Workload
 
 _FEWER_TOKENS = 4
 _TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
-"""Those whose work can be run alone, on whatever lies in the buffers; so can the host's, where it attends. What leaves
-the device exists only once the cell was computed."""
+"""Those whose work can be run alone, on whatever lies in the buffers; so can the host's, where it attends. What
+leaves the device exists only once the cell was computed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
