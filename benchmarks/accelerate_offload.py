@@ -178,6 +178,7 @@ class Bench:
         times = {variant: seconds for variant, seconds in found.items() if isinstance(seconds, float)}
         chosen = min(times, key=lambda variant: times[variant]) if times else VARIANTS[0]
         self.document["variants"][model] = {"chosen": chosen, "step_s": found}
+        save(NAME, self.document, self.path)
 
     def measure(self, run: Run, repeat: int) -> None:
         """Make the measurement unless it is there, or cannot be made; keep it and save all."""
