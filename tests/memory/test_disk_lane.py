@@ -27,12 +27,15 @@ def step(n=0):
 
 
 class Flight:
-    """A job in two halves that ends when the test says so."""
+    """A job in two halves that ends when the test says so, or is over."""
+
+    made = []
 
     def __init__(self, error_in=None):
         self.started, self.waited, self.landed = threading.Event(), threading.Event(), threading.Event()
         self.over = False
         self._error_in = error_in
+        self.made.append(self)
 
     def __call__(self):
         raise AssertionError("a lane that can start it ahead must not call it")
@@ -55,6 +58,8 @@ class Flight:
 def lane():
     with closing(DiskLane(LaneName.DISK_READ)) as lane:
         yield lane
+        land(*Flight.made)  # those of a test that failed too
+        Flight.made.clear()
 
 
 def ended(done):
@@ -143,6 +148,15 @@ def test_cancel_drops_what_has_not_begun_and_drain_waits_for_what_has(lane):
     last = Flight()
     land(last)
     lane.submit(last, (), step()).wait()  # the cancellation is over
+
+
+def test_drain_waits_for_what_is_on_its_way(lane):
+    flight = Flight()
+    lane.submit(flight, (), step())
+    assert flight.waited.wait(PATIENCE)
+    threading.Timer(0.05, land, [flight]).start()
+    lane.drain()
+    assert flight.over
 
 
 def test_busy_time_counts_no_second_twice(lane):
