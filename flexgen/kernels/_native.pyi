@@ -17,6 +17,37 @@ def decode_attention(
 ) -> None:
     """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none."""
 
+def choose(
+    type: int,
+    q: int,
+    shape: tuple[int, int, int, int],
+    keys: list[int],
+    page_tokens: list[int],
+    length: int,
+    starts: int,
+    scale: float,
+    share: float,
+    unit: int,
+    most: int,
+    positions: int,
+    weights: int,
+    threads: int,
+    /,
+) -> None:
+    """`shape` and `starts` as above; `positions` int64, `weights` float32."""
+
+def attend_chosen(
+    type: int,
+    shape: tuple[int, int, int, int],
+    most: int,
+    positions: int,
+    weights: int,
+    values: list[int],
+    page_tokens: list[int],
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
 def quantise(
     type: int,
     scale_type: int,

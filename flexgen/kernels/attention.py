@@ -34,13 +34,15 @@ def decode_attention(
     Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
-    _check(q, pages, length, form)
+    check_pages(q, pages, length, form)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
         return attend_natively(q, pages, length, starts, scale, form)
     return attend_in_torch(q, pages, length, starts, scale, form)
 
 
-def _check(q: Tensor, pages: Pages, length: int, form: HeadFormat) -> None:
+def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:
+    """Raise ValueError where q, the pages and the length do not fit each other: the compiled kernels do not look."""
+    form = form or PlainHeads(q.shape[-1], q.dtype)
     rows, heads, queries, head_dim = q.shape
     kv_heads = pages[0][0].shape[1]
     if queries != 1 or heads % kv_heads:
@@ -106,6 +108,14 @@ def attend_in_torch(
     once. Plain memory beyond `length` is multiplied by a zero probability; encoded pages are decoded a piece at
     a time, up to `length`.
     """
+    probabilities = probabilities_in_torch(q, pages, length, starts, scale, form).to(q.dtype)
+    return weigh_in_torch(probabilities, pages, length, form).view(q.shape)
+
+
+def probabilities_in_torch(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
+) -> Tensor:
+    """Softmax of the scores, (rows * kv_heads, group, tokens of all pages) in float32; zero where none is valid."""
     rows, heads, _, head_dim = q.shape
     form = form or PlainHeads(head_dim, q.dtype)
     kv_heads = pages[0][0].shape[1]
@@ -121,12 +131,23 @@ def attend_in_torch(
     if starts is not None:
         padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]
         scores.view(rows, heads, total).masked_fill_(padding[:, None], float("-inf"))
-    probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
-    out = torch.zeros(rows * kv_heads, group, head_dim, dtype=torch.float32, device=q.device)
-    for begin, part in _decoded([v for _, v in pages], length, form, q.dtype):
-        values = part.view(rows * kv_heads, -1, head_dim)
+    return torch.softmax(scores, dim=-1)
+
+
+def weigh_in_torch(
+    probabilities: Tensor, pages: Pages, length: int | None = None, form: HeadFormat | None = None
+) -> Tensor:
+    """Values summed by probabilities (rows * kv_heads, group, tokens), in their type; (..., group, head_dim).
+
+    Of encoded pages no more than the first `length` tokens are decoded.
+    """
+    items, group, tokens = probabilities.shape
+    form = form or PlainHeads(pages[0][1].shape[3], probabilities.dtype)
+    out = torch.zeros(items, group, form.head_dim, dtype=torch.float32, device=probabilities.device)
+    for begin, part in _decoded([v for _, v in pages], length or tokens, form, probabilities.dtype):
+        values = part.view(items, -1, form.head_dim)
         out += torch.bmm(probabilities[:, :, begin : begin + values.shape[1]], values)
-    return out.to(q.dtype).view(rows, heads, 1, head_dim)
+    return out.to(probabilities.dtype)
 
 
 def _decoded(

@@ -42,6 +42,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "sparse.h"
 
 static bool supported() {
     unsigned eax, ebx, ecx, edx;
@@ -59,5 +60,7 @@ const Variant avx2_variant = {
     avx2::read,
     avx2::linear::prepare_any,
     avx2::linear::multiply_any,
+    avx2::sparse::choose_any,
+    avx2::sparse::attend_chosen_any,
 };
 #endif

@@ -21,5 +21,7 @@ const Variant avx512_variant = {
     avx512::read,
     avx512::linear::prepare_any,
     avx512::linear::multiply_any,
+    avx512::sparse::choose_any,
+    avx512::sparse::attend_chosen_any,
 };
 #endif

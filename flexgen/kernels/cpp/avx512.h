@@ -45,3 +45,4 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "sparse.h"

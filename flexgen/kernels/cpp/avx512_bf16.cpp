@@ -24,5 +24,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::read,
     avx512_bf16::linear::prepare_any,
     avx512_bf16::linear::multiply_any,
+    avx512_bf16::sparse::choose_any,
+    avx512_bf16::sparse::attend_chosen_any,
 };
 #endif

@@ -59,6 +59,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "sparse.h"
 
 static bool supported() { return true; }
 
@@ -72,4 +73,6 @@ const Variant baseline_variant = {
     baseline::read,
     baseline::linear::prepare_any,
     baseline::linear::multiply_any,
+    baseline::sparse::choose_any,
+    baseline::sparse::attend_chosen_any,
 };

@@ -1,7 +1,9 @@
 // What the variants of the kernels (one per instruction set) share with the rest of the module.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -50,6 +52,47 @@ struct Attention {
     int64_t partial_size() const { return group() * (2 + head_dim); }
 };
 
+// How many of `count` are kept of a share of them; flexgen/kernels/sparse_attention.py says why not the plain ceiling.
+inline int64_t kept(double share, int64_t count) {
+    const int64_t least = (int64_t)std::ceil(share * (double)count - 1e-9);
+    return std::min(std::max<int64_t>(least, 1), count);
+}
+
+// Sparse attention of one new token per row, first half: which tokens, and the probabilities of those. Tokens
+// are chosen in blocks of `unit`, a share of the blocks that hold a cached token of the row; the new token is
+// always taken. Pages have keys only.
+struct Choice {
+    Type type;
+    const void *q;  // (rows, heads, head_dim)
+    int64_t rows, heads, kv_heads, head_dim, length;
+    const int64_t *starts;  // (rows,) or null
+    std::vector<Page> pages;
+    float scale;
+    double share;
+    int64_t unit, most;  // tokens: of a block, and taken at most
+    int64_t *positions;  // (rows, kv_heads, most)
+    float *weights;  // (rows, heads, most)
+    std::atomic<int64_t> claimed{0};
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t items() const { return rows * kv_heads; }
+    int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
+};
+
+// The second half: the sum of their values. Pages have values only.
+struct Chosen {
+    Type type;
+    int64_t rows, heads, kv_heads, head_dim, most;
+    const int64_t *positions;
+    const float *weights;
+    std::vector<Page> pages;
+    void *out;  // (rows, heads, head_dim)
+    std::atomic<int64_t> claimed{0};
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t items() const { return rows * kv_heads; }
+};
+
 // Groups of consecutive values: x = q * scale + minimum. In four bits, the first half of a group has the low
 // nibbles and the second half the high ones, so that a run of bytes unpacks to two runs of values.
 struct Groupwise {
@@ -90,6 +133,8 @@ struct Variant {
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // every byte once; a multiple of 1024
     void (*prepare_linear)(PackedLinear &);
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
+    void (*choose)(Choice &);  // on each thread, as `attend`
+    void (*attend_chosen)(Chosen &);
 };
 
 extern const Variant baseline_variant;

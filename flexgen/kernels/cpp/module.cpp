@@ -113,6 +113,72 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+// Addresses of keys or of values, and how many tokens each page holds.
+bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
+    std::vector<int64_t> at, n;
+    if (!integers(addresses, at) || !integers(tokens, n)) return false;
+    int64_t total = 0;
+    for (size_t i = 0; i < std::min(at.size(), n.size()); ++i) {
+        const void *k = keys ? (const void *)at[i] : nullptr, *v = keys ? nullptr : (const void *)at[i];
+        pages.push_back({k, v, total, n[i]});
+        total += n[i];
+    }
+    return true;
+}
+
+PyObject *py_choose(PyObject *, PyObject *args) {
+    int type, threads;
+    long long q, rows, heads, kv_heads, head_dim, length, starts, unit, most, positions, weights;
+    PyObject *keys, *tokens;
+    Choice job;
+    if (!PyArg_ParseTuple(args, "iL(LLLL)O!O!LLfdLLLLi", &type, &q, &rows, &heads, &kv_heads, &head_dim,
+                          &PyList_Type, &keys, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.share,
+                          &unit, &most, &positions, &weights, &threads))
+        return nullptr;
+    if (!pages_of(keys, tokens, true, job.pages)) return nullptr;
+    job.type = (Type)type;
+    job.q = (const void *)q;
+    job.rows = rows;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.head_dim = head_dim;
+    job.length = length;
+    job.starts = (const int64_t *)starts;
+    job.unit = unit;
+    job.most = most;
+    job.positions = (int64_t *)positions;
+    job.weights = (float *)weights;
+    const int useful = useful_threads(threads, job.items() * length * head_dim * element_bytes(job.type));
+    const Variant *now = variant;
+    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->choose(job); }); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *py_attend_chosen(PyObject *, PyObject *args) {
+    int type, threads;
+    long long rows, heads, kv_heads, head_dim, most, positions, weights, out;
+    PyObject *values, *tokens;
+    Chosen job;
+    if (!PyArg_ParseTuple(args, "i(LLLL)LLLO!O!Li", &type, &rows, &heads, &kv_heads, &head_dim, &most,
+                          &positions, &weights, &PyList_Type, &values, &PyList_Type, &tokens, &out, &threads))
+        return nullptr;
+    if (!pages_of(values, tokens, false, job.pages)) return nullptr;
+    job.type = (Type)type;
+    job.rows = rows;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.head_dim = head_dim;
+    job.most = most;
+    job.positions = (const int64_t *)positions;
+    job.weights = (const float *)weights;
+    job.out = (void *)out;
+    const int useful = useful_threads(threads, job.items() * most * head_dim * element_bytes(job.type));
+    const Variant *now = variant;
+    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->attend_chosen(job); }); }))
+        return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *groupwise(PyObject *args, bool pack) {
     Groupwise job;
     int type, scale_type, threads;
@@ -224,6 +290,8 @@ PyObject *py_set_variant(PyObject *, PyObject *name) {
 
 PyMethodDef METHODS[] = {
     {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
+    {"choose", py_choose, METH_VARARGS, nullptr},
+    {"attend_chosen", py_attend_chosen, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},

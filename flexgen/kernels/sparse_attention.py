@@ -1,0 +1,167 @@
+"""Sparse attention of one new token per row: scores over all keys, values of the best of them only.
+
+FlexGen (arXiv 2303.06865, section 4.2): softmax is over all tokens, the cached ones with the largest
+probabilities are kept, the new token always is, and what is kept is not normalised again. The query heads that
+share a K/V head choose together, by the sum of their probabilities: each choosing for itself, they would
+together read nearly all values. With one query head to each K/V head that is FlexGen's choice.
+
+Choosing and summing are two calls, so that a caller can bring the chosen values in between.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.attention import Pages, check_pages, probabilities_in_torch, weigh_in_torch
+from flexgen.kernels.loading import NUMBERS, announce, native
+
+_ROUNDING = 1e-9
+"""A share of a count that lies this little above a whole number means that number: 0.1 of 30 is 3."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Chosen tokens of each row and K/V head, the new one last, and each query head's probabilities of them.
+
+    `positions` (rows, kv_heads, most) int64; `weights` (rows, heads, most) float32. A row that has fewer
+    tokens than others to choose from is filled up with the new token at weight zero.
+    """
+
+    positions: Tensor
+    weights: Tensor
+
+
+def kept(share: float, count: int) -> int:
+    """How many of `count` blocks a share in (0, 1] keeps: its ceiling, at least one if there is any."""
+    return min(max(math.ceil(share * count - _ROUNDING), 1), count)
+
+
+def most_chosen(share: float, unit: int, length: int) -> int:
+    """The most tokens that `choose` takes of `length`, the new one included."""
+    return kept(share, -(-(length - 1) // unit)) * unit + 1
+
+
+def choose(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int = 1
+) -> Choice:
+    """Score the keys of the first `length` positions and choose; values are not read.
+
+    Arguments as of `decode_attention`. The last position is the new token. Cached tokens are chosen in blocks of
+    `unit` consecutive positions (multiples of it): of the blocks that hold a token of the row, the `kept(share,
+    ...)` with the largest sums of probabilities. Compiled kernels score in float32, torch in the type of q.
+    """
+    check_pages(q, pages, length)
+    if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
+        return choose_natively(q, pages, length, starts, scale, share, unit)
+    return choose_in_torch(q, pages, length, starts, scale, share, unit)
+
+
+def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
+    """The sum of the chosen values, (rows, heads, 1, head_dim); the compiled kernel reads no others.
+
+    In torch whole pages are multiplied, with zeros for what was not chosen: what they hold must be finite.
+    """
+    values = pages[0][1]
+    if values.device.type == "cpu" and values.dtype in NUMBERS and announce():
+        return attend_chosen_natively(choice, pages)
+    return attend_chosen_in_torch(choice, pages)
+
+
+def choose_natively(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int
+) -> Choice:
+    """The compiled kernel: keys are read once, where they lie, and padding is skipped."""
+    rows, heads, _, head_dim = q.shape
+    kv_heads, most = pages[0][0].shape[1], most_chosen(share, unit, length)
+    q = q.contiguous()
+    positions = torch.empty(rows, kv_heads, most, dtype=torch.int64)
+    weights = torch.empty(rows, heads, most, dtype=torch.float32)
+    if starts is not None:
+        starts = starts.to("cpu", torch.int64).contiguous()
+        if starts.shape != (rows,) or (rows and int(starts.min()) < 0):
+            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
+    native.choose(
+        NUMBERS[q.dtype],
+        q.data_ptr(),
+        (rows, heads, kv_heads, head_dim),
+        [k.data_ptr() for k, _ in pages],
+        [k.shape[2] for k, _ in pages],
+        length,
+        0 if starts is None else starts.data_ptr(),
+        scale,
+        share,
+        unit,
+        most,
+        positions.data_ptr(),
+        weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Choice(positions, weights)
+
+
+def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
+    """The compiled kernel: only chosen values are read."""
+    rows, heads, most = choice.weights.shape
+    _, kv_heads, _, head_dim = pages[0][1].shape
+    out = torch.empty(rows, heads, 1, head_dim, dtype=pages[0][1].dtype)
+    native.attend_chosen(
+        NUMBERS[out.dtype],
+        (rows, heads, kv_heads, head_dim),
+        most,
+        choice.positions.data_ptr(),
+        choice.weights.data_ptr(),
+        [v.data_ptr() for _, v in pages],
+        [v.shape[2] for _, v in pages],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def choose_in_torch(
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int
+) -> Choice:
+    """The same in torch, on every device, without a wait for it."""
+    rows, heads = q.shape[:2]
+    kv_heads, cached, device = pages[0][0].shape[1], length - 1, q.device
+    group, blocks = heads // kv_heads, -(-cached // unit)
+    probabilities = probabilities_in_torch(q, pages, length, starts, scale).unflatten(0, (rows, kv_heads))
+    starts = torch.zeros(rows, dtype=torch.int64, device=device) if starts is None else starts.to(device)
+    ranked = torch.zeros(rows, kv_heads, blocks * unit, dtype=torch.float32, device=device)
+    torch.sum(probabilities[..., :cached], dim=2, out=ranked[..., :cached])
+    if unit > 1:
+        ranked = ranked.view(rows, kv_heads, blocks, unit).sum(-1)
+    first = starts // unit
+    padding = torch.arange(blocks, device=device) < first[:, None]
+    ranked.masked_fill_(padding[:, None], -1.0)  # below a probability that has become zero
+    best = ranked.topk(kept(share, blocks), dim=-1).indices
+    # Rows have different numbers of blocks, which are known on the device only.
+    counts = torch.where(starts < cached, blocks - first, 0)
+    keep = (counts.double() * share - _ROUNDING).ceil().clamp_min(1).minimum(counts)
+    chosen = torch.arange(best.shape[-1], device=device) < keep[:, None]
+    positions = (best[..., None] * unit + torch.arange(unit, device=device)).flatten(2)
+    real = chosen[:, None].expand_as(best).repeat_interleave(unit, dim=-1)
+    real = real & (positions >= starts[:, None, None]) & (positions < cached)
+    positions = positions.masked_fill_(~real, cached)
+    positions = torch.nn.functional.pad(positions, (0, 1), value=cached)
+    real = torch.nn.functional.pad(real, (0, 1), value=True)
+    weights = probabilities.gather(3, positions[:, :, None].expand(-1, -1, group, -1)) * real[:, :, None]
+    return Choice(positions, weights.flatten(1, 2))
+
+
+def attend_chosen_in_torch(choice: Choice, pages: Pages) -> Tensor:
+    """The same in torch, on every device."""
+    values = pages[0][1]
+    rows, kv_heads, most = choice.positions.shape
+    heads, head_dim, total = choice.weights.shape[1], values.shape[3], sum(v.shape[2] for _, v in pages)
+    group = heads // kv_heads
+    weights = torch.zeros(rows, kv_heads, group, total, dtype=torch.float32, device=values.device)
+    there = choice.positions[:, :, None].expand(-1, -1, group, -1)
+    # Added, because what fills a row up is a zero for the new token.
+    weights.scatter_add_(3, there, choice.weights.view(rows, kv_heads, group, most))
+    probabilities = weights.flatten(0, 1).to(values.dtype)
+    return weigh_in_torch(probabilities, pages).view(rows, heads, 1, head_dim)
