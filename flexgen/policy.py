@@ -97,6 +97,18 @@ def _positive(name: str, value: object) -> int:
     return operator.index(value)
 
 
+def _fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise PolicyError(
+            f"{name} is {value!r} ({type(value).__name__}); it must be a number above 0, at most 1"
+        )
+    if not 0 < float(value) <= 1:  # NaN fails this too
+        raise PolicyError(
+            f"{name} is {float(value):g}; it must be above 0 and at most 1; write 0.1 for a tenth"
+        )
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Share:
     """One tier's part of a split: `percent` (0 to 100), kept with `codec`."""
@@ -199,8 +211,9 @@ class Policy:
 
     A block is `gpu_batch_size * num_gpu_batches` prompts: each layer's weights are brought in once per
     block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
-    GPU is attended. `sep_layer` streams attention and MLP as two units. `pin_weight` keeps the weights of
-    the CPU tier in pinned memory.
+    GPU is attended. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
+    largest attention scores; 1 is exact. `sep_layer` streams attention and MLP as two units. `pin_weight`
+    keeps the weights of the CPU tier in pinned memory.
     """
 
     gpu_batch_size: int = 1
@@ -209,6 +222,7 @@ class Policy:
     cache: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
     activations: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
     attend_on: str = "cpu"
+    attn_sparsity: float = 1.0
     overlap: bool = True
     sep_layer: bool = True
     pin_weight: bool = True
@@ -223,6 +237,13 @@ class Policy:
                 raise PolicyError(
                     f"activations: codec {codec!r} on {tier}; only weights and cache can be encoded, "
                     "leave activations as they are"
+                )
+        object.__setattr__(self, "attn_sparsity", _fraction("attn_sparsity", self.attn_sparsity))
+        for tier in Tier:
+            if self.attn_sparsity < 1 and (codec := self.cache[tier].codec) != "none":
+                raise PolicyError(
+                    f"attn_sparsity is {self.attn_sparsity:g} with codec {codec!r} for the cache on {tier}; "
+                    "values are chosen of a cache that is not encoded: leave out one of the two"
                 )
         for name in ("overlap", "sep_layer", "pin_weight"):
             if not isinstance(value := getattr(self, name), bool):
@@ -304,7 +325,7 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def _toml(value: Split | Share | str | bool | int) -> str:
+def _toml(value: Split | Share | str | bool | int | float) -> str:
     if isinstance(value, Split):
         shares = [f"{tier} = {_toml(value[tier])}" for tier in Tier if value[tier] != Share(0.0)]
         return "{ " + ", ".join(shares) + " }"
@@ -313,4 +334,4 @@ def _toml(value: Split | Share | str | bool | int) -> str:
         return percent if value.codec == "none" else f'{{ percent = {percent}, codec = "{value.codec}" }}'
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value) if isinstance(value, int) else f'"{value}"'
+    return repr(value) if isinstance(value, int | float) else f'"{value}"'

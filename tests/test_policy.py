@@ -39,6 +39,7 @@ policies = st.builds(
     cache=splits(),
     activations=splits(),
     attend_on=st.sampled_from(["cpu", "gpu"]),
+    attn_sparsity=st.floats(0, 1, exclude_min=True),
     overlap=st.booleans(),
     sep_layer=st.booleans(),
     pin_weight=st.booleans(),
@@ -55,6 +56,27 @@ def test_defaults_keep_everything_on_the_gpu():
         True,
         True,
     )
+
+
+def test_attention_is_exact_unless_asked_otherwise():
+    assert Policy().attn_sparsity == 1.0 and type(Policy(attn_sparsity=1).attn_sparsity) is float
+    assert Policy(attn_sparsity=np.float32(0.25)).attn_sparsity == 0.25
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0, "attn_sparsity is 0; it must be above 0 and at most 1; write 0.1 for a tenth"),
+        (-0.5, "attn_sparsity is -0.5"),
+        (10, "attn_sparsity is 10; it must be above 0 and at most 1"),
+        (math.nan, "attn_sparsity is nan"),
+        (True, r"attn_sparsity is True \(bool\); it must be a number"),
+        ("0.1", r"attn_sparsity is '0.1' \(str\)"),
+    ],
+)
+def test_a_share_of_the_values_is_above_0_and_at_most_1(given, message):
+    with pytest.raises(PolicyError, match=message):
+        Policy(attn_sparsity=given)
 
 
 def test_short_and_full_forms_mean_the_same():

@@ -136,6 +136,7 @@ class DiskIO:
     ) -> None:
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk is {chunk} bytes; it must be a multiple of {BLOCK}")
+        self.threads = threads
         self.chunk = chunk
         self.direct = direct
         self.bandwidth = bandwidth

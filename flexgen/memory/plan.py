@@ -6,6 +6,7 @@ promised is what is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from functools import cached_property
 import torch
 
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.placement import Placement
@@ -21,7 +23,7 @@ from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.schedule import Slots
-from flexgen.units import MIB, align, format_bytes
+from flexgen.units import KIB, MIB, align, format_bytes
 from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
@@ -32,6 +34,11 @@ _MEMORY_PAGE_TOKENS = 128
 _DISK_PAGE_TOKENS = 16, 128
 _DISK_PAGE_BYTES = 1 * MIB
 
+_CHOICE_BYTES = 16 * KIB
+"""Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
+one block at a small part of the rate of long ones: to skip what lies between them would gain nothing."""
+_CHOICE_TOKENS = 128  # at most, unless not even that makes whole blocks
+
 
 @dataclass(frozen=True)
 class CacheSegment:
@@ -40,6 +47,8 @@ class CacheSegment:
     A page is contiguous, whatever part of it is filled: it is attended where it lies, and it moves as one
     block. `on_device`: attended by the compute device, otherwise by the host. `resident`: it lives where it
     is attended, so that it never moves. `dtype` is that of the computation, `codec` names what keeps the heads.
+    `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`; on
+    disk these are whole disk blocks.
     """
 
     tier: Tier
@@ -52,11 +61,17 @@ class CacheSegment:
     head_dim: int
     dtype: torch.dtype
     codec: str = "none"
+    attn_sparsity: float = 1.0
+    choice_tokens: int = 1
 
     @cached_property
     def heads(self) -> HeadFormat:
         """How a head's key or value lies in a page."""
         return head_format(self.codec, self.head_dim, self.dtype)
+
+    @property
+    def sparse(self) -> bool:
+        return self.attn_sparsity < 1
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
@@ -105,21 +120,30 @@ def cache_segments(
             page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
         pages = -(-capacity // page_tokens)
         page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
+        choice = 1
+        if tier is Tier.DISK and policy.attn_sparsity < 1:
+            choice = choice_tokens(spec.head_dim * dtype.itemsize)
+            page_tokens = align(page_tokens, choice)
+            pages = -(-capacity // page_tokens)
+        shape = pages, page_tokens, spec.num_kv_heads, spec.head_dim
         segments.append(
-            CacheSegment(
-                tier,
-                part,
-                on_device,
-                resident,
-                pages,
-                page_tokens,
-                spec.num_kv_heads,
-                spec.head_dim,
-                dtype,
-                codec,
-            )
+            CacheSegment(tier, part, on_device, resident, *shape, dtype, codec, policy.attn_sparsity, choice)
         )
     return tuple(segments)
+
+
+def choice_tokens(token_bytes: int) -> int:
+    """Tokens that are read from disk together, where one takes `token_bytes` in a head: whole disk blocks."""
+    whole = BLOCK // math.gcd(BLOCK, token_bytes)
+    wanted = -(-_CHOICE_BYTES // (whole * token_bytes))
+    return whole * max(min(wanted, _CHOICE_TOKENS // whole), 1)
+
+
+def _choice_bytes(segment: CacheSegment, heads: int) -> int:
+    """What choosing in torch takes at most beyond dense attention, at the last token."""
+    most = most_chosen(segment.attn_sparsity, segment.choice_tokens, segment.pages * segment.page_tokens)
+    # For each: an index of what is best, its position before and after padding, two weights, three flags.
+    return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)
 
 
 @dataclass(frozen=True)
@@ -289,6 +313,9 @@ def _in_flight(
             needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:
             asked_of_host += len(segment.rows)
+        if segment.sparse:
+            where = Tier.GPU if segment.on_device else Tier.CPU
+            needs.append(Need(where, "cache", "workspace", _choice_bytes(segment, spec.num_heads)))
         if segment.tier is not Tier.GPU and not shared:
             fresh = segment.token_bytes(prompt)
             needs.append(Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK)))

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import decode_attention
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
-from flexgen.runtime.pages import Padding, Page, Span, put
+from flexgen.runtime.pages import Bring, Padding, Page, Span, attend, put
 
 
 class HostAttention:
@@ -76,7 +75,7 @@ class HostAttention:
         self,
         batch: int,
         slot: int,
-        parts: Iterable[tuple[CacheSegment, Sequence[Page]]],
+        parts: Iterable[tuple[CacheSegment, Sequence[Page], Bring | None]],
         span: Span,
         padding: Padding,
         scale: float,
@@ -84,10 +83,10 @@ class HostAttention:
         """Put what was sent into the pages of its rows, in host memory, and attend to them."""
         q, k, v = self._question(batch, slot).split(self._heads, dim=1)
         attended, first = self._answer(self._answered[slot], batch), self._rows[batch][0]
-        for segment, pages in parts:
+        for segment, pages, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             put(pages, span.length, segment.heads.encode(k[here]), segment.heads.encode(v[here]))
-            attended[here] = attend_to_pages(pages, span, q[here], segment, padding, scale)
+            attended[here] = attend(pages, span, q[here], segment, padding, scale, bring)
 
     def fetch(self, batch: int, slot: int) -> None:
         """What was attended, to the device."""
@@ -104,14 +103,3 @@ class HostAttention:
 
     def _answer(self, buffer: Tensor, batch: int) -> Tensor:
         return tensor_at(buffer, 0, (len(self._rows[batch]), self._heads[0], 1, self._head_dim), self._dtype)
-
-
-def attend_to_pages(
-    pages: Sequence[Page], span: Span, q: Tensor, segment: CacheSegment, padding: Padding, scale: float
-) -> Tensor:
-    """Attention of the one new token of the segment's rows, q (rows, heads, 1, head_dim), over pages that hold it
-    already."""
-    length = span.length + span.new
-    used = -(-length // segment.page_tokens)
-    starts = padding.of(segment.rows, q.device)
-    return decode_attention(q, pages[:used], length, starts, scale, segment.heads)

@@ -5,7 +5,8 @@ attended where it lies. The others come, page by page, into one of a few slots: 
 memory for rows on disk. New keys and values leave by the chains of `store`, so that a later token finds them.
 
 A part on disk grows through its tail, the page that is being filled, which stays in host memory: the file
-only ever sees whole pages.
+only ever sees whole pages. With sparse attention only its keys come ahead; of its values the cell reads those
+that it has chosen.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
 from flexgen.runtime.compaction import Moved, gather
-from flexgen.runtime.host_attention import HostAttention, attend_to_pages
-from flexgen.runtime.pages import Padding, Page, Span, pages_in, put
+from flexgen.runtime.host_attention import HostAttention
+from flexgen.runtime.pages import Bring, Padding, Page, Span, attend, pages_in, put
 from flexgen.runtime.parts import Part, Slot
+from flexgen.runtime.sparse import ValueReader, key_reads
 from flexgen.trace import LaneName
 
 
@@ -50,6 +52,7 @@ class KVCache:
         self._host = machine.host
         self._disk = machine.disk
         self._io = machine.io
+        self._values = ValueReader(machine.io)
         self._owned: list[tuple[Store, Tensor]] = []
         self._files: list[Path] = []
         self._parts: dict[tuple[int, int], list[Part]] = {
@@ -71,6 +74,7 @@ class KVCache:
     def close(self) -> None:
         """Give back all memory and files."""
         self.host.close()
+        self._values.close()
         for store, buffer in self._owned:
             store.release(buffer)
         for path in self._files:
@@ -137,8 +141,10 @@ class KVCache:
         elif part.file is not None and buffers.host is not None and part.tail is not None:
             path, start = part.file
             if whole:
-                read = Read(path, start, buffers.host[:nbytes])
-                stages.append(Stage(LaneName.DISK_READ, ReadJob(self._io, [read])))
+                reads = [Read(path, start, buffers.host[:nbytes])]
+                if segment.sparse and buffers.device is None:
+                    reads = key_reads(segment, path, start, buffers.host, whole)
+                stages.append(Stage(LaneName.DISK_READ, ReadJob(self._io, reads)))
                 sources.append(buffers.host[:nbytes])
             if rest:
                 sources.append(part.tail)
@@ -340,8 +346,8 @@ class KVCache:
         outs = []
         for part in self._parts[layer, batch]:
             if part.segment.on_device:
-                pages = self._keep(part, slot, span, k, v)
-                outs.append(attend_to_pages(pages, span, part.rows_of(q), part.segment, padding, scale))
+                pages, bring = self._keep(part, slot, span, k, v), self._bring(part, slot, span)
+                outs.append(attend(pages, span, part.rows_of(q), part.segment, padding, scale, bring))
         return outs
 
     def attend_on_host(
@@ -349,7 +355,11 @@ class KVCache:
     ) -> None:
         """`attend` for those that the host attends, once it has been asked; its answer is still to be fetched."""
         parts = (
-            (part.segment, self._working_pages(part, self._slots[part.segment.tier][slot], span))
+            (
+                part.segment,
+                self._working_pages(part, self._slots[part.segment.tier][slot], span),
+                self._bring(part, slot, span),
+            )
             for part in self._parts[layer, batch]
             if not part.segment.on_device
         )
@@ -359,6 +369,14 @@ class KVCache:
         """All rows: what the device attended, and after it the answer of the host if it was asked."""
         outs = [*on_device, self.host.take(batch, slot)] if self.asks_host(batch, span) else on_device
         return outs[0] if len(outs) == 1 else torch.cat(list(outs))
+
+    def _bring(self, part: Part, slot: int, span: Span) -> Bring | None:
+        """What brings chosen values of a part on disk into its pages, if they have not come with the keys."""
+        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
+        if not segment.sparse or part.file is None or buffers.host is None or buffers.device is not None:
+            return None
+        (path, start), host = part.file, buffers.host
+        return lambda choice: self._values.read(choice, segment, path, start, host, span)
 
     def keep(self, layer: int, batch: int, slot: int, span: Span, k: Tensor, v: Tensor) -> None:
         """Take the prompt's keys and values, for `store`."""

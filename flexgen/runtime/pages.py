@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.memory.plan import CacheSegment
 from flexgen.memory.store import tensor_at
 
@@ -79,3 +81,30 @@ class Padding:
         if not self.any:
             return None
         return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+
+
+Bring = Callable[[Choice], object]
+"""Brings the values that were chosen into the pages."""
+
+
+def attend(
+    pages: Sequence[Page],
+    span: Span,
+    q: Tensor,
+    segment: CacheSegment,
+    padding: Padding,
+    scale: float,
+    bring: Bring | None = None,
+) -> Tensor:
+    """Attention of the one new token of the segment's rows, q (rows, heads, 1, head_dim), over pages that hold it.
+
+    `bring` is for values that are not in the pages before they are chosen.
+    """
+    length = span.length + span.new
+    pages, starts = pages[: -(-length // segment.page_tokens)], padding.of(segment.rows, q.device)
+    if not segment.sparse:
+        return decode_attention(q, pages, length, starts, scale, segment.heads)
+    choice = choose(q, pages, length, starts, scale, segment.attn_sparsity, segment.choice_tokens)
+    if bring is not None:
+        bring(choice)
+    return attend_chosen(choice, pages)

@@ -1,0 +1,94 @@
+"""What sparse attention reads of a cache on disk: all keys ahead, of the values only the chosen blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from flexgen.kernels.sparse_attention import Choice
+from flexgen.memory.disk import DiskIO, Read
+from flexgen.memory.plan import CacheSegment
+from flexgen.runtime.pages import Span
+
+
+def _half(segment: CacheSegment) -> int:
+    """Bytes of the keys of a page, and of its values, which follow. A page has no others: see `choice_tokens`."""
+    return segment.page_bytes // 2
+
+
+def key_reads(segment: CacheSegment, path: Path, start: int, buffer: Tensor, pages: int) -> list[Read]:
+    """The keys of the first `pages` pages of a part that begins at byte `start` of its file, to their places."""
+    begins = range(0, pages * segment.page_bytes, segment.page_bytes)
+    return [Read(path, start + begin, buffer[begin : begin + _half(segment)]) for begin in begins]
+
+
+class ValueReader:
+    """Reads chosen values in the midst of a computation, by threads of its own.
+
+    They must not queue behind what is read ahead for later cells; and as each piece is short, several must be
+    under way at any time.
+    """
+
+    def __init__(self, io: DiskIO) -> None:
+        self._io = io
+        self._pool = ThreadPoolExecutor(io.threads, thread_name_prefix="flexgen-values")
+
+    def read(
+        self, choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span
+    ) -> None:
+        """Return when `buffer` has the chosen values of a part that begins at byte `start` of its file."""
+        reads = value_reads(choice, segment, path, start, buffer, span)
+        parts = [reads[n :: self._io.threads] for n in range(self._io.threads)]
+        futures = [self._pool.submit(self._read_part, part) for part in parts if part]
+        try:
+            for future in futures:
+                future.result()
+        finally:  # the buffer must not be written any more, after an error or an interrupt too
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _read_part(self, reads: Sequence[Read]) -> None:
+        # What is more than a chunk would be handed on to the threads that read ahead.
+        batch: list[Read] = []
+        nbytes = 0
+        for read in reads:
+            nbytes += read.target.numel()
+            if batch and nbytes > self._io.chunk:
+                self._io.read(batch)
+                batch, nbytes = [], read.target.numel()
+            batch.append(read)
+        self._io.read(batch)
+
+
+def value_reads(
+    choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span
+) -> list[Read]:
+    """The blocks of values that hold chosen tokens, to their places; neighbours in the file in one read.
+
+    What lies in the page that is being filled is in host memory already.
+    """
+    pages, unit = span.length // segment.page_tokens, segment.choice_tokens
+    items, per_page = len(segment.rows) * segment.kv_heads, segment.page_tokens // unit
+    positions = choice.positions.view(items, -1).numpy()
+    item, nth = np.nonzero(positions < pages * segment.page_tokens)
+    page, block = np.divmod(positions[item, nth] // unit, per_page)
+    # One more than there is in each page, and one before the first: no run goes on from page to page.
+    wanted = np.zeros((pages + 1, items * per_page + 1), dtype=np.int8)
+    wanted[page + 1, item * per_page + block] = 1
+    width, edges = wanted.shape[1], np.flatnonzero(np.diff(wanted.ravel())) + 1
+    block_bytes = unit * segment.head_dim * segment.dtype.itemsize
+    reads = []
+    for begin, end in edges.reshape(-1, 2).tolist():
+        page_number, first = divmod(begin, width)
+        at = (page_number - 1) * segment.page_bytes + _half(segment) + first * block_bytes
+        reads.append(Read(path, start + at, buffer[at : at + (end - begin) * block_bytes]))
+    return reads
