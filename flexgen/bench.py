@@ -119,6 +119,8 @@ def read_policy(args: argparse.Namespace) -> Policy:
             changes[name] = value
     if args.cpu_cache_compute is not None:
         changes["attend_on"] = "cpu" if args.cpu_cache_compute else "gpu"
+    if args.attn_sparsity is not None:
+        changes["attn_sparsity"] = args.attn_sparsity
     return policy.replace(**changes)
 
 
@@ -241,6 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
     add("--gpu-batch-size", type=_count)
     add("--num-gpu-batches", type=_count)
+    add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
     for name in ("--overlap", "--sep-layer", "--pin-weight", "--cpu-cache-compute"):
         add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
     return parser

@@ -241,6 +241,12 @@ def test_scores_of_any_size_do_not_overflow(version):
     close(attend_so(choice, case.pages), case.expected(choice), version)
 
 
+def test_padding_is_not_chosen_before_what_has_become_zero(version):
+    case = Case(torch.float32, 2, 2, 2, 16, [64], 61, [0, 30])
+    case.q *= 1e4
+    case.check(of(version)[0](*case.arguments, 0.4, 1), 0.4, 1, version)
+
+
 def test_nan_stays_in_its_row(version):
     case = Case(torch.float32, 2, 1, 2, 16, [64], 50)
     case.pages[0][0][0, 0, 7] = GARBAGE
