@@ -6,6 +6,9 @@ Attention is counted in bytes of valid keys and values, dequantisation in bytes 
 is measured between the cases, over the same memory with as many threads: the better of a plain compiled loop
 and torch.sum. The versions in torch are measured beside the compiled ones. Encoded caches are counted in the
 bytes that they take, and in tokens against a bfloat16 cache of the same size that is measured beside them.
+
+Sparse attention is held against exact attention over the same cache: how many times as fast, beside what the
+bytes alone would give, which is 2 / (1 + share).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from record import interleaved, save
 from torch import Tensor
 
-from flexgen.kernels import groupwise
+from flexgen.kernels import groupwise, sparse_attention
 from flexgen.kernels.attention import attend_in_torch, attend_natively
 from flexgen.kernels.groupwise import quantise
 from flexgen.kernels.heads import HeadFormat
@@ -32,6 +35,7 @@ from flexgen.quant import CODECS, head_format
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE_BYTES = 256 << 20  # keys and values of one case, far more than a cache holds
 KV_HEADS = 8
+SHARES = (0.1, 0.25, 0.5)
 LAYOUTS = {
     # length, capacity, share of left padding in every second row
     "512": (512, 512, 0.0),
@@ -42,9 +46,12 @@ LAYOUTS = {
 }
 
 
+Arguments = tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, float, HeadFormat]
+
+
 class Case(NamedTuple):
     nbytes: int
-    arguments: tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, float, HeadFormat]
+    arguments: Arguments
 
 
 def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, layout: str) -> Case:
@@ -126,6 +133,33 @@ def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
                 }
 
 
+def attend_sparsely(version: str, share: float, arguments: Arguments) -> Tensor:
+    """Both halves, in one version."""
+    choose, attend_chosen = (
+        getattr(sparse_attention, f"{half}_{version}") for half in ("choose", "attend_chosen")
+    )
+    *exact, _ = arguments  # what is chosen from is not encoded
+    return attend_chosen(choose(*exact, share, 1), arguments[1])
+
+
+def sparse(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any]]:
+    for name, group, layout in itertools.product(DTYPES, (1, 8), ("512", "2048")):
+        dim = 128
+        nbytes, arguments = case(memory[name], "none", DTYPES[name], group, dim, layout)
+        calls = {"exact": partial(rate, nbytes, partial(attend_natively, *arguments))}
+        for share, version in itertools.product(SHARES, ("natively", "in_torch")):
+            call = partial(attend_sparsely, version, share, arguments)
+            calls[f"{share}, {version}"] = partial(rate, nbytes, call)
+        figures = interleaved(calls, repeats)
+        exact = median(figures["exact"])
+        for share in SHARES:
+            compiled, plain = (median(figures[f"{share}, {v}"]) for v in ("natively", "in_torch"))
+            yield {
+                **{"cache": name, "group": group, "head_dim": dim, "tokens": layout, "kept": str(share)},
+                **{"compiled": compiled / exact, "torch": plain / exact, "by bytes": 2 / (1 + share)},
+            }
+
+
 def codecs(repeats: int) -> Iterator[dict[str, Any]]:
     x = torch.randn(4096, 8192).mul_(0.02).to(torch.bfloat16)
     out = torch.empty_like(x)
@@ -177,11 +211,14 @@ def main() -> None:
     }
     attended = list(attention(memory, args.repeats))
     encoded = list(encoded_attention(memory["bf16"], args.repeats))
+    sparsely = list(sparse(memory, args.repeats))
     packed = list(codecs(args.repeats))
-    figures = {"variant": native.variant(), "load_at_start": load}
-    figures |= {"attention": attended, "encoded_attention": encoded, "codecs": packed}
-    save("kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures})
-    print(table(attended), table(encoded), table(packed), sep="\n\n")
+    figures = {
+        **{"variant": native.variant(), "load_at_start": load},
+        **{"attention": attended, "encoded_attention": encoded, "sparse": sparsely, "codecs": packed},
+    }
+    save("cpu_kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures})
+    print(table(attended), table(encoded), table(sparsely), table(packed), sep="\n\n")
 
 
 if __name__ == "__main__":

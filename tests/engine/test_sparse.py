@@ -43,7 +43,7 @@ EQUAL, RAGGED = [60] * 5, [60, 33, 60, 7, 41]
 def sparse_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **options: Any
 ) -> tuple[Tensor, None]:
-    """What flexgen must compute, one row and K/V head after another. The prompt is attended densely."""
+    """What flexgen must compute, here for all rows at once. The prompt is attended densely."""
     share, unit = module.config.share, module.config.unit
     rows, heads, new, dim = q.shape
     kv_heads, length = k.shape[1:3]
@@ -53,18 +53,17 @@ def sparse_attention(
         scores = scores + mask
     p = scores.softmax(-1)
     if new == 1:
-        kept = torch.zeros(rows, kv_heads, length, dtype=torch.bool)
-        kept[..., -1] = True
-        for row in range(rows):
-            real = range(length - 1)
-            if mask is not None:
-                real = [t for t in real if mask[row, 0, 0, t] == 0]
-            blocks = sorted({t // unit for t in real})
-            for head in range(kv_heads):
-                weights = p[row, head * group : (head + 1) * group, 0].sum(0)
-                value = {n: float(weights[[t for t in real if t // unit == n]].sum()) for n in blocks}
-                best = sorted(blocks, key=lambda n: -value[n])[: math.ceil(round(share * len(blocks), 9))]
-                kept[row, head, [t for t in real if t // unit in best]] = True
+        real = torch.ones(rows, length - 1, dtype=torch.bool)
+        if mask is not None:
+            real = mask[:, 0, 0, :-1] == 0
+        weights = (p.view(rows, kv_heads, group, length).sum(2)[..., :-1] * real[:, None]).split(unit, -1)
+        value = torch.stack([block.sum(-1) for block in weights], -1)
+        exists = torch.stack([block.any(-1) for block in real.split(unit, -1)], -1)
+        rank = value.masked_fill(~exists[:, None], -1).argsort(-1, descending=True).argsort(-1)
+        best = [math.ceil(round(share * blocks, 9)) for blocks in exists.sum(-1).tolist()]
+        chosen = rank < torch.tensor(best)[:, None, None]
+        kept = torch.ones(rows, kv_heads, length, dtype=torch.bool)
+        kept[..., :-1] = chosen.repeat_interleave(unit, -1)[..., : length - 1] & real[:, None]
         p = p * kept.repeat_interleave(group, 1)[:, :, None]
     return (p @ v.repeat_interleave(group, 1)).transpose(1, 2), None
 

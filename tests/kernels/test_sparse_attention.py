@@ -139,13 +139,13 @@ def test_every_shape(version, dtype, rows, kv_heads, group, dim, pages, unused, 
     close(out, case.expected(choice), version)
 
 
-@settings(relaxed, max_examples=15)
+@settings(relaxed, max_examples=8)
 @given(
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(1, 5),
     group=st.sampled_from([1, 3, 8]),
     page=st.sampled_from([64, 1000, 4096]),
-    length=st.integers(600, 3000),
+    length=st.integers(600, 2000),
     starts=st.one_of(st.none(), st.lists(st.integers(0, 2999), min_size=5, max_size=5)),
     threads=st.integers(1, 5),
     unit=st.sampled_from([1, 32]),
@@ -242,9 +242,12 @@ def test_scores_of_any_size_do_not_overflow(version):
 
 
 def test_padding_is_not_chosen_before_what_has_become_zero(version):
-    case = Case(torch.float32, 2, 2, 2, 16, [64], 61, [0, 30])
-    case.q *= 1e4
-    case.check(of(version)[0](*case.arguments, 0.4, 1), 0.4, 1, version)
+    """The new token takes all, so that what is cached is as improbable as padding."""
+    k = torch.zeros(1, 1, 61, 4)
+    k[:, :, 60] = 100.0
+    choice = of(version)[0](torch.full((1, 1, 1, 4), 10.0), [(k, k)], 61, torch.tensor([55]), 1.0, 0.4, 1)
+    assert sum(55 <= t < 60 for t in choice.positions.flatten().tolist()) == 2
+    assert choice.weights.sum() == 1
 
 
 def test_nan_stays_in_its_row(version):

@@ -1,19 +1,30 @@
 """The memory plan is what is really taken, and what does not fit is refused before it is."""
 
+import itertools
+import json
 from contextlib import closing
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import OPTConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, OPTConfig
 
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError, PolicyError
+from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, cache_segments, plan_memory
+from flexgen.memory.plan import (
+    MemoryPlan,
+    Need,
+    batch_sizes,
+    cache_segments,
+    choice_tokens,
+    plan_memory,
+)
 from flexgen.memory.store import ALIGNMENT, Store
 from flexgen.memory.weights import SlotSizes
 from flexgen.models import build_layers, open_model
@@ -122,6 +133,76 @@ def test_pages_on_disk_are_about_a_mebibyte():
     assert wide.page_tokens == 16
 
 
+@given(rows=st.integers(1, 40), capacity=st.integers(1, 3000), dtype=DTYPES, share=st.floats(0.01, 0.99))
+def test_sparse_segments_have_whole_blocks_of_values(rows, capacity, dtype, share):
+    """On disk: for each row and head, in each page, as keys and as values."""
+    policy = Policy(cache=Split(cpu=50, disk=50), attn_sparsity=share)
+    for segment in cache_segments(SPEC, policy, rows, capacity, dtype, False):
+        assert segment.sparse and segment.attn_sparsity == share
+        assert segment.pages * segment.page_tokens >= capacity
+        if segment.tier is not Tier.DISK:
+            exact = cache_segments(SPEC, policy.replace(attn_sparsity=1), rows, capacity, dtype, False)
+            assert segment.choice_tokens == 1 and segment.page_shape in [s.page_shape for s in exact]
+            continue
+        token = 64 * dtype.itemsize
+        assert segment.choice_tokens * token % BLOCK == 0
+        assert segment.page_tokens % segment.choice_tokens == 0
+        assert segment.page_bytes == segment.token_bytes(segment.page_tokens)
+        assert segment.pages * segment.page_tokens - capacity < segment.page_tokens
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "itemsize", "tokens", "nbytes"),
+    [
+        (128, 2, 64, 16 * KIB),
+        (64, 2, 128, 16 * KIB),
+        (128, 4, 32, 16 * KIB),
+        (80, 2, 128, 20 * KIB),
+        (96, 2, 128, 24 * KIB),
+        (256, 2, 32, 16 * KIB),
+        (8, 2, 256, 4 * KIB),  # not even 128 tokens make a block
+    ],
+)
+def test_what_is_chosen_on_disk_is_worth_a_read(head_dim, itemsize, tokens, nbytes):
+    assert choice_tokens(head_dim * itemsize) == tokens
+    assert tokens * head_dim * itemsize == nbytes
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 32])
+def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
+    """In torch, which takes more than the compiled kernels."""
+    rows, heads, length, dim = 3, 32, 1024, 16
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1
+    )
+    spec, _ = open_model(config, weights="dummy")
+    layers, policy = build_layers(spec), Policy(gpu_batch_size=rows, attn_sparsity=share)
+    q = torch.randn(rows, heads, 1, dim).to(dtype)
+    page = torch.randn(rows, kv_heads, 128, dim).to(dtype)
+    starts = torch.tensor([0, 5, 300])
+
+    def attend():
+        choice = choose_in_torch(q, [(page, page)] * 8, length, starts, 0.25, share, 1)
+        attend_chosen_in_torch(choice, [(page, page)] * 8)
+
+    attend()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        attend()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = [
+        e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]) if e.get("name") == "[memory]"
+    ]
+    peak = max(itertools.accumulate(changes))
+    placement, workload = place_weights(layers, policy.weights, dtype), Workload(length - 1, 1, rows)
+    plan = plan_memory(layers, placement, policy, dtype, False, workload)
+    (extra,) = [n.nbytes for n in plan.needs if (n.tier, n.what, n.role) == (Tier.GPU, "cache", "workspace")]
+    (dense,) = [layer.workspace_bytes(rows, 1, length, dtype) for layer in layers if layer.has_cache]
+    assert peak <= dense + extra
+
+
 # What is planned is what is taken
 
 
@@ -152,8 +233,13 @@ def planned(plan, tier, what, besides=()):
     dtype=DTYPES,
     device=st.sampled_from(["cpu", "emulated"]),
     slots=st.integers(1, 4),
+    share=st.sampled_from([1.0, 0.1]),
 )
-def test_cache_and_hidden_states_take_what_was_planned(policy, prompts, prompt_len, dtype, device, slots):
+def test_cache_and_hidden_states_take_what_was_planned(
+    policy, prompts, prompt_len, dtype, device, slots, share
+):
+    assume(share == 1 or all(policy.cache[tier].codec == "none" for tier in Tier))
+    policy = policy.replace(attn_sparsity=share)
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
         placement = place_weights(LAYERS, policy.weights, dtype)
