@@ -1,9 +1,7 @@
 // Sparse decode attention for one variant, in two halves: `choose` scores all keys and picks tokens for each row
 // and K/V head, `attend_chosen` reads the values of those tokens alone.
 //
-// The pick is by memory order above a threshold, so that values are read with ascending addresses.
-#include <functional>
-
+// What reaches a threshold is picked in the order of memory, so that values are read with ascending addresses.
 namespace VARIANT {
 namespace sparse {
 
@@ -29,25 +27,54 @@ TARGET void score(const T *k, Heads &heads, const Pass &pass) {
         attention::score<T, MAX_HEADS>(k, heads, pass);
 }
 
-TARGET inline void exponentials(Heads &heads, const Pass &pass) {
-    float shrink[MAX_HEADS];
+// Scores to probabilities, and to `weights` what the `count` real heads give to each token.
+template <int HEADS>
+TARGET void weigh(Heads &heads, const Pass &pass, float *weights) {
+    float shrink[MAX_HEADS], lanes[LANES];
+    attention::exponentials<HEADS>(heads, pass, shrink);
+    for (int i = 0; i < LANES; ++i) lanes[i] = i % HEADS < heads.count ? 1.0f / heads.total[i % HEADS] : 0.0f;
+    const Vec factors = raw<Vec>(lanes);
+    for (int64_t i = 0; i < pass.tokens * HEADS; i += LANES)
+        store(pass.scores + i, raw<Vec>(pass.scores + i) * factors);
+    for (int64_t t = 0; t < pass.tokens; ++t)
+        for (int h = 0; h < HEADS; ++h) weights[t] += pass.scores[t * HEADS + h];
+}
+
+TARGET inline void weigh_any(Heads &heads, const Pass &pass, float *weights) {
     if (heads.count == 1)
-        attention::exponentials<1>(heads, pass, shrink);
+        weigh<1>(heads, pass, weights);
     else if (heads.count == 2)
-        attention::exponentials<2>(heads, pass, shrink);
+        weigh<2>(heads, pass, weights);
     else if (heads.count <= 4)
-        attention::exponentials<4>(heads, pass, shrink);
+        weigh<4>(heads, pass, weights);
     else
-        attention::exponentials<MAX_HEADS>(heads, pass, shrink);
+        weigh<MAX_HEADS>(heads, pass, weights);
+}
+
+// The largest value that at least `keep` of `values` (each >= 0; zeros up to a multiple of LANES) reach. It is
+// found bit by bit, because floats >= 0 are in the order of their bits, and counting has no branches to guess.
+TARGET inline float threshold(const std::vector<float> &values, int64_t keep) {
+    int32_t found = 0;
+    for (int bit = 30; bit >= 0; --bit) {
+        const int32_t candidate = found | 1 << bit;
+        Ints reached = {};
+        for (size_t i = 0; i < values.size(); i += LANES) reached -= raw<Ints>(&values[i]) >= candidate;
+        int64_t count = 0;
+        for (int i = 0; i < LANES; ++i) count += reached[i];
+        if (count >= keep) found = candidate;
+    }
+    float value;
+    memcpy(&value, &found, sizeof value);
+    return value;
 }
 
 // Probabilities of one row and K/V head: of all its query heads, from token `begin` on.
 template <class T>
 struct Item {
     std::vector<Heads> sets;
-    std::vector<std::vector<float>> scores;  // per set (tokens, width), exponentials in the end
+    std::vector<std::vector<float>> scores;  // per set (tokens, width), probabilities in the end
     std::vector<float> weights;  // per token: the sum of the query heads' probabilities
-    std::vector<float> blocks, ranked;
+    std::vector<float> blocks;
 
     Item(const Choice &job, int64_t padded) : sets((job.group() + MAX_HEADS - 1) / MAX_HEADS) {
         for (size_t n = 0; n < sets.size(); ++n) {
@@ -85,32 +112,34 @@ struct Item {
             const int64_t heads = width(sets[n].count);
             pass.scores = scores[n].data();
             for (int64_t i = pass.tokens * heads; i % LANES; ++i) pass.scores[i] = -INFINITY;
-            exponentials(sets[n], pass);
-            for (int h = 0; h < sets[n].count; ++h) {
-                const float factor = 1.0f / sets[n].total[h];
-                for (int64_t t = 0; t < pass.tokens; ++t) weights[t] += pass.scores[t * heads + h] * factor;
-            }
+            weigh_any(sets[n], pass, weights.data());
         }
     }
 
     // The chosen tokens, in ascending order; returns their number. The new token is not among them.
-    int64_t pick(const Choice &job, int64_t begin, int64_t *positions) {
+    TARGET int64_t pick(const Choice &job, int64_t begin, int64_t *positions) {
         const int64_t cached = job.length - 1;
         if (begin >= cached) return 0;
         const int64_t first = begin / job.unit, count = (cached - 1) / job.unit - first + 1;
-        blocks.assign(count, 0.0f);
-        for (int64_t t = begin; t < cached; ++t) {
-            const float weight = weights[t - begin];
-            if (weight > 0) blocks[t / job.unit - first] += weight;  // NaN has no place in an order
+        blocks.assign((count + LANES - 1) / LANES * LANES, 0.0f);
+        if (job.unit == 1) {
+            for (int64_t n = 0; n < count; ++n) blocks[n] = weights[n] > 0 ? weights[n] : 0;  // NaN has no order
+        } else {
+            for (int64_t t = begin; t < cached; ++t)
+                if (weights[t - begin] > 0) blocks[t / job.unit - first] += weights[t - begin];
         }
         const int64_t keep = kept(job.share, count);
-        ranked = blocks;
-        std::nth_element(ranked.begin(), ranked.begin() + keep - 1, ranked.end(), std::greater<float>());
-        const float least = ranked[keep - 1];
+        const float least = threshold(blocks, keep);
         int64_t ties = keep, picked = 0;
-        for (const float weight : blocks) ties -= weight > least;
+        for (int64_t n = 0; n < count; ++n) ties -= blocks[n] > least;
         for (int64_t n = 0; n < count; ++n) {
-            if (blocks[n] < least || (blocks[n] == least && ties-- <= 0)) continue;
+            const bool take = blocks[n] > least || (blocks[n] == least && ties-- > 0);
+            if (job.unit == 1) {
+                positions[picked] = begin + n;
+                picked += take;
+                continue;
+            }
+            if (!take) continue;
             const int64_t from = std::max(begin, (first + n) * job.unit);
             const int64_t to = std::min(cached, (first + n + 1) * job.unit);
             for (int64_t t = from; t < to; ++t) positions[picked++] = t;
@@ -118,7 +147,7 @@ struct Item {
         return picked;
     }
 
-    void write(const Choice &job, int64_t item, int64_t begin) {
+    TARGET void write(const Choice &job, int64_t item, int64_t begin) {
         int64_t *positions = job.positions + item * job.most;
         const int64_t picked = begin < job.length ? pick(job, begin, positions) : -1;
         // The new token follows, and fills what a row with padding leaves.
@@ -127,9 +156,8 @@ struct Item {
             float *weights = job.weights + (item * job.group() + h) * job.most;
             const Heads &set = sets[h / MAX_HEADS];
             const int64_t within = h % MAX_HEADS, heads = width(set.count);
-            const float *of = scores[h / MAX_HEADS].data(), factor = 1.0f / set.total[within];
-            for (int64_t n = 0; n <= picked; ++n)
-                weights[n] = of[(positions[n] - begin) * heads + within] * factor;
+            const float *of = scores[h / MAX_HEADS].data();
+            for (int64_t n = 0; n <= picked; ++n) weights[n] = of[(positions[n] - begin) * heads + within];
             std::fill(weights + picked + 1, weights + job.most, 0.0f);
         }
     }
