@@ -45,7 +45,7 @@ struct Wide {
                 Vec w[WEIGHTS];
                 for (int n = 0; n < WEIGHTS; ++n) {
                     const Words q = BITS == 8 ? codes[n] : part ? codes[n] >> 4 : codes[n] & 15;
-                    w[n] = fma(groupwise::to_float(q), scale[n], minimum[n]);
+                    w[n] = fma(to_float(q), scale[n], minimum[n]);
                 }
                 for (int m = 0; m < X; ++m) {
                     const Vec values = load(x + m * job.in + g * job.group + part * octets + i);
@@ -75,8 +75,8 @@ struct Dots {
     }
     INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 8>) {
         for (int part = 0; part < 2; ++part) {
-            const Vec low = groupwise::to_float(load_octets(from + part * STEP));
-            const Vec high = groupwise::to_float(load_octets(from + part * STEP + LANES));
+            const Vec low = to_float(load_octets(from + part * STEP));
+            const Vec high = to_float(load_octets(from + part * STEP + LANES));
             w[part] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         }
     }
