@@ -293,7 +293,7 @@ def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
 @order(slots=Slots(weights=3, cells=4, decoded=2), splits_attention=True)
 def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
     """While the host attends to a batch, the device projects the next one and computes what is left of the
-    one before, and the next layer's weights arrive (as in MoE-Lightning, arXiv 2411.11217, section 4.1).
+    one before, and the next layer's weights arrive (as in MoE-Lightning, arXiv 2411.11217).
 
     Wants whole layers (`sep_layer = false`): beside an MLP that is a unit of its own nothing is attended.
     """
