@@ -125,7 +125,7 @@ def probabilities_in_torch(
     total = sum(k.shape[2] for k, _ in pages)
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
     for begin, part in _decoded([k for k, _ in pages], length, form, q.dtype):
-        keys = part.view(rows * kv_heads, -1, head_dim)
+        keys = part.view(rows * kv_heads, part.shape[2], head_dim)
         scores[:, :, begin : begin + keys.shape[1]] = torch.bmm(query, keys.transpose(1, 2))
     scores[:, :, length:] = float("-inf")
     if starts is not None:
@@ -145,7 +145,7 @@ def weigh_in_torch(
     form = form or PlainHeads(pages[0][1].shape[3], probabilities.dtype)
     out = torch.zeros(items, group, form.head_dim, dtype=torch.float32, device=probabilities.device)
     for begin, part in _decoded([v for _, v in pages], length or tokens, form, probabilities.dtype):
-        values = part.view(items, -1, form.head_dim)
+        values = part.view(items, part.shape[2], form.head_dim)
         out += torch.bmm(probabilities[:, :, begin : begin + values.shape[1]], values)
     return out.to(probabilities.dtype)
 

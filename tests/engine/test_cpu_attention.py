@@ -216,6 +216,8 @@ def test_what_the_host_attends_is_a_lane_of_its_own_in_the_bound(
     model, given = tiny("opt"), prompts(LENGTHS)
     with OptLM(model.directory, beside(), device="emulated", progress=False, order=order) as lm:
         seconds = lm.lane_seconds(given, 6)
-        assert seconds.keys() == {LaneName.COMPUTE, LaneName.HOST, LaneName.TO_DEVICE}
-        assert all(value > 0 for value in seconds.values())
+        # The prompt is attended on the device; the table is looked up by the host, in both phases.
+        for lanes in seconds.values():
+            assert lanes.keys() == {LaneName.COMPUTE, LaneName.HOST, LaneName.TO_DEVICE}
+            assert all(value > 0 for value in lanes.values())
         np.testing.assert_array_equal(lm.generate(given, 6, stop=()), model.greedy(given, 6))

@@ -181,7 +181,7 @@ def test_one_is_exact(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) 
     def never(*args: Any) -> None:
         raise AssertionError("exact attention chooses nothing")
 
-    monkeypatch.setattr("flexgen.runtime.kvcache.choose", never)
+    monkeypatch.setattr("flexgen.runtime.pages.choose", never)
     thirds = {"gpu": 34, "cpu": 33, "disk": 33}
     for device in ("cpu", "emulated"):
         ids = generated(directory, given(RAGGED), device, cache=thirds, attn_sparsity=1.0)

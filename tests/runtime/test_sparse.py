@@ -253,7 +253,17 @@ def test_chosen_blocks_are_read_once_and_neighbours_together(
     data: Any, rows: int, pages: int, rest: int
 ) -> None:
     segment = CacheSegment(
-        Tier.DISK, range(rows), True, False, 5, 32, KV_HEADS, HEAD_DIM, torch.float32, 0.3, 16
+        Tier.DISK,
+        range(rows),
+        on_device=True,
+        resident=False,
+        pages=5,
+        page_tokens=32,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+        attn_sparsity=0.3,
+        choice_tokens=16,
     )
     length = 32 * pages + rest
     position = st.integers(0, length)
