@@ -10,6 +10,7 @@ opened, leaves a tenth of `limit` free; where the engine then finds less memory 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -34,20 +35,21 @@ DTYPE = torch.bfloat16
 def main() -> None:
     job = json.loads(sys.argv[1])
     baseline = resident_bytes()
-    room = (1 - MARGIN) * job["limit"] - baseline
-    for attempt in range(1, ATTEMPTS + 1):
-        policy, planned = choose(job, room)
-        text = f"baseline {baseline >> 20} MiB, plan {planned >> 20} MiB: {policy.to_dict()}"
-        print(text, file=sys.stderr, flush=True)
-        try:
-            found = measure(job, policy)
-            break
-        except CapacityError as error:  # the machine has less left than the limit promised
-            print(error, file=sys.stderr, flush=True)
-            if attempt == ATTEMPTS:
-                raise
-            room = (1 - SMALLER) * planned
-    settings = {"policy": policy.to_dict(), "refused_before": attempt - 1}
+    room = job.get("room", (1 - MARGIN) * job["limit"] - baseline)
+    policy, planned = choose(job, room)
+    text = f"baseline {baseline >> 20} MiB, plan {planned >> 20} MiB: {policy.to_dict()}"
+    print(text, file=sys.stderr, flush=True)
+    try:
+        found = measure(job, policy)
+    except CapacityError as error:
+        refused = job.get("refused", 0) + 1
+        if refused == ATTEMPTS:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        # From the start: what this attempt has left behind would count against the next.
+        job |= {"room": (1 - SMALLER) * planned, "refused": refused}
+        os.execv(sys.executable, [sys.executable, __file__, json.dumps(job)])
+    settings = {"policy": policy.to_dict(), "refused_before": job.get("refused", 0)}
     print(json.dumps(found | {"baseline_bytes": baseline, "planned_bytes": planned, "settings": settings}))
 
 
