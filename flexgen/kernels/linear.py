@@ -1,7 +1,8 @@
 """Linear layers and embeddings, whatever form their matrix is kept in.
 
-oneDNN lays a weight out anew in every product unless that was done before. Done once, bfloat16 products of few
-rows are 1.3 to 2 times faster (benchmarks/host_linear.py), and those of many rows a little.
+Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight out
+anew in every product unless that was done before. Done once, bfloat16 products of few rows are 1.3 to 2 times faster
+(benchmarks/host_linear.py), and those of many rows a little.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels import half_linear
 from flexgen.kernels.packed_linear import PackedMatrix, fused_rows, gather, multiply
 
 _ROWS = 32
@@ -17,9 +19,10 @@ _ROWS = 32
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether `pack` helps matrices of this dtype: bfloat16, where oneDNN multiplies it."""
+    """Whether `pack` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
     return (
         dtype is torch.bfloat16
+        and half_linear.has_products(dtype)
         and torch.backends.mkldnn.is_available()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -42,6 +45,8 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None)
         weight = weight.decoded()
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if half_linear.widens(x, weight):
+        return half_linear.multiply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

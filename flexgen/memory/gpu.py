@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import RequestError
+from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.disk_lane import DiskLane
@@ -100,8 +101,7 @@ class _HostArithmetic(ComputeDevice):
         for it, float32 elsewhere (benchmarks/host_linear.py measures them)."""
         if checkpoint is not torch.float16:
             return checkpoint
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_products(torch.bfloat16) else torch.float32
 
     def packs(self, dtype: torch.dtype) -> bool:
         return can_pack(dtype)

@@ -50,10 +50,14 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     Each tensor goes to the tier that is furthest behind its share of all bytes placed so far. What one
     layer is rounded by is thus carried to the next, every layer streams about the same bytes, and no tier
     ends further from its share than one tensor. A tied head is the embedding's tensor: it counts once.
+    A vocabulary that is larger than any layer would set the size of all slots that it passes through, so it goes to
+    the fastest tier whose share has room for it; the other tensors make up for that.
     A tier's codec is used for the tensors that it fits, which are all matrices but the table of positions.
     """
     placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
+    whole = {w.key: w.nbytes(dtype) for layer in layers for w in layer.weights}
+    between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
     for layer in layers:
         # Large tensors first: the small ones then even out what is left.
         for weight in sorted(layer.weights, key=lambda w: -w.numel):
@@ -62,6 +66,9 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
             total = sum(placed.values()) + weight.nbytes(dtype)
             wanted = {tier: total * split.percent(tier) / 100 for tier in Tier if split.percent(tier) > 0}
             tier = max(wanted, key=lambda t: wanted[t] - placed[t])
+            if between < weight.nbytes(dtype):
+                shares = {t: sum(whole.values()) * split.percent(t) / 100 for t in wanted}
+                tier = next((t for t in shares if shares[t] - placed[t] >= weight.nbytes(dtype)), tier)
             placement.tiers[weight.key] = tier
             codec = codec_for(split[tier].codec, weight.shape)
             if codec and weight.encodable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import linear
 from flexgen.models.layer import (
     AttentionLayer,
@@ -140,4 +141,6 @@ class Attention(AttentionLayer):
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
         merge = 2 * attended + 2 * tokens * spec.hidden_size * item
         norm = norm_workspace(spec, tokens, dtype)
-        return max(norm, project, attend, merge + (0 if spec.pre_norm else norm))
+        shapes = (spec.q_size, spec.hidden_size), (spec.hidden_size, spec.q_size)
+        products = max(product_workspace(tokens, *shape, dtype) for shape in shapes)
+        return max(norm, project + products, attend, merge + products + (0 if spec.pre_norm else norm))

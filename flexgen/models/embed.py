@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import embedding, linear
 from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights, norm_weights, norm_workspace
 from flexgen.models.ops import normalise
@@ -63,7 +64,10 @@ class InputEmbed(Layer):
         widths = 2 * spec.hidden_size + (spec.embed_size if spec.projected else 0)
         tokens = min(rows * seq, spec.chunk_tokens)
         result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
-        return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + result
+        products = (
+            product_workspace(tokens, spec.hidden_size, spec.embed_size, dtype) if spec.projected else 0
+        )
+        return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + products + result
 
 
 class Head(Layer):
@@ -98,4 +102,8 @@ class Head(Layer):
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         spec, tokens = self.spec, rows * seq
         widths = 2 * spec.hidden_size + spec.embed_size + spec.vocab_size
-        return tokens * widths * dtype.itemsize + norm_workspace(spec, tokens, dtype)
+        products = max(
+            product_workspace(tokens, spec.vocab_size, spec.embed_size, dtype),
+            product_workspace(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
+        )
+        return tokens * widths * dtype.itemsize + norm_workspace(spec, tokens, dtype) + products

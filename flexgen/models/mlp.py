@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import linear
 from flexgen.models.layer import Context, Layer, Weights, linear_weights, norm_weights, norm_workspace, slices
 from flexgen.models.ops import ACTIVATIONS, normalise
@@ -61,4 +62,6 @@ class MLP(Layer):
         inner = tokens * (2 * spec.hidden_size + 2 * spec.ffn_size) * dtype.itemsize
         # In chunks, the result of the whole is beside them.
         result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
-        return inner + norm_workspace(spec, tokens, dtype) + result
+        shapes = (spec.ffn_size, spec.hidden_size), (spec.hidden_size, spec.ffn_size)
+        products = max(product_workspace(tokens, *shape, dtype) for shape in shapes)
+        return inner + norm_workspace(spec, tokens, dtype) + products + result

@@ -105,7 +105,7 @@ struct Groupwise {
 };
 
 // y (rows, out) = x (rows, in) times the transpose of W (out, in), plus bias (out,) unless null. W is Groupwise,
-// its groups along `in`. Sums are in float32.
+// its groups along `in`; or, with 16 bits, as it is in the half type `scale_type`. Sums are in float32.
 struct PackedLinear {
     Type type, scale_type;  // of x, y and bias; of scales and minimums
     int bits;

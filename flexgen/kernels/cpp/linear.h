@@ -1,5 +1,5 @@
-// Products with group-wise integers for one variant: each weight is unpacked in registers, multiplied with all
-// rows of x that there are registers for, and never written out.
+// Products with group-wise integers, and with half types, for one variant: each weight is unpacked in registers,
+// multiplied with all rows of x that there are registers for, and never written out.
 //
 // Blocks of WEIGHTS rows of W meet blocks of X rows of x, whose sums lie in registers. Meanwhile the codes of the
 // next block are prefetched. Rows of x beyond one block find the codes in the first-level cache.
@@ -105,7 +105,7 @@ struct Dots {
 };
 
 inline bool by_dots(const PackedLinear &job) {
-    return job.type == Type::bfloat16 && job.group % (2 * Dots::STEP) == 0;
+    return job.type == Type::bfloat16 && job.bits != 16 && job.group % (2 * Dots::STEP) == 0;
 }
 #else
 inline bool by_dots(const PackedLinear &) { return false; }
@@ -129,7 +129,19 @@ TARGET inline void write(Type type, void *to, int64_t at, float value) {
     store_part((Half *)to + at, splat(value), 1);
 }
 
-// Rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist.
+// The sums of rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist, to y.
+template <int X, int WEIGHTS>
+INLINE void write_totals(const PackedLinear &job, const Vec (&sum)[LANES], int64_t m, int64_t n, int count) {
+    float totals[LANES];
+    store(totals, sums(sum));
+    for (int w = 0; w < count; ++w) {
+        float bias = 0.0f;
+        if (job.bias) widen(job.type, job.bias, n + w, &bias, 1);
+        for (int i = 0; i < X; ++i) write(job.type, job.y, (m + i) * job.out + n + w, totals[w * X + i] + bias);
+    }
+}
+
+// Rows as there.
 template <class Kind, int BITS, int X, int WEIGHTS>
 TARGET void multiply(const PackedLinear &job, const Rows<WEIGHTS> &rows, int64_t m, int64_t n, int count) {
     const int64_t groups = job.groups(), stride = padded(groups), octets = job.group * BITS / 8;
@@ -151,13 +163,7 @@ TARGET void multiply(const PackedLinear &job, const Rows<WEIGHTS> &rows, int64_t
         }
         Kind::template add_group<BITS, X, WEIGHTS>(job, x, rows, g, stride, sum);
     }
-    float totals[LANES];
-    store(totals, sums(sum));
-    for (int w = 0; w < count; ++w) {
-        float bias = 0.0f;
-        if (job.bias) widen(job.type, job.bias, n + w, &bias, 1);
-        for (int i = 0; i < X; ++i) write(job.type, job.y, (m + i) * job.out + n + w, totals[w * X + i] + bias);
-    }
+    write_totals<X, WEIGHTS>(job, sum, m, n, count);
 }
 
 template <class Kind, int BITS, int X>
@@ -181,6 +187,53 @@ TARGET void multiply_rows(const PackedLinear &job, int64_t begin, int64_t end) {
     }
 }
 
+// W as it is, in a half type that the processor has no products for: widened in registers, once for X rows of x.
+template <class W, int X, int WEIGHTS>
+TARGET void multiply_plain(const PackedLinear &job, const W *const (&from)[WEIGHTS], int64_t m, int64_t n, int count) {
+    const float *x = (const float *)job.operand + m * job.in;
+    Vec sum[LANES];
+    for (Vec &each : sum) each = Vec{};
+    int64_t i = 0;
+    for (; i + LANES <= job.in; i += LANES) {
+        Vec w[WEIGHTS];
+        for (int k = 0; k < WEIGHTS; ++k) {
+            if (m == 0 && i % (LINE / sizeof(W)) == 0) __builtin_prefetch(from[k] + WEIGHTS * job.in + i);
+            w[k] = load(from[k] + i);
+        }
+        for (int r = 0; r < X; ++r) {
+            const Vec values = load(x + r * job.in + i);
+            for (int k = 0; k < WEIGHTS; ++k) sum[k * X + r] = fma(w[k], values, sum[k * X + r]);
+        }
+    }
+    if (i < job.in) {
+        for (int r = 0; r < X; ++r) {
+            const Vec values = load_part(x + r * job.in + i, job.in - i);
+            for (int k = 0; k < WEIGHTS; ++k)
+                sum[k * X + r] = fma(load_part(from[k] + i, job.in - i), values, sum[k * X + r]);
+        }
+    }
+    write_totals<X, WEIGHTS>(job, sum, m, n, count);
+}
+
+template <class W, int X>
+TARGET void multiply_plain_rows(const PackedLinear &job, int64_t begin, int64_t end) {
+    constexpr int WEIGHTS = weights_beside(X);
+    for (int64_t n = begin; n < end; n += WEIGHTS) {
+        const W *from[WEIGHTS];
+        for (int k = 0; k < WEIGHTS; ++k) from[k] = (const W *)job.packed + std::min(n + k, end - 1) * job.in;
+        const int count = (int)std::min<int64_t>(WEIGHTS, end - n);
+        for (int64_t m = 0; m < job.rows; m += X)
+            multiply_plain<W, X>(job, from, std::min(m, job.rows - X), n, count);
+    }
+}
+
+template <class W, int X>
+TARGET void multiply_plain_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
+    const int64_t blocks = (job.rows + MAX_X - 1) / MAX_X;
+    if ((job.rows + blocks - 1) / blocks == X) return multiply_plain_rows<W, X>(job, begin, end);
+    if constexpr (X > 1) multiply_plain_blocks<W, X - 1>(job, begin, end);
+}
+
 // As few blocks of x as there can be, of about the same size.
 template <class Kind, int BITS, int X>
 TARGET void multiply_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
@@ -196,6 +249,10 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
 }
 
 void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
+    if (job.bits == 16) {
+        if (job.scale_type == Type::bfloat16) return multiply_plain_blocks<Bf16, MAX_X>(job, begin, end);
+        return multiply_plain_blocks<Half, MAX_X>(job, begin, end);
+    }
 #ifdef FLEXGEN_DOT_BF16
     if (by_dots(job)) return multiply_bits<Dots>(job, begin, end);
 #endif

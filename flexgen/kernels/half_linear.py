@@ -1,0 +1,98 @@
+"""Products in bfloat16 and float16 on a CPU that has no instructions for them.
+
+The types are then a way to keep and to move numbers. A library multiplies them at a fraction of float32's rate, so
+here they are widened: in registers where x has few rows and the product waits for the weights, else piece by piece
+for a product in float32 (benchmarks/host_linear.py). Sums are in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen.kernels.loading import NUMBERS, announce, native, native_available
+from flexgen.units import MIB
+
+_FEW_ROWS = 32
+_ROWS = 1024
+"""Rows of x that are widened at once."""
+_PIECE_BYTES = 4 * MIB
+"""Of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for products in this type."""
+    if dtype is torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype is torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
+    return True
+
+
+_WIDENED = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not has_products(dtype))
+
+
+def widens(x: Tensor, weight: Tensor) -> bool:
+    """Whether `multiply` is the better product of x and a plain matrix."""
+    return x.dtype in _WIDENED and x.device.type == "cpu" and weight.dtype is x.dtype
+
+
+def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
+    """Most bytes that `multiply` takes beside its result; 0 where it is not needed."""
+    if dtype not in _WIDENED:
+        return 0
+    if rows <= _FEW_ROWS and native_available():
+        return torch.float32.itemsize * rows * in_size
+    rows, at_once = min(rows, _ROWS), _at_once(out_size, in_size)
+    return torch.float32.itemsize * (rows * in_size + at_once * (in_size + rows + 1))
+
+
+def _at_once(out_size: int, in_size: int) -> int:
+    """Rows of the matrix that are widened at once."""
+    return min(max(_PIECE_BYTES // (torch.float32.itemsize * in_size), 1), out_size)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight (out, in) transposed + bias (out), all in one half type on the CPU."""
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    if few and x.numel() and weight.is_contiguous() and announce():
+        return multiply_natively(x, weight, bias)
+    return multiply_in_pieces(x, weight, bias)
+
+
+def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The compiled kernel: each weight is read once and widened in registers."""
+    x = x.contiguous()
+    out_size, in_size = weight.shape
+    y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
+    native.packed_linear(
+        NUMBERS[x.dtype],
+        NUMBERS[weight.dtype],
+        16,
+        (x.numel() // in_size, out_size, in_size, in_size),
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        weight.data_ptr(),
+        0,
+        0,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Products in float32 of some rows of x with some of the matrix at a time."""
+    out_size, in_size = weight.shape
+    flat = x.reshape(-1, in_size)
+    y = torch.empty(len(flat), out_size, dtype=x.dtype)
+    at_once = _at_once(out_size, in_size)
+    wide = torch.empty(at_once, in_size)
+    for some, result in zip(flat.split(_ROWS), y.split(_ROWS), strict=True):
+        rows = some.float()
+        for begin in range(0, out_size, at_once):
+            end = min(begin + at_once, out_size)
+            piece = wide[: end - begin].copy_(weight[begin:end])
+            result[:, begin:end] = F.linear(rows, piece, None if bias is None else bias[begin:end].float())
+    return y.view(*x.shape[:-1], out_size)

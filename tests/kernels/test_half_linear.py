@@ -1,0 +1,104 @@
+"""Products in half types that are widened: both ways against float64, and where they are used."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.kernels import half_linear
+from flexgen.kernels.half_linear import multiply_in_pieces, multiply_natively, widens, workspace_bytes
+from flexgen.kernels.linear import linear
+from flexgen.kernels.loading import native, native_available
+
+needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
+HALVES = [torch.bfloat16, torch.float16]
+VARIANTS = native.variants() if native_available() else []
+
+
+def operands(dtype, rows, out_size, in_size, biased, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (
+        torch.randn(*s, generator=generator) for s in ((*rows, in_size), (out_size, in_size), (out_size,))
+    )
+    return x.to(dtype), weight.to(dtype), bias.to(dtype) if biased else None
+
+
+def assert_exact(found, x, weight, bias):
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    unit = torch.finfo(x.dtype).eps  # one rounding of the result, and sums in float32
+    assert found.dtype is x.dtype and found.shape == exact.shape
+    scale = (x.double().abs() @ weight.double().abs().T).max()
+    assert ((found.double() - exact).abs() <= unit * exact.abs() + 1e-6 * scale).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(
+    dtype=st.sampled_from(HALVES),
+    rows=st.integers(1, 40),
+    out_size=st.integers(1, 70),
+    in_size=st.integers(1, 150),
+    biased=st.booleans(),
+)
+def test_few_rows(variant, dtype, rows, out_size, in_size, biased):
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        x, weight, bias = operands(dtype, (rows,), out_size, in_size, biased)
+        assert_exact(multiply_natively(x, weight, bias), x, weight, bias)
+    finally:
+        native.set_variant(before)
+
+
+@given(
+    dtype=st.sampled_from(HALVES),
+    rows=st.integers(0, 60),
+    out_size=st.integers(1, 70),
+    in_size=st.integers(1, 50),
+    biased=st.booleans(),
+    piece=st.integers(1, 4000),
+    at_once=st.integers(1, 30),
+)
+def test_in_pieces(dtype, rows, out_size, in_size, biased, piece, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half_linear, "_PIECE_BYTES", piece)
+        patch.setattr(half_linear, "_ROWS", at_once)
+        x, weight, bias = operands(dtype, (rows,), out_size, in_size, biased)
+        found = multiply_in_pieces(x, weight, bias)
+    assert found.shape == (rows, out_size)
+    if rows:
+        assert_exact(found, x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 2), (5, 40)])
+def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
+    monkeypatch.setattr(half_linear, "_WIDENED", frozenset(HALVES))
+    asked = []
+    original = half_linear.multiply
+    monkeypatch.setattr(half_linear, "multiply", lambda *args: (asked.append(1), original(*args))[1])
+    for dtype in HALVES:
+        x, weight, bias = operands(dtype, rows, 33, 64, True)
+        assert_exact(linear(x, weight, bias), x, weight, bias)
+    assert len(asked) == 2
+    x, weight, bias = operands(torch.float32, rows, 33, 64, True)
+    linear(x, weight, bias)
+    assert len(asked) == 2 and not widens(x, weight)
+
+
+@pytest.mark.parametrize("rows", [2000, 40])
+def test_workspace_holds_what_is_widened_at_once(rows, monkeypatch):
+    monkeypatch.setattr(half_linear, "_WIDENED", frozenset(HALVES))
+    x, weight, _ = operands(torch.bfloat16, (rows,), 700, 2048, False)
+    largest = []
+    original = half_linear.F.linear
+
+    def measured(some, piece, bias):
+        product = original(some, piece, bias)
+        largest.append(some.nbytes + piece.untyped_storage().nbytes() + product.nbytes)
+        return product
+
+    monkeypatch.setattr(half_linear.F, "linear", measured)
+    multiply_in_pieces(x, weight)
+    bound = workspace_bytes(rows, 700, 2048, torch.bfloat16)
+    assert 0.9 * bound <= max(largest) <= bound
+    assert workspace_bytes(rows, 700, 2048, torch.float32) == 0
