@@ -18,7 +18,7 @@ from record import interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 
 ORDERS = ("overlap_cpu_attention", "overlap_multi_batch", "normal")
 
@@ -27,8 +27,7 @@ def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
     """Seconds of the decode, and what its lanes take alone: the whole less the prefill."""
     model.generate(prompts, tokens, stop=())
     assert model.stats is not None
-    whole, prefill = (model.lane_seconds(prompts, count) for count in (tokens, 1))
-    lanes = {lane: seconds - prefill.get(lane, 0.0) for lane, seconds in whole.items()}
+    lanes = model.lane_seconds(prompts, tokens)[Phase.DECODE]
     arithmetic = lanes[LaneName.COMPUTE] + lanes[LaneName.HOST]
     bound = max(arithmetic, lanes[LaneName.TO_DEVICE])
     decode = model.stats.timing.decode
