@@ -20,10 +20,9 @@ import transformers
 from flexgen import demo, scoring
 from flexgen.engine import OptLM, Stats
 from flexgen.errors import CapacityError, FlexGenError
+from flexgen.flags import add_policy_flags, count, read_policy
 from flexgen.memory.plan import batch_sizes
-from flexgen.policy import Policy, Split, Tier
-from flexgen.report import ByPhase, Report
-from flexgen.schedule import ORDERS
+from flexgen.report import ByPhase, Report, placement_table
 
 _DEMO_GEN_LEN = 24
 _DEMO_PROMPTS = 1024
@@ -107,23 +106,6 @@ def make_job(model: OptLM, args: argparse.Namespace) -> Job:
     return Job(list(ids), [ids[0, :1]], args.gen_len or 32)
 
 
-def read_policy(args: argparse.Namespace) -> Policy:
-    """The policy file, changed by the flags that were given."""
-    policy = Policy.load(args.policy) if args.policy else Policy()
-    changes: dict[str, Any] = {}
-    if args.percent:
-        given = Policy.from_percent(*args.percent)
-        changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
-    for name in ("gpu_batch_size", "num_gpu_batches", "overlap", "sep_layer", "pin_weight"):
-        if (value := getattr(args, name)) is not None:
-            changes[name] = value
-    if args.cpu_cache_compute is not None:
-        changes["attend_on"] = "cpu" if args.cpu_cache_compute else "gpu"
-    if args.attn_sparsity is not None:
-        changes["attn_sparsity"] = args.attn_sparsity
-    return policy.replace(**changes)
-
-
 def make_report(
     model: OptLM,
     args: argparse.Namespace,
@@ -154,26 +136,10 @@ def make_report(
         phases=phases,
         plan_bytes=stats.plan.by_tier,
         peak_bytes=stats.peak_bytes,
-        placement={
-            "weights": _asked_and_achieved(model.policy.weights, model.placement.percent),
-            "cache": _asked_and_achieved(model.policy.cache, _rows(model.policy.cache, batches)),
-            "activations": _asked_and_achieved(
-                model.policy.activations, _rows(model.policy.activations, batches)
-            ),
-        },
+        placement=placement_table(model.policy, model.placement.percent, batches),
         projected_from=run if run < job.gen_len else None,
         perplexity=perplexity,
     )
-
-
-def _asked_and_achieved(asked: Split, achieved: dict[Tier, float]) -> dict[Tier, tuple[float, float]]:
-    return {tier: (asked.percent(tier), achieved[tier]) for tier in Tier}
-
-
-def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
-    """Percent of the rows of a block on each tier."""
-    rows = [split.rows(count) for count in batches]
-    return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
@@ -218,48 +184,25 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m flexgen.bench", description="Measure the throughput of a policy."
     )
     add = parser.add_argument
-    add("--policy", metavar="FILE", help="TOML file of the policy (default: everything on the GPU tier)")
     add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
     add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random ones")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add(
         "--prompt-len",
-        type=_count,
+        type=count,
         help="tokens of each prompt of random ids (default: 512; demo: its records)",
     )
-    add("--gen-len", type=_count, help="new tokens of each prompt (default: 32; demo: 24)")
-    add("--num-prompts", type=_count, help="prompts in all (default: one block; demo: 1024)")
-    add("--cut-gen-len", type=_count, metavar="N", help="run N tokens only and project the decode time")
+    add("--gen-len", type=count, help="new tokens of each prompt (default: 32; demo: 24)")
+    add("--num-prompts", type=count, help="prompts in all (default: one block; demo: 1024)")
+    add("--cut-gen-len", type=count, metavar="N", help="run N tokens only and project the decode time")
     add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
-    add("--order", choices=sorted(ORDERS), help="schedule (default: the one the policy asks for)")
     add("--seed", type=int, default=0, help="of prompts and records")
     add("--json", metavar="FILE", help="append the figures to FILE as a line of JSON")
     add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
     add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
-    flexgen = parser.add_argument_group("flags of FlexGen's benchmark (they override the policy file)")
-    add = flexgen.add_argument
-    names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
-    add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
-    add("--gpu-batch-size", type=_count)
-    add("--num-gpu-batches", type=_count)
-    add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
-    for name in ("--overlap", "--sep-layer", "--pin-weight", "--cpu-cache-compute"):
-        add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
+    add_policy_flags(parser)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
-
-
-def _yes_or_no(text: str) -> bool:
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return known[text.lower()]
 
 
 if __name__ == "__main__":

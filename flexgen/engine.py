@@ -16,18 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from flexgen.errors import CapacityError, RequestError, ScheduleError
+from flexgen.errors import RequestError, ScheduleError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
+from flexgen.memory.fitting import fitting_plan
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, batch_sizes, host_attends, plan_memory
+from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_attends, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
-from flexgen.runtime.call import Call, Model, Timing, choose_order
+from flexgen.report import timed_lanes
+from flexgen.runtime.call import Call, Model, Timing
 from flexgen.runtime.request import (
     IdRows,
     Request,
@@ -46,9 +48,6 @@ from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
 _FEWER_TOKENS = 4
-_TIMED_LANES = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
-"""Those whose work can be run alone, on whatever lies in the buffers; so can the host's, where it attends. What
-leaves the device exists only once the cell was computed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -119,7 +118,8 @@ class OptLM:
             stack.callback(machine.close)
             self._machine = machine
             # A block with fewer batches may run in another order; the slots of a full one are enough for all.
-            self._slots = choose_order(order, self.policy, machine, self.policy.num_gpu_batches).slots
+            shared = machine.device.shares_host_memory
+            self._slots = choose_order(order, self.policy, shared, self.policy.num_gpu_batches).slots
             self.dtype = _dtype(dtype, self.spec.dtype, machine.device)
             self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
             self._resident_before = reset_peak_resident_bytes()
@@ -270,7 +270,7 @@ class OptLM:
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         self._planned(workload)
         attends = host_attends(self.policy, self._machine.device.shares_host_memory)
-        lanes = (*_TIMED_LANES, LaneName.HOST) if attends else _TIMED_LANES
+        lanes = timed_lanes(attends)
         seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
             timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
@@ -308,15 +308,7 @@ class OptLM:
                 self._layers, self.placement, policy, self.dtype, shared, workload, all_logits, self._slots
             )
 
-        limits = self._machine.limits()
-        asked = plan(self.policy)
-        if short := asked.shortage(limits):
-            for smaller in _smaller(self.policy) if workload else ():
-                if not plan(smaller).shortage(limits):
-                    shape = f"{smaller.gpu_batch_size} and num_gpu_batches = {smaller.num_gpu_batches}"
-                    raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
-            raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
-        return asked
+        return fitting_plan(plan, self.policy, self._machine.limits())
 
     def _measured(self, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
         machine = self._machine
@@ -335,15 +327,6 @@ class OptLM:
 
 def _best(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
-
-
-def _smaller(policy: Policy) -> Iterable[Policy]:
-    """The policy with fewer prompts in flight: fewer batches first, then smaller ones."""
-    for batches in range(policy.num_gpu_batches - 1, 0, -1):
-        yield policy.replace(num_gpu_batches=batches)
-    size = policy.gpu_batch_size
-    while (size := size // 2) > 0:
-        yield policy.replace(num_gpu_batches=1, gpu_batch_size=size)
 
 
 def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:

@@ -33,5 +33,9 @@ class ScheduleError(FlexGenError, ValueError):
     """An order of steps is illegal or incomplete."""
 
 
+class HardwareError(FlexGenError, ValueError):
+    """A description of a machine is not valid, or lacks a figure that a prediction needs."""
+
+
 class LaneError(FlexGenError, RuntimeError):
     """A step failed while it ran on a lane; `__cause__` is the original exception."""

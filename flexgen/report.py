@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,10 @@ class Report:
 
     Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
     token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
-    `placement`: percent by class and tier, asked and achieved. `padded_share`: padding among the prompt positions
-    that were computed, 0 to 1. `projected_from`: tokens that were run, where the decode was projected from fewer
-    than `gen_len`. `perplexity`: of the right answers, where they are known.
+    `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
+    `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
+    were run, where the decode was projected from fewer than `gen_len`. `perplexity`: of the right answers, where
+    they are known.
     """
 
     model: str
@@ -149,7 +150,7 @@ class Report:
             *(
                 (f"bytes {tier}", self._bytes(tier))
                 for tier in Tier
-                if self.plan_bytes[tier] or self.peak_bytes[tier]
+                if self.plan_bytes[tier] or self.peak_bytes.get(tier)
             ),
         ]
         if self.waits_for:
@@ -192,7 +193,8 @@ class Report:
         return f"{format_seconds(self.decode_s)}, {self.decode_tokens_s:,.1f} tokens/s{projected}"
 
     def _bytes(self, tier: Tier) -> str:
-        return f"{format_bytes(self.plan_bytes[tier])} planned, {format_bytes(self.peak_bytes[tier])} at the peak"
+        peak = f", {format_bytes(self.peak_bytes[tier])} at the peak" if tier in self.peak_bytes else ""
+        return f"{format_bytes(self.plan_bytes[tier])} planned{peak}"
 
     def _lanes(self, phase: Phase) -> str:
         ordered = sorted(self.phases[phase].items(), key=lambda pair: -pair[1])
@@ -207,6 +209,15 @@ class Report:
         return f"{self.bound_share:.0%} of what the hardware gives here: {waits}"
 
 
+def timed_lanes(host_attends: bool) -> tuple[LaneName, ...]:
+    """The lanes that a bound is made of: those whose work can be run alone, on whatever lies in the buffers.
+
+    So can the host's, where it attends. What leaves the device exists only once the cell was computed.
+    """
+    lanes = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE
+    return (*lanes, LaneName.HOST) if host_attends else lanes
+
+
 def bound_seconds(phases: ByPhase) -> float:
     """Seconds below which no order gets, but for what it prefetches from one phase for the next.
 
@@ -218,6 +229,27 @@ def bound_seconds(phases: ByPhase) -> float:
 
 def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:
     return {str(lane): seconds for lane, seconds in lanes.items()}
+
+
+def placement_table(
+    policy: Policy, weights: Mapping[Tier, float], batches: Sequence[int]
+) -> dict[str, dict[Tier, tuple[float, float]]]:
+    """`Report.placement` from the percent of the weights that each tier got and the rows of each batch."""
+    got = {
+        "weights": weights,
+        "cache": _rows(policy.cache, batches),
+        "activations": _rows(policy.activations, batches),
+    }
+    return {
+        what: {tier: (getattr(policy, what).percent(tier), achieved[tier]) for tier in Tier}
+        for what, achieved in got.items()
+    }
+
+
+def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
+    """Percent of the rows of a block on each tier."""
+    rows = [split.rows(count) for count in batches]
+    return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
 
 
 def _rate(count: int, seconds: float) -> float:

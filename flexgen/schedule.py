@@ -221,6 +221,14 @@ class Order:
     def __call__(self, grid: Grid) -> Iterator[Step]:
         return self.generate(grid)
 
+    def grid(
+        self, tokens: int, layers: int, batches: int, weight_pieces: int, slots: Slots | None = None
+    ) -> Grid:
+        """The grid that the order runs on; with `slots` where those of another order are there already."""
+        slots = slots or self.slots
+        shape = tokens, layers, batches, weight_pieces, slots.weights, slots.cells
+        return Grid(*shape, self.splits_attention)
+
 
 ORDERS: dict[str, Order] = {}
 
@@ -330,6 +338,34 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
             beside += 1
         if lag == 1:
             yield from rest
+
+
+@order(slots=Slots(weights=1))
+def flexgen(grid: Grid) -> Iterator[Step]:
+    """What FlexGen does by its published cost model, for comparison: a layer's weights, all of them beside the
+    first batch, add to its time, and only what belongs to a cell overlaps.
+
+    FlexGen waits for the whole device after every cell and attends on the CPU in its main thread. Its cost model
+    says so: while decoding, weight loading + the longest of cache, hidden states and computation.
+    """
+    yield Step(Op.LOAD_CACHE, 0, 0, 0)
+    for cell in grid.cells():
+        i, j, k = cell
+        if k == 0:
+            yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
+        # The next cell's hidden states come early, unless they are what this cell stores.
+        early = grid.batches > 1
+        if not early or cell == (0, 0, 0):
+            yield Step(Op.LOAD_HIDDEN, i, j, k)
+        following = grid.cell_after(cell, 1)
+        cache_early = following is not None and following[1:] != cell[1:]
+        if following and cache_early:
+            yield Step(Op.LOAD_CACHE, *following)
+        if following and early:
+            yield Step(Op.LOAD_HIDDEN, *following)
+        yield from (Step(op, i, j, k) for op in (*grid.computing, *_STORES))
+        if following and not cache_early:
+            yield Step(Op.LOAD_CACHE, *following)
 
 
 def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:

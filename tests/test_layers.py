@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "units"},
     {"policy", "workload", "schedule", "demo"},
     {"trace"},
-    {"report"},
+    {"report", "flags"},
     {"kernels", "scoring"},
     {"models", "quant"},
     {"memory"},

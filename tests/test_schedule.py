@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from flexgen.errors import ScheduleError
 from flexgen.schedule import ORDERS, Cell, Grid, Op, Slots, Step, all_steps, check, needs, order, order_for
 
-SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention"]
-OVERLAP = SHIPPED[1:]
+SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
+OVERLAP = SHIPPED[1:4]
 
 grids = st.builds(
     Grid,
@@ -52,13 +52,20 @@ def test_orders_are_legal_on_any_grid(grid, name):
         ("overlap_single_batch", Slots(2, 2), False),
         ("overlap_multi_batch", Slots(2, 2), False),
         ("overlap_cpu_attention", Slots(3, 4, decoded=2), True),
+        ("flexgen", Slots(1, 2), False),
     ],
 )
 def test_orders_are_legal_with_the_slots_they_ask_for(name, slots, splits):
-    assert (ORDERS[name].slots, ORDERS[name].splits_attention) == (slots, splits)
+    asked = ORDERS[name]
+    assert (asked.slots, asked.splits_attention) == (slots, splits)
     for *shape, pieces in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4, 5, 8), (1, 2, 3)):
-        grid = Grid(*shape, pieces, slots.weights, slots.cells, splits)
-        check(ORDERS[name](grid), grid)
+        grid = asked.grid(*shape, pieces)
+        assert (grid.weight_slots, grid.cell_slots, grid.splits_attention) == (
+            slots.weights,
+            slots.cells,
+            splits,
+        )
+        check(asked(grid), grid)
 
 
 @given(grid=grids)

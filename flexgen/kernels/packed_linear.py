@@ -47,6 +47,13 @@ def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
     return _GPU_ROWS if triton_kernels(device) and dtype in NUMBERS else 0
 
 
+def expected_fused_rows(on_host: bool, dtype: torch.dtype) -> int:
+    """`fused_rows` of a machine that has the kernels, which need not be this one."""
+    if on_host:
+        return _HOST_ROWS.get(dtype, 0)
+    return _GPU_ROWS if dtype in NUMBERS else 0
+
+
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
     check_packed(packed)

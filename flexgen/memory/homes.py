@@ -44,6 +44,15 @@ An encoded weight is its codec's bytes in all three.
 """
 
 
+def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[int], int]:
+    """Where weights that are loaded together begin in their buffer, and how long it is, in bytes."""
+    offsets, end = [], 0
+    for weight in weights:
+        offsets.append(end)
+        end = align(end + placement.kept_bytes(weight), ALIGNMENT)
+    return offsets, end
+
+
 class Homes:
     """Gives every weight its home. Weights of one layer and tier lie side by side in one buffer.
 
@@ -94,10 +103,7 @@ class Homes:
             weights = [weight for weight in weights if weight not in packed]
         if not weights:
             return
-        offsets, end = [], 0
-        for weight in weights:
-            offsets.append(end)
-            end = align(end + self.placement.kept_bytes(weight), ALIGNMENT)
+        offsets, end = lay_out(weights, self.placement)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
             kept = self._kept(weight)

@@ -72,7 +72,7 @@ def lookup_sizes(
         return LookupSizes()
     rows = min(tokens, table.shape[0])
     lead = align(tokens * torch.int64.itemsize, ALIGNMENT)
-    slot = align(lead + _kept_bytes(table, placement, rows), ALIGNMENT)
+    slot = align(lead + kept_bytes(table, placement, rows), ALIGNMENT)
     scratch = 0
     if placement.of(table) is Tier.DISK:
         blocks = max(align(row, BLOCK) for _, row in _parts(table, placement, rows)) + BLOCK
@@ -81,17 +81,35 @@ def lookup_sizes(
     return LookupSizes(rows, lead, slot, 0 if shares_host_memory else slot, scratch, decoded)
 
 
-def _kept_bytes(table: WeightSpec, placement: Placement, rows: int) -> int:
-    shape, codec = (rows, table.shape[1]), placement.codec(table)
-    return codec.nbytes(shape) if codec else rows * table.shape[1] * placement.dtype.itemsize
-
-
 def _parts(table: WeightSpec, placement: Placement, rows: int) -> tuple[tuple[int, int], ...]:
     """(where row 0 begins, bytes of a row) of each part of a table of so many rows, as it is kept."""
     codec = placement.codec(table)
     if codec is not None:
         return codec.rows((rows, table.shape[1]))
     return ((0, table.shape[1] * placement.dtype.itemsize),)
+
+
+def kept_bytes(table: WeightSpec, placement: Placement, rows: int) -> int:
+    """Bytes of so many rows of a table as they are kept."""
+    shape, codec = (rows, table.shape[1]), placement.codec(table)
+    return codec.nbytes(shape) if codec else rows * table.shape[1] * placement.dtype.itemsize
+
+
+def read_bytes(table: WeightSpec, placement: Placement, rows: np.ndarray, begin: int, scratch: int) -> int:
+    """Bytes that `RowTable.gather` reads of a table on disk for these rows, ascending, each once.
+
+    The table begins `begin` bytes into its file; at most `scratch` bytes are read at once.
+    """
+    total = 0
+    for place, width in _parts(table, placement, table.shape[0]):
+        offsets = begin + place + rows * width
+        total += sum(span.end - span.start for spans in _rounds(offsets, width, scratch) for span in spans)
+    return total
+
+
+def even_rows(table: WeightSpec, count: int) -> np.ndarray:
+    """`count` rows that lie evenly in the table: what stands for ids that are not known."""
+    return np.arange(count) * table.shape[0] // count
 
 
 class RowTable:
@@ -116,7 +134,7 @@ class RowTable:
 
     def nbytes(self, rows: int) -> int:
         """Bytes of so many rows as they are kept."""
-        return _kept_bytes(self.weight, self._placement, rows)
+        return kept_bytes(self.weight, self._placement, rows)
 
     def gather(self, rows: Tensor, target: Tensor, scratch: Tensor) -> None:
         """Fill the first `nbytes(len(rows))` bytes of `target` (uint8) with these rows, a table of their own.

@@ -22,7 +22,7 @@ from flexgen.memory.weights import SlotSizes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
-from flexgen.schedule import Slots
+from flexgen.schedule import ORDERS, Order, Slots, order_for
 from flexgen.units import KIB, MIB, align, format_bytes
 from flexgen.workload import Workload
 
@@ -100,6 +100,12 @@ class CacheSegment:
 def host_attends(policy: Policy, shares_host_memory: bool) -> bool:
     """Whether the policy has rows that the host attends, beside a compute device with memory of its own."""
     return not shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
+
+
+def choose_order(name: str | None, policy: Policy, shares_host_memory: bool, batches: int) -> Order:
+    """The order of that name, or without one that which the policy asks for of so many batches."""
+    attends = host_attends(policy, shares_host_memory)
+    return ORDERS[name or order_for(policy.overlap, batches, attends)]
 
 
 def cache_segments(

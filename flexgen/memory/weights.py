@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexgen.kernels.packed_linear import PackedMatrix
 from flexgen.memory.disk import BLOCK, Read, ReadJob, aligned_span
-from flexgen.memory.homes import Homes, HostRegion
+from flexgen.memory.homes import Homes, HostRegion, lay_out
 from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
@@ -27,10 +27,18 @@ from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.quant import Codec
 from flexgen.trace import LaneName
-from flexgen.units import align
+from flexgen.units import MIB, align
 
 _GAP = 4 * BLOCK
 """Bytes of a file between two weights that are read along rather than skipped."""
+
+_PIECE_BYTES = 1 * MIB
+"""Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
+
+
+def count_pieces(moved: int, batches: int) -> int:
+    """In how many pieces a layer's weights travel beside `batches`, where at most `moved` bytes move per layer."""
+    return max(min(batches, moved // _PIECE_BYTES), 1)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,48 @@ def cargo_of(weights: Sequence[WeightSpec], homes: Homes) -> list[Cargo]:
         elif isinstance(home, Extent):
             in_files.append((weight, home))
     return [_host_cargo(found) for found in in_host.values()] + _file_cargo(in_files)
+
+
+@dataclass(frozen=True)
+class CargoSize:
+    """What one cargo will weigh, known before anything is loaded.
+
+    Exact where it comes from host memory. From a file these are the weights' own bytes, and the read has up to
+    two blocks more; a checkpoint's own file may part them in several, or have others in between.
+    """
+
+    from_disk: bool
+    nbytes: int
+
+
+def cargo_sizes(
+    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool
+) -> list[tuple[CargoSize, ...]]:
+    """By layer, what will have to move each time it is visited: `cargo_of` without the bytes."""
+    at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer it is loaded with, from where to where
+    for layer in layers:
+        for tier in Tier:
+            new = [w for w in layer.weights if placement.of(w) is tier and w.key not in at_home]
+            offsets, _ = lay_out(new, placement)
+            for weight, offset in zip(new, offsets, strict=True):
+                at_home[weight.key] = layer.name, offset, offset + placement.kept_bytes(weight)
+    moving = (Tier.DISK,) if shares_host_memory else (Tier.CPU, Tier.DISK)
+    sizes = []
+    for layer in layers:
+        found: dict[tuple[Tier, str], list[tuple[int, int]]] = {}
+        for weight in travelling(layer, placement, shares_host_memory):
+            tier = placement.of(weight)
+            home, begin, end = at_home[weight.key]
+            if tier in moving:
+                found.setdefault((tier, home), []).append((begin, end))
+        sizes.append(tuple(_size(tier, spans) for (tier, _), spans in found.items()))
+    return sizes
+
+
+def _size(tier: Tier, spans: Sequence[tuple[int, int]]) -> CargoSize:
+    if tier is Tier.DISK:  # files have no padding between weights
+        return CargoSize(True, sum(end - begin for begin, end in spans))
+    return CargoSize(False, max(end for _, end in spans) - min(begin for begin, _ in spans))
 
 
 def _host_cargo(found: list[tuple[WeightSpec, HostRegion]]) -> Cargo:

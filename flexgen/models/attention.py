@@ -17,7 +17,7 @@ from flexgen.models.layer import (
     norm_workspace,
 )
 from flexgen.models.ops import MASK_VALUES, apply_rope, normalise, rope_tables
-from flexgen.models.spec import ModelSpec
+from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
 
@@ -39,6 +39,10 @@ class Attention(AttentionLayer):
     @property
     def scale(self) -> float:
         return self.spec.head_dim**-0.5
+
+    @property
+    def projections(self) -> tuple[WeightSpec, ...]:
+        return tuple(w for w in self.weights if w.name in ("q.weight", "k.weight", "v.weight"))
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         rows, seq = x.shape[:2]
@@ -106,9 +110,12 @@ class Attention(AttentionLayer):
     def flops(self, rows: int, seq: int, context: int) -> int:
         spec = self.spec
         projections = spec.hidden_size * (2 * spec.q_size + 2 * spec.kv_size)
+        return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
+
+    def attention_flops(self, rows: int, seq: int, context: int) -> int:
         # Token t of the new ones attends to all that came before it: a triangle is missing at the end.
         pairs = seq * context - seq * (seq - 1) // 2
-        return 2 * rows * (seq * projections + 2 * pairs * spec.q_size)
+        return 4 * rows * pairs * self.spec.q_size
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         limit = self.spec.chunk_tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexgen.models.attention import Attention
 from flexgen.models.layer import AttentionLayer, Context, Weights
 from flexgen.models.mlp import MLP
-from flexgen.models.spec import ModelSpec
+from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 class Block(AttentionLayer):
@@ -34,6 +34,11 @@ class Block(AttentionLayer):
     def scale(self) -> float:
         return self.attention.scale
 
+    @property
+    def projections(self) -> tuple[WeightSpec, ...]:
+        names = [f"attention.{weight.name}" for weight in self.attention.projections]
+        return tuple(weight for weight in self.weights if weight.name in names)
+
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         hidden = self.attention.forward(x, _half(weights, "attention."), ctx)
         return self.mlp.transform(hidden, _half(weights, "mlp."))
@@ -47,6 +52,9 @@ class Block(AttentionLayer):
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         return self.attention.flops(rows, seq, context) + self.mlp.flops(rows, seq, context)
+
+    def attention_flops(self, rows: int, seq: int, context: int) -> int:
+        return self.attention.attention_flops(rows, seq, context)
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.

@@ -102,6 +102,14 @@ class Layer(ABC):
         `last_only` has seq 1, here and in `workspace_bytes`.
         """
 
+    def attention_flops(self, rows: int, seq: int, context: int) -> int:
+        """The part of `flops` that works on the cache, not on the weights."""
+        return 0
+
+    def product_flops(self, rows: int, seq: int, context: int) -> int:
+        """The rest of `flops`: what is multiplied with the weights."""
+        return self.flops(rows, seq, context) - self.attention_flops(rows, seq, context)
+
     @abstractmethod
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         """Upper estimate of what `forward` allocates at its peak: result and attention's scores included.
@@ -131,6 +139,11 @@ class AttentionLayer(Layer):
     @abstractmethod
     def scale(self) -> float:
         """What `Context.attend` multiplies the scores by."""
+
+    @property
+    @abstractmethod
+    def projections(self) -> tuple[WeightSpec, ...]:
+        """The matrices that `qkv` multiplies with."""
 
     @abstractmethod
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:

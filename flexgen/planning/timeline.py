@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
-from flexgen.schedule import Grid, Step, needs
+from flexgen.schedule import ORDERS, Grid, Step, needs
 from flexgen.trace import Event, LaneName, Trace
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
 """The work of a step as the executor sees it, in seconds: chains of stages, each (lane, seconds)."""
+
+Numbered = Iterable[tuple[Step, tuple[int, ...]]]
+"""Steps in their order, each with the places in it of what it needs."""
 
 
 def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) -> Trace:
@@ -17,18 +21,40 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     A stage starts when its lane is free and the stage before it, or for the first one all that the step needs,
     is done: the executor's own rules. Raises KeyError for an order that `schedule.check` refuses.
     """
+    return play(_number(steps, grid), costs)
+
+
+def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Trace:
+    """`simulate`, for steps that are numbered already."""
     free = dict.fromkeys(LaneName, 0.0)
-    done: dict[Step, float] = {}
+    done: list[float] = []
     events: list[Event] = []
-    for step in steps:
-        ready = max((done[needed] for needed in needs(step, grid)), default=0.0)
-        ends = []
-        for chain in costs(step):
+    for step, needed in steps:
+        ready = 0.0
+        for n in needed:
+            if done[n] > ready:
+                ready = done[n]
+        end = 0.0
+        work = costs(step)
+        for chain in work:
             time = ready
             for lane, seconds in chain:
                 start = max(time, free[lane])
                 time = free[lane] = start + seconds
                 events.append(Event(step, lane, start, time))
-            ends.append(time)
-        done[step] = max(ends, default=ready)
+            end = max(end, time)
+        done.append(end if work else ready)
     return Trace(events)
+
+
+def _number(steps: Iterable[Step], grid: Grid) -> Iterator[tuple[Step, tuple[int, ...]]]:
+    place: dict[Step, int] = {}
+    for step in steps:
+        yield step, tuple([place[needed] for needed in needs(step, grid)])
+        place[step] = len(place)
+
+
+@lru_cache(maxsize=4)
+def numbered(order: str, grid: Grid) -> Sequence[tuple[Step, tuple[int, ...]]]:
+    """The steps of an order by name. Kept, because a search times many policies on one grid."""
+    return tuple(_number(ORDERS[order](grid), grid))

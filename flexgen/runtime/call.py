@@ -13,9 +13,9 @@ from flexgen.errors import LaneError
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import batch_sizes, cache_segments, host_attends
+from flexgen.memory.plan import batch_sizes, cache_segments, choose_order
 from flexgen.memory.transfer import Chains
-from flexgen.memory.weights import WeightSlots
+from flexgen.memory.weights import WeightSlots, count_pieces
 from flexgen.models import Layer
 from flexgen.policy import Policy
 from flexgen.runtime.activations import Activations
@@ -24,13 +24,9 @@ from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step, order_for
+from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step
 from flexgen.trace import LaneName, Phase, Trace
-from flexgen.units import MIB
 from flexgen.workload import Workload
-
-_PIECE_BYTES = 1 * MIB
-"""Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,8 @@ class Model:
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
-        return choose_order(self.order, self.policy, self.machine, batches)
-
-
-def choose_order(name: str | None, policy: Policy, machine: Machine, batches: int) -> Order:
-    """The order of that name, or without one that which the policy asks for on this machine."""
-    attends = host_attends(policy, machine.device.shares_host_memory)
-    return ORDERS[name or order_for(policy.overlap, batches, attends)]
+        shared = self.machine.device.shares_host_memory
+        return choose_order(self.order, self.policy, shared, batches)
 
 
 @dataclass
@@ -132,7 +123,7 @@ class Call:
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
-        generation = self._generation(prompts, tokens, output, order.splits_attention, first)
+        generation = self._generation(prompts, output, self._grid(order, prompts, tokens - first), first)
         offset = self.timing.total + time.perf_counter() - self._began
         trace = execute(order(generation.grid), generation.grid, generation, self._model.lanes)
         last = len(self._model.layers) - 1
@@ -165,11 +156,11 @@ class Call:
         host attends is timed apart from what the device computes, whatever the order that is in force.
         """
         sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
-        generation = self._generation(prompts, tokens, output, splits_attention=True)
-        grid = replace(generation.grid, tokens=len(sampled))
-        trace = execute(
-            ORDERS["normal"](grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes
-        )
+        normal = ORDERS["normal"]
+        grid = replace(self._grid(normal, prompts, tokens), splits_attention=True)
+        generation = self._generation(prompts, output, grid)
+        grid = replace(grid, tokens=len(sampled))
+        trace = execute(normal(grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes)
         seconds = [0.0] * len(sampled)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
@@ -177,17 +168,14 @@ class Call:
         decode = sum(later) / len(later) * (tokens - 1) if later else 0.0
         return {Phase.PREFILL: seconds[0], Phase.DECODE: decode}
 
-    def _generation(
-        self, prompts: Prompts, tokens: int, output: Output, splits_attention: bool, first: int = 0
-    ) -> Generation:
-        assert self._cache is not None and self._activations is not None, "prepare comes before run"
-        model, batches, slots = self._model, len(prompts.batches), self._model.slots
+    def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
+        model, batches = self._model, len(prompts.batches)
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
-        pieces = max(min(batches, moved // _PIECE_BYTES), 1)
-        grid = Grid(
-            tokens - first, len(model.layers), batches, pieces, slots.weights, slots.cells, splits_attention
-        )
-        cache, activations = self._cache, self._activations
+        return order.grid(tokens, len(model.layers), batches, count_pieces(moved, batches), model.slots)
+
+    def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
+        assert self._cache is not None and self._activations is not None, "prepare comes before run"
+        model, cache, activations = self._model, self._cache, self._activations
         return Generation(
             grid, model.layers, model.weights, prompts, cache, activations, output, self._lookup, first
         )

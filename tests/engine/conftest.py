@@ -147,7 +147,7 @@ def _small_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (4, 4))
         patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", 8)
-        patch.setattr("flexgen.runtime.call._PIECE_BYTES", 4096)
+        patch.setattr("flexgen.memory.weights._PIECE_BYTES", 4096)
         yield
 
 

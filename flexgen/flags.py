@@ -1,0 +1,56 @@
+"""Flags that several commands have: which policy, and FlexGen's own that override it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from flexgen.policy import Policy
+from flexgen.schedule import ORDERS
+
+
+def add_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """`--policy`, `--order`, and the flags of FlexGen's own benchmark; `read_policy` reads all but the order."""
+    add = parser.add_argument
+    add("--policy", metavar="FILE", help="TOML file of the policy (default: everything on the GPU tier)")
+    add("--order", choices=sorted(ORDERS), help="schedule (default: the one the policy asks for)")
+    flexgen = parser.add_argument_group("flags of FlexGen's benchmark (they override the policy file)")
+    add = flexgen.add_argument
+    names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
+    add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
+    add("--gpu-batch-size", type=count)
+    add("--num-gpu-batches", type=count)
+    add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
+    for name in ("--overlap", "--sep-layer", "--pin-weight", "--cpu-cache-compute"):
+        add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
+
+
+def read_policy(args: argparse.Namespace) -> Policy:
+    """The policy file, changed by the flags that were given."""
+    policy = Policy.load(args.policy) if args.policy else Policy()
+    changes: dict[str, Any] = {}
+    if args.percent:
+        given = Policy.from_percent(*args.percent)
+        changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
+    for name in ("gpu_batch_size", "num_gpu_batches", "overlap", "sep_layer", "pin_weight"):
+        if (value := getattr(args, name)) is not None:
+            changes[name] = value
+    if args.cpu_cache_compute is not None:
+        changes["attend_on"] = "cpu" if args.cpu_cache_compute else "gpu"
+    if args.attn_sparsity is not None:
+        changes["attn_sparsity"] = args.attn_sparsity
+    return policy.replace(**changes)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+def _yes_or_no(text: str) -> bool:
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return known[text.lower()]

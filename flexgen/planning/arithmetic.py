@@ -1,0 +1,94 @@
+"""What computation takes: products with weights in any form, and attention over a cache in any form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from flexgen.kernels.packed_linear import expected_fused_rows
+from flexgen.kernels.sparse_attention import most_chosen
+from flexgen.memory.placement import Placement
+from flexgen.memory.plan import CacheSegment
+from flexgen.models import Layer, WeightSpec
+from flexgen.models.layer import AttentionLayer
+from flexgen.planning.hardware import Hardware
+from flexgen.policy import Tier
+from flexgen.trace import LaneName
+
+
+class Arithmetic:
+    """Seconds of a model's computations on `hardware`, with its weights kept as `placement` says."""
+
+    def __init__(self, placement: Placement, hardware: Hardware) -> None:
+        self._placement = placement
+        self._hardware = hardware
+        self._dtype = placement.dtype
+        self._name = str(placement.dtype).removeprefix("torch.")
+        self._fused = expected_fused_rows(hardware.shares_host_memory, self._dtype)
+
+    # Products
+
+    def products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
+        """All of a layer's, for `new` tokens of `rows` prompts. `first`: of the batches of a visit, which share
+        what is decoded."""
+        weights = [weight for weight in layer.weights if weight is not layer.table]
+        return self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
+
+    def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
+        """Those before attention, for a token of `rows` prompts."""
+        weights = layer.projections
+        return self._products(weights, sum(2 * rows * weight.numel for weight in weights), rows, first)
+
+    def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
+        """`flops` with the matrices among `weights`, for an x of so many rows."""
+        hardware = self._hardware
+        rate = hardware.product_rate(self._name, rows)
+        seconds = flops / rate
+        for weight in weights:
+            codec = self._placement.codec(weight)
+            if codec is None:
+                continue
+            if hardware.products_decode or rows > self._fused:
+                if first or hardware.products_decode:
+                    seconds += self.decoding(codec.name, weight.numel)
+                continue
+            # Multiplied as it is kept: what waits for the weight waits for fewer bytes.
+            plain = 2 * rows * weight.numel / rate
+            kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
+            least = 2 * rows * weight.numel / hardware.product_rate(self._name, math.inf)
+            seconds += max(kept, least) - plain
+        return seconds
+
+    def decoding(self, codec: str, values: int) -> float:
+        """Of encoded weights on the compute device."""
+        return values * self._dtype.itemsize / self._hardware.figure("decoding", codec)
+
+    # Attention
+
+    def prompt_attention(self, layer: Layer, rows: int, tokens: int) -> float:
+        flops = layer.attention_flops(rows, tokens, tokens)
+        return flops / self._hardware.figure("prefill_attention", self._name)
+
+    def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:
+        """For one new token of each row, which attends to `context` tokens with itself: on the compute device, and
+        beside it on the host."""
+        took = {True: 0.0, False: 0.0}
+        for segment in segments:
+            table = "device_attention" if segment.on_device else "host_attention"
+            key = self._name if segment.codec == "none" else segment.codec
+            seconds = segment.token_bytes(context) / self._hardware.figure(table, key)
+            if segment.sparse and (self._hardware.shares_host_memory or not segment.on_device):
+                # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
+                chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)
+                seconds *= (1 + min(chosen / context, 1)) / 2
+                seconds += self._chosen_from_disk(segment, context, chosen)
+            took[segment.on_device] += seconds
+        return took[True], took[False]
+
+    def _chosen_from_disk(self, segment: CacheSegment, context: int, chosen: int) -> float:
+        """Chosen values that are read in the midst of it, where they lie evenly in what is cached."""
+        on_disk = (context - 1) // segment.page_tokens * segment.page_tokens
+        if segment.tier is not Tier.DISK or not on_disk:
+            return 0.0
+        nbytes = segment.token_bytes(chosen - 1) / 2 * on_disk / (context - 1)
+        return self._hardware.fixed.disk_job + nbytes / self._hardware.bandwidth[LaneName.DISK_READ]

@@ -1,0 +1,398 @@
+"""What each step of a schedule moves and takes: the cost model.
+
+Every step's work is laid out in the chains and on the lanes that the runtime gives it, with the bytes that cross
+each lane; `Hardware` turns bytes and flops into seconds. Sizes are asked of those who own them: layers, placement,
+the cache's segments. A test runs the engine and counts, so that the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from flexgen.memory.disk import BLOCK
+from flexgen.memory.lookup import even_rows, gathered_table, kept_bytes, lookup_sizes, read_bytes
+from flexgen.memory.placement import Placement
+from flexgen.memory.plan import CacheSegment, activation_bytes, batch_sizes, cache_segments
+from flexgen.memory.transfer import cut
+from flexgen.memory.weights import cargo_sizes, count_pieces
+from flexgen.models import Layer
+from flexgen.models.layer import AttentionLayer
+from flexgen.planning.arithmetic import Arithmetic
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.timeline import Costs
+from flexgen.policy import Policy, Tier
+from flexgen.schedule import Grid, Op, Step, all_steps
+from flexgen.trace import LaneName
+from flexgen.workload import Workload
+
+
+class Load(NamedTuple):
+    """One stage of a step: what it asks of its lane. `nbytes` cross a link or reach a disk; for a computation
+    they are the queries and answers of rows that the host attends. Values that sparse attention reads in its midst
+    are in the seconds alone."""
+
+    lane: LaneName
+    nbytes: int
+    seconds: float
+
+
+Loads = tuple[tuple[Load, ...], ...]
+"""The chains of a step."""
+
+_Key = tuple[Op, int, int, int, bool, bool]
+
+
+class StepCosts:
+    """The work of every step of one block of `prompts` prompts.
+
+    `tokens`: the tokens that those of the grid stand for. Where they are not all of the workload's, a token reads
+    as much of a cache on disk as the line through its pages says, and those of the grid in `flushing` write one.
+    `splits_attention`: as of the grid.
+
+    What is looked up depends on the ids. They are taken to be all different, up to the vocabulary, and to lie
+    evenly in the table: few others read more.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        placement: Placement,
+        policy: Policy,
+        workload: Workload,
+        hardware: Hardware,
+        prompts: int,
+        tokens: Sequence[int] | None = None,
+        flushing: Collection[int] = (),
+        splits_attention: bool = False,
+    ) -> None:
+        self._layers = layers
+        self._last = len(layers) - 1
+        self._spec = layers[0].spec
+        self._placement = placement
+        self._policy = policy
+        self._dtype = placement.dtype
+        self._prompt = workload.prompt_len
+        self._capacity = workload.capacity
+        self._hardware = hardware
+        self._shared = hardware.shares_host_memory
+        self._batches = batch_sizes(policy, prompts)
+        self._cargo = cargo_sizes(layers, placement, self._shared)
+        moved = max(sum(cargo.nbytes for cargo in per_layer) for per_layer in self._cargo)
+        self.weight_pieces = count_pieces(moved, len(self._batches))
+        self._tokens = range(workload.gen_len) if tokens is None else tokens
+        self._flushing = flushing
+        self._splits_attention = splits_attention
+        self._arithmetic = Arithmetic(placement, hardware)
+        self._table = gathered_table(layers[0], placement, self._shared)
+        most = max(self._batches) * workload.prompt_len
+        self._scratch = lookup_sizes(layers, placement, self._shared, most).scratch
+        self._every_token = len(self._tokens) == workload.gen_len
+        self._segments = {rows: self._cut_cache(rows) for rows in set(self._batches)}
+        self._alike = _alike(layers, placement)
+        self._known: dict[_Key, Loads] = {}
+        self._timed: dict[_Key, Costs] = {}
+        self._work: dict[Op, Callable[[_Key], Loads]] = {
+            Op.LOAD_WEIGHTS: self._load_weights,
+            Op.LOAD_CACHE: self._load_cache,
+            Op.LOAD_HIDDEN: self._load_hidden,
+            Op.PROJECT: self._project,
+            Op.ATTEND: self._attend,
+            Op.LOAD_ATTENDED: self._load_attended,
+            Op.COMPUTE: self._compute,
+            Op.STORE_HIDDEN: self._store_hidden,
+            Op.STORE_CACHE: self._store_cache,
+        }
+
+    def __call__(self, step: Step) -> Costs:
+        """The step's chains as (lane, seconds)."""
+        key = self._key(step)
+        if key not in self._timed:
+            self._timed[key] = [[(load.lane, load.seconds) for load in chain] for chain in self._loads(key)]
+        return self._timed[key]
+
+    def loads(self, step: Step) -> Loads:
+        """The step's chains, with their bytes."""
+        return self._loads(self._key(step))
+
+    def busy(self, token: int) -> dict[LaneName, float]:
+        """Seconds that each lane works on a token of the grid."""
+        total: dict[LaneName, float] = {}
+        for step, count in self._kinds:
+            for chain in self(step._replace(token=token)):
+                for lane, seconds in chain:
+                    total[lane] = total.get(lane, 0.0) + count * seconds
+        return total
+
+    @cached_property
+    def _kinds(self) -> list[tuple[Step, int]]:
+        """The steps of a token but for those that are alike, and how many of each there are."""
+        shape = 1, len(self._layers), len(self._batches), self.weight_pieces
+        counts: Counter[_Key] = Counter()
+        steps: dict[_Key, Step] = {}
+        for step in all_steps(Grid(*shape, splits_attention=self._splits_attention)):
+            key = self._key(step)
+            counts[key] += 1
+            steps.setdefault(key, step)
+        return [(step, counts[key]) for key, step in steps.items()]
+
+    def _key(self, step: Step) -> _Key:
+        """What a step's work depends on: (op, layer, token or piece, rows, whether it is the visit's first, whether
+        it writes pages of the cache that it would not)."""
+        op, i, j, k = step
+        if op is Op.LOAD_WEIGHTS:
+            return op, j, k, 0, False, False
+        return op, self._alike[j], self._tokens[i], self._batches[k], k == 0, i in self._flushing
+
+    def _loads(self, key: _Key) -> Loads:
+        if key not in self._known:
+            self._known[key] = self._work[key[0]](key)
+        return self._known[key]
+
+    # Weights
+
+    def _load_weights(self, key: _Key) -> Loads:
+        _, layer, piece, *_ = key
+        all_cargo = self._cargo[layer]
+        parts = cut([cargo.nbytes for cargo in all_cargo], piece, self.weight_pieces, BLOCK)
+        read = sum(part.end - part.begin for part in parts if all_cargo[part.item].from_disk)
+        copied = sum(part.end - part.begin for part in parts) - read
+        chains: list[tuple[Load, ...]] = []
+        if copied:
+            chains.append((self._move(LaneName.TO_DEVICE, copied),))
+        if read:
+            chains.append(self._inward(read, read))
+        return tuple(chains)
+
+    # Hidden states and ids
+
+    def _load_hidden(self, key: _Key) -> Loads:
+        _, layer, token, rows, *_ = key
+        if layer == 0:
+            ids = rows * self._new(token) * torch.int64.itemsize
+            if self._table is not None:
+                return (self._look_up(rows * self._new(token), ids),)
+            return () if self._shared else ((self._move(LaneName.TO_DEVICE, ids),),)
+        parts = self._policy.activations.rows(rows)
+        chains: list[tuple[Load, ...]] = []
+        if parts[Tier.CPU] and not self._shared:
+            nbytes, _ = self._hidden(len(parts[Tier.CPU]), token)
+            chains.append((self._move(LaneName.TO_DEVICE, nbytes),))
+        if parts[Tier.DISK]:
+            nbytes, blocks = self._hidden(len(parts[Tier.DISK]), token)
+            chains.append(self._inward(blocks, nbytes))
+        return tuple(chains)
+
+    def _look_up(self, tokens: int, ids: int) -> tuple[Load, ...]:
+        """Rows of the table that `tokens` ids name, and with them the ids, of `ids` bytes."""
+        assert self._table is not None
+        found = min(tokens, self._table.shape[0])
+        kept = kept_bytes(self._table, self._placement, found)
+        gather = self._move(LaneName.HOST, kept)
+        if self._placement.of(self._table) is Tier.DISK:
+            rows = even_rows(self._table, found)
+            read = read_bytes(self._table, self._placement, rows, 0, self._scratch)
+            gather = self._move(LaneName.DISK_READ, read)
+        return (gather,) if self._shared else (gather, self._move(LaneName.TO_DEVICE, ids + kept))
+
+    def _store_hidden(self, key: _Key) -> Loads:
+        _, layer, token, rows, *_ = key
+        if layer == self._last:
+            record = self._move(LaneName.HOST, 0)
+            ids = rows * torch.int64.itemsize
+            return ((record,),) if self._shared else ((self._move(LaneName.FROM_DEVICE, ids), record),)
+        parts = self._policy.activations.rows(rows)
+        chains: list[tuple[Load, ...]] = []
+        if parts[Tier.CPU] and not self._shared:
+            nbytes, _ = self._hidden(len(parts[Tier.CPU]), token)
+            chains.append((self._move(LaneName.FROM_DEVICE, nbytes),))
+        if parts[Tier.DISK]:
+            nbytes, blocks = self._hidden(len(parts[Tier.DISK]), token)
+            out = LaneName.HOST if self._shared else LaneName.FROM_DEVICE
+            chains.append((self._move(out, nbytes), self._move(LaneName.DISK_WRITE, blocks)))
+        return tuple(chains)
+
+    def _hidden(self, rows: int, token: int) -> tuple[int, int]:
+        """Bytes of hidden states, and of the disk blocks that hold them."""
+        new = self._new(token)
+        exact = rows * new * self._spec.hidden_size * self._dtype.itemsize
+        return exact, activation_bytes(self._spec, rows, new, self._dtype)
+
+    # The KV cache
+
+    def _cut_cache(self, rows: int) -> tuple[CacheSegment, ...]:
+        return cache_segments(self._spec, self._policy, rows, self._capacity, self._dtype, self._shared)
+
+    def _load_cache(self, key: _Key) -> Loads:
+        _, layer, token, rows, *_ = key
+        if not self._layers[layer].has_cache or not token:
+            return ()
+        chains: list[tuple[Load, ...]] = []
+        for segment in self._segments[rows]:
+            if segment.resident:
+                continue
+            pages, tail = self._pages(segment, self._cached(token))
+            if segment.sparse and (self._shared or not segment.on_device):
+                pages //= 2  # the keys; chosen values are read in the computation
+            chain: tuple[Load, ...] = ()
+            if segment.tier is Tier.DISK and pages:
+                chain += (self._move(LaneName.DISK_READ, pages),)
+            if segment.on_device and not self._shared:
+                chain += (self._move(LaneName.TO_DEVICE, pages + tail),)
+            if chain:
+                chains.append(chain)
+        return tuple(chains)
+
+    def _store_cache(self, key: _Key) -> Loads:
+        _, layer, token, rows, _, flushes = key
+        if not self._layers[layer].has_cache:
+            return ()
+        chains: list[tuple[Load, ...]] = []
+        for segment in self._segments[rows]:
+            chain: tuple[Load, ...] = ()
+            if not self._shared and segment.tier is not Tier.GPU and (segment.on_device or not token):
+                fresh = segment.token_bytes(self._new(token))
+                chain += (self._move(LaneName.FROM_DEVICE, fresh), self._move(LaneName.HOST, fresh))
+            if segment.tier is Tier.DISK and (flushed := self._flushed(segment, token, flushes)):
+                chain += (self._move(LaneName.DISK_WRITE, flushed),)
+            if chain:
+                chains.append(chain)
+        return tuple(chains)
+
+    def _pages(self, segment: CacheSegment, cached: int) -> tuple[int, int]:
+        """Bytes of the whole pages that hold `cached` tokens, and of the page that is being filled."""
+        if self._every_token or segment.tier is not Tier.DISK:
+            whole, rest = divmod(cached, segment.page_tokens)
+            return whole * segment.page_bytes, bool(rest) * segment.page_bytes
+        # A line with the mean of the steps, and nearly as steep.
+        later = range(self._prompt, self._capacity - 1)
+        both = [divmod(tokens, segment.page_tokens) for tokens in later]
+        mean = sum(whole for whole, _ in both) / len(both)
+        grown = (both[-1][0] - both[0][0]) * ((cached - self._prompt) / (len(both) - 1) - 0.5)
+        filled = sum(bool(rest) for _, rest in both) / len(both)
+        return int((mean + grown) * segment.page_bytes), int(filled * segment.page_bytes)
+
+    def _flushed(self, segment: CacheSegment, token: int, flushes: bool) -> int:
+        """Bytes of the pages that became whole."""
+        if not token:
+            return self._prompt // segment.page_tokens * segment.page_bytes
+        if self._every_token:
+            flushes = not (self._cached(token) + 1) % segment.page_tokens
+        return segment.page_bytes if flushes and self.flushes else 0
+
+    @property
+    def flushes(self) -> int:
+        """How many tokens of the decode write pages of a cache on disk."""
+        sizes = {
+            s.page_tokens for segments in self._segments.values() for s in segments if s.tier is Tier.DISK
+        }
+        return max((self._capacity - 1) // size - self._prompt // size for size in sizes) if sizes else 0
+
+    # Computation
+
+    def _compute(self, key: _Key) -> Loads:
+        _, index, token, rows, first, _ = key
+        layer, arithmetic = self._layers[index], self._arithmetic
+        new = 1 if index == self._last else self._new(token)  # the head takes the last position only
+        seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
+        crossed = 0
+        if self._splits(index, token, rows):
+            assert isinstance(layer, AttentionLayer)
+            seconds -= arithmetic.projection(layer, rows, first)
+            return ((Load(LaneName.COMPUTE, 0, seconds + self._hardware.fixed.cell / 2),),)
+        if layer.has_cache and not token:
+            seconds += arithmetic.prompt_attention(layer, rows, new)
+        elif layer.has_cache:
+            # The device attends to its rows while the host attends to its own; what the host is asked and answers
+            # crosses the link within the computation.
+            asked, answered = self._question(rows)
+            seconds += max(arithmetic.token_attention(self._segments[rows], self._cached(token) + 1))
+            if crossed := asked + answered:
+                seconds += self._seconds(LaneName.FROM_DEVICE, asked)
+                seconds += self._seconds(LaneName.TO_DEVICE, answered)
+        return ((Load(LaneName.COMPUTE, crossed, seconds + self._hardware.fixed.cell),),)
+
+    def _embedded(self, index: int, tokens: int) -> float:
+        """Seconds of decoding the rows of an encoded table, as many as there are ids, or as were gathered."""
+        table = self._layers[index].table
+        codec = table and self._placement.codec(table)
+        if table is None or codec is None:
+            return 0.0
+        rows = min(tokens, table.shape[0]) if self._table is not None else tokens
+        return self._arithmetic.decoding(codec.name, rows * table.shape[1])
+
+    def _splits(self, index: int, token: int, rows: int) -> bool:
+        """Whether a cell is computed in halves."""
+        splits = self._splits_attention and self._layers[index].has_cache and token > 0
+        return splits and any(not segment.on_device for segment in self._segments[rows])
+
+    def _project(self, key: _Key) -> Loads:
+        _, index, token, rows, first, _ = key
+        if not self._splits(index, token, rows):
+            return ()
+        layer = self._layers[index]
+        assert isinstance(layer, AttentionLayer)
+        seconds = self._hardware.fixed.cell / 2 + self._arithmetic.projection(layer, rows, first)
+        asked, _ = self._question(rows)
+        return ((Load(LaneName.COMPUTE, 0, seconds), self._move(LaneName.FROM_DEVICE, asked)),)
+
+    def _attend(self, key: _Key) -> Loads:
+        _, index, token, rows, *_ = key
+        if not self._splits(index, token, rows):
+            return ()
+        device, host = self._arithmetic.token_attention(self._segments[rows], self._cached(token) + 1)
+        chains: Loads = ((Load(LaneName.HOST, 0, host),),)
+        if any(segment.on_device for segment in self._segments[rows]):
+            chains += ((Load(LaneName.COMPUTE, 0, device),),)
+        return chains
+
+    def _load_attended(self, key: _Key) -> Loads:
+        _, index, token, rows, *_ = key
+        if not self._splits(index, token, rows):
+            return ()
+        return ((self._move(LaneName.TO_DEVICE, self._question(rows)[1]),),)
+
+    def _question(self, rows: int) -> tuple[int, int]:
+        """Bytes that the host is asked about its rows, queries with new keys and values, and that it answers."""
+        asked = sum(len(segment.rows) for segment in self._segments[rows] if not segment.on_device)
+        row = self._spec.q_size * self._dtype.itemsize
+        return asked * (row + 2 * self._spec.kv_size * self._dtype.itemsize), asked * row
+
+    # Lanes
+
+    def _new(self, token: int) -> int:
+        return 1 if token else self._prompt
+
+    def _cached(self, token: int) -> int:
+        """Tokens that are cached before the step: none for the prompt."""
+        return self._prompt + token - 1 if token else 0
+
+    def _inward(self, read: int, onward: int) -> tuple[Load, ...]:
+        """From disk, and on over the link where there is one."""
+        from_disk = self._move(LaneName.DISK_READ, read)
+        return (from_disk,) if self._shared else (from_disk, self._move(LaneName.TO_DEVICE, onward))
+
+    def _move(self, lane: LaneName, nbytes: int) -> Load:
+        # What the host does for a device that shares its memory is done by the thread that computes.
+        served_by = LaneName.COMPUTE if self._shared and lane is LaneName.HOST else lane
+        return Load(served_by, nbytes, self._seconds(lane, nbytes))
+
+    def _seconds(self, lane: LaneName, nbytes: int) -> float:
+        fixed = self._hardware.fixed
+        on_disk = lane in (LaneName.DISK_READ, LaneName.DISK_WRITE)
+        return (fixed.disk_job if on_disk else fixed.stage) + nbytes / self._hardware.bandwidth[lane]
+
+
+def _alike(layers: Sequence[Layer], placement: Placement) -> list[int]:
+    """For each layer the first one that computes the same; both ends of a model are alike to nothing."""
+    seen: dict[object, int] = {}
+    first = []
+    for n, layer in enumerate(layers):
+        encoded = tuple(placement.codec(weight) for weight in layer.weights)
+        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), encoded)
+        first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
+    return first

@@ -1,0 +1,277 @@
+"""What a machine can do, as far as a prediction needs to know it.
+
+A `Hardware` is plain, immutable, validated data, and its keyword arguments are the keys of its TOML. Presets
+lie in `hardware.toml`, each figure with its source.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from flexgen.errors import HardwareError
+from flexgen.policy import Tier
+from flexgen.trace import LaneName
+from flexgen.units import parse_bytes
+
+PRESETS = Path(__file__).with_name("hardware.toml")
+
+_LINK = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+_DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
+_HOST = (LaneName.HOST,)
+_DTYPES = ("float32", "float16", "bfloat16")
+
+Points = tuple[tuple[float, float], ...]
+"""(rows, flop/s) of matrix products, by rising rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Seconds that come on top of what bytes and flops take: of a cell that is computed, of a stage of a
+    transfer, of a job of the disk."""
+
+    cell: float = 0.0
+    stage: float = 0.0
+    disk_job: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One machine. Raises HardwareError for what cannot be meant.
+
+    name, source: which machine, and where the figures come from.
+    capacity: bytes by tier. Without `gpu` the compute device is the host and shares its memory.
+    bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
+        `host` for copies within host memory.
+    products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
+        roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
+    prefill_attention: by dtype, flop/s of causal attention over a prompt, on the compute device.
+    device_attention, host_attention: bytes/s at which the cache of a token that is decoded is attended, on the
+        compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
+    decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec.
+    products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
+        multiply what is kept, and what they decode serves all batches of a layer's visit.
+    fixed: see `Fixed`.
+    """
+
+    name: str
+    source: str = ""
+    capacity: Mapping[Tier, int]
+    bandwidth: Mapping[LaneName, float]
+    products: Mapping[str, Points]
+    prefill_attention: Mapping[str, float]
+    device_attention: Mapping[str, float]
+    host_attention: Mapping[str, float] = field(default_factory=dict)
+    decoding: Mapping[str, float] = field(default_factory=dict)
+    products_decode: bool = False
+    fixed: Fixed = Fixed()
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("name", "source"):
+            if not isinstance(text := getattr(self, name), str):
+                raise HardwareError(f"{name} is {text!r}; it must be a text")
+        put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
+        lanes = (*_DISK, *_HOST, *(() if self.shares_host_memory else _LINK))
+        rates = _table("bandwidth", self.bandwidth, _rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST))
+        put("bandwidth", rates)
+        put("products", _table("products", self.products, _points, known=_DTYPES))
+        if not self.products:
+            raise HardwareError("products is empty; give points for at least one dtype")
+        for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
+            put(name, _table(name, getattr(self, name), _rate))
+        if not isinstance(self.products_decode, bool):
+            raise HardwareError(f"products_decode is {self.products_decode!r}; it must be true or false")
+        if not isinstance(self.fixed, Fixed):
+            known = tuple(f.name for f in dataclasses.fields(Fixed))
+            put("fixed", Fixed(**_table("fixed", self.fixed, _seconds, known=known)))
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether the compute device is the host."""
+        return Tier.GPU not in self.capacity
+
+    def product_rate(self, dtype: str, rows: float) -> float:
+        """flop/s of a product with `rows` rows of activations.
+
+        Between two points it is interpolated, both axes logarithmic. Below the first a product takes as long as
+        at the first, because the weights must be read; above the last the rate stays.
+        """
+        points = self.figure("products", dtype)
+        n = bisect.bisect_right(points, rows, key=lambda point: point[0])
+        if n == 0:
+            return points[0][1] * rows / points[0][0]
+        if n == len(points):
+            return points[-1][1]
+        (r0, f0), (r1, f1) = points[n - 1 : n + 1]
+        return f0 * (f1 / f0) ** (math.log(rows / r0) / math.log(r1 / r0))
+
+    def figure(self, table: str, key: str) -> Any:
+        """An entry of one of the tables by dtype or codec. Raises HardwareError where it is not known."""
+        known: Mapping[str, Any] = getattr(self, table)
+        if key not in known:
+            have = ", ".join(known) or "nothing"
+            raise HardwareError(
+                f"hardware {self.name!r} has no figure {table}.{key}, only for {have}: add it to the hardware's "
+                f"file, or choose a dtype and codecs that it knows"
+            )
+        return known[key]
+
+    def dtype_for(self, checkpoint: str) -> str:
+        """The dtype to compute in: the checkpoint's own if the machine has products for it, else its first."""
+        return checkpoint if checkpoint in self.products else next(iter(self.products))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
+        """A machine from the keys of its TOML; the inverse of `to_dict`. `name` is for one that has none."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        _refuse_unknown("", fields, known)
+        given = {"name": name} | dict(fields) if name else dict(fields)
+        optional = ("source", "host_attention", "decoding", "products_decode", "fixed")
+        if missing := [key for key in known if key not in given and key not in optional]:
+            raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them")
+        return cls(**given)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Hardware:
+        """The machine in a TOML file. Raises HardwareError, with the path, for a missing or wrong file."""
+        try:
+            return cls.from_dict(_read(path), Path(path).stem)
+        except HardwareError as error:
+            raise HardwareError(f"{path}: {error}") from None
+
+    @classmethod
+    def preset(cls, name: str) -> Hardware:
+        """A machine of `hardware.toml`. Raises HardwareError, with the known names, for another name."""
+        presets = _read(PRESETS)
+        if name not in presets:
+            hint = _did_you_mean(name, presets)
+            raise HardwareError(
+                f"hardware {name!r} is not known; known: {', '.join(presets)}{hint}. A file of your own is given "
+                f"by its path (name.toml)"
+            )
+        return cls.from_dict(presets[name], name)
+
+    @classmethod
+    def find(cls, name: str) -> Hardware:
+        """The preset of that name, or the file at that path."""
+        return cls.load(name) if name.endswith(".toml") else cls.preset(name)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the machine as TOML; `load` gives it back."""
+        lines = [f"{key} = {_toml(value)}" for key, value in self.to_dict().items()]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the keys of the TOML."""
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for key, value in plain.items():
+            if isinstance(value, Mapping):
+                plain[key] = {str(name): entry for name, entry in value.items()}
+        plain["products"] = {dtype: [list(point) for point in p] for dtype, p in self.products.items()}
+        return plain | {"fixed": dataclasses.asdict(self.fixed)}
+
+    def replace(self, **changes: Any) -> Hardware:
+        """The same machine with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + " }"
+    # JSON's texts, numbers and lists are TOML's, but that TOML wants one more character escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HardwareError(f"not valid TOML: {error}") from error
+
+
+def _table(
+    name: str, given: object, convert: Any, needed: Sequence[str] = (), known: Iterable[str] | None = None
+) -> Mapping[Any, Any]:
+    """`given` with every value converted and keys as in `known` (any text if None)."""
+    if not isinstance(given, Mapping):
+        raise HardwareError(
+            f"{name} is {given!r} ({type(given).__name__}); write a table: {{ key = number }}"
+        )
+    keys = {str(key): key for key in known} if known is not None else {str(key): str(key) for key in given}
+    _refuse_unknown(name, given, keys)
+    if missing := [str(key) for key in needed if key not in given]:
+        raise HardwareError(
+            f"{name} lacks {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}"
+        )
+    return MappingProxyType({keys[str(k)]: convert(f"{name}.{k}", v) for k, v in given.items()})
+
+
+def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) -> None:
+    for key in given:
+        if str(key) not in known:
+            inside = f" in {table}" if table else ""
+            raise HardwareError(
+                f"unknown key {str(key)!r}{inside}; known: {', '.join(known)}{_did_you_mean(key, known)}"
+            )
+
+
+def _did_you_mean(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise HardwareError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)
+
+
+def _rate(name: str, value: object) -> float:
+    if (rate := _number(name, value)) <= 0:
+        raise HardwareError(f"{name} is {rate:g}; a rate is above 0 (per second)")
+    return rate
+
+
+def _seconds(name: str, value: object) -> float:
+    if (seconds := _number(name, value)) < 0:
+        raise HardwareError(f"{name} is {seconds:g}; it must be at least 0 seconds")
+    return seconds
+
+
+def _bytes(name: str, value: Any) -> int:
+    try:
+        count = parse_bytes(value)
+    except (ValueError, TypeError) as error:
+        raise HardwareError(f"{name}: {error}") from None
+    if count < 1:
+        raise HardwareError(f"{name} is {count}; a tier that is there has at least 1 byte")
+    return count
+
+
+def _points(name: str, value: object) -> Points:
+    pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
+    if not pairs or not value:
+        raise HardwareError(f"{name} is {value!r}; write points: [[rows, flop/s], ...]")
+    assert isinstance(value, Sequence)
+    points = tuple((_rate(f"{name} rows", rows), _rate(name, rate)) for rows, rate in value)
+    if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
+        rows = ", ".join(f"{rows:g}" for rows, _ in points)
+        raise HardwareError(f"{name} has points at rows {rows}; write them by rising rows, each once")
+    return points

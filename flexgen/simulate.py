@@ -1,0 +1,98 @@
+"""`python -m flexgen.simulate`: what a policy would take on a machine that one need not have.
+
+    python -m flexgen.simulate --model opt-30b --policy FILE --hardware t4 --prompt-len 512 --gen-len 32
+
+Prints the card of `flexgen.bench`, on request its line of JSON and a trace, from the schedule laid out in virtual
+time. No weights are read; a model that is not known by name or not on this machine needs its config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flexgen.errors import FlexGenError
+from flexgen.flags import add_policy_flags, count, read_policy
+from flexgen.models import open_model
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.predict import predict
+from flexgen.report import Report
+from flexgen.workload import Workload
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        simulate(args)
+    except (FlexGenError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> Report:
+    """Predict the job and print what it would take."""
+    policy = read_policy(args)
+    spec, _ = open_model(args.model, "dummy")
+    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or policy.block_size)
+    prediction = predict(
+        spec,
+        policy,
+        Hardware.find(args.hardware),
+        workload,
+        dtype=args.dtype,
+        order=args.order,
+        samples=args.samples,
+    )
+    report = prediction.report
+    if args.trace:
+        prediction.trace().save(args.trace, prediction.layer_names)
+    if args.json == "-":
+        print(report.to_json())
+        return report
+    print(report.card())
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(report.to_json() + "\n")
+    return report
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags: those of `flexgen.bench` that mean something without a machine."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen.simulate",
+        description="Predict the throughput of a policy on a machine that one need not have.",
+    )
+    add = parser.add_argument
+    add("--hardware", required=True, metavar="NAME", help="a preset (t4, a100-80g, ...) or a file NAME.toml")
+    add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
+    add(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16 or float16, as far as the machine has figures",
+    )
+    add("--prompt-len", type=count, default=512, help="tokens of each prompt (default: 512)")
+    add("--gen-len", type=count, default=32, help="new tokens of each prompt (default: 32)")
+    add("--num-prompts", type=count, help="prompts in all (default: one block)")
+    add(
+        "--samples",
+        type=count,
+        metavar="N",
+        help="lay out N tokens of the decode instead of all; much faster, and close",
+    )
+    add(
+        "--json", metavar="FILE", help="append the figures to FILE as a line of JSON; - prints that line only"
+    )
+    add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
+    add_policy_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+import json
+import shlex
+
+import pytest
+
+from flexgen import bench, simulate
+from flexgen.planning.hardware import Hardware
+from flexgen.policy import Policy
+
+SMALL = "--model opt-125m --prompt-len 16 --gen-len 4 --gpu-batch-size 2 --num-gpu-batches 2"
+
+
+def run(flags, capsys):
+    assert simulate.main(shlex.split(flags)) == 0
+    return capsys.readouterr().out
+
+
+def test_card_json_and_trace_tell_the_same(tmp_path, capsys):
+    out, trace = tmp_path / "out.jsonl", tmp_path / "trace.json"
+    card = run(
+        f"{SMALL} --hardware t4 --percent 50 50 0 100 100 0 --cpu-cache-compute no --json {out} --trace {trace}",
+        capsys,
+    )
+    found = json.loads(out.read_text())
+    assert f"{found['throughput_tokens_s']:,.1f} tokens/s" in card
+    assert "opt-125m, float16 on t4" in card and "planned\n" in card and "at the peak" not in card
+    assert (found["num_prompts"], found["order"]) == (4, "overlap_multi_batch")
+    assert found["bound_share"] == pytest.approx(
+        sum(max(lanes.values()) for lanes in found["phases"].values()) / found["total_s"]
+    )
+    events = json.loads(trace.read_text())["traceEvents"]
+    # Every cell computes once: 4 tokens, 26 layers, 2 batches; a layer is called by its name.
+    assert sum(e["ph"] == "X" and e["cat"] == "compute" for e in events) == 4 * 26 * 2
+    assert any(e["name"] == "compute layers.11.mlp" for e in events)
+    assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") <= found["total_s"] * 1e6 + 1
+
+
+def test_keys_are_those_of_a_run(tmp_path, capsys):
+    predicted = json.loads(run(f"{SMALL} --hardware rtx-3090 --json -", capsys))
+    ran = tmp_path / "ran.jsonl"
+    flags = f"--device cpu --prompt-len 4 --gen-len 2 --num-prompts 2 --no-bound --json {ran}"
+    assert bench.main(shlex.split(flags)) == 0
+    assert list(predicted) == list(json.loads(ran.read_text()))
+
+
+def test_a_file_of_ones_own_and_a_policy_file(tmp_path, capsys):
+    Hardware.preset("laptop-16g").replace(name="mine").save(machine := tmp_path / "mine.toml")
+    Policy(gpu_batch_size=2, weights={"disk": 100}).save(policy := tmp_path / "policy.toml")
+    found = json.loads(
+        run(
+            f"--model opt-1.3b --policy {policy} --hardware {machine} --gen-len 3 --order normal --json -",
+            capsys,
+        )
+    )
+    assert (found["device"], found["dtype"], found["order"]) == ("mine", "float32", "normal")
+    assert found["lanes"]["disk_read"] > 0 and "to_device" not in found["lanes"]
+
+
+def test_fewer_samples_project_the_rest(capsys):
+    flags = "--model opt-125m --hardware t4 --prompt-len 16 --gen-len 64"
+    exact, sampled = (json.loads(run(f"{flags} --json - {more}", capsys)) for more in ("", "--samples 2"))
+    assert exact["projected_from"] is None and sampled["projected_from"] == 6
+    assert sampled["total_s"] == pytest.approx(exact["total_s"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--hardware t5", "hardware 't5' is not known; known: t4"),
+        ("--hardware nowhere.toml", "nowhere.toml: cannot read it"),
+        ("--hardware t4 --model opt-30b", "on the gpu tier, which has 14.5 GiB"),
+        ("--hardware t4 --model opt-125m --dtype bfloat16", "dtype 'bfloat16' has no figures for 't4'"),
+        ("--hardware t4 --model opt-125m --prompt-len 2040", "2048 positions"),
+        ("--hardware t4 --policy nowhere.toml", "nowhere.toml"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, said, capsys):
+    assert simulate.main(shlex.split(flags)) == 1
+    err = capsys.readouterr().err
+    assert said in err and len(err.strip().splitlines()) == 1
