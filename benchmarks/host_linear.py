@@ -2,7 +2,8 @@
 
     python benchmarks/host_linear.py
 
-What `fast_dtype` (no float16 on a CPU) and `kernels.linear` (pack bfloat16) rest on.
+What `fast_dtype` (no float16 on a CPU) and `kernels.linear` (pack bfloat16 where the CPU has products for it, widen
+it where it has none) rest on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import argparse
 import itertools
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from record import interleaved, save
 from torch import Tensor
 
+from flexgen.kernels import half_linear
 from flexgen.kernels.linear import can_pack, linear, pack
 
 OUT, IN = 4096, 4096
@@ -39,21 +42,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="another file for the results")
     args = parser.parse_args()
     cases = {}
     for dtype in DTYPES:
         plain = [torch.randn(OUT, IN).to(dtype) for _ in range(COPIES)]
         layouts = {"plain": plain} | ({"packed": [pack(w) for w in plain]} if can_pack(dtype) else {})
+        layouts |= {} if half_linear.has_products(dtype) else {"widened": plain}
         for rows, (layout, weights) in itertools.product(ROWS, layouts.items()):
             x = torch.randn(rows, IN).to(dtype)
-            multiply = partial(linear if layout == "packed" else F.linear)
+            multiply = partial(F.linear if layout == "plain" else linear)
             cases[f"{str(dtype).removeprefix('torch.')} {layout}, {rows} rows"] = partial(
                 rate, multiply, weights, x
             )
     found = interleaved(cases, args.repeats)
     for name, figures in found.items():
         print(f"{name:<32}{figures['GFLOP/s']['median']:>8.0f} GFLOP/s")
-    print(save("host_linear", {"shape": [OUT, IN], "figures": found}))
+    print(save("host_linear", {"shape": [OUT, IN], "figures": found}, args.out))
 
 
 if __name__ == "__main__":

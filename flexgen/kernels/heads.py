@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.kernels.groupwise import Packed, dequantise, quantise
+from flexgen.kernels.groupwise import dequantise, quantise
+from flexgen.kernels.packed import Packed
 from flexgen.units import align
 
 _PIECE_VALUES = 1 << 22

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.groupwise import Packed, check_packed, dequantise
+from flexgen.kernels.groupwise import check_packed, dequantise
 from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
+from flexgen.kernels.packed import Packed
 
 _HOST_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 16}
 _GPU_ROWS = 64

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexgen.kernels.groupwise import Packed
+from flexgen.kernels.packed import Packed
 
 _DECODED = 1024
 """Bytes of codes that one program decodes."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import PolicyError
-from flexgen.kernels.groupwise import Packed, dequantise, quantise
+from flexgen.kernels.groupwise import dequantise, quantise
 from flexgen.kernels.heads import GroupwiseHeads, HeadFormat, PlainHeads
+from flexgen.kernels.packed import Packed
 from flexgen.units import align
 
 _ALIGNMENT = 64

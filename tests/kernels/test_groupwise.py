@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels import groupwise
-from flexgen.kernels.groupwise import Packed, dequantise, quantise
+from flexgen.kernels.groupwise import dequantise, quantise
+from flexgen.kernels.packed import Packed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.bfloat16]

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels import packed_linear
-from flexgen.kernels.groupwise import Packed, dequantise_in_torch, quantise
+from flexgen.kernels.groupwise import dequantise_in_torch, quantise
 from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.packed import Packed
 from flexgen.kernels.packed_linear import (
     PackedMatrix,
     fused_rows,
