@@ -19,8 +19,8 @@ import transformers
 
 from flexgen import demo, scoring
 from flexgen.engine import OptLM, Stats
-from flexgen.errors import CapacityError, FlexGenError
-from flexgen.flags import add_policy_flags, count, read_policy
+from flexgen.errors import CapacityError
+from flexgen.flags import add_policy_flags, count, read_policy, run
 from flexgen.memory.plan import batch_sizes
 from flexgen.report import ByPhase, Report, placement_table
 
@@ -31,17 +31,7 @@ _SCORED_RECORDS = 256
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        bench(args)
-    except (FlexGenError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run(make_parser(), bench, argv)
 
 
 def bench(args: argparse.Namespace) -> Report:

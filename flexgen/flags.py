@@ -1,12 +1,33 @@
-"""Flags that several commands have: which policy, and FlexGen's own that override it."""
+"""What several commands share: how one runs, and the flags for a policy, FlexGen's own among them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from flexgen.errors import FlexGenError
 from flexgen.policy import Policy
 from flexgen.schedule import ORDERS
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], object],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run `command` with the arguments; returns the exit status, 1 after one line that says what was wrong."""
+    args = parser.parse_args(argv)
+    try:
+        command(args)
+    except (FlexGenError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flexgen.errors import FlexGenError
-from flexgen.flags import add_policy_flags, count, read_policy
+from flexgen.flags import add_policy_flags, count, read_policy, run
 from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
@@ -23,17 +22,7 @@ from flexgen.workload import Workload
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        simulate(args)
-    except (FlexGenError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run(make_parser(), simulate, argv)
 
 
 def simulate(args: argparse.Namespace) -> Report:
