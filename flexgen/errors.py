@@ -4,6 +4,9 @@ A message says what is wrong, the value, the limit and the fix. Bad input is ref
 work is done; `LaneError` is the one class raised while bytes are moving.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class FlexGenError(Exception):
     """Base of all errors raised on purpose by flexgen."""
@@ -39,3 +42,9 @@ class HardwareError(FlexGenError, ValueError):
 
 class LaneError(FlexGenError, RuntimeError):
     """A step failed while it ran on a lane; `__cause__` is the original exception."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is like it, if there is one."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,7 +7,6 @@ of its TOML file. It knows nothing of models or devices; what a policy costs is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
 import operator
@@ -20,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from flexgen.errors import PolicyError
+from flexgen.errors import PolicyError, did_you_mean
 
 CODECS = ("none", "int4", "int8")
 """Names a share's `codec` may have. A new codec is added here and in the package that implements it."""
@@ -72,12 +71,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
     known = [str(name) for name in known]
     for key in given:
         if key not in known:
-            raise PolicyError(f"unknown key {key!r}; known: {', '.join(known)}{_did_you_mean(key, known)}")
-
-
-def _did_you_mean(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+            raise PolicyError(f"unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
 
 
 def _percent(value: object) -> float:
@@ -119,7 +113,7 @@ class Share:
     def __post_init__(self) -> None:
         object.__setattr__(self, "percent", _percent(self.percent))
         if not isinstance(self.codec, str) or self.codec not in CODECS:
-            hint = _did_you_mean(self.codec, CODECS)
+            hint = did_you_mean(self.codec, CODECS)
             raise PolicyError(f"codec {self.codec!r} is unknown; known: {', '.join(CODECS)}{hint}")
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from flexgen.errors import HardwareError
+from flexgen.errors import HardwareError, did_you_mean
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
@@ -158,7 +157,7 @@ class Hardware:
         """A machine of `hardware.toml`. Raises HardwareError, with the known names, for another name."""
         presets = _read(PRESETS)
         if name not in presets:
-            hint = _did_you_mean(name, presets)
+            hint = did_you_mean(name, presets)
             raise HardwareError(
                 f"hardware {name!r} is not known; known: {', '.join(presets)}{hint}. A file of your own is given "
                 f"by its path (name.toml)"
@@ -228,13 +227,8 @@ def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) 
         if str(key) not in known:
             inside = f" in {table}" if table else ""
             raise HardwareError(
-                f"unknown key {str(key)!r}{inside}; known: {', '.join(known)}{_did_you_mean(key, known)}"
+                f"unknown key {str(key)!r}{inside}; known: {', '.join(known)}{did_you_mean(key, known)}"
             )
-
-
-def _did_you_mean(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _number(name: str, value: object) -> float:
