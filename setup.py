@@ -2,7 +2,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14"]
+PLOT = ["matplotlib>=3.8"]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT]
 # Builds of torch for GPUs bring the Triton that fits them. Elsewhere it is 300 MB that only its own test would use.
 GPU = ['triton>=3.3; platform_system == "Linux"']
 
@@ -35,8 +36,8 @@ setup(
     ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place
     # transformers brings huggingface_hub and tokenizers, in the versions it works with.
-    install_requires=["torch>=2.6", "numpy", "transformers>=5", "safetensors", "psutil", "tqdm"],
-    extras_require={"gpu": GPU, "test": TEST, "dev": [*TEST, "build"]},
+    install_requires=["torch>=2.6", "numpy", "transformers>=5", "safetensors", "scipy>=1.11", "psutil", "tqdm"],
+    extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "dev": [*TEST, "build"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
