@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,12 +24,13 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_attends, plan_memory
+from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, choose_order, host_attends, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
 from flexgen.report import timed_lanes
 from flexgen.runtime.call import Call, Model, Timing
+from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.request import (
     IdRows,
     Request,
@@ -40,7 +41,7 @@ from flexgen.runtime.request import (
     read_request,
     stop_ids,
 )
-from flexgen.runtime.sampler import check_sampling, sample
+from flexgen.runtime.sampler import check_sampling
 from flexgen.runtime.tokens import AllLogits, NewTokens
 from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
@@ -200,38 +201,62 @@ class OptLM:
         Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
         LaneError, with its cause, if a step fails.
         """
-        model = self._opened()
+        self._opened()
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
         check_sampling(temperature, top_k, top_p)
         if seed is not None:
             check_whole("seed", seed, 0)
         tokens = _cut(max_new_tokens, cut_gen_len, debug_mode)
-        stops = stop_ids(self.spec, stop)
-        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        plan = self._planned(workload)
-        pad = pad_id(self.spec)
         generator = torch.Generator(self._machine.device.torch_device)
         generator.manual_seed(int(seed)) if seed is not None else generator.seed()
+        drawn = temperature if do_sample else 0.0
+        choice = Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), generator)
+        out = self.generate_with(request, max_new_tokens, choice, tokens=tokens)
+        if (debug_mode or verbose) and self.stats is not None:
+            print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
+        return out
 
-        def choose(logits: Tensor) -> Tensor:
-            return sample(logits, temperature if do_sample else 0.0, top_k, top_p, generator)
+    def generate_with(
+        self,
+        request: Request,
+        max_new_tokens: int,
+        choice: Choice,
+        *,
+        tokens: int | None = None,
+        pad: int | None = None,
+        listeners: Sequence[Listener] = (),
+        kept: Sequence[Need] = (),
+    ) -> np.ndarray:
+        """`generate` for prompts that `read_request` has read, with any choice of the next id.
 
+        tokens: run only so many; the rest of the result is pad ids. pad: what follows a row that has ended, the
+            model's pad id if None. listeners: told of the new ids as they come. kept: what the caller keeps of
+            the call, beside what the plan counts.
+
+        `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
+        a LaneError. Raises as `generate` does.
+        """
+        model = self._opened()
+        check_length(self.spec, request, max_new_tokens)
+        tokens = max_new_tokens if tokens is None else tokens
+        pad = pad_id(self.spec) if pad is None else pad
+        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
+        plan = self._planned(workload, kept=kept)
         out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
             row[request.width - len(prompt) : request.width] = prompt
         new_tokens = 0
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=self._no_bar, leave=False)
+        told = [lambda new: bar.update(len(new.rows)), *listeners]
         with bar, torch.inference_mode(), Call(model, workload, pad) as call:
             for rows in request.blocks(self.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
-                output = NewTokens(prompts, tokens, choose, stops, pad, self._machine.device, bar.update)
+                output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
             self.stats = self._measured(call, plan, request, new_tokens)
-        if debug_mode or verbose:
-            print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
         return out
 
     def forward(self, input_ids: IdRows, attention_mask: Any = None) -> Tensor:
@@ -278,7 +303,7 @@ class OptLM:
                 lengths = tuple(len(request.prompts[n]) for n in rows)
                 if lengths not in timed:
                     prompts = call.prepare([request.prompts[n] for n in rows])
-                    output = NewTokens(prompts, max_new_tokens, _best, (), 0, self._machine.device)
+                    output = NewTokens(prompts, max_new_tokens, Sampled(), 0, self._machine.device)
                     # What was never written is read without touching the disk, and no rows were looked up yet.
                     if self._uses_disk() or model.table is not None:
                         call.run(prompts, 1, output)
@@ -296,17 +321,20 @@ class OptLM:
 
     # Planning
 
-    def _planned(self, workload: Workload | None, all_logits: bool = False) -> MemoryPlan:
-        """The plan of a call (of the weights alone without a workload), which fits the machine.
+    def _planned(
+        self, workload: Workload | None, all_logits: bool = False, kept: Sequence[Need] = ()
+    ) -> MemoryPlan:
+        """The plan of a call (of the weights alone without a workload), with what its caller keeps, which fits.
 
         Raises CapacityError otherwise, with a batch shape that would fit where there is one.
         """
 
         def plan(policy: Policy) -> MemoryPlan:
             shared = self._machine.device.shares_host_memory
-            return plan_memory(
+            planned = plan_memory(
                 self._layers, self.placement, policy, self.dtype, shared, workload, all_logits, self._slots
             )
+            return replace(planned, needs=(*planned.needs, *kept))
 
         return fitting_plan(plan, self.policy, self._machine.limits())
 
@@ -323,10 +351,6 @@ class OptLM:
         order = self._opened().order_of(batches).name
         prompts, computed = len(request.prompts), call.positions_computed
         return Stats(call.timing, order, plan, peak, prompts, prompt_tokens, new_tokens, computed)
-
-
-def _best(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1)
 
 
 def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:

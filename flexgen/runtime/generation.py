@@ -206,8 +206,8 @@ class Generation:
         return _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
 
     def _keep(self, step: Step, slot: int, y: Tensor) -> None:
-        _, _, j, k = step
+        _, i, j, k = step
         if j == self._last:
-            self._output.keep(k, slot, y)
+            self._output.keep(self.first + i, k, slot, y)
         else:
             self._activations.keep(k, slot, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Protocol
@@ -15,6 +15,7 @@ from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
 from flexgen.memory.transfer import Chains, Stage
+from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
 from flexgen.runtime.pages import Padding, Span
 from flexgen.trace import LaneName
@@ -139,7 +140,7 @@ class Output(Protocol):
 
     can_finish: bool
 
-    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
+    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
         """Accept logits (rows, seq or 1, vocab) on the compute device; part of the computation."""
 
     def store(self, token: int, batch: int, slot: int) -> Chains:
@@ -150,10 +151,10 @@ class Output(Protocol):
 
 
 class NewTokens:
-    """Chooses the next id of every row, and keeps them until the row meets a stop id.
+    """Has the next id of every row chosen, and keeps them until the row ends.
 
-    `ids` (rows of the block, tokens): pad id after a row has stopped. `count`: tokens made before that.
-    `on_new` is told how many ids came at once, for a progress bar.
+    `ids` (rows of the block, tokens): pad id after a row has ended. `count`: tokens made before that.
+    `names` are the caller's numbers of the block's rows, by which `choice` and `listeners` know them.
     """
 
     last_only = True
@@ -162,27 +163,27 @@ class NewTokens:
         self,
         prompts: Prompts,
         tokens: int,
-        choose: Callable[[Tensor], Tensor],
-        stop_ids: Sequence[int],
+        choice: Choice,
         pad_id: int,
         device: ComputeDevice,
-        on_new: Callable[[int], object] = lambda count: None,
+        names: Rows | None = None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self._prompts = prompts
-        self._choose = choose
-        self._on_new = on_new
+        self._choice = choice
+        self._listeners = listeners
         self.count = 0
-        self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
         self._pad_id = pad_id
         self._device = device
         self._chosen: dict[int, Tensor] = {}  # by slot
         count = len(prompts.lengths)
+        self._names = range(count) if names is None else names
         self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
-        self._stopped = torch.zeros(count, dtype=torch.bool)
-        self.can_finish = bool(len(self._stop_ids))
+        self._ended = torch.zeros(count, dtype=torch.bool)
+        self.can_finish = choice.can_end
 
-    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
-        self._chosen[slot] = self._choose(logits[:, -1])
+    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
+        self._chosen[slot] = self._choice.choose(logits[:, -1], self._named(batch), token)
 
     def store(self, token: int, batch: int, slot: int) -> Chains:
         record = Stage(LaneName.HOST, partial(self._record, token, batch, slot))
@@ -190,24 +191,33 @@ class NewTokens:
             return ((record,),)
         return ((Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot)), record),)
 
+    def _named(self, batch: int) -> Rows:
+        return [self._names[row] for row in self._prompts.batches[batch]]
+
     def _fetch(self, batch: int, slot: int) -> None:
         self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._chosen[slot])
 
     def _record(self, token: int, batch: int, slot: int) -> None:
         newest = self._prompts.newest[self._prompts.rows(batch)]
-        rows = self._prompts.batches[batch]
+        rows, names = self._prompts.batches[batch], self._named(batch)
         if self._device.shares_host_memory:
             newest.copy_(self._chosen[slot])
-        stopped = self._stopped[rows]
-        newest.masked_fill_(stopped, self._pad_id)
+        before = self._ended[rows]
+        newest.masked_fill_(before, self._pad_id)
         self.ids[rows, token] = newest
-        self.count += len(newest) - int(stopped.sum())
-        self._on_new(len(newest))
+        self.count += len(newest) - int(before.sum())
+        ended = before
         if self.can_finish:
-            self._stopped[rows] = stopped | torch.isin(newest, self._stop_ids)
+            ended = before | self._choice.ends(newest, names, token)
+            self._ended[rows] = ended
+        if self._listeners:
+            live = ~before
+            last = live if token == self.ids.shape[1] - 1 else live & ended
+            for listener in self._listeners:
+                listener(NewIds(names, token, newest, live, last))
 
     def following(self, token: int) -> list[list[int]] | None:
-        return regrouped(self._prompts.batches, self._stopped.tolist(), self.ids.shape[1] - token - 1)
+        return regrouped(self._prompts.batches, self._ended.tolist(), self.ids.shape[1] - token - 1)
 
 
 class AllLogits:
@@ -226,7 +236,7 @@ class AllLogits:
         """(tokens of prompt n, vocab)."""
         return self._rows[n]
 
-    def keep(self, batch: int, slot: int, logits: Tensor) -> None:
+    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
         self._there[slot] = logits
 
     def store(self, token: int, batch: int, slot: int) -> Chains:

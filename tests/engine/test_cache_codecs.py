@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import flexgen.engine
+import flexgen.runtime.choice
 from flexgen import OptLM, Policy
 from flexgen.policy import Tier
 from flexgen.quant import CODECS, head_format
@@ -83,9 +83,9 @@ def reference(model: Any, codec: str, prompt: list[int]) -> tuple[list[int], Ten
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The logits (rows, vocab) of each token and batch that the engine chooses from."""
     seen: list[Tensor] = []
-    choose = flexgen.engine.sample
+    choose = flexgen.runtime.choice.sample
     monkeypatch.setattr(
-        flexgen.engine,
+        flexgen.runtime.choice,
         "sample",
         lambda logits, *args: (seen.append(logits.clone()), choose(logits, *args))[1],
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.pages import Span
 from flexgen.runtime.tokens import AllLogits, NewTokens, Prompts
 
@@ -25,10 +26,6 @@ def chosen(ids: list[int], positions: int = 1) -> torch.Tensor:
     logits = torch.zeros(len(ids), positions, 16)
     logits[range(len(ids)), -1, ids] = 1.0
     return logits
-
-
-def best(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(-1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,10 +51,12 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
     with machine(device) as m:
         prompts = prompts_on(m)
         told: list[int] = []
-        output = NewTokens(prompts, 3, best, (), PAD, m.device, told.append)
+        output = NewTokens(
+            prompts, 3, Sampled(), PAD, m.device, listeners=[lambda new: told.append(len(new.rows))]
+        )
         for token, ids in enumerate([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]):
             for batch in range(2):
-                output.keep(batch, batch, chosen(ids[2 * batch : 2 * batch + 2]))
+                output.keep(token, batch, batch, chosen(ids[2 * batch : 2 * batch + 2]))
                 run(output.store(token, batch, batch))
                 run(prompts.load(token + 1, batch, batch))
                 read = prompts.take(token + 1, batch, batch)
@@ -73,12 +72,12 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
 def test_a_stopped_row_gets_pad_ids(stops: tuple[int, ...], device: str, machine: Any, run: Any) -> None:
     with machine(device) as m:
         prompts = prompts_on(m)
-        output = NewTokens(prompts, 4, best, stops, PAD, m.device)
+        output = NewTokens(prompts, 4, Sampled(stop_ids=stops), PAD, m.device)
         assert output.can_finish
         finished = []
         for token, ids in enumerate([[0, 4, 5, 6], [7, 8, 0, 10], [11, 0, 13, 15], [2, 2, 2, 0]]):
             for batch in range(2):
-                output.keep(batch, 0, chosen(ids[2 * batch : 2 * batch + 2]))
+                output.keep(token, batch, 0, chosen(ids[2 * batch : 2 * batch + 2]))
                 run(output.store(token, batch, 0))
             finished.append(output.following(token) == [])
         ends = 15 in stops
@@ -90,13 +89,40 @@ def test_a_stopped_row_gets_pad_ids(stops: tuple[int, ...], device: str, machine
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_listeners_know_rows_by_the_callers_numbers(device: str, machine: Any, run: Any) -> None:
+    with machine(device) as m:
+        prompts = prompts_on(m)
+        heard: list[tuple[Any, ...]] = []
+
+        def listen(new: NewIds) -> None:
+            given = (new.ids, new.live, new.ended)
+            heard.append((list(new.rows), new.token, *(values.tolist() for values in given)))
+
+        names = [40, 30, 20, 10]
+        output = NewTokens(prompts, 3, Sampled(stop_ids=[0]), PAD, m.device, names, [listen])
+        for token, ids in enumerate([[0, 4], [7, 8], [9, 0]]):
+            output.keep(token, 0, 0, chosen(ids))
+            run(output.store(token, 0, 0))
+        prompts.regroup([[1, 3]], 3)
+        output.keep(2, 0, 0, chosen([5, 6]))
+        run(output.store(2, 0, 0))
+        assert heard == [
+            ([40, 30], 0, [0, 4], [True, True], [True, False]),
+            ([40, 30], 1, [PAD, 8], [False, True], [False, False]),
+            ([40, 30], 2, [PAD, 0], [False, True], [False, True]),
+            ([30, 10], 2, [PAD, 6], [False, True], [False, True]),
+        ]
+        prompts.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_only_the_last_position_chooses(device: str, machine: Any, run: Any) -> None:
     with machine(device) as m:
         prompts = prompts_on(m)
-        output = NewTokens(prompts, 1, best, (), PAD, m.device)
+        output = NewTokens(prompts, 1, Sampled(), PAD, m.device)
         logits = chosen([3, 4], positions=4)
         logits[:, 0, 9] = 5.0
-        output.keep(0, 0, logits)
+        output.keep(0, 0, 0, logits)
         run(output.store(0, 0, 0))
         assert output.ids[:2].tolist() == [[3], [4]]
         prompts.close()
@@ -110,7 +136,7 @@ def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, ru
         assert not output.last_only and not output.can_finish
         logits = [torch.randn(2, width, 16) for width in (4, 3)]
         for batch in range(2):
-            output.keep(batch, batch, logits[batch])
+            output.keep(0, batch, batch, logits[batch])
             run(output.store(0, batch, batch))
         for n, given in enumerate(GIVEN):
             assert output.row(n).equal(logits[n // 2][n % 2, -len(given) :])

@@ -1,0 +1,86 @@
+"""What a call decides about each new token, and whom it tells: which id follows, which rows end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen.runtime.sampler import sample
+
+Rows = Sequence[int]
+"""Numbers of prompts in the order of the caller. Those of a GPU batch are in any order, and others after rows have
+left it."""
+
+
+class Choice(Protocol):
+    """Which id follows each row, and which rows end with it.
+
+    It is asked for one GPU batch at a time. `ends` has returned for a row's token before `choose` is asked for the
+    row's next one; another batch's calls may come between, and `ends` comes from another thread.
+    """
+
+    @property
+    def can_end(self) -> bool:
+        """Whether a row may end before the last token. If not, `ends` is not asked to say so."""
+
+    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab).
+
+        Both are on the compute device: this is a part of the computation. What it returns for a row that has ended
+        is not used. The logits may be written to, but are not to be kept.
+        """
+
+    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+        """Whether each row ends with the token, (rows,) bool.
+
+        ids (rows,) int64 in host memory: what was chosen, the pad id for a row that had ended before.
+        """
+
+
+class Sampled:
+    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row."""
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._options = temperature, top_k, top_p, generator
+        self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
+
+    @property
+    def can_end(self) -> bool:
+        return bool(len(self._stop_ids))
+
+    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        return sample(logits, *self._options)
+
+    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+        return torch.isin(ids, self._stop_ids)
+
+
+@dataclass(frozen=True)
+class NewIds:
+    """One new token of each row of a GPU batch.
+
+    `ids` (rows,) int64, of new token `token`, counted from 0. `live` (rows,) bool: not of a row that had ended
+    before, whose id is the pad id. `ended` (rows,) bool: live, and its row's last one.
+    """
+
+    rows: Rows
+    token: int
+    ids: Tensor
+    live: Tensor
+    ended: Tensor
+
+
+Listener = Callable[[NewIds], object]
+"""Told of new ids as they come to host memory, in the thread that brings them there. A row's come in order, those
+of different batches as they are computed. Rows that have ended may be left out. The tensors are not to be kept."""
