@@ -9,6 +9,7 @@ Prints a card, on request a line of JSON and a trace; with the embedded model, a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,10 @@ import numpy as np
 import transformers
 
 from flexgen import demo, scoring
-from flexgen.engine import OptLM, Stats
+from flexgen.engine import OptLM
 from flexgen.errors import CapacityError
 from flexgen.flags import add_policy_flags, count, read_policy, run
-from flexgen.memory.plan import batch_sizes
-from flexgen.report import ByPhase, Report, placement_table
+from flexgen.report import Report
 
 _DEMO_GEN_LEN = 24
 _DEMO_PROMPTS = 1024
@@ -49,13 +49,15 @@ def bench(args: argparse.Namespace) -> Report:
         job = make_job(model, args)
         # The first pass makes threads, pages and caches of libraries that later ones find: it is not measured.
         model.generate(job.warm_up, 2, stop=())
-        ids = model.generate(job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed)
-        assert model.stats is not None
-        stats = model.stats
-        phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
-        report = make_report(model, args, job, stats, phases, answer_perplexity(model, job))
+        ids, report = model.generate(
+            job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed, stats=True
+        )
         if args.trace:
-            stats.timing.trace.save(args.trace, model.layer_names)
+            assert model.stats is not None
+            model.stats.timing.trace.save(args.trace, model.layer_names)
+        phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
+        perplexity = answer_perplexity(model, job)
+        report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
     if job.records:
         print(answers(job, ids))
     print(report.card())
@@ -94,42 +96,6 @@ def make_job(model: OptLM, args: argparse.Namespace) -> Job:
     random = np.random.default_rng(args.seed)
     ids = random.integers(0, model.spec.vocab_size, size=(count, args.prompt_len or 512))
     return Job(list(ids), [ids[0, :1]], args.gen_len or 32)
-
-
-def make_report(
-    model: OptLM,
-    args: argparse.Namespace,
-    job: Job,
-    stats: Stats,
-    phases: ByPhase,
-    perplexity: float | None = None,
-) -> Report:
-    """What the run took; the decode of a run that was cut short is projected to its full length."""
-    run = min(args.cut_gen_len or job.gen_len, job.gen_len)
-    decode = stats.timing.decode
-    if 1 < run < job.gen_len:
-        decode *= (job.gen_len - 1) / (run - 1)
-    batches = batch_sizes(model.policy, len(job.prompts))
-    return Report(
-        model=str(args.model),
-        policy=model.policy,
-        device=model.device,
-        dtype=str(model.dtype).removeprefix("torch."),
-        order=stats.order,
-        prompt_len=job.prompt_len,
-        gen_len=job.gen_len,
-        num_prompts=len(job.prompts),
-        prefill_s=stats.timing.prefill,
-        decode_s=decode,
-        prompt_tokens=stats.prompt_tokens,
-        padded_share=stats.padded_share,
-        phases=phases,
-        plan_bytes=stats.plan.by_tier,
-        peak_bytes=stats.peak_bytes,
-        placement=placement_table(model.policy, model.placement.percent, batches),
-        projected_from=run if run < job.gen_len else None,
-        perplexity=perplexity,
-    )
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError, ScheduleError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.fitting import fitting_plan
@@ -24,13 +25,14 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, choose_order, host_attends, plan_memory
+from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, choose_order, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
-from flexgen.report import timed_lanes
-from flexgen.runtime.call import Call, Model, Timing
+from flexgen.report import Report
+from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
+from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.request import (
     IdRows,
     Request,
@@ -42,6 +44,7 @@ from flexgen.runtime.request import (
     stop_ids,
 )
 from flexgen.runtime.sampler import check_sampling
+from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import AllLogits, NewTokens
 from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
@@ -52,30 +55,7 @@ _FEWER_TOKENS = 4
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What the last call took: times and events, the order of a full block, tokens, and bytes by tier, planned
-    and measured.
-
-    `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
-    """
-
-    timing: Timing
-    order: str
-    plan: MemoryPlan
-    peak_bytes: dict[Tier, int]
-    num_prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    positions_computed: int
-
-    @property
-    def padded_share(self) -> float:
-        """Share of the positions that the prefill computed which are padding, 0 to 1."""
-        return 1 - self.prompt_tokens / self.positions_computed
-
-
-class OptLM:
+class OptLM(Conveniences):
     """A language model that need not fit its device.
 
     model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
@@ -114,6 +94,7 @@ class OptLM:
         checkpoint.verify(self._layers)
         self._no_bar = None if progress is None else not progress
         self.stats: Stats | None = None
+        super().__init__()
         with contextlib.ExitStack() as stack:
             machine = Machine.open(device, offload_dir, pin=self.policy.pin_weight)
             stack.callback(machine.close)
@@ -152,7 +133,8 @@ class OptLM:
         return [layer.name for layer in self._layers]
 
     def close(self) -> None:
-        """Free files, threads and memory; the model cannot be used afterwards."""
+        """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended."""
+        self._end_streams()
         self._finalizer()
         self._model = None  # and with it the last references to weights and slots
 
@@ -167,7 +149,14 @@ class OptLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def generate(
+    # Their other arguments are those of the method itself.
+    @overload
+    def generate(self, *args: Any, stats: Literal[False] = False, **options: Any) -> np.ndarray: ...
+
+    @overload
+    def generate(self, *args: Any, stats: Literal[True], **options: Any) -> tuple[np.ndarray, Report]: ...
+
+    def generate(  # type: ignore[misc]
         self,
         inputs: IdRows,
         max_new_tokens: int = 32,
@@ -182,7 +171,8 @@ class OptLM:
         top_p: float = 1.0,
         attention_mask: Any = None,
         seed: int | None = None,
-    ) -> np.ndarray:
+        stats: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, Report]:
         """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int64.
 
         inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. Shorter
@@ -197,25 +187,19 @@ class OptLM:
         debug_mode: "breakdown" prints what each operation took; "fewer_batch" runs a few tokens only, as
             `cut_gen_len` does, and prints the times projected from them.
         verbose: above 0, prints a summary of the call (to stderr).
+        stats: also return the call's `Report`: what it took, and what lay where.
 
         Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
         LaneError, with its cause, if a step fails.
         """
-        self._opened()
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
-        check_sampling(temperature, top_k, top_p)
-        if seed is not None:
-            check_whole("seed", seed, 0)
+        choice = self.sampled(do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed)
         tokens = _cut(max_new_tokens, cut_gen_len, debug_mode)
-        generator = torch.Generator(self._machine.device.torch_device)
-        generator.manual_seed(int(seed)) if seed is not None else generator.seed()
-        drawn = temperature if do_sample else 0.0
-        choice = Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), generator)
         out = self.generate_with(request, max_new_tokens, choice, tokens=tokens)
         if (debug_mode or verbose) and self.stats is not None:
             print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
-        return out
+        return (out, self.last_report(request, max_new_tokens, tokens)) if stats else out
 
     def generate_with(
         self,
@@ -227,12 +211,14 @@ class OptLM:
         pad: int | None = None,
         listeners: Sequence[Listener] = (),
         kept: Sequence[Need] = (),
+        check: Callable[[], object] | None = None,
     ) -> np.ndarray:
         """`generate` for prompts that `read_request` has read, with any choice of the next id.
 
         tokens: run only so many; the rest of the result is pad ids. pad: what follows a row that has ended, the
             model's pad id if None. listeners: told of the new ids as they come. kept: what the caller keeps of
-            the call, beside what the plan counts.
+            the call, beside what the plan counts. check: called before each step; what it raises ends the call and
+            comes out as it is. Such a call shows no bar.
 
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
         a LaneError. Raises as `generate` does.
@@ -247,9 +233,10 @@ class OptLM:
         for row, prompt in zip(out, request.prompts, strict=True):
             row[request.width - len(prompt) : request.width] = prompt
         new_tokens = 0
-        bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=self._no_bar, leave=False)
+        no_bar = self._no_bar if check is None else True
+        bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
-        with bar, torch.inference_mode(), Call(model, workload, pad) as call:
+        with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
             for rows in request.blocks(self.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
@@ -258,6 +245,26 @@ class OptLM:
                 new_tokens += output.count
             self.stats = self._measured(call, plan, request, new_tokens)
         return out
+
+    def sampled(
+        self,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        stop: int | Iterable[int] | None = None,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Choice:
+        """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
+        self._opened()
+        check_sampling(temperature, top_k, top_p)
+        if seed is not None:
+            check_whole("seed", seed, 0)
+        generator = torch.Generator(self._machine.device.torch_device)
+        generator.manual_seed(int(seed)) if seed is not None else generator.seed()
+        drawn = temperature if do_sample else 0.0
+        return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), generator)
 
     def forward(self, input_ids: IdRows, attention_mask: Any = None) -> Tensor:
         """Logits (prompts, prompt_len, vocab) of every position, in host memory; zero in the padding.
@@ -294,30 +301,7 @@ class OptLM:
         check_length(self.spec, request, max_new_tokens)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         self._planned(workload)
-        attends = host_attends(self.policy, self._machine.device.shares_host_memory)
-        lanes = timed_lanes(attends)
-        seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
-        with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
-            timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
-            for rows in request.blocks(self.policy.block_size):
-                lengths = tuple(len(request.prompts[n]) for n in rows)
-                if lengths not in timed:
-                    prompts = call.prepare([request.prompts[n] for n in rows])
-                    output = NewTokens(prompts, max_new_tokens, Sampled(), 0, self._machine.device)
-                    # What was never written is read without touching the disk, and no rows were looked up yet.
-                    if self._uses_disk() or model.table is not None:
-                        call.run(prompts, 1, output)
-                    timed[lengths] = {
-                        lane: call.time_lane(lane, prompts, max_new_tokens, output) for lane in lanes
-                    }
-                for lane, alone in timed[lengths].items():
-                    for phase, taken in alone.items():
-                        if taken:
-                            seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken
-        return seconds
-
-    def _uses_disk(self) -> bool:
-        return any(split.percent(Tier.DISK) for split in (self.policy.cache, self.policy.activations))
+        return lane_seconds(model, request, workload)
 
     # Planning
 
@@ -340,17 +324,25 @@ class OptLM:
 
     def _measured(self, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
         machine = self._machine
-        on_disk = self.placement.nbytes[Tier.DISK] + machine.disk.peak
         peak = {
             Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
             Tier.CPU: max(peak_resident_bytes() - self._resident_before, 0),
-            Tier.DISK: on_disk,
+            Tier.DISK: self.placement.nbytes[Tier.DISK] + machine.disk.peak,
         }
         prompt_tokens = sum(map(len, request.prompts))
         batches = len(batch_sizes(self.policy, len(request.prompts)))
         order = self._opened().order_of(batches).name
         prompts, computed = len(request.prompts), call.positions_computed
-        return Stats(call.timing, order, plan, peak, prompts, prompt_tokens, new_tokens, computed)
+        return Stats(
+            call.timing, self.policy, order, plan, peak, prompts, prompt_tokens, new_tokens, computed
+        )
+
+    def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
+        """Of the last call, which ran `tokens` of `max_new_tokens` for `request`."""
+        assert self.stats is not None
+        names, dtype = (self.spec.name, self.device), str(self.dtype).removeprefix("torch.")
+        lengths = request.longest, max_new_tokens, tokens
+        return self.stats.report(*names, dtype, self.placement.percent, *lengths)
 
 
 def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:

@@ -36,8 +36,8 @@ class Report:
     token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
     `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
     `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
-    were run, where the decode was projected from fewer than `gen_len`. `perplexity`: of the right answers, where
-    they are known.
+    were run, where the decode was projected from fewer than `gen_len`. `new_tokens`: of all prompts, where some
+    stopped before `gen_len`. `perplexity`: of the right answers, where they are known.
     """
 
     model: str
@@ -57,6 +57,7 @@ class Report:
     peak_bytes: ByTier
     placement: Mapping[str, Mapping[Tier, tuple[float, float]]]
     projected_from: int | None = None
+    new_tokens: int | None = None
     perplexity: float | None = None
 
     @property
@@ -69,11 +70,15 @@ class Report:
 
     @property
     def decode_tokens_s(self) -> float:
-        return _rate(self.num_prompts * (self.gen_len - 1), self.decode_s)
+        return _rate(self._made - self.num_prompts, self.decode_s)
 
     @property
     def throughput_tokens_s(self) -> float:
-        return _rate(self.num_prompts * self.gen_len, self.total_s)
+        return _rate(self._made, self.total_s)
+
+    @property
+    def _made(self) -> int:
+        return self.num_prompts * self.gen_len if self.new_tokens is None else self.new_tokens
 
     @property
     def lanes(self) -> dict[LaneName, float]:
@@ -166,9 +171,8 @@ class Report:
     def _sizes(self) -> str:
         mean = self.prompt_tokens / self.num_prompts
         ragged = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
-        sizes = (
-            f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each"
-        )
+        early = f" at most, {self.new_tokens} in all" if self.new_tokens is not None else ""
+        sizes = f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each{early}"
         return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
 
     def _schedule(self) -> str:

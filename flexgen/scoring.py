@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-_ROWS = 32
+ROWS = 32
 """Texts whose logits are held at once: they take far more memory than the texts."""
 
 
@@ -27,7 +27,7 @@ def log_likelihoods(logits: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
 
 
 def score(
-    forward: Callable[[Sequence[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]], rows: int = _ROWS
+    forward: Callable[[Sequence[Sequence[int]]], Tensor], texts: Sequence[Sequence[int]], rows: int = ROWS
 ) -> list[Tensor]:
     """`log_likelihoods` of every text (ids), in the order of `texts`.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from flexgen.errors import LaneError
+from flexgen.errors import LaneError, RequestError
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
@@ -33,7 +34,7 @@ from flexgen.workload import Workload
 class Model:
     """An opened model, ready to run: what every call shares.
 
-    `table`: of the embedding, where its rows are gathered at home.
+    `table`: of the embedding, where its rows are gathered at home. `in_use`: held by the one call that runs.
     """
 
     layers: tuple[Layer, ...]
@@ -45,6 +46,7 @@ class Model:
     slots: Slots
     order: str | None = None
     table: RowTable | None = None
+    in_use: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
@@ -70,9 +72,15 @@ class Call:
 
     For each block: `prepare` its prompts, make an output for them, `run`. Buffers of the cache and of the
     hidden states are made for the first block and kept for all of its shape.
+
+    `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
+    raises RequestError while another one runs: slots and lanes serve one at a time.
     """
 
-    def __init__(self, model: Model, workload: Workload, pad_id: int) -> None:
+    def __init__(
+        self, model: Model, workload: Workload, pad_id: int, check: Callable[[], object] | None = None
+    ) -> None:
+        self._check = check
         self._model = model
         self._workload = workload
         self._pad_id = pad_id
@@ -87,11 +95,18 @@ class Call:
         """Of the prompts of all blocks, the padding of their batches included."""
 
     def __enter__(self) -> Call:
+        if not self._model.in_use.acquire(blocking=False):
+            raise RequestError(
+                "another call of this model is still running: take all that its stream has, or close the stream"
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._free_prompts()
-        self._free_buffers()
+        try:
+            self._free_prompts()
+            self._free_buffers()
+        finally:
+            self._model.in_use.release()
 
     def prepare(self, prompts: Sequence[np.ndarray]) -> Prompts:
         """Take the prompts of the next block, at most the policy's block size."""
@@ -125,7 +140,8 @@ class Call:
         order = self._model.order_of(len(prompts.batches))
         generation = self._generation(prompts, output, self._grid(order, prompts, tokens - first), first)
         offset = self.timing.total + time.perf_counter() - self._began
-        trace = execute(order(generation.grid), generation.grid, generation, self._model.lanes)
+        steps = self._checked(order(generation.grid))
+        trace = execute(steps, generation.grid, generation, self._model.lanes)
         last = len(self._model.layers) - 1
         events = [e._replace(step=e.step._replace(token=first + e.step.token)) for e in trace.events]
         if not first:
@@ -135,6 +151,11 @@ class Call:
             self.timing.prefill += offset - self.timing.total + max(heads)
         self.timing.trace.extend(events, offset)
         return generation
+
+    def _checked(self, steps: Iterable[Step]) -> Iterable[Step]:
+        if self._check is None:
+            return steps
+        return _each_after(self._check, steps)
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
         """From `token` on, only these rows; nothing runs meanwhile."""
@@ -208,6 +229,12 @@ class Call:
         if self._prompts is not None:
             self._prompts.close()
             self._prompts = None
+
+
+def _each_after(check: Callable[[], object], steps: Iterable[Step]) -> Iterator[Step]:
+    for step in steps:
+        check()
+        yield step
 
 
 class _LaneAlone:

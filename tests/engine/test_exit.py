@@ -31,10 +31,12 @@ print("done", flush=True)
 """
 
 
-def run(directory: Path, device: str, offload: Path, tokens: int) -> subprocess.Popen[str]:
+def run(
+    directory: Path, device: str, offload: Path, tokens: int, script: str = SCRIPT
+) -> subprocess.Popen[str]:
     arguments = [str(directory), device, str(offload), str(tokens)]
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -60,4 +62,20 @@ def test_ctrl_c_during_generate(tiny: Any, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGINT
     assert err.rstrip().splitlines()[-1] == "KeyboardInterrupt"
     assert "done" not in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_with_a_stream_that_still_runs(tiny: Any, tmp_path: Path) -> None:
+    generate = "lm.generate([[5, 6, 7]] * 4, int(sys.argv[4]), stop=())"
+    stream = "stream = lm.stream([[5, 6, 7]] * 4, int(sys.argv[4]), stop=())\nbegun.wait(60)"
+    script = SCRIPT.replace(generate, stream).replace('print("decoding", flush=True)', "begun.set()")
+    script = "import threading\nbegun = threading.Event()\n" + script
+    # At this bandwidth the 40 tokens would take several minutes.
+    process = run(tiny("opt").directory, "emulated:link=64KiB,disk=64KiB", tmp_path, 40, script)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and not err
+    assert out == "done\n"
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,39 @@
+"""What each lane alone would take for a call."""
+
+from __future__ import annotations
+
+import torch
+
+from flexgen.memory.plan import host_attends
+from flexgen.policy import Tier
+from flexgen.report import timed_lanes
+from flexgen.runtime.call import Call, Model
+from flexgen.runtime.choice import Sampled
+from flexgen.runtime.request import Request
+from flexgen.runtime.tokens import NewTokens
+from flexgen.trace import LaneName, Phase
+from flexgen.workload import Workload
+
+
+def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Phase, dict[LaneName, float]]:
+    """Seconds of each lane that can be timed, for both phases of all blocks, see `OptLM.lane_seconds`."""
+    lanes = timed_lanes(host_attends(model.policy, model.machine.device.shares_host_memory))
+    on_disk = any(split.percent(Tier.DISK) for split in (model.policy.cache, model.policy.activations))
+    tokens = workload.gen_len
+    seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
+    with torch.inference_mode(), Call(model, workload, 0) as call:
+        timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
+        for rows in request.blocks(model.policy.block_size):
+            lengths = tuple(len(request.prompts[n]) for n in rows)
+            if lengths not in timed:
+                prompts = call.prepare([request.prompts[n] for n in rows])
+                output = NewTokens(prompts, tokens, Sampled(), 0, model.machine.device)
+                # What was never written is read without touching the disk, and no rows were looked up yet.
+                if on_disk or model.table is not None:
+                    call.run(prompts, 1, output)
+                timed[lengths] = {lane: call.time_lane(lane, prompts, tokens, output) for lane in lanes}
+            for lane, alone in timed[lengths].items():
+                for phase, taken in alone.items():
+                    if taken:
+                        seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken
+    return seconds

@@ -1,0 +1,74 @@
+"""What a call took: measured by the engine, told as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexgen.memory.plan import MemoryPlan, batch_sizes
+from flexgen.policy import Policy, Tier
+from flexgen.report import Report, placement_table
+from flexgen.runtime.call import Timing
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last call took: times and events, the policy it ran under, the order of a full block, tokens, and
+    bytes by tier, planned and measured.
+
+    `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
+    """
+
+    timing: Timing
+    policy: Policy
+    order: str
+    plan: MemoryPlan
+    peak_bytes: dict[Tier, int]
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    positions_computed: int
+
+    @property
+    def padded_share(self) -> float:
+        """Share of the positions that the prefill computed which are padding, 0 to 1."""
+        return 1 - self.prompt_tokens / self.positions_computed
+
+    def report(
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        placed: Mapping[Tier, float],
+        prompt_len: int,
+        gen_len: int,
+        tokens: int,
+    ) -> Report:
+        """The report of a call that made new tokens, without the lanes' times and the perplexity.
+
+        placed: percent of the weights on each tier. prompt_len: of the longest prompt. gen_len: new tokens that
+        were asked for, of which `tokens` were run; the decode of fewer is projected to all.
+        """
+        decode = self.timing.decode
+        if 1 < tokens < gen_len:
+            decode *= (gen_len - 1) / (tokens - 1)
+        early = tokens == gen_len and self.new_tokens < self.num_prompts * gen_len
+        return Report(
+            model=model,
+            policy=self.policy,
+            device=device,
+            dtype=dtype,
+            order=self.order,
+            prompt_len=prompt_len,
+            gen_len=gen_len,
+            num_prompts=self.num_prompts,
+            new_tokens=self.new_tokens if early else None,
+            prefill_s=self.timing.prefill,
+            decode_s=decode,
+            prompt_tokens=self.prompt_tokens,
+            padded_share=self.padded_share,
+            plan_bytes=self.plan.by_tier,
+            peak_bytes=self.peak_bytes,
+            placement=placement_table(self.policy, placed, batch_sizes(self.policy, self.num_prompts)),
+            projected_from=tokens if tokens < gen_len else None,
+        )

@@ -1,0 +1,96 @@
+"""What a run tells while it goes on: it runs in a thread, and whoever asked for it iterates."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Generic, Self, TypeVar
+
+T = TypeVar("T")
+
+_OWN_THREADS = "flexgen-"
+
+
+class Abandoned(Exception):
+    """Ends a run that nobody waits for any more."""
+
+
+class Teller(Generic[T]):
+    """A run's side of a stream."""
+
+    def __init__(self) -> None:
+        # An item, or the end: with the error of the run, or None.
+        self.queue: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+        self.abandoned = False
+
+    def tell(self, item: T) -> None:
+        """Hand an item to the stream. Never waits: the run goes on, whether the item is taken or not."""
+        self.queue.put((item,))
+
+    def check(self) -> None:
+        """Raise Abandoned once the stream was closed. A run calls it now and then."""
+        if self.abandoned:
+            raise Abandoned
+
+
+class Stream(Iterator[T]):
+    """The items that `run` tells, in their order; it runs in a thread, from now on.
+
+    An error of the run is raised where the next item would come. Closing the stream, leaving it as a context
+    manager, dropping the last reference to it or leaving the interpreter ends the run at its next `check` and
+    waits for that; so does Ctrl-C while waiting for an item. What was told and not taken is gone then.
+    """
+
+    def __init__(self, run: Callable[[Teller[T]], object]) -> None:
+        self._teller: Teller[T] = Teller()
+        thread = threading.Thread(
+            target=_serve, args=(run, self._teller), name=f"{_OWN_THREADS}stream", daemon=True
+        )
+        thread.start()
+        # The thread must not refer to the stream, or it would never be dropped.
+        self._finalizer = weakref.finalize(self, _stop, self._teller, thread)
+
+    def __next__(self) -> T:
+        if not self._finalizer.alive:
+            raise StopIteration
+        try:
+            told = self._teller.queue.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if isinstance(told, tuple):
+            return told[0]
+        self.close()
+        if told is not None:
+            raise told
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the run, if it still goes on."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _serve(run: Callable[[Teller[T]], object], teller: Teller[T]) -> None:
+    try:
+        run(teller)
+    except Abandoned:
+        teller.queue.put(None)
+    except BaseException as error:  # whatever it is, the one who waits must hear of it
+        teller.queue.put(error)
+    else:
+        teller.queue.put(None)
+
+
+def _stop(teller: Teller[T], thread: threading.Thread) -> None:
+    teller.abandoned = True
+    # The garbage collector may call this in a thread that the run itself waits for.
+    if not threading.current_thread().name.startswith(_OWN_THREADS):
+        thread.join()

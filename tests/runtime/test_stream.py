@@ -1,0 +1,77 @@
+"""A stream hands on what its run tells, and ends the run when nobody waits for it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+
+import pytest
+
+from flexgen.runtime.stream import Stream, Teller
+
+
+def running() -> bool:
+    return any(thread.name == "flexgen-stream" for thread in threading.enumerate())
+
+
+def endless(teller: Teller[int]) -> None:
+    for number in itertools.count():
+        teller.check()
+        if number < 3:
+            teller.tell(number)
+
+
+def test_items_come_in_order_and_then_it_ends() -> None:
+    stream = Stream(lambda teller: [teller.tell(n) for n in range(5)])
+    assert list(stream) == [0, 1, 2, 3, 4]
+    assert list(stream) == [] and not running()
+
+
+def test_an_error_comes_after_what_was_told_before_it() -> None:
+    error = ValueError("the cable is out")
+
+    def run(teller: Teller[int]) -> None:
+        teller.tell(7)
+        raise error
+
+    stream = Stream(run)
+    assert next(stream) == 7
+    with pytest.raises(ValueError) as raised:
+        next(stream)
+    assert raised.value is error
+    assert list(stream) == [] and not running()
+
+
+@pytest.mark.parametrize("way", ["close", "with", "drop"])
+def test_a_run_that_is_left_ends(way: str) -> None:
+    stream: Stream[int] | None = Stream(endless)
+    assert stream is not None and next(stream) == 0
+    if way == "close":
+        stream.close()
+    elif way == "with":
+        with stream:
+            assert next(stream) == 1
+    else:
+        stream = None
+        gc.collect()
+    assert not running()
+    assert stream is None or list(stream) == []
+
+
+class Interrupted:
+    """A queue at which Ctrl-C is pressed."""
+
+    def put(self, item: object) -> None:
+        pass
+
+    def get(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_waiting_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(endless)
+    monkeypatch.setattr(stream._teller, "queue", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert not running()
