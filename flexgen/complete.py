@@ -1,0 +1,223 @@
+"""`python -m flexgen.complete`: continue one text, or many, one after another, at a prompt.
+
+    python -m flexgen.complete --model DIR --prompt "Once upon a time"
+    python -m flexgen.complete --model DIR --interactive
+
+The completion, ended by one newline, goes to stdout as it is made; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexgen.engine import OptLM
+from flexgen.errors import FlexGenError, RequestError
+from flexgen.flags import add_policy_flags, count, read_policy, run
+from flexgen.models import open_model
+from flexgen.runtime.request import check_length, check_whole, read_request
+from flexgen.runtime.sampler import check_sampling
+from flexgen.text import encode, encode_chat, load_tokenizer, stop_strings
+
+_PROMPT = ">>> "
+_RESET = "/reset"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run(make_parser(), complete, argv)
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Open the model, continue the prompt or ask for prompts."""
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    if args.seed is not None:
+        check_whole("seed", args.seed, 0)
+    stop_strings(args.stop)
+    if args.interactive and (args.prompt is not None or args.prompt_file is not None):
+        raise RequestError("--interactive asks for prompts; leave --prompt and --prompt-file out")
+    given = None if args.interactive else _given(args)
+    policy = read_policy(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    ids = None if given is None else _fitting(args, given)
+    try:
+        with OptLM(
+            args.model,
+            policy,
+            device=args.device,
+            dtype=args.dtype,
+            offload_dir=args.offload_dir,
+            order=args.order,
+        ) as model:
+            if ids is None:
+                _ask(model, args)
+            else:
+                _answer(model, ids, args)
+    except BrokenPipeError:
+        # Whoever read has read enough. What is buffered must not be tried again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _given(args: argparse.Namespace) -> str:
+    """The prompt: from the flag, a file, or what is piped into the command."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise RequestError("--prompt and --prompt-file are both given; give one of them")
+    if args.prompt is not None:
+        prompt: str = args.prompt
+        return prompt
+    try:
+        if args.prompt_file is not None:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        elif sys.stdin is not None and not sys.stdin.isatty():
+            text = sys.stdin.read()
+        else:
+            text = ""
+    except UnicodeDecodeError as error:
+        where = args.prompt_file or "standard input"
+        raise RequestError(f"{where} is not UTF-8 text: byte {error.start} is {error.reason}") from None
+    if not text and args.prompt_file is not None:
+        raise RequestError(f"{args.prompt_file} is empty; write the prompt into it")
+    if not text:
+        raise RequestError(
+            "there is no prompt: give --prompt TEXT or --prompt-file FILE, pipe a text into the command, or be "
+            "asked for prompts with --interactive"
+        )
+    return text.removesuffix("\n")  # editors and echo end every text with one
+
+
+def _fitting(args: argparse.Namespace, prompt: str) -> list[int]:
+    """The ids of the prompt. Raises RequestError if it is too long, before weights are loaded."""
+    spec, checkpoint = open_model(args.model)
+    ids = encode(load_tokenizer(checkpoint.directory, spec.name), prompt)
+    check_length(spec, read_request(spec, [ids], [[1] * len(ids)] if ids else None), args.max_tokens)
+    return ids
+
+
+def _answer(model: OptLM, ids: Sequence[int], args: argparse.Namespace) -> str:
+    """Write the completion of a prompt as it is made; returns it."""
+    pieces = []
+    with model.stream_text(
+        ids,
+        args.max_tokens,
+        stop=args.stop,
+        do_sample=args.temperature > 0,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    ) as stream:
+        for piece in stream:
+            pieces.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return "".join(pieces)
+
+
+def _ask(model: OptLM, args: argparse.Namespace) -> None:
+    """Read prompts and answer them, until there are no more."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` its editing and its history)
+    prompts = _Prompts(model.tokenizer)
+    _tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-D leaves.")
+    try:
+        while (line := _read_line()) is not None:
+            if not line.strip():
+                continue
+            if line.strip() == _RESET:
+                _tell(prompts.reset())
+                continue
+            try:
+                prompts.answered(line, _answer(model, prompts.ids(line), args))
+            except FlexGenError as error:
+                _tell(f"{error}{prompts.hint}")
+    except KeyboardInterrupt:
+        pass
+    _tell("\nbye")
+
+
+class _Prompts:
+    """What each line becomes: a turn of a conversation where the tokenizer has a template, else a prompt alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._chats = bool(getattr(tokenizer, "chat_template", None))
+        self._messages: list[dict[str, str]] = []
+
+    @property
+    def about(self) -> str:
+        if self._chats:
+            return f"Each line is a message; {_RESET} begins a new conversation."
+        return "Each line is continued by itself: the tokenizer has no chat template."
+
+    @property
+    def hint(self) -> str:
+        """What may help where a turn failed."""
+        return f" ({_RESET} forgets the conversation)" if self._messages else ""
+
+    def ids(self, line: str) -> list[int]:
+        if not self._chats:
+            return encode(self._tokenizer, line)
+        return encode_chat(self._tokenizer, [*self._messages, {"role": "user", "content": line}])
+
+    def answered(self, line: str, answer: str) -> None:
+        """Keep a turn that ended well."""
+        if self._chats:
+            self._messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+    def reset(self) -> str:
+        self._messages.clear()
+        return "a new conversation" if self._chats else f"nothing to forget. {self.about}"
+
+
+def _read_line() -> str | None:
+    """The next line, None after the last. `input` is for people: it writes its prompt to stdout."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            return input(_PROMPT)
+        except EOFError:
+            return None
+    sys.stderr.write(_PROMPT)
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen.complete",
+        description="Continue a text; stdin is the prompt if none is given.",
+    )
+    add = parser.add_argument
+    add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
+    add("--prompt", metavar="TEXT", help="the text to continue")
+    add("--prompt-file", metavar="FILE", help="a file that holds it; one newline at its end does not count")
+    add("--interactive", action="store_true", help="ask for prompts; a conversation with a model that chats")
+    add("--max-tokens", type=count, default=128, metavar="N", help="new tokens at most (default: 128)")
+    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1.0)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")
+    add("--seed", type=int, help="of what is drawn (default: another one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
+    add_policy_flags(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`python -m flexgen.complete`: the completion alone on stdout, the rest on stderr, one line for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import shutil
+import sys
+
+import pytest
+
+from flexgen import complete
+from flexgen.demo import MODEL_DIR
+from flexgen.engine import OptLM
+from flexgen.policy import Policy
+
+PROMPT = "Date: 26 Apr 2019"
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-tokens", "12", "--gpu-batch-size", "1"]
+FLAGS += ["--num-gpu-batches", "1", "--percent", "100", "0", "100", "0", "100", "0"]
+BEST = [*FLAGS, "--temperature", "0"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def model():
+    with OptLM("demo", Policy(gpu_batch_size=1), device="cpu", dtype="float32", progress=False) as lm:
+        yield lm
+
+
+@pytest.fixture(scope="module")
+def completion(model):
+    return model.generate_text([PROMPT], 12)[0]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """What stands on standard input."""
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_the_completion_alone_is_on_stdout(completion, tmp_path, typed, capsys):
+    typed("what is on stdin does not count where a prompt is given")
+    assert complete.main([*BEST, "--prompt", PROMPT]) == 0
+    assert capsys.readouterr().out == completion + "\n"
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT + "\n", encoding="utf-8")
+    assert complete.main([*BEST, "--prompt-file", str(path)]) == 0
+    assert capsys.readouterr().out == completion + "\n"
+    typed(PROMPT + "\n")
+    assert complete.main(BEST) == 0
+    assert capsys.readouterr().out == completion + "\n"
+
+
+def test_a_stop_ends_it(completion, capsys):
+    stop = completion[3:5]
+    assert complete.main([*BEST, "--prompt", PROMPT, "--stop", "never", "--stop", stop]) == 0
+    assert capsys.readouterr().out == completion.partition(stop)[0] + "\n"
+
+
+def test_a_seed_repeats_what_was_drawn(model, capsys):
+    flags = ["--prompt", PROMPT, "--temperature", "1.3", "--top-k", "40", "--top-p", "0.9", "--seed", "5"]
+    drawn = dict(do_sample=True, temperature=1.3, top_k=40, top_p=0.9, seed=5)
+    assert complete.main([*FLAGS, *flags]) == 0
+    assert capsys.readouterr().out == model.generate_text([PROMPT], 12, **drawn)[0] + "\n"
+
+
+def test_pieces_are_shown_as_they_are_made(completion, monkeypatch):
+    class Seen(io.StringIO):
+        pieces = []
+
+        def flush(self):
+            self.pieces.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Seen())
+    assert complete.main([*BEST, "--prompt", PROMPT]) == 0
+    assert len(set(Seen.pieces)) > 3 and Seen.pieces[-1] == completion + "\n"
+    assert all(completion.startswith(seen) for seen in Seen.pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "nowhere/at/all", "--prompt", "a"], "no such directory"),
+        ([], "there is no prompt: give --prompt TEXT"),
+        (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
+        (["--prompt", "a", "--interactive"], "leave --prompt"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "word " * 600], "positions of demo"),
+        (["--prompt", "a", "--max-tokens", "600"], "at most 5"),
+        (["--prompt", "a", "--top-p", "2"], "top_p is 2"),
+        (["--prompt", "a", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "a", "--stop", ""], "stop holds ''"),
+        (["--prompt", "a", "--device", "tpu"], "device 'tpu' is not known"),
+    ],
+)
+@pytest.mark.parametrize("stdin", [io.StringIO, Terminal])
+def test_bad_input_is_one_clear_line(flags, said, stdin, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", stdin())
+    assert complete.main([*FLAGS, *flags]) == 1
+    out, err = capsys.readouterr()
+    assert not out and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_prompts_that_are_no_text(tmp_path, typed, capsys):
+    path = tmp_path / "prompt.txt"
+    for content, said in ((b"", "is empty"), (b"caf\xe9", "is not UTF-8 text: byte 3")):
+        path.write_bytes(content)
+        assert complete.main([*FLAGS, "--prompt-file", str(path)]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_too_long_is_refused_before_weights_are_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(OptLM, "__init__", lambda *args, **options: pytest.fail("it was opened"))
+    assert complete.main([*FLAGS, "--prompt", "word " * 600]) == 1
+    assert "positions" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert complete.main([*BEST, "--prompt", PROMPT]) == 0
+    assert not capsys.readouterr().err
+
+
+# At a prompt
+
+
+def test_lines_are_answered_one_after_another(completion, typed, capsys):
+    typed(f"{PROMPT}\n\n   \n/reset\n{PROMPT}")
+    assert complete.main([*BEST, "--interactive"]) == 0
+    out, err = capsys.readouterr()
+    assert out == (completion + "\n") * 2
+    assert err.count(">>> ") == 6 and "nothing to forget" in err and err.endswith("bye\n")
+
+
+def test_a_line_that_cannot_be_served_is_told_and_the_next_one_comes(completion, typed, capsys):
+    typed("word " * 600 + f"\n{PROMPT}\n")
+    assert complete.main([*BEST, "--interactive"]) == 0
+    out, err = capsys.readouterr()
+    assert out == completion + "\n" and "positions of demo" in err
+
+
+@pytest.mark.parametrize("where", ["_read_line", "_answer"])
+def test_ctrl_c_leaves_with_a_word(where, typed, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    typed(f"{PROMPT}\n{PROMPT}\n")
+    monkeypatch.setattr(complete, where, interrupted)
+    assert complete.main([*BEST, "--interactive"]) == 0
+    assert capsys.readouterr().err.endswith("\nbye\n")
+
+
+def test_at_a_terminal(completion, monkeypatch, capsys):
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{PROMPT}\n\x04".encode())
+    with open(theirs, encoding="utf-8") as stdin, open(os.dup(theirs), "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert complete.main([*BEST, "--interactive"]) == 0
+        shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert f">>> {completion}\n" in shown
+    assert capsys.readouterr().err.endswith("\nbye\n")
+
+
+def test_a_conversation(tmp_path, typed, monkeypatch, capsys):
+    directory = tmp_path / "chat"
+    shutil.copytree(MODEL_DIR, directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = []
+    answer = complete._answer
+
+    def listening(lm, ids, args):
+        asked.append(lm.tokenizer.decode(ids))
+        return answer(lm, ids, args)
+
+    monkeypatch.setattr(complete, "_answer", listening)
+    typed("ab\ncd\n/reset\nef\n")
+    assert complete.main([*BEST, "--model", str(directory), "--interactive"]) == 0
+    out, err = capsys.readouterr()
+    first = "[user] ab\n[assistant]"
+    assert asked[0] == first
+    told = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
+    assert out.startswith(told + "\n"), "the answer is a part of the second prompt"
+    assert asked[2] == "[user] ef\n[assistant]"
+    assert "a new conversation" in err
