@@ -36,7 +36,15 @@ setup(
     ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place
     # transformers brings huggingface_hub and tokenizers, in the versions it works with.
-    install_requires=["torch>=2.6", "numpy", "transformers>=5", "safetensors", "scipy>=1.11", "psutil", "tqdm"],
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "transformers>=5",
+        "safetensors",
+        "scipy>=1.11",
+        "psutil",
+        "tqdm",
+    ],
     extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "dev": [*TEST, "build"]},
     classifiers=[
         "Development Status :: 4 - Beta",

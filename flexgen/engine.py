@@ -32,6 +32,7 @@ from flexgen.policy import Policy, Tier
 from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
+from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.request import (
     IdRows,
@@ -48,10 +49,8 @@ from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import AllLogits, NewTokens
 from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
-from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
-_FEWER_TOKENS = 4
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -59,7 +58,8 @@ class OptLM(Conveniences):
     """A language model that need not fit its device.
 
     model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
-        config; weights="dummy" makes random weights of the right shapes and never touches the network.
+        config; weights="dummy" makes random weights of the right shapes and never touches the network, and a
+        `Path` as `weights` is a directory that holds them in place of the model's own.
     policy: a `Policy`, or the path of its TOML file.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
     dtype: of arithmetic, weights and cache: "auto" (the checkpoint's own), "float32", "bfloat16", "float16".
@@ -81,7 +81,7 @@ class OptLM(Conveniences):
         device: str | torch.device | ComputeDevice = "auto",
         dtype: str | torch.dtype = "auto",
         offload_dir: str | Path | None = None,
-        weights: Literal["checkpoint", "dummy"] = "checkpoint",
+        weights: Literal["checkpoint", "dummy"] | Path = "checkpoint",
         progress: bool | None = None,
         order: str | None = None,
     ) -> None:
@@ -184,8 +184,8 @@ class OptLM(Conveniences):
         attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
             begin a row of a rectangular input are padding.
         cut_gen_len: generate only so many tokens, the rest of the result is pad ids (for benchmarks).
-        debug_mode: "breakdown" prints what each operation took; "fewer_batch" runs a few tokens only, as
-            `cut_gen_len` does, and prints the times projected from them.
+        debug_mode: both run a few tokens only, as `cut_gen_len` does, and print the times projected from them.
+            "breakdown" also prints what each operation took, with nothing beside it (order "normal").
         verbose: above 0, prints a summary of the call (to stderr).
         stats: also return the call's `Report`: what it took, and what lay where.
 
@@ -195,10 +195,12 @@ class OptLM(Conveniences):
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
         choice = self.sampled(do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed)
-        tokens = _cut(max_new_tokens, cut_gen_len, debug_mode)
-        out = self.generate_with(request, max_new_tokens, choice, tokens=tokens)
-        if (debug_mode or verbose) and self.stats is not None:
-            print(_summary(self.stats, debug_mode, tokens, max_new_tokens), file=sys.stderr)
+        tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode)
+        order = order_to_run(debug_mode)
+        out = self.generate_with(request, max_new_tokens, choice, tokens=tokens, order=order)
+        if (debug_mode or verbose) and (done := self.stats):
+            told = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
+            print(summary(*told), file=sys.stderr)
         return (out, self.last_report(request, max_new_tokens, tokens)) if stats else out
 
     def generate_with(
@@ -212,18 +214,20 @@ class OptLM(Conveniences):
         listeners: Sequence[Listener] = (),
         kept: Sequence[Need] = (),
         check: Callable[[], object] | None = None,
+        order: str | None = None,
     ) -> np.ndarray:
         """`generate` for prompts that `read_request` has read, with any choice of the next id.
 
         tokens: run only so many; the rest of the result is pad ids. pad: what follows a row that has ended, the
             model's pad id if None. listeners: told of the new ids as they come. kept: what the caller keeps of
             the call, beside what the plan counts. check: called before each step; what it raises ends the call and
-            comes out as it is. Such a call shows no bar.
+            comes out as it is. Such a call shows no bar. order: runs in this one, whatever the policy asks for; it
+            must do with the slots of the model's own.
 
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
         a LaneError. Raises as `generate` does.
         """
-        model = self._opened()
+        model = self._opened() if order is None else replace(self._opened(), order=order)
         check_length(self.spec, request, max_new_tokens)
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
@@ -331,7 +335,7 @@ class OptLM(Conveniences):
         }
         prompt_tokens = sum(map(len, request.prompts))
         batches = len(batch_sizes(self.policy, len(request.prompts)))
-        order = self._opened().order_of(batches).name
+        order = call.order_of(batches).name
         prompts, computed = len(request.prompts), call.positions_computed
         return Stats(
             call.timing, self.policy, order, plan, peak, prompts, prompt_tokens, new_tokens, computed
@@ -352,27 +356,3 @@ def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDev
     if dtype is None:
         raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")
     return dtype
-
-
-def _cut(max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None) -> int:
-    """How many tokens to run."""
-    if debug_mode not in (None, "breakdown", "fewer_batch"):
-        raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
-    if cut_gen_len is None:
-        return min(max_new_tokens, _FEWER_TOKENS) if debug_mode == "fewer_batch" else max_new_tokens
-    check_whole("cut_gen_len", cut_gen_len, 1)
-    return min(cut_gen_len, max_new_tokens)
-
-
-def _summary(stats: Stats, debug_mode: str | None, tokens: int, asked: int) -> str:
-    timing = stats.timing
-    decode = timing.decode * (asked - 1) / (tokens - 1) if tokens > 1 else timing.decode
-    lines = [
-        f"{stats.num_prompts} prompts, {stats.new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, "
-        f"decode {format_seconds(decode)}" + (f" (projected from {tokens} tokens)" if tokens < asked else "")
-    ]
-    if debug_mode == "breakdown":
-        for (op, lane), (count, seconds) in timing.trace.by_op().items():
-            each = format_seconds(seconds / count)
-            lines.append(f"{op.name.lower():<14}{lane:<14}{count:>7} x {each:>9} = {format_seconds(seconds)}")
-    return "\n".join(lines)

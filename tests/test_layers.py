@@ -22,6 +22,7 @@ LAYERS = [
     {"conveniences"},
     {"engine"},
     {"hf", "flex_opt"},
+    {"compression", "opt_config", "pytorch_backend"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"cli"},
     {"__init__", "__main__"},

@@ -23,7 +23,7 @@ from flexgen.models.families.fields import eos_ids
 from flexgen.models.families.opt import known_config, known_size
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
-from flexgen.models.tensor_files import BinCheckpoint, Extent, SafetensorsCheckpoint
+from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -32,7 +32,10 @@ _GENERATION = "generation_config.json"
 _TEXT_FILES = [_CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_tokens*.json", "chat_template*"]
 _SUBDIRECTORIES = ["*/*"]
 
-_Files = SafetensorsCheckpoint | BinCheckpoint
+_NUMPY_SUFFIX = "-np"
+"""Of the folder that FlexGen 0.1 made for a model, after the model's name."""
+
+_Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint
 
 
 class Checkpoint(Protocol):
@@ -57,22 +60,31 @@ class Checkpoint(Protocol):
 
 
 def open_model(
-    model: str | Path | PreTrainedConfig, weights: Literal["checkpoint", "dummy"] = "checkpoint"
+    model: str | Path | PreTrainedConfig, weights: Literal["checkpoint", "dummy"] | Path = "checkpoint"
 ) -> tuple[ModelSpec, Checkpoint]:
     """The spec of a model and its checkpoint.
 
     `model` is "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), the id of a
-    repository on the hub, or a transformers config. Only a hub id asks the network; with "dummy", at most
-    for its config.json. Headers are read; weights only where a file has both an embedding and a head that
-    its config calls one. Raises ModelError and CheckpointError.
+    repository on the hub, or a transformers config. A directory of known name may also be one of FlexGen 0.1's
+    ("opt-30b-np"). Only a hub id asks the network; with "dummy", at most for its config.json. A `Path` as
+    `weights` is the directory that holds the weights of `model`. Headers are read; weights only where a file
+    has both an embedding and a head that its config calls one. Raises ModelError and CheckpointError.
     """
+    if isinstance(weights, Path):
+        spec, _ = open_model(model, "dummy")
+        files = _open_files(weights.expanduser())
+        unsaid = isinstance(model, PreTrainedConfig) and model.dtype is None
+        return _as_stored(spec, files, unsaid), files
     if weights not in ("checkpoint", "dummy"):
-        raise ModelError(f"weights = {weights!r} is not supported; supported: 'checkpoint', 'dummy'")
+        raise ModelError(
+            f"weights = {weights!r} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
+        )
     dummy = weights == "dummy"
     if isinstance(model, PreTrainedConfig):
         if not dummy:
             raise ModelError(
-                "a config has no weights: give the directory or hub id that has them, or weights='dummy'"
+                "a config has no weights: give the directory or hub id that has them, weights=Path(directory) "
+                "or weights='dummy'"
             )
         return spec_from_config(model, model.name_or_path or model.model_type), DummyCheckpoint()
     if not isinstance(model, str | Path):
@@ -104,7 +116,11 @@ def open_model(
 
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
-    config = config_from_dict(_read_json(directory / _CONFIG), name)
+    size = known_size(directory.name.removesuffix(_NUMPY_SUFFIX))
+    if size is not None and (directory / NumpyCheckpoint.MARK).exists():
+        config: PreTrainedConfig = known_config(size)
+    else:
+        config = config_from_dict(_read_json(directory / _CONFIG), name)
     spec = spec_from_config(config, name)
     if (directory / _GENERATION).exists():
         generation = _read_json(directory / _GENERATION)
@@ -113,12 +129,17 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
     if dummy:
         return spec, DummyCheckpoint(directory)
     files = _open_files(directory)
+    return _as_stored(spec, files, config.dtype is None), files
+
+
+def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
+    """The spec with what only the files know: the dtype where the config says none, and a head of its own."""
     embed, head = _vocabulary(spec)
-    if config.dtype is None and files.holds(embed):
+    if dtype_unsaid and files.holds(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
     if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
         spec = replace(spec, tied_head=False)
-    return spec, files
+    return spec
 
 
 def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
@@ -148,10 +169,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _open_files(directory: Path) -> _Files:
-    formats: tuple[tuple[str, type[_Files]], ...] = (
+    formats: tuple[tuple[str, type[SafetensorsCheckpoint] | type[BinCheckpoint]], ...] = (
         ("model.safetensors", SafetensorsCheckpoint),
         ("pytorch_model.bin", BinCheckpoint),
     )
+    if (directory / NumpyCheckpoint.MARK).exists():
+        return NumpyCheckpoint(directory)
     looked_for = []
     for single, checkpoint in formats:
         index = directory / f"{single}.index.json"
@@ -161,7 +184,7 @@ def _open_files(directory: Path) -> _Files:
             return checkpoint(directory, _shards(index))
         looked_for += [single, index.name]
     raise CheckpointError(
-        f"{directory}: no weight files; looked for {', '.join(looked_for)}. "
+        f"{directory}: no weight files; looked for {', '.join(looked_for)}, {NumpyCheckpoint.MARK}. "
         "weights='dummy' runs the model with random weights"
     )
 

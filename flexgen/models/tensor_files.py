@@ -1,4 +1,5 @@
-"""Checkpoints as files: safetensors, whose bytes can be read in place, and torch's own `.bin`."""
+"""Checkpoints as files: safetensors and folders of numpy files, whose bytes can be read in place, and torch's
+own `.bin`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from flexgen.models.layer import Layer
 from flexgen.models.spec import WeightSpec
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
@@ -151,11 +154,33 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-class SafetensorsCheckpoint(_TensorFiles):
-    """One or several safetensors files of one directory. Only headers are kept in memory."""
+def read_numpy_header(path: Path) -> StoredTensor:
+    """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read(file)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a numpy file: {error}") from error
+        offset = file.tell()
+    nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if fortran_order:
+        raise CheckpointError(f"{path}: holds its array column by column; save it with np.ascontiguousarray")
+    if offset + nbytes != size:
+        raise CheckpointError(
+            f"{path}: an array of shape {shape} in {dtype} takes {offset + nbytes} bytes, the file has {size}: "
+            "it is truncated or damaged, copy or convert it again"
+        )
+    return StoredTensor(path, str(dtype), _NUMPY_DTYPES.get(dtype.str), shape, offset, nbytes)
 
-    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
-        super().__init__(directory, {n: stored for path in files for n, stored in read_header(path).items()})
+
+class _PlainFiles(_TensorFiles):
+    """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
     def extent(self, weight: WeightSpec) -> Extent:
         """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
@@ -177,6 +202,34 @@ class SafetensorsCheckpoint(_TensorFiles):
                     raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
                 done += count
         return buffer.view(extent.dtype).view(extent.shape).to(dtype)
+
+
+class SafetensorsCheckpoint(_PlainFiles):
+    """One or several safetensors files of one directory."""
+
+    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
+        super().__init__(directory, {n: stored for path in files for n, stored in read_header(path).items()})
+
+
+class NumpyCheckpoint(_PlainFiles):
+    """The folder that FlexGen 0.1 converted an OPT checkpoint to: a numpy file for each tensor, named for it.
+
+    What is called final_layer_norm elsewhere is layer_norm there. Its lm_head.weight is a copy of the embedding,
+    which is left out.
+    """
+
+    MARK = "decoder.embed_tokens.weight"
+    """A file by which such a folder is known."""
+
+    def __init__(self, directory: Path) -> None:
+        names = {path.name: path for path in sorted(directory.glob("decoder.*"))}
+        super().__init__(
+            directory,
+            {
+                name.replace("decoder.layer_norm.", "decoder.final_layer_norm."): read_numpy_header(path)
+                for name, path in names.items()
+            },
+        )
 
 
 class BinCheckpoint(_TensorFiles):

@@ -108,6 +108,10 @@ class Call:
         finally:
             self._model.in_use.release()
 
+    def order_of(self, batches: int) -> Order:
+        """The order in which a block of so many batches runs."""
+        return self._model.order_of(batches)
+
     def prepare(self, prompts: Sequence[np.ndarray]) -> Prompts:
         """Take the prompts of the next block, at most the policy's block size."""
         self._began = time.perf_counter()

@@ -1,0 +1,276 @@
+"""The benchmark of FlexGen 0.1: its flags, what it prints, and its log.
+
+python -m flexgen.flex_opt --model facebook/opt-1.3b --path _DUMMY_ --percent 0 100 100 0 100 0
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from flexgen.errors import RequestError
+from flexgen.flags import run
+from flexgen.flex_opt.environment import ExecutionEnv
+from flexgen.flex_opt.model import OptLM
+from flexgen.flex_opt.places import DUMMY_WEIGHT, read_config
+from flexgen.flex_opt.policy import CompressionConfig, Policy
+from flexgen.policy import Tier
+from flexgen.runtime.debug import BREAKDOWN, FEWER_BATCH, projected_decode, tokens_to_run
+from flexgen.units import GIB
+
+GB = GIB
+"""What 0.1 calls a GB in its prints and logs."""
+
+_PROMPT = "The largest planet of the solar system is"
+_WARM_UP_LEN = 32
+_TOKENIZER = "facebook/opt-30b"
+"""All sizes of OPT share its tokenizer."""
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What a log says: seconds, and tokens a second."""
+
+    prefill_latency: float
+    prefill_throughput: float
+    decode_latency: float
+    decode_throughput: float
+    total_latency: float
+    total_throughput: float
+
+
+def str2bool(value: str | bool) -> bool:
+    """The truth of "yes", "true", "t", "y", "1" and their opposites, for argparse."""
+    if isinstance(value, bool):
+        return value
+    if value.lower() not in _TRUE + _FALSE:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
+    return value.lower() in _TRUE
+
+
+def get_test_inputs(prompt_len: int, num_prompts: int, tokenizer: Any) -> tuple[list[int], ...]:
+    """One sentence as ids, padded to `prompt_len` by the tokenizer, `num_prompts` times."""
+    ids = tokenizer([_PROMPT], padding="max_length", max_length=prompt_len).input_ids[0]
+    return (ids,) * num_prompts
+
+
+def get_filename(args: argparse.Namespace) -> str:
+    """The name of a run's log, without ".log": from size, batches, lengths, percentages, what is switched on."""
+    percent = "".join(f"{value}-" for value in args.percent)
+    parts = [
+        f"fo-{args.model.split('-')[-1]}-gbs{args.gpu_batch_size}-ngbs{args.num_gpu_batches}-",
+        f"prompt{args.prompt_len}-gen{args.gen_len}-percent-{percent}",
+        "cpu-cache" if args.cpu_cache_compute else "gpu-cache",
+        "-compw" if args.compress_weight else "",
+        "-compc" if args.compress_cache else "",
+    ]
+    return "".join(parts)
+
+
+def write_benchmark_log(
+    filename: str | Path | None,
+    model_size: float,
+    cache_size: float,
+    hidden_size: float,
+    gpu_peak_mem: float,
+    projected: bool,
+    prefill_latency: float,
+    prefill_throughput: float,
+    decode_latency: float,
+    decode_throughput: float,
+    total_latency: float,
+    total_throughput: float,
+) -> str:
+    """Append a run to a log (to none for None) and return its lines. Sizes in bytes, times in seconds."""
+    rows = [
+        [f"model size: {model_size / GB:.3f} GB", f"cache size: {cache_size / GB:.3f} GB"],
+        [f"peak gpu mem: {gpu_peak_mem / GB:.3f} GB", f"projected: {projected}"],
+        *(
+            [f"{phase} latency: {seconds:.3f} s", f"{phase} throughput: {rate:.3f} token/s"]
+            for phase, seconds, rate in (
+                ("prefill", prefill_latency, prefill_throughput),
+                ("decode", decode_latency, decode_throughput),
+                ("total", total_latency, total_throughput),
+            )
+        ),
+    ]
+    rows[0].append(f"hidden size (p): {hidden_size / GB:.3f} GB")
+    text = "\n".join("\t".join(row) for row in rows)
+    if filename is not None:
+        with open(filename, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    return text
+
+
+def read_benchmark_log(filename: str | Path) -> BenchmarkResult:
+    """The times of the first run in a log."""
+    lines = Path(filename).read_text(encoding="utf-8").splitlines()
+    # "prefill latency: 1.5 s<tab>prefill throughput: 2.5 token/s"
+    values = [float(part.split(": ")[1].split(" ")[0]) for line in lines[2:5] for part in line.split("\t")]
+    return BenchmarkResult(*values)
+
+
+def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of 0.1's benchmark, which `run_flexgen` reads."""
+    add = parser.add_argument
+    add("--model", default="facebook/opt-6.7b", help="name of an OPT model, or of a directory in --path")
+    add("--path", default="~/opt_weights", help=f"where its weights lie; {DUMMY_WEIGHT}: random ones")
+    add("--offload-dir", default="~/flexgen_offload_dir", help="where the disk tier lives")
+    add("--prompt-len", type=int, default=512, help="tokens of each prompt")
+    add("--gen-len", type=int, default=32, help="new tokens of each prompt")
+    add("--cut-gen-len", type=int, help="run so many tokens only and project the decode time")
+    add("--debug-mode", choices=[FEWER_BATCH, BREAKDOWN], help="project from a few tokens; table of costs")
+    add("--gpu-batch-size", type=int, default=4)
+    add("--num-gpu-batches", type=int, default=1)
+    add(
+        "--percent",
+        nargs="+",
+        type=int,
+        default=[100, 0, 100, 0, 100, 0],
+        help="six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; "
+        "the rest of each is on disk",
+    )
+    for name in ("--sep-layer", "--pin-weight", "--overlap"):
+        add(name, type=str2bool, nargs="?", const=True, default=True, metavar="BOOL")
+    add("--cpu-cache-compute", action="store_true", help="attend on the CPU to cache that is off the GPU")
+    add("--attn-sparsity", type=float, default=1.0, help="share of the cached values that is used")
+    add("--compress-weight", action="store_true", help="keep weights in 4 bits")
+    add("--compress-cache", action="store_true", help="keep the cache in 4 bits")
+    add("--log-file", default="auto", help="append the figures to it (default: a name made of the flags)")
+    add("--no-log", action="store_true", help="write no log")
+    add("--verbose", type=int, default=2, help="1: print the log, 2: and some of the text")
+
+
+def run_flexgen(args: argparse.Namespace) -> None:
+    """Run the benchmark that the flags describe; print, and append to a log, what it took.
+
+    The prompts have no padding, which would not be computed: `prompt_len` tokens of each are worked on.
+    """
+    print(f"<run_flexgen>: args.model: {args.model}")
+    if len(args.percent) != 6:
+        raise RequestError(f"--percent has {len(args.percent)} numbers; it takes six")
+    config = read_config(args.model, args.path)
+    w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = args.percent
+    policy = Policy(
+        args.gpu_batch_size,
+        args.num_gpu_batches,
+        w_gpu,
+        w_cpu,
+        cache_gpu,
+        cache_cpu,
+        act_gpu,
+        act_cpu,
+        overlap=args.overlap,
+        sep_layer=args.sep_layer,
+        pin_weight=args.pin_weight,
+        cpu_cache_compute=args.cpu_cache_compute,
+        attn_sparsity=args.attn_sparsity,
+        compress_weight=args.compress_weight,
+        comp_weight_config=CompressionConfig(num_bits=4, group_size=64, group_dim=0, symmetric=False),
+        compress_cache=args.compress_cache,
+        comp_cache_config=CompressionConfig(num_bits=4, group_size=64, group_dim=2, symmetric=False),
+    )
+    num_prompts = policy.to_policy().block_size
+    prompt_len, gen_len = args.prompt_len, args.gen_len
+    for name, value in (("--prompt-len", prompt_len), ("--gen-len", gen_len)):
+        if value < 1:
+            raise RequestError(f"{name} is {value}; it must be at least 1")
+    cut = args.cut_gen_len or None
+    tokens = tokens_to_run(gen_len, cut, args.debug_mode)
+    sizes = (
+        config.model_bytes(),
+        config.cache_bytes(num_prompts, prompt_len + gen_len),
+        config.hidden_bytes(num_prompts, prompt_len + gen_len),
+    )
+    model_size, cache_size, hidden_size = (f"{size / GB:.3f} GB" for size in sizes)
+    print(f"model size: {model_size}, cache size: {cache_size}, hidden size (prefill): {hidden_size}")
+    env = ExecutionEnv.create(args.offload_dir)
+    try:
+        print("init weight...")
+        model = OptLM(config, env, args.path, policy)
+        tokenizer = None if DUMMY_WEIGHT in args.path else _tokenizer(model)
+        prompt = _full_prompt(model, tokenizer, prompt_len)
+        print("warmup - generate")
+        model.generate([prompt[:_WARM_UP_LEN]] * num_prompts, max_new_tokens=1)
+        print("benchmark - generate")
+        ids = model.generate(
+            [prompt] * num_prompts,
+            max_new_tokens=gen_len,
+            debug_mode=args.debug_mode,
+            cut_gen_len=cut,
+            verbose=args.verbose,
+        )
+        assert model.stats is not None
+        timing, gpu_peak = model.stats.timing, model.stats.peak_bytes[Tier.GPU]
+        env.gpu.print_stats()
+        env.cpu.print_stats()
+    finally:
+        env.close_copy_threads()
+    if tokenizer is not None and args.verbose >= 2:
+        print(_shown(tokenizer, ids))
+    prefill = timing.prefill
+    decode = projected_decode(timing.decode, tokens, gen_len) if gen_len > 1 else 0.0
+    text = write_benchmark_log(
+        None if args.no_log else get_filename(args) + ".log" if args.log_file == "auto" else args.log_file,
+        *sizes,
+        gpu_peak,
+        bool(args.debug_mode or cut),
+        prefill,
+        num_prompts * prompt_len / prefill,
+        decode,
+        num_prompts * (gen_len - 1) / max(decode, 1e-10),
+        prefill + decode,
+        num_prompts * gen_len / (prefill + decode),
+    )
+    if args.verbose >= 1:
+        print(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen.flex_opt",
+        description="The benchmark of FlexGen 0.1, with its flags and its log. `python -m flexgen.bench` is newer: "
+        "it knows more models and says what the hardware could give.",
+    )
+    add_parser_arguments(parser)
+    return run(parser, run_flexgen, argv)
+
+
+def _tokenizer(model: OptLM) -> Any | None:
+    """The model's own, or that of OPT if it is on this machine already; None where there is neither."""
+    directory = model.engine.tokenizer_dir
+    own = directory is not None and any((directory / name).exists() for name in _TOKENIZER_FILES)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            directory if own else _TOKENIZER, padding_side="left", local_files_only=True
+        )
+    except (OSError, ValueError):
+        print(f"no tokenizer in {directory}, and that of {_TOKENIZER} is not on this machine: random prompts")
+        return None
+
+
+def _full_prompt(model: OptLM, tokenizer: Any | None, prompt_len: int) -> list[int]:
+    """`prompt_len` ids without padding: a sentence over and over, or random ones."""
+    config = model.config
+    if tokenizer is not None:
+        first, *rest = tokenizer(_PROMPT).input_ids
+        return ([first] + rest * (prompt_len // len(rest) + 1))[:prompt_len]
+    ids = np.delete(np.arange(config.vocab_size), config.pad_token_id)
+    return [int(n) for n in np.random.default_rng(0).choice(ids, prompt_len)]
+
+
+def _shown(tokenizer: Any, ids: np.ndarray) -> str:
+    """The first and the last text."""
+    rule = "-" * 70
+    texts = tokenizer.batch_decode(ids[[0, -1]], skip_special_tokens=True)
+    numbered = [f"{n}: {text}\n{rule}" for n, text in zip((0, len(ids) - 1), texts, strict=True)]
+    return "\n".join(["Outputs:", rule, *numbered])

@@ -1,0 +1,154 @@
+"""`OptLM` as FlexGen 0.1 has it: its arguments, its conventions, this engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexgen import engine
+from flexgen.engine import Stats
+from flexgen.flex_opt.config import OptConfig
+from flexgen.flex_opt.environment import ExecutionEnv
+from flexgen.flex_opt.places import find_weights, read_config
+from flexgen.flex_opt.policy import Policy
+from flexgen.runtime.debug import BREAKDOWN
+from flexgen.runtime.request import IdRows
+from flexgen.schedule import Op
+from flexgen.trace import Event, Phase
+
+_SEEDS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one call of `generate` was asked for."""
+
+    inputs: Any
+    prompt_len: int
+    gen_len: int
+    cut_gen_len: int | None
+    do_sample: bool
+    temperature: float
+    stop: int | None
+
+
+class OptLM:
+    """An OPT model on the devices of `env`, its weights under `path` (see `find_weights`).
+
+    config: an `OptConfig`, a name that `get_opt_config` knows, or that of a directory in Hugging Face's layout
+        under `path`. `close_copy_threads` of `env` closes it.
+
+    Raises what `flexgen.OptLM` raises; it is there as `engine`.
+    """
+
+    def __init__(self, config: str | OptConfig, env: ExecutionEnv, path: str, policy: Policy) -> None:
+        self.config = read_config(config, str(path))
+        self.env = env
+        self.path = path
+        self.policy = policy
+        self.num_gpu_batches = policy.num_gpu_batches
+        self.task: Task | None = None
+        found = find_weights(self.config, str(path))
+        self.engine = engine.OptLM(
+            found.model,
+            policy.to_policy(),
+            device="auto" if env.gpu is None else env.gpu.device,
+            offload_dir=None if env.disk is None else env.disk.path,
+            weights=found.weights,
+        )
+        env.adopt(self.engine)
+        self.num_layers = len(self.engine.layer_names)
+
+    @property
+    def stats(self) -> Stats | None:
+        """What the last call took."""
+        return self.engine.stats
+
+    def generate(
+        self,
+        inputs: IdRows,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        stop: int | None = None,
+        debug_mode: str | None = None,
+        cut_gen_len: int | None = None,
+        verbose: int = 0,
+    ) -> np.ndarray:
+        """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int32.
+
+        inputs: as `flexgen.OptLM.generate` takes them, of any number. Rows of pad ids alone, with which scripts
+            fill up a block, are not computed: pad ids follow them.
+        do_sample: draws with torch's global random state, so `torch.manual_seed` decides.
+        stop: the id that ends a row; with None nothing does.
+        debug_mode: "fewer_batch" and "breakdown" run a few tokens and project the times; "breakdown" also prints
+            0.1's table of costs.
+
+        Raises as `flexgen.OptLM.generate` does.
+        """
+        if isinstance(inputs, torch.Tensor):
+            inputs = inputs.cpu().numpy()
+        lengths = [np.size(row) for row in inputs] if isinstance(inputs, Iterable) else []
+        prompt_len = max(lengths, default=0)
+        cut_gen_len = cut_gen_len or None
+        self.task = Task(inputs, prompt_len, max_new_tokens, cut_gen_len, do_sample, temperature, stop)
+        kept = _not_only(self.config.pad_token_id, inputs)
+        # All of them are padding, or there are none: the second is for the engine to refuse.
+        if lengths and not kept:
+            return np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
+        made = self.engine.generate(
+            [inputs[n] for n in kept] if len(kept) < len(lengths) else inputs,  # type: ignore[arg-type]
+            max_new_tokens,
+            do_sample,
+            temperature,
+            stop=() if stop is None else stop,
+            debug_mode=debug_mode,
+            cut_gen_len=cut_gen_len,
+            verbose=verbose,
+            seed=int(torch.randint(_SEEDS, ())) if do_sample else None,
+        )
+        if debug_mode == BREAKDOWN and self.stats is not None:
+            batches = -(-len(kept) // self.policy.gpu_batch_size)
+            blocks = -(-batches // self.num_gpu_batches)
+            events = self.stats.timing.trace.events
+            print("\n".join(cost_lines(events, self.num_layers, batches, blocks, max_new_tokens)))
+        out = np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
+        out[kept, out.shape[1] - made.shape[1] :] = made
+        return out
+
+
+def _not_only(pad_id: int, inputs: Any) -> list[int]:
+    """The numbers of the rows that are not padding alone. An empty row is no padding, but a mistake."""
+    if not isinstance(inputs, Sequence | np.ndarray):
+        return []
+    return [n for n, row in enumerate(inputs) if not np.size(row) or np.any(np.asarray(row) != pad_id)]
+
+
+def cost_lines(events: Sequence[Event], layers: int, batches: int, blocks: int, gen_len: int) -> list[str]:
+    """0.1's table of costs: mean seconds of loading a layer, and of what is done for a layer and a batch.
+
+    events: of a run that overlaps nothing; batches: of all blocks; gen_len: new tokens that were asked for.
+    """
+    seconds: dict[tuple[Op, Phase], float] = {}
+    decoded = max((event.step.token for event in events), default=0)
+    for event in events:
+        key = event.step.op, Phase.DECODE if event.step.token else Phase.PREFILL
+        seconds[key] = seconds.get(key, 0.0) + event.end - event.start
+    weights = sum(seconds.get((Op.LOAD_WEIGHTS, phase), 0.0) for phase in Phase)
+    lines = [
+        f"#layers: {layers}",
+        f"#batches prefill:  {layers * batches}",
+        f"#batches decoding: {(gen_len - 1) * layers * batches}",
+        f"load_weight            (per-layer): {weights / (layers * blocks * (decoded + 1)):.6f} s",
+    ]
+    names = {"load_cache": Op.LOAD_CACHE, "store_cache": Op.STORE_CACHE, "compute_layer": Op.COMPUTE}
+    for stage, phase, tokens in (("prefill", Phase.PREFILL, 1), ("decoding", Phase.DECODE, decoded)):
+        for name, op in names.items():
+            if tokens:
+                mean = seconds.get((op, phase), 0.0) / (layers * batches * tokens)
+                lines.append(f"{f'{name}_{stage}':22s} (per-batch): {mean:.6f} s")
+    return lines

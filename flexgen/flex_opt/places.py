@@ -1,0 +1,103 @@
+"""Where the weights of a model lie under the `path` that FlexGen 0.1 is given."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from flexgen.errors import CheckpointError, ModelError
+from flexgen.flex_opt.config import OptConfig, from_spec, get_opt_config, is_published, to_transformers
+from flexgen.models import ModelSpec, open_model
+from flexgen.models.tensor_files import NumpyCheckpoint
+
+DUMMY_WEIGHT = "_DUMMY_"
+"""In a path: random weights."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `flexgen.OptLM` is asked to open: its `model` and its `weights`."""
+
+    model: str | Path | PreTrainedConfig
+    weights: Literal["checkpoint", "dummy"] | Path
+
+
+def read_config(config: str | OptConfig, path: str) -> OptConfig:
+    """The sizes of a model by name: OPT's own, or of the directory in Hugging Face's layout under `path`."""
+    if isinstance(config, OptConfig):
+        return config
+    try:
+        return get_opt_config(config)
+    except ModelError:
+        directory = None if DUMMY_WEIGHT in path else _hf_directory(config, path)
+        if directory is None:
+            raise
+    return from_spec(_opt_spec(directory), config)
+
+
+def find_weights(config: OptConfig, path: str) -> Found:
+    """The weights of `config`, looked for in this order:
+
+    `path` with _DUMMY_ in it (random ones), `path/<name>-np` (0.1's folder of numpy files), `path/<name>` and
+    `path` (directories in Hugging Face's layout). A published model that is in none of them is asked of the hub,
+    which is said on stderr.
+
+    Raises CheckpointError with what was looked for, ModelError where a directory holds a model of other sizes.
+    """
+    if DUMMY_WEIGHT in path:
+        return Found(to_transformers(config), "dummy")
+    folder = _base(path) / f"{config.name}-np"
+    if (folder / NumpyCheckpoint.MARK).exists():
+        return Found(to_transformers(config), folder)
+    directory = _hf_directory(config.name, path)
+    if directory is not None:
+        _check_sizes(config, directory)
+        return Found(directory, "checkpoint")
+    looked_for = (
+        f"{config.name}: no weights under {path}: looked for {folder / NumpyCheckpoint.MARK}, "
+        f"{_base(path) / config.name / 'config.json'} and {_base(path) / 'config.json'}"
+    )
+    if not is_published(config):
+        raise CheckpointError(f"{looked_for}; the path {DUMMY_WEIGHT} runs the model with random weights")
+    repository = f"facebook/{config.name}"
+    print(f"{looked_for}; asking the hub for {repository}", file=sys.stderr)
+    try:
+        _, checkpoint = open_model(repository)
+    except ModelError as error:
+        raise CheckpointError(f"{looked_for}; {error}") from error
+    return Found(checkpoint.directory or repository, "checkpoint")
+
+
+def _base(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _hf_directory(name: str, path: str) -> Path | None:
+    base = _base(path)
+    return next((d for d in (base / name, base) if (d / "config.json").exists()), None)
+
+
+def _check_sizes(config: OptConfig, directory: Path) -> None:
+    found = from_spec(_opt_spec(directory), config.name)
+    for field in ("num_hidden_layers", "input_dim", "n_head", "ffn_embed_dim", "vocab_size", "max_seq_len"):
+        ours, theirs = getattr(config, field), getattr(found, field)
+        if ours != theirs:
+            raise ModelError(
+                f"{directory} holds a model with {field} = {theirs}, {config.name} has {ours}; "
+                "give the path of its own directory"
+            )
+
+
+def _opt_spec(directory: Path) -> ModelSpec:
+    spec, _ = open_model(directory, "dummy")
+    if spec.family != "opt":
+        raise ModelError(
+            f"{directory} holds a model of family {spec.family}; this interface knows OPT only: "
+            "open others with flexgen.OptLM"
+        )
+    return spec

@@ -1,0 +1,124 @@
+"""The policy of FlexGen 0.1, field by field, and what it means to this engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from flexgen import policy
+from flexgen.errors import PolicyError
+from flexgen.policy import Share, Split, Tier
+from flexgen.quant.codec import CODECS, Groupwise
+
+_WEIGHT_DIMS = (0, 1)
+"""Either dimension of a matrix: groups lie along its rows whichever is named."""
+_CACHE_DIMS = (2,)
+"""The dimension of a head, in a cache that 0.1 laid out as (tokens, rows * heads, head_dim)."""
+
+
+@dataclass
+class CompressionConfig:
+    """Integers of `num_bits` in groups of `group_size` along `group_dim`; not `enabled` is not compressed."""
+
+    num_bits: int
+    group_size: int
+    group_dim: int
+    symmetric: bool
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class Policy:
+    """FlexGen 0.1's fields in their order; percentages are 0 to 100, what is left of each pair lies on disk.
+
+    Raises PolicyError for what this engine cannot mean, when it is made.
+    """
+
+    gpu_batch_size: int
+    num_gpu_batches: int
+    w_gpu_percent: float
+    w_cpu_percent: float
+    cache_gpu_percent: float
+    cache_cpu_percent: float
+    act_gpu_percent: float
+    act_cpu_percent: float
+    overlap: bool
+    sep_layer: bool
+    pin_weight: bool
+    cpu_cache_compute: bool
+    attn_sparsity: float
+    compress_weight: bool
+    comp_weight_config: CompressionConfig | None
+    compress_cache: bool
+    comp_cache_config: CompressionConfig | None
+
+    def __post_init__(self) -> None:
+        self.to_policy()
+
+    @property
+    def w_disk_percent(self) -> float:
+        return 100 - self.w_gpu_percent - self.w_cpu_percent
+
+    @property
+    def cache_disk_percent(self) -> float:
+        return 100 - self.cache_gpu_percent - self.cache_cpu_percent
+
+    @property
+    def act_disk_percent(self) -> float:
+        return 100 - self.act_gpu_percent - self.act_cpu_percent
+
+    def to_policy(self) -> policy.Policy:
+        """The same as a `flexgen.Policy`, which can be saved as TOML. Raises PolicyError."""
+        weights, cache = "none", "none"
+        if self.compress_weight:
+            weights = _codec("comp_weight_config", self.comp_weight_config, _WEIGHT_DIMS)
+        if self.compress_cache:
+            cache = _codec("comp_cache_config", self.comp_cache_config, _CACHE_DIMS)
+        plain = policy.Policy.from_percent(
+            *(self.w_gpu_percent, self.w_cpu_percent),
+            *(self.cache_gpu_percent, self.cache_cpu_percent),
+            *(self.act_gpu_percent, self.act_cpu_percent),
+            gpu_batch_size=self.gpu_batch_size,
+            num_gpu_batches=self.num_gpu_batches,
+            attend_on="cpu" if self.cpu_cache_compute else "gpu",
+            attn_sparsity=self.attn_sparsity,
+            overlap=bool(self.overlap),
+            sep_layer=bool(self.sep_layer),
+            pin_weight=bool(self.pin_weight),
+        )
+        return plain.replace(weights=_kept_as(plain.weights, weights), cache=_kept_as(plain.cache, cache))
+
+
+def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) -> str:
+    """The name of the codec that stands for a configuration: never coarser than what was asked for."""
+    if config is None:
+        raise PolicyError(
+            f"{field} is None, and is asked to compress; give CompressionConfig(num_bits=4, group_size=64, "
+            f"group_dim={next(iter(dims))}, symmetric=False)"
+        )
+    if not config.enabled:
+        return "none"
+    codecs = {codec.bits: codec for codec in CODECS.values() if isinstance(codec, Groupwise)}
+    if config.num_bits not in codecs:
+        known = ", ".join(map(str, sorted(codecs)))
+        raise PolicyError(f"{field}: num_bits is {config.num_bits!r}; supported: {known}")
+    codec = codecs[config.num_bits]
+    if config.group_size < codec.group:
+        raise PolicyError(
+            f"{field}: group_size is {config.group_size!r}; groups have {codec.group} values here, so that "
+            f"smaller ones would be kept less exactly than asked: give {codec.group} or more"
+        )
+    if config.group_dim not in dims:
+        known = " or ".join(map(str, dims))
+        raise PolicyError(f"{field}: group_dim is {config.group_dim!r}; supported: {known}")
+    if config.symmetric:
+        raise PolicyError(
+            f"{field}: symmetric groups are not supported (nor were they in 0.1): give symmetric=False"
+        )
+    return codec.name
+
+
+def _kept_as(split: Split, codec: str) -> Split:
+    """The same percentages, each in `codec`."""
+    shares = {tier: split.percent(tier) for tier in Tier}
+    return Split(**{str(tier): Share(percent, codec) for tier, percent in shares.items() if percent})

@@ -1,0 +1,72 @@
+"""Debug modes of `generate`: times projected from a few tokens, and what each operation takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexgen.errors import RequestError
+from flexgen.runtime.call import Timing
+from flexgen.runtime.request import check_whole
+from flexgen.schedule import Op
+from flexgen.trace import Event, LaneName, Phase
+from flexgen.units import format_seconds
+
+FEWER_BATCH = "fewer_batch"
+BREAKDOWN = "breakdown"
+_MODES = (None, BREAKDOWN, FEWER_BATCH)
+
+_FEW_TOKENS = 4
+"""The prefill, a first later token, which may find caches cold, and two more."""
+
+
+def tokens_to_run(max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None) -> int:
+    """How many of the new tokens a call runs. Raises RequestError for a mode or a cut that cannot be meant."""
+    if debug_mode not in _MODES:
+        raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
+    if cut_gen_len is None:
+        return min(max_new_tokens, _FEW_TOKENS) if debug_mode else max_new_tokens
+    check_whole("cut_gen_len", cut_gen_len, 1)
+    return min(cut_gen_len, max_new_tokens)
+
+
+def order_to_run(debug_mode: str | None) -> str | None:
+    """For a breakdown the order that overlaps nothing, so that no operation slows another down; else None."""
+    return "normal" if debug_mode == BREAKDOWN else None
+
+
+def projected_decode(seconds: float, tokens: int, asked: int) -> float:
+    """Seconds that the decode of `asked` new tokens takes where that of `tokens` took `seconds`.
+
+    One token has no decode to project from: what it took stays as it is.
+    """
+    return seconds * (asked - 1) / (tokens - 1) if tokens > 1 else seconds
+
+
+def cost_table(events: Iterable[Event]) -> dict[tuple[Phase, Op, LaneName], tuple[int, float]]:
+    """(events, seconds) of each operation on each lane, the prefill's before the decode's."""
+    table: dict[tuple[Phase, Op, LaneName], tuple[int, float]] = {}
+    for event in events:
+        key = (Phase.DECODE if event.step.token else Phase.PREFILL), event.step.op, event.lane
+        count, seconds = table.get(key, (0, 0.0))
+        table[key] = count + 1, seconds + event.end - event.start
+    order = list(Phase)
+    return dict(sorted(table.items(), key=lambda row: order.index(row[0][0])))
+
+
+def summary(
+    timing: Timing, num_prompts: int, new_tokens: int, tokens: int, asked: int, debug_mode: str | None
+) -> str:
+    """For people: what a call took that ran `tokens` of the `asked` tokens; a breakdown has the cost table."""
+    decode = projected_decode(timing.decode, tokens, asked)
+    projected = f" (projected from {tokens} tokens)" if tokens < asked else ""
+    lines = [
+        f"{num_prompts} prompts, {new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, "
+        f"decode {format_seconds(decode)}{projected}"
+    ]
+    if debug_mode == BREAKDOWN:
+        for (phase, op, lane), (count, seconds) in cost_table(timing.trace.events).items():
+            lines.append(
+                f"{phase:<9}{op.name.lower():<15}{lane:<12}{count:>7} x {format_seconds(seconds / count):>9} "
+                f"= {format_seconds(seconds)}"
+            )
+    return "\n".join(lines)
