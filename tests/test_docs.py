@@ -48,7 +48,7 @@ def test_policy(text, tmp_path):
     assert Policy.load(path) == policy
 
 
-SHOWS = {"flexgen.bench": "throughput", "flexgen.simulate": "throughput"}
+SHOWS = dict.fromkeys(["flexgen.bench", "flexgen.simulate", "flexgen.flex_opt"], "throughput")
 """What a command's output has, where it is not just any."""
 
 

@@ -7,7 +7,9 @@ docs/from-flexgen.md says what is kept, what is not, and how to move on. Importi
 newer interface.
 """
 
+import sys
 import warnings
+from types import FrameType
 
 from flexgen.flex_opt.benchmark import (
     GB,
@@ -51,10 +53,26 @@ __all__ = [
     "write_benchmark_log",
 ]
 
-# A module is imported once in a process, so this is said once, and of the line that imports it.
-warnings.warn(
-    "flexgen.flex_opt keeps scripts of FlexGen 0.1 running; new ones use flexgen.OptLM and flexgen.Policy "
-    "(docs/from-flexgen.md says how to move)",
-    DeprecationWarning,
-    stacklevel=2,
-)
+
+def _warn() -> None:
+    """Say of the line outside of flexgen that imports this that there is a newer interface.
+
+    `stacklevel` would name the module of 0.1 through which it may come, and what is no line of the script that was
+    started is not shown.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("flexgen", "importlib"):
+        frame = frame.f_back
+    if frame is None:
+        return
+    warnings.warn_explicit(
+        "flexgen.flex_opt keeps scripts of FlexGen 0.1 running; new ones use flexgen.OptLM and flexgen.Policy "
+        "(docs/from-flexgen.md says how to move)",
+        DeprecationWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+    )
+
+
+_warn()  # a module is imported once in a process

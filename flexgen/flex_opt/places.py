@@ -34,10 +34,11 @@ def read_config(config: str | OptConfig, path: str) -> OptConfig:
     try:
         return get_opt_config(config)
     except ModelError:
-        directory = None if DUMMY_WEIGHT in path else _hf_directory(config, path)
+        name = config.rpartition("/")[2]
+        directory = None if DUMMY_WEIGHT in path else _hf_directory(name, path)
         if directory is None:
             raise
-    return from_spec(_opt_spec(directory), config)
+    return from_spec(_opt_spec(directory), name)
 
 
 def find_weights(config: OptConfig, path: str) -> Found:

@@ -201,7 +201,15 @@ def test_breakdown_prints_every_operation(lm: OptLM, prompts: Any, capsys: Any) 
         "load_weights", "load_cache", "load_hidden", "compute", "store_hidden", "store_cache"
     ):  # fmt: skip
         assert operation in printed
+    assert lm.stats is not None and lm.stats.order == "normal"
     np.testing.assert_array_equal(out, lm.generate(prompts([4] * 6), 3, stop=()))
+    assert lm.stats.order != "normal", "only the breakdown runs without overlap"
+
+
+def test_breakdown_runs_a_few_tokens(lm: OptLM, prompts: Any, capsys: Any) -> None:
+    out = lm.generate(prompts([4, 4]), 12, stop=(), debug_mode="breakdown")
+    assert "projected from 4 tokens" in capsys.readouterr().err
+    assert (out[:, 8:] == PAD).all() and lm.stats is not None and lm.stats.new_tokens == 8
 
 
 def test_verbose_prints_one_summary(lm: OptLM, prompts: Any, capsys: Any) -> None:

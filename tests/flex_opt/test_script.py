@@ -1,0 +1,80 @@
+"""A script as one wrote it for FlexGen 0.1, run as it is in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import argparse
+import json
+
+import numpy as np
+
+from flexgen.compression import CompressionConfig
+from flexgen.flex_opt import ExecutionEnv, OptLM, Policy, Task, str2bool
+from flexgen.opt_config import get_opt_config
+from flexgen.pytorch_backend import TorchDevice, TorchDisk, TorchMixedDevice
+
+
+def run(args):
+    env = ExecutionEnv.create(args.offload_dir)
+    policy = Policy(
+        len(args.prompts), 1, args.percent[0], args.percent[1], args.percent[2], args.percent[3],
+        args.percent[4], args.percent[5], overlap=True, sep_layer=True, pin_weight=args.pin_weight,
+        cpu_cache_compute=args.cpu_cache_compute, attn_sparsity=1.0, compress_weight=args.compress_weight,
+        comp_weight_config=CompressionConfig(num_bits=4, group_size=64, group_dim=0, symmetric=False),
+        compress_cache=args.compress_cache,
+        comp_cache_config=CompressionConfig(num_bits=4, group_size=64, group_dim=2, symmetric=False),
+    )
+    config = get_opt_config(
+        "facebook/opt-125m", name="opt-tiny", num_hidden_layers=2, max_seq_len=64, hidden_size=64, n_head=4,
+        input_dim=64, ffn_embed_dim=96, vocab_size=96, dtype=np.float32,
+    )
+    model = OptLM(config, env, args.path, policy)
+    output_ids = model.generate(args.prompts, do_sample=False, temperature=0.7, max_new_tokens=8, stop=None)
+    print(json.dumps([policy.cache_disk_percent, type(output_ids).__name__, output_ids.tolist()]))
+    env.close_copy_threads()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--path", default="~/opt_weights")
+    parser.add_argument("--offload-dir", default="~/flexgen_offload_dir")
+    parser.add_argument("--prompts", type=json.loads)
+    parser.add_argument("--percent", nargs="+", type=int, default=[100, 0, 100, 0, 100, 0])
+    parser.add_argument("--pin-weight", type=str2bool, nargs="?", const=True, default=True)
+    parser.add_argument("--cpu-cache-compute", action="store_true")
+    parser.add_argument("--compress-weight", action="store_true")
+    parser.add_argument("--compress-cache", action="store_true")
+    run(parser.parse_args())
+"""
+PROMPTS = [[1, 1, 5, 6, 7], [8, 9, 10, 11, 12], [1, 13, 14, 15, 16]]
+
+
+def run(command, cwd):
+    quiet = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_it_runs_unchanged_and_is_told_of_the_new_interface_once(tiny, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    flags = f"--path {tiny.path} --offload-dir offload --percent 0 50 0 50 0 100 --cpu-cache-compute".split()
+    done = run([str(script), *flags, "--pin-weight", "0", "--prompts", json.dumps(PROMPTS)], tmp_path)
+    disk, kind, ids = json.loads(done.stdout)
+    assert (disk, kind) == (50, "ndarray")
+    assert ids == tiny.greedy(PROMPTS, 8).tolist()
+    # Python shows it without being asked, because it is of a line of the script that was started.
+    assert done.stderr.count("DeprecationWarning") == 1
+    assert "script.py" in done.stderr and "flexgen.OptLM" in done.stderr
+
+
+def test_the_module_runs_as_a_command(tiny, tmp_path):
+    flags = f"--model opt-tiny --path {tiny.hf} --offload-dir offload --prompt-len 4 --gen-len 3 --verbose 1".split()
+    done = run(["-W", "always", "-m", "flexgen.flex_opt", *flags], tmp_path)
+    assert "total throughput: " in done.stdout
+    assert done.stderr.count("DeprecationWarning: flexgen.flex_opt") == 1
+    assert len(list(tmp_path.glob("fo-tiny-*.log"))) == 1
