@@ -80,19 +80,7 @@ def predict(
     Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
     with the same words as a run.
     """
-    if order is not None and order not in ORDERS:
-        raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
-    if workload.capacity > spec.max_positions:
-        raise RequestError(
-            f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
-            f"positions of {spec.name}: shorten one of them"
-        )
-    name = hardware.dtype_for(str(spec.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
-    if name not in hardware.products:
-        known = ", ".join(hardware.products)
-        raise RequestError(
-            f"dtype {name!r} has no figures for {hardware.name!r}; it has: {known}, or use 'auto'"
-        )
+    name = check_request(spec, hardware, workload, dtype, order)
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, getattr(torch, name))
     plan = _plan(layers, placement, policy, hardware, workload, order)
@@ -124,6 +112,26 @@ def predict(
         projected_from=laid_out if laid_out < workload.gen_len else None,
     )
     return Prediction(report, plan, tuple(layer.name for layer in layers), blocks)
+
+
+def check_request(
+    spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str, order: str | None
+) -> str:
+    """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
+    if order is not None and order not in ORDERS:
+        raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
+    if workload.capacity > spec.max_positions:
+        raise RequestError(
+            f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
+            f"positions of {spec.name}: shorten one of them"
+        )
+    name = hardware.dtype_for(str(spec.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
+    if name not in hardware.products:
+        known = ", ".join(hardware.products)
+        raise RequestError(
+            f"dtype {name!r} has no figures for {hardware.name!r}; it has: {known}, or use 'auto'"
+        )
+    return name
 
 
 def _plan(
@@ -175,7 +183,7 @@ def _block(
     trailing = max(event.end for event in events) - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
-        return _decode(seconds, tokens, flushing, workload.gen_len, costs.flushes)
+        return decode_seconds(seconds, tokens, flushing, workload.gen_len, costs.flushes)
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
@@ -207,7 +215,7 @@ def _sampled(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[i
     return tokens, [tokens.index(middle + 1)] if pages else []
 
 
-def _decode(
+def decode_seconds(
     seconds: Sequence[float], tokens: Sequence[int], flushing: Sequence[int], gen_len: int, flushes: int
 ) -> float:
     """Seconds of all tokens but the first, from those of `tokens`: linear in between, and what each of `flushes`

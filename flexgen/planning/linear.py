@@ -1,0 +1,310 @@
+"""Placement as a linear program: the seconds of every lane and the bytes of every tier are, up to rounding, affine
+in the shares of a policy.
+
+The figures are those of the cost model and of the memory plan, asked at the corners: policies whose weights, cache
+and activations lie on one tier each. So no formula of a size or of a time stands here a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linprog
+
+from flexgen.errors import HardwareError, PolicyError
+from flexgen.memory.placement import Placement, place_weights
+from flexgen.memory.plan import choose_order, plan_memory
+from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.planning.costs import StepCosts
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.predict import decode_seconds
+from flexgen.policy import Policy, Share, Tier
+from flexgen.schedule import Grid, Op, Order, all_steps
+from flexgen.trace import LaneName
+from flexgen.workload import Workload
+
+CLASSES = "weights", "cache", "activations"
+LANES = tuple(LaneName)
+
+_IN_TURN = len(LANES)
+"""The row of what a batch has to do one after the other: its hidden states in, its computation, and out again."""
+_UNHIDDEN = len(LANES) + 1
+"""The row of computation and of weights that it cannot hide, for want of a second slot."""
+_ROWS = len(LANES) + 2
+_TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op.STORE_HIDDEN)
+
+_OTHER_LANES = 0.01
+"""What a second of a lane that nothing waits for is held to cost: of placements that are equally fast the one that
+moves less is taken, because no order overlaps perfectly."""
+
+
+class Column(NamedTuple):
+    """One way to keep all of a class of data."""
+
+    what: str  # weights, cache, activations
+    tier: Tier
+    codec: str = "none"
+
+
+Shares = Mapping[Column, float]
+"""What part of its class each column has, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds by phase and row (2, rows) and bytes by tier (3,) of a block, affine in the shares.
+
+    `base`: where each class is on its first column. `change`: by column, what it adds if it has all of its class.
+    """
+
+    columns: tuple[Column, ...]
+    base: np.ndarray
+    change: np.ndarray  # (columns, 2 * rows + 3)
+    serial: bool  # steps wait for one another, whatever their lane
+
+    def at(self, shares: Shares) -> np.ndarray:
+        part = np.array([shares.get(column, 0.0) for column in self.columns])
+        return np.asarray(self.base + part @ self.change)
+
+    def seconds(self, shares: Shares) -> np.ndarray:
+        """(2, lanes): of prefill and decode, of each lane alone."""
+        return np.asarray(self.at(shares)[:-3].reshape(2, _ROWS)[:, : len(LANES)])
+
+    def of_lane(self, phase: int, lane: LaneName, shares: Shares) -> dict[str, float]:
+        """The seconds that each class puts on a lane beyond what it would on the tier where it asks least of it."""
+        row = phase * _ROWS + LANES.index(lane)
+        asks = dict(zip(self.columns, self.change[:, row], strict=True))
+        return {
+            what: sum(shares.get(c, 0.0) * asks[c] for c in asks if c.what == what)
+            - min(asks[c] for c in asks if c.what == what)
+            for what in CLASSES
+        }
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`seconds` of prefill and decode together, and what a byte more of each tier would save."""
+
+    shares: Shares
+    seconds: float
+    saved: Mapping[Tier, float]
+
+
+class Corners:
+    """Figures of one model, machine and workload, for any shape of a block."""
+
+    def __init__(
+        self, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: torch.dtype, order: str | None
+    ) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._workload = workload
+        self._dtype = dtype
+        self._order = order
+        self._layers = cache(self._make_layers)
+        self._placement = cache(self._place)
+        self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
+
+    def order(self, form: Policy) -> Order:
+        """What a policy of this form runs in, wherever its free shares end up."""
+        shared = self._hardware.shares_host_memory
+        return choose_order(self._order, form, shared, form.num_gpu_batches)
+
+    def figures(self, form: Policy, columns: Sequence[Column]) -> Figures:
+        """Of blocks of the form's shape. Columns that the machine or the model has no figures for are left out."""
+        several = form.num_gpu_batches > 1
+        # What several batches take grows by the same with each.
+        first = form.replace(num_gpu_batches=2 if several else 1)
+        key = first, tuple(columns)
+        if key not in self._known:
+            self._known[key] = self._evaluate(first, columns)
+        known = self._known[key]
+        batches = np.array([1.0, form.num_gpu_batches])
+        values = {column: batches @ lines for column, lines in known}
+        start = {column.what: column for column in reversed(values)}
+        base = values[start["weights"]]
+        change = [values[column] - values[start[column.what]] for column in values]
+        serial = self.order(form).name == "normal"
+        return Figures(tuple(values), base, np.array(change), serial)
+
+    def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[tuple[Column, np.ndarray]]:
+        start = {column.what: column for column in reversed(columns)}
+        order = self.order(form)
+        found, same = [], None
+        for column in columns:
+            if column == start[column.what] and same is not None:
+                found.append((column, same))
+                continue
+            at = {what: {c.tier: Share(100, c.codec)} for what, c in (start | {column.what: column}).items()}
+            try:
+                lines = self._corner(form.replace(**at), order)
+            except (HardwareError, PolicyError):
+                if column == start[column.what]:
+                    raise
+                continue  # a codec without a figure, or one that cannot keep heads of this size
+            if column == start[column.what]:
+                same = lines
+            found.append((column, lines))
+        return found
+
+    def _corner(self, policy: Policy, order: Order) -> np.ndarray:
+        """(2, rows * 2 + 3): what does not depend on the number of batches, and what each of them adds."""
+        seconds = self._seconds(policy, order)
+        nbytes = self._bytes(policy, order)
+        return np.concatenate([seconds.reshape(2, -1), nbytes], axis=1)
+
+    def _seconds(self, policy: Policy, order: Order) -> np.ndarray:
+        """(2, phases, rows), from a model of one layer whose middle counts as often as the real one has it."""
+        layers, repeated = self._layers(1, policy.sep_layer), self._spec.num_layers
+        gen_len, on_disk = self._workload.gen_len, bool(policy.cache.percent(Tier.DISK))
+        tokens, flushing = _few_tokens(gen_len, on_disk)
+        several = policy.num_gpu_batches > 1
+        costs = StepCosts(
+            layers,
+            self._placement(1, policy.sep_layer, policy.weights),
+            policy,
+            self._workload,
+            self._hardware,
+            policy.block_size,
+            tokens,
+            flushing,
+            splits_attention=order.splits_attention,
+        )
+        taken = np.zeros((2, _ROWS, len(tokens)))
+        shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
+        for step in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
+            times = repeated if 0 < step.layer < len(layers) - 1 else 1
+            loads_weights = step.op is Op.LOAD_WEIGHTS
+            each = several and step.batch > 0 and not loads_weights
+            for n in range(len(tokens)):
+                chains = costs(step._replace(token=n))
+                longest = 0.0
+                for chain in chains:
+                    for lane, seconds in chain:
+                        taken[int(each), LANES.index(lane), n] += times * seconds
+                    longest = max(longest, sum(seconds for _, seconds in chain))
+                if step.op in _TURN and step.batch == 0:
+                    taken[0, _IN_TURN, n] += times * longest
+                if loads_weights and order.slots.weights == 1:
+                    taken[0, _UNHIDDEN, n] += times * longest
+                if step.op is Op.COMPUTE:
+                    taken[int(each), _UNHIDDEN, n] += times * longest
+        if several:  # from the first and each other to the line through any number of them
+            taken[0] -= taken[1]
+            taken[0, _IN_TURN] += taken[1, _IN_TURN]
+        decode = [
+            [decode_seconds(row, tokens, flushing, gen_len, costs.flushes) for row in part] for part in taken
+        ]
+        return np.stack([taken[:, :, 0], np.array(decode)], axis=1)
+
+    def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
+        """(2, tiers), as of `_seconds`: the plan of small models with few batches, drawn out."""
+        few = (1, 2) if self._spec.num_layers > 1 else (1, 1)
+        batches = (2, 3) if policy.num_gpu_batches > 1 else (1, 1)
+        plans = np.array([[self._planned(policy, order, depth, n) for n in batches] for depth in few])
+        deep = plans[0] + (self._spec.num_layers - 1) * (plans[1] - plans[0])
+        each = deep[1] - deep[0]
+        return np.stack([deep[0] - batches[0] * each, each])
+
+    def _planned(self, policy: Policy, order: Order, depth: int, batches: int) -> list[float]:
+        layers = self._layers(depth, policy.sep_layer)
+        placement = self._placement(depth, policy.sep_layer, policy.weights)
+        block = policy.replace(num_gpu_batches=batches)
+        workload = replace(self._workload, num_prompts=block.block_size)
+        shared = self._hardware.shares_host_memory
+        plan = plan_memory(layers, placement, block, self._dtype, shared, workload, slots=order.slots)
+        return [float(plan.on(tier)) for tier in Tier]
+
+    def _make_layers(self, depth: int, sep_layer: bool) -> tuple[Layer, ...]:
+        return build_layers(replace(self._spec, num_layers=depth), sep_layer)
+
+    def _place(self, depth: int, sep_layer: bool, split: object) -> Placement:
+        return place_weights(self._layers(depth, sep_layer), split, self._dtype)  # type: ignore[arg-type]
+
+
+def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """The prefill and a token that stands for the decode, whose seconds grow evenly; with `pages` on disk also one
+    that writes a page, and the next. Which of them (by place) writes."""
+    if gen_len < 5:
+        return range(gen_len), ()
+    middle = gen_len // 2
+    return ([0, middle, middle + 1, middle + 2], [2]) if pages else ([0, middle], ())
+
+
+def solve(
+    figures: Figures,
+    capacity: np.ndarray,
+    given: Shares | None = None,
+    without: Iterable[Column] = (),
+    elastic: bool = False,
+) -> Solution | None:
+    """The shares with the shortest prefill and decode, within `capacity` (bytes by tier); None if nothing fits.
+
+    given: shares that are settled. without: columns that get nothing. elastic: capacities may be exceeded, by as
+    few bytes as can be.
+    """
+    n, without = len(figures.columns), set(without)
+    seconds = figures.base[:-3].reshape(2, _ROWS)
+    rows = figures.change[:, :-3].reshape(n, 2, _ROWS)
+    if figures.serial:  # each lane waits for the others
+        seconds, rows = seconds[:, : len(LANES)], rows[:, :, : len(LANES)]
+        limits_seconds, limits_rows = seconds.sum(1, keepdims=True), rows.sum(2, keepdims=True)
+    else:
+        limits_seconds, limits_rows = seconds, rows
+    unit = max(float(np.abs(figures.base[:-3]).max()), float(np.abs(figures.change[:, :-3]).max()), 1e-12)
+    width = limits_seconds.shape[1]
+    # Variables: the shares, then the seconds of prefill and decode, in `unit`, then what is too much on each tier.
+    longest = np.zeros((2 * width, n + 5))
+    longest[:, :n] = limits_rows.transpose(1, 2, 0).reshape(2 * width, n) / unit
+    longest[:width, n] = longest[width:, n + 1] = -1
+    scale = np.maximum(capacity, 1.0)
+    room = np.zeros((3, n + 5))
+    room[:, :n] = figures.change[:, -3:].T / scale[:, None]
+    room[:, n + 2 :] = -np.eye(3)
+    whole = np.zeros((len(CLASSES), n + 5))
+    for row, what in enumerate(CLASSES):
+        whole[row, :n] = [column.what == what for column in figures.columns]
+    lanes = rows[:, :, : len(LANES)].sum((1, 2)) / unit
+    cost = np.concatenate([_OTHER_LANES * lanes, [1, 1], 1e6 * scale / scale.max() * elastic])
+    bounds: list[tuple[float, float | None]] = []
+    for column in figures.columns:
+        settled = given is not None and any(other.what == column.what for other in given)
+        share = given.get(column, 0.0) if given is not None else 0.0
+        bounds.append((share, share) if settled else (0, 0 if column in without else 1))
+    bounds += [(0, None)] * 2 + [(0, None if elastic else 0)] * 3
+    solved = linprog(
+        cost,
+        A_ub=np.concatenate([longest, room]),
+        b_ub=np.concatenate([-limits_seconds.ravel() / unit, (capacity - figures.base[-3:]) / scale]),
+        A_eq=whole,
+        b_eq=np.ones(len(CLASSES)),
+        bounds=bounds,
+        method="highs",
+    )
+    if not solved.success:
+        return None
+    shares = {c: float(x) for c, x in zip(figures.columns, solved.x, strict=False) if x > 1e-9}
+    saved = dict(zip(Tier, -solved.ineqlin.marginals[-3:] * unit / scale, strict=True))
+    return Solution(shares, float(solved.x[n] + solved.x[n + 1]) * unit, saved)
+
+
+def one_codec_each(
+    figures: Figures, capacity: np.ndarray, given: Shares | None = None, elastic: bool = False
+) -> Solution | None:
+    """As `solve`, with one codec for each class and tier, as a policy has: that which had most of it."""
+    without: set[Column] = set()
+    while (solution := solve(figures, capacity, given, without, elastic)) is not None:
+        most: dict[tuple[str, Tier], Column] = {}
+        for column in sorted(solution.shares, key=lambda c: solution.shares[c]):
+            most[column[:2]] = column
+        mixed = [c for c in solution.shares if most[c[:2]] != c]
+        if not mixed:
+            return solution
+        for rival in mixed:
+            without.update(c for c in figures.columns if c[:2] == rival[:2] and c != most[rival[:2]])
+    return None
