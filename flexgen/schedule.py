@@ -127,11 +127,37 @@ _STORES = Op.STORE_HIDDEN, Op.STORE_CACHE
 
 def needs(step: Step, grid: Grid) -> list[Step]:
     """Steps that must be done before `step` may start: its data, and the last user of its buffers."""
+    visit = needed_visit(step, grid)
+    return [*(visit.steps(grid) if visit else ()), *needed_steps(step, grid)]
+
+
+class Visit(NamedTuple):
+    """All steps of an op in one visit of a layer: every piece of its weights, or every batch."""
+
+    op: Op
+    token: int
+    layer: int
+
+    def steps(self, grid: Grid) -> list[Step]:
+        count = grid.weight_pieces if self.op is Op.LOAD_WEIGHTS else grid.batches
+        return [Step(*self, n) for n in range(count)]
+
+
+def needed_visit(step: Step, grid: Grid) -> Visit | None:
+    """What a step needs as a whole, together with others: told apart because it is so many steps."""
+    op, i, j, _ = step
+    if op is Op.LOAD_WEIGHTS:  # the slot is free once the layer that had it has computed every batch
+        before = grid.visit(i, j, -grid.weight_slots)
+        return Visit(Op.COMPUTE, *before) if before else None
+    return Visit(Op.LOAD_WEIGHTS, i, j) if op is grid.computing[0] else None
+
+
+def needed_steps(step: Step, grid: Grid) -> list[Step]:
+    """What else it needs."""
     op, i, j, k = step
     match op:
-        case Op.LOAD_WEIGHTS:  # the slot is free once the layer that had it has computed every batch
-            before = grid.visit(i, j, -grid.weight_slots)
-            return [Step(Op.COMPUTE, *before, batch) for batch in range(grid.batches)] if before else []
+        case Op.LOAD_WEIGHTS:
+            return []
         case Op.LOAD_CACHE:
             needed = [Step(Op.STORE_CACHE, i - 1, j, k)] if i else []
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # new keys are stored from the slot
@@ -144,8 +170,7 @@ def needs(step: Step, grid: Grid) -> list[Step]:
                 needed.append(Step(Op.COMPUTE, *old))
             return needed
         case Op.PROJECT:
-            needed = [Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces)]
-            needed.append(Step(Op.LOAD_HIDDEN, i, j, k))
+            needed = [Step(Op.LOAD_HIDDEN, i, j, k)]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # what passes from half to half
                 needed.append(Step(Op.COMPUTE, *old))
             return needed
@@ -154,11 +179,9 @@ def needs(step: Step, grid: Grid) -> list[Step]:
         case Op.LOAD_ATTENDED:
             return [Step(Op.ATTEND, i, j, k)]
         case Op.COMPUTE:
-            if grid.splits_attention:  # its input and weights were there before PROJECT
-                needed = [Step(Op.LOAD_ATTENDED, i, j, k)]
-            else:
-                needed = [Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces)]
-                needed += [Step(Op.LOAD_CACHE, i, j, k), Step(Op.LOAD_HIDDEN, i, j, k)]
+            # With halves, its input and weights were there before PROJECT.
+            data = (Op.LOAD_ATTENDED,) if grid.splits_attention else _LOADS
+            needed = [Step(op, i, j, k) for op in data]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
                 needed += [Step(Op.STORE_HIDDEN, *old), Step(Op.STORE_CACHE, *old)]
             return needed

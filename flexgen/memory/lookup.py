@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -100,16 +101,26 @@ def read_bytes(table: WeightSpec, placement: Placement, rows: np.ndarray, begin:
 
     The table begins `begin` bytes into its file; at most `scratch` bytes are read at once.
     """
+    return _read_bytes(_parts(table, placement, table.shape[0]), rows, begin, scratch)
+
+
+def _read_bytes(parts: Sequence[tuple[int, int]], rows: np.ndarray, begin: int, scratch: int) -> int:
     total = 0
-    for place, width in _parts(table, placement, table.shape[0]):
+    for place, width in parts:
         offsets = begin + place + rows * width
         total += sum(span.end - span.start for spans in _rounds(offsets, width, scratch) for span in spans)
     return total
 
 
-def even_rows(table: WeightSpec, count: int) -> np.ndarray:
-    """`count` rows that lie evenly in the table: what stands for ids that are not known."""
-    return np.arange(count) * table.shape[0] // count
+def even_read_bytes(table: WeightSpec, placement: Placement, count: int, scratch: int) -> int:
+    """`read_bytes` of `count` rows that lie evenly in a table at the start of its file: what stands for ids that are
+    not known."""
+    return _even_read_bytes(tuple(_parts(table, placement, table.shape[0])), table.shape[0], count, scratch)
+
+
+@lru_cache(maxsize=1024)
+def _even_read_bytes(parts: tuple[tuple[int, int], ...], rows: int, count: int, scratch: int) -> int:
+    return _read_bytes(parts, np.arange(count) * rows // count, 0, scratch)
 
 
 class RowTable:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from flexgen.memory.disk import BLOCK
-from flexgen.memory.lookup import even_rows, gathered_table, kept_bytes, lookup_sizes, read_bytes
+from flexgen.memory.lookup import even_read_bytes, gathered_table, kept_bytes, lookup_sizes
 from flexgen.memory.placement import Placement
 from flexgen.memory.plan import CacheSegment, activation_bytes, batch_sizes, cache_segments
 from flexgen.memory.transfer import cut
@@ -194,8 +194,7 @@ class StepCosts:
         kept = kept_bytes(self._table, self._placement, found)
         gather = self._move(LaneName.HOST, kept)
         if self._placement.of(self._table) is Tier.DISK:
-            rows = even_rows(self._table, found)
-            read = read_bytes(self._table, self._placement, rows, 0, self._scratch)
+            read = even_read_bytes(self._table, self._placement, found, self._scratch)
             gather = self._move(LaneName.DISK_READ, read)
         return (gather,) if self._shared else (gather, self._move(LaneName.TO_DEVICE, ids + kept))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexgen.planning.linear import Column, Figures, Shares, Solution
+from flexgen.planning.linear import Figures, Solution, shares_of
 from flexgen.planning.predict import Prediction
 from flexgen.policy import Policy, Tier
 from flexgen.trace import Phase
@@ -25,7 +25,7 @@ def limits_in_words(
 ) -> tuple[str, ...]:
     """The lane that each phase waits for and what is on it, the tiers that are full and what more of them would be
     worth, and whether blocks could be larger."""
-    report, shares = prediction.report, _shares(policy)
+    report, shares = prediction.report, shares_of(policy)
     words = []
     for n, (phase, lane) in enumerate(report.waits_for.items()):
         seconds, spent = report.phases[phase][lane], _spent(report, phase)
@@ -56,13 +56,3 @@ def limits_in_words(
 
 def _spent(report: object, phase: Phase) -> float:
     return float(getattr(report, f"{phase}_s"))
-
-
-def _shares(policy: Policy) -> Shares:
-    splits = {"weights": policy.weights, "cache": policy.cache, "activations": policy.activations}
-    return {
-        Column(what, tier, split[tier].codec): split.percent(tier) / 100
-        for what, split in splits.items()
-        for tier in Tier
-        if split.percent(tier)
-    }

@@ -55,6 +55,17 @@ Shares = Mapping[Column, float]
 """What part of its class each column has, 0 to 1."""
 
 
+def shares_of(policy: Policy) -> Shares:
+    """The shares of a policy's classes, by where and in what form they are kept."""
+    splits = {"weights": policy.weights, "cache": policy.cache, "activations": policy.activations}
+    return {
+        Column(what, tier, split[tier].codec): split.percent(tier) / 100
+        for what, split in splits.items()
+        for tier in Tier
+        if split.percent(tier)
+    }
+
+
 @dataclass(frozen=True)
 class Figures:
     """Seconds by phase and row (2, rows) and bytes by tier (3,) of a block, affine in the shares.
@@ -71,9 +82,11 @@ class Figures:
         part = np.array([shares.get(column, 0.0) for column in self.columns])
         return np.asarray(self.base + part @ self.change)
 
-    def seconds(self, shares: Shares) -> np.ndarray:
-        """(2, lanes): of prefill and decode, of each lane alone."""
-        return np.asarray(self.at(shares)[:-3].reshape(2, _ROWS)[:, : len(LANES)])
+    def seconds(self, shares: Shares) -> list[dict[LaneName, float]]:
+        """Of prefill and decode, by lane alone."""
+        return [
+            dict(zip(LANES, row.tolist(), strict=False)) for row in self.at(shares)[:-3].reshape(2, _ROWS)
+        ]
 
     def of_lane(self, phase: int, lane: LaneName, shares: Shares) -> dict[str, float]:
         """The seconds that each class puts on a lane beyond what it would on the tier where it asks least of it."""

@@ -167,7 +167,7 @@ def _block(
     batches = len(batch_sizes(policy, prompts))
     if samples is None and workload.gen_len * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
-    tokens, flushing = _sampled(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    tokens, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
     shared = hardware.shares_host_memory
     asked, full = (choose_order(order, policy, shared, n) for n in (batches, policy.num_gpu_batches))
 
@@ -199,7 +199,7 @@ def _block(
     return _Block(ends[0], decode(took) + trailing, phases, tokens, events)
 
 
-def _sampled(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
+def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
     """The tokens to lay out, and which of them (by place) write a page of the cache where there are `pages` on disk.
 
     The first of the decode stands for itself, because it waits for what the prefill leaves, and so does the last,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,21 +18,23 @@ from flexgen.errors import CapacityError
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import MemoryPlan, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.limits import limits_in_words
-from flexgen.planning.linear import CLASSES, Column, Corners, Figures, Shares, Solution, one_codec_each
-from flexgen.planning.predict import Prediction, check_request, predict
-from flexgen.policy import CODECS, Policy, Share, Split, Tier
-from flexgen.quant import head_format
+from flexgen.planning.linear import CLASSES, Corners, Figures, Solution, one_codec_each, shares_of
+from flexgen.planning.predict import Prediction, check_request, predict, sampled_tokens
+from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
-_MOST_BATCHES = 64
-"""More batches of a block share a load of weights so well that there is next to nothing left to share."""
-_EXACT_CELLS = 4_000
-"""A block of more cells than these is simulated from some of its tokens: within 5%."""
+_FEW_LAYERS = 6
+"""Transformer layers of the small model whose overlap stands for that of a deeper one."""
+_EXACT_CELLS = 3_000
+"""A block of more cells than these is laid out for a small model and for some of its tokens."""
 _CELLS = 40_000
-"""Cells that are laid out to rank what the linear programs found, and half as many to improve the winner."""
+"""Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
+_LAST_CELLS = 60_000
+"""Cells that are laid out of whole models at the end, for the winner and then for as many others as that allows."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """Percent that are moved at once to improve the winner; the first is all that a tier has."""
 
@@ -53,7 +54,7 @@ class Candidate:
         return self.prediction.report.throughput_tokens_s
 
     def placement(self) -> str:
-        """ "weights 30% gpu, 70% cpu in int4; cache ..."."""
+        """As "weights 30% gpu, 70% cpu in int4; cache ..."."""
         return "; ".join(f"{what} {_split(getattr(self.policy, what))}" for what in CLASSES)
 
 
@@ -148,100 +149,25 @@ class _Finder:
         self._spec = spec
         self._hardware = hardware
         self._workload = workload
-        self._settled = settled
-        self._fixed = fixed
-        self._lossy = lossy
         self._dtype_name = dtype
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._order = order
-        self._shared = hardware.shares_host_memory
-        self._tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
+        self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, self._dtype)
         self._corners = Corners(spec, hardware, workload, self._dtype, order)
         self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
         self._layers: dict[bool, tuple[Layer, ...]] = {}
         self._placements: dict[tuple[bool, Split], Placement] = {}
-        self._predictions: dict[Policy, Prediction] = {}
+        self._predictions: dict[tuple[Policy, bool], Prediction] = {}
         self._laid_out = 0
         self.considered = 0
-
-    # What there is to choose from
-
-    def _forms(self) -> Iterator[Policy]:
-        """Everything but the shape and the placement: free classes are on the host."""
-        free = {what: {Tier.CPU: 100} for what in CLASSES if what not in self._fixed}
-        form = self._settled.replace(**free)
-        attending = ("gpu",) if self._shared or self._on_device else ("gpu", "cpu")
-        for attend_on in attending if "attend_on" not in self._fixed else (form.attend_on,):
-            # Whole layers give the host something to attend to beside every one of them.
-            apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
-            for sep_layer in apart if "sep_layer" not in self._fixed else (form.sep_layer,):
-                yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
-
-    @property
-    def _on_device(self) -> bool:
-        """Whether all of the cache is to be where the device attends to it."""
-        return "cache" in self._fixed and self._settled.cache.percent(Tier.GPU) == 100
-
-    @cached_property
-    def _columns(self) -> tuple[Column, ...]:
-        columns = []
-        for what in CLASSES:
-            if what in self._fixed:
-                split: Split = getattr(self._settled, what)
-                columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
-                continue
-            for tier in self._tiers:
-                columns += [Column(what, tier, codec) for codec in CODECS if self._may(what, codec)]
-        return tuple(columns)
-
-    def _may(self, what: str, codec: str) -> bool:
-        """Whether a codec may be chosen for a class, and the machine has figures for it."""
-        if codec == "none":
-            return True
-        if not self._lossy or what == "activations":
-            return False
-        if what == "weights":
-            return codec in self._hardware.decoding
-        known = codec in self._hardware.device_attention
-        known &= self._shared or codec in self._hardware.host_attention
-        return known and self._settled.attn_sparsity == 1 and _keeps_heads(codec, self._spec, self._dtype)
-
-    @cached_property
-    def _given(self) -> Shares:
-        """The shares that are settled."""
-        given = {}
-        for column in self._columns:
-            if column.what in self._fixed:
-                split: Split = getattr(self._settled, column.what)
-                given[column] = split.percent(column.tier) / 100
-        return given
-
-    def _shapes(self) -> dict[int, list[int]]:
-        """Numbers of batches by their size, ascending: a block more than the job has prompts for is none, and the
-        blocks of a job are about equally full."""
-        prompts, settled = self._workload.num_prompts, self._settled
-        size_fixed, batches_fixed = ("gpu_batch_size" in self._fixed, "num_gpu_batches" in self._fixed)
-        sizes = [settled.gpu_batch_size] if size_fixed else _ladder(prompts)
-        numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES))
-        shapes: set[tuple[int, int]] = set()
-        for size in sizes:
-            for batches in numbers:
-                blocks = -(-prompts // (size * batches))
-                each = -(-prompts // blocks)
-                even = size if size_fixed else -(-each // batches)
-                shapes.add((even, batches if batches_fixed else -(-each // even)))
-        by_size: dict[int, list[int]] = {}
-        for size, batches in sorted(shapes):
-            by_size.setdefault(size, []).append(batches)
-        return by_size
 
     # What the linear programs say of it
 
     def _bounds(self) -> list[_Bound]:
         """Best first."""
         bounds = []
-        for form in self._forms():
-            for size, numbers in self._shapes().items():
+        for form in self._choices.forms():
+            for size, numbers in self._choices.shapes().items():
                 fitted = False
                 for batches in numbers:
                     bound = self._bound(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
@@ -254,32 +180,18 @@ class _Finder:
         return sorted(bounds, key=lambda bound: bound.seconds)
 
     def _bound(self, form: Policy) -> _Bound | None:
-        overlaps = (form.overlap,) if "overlap" in self._fixed or self._order else (True, False)
+        overlaps = (form.overlap,) if "overlap" in self._choices.fixed or self._order else (True, False)
         for overlap in overlaps:
             asked = form.replace(overlap=overlap)
-            figures = self._corners.figures(asked, self._columns)
+            figures = self._corners.figures(asked, self._choices.columns)
             self.considered += 1
-            solution = one_codec_each(figures, self._capacity, self._given)
+            solution = one_codec_each(figures, self._capacity, self._choices.given)
             if solution is not None:
-                blocks = self._workload.num_prompts / asked.block_size
-                return _Bound(solution.seconds * max(blocks, 1), asked, figures, solution)
+                seconds = solution.seconds * _blocks(self._workload, asked)
+                return _Bound(seconds, asked, figures, solution)
         return None
 
     # A policy of it
-
-    def _rounded(self, form: Policy, shares: Shares) -> Policy:
-        """Whole percentages, of cache and activations those of whole rows of a batch."""
-        splits = {}
-        for what in CLASSES:
-            if what in self._fixed:
-                continue
-            own = {column: share for column, share in shares.items() if column.what == what}
-            percents = np.array([own[column] for column in own])
-            if what != "weights":
-                percents = _whole(percents, form.gpu_batch_size) / form.gpu_batch_size
-            percents = _whole(percents, 100)
-            splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
-        return form.replace(**splits)
 
     def _plan(self, policy: Policy) -> tuple[MemoryPlan, np.ndarray]:
         """The plan, and by how many bytes each tier is short."""
@@ -289,8 +201,8 @@ class _Finder:
         key = sep, policy.weights
         if key not in self._placements:
             self._placements[key] = place_weights(self._layers[sep], policy.weights, self._dtype)
-        slots = self._corners.order(policy).slots
-        block = self._layers[sep], self._placements[key], policy, self._dtype, self._shared, self._workload
+        slots, shared = self._corners.order(policy).slots, self._hardware.shares_host_memory
+        block = self._layers[sep], self._placements[key], policy, self._dtype, shared, self._workload
         plan = plan_memory(*block, slots=slots)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
@@ -299,12 +211,12 @@ class _Finder:
         as much less of it."""
         capacity, solution = self._capacity.copy(), bound.solution
         for _ in range(8):
-            policy = self._rounded(bound.form, solution.shares)
+            policy = self._choices.rounded(bound.form, solution.shares)
             _, short = self._plan(policy)
             if (short <= 0).all():
                 return policy
             capacity -= 1.05 * np.maximum(short, 0)
-            again = one_codec_each(bound.figures, capacity, self._given)
+            again = one_codec_each(bound.figures, capacity, self._choices.given)
             if again is None:
                 return None
             solution = again
@@ -312,47 +224,72 @@ class _Finder:
 
     # What the simulator says of it
 
-    def _simulated(self, policy: Policy) -> Prediction:
-        if policy not in self._predictions:
-            layers = len(self._layers[policy.sep_layer])
-            batches = min(policy.num_gpu_batches, -(-self._workload.num_prompts // policy.gpu_batch_size))
-            cells = layers * batches * self._workload.gen_len
-            exact = cells <= _EXACT_CELLS
-            self._laid_out += cells if exact else layers * batches * min(self._workload.gen_len, 6)
-            self._predictions[policy] = predict(
-                self._spec, policy, self._hardware, self._workload,
+    def _cells(self, policy: Policy, small: bool) -> tuple[int, bool]:
+        """How many cells a prediction lays out, and whether these are all."""
+        layers = len(self._layers[policy.sep_layer])
+        if small:
+            layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
+        prompts = min(self._workload.num_prompts, policy.block_size)
+        cells = layers * -(-prompts // policy.gpu_batch_size)
+        if cells * self._workload.gen_len <= _EXACT_CELLS:
+            return cells * self._workload.gen_len, True
+        tokens, _ = sampled_tokens(self._workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
+        return cells * len(tokens), False
+
+    def _simulated(self, policy: Policy, small: bool = False) -> Prediction:
+        """`small`: for a model of few layers."""
+        if (policy, small) not in self._predictions:
+            cells, exact = self._cells(policy, small)
+            self._laid_out += cells
+            depth = min(self._spec.num_layers, _FEW_LAYERS) if small else self._spec.num_layers
+            self._predictions[policy, small] = predict(
+                replace(self._spec, num_layers=depth), policy, self._hardware, self._workload,
                 dtype=self._dtype_name, order=self._order, samples=None if exact else 1,
             )  # fmt: skip
-        return self._predictions[policy]
+        return self._predictions[policy, small]
+
+    def _took(self, policy: Policy, bound: _Bound) -> float:
+        """Seconds of the workload: simulated, or for a large model what its lanes take, and on top what a small one
+        loses by overlap that is not perfect."""
+        if (policy, False) in self._predictions or self._cells(policy, small=False)[1]:
+            return self._simulated(policy).report.total_s
+        small = self._simulated(policy, small=True).report
+        alone = bound.figures.seconds(shares_of(policy))
+        longest = sum(
+            max(alone[n][lane] for lane in small.phases[phase]) for n, phase in enumerate(small.phases)
+        )
+        assert small.bound_s is not None
+        return longest * _blocks(self._workload, policy) * small.total_s / small.bound_s
 
     def ranked(self, top: int) -> list[Candidate]:
         """The candidates, best first."""
-        bounds = self._bounds()
         tried: dict[Policy, _Bound] = {}
-        least = np.inf
-        for bound in bounds:
-            if len(tried) >= top and (bound.seconds > least or self._laid_out > _CELLS):
+        took: dict[Policy, float] = {}
+        for bound in self._bounds():
+            if len(tried) >= top and (bound.seconds > min(took.values()) or self._laid_out > _CELLS):
                 break
             policy = self._realised(bound)
-            if policy is None or policy in tried:
-                continue
-            tried[policy] = bound
-            least = min(least, self._simulated(policy).report.total_s)
+            if policy is not None and policy not in tried:
+                tried[policy] = bound
+                took[policy] = self._took(policy, bound)
         if not tried:
             raise self._too_small()
-        order = sorted(tried, key=self._took)
-        best = self._improved(order[0])
-        tried[best] = tried[order[0]]
-        order = sorted({best, *order[1:]}, key=self._took)[:top]
-        return [self._candidate(policy, tried[policy]) for policy in order]
+        first, *others = sorted(tried, key=took.__getitem__)
+        best = self._improved(first, tried[first])
+        tried[best] = tried[first]
+        kept, self._laid_out = [best], self._cells(best, small=False)[0]
+        for policy in others:
+            if len(kept) < top and (len(kept) < 2 or self._laid_out < _LAST_CELLS):
+                kept.append(policy)
+                self._laid_out += self._cells(policy, small=False)[0]
+        kept.sort(key=lambda policy: self._simulated(policy).report.total_s)
+        return [self._candidate(policy, tried[policy]) for policy in kept]
 
-    def _took(self, policy: Policy) -> float:
-        return self._simulated(policy).report.total_s
-
-    def _improved(self, policy: Policy) -> Policy:
+    def _improved(self, policy: Policy, bound: _Bound) -> Policy:
         """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
         whole rows and what is left of a tier are not linear."""
-        until = self._laid_out + _CELLS // 2
+        until = self._laid_out + _CELLS
+        least = self._took(policy, bound)
         for step in _STEPS:
             better = True
             while better and self._laid_out < until:
@@ -362,20 +299,21 @@ class _Finder:
                         break
                     if (self._plan(moved)[1] > 0).any():
                         continue
-                    if self._took(moved) < self._took(policy) * (1 - 1e-4):
-                        policy, better = moved, True
+                    took = self._took(moved, bound)
+                    if took < least * (1 - 1e-4):
+                        policy, least, better = moved, took, True
                         break
         return policy
 
     def _moves(self, policy: Policy, step: float) -> Iterator[Policy]:
         for what in CLASSES:
-            if what in self._fixed:
+            if what in self._choices.fixed:
                 continue
             split: Split = getattr(policy, what)
             least = 0.0 if what == "weights" else 100 / policy.gpu_batch_size
             for source in Tier:
                 percent = min(max(step, least), split.percent(source))
-                for target in self._tiers:
+                for target in self._choices.tiers:
                     if target is source or not percent:
                         continue
                     codec = (split[target] if split.percent(target) else split[source]).codec
@@ -393,14 +331,14 @@ class _Finder:
 
     def _too_small(self) -> CapacityError:
         """What the smallest policy lacks."""
-        size, numbers = next(iter(self._shapes().items()))
-        form = next(self._forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
-        if "overlap" not in self._fixed:
+        size, numbers = next(iter(self._choices.shapes().items()))
+        form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
+        if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
-        figures = self._corners.figures(form, self._columns)
-        solution = one_codec_each(figures, self._capacity, self._given, elastic=True)
+        figures = self._corners.figures(form, self._choices.columns)
+        solution = one_codec_each(figures, self._capacity, self._choices.given, elastic=True)
         assert solution is not None
-        policy = self._rounded(form, solution.shares)
+        policy = self._choices.rounded(form, solution.shares)
         plan, short = self._plan(policy)
         weights_on_disk = plan.on(Tier.DISK, "weights")
         limits: dict[Tier, int | None] = {tier: self._hardware.capacity.get(tier) for tier in Tier}
@@ -414,28 +352,5 @@ class _Finder:
         )
 
 
-def _keeps_heads(codec: str, spec: ModelSpec, dtype: torch.dtype) -> bool:
-    try:
-        head_format(codec, spec.head_dim, dtype)
-    except ValueError:  # a PolicyError: the head's size does not divide
-        return False
-    return True
-
-
-def _ladder(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
-    steps = {most}
-    power = 1
-    while power <= most:
-        steps |= {power, *([power // 2 * 3] if power > 1 else [])}
-        power *= 2
-    return sorted(step for step in steps if step <= most)
-
-
-def _whole(parts: np.ndarray, total: int) -> np.ndarray:
-    """`parts` of 1 as whole parts of `total`, the largest remainders rounded up."""
-    exact = parts / parts.sum() * total
-    whole = np.floor(exact + 1e-6)
-    for n in np.argsort(whole - exact)[: round(total - whole.sum())]:
-        whole[n] += 1
-    return whole
+def _blocks(workload: Workload, policy: Policy) -> float:
+    return max(workload.num_prompts / policy.block_size, 1.0)

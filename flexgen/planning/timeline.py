@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
-from flexgen.schedule import ORDERS, Grid, Step, needs
+from flexgen.schedule import ORDERS, Grid, Step, Visit, needed_steps, needed_visit
 from flexgen.trace import Event, LaneName, Trace
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
 """The work of a step as the executor sees it, in seconds: chains of stages, each (lane, seconds)."""
 
-Numbered = Iterable[tuple[Step, tuple[int, ...]]]
-"""Steps in their order, each with the places in it of what it needs."""
+Numbered = Iterable[tuple[Step | None, tuple[int, ...]]]
+"""Steps in their order, each with the places in it of what it needs. None stands for no step but for all that it
+needs: many steps wait for the same many."""
 
 
 def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) -> Trace:
@@ -34,6 +35,9 @@ def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Trace:
         for n in needed:
             if done[n] > ready:
                 ready = done[n]
+        if step is None:
+            done.append(ready)
+            continue
         end = 0.0
         work = costs(step)
         for chain in work:
@@ -47,14 +51,20 @@ def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Trace:
     return Trace(events)
 
 
-def _number(steps: Iterable[Step], grid: Grid) -> Iterator[tuple[Step, tuple[int, ...]]]:
-    place: dict[Step, int] = {}
+def _number(steps: Iterable[Step], grid: Grid) -> Iterator[tuple[Step | None, tuple[int, ...]]]:
+    place: dict[Step | Visit, int] = {}
     for step in steps:
-        yield step, tuple([place[needed] for needed in needs(step, grid)])
+        needed = [place[other] for other in needed_steps(step, grid)]
+        if visit := needed_visit(step, grid):
+            if visit not in place:
+                yield None, tuple([place[other] for other in visit.steps(grid)])
+                place[visit] = len(place)
+            needed.append(place[visit])
+        yield step, tuple(needed)
         place[step] = len(place)
 
 
 @lru_cache(maxsize=4)
-def numbered(order: str, grid: Grid) -> Sequence[tuple[Step, tuple[int, ...]]]:
+def numbered(order: str, grid: Grid) -> Sequence[tuple[Step | None, tuple[int, ...]]]:
     """The steps of an order by name. Kept, because a search times many policies on one grid."""
     return tuple(_number(ORDERS[order](grid), grid))
