@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -179,20 +180,25 @@ class Split:
         """
         if count < 0:
             raise ValueError(f"cannot split {count} rows; the count must be >= 0")
-        # Fractions, because a float quota that lands just beside an integer could lose or invent a row.
-        percents = {tier: Fraction(self.percent(tier)) for tier in Tier}
-        total = sum(percents.values())
-        quotas = {tier: count * percent / total for tier, percent in percents.items()}
-        lengths = {tier: math.floor(quota) for tier, quota in quotas.items()}
-        # The next row of a tier with n rows is worth its percentage / (2n + 1).
-        by_worth = sorted(Tier, key=lambda tier: -percents[tier] / (2 * lengths[tier] + 1))
-        for tier in by_worth[: count - sum(lengths.values())]:
-            lengths[tier] += 1
-        ranges, start = {}, 0
-        for tier in Tier:
-            ranges[tier] = range(start, start + lengths[tier])
-            start += lengths[tier]
-        return ranges
+        return dict(_rows(tuple(self.percent(tier) for tier in Tier), count))
+
+
+@lru_cache(maxsize=4096)  # a plan and its predictions ask for the same few over and over
+def _rows(given: tuple[float, ...], count: int) -> dict[Tier, range]:
+    # Fractions, because a float quota that lands just beside an integer could lose or invent a row.
+    percents = dict(zip(Tier, map(Fraction, given), strict=True))
+    total = sum(percents.values())
+    quotas = {tier: count * percent / total for tier, percent in percents.items()}
+    lengths = {tier: math.floor(quota) for tier, quota in quotas.items()}
+    # The next row of a tier with n rows is worth its percentage / (2n + 1).
+    by_worth = sorted(Tier, key=lambda tier: -percents[tier] / (2 * lengths[tier] + 1))
+    for tier in by_worth[: count - sum(lengths.values())]:
+        lengths[tier] += 1
+    ranges, start = {}, 0
+    for tier in Tier:
+        ranges[tier] = range(start, start + lengths[tier])
+        start += lengths[tier]
+    return ranges
 
 
 SplitLike = Split | Mapping[str, Any]

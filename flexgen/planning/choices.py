@@ -17,6 +17,8 @@ from flexgen.workload import Workload
 
 _MOST_BATCHES = 64
 """More batches of a block share a load of weights so well that there is next to nothing left to share."""
+_MOST_CELLS = 6_500
+"""Cells of a token, in all layers: of more than these a prediction takes long, and a run many short steps."""
 
 
 class Choices:
@@ -98,8 +100,9 @@ class Choices:
         blocks of a job are about equally full."""
         prompts, settled = self._workload.num_prompts, self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
+        most = max(_MOST_CELLS // (2 * self._spec.num_layers + 2), 1)
         sizes = [settled.gpu_batch_size] if size_fixed else _ladder(prompts)
-        numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES))
+        numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES, most))
         shapes: set[tuple[int, int]] = set()
         for size in sizes:
             for batches in numbers:

@@ -217,11 +217,12 @@ class Corners:
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, drawn out."""
-        few = (1, 2) if self._spec.num_layers > 1 else (1, 1)
-        batches = (2, 3) if policy.num_gpu_batches > 1 else (1, 1)
+        several = policy.num_gpu_batches > 1
+        few = (1, 2) if self._spec.num_layers > 1 else (1,)
+        batches = (2, 3) if several else (1,)
         plans = np.array([[self._planned(policy, order, depth, n) for n in batches] for depth in few])
-        deep = plans[0] + (self._spec.num_layers - 1) * (plans[1] - plans[0])
-        each = deep[1] - deep[0]
+        deep = plans[0] + (self._spec.num_layers - 1) * (plans[-1] - plans[0])
+        each = deep[-1] - deep[0]
         return np.stack([deep[0] - batches[0] * each, each])
 
     def _planned(self, policy: Policy, order: Order, depth: int, batches: int) -> list[float]:

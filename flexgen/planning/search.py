@@ -27,13 +27,15 @@ from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
+_BEST = 8
+"""Shapes, the best of a form, whose batches are tried a little smaller and a little larger too."""
 _FEW_LAYERS = 6
 """Transformer layers of the small model whose overlap stands for that of a deeper one."""
 _EXACT_CELLS = 3_000
 """A block of more cells than these is laid out for a small model and for some of its tokens."""
-_CELLS = 40_000
+_CELLS = 25_000
 """Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
-_LAST_CELLS = 60_000
+_LAST_CELLS = 40_000
 """Cells that are laid out of whole models at the end, for the winner and then for as many others as that allows."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """Percent that are moved at once to improve the winner; the first is all that a tier has."""
@@ -134,6 +136,10 @@ class _Bound(NamedTuple):
     solution: Solution
 
 
+def _seconds(bound: _Bound) -> float:
+    return bound.seconds
+
+
 class _Finder:
     def __init__(
         self,
@@ -164,20 +170,32 @@ class _Finder:
     # What the linear programs say of it
 
     def _bounds(self) -> list[_Bound]:
-        """Best first."""
-        bounds = []
+        """Best first. Every other size of a batch, then those beside the best of them."""
+        shapes = self._choices.shapes()
+        sizes = list(shapes)
+        bounds: list[_Bound] = []
         for form in self._choices.forms():
-            for size, numbers in self._choices.shapes().items():
-                fitted = False
-                for batches in numbers:
-                    bound = self._bound(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
-                    if bound is None:
-                        break  # more of them need more
-                    fitted = True
-                    bounds.append(bound)
-                if not fitted and numbers[0] == 1:
-                    break  # and so do larger ones
-        return sorted(bounds, key=lambda bound: bound.seconds)
+            found = self._bounds_of(form, {size: shapes[size] for size in sizes[::2]})
+            best = {bound.form.gpu_batch_size for bound in sorted(found, key=_seconds)[:_BEST]}
+            near = {n + side for n, size in enumerate(sizes) if size in best for side in (-1, 1)}
+            # Where no size of the first half fits, a smaller one was among them: the first.
+            found += self._bounds_of(form, {sizes[n]: shapes[sizes[n]] for n in near if 0 <= n < len(sizes)})
+            bounds += found
+        return sorted(bounds, key=_seconds)
+
+    def _bounds_of(self, form: Policy, shapes: Mapping[int, list[int]]) -> list[_Bound]:
+        bounds = []
+        for size, numbers in sorted(shapes.items()):
+            fitted = False
+            for batches in numbers:
+                bound = self._bound(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
+                if bound is None:
+                    break  # more of them need more
+                fitted = True
+                bounds.append(bound)
+            if not fitted and numbers[0] == 1:
+                break  # and so do larger ones
+        return bounds
 
     def _bound(self, form: Policy) -> _Bound | None:
         overlaps = (form.overlap,) if "overlap" in self._choices.fixed or self._order else (True, False)
