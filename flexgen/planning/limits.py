@@ -26,9 +26,13 @@ def limits_in_words(
     """The lane that each phase waits for and what is on it, the tiers that are full and what more of them would be
     worth, and whether blocks could be larger."""
     report, shares = prediction.report, shares_of(policy)
+    in_all = {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}
     words = []
     for n, (phase, lane) in enumerate(report.waits_for.items()):
-        seconds, spent = report.phases[phase][lane], _spent(report, phase)
+        seconds, spent = (
+            report.phases[phase][lane],
+            {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}[phase],
+        )
         share = min(seconds / spent, 1.0) if spent else 1.0
         asks = {what: s for what, s in figures.of_lane(n, lane, shares).items() if s > 0}
         total = sum(asks.values())
@@ -43,7 +47,8 @@ def limits_in_words(
         saved = solution.saved[tier] * GIB * max(workload.num_prompts / policy.block_size, 1)
         if taken < _FULL * capacity[tier] and saved <= 1e-3 * report.total_s:
             continue
-        full = f"{tier} tier is full: {format_bytes(taken)} of {format_bytes(capacity[tier])}"
+        state = "full" if taken >= _FULL * capacity[tier] else "as full as rounding leaves it"
+        full = f"{tier} tier is {state}: {format_bytes(taken)} of {format_bytes(capacity[tier])}"
         if saved > 1e-3 * report.total_s:
             full += f", 1 GiB more would save {format_seconds(saved)} of {format_seconds(report.total_s)}"
         words.append(full)
@@ -52,7 +57,3 @@ def limits_in_words(
             f"one block holds all {workload.num_prompts} prompts: more would share its loads of weights"
         )
     return tuple(words)
-
-
-def _spent(report: object, phase: Phase) -> float:
-    return float(getattr(report, f"{phase}_s"))

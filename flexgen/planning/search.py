@@ -6,6 +6,7 @@ its cost model for the last word.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -291,7 +292,11 @@ class _Finder:
                 tried[policy] = bound
                 took[policy] = self._took(policy, bound)
         if not tried:
-            raise self._too_small()
+            bound = self._smallest()
+            policy = self._choices.rounded(bound.form, bound.solution.shares)
+            if (self._plan(policy)[1] > 0).any():
+                raise self._too_small(policy)
+            tried[policy], took[policy] = bound, self._took(policy, bound)
         first, *others = sorted(tried, key=took.__getitem__)
         best = self._improved(first, tried[first])
         tried[best] = tried[first]
@@ -347,8 +352,9 @@ class _Finder:
         )
         return Candidate(policy, prediction.report.order, prediction, words)
 
-    def _too_small(self) -> CapacityError:
-        """What the smallest policy lacks."""
+    def _smallest(self) -> _Bound:
+        """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
+        it leaves the tiers least short."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
@@ -356,7 +362,22 @@ class _Finder:
         figures = self._corners.figures(form, self._choices.columns)
         solution = one_codec_each(figures, self._capacity, self._choices.given, elastic=True)
         assert solution is not None
-        policy = self._choices.rounded(form, solution.shares)
+        # What is split has buffers for each of its parts; where nothing is split there is least of them.
+        ways = [
+            [c for c in figures.columns if c.what == what]
+            for what in CLASSES
+            if what not in self._choices.fixed
+        ]
+        for way in itertools.product(*ways):
+            whole = Solution(
+                {**self._choices.given, **dict.fromkeys(way, 1.0)}, solution.seconds, solution.saved
+            )
+            if (self._plan(self._choices.rounded(form, whole.shares))[1] <= 0).all():
+                solution = whole
+        return _Bound(solution.seconds * _blocks(self._workload, form), form, figures, solution)
+
+    def _too_small(self, policy: Policy) -> CapacityError:
+        """What the smallest policy lacks."""
         plan, short = self._plan(policy)
         weights_on_disk = plan.on(Tier.DISK, "weights")
         limits: dict[Tier, int | None] = {tier: self._hardware.capacity.get(tier) for tier in Tier}
@@ -366,7 +387,8 @@ class _Finder:
         )
         return CapacityError(
             f"no policy for {self._spec.name} fits {self._hardware.name}, which is short by {missing}: "
-            f"{plan.shortage(limits)}, with {size} x {numbers[0]} prompts in flight"
+            f"{plan.shortage(limits)}, with "
+            f"{policy.gpu_batch_size} x {policy.num_gpu_batches} prompts in flight"
         )
 
 
