@@ -29,10 +29,7 @@ def limits_in_words(
     in_all = {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}
     words = []
     for n, (phase, lane) in enumerate(report.waits_for.items()):
-        seconds, spent = (
-            report.phases[phase][lane],
-            {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}[phase],
-        )
+        seconds, spent = report.phases[phase][lane], in_all[phase]
         share = min(seconds / spent, 1.0) if spent else 1.0
         asks = {what: s for what, s in figures.of_lane(n, lane, shares).items() if s > 0}
         total = sum(asks.values())

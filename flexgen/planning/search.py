@@ -7,6 +7,7 @@ its cost model for the last word.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -333,9 +334,9 @@ class _Finder:
             if what in self._choices.fixed:
                 continue
             split: Split = getattr(policy, what)
-            least = 0.0 if what == "weights" else 100 / policy.gpu_batch_size
+            row = 0 if what == "weights" else math.ceil(100 / policy.gpu_batch_size)
             for source in Tier:
-                percent = min(max(step, least), split.percent(source))
+                percent = min(max(step, row), split.percent(source))
                 for target in self._choices.tiers:
                     if target is source or not percent:
                         continue
