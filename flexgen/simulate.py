@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from flexgen.flags import add_policy_flags, count, read_policy, run
 from flexgen.models import open_model
-from flexgen.planning.hardware import Hardware
+from flexgen.planning.measured import find_hardware
 from flexgen.planning.predict import predict
 from flexgen.report import Report
 from flexgen.workload import Workload
@@ -33,7 +33,7 @@ def simulate(args: argparse.Namespace) -> Report:
     prediction = predict(
         spec,
         policy,
-        Hardware.find(args.hardware),
+        find_hardware(args.hardware, args.device, args.offload_dir),
         workload,
         dtype=args.dtype,
         order=args.order,
@@ -59,7 +59,14 @@ def make_parser() -> argparse.ArgumentParser:
         description="Predict the throughput of a policy on a machine that one need not have.",
     )
     add = parser.add_argument
-    add("--hardware", required=True, metavar="NAME", help="a preset (t4, a100-80g, ...) or a file NAME.toml")
+    add(
+        "--hardware",
+        required=True,
+        metavar="NAME",
+        help="a preset (t4, a100-80g, ...), a file NAME.toml, or `measured`: this machine (see flexgen.measure)",
+    )
+    add("--device", default="auto", help="of the measured machine (default: auto)")
+    add("--offload-dir", metavar="DIR", help="of the measured machine: a directory on its disk")
     add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
     add(
         "--dtype",

@@ -41,27 +41,42 @@ class Arithmetic:
 
     def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
         """`flops` with the matrices among `weights`, for an x of so many rows."""
-        hardware = self._hardware
-        rate = hardware.product_rate(self._name, rows)
+        hardware, name = self._hardware, self._name
+        rate = hardware.product_rate(name, rows)
         seconds = flops / rate
         for weight in weights:
+            plain = 2 * rows * weight.numel / rate
             codec = self._placement.codec(weight)
             if codec is None:
-                continue
-            if hardware.products_decode or rows > self._fused:
+                if self._stays(weight):
+                    seconds += (
+                        2 * rows * weight.numel / hardware.product_rate(name, rows, packed=True) - plain
+                    )
+            elif hardware.products_decode or rows > self._fused_rows(codec.name):
                 if first or hardware.products_decode:
                     seconds += self.decoding(codec.name, weight.numel)
-                continue
-            # Multiplied as it is kept: what waits for the weight waits for fewer bytes.
-            plain = 2 * rows * weight.numel / rate
-            kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
-            least = 2 * rows * weight.numel / hardware.product_rate(self._name, math.inf)
-            seconds += max(kept, least) - plain
+            elif encoded := hardware.encoded_rate(name, codec.name, rows):
+                seconds += 2 * rows * weight.numel / encoded - plain
+            else:
+                # Multiplied as it is kept: what waits for the weight waits for fewer bytes.
+                kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
+                least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
+                seconds += max(kept, least) - plain
         return seconds
+
+    def _stays(self, weight: WeightSpec) -> bool:
+        """Whether it is a matrix that lives in the compute device's memory."""
+        in_place = (Tier.GPU, Tier.CPU) if self._hardware.shares_host_memory else (Tier.GPU,)
+        return len(weight.shape) == 2 and not weight.looked_up and self._placement.of(weight) in in_place
+
+    def _fused_rows(self, codec: str) -> float:
+        """Most rows for which a matrix is multiplied as `codec` keeps it."""
+        measured = self._hardware.encoded_products.get(f"{self._name} {codec}")
+        return measured[-1][0] if measured else self._fused
 
     def decoding(self, codec: str, values: int) -> float:
         """Of encoded weights on the compute device."""
-        return values * self._dtype.itemsize / self._hardware.figure("decoding", codec)
+        return values * self._dtype.itemsize / self._hardware.decoding_rate(self._name, codec)
 
     # Attention
 

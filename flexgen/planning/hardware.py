@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexgen.errors import HardwareError, did_you_mean
-from flexgen.policy import Tier
+from flexgen.policy import CODECS, Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
@@ -55,10 +55,17 @@ class Hardware:
         `host` for copies within host memory.
     products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
         roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
+    packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
+    encoded_products: by "dtype codec", the same for matrices that are multiplied as they are kept, up to the most
+        rows for which they are. Without it such a product waits for as much less as is kept.
     prefill_attention: by dtype, flop/s of causal attention over a prompt, on the compute device.
     device_attention, host_attention: bytes/s at which the cache of a token that is decoded is attended, on the
         compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
-    decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec.
+    decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec, or by
+        "dtype codec" where that is known.
+    interference: by "lane lane", the share of the first lane's rate that is lost while the second one works, because
+        they share cores, memory or a disk.
+    computes_in: by a checkpoint's dtype, the one that "auto" computes in, where it is another.
     products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
         multiply what is kept, and what they decode serves all batches of a layer's visit.
     fixed: see `Fixed`.
@@ -73,6 +80,10 @@ class Hardware:
     device_attention: Mapping[str, float]
     host_attention: Mapping[str, float] = field(default_factory=dict)
     decoding: Mapping[str, float] = field(default_factory=dict)
+    packed_products: Mapping[str, Points] = field(default_factory=dict)
+    encoded_products: Mapping[str, Points] = field(default_factory=dict)
+    interference: Mapping[str, float] = field(default_factory=dict)
+    computes_in: Mapping[str, str] = field(default_factory=dict)
     products_decode: bool = False
     fixed: Fixed = Fixed()
 
@@ -90,8 +101,14 @@ class Hardware:
         put("products", _table("products", self.products, _points, known=_DTYPES))
         if not self.products:
             raise HardwareError("products is empty; give points for at least one dtype")
+        put("packed_products", _table("packed_products", self.packed_products, _points, known=_DTYPES))
+        forms = [f"{dtype} {codec}" for dtype in _DTYPES for codec in CODECS]
+        put("encoded_products", _table("encoded_products", self.encoded_products, _points, known=forms))
         for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
             put(name, _table(name, getattr(self, name), _rate))
+        pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
+        put("interference", _table("interference", self.interference, _lost, known=pairs))
+        put("computes_in", _table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
         if not isinstance(self.products_decode, bool):
             raise HardwareError(f"products_decode is {self.products_decode!r}; it must be true or false")
         if not isinstance(self.fixed, Fixed):
@@ -103,20 +120,37 @@ class Hardware:
         """Whether the compute device is the host."""
         return Tier.GPU not in self.capacity
 
-    def product_rate(self, dtype: str, rows: float) -> float:
-        """flop/s of a product with `rows` rows of activations.
+    @property
+    def losses(self) -> dict[tuple[LaneName, LaneName], float]:
+        """`interference` by lanes."""
+        pairs = ((pair.split(), share) for pair, share in self.interference.items())
+        return {(LaneName(lane), LaneName(other)): share for (lane, other), share in pairs}
+
+    def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
+        """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.
 
         Between two points it is interpolated, both axes logarithmic. Below the first a product takes as long as
         at the first, because the weights must be read; above the last the rate stays.
         """
-        points = self.figure("products", dtype)
-        n = bisect.bisect_right(points, rows, key=lambda point: point[0])
-        if n == 0:
-            return points[0][1] * rows / points[0][0]
-        if n == len(points):
-            return points[-1][1]
-        (r0, f0), (r1, f1) = points[n - 1 : n + 1]
-        return f0 * (f1 / f0) ** (math.log(rows / r0) / math.log(r1 / r0))
+        table = "packed_products" if packed and dtype in self.packed_products else "products"
+        return _interpolated(self.figure(table, dtype), rows)
+
+    def encoded_rate(self, dtype: str, codec: str, rows: float) -> float | None:
+        """`product_rate` for a matrix multiplied as `codec` keeps it; None where that was not measured."""
+        points = self.encoded_products.get(f"{dtype} {codec}")
+        return _interpolated(points, rows) if points else None
+
+    def decoding_rate(self, dtype: str, codec: str) -> float:
+        """Bytes/s of weights that come out of `codec` in `dtype`."""
+        exact = f"{dtype} {codec}"
+        return self.figure("decoding", exact if exact in self.decoding else codec)
+
+    def _dtype(self, name: str, value: object) -> str:
+        if value not in self.products:
+            raise HardwareError(
+                f"{name} is {value!r}; it must be one of products: {', '.join(self.products)}"
+            )
+        return str(value)
 
     def figure(self, table: str, key: str) -> Any:
         """An entry of one of the tables by dtype or codec. Raises HardwareError where it is not known."""
@@ -130,8 +164,10 @@ class Hardware:
         return known[key]
 
     def dtype_for(self, checkpoint: str) -> str:
-        """The dtype to compute in: the checkpoint's own if the machine has products for it, else its first."""
-        return checkpoint if checkpoint in self.products else next(iter(self.products))
+        """The dtype that "auto" means: what the machine computes the checkpoint's in, its own if there are products
+        for it, else the first."""
+        wanted = self.computes_in.get(checkpoint, checkpoint)
+        return wanted if wanted in self.products else next(iter(self.products))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
@@ -139,8 +175,8 @@ class Hardware:
         known = [f.name for f in dataclasses.fields(cls)]
         _refuse_unknown("", fields, known)
         given = {"name": name} | dict(fields) if name else dict(fields)
-        optional = ("source", "host_attention", "decoding", "products_decode", "fixed")
-        if missing := [key for key in known if key not in given and key not in optional]:
+        needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
+        if missing := [key for key in needed if key not in given]:
             raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them")
         return cls(**given)
 
@@ -171,8 +207,11 @@ class Hardware:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the machine as TOML; `load` gives it back."""
-        lines = [f"{key} = {_toml(value)}" for key, value in self.to_dict().items()]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+    def to_toml(self) -> str:
+        """The text of its file."""
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_dict().items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the keys of the TOML."""
@@ -180,12 +219,23 @@ class Hardware:
         for key, value in plain.items():
             if isinstance(value, Mapping):
                 plain[key] = {str(name): entry for name, entry in value.items()}
-        plain["products"] = {dtype: [list(point) for point in p] for dtype, p in self.products.items()}
+        for key in ("products", "packed_products", "encoded_products"):
+            plain[key] = {name: [list(point) for point in points] for name, points in plain[key].items()}
         return plain | {"fixed": dataclasses.asdict(self.fixed)}
 
     def replace(self, **changes: Any) -> Hardware:
         """The same machine with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _interpolated(points: Points, rows: float) -> float:
+    n = bisect.bisect_right(points, rows, key=lambda point: point[0])
+    if n == 0:
+        return points[0][1] * rows / points[0][0]
+    if n == len(points):
+        return points[-1][1]
+    (r0, f0), (r1, f1) = points[n - 1 : n + 1]
+    return f0 * (f1 / f0) ** (math.log(rows / r0) / math.log(r1 / r0))
 
 
 def _toml(value: Any) -> str:
@@ -241,6 +291,12 @@ def _rate(name: str, value: object) -> float:
     if (rate := _number(name, value)) <= 0:
         raise HardwareError(f"{name} is {rate:g}; a rate is above 0 (per second)")
     return rate
+
+
+def _lost(name: str, value: object) -> float:
+    if not 0 <= (share := _number(name, value)) < 1:
+        raise HardwareError(f"{name} is {share:g}; a share that is lost is at least 0 and below 1")
+    return share
 
 
 def _seconds(name: str, value: object) -> float:

@@ -16,7 +16,7 @@ from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_atte
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.timeline import numbered, play
+from flexgen.planning.timeline import numbered, play_beside
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import ORDERS, Op
@@ -178,7 +178,7 @@ def _block(
     costs = costs_of(asked.splits_attention)
     # The buffers are those of a full block, whose batches may run in another order.
     grid = asked.grid(len(tokens), len(layers), batches, costs.weight_pieces, full.slots)
-    events = play(numbered(asked.name, grid), costs).events
+    events = play_beside(numbered(asked.name, grid), costs, hardware.losses).events
     ends = _ends(events, len(tokens), len(layers) - 1)
     trailing = max(event.end for event in events) - ends[-1]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+
+import numpy as np
 
 from flexgen.schedule import ORDERS, Grid, Step, Visit, needed_steps, needed_visit
 from flexgen.trace import Event, LaneName, Trace
@@ -26,8 +28,54 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     return play(_number(steps, grid), costs)
 
 
-def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Trace:
-    """`simulate`, for steps that are numbered already."""
+Losses = Mapping[tuple[LaneName, LaneName], float]
+"""The share of the first lane's rate that is lost while the second one works."""
+
+_ROUNDS = 5
+_SETTLED = 1e-3
+_MOST_LOST = 0.9
+
+
+def play_beside(steps: Numbered, costs: Callable[[Step], Costs], losses: Losses) -> Trace:
+    """`play`, where lanes that work at the same time slow each other down.
+
+    By turns the schedule is laid out, and each stage made longer by what it loses to those it overlaps: a few rounds,
+    until the end no longer moves. A stage is slowed evenly over its time.
+    """
+    trace = play(steps, costs)
+    for _ in range(_ROUNDS if losses else 0):
+        before = trace.span
+        trace = play(steps, costs, _stretched(trace.events, losses))
+        if abs(trace.span - before) <= _SETTLED * before:
+            break
+    return trace
+
+
+def _stretched(events: Sequence[Event], losses: Losses) -> Sequence[float]:
+    """How many times its own seconds each event takes beside the others."""
+    lanes = np.array([_NUMBER[event.lane] for event in events])
+    begin, end = (np.array([getattr(event, name) for event in events]) for name in ("start", "end"))
+    lost = np.zeros(len(events))
+    for (lane, other), share in losses.items():
+        mine, theirs = lanes == _NUMBER[lane], lanes == _NUMBER[other]
+        if not mine.any() or not theirs.any():
+            continue
+        # Seconds that the other has worked until any time: it serves one stage after another.
+        edges = np.stack([begin[theirs], end[theirs]], axis=1).ravel()
+        worked = np.repeat(np.cumsum(end[theirs] - begin[theirs]), 2)
+        worked[::2] -= end[theirs] - begin[theirs]
+        both = np.interp(end[mine], edges, worked) - np.interp(begin[mine], edges, worked)
+        took = end[mine] - begin[mine]
+        lost[mine] += share * np.divide(both, took, out=np.zeros_like(both), where=took > 0)
+    stretched: Sequence[float] = (1 / (1 - np.minimum(lost, _MOST_LOST))).tolist()
+    return stretched
+
+
+_NUMBER = {lane: n for n, lane in enumerate(LaneName)}
+
+
+def play(steps: Numbered, costs: Callable[[Step], Costs], stretched: Sequence[float] | None = None) -> Trace:
+    """`simulate`, for steps that are numbered already. `stretched`: how many times its seconds each event takes."""
     free = dict.fromkeys(LaneName, 0.0)
     done: list[float] = []
     events: list[Event] = []
@@ -45,6 +93,8 @@ def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Trace:
             time = ready
             for lane, seconds in chain:
                 start = max(time, free[lane])
+                if stretched is not None:
+                    seconds *= stretched[len(events)]
                 time = free[lane] = start + seconds
                 events.append(Event(step, lane, start, time))
             end = max(end, time)

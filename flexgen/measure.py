@@ -1,0 +1,66 @@
+"""`python -m flexgen.measure`: what this machine can do, as the planner needs to know it.
+
+    python -m flexgen.measure
+    python -m flexgen.measure --device cuda --offload-dir /fast/disk --output mine.toml
+
+Prints a `Hardware` as TOML. It takes about a minute in which nothing else should run, and is kept for later uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from flexgen.flags import run
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.measured import cache_folder, measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run(make_parser(), measure, argv)
+
+
+def measure(args: argparse.Namespace) -> Hardware:
+    """Measure the machine, or find what was measured, and print or write it."""
+    with tqdm(desc="measuring", unit="figure", disable=True if args.quiet else None) as bar:
+
+        def progress(done: int, total: int, label: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(label)
+            bar.update(done - bar.n)
+
+        hardware = measured(args.device, args.offload_dir, args.again, progress)
+    if args.output:
+        hardware.save(args.output)
+    else:
+        print(hardware.to_toml(), end="")
+    if not args.quiet:
+        where = f"written to {args.output}, " if args.output else ""
+        print(f"{where}kept in {cache_folder()}", file=sys.stderr)
+    return hardware
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen.measure",
+        description="Measure what this machine can do: memory, links, disk, arithmetic and fixed costs.",
+    )
+    add: Any = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add(
+        "--offload-dir", metavar="DIR", help="a directory on the disk to measure (default: the temporary one)"
+    )
+    add("-o", "--output", metavar="FILE", help="write the TOML to FILE instead of printing it")
+    add("--again", action="store_true", help="measure again, even if it was done before")
+    add("--quiet", action="store_true", help="no bar, and nothing but the TOML")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Rates of what is computed: layers, kernels and codecs of the engine, on the device that will run them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import OPTConfig
+
+from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.packed_linear import PackedMatrix, fused_rows
+from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.store import Store, tensor_at
+from flexgen.models import WeightSpec, open_model
+from flexgen.models.attention import Attention
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.mlp import MLP
+from flexgen.models.ops import causal_attention
+from flexgen.planning.hardware import Points
+from flexgen.planning.probe.effort import Effort, Stopwatch
+from flexgen.quant import Codec
+
+_PAGE_TOKENS = 128
+_CACHE_ROWS = 8
+_PROMPT_ROWS = 4
+
+
+class ArithmeticProbe:
+    """Rates in one dtype of a transformer's layers of the size that `effort` says."""
+
+    def __init__(self, device: ComputeDevice, dtype: torch.dtype, effort: Effort, watch: Stopwatch) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._effort = effort
+        self._watch = watch
+        config = OPTConfig(
+            hidden_size=effort.hidden,
+            word_embed_proj_dim=effort.hidden,
+            ffn_dim=4 * effort.hidden,
+            num_attention_heads=effort.heads,
+            num_hidden_layers=1,
+        )
+        self._spec = open_model(config, "dummy")[0]
+        self._layer = MLP(self._spec, 0)
+        self._checkpoint = DummyCheckpoint()
+        self._owned: list[tuple[Store, Tensor]] = []
+
+    def release(self) -> None:
+        """Give back what lies in the memory of the machine."""
+        for store, buffer in self._owned:
+            store.release(buffer)
+        self._owned.clear()
+
+    # Products
+
+    def products(self) -> Points:
+        """flop/s of layers whose matrices come to the device, by rows of activations."""
+        return self._rates(self._plain, self._effort.rows)
+
+    def packed_products(self) -> Points:
+        """The same of matrices that stay on the device, laid out as it wants them."""
+        return self._rates(self._laid_out, self._effort.rows)
+
+    def encoded_products(self, codec: Codec) -> Points:
+        """The same of matrices multiplied as they are encoded; empty where each is decoded first."""
+        weight = next(weight for weight in self._layer.weights if codec.fits(weight.shape))
+        matrix = self._encoded(codec, weight)
+        most = fused_rows(matrix.packed, self._dtype)
+        rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
+        return self._rates(partial(self._encoded, codec), rows) if most else ()
+
+    def decoding(self, codec: Codec) -> float:
+        """Bytes/s that come out."""
+        shape = (self._effort.hidden, self._effort.hidden)
+        weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
+        encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
+        out_bytes = weight.nbytes(self._dtype)
+        count = self._count(out_bytes + encoded.nbytes)
+        pairs = itertools.cycle(
+            [
+                (self._place(encoded), tensor_at(self._take(out_bytes), 0, shape, self._dtype))
+                for _ in range(count)
+            ]
+        )
+        seconds = self._watch.seconds(lambda: codec.decode(*next(pairs)), self._device.wait_for_compute)
+        self.release()
+        return out_bytes / seconds
+
+    def multiplying(self, rows: int) -> Callable[[], object]:
+        """The work of `products` at so many rows, until `release`."""
+        return partial(self._forward, self._rows(rows), self._ring(self._plain))
+
+    def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
+        weights = self._ring(form)
+        points = []
+        for tokens in rows:
+            work = partial(self._forward, self._rows(tokens), weights)
+            seconds = self._watch.seconds(work, self._device.wait_for_compute)
+            points.append((float(tokens), self._layer.flops(tokens, 1, 1) / seconds))
+        self.release()
+        return tuple(points)
+
+    def _rows(self, tokens: int) -> Tensor:
+        return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
+
+    def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
+        """The weights of as many layers as make a working set, over and over."""
+        one = {weight.name: form(weight) for weight in self._layer.weights}
+        count = self._count(sum(_nbytes(kept) for kept in one.values()))
+        others = [{weight.name: form(weight) for weight in self._layer.weights} for _ in range(count - 1)]
+        return itertools.cycle([one, *others])
+
+    def _forward(self, x: Tensor, weights: Any) -> None:
+        self._layer.transform(x, next(weights))
+
+    def _plain(self, weight: WeightSpec) -> Tensor:
+        return self._place(self._checkpoint.read(weight, self._dtype))
+
+    def _laid_out(self, weight: WeightSpec) -> Tensor:
+        kept = self._checkpoint.read(weight, self._dtype)
+        return self._device.pack(kept) if kept.dim() == 2 else self._place(kept)
+
+    def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
+        kept = self._checkpoint.read(weight, self._dtype)
+        if not codec.fits(weight.shape):
+            return self._place(kept)
+        packed = codec.packed(self._place(codec.encode(kept)), weight.shape)
+        return PackedMatrix(packed, self._dtype, lambda: kept)
+
+    # Attention
+
+    def prompt_attention(self) -> float:
+        """flop/s of causal attention over prompts."""
+        tokens, spec = self._effort.prompt, self._spec
+        shape = (_PROMPT_ROWS, tokens, spec.num_heads, spec.head_dim)
+        # As layers make them: by token, seen by head.
+        q, k, v = (
+            torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
+        )
+        scale = spec.head_dim**-0.5
+        seconds = self._watch.seconds(
+            lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
+        )
+        return Attention(spec, 0).attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
+
+    def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
+        """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""
+        attend = self.attending(form, store, place)
+        seconds = self._watch.seconds(attend, self._device.wait_for_compute)
+        self.release()
+        heads = _CACHE_ROWS * self._spec.num_heads
+        return 2 * heads * self._effort.context * form.nbytes / seconds
+
+    def attending(self, form: HeadFormat, store: Store, place: torch.device) -> Callable[[], object]:
+        """The work of that, until `release`."""
+        spec, context = self._spec, self._effort.context
+        page_tokens = min(_PAGE_TOKENS, context)
+        pages = -(-context // page_tokens)
+        shape = (_CACHE_ROWS, spec.num_heads, page_tokens, spec.head_dim)
+        page = form.encode(torch.randn(shape).to(self._dtype))
+        count = self._count(2 * pages * page.nbytes)
+        caches = itertools.cycle(
+            [
+                [(self._place(page, store), self._place(page, store)) for _ in range(pages)]
+                for _ in range(count)
+            ]
+        )
+        q = torch.randn(_CACHE_ROWS, spec.num_heads, 1, spec.head_dim).to(place, self._dtype)
+        scale = spec.head_dim**-0.5
+        return lambda: decode_attention(q, next(caches), context, None, scale, form)
+
+    # Memory
+
+    def _count(self, nbytes: int) -> int:
+        """How many things of so many bytes make a working set."""
+        return max(-(-self._effort.working_set // nbytes), 1)
+
+    def _take(self, nbytes: int, store: Store | None = None) -> Tensor:
+        store = store or self._device.memory
+        buffer = store.allocate(nbytes, "the probe's working set")
+        self._owned.append((store, buffer))
+        return buffer
+
+    def _place(self, kept: Tensor, store: Store | None = None) -> Tensor:
+        """A copy where the engine keeps such things."""
+        place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
+        return place.copy_(kept)
+
+
+def _nbytes(kept: Any) -> int:
+    if isinstance(kept, PackedMatrix):
+        parts = (kept.packed.values, kept.packed.scales, kept.packed.minimums)
+        return sum(part.nbytes for part in parts)
+    return int(kept.numel() * kept.element_size())

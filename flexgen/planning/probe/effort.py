@@ -1,0 +1,79 @@
+"""How much is measured, and how a time is taken."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexgen.units import MIB
+
+Clock = Callable[[], float]
+
+_LEAST_SAMPLE = 0.01
+"""Seconds of one sample: shorter work is repeated within it."""
+_MOST_CALLS = 512
+"""Within one sample."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Sizes large enough to leave the caches, and how often each time is taken.
+
+    `hidden`, `heads`: of the layers that are computed, whose feed-forward half is four times as wide. `working_set`:
+    bytes of matrices, or of a cache, that are gone through before the first of them comes again. `rows`: those of
+    the activations. `prompt`, `context`: tokens of a prompt that is attended, and of a cache. `file`, `transfer`:
+    bytes of the file on disk and of what moves at once. `beside`: seconds for which two lanes run together.
+    `layers`, `tokens`: of the small model that tells what a cell takes beside its arithmetic.
+    """
+
+    hidden: int = 2048
+    heads: int = 32
+    working_set: int = 256 * MIB
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+    prompt: int = 256
+    context: int = 512
+    file: int = 256 * MIB
+    transfer: int = 32 * MIB
+    repeats: int = 9
+    seconds: float = 0.3
+    beside: float = 0.5
+    layers: int = 8
+    tokens: int = 24
+
+
+FULL = Effort()
+"""What a machine is measured with."""
+
+
+class Stopwatch:
+    """Median times of work, on a clock that tests replace."""
+
+    def __init__(self, effort: Effort, clock: Clock = time.perf_counter) -> None:
+        self._effort = effort
+        self.clock = clock
+
+    def seconds(self, work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> float:
+        """One call of `work`: the median of samples, of which there are more where they are short.
+
+        The first call is not counted. `settle` waits for what a call has only enqueued, once a sample.
+        """
+        work()
+        settle()
+        first = self._sample(work, settle, 1)
+        calls = min(max(math.ceil(_LEAST_SAMPLE / first), 1), _MOST_CALLS) if first > 0 else _MOST_CALLS
+        samples = [first] if calls == 1 else []
+        spent = first
+        while len(samples) < self._effort.repeats and (len(samples) < 3 or spent < self._effort.seconds):
+            samples.append(self._sample(work, settle, calls))
+            spent += samples[-1] * calls
+        return max(statistics.median(samples), 1e-9)
+
+    def _sample(self, work: Callable[[], object], settle: Callable[[], object], calls: int) -> float:
+        began = self.clock()
+        for _ in range(calls):
+            work()
+        settle()
+        return (self.clock() - began) / calls

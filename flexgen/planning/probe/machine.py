@@ -1,0 +1,246 @@
+"""All measurements of one machine, in order, as a `Hardware`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexgen.kernels.heads import HeadFormat, PlainHeads
+from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.lanes import Lanes
+from flexgen.memory.machine import Machine
+from flexgen.planning.hardware import Fixed, Hardware
+from flexgen.planning.probe.arithmetic import ArithmeticProbe
+from flexgen.planning.probe.effort import FULL, Clock, Effort, Stopwatch
+from flexgen.planning.probe.links import LinkProbe
+from flexgen.planning.probe.overheads import cell_seconds
+from flexgen.planning.probe.together import lost_shares
+from flexgen.policy import Tier
+from flexgen.quant import CODECS
+from flexgen.trace import LaneName
+from flexgen.units import format_bytes
+
+Progress = Callable[[int, int, str], object]
+"""Told before each measurement: how many are done, how many there are, and which one comes."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
+_BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
+_BESIDE_ROWS = 16
+"""Of a product that others run beside: it takes memory's bandwidth and the cores alike."""
+_NOISE = 0.03
+"""A share that is lost between two measurements of the same."""
+
+
+def measure(
+    device: str | torch.device | ComputeDevice = "auto",
+    offload_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    effort: Effort = FULL,
+    clock: Clock = time.perf_counter,
+) -> Hardware:
+    """What `device` (as in `OptLM`), the host and the disk of `offload_dir` can do.
+
+    Takes less than a minute on two cores, `Effort.file` bytes of disk, and a few times `Effort.working_set` bytes of
+    memory. Nothing else should run. Raises RequestError for a device that is not there, CapacityError where there
+    is no room.
+    """
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        machine = Machine.open(device, offload_dir)
+        stack.callback(machine.close)
+        lanes = machine.device.make_lanes()
+        stack.callback(lanes.close)
+        return _Measurement(machine, lanes, effort, clock).run(progress)
+
+
+def capacities(machine: Machine) -> dict[Tier, int]:
+    """Bytes of each tier that a plan may use now; a tier without a limit of its own has what the host has."""
+    limits = machine.limits()
+    own = {tier: limits[tier] if limits[tier] is not None else limits[Tier.CPU] for tier in Tier}
+    if machine.device.shares_host_memory:
+        del own[Tier.GPU]
+    return {tier: max(count, 1) for tier, count in own.items() if count is not None}
+
+
+def description(machine: Machine) -> tuple[str, str]:
+    """(name, source) of what is measured on a machine."""
+    device = machine.device
+    name = device.name
+    if device.torch_device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device.torch_device)} ({device.name})"
+    elif not device.shares_host_memory:
+        name = f"{device.name} on {processor()}"
+    else:
+        name = processor()
+    parts = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    parts.append(f"{format_bytes(psutil.virtual_memory().total)} of host memory")
+    if device.torch_device.type == "cuda":
+        total = torch.cuda.get_device_properties(device.torch_device).total_memory
+        parts.append(f"{format_bytes(total)} of GPU memory")
+    day = datetime.datetime.now().astimezone().date().isoformat()
+    return name, f"measured by python -m flexgen.measure on {day}: {'; '.join(parts)}"
+
+
+def processor() -> str:
+    """The model of the CPU, as the system names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+class _Measurement:
+    """The figures so far, and the work that finds each."""
+
+    def __init__(self, machine: Machine, lanes: Lanes, effort: Effort, clock: Clock) -> None:
+        self._machine = machine
+        self._device = machine.device
+        self._lanes = lanes
+        left = machine.device.available_bytes()
+        if left is not None:  # a small device is not filled to the last byte by what is measured on it
+            effort = replace(
+                effort,
+                working_set=min(effort.working_set, left // 8),
+                transfer=min(effort.transfer, left // 8),
+            )
+        self._effort = effort
+        self._clock = clock
+        self._watch = Stopwatch(effort, clock)
+        self._links = LinkProbe(machine, lanes, effort, self._watch)
+        self._figures: dict[str, dict[Any, Any]] = {}
+        self._fixed: dict[str, float] = {}
+
+    def run(self, progress: Progress | None) -> Hardware:
+        work = list(self._work())
+        try:
+            for n, (label, job) in enumerate(work):
+                if progress:
+                    progress(n, len(work), label)
+                job()
+            if progress:
+                progress(len(work), len(work), "done")
+        finally:
+            self._links.close()
+        name, source = description(self._machine)
+        capacity = capacities(self._machine)
+        fields: dict[str, Any] = {"name": name, "source": source, "capacity": capacity} | self._figures
+        return Hardware(**fields, fixed=Fixed(**self._fixed))
+
+    def _put(self, table: str, key: object, find: Callable[[], Any]) -> None:
+        if found := find():
+            self._figures.setdefault(table, {})[key] = found
+
+    def _work(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        shared = self._device.shares_host_memory
+        lanes = [LaneName.DISK_WRITE, LaneName.DISK_READ]
+        if not shared:
+            lanes += [LaneName.TO_DEVICE, LaneName.FROM_DEVICE]
+        for lane in lanes:
+            yield (
+                f"bandwidth {lane}",
+                partial(self._put, "bandwidth", lane, partial(self._links.bandwidth, lane)),
+            )
+        yield "bandwidth host", partial(self._put, "bandwidth", LaneName.HOST, self._links.host_copies)
+        yield "fixed costs", self._find_fixed
+        for dtype in self._dtypes():
+            yield from self._of_dtype(dtype)
+        computed = {
+            str(dtype).removeprefix("torch."): self._device.fast_dtype(dtype) for dtype in self._dtypes()
+        }
+        self._figures["computes_in"] = {
+            name: str(dtype).removeprefix("torch.")
+            for name, dtype in computed.items()
+            if str(dtype) != f"torch.{name}"
+        }
+        yield "lanes beside each other", self._find_interference
+
+    def _dtypes(self) -> list[torch.dtype]:
+        if self._device.torch_device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            return [torch.float32, torch.float16]
+        return list(_DTYPES)
+
+    def _of_dtype(self, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+        device, name = self._device, str(dtype).removeprefix("torch.")
+        probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
+        yield f"products {name}", partial(self._put, "products", name, probe.products)
+        if device.packs(dtype):
+            yield (
+                f"packed products {name}",
+                partial(self._put, "packed_products", name, probe.packed_products),
+            )
+        for codec in CODECS.values():
+            key = f"{name} {codec.name}"
+            yield (
+                f"products {key}",
+                partial(self._put, "encoded_products", key, partial(probe.encoded_products, codec)),
+            )
+            yield f"decoding {key}", partial(self._put, "decoding", key, partial(probe.decoding, codec))
+        yield (
+            f"attention of a prompt, {name}",
+            partial(self._put, "prefill_attention", name, probe.prompt_attention),
+        )
+        head_dim = self._effort.hidden // self._effort.heads
+        forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
+        # Encoded, a cache is the same bytes whatever the dtype: the one that is computed in tells its rate.
+        if dtype is device.fast_dtype(torch.float16):
+            forms |= {codec.name: codec.heads(head_dim) for codec in CODECS.values()}
+        for key, form in forms.items():
+            yield f"attention of a token, {key}", partial(self._find_attention, probe, key, form)
+
+    def _find_attention(self, probe: ArithmeticProbe, key: str, form: Any) -> None:
+        device, host = self._device, self._machine.host
+        found = probe.token_attention(form, device.memory, device.torch_device)
+        self._figures.setdefault("device_attention", {})[key] = found
+        if not device.shares_host_memory:
+            if device.torch_device != _CPU:
+                found = probe.token_attention(form, host, _CPU)
+            self._figures.setdefault("host_attention", {})[key] = found
+
+    def _find_fixed(self) -> None:
+        shared = self._device.shares_host_memory
+        links = (LaneName.HOST,) if shared else (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+        self._fixed["stage"] = self._links.latency(links)
+        self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
+        dtype = self._device.fast_dtype(torch.float16)
+        self._fixed["cell"] = cell_seconds(self._machine, self._lanes, dtype, self._effort)
+
+    def _find_interference(self) -> None:
+        """What each two lanes that may work at once take from each other."""
+        device = self._device
+        dtype = device.fast_dtype(torch.float16)
+        probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
+        enqueue = probe.multiplying(_BESIDE_ROWS)
+
+        def multiply() -> None:
+            enqueue()
+            device.wait_for_compute()
+
+        work: dict[LaneName, Callable[[], object]] = {LaneName.COMPUTE: multiply}
+        if not device.shares_host_memory:
+            form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
+            work[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
+        lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
+        for lane in lanes:
+            work[lane] = self._links.mover(lane, device.wait_for_compute)
+        alone = {lane: self._watch.seconds(job) for lane, job in work.items()}
+        for one, other in itertools.combinations(work, 2):
+            lost = lost_shares(
+                (alone[one], alone[other]), work[one], work[other], self._effort.beside, self._clock
+            )
+            for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
+                if share > _NOISE:
+                    self._figures.setdefault("interference", {})[f"{lane} {beside}"] = share
+        probe.release()

@@ -1,0 +1,208 @@
+"""Measuring a machine: on clocks and links that the tests own, and whole but tiny on the real ones."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from flexgen.errors import RequestError
+from flexgen.memory.cpu import HostStore
+from flexgen.memory.disk import DiskIO
+from flexgen.memory.disk_store import DiskStore
+from flexgen.memory.gpu import EmulatedDevice, Pace
+from flexgen.memory.machine import Machine
+from flexgen.models import open_model
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.predict import predict
+from flexgen.planning.probe import Effort, measure
+from flexgen.planning.probe.effort import Stopwatch
+from flexgen.planning.probe.links import LinkProbe
+from flexgen.planning.probe.machine import capacities
+from flexgen.planning.probe.together import lost_shares
+from flexgen.policy import Policy, Tier
+from flexgen.trace import LaneName
+from flexgen.units import KIB, MIB
+from flexgen.workload import Workload
+
+TINY = Effort(
+    hidden=128, heads=2, working_set=MIB, rows=(1, 4, 32), prompt=16, context=32, file=MIB, transfer=256 * KIB,
+    repeats=1, seconds=0.0, beside=0.01, layers=1, tokens=3,
+)  # fmt: skip
+
+
+class Clock:
+    """Time that passes only where someone sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        with self._lock:
+            self.now += seconds
+
+
+def test_a_time_is_the_median_and_the_first_call_does_not_count():
+    clock = Clock()
+    times = iter([100.0, 5.0, 1.0, 2.0, 9.0, 3.0])
+    watch = Stopwatch(Effort(repeats=5, seconds=1000.0), clock)
+    assert watch.seconds(lambda: clock.sleep(next(times))) == 3.0
+
+
+def test_long_work_is_not_repeated_for_ever():
+    clock, calls = Clock(), itertools.count()
+    watch = Stopwatch(Effort(repeats=9, seconds=1.0), clock)
+    watch.seconds(lambda: (next(calls), clock.sleep(10.0)))
+    assert next(calls) == 1 + 3
+
+
+def test_short_work_is_timed_many_calls_at_once_and_settled_once():
+    clock, calls, settled = Clock(), itertools.count(), itertools.count()
+    watch = Stopwatch(Effort(repeats=3, seconds=1000.0), clock)
+
+    def work():
+        next(calls)
+        clock.sleep(1e-3)
+
+    def settle():
+        next(settled)
+        clock.sleep(5e-3)
+
+    # The work is 1 ms; waiting for it takes 5 ms more, which many calls share.
+    assert 1e-3 < watch.seconds(work, settle) <= 4e-3
+    assert next(calls) > next(settled)
+
+
+@pytest.fixture
+def limited(tmp_path):
+    """A machine whose link and disk are held at given rates, on a clock of ours."""
+    clock = Clock()
+    device = EmulatedDevice(link=3e6, disk=2e6)
+    device.pace = Pace(3e6, clock, clock.sleep)
+    io = DiskIO(bandwidth=2e6, clock=clock, sleep=clock.sleep)
+    machine = Machine(device, HostStore(Tier.CPU), DiskStore(tmp_path, io), io)
+    lanes = device.make_lanes()
+    probe = LinkProbe(machine, lanes, TINY, Stopwatch(TINY, clock))
+    yield probe, clock
+    probe.close()
+    assert not machine.host.used and not device.memory.used and not machine.disk.used
+    lanes.close()
+    machine.close()
+
+
+@pytest.mark.parametrize(
+    ("lane", "rate"),
+    [
+        (LaneName.TO_DEVICE, 3e6),
+        (LaneName.FROM_DEVICE, 3e6),
+        (LaneName.DISK_READ, 2e6),
+        (LaneName.DISK_WRITE, 2e6),
+    ],
+)
+def test_a_link_that_is_held_back_is_found_as_fast_as_it_is(limited, lane, rate):
+    probe, _ = limited
+    assert probe.bandwidth(lane) == pytest.approx(rate, rel=1e-6)
+
+
+def test_a_small_job_is_timed_behind_the_one_before(limited):
+    probe, _ = limited
+    both = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+    assert probe.latency(both, nbytes=4096) == pytest.approx(4096 / 3e6, rel=1e-6)
+
+
+def test_what_work_loses_beside_other_work():
+    """Here takes 2 s where it took 1 s alone; what runs beside it is not slowed."""
+    clock = Clock()
+    go, went = threading.Semaphore(0), threading.Semaphore(0)
+
+    def here():
+        for _ in range(4):
+            go.release()
+            went.acquire()
+        clock.sleep(2.0)
+
+    def beside():
+        if go.acquire(timeout=0.01):
+            went.release()
+
+    lost = lost_shares((1.0, 0.5), here, beside, 20.0, clock)
+    assert lost[0] == pytest.approx(0.5)
+
+
+def test_what_fails_beside_is_told():
+    def beside():
+        raise OSError("the disk is gone")
+
+    clock = Clock()
+    with pytest.raises(OSError, match="the disk is gone"):
+        lost_shares((1.0, 1.0), lambda: clock.sleep(1.0), beside, 5.0, clock)
+
+
+@pytest.fixture(scope="module", params=["cpu", "emulated:memory=256MiB"])
+def found(request, tmp_path_factory):
+    """A tiny measurement of a device, and what its progress said."""
+    folder, told = tmp_path_factory.mktemp("offload"), []
+    hardware = measure(request.param, folder, lambda *said: told.append(said), effort=TINY)
+    assert not list(folder.iterdir()), "files of the probe were left behind"
+    return hardware, told
+
+
+def test_a_measurement_has_every_figure_that_a_prediction_asks_for(found, configs):
+    hardware, _ = found
+    assert hardware.shares_host_memory == (Tier.GPU not in hardware.capacity)
+    spec, _ = open_model(configs["opt"], "dummy")
+    coded = {"cpu": {"percent": 50, "codec": "int4"}, "disk": {"percent": 50, "codec": "int8"}}
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        for attend_on in ("cpu", "gpu"):
+            policy = Policy(
+                gpu_batch_size=2, num_gpu_batches=2, weights=coded, cache=coded, attend_on=attend_on
+            )
+            report = predict(spec, policy, hardware, Workload(40, 3, 4), dtype=dtype).report
+            assert report.prefill_s > 0 and report.decode_s > 0
+
+
+def test_a_measurement_is_a_file(found, tmp_path):
+    hardware, _ = found
+    hardware.save(path := tmp_path / "machine.toml")
+    assert Hardware.load(path) == hardware
+    assert "measured by python -m flexgen.measure on 2" in hardware.source
+    assert f"torch {torch.__version__}" in hardware.source
+
+
+def test_rows_products_and_codecs_are_those_of_the_kernels(found):
+    hardware, _ = found
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert [rows for rows, _ in hardware.products[dtype]] == [1, 4, 32]
+        for codec in ("int4", "int8"):
+            assert hardware.decoding_rate(dtype, codec) > 0
+    # A checkpoint in float16 is computed in another type on a CPU, as the engine does it.
+    assert hardware.dtype_for("float16") in ("float32", "bfloat16")
+    assert hardware.dtype_for("bfloat16") == "bfloat16"
+
+
+def test_progress_counts_to_its_end(found):
+    _, told = found
+    assert [n for n, _, _ in told] == list(range(len(told)))
+    assert {total for _, total, _ in told} == {len(told) - 1}
+    labels = [label for _, _, label in told]
+    assert len(set(labels)) == len(labels)
+
+
+def test_capacity_is_what_a_plan_may_use(tmp_path):
+    machine = Machine.open("emulated:memory=64MiB", tmp_path)
+    try:
+        found = capacities(machine)
+        assert found[Tier.GPU] == 64 * MIB
+        assert found[Tier.CPU] == pytest.approx(machine.limits()[Tier.CPU], rel=0.1)
+        assert found[Tier.DISK] == pytest.approx(machine.disk.free, rel=0.1)
+    finally:
+        machine.close()
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(RequestError, match="'tpu' is not known"):
+        measure("tpu", tmp_path)
