@@ -101,7 +101,7 @@ def compare(case: Case, hardware: Hardware, folder: str, repeats: int, name: str
         MODEL, policy, device=case.device, dtype=case.dtype, weights="dummy", offload_dir=folder, order=case.order,
         progress=False,
     ) as model:  # fmt: skip
-        model.generate(prompts, 2, stop=())  # makes threads and touches pages
+        model.generate(prompts[: policy.gpu_batch_size], 2, stop=())  # makes threads and touches pages
         found = interleaved({name: partial(run, model, prompts, case.new_tokens)}, repeats)[name]
         assert model.stats is not None
         busy = {str(lane): seconds for lane, seconds in model.stats.timing.trace.busy().items()}
