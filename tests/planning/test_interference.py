@@ -85,7 +85,8 @@ def test_a_prediction_is_slower_where_lanes_interfere(host, configs):
     spec, _ = open_model(configs["opt"], "dummy")
     policy, workload = Policy(gpu_batch_size=4, weights={"disk": 100}), Workload(16, 4, 4)
     quiet = predict(spec, policy, host(), workload)
-    loud = predict(spec, policy, host(interference={"compute disk_read": 0.5}), workload)
+    both = {"compute disk_read": 0.5, "disk_read compute": 0.5}
+    loud = predict(spec, policy, host(interference=both), workload)
     assert loud.report.prefill_s + loud.report.decode_s > quiet.report.prefill_s + quiet.report.decode_s
     # What a lane takes alone, and with it the bound, is another question.
     assert loud.report.phases == quiet.report.phases

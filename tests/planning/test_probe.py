@@ -16,6 +16,7 @@ from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
 from flexgen.planning.probe import Effort, measure
+from flexgen.planning.probe import machine as machine_probe
 from flexgen.planning.probe.effort import Stopwatch
 from flexgen.planning.probe.links import LinkProbe
 from flexgen.planning.probe.machine import capacities
@@ -206,3 +207,10 @@ def test_capacity_is_what_a_plan_may_use(tmp_path):
 def test_a_device_that_is_not_there(tmp_path):
     with pytest.raises(RequestError, match="'tpu' is not known"):
         measure("tpu", tmp_path)
+
+
+@pytest.mark.parametrize(("percent", "told"), [(5.0, False), (60.0, True)])
+def test_a_busy_machine_is_told(monkeypatch, caplog, percent, told):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: percent)
+    machine_probe._warn_if_busy()
+    assert ("other programs take 60% of the processor" in caplog.text) == told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ from flexgen.units import format_bytes
 Progress = Callable[[int, int, str], object]
 """Told before each measurement: how many are done, how many there are, and which one comes."""
 
+logger = logging.getLogger(__name__)
+
+_LOOK, _BUSY = 0.3, 0.2
+"""For how many seconds the processor is watched, and the share of it that others may take."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
@@ -60,9 +65,23 @@ def measure(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         machine = Machine.open(device, offload_dir)
         stack.callback(machine.close)
+        _warn_if_busy()
         lanes = machine.device.make_lanes()
         stack.callback(lanes.close)
-        return _Measurement(machine, lanes, effort, clock).run(progress)
+        hardware = _Measurement(machine, lanes, effort, clock).run(progress)
+    _warn_if_busy()
+    return hardware
+
+
+def _warn_if_busy() -> None:
+    """Say so where other programs compute beside the measurement."""
+    busy = psutil.cpu_percent(_LOOK) / 100
+    if busy > _BUSY:
+        logger.warning(
+            "other programs take %.0f%% of the processor: what is measured is too slow. Measure again when they are "
+            "done (python -m flexgen.measure --again)",
+            100 * busy,
+        )
 
 
 def capacities(machine: Machine) -> dict[Tier, int]:
