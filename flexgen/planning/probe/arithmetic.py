@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from flexgen.kernels.packed_linear import PackedMatrix, fused_rows
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
-from flexgen.models.attention import Attention
+from flexgen.models.block import Block
 from flexgen.models.dummy import DummyCheckpoint
-from flexgen.models.mlp import MLP
+from flexgen.models.layer import Context
 from flexgen.models.ops import causal_attention
 from flexgen.planning.hardware import Points
 from flexgen.planning.probe.effort import Effort, Stopwatch
@@ -46,7 +47,7 @@ class ArithmeticProbe:
             num_hidden_layers=1,
         )
         self._spec = open_model(config, "dummy")[0]
-        self._layer = MLP(self._spec, 0)
+        self._layer = Block(self._spec, 0)
         self._checkpoint = DummyCheckpoint()
         self._owned: list[tuple[Store, Tensor]] = []
 
@@ -101,7 +102,7 @@ class ArithmeticProbe:
         for tokens in rows:
             work = partial(self._forward, self._rows(tokens), weights)
             seconds = self._watch.seconds(work, self._device.wait_for_compute)
-            points.append((float(tokens), self._layer.flops(tokens, 1, 1) / seconds))
+            points.append((float(tokens), self._layer.product_flops(tokens, 1, 1) / seconds))
         self.release()
         return tuple(points)
 
@@ -115,8 +116,11 @@ class ArithmeticProbe:
         others = [{weight.name: form(weight) for weight in self._layer.weights} for _ in range(count - 1)]
         return itertools.cycle([one, *others])
 
-    def _forward(self, x: Tensor, weights: Any) -> None:
-        self._layer.transform(x, next(weights))
+    def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
+        """A layer without attention: what is multiplied, with norms, biases and residuals."""
+        here, context = next(weights), SimpleNamespace(positions=None)
+        q, _, _ = self._layer.qkv(x, here, cast(Context, context))
+        self._layer.output(q, x, here)
 
     def _plain(self, weight: WeightSpec) -> Tensor:
         return self._place(self._checkpoint.read(weight, self._dtype))
@@ -146,7 +150,7 @@ class ArithmeticProbe:
         seconds = self._watch.seconds(
             lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
         )
-        return Attention(spec, 0).attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
+        return self._layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
         """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""

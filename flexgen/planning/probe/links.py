@@ -39,6 +39,7 @@ class LinkProbe:
         self._host = [self._take(machine.host).fill_(1) for _ in range(2)]
         self._device = [] if machine.device.shares_host_memory else [self._take(machine.device.memory)]
         self._path: Path | None = None
+        machine.device.settle()
 
     def _take(self, store: Store) -> Tensor:
         buffer = store.allocate(self.transfer, "the probe's transfers")

@@ -41,6 +41,8 @@ _LOOK, _BUSY = 0.3, 0.2
 """For how many seconds the processor is watched, and the share of it that others may take."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
+_ROWS_OF_A_GPU = (4096,)
+"""What a layer computes at once at most, where a CPU has long reached its full rate."""
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
 _BESIDE_ROWS = 16
 """Of a product that others run beside: it takes memory's bandwidth and the cores alike."""
@@ -135,6 +137,8 @@ class _Measurement:
                 working_set=min(effort.working_set, left // 8),
                 transfer=min(effort.transfer, left // 8),
             )
+        if self._device.torch_device != _CPU:
+            effort = replace(effort, rows=(*effort.rows, *_ROWS_OF_A_GPU))
         self._effort = effort
         self._clock = clock
         self._watch = Stopwatch(effort, clock)
