@@ -192,6 +192,11 @@ def run_flexgen(args: argparse.Namespace) -> None:
     )
     model_size, cache_size, hidden_size = (f"{size / GB:.3f} GB" for size in sizes)
     print(f"model size: {model_size}, cache size: {cache_size}, hidden size (prefill): {hidden_size}")
+    log = None if args.no_log else get_filename(args) + ".log" if args.log_file == "auto" else args.log_file
+    if log is not None and not Path(log).parent.is_dir():
+        raise RequestError(
+            f"--log-file {log}: there is no directory {Path(log).parent}; make it, or give another"
+        )
     env = ExecutionEnv.create(args.offload_dir)
     try:
         print("init weight...")
@@ -219,7 +224,7 @@ def run_flexgen(args: argparse.Namespace) -> None:
     prefill = timing.prefill
     decode = projected_decode(timing.decode, tokens, gen_len) if gen_len > 1 else 0.0
     text = write_benchmark_log(
-        None if args.no_log else get_filename(args) + ".log" if args.log_file == "auto" else args.log_file,
+        log,
         *sizes,
         gpu_peak,
         bool(args.debug_mode or cut),

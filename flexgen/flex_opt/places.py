@@ -28,7 +28,8 @@ class Found:
 
 
 def read_config(config: str | OptConfig, path: str) -> OptConfig:
-    """The sizes of a model by name: OPT's own, or of the directory in Hugging Face's layout under `path`."""
+    """The sizes of a model by name: OPT's own, or of the directory of that name, in Hugging Face's layout, that
+    is `path` or lies in it."""
     if isinstance(config, OptConfig):
         return config
     try:
@@ -36,7 +37,8 @@ def read_config(config: str | OptConfig, path: str) -> OptConfig:
     except ModelError:
         name = config.rpartition("/")[2]
         directory = None if DUMMY_WEIGHT in path else _hf_directory(name, path)
-        if directory is None:
+        # What lies in `path` under another name is not what a mistyped name meant.
+        if directory is None or directory.name != name:
             raise
     return from_spec(_opt_spec(directory), name)
 

@@ -44,7 +44,9 @@ def tiny_flags(tiny, tmp_path, monkeypatch):
     """Flags that run the tiny model in an empty directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return f"--model opt-tiny --path {tiny.hf} --offload-dir offload --prompt-len 6 --gen-len 4".split()
+    return (
+        f"--model opt-tiny --path {tiny.hf}/opt-tiny --offload-dir offload --prompt-len 6 --gen-len 4".split()
+    )
 
 
 def test_flags_and_their_defaults():
@@ -141,7 +143,7 @@ def test_inputs_are_padded_by_the_tokenizer():
         ("--prompt-len 0", "--prompt-len is 0"),
         ("--gen-len 0", "--gen-len is 0"),
         ("--prompt-len 64", "64 positions"),
-        ("--log-file no/such/folder.log", "No such file"),
+        ("--log-file no/such/folder.log", "no directory no/such"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, said, tiny_flags, capsys):

@@ -7,6 +7,7 @@ import sys
 
 SCRIPT = """
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -28,9 +29,10 @@ def run(args):
         comp_cache_config=CompressionConfig(num_bits=4, group_size=64, group_dim=2, symmetric=False),
     )
     config = get_opt_config(
-        "facebook/opt-125m", name="opt-tiny", num_hidden_layers=2, max_seq_len=64, hidden_size=64, n_head=4,
-        input_dim=64, ffn_embed_dim=96, vocab_size=96, dtype=np.float32,
+        "facebook/opt-125m", num_hidden_layers=2, max_seq_len=64, hidden_size=64, n_head=4, input_dim=64,
+        ffn_embed_dim=96, vocab_size=96, dtype=np.float32,
     )
+    config = dataclasses.replace(config, name="opt-tiny")
     model = OptLM(config, env, args.path, policy)
     output_ids = model.generate(args.prompts, do_sample=False, temperature=0.7, max_new_tokens=8, stop=None)
     print(json.dumps([policy.cache_disk_percent, type(output_ids).__name__, output_ids.tolist()]))
