@@ -114,12 +114,14 @@ def _cgroup_left() -> int | None:
 
 
 def _page_cache(folder: Path) -> int:
-    """Bytes of inactive page cache charged to a control group: the kernel gives them up when asked."""
-    for line in (folder / "memory.stat").read_text().splitlines():
-        key, value = line.split()
-        if key in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
+    """Bytes of page cache charged to a control group and those in it: the kernel gives them up when asked.
+
+    Active or not: a file that is read twice is active, and no less reclaimable. Memory of a tmpfs is not among them.
+    """
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    kinds = "inactive_file", "active_file"
+    # Of the first version `total_` counts the groups within, as the usage and the limit do.
+    return sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in kinds)
 
 
 def resident_bytes() -> int:

@@ -35,8 +35,8 @@ def plenty(monkeypatch):
     return free
 
 
-def group_v2(folder, limit, used, inactive=0):
-    stat = f"anon 5\ninactive_file {inactive}\nactive_file 7"
+def group_v2(folder, limit, used, inactive=0, active=0):
+    stat = f"anon 5\nfile 9\nshmem 11\ninactive_anon 13\ninactive_file {inactive}\nactive_file {active}"
     return {folder / "memory.max": limit, folder / "memory.current": used, folder / "memory.stat": stat}
 
 
@@ -45,8 +45,9 @@ def test_without_a_control_group_the_system_decides(files, plenty):
 
 
 def test_a_limit_leaves_what_is_not_used_and_what_the_kernel_gives_up(files, plenty):
-    files({"proc/self/cgroup": "0::/job"} | group_v2(V2 / "job", 8 * GIB, 3 * GIB, inactive=GIB))
-    assert cpu.available_bytes() == 6 * GIB
+    group = group_v2(V2 / "job", 9 * GIB, 4 * GIB, inactive=GIB, active=2 * GIB)
+    files({"proc/self/cgroup": "0::/job"} | group)
+    assert cpu.available_bytes() == 8 * GIB
 
 
 def test_a_group_without_a_limit_does_not_count(files, plenty):
@@ -81,10 +82,12 @@ def test_the_first_version_of_control_groups(files, plenty):
             "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/job\n0::/",
             V1 / "job/memory.limit_in_bytes": 4 * GIB,
             V1 / "job/memory.usage_in_bytes": GIB,
-            V1 / "job/memory.stat": "cache 3\ntotal_inactive_file 0",
+            # First of the group alone, then with the groups in it, which is what the limit is about.
+            V1 / "job/memory.stat": "cache 3\ninactive_file 1\nactive_file 2\n"
+            f"total_inactive_file {GIB // 2}\ntotal_active_file {GIB // 4}",
         }
     )
-    assert cpu.available_bytes() == 3 * GIB
+    assert cpu.available_bytes() == 3 * GIB + GIB * 3 // 4
 
 
 def test_a_small_system_is_not_made_larger_by_a_limit(files, plenty):
