@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,13 +18,16 @@ from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT, Store, tensor_at
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
-from flexgen.models.tensor_files import read_header
+from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
-from flexgen.units import align, format_bytes
+from flexgen.units import MIB, align, format_bytes
 
 logger = logging.getLogger(__name__)
 
 _NAME_LIMIT = 80  # characters; file systems take 255 bytes
+_PIECE_BYTES = 16 * MIB
+"""Of a weight in the model's dtype that are read and encoded at once: enough for all threads, and little beside a
+layer."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,38 @@ class Homes:
         offsets, end = lay_out(weights, self.placement)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
-            kept = self._kept(weight)
-            view = tensor_at(buffer, offset, kept.shape, kept.dtype)
-            view.copy_(kept)
+            for begin, kept in self._pieces(weight):
+                buffer[offset + begin : offset + begin + kept.nbytes].copy_(kept)
+            view = tensor_at(buffer, offset, *self._form(weight))
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
 
-    def _kept(self, weight: WeightSpec) -> Tensor:
-        """The weight as its tier keeps it: in the model's dtype, or the bytes of its codec (uint8)."""
-        tensor, codec = self._checkpoint.read(weight, self._dtype), self.placement.codec(weight)
-        return codec.encode(tensor) if codec else tensor
+    def _form(self, weight: WeightSpec) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the weight as its tier keeps it: in the model's dtype, or the bytes of its codec."""
+        if self.placement.codec(weight):
+            return (self.placement.kept_bytes(weight),), torch.uint8
+        return weight.shape, self._dtype
+
+    def _pieces(self, weight: WeightSpec) -> Iterator[tuple[int, Tensor]]:
+        """The weight as its tier keeps it, in bytes: where each piece of it begins, and the piece (uint8).
+
+        Some rows at a time are read and encoded, so that a large vocabulary is never held beside what is kept of it.
+        What lies between the pieces is zero.
+        """
+        codec = self.placement.codec(weight)
+        count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
+        step = max(_PIECE_BYTES // width, 1)
+        for first in range(0, count, step):
+            rows = range(first, min(first + step, count))
+            tensor = self._checkpoint.read(weight, self._dtype, rows)
+            if codec is None:
+                yield first * width, tensor.flatten().view(torch.uint8)
+                continue
+            encoded = codec.encode(tensor)
+            # Rows of each of the codec's parts follow one another.
+            for (place, row), (begin, _) in zip(
+                codec.rows(weight.shape), codec.rows(tensor.shape), strict=True
+            ):
+                yield place + first * row, encoded[begin : begin + len(rows) * row]
 
     def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
         elsewhere = []
@@ -141,8 +166,16 @@ class Homes:
                 )
 
             def write(file: BinaryIO) -> None:
-                tensors = {weight.key: self._kept(weight) for weight in weights}
-                file.write(safetensors.torch.save(tensors))
+                # What is encoded comes first: it is as long as the alignment of its parts.
+                ordered = sorted(weights, key=lambda weight: self.placement.codec(weight) is None)
+                forms = {weight.key: self._form(weight)[::-1] for weight in ordered}
+                header, offsets = make_header(forms, ALIGNMENT)
+                file.write(header)
+                for weight in ordered:
+                    for begin, kept in self._pieces(weight):
+                        file.seek(offsets[weight.key] + begin)
+                        file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
+                file.truncate(max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered))
 
             path = self._disk.publish(name, write)
             logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)

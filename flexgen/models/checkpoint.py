@@ -52,8 +52,9 @@ class Checkpoint(Protocol):
     def extent(self, weight: WeightSpec) -> Extent | None:
         """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""
 
-    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
-        """A contiguous host tensor of its own in `dtype`. Raises CheckpointError."""
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+        """A contiguous host tensor of its own in `dtype`: all of the weight, or some rows of its first dimension,
+        one after another. Raises CheckpointError."""
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError unless every weight is there, with its shape and a floating dtype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,19 +40,22 @@ class DummyCheckpoint:
     def extent(self, weight: WeightSpec) -> None:
         """Always None: there is no file."""
 
-    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A new host tensor in `dtype`; the same weight has the same values up to the rounding of `dtype`."""
+        rows = range(weight.shape[0]) if rows is None else rows
+        shape = (len(rows), *weight.shape[1:])
         if weight.name.endswith("norm.weight"):
-            return torch.ones(weight.shape, dtype=dtype)
-        flat = torch.empty(weight.numel, dtype=dtype)
+            return torch.ones(shape, dtype=dtype)
+        flat = torch.empty(math.prod(shape), dtype=dtype)
         # Through numpy each piece is one memcpy; torch would wake its threads for every one.
         pool, out = (tensor.view(torch.uint8).numpy() for tensor in (_pool(dtype), flat))
-        begin, done = zlib.crc32(weight.key.encode()) % _POOL * dtype.itemsize, 0
+        first = zlib.crc32(weight.key.encode()) + rows.start * math.prod(weight.shape[1:])
+        begin, done = first % _POOL * dtype.itemsize, 0
         while done < len(out):
             count = min(len(pool) - begin, len(out) - done)
             out[done : done + count] = pool[begin : begin + count]
             begin, done = 0, done + count
-        return flat.view(weight.shape)
+        return flat.view(shape)
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Nothing can be missing."""

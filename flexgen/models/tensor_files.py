@@ -7,8 +7,8 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
 from flexgen.models.spec import WeightSpec
+from flexgen.units import align
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
@@ -179,6 +180,26 @@ def read_numpy_header(path: Path) -> StoredTensor:
     return StoredTensor(path, str(dtype), _NUMPY_DTYPES.get(dtype.str), shape, offset, nbytes)
 
 
+def make_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], alignment: int
+) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file begins that holds these tensors, one after another, and where each will lie in it.
+
+    The first lies at a multiple of `alignment` bytes. Raises KeyError for a dtype that no weight is kept in.
+    """
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()} | {torch.uint8: "U8"}
+    entries, offsets, end = {}, {}, 0
+    for name, (dtype, shape) in tensors.items():
+        offsets[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": (offsets[name], end)}
+    text = json.dumps(entries).encode()
+    base = align(_LENGTH_BYTES + len(text), alignment)
+    text = text.ljust(base - _LENGTH_BYTES)  # the format allows spaces
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return header, {name: base + offset for name, offset in offsets.items()}
+
+
 class _PlainFiles(_TensorFiles):
     """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
@@ -187,9 +208,11 @@ class _PlainFiles(_TensorFiles):
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
         return Extent(stored.path, stored.offset, stored.nbytes, dtype, stored.shape)
 
-    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A host tensor of its own in `dtype`; plain reads, so no file stays mapped."""
         extent = self.extent(weight)
+        if rows is not None:
+            extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         with extent.path.open("rb", buffering=0) as file:
@@ -232,6 +255,12 @@ class NumpyCheckpoint(_PlainFiles):
         )
 
 
+def _rows_of(extent: Extent, rows: range) -> Extent:
+    width = extent.nbytes // extent.shape[0]
+    shape = (len(rows), *extent.shape[1:])
+    return replace(extent, offset=extent.offset + rows.start * width, nbytes=len(rows) * width, shape=shape)
+
+
 class BinCheckpoint(_TensorFiles):
     """One or several `.bin` files of one directory, read with `weights_only`: no code of a file ever runs."""
 
@@ -248,11 +277,13 @@ class BinCheckpoint(_TensorFiles):
     def extent(self, weight: WeightSpec) -> None:
         """Always None: a pickle is no place to read bytes from."""
 
-    def read(self, weight: WeightSpec, dtype: torch.dtype) -> Tensor:
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A host tensor of its own in `dtype`. The file is mapped for the time of this call only."""
         self.dtype_of(weight)
         source, stored = self._find(weight)
         tensor = self._load(stored.path)[source]
+        if rows is not None:
+            tensor = tensor[rows.start : rows.stop]
         return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _load(self, path: Path) -> dict[str, Any]:

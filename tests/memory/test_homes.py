@@ -3,11 +3,14 @@
 import dataclasses
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flexgen.errors import CapacityError, CheckpointError
+from flexgen.memory import homes
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
@@ -17,7 +20,7 @@ from flexgen.memory.weights import slot_sizes
 from flexgen.models import checkpoint as source
 from flexgen.models import tensor_files
 from flexgen.models.checkpoint import Extent
-from flexgen.policy import Split, Tier
+from flexgen.policy import Share, Split, Tier
 
 MIXED = Split(gpu=30, cpu=30, disk=40)
 DISK = Split(disk=100)
@@ -138,10 +141,10 @@ def test_a_checkpoint_that_shrinks_while_it_is_read_is_told(stream, saved, tmp_p
     shutil.copytree(saved(), directory)
     read = tensor_files.SafetensorsCheckpoint.read
 
-    def shrinking(self, weight, dtype):
+    def shrinking(self, weight, dtype, rows=None):
         with (directory / "model.safetensors").open("r+b") as file:
             file.truncate(5000)
-        return read(self, weight, dtype)
+        return read(self, weight, dtype, rows)
 
     monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", shrinking)
     with pytest.raises(CheckpointError, match=re.escape(str(directory / "model.safetensors"))):
@@ -160,3 +163,85 @@ def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path,
     ):
         stream(saved("opt", torch.float16), DISK, offload_dir=tmp_path / "offload")
     assert files_in(tmp_path / "offload") == {}
+
+
+WIDE = dict(hidden_size=128, ffn_dim=192, word_embed_proj_dim=128)  # of whole groups
+CODECS = ["none", "int8", "int4"]
+
+
+def kept(weight, checkpoint, placement, dtype):
+    """The weight as its tier keeps it, made at once."""
+    codec, tensor = placement.codec(weight), checkpoint.read(weight, dtype)
+    return codec.encode(tensor) if codec else tensor
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5 * 128 * 2, 1 << 30])
+@pytest.mark.parametrize("codec", CODECS)
+def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
+    stream, saved, tmp_path, monkeypatch, codec, piece_bytes
+):
+    monkeypatch.setattr(homes, "_PIECE_BYTES", piece_bytes)
+    split = Split(disk=Share(100, codec))
+    model = stream(saved("opt", **WIDE), split, dtype=torch.bfloat16, offload_dir=tmp_path)
+    written = [load_file(path) for path in files_in(tmp_path)]  # its reader refuses holes and what overlaps
+    assert len(written) == len(model.layers)
+    found = {name: tensor for tensors in written for name, tensor in tensors.items()}
+    for layer in model.layers:
+        for weight in layer.weights:
+            expected = kept(weight, model.checkpoint, model.placement, torch.bfloat16)
+            assert found[weight.key].dtype == expected.dtype and torch.equal(found[weight.key], expected)
+            assert model.homes[weight].nbytes == model.placement.kept_bytes(weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, monkeypatch, codec, device):
+    monkeypatch.setattr(homes, "_PIECE_BYTES", 7 * 128 * 2)
+    split = Split(gpu=Share(50, codec), cpu=Share(50, codec))
+    model = stream(saved("opt", **WIDE), split, device, dtype=torch.bfloat16)
+    for layer in model.layers:
+        for weight in layer.weights:
+            home, expected = (
+                model.homes[weight],
+                kept(weight, model.checkpoint, model.placement, torch.bfloat16),
+            )
+            if isinstance(home, HostRegion):
+                home = home.buffer[home.offset : home.offset + home.nbytes].view(expected.dtype)
+                home = home.view(expected.shape)
+            assert torch.equal(home.to_dense() if home.is_mkldnn else home, expected), weight.key
+
+
+def test_no_more_than_a_piece_of_a_weight_is_held_beside_what_is_kept(stream, saved, tmp_path, monkeypatch):
+    limit = 16 * 128 * 4
+    monkeypatch.setattr(homes, "_PIECE_BYTES", limit)
+    read, taken, of = tensor_files.SafetensorsCheckpoint.read, [], Counter()
+
+    def counting(self, weight, dtype, rows=None):
+        tensor = read(self, weight, dtype, rows)
+        taken.append(tensor.nbytes)
+        of[weight.key] += tensor.nbytes
+        return tensor
+
+    monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", counting)
+    split = Split(cpu=Share(50, "int4"), disk=Share(50, "int4"))
+    model = stream(saved("opt", **WIDE), split, "emulated", offload_dir=tmp_path)
+    assert max(taken) <= limit < max(w.nbytes(torch.float32) for layer in model.layers for w in layer.weights)
+    encoded = {w.key: w for layer in model.layers for w in layer.weights if model.placement.codec(w)}
+    assert {model.placement.of(w) for w in encoded.values()} == {Tier.CPU, Tier.DISK}
+    assert all(of[key] == weight.nbytes(torch.float32) for key, weight in encoded.items()), "read once"
+
+
+def test_a_failure_between_pieces_leaves_no_file(stream, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(homes, "_PIECE_BYTES", 16 * 128 * 4)
+    read, left = tensor_files.SafetensorsCheckpoint.read, [5]
+
+    def failing(self, weight, dtype, rows=None):
+        left[0] -= 1
+        if left[0] < 0:
+            raise CheckpointError("the disk is gone")
+        return read(self, weight, dtype, rows)
+
+    monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", failing)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        stream(saved("opt", **WIDE), Split(disk=Share(100, "int4")), offload_dir=tmp_path)
+    assert files_in(tmp_path) == {}

@@ -21,6 +21,14 @@ def test_values_depend_on_the_key_alone():
     assert DummyCheckpoint().read(BIG, torch.float32).any()
 
 
+def test_some_rows_have_the_values_they_have_in_the_whole():
+    norm = WeightSpec("norm.weight", (7,), ("layers.0.norm.weight",))
+    for weight in (BIG, norm):
+        whole = DummyCheckpoint().read(weight, torch.bfloat16)
+        some = DummyCheckpoint().read(weight, torch.bfloat16, range(3, 6))
+        assert torch.equal(some, whole[3:6])
+
+
 def test_values_are_normal_and_rows_differ():
     values = DummyCheckpoint().read(BIG, torch.float32)
     assert abs(values.mean()) < 1e-3

@@ -54,6 +54,16 @@ def test_bin_files(shards, legacy, make_model, save):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_some_rows_are_read_as_they_stand_in_the_whole(format, make_model, save):
+    spec, checkpoint = open_model(save(make_model("opt"), format))
+    for weight in _all_weights(spec):
+        whole = checkpoint.read(weight, torch.bfloat16)
+        for rows in (range(1, 4), range(weight.shape[0] - 1, weight.shape[0]), range(weight.shape[0])):
+            some = checkpoint.read(weight, torch.bfloat16, rows)
+            assert some.is_contiguous() and torch.equal(some, whole[rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_reads_convert(format, make_model, save):
     model = make_model("opt")
     spec, checkpoint = open_model(save(model, format))
