@@ -7,8 +7,8 @@ with OptLM("demo", Policy(gpu_batch_size=8, weights={"cpu": 50, "disk": 50})) as
 """
 
 from flexgen.engine import OptLM, Stats
-from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.policy import Auto, Policy, Share, Split, Tier
 from flexgen.runtime.sampler import sample
 from flexgen.workload import Workload
 
-__all__ = ["OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]
+__all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]

@@ -22,7 +22,11 @@ from flexgen import demo, scoring
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError
 from flexgen.flags import add_policy_flags, count, read_policy, run
+from flexgen.planning.auto import USUAL, known_machine, this_machine
+from flexgen.policy import Policy
 from flexgen.report import Report
+from flexgen.trial import beside
+from flexgen.workload import Workload
 
 _DEMO_GEN_LEN = 24
 _DEMO_PROMPTS = 1024
@@ -37,16 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(args: argparse.Namespace) -> Report:
     """Open the model, run the job, print what it took."""
     policy = read_policy(args)
+    records = make_records(args)
+    workload = asked_workload(args, records)
+    hardware = known_machine(args.device, args.offload_dir) if isinstance(policy, Policy) else None
+    if args.predict:
+        hardware = this_machine(args.device, args.offload_dir)
     with OptLM(
         args.model,
         policy,
+        workload=workload,
         device=args.device,
         dtype=args.dtype,
         offload_dir=args.offload_dir,
         weights=args.weights,
         order=args.order,
     ) as model:
-        job = make_job(model, args)
+        job = make_job(model, args, records)
         # The first pass makes threads, pages and caches of libraries that later ones find: it is not measured.
         model.generate(job.warm_up, 2, stop=())
         ids, report = model.generate(
@@ -58,6 +68,8 @@ def bench(args: argparse.Namespace) -> Report:
         phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
         perplexity = answer_perplexity(model, job)
         report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
+        hardware = model.auto.hardware if model.auto else hardware
+        report = beside(report, model.spec, hardware) if hardware else report
     if job.records:
         print(answers(job, ids))
     print(report.card())
@@ -65,6 +77,15 @@ def bench(args: argparse.Namespace) -> Report:
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(report.to_json() + "\n")
     return report
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the embedded model is asked, and its prompts as ids."""
+
+    records: Sequence[demo.Record]
+    prompts: Sequence[np.ndarray]
+    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -82,20 +103,36 @@ class Job:
         return max(map(len, self.prompts))
 
 
-def make_job(model: OptLM, args: argparse.Namespace) -> Job:
-    """Record tasks for the embedded model, random ids for others and where a prompt length is asked for."""
-    if args.model == "demo" and args.weights == "checkpoint" and args.prompt_len is None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-        records = demo.records(args.num_prompts or _DEMO_PROMPTS, seed=args.seed)
-        prompts = [np.array(tokenizer(record.prompt).input_ids, dtype=np.int64) for record in records]
+def make_records(args: argparse.Namespace) -> Records | None:
+    """Record tasks for the embedded model; None for others and where a prompt length is asked for."""
+    if args.model != "demo" or args.weights != "checkpoint" or args.prompt_len is not None:
+        return None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    records = demo.records(args.num_prompts or _DEMO_PROMPTS, seed=args.seed)
+    prompts = [np.array(tokenizer(record.prompt).input_ids, dtype=np.int64) for record in records]
+    return Records(records, prompts, tokenizer)
+
+
+def asked_workload(args: argparse.Namespace, records: Records | None) -> Workload:
+    """What a policy is searched for."""
+    if records:
+        return Workload(max(map(len, records.prompts)), args.gen_len or _DEMO_GEN_LEN, len(records.prompts))
+    lengths = args.prompt_len or USUAL.prompt_len, args.gen_len or USUAL.gen_len
+    return Workload(*lengths, args.num_prompts or USUAL.num_prompts)
+
+
+def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) -> Job:
+    """The records, or random ids: one block of them unless a number is asked for."""
+    block = model.policy.block_size
+    if records:
+        prompts = records.prompts
         # So small a model is done before the libraries have seen its shapes: it runs a block to warm up.
-        return Job(
-            prompts, prompts[: model.policy.block_size], args.gen_len or _DEMO_GEN_LEN, records, tokenizer
-        )
-    count = args.num_prompts or model.policy.block_size
+        gen_len = args.gen_len or _DEMO_GEN_LEN
+        return Job(prompts, prompts[:block], gen_len, records.records, records.tokenizer)
+    asked = asked_workload(args, None)
     random = np.random.default_rng(args.seed)
-    ids = random.integers(0, model.spec.vocab_size, size=(count, args.prompt_len or 512))
-    return Job(list(ids), [ids[0, :1]], args.gen_len or 32)
+    ids = random.integers(0, model.spec.vocab_size, size=(args.num_prompts or block, asked.prompt_len))
+    return Job(list(ids), [ids[0, :1]], asked.gen_len)
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
@@ -157,6 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="append the figures to FILE as a line of JSON")
     add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
     add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
+    add("--predict", action="store_true", help="measure the machine, if it was not, to predict the run too")
     add_policy_flags(parser)
     return parser
 

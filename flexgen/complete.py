@@ -24,6 +24,7 @@ from flexgen.models import open_model
 from flexgen.runtime.request import check_length, check_whole, read_request
 from flexgen.runtime.sampler import check_sampling
 from flexgen.text import encode, encode_chat, load_tokenizer, stop_strings
+from flexgen.workload import Workload
 
 _PROMPT = ">>> "
 _RESET = "/reset"
@@ -51,6 +52,7 @@ def complete(args: argparse.Namespace) -> None:
         with OptLM(
             args.model,
             policy,
+            workload=None if ids is None else Workload(len(ids), args.max_tokens, 1),
             device=args.device,
             dtype=args.dtype,
             offload_dir=args.offload_dir,

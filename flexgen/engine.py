@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError, ScheduleError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
-from flexgen.memory.fitting import fitting_plan
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.fitting import fitting_plan, largest_fitting
+from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
 from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
@@ -28,7 +28,8 @@ from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, choose_order, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
-from flexgen.policy import Policy, Tier
+from flexgen.planning.auto import AutoPolicy, this_machine
+from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
@@ -51,8 +52,6 @@ from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class OptLM(Conveniences):
     """A language model that need not fit its device.
@@ -60,13 +59,17 @@ class OptLM(Conveniences):
     model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
         config; weights="dummy" makes random weights of the right shapes and never touches the network, and a
         `Path` as `weights` is a directory that holds them in place of the model's own.
-    policy: a `Policy`, or the path of its TOML file.
+    policy: a `Policy`, the path of its TOML file, or "auto" (`Auto(...)` with fields that are given): found by a
+        search for this machine, which is measured once, and `workload`. A call that is unlike it may get another
+        one, with the weights where they are.
+    workload: for which "auto" searches; `planning.auto.USUAL` if None.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
     dtype: of arithmetic, weights and cache: "auto" (the checkpoint's own), "float32", "bfloat16", "float16".
     offload_dir: where cache and hidden states on disk, and weights that are in no file as they are needed, are
         kept; a temporary directory if None. Weights already written there are used again.
     progress: bars for loading and generation; None shows them on a terminal only.
     order: the name of a schedule, instead of the one that the policy asks for.
+    num_layers: only so many of the model's layers, for trials; what it generates means nothing then.
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
     Raises PolicyError, ModelError, CheckpointError, ScheduleError (an unknown order), RequestError (an unknown
@@ -76,36 +79,51 @@ class OptLM(Conveniences):
     def __init__(
         self,
         model: str | Path | PreTrainedConfig,
-        policy: Policy | str | Path,
+        policy: Policy | Auto | str | Path = "auto",
         *,
+        workload: Workload | None = None,
         device: str | torch.device | ComputeDevice = "auto",
         dtype: str | torch.dtype = "auto",
         offload_dir: str | Path | None = None,
         weights: Literal["checkpoint", "dummy"] | Path = "checkpoint",
         progress: bool | None = None,
         order: str | None = None,
+        num_layers: int | None = None,
     ) -> None:
         if order is not None and order not in ORDERS:
             raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
-        self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+        if isinstance(policy, str | Path):
+            policy = Auto() if policy == "auto" else Policy.load(policy)
         self.spec, checkpoint = open_model(model, weights)
+        if num_layers is not None:
+            self.spec = replace(self.spec, num_layers=min(num_layers, self.spec.num_layers))
         self.tokenizer_dir = checkpoint.directory
-        self._layers = build_layers(self.spec, sep_layer=self.policy.sep_layer)
-        checkpoint.verify(self._layers)
         self._no_bar = None if progress is None else not progress
         self.stats: Stats | None = None
         super().__init__()
+        self.auto: AutoPolicy | None = None
+        # Before the device is opened: measuring opens it too, and frees what it took.
+        hardware = this_machine(device, offload_dir, progress) if isinstance(policy, Auto) else None
         with contextlib.ExitStack() as stack:
-            machine = Machine.open(device, offload_dir, pin=self.policy.pin_weight)
+            compute = open_device(device)
+            stack.callback(compute.close)
+            self.dtype = choose_dtype(dtype, self.spec.dtype, compute)
+            if isinstance(policy, Auto):
+                assert hardware is not None
+                self.auto = AutoPolicy(policy, self.spec, hardware, workload, self.dtype, order)
+                policy, order = self.auto.opened.policy, self.auto.opened.order
+            self.policy = policy
+            self._layers = build_layers(self.spec, sep_layer=policy.sep_layer)
+            checkpoint.verify(self._layers)
+            machine = Machine.open(compute, offload_dir, pin=policy.pin_weight)
             stack.callback(machine.close)
             self._machine = machine
             # A block with fewer batches may run in another order; the slots of a full one are enough for all.
             shared = machine.device.shares_host_memory
             self._slots = choose_order(order, self.policy, shared, self.policy.num_gpu_batches).slots
-            self.dtype = _dtype(dtype, self.spec.dtype, machine.device)
             self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
             self._resident_before = reset_peak_resident_bytes()
-            plan = self._planned(None)
+            plan = self._planned(policy, None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
             count, decoded = self._slots.weights, self._slots.decoded
@@ -227,12 +245,13 @@ class OptLM(Conveniences):
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
         a LaneError. Raises as `generate` does.
         """
-        model = self._opened() if order is None else replace(self._opened(), order=order)
+        self._opened()
         check_length(self.spec, request, max_new_tokens)
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        plan = self._planned(workload, kept=kept)
+        model, plan = self._prepared(workload, kept=kept)
+        model = model if order is None else replace(model, order=order)
         out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
             row[request.width - len(prompt) : request.width] = prompt
@@ -241,13 +260,13 @@ class OptLM(Conveniences):
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
         with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
-            for rows in request.blocks(self.policy.block_size):
+            for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
-            self.stats = self._measured(call, plan, request, new_tokens)
+            self.stats = self._measured(model, call, plan, request, new_tokens)
         return out
 
     def sampled(
@@ -276,21 +295,21 @@ class OptLM(Conveniences):
         Prompts as in `generate`, of any number and, as lists, of any lengths; each row's logits stand where
         its ids stood. Raises as `generate` does.
         """
-        model = self._opened()
+        self._opened()
         request = read_request(self.spec, input_ids, attention_mask)
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
-        plan = self._planned(workload, all_logits=True)
+        model, plan = self._prepared(workload, all_logits=True)
         shape = (len(request.prompts), request.width, self.spec.vocab_size)
         logits = torch.zeros(shape, dtype=self.dtype)
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
-            for rows in request.blocks(self.policy.block_size):
+            for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = AllLogits(prompts, self.spec.vocab_size, self.dtype, self._machine.device)
                 call.run(prompts, 1, output)
                 for place, n in enumerate(rows):
                     logits[n, torch.from_numpy(request.columns[n])] = output.row(place)
-            self.stats = self._measured(call, plan, request, 0)
+            self.stats = self._measured(model, call, plan, request, 0)
         return logits
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
@@ -300,23 +319,44 @@ class OptLM(Conveniences):
         block's decode cannot begin before its prefill is done. Each lane runs its part of each block with the
         others idle (some tokens of it, see `Call.time_lane`); a block of lengths that were timed is not run again.
         """
-        model = self._opened()
+        self._opened()
         request = read_request(self.spec, inputs)
         check_length(self.spec, request, max_new_tokens)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        self._planned(workload)
+        model, _ = self._prepared(workload)
         return lane_seconds(model, request, workload)
 
     # Planning
 
-    def _planned(
-        self, workload: Workload | None, all_logits: bool = False, kept: Sequence[Need] = ()
-    ) -> MemoryPlan:
-        """The plan of a call (of the weights alone without a workload), with what its caller keeps, which fits.
+    def _prepared(
+        self, workload: Workload, all_logits: bool = False, kept: Sequence[Need] = ()
+    ) -> tuple[Model, MemoryPlan]:
+        """The model under the policy of a call, and its plan with what its caller keeps, which fits the machine.
 
-        Raises CapacityError otherwise, with a batch shape that would fit where there is one.
+        Raises CapacityError otherwise, with a batch shape that would fit where there is one; a policy that was
+        searched for takes that shape.
         """
+        model = self._opened()
+        if self.auto is not None:
+            plan, limits = self._plan_of(workload, all_logits, kept), self._machine.limits()
+            chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
+            policy = largest_fitting(plan, chosen.policy, limits) or chosen.policy
+            model = replace(model, policy=policy, order=chosen.order)
+        return model, self._planned(model.policy, workload, all_logits, kept)
 
+    def _planned(
+        self,
+        policy: Policy,
+        workload: Workload | None,
+        all_logits: bool = False,
+        kept: Sequence[Need] = (),
+    ) -> MemoryPlan:
+        """The plan of a call (of the weights alone without a workload), which fits. Raises CapacityError."""
+        return fitting_plan(self._plan_of(workload, all_logits, kept), policy, self._machine.limits())
+
+    def _plan_of(
+        self, workload: Workload | None, all_logits: bool = False, kept: Sequence[Need] = ()
+    ) -> Callable[[Policy], MemoryPlan]:
         def plan(policy: Policy) -> MemoryPlan:
             shared = self._machine.device.shares_host_memory
             planned = plan_memory(
@@ -324,9 +364,11 @@ class OptLM(Conveniences):
             )
             return replace(planned, needs=(*planned.needs, *kept))
 
-        return fitting_plan(plan, self.policy, self._machine.limits())
+        return plan
 
-    def _measured(self, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
+    def _measured(
+        self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int
+    ) -> Stats:
         machine = self._machine
         peak = {
             Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
@@ -334,11 +376,11 @@ class OptLM(Conveniences):
             Tier.DISK: self.placement.nbytes[Tier.DISK] + machine.disk.peak,
         }
         prompt_tokens = sum(map(len, request.prompts))
-        batches = len(batch_sizes(self.policy, len(request.prompts)))
+        batches = len(batch_sizes(model.policy, len(request.prompts)))
         order = call.order_of(batches).name
         prompts, computed = len(request.prompts), call.positions_computed
         return Stats(
-            call.timing, self.policy, order, plan, peak, prompts, prompt_tokens, new_tokens, computed
+            call.timing, model.policy, order, plan, peak, prompts, prompt_tokens, new_tokens, computed
         )
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
@@ -347,12 +389,3 @@ class OptLM(Conveniences):
         names, dtype = (self.spec.name, self.device), str(self.dtype).removeprefix("torch.")
         lengths = request.longest, max_new_tokens, tokens
         return self.stats.report(*names, dtype, self.placement.percent, *lengths)
-
-
-def _dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
-    if asked == "auto":
-        return device.fast_dtype(checkpoint)
-    dtype = _DTYPES.get(str(asked).removeprefix("torch."))
-    if dtype is None:
-        raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")
-    return dtype

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexgen.errors import FlexGenError
-from flexgen.policy import Policy
+from flexgen.policy import Auto, Policy
 from flexgen.schedule import ORDERS
+
+AUTO = "auto"
+"""What `--policy` is without a file."""
 
 
 def run(
@@ -17,8 +21,17 @@ def run(
     command: Callable[[argparse.Namespace], object],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run `command` with the arguments; returns the exit status, 1 after one line that says what was wrong."""
+    """Run `command` with the arguments; returns the exit status, 1 after one line that says what was wrong.
+
+    What the package logs, such as the policy that was found, is shown on stderr meanwhile.
+    """
     args = parser.parse_args(argv)
+    told = logging.StreamHandler(sys.stderr)
+    told.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
+    log = logging.getLogger("flexgen")
+    level = log.level
+    log.addHandler(told)
+    log.setLevel(logging.INFO)
     try:
         command(args)
     except (FlexGenError, OSError) as error:
@@ -27,15 +40,26 @@ def run(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        log.removeHandler(told)
+        log.setLevel(level)
     return 0
 
 
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     """`--policy`, `--order`, and the flags of FlexGen's own benchmark; `read_policy` reads all but the order."""
     add = parser.add_argument
-    add("--policy", metavar="FILE", help="TOML file of the policy (default: everything on the GPU tier)")
+    add(
+        "--policy",
+        metavar="FILE",
+        default=AUTO,
+        help="TOML file of the policy; auto (the default) searches for the best one here",
+    )
+    add("--lossy", action="store_true", help="let auto choose codecs too, which round weights and cache")
     add("--order", choices=sorted(ORDERS), help="schedule (default: the one the policy asks for)")
-    flexgen = parser.add_argument_group("flags of FlexGen's benchmark (they override the policy file)")
+    flexgen = parser.add_argument_group(
+        "flags of FlexGen's benchmark (they override the policy file, and auto keeps to them)"
+    )
     add = flexgen.add_argument
     names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
     add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
@@ -46,9 +70,21 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
 
 
-def read_policy(args: argparse.Namespace) -> Policy:
-    """The policy file, changed by the flags that were given."""
-    policy = Policy.load(args.policy) if args.policy else Policy()
+def read_policy(args: argparse.Namespace) -> Policy | Auto:
+    """The policy file, changed by the flags that were given; without a file, what is to be searched for.
+
+    Where the flags say how weights, cache and activations lie and what a block is, nothing is searched for.
+    """
+    fixed = fixed_fields(args)
+    if args.policy != AUTO:
+        return Policy.load(args.policy).replace(**fixed)
+    if fixed.keys() >= {"weights", "gpu_batch_size", "num_gpu_batches"}:
+        return Policy(**fixed)
+    return Auto(fixed, args.lossy)
+
+
+def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a policy, from the flags that were given."""
     changes: dict[str, Any] = {}
     if args.percent:
         given = Policy.from_percent(*args.percent)
@@ -60,7 +96,7 @@ def read_policy(args: argparse.Namespace) -> Policy:
         changes["attend_on"] = "cpu" if args.cpu_cache_compute else "gpu"
     if args.attn_sparsity is not None:
         changes["attn_sparsity"] = args.attn_sparsity
-    return policy.replace(**changes)
+    return changes
 
 
 def count(text: str) -> int:

@@ -12,7 +12,7 @@ import numbers
 import operator
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -301,6 +301,22 @@ class Policy:
         """The same policy with some fields changed."""
         current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return self.from_dict(current | changes)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A policy that is still to be found, by a search for the machine and the workload at hand.
+
+    fixed: fields that are given already, by name, in any form that `Policy` takes. lossy: codecs may be chosen,
+    which round weights and cache. Raises PolicyError for fields that cannot be meant.
+    """
+
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    lossy: bool = False
+
+    def __post_init__(self) -> None:
+        policy = Policy.from_dict(self.fixed)
+        object.__setattr__(self, "fixed", {name: getattr(policy, name) for name in self.fixed})
 
 
 def _rest_on_disk(name: str, gpu: float, cpu: float) -> Split:

@@ -16,6 +16,18 @@ from flexgen.units import format_bytes, format_seconds
 ByTier = Mapping[Tier, int]
 ByPhase = Mapping[Phase, Mapping[LaneName, float]]
 
+_PREDICTED = (
+    "prefill_s",
+    "decode_s",
+    "total_s",
+    "prefill_tokens_s",
+    "decode_tokens_s",
+    "throughput_tokens_s",
+    "bound_s",
+    "bottleneck",
+)
+"""What a report's JSON has of its prediction, beside the phases."""
+
 _DERIVED = (
     "total_s",
     "prefill_tokens_s",
@@ -37,7 +49,8 @@ class Report:
     `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
     `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
     were run, where the decode was projected from fewer than `gen_len`. `new_tokens`: of all prompts, where some
-    stopped before `gen_len`. `perplexity`: of the right answers, where they are known.
+    stopped before `gen_len`. `perplexity`: of the right answers, where they are known. `predicted`: what the planner
+    says of the same run, where the machine's figures are known.
     """
 
     model: str
@@ -59,6 +72,7 @@ class Report:
     projected_from: int | None = None
     new_tokens: int | None = None
     perplexity: float | None = None
+    predicted: Report | None = None
 
     @property
     def total_s(self) -> float:
@@ -127,13 +141,17 @@ class Report:
         return fields | {
             "policy": self.policy.to_dict(),
             "lanes": _plain(self.lanes),
-            "phases": {str(phase): _plain(lanes) for phase, lanes in self.phases.items()},
+            "phases": _plain_phases(self.phases),
             "waits_for": {str(phase): str(lane) for phase, lane in self.waits_for.items()},
             "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
             "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
             "placement": placement,
+            "predicted": self.predicted and self.predicted._prediction(),
             **{name: getattr(self, name) for name in _DERIVED},
         }
+
+    def _prediction(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _PREDICTED} | {"phases": _plain_phases(self.phases)}
 
     def to_json(self) -> str:
         """One line."""
@@ -146,12 +164,9 @@ class Report:
             ("prompts", self._sizes()),
             ("schedule", self._schedule()),
             *self._placement_rows(),
-            ("prefill", f"{format_seconds(self.prefill_s)}, {self.prefill_tokens_s:,.1f} tokens/s"),
+            ("prefill", self._prefill()),
             ("decode", self._decode()),
-            (
-                "throughput",
-                f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in all)",
-            ),
+            ("throughput", self._throughput()),
             *(
                 (f"bytes {tier}", self._bytes(tier))
                 for tier in Tier
@@ -192,9 +207,21 @@ class Report:
             rows.append((what, ", ".join(parts)))
         return rows
 
+    def _prefill(self) -> str:
+        took = f"{format_seconds(self.prefill_s)}, {self.prefill_tokens_s:,.1f} tokens/s"
+        return took + (f"; predicted {format_seconds(self.predicted.prefill_s)}" if self.predicted else "")
+
     def _decode(self) -> str:
         projected = f", projected from {self.projected_from} tokens" if self.projected_from else ""
-        return f"{format_seconds(self.decode_s)}, {self.decode_tokens_s:,.1f} tokens/s{projected}"
+        took = f"{format_seconds(self.decode_s)}, {self.decode_tokens_s:,.1f} tokens/s{projected}"
+        return took + (f"; predicted {format_seconds(self.predicted.decode_s)}" if self.predicted else "")
+
+    def _throughput(self) -> str:
+        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in all)"
+        if self.predicted is None:
+            return took
+        ratio = self.predicted.throughput_tokens_s / self.throughput_tokens_s
+        return f"{took}; predicted {self.predicted.throughput_tokens_s:,.1f} tokens/s, {ratio:.0%} of it"
 
     def _bytes(self, tier: Tier) -> str:
         peak = f", {format_bytes(self.peak_bytes[tier])} at the peak" if tier in self.peak_bytes else ""
@@ -229,6 +256,10 @@ def bound_seconds(phases: ByPhase) -> float:
     decode follows its prefill: at their seam no more can overlap than the layers that the slots hold.
     """
     return sum(max(lanes.values()) for lanes in phases.values() if lanes)
+
+
+def _plain_phases(phases: ByPhase) -> dict[str, dict[str, float]]:
+    return {str(phase): _plain(lanes) for phase, lanes in phases.items()}
 
 
 def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:

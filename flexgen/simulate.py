@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 from flexgen.flags import add_policy_flags, count, read_policy, run
 from flexgen.models import open_model
+from flexgen.planning.auto import USUAL, AutoPolicy
 from flexgen.planning.measured import find_hardware
 from flexgen.planning.predict import predict
+from flexgen.policy import Auto
 from flexgen.report import Report
 from flexgen.workload import Workload
 
@@ -27,17 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def simulate(args: argparse.Namespace) -> Report:
     """Predict the job and print what it would take."""
-    policy = read_policy(args)
+    policy, order = read_policy(args), args.order
     spec, _ = open_model(args.model, "dummy")
+    hardware = find_hardware(args.hardware, args.device, args.offload_dir)
+    if isinstance(policy, Auto):
+        workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or USUAL.num_prompts)
+        found = AutoPolicy(policy, spec, hardware, workload, args.dtype, order).opened
+        policy, order = found.policy, found.order
     workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or policy.block_size)
     prediction = predict(
-        spec,
-        policy,
-        find_hardware(args.hardware, args.device, args.offload_dir),
-        workload,
-        dtype=args.dtype,
-        order=args.order,
-        samples=args.samples,
+        spec, policy, hardware, workload, dtype=args.dtype, order=order, samples=args.samples
     )
     report = prediction.report
     if args.trace:
@@ -75,7 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--prompt-len", type=count, default=512, help="tokens of each prompt (default: 512)")
     add("--gen-len", type=count, default=32, help="new tokens of each prompt (default: 32)")
-    add("--num-prompts", type=count, help="prompts in all (default: one block)")
+    add(
+        "--num-prompts",
+        type=count,
+        help=f"prompts in all (default: one block, by auto at most {USUAL.num_prompts})",
+    )
     add(
         "--samples",
         type=count,

@@ -2,6 +2,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from flexgen.memory.gpu import open_device
+from flexgen.planning import auto
+from flexgen.planning.hardware import Hardware
+
 # No deadline: how long an example takes says something about the machine, not about the code.
 settings.register_profile("flexgen", deadline=None)
 settings.load_profile("flexgen")
@@ -12,3 +16,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+def machine_of(device, offload_dir=None, again=False, progress=None) -> Hardware:
+    """Round figures for a device of any name, so that what is searched does not depend on where tests run."""
+    compute = open_device(device)
+    capacity = {"cpu": 1 << 32, "disk": 1 << 36}
+    if not compute.shares_host_memory:
+        capacity["gpu"] = compute.available_bytes() or 1 << 34
+    rates = dict.fromkeys(("float32", "bfloat16", "float16", "int4", "int8"), 1e9)
+    dtypes = ("float32", "bfloat16", "float16")
+    return Hardware(
+        name=f"made up, {compute.name}",
+        capacity=capacity,
+        bandwidth={"to_device": 4e9, "from_device": 4e9, "disk_read": 1e9, "disk_write": 5e8, "host": 8e9},
+        products={dtype: [[1, 1e9], [64, 4e10]] for dtype in dtypes},
+        prefill_attention=dict.fromkeys(dtypes, 1e10),
+        device_attention=rates,
+        host_attention=rates,
+        decoding={"int4": 1e9, "int8": 1e9},
+        fixed={"cell": 1e-5, "stage": 1e-5, "disk_job": 1e-4},
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_measured():
+    """What "auto" would measure of this machine is made up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "measured", machine_of)
+        patch.setattr(auto, "remembered", lambda device, offload_dir=None: None)
+        yield machine_of

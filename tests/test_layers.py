@@ -22,7 +22,7 @@ LAYERS = [
     {"planning"},
     {"conveniences"},
     {"engine"},
-    {"hf", "flex_opt"},
+    {"hf", "flex_opt", "trial"},
     {"compression", "opt_config", "pytorch_backend"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"cli"},

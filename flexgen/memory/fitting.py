@@ -18,12 +18,20 @@ def fitting_plan(
     """
     asked = plan(policy)
     if short := asked.shortage(limits):
-        for smaller in _smaller(policy):
-            if not plan(smaller).shortage(limits):
-                shape = f"{smaller.gpu_batch_size} and num_gpu_batches = {smaller.num_gpu_batches}"
-                raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
+        if smaller := largest_fitting(plan, policy, limits):
+            shape = f"{smaller.gpu_batch_size} and num_gpu_batches = {smaller.num_gpu_batches}"
+            raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
         raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
     return asked
+
+
+def largest_fitting(
+    plan: Callable[[Policy], MemoryPlan], policy: Policy, limits: Mapping[Tier, int | None]
+) -> Policy | None:
+    """`policy`, or where its plan is not within `limits` the same with as many fewer prompts in flight as it takes;
+    None where not even one fits."""
+    shapes = (policy, *_smaller(policy))
+    return next((shape for shape in shapes if not plan(shape).shortage(limits)), None)
 
 
 def _smaller(policy: Policy) -> Iterable[Policy]:

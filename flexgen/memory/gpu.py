@@ -27,6 +27,8 @@ from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class ComputeDevice(ABC):
     """Where layers run. `memory` is its store (the GPU tier)."""
@@ -276,3 +278,13 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
         f"device {device!r} is not known: use 'auto', 'cpu', 'cuda', 'cuda:0', 'emulated' or "
         "'emulated:memory=1GiB,link=8GiB,disk=2GiB'"
     )
+
+
+def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
+    """What to compute in: what is asked for, or for "auto" the device's choice. Raises RequestError for others."""
+    if asked == "auto":
+        return device.fast_dtype(checkpoint)
+    dtype = _DTYPES.get(str(asked).removeprefix("torch."))
+    if dtype is None:
+        raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")
+    return dtype

@@ -133,12 +133,12 @@ class Hardware:
         at the first, because the weights must be read; above the last the rate stays.
         """
         table = "packed_products" if packed and dtype in self.packed_products else "products"
-        return _interpolated(self.figure(table, dtype), rows)
+        return interpolated(self.figure(table, dtype), rows)
 
     def encoded_rate(self, dtype: str, codec: str, rows: float) -> float | None:
         """`product_rate` for a matrix multiplied as `codec` keeps it; None where that was not measured."""
         points = self.encoded_products.get(f"{dtype} {codec}")
-        return _interpolated(points, rows) if points else None
+        return interpolated(points, rows) if points else None
 
     def decoding_rate(self, dtype: str, codec: str) -> float:
         """Bytes/s of weights that come out of `codec` in `dtype`."""
@@ -228,7 +228,7 @@ class Hardware:
         return dataclasses.replace(self, **changes)
 
 
-def _interpolated(points: Points, rows: float) -> float:
+def interpolated(points: Points, rows: float) -> float:
     n = bisect.bisect_right(points, rows, key=lambda point: point[0])
     if n == 0:
         return points[0][1] * rows / points[0][0]

@@ -23,6 +23,7 @@ from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.probe import measure
 from flexgen.planning.probe.machine import Progress, capacities, description, processor
+from flexgen.policy import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,29 @@ def measured(
     Measured at the first use, and with `again`; see `measure` for how long that takes and what it raises. Capacities
     are what is free now. A cache that cannot be read is measured anew, one that cannot be written is a warning.
     """
-    with contextlib.closing(Machine.open(device, offload_dir, pin=False)) as machine:
-        path, capacity = cache_file(machine, device, offload_dir), capacities(machine)
+    path, capacity = _place(device, offload_dir)
     hardware = None if again else _kept(path)
     if hardware is None:
         hardware = measure(device, offload_dir, progress)
         _keep(hardware, path)
     return hardware.replace(capacity=capacity)
+
+
+def remembered(
+    device: str | torch.device | ComputeDevice = "auto", offload_dir: str | Path | None = None
+) -> Hardware | None:
+    """`measured`, if that was done before; None if it would have to be done."""
+    path, capacity = _place(device, offload_dir)
+    hardware = _kept(path)
+    return hardware and hardware.replace(capacity=capacity)
+
+
+def _place(
+    device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
+) -> tuple[Path, dict[Tier, int]]:
+    """Where the machine's figures are kept, and what is free now."""
+    with contextlib.closing(Machine.open(device, offload_dir, pin=False)) as machine:
+        return cache_file(machine, device, offload_dir), capacities(machine)
 
 
 def find_hardware(
