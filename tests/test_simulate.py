@@ -9,6 +9,8 @@ from flexgen.policy import Policy
 
 SMALL = "--model opt-125m --prompt-len 16 --gen-len 4 --gpu-batch-size 2 --num-gpu-batches 2"
 
+WHOLE = "--percent 100 0 100 0 100 0 --gpu-batch-size 1 --num-gpu-batches 1"
+
 
 def run(flags, capsys):
     assert simulate.main(shlex.split(flags)) == 0
@@ -57,7 +59,7 @@ def test_a_file_of_ones_own_and_a_policy_file(tmp_path, capsys):
 
 
 def test_fewer_samples_project_the_rest(capsys):
-    flags = "--model opt-125m --hardware t4 --prompt-len 16 --gen-len 64"
+    flags = f"--model opt-125m --hardware t4 --prompt-len 16 --gen-len 64 {WHOLE}"
     exact, sampled = (json.loads(run(f"{flags} --json - {more}", capsys)) for more in ("", "--samples 2"))
     assert exact["projected_from"] is None and sampled["projected_from"] == 6
     assert sampled["total_s"] == pytest.approx(exact["total_s"], rel=0.01)
@@ -68,7 +70,7 @@ def test_fewer_samples_project_the_rest(capsys):
     [
         ("--hardware t5", "hardware 't5' is not known; known: t4"),
         ("--hardware nowhere.toml", "nowhere.toml: cannot read it"),
-        ("--hardware t4 --model opt-30b", "on the gpu tier, which has 14.5 GiB"),
+        (f"--hardware t4 --model opt-30b {WHOLE}", "on the gpu tier, which has 14.5 GiB"),
         ("--hardware t4 --model opt-125m --dtype bfloat16", "dtype 'bfloat16' has no figures for 't4'"),
         ("--hardware t4 --model opt-125m --prompt-len 2040", "2048 positions"),
         ("--hardware t4 --policy nowhere.toml", "nowhere.toml"),

@@ -44,7 +44,7 @@ def usual_workload(spec: ModelSpec) -> Workload:
 def this_machine(
     device: str | torch.device | ComputeDevice, offload_dir: str | Path | None, progress: bool | None = None
 ) -> Hardware:
-    """What the machine can do, measured where that was not done before (a minute, with a bar), with a little less
+    """What the machine can do, measured where that was not done before (a minute or two, with a bar), with a little less
     of each tier than is free now, so that what is planned still fits when it is run.
 
     progress: whether to show the bar; None shows it on a terminal only.
@@ -70,7 +70,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, label: str) -> None:
         if self._bar is None:
-            _log.info("this machine was not measured before: measuring it once, about a minute")
+            _log.info("this machine was not measured before: measuring it once, a minute or two")
             self._bar = tqdm(total=total, desc="measuring", disable=self._disable, leave=False)
         self._bar.update(done - self._bar.n)
         self._bar.set_postfix_str(label)

@@ -229,6 +229,7 @@ class Hardware:
 
 
 def interpolated(points: Points, rows: float) -> float:
+    """flop/s at `rows`, as `Hardware.product_rate` says."""
     n = bisect.bisect_right(points, rows, key=lambda point: point[0])
     if n == 0:
         return points[0][1] * rows / points[0][0]
