@@ -163,14 +163,14 @@ class Tuning:
         """Run every candidate once, and again, so that a drift of the machine meets all of them alike."""
         new = [self._planned(candidate) for candidate in candidates]
         self.tried += new
-        for repeat in range(self._args.repeats):
+        repeats = self._args.repeats
+        for repeat in range(repeats):
             for tried in new:
-                if not tried.failure:
-                    self._run(tried, repeat)
-        for tried in new:  # one that is not steady is run as often again
-            if tried.runs and tried.spread > _STEADY:
-                for repeat in range(self._args.repeats):
-                    self._run(tried, self._args.repeats + repeat)
+                self._run(tried, repeat)
+        unsteady = [tried for tried in new if tried.runs and tried.spread > _STEADY]
+        for repeat in range(repeats, 2 * repeats):
+            for tried in unsteady:
+                self._run(tried, repeat)
 
     def _planned(self, candidate: Candidate) -> Tried:
         policy, order = candidate.policy, candidate.order
@@ -182,6 +182,8 @@ class Tuning:
         return Tried(candidate, shape, whole, predicted)
 
     def _run(self, tried: Tried, repeat: int) -> None:
+        if tried.failure:
+            return
         args = self._args
         opening = dict(
             model=args.model, weights=args.weights, device=args.device, dtype=args.dtype,
@@ -239,7 +241,7 @@ def tune(args: argparse.Namespace) -> None:
     if points and plot:
         draw(plot, points, args.frontier, f"{spec.name} on {hardware.name}")
     if args.json:
-        figures = {
+        found = {
             "model": spec.name,
             "hardware": tuning.hardware.to_dict(),
             "workload": [args.prompt_len, args.gen_len, args.num_prompts],
@@ -249,7 +251,7 @@ def tune(args: argparse.Namespace) -> None:
             "frontier": [[point.prompts, point.seconds, point.tokens_s] for point in points],
         }
         with open(args.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(found) + "\n")
     if interrupted:
         raise interrupted
 

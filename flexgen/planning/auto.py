@@ -44,8 +44,8 @@ def usual_workload(spec: ModelSpec) -> Workload:
 def this_machine(
     device: str | torch.device | ComputeDevice, offload_dir: str | Path | None, progress: bool | None = None
 ) -> Hardware:
-    """What the machine can do, measured where that was not done before (a minute or two, with a bar), with a little less
-    of each tier than is free now, so that what is planned still fits when it is run.
+    """What the machine can do, with a little less of each tier than is free now, so that what is planned still fits
+    when it is run. Measured where that was not done before, which takes a minute or two.
 
     progress: whether to show the bar; None shows it on a terminal only.
     """
