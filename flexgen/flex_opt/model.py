@@ -101,7 +101,7 @@ class OptLM:
         if lengths and not kept:
             return np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
         made = self.engine.generate(
-            [inputs[n] for n in kept] if len(kept) < len(lengths) else inputs,  # type: ignore[arg-type]
+            [inputs[n] for n in kept] if len(kept) < len(lengths) else inputs,
             max_new_tokens,
             do_sample,
             temperature,

@@ -129,7 +129,10 @@ def numbered(order: str, grid: Grid) -> Sequence[tuple[Step | None, tuple[int, .
     steps = list(_number(ORDERS[order](few), few))
     if few == grid:
         return steps
-    begins = {step[1]: n for n, (step, _) in reversed(list(enumerate(steps))) if _begins(step, grid)}
+    begins: dict[int, int] = {}
+    for n, (step, _) in enumerate(steps):
+        if step is not None and step.op is grid.computing[0] and step.layer == step.batch == 0:
+            begins.setdefault(step.token, n)
     first, second, third = (begins[token] for token in (2, 3, 4))
     length = second - first
     if list(_shifted(steps[first:second], 1, length)) != steps[second:third]:
@@ -137,10 +140,6 @@ def numbered(order: str, grid: Grid) -> Sequence[tuple[Step | None, tuple[int, .
     more = grid.tokens - few.tokens
     copies = [entry for n in range(more) for entry in _shifted(steps[first:second], n + 1, (n + 1) * length)]
     return [*steps[:second], *copies, *_shifted(steps[second:], more, more * length)]
-
-
-def _begins(step: Step | None, grid: Grid) -> bool:
-    return step is not None and step.op is grid.computing[0] and step.layer == step.batch == 0
 
 
 def _shifted(

@@ -6,7 +6,6 @@ import statistics
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import OPTConfig
 
 from flexgen.memory.homes import Homes
@@ -20,6 +19,7 @@ from flexgen.models import build_layers, open_model
 from flexgen.planning.probe.effort import Effort
 from flexgen.policy import Policy
 from flexgen.runtime.call import Call, Model
+from flexgen.runtime.choice import Sampled
 from flexgen.runtime.tokens import NewTokens
 from flexgen.schedule import Slots
 from flexgen.workload import Workload
@@ -62,12 +62,7 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
         for _ in range(1 + _RUNS):
             with Call(model, workload, 0) as call:
                 prompts = call.prepare(list(ids))
-                call.run(
-                    prompts, effort.tokens, NewTokens(prompts, effort.tokens, _best, (), 0, machine.device)
-                )
+                output = NewTokens(prompts, effort.tokens, Sampled(), 0, machine.device)
+                call.run(prompts, effort.tokens, output)
                 took.append(call.timing.decode / cells)
     return statistics.median(took[1:])
-
-
-def _best(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1)
