@@ -84,7 +84,9 @@ def test_a_model_of_other_sizes_is_refused(tiny, tmp_path):
     shutil.copy(tiny.hf / "opt-tiny" / "config.json", config)
     config.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match=r"family llama.*flexgen\.OptLM"):
-        read_config("mine", str(tmp_path))
+        read_config(tmp_path.name, str(tmp_path))
+    with pytest.raises(ModelError, match="known: opt-125m"):
+        read_config("another-name", str(tmp_path))
 
 
 def test_a_numpy_folder_with_a_tensor_missing(tiny, env, policy, tmp_path):
