@@ -1,0 +1,57 @@
+"""Searches a policy for each model of FlexGen's paper on its machine and writes it to `policies/`.
+
+    python benchmarks/policies.py [--model opt-30b]
+
+OPT-6.7B, OPT-30B and OPT-175B on `t4`, with weights and cache as they are and with int4 and int8 allowed (`-int4`);
+prompt 512, 32 new tokens. Nothing is measured. Then `benchmarks/paper_table.py` puts what was found beside what was
+published.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flexgen.models import open_model
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.predict import predict
+from flexgen.planning.search import find_policy
+from flexgen.workload import Workload
+
+POLICIES = Path(__file__).resolve().parents[1] / "policies"
+MACHINE = "t4"
+MODELS = "opt-6.7b", "opt-30b", "opt-175b"
+WORKLOAD = Workload(prompt_len=512, gen_len=32, num_prompts=768)  # the paper's largest block has 512
+
+
+def write(model: str, lossy: bool) -> None:
+    """Search, and save the best policy with what it is for and the command that predicts it."""
+    spec, _ = open_model(model, "dummy")
+    machine = Hardware.preset(MACHINE)
+    best = find_policy(spec, machine, WORKLOAD, fixed={"attn_sparsity": 1.0}, lossy=lossy).best
+    path = POLICIES / f"{model}-{MACHINE}{'-int4' if lossy else ''}.toml"
+    # The search samples tokens; what is promised is what the command says.
+    speed = predict(spec, best.policy, machine, WORKLOAD).report.throughput_tokens_s
+    job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
+    comment = (
+        f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/planning/hardware.toml, "
+        f"{'int4 and int8 allowed' if lossy else 'weights and cache as they are'}: the best\n"
+        f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
+        f"{WORKLOAD.gen_len} new ones each.\n"
+        f"Predicted: {speed:.4g} tokens/s\n"
+        f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE} {job}"
+    )
+    best.policy.save(path, comment)
+    print(f"{path}: {speed:.4g} tokens/s", *best.limits, sep="\n  ", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Search the policies of policies/ for the paper's machine.")
+    parser.add_argument("--model", choices=MODELS, action="append", help="this one only; may be repeated")
+    for model in parser.parse_args().model or MODELS:
+        for lossy in (False, True):
+            write(model, lossy)
+
+
+if __name__ == "__main__":
+    main()
