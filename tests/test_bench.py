@@ -37,8 +37,8 @@ def test_flags_of_flexgen_override_the_file(tmp_path):
     assert changed.cache.percent(Tier.CPU) == 100
     assert (changed.gpu_batch_size, changed.num_gpu_batches) == (3, 2)
     assert (changed.overlap, changed.sep_layer, changed.attend_on) == (True, False, "cpu")
-    assert read("--cpu-cache-compute", "no").attend_on == "gpu"
-    assert read("--attn-sparsity", "0.1").attn_sparsity == 0.1
+    assert read("--policy", str(path), "--cpu-cache-compute", "no").attend_on == "gpu"
+    assert read("--policy", str(path), "--attn-sparsity", "0.1").attn_sparsity == 0.1
 
 
 def test_card_json_and_trace_tell_the_same(tiny_model, tmp_path, capsys):
