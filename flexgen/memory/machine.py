@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.memory.cpu import HostStore, available_bytes
+from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import ComputeDevice, open_device
@@ -35,6 +35,7 @@ class Machine:
         pin: bool = True,
     ) -> Machine:
         """`offload_dir` holds what is kept on disk; without one a temporary directory is made when needed."""
+        return_large_memory()
         compute = open_device(device)
         # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
         host = (

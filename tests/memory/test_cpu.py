@@ -1,5 +1,6 @@
 """Host memory: what may be taken of it, and what is pinned."""
 
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 
 from flexgen.memory import cpu
 from flexgen.memory.cpu import HostStore
+from flexgen.memory.machine import Machine
 from flexgen.units import GIB, MIB
 
 V2 = Path("sys/fs/cgroup")
@@ -113,6 +115,17 @@ def test_the_peak_of_resident_memory_is_seen_after_it_is_gone():
     buffer = HostStore().allocate(64 * MIB, "a peak").fill_(1)
     del buffer
     assert cpu.peak_resident_bytes() >= before + 48 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have their own rules")
+def test_memory_that_is_freed_between_what_is_kept_goes_back(tmp_path):
+    Machine.open("cpu", tmp_path).close()
+    for _ in range(3):  # glibc would take this for the size that is freed and wanted again
+        torch.ones(24 * MIB, dtype=torch.uint8)
+    tensors = [torch.ones(8 * MIB, dtype=torch.uint8) for _ in range(16)]
+    before = cpu.resident_bytes()
+    del tensors[::2]
+    assert cpu.resident_bytes() <= before - 7 * 8 * MIB
 
 
 def test_without_a_device_nothing_is_pinned(monkeypatch):
