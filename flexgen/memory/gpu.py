@@ -40,6 +40,8 @@ class ComputeDevice(ABC):
     """Whether host memory is its memory, so that nothing has to cross a link."""
     pinnable = False
     """Whether its links are faster from pinned host memory."""
+    shares_cores = False
+    """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
     disk_bandwidth: float | None = None
     """Bytes/s at which the disk is held back; None for the real disk."""
 
@@ -93,6 +95,8 @@ class _HostArithmetic(ComputeDevice):
     An order issues what a cell may overlap with before the cell computes, so nothing is lost by computing
     there, and a thread for it would take turns with the issuing one at Python's lock.
     """
+
+    shares_cores = True
 
     def __init__(self, memory: Store) -> None:
         self.torch_device = torch.device("cpu")

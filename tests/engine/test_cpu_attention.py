@@ -11,11 +11,13 @@ import pytest
 
 from flexgen.engine import OptLM
 from flexgen.errors import LaneError
+from flexgen.memory.gpu import EmulatedDevice
 from flexgen.models.block import Block
 from flexgen.policy import Policy
+from flexgen.runtime.call import Call
 from flexgen.runtime.host_attention import HostAttention
 from flexgen.schedule import Op
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 
 ORDER = "overlap_cpu_attention"
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8, 5, 3]
@@ -209,15 +211,32 @@ def test_an_error_of_any_part_reaches_the_caller(
 
 
 @pytest.mark.parametrize("order", ["normal", "overlap_multi_batch", ORDER])
+@pytest.mark.parametrize("shares_cores", [True, False])
 def test_what_the_host_attends_is_a_lane_of_its_own_in_the_bound(
-    order: str, tiny: Any, prompts: Any, beside: Any
+    order: str, shares_cores: bool, tiny: Any, prompts: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever order is in force: the bound is of the hardware and the policy."""
+    """Whatever order is in force: the bound is of the hardware and the policy. Where the device computes on the
+    host's cores, the two are one resource, and their seconds add."""
+    monkeypatch.setattr(EmulatedDevice, "shares_cores", shares_cores)
     model, given = tiny("opt"), prompts(LENGTHS)
+    timed: dict[LaneName, dict[Phase, float]] = {}
+    time_lane = Call.time_lane
+
+    def timing(self: Call, lane: LaneName, *args: Any) -> dict[Phase, float]:
+        timed[lane] = time_lane(self, lane, *args)
+        return timed[lane]
+
+    monkeypatch.setattr(Call, "time_lane", timing)
     with OptLM(model.directory, beside(), device="emulated", progress=False, order=order) as lm:
         seconds = lm.lane_seconds(given, 6)
         # The prompt is attended on the device; the table is looked up by the host, in both phases.
-        for lanes in seconds.values():
-            assert lanes.keys() == {LaneName.COMPUTE, LaneName.HOST, LaneName.TO_DEVICE}
+        for phase, lanes in seconds.items():
+            of_device, of_host = timed[LaneName.COMPUTE][phase], timed[LaneName.HOST][phase]
+            if shares_cores:
+                assert lanes.keys() == {LaneName.COMPUTE, LaneName.TO_DEVICE}
+                assert lanes[LaneName.COMPUTE] == of_device + of_host
+            else:
+                assert lanes.keys() == {LaneName.COMPUTE, LaneName.HOST, LaneName.TO_DEVICE}
+                assert (lanes[LaneName.COMPUTE], lanes[LaneName.HOST]) == (of_device, of_host)
             assert all(value > 0 for value in lanes.values())
         np.testing.assert_array_equal(lm.generate(given, 6, stop=()), model.greedy(given, 6))
