@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -35,6 +35,7 @@ from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.lane_timing import lane_seconds
+from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
     IdRows,
     Request,
@@ -47,7 +48,7 @@ from flexgen.runtime.request import (
 )
 from flexgen.runtime.sampler import check_sampling
 from flexgen.runtime.stats import Stats
-from flexgen.runtime.tokens import AllLogits, NewTokens
+from flexgen.runtime.tokens import NewTokens
 from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
@@ -70,6 +71,7 @@ class OptLM(Conveniences):
     progress: bars for loading and generation; None shows them on a terminal only.
     order: the name of a schedule, instead of the one that the policy asks for.
     num_layers: only so many of the model's layers, for trials; what it generates means nothing then.
+    max_memory: bytes that the model and its calls may take of a tier, at most; what is not named is not limited.
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
     Raises PolicyError, ModelError, CheckpointError, ScheduleError (an unknown order), RequestError (an unknown
@@ -89,6 +91,7 @@ class OptLM(Conveniences):
         progress: bool | None = None,
         order: str | None = None,
         num_layers: int | None = None,
+        max_memory: Mapping[Tier, int] | None = None,
     ) -> None:
         if order is not None and order not in ORDERS:
             raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
@@ -103,7 +106,9 @@ class OptLM(Conveniences):
         super().__init__()
         self.auto: AutoPolicy | None = None
         # Before the device is opened: measuring opens it too, and frees what it took.
-        hardware = this_machine(device, offload_dir, progress) if isinstance(policy, Auto) else None
+        hardware = (
+            this_machine(device, offload_dir, progress, max_memory) if isinstance(policy, Auto) else None
+        )
         with contextlib.ExitStack() as stack:
             compute = open_device(device)
             stack.callback(compute.close)
@@ -115,7 +120,7 @@ class OptLM(Conveniences):
             self.policy = policy
             self._layers = build_layers(self.spec, sep_layer=policy.sep_layer)
             checkpoint.verify(self._layers)
-            machine = Machine.open(compute, offload_dir, pin=policy.pin_weight)
+            machine = Machine.open(compute, offload_dir, policy.pin_weight, max_memory)
             stack.callback(machine.close)
             self._machine = machine
             # A block with fewer batches may run in another order; the slots of a full one are enough for all.
@@ -245,7 +250,6 @@ class OptLM(Conveniences):
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
         a LaneError. Raises as `generate` does.
         """
-        self._opened()
         check_length(self.spec, request, max_new_tokens)
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
@@ -295,22 +299,28 @@ class OptLM(Conveniences):
         Prompts as in `generate`, of any number and, as lists, of any lengths; each row's logits stand where
         its ids stood. Raises as `generate` does.
         """
-        self._opened()
-        request = read_request(self.spec, input_ids, attention_mask)
+        return self.forward_with(read_request(self.spec, input_ids, attention_mask)).logits
+
+    def forward_with(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> Forward:
+        """`forward` for prompts that `read_request` has read, with the hidden states if they are asked for.
+
+        last_only: logits of each prompt's last position alone.
+        """
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
-        model, plan = self._prepared(workload, all_logits=True)
-        shape = (len(request.prompts), request.width, self.spec.vocab_size)
-        logits = torch.zeros(shape, dtype=self.dtype)
+        model, plan = self._prepared(workload, not last_only)
+        if hidden_states:
+            shared, cells = self._machine.device.shares_host_memory, self._slots.cells
+            rows = batch_sizes(model.policy, len(request.prompts))[0]
+            kept = hidden_needs(self._layers, request, rows, cells, self.dtype, shared)
+            plan = self._planned(model.policy, workload, not last_only, kept)
+        result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
-            for rows in request.blocks(model.policy.block_size):
-                prompts = call.prepare([request.prompts[n] for n in rows])
-                output = AllLogits(prompts, self.spec.vocab_size, self.dtype, self._machine.device)
-                call.run(prompts, 1, output)
-                for place, n in enumerate(rows):
-                    logits[n, torch.from_numpy(request.columns[n])] = output.row(place)
+            for numbers in request.blocks(model.policy.block_size):
+                prompts = call.prepare([request.prompts[n] for n in numbers])
+                call.run(prompts, 1, result.output(prompts, numbers, self._machine.device))
             self.stats = self._measured(model, call, plan, request, 0)
-        return logits
+        return result
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
@@ -319,7 +329,6 @@ class OptLM(Conveniences):
         block's decode cannot begin before its prefill is done. Each lane runs its part of each block with the
         others idle (some tokens of it, see `Call.time_lane`); a block of lengths that were timed is not run again.
         """
-        self._opened()
         request = read_request(self.spec, inputs)
         check_length(self.spec, request, max_new_tokens)
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))

@@ -20,6 +20,10 @@ class RequestError(FlexGenError, ValueError):
     """The arguments of a call (prompts, lengths, sampling) cannot be served as they are."""
 
 
+class UnsupportedError(FlexGenError, NotImplementedError):
+    """Asked for in the terms of another library, which flexgen does not do."""
+
+
 class ModelError(FlexGenError, ValueError):
     """A model's configuration or family is not supported, or the model cannot be found."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ class Machine:
     host: Store
     disk: DiskStore
     io: DiskIO
+    max_memory: Mapping[Tier, int] = field(default_factory=dict)
+    """Bytes of a tier that may be taken, at most; a tier that it does not name is not limited by it."""
 
     @classmethod
     def open(
@@ -33,6 +36,7 @@ class Machine:
         device: str | torch.device | ComputeDevice,
         offload_dir: str | Path | None = None,
         pin: bool = True,
+        max_memory: Mapping[Tier, int] | None = None,
     ) -> Machine:
         """`offload_dir` holds what is kept on disk; without one a temporary directory is made when needed."""
         return_large_memory()
@@ -44,16 +48,21 @@ class Machine:
             else HostStore(Tier.CPU, pin=pin and compute.pinnable)
         )
         io = DiskIO(bandwidth=compute.disk_bandwidth)
-        return cls(compute, host, DiskStore(Path(offload_dir) if offload_dir else None, io), io)
+        disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
+        return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> dict[Tier, int | None]:
         """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        return {
+        held: dict[Tier, int | None] = {
             Tier.GPU: None if left is None else left + self.device.memory.used,
             Tier.CPU: int(available_bytes() * _RESERVE) + self.host.used,
             Tier.DISK: self.disk.free + self.disk.used,
         }
+        for tier, most in self.max_memory.items():
+            there = held[tier]
+            held[tier] = most if there is None else min(most, there)
+        return held
 
     def close(self) -> None:
         self.device.close()

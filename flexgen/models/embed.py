@@ -88,11 +88,15 @@ class Head(Layer):
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         if ctx.last_only:
             x = x[:, -1:]
+        return linear(self.final(x, weights), weights["head.weight"], weights.get("head.bias"))
+
+    def final(self, x: Tensor, weights: Weights) -> Tensor:
+        """What the LM head multiplies: (batch, seq, embed), normed and projected."""
         if self.spec.final_norm:
             x = normalise(self.spec, x, weights)
         if self.spec.projected:
             x = linear(x, weights["project_out.weight"])
-        return linear(x, weights["head.weight"], weights.get("head.bias"))
+        return x
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         spec = self.spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flexgen.models import ModelSpec
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import measured, remembered
 from flexgen.planning.search import Search, find_policy
-from flexgen.policy import Auto, Policy
+from flexgen.policy import Auto, Policy, Tier
 from flexgen.schedule import Slots
 from flexgen.workload import Workload
 
@@ -42,16 +42,21 @@ def usual_workload(spec: ModelSpec) -> Workload:
 
 
 def this_machine(
-    device: str | torch.device | ComputeDevice, offload_dir: str | Path | None, progress: bool | None = None
+    device: str | torch.device | ComputeDevice,
+    offload_dir: str | Path | None,
+    progress: bool | None = None,
+    max_memory: Mapping[Tier, int] | None = None,
 ) -> Hardware:
     """What the machine can do, with a little less of each tier than is free now, so that what is planned still fits
     when it is run. Measured where that was not done before, which takes a minute or two.
 
-    progress: whether to show the bar; None shows it on a terminal only.
+    progress: whether to show the bar; None shows it on a terminal only. max_memory: bytes of a tier, at most.
     """
     with _Bar(progress) as bar:
         hardware = measured(device, offload_dir, progress=bar)
-    return hardware.replace(capacity={tier: int(n * _SPARE) for tier, n in hardware.capacity.items()})
+    most = max_memory or {}
+    capacity = {tier: min(int(n * _SPARE), most.get(tier, n)) for tier, n in hardware.capacity.items()}
+    return hardware.replace(capacity=capacity)
 
 
 def known_machine(

@@ -11,6 +11,7 @@ from torch import Tensor
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer, Weights
+from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import causal_attention
 from flexgen.runtime.activations import Activations
@@ -117,9 +118,10 @@ class Generation:
                     return self._lookup.load(self._prompts.source(i, k), slot)
                 return self._prompts.load(i, k, slot)
             case Op.STORE_HIDDEN:
+                hidden = self._output.store_hidden(j, k, slot)
                 if j == self._last:
-                    return self._output.store(i, k, slot)
-                return self._activations.store(k, slot, span.new)
+                    return self._output.store(i, k, slot) + hidden
+                return self._activations.store(k, slot, span.new) + hidden
             case Op.STORE_CACHE:
                 return self._cache.store(j, k, slot, span) if self._layers[j].has_cache else ()
             case Op.PROJECT | Op.ATTEND | Op.LOAD_ATTENDED:
@@ -136,7 +138,10 @@ class Generation:
         if j == 0 and self._lookup is not None:
             x, rows = self._lookup.take(x.shape, slot)
             weights = {**weights, self._lookup.name: rows}
-        self._keep(step, slot, self._layers[j].forward(x, weights, self._cell(step, slot, span)))
+        layer = self._layers[j]
+        if isinstance(layer, Head) and self._output.wants_hidden(j):
+            self._output.keep_hidden(j, slot, layer.final(x, weights))
+        self._keep(step, slot, layer.forward(x, weights, self._cell(step, slot, span)))
 
     # A layer in halves, with attention between
 
@@ -211,3 +216,5 @@ class Generation:
             self._output.keep(self.first + i, k, slot, y)
         else:
             self._activations.keep(k, slot, y)
+            if self._output.wants_hidden(j):
+                self._output.keep_hidden(j, slot, y)

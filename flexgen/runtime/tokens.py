@@ -133,7 +133,7 @@ class Prompts:
 
 
 class Output(Protocol):
-    """What becomes of the last layer's logits."""
+    """What becomes of the last layer's logits, and of the hidden states before it."""
 
     last_only: bool
     """Whether only the last position's logits are wanted."""
@@ -145,6 +145,15 @@ class Output(Protocol):
 
     def store(self, token: int, batch: int, slot: int) -> Chains:
         """The work that brings what was made of them to host memory."""
+
+    def wants_hidden(self, layer: int) -> bool:
+        """Whether what this layer computes is kept; of the last one, what its matrix multiplies."""
+
+    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
+        """Accept hidden states (rows, seq, hidden) that are wanted, on the compute device. Not to be written to."""
+
+    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
+        """The work that brings them to host memory."""
 
     def following(self, token: int) -> list[list[int]] | None:
         """The rows of each batch after `token`: [] if every row has stopped, None to go on as before."""
@@ -191,6 +200,15 @@ class NewTokens:
             return ((record,),)
         return ((Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot)), record),)
 
+    def wants_hidden(self, layer: int) -> bool:
+        return False
+
+    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
+        raise AssertionError("not wanted")
+
+    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
+        return ()
+
     def _named(self, batch: int) -> Rows:
         return [self._names[row] for row in self._prompts.batches[batch]]
 
@@ -218,35 +236,3 @@ class NewTokens:
 
     def following(self, token: int) -> list[list[int]] | None:
         return regrouped(self._prompts.batches, self._ended.tolist(), self.ids.shape[1] - token - 1)
-
-
-class AllLogits:
-    """Keeps the logits of every position of every prompt, in host memory."""
-
-    last_only = False
-    can_finish = False
-
-    def __init__(self, prompts: Prompts, vocab: int, dtype: torch.dtype, device: ComputeDevice) -> None:
-        self._prompts = prompts
-        self._device = device
-        self._there: dict[int, Tensor] = {}  # by slot
-        self._rows = [torch.empty(length, vocab, dtype=dtype) for length in prompts.lengths]
-
-    def row(self, n: int) -> Tensor:
-        """(tokens of prompt n, vocab)."""
-        return self._rows[n]
-
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._there[slot] = logits
-
-    def store(self, token: int, batch: int, slot: int) -> Chains:
-        lane = LaneName.HOST if self._device.shares_host_memory else LaneName.FROM_DEVICE
-        return ((Stage(lane, partial(self._fetch, batch, slot)),),)
-
-    def _fetch(self, batch: int, slot: int) -> None:
-        for row, source in zip(self._prompts.batches[batch], self._there[slot], strict=True):
-            target = self._rows[row]
-            self._device.from_device(target, source[len(source) - len(target) :])
-
-    def following(self, token: int) -> None:
-        return None

@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig
 
+from flexgen.models import build_layers, open_model
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.pages import Span
-from flexgen.runtime.tokens import AllLogits, NewTokens, Prompts
+from flexgen.runtime.positions import Forward
+from flexgen.runtime.request import Request
+from flexgen.runtime.tokens import NewTokens, Prompts
 
 PAD = 1
 GIVEN = [[5, 6, 7, 8], [9, 10], [11], [12, 13, 14]]
 DEVICES = ["cpu", "emulated"]
+SPEC, _ = open_model(OPTConfig(vocab_size=16, hidden_size=8, num_attention_heads=2, ffn_dim=8), "dummy")
 
 
 def prompts_on(machine: Any) -> Prompts:
@@ -132,13 +137,18 @@ def test_only_the_last_position_chooses(device: str, machine: Any, run: Any) -> 
 def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, run: Any) -> None:
     with machine(device) as m:
         prompts = prompts_on(m)
-        output = AllLogits(prompts, 16, torch.float32, m.device)
+        rows = [GIVEN[n] for n in (2, 3, 0, 1)]  # the caller's order
+        request = Request(tuple(map(np.array, rows)), 6, tuple(np.arange(len(r)) + 1 for r in rows))
+        result = Forward(build_layers(SPEC), request, torch.float32)
+        output = result.output(prompts, [2, 3, 0, 1], m.device)
         assert not output.last_only and not output.can_finish
         logits = [torch.randn(2, width, 16) for width in (4, 3)]
         for batch in range(2):
             output.keep(0, batch, batch, logits[batch])
             run(output.store(0, batch, batch))
+        expected = torch.zeros(4, 6, 16)
         for n, given in enumerate(GIVEN):
-            assert output.row(n).equal(logits[n // 2][n % 2, -len(given) :])
+            expected[(n + 2) % 4, 1 : 1 + len(given)] = logits[n // 2][n % 2, -len(given) :]
+        assert result.logits.equal(expected)
         assert output.following(0) is None
         prompts.close()

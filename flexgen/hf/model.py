@@ -1,0 +1,340 @@
+"""`FlexGenForCausalLM`: an `OptLM` with the methods that users of transformers call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flexgen.engine import OptLM
+from flexgen.errors import RequestError, UnsupportedError
+from flexgen.hf.max_memory import read_max_memory
+from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs
+from flexgen.policy import Policy
+from flexgen.runtime.choice import Listener, Rows
+from flexgen.runtime.request import Request, pad_id, read_request
+
+_DEFAULT_NEW_TOKENS = 50
+_IGNORED_LABEL = -100
+
+_UNSUPPORTED = {
+    "inputs_embeds": "it takes input_ids",
+    "output_attentions": "attention weights are never formed as a whole",
+    "past_key_values": "the KV cache lives in the tiers of the policy, for one call",
+    "position_ids": "positions are counted from the attention mask",
+    "assistant_model": "there is no assisted generation",
+    "prompt_lookup_num_tokens": "there is no assisted generation",
+    "custom_generate": "it has its own schedule",
+    "negative_prompt_ids": "there is no guidance",
+}
+"""Arguments that are refused, and why."""
+
+_UNSUPPORTED_OF_GENERATE = {
+    "output_attentions": "attention weights are never formed as a whole",
+    "output_hidden_states": "forward gives them",
+    "guidance_scale": "it would run the model a second time",
+    "token_healing": "it would generate with beams",
+}
+
+
+class FlexGenForCausalLM(GenerationMixin):
+    """A model that need not fit its device, with the face of a transformers model.
+
+    `generate` is `GenerationMixin.generate`, which reads arguments and generation configs and makes processors and
+    criteria; what it calls to compute is flexgen's block schedule. `lm` is the `OptLM` underneath, with its policy
+    and the statistics of the last call. Use it as a context manager, or `close` it.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    base_model_prefix = "model"
+    framework = "pt"
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(self, lm: OptLM, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
+        self.lm = lm
+        self.config = config
+        self.generation_config = generation_config
+        self.name_or_path = config.name_or_path
+        self.hf_device_map = {"": self.device}  # as accelerate marks models that must not be moved
+        self.training = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        policy: Policy | str | Path = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        offload_folder: str | Path | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+    ) -> Self:
+        """Open a model; see `OptLM` for `policy`, `device` and `dtype`.
+
+        offload_folder: where weights, cache and hidden states of the disk tier are kept; a temporary directory if
+            None. max_memory: the most that the model and its calls may take, as accelerate writes it.
+
+        Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves.
+        """
+        limits = read_max_memory(max_memory, str(device))
+        lm = OptLM(
+            path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits
+        )
+        directory = lm.tokenizer_dir
+        config = AutoConfig.from_pretrained(directory)
+        config.name_or_path = str(path_or_id)
+        try:
+            generation_config = GenerationConfig.from_pretrained(directory)
+        except OSError:  # it has no file of its own
+            generation_config = GenerationConfig.from_model_config(config)
+        return cls(lm, config, generation_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are computed; inputs may be anywhere, results come to where they are."""
+        return torch.device(self.lm.device if self.lm.device.startswith("cuda") else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    def can_generate(self) -> bool:
+        return True
+
+    def eval(self) -> Self:
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise UnsupportedError("flexgen runs models, it does not train them")
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The model, if it is there already. Raises UnsupportedError otherwise: the policy places weights."""
+        for asked in (*args, *kwargs.values()):
+            if isinstance(asked, torch.dtype):
+                there = asked == self.dtype
+            elif isinstance(asked, str | int | torch.device):
+                device = torch.device(asked)
+                there = device.type == self.device.type and device.index in (None, self.device.index)
+            else:
+                continue
+            if not there:
+                raise UnsupportedError(
+                    f"to({asked}): the model computes on {self.device} in {self.dtype}, its weights lie where the "
+                    "policy puts them; open it again with device=, dtype= or policy="
+                )
+        return self
+
+    def close(self) -> None:
+        """Free files, threads and memory."""
+        self.lm.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (batch, seq, vocab) of every position, of the last `logits_to_keep` or of those it indexes.
+
+        attention_mask: (batch, seq), 0 for padding at either end of a row; all positions count without it.
+        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens that follow.
+        output_hidden_states: embeddings, what each layer gives, the last one's behind the final norm.
+
+        Logits and hidden states are 0 in the padding. Raises UnsupportedError, RequestError (a row number with a
+        mask that is all zero or has a hole) and CapacityError before any work.
+        """
+        _refuse(others)
+        if unknown := others.keys() - _UNSUPPORTED.keys() - {"use_cache"}:
+            raise TypeError(f"forward got unexpected arguments: {', '.join(sorted(unknown))}")
+        request = self._request(input_ids, attention_mask)
+        whole = attention_mask is None or bool(torch.as_tensor(attention_mask)[:, -1].all())
+        # A right-padded row's last logits are not those of the last column.
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and whole and labels is None
+        if labels is not None and tuple(labels.shape) != (len(request.prompts), request.width):
+            raise RequestError(
+                f"labels have shape {tuple(labels.shape)}; they must be those of input_ids, "
+                f"{(len(request.prompts), request.width)}"
+            )
+        result = self.lm.forward_with(request, last_only, bool(output_hidden_states))
+        back = input_ids.device
+        logits, loss = result.logits, None
+        if labels is not None:
+            loss = _loss(logits, labels.cpu()).to(back)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep.cpu()]
+        elif not last_only:
+            logits = logits[:, -logits_to_keep:]  # all of them for 0
+        hidden = tuple(states.to(back) for states in result.hidden) if output_hidden_states else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits.to(back), hidden_states=hidden)
+        return output if return_dict else output.to_tuple()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """`GenerationMixin.generate`, with its arguments, on the block schedule: (batch, prompt_len + new) ids.
+
+        Without a length in the arguments or a generation config, 50 new tokens. A row that has ended is padded.
+        Logits processors and stopping criteria are called for the rows of one GPU batch at a time.
+
+        Raises UnsupportedError for what flexgen does not do, ValueError (RequestError is one) for arguments that
+        cannot be served and CapacityError for what does not fit, before any work; LaneError, with its cause, if a
+        step, a processor or a criterion fails.
+        """
+        _refuse(kwargs)
+        sources = [
+            kwargs,
+            *(vars(config) for config in (generation_config, self.generation_config) if config),
+        ]
+        if not any(source.get("max_new_tokens") or source.get("max_length") for source in sources):
+            kwargs["max_new_tokens"] = _DEFAULT_NEW_TOKENS
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None:
+            raise RequestError("generate needs input_ids (batch, prompt_len)")
+        self._request(ids, kwargs.get("attention_mask"))  # refused before anything is made of it
+        return super().generate(inputs, generation_config, **kwargs)
+
+    # What GenerationMixin.generate asks for
+
+    def _prepare_generation_config(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UnsupportedError(
+                f"{mode.value.replace('_', ' ')} is not supported: flexgen samples, or takes the best"
+            )
+        for name, reason in _UNSUPPORTED_OF_GENERATE.items():
+            if getattr(config, name, None) not in (None, False, 1):
+                raise UnsupportedError(f"{name} is not supported by generate: {reason}")
+        return config, model_kwargs
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """No cache of transformers."""
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        encoder_input_ids: Tensor,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: Any = None,
+        **others: Any,
+    ) -> RowProcessors:
+        """A list for the rows of each GPU batch, on the compute device."""
+        config = copy.copy(generation_config)
+        if (ends := config._eos_token_tensor) is not None:
+            config._eos_token_tensor = ends.to(self.device)
+        mask = (model_kwargs or {}).get("attention_mask")
+        repeats = config.num_return_sequences or 1
+
+        def build(rows: Rows) -> LogitsProcessorList:
+            allowed = prefix_allowed_tokens_fn
+
+            def of_row(place: int, ids: Tensor) -> list[int]:
+                assert allowed is not None
+                return allowed(rows[place], ids)
+
+            return super(FlexGenForCausalLM, self)._get_logits_processor(
+                generation_config=config,
+                encoder_input_ids=encoder_input_ids[[row // repeats for row in rows]].to(self.device),
+                prefix_allowed_tokens_fn=None if allowed is None else of_row,
+                model_kwargs={"attention_mask": None if mask is None else mask[list(rows)].to(self.device)},
+                device=self.device,
+                **others,
+            )
+
+        return RowProcessors(build, len(encoder_input_ids) * repeats)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: RowProcessors,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """What `GenerationMixin.generate` calls for greedy search and sampling, in place of its own loop."""
+        request = self._request(input_ids, attention_mask)
+        rows, steps = len(input_ids), generation_config.max_length - input_ids.shape[1]
+        if streamer is not None and rows > 1:
+            raise RequestError(f"a streamer takes one row, not {rows}")
+        asked, vocab = generation_config.return_dict_in_generate, self.lm.spec.vocab_size
+        wanted = [
+            name for name in ("scores", "logits") if asked and getattr(generation_config, f"output_{name}")
+        ]
+        records = {name: Record(rows, steps, vocab) for name in wanted}
+        pad = generation_config._pad_token_tensor
+        pad = pad_id(self.lm.spec) if pad is None else int(pad)
+        choice = HFChoice(
+            input_ids, steps, pad, logits_processor, stopping_criteria, generation_config.do_sample, **records
+        )
+        listeners: list[Listener] = [choice.listen]
+        if streamer is not None:
+            listeners.append(lambda new: streamer.put(new.ids.clone()))
+        kept = record_needs(wanted, rows, steps, vocab)
+        self.lm.generate_with(request, steps, choice, listeners=listeners, kept=kept)
+        if streamer is not None:
+            streamer.end()
+        sequences = choice.ids[:, : input_ids.shape[1] + choice.steps].to(input_ids.device)
+        if not asked:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, **{name: record.taken(choice.steps) for name, record in records.items()}
+        )
+
+    def _request(self, input_ids: Any, attention_mask: Any) -> Request:
+        if not isinstance(input_ids, Tensor):
+            raise RequestError(f"input_ids are a {type(input_ids).__name__}; give a tensor (batch, seq)")
+        whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return read_request(self.lm.spec, input_ids, whole)
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    for name, reason in _UNSUPPORTED.items():
+        if given.get(name) is not None and given[name] is not False:
+            raise UnsupportedError(f"{name} is not supported: {reason}")
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """transformers' loss of a causal LM, one row's logits in float32 at a time."""
+    targets = F.pad(labels, (0, 1), value=_IGNORED_LABEL)[:, 1:]
+    total = sum(
+        F.cross_entropy(row.float(), target, ignore_index=_IGNORED_LABEL, reduction="sum")
+        for row, target in zip(logits, targets, strict=True)
+    )
+    return total / (targets != _IGNORED_LABEL).sum()

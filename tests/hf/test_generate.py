@@ -1,0 +1,216 @@
+"""Arguments of `generate`: transformers' own generate on the same weights says what they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
+
+LENGTHS = [4, 9, 2, 6, 7]
+ENDS = [6, 9, 14, 20, 21]
+
+
+class Favour(LogitsProcessor):
+    """Adds to the id that follows a row's newest one."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = (input_ids[:, -1:] + 1) % scores.shape[1]
+        return scores.scatter_add(1, wanted, torch.full(wanted.shape, 30.0))
+
+
+class Twice(StoppingCriteria):
+    """Ends a row that has an id of `ENDS` twice, wherever; it needs the whole row, padding aside."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.stack([(input_ids == end).sum(1) >= 2 for end in ENDS]).any(0)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "several ends": dict(eos_token_id=ENDS, pad_token_id=0),
+    "one end, another pad": dict(eos_token_id=6, pad_token_id=3),
+    "repetition penalty": dict(repetition_penalty=1.8),
+    "no repeated pairs": dict(no_repeat_ngram_size=2),
+    "a least number": dict(min_new_tokens=7, eos_token_id=ENDS),
+    "a least length": dict(min_length=13, eos_token_id=ENDS),
+    "bad words": dict(bad_words_ids=[[9], [20], [4, 5]]),
+    "a bias": dict(sequence_bias={(7,): 20.0, (8, 12): 5.0}),
+    "penalty of the prompt": dict(encoder_repetition_penalty=2.5),
+    "a prefix for each row": dict(prefix_allowed_tokens_fn=lambda row, ids: [row + 5, row + 11]),
+    "a processor": dict(logits_processor=LogitsProcessorList([Favour()])),
+    "a criterion and an end": dict(
+        stopping_criteria=StoppingCriteriaList([Twice()]), eos_token_id=1, pad_token_id=0
+    ),
+    "sampling without choice": dict(do_sample=True, top_k=1, temperature=0.7),
+    "sampling of the likeliest": dict(do_sample=True, top_p=1e-6, top_k=0),
+    "a config": dict(generation_config=GenerationConfig(max_new_tokens=6, repetition_penalty=1.5)),
+    "whole length": dict(max_length=14),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_ids_are_those_of_transformers(case: str, model: Any, reference: Any, inputs: Any) -> None:
+    options = dict(do_sample=False) | OPTIONS[case]
+    if not {"generation_config", "max_length"} & options.keys():
+        options["max_new_tokens"] = 10
+    given = inputs(LENGTHS)
+    ours, theirs = model.generate(**given, **options), reference.generate(**given, **options)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_scores_and_logits_of_every_step(model: Any, reference: Any, inputs: Any) -> None:
+    options = dict(
+        max_new_tokens=8, do_sample=False, repetition_penalty=1.5, eos_token_id=ENDS, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True, output_logits=True,
+    )  # fmt: skip
+    given = inputs(LENGTHS)
+    ours, theirs = model.generate(**given, **options), reference.generate(**given, **options)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    width = given["input_ids"].shape[1]
+    for name in ("scores", "logits"):
+        mine, other = ours[name], theirs[name]
+        assert len(mine) == len(other)
+        for step, (a, b) in enumerate(zip(mine, other, strict=True)):
+            assert a.shape == b.shape and a.dtype == b.dtype and not a.is_inference()
+            new = theirs.sequences[:, width : width + step]
+            live = ~torch.isin(new, torch.tensor(ENDS)).any(1)
+            torch.testing.assert_close(a[live], b[live], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(ours.scores[0], ours.logits[0])
+    only = model.generate(**given, max_new_tokens=2, return_dict_in_generate=True)
+    assert only.scores is None and only.logits is None
+
+
+def test_what_scores_would_take_is_checked_first(model: Any, inputs: Any, monkeypatch: Any) -> None:
+    given = inputs(LENGTHS)
+    options = dict(max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
+    limits = model.lm._machine.limits()
+    monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: limits | {"cpu": 1 << 19})
+    model.generate(**given, max_new_tokens=8)
+    monkeypatch.setattr("flexgen.hf.steps.torch.float32", torch.float64)
+    monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: limits | {"cpu": 1 << 17})
+    with pytest.raises(CapacityError, match="scores home"):
+        model.generate(**given, **options)
+
+
+def test_several_sequences_of_each_prompt(model: Any, inputs: Any) -> None:
+    given = inputs([3, 6])
+    options = dict(
+        do_sample=True, num_return_sequences=4, max_new_tokens=6, temperature=1.5, top_k=0, min_p=0.01
+    )
+    torch.manual_seed(7)
+    first = model.generate(**given, **options)
+    assert first.shape == (8, 12)
+    prompts = given["input_ids"].repeat_interleave(4, dim=0)
+    assert first[:, :6].tolist() == prompts.tolist()
+    assert len({tuple(row) for row in first.tolist()}) > 4
+    torch.manual_seed(7)
+    assert model.generate(**given, **options).tolist() == first.tolist()
+    assert model.generate(**given, **options).tolist() != first.tolist()
+
+
+def test_sampling_has_the_distribution_of_the_processed_scores(model: Any, inputs: Any) -> None:
+    given = {name: values.expand(400, -1) for name, values in inputs([5]).items()}
+    torch.manual_seed(0)
+    out = model.generate(
+        **given, do_sample=True, top_k=3, temperature=2.0, max_new_tokens=1, return_dict_in_generate=True,
+        output_scores=True,
+    )  # fmt: skip
+    expected = out.scores[0][0].softmax(0)
+    assert int((expected > 0).sum()) == 3
+    drawn = torch.bincount(out.sequences[:, -1], minlength=len(expected)) / 400
+    assert (drawn - expected).abs().max() < 0.1
+
+
+def test_stop_strings(model: Any, reference: Any, tokenizer: Any) -> None:
+    inputs = tokenizer(["hello", "why not?"], padding=True, return_tensors="pt")
+    new = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    free = reference.generate(**inputs, **new)
+    text = tokenizer.decode(free[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    options = dict(stop_strings=[text[2:4], "zzz"], tokenizer=tokenizer) | new
+    ours, theirs = model.generate(**inputs, **options), reference.generate(**inputs, **options)
+    assert ours.tolist() == theirs.tolist()
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(**inputs, stop_strings=["a"], max_new_tokens=2)
+
+
+def test_a_streamer_hears_one_row(model: Any, tokenizer: Any) -> None:
+    inputs = tokenizer(["hello"], return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, timeout=5)
+    out = model.generate(**inputs, max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(out[0])
+    with pytest.raises(ValueError, match="batch size 1"):
+        model.generate(**tokenizer(["a", "b"], return_tensors="pt"), streamer=TextIteratorStreamer(tokenizer))
+
+
+def test_the_length_without_one_given(model: Any, inputs: Any) -> None:
+    given = inputs([3, 5])
+    assert model.generate(**given, eos_token_id=None).shape == (2, 55)
+    assert model.generate(
+        given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=1
+    ).shape == (2, 6)
+
+
+def test_right_padding_means_the_same(model: Any, inputs: Any) -> None:
+    given = inputs([3, 5])
+    right = {"input_ids": given["input_ids"].clone(), "attention_mask": given["attention_mask"].flip(1)}
+    right["input_ids"][0] = right["input_ids"][0].roll(-2)
+    new = [model.generate(**x, max_new_tokens=6)[:, 5:].tolist() for x in (given, right)]
+    assert new[0] == new[1]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "beams": (dict(num_beams=3), NotImplementedError, "beam search"),
+    "sampled beams": (dict(num_beams=3, do_sample=True), NotImplementedError, "beam sample"),
+    "embeddings": (dict(inputs_embeds=torch.zeros(2, 5, 32)), NotImplementedError, "inputs_embeds"),
+    "attentions": (dict(output_attentions=True), NotImplementedError, "output_attentions"),
+    "hidden states": (dict(output_hidden_states=True), NotImplementedError, "forward gives them"),
+    "lookup": (dict(prompt_lookup_num_tokens=2), NotImplementedError, "prompt_lookup_num_tokens"),
+    "guidance": (dict(guidance_scale=1.5), NotImplementedError, "guidance_scale"),
+    "contrast": (dict(penalty_alpha=0.6, top_k=4), NotImplementedError, "contrastive search"),
+    "greedy sequences": (dict(num_return_sequences=2, do_sample=False), ValueError, "num_return_sequences"),
+    "a typo": (dict(max_new_token=3), ValueError, "max_new_token"),
+    "too long": (dict(max_new_tokens=100), RequestError, "positions"),
+    "top_p": (dict(do_sample=True, top_p=2.0), ValueError, "top_p"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case: str, model: Any, inputs: Any, monkeypatch: Any) -> None:
+    def no_work(*args: Any) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("flexgen.engine.Call", no_work)
+    options, error, words = REFUSED[case]
+    with pytest.raises(error, match=words) as raised:
+        model.generate(**inputs([3, 5]), **dict(max_new_tokens=2) | options)
+    if error is NotImplementedError:
+        assert isinstance(raised.value, UnsupportedError)
+
+
+@pytest.mark.parametrize(("row", "word"), [([0, 0, 0, 0, 0], "zero"), ([1, 0, 1, 1, 1], "hole")])
+def test_masks_are_refused_by_row(row: list[int], word: str, model: Any, inputs: Any) -> None:
+    given = inputs([3, 5, 4])
+    given["attention_mask"][1] = torch.tensor(row)
+    for call in (lambda: model.generate(**given, max_new_tokens=2), lambda: model(**given)):
+        with pytest.raises(RequestError, match=f"row 1 .*{word}"):
+            call()
+
+
+def test_what_a_processor_raises_is_the_cause(model: Any, inputs: Any) -> None:
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("lost")
+
+    with pytest.raises(LaneError) as raised:
+        model.generate(**inputs([3]), max_new_tokens=2, logits_processor=LogitsProcessorList([broken]))
+    assert isinstance(raised.value.__cause__, KeyError)

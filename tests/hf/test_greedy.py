@@ -1,0 +1,65 @@
+"""Greedy ids are transformers', for every family, in float32 and bfloat16, alone and in a padded batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, pipeline
+
+from flexgen.schedule import ORDERS
+
+FAMILIES = ["opt", "opt projected", "llama"]
+CHATS = [
+    [{"role": "user", "content": "hello, who are you?"}],
+    [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes."},
+        {"role": "user", "content": "tell me a story!"},
+    ],
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_chat_template_recipe(name: str, dtype: str, saved: Any) -> None:
+    made = saved(name, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(made.directory, padding_side="left")
+    texts = tokenizer.apply_chat_template(CHATS, tokenize=False, add_generation_prompt=True)
+    with made.open(dtype="auto") as model:
+        assert model.dtype == getattr(torch, dtype)
+        for batch in (texts[:1], texts):
+            inputs = tokenizer(batch, padding="longest", return_tensors="pt")
+            new = {"max_new_tokens": 10, "do_sample": False}
+            ours, theirs = model.generate(**inputs, **new), made.reference.generate(**inputs, **new)
+            assert isinstance(ours, torch.Tensor) and ours.dtype == torch.int64
+            assert ours.tolist() == theirs.tolist()
+            for row, other in zip(ours, theirs, strict=True):
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                assert text and text == tokenizer.decode(other, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_many_rows_in_every_order(order: str, device: str, saved: Any, inputs: Any) -> None:
+    made = saved("llama")
+    given = inputs([5, 1, 9, 3, 7, 2, 8, 4, 6])
+    theirs = made.reference.generate(**given, max_new_tokens=12, do_sample=False)
+    with made.open(device=device) as model:
+        model.lm._model = model.lm._model.__class__(**vars(model.lm._model) | {"order": order})
+        ours = model.generate(**given, max_new_tokens=12, do_sample=False)
+    assert ours.tolist() == theirs.tolist()
+    # Rows that end early are what makes the blocks regroup.
+    assert len({int((row == 0).sum()) for row in ours}) > 2
+
+
+def test_the_text_generation_pipeline(saved: Any, tokenizer: Any) -> None:
+    made, texts = saved("opt"), ["hello", "a longer one?", "x"]
+    options = dict(max_new_tokens=8, do_sample=False, return_full_text=False)
+    with made.open() as model:
+        ours = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        theirs = pipeline("text-generation", model=made.reference, tokenizer=tokenizer)
+        assert ours(texts, **options) == theirs(texts, **options)
+        assert ours(texts, batch_size=3, **options) == theirs(texts, batch_size=3, **options)
+        assert ours(CHATS[0], **options) == theirs(CHATS[0], **options)
