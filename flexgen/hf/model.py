@@ -166,7 +166,8 @@ class FlexGenForCausalLM(GenerationMixin):
         """Logits (batch, seq, vocab) of every position, of the last `logits_to_keep` or of those it indexes.
 
         attention_mask: (batch, seq), 0 for padding at either end of a row; all positions count without it.
-        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens that follow.
+        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens that follow
+            a token of their row.
         output_hidden_states: embeddings, what each layer gives, the last one's behind the final norm.
 
         Logits and hidden states are 0 in the padding. Raises UnsupportedError, RequestError (a row number with a
@@ -188,7 +189,7 @@ class FlexGenForCausalLM(GenerationMixin):
         back = input_ids.device
         logits, loss = result.logits, None
         if labels is not None:
-            loss = _loss(logits, labels.cpu()).to(back)
+            loss = _loss(logits, labels.cpu(), request).to(back)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep.cpu()]
         elif not last_only:
@@ -237,7 +238,8 @@ class FlexGenForCausalLM(GenerationMixin):
                 f"{mode.value.replace('_', ' ')} is not supported: flexgen samples, or takes the best"
             )
         for name, reason in _UNSUPPORTED_OF_GENERATE.items():
-            if getattr(config, name, None) not in (None, False, 1):
+            value = getattr(config, name, None)
+            if value and (value is True or value != 1):  # a guidance of 1 is none
                 raise UnsupportedError(f"{name} is not supported by generate: {reason}")
         return config, model_kwargs
 
@@ -330,9 +332,14 @@ def _refuse(given: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{name} is not supported: {reason}")
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' loss of a causal LM, one row's logits in float32 at a time."""
-    targets = F.pad(labels, (0, 1), value=_IGNORED_LABEL)[:, 1:]
+def _loss(logits: Tensor, labels: Tensor, request: Request) -> Tensor:
+    """transformers' loss of a causal LM, one row's logits in float32 at a time.
+
+    A row's first id behind left padding has no part in it: nothing came before that could have told it.
+    """
+    targets = F.pad(labels, (0, 1), value=_IGNORED_LABEL)[:, 1:].clone()
+    for target, columns in zip(targets, request.columns, strict=True):
+        target[: int(columns[0])] = _IGNORED_LABEL
     total = sum(
         F.cross_entropy(row.float(), target, ignore_index=_IGNORED_LABEL, reduction="sum")
         for row, target in zip(logits, targets, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
@@ -72,6 +73,7 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     """One id for each letter."""
     words = Tokenizer(WordLevel({word: n for n, word in enumerate([*SPECIAL, *LETTERS])}, unk_token="?"))
     words.pre_tokenizer = Split("", "isolated")
+    words.decoder = Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",

@@ -30,6 +30,7 @@ def test_logits_hidden_states_and_loss(name: str, sep_layer: bool, saved: Any) -
     with made.open(Policy(gpu_batch_size=2, weights={"cpu": 50, "disk": 50}, sep_layer=sep_layer)) as model:
         ours = model(ids, mask, labels=labels, output_hidden_states=True)
         as_tuple = model(ids, mask, labels=labels, return_dict=False)
+    labels = labels.masked_fill(mask.roll(1, 1) == 0, -100)  # transformers would score padding's prediction
     with torch.no_grad():
         theirs = made.reference(
             ids, attention_mask=mask, position_ids=positions, labels=labels, output_hidden_states=True

@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "greedy sequences": (dict(num_return_sequences=2, do_sample=False), ValueError, "num_return_sequences"),
     "a typo": (dict(max_new_token=3), ValueError, "max_new_token"),
     "too long": (dict(max_new_tokens=100), RequestError, "positions"),
-    "top_p": (dict(do_sample=True, top_p=2.0), ValueError, "top_p"),
+    "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
 }
 
 
