@@ -21,6 +21,7 @@ from flexgen.planning.search import find_policy
 from flexgen.planning.timeline import _number, numbered
 from flexgen.policy import Tier
 from flexgen.schedule import ORDERS
+from flexgen.units import MIB
 from flexgen.workload import Workload
 
 PLAIN = tuple(Column(what, tier) for what in CLASSES for tier in (Tier.CPU, Tier.GPU, Tier.DISK))
@@ -28,11 +29,13 @@ PLAIN = tuple(Column(what, tier) for what in CLASSES for tier in (Tier.CPU, Tier
 
 @pytest.fixture(scope="module")
 def opt(configs):
-    """About 400 KiB, no layer above 100 KiB: with few positions, whose table would be most of so small a model."""
-    return replace(open_model(configs["opt"], "dummy")[0], max_positions=128)
+    """216 MiB, 48 of them a layer: large beside the blocks, rows and scratch that are the same for any model."""
+    spec, _ = open_model(configs["opt"], "dummy")
+    wide = dict(hidden_size=1024, embed_size=1024, ffn_size=4096, num_heads=16, head_dim=64, num_kv_heads=16)
+    return replace(spec, **wide, num_layers=4, vocab_size=4096, max_positions=2048)
 
 
-def small(machine, gpu, cpu="2MiB", disk="1GiB", **changes):
+def small(machine, gpu, cpu="400MiB", disk="4GiB", **changes):
     return machine(capacity={"gpu": gpu, "cpu": cpu, "disk": disk}, **changes)
 
 
@@ -92,17 +95,17 @@ def test_lanes_of_a_corner_are_the_predictions(size, batches, one, gen_len, atte
             assert drawn[lane] == pytest.approx(taken, rel=0.15, abs=2e-3), (phase, lane)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
-    gpu=st.integers(150, 900),
-    cpu=st.integers(100, 900),
-    prompts=st.sampled_from([1, 5, 16]),
+    gpu=st.integers(40, 300),
+    cpu=st.integers(30, 300),
+    prompts=st.sampled_from([1, 5, 8]),
     lossy=st.booleans(),
     attend_on=st.sampled_from(["cpu", "gpu"]),
 )
 def test_what_is_found_fits_and_sums_to_a_whole(gpu, cpu, prompts, lossy, attend_on, opt, machine):
-    hardware = small(machine, gpu * 1024, cpu * 1024)
-    workload = Workload(40, 6, prompts)
+    hardware = small(machine, gpu * MIB, cpu * MIB)
+    workload = Workload(100, 6, prompts)
     try:
         found = find_policy(opt, hardware, workload, lossy=lossy, fixed={"attend_on": attend_on})
     except CapacityError:
@@ -127,23 +130,21 @@ GRID = [{"gpu": a, "cpu": b, "disk": 100 - a - b} for a in range(0, 101, 50) for
 @pytest.mark.parametrize(
     ("gpu", "cpu", "changes"),
     [
-        ("500KiB", "2MiB", {}),
-        ("600KiB", "400KiB", {}),
-        ("400KiB", "800KiB", {"fixed": {}}),
-        ("500KiB", "500KiB", {"fixed": {"cell": 1e-3}, "host_attention": {"float32": 1e6}}),
+        ("270MiB", "160MiB", {"fixed": {}}),
+        ("150MiB", "260MiB", {"fixed": {"cell": 1.0, "disk_job": 0.5}, "host_attention": {"float32": 1e6}}),
     ],
 )
 def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
     """Both by the same prediction. 2%: percentages of the search are whole, its last steps are of 1%."""
-    hardware, workload = small(machine, gpu, cpu, **changes), Workload(24, 5, 8)
+    hardware, workload = small(machine, gpu, cpu, **changes), Workload(100, 5, 8)
     found = find_policy(opt, hardware, workload)
-    shapes = [(size, 8 // size) for size in (1, 2, 4, 8)] + [(2, 2), (4, 1)]
+    shapes = (1, 8), (2, 4), (4, 1), (8, 1)
     least, fits = np.inf, 0
     for (size, batches), weights, cache, hidden in itertools.product(
         shapes, GRID, GRID, GRID[::5] + GRID[2:3]
     ):
         policy = Policy(gpu_batch_size=size, num_gpu_batches=batches, weights=weights, cache=cache,
-                        activations=hidden, attend_on="gpu" if batches == 2 else "cpu")  # fmt: skip
+                        activations=hidden, attend_on="gpu" if size == 2 else "cpu")  # fmt: skip
         try:
             least = min(least, took(opt, policy, hardware, workload))
         except CapacityError:
@@ -165,13 +166,14 @@ def test_the_program_by_hand(opt, machine):
     on_gpu, on_cpu = ({Column("weights", tier): 1.0} for tier in (Tier.GPU, Tier.CPU))
     rest = {Column("cache", Tier.GPU): 1.0, Column("activations", Tier.GPU): 1.0}
     whole, none = (figures.at(shares | rest)[-3] for shares in (on_gpu, on_cpu))
+    assert whole > none  # all of them are more than the slots that others pass through
     room = np.array([none + 0.25 * (whole - none), 1e9, 1e9])
-    solution = solve(figures, room)
+    solution = solve(figures, room, rest)
     assert solution.shares[Column("weights", Tier.GPU)] == pytest.approx(0.25, abs=1e-3)
     link = [figures.at(shares | rest)[:-3].max() for shares in (on_gpu, on_cpu)]
     assert link[1] > 10 * link[0]
     # A byte more of the GPU spares what the link takes for it, in prefill and decode.
-    slower, faster = (solve(figures, room + [bytes_more, 0, 0]).seconds for bytes_more in (-1000, 1000))
+    slower, faster = (solve(figures, room + [more, 0, 0], rest).seconds for more in (-1000, 1000))
     assert solution.saved[Tier.GPU] == pytest.approx((slower - faster) / 2000, rel=0.02)
     assert solution.saved[Tier.CPU] == pytest.approx(0, abs=1e-12)
 
@@ -181,8 +183,8 @@ def test_a_tier_has_one_codec(opt, machine):
     cpu = {what: {"cpu": 100} for what in CLASSES}
     corners = Corners(opt, machine(), Workload(40, 6, 8), torch.float32, None)
     figures = corners.figures(Policy(gpu_batch_size=4, num_gpu_batches=2, **cpu), columns)
-    for room in (2e5, 3e5, 5e5, 8e5):
-        solution = one_codec_each(figures, np.array([room, 3e5, 1e9]))
+    for room in (9e7, 1.2e8, 1.6e8, 3e8):
+        solution = one_codec_each(figures, np.array([room, 1e8, 1e12]))
         if solution is not None:
             kept = [column[:2] for column in solution.shares]
             assert len(kept) == len(set(kept))
@@ -193,14 +195,14 @@ def test_a_tier_has_one_codec(opt, machine):
     "fixed",
     [
         {"gpu_batch_size": 3},
-        {"num_gpu_batches": 2, "overlap": False},
+        {"num_gpu_batches": 2, "overlap": False, "attend_on": "gpu"},
         {"weights": {"gpu": 20, "cpu": {"percent": 80, "codec": "int4"}}, "sep_layer": False},
         {"cache": {"cpu": 60, "disk": 40}, "activations": {"cpu": 100}, "attn_sparsity": 0.5},
         {"cache": {"gpu": 100}, "pin_weight": False, "gpu_batch_size": 4, "num_gpu_batches": 4},
     ],
 )
 def test_what_is_fixed_stays(fixed, opt, machine):
-    found = find_policy(opt, small(machine, "2MiB", "4MiB"), Workload(24, 5, 9), fixed=fixed, lossy=True)
+    found = find_policy(opt, small(machine, "200MiB"), Workload(100, 5, 9), fixed=fixed, lossy=True)
     for candidate in (found.best, *found.runners_up):
         expected = Policy(**fixed)
         for name in fixed:
@@ -208,26 +210,29 @@ def test_what_is_fixed_stays(fixed, opt, machine):
 
 
 def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
-    hardware, workload = small(machine, "400KiB", "300KiB"), Workload(24, 5, 8)
-    exact, lossy = (find_policy(opt, hardware, workload, lossy=allowed).best for allowed in (False, True))
+    hardware, workload = small(machine, "150MiB", "150MiB"), Workload(100, 5, 8)
+    shape = {"gpu_batch_size": 4, "num_gpu_batches": 2}
+    exact, lossy = (
+        find_policy(opt, hardware, workload, lossy=allowed, fixed=shape).best for allowed in (False, True)
+    )
     assert lossy.tokens_s > 1.1 * exact.tokens_s
     chosen = {split[tier].codec for split in (lossy.policy.weights, lossy.policy.cache) for tier in Tier}
     assert chosen & {"int4", "int8"}
     none = hardware.replace(decoding={}, device_attention={"float32": 1e8}, host_attention={"float32": 1e7})
-    without = find_policy(opt, none, workload, lossy=True).best
-    assert without.policy == find_policy(opt, none, workload).best.policy
+    without = find_policy(opt, none, workload, lossy=True, fixed=shape).best
+    assert without.policy == find_policy(opt, none, workload, fixed=shape).best.policy
 
 
 def test_a_host_has_two_tiers_and_nowhere_else_to_attend(opt, host):
-    hardware = host(capacity={"cpu": "500KiB", "disk": "1GiB"})
-    found = find_policy(opt, hardware, Workload(24, 5, 8))
+    hardware = host(capacity={"cpu": "190MiB", "disk": "4GiB"})
+    found = find_policy(opt, hardware, Workload(100, 5, 8))
     assert not any(getattr(found.best.policy, what).percent(Tier.GPU) for what in CLASSES)
     assert any(getattr(found.best.policy, what).percent(Tier.DISK) for what in CLASSES)
-    assert any(re.search(r"^cpu tier is full: .* of 500 KiB", words) for words in found.best.limits)
+    assert any(re.search(r"^cpu tier is full: .* of 190 MiB", words) for words in found.best.limits)
 
 
 def test_it_says_what_was_chosen_and_why(opt, machine):
-    found = find_policy(opt, small(machine, "400KiB", "4MiB"), Workload(24, 5, 8), top=3)
+    found = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 8), top=3)
     report = found.best.prediction.report
     assert (
         f"predicted {report.throughput_tokens_s:.4g} tokens/s, bound by {report.bottleneck}" in found.line()
@@ -243,23 +248,21 @@ def test_it_says_what_was_chosen_and_why(opt, machine):
 
 
 def test_the_last_block_is_about_as_full_as_the_others(opt, machine):
-    best = find_policy(
-        opt, small(machine, "500KiB", "2MiB"), Workload(24, 5, 13), fixed={"num_gpu_batches": 3}
-    ).best
+    best = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 13), fixed={"num_gpu_batches": 3}).best
     blocks = -(-13 // best.policy.block_size)
     assert blocks * best.policy.block_size - 13 < best.policy.num_gpu_batches * blocks
 
 
 def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
     with pytest.raises(CapacityError) as refused:
-        find_policy(opt, small(machine, "30KiB", "30KiB"), Workload(24, 5, 8))
+        find_policy(opt, small(machine, "30MiB", "30MiB"), Workload(100, 5, 8))
     said = str(refused.value)
-    assert re.match(r"no policy for .* fits round, which is short by [\d.]+ KiB of (gpu|cpu)", said)
+    assert re.match(r"no policy for .* fits round, which is short by [\d.]+ MiB of (gpu|cpu)", said)
     assert re.search(
-        r"the policy needs .* on the (gpu|cpu) tier, which has 30 KiB .*, with 1 x 1 prompts", said
+        r"the policy needs .* on the (gpu|cpu) tier, which has 30 MiB .*, with 1 x 1 prompts", said
     )
-    with pytest.raises(CapacityError, match=r"short by [\d.]+ KiB of gpu"):
-        find_policy(opt, small(machine, "400KiB"), Workload(24, 5, 8), fixed={"weights": {"gpu": 100}})
+    with pytest.raises(CapacityError, match=r"short by [\d.]+ MiB of gpu"):
+        find_policy(opt, small(machine, "150MiB"), Workload(24, 5, 8), fixed={"weights": {"gpu": 100}})
 
 
 @pytest.mark.parametrize(
