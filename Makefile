@@ -21,8 +21,9 @@ help:
 demo: .venv/.installed-run
 	$(BIN)/python -m flexgen.bench --policy policies/demo.toml
 
+# A process for each core, so that none wants more than one thread.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check
