@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
+from flexgen.policy import Tier
 
 LENGTHS = [4, 9, 2, 6, 7]
 ENDS = [6, 9, 14, 20, 21]
@@ -94,11 +95,14 @@ def test_scores_and_logits_of_every_step(model: Any, reference: Any, inputs: Any
 def test_what_scores_would_take_is_checked_first(model: Any, inputs: Any, monkeypatch: Any) -> None:
     given = inputs(LENGTHS)
     options = dict(max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
-    limits = model.lm._machine.limits()
-    monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: limits | {"cpu": 1 << 19})
     model.generate(**given, max_new_tokens=8)
-    monkeypatch.setattr("flexgen.hf.steps.torch.float32", torch.float64)
-    monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: limits | {"cpu": 1 << 17})
+    needed = model.lm.stats.plan.on(Tier.CPU) + len(LENGTHS) * 8 * model.config.vocab_size * 4
+    held = dict(model.lm._machine.limits())
+    monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: held)
+    held[Tier.CPU] = needed
+    model.generate(**given, **options)
+    held[Tier.CPU] = needed - 1
+    model.generate(**given, max_new_tokens=8)
     with pytest.raises(CapacityError, match="scores home"):
         model.generate(**given, **options)
 
