@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 from functools import partial
+from typing import Any
 
 import numpy as np
 from record import interleaved, save
@@ -43,7 +45,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--link", default="512MiB", help="of the emulated device, bytes/s (default: 512MiB)")
+    add(
+        "--links",
+        nargs="+",
+        default=["256MiB", "512MiB", "1GiB"],
+        help="of the emulated device, bytes/s each",
+    )
     add("--layers", type=int, default=8)
     add("--hidden", type=int, default=1024, help="a multiple of 64 (default: 1024)")
     add("--vocab", type=int, default=4096)
@@ -53,6 +60,40 @@ def main() -> None:
     add("--gen-len", type=int, default=6)
     add("--repeats", type=int, default=5)
     args = parser.parse_args()
+    figures = {link: measure(link, args) for link in args.links}
+    print(
+        f"{'link':<10}{'loading':>10}{'arithmetic':>12}  {'order':<24}{'decode':>10}{'/ larger':>10}{'/ sum':>10}"
+    )
+    for link, found in figures.items():
+        lanes = [found["alone"][lane] for lane in ("loading", "arithmetic")]
+        alone = [(max(pair), sum(pair)) for pair in zip(*(lane["all"] for lane in lanes), strict=True)]
+        for order in ORDERS:
+            taken = found[order]["decode"]
+            ratios = [
+                [seconds / pair[n] for seconds, pair in zip(taken["all"], alone, strict=True)] for n in (0, 1)
+            ]
+            larger, total = (statistics.median(values) for values in ratios)
+            found[order] |= {"over_larger": larger, "over_sum": total}
+            print(
+                f"{link:<10}{lanes[0]['median']:>9.2f}s{lanes[1]['median']:>11.2f}s  "
+                f"{order:<24}{taken['median']:>9.2f}s{larger:>10.2f}{total:>10.2f}"
+            )
+    shape = {name: value for name, value in vars(args).items() if name != "links"}
+    print(save("cpu_attention", {"policy": policy_of(args).to_dict(), "shape": shape, "figures": figures}))
+
+
+def policy_of(args: argparse.Namespace) -> Policy:
+    return Policy(
+        gpu_batch_size=args.batch,
+        num_gpu_batches=args.batches,
+        weights={"cpu": 100},
+        cache={"cpu": 100},
+        sep_layer=False,
+    )
+
+
+def measure(link: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Every order behind a link, and the lanes alone, by turns."""
     config = OPTConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -61,13 +102,7 @@ def main() -> None:
         num_attention_heads=args.hidden // 64,
         word_embed_proj_dim=args.hidden,
     )
-    policy = Policy(
-        gpu_batch_size=args.batch,
-        num_gpu_batches=args.batches,
-        weights={"cpu": 100},
-        cache={"cpu": 100},
-        sep_layer=False,
-    )
+    policy = policy_of(args)
     prompts = np.random.default_rng(0).integers(4, args.vocab, size=(policy.block_size, args.prompt_len))
     with contextlib.ExitStack() as stack:
         cases = {}
@@ -76,27 +111,18 @@ def main() -> None:
                 OptLM(
                     config,
                     policy,
-                    device=f"emulated:link={args.link}",
+                    device=f"emulated:link={link}",
                     dtype="bfloat16",
                     weights="dummy",
                     order=order,
+                    progress=False,
                 )
             )
             model.generate(prompts[:1, :4], 2, stop=())
             cases[order] = partial(decode, model, prompts, args.gen_len)
             if order == ORDERS[0]:
                 cases["alone"] = partial(alone, model, prompts, args.gen_len)
-        figures = interleaved(cases, args.repeats)
-    loading, arithmetic = (figures["alone"][lane]["median"] for lane in ("loading", "arithmetic"))
-    print(f"alone: loading {loading:.2f}s, arithmetic {arithmetic:.2f}s")
-    print(f"{'order':<24}{'decode':>10}{'/ larger':>10}{'/ sum':>10}")
-    for order in ORDERS:
-        taken = figures[order]["decode"]["median"]
-        figures[order]["over_larger"] = taken / max(loading, arithmetic)
-        figures[order]["over_sum"] = taken / (loading + arithmetic)
-        ratios = figures[order]["over_larger"], figures[order]["over_sum"]
-        print(f"{order:<24}{taken:>9.2f}s{ratios[0]:>10.2f}{ratios[1]:>10.2f}")
-    print(save("cpu_attention", {"policy": policy.to_dict(), "shape": vars(args), "figures": figures}))
+        return interleaved(cases, args.repeats)
 
 
 if __name__ == "__main__":
