@@ -36,7 +36,6 @@ CONFIGS = {
     ),
 }  # fmt: skip
 PROMPT_LEN, NEW_TOKENS = 128, 32
-BATCHES = (4, 32)
 
 
 def timed(generate: Callable[[int], Any]) -> dict[str, float]:
@@ -55,6 +54,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32])
+    parser.add_argument("--out", type=Path, help="another file for the results")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
     for name, config in CONFIGS.items():
@@ -63,7 +64,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
             model.generation_config.eos_token_id = None
             model.save_pretrained(Path(folder))
-            for batch in BATCHES:
+            for batch in args.batches:
                 ids = np.random.default_rng(0).integers(4, 30_000, size=(batch, PROMPT_LEN))
                 figures[f"{name}, batch {batch}"] = compare(model, folder, ids, args.repeats)
     print(f"{'case':<24}{'prefill':>10}{'decode':>10}{'total':>10}")
@@ -72,7 +73,8 @@ def main() -> None:
             f"{case:<24}"
             + "".join(f"{found['ratio'][part]:>10.2f}" for part in ("prefill_s", "decode_s", "total_s"))
         )
-    print(save("transformers_in_ram", {"layers": LAYERS, "prompt_len": PROMPT_LEN, "figures": figures}))
+    document = {"layers": LAYERS, "prompt_len": PROMPT_LEN, "figures": figures}
+    print(save("transformers_in_ram", document, args.out))
 
 
 def compare(model: Any, folder: str, ids: np.ndarray, repeats: int) -> dict[str, Any]:
