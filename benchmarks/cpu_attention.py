@@ -24,6 +24,7 @@ from transformers import OPTConfig
 from flexgen import OptLM, Policy
 from flexgen.trace import LaneName, Phase
 
+LANES = ("loading", "arithmetic")
 ORDERS = ("overlap_cpu_attention", "overlap_multi_batch", "normal")
 
 
@@ -60,26 +61,34 @@ def main() -> None:
     add("--gen-len", type=int, default=6)
     add("--repeats", type=int, default=5)
     args = parser.parse_args()
-    figures = {link: measure(link, args) for link in args.links}
+    shape = {name: value for name, value in vars(args).items() if name != "links"}
+    document: dict[str, Any] = {"policy": policy_of(args).to_dict(), "shape": shape, "figures": {}}
+    for link in args.links:
+        document["figures"][link] = compare(measure(link, args))
+        path = save("cpu_attention", document)
     print(
         f"{'link':<10}{'loading':>10}{'arithmetic':>12}  {'order':<24}{'decode':>10}{'/ larger':>10}{'/ sum':>10}"
     )
-    for link, found in figures.items():
-        lanes = [found["alone"][lane] for lane in ("loading", "arithmetic")]
-        alone = [(max(pair), sum(pair)) for pair in zip(*(lane["all"] for lane in lanes), strict=True)]
+    for link, found in document["figures"].items():
+        loading, arithmetic = (found["alone"][lane]["median"] for lane in LANES)
         for order in ORDERS:
-            taken = found[order]["decode"]
-            ratios = [
-                [seconds / pair[n] for seconds, pair in zip(taken["all"], alone, strict=True)] for n in (0, 1)
-            ]
-            larger, total = (statistics.median(values) for values in ratios)
-            found[order] |= {"over_larger": larger, "over_sum": total}
+            taken = found[order]
             print(
-                f"{link:<10}{lanes[0]['median']:>9.2f}s{lanes[1]['median']:>11.2f}s  "
-                f"{order:<24}{taken['median']:>9.2f}s{larger:>10.2f}{total:>10.2f}"
+                f"{link:<10}{loading:>9.2f}s{arithmetic:>11.2f}s  {order:<24}"
+                f"{taken['decode']['median']:>9.2f}s{taken['over_larger']:>10.2f}{taken['over_sum']:>10.2f}"
             )
-    shape = {name: value for name, value in vars(args).items() if name != "links"}
-    print(save("cpu_attention", {"policy": policy_of(args).to_dict(), "shape": shape, "figures": figures}))
+    print(path)
+
+
+def compare(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures with the medians of each order's ratio, in its own repeat, to the lanes alone."""
+    alone = list(zip(*(found["alone"][lane]["all"] for lane in LANES), strict=True))
+    for order in ORDERS:
+        taken = found[order]["decode"]["all"]
+        for name, of in (("over_larger", max), ("over_sum", sum)):
+            ratios = [seconds / of(lanes) for seconds, lanes in zip(taken, alone, strict=True)]
+            found[order][name] = statistics.median(ratios)
+    return found
 
 
 def policy_of(args: argparse.Namespace) -> Policy:
