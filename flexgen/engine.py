@@ -131,9 +131,8 @@ class OptLM(Conveniences):
             plan = self._planned(policy, None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
-            count, decoded = self._slots.weights, self._slots.decoded
             weight_slots = WeightSlots(
-                self._layers, homes, plan.weight_slots, self.placement, machine, count, decoded
+                self._layers, homes, plan.weight_slots, self.placement, machine, self._slots.decoded
             )
             table = open_table(self._layers, homes, machine)
             machine.device.settle()

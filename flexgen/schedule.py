@@ -109,9 +109,6 @@ class Grid:
         n = token * self.layers + layer + distance
         return divmod(n, self.layers) if 0 <= n < self.tokens * self.layers else None
 
-    def weight_slot(self, token: int, layer: int) -> int:
-        return (token * self.layers + layer) % self.weight_slots
-
     def cell_slot(self, token: int, layer: int, batch: int) -> int:
         return ((token * self.layers + layer) * self.batches + batch) % self.cell_slots
 

@@ -244,7 +244,6 @@ def test_cells_and_visits_walk_the_grid(grid):
     visits = [cell[:2] for cell in cells if cell.batch == 0]
     for n, visit in enumerate(visits):
         assert grid.visit(*visit, 1) == (visits[n + 1] if n + 1 < len(visits) else None)
-        assert grid.weight_slot(*visit) == n % grid.weight_slots
 
 
 @given(grid=grids)

@@ -20,8 +20,11 @@ from flexgen.units import MIB, format_bytes
 logger = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE = 4 * MIB
-"""Buffers from here on are worth huge pages, and temporaries a mapping of their own: a decode step makes few."""
+_HUGE = 4 * MIB
+"""Buffers from here on are worth huge pages."""
+_LARGE = 2 * MIB
+"""Temporaries from here on get a mapping of their own: a decode step makes few of them, a prefill nothing else, the
+pieces of 3 and 4 MB that products widen included (`kernels.half_linear`)."""
 
 
 class HostStore(Store):
@@ -42,7 +45,7 @@ class HostStore(Store):
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if nbytes >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         if self.pin:
@@ -76,10 +79,11 @@ class HostStore(Store):
 
 
 def return_large_memory() -> None:
-    """From here on, what is freed of at least 4 MiB goes back to the system at once, in the whole process.
+    """From here on, what is freed of at least 2 MiB goes back to the system at once, in the whole process.
 
     glibc raises that size with each large tensor that is freed, up to 32 MiB (mallopt(3)): the tensors of a prefill
-    then lie in its heap, whose holes it keeps, hundreds of megabytes that no plan knows of.
+    then lie in its heap, whose holes it keeps, hundreds of megabytes that no plan knows of. From 4 MiB on it would
+    still keep 60 MB of holes, in some runs and not in others.
     """
     with contextlib.suppress(AttributeError):  # of glibc only
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

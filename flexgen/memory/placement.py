@@ -50,7 +50,7 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     Each tensor goes to the tier that is furthest behind its share of all bytes placed so far. What one
     layer is rounded by is thus carried to the next, every layer streams about the same bytes, and no tier
     ends further from its share than one tensor. A tied head is the embedding's tensor: it counts once.
-    A vocabulary that is larger than any layer would set the size of all slots that it passes through, so it goes to
+    A vocabulary that is larger than any layer would set the size of the slot that it passes through, so it goes to
     the fastest tier whose share has room for it; the other tensors make up for that.
     A tier's codec is used for the tensors that it fits, which are all matrices but the table of positions.
     """

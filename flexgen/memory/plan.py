@@ -18,7 +18,7 @@ from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.placement import Placement
-from flexgen.memory.weights import SlotSizes, slot_sizes
+from flexgen.memory.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
@@ -217,11 +217,10 @@ def plan_memory(
     spec = layers[0].spec
     for tier in Tier:  # refused before weights are loaded
         head_format(policy.cache[tier].codec, spec.head_dim, dtype)
-    sizes = slot_sizes(layers, placement, shares_host_memory)
+    sizes = slot_sizes(layers, placement, shares_host_memory, slots.weights)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
-    needs.append(Need(Tier.GPU, "weights", "slots", slots.weights * sizes.device))
-    needs.append(Need(Tier.CPU, "weights", "staging", slots.weights * sizes.staging))
-    needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * sizes.decoded))
+    needs.append(Need(Tier.GPU, "weights", "slots", sum(sizes.device)))
+    needs.append(Need(Tier.CPU, "weights", "staging", sum(sizes.staging)))
     if workload is not None:
         batches = batch_sizes(policy, workload.num_prompts)
         for rows in batches:
@@ -236,7 +235,19 @@ def plan_memory(
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
-        lookup = lookup_sizes(layers, placement, shares_host_memory, max(batches) * workload.prompt_len)
+        positions = max(batches) * workload.prompt_len
+        decoded = [
+            decoded_bytes(layer, placement)
+            for layer in layers
+            # Without all logits the head takes one position of each row.
+            if decodes(
+                max(batches) if layer is layers[-1] and not all_logits else positions,
+                dtype,
+                shares_host_memory,
+            )
+        ]
+        needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
+        lookup = lookup_sizes(layers, placement, shares_host_memory, positions)
         needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
         needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
         needs.append(Need(Tier.GPU, "weights", "workspace", lookup.decoded))
@@ -348,11 +359,13 @@ def _in_flight(
         for layer in layers
         for seq, context in steps
     )
+    # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
+    # left, and rows that stay are put together with those that arrive.
+    stay = len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if shared else 0)
+    beside = slots * hidden if stay < rows else 0
     # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
     gathered = _gathered(spec, policy, rows, workload, dtype, shared)
-    needs.append(
-        Need(Tier.GPU, "activations", "workspace", max(workspace + slots * hidden, gathered[Tier.GPU]))
-    )
+    needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + beside, gathered[Tier.GPU])))
     needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
     return needs
 

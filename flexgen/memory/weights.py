@@ -1,7 +1,7 @@
 """Weights on their way: how a layer that does not live on the compute device reaches it.
 
 A layer travels as a few large copies: what lies side by side at home moves as one `Cargo`. It lands in one of a
-few preallocated slots, each big enough for any layer, and is used there.
+few preallocated slots, each big enough for the layers that it serves, and is used there.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from flexgen.memory.homes import Homes, HostRegion, lay_out
 from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
-from flexgen.memory.store import ALIGNMENT, tensor_at
+from flexgen.memory.store import ALIGNMENT, Store, tensor_at
 from flexgen.memory.transfer import Chain, Chains, Stage, cut
+from flexgen.memory.weight_slots import GAP, SlotSizes, decoded_bytes, encoded_products
 from flexgen.models import Layer, Weights, WeightSpec
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.quant import Codec
 from flexgen.trace import LaneName
 from flexgen.units import MIB, align
-
-_GAP = 4 * BLOCK
-"""Bytes of a file between two weights that are read along rather than skipped."""
 
 _PIECE_BYTES = 1 * MIB
 """Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
@@ -39,41 +37,6 @@ _PIECE_BYTES = 1 * MIB
 def count_pieces(moved: int, batches: int) -> int:
     """In how many pieces a layer's weights travel beside `batches`, where at most `moved` bytes move per layer."""
     return max(min(batches, moved // _PIECE_BYTES), 1)
-
-
-@dataclass(frozen=True)
-class SlotSizes:
-    """Upper bounds, in bytes, of the buffers that one slot needs: known before anything is loaded.
-
-    `decoded`: of the buffer that holds a layer's encoded weights in the model's dtype while it computes with many
-    rows.
-    """
-
-    device: int
-    staging: int
-    decoded: int
-
-
-def slot_sizes(layers: Sequence[Layer], placement: Placement, shares_host_memory: bool) -> SlotSizes:
-    """What a slot must hold so that any layer fits.
-
-    On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
-    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole.
-    """
-    whole = [travelling(layer, placement, shares_host_memory) for layer in layers]
-
-    def largest(*tiers: Tier) -> int:
-        moving = ([placement.kept_bytes(w) for w in weights if placement.of(w) in tiers] for weights in whole)
-        return max(sum(align(n, ALIGNMENT) + _GAP + 2 * BLOCK for n in sizes) for sizes in moving)
-
-    decoded = max(_decoded_bytes(weights, placement) for weights in whole)
-    if shares_host_memory:
-        return SlotSizes(device=largest(Tier.DISK), staging=0, decoded=decoded)
-    return SlotSizes(largest(Tier.CPU, Tier.DISK), staging=largest(Tier.DISK), decoded=decoded)
-
-
-def _decoded_bytes(weights: Sequence[WeightSpec], placement: Placement) -> int:
-    return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in weights if placement.codec(w))
 
 
 @dataclass(frozen=True)
@@ -159,7 +122,7 @@ def _file_cargo(found: list[tuple[WeightSpec, Extent]]) -> list[Cargo]:
     for weight, extent in found:
         if runs:
             before = runs[-1][-1][1]
-            if before.path == extent.path and extent.offset - (before.offset + before.nbytes) <= _GAP:
+            if before.path == extent.path and extent.offset - (before.offset + before.nbytes) <= GAP:
                 runs[-1].append((weight, extent))
                 continue
         runs.append([(weight, extent)])
@@ -173,24 +136,45 @@ def _file_cargo(found: list[tuple[WeightSpec, Extent]]) -> list[Cargo]:
     return cargo
 
 
+class _Room:
+    """Where the matrices of one visit are decoded to: a buffer that a call makes when it first decodes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._buffer: Tensor | None = None
+
+    def take(self, nbytes: int) -> Tensor:
+        """At least `nbytes`; what an earlier visit left there may be gone."""
+        if self._buffer is None or self._buffer.nbytes < nbytes:
+            self.release()
+            self._buffer = self._store.allocate(nbytes, "decoded weights")
+        return self._buffer
+
+    def release(self) -> None:
+        if self._buffer is not None:
+            self._store.release(self._buffer)
+            self._buffer = None
+
+
 class _Decoding:
     """An encoded weight in the model's dtype: decoded when a visit first asks for it."""
 
-    def __init__(self, codec: Codec, kept: Tensor, out: Tensor) -> None:
+    def __init__(self, codec: Codec, kept: Tensor, make: Callable[[], Tensor]) -> None:
         self._codec = codec
         self._kept = kept
-        self._out = out
-        self._done = False
+        self._make = make
+        self._out: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        if not self._done:
-            self._codec.decode(self._kept, self._out)
-            self._done = True
+        if self._out is None:
+            out = self._make()
+            self._codec.decode(self._kept, out)
+            self._out = out
         return self._out
 
     def forget(self) -> None:
         """What was decoded may be overwritten, or the slot holds other bytes."""
-        self._done = False
+        self._out = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +195,10 @@ class WeightSlots:
         sizes: SlotSizes,
         placement: Placement,
         machine: Machine,
-        count: int,
         decoded: int = 1,
     ) -> None:
-        """`count` slots, and as many buffers of decoded weights as layers are computed by turns."""
-        self.count = count
+        """`decoded`: how many layers are computed by turns, each with decoded weights of its own."""
+        self.turns = sizes.turns
         self._homes = homes
         self._placement = placement
         self._device = machine.device
@@ -224,12 +207,15 @@ class WeightSlots:
         self._layers = [travelling(layer, placement, shared) for layer in layers]
         self._cargo = [cargo_of(weights, homes) for weights in self._layers]
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
-        self._slots = [machine.device.memory.allocate(sizes.device, "weight slots") for _ in range(count)]
-        self._staging = [machine.host.allocate(sizes.staging, "staging of weights") for _ in range(count)]
-        self._decoded = [
-            machine.device.memory.allocate(sizes.decoded, "decoded weights") for _ in range(decoded)
-        ]
+        self._slots = [machine.device.memory.allocate(n, "weight slots") for n in sizes.device]
+        self._staging = [machine.host.allocate(n, "staging of weights") for n in sizes.staging]
+        # Room for any layer but the last one, which computes so few tokens that it mostly decodes nothing.
+        self._products = [encoded_products(layer, placement) for layer in layers]
+        self._decoded_bytes = [decoded_bytes(layer, placement) for layer in layers]
+        self._usual = max(self._decoded_bytes[:-1], default=0)
+        self._rooms = [_Room(machine.device.memory) for _ in range(decoded)]
         self._decoded_for: list[object] = [self] * decoded  # the visit that each serves; none yet
+        self._decodings: list[tuple[_Decoding, ...]] = [()] * decoded  # of that visit
         self._next_decoded = 0
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
         self._views: dict[tuple[int, int, int], _LayerViews] = {}
@@ -252,11 +238,21 @@ class WeightSlots:
             self._views[key] = self._view(*key)
         views = self._views[key]
         if not known:
-            for decoding in views.decodings:
-                decoding.forget()
-            self._decoded_for[place] = visit
-            self._next_decoded = (place + 1) % len(self._decoded)
+            self._forget(place)
+            self._decoded_for[place], self._decodings[place] = visit, views.decodings
+            self._next_decoded = (place + 1) % len(self._rooms)
         return views.weights
+
+    def _forget(self, place: int) -> None:
+        for decoding in self._decodings[place]:
+            decoding.forget()
+        self._decoded_for[place], self._decodings[place] = self, ()
+
+    def release_decoded(self) -> None:
+        """Give back what was decoded to, once nothing computes."""
+        for place, room in enumerate(self._rooms):
+            self._forget(place)
+            room.release()
 
     def _view(self, layer: int, slot: int, decoded: int) -> _LayerViews:
         kept: dict[str, Tensor] = {}
@@ -274,12 +270,19 @@ class WeightSlots:
         decodings, end = [], 0
         for weight in self._layers[layer]:
             if codec := self._placement.codec(weight):
-                out = tensor_at(self._decoded[decoded], end, weight.shape, self._placement.dtype)
-                decodings.append(_Decoding(codec, kept[weight.name], out))
+                # Of a table rows are read as they are kept: it is never asked for.
+                make = partial(torch.empty, weight.shape, dtype=self._placement.dtype)
+                if weight in self._products[layer]:
+                    make = partial(self._decoded_at, end, weight, layer, decoded)
+                    end = align(end + weight.nbytes(self._placement.dtype), ALIGNMENT)
+                decodings.append(_Decoding(codec, kept[weight.name], make))
                 packed = codec.packed(kept[weight.name], weight.shape)
-                weights[weight.name] = PackedMatrix(packed, out.dtype, decodings[-1])
-                end = align(end + out.nbytes, ALIGNMENT)
+                weights[weight.name] = PackedMatrix(packed, self._placement.dtype, decodings[-1])
         return _LayerViews(weights, tuple(decodings))
+
+    def _decoded_at(self, offset: int, weight: WeightSpec, layer: int, place: int) -> Tensor:
+        room = self._rooms[place].take(max(self._usual, self._decoded_bytes[layer]))
+        return tensor_at(room, offset, weight.shape, self._placement.dtype)
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
         """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import linear
 from flexgen.models.layer import Context, Layer, Weights, linear_weights, norm_weights, norm_workspace, slices
-from flexgen.models.ops import ACTIVATIONS, normalise
+from flexgen.models.ops import ACTIVATIONS, IN_PLACE, normalise
 from flexgen.models.spec import ModelSpec
 
 
@@ -57,11 +57,14 @@ class MLP(Layer):
 
     def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
         spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
-        # The normed input, two arrays of the inner width (gate and up, or before and after an activation
-        # that cannot work in place) and the result.
-        inner = tokens * (2 * spec.hidden_size + 2 * spec.ffn_size) * dtype.itemsize
+        hidden, ffn = (tokens * size * dtype.itemsize for size in (spec.hidden_size, spec.ffn_size))
+        norm = norm_workspace(spec, tokens, dtype)
+        up = product_workspace(tokens, spec.ffn_size, spec.hidden_size, dtype)
+        down = product_workspace(tokens, spec.hidden_size, spec.ffn_size, dtype)
+        # Of the inner width: gate and up, or what goes into an activation and what comes out, unless it overwrites.
+        inner = ffn if spec.activation in IN_PLACE and not spec.gated_mlp else 2 * ffn
+        normed = hidden if spec.pre_norm else 0
+        after = down if spec.pre_norm else max(down, norm)
+        most = max(norm, normed + inner + up, normed + ffn + hidden + after)
         # In chunks, the result of the whole is beside them.
-        result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
-        shapes = (spec.ffn_size, spec.hidden_size), (spec.hidden_size, spec.ffn_size)
-        products = max(product_workspace(tokens, *shape, dtype) for shape in shapes)
-        return inner + norm_workspace(spec, tokens, dtype) + products + result
+        return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)

@@ -29,6 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names that configurations use. Each may overwrite its argument."""
 
+IN_PLACE = frozenset({"relu", "silu", "swish"})
+"""Those that do overwrite it, and so take no memory."""
+
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last dimension."""

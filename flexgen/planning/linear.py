@@ -218,10 +218,13 @@ class Corners:
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, drawn out."""
         several = policy.num_gpu_batches > 1
-        few = (1, 2) if self._spec.num_layers > 1 else (1,)
+        # Slots that serve the small models' layers as they serve the whole one's: so many layers more at a time.
+        depth, step = self._spec.num_layers, order.slots.weights
+        least = (depth - 1) % step + 1
+        few = (least, least + step) if depth > least else (depth,)
         batches = (2, 3) if several else (1,)
         plans = np.array([[self._planned(policy, order, depth, n) for n in batches] for depth in few])
-        deep = plans[0] + (self._spec.num_layers - 1) * (plans[-1] - plans[0])
+        deep = plans[0] + (depth - least) / step * (plans[-1] - plans[0])
         each = deep[-1] - deep[0]
         return np.stack([deep[0] - batches[0] * each, each])
 

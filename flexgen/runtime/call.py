@@ -105,6 +105,7 @@ class Call:
         try:
             self._free_prompts()
             self._free_buffers()
+            self._model.weights.release_decoded()
         finally:
             self._model.in_use.release()
 

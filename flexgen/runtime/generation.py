@@ -105,7 +105,7 @@ class Generation:
         """The work of a step; empty where nothing has to move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return self._weights.chains(j, self.grid.weight_slot(i, j), k, self.grid.weight_pieces)
+            return self._weights.chains(j, self._weights.turns.slot(i, j), k, self.grid.weight_pieces)
         slot, i = self.grid.cell_slot(i, j, k), self.first + i
         span = self._prompts.span(i, k)
         match op:
@@ -203,7 +203,7 @@ class Generation:
 
     def _taken(self, step: Step) -> Weights:
         _, i, j, _ = step
-        return self._weights.weights(j, self.grid.weight_slot(i, j), visit=(self._run, i, j))
+        return self._weights.weights(j, self._weights.turns.slot(i, j), visit=(self._run, i, j))
 
     def _cell(self, step: Step, slot: int, span: Span) -> _Cell:
         _, _, j, k = step

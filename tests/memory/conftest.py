@@ -18,7 +18,8 @@ from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import SLOTS
-from flexgen.memory.weights import WeightSlots, slot_sizes
+from flexgen.memory.weight_slots import slot_sizes
+from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer, WeightSpec, build_layers, open_model
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Split
@@ -81,6 +82,15 @@ class Streamed:
     homes: Homes
     slots: WeightSlots
     lanes: Lanes
+
+    def slots_of(self, layer: int) -> list[int]:
+        """The slots that serve the layer."""
+        turns = self.slots.turns
+        return [slot for slot in range(turns.slots) if layer in turns.layers(slot)]
+
+    def slot(self, layer: int) -> int:
+        """The slot of the layer's first visit."""
+        return self.slots.turns.slot(0, layer)
 
     def bring(self, layer: int, slot: int, pieces: int = 1) -> None:
         """Run the work of all pieces of a layer, as the executor would."""
@@ -148,8 +158,8 @@ def _stream_layers(
     placement = place_weights(layers, split, dtype)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
-    sizes = slot_sizes(layers, placement, machine.device.shares_host_memory)
-    slots = WeightSlots(layers, homes, sizes, placement, machine, SLOTS)
+    sizes = slot_sizes(layers, placement, machine.device.shares_host_memory, SLOTS)
+    slots = WeightSlots(layers, homes, sizes, placement, machine)
     lanes = machine.device.make_lanes()
     stack.callback(lanes.close)
     return Streamed(layers, checkpoint, placement, dtype, machine, homes, slots, lanes)

@@ -16,7 +16,7 @@ from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
 from flexgen.memory.plan import SLOTS
 from flexgen.memory.store import ALIGNMENT
-from flexgen.memory.weights import slot_sizes
+from flexgen.memory.weight_slots import slot_sizes
 from flexgen.models import checkpoint as source
 from flexgen.models import tensor_files
 from flexgen.models.checkpoint import Extent
@@ -54,9 +54,9 @@ def test_each_home_is_on_the_tier_it_was_given(stream, saved, family, device):
 def test_stores_hold_what_was_placed(stream, saved):
     model = stream(saved(), MIXED, "emulated")
     count = sum(len(layer.weights) for layer in model.layers)
-    slots = slot_sizes(model.layers, model.placement, shares_host_memory=False)
-    device = model.machine.device.memory.used - SLOTS * slots.device
-    host = model.machine.host.used - SLOTS * slots.staging
+    slots = slot_sizes(model.layers, model.placement, False, SLOTS)
+    device = model.machine.device.memory.used - sum(slots.device)
+    host = model.machine.host.used - sum(slots.staging)
     for used, tier in ((device, Tier.GPU), (host, Tier.CPU)):
         assert 0 <= used - model.placement.nbytes[tier] < ALIGNMENT * count
     assert model.machine.disk.used == 0

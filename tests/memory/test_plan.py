@@ -26,7 +26,7 @@ from flexgen.memory.plan import (
     plan_memory,
 )
 from flexgen.memory.store import ALIGNMENT, Store
-from flexgen.memory.weights import SlotSizes
+from flexgen.memory.weight_slots import SlotSizes, Turns
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.quant import CODECS
@@ -351,7 +351,7 @@ PLAN = MemoryPlan(
         Need(Tier.DISK, "weights", "home", 7 * GIB),
         Need(Tier.DISK, "cache", "home", GIB),
     ),
-    SlotSizes(0, 0, 0),
+    SlotSizes(Turns(1, (0,), 1), (0,), (0,)),
 )
 
 

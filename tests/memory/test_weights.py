@@ -17,7 +17,8 @@ from flexgen.errors import CheckpointError, LaneError
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.lookup import travelling
-from flexgen.memory.weights import _GAP, slot_sizes
+from flexgen.memory.plan import SLOTS
+from flexgen.memory.weight_slots import GAP, slot_sizes
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 
@@ -29,10 +30,10 @@ DISK = Split(disk=100)
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: f"{s.percent('gpu'):g}-{s.percent('cpu'):g}")
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_every_layer_arrives_in_every_slot(stream, saved, family, split, device, pieces):
+def test_every_layer_arrives_in_every_slot_that_serves_it(stream, saved, family, split, device, pieces):
     model = stream(saved(family), split, device)
-    for slot in range(model.slots.count):
-        for layer in range(len(model.layers)):
+    for layer in range(len(model.layers)):
+        for slot in model.slots_of(layer):
             model.bring(layer, slot, pieces)
             model.assert_there(layer, slot)
 
@@ -52,33 +53,35 @@ def test_every_layer_arrives_in_every_slot(stream, saved, family, split, device,
 def test_every_kind_of_checkpoint_arrives(stream, saved, dtype, format, weights, wanted, device):
     model = stream(saved("opt", dtype, format), SPLITS[0], device, dtype=wanted, weights=weights)
     for layer in range(len(model.layers)):
-        model.bring(layer, slot=layer % 2, pieces=3)
-        model.assert_there(layer, slot=layer % 2)
-        assert all(
-            tensor.dtype is wanted for tensor in model.slots.weights(layer, layer % 2, visit=0).values()
-        )
+        slot = model.slot(layer)
+        model.bring(layer, slot, pieces=3)
+        model.assert_there(layer, slot)
+        assert all(tensor.dtype is wanted for tensor in model.slots.weights(layer, slot, visit=0).values())
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_slots_hold_two_layers_at_once(stream, saved, device):
     model = stream(saved(), DISK, device)
-    model.bring(1, slot=0)
-    model.bring(2, slot=1, pieces=2)
-    model.assert_there(1, slot=0)
-    model.assert_there(2, slot=1)
-    model.bring(3, slot=0, pieces=2)
-    model.assert_there(2, slot=1)
-    model.assert_there(3, slot=0)
+    one, other = model.slot(1), model.slot(2)
+    assert {one, other} == {0, 1} and model.slot(3) == one
+    model.bring(1, one)
+    model.bring(2, other, pieces=2)
+    model.assert_there(1, one)
+    model.assert_there(2, other)
+    model.bring(3, one, pieces=2)
+    model.assert_there(2, other)
+    model.assert_there(3, one)
 
 
 def test_a_slot_shows_what_is_in_it(stream, saved):
     """Weights that travel are views: bringing another layer of the same shape changes what is seen."""
     model = stream(saved(), DISK, "emulated")
-    model.bring(1, slot=0)
-    seen = model.slots.weights(1, slot=0, visit=0)
+    slot = model.slot(1)
+    model.bring(1, slot)
+    seen = model.slots.weights(1, slot, visit=0)
     before = {name: tensor.clone() for name, tensor in seen.items()}
-    model.bring(3, slot=0)
-    assert model.slots.weights(1, slot=0, visit=0) is seen
+    model.bring(3, slot)
+    assert model.slots.weights(1, slot, visit=0) is seen
     assert not torch.equal(seen["q.weight"], before["q.weight"])
 
 
@@ -119,7 +122,7 @@ def test_nothing_is_allocated_while_weights_travel(stream, saved, device):
     model = stream(saved(), SPLITS[0], device)
     before = model.machine.host.used, model.machine.device.memory.used
     for layer in range(len(model.layers)):
-        model.bring(layer, slot=0, pieces=2)
+        model.bring(layer, model.slot(layer), pieces=2)
     assert (model.machine.host.used, model.machine.device.memory.used) == before
     assert (model.machine.host.peak, model.machine.device.memory.peak) == before
 
@@ -131,7 +134,7 @@ def test_a_truncated_file_is_an_error_of_the_step(stream, saved, tmp_path, devic
     model = stream(directory, DISK, device)
     os.truncate(directory / "model.safetensors", 3000)
     with pytest.raises(LaneError, match="load_weights of token 0, layer 2") as caught:
-        model.bring(2, slot=0)
+        model.bring(2, model.slot(2))
     assert isinstance(caught.value.__cause__, CheckpointError)
     assert "the file ends at 3000" in str(caught.value)
 
@@ -139,8 +142,8 @@ def test_a_truncated_file_is_an_error_of_the_step(stream, saved, tmp_path, devic
 def test_a_tied_head_arrives_from_the_embedding(stream, saved):
     model = stream(saved(), Split(cpu=100), "emulated")
     head = len(model.layers) - 1
-    model.bring(head, slot=1, pieces=3)
-    model.assert_there(head, slot=1)
+    model.bring(head, model.slot(head), pieces=3)
+    model.assert_there(head, model.slot(head))
     embedding = model.layers[0].weights[0].key
     assert embedding in [weight.key for weight in model.layers[head].weights]
 
@@ -175,18 +178,19 @@ def test_any_layout_fits_the_promised_slots(make_layers, stream_layers, data):
         checkpoint = SafetensorsCheckpoint(Path(folder), [path])
         device = "cpu" if shared else EmulatedDevice()
         model = stream_layers(layers, checkpoint, split, device, dtype, Path(folder) / "offload", stack)
-        promised = slot_sizes(layers, model.placement, shared)
-        assert all(model.slots.moved_bytes(n) <= promised.device for n in range(len(layers)))
+        promised = slot_sizes(layers, model.placement, shared, SLOTS)
         for layer in range(len(layers)):
-            model.bring(layer, slot=layer % 2, pieces=pieces)
-            model.assert_there(layer, slot=layer % 2)
+            for slot in model.slots_of(layer):
+                assert model.slots.moved_bytes(layer) <= promised.device[slot]
+                model.bring(layer, slot, pieces=pieces)
+                model.assert_there(layer, slot)
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp_path, shared):
     layers = make_layers([[1] * 5])
     names = {weight.key: f"{2 * n}" for n, weight in enumerate(layers[0].weights)}
-    gaps = {f"{2 * n + 1}": torch.zeros(_GAP // 4) for n in range(4)}
+    gaps = {f"{2 * n + 1}": torch.zeros(GAP // 4) for n in range(4)}
     tensors = {name: torch.randn(1) for name in names.values()} | gaps
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = SafetensorsCheckpoint(tmp_path, [tmp_path / "model.safetensors"])

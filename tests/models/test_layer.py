@@ -15,6 +15,7 @@ from transformers import LlamaConfig, OPTConfig
 
 from flexgen.kernels.attention import attend_in_torch
 from flexgen.models import build_layers, open_model
+from flexgen.models.mlp import MLP
 from flexgen.models.ops import MASK_VALUES, causal_attention
 
 ROWS, PAGE = 4, 128
@@ -101,7 +102,8 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
             peak = _peak_bytes(call, tmp_path / "trace.json")
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
-            assert peak <= estimate <= 3 * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3
+            assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 
 # Four pieces of each row; two rows at once; one row at once.

@@ -51,7 +51,7 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
     slots = Slots()
-    weights = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.weights, slots.decoded)
+    weights = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
     table = open_table(layers, homes, machine)
     machine.device.settle()
     model = Model(layers, dtype, policy, machine, weights, lanes, slots, None, table)

@@ -1,0 +1,118 @@
+"""Which slot serves a layer's weights, and how large each slot is: what buffers, plan and placement agree on.
+
+Slots take turns, and a model's layers are of different sizes: its vocabulary may be ten times as large as any other
+layer. Since it is known which slot serves a layer, a slot is as large as the layers that it serves, and no larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.kernels.loading import native_available
+from flexgen.kernels.packed_linear import expected_fused_rows
+from flexgen.memory.disk import BLOCK
+from flexgen.memory.lookup import travelling
+from flexgen.memory.placement import Placement
+from flexgen.memory.store import ALIGNMENT
+from flexgen.models import Layer, WeightSpec
+from flexgen.policy import Tier
+from flexgen.units import align
+
+GAP = 4 * BLOCK
+"""Bytes of a file between two weights that are read along rather than skipped."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which of `slots` slots serves each visit of a layer.
+
+    `places`: by layer, its turn in a token of `period` turns. A schedule fills a slot once the visit `slots` before
+    has been computed (`schedule.needs`), so any `slots` visits in a row that bring something must have a slot each.
+    One that brings nothing may go without a turn.
+    """
+
+    slots: int
+    places: tuple[int, ...]
+    period: int
+
+    def slot(self, token: int, layer: int) -> int:
+        return (token * self.period + self.places[layer]) % self.slots
+
+    def layers(self, slot: int) -> list[int]:
+        """Those that the slot serves, in one token or another."""
+        # How far a layer's slot moves from token to token, at least.
+        apart = math.gcd(self.period, self.slots)
+        return [layer for layer, place in enumerate(self.places) if (slot - place) % apart == 0]
+
+
+def take_turns(travels: Sequence[bool], slots: int) -> Turns:
+    """Turns of layers, of which some bring something at every visit.
+
+    Where the layers are no multiple of the slots, every slot would serve every layer as tokens go by. Enough layers
+    that bring nothing go without a turn to avoid that, if there are enough of them.
+    """
+    idle = [layer for layer, brings in enumerate(travels) if not brings]
+    left_over = len(travels) % slots
+    without = set(idle[:left_over]) if len(idle) >= left_over else set()
+    places, turn = [], 0
+    for layer in range(len(travels)):
+        places.append(turn)
+        turn += layer not in without
+    return Turns(slots, tuple(places), turn)
+
+
+@dataclass(frozen=True)
+class SlotSizes:
+    """Upper bounds, in bytes, of the buffers of each slot: known before anything is loaded.
+
+    `device`: of the slot itself, `staging`: of what passes through host memory on the way there.
+    """
+
+    turns: Turns
+    device: tuple[int, ...]
+    staging: tuple[int, ...]
+
+
+def slot_sizes(
+    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool, slots: int
+) -> SlotSizes:
+    """What each of `slots` slots must hold so that all layers that it serves fit.
+
+    On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
+    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole.
+    """
+    whole = [travelling(layer, placement, shares_host_memory) for layer in layers]
+
+    def moved(*tiers: Tier) -> list[int]:
+        kept = ([placement.kept_bytes(w) for w in weights if placement.of(w) in tiers] for weights in whole)
+        return [sum(align(n, ALIGNMENT) + GAP + 2 * BLOCK for n in sizes) for sizes in kept]
+
+    from_disk = moved(Tier.DISK)
+    arriving = from_disk if shares_host_memory else moved(Tier.CPU, Tier.DISK)
+    turns = take_turns([nbytes > 0 for nbytes in arriving], slots)
+
+    def largest(sizes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(max((sizes[layer] for layer in turns.layers(n)), default=0) for n in range(slots))
+
+    staged = [0] * len(layers) if shares_host_memory else from_disk
+    return SlotSizes(turns, largest(arriving), largest(staged))
+
+
+def encoded_products(layer: Layer, placement: Placement) -> list[WeightSpec]:
+    """Weights that are kept encoded and multiplied with; of a table rows are read, as they are kept."""
+    return [weight for weight in layer.weights if weight is not layer.table and placement.codec(weight)]
+
+
+def decoded_bytes(layer: Layer, placement: Placement) -> int:
+    """Bytes of the layer's encoded matrices in the model's dtype."""
+    return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in encoded_products(layer, placement))
+
+
+def decodes(tokens: int, dtype: torch.dtype, shares_host_memory: bool) -> bool:
+    """Whether a layer that computes `tokens` tokens may decode its matrices; few of them never need it."""
+    certain = shares_host_memory and native_available()  # which kernels a GPU has shows when it computes
+    return tokens > (expected_fused_rows(True, dtype) if certain else 0)
