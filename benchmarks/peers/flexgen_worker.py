@@ -4,7 +4,7 @@
 
 Started by accelerate_offload.py. Of the policies on a grid (weights and cache between CPU and disk, with and without
 overlap) it takes the one that moves least and whose plan, on top of what the process takes before a model is
-opened, leaves a tenth of `limit` free; where the engine then finds less memory left, the next smaller one.
+opened, leaves `MARGIN` of `limit` free; where the engine then finds less memory left, the next smaller one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from flexgen.memory.plan import MemoryPlan, plan_memory
 from flexgen.models import build_layers, open_model
 from flexgen.schedule import ORDERS, Op, order_for
 
-MARGIN = 0.1
+MARGIN = 0.06
+"""Peaks were up to 62 MB beyond plans of this size (`benchmarks/memory.py`), 15 MB in the one of llama-1b."""
 ATTEMPTS, SMALLER = 4, 0.15
 DTYPE = torch.bfloat16
 
@@ -129,10 +130,10 @@ def choose(job: dict[str, Any], room: float) -> tuple[Policy, int]:
 
 
 def policies(job: dict[str, Any]) -> Iterator[Policy]:
-    """Shares of the weights in twentieths and of the cache in quarters; the rest lies on disk."""
+    """Shares of the weights in fiftieths and of the cache in quarters; the rest lies on disk."""
     for overlap in (True, False):
         for cache in (100, 75, 50, 25, 0):
-            for weights in range(100, -5, -5):
+            for weights in range(100, -2, -2):
                 share = {"percent": weights, "codec": job["codec"]}
                 rest = {"percent": 100 - weights, "codec": job["codec"]}
                 yield Policy(

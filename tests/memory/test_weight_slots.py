@@ -144,11 +144,11 @@ def test_decoded_weights_take_what_was_planned_and_only_in_a_call(device, monkey
 GUARD = 4096
 CONFIGS = {
     "opt": lambda layers, vocab: OPTConfig(
-        hidden_size=32, word_embed_proj_dim=32, ffn_dim=96, num_attention_heads=2, num_hidden_layers=layers,
+        hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_attention_heads=2, num_hidden_layers=layers,
         vocab_size=vocab, max_position_embeddings=40,
     ),
     "llama": lambda layers, vocab: LlamaConfig(
-        hidden_size=32, intermediate_size=80, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        hidden_size=64, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
         num_hidden_layers=layers, vocab_size=vocab, tie_word_embeddings=True, pad_token_id=0,
     ),
 }  # fmt: skip
