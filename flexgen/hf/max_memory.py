@@ -1,9 +1,11 @@
-"""accelerate's `max_memory`: which tier each of its keys means."""
+"""accelerate's `max_memory`: which device and which tier each of its keys means."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+
+import torch
 
 from flexgen.errors import RequestError
 from flexgen.policy import Tier
@@ -12,33 +14,57 @@ from flexgen.units import parse_bytes
 
 def read_max_memory(
     given: Mapping[int | str, int | str] | None, device: str = "auto"
-) -> dict[Tier, int] | None:
-    """Bytes by tier from `{0: "10GiB", "cpu": "64GiB", "disk": "1TB"}`.
+) -> tuple[str, dict[Tier, int] | None]:
+    """The device to compute on and bytes by tier, from `{0: "10GiB", "cpu": "64GiB", "disk": "1TB"}`.
 
-    A number is that of a GPU, the one that `device` ("cuda:1", the first one otherwise) computes on; without a GPU
-    its limit is of no account. Raises RequestError for other keys, another GPU's number, and what is no size.
+    A number is that of a GPU. One that is not named, or has 0, is not used: with "auto" the device becomes the GPU
+    that is named, or the CPU. A device that is given stays; without a GPU a GPU's limit is of no account.
+
+    Raises RequestError for other keys, for another GPU than the one that computes, and for what is no size.
     """
     if given is None:
-        return None
+        return device, None
     if not isinstance(given, Mapping):
         raise RequestError(f"max_memory is {given!r}; write a dict such as {{0: '10GiB', 'cpu': '64GiB'}}")
-    in_use = re.search(r"\d+", device.partition(",")[0]) if device.startswith("cuda") else None
-    gpu = int(in_use[0]) if in_use else 0
-    tiers: dict[int | str, Tier] = {
-        gpu: Tier.GPU,
-        f"cuda:{gpu}": Tier.GPU,
-        "cpu": Tier.CPU,
-        "disk": Tier.DISK,
-    }
-    limits = {}
+    limits: dict[Tier, int] = {}
+    gpus: dict[int, int] = {}
     for key, size in given.items():
-        if isinstance(key, bool) or key not in tiers:
-            raise RequestError(
-                f"max_memory has the key {key!r}; flexgen computes on one device and knows {gpu} (its GPU), 'cpu' "
-                "and 'disk'"
-            )
         try:
-            limits[tiers[key]] = parse_bytes(size)
+            count = _bytes(size)
         except (TypeError, ValueError) as error:
             raise RequestError(f"max_memory[{key!r}]: {error}") from None
-    return limits
+        if key in ("cpu", "disk"):
+            limits[Tier(key)] = count
+        else:
+            gpus[_gpu_number(key)] = count
+    named = [number for number, count in gpus.items() if count]
+    if device == "auto" and not named:
+        return "cpu", limits
+    if device == "auto":
+        in_use = named[0]
+        device = f"cuda:{in_use}" if torch.cuda.is_available() else "cpu"
+    else:
+        number = re.search(r"\d+", device.partition(",")[0]) if device.startswith("cuda") else None
+        in_use = int(number[0]) if number else 0
+    if device != "cpu" and (others := set(named) - {in_use}):
+        raise RequestError(
+            f"max_memory gives memory of GPU {', '.join(map(str, sorted(others)))}; flexgen computes on one, here on "
+            f"{in_use}: leave the others out, or choose another with device="
+        )
+    if in_use in gpus:
+        limits[Tier.GPU] = gpus[in_use]
+    return device, limits
+
+
+def _gpu_number(key: object) -> int:
+    if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
+        return key
+    if isinstance(key, str) and (number := re.fullmatch(r"cuda:(\d+)", key)):
+        return int(number[1])
+    raise RequestError(f"max_memory has the key {key!r}; it knows the number of a GPU, 'cpu' and 'disk'")
+
+
+def _bytes(size: int | str) -> int:
+    """accelerate takes a small b for bits: "8Gb" is a gigabyte."""
+    bits = isinstance(size, str) and re.search("[kKmMgG]b$", size.strip()) is not None
+    return parse_bytes(size) // (8 if bits else 1)

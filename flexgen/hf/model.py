@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from flexgen.hf.max_memory import read_max_memory
 from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs
 from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
-from flexgen.runtime.request import Request, pad_id, read_request
+from flexgen.runtime.request import Request, check_length, pad_id, read_request
 
 _DEFAULT_NEW_TOKENS = 50
 _IGNORED_LABEL = -100
@@ -40,7 +40,11 @@ _UNSUPPORTED = {
     "custom_generate": "it has its own schedule",
     "negative_prompt_ids": "there is no guidance",
 }
-"""Arguments that are refused, and why."""
+"""Arguments that are refused, and why: of both methods, then of one of them."""
+
+_UNSUPPORTED_OF_FORWARD = _UNSUPPORTED | {
+    "use_cache": "there would be no past_key_values to go on from; generate keeps the cache",
+}
 
 _UNSUPPORTED_OF_GENERATE = {
     "output_attentions": "attention weights are never formed as a whole",
@@ -86,11 +90,13 @@ class FlexGenForCausalLM(GenerationMixin):
         """Open a model; see `OptLM` for `policy`, `device` and `dtype`.
 
         offload_folder: where weights, cache and hidden states of the disk tier are kept; a temporary directory if
-            None. max_memory: the most that the model and its calls may take, as accelerate writes it.
+            None.
+        max_memory: the most that the model and its calls may take, as accelerate writes it. With device="auto" it
+            also says which GPU computes: the one that it names, none if it names none.
 
         Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves.
         """
-        limits = read_max_memory(max_memory, str(device))
+        device, limits = read_max_memory(max_memory, str(device))
         lm = OptLM(
             path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits
         )
@@ -130,7 +136,7 @@ class FlexGenForCausalLM(GenerationMixin):
                 there = asked == self.dtype
             elif isinstance(asked, str | int | torch.device):
                 device = torch.device(asked)
-                there = device.type == self.device.type and device.index in (None, self.device.index)
+                there = device.type == self.device.type and device.index in (None, self.device.index or 0)
             else:
                 continue
             if not there:
@@ -160,43 +166,40 @@ class FlexGenForCausalLM(GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = True,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (batch, seq, vocab) of every position, of the last `logits_to_keep` or of those it indexes.
 
         attention_mask: (batch, seq), 0 for padding at either end of a row; all positions count without it.
-        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens that follow
-            a token of their row.
+        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens of a row
+            that follow another one, padding left out.
         output_hidden_states: embeddings, what each layer gives, the last one's behind the final norm.
 
         Logits and hidden states are 0 in the padding. Raises UnsupportedError, RequestError (a row number with a
         mask that is all zero or has a hole) and CapacityError before any work.
         """
-        _refuse(others)
-        if unknown := others.keys() - _UNSUPPORTED.keys() - {"use_cache"}:
+        _refuse(others, _UNSUPPORTED_OF_FORWARD)
+        if unknown := others.keys() - _UNSUPPORTED_OF_FORWARD.keys():
             raise TypeError(f"forward got unexpected arguments: {', '.join(sorted(unknown))}")
         request = self._request(input_ids, attention_mask)
         whole = attention_mask is None or bool(torch.as_tensor(attention_mask)[:, -1].all())
         # A right-padded row's last logits are not those of the last column.
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and whole and labels is None
-        if labels is not None and tuple(labels.shape) != (len(request.prompts), request.width):
-            raise RequestError(
-                f"labels have shape {tuple(labels.shape)}; they must be those of input_ids, "
-                f"{(len(request.prompts), request.width)}"
-            )
+        if labels is not None:
+            _check_labels(labels, tuple(input_ids.shape), self.lm.spec.vocab_size)
         result = self.lm.forward_with(request, last_only, bool(output_hidden_states))
         back = input_ids.device
         logits, loss = result.logits, None
         if labels is not None:
             loss = _loss(logits, labels.cpu(), request).to(back)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep.cpu()]
+        if not isinstance(logits_to_keep, int):
+            logits = logits[:, torch.as_tensor(logits_to_keep, device="cpu")]
         elif not last_only:
             logits = logits[:, -logits_to_keep:]  # all of them for 0
         hidden = tuple(states.to(back) for states in result.hidden) if output_hidden_states else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits.to(back), hidden_states=hidden)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def generate(
         self,
@@ -206,25 +209,36 @@ class FlexGenForCausalLM(GenerationMixin):
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """`GenerationMixin.generate`, with its arguments, on the block schedule: (batch, prompt_len + new) ids.
 
-        Without a length in the arguments or a generation config, 50 new tokens. A row that has ended is padded.
-        Logits processors and stopping criteria are called for the rows of one GPU batch at a time.
+        Without a length in the arguments or a generation config, 50 new tokens, or as many as there are positions
+        for. Without ids, a row begins with the model's bos. A row that has ended is padded. Logits processors and
+        stopping criteria are called for the rows of one GPU batch at a time.
 
         Raises UnsupportedError for what flexgen does not do, ValueError (RequestError is one) for arguments that
         cannot be served and CapacityError for what does not fit, before any work; LaneError, with its cause, if a
         step, a processor or a criterion fails.
         """
-        _refuse(kwargs)
-        sources = [
-            kwargs,
-            *(vars(config) for config in (generation_config, self.generation_config) if config),
-        ]
-        if not any(source.get("max_new_tokens") or source.get("max_length") for source in sources):
-            kwargs["max_new_tokens"] = _DEFAULT_NEW_TOKENS
+        _refuse(kwargs, _UNSUPPORTED)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if ids is None:
-            raise RequestError("generate needs input_ids (batch, prompt_len)")
-        self._request(ids, kwargs.get("attention_mask"))  # refused before anything is made of it
+        mask = kwargs.get("attention_mask")
+        longest = 1  # the bos
+        if ids is not None:  # refused before anything is made of them
+            longest = self._request(ids, mask).longest
+        if mask is not None:
+            kwargs["attention_mask"] = torch.as_tensor(mask)
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config]
+        lengths = [
+            source.get(name) for source in (kwargs, *configs) for name in ("max_new_tokens", "max_length")
+        ]
+        if all(length is None for length in lengths):
+            room = self.lm.spec.max_positions - longest
+            kwargs["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS, max(room, 1))
         return super().generate(inputs, generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` and its like begin with. Raises UnsupportedError."""
+        raise UnsupportedError(
+            "continuous batching is not supported: generate has its own schedule of batches"
+        )
 
     # What GenerationMixin.generate asks for
 
@@ -250,7 +264,7 @@ class FlexGenForCausalLM(GenerationMixin):
         self,
         generation_config: GenerationConfig,
         encoder_input_ids: Tensor,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        prefix_allowed_tokens_fn: Any = None,
         model_kwargs: Mapping[str, Any] | None = None,
         device: Any = None,
         **others: Any,
@@ -263,16 +277,13 @@ class FlexGenForCausalLM(GenerationMixin):
         repeats = config.num_return_sequences or 1
 
         def build(rows: Rows) -> LogitsProcessorList:
-            allowed = prefix_allowed_tokens_fn
-
-            def of_row(place: int, ids: Tensor) -> list[int]:
-                assert allowed is not None
-                return allowed(rows[place], ids)
+            def allowed(place: int, ids: Tensor) -> list[int]:
+                return prefix_allowed_tokens_fn(rows[place], ids)
 
             return super(FlexGenForCausalLM, self)._get_logits_processor(
                 generation_config=config,
                 encoder_input_ids=encoder_input_ids[[row // repeats for row in rows]].to(self.device),
-                prefix_allowed_tokens_fn=None if allowed is None else of_row,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and allowed,
                 model_kwargs={"attention_mask": None if mask is None else mask[list(rows)].to(self.device)},
                 device=self.device,
                 **others,
@@ -293,8 +304,11 @@ class FlexGenForCausalLM(GenerationMixin):
         """What `GenerationMixin.generate` calls for greedy search and sampling, in place of its own loop."""
         request = self._request(input_ids, attention_mask)
         rows, steps = len(input_ids), generation_config.max_length - input_ids.shape[1]
+        check_length(self.lm.spec, request, steps)  # before memory is taken for so many
         if streamer is not None and rows > 1:
-            raise RequestError(f"a streamer takes one row, not {rows}")
+            raise UnsupportedError(
+                f"a streamer takes one row, not {rows}: blocks of rows come one after another"
+            )
         asked, vocab = generation_config.return_dict_in_generate, self.lm.spec.vocab_size
         wanted = [
             name for name in ("scores", "logits") if asked and getattr(generation_config, f"output_{name}")
@@ -321,25 +335,43 @@ class FlexGenForCausalLM(GenerationMixin):
 
     def _request(self, input_ids: Any, attention_mask: Any) -> Request:
         if not isinstance(input_ids, Tensor):
-            raise RequestError(f"input_ids are a {type(input_ids).__name__}; give a tensor (batch, seq)")
+            hint = "; pass a tokenizer's result as **inputs" if isinstance(input_ids, Mapping) else ""
+            raise RequestError(
+                f"input_ids are a {type(input_ids).__name__}; give a tensor (batch, seq){hint}"
+            )
         whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return read_request(self.lm.spec, input_ids, whole)
 
 
-def _refuse(given: Mapping[str, Any]) -> None:
-    for name, reason in _UNSUPPORTED.items():
+def _refuse(given: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
+    for name, reason in unsupported.items():
         if given.get(name) is not None and given[name] is not False:
             raise UnsupportedError(f"{name} is not supported: {reason}")
+
+
+def _check_labels(labels: Tensor, shape: tuple[int, ...], vocab: int) -> None:
+    if tuple(labels.shape) != shape:
+        raise RequestError(
+            f"labels have shape {tuple(labels.shape)}; they must be those of input_ids, {shape}"
+        )
+    wrong = labels[(labels != _IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))]
+    if len(wrong):
+        raise RequestError(
+            f"labels have the id {int(wrong[0])}; the vocabulary is 0 to {vocab - 1}, and {_IGNORED_LABEL} is for "
+            "positions without a label"
+        )
 
 
 def _loss(logits: Tensor, labels: Tensor, request: Request) -> Tensor:
     """transformers' loss of a causal LM, one row's logits in float32 at a time.
 
-    A row's first id behind left padding has no part in it: nothing came before that could have told it.
+    Of the padding there are no logits, so that labels count where both their own position and the one before, which
+    tells them, are in the row.
     """
-    targets = F.pad(labels, (0, 1), value=_IGNORED_LABEL)[:, 1:].clone()
-    for target, columns in zip(targets, request.columns, strict=True):
-        target[: int(columns[0])] = _IGNORED_LABEL
+    targets = torch.full_like(labels, _IGNORED_LABEL)
+    for target, label, columns in zip(targets, labels, request.columns, strict=True):
+        first, last = int(columns[0]), int(columns[-1])
+        target[first:last] = label[first + 1 : last + 1]
     total = sum(
         F.cross_entropy(row.float(), target, ignore_index=_IGNORED_LABEL, reduction="sum")
         for row, target in zip(logits, targets, strict=True)

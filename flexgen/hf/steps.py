@@ -1,4 +1,4 @@
-"""transformers' processors, criteria and streamers, run for one GPU batch after another."""
+"""transformers' processors and criteria, run for one GPU batch after another, and what they saw and gave."""
 
 from __future__ import annotations
 

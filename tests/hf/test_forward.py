@@ -47,7 +47,9 @@ def test_logits_hidden_states_and_loss(name: str, sep_layer: bool, saved: Any) -
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])], ids=["last", "some", "indices"])
+@pytest.mark.parametrize(
+    "keep", [1, 3, torch.tensor([0, 5]), [0, 5]], ids=["last", "some", "indices", "list"]
+)
 def test_logits_to_keep(keep: Any, device: str, saved: Any) -> None:
     made = saved("llama")
     ids, mask, _ = padded()
@@ -55,7 +57,7 @@ def test_logits_to_keep(keep: Any, device: str, saved: Any) -> None:
         for use in (torch.ones_like(mask), mask):
             whole = model(ids, use).logits
             kept = model(ids, use, logits_to_keep=keep).logits
-            expected = whole[:, keep] if isinstance(keep, torch.Tensor) else whole[:, -keep:]
+            expected = whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
             assert_close(kept, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -63,6 +65,14 @@ def test_without_a_mask_every_position_counts(model: Any, reference: Any) -> Non
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
     with torch.no_grad():
         assert_close(model(ids).logits, reference(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_of_padding_do_not_count(model: Any) -> None:
+    ids, mask, _ = padded()
+    expected = model(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert model(ids, mask, labels=ids).loss.equal(expected)
+    nothing = model(ids, mask, labels=torch.full_like(ids, -100), return_dict=None)
+    assert nothing.loss.isnan() and nothing.past_key_values is None
 
 
 def test_hidden_states_are_planned(model: Any, monkeypatch: Any) -> None:
@@ -82,12 +92,18 @@ def test_hidden_states_are_planned(model: Any, monkeypatch: Any) -> None:
 
 def test_refusals(model: Any) -> None:
     ids, mask, _ = padded()
-    for name, value in (("inputs_embeds", torch.zeros(1, 2, 32)), ("output_attentions", True)):
+    for name, value in (
+        ("inputs_embeds", torch.zeros(1, 2, 32)),
+        ("output_attentions", True),
+        ("past_key_values", object()),
+        ("use_cache", True),
+    ):
         with pytest.raises(NotImplementedError, match=name):
             model(ids, mask, **{name: value})
     with pytest.raises(TypeError, match="lables"):
         model(ids, lables=ids)
+    model(ids, mask, use_cache=False, output_attentions=False, past_key_values=None)
     with pytest.raises(RequestError, match=r"labels have shape \(5, 3\)"):
         model(ids, labels=ids[:, :3])
-    with pytest.raises(RequestError, match="tensor"):
-        model([[5, 6]])
+    with pytest.raises(RequestError, match="labels have the id 36"):
+        model(ids, labels=ids.masked_fill(ids == ids[2, 3], 36))

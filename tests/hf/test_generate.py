@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BatchEncoding,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    set_seed,
 )
 
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
-from flexgen.policy import Tier
+from flexgen.policy import Policy, Tier
+from flexgen.runtime.call import Call
 
 LENGTHS = [4, 9, 2, 6, 7]
 ENDS = [6, 9, 14, 20, 21]
@@ -123,13 +126,24 @@ def test_several_sequences_of_each_prompt(model: Any, inputs: Any) -> None:
     assert model.generate(**given, **options).tolist() != first.tolist()
 
 
-def test_sampling_has_the_distribution_of_the_processed_scores(model: Any, inputs: Any) -> None:
+@pytest.mark.parametrize("seed", [torch.manual_seed, set_seed])
+def test_a_seed_makes_transformers_own_numbers(seed: Any, model: Any, reference: Any, inputs: Any) -> None:
+    given, made = inputs([5]), []
+    for each in (model, model, reference):
+        seed(11)
+        made.append(each.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5, top_p=0.95))
+    assert made[0].equal(made[1]) and made[0].equal(made[2])
+    assert not model.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5).equal(made[0])
+
+
+def test_sampling_has_the_distribution_of_the_processed_scores(saved: Any, inputs: Any) -> None:
     given = {name: values.expand(400, -1) for name, values in inputs([5]).items()}
     torch.manual_seed(0)
-    out = model.generate(
-        **given, do_sample=True, top_k=3, temperature=2.0, max_new_tokens=1, return_dict_in_generate=True,
-        output_scores=True,
-    )  # fmt: skip
+    with saved("llama").open(Policy(gpu_batch_size=200), device="cpu") as model:
+        out = model.generate(
+            **given, do_sample=True, top_k=3, temperature=2.0, max_new_tokens=1, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
     expected = out.scores[0][0].softmax(0)
     assert int((expected > 0).sum()) == 3
     drawn = torch.bincount(out.sequences[:, -1], minlength=len(expected)) / 400
@@ -157,12 +171,82 @@ def test_a_streamer_hears_one_row(model: Any, tokenizer: Any) -> None:
         model.generate(**tokenizer(["a", "b"], return_tensors="pt"), streamer=TextIteratorStreamer(tokenizer))
 
 
-def test_the_length_without_one_given(model: Any, inputs: Any) -> None:
+class Puts(list):  # type: ignore[type-arg]
+    """A streamer of one's own."""
+
+    def put(self, value: torch.Tensor) -> None:
+        self.append((value.shape, value.tolist()))
+
+    def end(self) -> None:
+        self.append("end")
+
+
+def test_what_a_streamer_is_given(model: Any, reference: Any, inputs: Any) -> None:
+    puts = [Puts(), Puts()]
+    for each, streamer in zip((model, reference), puts, strict=True):
+        each.generate(**inputs([4]), max_new_tokens=9, do_sample=False, streamer=streamer, eos_token_id=ENDS)
+    assert puts[0] == puts[1] and puts[0][-1] == "end"
+    with pytest.raises(UnsupportedError, match="streamer takes one row, not 2"):
+        model.generate(**inputs([4, 5]), max_new_tokens=9, streamer=Puts())
+
+
+def test_rows_run_in_blocks(model: Any, inputs: Any, monkeypatch: Any) -> None:
+    blocks, batches, run = [], [], Call.run
+
+    def counted(call: Call, prompts: Any, *rest: Any) -> None:
+        blocks.append(len(prompts.lengths))
+        run(call, prompts, *rest)
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        batches.append(len(ids))
+        return scores
+
+    monkeypatch.setattr(Call, "run", counted)
+    model.generate(**inputs(LENGTHS), max_new_tokens=2, eos_token_id=None, logits_processor=[watch])
+    assert blocks == [4, 1]  # of the policy's two batches of two rows, and what is left
+    assert batches == [2, 2, 2, 2, 1, 1]
+
+
+def test_every_row_ends_with_its_first_token(model: Any, reference: Any, inputs: Any) -> None:
+    options = dict(
+        max_new_tokens=6, do_sample=False, eos_token_id=list(range(36)), return_dict_in_generate=True,
+        output_scores=True, output_logits=True,
+    )  # fmt: skip
+    given = inputs(LENGTHS)
+    ours, theirs = model.generate(**given, **options), reference.generate(**given, **options)
+    assert ours.sequences.equal(theirs.sequences) and ours.sequences.shape == (5, 10)
+    assert len(ours.scores) == len(ours.logits) == 1
+
+
+def test_without_ids_a_row_begins_with_the_bos(model: Any, reference: Any) -> None:
+    options = dict(max_new_tokens=6, do_sample=False)
+    expected = reference.generate(**options)
+    assert model.generate(**options).equal(expected) and expected[0, 0] == 2
+    assert model.generate(input_ids=None, attention_mask=None, **options).equal(expected)
+
+
+def test_kinds_of_tensors(model: Any, inputs: Any) -> None:
+    given, options = inputs([3, 6]), dict(max_new_tokens=4, do_sample=False)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    expected = model.generate(ids, attention_mask=mask, **options)
+    assert expected.dtype == torch.int64 and not expected.is_inference()
+    for same_ids, same_mask in (
+        (ids.int(), mask.int()), (ids.to(torch.uint8), mask.bool()), (ids, mask.float()), (ids, mask.tolist()),
+        (ids, None),
+    ):  # fmt: skip
+        assert model.generate(input_ids=same_ids, attention_mask=same_mask, **options).equal(expected)
+        if same_mask is not None:
+            assert model(same_ids, same_mask).logits.equal(model(ids, mask).logits)
+
+
+def test_the_length_without_one_given(model: Any, inputs: Any, monkeypatch: Any) -> None:
     given = inputs([3, 5])
-    assert model.generate(**given, eos_token_id=None).shape == (2, 55)
-    assert model.generate(
-        given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=1
-    ).shape == (2, 6)
+    config = GenerationConfig(do_sample=False)
+    assert model.generate(**given, generation_config=config, eos_token_id=None).shape == (2, 55)
+    long = inputs([3, 40])
+    assert model.generate(**long, eos_token_id=None).shape == (2, 64)  # all positions that there are
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 3)
+    assert model.generate(**given, eos_token_id=None).shape == (2, 8)
 
 
 def test_right_padding_means_the_same(model: Any, inputs: Any) -> None:
@@ -184,7 +268,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "contrast": (dict(penalty_alpha=0.6, top_k=4), NotImplementedError, "contrastive search"),
     "greedy sequences": (dict(num_return_sequences=2, do_sample=False), ValueError, "num_return_sequences"),
     "a typo": (dict(max_new_token=3), ValueError, "max_new_token"),
-    "too long": (dict(max_new_tokens=100), RequestError, "positions"),
+    "too long": (dict(max_new_tokens=100), RequestError, "at most 59 new tokens"),
+    "far too long": (dict(max_new_tokens=10**15), RequestError, "positions"),
+    "no tokens": (dict(max_new_tokens=0), ValueError, "greater than 0"),
+    "part of a token": (dict(max_new_tokens=2.5), RequestError, "whole number"),
+    "a length below the prompt's": (dict(max_new_tokens=None, max_length=4), ValueError, "max_length"),
+    "paged cache": (dict(cache_implementation="paged"), NotImplementedError, "continuous batching"),
+    "positions": (dict(position_ids=torch.ones(2, 5)), NotImplementedError, "position_ids"),
+    "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
+    "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
 }
 
@@ -200,6 +292,29 @@ def test_refusals(case: str, model: Any, inputs: Any, monkeypatch: Any) -> None:
         model.generate(**inputs([3, 5]), **dict(max_new_tokens=2) | options)
     if error is NotImplementedError:
         assert isinstance(raised.value, UnsupportedError)
+
+
+WRONG_IDS: dict[str, tuple[Any, Any, str]] = {
+    "a list": ([[5, 6]], None, "list; give a tensor"),
+    "what a tokenizer gives": (BatchEncoding({"input_ids": torch.tensor([[5]])}), None, r"\*\*inputs"),
+    "one dimension": (torch.tensor([5, 6]), None, r"shape \(2,\)"),
+    "no rows": (torch.zeros(0, 3, dtype=torch.int64), None, "no prompts"),
+    "no columns": (torch.zeros(2, 0, dtype=torch.int64), None, "row 0 is all zero"),
+    "fractions": (torch.rand(2, 3), None, "whole numbers"),
+    "another vocabulary": (torch.tensor([[5], [36]]), None, "prompt 1 has id 36"),
+    "a narrow mask": (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 2), "row 0 has 2 entries for 3"),
+    "a short mask": (torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 3), "1 rows for 2"),
+    "too many ids": (torch.full((1, 65), 5), None, "64 positions"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_IDS)
+def test_wrong_ids(case: str, model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("flexgen.engine.Call", None)
+    ids, mask, words = WRONG_IDS[case]
+    for call in (lambda: model.generate(ids, attention_mask=mask), lambda: model(ids, mask)):
+        with pytest.raises(RequestError, match=words):
+            call()
 
 
 @pytest.mark.parametrize(("row", "word"), [([0, 0, 0, 0, 0], "zero"), ([1, 0, 1, 1, 1], "hole")])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import json
+import threading
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.hf import FlexGenForCausalLM
@@ -14,13 +19,24 @@ from flexgen.policy import Policy, Tier
 
 
 def test_max_memory_is_read_as_accelerate_writes_it() -> None:
+    def limits(given: Any, device: str = "emulated") -> Any:
+        return read_max_memory(given, device)[1]
+
     given = {0: "10GiB", "cpu": "64GB", "disk": 5_000}
-    assert read_max_memory(given) == {Tier.GPU: 10 << 30, Tier.CPU: 64 * 10**9, Tier.DISK: 5_000}
-    assert read_max_memory({1: "1KiB"}, "cuda:1,memory=2GiB") == {Tier.GPU: 1024}
-    assert read_max_memory({"cuda:0": 7}, "cuda") == {Tier.GPU: 7}
-    assert read_max_memory(None) is None
+    assert limits(given) == {Tier.GPU: 10 << 30, Tier.CPU: 64 * 10**9, Tier.DISK: 5_000}
+    # Its units: a small i is binary, a small b is a bit.
+    sizes = {"1.5GiB": 3 << 29, "2mib": 2 << 20, "3KB": 3000, "8Gb": 10**9, "16kb": 2000, "7": 7}
+    for size, count in sizes.items():
+        assert limits({"cpu": size}) == {Tier.CPU: count}
+    assert limits({1: "1KiB"}, "cuda:1,memory=2GiB") == {Tier.GPU: 1024}
+    assert limits({"cuda:0": 7}, "cuda") == {Tier.GPU: 7}
+    assert limits({0: 0}, "cuda") == {Tier.GPU: 0}
+    assert limits({0: 0, 1: 9}, "cuda:1") == {Tier.GPU: 9}
+    assert limits({3: 7, "cpu": 8}, "cpu") == {Tier.CPU: 8}
+    assert read_max_memory(None, "cuda:1") == ("cuda:1", None)
     for wrong, words in (
-        ({1: "1GiB"}, "key 1"),
+        ({1: "1GiB"}, "memory of GPU 1.* here on 0"),
+        ({-1: "1GiB"}, "key -1"),
         ({"gpu": 1}, "key 'gpu'"),
         ({True: 1}, "key True"),
         ({"cpu": "much"}, r"max_memory\['cpu'\]"),
@@ -28,7 +44,62 @@ def test_max_memory_is_read_as_accelerate_writes_it() -> None:
         ("10GiB", "write a dict"),
     ):
         with pytest.raises(RequestError, match=words):
-            read_max_memory(wrong)  # type: ignore[arg-type]
+            limits(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        ({0: "10GiB", "cpu": "64GiB"}, "cuda:0"),
+        ({2: "10GiB"}, "cuda:2"),
+        ({0: 0, 1: "10GiB"}, "cuda:1"),
+        ({"cpu": "64GiB"}, "cpu"),
+        ({0: "0GiB", "cpu": "64GiB", "disk": "1TB"}, "cpu"),
+    ],
+)
+def test_a_gpu_that_max_memory_leaves_out_is_not_used(given: Any, device: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_max_memory(given, "auto")[0] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert read_max_memory(given, "auto")[0] == device
+    assert read_max_memory({"cpu": 1}, "cuda") == ("cuda", {Tier.CPU: 1})  # what is asked for stays
+    with pytest.raises(RequestError, match="memory of GPU 4"):
+        read_max_memory({3: 1, 4: 1}, "auto")
+
+
+def test_nothing_but_a_path_is_needed(saved: Any, inputs: Any) -> None:
+    made, given, new = saved("opt"), inputs([3, 7]), dict(max_new_tokens=6, do_sample=False)
+    expected = ["path_or_id", "policy", "device", "dtype", "offload_folder", "max_memory"]
+    parameters = inspect.signature(FlexGenForCausalLM.from_pretrained).parameters
+    assert list(parameters) == expected
+    assert [parameters[name].default for name in expected[1:]] == ["auto"] * 3 + [None] * 2
+    with FlexGenForCausalLM.from_pretrained(str(made.directory)) as model:
+        assert model.lm.auto is not None and model.dtype == torch.float32
+        assert model.generate(**given, **new).equal(made.reference.generate(**given, **new))
+
+
+@pytest.mark.parametrize("how", ["closed", "left", "forgotten"])
+def test_files_and_threads_go_with_the_model(
+    how: str, saved: Any, inputs: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    policy = Policy(gpu_batch_size=2, weights={"disk": 100}, cache={"disk": 100}, activations={"disk": 100})
+    gc.collect()
+    before = threading.active_count()
+    # Of a float32 checkpoint, so that weights are written too.
+    model = saved("llama").open(policy, dtype="bfloat16")
+    model.generate(**inputs([3, 4]), max_new_tokens=3)
+    assert threading.active_count() > before and any(path.is_file() for path in tmp_path.rglob("*"))
+    if how == "closed":
+        model.close()
+        model.close()
+    elif how == "left":
+        with model:
+            pass
+    else:
+        del model
+    assert threading.active_count() == before
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("key", "tier"), [(0, "gpu"), ("cpu", "cpu"), ("disk", "disk")])
@@ -69,21 +140,37 @@ def test_what_a_pipeline_looks_at(saved: Any) -> None:
         assert model.name_or_path == str(made.directory)
         assert model.can_generate() and model.main_input_name == "input_ids"
         assert model.eval() is model and model.train(False) is model
-        assert model.to("cpu") is model and model.to(device="cpu", dtype=torch.bfloat16) is model
+        assert (
+            model.to("cpu") is model
+            and model.to("cpu:0") is model
+            and model.to(device="cpu", dtype=torch.bfloat16) is model
+        )
         for elsewhere in ("cuda:0", torch.float32):
             with pytest.raises(NotImplementedError, match="policy"):
                 model.to(elsewhere)
         with pytest.raises(NotImplementedError, match="train"):
             model.train()
-    with pytest.raises(RequestError, match="closed"):
-        model(torch.tensor([[5, 6]]))
+    for call in (model, model.generate):
+        with pytest.raises(RequestError, match="closed"):
+            call(torch.tensor([[5, 6]]))
 
 
-def test_a_model_without_a_generation_config(saved: Any, inputs: Any, tmp_path: Any) -> None:
-    made = saved("llama")
-    for path in made.directory.iterdir():
+@pytest.mark.parametrize(
+    "written",
+    [
+        None,
+        dict(max_new_tokens=7, repetition_penalty=1.7, eos_token_id=[6, 9, 20], pad_token_id=3),
+        dict(max_length=12, do_sample=True, top_k=1, no_repeat_ngram_size=1),
+    ],
+    ids=["no file", "max_new_tokens", "max_length"],
+)
+def test_the_models_own_generation_config(written: Any, saved: Any, inputs: Any, tmp_path: Any) -> None:
+    for path in saved("llama").directory.iterdir():
         if path.name != "generation_config.json":
             (tmp_path / path.name).symlink_to(path)
-    given, new = inputs([4, 6]), dict(max_new_tokens=20, do_sample=False)
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    given, options = inputs([4, 6]), dict(max_new_tokens=20, do_sample=False) if written is None else {}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generate(**given, **options)
     with FlexGenForCausalLM.from_pretrained(tmp_path, Policy(gpu_batch_size=2), "cpu") as model:
-        assert model.generate(**given, **new).tolist() == made.reference.generate(**given, **new).tolist()
+        assert model.generate(**given, **options).tolist() == theirs.tolist()
