@@ -19,7 +19,7 @@ from typing import Any
 
 from flexgen.engine import OptLM
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.flags import add_policy_flags, count, read_policy, run
+from flexgen.flags import add_policy_flags, read_policy, run
 from flexgen.models import open_model
 from flexgen.runtime.request import check_length, check_whole, read_request
 from flexgen.runtime.sampler import check_sampling
@@ -37,17 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complete(args: argparse.Namespace) -> None:
     """Open the model, continue the prompt or ask for prompts."""
+    check_whole("--max-tokens", args.max_tokens, 1)
     check_sampling(args.temperature, args.top_k, args.top_p)
     if args.seed is not None:
         check_whole("seed", args.seed, 0)
     stop_strings(args.stop)
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
         raise RequestError("--interactive asks for prompts; leave --prompt and --prompt-file out")
+    if sys.stdout is None:
+        raise RequestError("standard output is closed; completions are written to it")
+    if args.interactive and sys.stdin is None:
+        raise RequestError("standard input is closed; --interactive reads prompts from it")
     given = None if args.interactive else _given(args)
     policy = read_policy(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
-    ids = None if given is None else _fitting(args, given)
+    if args.interactive and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `encode` refuses the line, and the next one comes
+    ids = _fitting(args, given)
     try:
         with OptLM(
             args.model,
@@ -84,6 +91,7 @@ def _given(args: argparse.Namespace) -> str:
     except UnicodeDecodeError as error:
         where = args.prompt_file or "standard input"
         raise RequestError(f"{where} is not UTF-8 text: byte {error.start} is {error.reason}") from None
+    text = text.removesuffix("\n")  # editors and echo end every text with one
     if not text and args.prompt_file is not None:
         raise RequestError(f"{args.prompt_file} is empty; write the prompt into it")
     if not text:
@@ -91,13 +99,17 @@ def _given(args: argparse.Namespace) -> str:
             "there is no prompt: give --prompt TEXT or --prompt-file FILE, pipe a text into the command, or be "
             "asked for prompts with --interactive"
         )
-    return text.removesuffix("\n")  # editors and echo end every text with one
+    return text
 
 
-def _fitting(args: argparse.Namespace, prompt: str) -> list[int]:
-    """The ids of the prompt. Raises RequestError if it is too long, before weights are loaded."""
+def _fitting(args: argparse.Namespace, prompt: str | None) -> list[int] | None:
+    """The ids of the prompt, if it is known. What could not be served is refused before weights are loaded: a
+    prompt that is too long (RequestError), a model without tokenizer (ModelError)."""
     spec, checkpoint = open_model(args.model)
-    ids = encode(load_tokenizer(checkpoint.directory, spec.name), prompt)
+    tokenizer = load_tokenizer(checkpoint.directory, spec.name)
+    if prompt is None:
+        return None
+    ids = encode(tokenizer, prompt)
     check_length(spec, read_request(spec, [ids], [[1] * len(ids)] if ids else None), args.max_tokens)
     return ids
 
@@ -208,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="the text to continue")
     add("--prompt-file", metavar="FILE", help="a file that holds it; one newline at its end does not count")
     add("--interactive", action="store_true", help="ask for prompts; a conversation with a model that chats")
-    add("--max-tokens", type=count, default=128, metavar="N", help="new tokens at most (default: 128)")
+    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default: 128)")
     add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1.0)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")

@@ -18,7 +18,7 @@ from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
 from flexgen.report import Report
 from flexgen.runtime.choice import Choice, NewIds, Rows
-from flexgen.runtime.request import IdRows, Request, check_length, read_request
+from flexgen.runtime.request import IdRows, Request, check_length, check_whole, read_request
 from flexgen.runtime.stream import Stream, Teller
 from flexgen.text import Decoder, encode, load_tokenizer, stop_strings
 
@@ -162,6 +162,7 @@ class Conveniences(ABC):
         texts run at a time: their logits (rows, longest, vocabulary) are held in host memory. Raises as
         `forward` does.
         """
+        check_whole("rows", rows, 1)
 
         def forward(ids: Sequence[Sequence[int]]) -> Tensor:
             return self.forward(ids, _all(ids))

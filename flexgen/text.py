@@ -68,6 +68,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
 
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     """`stop` as a tuple of strings. Raises RequestError for anything else, and for an empty string."""
+    if not isinstance(stop, Iterable):
+        raise RequestError(f"stop is {stop!r}; it takes a text, several, or () for none")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for value in stops:
         if not isinstance(value, str) or not value:

@@ -7,7 +7,9 @@ import json
 import os
 import pty
 import shutil
+import signal
 import sys
+import threading
 
 import pytest
 
@@ -15,6 +17,7 @@ from flexgen import complete
 from flexgen.demo import MODEL_DIR
 from flexgen.engine import OptLM
 from flexgen.policy import Policy
+from flexgen.runtime.stream import Stream
 
 PROMPT = "Date: 26 Apr 2019"
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-tokens", "12", "--gpu-batch-size", "1"]
@@ -40,8 +43,34 @@ def completion(model):
 
 @pytest.fixture
 def typed(monkeypatch):
-    """What stands on standard input."""
-    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    """What stands on standard input: text, or bytes as they come through a pipe."""
+
+    def stand(text):
+        piped = isinstance(text, bytes)
+        stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8") if piped else io.StringIO(text)
+        monkeypatch.setattr(sys, "stdin", stdin)
+
+    return stand
+
+
+@pytest.fixture
+def nothing_left(model):
+    """No thread of a run stays behind."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+class Watched(io.TextIOWrapper):
+    """A standard output of bytes, of which `seen` is told each time that something was shown."""
+
+    def __init__(self, seen, file=None, encoding="utf-8"):
+        super().__init__(file or io.BytesIO(), encoding=encoding)
+        self._seen = seen
+
+    def flush(self):
+        super().flush()
+        self._seen()
 
 
 def test_the_completion_alone_is_on_stdout(completion, tmp_path, typed, capsys):
@@ -93,10 +122,18 @@ def test_pieces_are_shown_as_they_are_made(completion, monkeypatch):
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "word " * 600], "positions of demo"),
         (["--prompt", "a", "--max-tokens", "600"], "at most 5"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["--prompt", "a", "--max-tokens", "-4"], "--max-tokens is -4"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature is nan"),
+        (["--prompt", "a", "--top-k", "-1"], "top_k is -1"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2"),
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a", "--stop", ""], "stop holds ''"),
+        (["--prompt", "a\udcff"], "not valid Unicode at character 1"),
         (["--prompt", "a", "--device", "tpu"], "device 'tpu' is not known"),
+        (["--prompt", "a", "--dtype", "int3"], "int3"),
+        (["--prompt", "a", "--policy", "nowhere.toml"], "nowhere.toml"),
     ],
 )
 @pytest.mark.parametrize("stdin", [io.StringIO, Terminal])
@@ -109,9 +146,18 @@ def test_bad_input_is_one_clear_line(flags, said, stdin, monkeypatch, capsys):
 
 def test_prompts_that_are_no_text(tmp_path, typed, capsys):
     path = tmp_path / "prompt.txt"
-    for content, said in ((b"", "is empty"), (b"caf\xe9", "is not UTF-8 text: byte 3")):
+    for content, said in ((b"", "is empty"), (b"\n", "is empty"), (b"caf\xe9", "is not UTF-8 text: byte 3")):
         path.write_bytes(content)
         assert complete.main([*FLAGS, "--prompt-file", str(path)]) == 1
+        assert f"prompt.txt {said}" in capsys.readouterr().err
+    assert complete.main([*FLAGS, "--prompt-file", str(tmp_path)]) == 1
+    assert "directory" in capsys.readouterr().err
+    for content, said in (
+        (b"\n", "there is no prompt"),
+        (b"caf\xe9", "standard input is not UTF-8 text: byte 3"),
+    ):
+        typed(content)
+        assert complete.main(FLAGS) == 1
         assert said in capsys.readouterr().err
 
 
@@ -121,13 +167,84 @@ def test_what_is_too_long_is_refused_before_weights_are_loaded(monkeypatch, caps
     assert "positions" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys):
+@pytest.mark.parametrize("flags", [["--prompt", PROMPT], ["--interactive"]])
+@pytest.mark.parametrize("pieces", [0, 2])
+def test_a_reader_that_leaves_is_no_error(flags, pieces, nothing_left, typed, monkeypatch, capsys):
     read, write = os.pipe()
-    os.close(read)
-    with open(write, "w", encoding="utf-8") as pipe:
+    shown = []
+
+    def leave():
+        shown.append(1)
+        if len(shown) == pieces:
+            os.close(read)
+
+    if not pieces:
+        os.close(read)
+    typed(f"{PROMPT}\n{PROMPT}\n")
+    with Watched(leave, open(write, "wb")) as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert complete.main([*BEST, "--prompt", PROMPT]) == 0
-    assert not capsys.readouterr().err
+        assert complete.main([*BEST, *flags]) == 0
+    assert "Error" not in (err := capsys.readouterr().err) and err.count(">>>") <= 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "flags", "said"),
+    [
+        ("stdout", ["--prompt", "a"], "standard output is closed"),
+        ("stdout", ["--interactive"], "standard output is closed"),
+        ("stdin", ["--interactive"], "standard input is closed"),
+        ("stdin", [], "there is no prompt"),
+    ],
+)
+def test_streams_that_are_closed(stream, flags, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, stream, None)
+    assert complete.main([*BEST, *flags]) == 1
+    assert said in (err := capsys.readouterr().err) and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "a"], ["--interactive"]])
+def test_a_model_without_tokenizer_is_refused_before_weights_are_loaded(flags, tmp_path, monkeypatch, capsys):
+    shutil.copytree(MODEL_DIR, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    monkeypatch.setattr(OptLM, "__init__", lambda *args, **options: pytest.fail("it was opened"))
+    assert complete.main([*FLAGS, "--model", str(tmp_path / "bare"), *flags]) == 1
+    assert "bare has no tokenizer" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+    pieces = "caf", "é", " 日本"
+    told = Stream(lambda teller: [teller.tell(piece) for piece in pieces])
+    monkeypatch.setattr(OptLM, "stream_text", lambda *args, **options: told)
+    stdout = Watched(lambda: None, encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert complete.main([*BEST, "--prompt", PROMPT]) == 0
+    assert stdout.buffer.getvalue() == "café ??\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "word"),
+    [
+        (["--prompt", PROMPT], 130, "python -m flexgen.complete: interrupted\n"),
+        (["--interactive"], 0, "\nbye\n"),
+    ],
+)
+def test_ctrl_c_in_the_middle_of_a_completion(
+    flags, status, word, nothing_left, completion, typed, monkeypatch, capsys
+):
+    shown = []
+
+    def press():
+        shown.append(stdout.buffer.getvalue().decode())
+        if len(shown) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    typed(f"{PROMPT}\n{PROMPT}\n")
+    stdout = Watched(press)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert complete.main([*BEST, *flags]) == status
+    assert completion.startswith(shown[-1]) and len(shown[-1]) < len(completion)
+    assert capsys.readouterr().err.endswith(word)
 
 
 # At a prompt
@@ -142,10 +259,12 @@ def test_lines_are_answered_one_after_another(completion, typed, capsys):
 
 
 def test_a_line_that_cannot_be_served_is_told_and_the_next_one_comes(completion, typed, capsys):
-    typed("word " * 600 + f"\n{PROMPT}\n")
+    typed(b"word " * 600 + b"\ncaf\xe9\n" + PROMPT.encode())
     assert complete.main([*BEST, "--interactive"]) == 0
     out, err = capsys.readouterr()
-    assert out == completion + "\n" and "positions of demo" in err
+    assert (
+        out == completion + "\n" and "positions of demo" in err and "not valid Unicode at character 3" in err
+    )
 
 
 @pytest.mark.parametrize("where", ["_read_line", "_answer"])

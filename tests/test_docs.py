@@ -71,6 +71,42 @@ def test_every_line_of_a_shell_block_is_run():
             assert line in NOT_RUN or line.startswith("python -m flexgen."), f"{block.id}: {line}"
 
 
+def test_every_block_is_of_a_language_that_is_run():
+    for page in PAGES:
+        fences = re.findall(r"^ *(?:`{3,}|~{3,})(.*)$", page.read_text(encoding="utf-8"), re.M)
+        assert len(fences) % 2 == 0 and not any(fences[1::2]), f"{page.name}: a fence is open"
+        # Without a language: a drawing.
+        assert set(fences[::2]) <= {"python", "sh", "toml", ""}, f"{page.name}: {set(fences[::2])}"
+
+
+def named_in_the_text():
+    """Commands inside of sentences and tables, which may leave out what they need to run."""
+    for page in PAGES:
+        for line in re.findall(r"(?<!`)`(python -m flexgen\.[^`]+)`", page.read_text(encoding="utf-8")):
+            yield pytest.param(line, id=f"{page.name}-{line.removeprefix('python -m ')}")
+
+
+@pytest.mark.parametrize("line", list(named_in_the_text()))
+def test_commands_in_sentences_exist_and_know_their_flags(line, capsys):
+    module, *flags = shlex.split(line)[2:]
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    known = re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)
+    assert {flag for flag in flags if flag.startswith("--")} <= set(known)
+
+
+def test_the_readme_shows_each_face_in_ten_lines():
+    faces = re.split(r"^## ", PAGES[0].read_text(encoding="utf-8"), flags=re.M)
+    (section,) = [text for text in faces if text.startswith("Three faces")]
+    blocks = re.findall(r"^```\w+\n(.*?)^```", section, re.M | re.S)
+    assert len(blocks) == 3 and max(len(block.splitlines()) for block in blocks) <= 10
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[^)#]+)\)", PAGES[0].read_text(encoding="utf-8"))
+    assert {str(page.relative_to(ROOT)) for page in PAGES[1:]} <= set(linked)
+
+
 def test_links_into_pages_lead_to_headings():
     for page in PAGES:
         for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):

@@ -23,7 +23,7 @@ LAYERS = [
     {"conveniences"},
     {"engine"},
     {"hf", "flex_opt", "trial"},
-    {"compression", "opt_config", "pytorch_backend"},
+    {"compression", "opt_config", "pytorch_backend", "timer"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"cli"},
     {"__init__", "__main__"},

@@ -75,8 +75,8 @@ def test_encoding() -> None:
 
 def test_stop_strings() -> None:
     assert stop_strings("ab") == ("ab",) and stop_strings(["a", "b"]) == ("a", "b") and stop_strings(()) == ()
-    for wrong in ("", ["a", ""], [3]):
-        with pytest.raises(RequestError, match="stop holds"):
+    for wrong in ("", ["a", ""], [3], b"a", 3, None):
+        with pytest.raises(RequestError, match="stop (holds|is)"):
             stop_strings(wrong)  # type: ignore[arg-type]
 
 

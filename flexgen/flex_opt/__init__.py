@@ -14,6 +14,7 @@ from types import FrameType
 from flexgen.flex_opt.benchmark import (
     GB,
     BenchmarkResult,
+    T,
     add_parser_arguments,
     get_filename,
     get_test_inputs,
@@ -28,10 +29,12 @@ from flexgen.flex_opt.environment import ExecutionEnv, TorchDevice, TorchDisk, T
 from flexgen.flex_opt.model import OptLM, Task
 from flexgen.flex_opt.places import DUMMY_WEIGHT
 from flexgen.flex_opt.policy import CompressionConfig, Policy
+from flexgen.flex_opt.timer import project_decode_latency, timers
 
 __all__ = [
     "DUMMY_WEIGHT",
     "GB",
+    "T",
     "BenchmarkResult",
     "CompressionConfig",
     "ExecutionEnv",
@@ -47,9 +50,11 @@ __all__ = [
     "get_opt_config",
     "get_test_inputs",
     "main",
+    "project_decode_latency",
     "read_benchmark_log",
     "run_flexgen",
     "str2bool",
+    "timers",
     "write_benchmark_log",
 ]
 

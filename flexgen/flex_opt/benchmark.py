@@ -26,6 +26,8 @@ from flexgen.units import GIB
 
 GB = GIB
 """What 0.1 calls a GB in its prints and logs."""
+T = 1e12
+"""0.1's name for a million millions: of flops, mostly."""
 
 _PROMPT = "The largest planet of the solar system is"
 _WARM_UP_LEN = 32
@@ -215,12 +217,12 @@ def run_flexgen(args: argparse.Namespace) -> None:
         )
         assert model.stats is not None
         timing, gpu_peak = model.stats.timing, model.stats.peak_bytes[Tier.GPU]
+        if tokenizer is not None and args.verbose >= 2:
+            print(_shown(tokenizer, ids))
         env.gpu.print_stats()
         env.cpu.print_stats()
     finally:
         env.close_copy_threads()
-    if tokenizer is not None and args.verbose >= 2:
-        print(_shown(tokenizer, ids))
     prefill = timing.prefill
     decode = projected_decode(timing.decode, tokens, gen_len) if gen_len > 1 else 0.0
     text = write_benchmark_log(

@@ -15,6 +15,7 @@ from flexgen.flex_opt.config import OptConfig
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.places import find_weights, read_config
 from flexgen.flex_opt.policy import Policy
+from flexgen.flex_opt.timer import GENERATE, timers
 from flexgen.runtime.debug import BREAKDOWN
 from flexgen.runtime.request import IdRows
 from flexgen.schedule import Op
@@ -84,9 +85,11 @@ class OptLM:
         inputs: as `flexgen.OptLM.generate` takes them, of any number. Rows of pad ids alone, with which scripts
             fill up a block, are not computed: pad ids follow them.
         do_sample: draws with torch's global random state, so `torch.manual_seed` decides.
-        stop: the id that ends a row; with None nothing does.
+        stop: the id that ends a row. None, 0 and texts end none, as in 0.1, one of whose scripts gives a text.
         debug_mode: "fewer_batch" and "breakdown" run a few tokens and project the times; "breakdown" also prints
             0.1's table of costs.
+
+        Adds to `timers("generate").costs` the seconds of the prefill, then for each later token the mean of them.
 
         Raises as `flexgen.OptLM.generate` does.
         """
@@ -105,17 +108,24 @@ class OptLM:
             max_new_tokens,
             do_sample,
             temperature,
-            stop=() if stop is None else stop,
+            stop=() if isinstance(stop, str) or not stop else stop,
             debug_mode=debug_mode,
             cut_gen_len=cut_gen_len,
             verbose=verbose,
             seed=int(torch.randint(_SEEDS, ())) if do_sample else None,
         )
-        if debug_mode == BREAKDOWN and self.stats is not None:
+        assert self.stats is not None
+        timing = self.stats.timing
+        ran = 1 + max(event.step.token for event in timing.trace.events)
+        # 0.1 filled the timer with what a debug mode projects.
+        counted = (cut_gen_len or max_new_tokens) if debug_mode else ran
+        timers(GENERATE).costs += [timing.prefill] + [timing.decode / max(ran - 1, 1)] * (counted - 1)
+        if debug_mode == BREAKDOWN:
             batches = -(-len(kept) // self.policy.gpu_batch_size)
             blocks = -(-batches // self.num_gpu_batches)
-            events = self.stats.timing.trace.events
-            print("\n".join(cost_lines(events, self.num_layers, batches, blocks, max_new_tokens)))
+            print(
+                "\n".join(cost_lines(timing.trace.events, self.num_layers, batches, blocks, max_new_tokens))
+            )
         out = np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
         out[kept, out.shape[1] - made.shape[1] :] = made
         return out

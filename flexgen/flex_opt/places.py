@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from flexgen.errors import CheckpointError, ModelError
 from flexgen.flex_opt.config import OptConfig, from_spec, get_opt_config, is_published, to_transformers
 from flexgen.models import ModelSpec, open_model
 from flexgen.models.tensor_files import NumpyCheckpoint
+
+_log = logging.getLogger("flexgen")
 
 DUMMY_WEIGHT = "_DUMMY_"
 """In a path: random weights."""
@@ -48,7 +50,7 @@ def find_weights(config: OptConfig, path: str) -> Found:
 
     `path` with _DUMMY_ in it (random ones), `path/<name>-np` (0.1's folder of numpy files), `path/<name>` and
     `path` (directories in Hugging Face's layout). A published model that is in none of them is asked of the hub,
-    which is said on stderr.
+    which is logged as a warning.
 
     Raises CheckpointError with what was looked for, ModelError where a directory holds a model of other sizes.
     """
@@ -68,7 +70,7 @@ def find_weights(config: OptConfig, path: str) -> Found:
     if not is_published(config):
         raise CheckpointError(f"{looked_for}; the path {DUMMY_WEIGHT} runs the model with random weights")
     repository = f"facebook/{config.name}"
-    print(f"{looked_for}; asking the hub for {repository}", file=sys.stderr)
+    _log.warning("%s; asking the hub for %s", looked_for, repository)
     try:
         _, checkpoint = open_model(repository)
     except ModelError as error:

@@ -269,5 +269,11 @@ def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:
         demo.generate_text([[5], []])
     with pytest.raises(RequestError, match="stop holds 5"):
         demo.generate_text(TEXTS, stop=[5])  # type: ignore[list-item]
+    for rows in (0, -1, 1.5):
+        with pytest.raises(RequestError, match=f"rows is {rows}"):
+            demo.score(TEXTS, rows)  # type: ignore[arg-type]
+    for none in ([], ()):
+        with pytest.raises(RequestError, match="no prompts"):
+            demo.score(none)
     with pytest.raises(RequestError, match="positions of demo"):
         demo.stream_text(TEXTS[0], 600)

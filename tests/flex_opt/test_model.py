@@ -1,6 +1,8 @@
 """`OptLM` of 0.1: what it returns, prints and closes."""
 
+import gc
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -66,6 +68,12 @@ def test_compressed_weights_and_cache_run_and_differ(tiny, env, policy):
 def test_only_the_stop_id_stops(model, tiny):
     free = model.generate(PROMPTS, 12)
     np.testing.assert_array_equal(free, tiny.greedy(PROMPTS, 12))
+    for never in (
+        0,
+        "\n",
+        "",
+    ):  # as in 0.1: 0 is no stop, and a text, which one of its scripts gives, is no id
+        np.testing.assert_array_equal(model.generate(PROMPTS, 12, stop=never), free)
     stop = int(free[1, 6])
     np.testing.assert_array_equal(model.generate(PROMPTS, 12, stop=stop), tiny.greedy(PROMPTS, 12, stop))
 
@@ -88,6 +96,9 @@ def test_sampling_follows_torchs_seed(model):
     assert (drawn(0) != drawn(1)).any()
     np.testing.assert_array_equal(
         model.generate(PROMPTS, 8, do_sample=True, temperature=1e-7), model.generate(PROMPTS, 8)
+    )
+    np.testing.assert_array_equal(
+        model.generate(PROMPTS, 8, do_sample=True, temperature=0.0), model.generate(PROMPTS, 8)
     )
 
 
@@ -183,6 +194,16 @@ def test_closing_the_environment_closes_its_models(tiny, tmp_path, policy):
         with pytest.raises(RequestError, match="closed"):
             model.generate(PROMPTS, 2)
     assert not list((tmp_path / "offload").glob("flexgen-run-*"))
+
+
+def test_a_model_that_is_dropped_frees_what_it_held(tiny, env, policy, tmp_path):
+    model = OptLM(tiny.config, env, str(tiny.path), policy(0, 0, 0, 0, 0, 0))
+    engine, folder = weakref.ref(model.engine), tmp_path / "offload"
+    model.generate(PROMPTS, 2)
+    assert list(folder.glob("flexgen-run-*"))
+    del model
+    gc.collect()
+    assert engine() is None and not list(folder.glob("flexgen-run-*"))
 
 
 def test_without_cuda_the_cpu_stands_for_the_gpu(monkeypatch, tmp_path, capsys):

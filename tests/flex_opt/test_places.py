@@ -55,7 +55,7 @@ def test_a_missing_directory_says_what_was_looked_for(tiny, env, policy, tmp_pat
     assert "_DUMMY_" in str(caught.value)
 
 
-def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp_path, monkeypatch, capsys):
+def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp_path, monkeypatch, caplog):
     asked = []
 
     def unreachable(repository, **options):
@@ -66,7 +66,7 @@ def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp
     with pytest.raises(CheckpointError, match=r"opt-1\.3b-np.*cannot be reached"):
         OptLM("facebook/opt-1.3b", env, str(tmp_path), policy())
     assert asked == ["facebook/opt-1.3b"]
-    assert "asking the hub for facebook/opt-1.3b" in capsys.readouterr().err
+    assert "asking the hub for facebook/opt-1.3b" in caplog.text
 
 
 def test_what_the_hub_gives_is_opened(tiny, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from flexgen.compression import CompressionConfig
 from flexgen.flex_opt import ExecutionEnv, OptLM, Policy, Task, str2bool
 from flexgen.opt_config import get_opt_config
 from flexgen.pytorch_backend import TorchDevice, TorchDisk, TorchMixedDevice
+from flexgen.timer import timers
 
 
 def run(args):
@@ -34,8 +35,10 @@ def run(args):
     )
     config = dataclasses.replace(config, name="opt-tiny")
     model = OptLM(config, env, args.path, policy)
+    timers("generate").reset()
     output_ids = model.generate(args.prompts, do_sample=False, temperature=0.7, max_new_tokens=8, stop=None)
-    print(json.dumps([policy.cache_disk_percent, type(output_ids).__name__, output_ids.tolist()]))
+    tokens = len(timers("generate").costs)
+    print(json.dumps([policy.cache_disk_percent, tokens, type(output_ids).__name__, output_ids.tolist()]))
     env.close_copy_threads()
 
 
@@ -66,8 +69,8 @@ def test_it_runs_unchanged_and_is_told_of_the_new_interface_once(tiny, tmp_path)
     script.write_text(SCRIPT)
     flags = f"--path {tiny.path} --offload-dir offload --percent 0 50 0 50 0 100 --cpu-cache-compute".split()
     done = run([str(script), *flags, "--pin-weight", "0", "--prompts", json.dumps(PROMPTS)], tmp_path)
-    disk, kind, ids = json.loads(done.stdout)
-    assert (disk, kind) == (50, "ndarray")
+    disk, tokens, kind, ids = json.loads(done.stdout)
+    assert (disk, tokens, kind) == (50, 8, "ndarray")
     assert ids == tiny.greedy(PROMPTS, 8).tolist()
     # Python shows it without being asked, because it is of a line of the script that was started.
     assert done.stderr.count("DeprecationWarning") == 1
