@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -6,8 +8,11 @@ from flexgen.memory.gpu import open_device
 from flexgen.planning import auto
 from flexgen.planning.hardware import Hardware
 
-# No deadline: how long an example takes says something about the machine, not about the code.
-settings.register_profile("flexgen", deadline=None)
+# No deadline: how long an example takes says something about the machine, not about the code. The same examples
+# each time: what a run finds, it finds again. `--hypothesis-profile=explore` tries others, and many more of them
+# where a test does not say how many.
+settings.register_profile("flexgen", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("flexgen")
 
 
@@ -46,3 +51,11 @@ def nothing_is_measured():
         patch.setattr(auto, "measured", machine_of)
         patch.setattr(auto, "remembered", lambda device, offload_dir=None: None)
         yield machine_of
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_arrive():
+    """What a shell starts in the background ignores them, and so would all that is started here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
