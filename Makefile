@@ -21,9 +21,10 @@ help:
 demo: .venv/.installed-run
 	$(BIN)/python -m flexgen.bench --policy policies/demo.toml
 
-# A process for each core, so that none wants more than one thread.
+# A process for each core, so that none wants more than one thread. Each begins with files of its own, whose models
+# and references are made once; who is done takes of what others have left.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check
