@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,24 @@ CONFIGS: dict[str, OPTConfig | LlamaConfig] = {
 
 @dataclass
 class Tiny:
-    """A saved model and transformers' answers with it."""
+    """A saved model and transformers' answers with it; what was asked before is answered from memory."""
 
     directory: Path
     model: PreTrainedModel
+    _answers: dict[Any, np.ndarray] = field(default_factory=dict)
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], tokens: int, stop: Sequence[int] = (), pad: int = PAD
     ) -> np.ndarray:
         """What `generate` must return: transformers' greedy ids of the left-padded prompts."""
+        asked = tuple(map(tuple, prompts)), tokens, tuple(stop), pad
+        if asked not in self._answers:
+            self._answers[asked] = self._greedy(prompts, tokens, stop, pad)
+        return self._answers[asked].copy()
+
+    def _greedy(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stop: Sequence[int], pad: int
+    ) -> np.ndarray:
         ids, mask = left_padded(prompts, pad)
         ends: dict[str, Any] = dict(eos_token_id=list(stop)) if stop else {}
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class Rounded(DynamicCache):
 
 def reference(model: Any, codec: str, prompt: list[int]) -> tuple[list[int], Tensor]:
     """transformers' greedy ids, and the logits (tokens, vocab) that they were chosen by."""
+    return _reference(model, codec, tuple(prompt))
+
+
+@functools.cache
+def _reference(model: Any, codec: str, prompt: tuple[int, ...]) -> tuple[list[int], Tensor]:
     cache, ids, logits = Rounded(codec), torch.tensor([prompt]), []
     with torch.no_grad():
         for _ in range(TOKENS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,12 @@ def ends(free: np.ndarray, stop: Sequence[int]) -> list[int]:
 def staggered(model: Any, rows: list[list[int]], tokens: int = TOKENS) -> tuple[list[int], list[int]]:
     """Stop ids under which the rows stop at many different tokens and the last one late; and those tokens."""
     free = model.greedy(rows, tokens)[:, max(map(len, rows)) :]
+    return _stops(tuple(map(tuple, free.tolist())))
+
+
+@functools.cache
+def _stops(rows: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:
+    free = np.array(rows)
     rng, ids = np.random.default_rng(0), np.unique(free)
     drawn = [rng.choice(ids, size=rng.integers(1, 7), replace=False).tolist() for _ in range(300)]
     stop = max(drawn, key=lambda stop: len(set(ends(free, stop))))
