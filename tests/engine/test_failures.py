@@ -82,13 +82,13 @@ def test_an_error_on_a_lane_reaches_the_caller(
         model.directory, policy, device=device, progress=False, order=order, offload_dir=tmp_path
     ) as lm:
         fault.calls = 0
-        expected = lm.generate(given, 8, stop=())
-        np.testing.assert_array_equal(expected, model.greedy(given, 8))
+        expected = lm.generate(given, 5, stop=())
+        np.testing.assert_array_equal(expected, model.greedy(given, 5))
         machine, stats = lm._machine, lm.stats
         taken = {store: store.used for store in (machine.device.memory, machine.host)}
-        fault.arm(0.6)
+        fault.arm(0.45 if device == "emulated" else 0.8)  # a late token of the first block, or of the second
         with pytest.raises(LaneError) as raised:
-            lm.generate(given, 8, stop=())
+            lm.generate(given, 5, stop=())
         assert raised.value.__cause__ is fault.error
         message = str(raised.value)
         assert "OSError: the cable is out" in message and f"lane {lane}" in message
@@ -96,7 +96,7 @@ def test_an_error_on_a_lane_reaches_the_caller(
         assert where and int(where[1]) > 0
         assert {store: store.used for store in taken} == taken and machine.disk.used == 0
         assert lm.stats is stats, "the stats are those of the last call that ended well"
-        np.testing.assert_array_equal(lm.generate(given, 8, stop=()), expected)
+        np.testing.assert_array_equal(lm.generate(given, 5, stop=()), expected)
     assert not list(tmp_path.iterdir())
 
 

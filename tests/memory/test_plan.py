@@ -405,7 +405,7 @@ def test_a_call_that_does_not_fit_is_refused_with_a_shape_that_does(saved):
         size = int(str(caught.value).split("gpu_batch_size = ")[1].split()[0])
     smaller = policy.replace(gpu_batch_size=size, num_gpu_batches=1)
     with OptLM(saved(), smaller, device="emulated:memory=1MiB", progress=False) as model:
-        assert model.generate([[5, 6, 7]] * 256, max_new_tokens=20, stop=()).shape == (256, 23)
+        assert model.generate([[5, 6, 7]] * (2 * size), max_new_tokens=20, stop=()).shape == (2 * size, 23)
 
 
 def test_what_is_taken_already_counts_as_there(saved):

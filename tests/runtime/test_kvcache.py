@@ -149,10 +149,10 @@ def test_every_kind_of_segment_across_pages(
     page_tokens(4)
     policy = Policy(cache={str(tier): {"percent": 100, "codec": codec}}, attend_on=attend_on)
     with machine(device) as m:
-        history = History(m, run, spec, policy, [2, 1], prompt, 16 - prompt, 2, [0, 2])
+        history = History(m, run, spec, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
         (segment,) = history.segments[0]
-        assert (segment.tier, segment.page_tokens, segment.pages) == (tier, 4, 4)
-        history.check(16 - prompt)
+        assert (segment.tier, segment.page_tokens, segment.pages) == (tier, 4, 3)
+        history.check(12 - prompt)
         history.cache.close()
 
 
