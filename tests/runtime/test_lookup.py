@@ -16,6 +16,7 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import plan_memory
+from flexgen.memory.weight_slots import decoded_bytes, decodes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.lookup import Lookup
@@ -130,6 +131,13 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
             for workload in (Workload(prompt_len, 2, 7), None)
         )
         promised = {t: with_call.on(t, "weights") - without.on(t, "weights") for t in Tier}
+        # Of the decoded matrices, which a call makes as well.
+        tokens = [4 * prompt_len] * (len(LAYERS) - 1) + [4]
+        decoding = [
+            layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(n, torch.float32, shared)
+        ]
+        decoded = max((decoded_bytes(layer, placement) for layer in decoding), default=0)
+        promised[Tier.CPU if shared else Tier.GPU] -= decoded
         with machine(device) as m:
             homes = Homes(DUMMY, placement, torch.float32, m)
             homes.load(LAYERS[:1])
