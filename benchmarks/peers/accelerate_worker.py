@@ -8,7 +8,7 @@ model       folder of config.json and model.safetensors
 folder      where the variant that keeps weights as numpy files has them
 variant     safetensors: weights are read in place from model.safetensors, all of them on "disk"
             folder: `disk_offload`'s own files in `folder`, all on "disk"
-            split: as safetensors, but as many blocks as leave a tenth of `limit` free stay in memory
+            split: as safetensors, but as many blocks as leave `_MARGIN` of `limit` free stay in memory
 batch, prompt_len, gen_len, context, steps
             prefill of prompt_len, then `steps` steps behind `context` tokens (0: all gen_len - 1, no cut)
 """
@@ -30,7 +30,7 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_MARGIN = 0.1
+_MARGIN = 0.06
 
 
 def main() -> None:
