@@ -37,6 +37,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complete(args: argparse.Namespace) -> None:
     """Open the model, continue the prompt or ask for prompts."""
+    _check(args)
+    given = None if args.interactive else _given(args)
+    policy = read_policy(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    if args.interactive and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `encode` refuses the line, and the next one comes
+    ids = _fitting(args, given)
+    with (
+        contextlib.suppress(BrokenPipeError),  # whoever read has read enough
+        OptLM(
+            args.model,
+            policy,
+            workload=None if ids is None else Workload(len(ids), args.max_tokens, 1),
+            device=args.device,
+            dtype=args.dtype,
+            offload_dir=args.offload_dir,
+            order=args.order,
+        ) as model,
+    ):
+        if ids is None:
+            _ask(model, args)
+        else:
+            _answer(model, ids, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise RequestError for flags, and standard streams, that cannot be meant."""
     check_whole("--max-tokens", args.max_tokens, 1)
     check_sampling(args.temperature, args.top_k, args.top_p)
     if args.seed is not None:
@@ -48,30 +76,6 @@ def complete(args: argparse.Namespace) -> None:
         raise RequestError("standard output is closed; completions are written to it")
     if args.interactive and sys.stdin is None:
         raise RequestError("standard input is closed; --interactive reads prompts from it")
-    given = None if args.interactive else _given(args)
-    policy = read_policy(args)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
-    if args.interactive and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # `encode` refuses the line, and the next one comes
-    ids = _fitting(args, given)
-    try:
-        with OptLM(
-            args.model,
-            policy,
-            workload=None if ids is None else Workload(len(ids), args.max_tokens, 1),
-            device=args.device,
-            dtype=args.dtype,
-            offload_dir=args.offload_dir,
-            order=args.order,
-        ) as model:
-            if ids is None:
-                _ask(model, args)
-            else:
-                _answer(model, ids, args)
-    except BrokenPipeError:
-        # Whoever read has read enough. What is buffered must not be tried again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _given(args: argparse.Namespace) -> str:
@@ -129,11 +133,19 @@ def _answer(model: OptLM, ids: Sequence[int], args: argparse.Namespace) -> str:
     ) as stream:
         for piece in stream:
             pieces.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+            _show(piece)
+    _show("\n")
     return "".join(pieces)
+
+
+def _show(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        # What is buffered must not be tried again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _ask(model: OptLM, args: argparse.Namespace) -> None:

@@ -187,6 +187,15 @@ def test_a_reader_that_leaves_is_no_error(flags, pieces, nothing_left, typed, mo
     assert "Error" not in (err := capsys.readouterr().err) and err.count(">>>") <= 1
 
 
+@pytest.mark.parametrize("flags", [["--prompt", PROMPT], ["--interactive"]])
+def test_a_full_disk_is_one_clear_line(flags, typed, monkeypatch, capsys):
+    typed(f"{PROMPT}\n{PROMPT}\n")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert complete.main([*BEST, *flags]) == 1
+    assert "No space left" in (last := capsys.readouterr().err.splitlines()[-1]) and "complete: " in last
+
+
 @pytest.mark.parametrize(
     ("stream", "flags", "said"),
     [

@@ -15,7 +15,7 @@ from flexgen.flex_opt.config import OptConfig
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.places import find_weights, read_config
 from flexgen.flex_opt.policy import Policy
-from flexgen.flex_opt.timer import GENERATE, timers
+from flexgen.flex_opt.timer import GENERATE, costs_of, timers
 from flexgen.runtime.debug import BREAKDOWN
 from flexgen.runtime.request import IdRows
 from flexgen.schedule import Op
@@ -116,16 +116,13 @@ class OptLM:
         )
         assert self.stats is not None
         timing = self.stats.timing
-        ran = 1 + max(event.step.token for event in timing.trace.events)
         # 0.1 filled the timer with what a debug mode projects.
-        counted = (cut_gen_len or max_new_tokens) if debug_mode else ran
-        timers(GENERATE).costs += [timing.prefill] + [timing.decode / max(ran - 1, 1)] * (counted - 1)
+        timers(GENERATE).costs += costs_of(timing, (cut_gen_len or max_new_tokens) if debug_mode else None)
         if debug_mode == BREAKDOWN:
             batches = -(-len(kept) // self.policy.gpu_batch_size)
             blocks = -(-batches // self.num_gpu_batches)
-            print(
-                "\n".join(cost_lines(timing.trace.events, self.num_layers, batches, blocks, max_new_tokens))
-            )
+            table = cost_lines(timing.trace.events, self.num_layers, batches, blocks, max_new_tokens)
+            print("\n".join(table))
         out = np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
         out[kept, out.shape[1] - made.shape[1] :] = made
         return out

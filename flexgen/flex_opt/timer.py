@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from flexgen.errors import RequestError
+from flexgen.runtime.call import Timing
 
 GENERATE = "generate"
 """The timer that `OptLM.generate` adds to."""
@@ -70,6 +71,14 @@ class Timers:
 
 timers = Timers()
 """Of the process, as in 0.1."""
+
+
+def costs_of(timing: Timing, projected_to: int | None = None) -> list[float]:
+    """Seconds of a call's prefill, then for each later token that ran the mean of them; as many as if
+    `projected_to` tokens had run, if that is given."""
+    ran = 1 + max(event.step.token for event in timing.trace.events)
+    mean = timing.decode / max(ran - 1, 1)
+    return [timing.prefill, *[mean] * ((projected_to or ran) - 1)]
 
 
 def project_decode_latency(costs: Sequence[float], prompt_len: int, gen_len: int) -> float:
