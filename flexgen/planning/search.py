@@ -7,7 +7,6 @@ its cost model for the last word.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.limits import limits_in_words
 from flexgen.planning.linear import CLASSES, Corners, Figures, Solution, one_codec_each, shares_of
+from flexgen.planning.moves import filled, moves, squeezed
 from flexgen.planning.predict import Prediction, check_request, predict, sampled_tokens
-from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.policy import Policy, Split, Tier
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
@@ -76,7 +76,7 @@ class Search:
         """What was chosen."""
         best, policy = self.best, self.best.policy
         return (
-            f"{best.placement()}; {policy.gpu_batch_size} x {policy.num_gpu_batches} prompts; {best.order}; "
+            f"{best.placement()}; {policy.num_gpu_batches} x {policy.gpu_batch_size} prompts; {best.order}; "
             f"predicted {best.tokens_s:.4g} tokens/s, bound by {best.prediction.report.bottleneck}"
         )
 
@@ -85,7 +85,7 @@ class Search:
         rows = [("tokens/s", "prompts", "order", "bound by", "placement")]
         for candidate in (self.best, *self.runners_up):
             policy, report = candidate.policy, candidate.prediction.report
-            shape = f"{policy.gpu_batch_size} x {policy.num_gpu_batches}"
+            shape = f"{policy.num_gpu_batches} x {policy.gpu_batch_size}"
             bound = str(report.bottleneck)
             rows.append((f"{candidate.tokens_s:.4g}", shape, candidate.order, bound, candidate.placement()))
         widths = [max(len(row[n]) for row in rows) for n in range(4)]
@@ -205,8 +205,7 @@ class _Finder:
             asked = form.replace(overlap=overlap)
             figures = self._corners.figures(asked, self._choices.columns)
             self.considered += 1
-            solution = one_codec_each(figures, self._capacity, self._choices.given)
-            if solution is not None:
+            if solution := one_codec_each(figures, self._capacity, self._choices.given):
                 seconds = solution.seconds * _blocks(self._workload, asked)
                 return _Bound(seconds, asked, figures, solution)
         return None
@@ -241,6 +240,25 @@ class _Finder:
                 return None
             solution = again
         return None
+
+    def _short(self, policy: Policy) -> list[Tier]:
+        """The tiers that it needs more of than there is."""
+        return [tier for tier, count in zip(Tier, self._plan(policy)[1], strict=True) if count > 0]
+
+    def _policies(self, bound: _Bound) -> Iterator[tuple[Policy, _Bound]]:
+        """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
+        program does not know that, so what it left over is used, and overlap tried where it saw no room."""
+        policy, choices = self._realised(bound), self._choices
+        if policy is None or "weights" in choices.fixed:
+            yield from [(policy, bound)] if policy else []
+            return
+        yield filled(policy, choices.tiers, self._short), bound
+        if policy.overlap or "overlap" in choices.fixed or self._order:
+            return
+        if beside := squeezed(policy.replace(overlap=True), choices.tiers, self._short):
+            form = bound.form.replace(overlap=True)
+            own = bound._replace(form=form, figures=self._corners.figures(form, choices.columns))
+            yield filled(beside, choices.tiers, self._short), own
 
     # What the simulator says of it
 
@@ -288,14 +306,14 @@ class _Finder:
         for bound in self._bounds():
             if len(tried) >= top and (bound.seconds > min(took.values()) or self._laid_out > _CELLS):
                 break
-            policy = self._realised(bound)
-            if policy is not None and policy not in tried:
-                tried[policy] = bound
-                took[policy] = self._took(policy, bound)
+            for policy, own in self._policies(bound):
+                if policy not in tried:
+                    tried[policy] = own
+                    took[policy] = self._took(policy, own)
         if not tried:
             bound = self._smallest()
             policy = self._choices.rounded(bound.form, bound.solution.shares)
-            if (self._plan(policy)[1] > 0).any():
+            if self._short(policy):
                 raise self._too_small(policy)
             tried[policy], took[policy] = bound, self._took(policy, bound)
         first, *others = sorted(tried, key=took.__getitem__)
@@ -318,33 +336,16 @@ class _Finder:
             better = True
             while better and self._laid_out < until:
                 better = False
-                for moved in self._moves(policy, step):
+                for moved in moves(policy, step, self._choices.tiers, self._choices.fixed):
                     if self._laid_out >= until:
                         break
-                    if (self._plan(moved)[1] > 0).any():
+                    if self._short(moved):
                         continue
                     took = self._took(moved, bound)
                     if took < least * (1 - 1e-4):
                         policy, least, better = moved, took, True
                         break
         return policy
-
-    def _moves(self, policy: Policy, step: float) -> Iterator[Policy]:
-        for what in CLASSES:
-            if what in self._choices.fixed:
-                continue
-            split: Split = getattr(policy, what)
-            row = 0 if what == "weights" else math.ceil(100 / policy.gpu_batch_size)
-            for source in Tier:
-                percent = min(max(step, row), split.percent(source))
-                for target in self._choices.tiers:
-                    if target is source or not percent:
-                        continue
-                    codec = (split[target] if split.percent(target) else split[source]).codec
-                    moved = {tier: split[tier] for tier in Tier if split.percent(tier)}
-                    moved[source] = Share(split.percent(source) - percent, split[source].codec)
-                    moved[target] = Share(min(split.percent(target) + percent, 100.0), codec)
-                    yield policy.replace(**{what: {t: s for t, s in moved.items() if s.percent}})
 
     def _candidate(self, policy: Policy, bound: _Bound) -> Candidate:
         prediction = self._simulated(policy)
@@ -373,7 +374,7 @@ class _Finder:
             whole = Solution(
                 {**self._choices.given, **dict.fromkeys(way, 1.0)}, solution.seconds, solution.saved
             )
-            if (self._plan(self._choices.rounded(form, whole.shares))[1] <= 0).all():
+            if not self._short(self._choices.rounded(form, whole.shares)):
                 solution = whole
         return _Bound(solution.seconds * _blocks(self._workload, form), form, figures, solution)
 
@@ -389,7 +390,7 @@ class _Finder:
         return CapacityError(
             f"no policy for {self._spec.name} fits {self._hardware.name}, which is short by {missing}: "
             f"{plan.shortage(limits)}, with "
-            f"{policy.gpu_batch_size} x {policy.num_gpu_batches} prompts in flight"
+            f"{policy.num_gpu_batches} x {policy.gpu_batch_size} prompts in flight"
         )
 
 

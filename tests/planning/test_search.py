@@ -154,6 +154,23 @@ def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
     assert took(opt, found.best.policy, hardware, workload) <= 1.02 * least
 
 
+def test_overlap_is_found_where_only_some_shares_leave_room_for_it(opt, host):
+    """With a head that is large beside the layers, buffers of two units fit while the head stays in memory, and
+    not at the end of the program's lines, where all weights pass through them."""
+    spec, job = replace(opt, vocab_size=60_000), Workload(16, 8, 8)
+    rates = {"disk_read": 1.2e8, "disk_write": 1e8, "host": 1e9}
+    hardware = host(capacity={"cpu": "400MiB", "disk": "8GiB"}, bandwidth=rates)
+    cpu = {what: {"cpu": 100} for what in CLASSES}
+    by_hand = Policy(gpu_batch_size=8, **cpu | {"weights": {"cpu": 60, "disk": 40}})
+    with pytest.raises(CapacityError):
+        predict(spec, by_hand.replace(weights={"disk": 100}), hardware, job)
+    best = find_policy(spec, hardware, job).best
+    assert best.policy.overlap
+    assert best.prediction.report.total_s <= 1.01 * took(spec, by_hand, hardware, job)
+    asked = find_policy(spec, hardware, job, fixed={"overlap": False}).best.policy
+    assert not asked.overlap and asked.weights.percent("cpu") > best.policy.weights.percent("cpu")
+
+
 def test_the_program_by_hand(opt, machine):
     """Of weights that only fit the GPU in part, as much lies there as fits, and the link takes the rest."""
     rates = dict.fromkeys(("to_device", "from_device", "disk_read", "disk_write", "host"), 1e15)

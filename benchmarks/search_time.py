@@ -1,0 +1,107 @@
+"""How long the planner itself takes, for the largest model that it knows.
+
+    python benchmarks/search_time.py
+
+`find_policy` for OPT-175B, 768 prompts of 512 tokens and 32 new ones, on three presets: the paper's T4, a laptop and
+an H100; and the prediction, token by token, of the policy that each finds (`python -m flexgen.simulate`). Each in
+its own process, as a command would, so that nothing is known beforehand. The laptop's disk is too small: to say so
+may not take longer either. Targets: 20 s for a search, 10 s for a prediction. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from functools import partial
+from typing import Any
+
+from record import interleaved, save
+
+from flexgen.errors import CapacityError
+from flexgen.models import open_model
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.predict import predict
+from flexgen.planning.search import find_policy
+from flexgen.policy import Policy
+from flexgen.workload import Workload
+
+MODEL = "opt-175b"
+WORKLOAD = Workload(prompt_len=512, gen_len=32, num_prompts=768)
+MACHINES = "t4", "laptop-16g", "h100"
+SEARCH_S, PREDICT_S = 20.0, 10.0
+
+
+def search(machine: str) -> dict[str, Any]:
+    """Seconds of a search, and what it found."""
+    spec, _ = open_model(MODEL, "dummy")
+    began = time.perf_counter()
+    try:
+        found = find_policy(spec, Hardware.preset(machine), WORKLOAD)
+    except CapacityError as error:
+        return {"seconds": time.perf_counter() - began, "refused": str(error)}
+    return {
+        "seconds": time.perf_counter() - began,
+        "considered": found.considered,
+        "tokens_s": found.best.tokens_s,
+        "policy": found.best.policy.to_dict(),
+    }
+
+
+def simulate(machine: str, policy: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a prediction in which every token of a block is laid out, as `flexgen.simulate` does it."""
+    spec, _ = open_model(MODEL, "dummy")
+    asked = Policy.from_dict(policy)
+    block = Workload(WORKLOAD.prompt_len, WORKLOAD.gen_len, asked.block_size)
+    began = time.perf_counter()
+    predict(spec, asked, Hardware.preset(machine), block)
+    return {"seconds": time.perf_counter() - began}
+
+
+def alone(work: partial[dict[str, Any]], found: dict[str, Any]) -> dict[str, float]:
+    """The seconds of `work` in a new process; `found` takes the rest of what it says."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        told = pool.apply(work)
+    seconds = told.pop("seconds")
+    found.update(told)
+    return {"seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", choices=MACHINES, action="append", help="only this one (may be repeated)")
+    args = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {machine: {} for machine in args.case or MACHINES}
+    searches = interleaved(
+        {machine: partial(alone, partial(search, machine), told) for machine, told in found.items()},
+        args.repeats,
+    )
+    simulations = interleaved(
+        {
+            machine: partial(alone, partial(simulate, machine, told["policy"]), {})
+            for machine, told in found.items()
+            if "policy" in told
+        },
+        args.repeats,
+    )
+    for machine, told in found.items():
+        line = f"{machine:<12} search {searches[machine]['seconds']['median']:6.2f} s of {SEARCH_S:g}"
+        if machine in simulations:
+            took = simulations[machine]["seconds"]["median"]
+            line += f", simulation {took:6.2f} s of {PREDICT_S:g}, {told['tokens_s']:.4g} tokens/s"
+        print(line + (f", {told['refused']}" if "refused" in told else ""))
+    document = {
+        "model": MODEL,
+        "workload": [WORKLOAD.prompt_len, WORKLOAD.gen_len, WORKLOAD.num_prompts],
+        "target": {"search_s": SEARCH_S, "simulation_s": PREDICT_S},
+        "search": {machine: found[machine] | searches[machine] for machine in found},
+        "simulation": simulations,
+    }
+    print(save("search_time", document))
+
+
+if __name__ == "__main__":
+    main()
