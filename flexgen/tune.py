@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -145,7 +146,12 @@ class Tuning:
             new = [candidate for candidate in self._candidates() if self._is_new(candidate)]
             if n and (not new or not self._is_new(self.search.best)):
                 return
-            self._try(new[: self._args.top])
+            args, new = self._args, new[: self._args.top]
+            _say(
+                f"round {n + 1} of at most {args.rounds}: {len(new)} candidates, {args.repeats} runs each of about "
+                f"{args.trial_seconds:g} s, a part of the job"
+            )
+            self._try(new)
             if not any(tried.runs for tried in self.tried):
                 why = "; ".join(sorted({tried.failure for tried in self.tried}))
                 raise RequestError(f"none of {len(self.tried)} candidates ran: {why}")
@@ -263,12 +269,12 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
     predicted = best.full if best else candidate.prediction.report
     hardware = tuning.hardware
     machine = f"{hardware.name} ({hardware.source})" if hardware.source else hardware.name
-    named = predicted.order != own_order(candidate.policy, hardware)
+    named = predicted.order if predicted.order != own_order(candidate.policy, hardware) else None
     lines = [
         f"Found by python -m flexgen.tune on {datetime.date.today().isoformat()}.",
         f"Model: {spec.name}, {predicted.dtype}. Machine: {machine}",
         f"Workload: {args.num_prompts} prompts of {args.prompt_len} tokens, {args.gen_len} new tokens each.",
-        f"Order: {predicted.order}" + (f", with --order {predicted.order}." if named else "."),
+        f"Order: {predicted.order}.",
         f"Predicted: {figures(predicted)}.",
     ]
     if best:
@@ -278,7 +284,27 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
         )
     else:
         lines.append("Measured: nothing, it was not run.")
-    return candidate.policy, "\n".join(lines)
+    return candidate.policy, "\n".join([*lines, f"Run it: {command(args, named)}"])
+
+
+def command(args: argparse.Namespace, order: str | None) -> str:
+    """The command that does the whole job with the policy; `order` where it would not run in it by itself."""
+    module, machine = ("simulate", args.hardware) if args.hardware else ("bench", None)
+    given = {
+        "model": args.model,
+        "weights": "dummy" if args.weights == "dummy" and not machine else None,
+        "policy": args.output or "FILE",
+        "order": order,
+        "hardware": machine,
+        "device": None if machine or args.device == "auto" else args.device,
+        "dtype": None if args.dtype == "auto" else args.dtype,
+        "offload-dir": None if machine else args.offload_dir,
+        "prompt-len": args.prompt_len,
+        "gen-len": args.gen_len,
+        "num-prompts": args.num_prompts,
+    }
+    flags = (f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+    return f"python -m flexgen.{module} {' '.join(flags)}"
 
 
 def figures(report: Report) -> str:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexgen import tune
+from flexgen import bench, tune
 from flexgen.errors import CapacityError
 from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
@@ -95,6 +95,10 @@ def test_the_best_is_written_with_where_it_came_from(tuned, trials, capsys):
     assert measured == pytest.approx(predicted / 2, rel=0.01)  # the machine was half as fast
     best = max(found["tried"], key=lambda one: one["measured_tokens_s"])
     assert best["policy"] == policy.to_dict()
+    (told,) = re.findall("Run it: python -m flexgen.bench (.*)", text)
+    asked = bench.make_parser().parse_args(told.split())
+    assert (asked.policy, asked.weights, asked.device) == (str(out), "dummy", "cpu")
+    assert (asked.prompt_len, asked.gen_len, asked.num_prompts) == (8, 6, 8)
     assert f"written to {out}" in capsys.readouterr().out
     # Interleaved: every candidate once, then all of them again; lanes are timed in the first round only.
     tried = [one["policy"] for one in found["tried"]]
@@ -181,6 +185,7 @@ def test_simulate_only_runs_nothing_and_draws_the_frontier(tmp_path, trials, cap
     assert tune.main([*flags.split(), "--frontier", str(png)]) == 0
     text = capsys.readouterr().out
     assert trials.runs == [] and "Measured: nothing" in out.read_text() and "t4" in out.read_text()
+    assert "Run it: python -m flexgen.simulate --model opt-125m --policy" in out.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert text.splitlines()[0].split() == ["prompts", "latency", "tokens/s", "block", "weights"]
 
