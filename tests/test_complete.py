@@ -86,6 +86,11 @@ def test_the_completion_alone_is_on_stdout(completion, tmp_path, typed, capsys):
     assert capsys.readouterr().out == completion + "\n"
 
 
+def test_so_many_tokens_are_made(model, capsys):
+    assert complete.main([*BEST, "--prompt", PROMPT, "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out == model.generate_text([PROMPT], 3)[0] + "\n"
+
+
 def test_a_stop_ends_it(completion, capsys):
     stop = completion[3:5]
     assert complete.main([*BEST, "--prompt", PROMPT, "--stop", "never", "--stop", stop]) == 0
@@ -97,6 +102,12 @@ def test_a_seed_repeats_what_was_drawn(model, capsys):
     drawn = dict(do_sample=True, temperature=1.3, top_k=40, top_p=0.9, seed=5)
     assert complete.main([*FLAGS, *flags]) == 0
     assert capsys.readouterr().out == model.generate_text([PROMPT], 12, **drawn)[0] + "\n"
+
+
+@pytest.mark.parametrize("flags", [["--top-k", "1"], ["--top-p", "1e-6"]])
+def test_the_best_alone_may_be_left_to_draw_from(flags, completion, capsys):
+    assert complete.main([*FLAGS, "--prompt", PROMPT, "--temperature", "5", *flags]) == 0
+    assert capsys.readouterr().out == completion + "\n"
 
 
 def test_pieces_are_shown_as_they_are_made(completion, monkeypatch):
@@ -317,12 +328,13 @@ def test_a_conversation(tmp_path, typed, monkeypatch, capsys):
         return answer(lm, ids, args)
 
     monkeypatch.setattr(complete, "_answer", listening)
-    typed("ab\ncd\n/reset\nef\n")
+    typed("ab\ncd\n" + "word " * 600 + "\n/reset\nef\n")
     assert complete.main([*BEST, "--model", str(directory), "--interactive"]) == 0
     out, err = capsys.readouterr()
     first = "[user] ab\n[assistant]"
     assert asked[0] == first
     told = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
     assert out.startswith(told + "\n"), "the answer is a part of the second prompt"
-    assert asked[2] == "[user] ef\n[assistant]"
+    assert " positions of " in err and "(/reset forgets the conversation)" in err
+    assert asked[3] == "[user] ef\n[assistant]"
     assert "a new conversation" in err

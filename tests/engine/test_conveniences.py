@@ -18,6 +18,7 @@ from flexgen.engine import OptLM
 from flexgen.errors import LaneError, ModelError, RequestError
 from flexgen.models import Head
 from flexgen.policy import Policy
+from flexgen.scoring import log_likelihoods
 
 LENGTHS, TOKENS, PAD = [3, 7, 5, 9, 2, 6, 4, 8], 12, 1
 TEXTS = ["Length: 42.7 km\nUnit: m\nAnswer:", "Date: 26 Apr 2019", "Weight: 78.0 t\nUnit:"]
@@ -245,6 +246,34 @@ def test_text_comes_in_pieces(demo: OptLM, completions: list[str]) -> None:
     assert "".join(demo.stream_text(TEXTS[0], 24, **drawn)) == demo.generate_text(TEXTS[:1], 24, **drawn)[0]
 
 
+def test_what_might_have_begun_a_stop_comes_at_the_end(demo: OptLM) -> None:
+    (text,) = demo.generate_text(TEXTS[1:2], 3)
+    stop = f"{text[-1]} and more"
+    assert demo.generate_text(TEXTS[1:2], 3, stop=stop) == [text]
+    assert "".join(demo.stream_text(TEXTS[1], 3, stop=stop)) == text
+
+
+class DropsTheFirst:
+    """A tokenizer that drops what a text begins with, as some do with a space."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        text: str = self._tokenizer.decode(ids, **options)
+        return text[1:]
+
+
+def test_a_completion_is_no_beginning_of_a_text(
+    demo: OptLM, completions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [demo.tokenizer(text).input_ids for text in TEXTS]
+    monkeypatch.setattr(demo, "tokenizer", DropsTheFirst(demo.tokenizer))
+    assert demo.generate_text(prompts, 24) == completions
+    assert demo.generate_text(prompts, 24, stop="never") == completions
+    assert "".join(demo.stream_text(prompts[0], 24)) == completions[0]
+
+
 def test_scores_of_texts(demo: OptLM) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     for text, found in zip(TEXTS, demo.score(TEXTS, rows=2), strict=True):
@@ -256,8 +285,10 @@ def test_scores_of_texts(demo: OptLM) -> None:
 
 
 def test_ids_that_begin_with_the_pad_id_are_scored_whole(lm: OptLM) -> None:
-    found = lm.score([[PAD, 5, 6], [PAD, 7, 8]])
-    assert [len(scores) for scores in found] == [2, 2]
+    texts = [[PAD, 5, 6], [PAD, 7, 8]]
+    logits = lm.forward(texts, np.ones((2, 3), dtype=int))
+    for n, scores in enumerate(lm.score(texts)):
+        torch.testing.assert_close(scores, log_likelihoods(logits[n], texts[n]))
 
 
 def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:

@@ -1,14 +1,19 @@
 """The command of 0.1: its flags, what it prints, its log, and what it refuses."""
 
 import argparse
+import dataclasses
 import re
 import shlex
 
 import pytest
 
+from flexgen.demo import MODEL_DIR
+from flexgen.errors import RequestError
 from flexgen.flex_opt import (
     BenchmarkResult,
+    OptLM,
     add_parser_arguments,
+    benchmark,
     get_filename,
     get_test_inputs,
     main,
@@ -88,6 +93,51 @@ def test_the_log_is_named_for_the_flags_and_grows(tiny_flags, tmp_path, capsys):
     assert result == BenchmarkResult(*map(float, found.groups()[1:]))
     # Figures are rounded to a millisecond.
     assert result.total_latency == pytest.approx(result.prefill_latency + result.decode_latency, abs=2e-3)
+
+
+def test_flags_become_a_policy_and_a_run_becomes_figures(tiny_flags, monkeypatch):
+    models, logged = [], []
+
+    class Kept(OptLM):
+        def __init__(self, *args):
+            super().__init__(*args)
+            models.append(self)
+
+    monkeypatch.setattr(benchmark, "OptLM", Kept)
+    monkeypatch.setattr(benchmark, "write_benchmark_log", lambda *row: logged.append(row) or "")
+    flags = "--gpu-batch-size 3 --num-gpu-batches 2 --percent 10 20 30 40 50 5 --sep-layer 0 --pin-weight 0"
+    flags += " --overlap 0 --cpu-cache-compute --compress-weight --compress-cache --cut-gen-len 3 --no-log"
+    assert main([*tiny_flags, *flags.split()]) == 0
+    (model,), ((file, *_, gpu_peak, projected, prefill, rate, decode, decode_rate, total, total_rate),) = (
+        models,
+        logged,
+    )
+    assert dataclasses.astuple(model.policy)[:14] == (
+        3, 2, 10, 20, 30, 40, 50, 5, False, False, False, True, 1.0, True
+    )  # fmt: skip
+    assert model.policy.compress_cache and model.policy.comp_weight_config.group_dim == 0
+    assert (model.task.prompt_len, model.task.gen_len, model.task.cut_gen_len) == (6, 4, 3)
+    assert model.stats.num_prompts == 6 and model.stats.prompt_tokens == 36
+    assert (file, gpu_peak, projected) == (None, 0, True)
+    assert prefill == model.stats.timing.prefill
+    assert decode == pytest.approx(model.stats.timing.decode * 3 / 2), "two of three later tokens ran"
+    assert total == pytest.approx(prefill + decode)
+    assert [prefill * rate, decode * decode_rate, total * total_rate] == pytest.approx([6 * 6, 6 * 3, 6 * 4])
+    with pytest.raises(RequestError, match="closed"):
+        model.generate([[5]], 1)
+
+
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_texts_then_devices_then_the_log_are_printed(verbose, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model {MODEL_DIR.name} --path {MODEL_DIR.parent} --offload-dir offload --prompt-len 12 --gen-len 2"
+    assert main([*flags.split(), "--gpu-batch-size", "2", "--no-log", "--verbose", str(verbose)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("benchmark - generate") + 1
+    found = [line.partition(":")[0] for line in lines[begin:] if line[:1].isalpha()]
+    log = ["model size", "peak gpu mem", "prefill latency", "decode latency", "total latency"]
+    assert found == ["Outputs"] * (verbose == 2) + ["TorchDevice"] * 2 + log
+    assert sum(line.startswith(("0: ", "1: ")) for line in lines) == (2 if verbose == 2 else 0)
 
 
 def test_no_log_writes_none(tiny_flags, tmp_path):

@@ -85,6 +85,8 @@ def test_rows_of_padding_fill_a_block_and_are_not_computed(model, tiny):
     assert (out[3] == PAD).all()
     assert model.stats.num_prompts == 3
     assert (model.generate([[PAD, PAD]], 3) == PAD).all()
+    wide = model.generate([[PAD] * 4, [5, 6]], 3)
+    np.testing.assert_array_equal(wide[1:], tiny.greedy([[PAD, PAD, 5, 6]], 3))
 
 
 def test_sampling_follows_torchs_seed(model):

@@ -59,6 +59,30 @@ def test_a_run_that_is_left_ends(way: str) -> None:
     assert stream is None or list(stream) == []
 
 
+def test_a_stream_that_is_dropped_in_the_thread_of_its_run_waits_for_nothing() -> None:
+    # The garbage collector runs in whatever thread it likes.
+    made, closed, streams, errors = (
+        threading.Event(),
+        threading.Event(),
+        list[Stream[int]](),
+        list[Exception](),
+    )
+
+    def run(teller: Teller[int]) -> None:
+        made.wait(60)
+        try:
+            streams[0].close()
+        except RuntimeError as error:
+            errors.append(error)
+        closed.set()
+        teller.check()
+
+    streams.append(Stream(run))
+    made.set()
+    assert closed.wait(60) and not errors
+    assert list(streams[0]) == []
+
+
 class Interrupted:
     """A queue at which Ctrl-C is pressed."""
 
