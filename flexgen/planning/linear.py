@@ -19,6 +19,7 @@ from scipy.optimize import linprog
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import choose_order, plan_memory
+from flexgen.memory.weight_slots import slot_sizes
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
@@ -235,7 +236,16 @@ class Corners:
         workload = replace(self._workload, num_prompts=block.block_size)
         shared = self._hardware.shares_host_memory
         plan = plan_memory(layers, placement, block, self._dtype, shared, workload, slots=order.slots)
-        return [float(plan.on(tier)) for tier in Tier]
+        # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
+        # adds to one where no share has is no line between the corners: the plan of the policy counts it.
+        between = slot_sizes(layers[1:-1], placement, shared, order.slots.weights)
+        taken = {tier: float(plan.on(tier)) for tier in Tier}
+        for tier, slots, small in (
+            (Tier.CPU if shared else Tier.GPU, plan.weight_slots.device, between.device),
+            (Tier.CPU, plan.weight_slots.staging, between.staging),
+        ):
+            taken[tier] -= max(sum(slots) - sum(small), 0)
+        return list(taken.values())
 
     def _make_layers(self, depth: int, sep_layer: bool) -> tuple[Layer, ...]:
         return build_layers(replace(self._spec, num_layers=depth), sep_layer)

@@ -226,9 +226,10 @@ class _Finder:
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def _realised(self, bound: _Bound) -> Policy | None:
-        """The solution as a policy that fits. Where rounding took too much of a tier, it is solved for again with
-        as much less of it."""
+        """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
+        a slot, it is solved for again with as much less of it; where that has no solution, weights make room."""
         capacity, solution = self._capacity.copy(), bound.solution
+        first = self._choices.rounded(bound.form, solution.shares)
         for _ in range(8):
             policy = self._choices.rounded(bound.form, solution.shares)
             _, short = self._plan(policy)
@@ -237,9 +238,10 @@ class _Finder:
             capacity -= 1.05 * np.maximum(short, 0)
             again = one_codec_each(bound.figures, capacity, self._choices.given)
             if again is None:
-                return None
+                break
             solution = again
-        return None
+        settled = "weights" in self._choices.fixed
+        return None if settled else squeezed(first, self._choices.tiers, self._short)
 
     def _short(self, policy: Policy) -> list[Tier]:
         """The tiers that it needs more of than there is."""
@@ -249,11 +251,11 @@ class _Finder:
         """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
         program does not know that, so what it left over is used, and overlap tried where it saw no room."""
         policy, choices = self._realised(bound), self._choices
-        if policy is None or "weights" in choices.fixed:
-            yield from [(policy, bound)] if policy else []
+        if policy is None:
             return
-        yield filled(policy, choices.tiers, self._short), bound
-        if policy.overlap or "overlap" in choices.fixed or self._order:
+        settled = "weights" in choices.fixed
+        yield policy if settled else filled(policy, choices.tiers, self._short), bound
+        if settled or policy.overlap or "overlap" in choices.fixed or self._order:
             return
         if beside := squeezed(policy.replace(overlap=True), choices.tiers, self._short):
             form = bound.form.replace(overlap=True)

@@ -1,5 +1,6 @@
 """The search: its linear program against the plan and the cost model, its choice against every policy of a grid."""
 
+import contextlib
 import itertools
 import re
 from dataclasses import replace
@@ -154,21 +155,22 @@ def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
     assert took(opt, found.best.policy, hardware, workload) <= 1.02 * least
 
 
-def test_overlap_is_found_where_only_some_shares_leave_room_for_it(opt, host):
-    """With a head that is large beside the layers, buffers of two units fit while the head stays in memory, and
-    not at the end of the program's lines, where all weights pass through them."""
+@pytest.mark.parametrize("capacity", ["300MiB", "350MiB", "400MiB"])
+def test_a_head_that_is_large_beside_the_layers(capacity, opt, host):
+    """It takes a slot, or a large part of the memory in place of one: what fits is no line between the corners."""
     spec, job = replace(opt, vocab_size=60_000), Workload(16, 8, 8)
     rates = {"disk_read": 1.2e8, "disk_write": 1e8, "host": 1e9}
-    hardware = host(capacity={"cpu": "400MiB", "disk": "8GiB"}, bandwidth=rates)
-    cpu = {what: {"cpu": 100} for what in CLASSES}
-    by_hand = Policy(gpu_batch_size=8, **cpu | {"weights": {"cpu": 60, "disk": 40}})
-    with pytest.raises(CapacityError):
-        predict(spec, by_hand.replace(weights={"disk": 100}), hardware, job)
+    hardware = host(capacity={"cpu": capacity, "disk": "8GiB"}, bandwidth=rates)
     best = find_policy(spec, hardware, job).best
-    assert best.policy.overlap
-    assert best.prediction.report.total_s <= 1.01 * took(spec, by_hand, hardware, job)
-    asked = find_policy(spec, hardware, job, fixed={"overlap": False}).best.policy
-    assert not asked.overlap and asked.weights.percent("cpu") > best.policy.weights.percent("cpu")
+    cpu = {what: {"cpu": 100} for what in CLASSES}
+    by_hand = []
+    for percent, overlap in itertools.product(range(0, 101, 10), (True, False)):
+        weights = {"cpu": percent, "disk": 100 - percent}
+        policy = Policy(gpu_batch_size=8, overlap=overlap, **cpu | {"weights": weights})
+        with contextlib.suppress(CapacityError):
+            by_hand.append(took(spec, policy, hardware, job))
+    assert 4 < len(by_hand) < 22
+    assert best.prediction.report.total_s <= 1.02 * min(by_hand)
 
 
 def test_the_program_by_hand(opt, machine):
