@@ -54,6 +54,12 @@ def interleaved(
     }
 
 
+def _anywhere(word: str) -> str:
+    """A path of this machine says nothing on another."""
+    path = Path(word)
+    return word if not path.is_absolute() else "DIR" if path.is_dir() else "PATH"
+
+
 def _last(figures: Mapping[str, list[float]]) -> str:
     return ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures.items())
 
@@ -62,7 +68,7 @@ def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Pat
     """Write figures, with the command and the machine, to results/<name>.json."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_anywhere, sys.argv[1:])])
     document = {"command": command, "machine": machine(), **figures}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
