@@ -1,6 +1,8 @@
 """Host memory: what may be taken of it, and what is pinned."""
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,7 +119,7 @@ def test_the_peak_of_resident_memory_is_seen_after_it_is_gone():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have their own rules")
-def test_memory_that_is_freed_between_what_is_kept_goes_back(tmp_path, python):
+def test_memory_that_is_freed_between_what_is_kept_goes_back(tmp_path):
     # In a process of its own: in one that has run other tests some of the tensors lie in holes of its heap.
     code = """
 import sys
@@ -134,10 +136,9 @@ before = cpu.resident_bytes()
 del tensors[::2]
 print(before - cpu.resident_bytes())
 """
-    process = python(code, tmp_path)
-    out, err = process.communicate(120)
-    assert process.returncode == 0, err
-    assert int(out) >= 7 * 8 * MIB
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 7 * 8 * MIB
 
 
 def test_without_a_device_nothing_is_pinned(monkeypatch):
