@@ -151,7 +151,11 @@ def main() -> None:
     add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
     add("--device", choices=("cpu", "emulated"), help="only cases of this device")
     add("--again", action="store_true", help="measure the machine again")
-    add("--resume", action="store_true", help="keep what the results have; all is predicted anew")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what the results have, but for a --case; all is predicted anew",
+    )
     add("--out", help="another file for the results")
     args = parser.parse_args()
     path = Path(args.out) if args.out else RESULTS / "prediction.json"
@@ -165,7 +169,9 @@ def main() -> None:
             continue
         if case.device not in machines:
             machines[case.device] = measured(case.device, args.offload_dir, again=args.again)
-        found = known.get(name) or measure(name, args.offload_dir, args.repeats)
+        asked_for = args.case and name in args.case
+        found = None if asked_for else known.get(name)
+        found = found or measure(name, args.offload_dir, args.repeats)
         figures[name] = compare(case, machines[case.device], found)
         _tell(name, figures[name])
         document = {
