@@ -102,7 +102,7 @@ SETTINGS = {
     "cpu": Setting("cpu", {Tier.CPU: 420 * MIB}, CPU),
     # A device of its own size is measured; the limit says what a policy may take of it.
     "emulated": Setting(
-        "emulated:memory=3GiB,link=2GiB,disk=1GiB", {Tier.GPU: 320 * MIB, Tier.CPU: 480 * MIB}, EMULATED
+        "emulated:memory=3GiB,link=2GiB,disk=1GiB", {Tier.GPU: 320 * MIB, Tier.CPU: 520 * MIB}, EMULATED
     ),
 }
 
