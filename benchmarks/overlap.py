@@ -15,7 +15,7 @@ import contextlib
 from functools import partial
 
 import numpy as np
-from record import interleaved, save
+from record import RESULTS, interleaved, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
@@ -37,10 +37,11 @@ CASES: dict[str, tuple[Policy, int, int]] = {
 def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
     model.generate(prompts, tokens, stop=())
     assert model.stats is not None
-    total = model.stats.timing.total
+    took = model.stats.timing
     phases = model.lane_seconds(prompts, tokens)
     alone = {f"{phase} {lane}": taken for phase, lanes in phases.items() for lane, taken in lanes.items()}
-    return {"share": bound_seconds(phases) / total, "seconds": total} | alone
+    whole = {"seconds": took.total, "prefill": took.prefill, "decode": took.decode}
+    return {"share": bound_seconds(phases) / took.total} | whole | alone
 
 
 def main() -> None:
@@ -50,8 +51,9 @@ def main() -> None:
     parser.add_argument("--offload-dir", required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--resume", action="store_true", help="keep the results of the other cases")
     args = parser.parse_args()
-    figures = {}
+    figures = kept(RESULTS / "overlap.json").get("figures", {}) if args.resume else {}
     for name in args.case or CASES:
         policy, prompt_len, tokens = CASES[name]
         prompts = np.random.default_rng(0).integers(4, MODEL.vocab_size, size=(policy.block_size, prompt_len))

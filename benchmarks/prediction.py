@@ -11,7 +11,6 @@ should lie on a real disk; it holds up to 2 GB.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import RESULTS, interleaved, save
+from record import RESULTS, interleaved, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy, Tier
@@ -159,7 +158,7 @@ def main() -> None:
     add("--out", help="another file for the results")
     args = parser.parse_args()
     path = Path(args.out) if args.out else RESULTS / "prediction.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
+    before = kept(path) if args.resume else {}
     known = {name: found["measured"] for name, found in before.get("figures", {}).items()}
     machines: dict[str, Hardware] = {}
     figures: dict[str, Any] = {}

@@ -64,6 +64,12 @@ def _last(figures: Mapping[str, list[float]]) -> str:
     return ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures.items())
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """What `save` wrote to `path`; empty where there is nothing yet."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return document
+
+
 def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Path:
     """Write figures, with the command and the machine, to results/<name>.json."""
     path = path or RESULTS / f"{name}.json"

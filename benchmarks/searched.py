@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import RESULTS, interleaved, save
+from record import RESULTS, interleaved, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy, Tier
@@ -201,7 +200,7 @@ def main() -> None:
     add("--resume", action="store_true", help="keep the settings that the results have")
     args = parser.parse_args()
     path = RESULTS / "searched.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if args.resume and path.exists() else {}
+    before = kept(path) if args.resume else {}
     settings: dict[str, Any] = before.get("settings", {})
     for name in args.case or SETTINGS:
         if name not in settings:

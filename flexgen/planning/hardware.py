@@ -21,7 +21,7 @@ from typing import Any
 
 from flexgen.errors import HardwareError, did_you_mean
 from flexgen.policy import CODECS, Tier
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.units import parse_bytes
 
 PRESETS = Path(__file__).with_name("hardware.toml")
@@ -65,6 +65,8 @@ class Hardware:
         "dtype codec" where that is known.
     interference: by "lane lane", the share of the first lane's rate that is lost while the second one works, because
         they share cores, memory or a disk.
+    prefill_interference: the same for the pairs that lose another share while prompts are computed: many rows are
+        limited by the cores, the few of a decode by memory.
     computes_in: by a checkpoint's dtype, the one that "auto" computes in, where it is another.
     products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
         multiply what is kept, and what they decode serves all batches of a layer's visit.
@@ -83,6 +85,7 @@ class Hardware:
     packed_products: Mapping[str, Points] = field(default_factory=dict)
     encoded_products: Mapping[str, Points] = field(default_factory=dict)
     interference: Mapping[str, float] = field(default_factory=dict)
+    prefill_interference: Mapping[str, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
     products_decode: bool = False
     fixed: Fixed = Fixed()
@@ -107,7 +110,8 @@ class Hardware:
         for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
             put(name, _table(name, getattr(self, name), _rate))
         pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
-        put("interference", _table("interference", self.interference, _lost, known=pairs))
+        for name in ("interference", "prefill_interference"):
+            put(name, _table(name, getattr(self, name), _lost, known=pairs))
         put("computes_in", _table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
         if not isinstance(self.products_decode, bool):
             raise HardwareError(f"products_decode is {self.products_decode!r}; it must be true or false")
@@ -121,10 +125,17 @@ class Hardware:
         return Tier.GPU not in self.capacity
 
     @property
-    def losses(self) -> dict[tuple[LaneName, LaneName], float]:
-        """`interference` by lanes."""
-        pairs = ((pair.split(), share) for pair, share in self.interference.items())
-        return {(LaneName(lane), LaneName(other)): share for (lane, other), share in pairs}
+    def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:
+        """`interference` by phase and lanes; a phase in which nothing is lost is left out."""
+        shares = {
+            Phase.PREFILL: {**self.interference, **self.prefill_interference},
+            Phase.DECODE: self.interference,
+        }
+        return {
+            phase: {(LaneName(lane), LaneName(other)): share for (lane, other), share in pairs}
+            for phase, of_phase in shares.items()
+            if (pairs := [(pair.split(), share) for pair, share in of_phase.items() if share])
+        }
 
     def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
         """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.

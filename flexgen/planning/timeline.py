@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from flexgen.schedule import ORDERS, Grid, Step, Visit, needed_steps, needed_visit
-from flexgen.trace import Event, LaneName, Trace
+from flexgen.trace import Event, LaneName, Phase, Trace
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
 """The work of a step as the executor sees it, in seconds: chains of stages, each (lane, seconds)."""
@@ -28,8 +28,8 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     return play(_number(steps, grid), costs)
 
 
-Losses = Mapping[tuple[LaneName, LaneName], float]
-"""The share of the first lane's rate that is lost while the second one works."""
+Losses = Mapping[Phase, Mapping[tuple[LaneName, LaneName], float]]
+"""The share of the first lane's rate, in steps of that phase, that is lost while the second one works."""
 
 _ROUNDS = 5
 _SETTLED = 1e-3
@@ -56,8 +56,11 @@ def _stretched(events: Sequence[Event], losses: Losses) -> Sequence[float]:
     lanes = np.array([_NUMBER[event.lane] for event in events])
     begin, end = (np.array([getattr(event, name) for event in events]) for name in ("start", "end"))
     lost = np.zeros(len(events))
-    for (lane, other), share in losses.items():
-        mine, theirs = lanes == _NUMBER[lane], lanes == _NUMBER[other]
+    prefill = np.array([event.step.token == 0 for event in events])
+    of_phase = {Phase.PREFILL: prefill, Phase.DECODE: ~prefill}
+    shares = ((phase, pair, share) for phase, pairs in losses.items() for pair, share in pairs.items())
+    for phase, (lane, other), share in shares:
+        mine, theirs = of_phase[phase] & (lanes == _NUMBER[lane]), lanes == _NUMBER[other]
         if not mine.any() or not theirs.any():
             continue
         # Seconds that the other has worked until any time: it serves one stage after another.

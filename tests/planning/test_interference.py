@@ -15,21 +15,21 @@ from flexgen.planning.predict import predict
 from flexgen.planning.timeline import numbered, play, play_beside
 from flexgen.policy import Policy
 from flexgen.schedule import ORDERS, Grid, Op
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
 COMPUTE, LINK, READ = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ
 
 
 def laid_out(order, grid, seconds, losses):
-    """Both timelines, with and without `losses`; a stage for each op in `seconds`."""
+    """Both timelines, with and without `losses` (of both phases); a stage for each op in `seconds`."""
     lanes = {Op.LOAD_WEIGHTS: LINK, Op.COMPUTE: COMPUTE, Op.LOAD_CACHE: READ}
     steps = numbered(order, grid)
 
     def costs(step):
         return [[(lanes[step.op], seconds[step.op])]] if step.op in seconds else []
 
-    return play(steps, costs), play_beside(steps, costs, losses)
+    return play(steps, costs), play_beside(steps, costs, dict.fromkeys(Phase, losses))
 
 
 def test_what_never_overlaps_loses_nothing():
@@ -61,6 +61,25 @@ def test_a_lane_that_is_beside_another_all_the_time():
     alone, beside = laid_out("overlap_single_batch", grid, seconds, losses)
     assert alone.span == 41.0
     assert beside.span == pytest.approx(41 / 0.75, rel=0.03)
+
+
+def test_each_phase_loses_its_own_share():
+    """One layer's weights come beside each computation but the last: a token's first waits for them."""
+    grid = Grid(tokens=3, layers=20, batches=1)
+    steps = numbered("overlap_single_batch", grid)
+    seconds = {Op.LOAD_WEIGHTS: (LINK, 1.0), Op.COMPUTE: (COMPUTE, 1.0)}
+
+    def spans(losses):
+        made = play_beside(steps, lambda step: [[seconds[step.op]]] if step.op in seconds else [], losses)
+        ends = [max(e.end for e in made.events if e.step.token == n and e.lane is COMPUTE) for n in range(3)]
+        return ends[0], ends[2] - ends[0]
+
+    pair = {(COMPUTE, LINK): 0.5}
+    assert spans({}) == (21.0, 40.0)
+    prefill, decode = spans({Phase.PREFILL: pair})
+    assert prefill == pytest.approx(41, rel=0.05) and decode == pytest.approx(40, rel=0.01)
+    prefill, decode = spans({Phase.DECODE: pair})
+    assert prefill == pytest.approx(21, rel=0.05) and decode == pytest.approx(80, rel=0.05)
 
 
 @given(
@@ -145,6 +164,7 @@ def test_what_auto_computes_in(machine):
         ({"interference": {"compute disk": 0.1}}, "unknown key 'compute disk' in interference"),
         ({"interference": {"compute disk_read": 1}}, "a share that is lost is at least 0 and below 1"),
         ({"interference": {"compute disk_read": -0.1}}, "interference.compute disk_read is -0.1"),
+        ({"prefill_interference": {"disk": 0.1}}, "unknown key 'disk' in prefill_interference"),
         ({"encoded_products": {"int4": [[1, 1]]}}, "unknown key 'int4' in encoded_products"),
         ({"packed_products": {"float32": [[2, 1], [1, 1]]}}, "write them by rising rows"),
         (
@@ -160,11 +180,16 @@ def test_mistakes_are_told(changes, said, machine):
 
 def test_all_of_it_is_in_the_file(machine, tmp_path):
     hardware = machine(
-        interference={"compute disk_read": 0.25},
+        interference={"compute disk_read": 0.25, "disk_read compute": 0.125},
+        prefill_interference={"compute disk_read": 0.5, "disk_read compute": 0.0},
         encoded_products={"float32 int4": [[1, 1e8], [16, 1e9]]},
         packed_products={"float32": [[1, 2e8]]},
         computes_in={"float16": "float32"},
     )
     hardware.save(path := tmp_path / "machine.toml")
     assert Hardware.load(path) == hardware
-    assert Hardware.load(path).losses == {(COMPUTE, READ): 0.25}
+    assert Hardware.load(path).losses == {
+        Phase.PREFILL: {(COMPUTE, READ): 0.5},
+        Phase.DECODE: {(COMPUTE, READ): 0.25, (READ, COMPUTE): 0.125},
+    }
+    assert machine(prefill_interference={"compute disk_read": 0.0}).losses == {}

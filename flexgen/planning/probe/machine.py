@@ -29,7 +29,7 @@ from flexgen.planning.probe.overheads import cell_seconds
 from flexgen.planning.probe.together import lost_shares
 from flexgen.policy import Tier
 from flexgen.quant import CODECS
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.units import format_bytes
 
 Progress = Callable[[int, int, str], object]
@@ -44,8 +44,9 @@ _CPU = torch.device("cpu")
 _ROWS_OF_A_GPU = (4096,)
 """What a layer computes at once at most, where a CPU has long reached its full rate."""
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
-_BESIDE_ROWS = 16
-"""Of a product that others run beside: it takes memory's bandwidth and the cores alike."""
+_BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
+"""The table of each phase, and the rows of a product that others run beside: few take memory's bandwidth and the
+cores alike, many the cores."""
 _NOISE = 0.03
 """A share that is lost between two measurements of the same."""
 
@@ -241,17 +242,11 @@ class _Measurement:
         self._fixed["cell"] = cell_seconds(self._machine, self._lanes, dtype, self._effort)
 
     def _find_interference(self) -> None:
-        """What each two lanes that may work at once take from each other."""
+        """What each two lanes that may work at once take from each other, and of a prefill what computing does."""
         device = self._device
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
-        enqueue = probe.multiplying(_BESIDE_ROWS)
-
-        def multiply() -> None:
-            enqueue()
-            device.wait_for_compute()
-
-        work: dict[LaneName, Callable[[], object]] = {LaneName.COMPUTE: multiply}
+        work: dict[LaneName, Callable[[], object]] = {}
         if not device.shares_host_memory:
             form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
             work[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
@@ -259,11 +254,22 @@ class _Measurement:
         for lane in lanes:
             work[lane] = self._links.mover(lane, device.wait_for_compute)
         alone = {lane: self._watch.seconds(job) for lane, job in work.items()}
-        for one, other in itertools.combinations(work, 2):
-            lost = lost_shares(
-                (alone[one], alone[other]), work[one], work[other], self._effort.beside, self._clock
-            )
-            for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
-                if share > _NOISE:
-                    self._figures.setdefault("interference", {})[f"{lane} {beside}"] = share
+        for phase, (table, rows) in _BESIDE_ROWS.items():
+            enqueue = probe.multiplying(rows)
+
+            def multiply(enqueue: Callable[[], object] = enqueue) -> None:
+                enqueue()
+                device.wait_for_compute()
+
+            work[LaneName.COMPUTE] = multiply
+            alone[LaneName.COMPUTE] = self._watch.seconds(multiply)
+            found = self._figures.setdefault(table, {})
+            for one, other in itertools.combinations(work, 2):
+                if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
+                    continue  # the same in both phases
+                lost = lost_shares(
+                    (alone[one], alone[other]), work[one], work[other], self._effort.beside, self._clock
+                )
+                for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
+                    found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
         probe.release()
