@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexgen.errors import FlexGenError
+from flexgen.errors import FlexGenError, PolicyError
 from flexgen.policy import Auto, Policy
 from flexgen.schedule import ORDERS
 
@@ -76,11 +76,14 @@ def read_policy(args: argparse.Namespace) -> Policy | Auto:
     Where the flags say how weights, cache and activations lie and what a block is, nothing is searched for.
     """
     fixed = fixed_fields(args)
-    if args.policy != AUTO:
-        return Policy.load(args.policy).replace(**fixed)
-    if fixed.keys() >= {"weights", "gpu_batch_size", "num_gpu_batches"}:
-        return Policy(**fixed)
-    return Auto(fixed, args.lossy)
+    searched = args.policy == AUTO and not fixed.keys() >= {"weights", "gpu_batch_size", "num_gpu_batches"}
+    if searched:
+        return Auto(fixed, args.lossy)
+    if args.lossy:
+        raise PolicyError(
+            "--lossy lets a search choose codecs, and all is given here: write them into a policy file"
+        )
+    return Policy(**fixed) if args.policy == AUTO else Policy.load(args.policy).replace(**fixed)
 
 
 def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:

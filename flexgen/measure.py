@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flexgen.flags import run
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.measured import cache_folder, measured
+from flexgen.planning.measured import cache_folder, measured, remembered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +40,10 @@ def measure(args: argparse.Namespace) -> Hardware:
     else:
         print(hardware.to_toml(), end="")
     if not args.quiet:
-        where = f"written to {args.output}, " if args.output else ""
-        print(f"{where}kept in {cache_folder()}", file=sys.stderr)
+        where = [f"written to {args.output}"] if args.output else []
+        if remembered(args.device, args.offload_dir):
+            where.append(f"kept in {cache_folder()}")
+        print(", ".join(where), file=sys.stderr)
     return hardware
 
 

@@ -28,6 +28,7 @@ from flexgen.planning.auto import USUAL, in_words, own_order, this_machine
 from flexgen.planning.correct import Seen, corrected
 from flexgen.planning.frontier import Point, draw, find_frontier, frontier_table, plotter
 from flexgen.planning.hardware import Hardware
+from flexgen.planning.measured import find_hardware
 from flexgen.planning.search import Candidate, Search, find_policy
 from flexgen.policy import Policy
 from flexgen.report import Report
@@ -96,7 +97,7 @@ class Tried:
             "predicted_tokens_s": self.full.throughput_tokens_s,
         }
         if not self.runs:
-            return figures | {"failure": self.failure}
+            return figures | ({"failure": self.failure} if self.failure else {})
         return figures | {
             "measured_tokens_s": self.measured.throughput_tokens_s,
             "spread": self.spread,
@@ -114,7 +115,7 @@ class Tuning:
         self._args = args
         self._spec = spec
         self._first = hardware
-        self._workload = workload
+        self.workload = workload
         self.hardware = hardware
         self.tried: list[Tried] = []
         self.search = self.find(workload)
@@ -156,7 +157,7 @@ class Tuning:
                 why = "; ".join(sorted({tried.failure for tried in self.tried}))
                 raise RequestError(f"none of {len(self.tried)} candidates ran: {why}")
             self.hardware = corrected(self._first, [tried.seen() for tried in self.tried if tried.runs])
-            self.search = self.find(self._workload)
+            self.search = self.find(self.workload)
             _say(f"with the figures corrected, {in_words(self.search)}")
 
     def _candidates(self) -> list[Candidate]:
@@ -181,10 +182,10 @@ class Tuning:
     def _planned(self, candidate: Candidate) -> Tried:
         policy, order = candidate.policy, candidate.order
         job = self._spec, policy, order, self._first
-        shape = shape_for(*job, self._workload, self._args.trial_seconds, self._args.dtype)
+        shape = shape_for(*job, self.workload, self._args.trial_seconds, self._args.dtype)
         predicted = predicted_trial(*job, shape, self._args.dtype)
         # The whole job, with the figures that the trial is predicted with.
-        whole = predicted_trial(*job, Shape(self._spec.num_layers, self._workload), self._args.dtype)
+        whole = predicted_trial(*job, Shape(self._spec.num_layers, self.workload), self._args.dtype)
         return Tried(candidate, shape, whole, predicted)
 
     def _run(self, tried: Tried, repeat: int) -> None:
@@ -221,14 +222,18 @@ def tune(args: argparse.Namespace) -> None:
         )
     plot = plotter() if args.frontier else None
     spec, _ = open_model(args.model, "dummy" if args.simulate_only else args.weights)
-    hardware = Hardware.find(args.hardware) if args.hardware else this_machine(args.device, args.offload_dir)
+    hardware = (
+        find_hardware(args.hardware, args.device, args.offload_dir)
+        if args.hardware
+        else this_machine(args.device, args.offload_dir)
+    )
     tuning = Tuning(args, spec, hardware, Workload(args.prompt_len, args.gen_len, args.num_prompts))
     points: list[Point] = []
     interrupted = None
     try:
         if not args.simulate_only:
             tuning.run()
-        points = find_frontier(tuning.find, tuning._workload)
+        points = find_frontier(tuning.find, tuning.workload)
     except KeyboardInterrupt as interrupt:
         interrupted = interrupt
     if tuning.tried:
@@ -332,7 +337,9 @@ def trials_table(tried: Sequence[Tried]) -> str:
     rows = []
     for one in sorted(tried, key=lambda t: -t.measured.throughput_tokens_s if t.runs else 0.0):
         measured = (
-            f"{one.measured.throughput_tokens_s:10.2f} {one.spread:7.0%}" if one.runs else f"{'failed':>18}"
+            f"{one.measured.throughput_tokens_s:10.2f} {one.spread:7.0%}"
+            if one.runs
+            else f"{'failed' if one.failure else 'not run':>18}"
         )
         rows.append(f"{one.full.throughput_tokens_s:10.2f} {measured}  {words(one.candidate.policy)}")
     return "\n".join([f"{'predicted':>10} {'measured':>10} {'spread':>7}  tokens/s of the whole job", *rows])

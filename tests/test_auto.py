@@ -63,6 +63,12 @@ def test_answers_are_those_of_any_policy(device):
         assert model.stats.order == model.auto.search.best.order
 
 
+def test_a_tier_that_may_not_be_used_is_not():
+    with opened(max_memory={Tier.DISK: 0}) as model:
+        model.generate(prompts(8, 12), 6, stop=())
+        assert model.stats.plan.on(Tier.DISK) == 0
+
+
 def test_what_was_chosen_is_logged_in_one_line(caplog):
     with caplog.at_level(logging.INFO, logger="flexgen"), opened() as model:
         (record,) = (r for r in caplog.records if r.name == "flexgen")
@@ -181,6 +187,8 @@ def test_what_cannot_be_served_is_refused_as_ever():
 def test_flags_are_what_auto_keeps(tmp_path):
     assert parsed() == Auto() == parsed("--policy", "auto")
     assert parsed("--lossy").lossy
+    with pytest.raises(PolicyError, match="--lossy lets a search choose codecs, and all is given here"):
+        parsed(*"--percent 10 90 0 100 100 0 --gpu-batch-size 4 --num-gpu-batches 2 --lossy".split())
     given = parsed("--percent", "10", "90", "0", "100", "100", "0", "--overlap", "no")
     assert given == Auto({"weights": {"gpu": 10, "cpu": 90}, "cache": {"cpu": 100}, "activations": {"gpu": 100},
                           "overlap": False})  # fmt: skip

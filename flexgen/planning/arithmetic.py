@@ -72,7 +72,9 @@ class Arithmetic:
     def _fused_rows(self, codec: str) -> float:
         """Most rows for which a matrix is multiplied as `codec` keeps it."""
         measured = self._hardware.encoded_products.get(f"{self._name} {codec}")
-        return measured[-1][0] if measured else self._fused
+        if measured is None:
+            return self._fused
+        return measured[-1][0] if measured else 0
 
     def decoding(self, codec: str, values: int) -> float:
         """Of encoded weights on the compute device."""

@@ -55,7 +55,9 @@ def this_machine(
     with _Bar(progress) as bar:
         hardware = measured(device, offload_dir, progress=bar)
     most = max_memory or {}
-    capacity = {tier: min(int(n * _SPARE), most.get(tier, n)) for tier, n in hardware.capacity.items()}
+    capacity = {
+        tier: max(min(int(n * _SPARE), most.get(tier, n)), 1) for tier, n in hardware.capacity.items()
+    }
     return hardware.replace(capacity=capacity)
 
 

@@ -80,7 +80,7 @@ class Choices:
         if not self._lossy or what == "activations":
             return False
         if what == "weights":
-            return codec in self._hardware.decoding
+            return self._hardware.decodes(str(self._dtype).removeprefix("torch."), codec)
         known = codec in self._hardware.device_attention
         known &= self._shared or codec in self._hardware.host_attention
         return known and self._settled.attn_sparsity == 1 and _keeps_heads(codec, self._spec, self._dtype)

@@ -36,6 +36,13 @@ class Seen:
     measured: ByPhase
     predicted: ByPhase
 
+    @property
+    def together(self) -> bool:
+        """Whether host and device are one resource, as on `emulated`: a run counts what the host attends as computed,
+        a prediction does not."""
+        apart = {lane for lanes in self.measured.values() for lane in lanes}
+        return LaneName.HOST not in apart and any(LaneName.HOST in lanes for lanes in self.predicted.values())
+
     def rows(self, phase: Phase) -> int:
         """Rows of activations that a product of the phase has."""
         return self.policy.gpu_batch_size * (self.prompt_len if phase is Phase.PREFILL else 1)
@@ -45,17 +52,17 @@ class _Ratio:
     """Predicted over measured seconds: what a rate is to be multiplied with."""
 
     def __init__(self) -> None:
-        self._predicted = self._measured = 0.0
+        self.predicted = self.measured = 0.0
 
     def add(self, predicted: float, measured: float) -> None:
-        self._predicted += predicted
-        self._measured += measured
+        self.predicted += predicted
+        self.measured += measured
 
     @property
     def rate(self) -> float:
-        if not self._measured or not self._predicted:
+        if not self.measured or not self.predicted:
             return 1.0
-        return min(max(self._predicted / self._measured, 1 / MOST), MOST)
+        return min(max(self.predicted / self.measured, 1 / MOST), MOST)
 
 
 def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
@@ -77,10 +84,11 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
     def rate(lane: LaneName, *phases: Phase) -> float:
         both = _Ratio()
         for phase in phases or tuple(Phase):
-            both.add(lanes[lane, phase]._predicted, lanes[lane, phase]._measured)
+            both.add(lanes[lane, phase].predicted, lanes[lane, phase].measured)
         return both.rate
 
     decode, prefill = rate(LaneName.COMPUTE, Phase.DECODE), rate(LaneName.COMPUTE, Phase.PREFILL)
+    host = decode if any(run.together for run in runs) else rate(LaneName.HOST)
     moved = (LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
     on_device, on_host = _attended(hardware, runs)
     dtypes = {run.dtype for run in runs}
@@ -97,7 +105,7 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
         encoded_products=encoded,
         prefill_attention=_times(hardware.prefill_attention, dtypes, prefill),
         device_attention=_times(hardware.device_attention, on_device, decode),
-        host_attention=_times(hardware.host_attention, on_host, rate(LaneName.HOST)),
+        host_attention=_times(hardware.host_attention, on_host, host),
         decoding={
             key: n * (rate(LaneName.COMPUTE) if key.split()[-1] in codecs else 1)
             for key, n in hardware.decoding.items()
@@ -114,7 +122,11 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
 def _believed(run: Seen) -> Iterable[tuple[Phase, LaneName, float, float]]:
     """(phase, lane, predicted, measured) of what took long enough in both."""
     for phase, measured in run.measured.items():
-        predicted: Mapping[LaneName, float] = run.predicted.get(phase, {})
+        predicted = dict(run.predicted.get(phase, {}))
+        if run.together:
+            predicted[LaneName.COMPUTE] = predicted.get(LaneName.COMPUTE, 0.0) + predicted.pop(
+                LaneName.HOST, 0.0
+            )
         for lane in measured.keys() & predicted.keys():
             if all(
                 by_lane[lane] >= _COUNTS_FROM * max(by_lane.values()) for by_lane in (measured, predicted)

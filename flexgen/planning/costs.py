@@ -391,7 +391,8 @@ def _alike(layers: Sequence[Layer], placement: Placement) -> list[int]:
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        encoded = tuple(placement.codec(weight) for weight in layer.weights)
-        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), encoded)
+        # What stays on the device may be laid out for products; what comes from elsewhere is not.
+        kept = tuple((placement.codec(weight), placement.of(weight)) for weight in layer.weights)
+        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), kept)
         first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
     return first

@@ -57,7 +57,8 @@ class Hardware:
         roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
     packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
     encoded_products: by "dtype codec", the same for matrices that are multiplied as they are kept, up to the most
-        rows for which they are. Without it such a product waits for as much less as is kept.
+        rows for which they are; no points say that they never are. Without an entry such a product waits for as much
+        less as is kept.
     prefill_attention: by dtype, flop/s of causal attention over a prompt, on the compute device.
     device_attention, host_attention: bytes/s at which the cache of a token that is decoded is attended, on the
         compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
@@ -106,7 +107,10 @@ class Hardware:
             raise HardwareError("products is empty; give points for at least one dtype")
         put("packed_products", _table("packed_products", self.packed_products, _points, known=_DTYPES))
         forms = [f"{dtype} {codec}" for dtype in _DTYPES for codec in CODECS]
-        put("encoded_products", _table("encoded_products", self.encoded_products, _points, known=forms))
+        put(
+            "encoded_products",
+            _table("encoded_products", self.encoded_products, _points_or_none, known=forms),
+        )
         for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
             put(name, _table(name, getattr(self, name), _rate))
         pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
@@ -155,6 +159,10 @@ class Hardware:
         """Bytes/s of weights that come out of `codec` in `dtype`."""
         exact = f"{dtype} {codec}"
         return self.figure("decoding", exact if exact in self.decoding else codec)
+
+    def decodes(self, dtype: str, codec: str) -> bool:
+        """Whether `decoding_rate` is known."""
+        return f"{dtype} {codec}" in self.decoding or codec in self.decoding
 
     def _dtype(self, name: str, value: object) -> str:
         if value not in self.products:
@@ -325,6 +333,10 @@ def _bytes(name: str, value: Any) -> int:
     if count < 1:
         raise HardwareError(f"{name} is {count}; a tier that is there has at least 1 byte")
     return count
+
+
+def _points_or_none(name: str, value: object) -> Points:
+    return () if isinstance(value, Sequence) and not value else _points(name, value)
 
 
 def _points(name: str, value: object) -> Points:

@@ -210,7 +210,6 @@ class Corners:
                     taken[int(each), _UNHIDDEN, n] += times * longest
         if several:  # from the first and each other to the line through any number of them
             taken[0] -= taken[1]
-            taken[0, _IN_TURN] += taken[1, _IN_TURN]
         decode = [
             [decode_seconds(row, tokens, flushing, gen_len, costs.flushes) for row in part] for part in taken
         ]

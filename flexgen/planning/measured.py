@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import HardwareError
+from flexgen.kernels.loading import native_available
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Hardware
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 THIS = ("measured", "this")
 """Names that stand for the machine at hand."""
 
-_FORM = 1
+_FORM = 2
 """Counted up when what is measured changes its meaning, so that older figures are measured again."""
 
 
@@ -91,7 +92,7 @@ def cache_folder() -> Path:
 def cache_file(
     machine: Machine, device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
 ) -> Path:
-    """The file of one machine, device, disk and version."""
+    """The file of one machine, device, disk and version, with or without compiled kernels."""
     disk = os.stat(offload_dir or tempfile.gettempdir()).st_dev
     name, _ = description(machine)
     spec = machine.device.name if isinstance(device, ComputeDevice) else str(device).strip().lower()
@@ -99,7 +100,7 @@ def cache_file(
         spec = machine.device.name
     parts = (
         platform.node(), processor(), os.cpu_count(), torch.get_num_threads(), name, spec, disk,
-        torch.__version__, _own_version(), _FORM,
+        torch.__version__, _own_version(), native_available(), _FORM,
     )  # fmt: skip
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     readable = re.sub(r"[^a-z0-9]+", "-", spec).strip("-")[:40]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from flexgen.errors import RequestError, ScheduleError
+from flexgen.errors import CapacityError, RequestError, ScheduleError
 from flexgen.memory.fitting import fitting_plan
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_attends, plan_memory
@@ -21,6 +21,7 @@ from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import ORDERS, Op
 from flexgen.trace import Event, LaneName, Phase, Trace
+from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _EXACT_CELLS = 100_000
@@ -146,7 +147,13 @@ def _plan(
     slots = choose_order(order, policy, shared, policy.num_gpu_batches).slots
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
     # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
-    limits[Tier.DISK] = hardware.capacity[Tier.DISK] - placement.nbytes[Tier.DISK]
+    on_disk, disk = placement.nbytes[Tier.DISK], hardware.capacity[Tier.DISK]
+    if on_disk > disk:
+        raise CapacityError(
+            f"weights on the disk tier take {format_bytes(on_disk)}, and {hardware.name} has {format_bytes(disk)} of "
+            "it: put a smaller share of them on disk"
+        )
+    limits[Tier.DISK] = disk - on_disk
 
     def plan(asked: Policy) -> MemoryPlan:
         return plan_memory(layers, placement, asked, placement.dtype, shared, workload, slots=slots)

@@ -296,7 +296,7 @@ class _Finder:
         small = self._simulated(policy, small=True).report
         alone = bound.figures.seconds(shares_of(policy))
         longest = sum(
-            max(alone[n][lane] for lane in small.phases[phase]) for n, phase in enumerate(small.phases)
+            max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
         )
         assert small.bound_s is not None
         return longest * _blocks(self._workload, policy) * small.total_s / small.bound_s

@@ -105,6 +105,22 @@ def test_products_are_changed_at_the_rows_that_were_seen(machine):
     assert better.prefill_attention["float32"] == pytest.approx(guess.prefill_attention["float32"] / 2)
 
 
+@pytest.mark.parametrize("slower", [0.5, 2.0])
+def test_host_and_device_that_share_cores_are_timed_together(slower, machine):
+    """As `emulated` is: a run counts what the host attends as computed, a prediction has it apart."""
+    guess = machine()
+    policy = Policy(gpu_batch_size=4, weights={"cpu": 100}, cache={"cpu": 100})
+    lanes = {phase: {LaneName.COMPUTE: 1.0, LaneName.HOST: 3.0} for phase in Phase}
+    took = {phase: {LaneName.COMPUTE: 4.0 * slower} for phase in Phase}
+    better = corrected(guess, [Seen(policy, "float32", 100, took, lanes)])
+    for rows in (4, 400):
+        assert better.product_rate("float32", rows) == pytest.approx(
+            guess.product_rate("float32", rows) / slower
+        )
+    assert better.host_attention["float32"] == pytest.approx(guess.host_attention["float32"] / slower)
+    assert better.device_attention == guess.device_attention
+
+
 def test_what_says_little_is_not_believed(machine):
     guess = machine()
     lanes = {LaneName.COMPUTE: 1.0, LaneName.TO_DEVICE: 0.01, LaneName.DISK_READ: 0.5}

@@ -1,6 +1,7 @@
 """Lanes that take something from each other, and products of matrices in every form that was measured."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -142,6 +143,32 @@ def test_matrices_that_stay_are_laid_out_for_products(host, configs, tier, packe
     hardware = host(packed_products={"float32": [[8, 4e9]]})
     seconds, flops = products(hardware, configs, 8, tier=tier)
     assert seconds == pytest.approx(flops / (4e9 if packed else 1e9), rel=1e-3)
+
+
+def test_of_equal_layers_only_those_that_stay_are_laid_out(host, configs):
+    """With every second layer's weights on disk: between all in memory and all on disk."""
+    spec, _ = open_model(configs["opt"], "dummy")
+    deep, workload = replace(spec, num_layers=8), Workload(16, 4, 4)
+    hardware = host(packed_products={"float32": [[8, 4e9]]})
+
+    def computing(**weights):
+        policy = Policy(gpu_batch_size=4, weights=weights)
+        return sum(
+            by_lane[COMPUTE] for by_lane in predict(deep, policy, hardware, workload).report.phases.values()
+        )
+
+    resident, streamed = computing(cpu=100), computing(disk=100)
+    assert resident < 0.7 * streamed
+    assert computing(cpu=50, disk=50) == pytest.approx((resident + streamed) / 2, rel=0.15)
+
+
+def test_no_points_say_that_nothing_is_multiplied_as_it_is_kept(host, configs, tmp_path):
+    hardware = host(encoded_products={"float32 int4": []})
+    hardware.save(path := tmp_path / "machine.toml")
+    assert Hardware.load(path) == hardware
+    seconds, flops = products(hardware, configs, 1, codec="int4")
+    decoded = flops / 2 * 4 / hardware.figure("decoding", "int4")
+    assert seconds == pytest.approx(flops / hardware.product_rate("float32", 1) + decoded, rel=1e-3)
 
 
 def test_decoding_by_dtype_where_that_is_known(machine):

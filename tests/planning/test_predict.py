@@ -182,6 +182,17 @@ def test_the_plan_is_the_engines(policy, device, order, prompts, configs, specs,
     assert list(predicted.layer_names) == model.layer_names
 
 
+def test_weights_that_the_disk_cannot_hold_are_refused_by_their_size(opt, machine):
+    full = machine(capacity={"gpu": "1GiB", "cpu": "1GiB", "disk": "1KiB"})
+    with pytest.raises(
+        CapacityError, match=r"weights on the disk tier take [\d.]+ \wiB, and round has 1 KiB of it"
+    ):
+        predict(opt, Policy(weights={"disk": 100}), full, Workload(10, 4, 1))
+    assert predict(
+        opt, Policy(weights={"gpu": 100}, cache={"gpu": 100}), full, Workload(10, 4, 1)
+    ).report.total_s
+
+
 def test_what_does_not_fit_is_refused_as_the_engine_does(opt, configs, machine):
     policy = Policy(gpu_batch_size=8, num_gpu_batches=2)
     small = machine(capacity={"gpu": "2MiB", "cpu": "1GiB", "disk": "1GiB"})

@@ -237,6 +237,12 @@ def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
     assert lossy.tokens_s > 1.1 * exact.tokens_s
     chosen = {split[tier].codec for split in (lossy.policy.weights, lossy.policy.cache) for tier in Tier}
     assert chosen & {"int4", "int8"}
+    # A machine that was measured knows them by the dtype that comes out.
+    by_dtype = hardware.replace(decoding={f"float32 {codec}": 1e8 for codec in ("int4", "int8")})
+    assert find_policy(opt, by_dtype, workload, lossy=True, fixed=shape).best.policy == lossy.policy
+    others = hardware.replace(decoding={"float16 int4": 1e8, "float16 int8": 1e8})
+    weights = find_policy(opt, others, workload, lossy=True, fixed=shape).best.policy.weights
+    assert all(weights[tier].codec == "none" for tier in Tier)
     none = hardware.replace(decoding={}, device_attention={"float32": 1e8}, host_attention={"float32": 1e7})
     without = find_policy(opt, none, workload, lossy=True, fixed=shape).best
     assert without.policy == find_policy(opt, none, workload, fixed=shape).best.policy
@@ -264,6 +270,13 @@ def test_it_says_what_was_chosen_and_why(opt, machine):
     assert header.startswith("tokens/s") and len(rows) == 3
     assert any("is the longest lane of the decode" in words for words in found.best.limits)
     assert any("gpu tier is full" in words for words in found.best.limits)
+
+
+def test_one_new_token_has_no_decode(opt, machine):
+    """Of so many cells that a small model stands for the whole."""
+    fixed = {"gpu_batch_size": 1, "num_gpu_batches": 400}
+    best = find_policy(opt, machine(), Workload(16, 1, 400), fixed=fixed).best
+    assert best.policy.block_size == 400 and best.prediction.report.decode_s == pytest.approx(0, abs=0.1)
 
 
 def test_the_last_block_is_about_as_full_as_the_others(opt, machine):

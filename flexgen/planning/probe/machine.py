@@ -28,7 +28,7 @@ from flexgen.planning.probe.links import LinkProbe
 from flexgen.planning.probe.overheads import cell_seconds
 from flexgen.planning.probe.together import lost_shares
 from flexgen.policy import Tier
-from flexgen.quant import CODECS
+from flexgen.quant import CODECS, Codec
 from flexgen.trace import LaneName, Phase
 from flexgen.units import format_bytes
 
@@ -207,10 +207,7 @@ class _Measurement:
             )
         for codec in CODECS.values():
             key = f"{name} {codec.name}"
-            yield (
-                f"products {key}",
-                partial(self._put, "encoded_products", key, partial(probe.encoded_products, codec)),
-            )
+            yield f"products {key}", partial(self._find_encoded, probe, key, codec)
             yield f"decoding {key}", partial(self._put, "decoding", key, partial(probe.decoding, codec))
         yield (
             f"attention of a prompt, {name}",
@@ -223,6 +220,10 @@ class _Measurement:
             forms |= {codec.name: codec.heads(head_dim) for codec in CODECS.values()}
         for key, form in forms.items():
             yield f"attention of a token, {key}", partial(self._find_attention, probe, key, form)
+
+    def _find_encoded(self, probe: ArithmeticProbe, key: str, codec: Codec) -> None:
+        # No points say that nothing is multiplied as it is kept; without an entry that is not known.
+        self._figures.setdefault("encoded_products", {})[key] = probe.encoded_products(codec)
 
     def _find_attention(self, probe: ArithmeticProbe, key: str, form: Any) -> None:
         device, host = self._device, self._machine.host
