@@ -104,6 +104,11 @@ class Report:
         }
 
     @property
+    def busy(self) -> dict[LaneName, float]:
+        """The share of the time that each lane alone would need."""
+        return {lane: seconds / self.total_s for lane, seconds in self.lanes.items()} if self.total_s else {}
+
+    @property
     def waits_for(self) -> dict[Phase, LaneName]:
         """The lane that alone would take longest in each phase."""
         return {
@@ -141,6 +146,7 @@ class Report:
         return fields | {
             "policy": self.policy.to_dict(),
             "lanes": _plain(self.lanes),
+            "busy": _plain(self.busy),
             "phases": _plain_phases(self.phases),
             "waits_for": {str(phase): str(lane) for phase, lane in self.waits_for.items()},
             "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
@@ -229,7 +235,9 @@ class Report:
 
     def _lanes(self, phase: Phase) -> str:
         ordered = sorted(self.phases[phase].items(), key=lambda pair: -pair[1])
-        return "alone " + ", ".join(f"{lane} {format_seconds(seconds)}" for lane, seconds in ordered)
+        took = self.prefill_s if phase is Phase.PREFILL else self.decode_s
+        shares = ((lane, alone, f" ({alone / took:.0%})" if took else "") for lane, alone in ordered)
+        return "alone " + ", ".join(f"{lane} {format_seconds(alone)}{share}" for lane, alone, share in shares)
 
     def _bound(self) -> str:
         assert self.bound_share is not None

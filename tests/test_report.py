@@ -66,6 +66,7 @@ def test_json_is_one_line_with_every_key():
     assert found["phases"]["prefill"] == {"compute": 1.8, "disk_read": 0.5}
     assert found["waits_for"] == {"prefill": "compute", "decode": "disk_read"}
     assert found["lanes"]["compute"] == pytest.approx(3.8)
+    assert found["busy"]["compute"] == pytest.approx(3.8 / 8)
     assert (found["bound_s"], found["bound_share"]) == (pytest.approx(7.2), pytest.approx(0.9))
     assert Policy.from_dict(found["policy"]) == report().policy
 
@@ -75,6 +76,7 @@ def test_card_says_what_people_look_for():
     assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
     assert "90% of what the hardware gives here: prefill waits for compute, decode for disk_read" in card
     assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
+    assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # of its phase
     assert "2 KiB planned, 1 KiB at the peak" in card
     assert "bytes gpu" not in card  # nothing is there
     assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1

@@ -45,6 +45,11 @@ class DiskStore:
         """Bytes this process may still write to the file system of the offload directory."""
         return shutil.disk_usage(self._base).free
 
+    @property
+    def total(self) -> int:
+        """Bytes of that file system in all."""
+        return shutil.disk_usage(self._base).total
+
     def scratch(self, name: str, nbytes: int) -> Path:
         """A new file of `nbytes` zero bytes, rounded up to whole blocks, its space reserved.
 

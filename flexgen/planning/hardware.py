@@ -50,7 +50,8 @@ class Hardware:
     """One machine. Raises HardwareError for what cannot be meant.
 
     name, source: which machine, and where the figures come from.
-    capacity: bytes by tier. Without `gpu` the compute device is the host and shares its memory.
+    capacity: bytes by tier that a plan may use. Without `gpu` the compute device is the host and shares its memory.
+    installed: bytes by tier that there are in all; told, not planned with.
     bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
         `host` for copies within host memory.
     products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
@@ -77,6 +78,7 @@ class Hardware:
     name: str
     source: str = ""
     capacity: Mapping[Tier, int]
+    installed: Mapping[Tier, int] = field(default_factory=dict)
     bandwidth: Mapping[LaneName, float]
     products: Mapping[str, Points]
     prefill_attention: Mapping[str, float]
@@ -99,6 +101,7 @@ class Hardware:
             if not isinstance(text := getattr(self, name), str):
                 raise HardwareError(f"{name} is {text!r}; it must be a text")
         put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
+        put("installed", _table("installed", self.installed, _bytes, known=Tier))
         lanes = (*_DISK, *_HOST, *(() if self.shares_host_memory else _LINK))
         rates = _table("bandwidth", self.bandwidth, _rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST))
         put("bandwidth", rates)

@@ -200,6 +200,8 @@ def test_capacity_is_what_a_plan_may_use(tmp_path):
         assert found[Tier.GPU] == 64 * MIB
         assert found[Tier.CPU] == pytest.approx(machine.limits()[Tier.CPU], rel=0.1)
         assert found[Tier.DISK] == pytest.approx(machine.disk.free, rel=0.1)
+        whole = machine_probe.installed(machine)
+        assert whole[Tier.GPU] == 64 * MIB and all(whole[tier] >= found[tier] for tier in Tier)
     finally:
         machine.close()
 

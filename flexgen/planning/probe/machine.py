@@ -96,6 +96,17 @@ def capacities(machine: Machine) -> dict[Tier, int]:
     return {tier: max(count, 1) for tier, count in own.items() if count is not None}
 
 
+def installed(machine: Machine) -> dict[Tier, int]:
+    """Bytes of each tier in all, used or not."""
+    device, host = machine.device, psutil.virtual_memory().total
+    there = {Tier.CPU: host, Tier.DISK: machine.disk.total}
+    if device.torch_device.type == "cuda":
+        there[Tier.GPU] = torch.cuda.get_device_properties(device.torch_device).total_memory
+    elif not device.shares_host_memory:
+        there[Tier.GPU] = device.memory.capacity or host
+    return there
+
+
 def description(machine: Machine) -> tuple[str, str]:
     """(name, source) of what is measured on a machine."""
     device = machine.device
@@ -161,7 +172,7 @@ class _Measurement:
         name, source = description(self._machine)
         capacity = capacities(self._machine)
         fields: dict[str, Any] = {"name": name, "source": source, "capacity": capacity} | self._figures
-        return Hardware(**fields, fixed=Fixed(**self._fixed))
+        return Hardware(**fields, installed=installed(self._machine), fixed=Fixed(**self._fixed))
 
     def _put(self, table: str, key: object, find: Callable[[], Any]) -> None:
         if found := find():
