@@ -6,12 +6,16 @@ Weights 100% on disk with large and with small batches, and the KV cache on disk
 OPT-1.3B shape with random weights in bfloat16 on the CPU. The vocabulary is cut with the layers, to a third, so
 that the head is as large a part as it is of the whole model. `normal` is measured beside the overlap orders. DIR
 should lie on a real disk; the model's 0.9 GB are written there once.
+
+Beside it: for which share of a run the lane that each phase waits for was busy in that run. It does not count what a
+lane is slower beside others, and not what the machine changes between the run and the lanes alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -20,6 +24,7 @@ from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.report import bound_seconds
+from flexgen.trace import Event, LaneName, Phase
 
 MODEL = OPTConfig(
     vocab_size=16_384, hidden_size=2048, ffn_dim=8192, num_hidden_layers=8, num_attention_heads=32,
@@ -34,6 +39,15 @@ CASES: dict[str, tuple[Policy, int, int]] = {
 }
 
 
+def busiest(events: list[Event]) -> float:
+    """Seconds in which the lane that each phase waits for worked, in the run itself."""
+    seconds: Counter[tuple[Phase, LaneName]] = Counter()
+    for event in events:
+        phase = Phase.DECODE if event.step.token else Phase.PREFILL
+        seconds[phase, event.lane] += event.end - event.start
+    return sum(max(taken for (of, _), taken in seconds.items() if of is phase) for phase in Phase)
+
+
 def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
     model.generate(prompts, tokens, stop=())
     assert model.stats is not None
@@ -41,7 +55,8 @@ def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
     phases = model.lane_seconds(prompts, tokens)
     alone = {f"{phase} {lane}": taken for phase, lanes in phases.items() for lane, taken in lanes.items()}
     whole = {"seconds": took.total, "prefill": took.prefill, "decode": took.decode}
-    return {"share": bound_seconds(phases) / took.total} | whole | alone
+    shares = {"share": bound_seconds(phases) / took.total, "busy": busiest(took.trace.events) / took.total}
+    return shares | whole | alone
 
 
 def main() -> None:
@@ -73,11 +88,12 @@ def main() -> None:
                 model.generate(prompts[:1, :4], 1, stop=())
                 cases["overlap" if overlap else "normal"] = partial(run, model, prompts, tokens)
             figures[name] = interleaved(cases, args.repeats)
-    print(f"{'case':<28}{'overlap':>10}{'normal':>10}")
+    print(f"{'case':<28}{'overlap':>10}{'busy':>10}{'normal':>10}{'busy':>10}")
     for name, found in figures.items():
-        print(
-            f"{name:<28}{found['overlap']['share']['median']:>10.2f}{found['normal']['share']['median']:>10.2f}"
+        shares = (
+            found[order][what]["median"] for order in ("overlap", "normal") for what in ("share", "busy")
         )
+        print(f"{name:<28}" + "".join(f"{share:>10.2f}" for share in shares))
     print(
         save(
             "overlap",
