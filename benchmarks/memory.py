@@ -3,10 +3,11 @@
     python benchmarks/memory.py --work-dir DIR
 
 Each case is a process of its own, which imports torch and flexgen, runs the case "tiny" once (threads, and what
-libraries set up at their first call, belong to no model) and notes its resident set. Then it opens a model with random
-weights in bfloat16 and runs one call. The kernel's peak beyond that base, the larger of opening (weights are written to
-disk for the first time then) and of the call, is to lie within a tenth of the plan on either side, or within 20 MB
-where that is more: what the plan lacks may end the process, and what it has too much of is memory that nothing uses.
+libraries set up at their first call, belong to no model) and notes its resident set. Then it opens a model with
+random weights in bfloat16 and runs one call. The kernel's peak beyond that base, the larger of opening (weights are
+written to disk for the first time then) and of the call, is to lie within a tenth of the plan on either side, or
+within 20 MB where that is more: what the plan lacks may end the process, and what it has too much of is memory that
+nothing uses.
 DIR holds what lies on disk during a case, at most 2 GB.
 """
 
