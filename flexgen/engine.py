@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -130,7 +131,7 @@ class OptLM(Conveniences):
             self._resident_before = reset_peak_resident_bytes()
             plan = self._planned(policy, None)
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
-            homes.load(tqdm(self._layers, desc="weights", unit="layer", disable=self._no_bar))
+            homes.load(self._layers, partial(tqdm, desc="weights", unit="layer", disable=self._no_bar))
             weight_slots = WeightSlots(
                 self._layers, homes, plan.weight_slots, self.placement, machine, self._slots.decoded
             )

@@ -24,7 +24,8 @@ class DiskStore:
 
     Scratch lives in one folder per run, `flexgen-run-<pid>-<random>`, which `close` (or the end of the
     process) removes; a start removes what crashed runs left. Without a `root`, everything is scratch, in
-    the system's temporary directory. `used` and `peak` count the bytes of live scratch files.
+    the system's temporary directory. `used` and `peak` count the bytes of live scratch files, `written` those of
+    the files that this run has published.
     """
 
     def __init__(self, root: Path | None, io: DiskIO) -> None:
@@ -32,6 +33,7 @@ class DiskStore:
         self.io = io
         self.used = 0
         self.peak = 0
+        self.written = 0
         self._base = Path(tempfile.gettempdir()) if root is None else root
         self._run: RunFolder | None = None
         self._sizes: dict[Path, int] = {}
@@ -104,11 +106,14 @@ class DiskStore:
                 write(file)
                 file.flush()
                 os.fsync(fd)
+            nbytes = os.path.getsize(partial)
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
         _sync_folder(path.parent)
+        with self._lock:
+            self.written += nbytes
         self.io.forget(path)
         return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -75,6 +75,7 @@ class Homes:
         self._checkpoint = checkpoint
         self.placement = placement
         self._dtype = dtype
+        self._machine = machine
         self._device = machine.device
         self._host = machine.host
         self._disk = machine.disk
@@ -83,16 +84,46 @@ class Homes:
     def __getitem__(self, weight: WeightSpec) -> Home:
         return self._by_key[weight.key]
 
-    def load(self, layers: Iterable[Layer]) -> None:
-        """Bring every weight home. A tied head finds the embedding's tensor, laid out as a table, at home."""
-        for layer in layers:
-            new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
-            for weight in layer.weights:
-                if weight.key not in self._by_key:
-                    new[self.placement.of(weight)].append(weight)
+    def load(
+        self, layers: Sequence[Layer], shown: Callable[[Sequence[Layer]], Iterable[Layer]] = iter
+    ) -> None:
+        """Bring every weight home. A tied head finds the embedding's tensor, laid out as a table, at home.
+
+        shown: what the layers are taken through one by one, such as a progress bar.
+        """
+        by_layer = self._by_tier(layers)
+        self._check_disk(layers, by_layer)
+        for layer, new in zip(shown(layers), by_layer, strict=True):
             self._to_memory(layer, new[Tier.GPU], self._device.memory, on_device=True)
             self._to_memory(layer, new[Tier.CPU], self._host, on_device=self._device.shares_host_memory)
             self._to_disk(layer, new[Tier.DISK])
+
+    def _by_tier(self, layers: Sequence[Layer]) -> list[dict[Tier, list[WeightSpec]]]:
+        """The weights of each layer that no layer before it has."""
+        seen, found = set(self._by_key), []
+        for layer in layers:
+            new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
+            for weight in layer.weights:
+                if weight.key not in seen:
+                    seen.add(weight.key)
+                    new[self.placement.of(weight)].append(weight)
+            found.append(new)
+        return found
+
+    def _check_disk(self, layers: Sequence[Layer], by_layer: Sequence[dict[Tier, list[WeightSpec]]]) -> None:
+        """Raise CapacityError where all that is to be written is more than the disk may take."""
+        nbytes = 0
+        for layer, new in zip(layers, by_layer, strict=True):
+            elsewhere = [weight for weight in new[Tier.DISK] if not self._in_place(weight)]
+            if elsewhere and self._disk.published(self._file_name(layer, elsewhere)) is None:
+                nbytes += self._file_layout(elsewhere)[-1]
+        room = self._machine.limits()[Tier.DISK] if nbytes else None
+        if room is not None and nbytes > room:
+            raise CapacityError(
+                f"weights need {format_bytes(nbytes)} in the offload directory, which has {format_bytes(room)} free "
+                "or allowed: the checkpoint does not hold them as the policy wants them on disk. Give another "
+                "offload_dir, a larger max_memory of the disk, a smaller disk share, or the checkpoint's own dtype"
+            )
 
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
         if on_device and self._device.packs(self._dtype):
@@ -144,21 +175,42 @@ class Homes:
     def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
         elsewhere = []
         for weight in weights:
-            extent = self._checkpoint.extent(weight) if self.placement.codec(weight) is None else None
-            # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
-            if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
+            if extent := self._in_place(weight):
                 self._by_key[weight.key] = extent
             else:
                 elsewhere.append(weight)
         if elsewhere:
             self._by_key |= self._write(layer, elsewhere)
 
+    def _in_place(self, weight: WeightSpec) -> Extent | None:
+        """Where a file of the checkpoint holds the weight as it is needed."""
+        extent = self._checkpoint.extent(weight) if self.placement.codec(weight) is None else None
+        # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
+        if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
+            return extent
+        return None
+
+    def _file_layout(
+        self, weights: Sequence[WeightSpec]
+    ) -> tuple[list[WeightSpec], bytes, dict[str, int], int]:
+        """The weights as a file has them in order, its header, where each begins, and the bytes of the file."""
+        # What is encoded comes first: it is as long as the alignment of its parts.
+        ordered = sorted(weights, key=lambda weight: self.placement.codec(weight) is None)
+        forms = {weight.key: self._form(weight)[::-1] for weight in ordered}
+        header, offsets = make_header(forms, ALIGNMENT)
+        return (
+            ordered,
+            header,
+            offsets,
+            max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered),
+        )
+
     def _write(self, layer: Layer, weights: Sequence[WeightSpec]) -> dict[str, Extent]:
         """Extents of weights whose bytes lie in no file as they are needed."""
         name = self._file_name(layer, weights)
         path = self._disk.published(name)
         if path is None:
-            nbytes = sum(self.placement.kept_bytes(weight) for weight in weights)
+            ordered, header, offsets, nbytes = self._file_layout(weights)
             if self._disk.free < nbytes:
                 raise CapacityError(
                     f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, which has "
@@ -166,16 +218,12 @@ class Homes:
                 )
 
             def write(file: BinaryIO) -> None:
-                # What is encoded comes first: it is as long as the alignment of its parts.
-                ordered = sorted(weights, key=lambda weight: self.placement.codec(weight) is None)
-                forms = {weight.key: self._form(weight)[::-1] for weight in ordered}
-                header, offsets = make_header(forms, ALIGNMENT)
                 file.write(header)
                 for weight in ordered:
                     for begin, kept in self._pieces(weight):
                         file.seek(offsets[weight.key] + begin)
                         file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
-                file.truncate(max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered))
+                file.truncate(nbytes)
 
             path = self._disk.publish(name, write)
             logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)

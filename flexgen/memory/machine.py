@@ -61,6 +61,8 @@ class Machine:
         }
         for tier, most in self.max_memory.items():
             there = held[tier]
+            if tier is Tier.DISK:  # files that were published stay beside what calls write
+                most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
         return held
 

@@ -180,7 +180,7 @@ class MemoryPlan:
     def shortage(self, limits: Mapping[Tier, int | None]) -> str:
         """Which tier's needs exceed its limit (bytes, None for no limit), by how much and for what; "" if none.
 
-        Weights on disk are left out: they are files that exist already, or are checked when they are written.
+        Weights on disk are left out: they are files that exist already, or are checked before they are written.
         """
         for tier in Tier:
             counted = [n for n in self.needs if n.tier is tier and (tier, n.what) != (Tier.DISK, "weights")]

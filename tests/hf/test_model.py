@@ -125,6 +125,37 @@ def test_a_limit_holds_for_opening_and_for_calls(key: Any, tier: str, saved: Any
 
 def test_offload_folder_holds_what_is_on_disk(saved: Any, inputs: Any, tmp_path: Any) -> None:
     policy = Policy(gpu_batch_size=2, weights={"disk": 100})
+def test_a_limit_of_the_disk_holds_for_weights_that_are_written(
+    saved: Any, inputs: Any, tmp_path: Any
+) -> None:
+    policy = Policy(gpu_batch_size=4, weights={"disk": 100}, cache={"disk": 100})
+    made, given = saved("llama"), inputs([9, 9, 9, 9])
+
+    def opened(most: Any, folder: str, changed: Policy = policy) -> Any:
+        return made.open(
+            changed, dtype="bfloat16", max_memory={"disk": most}, offload_folder=tmp_path / folder
+        )
+
+    with pytest.raises(CapacityError, match=r"weights need .* which has 1 KiB free or allowed"):
+        opened("1KiB", "a")
+    assert not [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    with opened("1GiB", "b") as model:
+        written = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
+        model.generate(**given, max_new_tokens=4)
+        cache = model.lm.stats.plan.on(Tier.DISK, "cache")
+    assert cache > 0
+    with pytest.raises(CapacityError, match="weights need"):
+        opened(written - 1, "c")
+    with opened(written, "c", policy.replace(cache={"cpu": 100})) as model:
+        model.generate(**given, max_new_tokens=4)
+    with opened(written + cache, "d") as model:
+        model.generate(**given, max_new_tokens=4)
+    with opened(written + cache - 1, "e") as model, pytest.raises(CapacityError, match="on the disk tier"):
+        model.generate(**given, max_new_tokens=4)
+    with opened(cache, "e") as model:  # the files are there already
+        model.generate(**given, max_new_tokens=4)
+
+
     # Of a float32 checkpoint: its own files do not hold the weights as they are needed.
     with saved("llama").open(policy, dtype="bfloat16", offload_folder=tmp_path) as model:
         model.generate(**inputs([3]), max_new_tokens=2)

@@ -158,9 +158,7 @@ def test_memory_that_is_too_small_is_told_by_layer(stream, saved):
 
 def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(DiskStore, "free", property(lambda self: 1000))
-    with pytest.raises(
-        CapacityError, match=r"weights of \S+ need .* in the offload directory, which has 1000 B"
-    ):
+    with pytest.raises(CapacityError, match=r"weights need .* in the offload directory, which has 1000 B"):
         stream(saved("opt", torch.float16), DISK, offload_dir=tmp_path / "offload")
     assert files_in(tmp_path / "offload") == {}
 
