@@ -26,7 +26,7 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, Need, batch_sizes, choose_order, plan_memory
+from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.planning.auto import AutoPolicy, this_machine
@@ -254,7 +254,7 @@ class OptLM(Conveniences):
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        model, plan = self._prepared(workload, kept=kept)
+        model, plan = self._prepared(workload, kept=lambda policy: kept)
         model = model if order is None else replace(model, order=order)
         out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
@@ -308,12 +308,9 @@ class OptLM(Conveniences):
         """
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
-        model, plan = self._prepared(workload, not last_only)
-        if hidden_states:
-            shared, cells = self._machine.device.shares_host_memory, self._slots.cells
-            rows = batch_sizes(model.policy, len(request.prompts))[0]
-            kept = hidden_needs(self._layers, request, rows, cells, self.dtype, shared)
-            plan = self._planned(model.policy, workload, not last_only, kept)
+        shared, cells = self._machine.device.shares_host_memory, self._slots.cells
+        hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
+        model, plan = self._prepared(workload, not last_only, hidden if hidden_states else None)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
             for numbers in request.blocks(model.policy.block_size):
@@ -338,7 +335,7 @@ class OptLM(Conveniences):
     # Planning
 
     def _prepared(
-        self, workload: Workload, all_logits: bool = False, kept: Sequence[Need] = ()
+        self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
     ) -> tuple[Model, MemoryPlan]:
         """The model under the policy of a call, and its plan with what its caller keeps, which fits the machine.
 
@@ -358,20 +355,20 @@ class OptLM(Conveniences):
         policy: Policy,
         workload: Workload | None,
         all_logits: bool = False,
-        kept: Sequence[Need] = (),
+        kept: Kept | None = None,
     ) -> MemoryPlan:
         """The plan of a call (of the weights alone without a workload), which fits. Raises CapacityError."""
         return fitting_plan(self._plan_of(workload, all_logits, kept), policy, self._machine.limits())
 
     def _plan_of(
-        self, workload: Workload | None, all_logits: bool = False, kept: Sequence[Need] = ()
+        self, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
     ) -> Callable[[Policy], MemoryPlan]:
         def plan(policy: Policy) -> MemoryPlan:
             shared = self._machine.device.shares_host_memory
             planned = plan_memory(
                 self._layers, self.placement, policy, self.dtype, shared, workload, all_logits, self._slots
             )
-            return replace(planned, needs=(*planned.needs, *kept))
+            return replace(planned, needs=(*planned.needs, *kept(policy))) if kept else planned
 
         return plan
 

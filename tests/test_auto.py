@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from transformers import OPTConfig
 
 from flexgen import Auto, OptLM, Policy, Workload, bench, simulate
@@ -16,6 +17,7 @@ from flexgen.planning import auto
 from flexgen.planning.auto import AutoPolicy, usual_workload
 from flexgen.planning.predict import predict
 from flexgen.policy import Tier
+from flexgen.runtime.request import read_request
 from flexgen.schedule import ORDERS
 
 CONFIG = OPTConfig(
@@ -171,6 +173,20 @@ def test_a_call_that_does_not_fit_takes_fewer_prompts_at_once(monkeypatch):
         limits[Tier.CPU] = 1000
         with pytest.raises(CapacityError, match="cpu tier, which has 1000 B"):
             model.generate(ids, 6, stop=())
+
+
+def test_hidden_states_that_do_not_fit_take_fewer_prompts_at_once(monkeypatch):
+    with opened() as model:
+        request = read_request(model.spec, prompts(8, 12))
+        whole = model.forward_with(request, hidden_states=True)
+        taken, policy = model.stats.plan.on(Tier.CPU), model.stats.policy
+        held = dict.fromkeys(Tier) | {Tier.CPU: taken - 1}
+        monkeypatch.setattr(type(model._machine), "limits", lambda self: held)
+        fewer = model.forward_with(request, hidden_states=True)
+        assert model.stats.policy.block_size < policy.block_size
+        assert "hidden states" in {need.what for need in model.stats.plan.needs}
+    for ours, theirs in zip(fewer.hidden, whole.hidden, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_what_cannot_be_served_is_refused_as_ever():

@@ -7,7 +7,7 @@ promised is what is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -160,6 +160,10 @@ class Need:
     what: str  # weights, cache, activations
     role: str  # home, slots, staging, workspace
     nbytes: int
+
+
+Kept = Callable[[Policy], Sequence[Need]]
+"""What the caller of a call keeps of it, under a policy."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from flexgen.memory.gpu import ComputeDevice
-from flexgen.memory.plan import Need, activation_bytes
+from flexgen.memory.plan import Need, activation_bytes, batch_sizes
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.mlp import MLP
-from flexgen.policy import Tier
+from flexgen.policy import Policy, Tier
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import Prompts
 from flexgen.trace import LaneName
@@ -125,10 +125,11 @@ def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
 
 
 def hidden_needs(
-    layers: Sequence[Layer], request: Request, rows: int, cells: int, dtype: torch.dtype, shared: bool
+    layers: Sequence[Layer], request: Request, cells: int, dtype: torch.dtype, shared: bool, policy: Policy
 ) -> list[Need]:
-    """What the hidden states take: in host memory, and of `cells` batches of `rows` while they leave the device."""
+    """What the hidden states take: in host memory, and of `cells` batches while they leave the device."""
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
+    rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)
     return [
         Need(Tier.CPU, "hidden states", "home", len(request.prompts) * request.width * each),
