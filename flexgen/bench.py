@@ -25,6 +25,7 @@ from flexgen.flags import add_policy_flags, count, read_policy, run
 from flexgen.planning.auto import USUAL, known_machine, this_machine
 from flexgen.policy import Policy
 from flexgen.report import Report
+from flexgen.runtime.debug import tokens_to_run
 from flexgen.trial import beside
 from flexgen.workload import Workload
 
@@ -43,6 +44,8 @@ def bench(args: argparse.Namespace) -> Report:
     policy = read_policy(args)
     records = make_records(args)
     workload = asked_workload(args, records)
+    # Refused before weights are loaded.
+    tokens_to_run(workload.gen_len, args.cut_gen_len, None, projected=True)
     hardware = known_machine(args.device, args.offload_dir) if isinstance(policy, Policy) else None
     if args.predict:
         hardware = this_machine(args.device, args.offload_dir)

@@ -22,7 +22,7 @@ from flexgen.errors import FlexGenError, RequestError
 from flexgen.flags import add_policy_flags, read_policy, run
 from flexgen.models import open_model
 from flexgen.runtime.request import check_length, check_whole, read_request
-from flexgen.runtime.sampler import check_sampling
+from flexgen.runtime.sampler import check_sampling, check_seed
 from flexgen.text import encode, encode_chat, load_tokenizer, stop_strings
 from flexgen.workload import Workload
 
@@ -67,8 +67,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise RequestError for flags, and standard streams, that cannot be meant."""
     check_whole("--max-tokens", args.max_tokens, 1)
     check_sampling(args.temperature, args.top_k, args.top_p)
-    if args.seed is not None:
-        check_whole("seed", args.seed, 0)
+    check_seed(args.seed)
     stop_strings(args.stop)
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
         raise RequestError("--interactive asks for prompts; leave --prompt and --prompt-file out")

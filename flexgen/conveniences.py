@@ -18,7 +18,14 @@ from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
 from flexgen.report import Report
 from flexgen.runtime.choice import Choice, NewIds, Rows
-from flexgen.runtime.request import IdRows, Request, check_length, check_whole, read_request
+from flexgen.runtime.request import (
+    IdRows,
+    Request,
+    check_length,
+    check_positions,
+    check_whole,
+    read_request,
+)
 from flexgen.runtime.stream import Stream, Teller
 from flexgen.text import Decoder, encode, load_tokenizer, stop_strings
 
@@ -163,11 +170,13 @@ class Conveniences(ABC):
         `forward` does.
         """
         check_whole("rows", rows, 1)
+        request = self._read(texts)
+        check_positions(self.spec, request, 0)  # here, where a text has its number among all of them
 
         def forward(ids: Sequence[Sequence[int]]) -> Tensor:
             return self.forward(ids, _all(ids))
 
-        return scoring.score(forward, [ids.tolist() for ids in self._read(texts).prompts], rows)
+        return scoring.score(forward, [ids.tolist() for ids in request.prompts], rows)
 
     def _read(self, texts: Sequence[Text]) -> Request:
         if isinstance(texts, str):

@@ -42,12 +42,11 @@ from flexgen.runtime.request import (
     Request,
     check_length,
     check_positions,
-    check_whole,
     pad_id,
     read_request,
     stop_ids,
 )
-from flexgen.runtime.sampler import check_sampling
+from flexgen.runtime.sampler import check_sampling, check_seed
 from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import NewTokens
 from flexgen.schedule import ORDERS
@@ -206,7 +205,8 @@ class OptLM(Conveniences):
             is the pad id.
         attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
             begin a row of a rectangular input are padding.
-        cut_gen_len: generate only so many tokens, the rest of the result is pad ids (for benchmarks).
+        cut_gen_len: generate only so many tokens, the rest of the result is pad ids (for benchmarks). A report
+            (`stats`) projects from them and takes at least 2.
         debug_mode: both run a few tokens only, as `cut_gen_len` does, and print the times projected from them.
             "breakdown" also prints what each operation took, with nothing beside it (order "normal").
         verbose: above 0, prints a summary of the call (to stderr).
@@ -218,7 +218,7 @@ class OptLM(Conveniences):
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
         choice = self.sampled(do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed)
-        tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode)
+        tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode, projected=stats)
         order = order_to_run(debug_mode)
         out = self.generate_with(request, max_new_tokens, choice, tokens=tokens, order=order)
         if (debug_mode or verbose) and (done := self.stats):
@@ -286,8 +286,7 @@ class OptLM(Conveniences):
         """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
         self._opened()
         check_sampling(temperature, top_k, top_p)
-        if seed is not None:
-            check_whole("seed", seed, 0)
+        check_seed(seed)
         generator = torch.Generator(self._machine.device.torch_device)
         generator.manual_seed(int(seed)) if seed is not None else generator.seed()
         drawn = temperature if do_sample else 0.0

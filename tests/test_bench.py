@@ -96,6 +96,7 @@ def test_demo_may_be_timed_on_random_ids(capsys):
         ("--percent 50 60 0 100 0 100", "110 percent"),
         ("--device emulated:memory=64KiB", "gpu tier"),
         ("--prompt-len 600", "512 positions"),
+        ("--cut-gen-len 1", "cut_gen_len is 1"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, said, capsys):

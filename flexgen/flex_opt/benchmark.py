@@ -186,7 +186,7 @@ def run_flexgen(args: argparse.Namespace) -> None:
         if value < 1:
             raise RequestError(f"{name} is {value}; it must be at least 1")
     cut = args.cut_gen_len or None
-    tokens = tokens_to_run(gen_len, cut, args.debug_mode)
+    tokens_to_run(gen_len, cut, args.debug_mode, projected=True)  # refused before weights are loaded
     sizes = (
         config.model_bytes(),
         config.cache_bytes(num_prompts, prompt_len + gen_len),
@@ -224,7 +224,7 @@ def run_flexgen(args: argparse.Namespace) -> None:
     finally:
         env.close_copy_threads()
     prefill = timing.prefill
-    decode = projected_decode(timing.decode, tokens, gen_len) if gen_len > 1 else 0.0
+    decode = projected_decode(timing, gen_len) or 0.0  # as it was where all tokens ran: nothing stops them
     text = write_benchmark_log(
         log,
         *sizes,

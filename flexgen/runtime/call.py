@@ -56,11 +56,15 @@ class Model:
 
 @dataclass
 class Timing:
-    """Seconds and events of a call. Prefill ends, for each block, when its last first token is known."""
+    """Seconds and events of a call. Prefill ends, for each block, when its last first token is known.
+
+    `ran`: tokens that each block ran, fewer than it was asked for where all of its rows stopped before.
+    """
 
     prefill: float = 0.0
     total: float = 0.0
     trace: Trace = field(default_factory=Trace)
+    ran: list[int] = field(default_factory=list)
 
     @property
     def decode(self) -> float:
@@ -140,6 +144,7 @@ class Call:
             self._regroup(prompts, generation.following, generation.next)
             generation = self._execute(prompts, tokens, output, generation.next)
         self.timing.total += time.perf_counter() - self._began
+        self.timing.ran.append(generation.next)
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))

@@ -19,13 +19,23 @@ _FEW_TOKENS = 4
 """The prefill, a first later token, which may find caches cold, and two more."""
 
 
-def tokens_to_run(max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None) -> int:
-    """How many of the new tokens a call runs. Raises RequestError for a mode or a cut that cannot be meant."""
+def tokens_to_run(
+    max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None, projected: bool = False
+) -> int:
+    """How many of the new tokens a call runs.
+
+    projected: figures of all of them are wanted. Raises RequestError for a mode or a cut that cannot be meant.
+    """
     if debug_mode not in _MODES:
         raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
     if cut_gen_len is None:
         return min(max_new_tokens, _FEW_TOKENS) if debug_mode else max_new_tokens
     check_whole("cut_gen_len", cut_gen_len, 1)
+    if projected and cut_gen_len == 1 < max_new_tokens:
+        raise RequestError(
+            f"cut_gen_len is 1: the decode of {max_new_tokens} new tokens cannot be projected from a prefill alone. "
+            "Give at least 2, or ask for 1 new token where only the prefill is of interest"
+        )
     return min(cut_gen_len, max_new_tokens)
 
 
@@ -34,12 +44,11 @@ def order_to_run(debug_mode: str | None) -> str | None:
     return "normal" if debug_mode == BREAKDOWN else None
 
 
-def projected_decode(seconds: float, tokens: int, asked: int) -> float:
-    """Seconds that the decode of `asked` new tokens takes where that of `tokens` took `seconds`.
-
-    One token has no decode to project from: what it took stays as it is.
-    """
-    return seconds * (asked - 1) / (tokens - 1) if tokens > 1 else seconds
+def projected_decode(timing: Timing, asked: int) -> float | None:
+    """Seconds that the decode of `asked` new tokens of each block would take, by those that ran; None where no
+    block ran more than its first one."""
+    later = sum(ran - 1 for ran in timing.ran)
+    return timing.decode * len(timing.ran) * (asked - 1) / later if later else None
 
 
 def cost_table(events: Iterable[Event]) -> dict[tuple[Phase, Op, LaneName], tuple[int, float]]:
@@ -57,11 +66,15 @@ def summary(
     timing: Timing, num_prompts: int, new_tokens: int, tokens: int, asked: int, debug_mode: str | None
 ) -> str:
     """For people: what a call took that ran `tokens` of the `asked` tokens; a breakdown has the cost table."""
-    decode = projected_decode(timing.decode, tokens, asked)
-    projected = f" (projected from {tokens} tokens)" if tokens < asked else ""
+    decode = f"decode {format_seconds(timing.decode)}"
+    if tokens < asked:
+        seconds = projected_decode(timing, asked)
+        projected = (
+            seconds is not None and f"{format_seconds(seconds)} (projected from {max(timing.ran)} tokens)"
+        )
+        decode = f"decode {projected or 'unknown: one token has none to project from'}"
     lines = [
-        f"{num_prompts} prompts, {new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, "
-        f"decode {format_seconds(decode)}{projected}"
+        f"{num_prompts} prompts, {new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, {decode}"
     ]
     if debug_mode == BREAKDOWN:
         for (phase, op, lane), (count, seconds) in cost_table(timing.trace.events).items():

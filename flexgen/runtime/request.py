@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,11 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
     Raises RequestError for no prompts, an empty prompt, ids outside the vocabulary, ids that are not whole
     numbers, and a mask of another shape, with holes, or with an empty row.
     """
-    rows, rectangular = _rows(inputs)
+    rows, rectangular = read_rows(inputs)
     if attention_mask is not None:
         kept = _unmasked(rows, attention_mask)
     elif rectangular and spec.pad_token_id is not None and spec.pad_token_id not in spec.eos_token_ids:
-        kept = [np.arange(_leading(row, spec.pad_token_id), len(row)) for row in rows]
+        kept = [np.arange(leading(row, spec.pad_token_id), len(row)) for row in rows]
     else:
         kept = [np.arange(len(row)) for row in rows]
     prompts = tuple(row[columns] for row, columns in zip(rows, kept, strict=True))
@@ -68,7 +68,11 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
     return Request(prompts, max(map(len, rows)), tuple(kept))
 
 
-def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
+def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
+    """Prompts as they came, int64 each, padding and all, and whether they are of one width.
+
+    Raises RequestError for no prompts and for what is no row of whole numbers.
+    """
     if isinstance(inputs, Tensor):
         if inputs.dtype.is_floating_point:  # numpy lacks some of those
             raise RequestError(f"prompts hold {inputs.dtype} values; ids are whole numbers")
@@ -76,8 +80,9 @@ def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
     if isinstance(inputs, np.ndarray) and inputs.ndim != 2:
         raise RequestError(f"prompts have shape {inputs.shape}; they must be (prompts, prompt_len)")
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | np.ndarray):
+        hint = ", such as its input_ids" if isinstance(inputs, Mapping) else ""
         raise RequestError(
-            f"prompts are a {type(inputs).__name__}; give ids: an array, a tensor or a list of lists"
+            f"prompts are a {type(inputs).__name__}; give ids: an array, a tensor or a list of lists{hint}"
         )
     if not len(inputs):
         raise RequestError("there are no prompts: give at least one")
@@ -97,7 +102,7 @@ def _rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
     return rows, isinstance(inputs, np.ndarray) or len({len(row) for row in rows}) == 1
 
 
-def _leading(row: np.ndarray, pad_id: int) -> int:
+def leading(row: np.ndarray, pad_id: int) -> int:
     """How many pad ids a row begins with."""
     other = np.flatnonzero(row != pad_id)
     return int(other[0]) if len(other) else len(row)
@@ -124,10 +129,12 @@ def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarra
     return kept
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raise RequestError unless `value` is a whole number (numpy's too) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-        raise RequestError(f"{name} is {value!r}; it must be a whole number >= {least}")
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise RequestError unless `value` is a whole number (numpy's too) of at least `least`, and at most `most`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
+        limit = "" if most is None else f" and <= {most}"
+        raise RequestError(f"{name} is {value!r}; it must be a whole number >= {least}{limit}")
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
@@ -139,13 +146,18 @@ def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None
 def check_positions(spec: ModelSpec, request: Request, new_tokens: int) -> None:
     """Raise RequestError unless every prompt and `new_tokens` more fit the model's positions."""
     longest = request.longest
-    if longest + new_tokens > spec.max_positions:
-        row = max(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
-        raise RequestError(
-            f"prompt {row} has {longest} ids and {new_tokens} more are asked for: {longest + new_tokens} exceed "
-            f"the {spec.max_positions} positions of {spec.name}. Shorten the prompt or ask for at most "
-            f"{max(spec.max_positions - longest, 0)} new tokens"
-        )
+    room = spec.max_positions - longest
+    if new_tokens <= room:
+        return
+    row = max(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
+    positions = f"the {spec.max_positions} positions of {spec.name}"
+    if not new_tokens:
+        raise RequestError(f"prompt {row} has {longest} ids, which exceed {positions}. Shorten it")
+    fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
+    raise RequestError(
+        f"prompt {row} has {longest} ids and {new_tokens} more are asked for: {longest + new_tokens} exceed "
+        f"{positions}. Shorten the prompt{fewer}"
+    )
 
 
 def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.runtime.request import check_whole
 
+_MOST_SEED = (1 << 64) - 1
+
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise RequestError for values that cannot be meant."""
@@ -24,6 +26,12 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     check_whole("top_k", top_k, 0)
     if not 0 < top_p <= 1:
         raise RequestError(f"top_p is {top_p}; it must be above 0 and at most 1 (1 keeps all)")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise RequestError unless `seed` is None or what a generator of torch takes."""
+    if seed is not None:
+        check_whole("seed", seed, 0, _MOST_SEED)
 
 
 def sample(

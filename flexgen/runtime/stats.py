@@ -9,6 +9,7 @@ from flexgen.memory.plan import MemoryPlan, batch_sizes
 from flexgen.policy import Policy, Tier
 from flexgen.report import Report, placement_table
 from flexgen.runtime.call import Timing
+from flexgen.runtime.debug import projected_decode
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,11 @@ class Stats:
         """The report of a call that made new tokens, without the lanes' times and the perplexity.
 
         placed: percent of the weights on each tier. prompt_len: of the longest prompt. gen_len: new tokens that
-        were asked for, of which `tokens` were run; the decode of fewer is projected to all.
+        were asked for, of which `tokens` were run; the decode of fewer is projected to all, unless every row
+        ended with its first one: then that is all there is.
         """
-        decode = self.timing.decode
-        if 1 < tokens < gen_len:
-            decode *= (gen_len - 1) / (tokens - 1)
-        early = tokens == gen_len and self.new_tokens < self.num_prompts * gen_len
+        projected = projected_decode(self.timing, gen_len) if tokens < gen_len else None
+        early = projected is None and self.new_tokens < self.num_prompts * gen_len
         return Report(
             model=model,
             policy=self.policy,
@@ -64,11 +64,11 @@ class Stats:
             num_prompts=self.num_prompts,
             new_tokens=self.new_tokens if early else None,
             prefill_s=self.timing.prefill,
-            decode_s=decode,
+            decode_s=self.timing.decode if projected is None else projected,
             prompt_tokens=self.prompt_tokens,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,
             placement=placement_table(self.policy, placed, batch_sizes(self.policy, self.num_prompts)),
-            projected_from=tokens if tokens < gen_len else None,
+            projected_from=None if projected is None else max(self.timing.ran),
         )

@@ -194,6 +194,24 @@ def test_stats_come_beside_the_ids(lm: OptLM, prompts: Any) -> None:
     assert report.decode_tokens_s == pytest.approx((made - len(given)) / report.decode_s)
     _, report = lm.generate(given, TOKENS, stop=(), cut_gen_len=4, stats=True)
     assert report.projected_from == 4 and report.new_tokens is None
+    assert report.decode_s == pytest.approx(lm.stats.timing.decode * (TOKENS - 1) / 3)
+    with pytest.raises(RequestError, match="cut_gen_len is 1"):
+        lm.generate(given, TOKENS, cut_gen_len=1, stats=True)
+
+
+def test_a_projection_counts_tokens_that_ran(lm: OptLM, prompts: Any) -> None:
+    given = prompts(LENGTHS[:6])  # one block
+    rows = lm.generate(given, 6, stop=())[:, max(LENGTHS[:6]) :]
+    stops = rows[:, 3].tolist()
+    ran = max(len(up_to_stop(row, stops)) for row in rows)
+    assert 1 < ran < 6
+    _, report = lm.generate(given, 30, stop=stops, cut_gen_len=6, stats=True)
+    assert lm.stats is not None and lm.stats.timing.ran == [ran] and report.projected_from == ran
+    assert report.decode_s == pytest.approx(lm.stats.timing.decode * 29 / (ran - 1))
+    # All rows ended with their first token: there is no more, and nothing to project.
+    _, report = lm.generate(given, 30, stop=rows[:, 0].tolist(), cut_gen_len=6, stats=True)
+    assert report.new_tokens == 6 and report.projected_from is None
+    assert report.decode_tokens_s == 0
 
 
 # Text
@@ -306,5 +324,7 @@ def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:
     for none in ([], ()):
         with pytest.raises(RequestError, match="no prompts"):
             demo.score(none)
+    with pytest.raises(RequestError, match=r"^prompt 2 has 513 ids, which exceed the 512 .* Shorten it$"):
+        demo.score([TEXTS[0], [5], [5] * 513, [6] * 511], rows=1)
     with pytest.raises(RequestError, match="positions of demo"):
         demo.stream_text(TEXTS[0], 600)

@@ -103,6 +103,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stop a float": ({"stop": 2.0}, ("stop", "2.0")),
     "stops with a bool": ({"stop": [5, False]}, ("stop", "False")),
     "debug_mode": ({"debug_mode": "profile"}, ("profile", "breakdown", "fewer_batch")),
+    "a seed that no generator takes": (
+        {"seed": 1 << 64},
+        ("seed is 18446744073709551616", f"<= {(1 << 64) - 1}"),
+    ),
+    "a seed below zero": ({"seed": -1}, ("seed is -1",)),
     "cut to nothing": ({"cut_gen_len": 0}, ("cut_gen_len", "0")),
     "cut to a float": ({"cut_gen_len": 2.0}, ("cut_gen_len", "2.0")),
 }
@@ -116,7 +121,7 @@ def test_options(case: str, do_sample: bool, refused: Any) -> None:
 
 
 def test_forward_of_more_than_the_positions(refused: Any) -> None:
-    refused(lambda lm: lm.forward([ROW, [5] * 49]), "prompt 1", "49", "48")
+    refused(lambda lm: lm.forward([ROW, [5] * 49]), "prompt 1", "49 ids, which exceed the 48")
 
 
 MASKS: dict[str, tuple[Any, tuple[str, ...]]] = {

@@ -192,6 +192,7 @@ def test_inputs_are_padded_by_the_tokenizer():
         ("--gpu-batch-size 0", "gpu_batch_size is 0"),
         ("--prompt-len 0", "--prompt-len is 0"),
         ("--gen-len 0", "--gen-len is 0"),
+        ("--cut-gen-len 1", "cut_gen_len is 1"),
         ("--prompt-len 64", "64 positions"),
         ("--log-file no/such/folder.log", "no directory no/such"),
     ],

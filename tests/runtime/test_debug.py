@@ -31,9 +31,23 @@ def test_what_cannot_be_meant(cut, mode):
         tokens_to_run(8, cut, mode)
 
 
+def test_figures_of_all_tokens_need_a_decode():
+    assert tokens_to_run(32, 1, None) == 1, "the prefill alone may be run"
+    assert tokens_to_run(1, 1, None, projected=True) == 1
+    assert tokens_to_run(32, 2, None, projected=True) == 2
+    with pytest.raises(RequestError, match="cut_gen_len is 1: the decode of 32 .* at least 2"):
+        tokens_to_run(32, 1, None, projected=True)
+
+
 def test_decode_is_projected_from_the_tokens_that_follow_the_first():
-    assert projected_decode(3.0, 4, 32) == 31.0
-    assert projected_decode(0.25, 1, 32) == 0.25
+    assert projected_decode(Timing(total=3.0, ran=[4]), 32) == 31.0
+    assert projected_decode(Timing(total=3.0, ran=[4, 4, 4]), 32) == 31.0
+    assert projected_decode(Timing(total=0.25, ran=[1, 1]), 32) is None
+
+
+def test_tokens_that_did_not_run_take_no_part_in_a_projection():
+    assert projected_decode(Timing(total=4.0, ran=[3]), 32) == 62.0, "all rows ended with the third of 16"
+    assert projected_decode(Timing(total=4.0, ran=[1, 5]), 32) == 62.0
 
 
 def test_costs_by_phase_operation_and_lane():
@@ -47,9 +61,11 @@ def test_costs_by_phase_operation_and_lane():
 
 
 def test_a_summary_has_the_table_only_where_it_is_asked_for():
-    timing = Timing(prefill=3.0, total=5.0, trace=Trace(EVENTS))
+    timing = Timing(prefill=3.0, total=5.0, trace=Trace(EVENTS), ran=[3])
     (line,) = summary(timing, 2, 6, 3, 5, "fewer_batch").splitlines()
     assert line == "2 prompts, 6 new tokens: prefill 3 s, decode 4 s (projected from 3 tokens)"
+    alone = Timing(prefill=3.0, total=3.0, ran=[1])
+    assert summary(alone, 2, 2, 1, 5, None).endswith("decode unknown: one token has none to project from")
     told, *rows = summary(timing, 2, 6, 3, 3, "breakdown").splitlines()
     assert "projected" not in told and "decode 2 s" in told
     assert [row.split()[:3] for row in rows] == [

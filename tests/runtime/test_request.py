@@ -88,8 +88,10 @@ def test_every_position_can_be_used(length: int, tokens: int, spec: ModelSpec) -
 
 def test_a_prompt_alone_may_fill_the_positions(spec: ModelSpec) -> None:
     check_positions(spec, read_request(spec, [[5] * 48]), 0)
-    with pytest.raises(RequestError, match="prompt 1 has 49"):
+    with pytest.raises(RequestError, match=r"^prompt 1 has 49 ids, which exceed the 48 .*Shorten it$"):
         check_positions(spec, read_request(spec, [[5], [5] * 49]), 0)
+    with pytest.raises(RequestError, match=r"1 more are asked for: 49 exceed .*Shorten the prompt$"):
+        check_positions(spec, read_request(spec, [[5] * 48]), 1)
 
 
 def test_stop_ids(spec: ModelSpec) -> None:
