@@ -27,7 +27,7 @@ from flexgen.flex_opt.benchmark import (
 from flexgen.flex_opt.config import OptConfig, get_opt_config
 from flexgen.flex_opt.environment import ExecutionEnv, TorchDevice, TorchDisk, TorchMixedDevice
 from flexgen.flex_opt.model import OptLM, Task
-from flexgen.flex_opt.places import DUMMY_WEIGHT
+from flexgen.flex_opt.places import DUMMY_WEIGHT, download_opt_weights
 from flexgen.flex_opt.policy import CompressionConfig, Policy
 from flexgen.flex_opt.timer import project_decode_latency, timers
 
@@ -46,6 +46,7 @@ __all__ = [
     "TorchDisk",
     "TorchMixedDevice",
     "add_parser_arguments",
+    "download_opt_weights",
     "get_filename",
     "get_opt_config",
     "get_test_inputs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from flexgen.flex_opt.places import find_weights, read_config
 from flexgen.flex_opt.policy import Policy
 from flexgen.flex_opt.timer import GENERATE, costs_of, timers
 from flexgen.runtime.debug import BREAKDOWN
-from flexgen.runtime.request import IdRows
+from flexgen.runtime.request import IdRows, leading, read_rows
 from flexgen.schedule import Op
 from flexgen.trace import Event, Phase
 
@@ -82,8 +82,8 @@ class OptLM:
     ) -> np.ndarray:
         """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int32.
 
-        inputs: as `flexgen.OptLM.generate` takes them, of any number. Rows of pad ids alone, with which scripts
-            fill up a block, are not computed: pad ids follow them.
+        inputs: as `flexgen.OptLM.generate` takes them, of any number. Pad ids that begin a row are not computed,
+            in lists of any lengths. Nor are rows of them alone, with which scripts fill up a block: pad ids follow.
         do_sample: draws with torch's global random state, so `torch.manual_seed` decides.
         stop: the id that ends a row. None, 0 and texts end none, as in 0.1, one of whose scripts gives a text.
         debug_mode: "fewer_batch" and "breakdown" run a few tokens and project the times; "breakdown" also prints
@@ -93,18 +93,17 @@ class OptLM:
 
         Raises as `flexgen.OptLM.generate` does.
         """
-        if isinstance(inputs, torch.Tensor):
-            inputs = inputs.cpu().numpy()
-        lengths = [np.size(row) for row in inputs] if isinstance(inputs, Iterable) else []
-        prompt_len = max(lengths, default=0)
+        rows, _ = read_rows(inputs)
+        prompt_len, pad_id = max(map(len, rows)), self.config.pad_token_id
         cut_gen_len = cut_gen_len or None
         self.task = Task(inputs, prompt_len, max_new_tokens, cut_gen_len, do_sample, temperature, stop)
-        kept = _not_only(self.config.pad_token_id, inputs)
-        # All of them are padding, or there are none: the second is for the engine to refuse.
-        if lengths and not kept:
-            return np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
+        prompts = [row[leading(row, pad_id) :] for row in rows]
+        # An empty row is no padding, but a mistake, which the engine refuses.
+        kept = [n for n, row in enumerate(rows) if len(prompts[n]) or not len(row)]
+        if not kept:
+            return np.full((len(rows), prompt_len + max_new_tokens), pad_id, np.int32)
         made = self.engine.generate(
-            [inputs[n] for n in kept] if len(kept) < len(lengths) else inputs,
+            [prompts[n] for n in kept],
             max_new_tokens,
             do_sample,
             temperature,
@@ -123,16 +122,11 @@ class OptLM:
             blocks = -(-batches // self.num_gpu_batches)
             table = cost_lines(timing.trace.events, self.num_layers, batches, blocks, max_new_tokens)
             print("\n".join(table))
-        out = np.full((len(lengths), prompt_len + max_new_tokens), self.config.pad_token_id, np.int32)
-        out[kept, out.shape[1] - made.shape[1] :] = made
+        out = np.full((len(rows), prompt_len + max_new_tokens), pad_id, np.int32)
+        for row, ids in zip(out, rows, strict=True):
+            row[prompt_len - len(ids) : prompt_len] = ids
+        out[kept, prompt_len:] = made[:, -max_new_tokens:]
         return out
-
-
-def _not_only(pad_id: int, inputs: Any) -> list[int]:
-    """The numbers of the rows that are not padding alone. An empty row is no padding, but a mistake."""
-    if not isinstance(inputs, Sequence | np.ndarray):
-        return []
-    return [n for n, row in enumerate(inputs) if not np.size(row) or np.any(np.asarray(row) != pad_id)]
 
 
 def cost_lines(events: Sequence[Event], layers: int, batches: int, blocks: int, gen_len: int) -> list[str]:

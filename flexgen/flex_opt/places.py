@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from flexgen.errors import CheckpointError, ModelError
+from flexgen.errors import CheckpointError, ModelError, UnsupportedError
 from flexgen.flex_opt.config import OptConfig, from_spec, get_opt_config, is_published, to_transformers
 from flexgen.models import ModelSpec, open_model
 from flexgen.models.tensor_files import NumpyCheckpoint
@@ -76,6 +76,16 @@ def find_weights(config: OptConfig, path: str) -> Found:
     except ModelError as error:
         raise CheckpointError(f"{looked_for}; {error}") from error
     return Found(checkpoint.directory or repository, "checkpoint")
+
+
+def download_opt_weights(model_name: str, path: str) -> None:
+    """0.1 wrote a model of the hub to `path` as numpy files. Raises UnsupportedError: there is nothing to convert."""
+    name = model_name.rpartition("/")[2]
+    raise UnsupportedError(
+        "weights are not converted to numpy files: a checkpoint is read as it is. "
+        f"Run: hf download facebook/{name} --local-dir {_base(path) / name}; or open the model without it, which "
+        "downloads to the hub's own cache"
+    )
 
 
 def _base(path: str) -> Path:

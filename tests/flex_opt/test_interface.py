@@ -10,12 +10,15 @@ from flexgen import flex_opt
 
 EVERYWHERE = {
     "flexgen.flex_opt": "BenchmarkResult CompressionConfig DUMMY_WEIGHT ExecutionEnv GB OptConfig OptLM Policy T "
-    "Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments get_filename get_opt_config get_test_inputs "
-    "project_decode_latency read_benchmark_log run_flexgen str2bool timers write_benchmark_log",
+    "Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments download_opt_weights get_filename "
+    "get_opt_config get_test_inputs project_decode_latency read_benchmark_log run_flexgen str2bool timers "
+    "write_benchmark_log",
     "flexgen.compression": "CompressionConfig",
-    "flexgen.opt_config": "OptConfig get_opt_config",
+    "flexgen.opt_config": "OptConfig download_opt_weights get_opt_config",
     "flexgen.pytorch_backend": "TorchDevice TorchDisk TorchMixedDevice",
     "flexgen.timer": "timers",
+    "flexgen.utils": "BenchmarkResult ExecutionEnv GB T Task project_decode_latency read_benchmark_log str2bool "
+    "write_benchmark_log",
 }
 TAKES = {
     "OptLM": "config env path policy",
@@ -37,6 +40,7 @@ TAKES = {
     "OptConfig.hidden_bytes": "self batch_size seq_len",
     "get_test_inputs": "prompt_len num_prompts tokenizer",
     "get_filename": "args",
+    "download_opt_weights": "model_name path",
     "run_flexgen": "args",
     "add_parser_arguments": "parser",
     "project_decode_latency": "costs prompt_len gen_len",
@@ -65,6 +69,11 @@ def test_arguments_and_defaults(name, takes):
     found = inspect.signature(target).parameters.values()
     told = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
     assert " ".join(told) == takes
+
+
+def test_a_download_says_which_command_does_it(tmp_path):
+    with pytest.raises(NotImplementedError, match="hf download facebook/opt-1.3b --local-dir .*/opt-1.3b;"):
+        flex_opt.download_opt_weights("facebook/opt-1.3b", str(tmp_path))
 
 
 def test_fields_of_a_configuration():

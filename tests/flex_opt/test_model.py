@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 import flexgen
 from flexgen.errors import RequestError
@@ -87,6 +88,22 @@ def test_rows_of_padding_fill_a_block_and_are_not_computed(model, tiny):
     assert (model.generate([[PAD, PAD]], 3) == PAD).all()
     wide = model.generate([[PAD] * 4, [5, 6]], 3)
     np.testing.assert_array_equal(wide[1:], tiny.greedy([[PAD, PAD, 5, 6]], 3))
+
+
+def test_rows_may_be_tensors(model, tiny):
+    expected = tiny.greedy(PROMPTS, 5)
+    np.testing.assert_array_equal(model.generate([torch.tensor(row) for row in PROMPTS], 5), expected)
+    np.testing.assert_array_equal(
+        model.generate([torch.tensor([PAD, PAD]), torch.tensor([7])], 1)[0], [PAD] * 3
+    )
+
+
+def test_padding_is_not_computed_in_lists_of_any_lengths(model, tiny):
+    out = model.generate([[PAD, PAD, 5, 6], [7, 8], [PAD, 9]], 6)
+    assert model.stats.prompt_tokens == 5
+    np.testing.assert_array_equal(
+        out, tiny.greedy([[PAD, PAD, 5, 6], [PAD, PAD, 7, 8], [PAD, PAD, PAD, 9]], 6)
+    )
 
 
 def test_sampling_follows_torchs_seed(model):
@@ -174,6 +191,11 @@ def test_a_task_says_what_was_asked(model):
         ([], {}, "no prompts"),
         ([[]], {}, "prompt 0 is empty"),
         (5, {}, "prompts are a int"),
+        (BatchEncoding({"input_ids": [[5, 6]]}), {}, "prompts are a BatchEncoding.* input_ids"),
+        ({"input_ids": [[PAD, 5]]}, {}, "prompts are a dict"),
+        ((row for row in [[5, 6]]), {}, "prompts are a generator"),
+        ([PAD, PAD], {}, "wrap one prompt"),
+        (torch.ones(1, 2, dtype=torch.bfloat16), {}, "whole numbers"),
         ([[5, 96]], {}, "has id 96"),
         ([[5]], {"debug_mode": "profile"}, "debug_mode is 'profile'"),
         ([[5]], {"max_new_tokens": 64}, "64 positions"),

@@ -13,10 +13,11 @@ import json
 import numpy as np
 
 from flexgen.compression import CompressionConfig
-from flexgen.flex_opt import ExecutionEnv, OptLM, Policy, Task, str2bool
+from flexgen.flex_opt import OptLM, Policy
 from flexgen.opt_config import get_opt_config
 from flexgen.pytorch_backend import TorchDevice, TorchDisk, TorchMixedDevice
 from flexgen.timer import timers
+from flexgen.utils import GB, ExecutionEnv, T, Task, str2bool
 
 
 def run(args):

@@ -1,0 +1,25 @@
+"""FlexGen 0.1 has its environment, tasks and logs here. Old names only: no code of this package lives here."""
+
+from flexgen.flex_opt import (
+    GB,
+    BenchmarkResult,
+    ExecutionEnv,
+    T,
+    Task,
+    project_decode_latency,
+    read_benchmark_log,
+    str2bool,
+    write_benchmark_log,
+)
+
+__all__ = [
+    "GB",
+    "BenchmarkResult",
+    "ExecutionEnv",
+    "T",
+    "Task",
+    "project_decode_latency",
+    "read_benchmark_log",
+    "str2bool",
+    "write_benchmark_log",
+]
