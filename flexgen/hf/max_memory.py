@@ -20,12 +20,16 @@ def read_max_memory(
     A number is that of a GPU. One that is not named, or has 0, is not used: with "auto" the device becomes the GPU
     that is named, or the CPU. A device that is given stays; without a GPU a GPU's limit is of no account.
 
+    None and an empty dict limit nothing.
+
     Raises RequestError for other keys, for another GPU than the one that computes, and for what is no size.
     """
     if given is None:
         return device, None
     if not isinstance(given, Mapping):
         raise RequestError(f"max_memory is {given!r}; write a dict such as {{0: '10GiB', 'cpu': '64GiB'}}")
+    if not given:
+        return device, None
     limits: dict[Tier, int] = {}
     gpus: dict[int, int] = {}
     for key, size in given.items():

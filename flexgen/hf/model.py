@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.generation import (
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
+from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
 from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs
 from flexgen.policy import Policy
@@ -28,7 +28,6 @@ from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
 
 _DEFAULT_NEW_TOKENS = 50
-_IGNORED_LABEL = -100
 
 _UNSUPPORTED = {
     "inputs_embeds": "it takes input_ids",
@@ -134,7 +133,7 @@ class FlexGenForCausalLM(GenerationMixin):
         for asked in (*args, *kwargs.values()):
             if isinstance(asked, torch.dtype):
                 there = asked == self.dtype
-            elif isinstance(asked, str | int | torch.device):
+            elif isinstance(asked, str | int | torch.device) and not isinstance(asked, bool):  # non_blocking
                 device = torch.device(asked)
                 there = device.type == self.device.type and device.index in (None, self.device.index or 0)
             else:
@@ -187,12 +186,12 @@ class FlexGenForCausalLM(GenerationMixin):
         # A right-padded row's last logits are not those of the last column.
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and whole and labels is None
         if labels is not None:
-            _check_labels(labels, tuple(input_ids.shape), self.lm.spec.vocab_size)
+            check_labels(labels, tuple(input_ids.shape), self.lm.spec.vocab_size)
         result = self.lm.forward_with(request, last_only, bool(output_hidden_states))
         back = input_ids.device
         logits, loss = result.logits, None
         if labels is not None:
-            loss = _loss(logits, labels.cpu(), request).to(back)
+            loss = loss_of(logits, labels.cpu(), request).to(back)
         if not isinstance(logits_to_keep, int):
             logits = logits[:, torch.as_tensor(logits_to_keep, device="cpu")]
         elif not last_only:
@@ -231,7 +230,12 @@ class FlexGenForCausalLM(GenerationMixin):
         ]
         if all(length is None for length in lengths):
             room = self.lm.spec.max_positions - longest
-            kwargs["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS, max(room, 1))
+            default = min(_DEFAULT_NEW_TOKENS, max(room, 1))
+            if generation_config is None:
+                kwargs["max_new_tokens"] = default
+            else:  # beside a config transformers wants no other argument
+                generation_config = copy.copy(generation_config)
+                generation_config.max_new_tokens = default
         return super().generate(inputs, generation_config, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +244,8 @@ class FlexGenForCausalLM(GenerationMixin):
             "continuous batching is not supported: generate has its own schedule of batches"
         )
 
-    # What GenerationMixin.generate asks for
+    # What GenerationMixin.generate asks for: the hooks below, and `forward`'s signature for the arguments it knows.
+    # `_sample` is the loop of both modes that are let through.
 
     def _prepare_generation_config(
         self, *args: Any, **kwargs: Any
@@ -257,6 +262,24 @@ class FlexGenForCausalLM(GenerationMixin):
                 raise UnsupportedError(f"{name} is not supported by generate: {reason}")
         return config, model_kwargs
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Of ids that came without a mask. Raises RequestError where it masks more than padding at the ends."""
+        mask: Tensor = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        if not mask.all():
+            try:
+                self._request(inputs_tensor, mask)
+            except RequestError as error:
+                raise RequestError(
+                    f"{error}. No mask was given; transformers infers one that leaves out pad_token_id = "
+                    f"{int(generation_config._pad_token_tensor)} wherever it stands. Give attention_mask, "
+                    "torch.ones_like(input_ids) if every id counts"
+                ) from None
+        return mask
+
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """No cache of transformers."""
 
@@ -269,7 +292,10 @@ class FlexGenForCausalLM(GenerationMixin):
         device: Any = None,
         **others: Any,
     ) -> RowProcessors:
-        """A list for the rows of each GPU batch, on the compute device."""
+        """A list for the rows of each GPU batch, on the compute device.
+
+        `generate` has expanded the mask by `num_return_sequences` when it asks, `encoder_input_ids` not.
+        """
         config = copy.copy(generation_config)
         if (ends := config._eos_token_tensor) is not None:
             config._eos_token_tensor = ends.to(self.device)
@@ -316,6 +342,7 @@ class FlexGenForCausalLM(GenerationMixin):
         records = {name: Record(rows, steps, vocab) for name in wanted}
         pad = generation_config._pad_token_tensor
         pad = pad_id(self.lm.spec) if pad is None else int(pad)
+        # Both choice and listener: what it chooses by are the ids so far, which only `listen` adds.
         choice = HFChoice(
             input_ids, steps, pad, logits_processor, stopping_criteria, generation_config.do_sample, **records
         )
@@ -347,33 +374,3 @@ def _refuse(given: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
     for name, reason in unsupported.items():
         if given.get(name) is not None and given[name] is not False:
             raise UnsupportedError(f"{name} is not supported: {reason}")
-
-
-def _check_labels(labels: Tensor, shape: tuple[int, ...], vocab: int) -> None:
-    if tuple(labels.shape) != shape:
-        raise RequestError(
-            f"labels have shape {tuple(labels.shape)}; they must be those of input_ids, {shape}"
-        )
-    wrong = labels[(labels != _IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))]
-    if len(wrong):
-        raise RequestError(
-            f"labels have the id {int(wrong[0])}; the vocabulary is 0 to {vocab - 1}, and {_IGNORED_LABEL} is for "
-            "positions without a label"
-        )
-
-
-def _loss(logits: Tensor, labels: Tensor, request: Request) -> Tensor:
-    """transformers' loss of a causal LM, one row's logits in float32 at a time.
-
-    Of the padding there are no logits, so that labels count where both their own position and the one before, which
-    tells them, are in the row.
-    """
-    targets = torch.full_like(labels, _IGNORED_LABEL)
-    for target, label, columns in zip(targets, labels, request.columns, strict=True):
-        first, last = int(columns[0]), int(columns[-1])
-        target[first:last] = label[first + 1 : last + 1]
-    total = sum(
-        F.cross_entropy(row.float(), target, ignore_index=_IGNORED_LABEL, reduction="sum")
-        for row, target in zip(logits, targets, strict=True)
-    )
-    return total / (targets != _IGNORED_LABEL).sum()

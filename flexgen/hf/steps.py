@@ -6,8 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 
+from flexgen.errors import UnsupportedError
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
@@ -17,6 +23,9 @@ class RowProcessors:
     """A call's logits processors, made anew for the rows of each GPU batch: some hold a value for each row.
 
     `build` makes the list for rows of the call. The first list, for all rows, shows at once what is not valid.
+
+    Raises UnsupportedError for a processor that counts on seeing the same rows at every step: a batch's rows change
+    when some that have ended leave it.
     """
 
     def __init__(self, build: Callable[[Rows], LogitsProcessorList], rows: int) -> None:
@@ -24,6 +33,11 @@ class RowProcessors:
         whole = tuple(range(rows))
         self._made: dict[tuple[int, ...], LogitsProcessorList] = {whole: build(whole)}
         self.empty = not self._made[whole]
+        if any(isinstance(made, SynthIDTextWatermarkLogitsProcessor) for made in self._made[whole]):
+            raise UnsupportedError(
+                "SynthID watermarking is not supported: it remembers what each row of a batch had, and rows change "
+                "batches here; WatermarkingConfig works"
+            )
 
     def of(self, rows: Rows) -> LogitsProcessorList:
         key = tuple(rows)
@@ -58,7 +72,10 @@ def record_needs(what: Sequence[str], rows: int, steps: int, vocab: int) -> list
 
 
 class HFChoice:
-    """Chooses as `GenerationMixin` does, with its processors and criteria; has to be among the listeners too.
+    """Chooses as `GenerationMixin` does, with its processors and criteria.
+
+    It is passed twice, as the choice and its `listen` among the listeners: processors and criteria are given the ids
+    so far, which only listening adds.
 
     `ids` (rows, prompt_len + steps) are the caller's, left-padded as they came; what rows get is added to them.
     Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far.
@@ -75,7 +92,7 @@ class HFChoice:
         scores: Record | None = None,
         logits: Record | None = None,
     ) -> None:
-        self._prompt_len = input_ids.shape[1]
+        self._prompt_len, self._steps = input_ids.shape[1], steps
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         self.ids = torch.cat([input_ids.cpu(), padding], dim=1)
         self.steps = 0
@@ -88,7 +105,9 @@ class HFChoice:
 
     @property
     def can_end(self) -> bool:
-        return any(not isinstance(criterion, MaxLengthCriteria) for criterion in self._criteria)
+        # The call's own length ends no row early; another one's may, and a subclass may do anything.
+        whole = self._prompt_len + self._steps
+        return any(type(c) is not MaxLengthCriteria or c.max_length < whole for c in self._criteria)
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         scores = logits.to(torch.float32, copy=True)

@@ -11,13 +11,17 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
+    WatermarkingConfig,
     set_seed,
 )
 
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
+from flexgen.hf.steps import HFChoice
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.call import Call
 
@@ -59,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampling without choice": dict(do_sample=True, top_k=1, temperature=0.7),
     "sampling of the likeliest": dict(do_sample=True, top_p=1e-6, top_k=0),
     "a config": dict(generation_config=GenerationConfig(max_new_tokens=6, repetition_penalty=1.5)),
+    "a watermark": dict(watermarking_config=WatermarkingConfig(bias=8.0)),
     "whole length": dict(max_length=14),
 }
 
@@ -249,6 +254,66 @@ def test_the_length_without_one_given(model: Any, inputs: Any, monkeypatch: Any)
     assert model.generate(**given, eos_token_id=None).shape == (2, 8)
 
 
+def test_the_default_length_is_not_told_as_an_argument(model: Any, inputs: Any, monkeypatch: Any) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", told.append)
+    config = GenerationConfig(do_sample=False)
+    assert model.generate(**inputs([3]), generation_config=config).shape[1] <= 53
+    assert not told and config.max_new_tokens is None
+
+
+def test_a_shorter_length_among_the_criteria_ends_rows(model: Any, reference: Any, inputs: Any) -> None:
+    class Sooner(MaxLengthCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return super().__call__(input_ids, scores) | (input_ids[:, -1] >= 0)
+
+    given = inputs([3, 6, 5])
+    for criterion, width in ((MaxLengthCriteria(9), 9), (MaxLengthCriteria(2), 7), (Sooner(50), 7)):
+        options = dict(
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=None,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+        )
+        theirs = reference.generate(**given, **options)
+        assert theirs.shape[1] == width
+        assert model.generate(**given, **options).equal(theirs)
+
+
+def test_without_a_criterion_of_ones_own_nothing_ends_a_row(
+    model: Any, inputs: Any, monkeypatch: Any
+) -> None:
+    seen = []
+    choose = HFChoice.choose
+    monkeypatch.setattr(
+        HFChoice, "choose", lambda self, *rest: seen.append(self.can_end) or choose(self, *rest)
+    )
+    for end, can_end in ((None, False), (1, True)):
+        model.generate(**inputs([3, 6]), max_new_tokens=2, eos_token_id=end, pad_token_id=0)
+        assert set(seen) == {can_end}
+        seen.clear()
+
+
+def test_a_mask_that_is_inferred(model: Any, reference: Any, monkeypatch: Any) -> None:
+    options = dict(max_new_tokens=6, do_sample=False)
+    padded = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    assert model.generate(padded, **options).equal(reference.generate(padded, **options))
+    inside = torch.tensor([[7, 8, 9, 10], [2, 5, 0, 7]])
+    everything = dict(attention_mask=torch.ones_like(inside))
+    # Of two that could be meant each is said, none is taken without a word.
+    assert model.generate(inside, **everything, **options).equal(
+        reference.generate(inside, **everything, **options)
+    )
+    ends = dict(eos_token_id=0, pad_token_id=0)  # where the pad id ends texts, transformers infers none
+    assert model.generate(inside, **ends, **options).equal(reference.generate(inside, **ends, **options))
+    monkeypatch.setattr("flexgen.engine.Call", None)
+    words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0 .*torch.ones_like\(input_ids\)"
+    with pytest.raises(RequestError, match=words):
+        model.generate(inside, **options)
+    with pytest.raises(RequestError, match="row 0 is all zero.* No mask was given"):
+        model.generate(torch.tensor([[0, 0], [5, 6]]), **options)
+
+
 def test_right_padding_means_the_same(model: Any, inputs: Any) -> None:
     given = inputs([3, 5])
     right = {"input_ids": given["input_ids"].clone(), "attention_mask": given["attention_mask"].flip(1)}
@@ -277,6 +342,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "positions": (dict(position_ids=torch.ones(2, 5)), NotImplementedError, "position_ids"),
     "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
     "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
+    "a watermark that remembers": (
+        dict(watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 6]), do_sample=True),
+        NotImplementedError,
+        "SynthID",
+    ),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
 }
 

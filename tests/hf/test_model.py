@@ -33,7 +33,9 @@ def test_max_memory_is_read_as_accelerate_writes_it() -> None:
     assert limits({0: 0}, "cuda") == {Tier.GPU: 0}
     assert limits({0: 0, 1: 9}, "cuda:1") == {Tier.GPU: 9}
     assert limits({3: 7, "cpu": 8}, "cpu") == {Tier.CPU: 8}
-    assert read_max_memory(None, "cuda:1") == ("cuda:1", None)
+    for nothing in (None, {}):
+        assert read_max_memory(nothing, "cuda:1") == ("cuda:1", None)
+        assert read_max_memory(nothing) == ("auto", None)
     for wrong, words in (
         ({1: "1GiB"}, "memory of GPU 1.* here on 0"),
         ({-1: "1GiB"}, "key -1"),
@@ -123,8 +125,6 @@ def test_a_limit_holds_for_opening_and_for_calls(key: Any, tier: str, saved: Any
             made.open(policy, max_memory={key: "1KiB"})
 
 
-def test_offload_folder_holds_what_is_on_disk(saved: Any, inputs: Any, tmp_path: Any) -> None:
-    policy = Policy(gpu_batch_size=2, weights={"disk": 100})
 def test_a_limit_of_the_disk_holds_for_weights_that_are_written(
     saved: Any, inputs: Any, tmp_path: Any
 ) -> None:
@@ -156,6 +156,8 @@ def test_a_limit_of_the_disk_holds_for_weights_that_are_written(
         model.generate(**given, max_new_tokens=4)
 
 
+def test_offload_folder_holds_what_is_on_disk(saved: Any, inputs: Any, tmp_path: Any) -> None:
+    policy = Policy(gpu_batch_size=2, weights={"disk": 100})
     # Of a float32 checkpoint: its own files do not hold the weights as they are needed.
     with saved("llama").open(policy, dtype="bfloat16", offload_folder=tmp_path) as model:
         model.generate(**inputs([3]), max_new_tokens=2)
@@ -175,6 +177,8 @@ def test_what_a_pipeline_looks_at(saved: Any) -> None:
             model.to("cpu") is model
             and model.to("cpu:0") is model
             and model.to(device="cpu", dtype=torch.bfloat16) is model
+            and model.to("cpu", non_blocking=True) is model
+            and model.to("cpu", torch.bfloat16, False) is model
         )
         for elsewhere in ("cuda:0", torch.float32):
             with pytest.raises(NotImplementedError, match="policy"):
