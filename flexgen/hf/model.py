@@ -22,7 +22,7 @@ from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
-from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs
+from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs, steps_asked
 from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
@@ -329,7 +329,8 @@ class FlexGenForCausalLM(GenerationMixin):
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What `GenerationMixin.generate` calls for greedy search and sampling, in place of its own loop."""
         request = self._request(input_ids, attention_mask)
-        rows, steps = len(input_ids), generation_config.max_length - input_ids.shape[1]
+        rows = len(input_ids)
+        steps = steps_asked(stopping_criteria, input_ids.shape[1], generation_config.max_length)
         check_length(self.lm.spec, request, steps)  # before memory is taken for so many
         if streamer is not None and rows > 1:
             raise UnsupportedError(

@@ -71,6 +71,13 @@ def record_needs(what: Sequence[str], rows: int, steps: int, vocab: int) -> list
     return [Need(Tier.CPU, name, "home", rows * steps * vocab * torch.float32.itemsize) for name in what]
 
 
+def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int) -> int:
+    """New tokens that a call makes at most, at least one: up to the least length among the criteria, where one of the
+    caller's own takes the place of the one that stands for `max_length`."""
+    lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+    return max(min(lengths, default=max_length) - prompt_len, 1)
+
+
 class HFChoice:
     """Chooses as `GenerationMixin` does, with its processors and criteria.
 
@@ -92,7 +99,7 @@ class HFChoice:
         scores: Record | None = None,
         logits: Record | None = None,
     ) -> None:
-        self._prompt_len, self._steps = input_ids.shape[1], steps
+        self._prompt_len = input_ids.shape[1]
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         self.ids = torch.cat([input_ids.cpu(), padding], dim=1)
         self.steps = 0
@@ -105,9 +112,8 @@ class HFChoice:
 
     @property
     def can_end(self) -> bool:
-        # The call's own length ends no row early; another one's may, and a subclass may do anything.
-        whole = self._prompt_len + self._steps
-        return any(type(c) is not MaxLengthCriteria or c.max_length < whole for c in self._criteria)
+        # `steps` has the lengths; a subclass may do anything.
+        return any(type(criterion) is not MaxLengthCriteria for criterion in self._criteria)
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         scores = logits.to(torch.float32, copy=True)

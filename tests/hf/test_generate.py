@@ -262,13 +262,20 @@ def test_the_default_length_is_not_told_as_an_argument(model: Any, inputs: Any, 
     assert not told and config.max_new_tokens is None
 
 
-def test_a_shorter_length_among_the_criteria_ends_rows(model: Any, reference: Any, inputs: Any) -> None:
+def test_another_length_among_the_criteria_is_that_of_the_call(
+    model: Any, reference: Any, inputs: Any
+) -> None:
     class Sooner(MaxLengthCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return super().__call__(input_ids, scores) | (input_ids[:, -1] >= 0)
 
     given = inputs([3, 6, 5])
-    for criterion, width in ((MaxLengthCriteria(9), 9), (MaxLengthCriteria(2), 7), (Sooner(50), 7)):
+    for criterion, width in (
+        (MaxLengthCriteria(9), 9),
+        (MaxLengthCriteria(2), 7),
+        (MaxLengthCriteria(19), 19),
+        (Sooner(50), 7),
+    ):
         options = dict(
             max_new_tokens=10,
             do_sample=False,
