@@ -13,6 +13,8 @@ from flexgen.kernels.packed import Packed
 
 _VECTOR = 16
 """Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
+_PIECE = 1 << 19
+"""Values that torch decodes at once: their temporaries, of up to 6 bytes each, are in no memory plan."""
 
 
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
@@ -126,9 +128,24 @@ def _keep(x: Tensor, target: Tensor) -> Tensor:
 
 
 def dequantise_in_torch(packed: Packed, out: Tensor) -> Tensor:
-    """Fill `out`, on any device."""
-    codes = packed.values.unflatten(-1, (-1, packed.group * packed.bits // 8))
-    if packed.bits == 4:
-        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
-    x = codes.float() * packed.scales.float()[..., None] + packed.minimums.float()[..., None]
-    return out.copy_(x.flatten(-2))
+    """Fill `out`, on any device, with temporaries of a few MiB at most."""
+    groups = packed.scales.shape[-1]
+    if not groups:
+        return out
+    values, target = (x.unflatten(-1, (groups, -1)) for x in (packed.values, out))
+    _decode_pieces(values, packed.scales[..., None], packed.minimums[..., None], target, packed.bits)
+    return out
+
+
+def _decode_pieces(values: Tensor, scales: Tensor, minimums: Tensor, out: Tensor, bits: int) -> None:
+    """Groups (..., octets) to `out` (..., group), in pieces along the first dimensions that are too long for one."""
+    *lead, group = out.shape
+    split = next((dim for dim, size in enumerate(lead) if size > 1), None)
+    if split is not None and out.numel() > max(_PIECE, group):
+        most = max(_PIECE * lead[split] // out.numel(), 1)
+        for part in zip(*(x.split(most, split) for x in (values, scales, minimums, out)), strict=True):
+            _decode_pieces(*part, bits)
+        return
+    if bits == 4:
+        values = torch.cat((values & 15, values >> 4), dim=-1)
+    out.copy_(values.float().mul_(scales.float()).add_(minimums.float()))

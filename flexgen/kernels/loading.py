@@ -52,7 +52,8 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
     """`flexgen.kernels.triton_groupwise` for a GPU that Triton knows, None for another device and without Triton.
 
     Says once for each GPU which kernels it runs. The import waits until here: Triton takes a second to load, and
-    a machine without a GPU need not have it.
+    a machine without a GPU need not have it. A kernel is tried out, since Triton builds what launches one with a C
+    compiler, and only at the first launch.
     """
     if device.type != "cuda":
         return None
@@ -64,5 +65,18 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         _log.info("kernels on %s: torch, since Triton does not support this GPU", device)
         return None
+    try:
+        kernels = importlib.import_module("flexgen.kernels.triton_groupwise")
+        kernels.try_out(device)
+    except Exception as error:  # whatever it is: torch can do the same
+        reason = str(error).strip().splitlines() or [""]
+        _log.warning(
+            "kernels on %s: torch, which decodes weights several times slower, since Triton cannot launch its own "
+            "(%s: %s). It needs a C compiler and the headers of Python",
+            device,
+            type(error).__name__,
+            reason[-1],
+        )
+        return None
     _log.info("kernels on %s: Triton", device)
-    return importlib.import_module("flexgen.kernels.triton_groupwise")
+    return kernels

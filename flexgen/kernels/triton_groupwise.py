@@ -113,6 +113,16 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
     return out
 
 
+def try_out(device: torch.device) -> None:
+    """Decode one group on `device`; raises what Triton raises where it cannot compile or launch."""
+    values = torch.zeros(1, 32, dtype=torch.uint8, device=device)
+    scales = torch.zeros(1, 1, dtype=torch.float16, device=device)
+    dequantise(
+        Packed(values, scales, scales, bits=4, group=64),
+        torch.empty(1, 64, dtype=torch.float16, device=device),
+    )
+
+
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
     x = x.contiguous()

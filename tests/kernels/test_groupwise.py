@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen.kernels import groupwise
 from flexgen.kernels.groupwise import dequantise, quantise
 from flexgen.kernels.packed import Packed
+from flexgen.units import MIB
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.bfloat16]
@@ -162,3 +164,57 @@ def test_an_output_that_does_not_fit_is_refused():
     short = Packed(packed.values[:1], packed.scales, packed.minimums, 4, 64)
     with pytest.raises(ValueError, match=r"expected uint8 of shape \(2, 32\)"):
         dequantise(short, torch.empty(2, 64))
+
+
+def decoded_whole(packed, dtype):
+    """Every value at once, in float32, as torch has it without pieces."""
+    codes = packed.values.unflatten(-1, (-1, packed.group * packed.bits // 8))
+    if packed.bits == 4:
+        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
+    x = codes.float() * packed.scales.float()[..., None] + packed.minimums.float()[..., None]
+    return x.flatten(-2).to(dtype)
+
+
+@pytest.mark.parametrize("piece", [1, 64, 200, 1000, 1 << 19])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(640,), (1, 640), (7, 64), (5, 192), (2, 3, 4, 128), (0, 64), (3, 0)])
+def test_torch_decodes_piece_by_piece_to_the_same_bits(monkeypatch, piece, bits, shape):
+    monkeypatch.setattr(groupwise, "_PIECE", piece)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    packed = quantise(x, bits) if x.numel() else empty_packed(shape, bits)
+    for dtype in DTYPES:
+        wider = torch.full((*shape[:-1], shape[-1] + 8), 7.0, dtype=dtype)
+        for out in (torch.empty(shape, dtype=dtype), wider[..., : shape[-1]]):
+            assert groupwise.dequantise_in_torch(packed, out) is out
+            assert torch.equal(out, decoded_whole(packed, dtype))
+        assert (wider[..., shape[-1] :] == 7.0).all()
+
+
+def empty_packed(shape, bits):
+    *outer, n = shape
+    scales = torch.empty(*outer, n // 64, dtype=torch.float16)
+    return Packed(torch.empty(*outer, n * bits // 8, dtype=torch.uint8), scales, scales, bits, 64)
+
+
+class Sizes(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes, views of given memory apart."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.largest, self._given = 0, {x.untyped_storage().data_ptr() for x in given}
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        for x in made if isinstance(made, (list, tuple)) else (made,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self._given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_torch_decodes_a_large_matrix_with_small_temporaries(bits):
+    packed = quantise(torch.zeros(2048, 1024), bits)
+    out = torch.empty(packed.shape, dtype=torch.float16)
+    with Sizes(packed.values, packed.scales, packed.minimums, out) as sizes:
+        groupwise.dequantise_in_torch(packed, out)
+    assert MIB // 2 <= sizes.largest <= 2 * MIB < out.nbytes

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from flexgen.kernels import loading
 from flexgen.kernels.loading import announce, native
@@ -70,6 +73,70 @@ def test_a_missing_build_is_a_warning(afresh, caplog, monkeypatch):
     assert not announce()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "install a C++17 compiler" in caplog.text
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    """`with_triton(module)`: a GPU and Triton, whose kernels are in `module`, or an error of their import."""
+    loading.triton_kernels.cache_clear()
+    importing = importlib.import_module
+
+    def there(kernels):
+        def load(name):
+            if name != "flexgen.kernels.triton_groupwise":
+                return importing(name)
+            if isinstance(kernels, Exception):
+                raise kernels
+            return kernels
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setattr(importlib, "import_module", load)
+
+    yield there
+    loading.triton_kernels.cache_clear()
+
+
+def test_triton_is_used_once_a_kernel_ran(with_triton, caplog):
+    caplog.set_level(logging.INFO)
+    tried = []
+    kernels = SimpleNamespace(try_out=tried.append)
+    with_triton(kernels)
+    assert loading.triton_kernels(GPU) is loading.triton_kernels(GPU) is kernels
+    assert tried == [GPU]
+    assert [record.message for record in caplog.records] == ["kernels on cuda:0: Triton"]
+
+
+def raises(error):
+    def try_out(device):
+        raise error
+
+    return SimpleNamespace(try_out=try_out)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        (raises(RuntimeError("Failed to find C compiler.")), "RuntimeError: Failed to find C compiler."),
+        (raises(subprocess.CalledProcessError(1, "gcc")), "CalledProcessError: Command 'gcc' returned"),
+        (raises(AssertionError()), "(AssertionError: )"),
+        (ImportError("libcuda.so cannot open"), "ImportError: libcuda.so cannot open"),
+    ],
+)
+def test_where_triton_cannot_launch_torch_decodes(with_triton, caplog, kernels, said):
+    with_triton(kernels)
+    assert loading.triton_kernels(GPU) is None and loading.triton_kernels(GPU) is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and said in record.message
+    assert record.message.startswith("kernels on cuda:0: torch, which decodes weights several times slower")
+
+
+def test_no_kernel_is_tried_without_a_gpu(with_triton):
+    with_triton(raises(AssertionError("no GPU is here")))
+    assert loading.triton_kernels(torch.device("cpu")) is None
 
 
 @needs_native

@@ -25,10 +25,11 @@ MULTIPLIED = [torch.float32, torch.float16] if INTERPRETED else DTYPES
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
-runs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no GPU: test_in_the_interpreter runs this test in a process of its own",
-)
+
+
+def runs_kernels(test):
+    """On a GPU, where `-m gpu` selects it; in the interpreter's process it needs none."""
+    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,12 @@ def test_decoding_gives_what_torch_gives(kernels, dtype, bits, out, groups, grou
     # A GPU may fuse the product and the sum.
     unit = 0 if INTERPRETED and dtype is not torch.bfloat16 else torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=unit, atol=0)
+
+
+@needs_triton
+@runs_kernels
+def test_trying_a_kernel_out(kernels):
+    kernels.try_out(torch.device("cpu" if INTERPRETED else "cuda"))
 
 
 @needs_triton
