@@ -136,7 +136,7 @@ class OptLM(Conveniences):
             )
             table = open_table(self._layers, homes, machine)
             machine.device.settle()
-            lanes = machine.device.make_lanes()
+            lanes = machine.make_lanes()
             stack.callback(lanes.close)
             self._model: Model | None = Model(
                 self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order, table
@@ -158,7 +158,8 @@ class OptLM(Conveniences):
         """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended."""
         self._end_streams()
         self._finalizer()
-        self._model = None  # and with it the last references to weights and slots
+        self._model = None  # and with it the last references to weights and slots:
+        self._machine.device.close()  # a GPU's memory can be given back only now
 
     def _opened(self) -> Model:
         if self._model is None:

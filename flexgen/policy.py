@@ -213,7 +213,7 @@ class Policy:
     block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
     GPU is attended. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
     largest attention scores; 1 is exact. `sep_layer` streams attention and MLP as two units. `pin_weight`
-    keeps the weights of the CPU tier in pinned memory.
+    pins all host memory that feeds a GPU: weights, cache, hidden states and staging.
     """
 
     gpu_batch_size: int = 1

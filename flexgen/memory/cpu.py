@@ -33,12 +33,13 @@ class HostStore(Store):
     Mapped by ourselves, not by torch: its pinned allocator rounds up to powers of two, and memory that is
     mapped, touched by several threads and then registered is pinned several times faster than
     `cudaHostAlloc` does it. Large buffers ask for huge pages. Where the driver refuses to register
-    (limits, some virtual machines) the memory stays pageable, which is slower, and a warning says so.
+    (limits, some virtual machines) a warning says so, and the buffer is used as it is: the store is `pageable`.
     """
 
     def __init__(self, tier: Tier = Tier.CPU, capacity: int | None = None, pin: bool = False) -> None:
         super().__init__(tier, capacity)
         self.pin = pin and torch.cuda.is_available()
+        self.pageable = not self.pin
         self._registered: set[int] = set()
 
     def _make(self, nbytes: int, purpose: str) -> Tensor:
@@ -58,6 +59,8 @@ class HostStore(Store):
         if status == 0:
             self._registered.add(buffer.data_ptr())
         else:
+            self.pageable = True
+            _forget_cuda_error()
             logger.warning(
                 "%s: cannot pin %s (CUDA error %d); transfers from pageable memory are slower. "
                 "Raise the limit of locked memory (ulimit -l) or set pin_weight = false",
@@ -76,6 +79,16 @@ class HostStore(Store):
             torch.cuda.cudart().cudaHostUnregister(address)
         self._registered.clear()
         super().close()
+
+
+def _forget_cuda_error() -> None:
+    """Take back the error that a failed call of the CUDA runtime has left in this thread.
+
+    torch's check behind the next kernel launch would find it and blame that kernel. So one is launched here for it
+    to blame, which clears the error: torch's `cudart` has no cudaGetLastError.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def return_large_memory() -> None:

@@ -7,6 +7,7 @@ bandwidth: every move is a real copy, so that a machine without a GPU exercises 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from abc import ABC, abstractmethod
@@ -21,12 +22,15 @@ from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.disk_lane import DiskLane
-from flexgen.memory.lanes import InlineLane, Lane, Lanes, StreamLane, ThreadLane
+from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.store import Store
+from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
+_RESERVE = 0.05
+"""Share of a GPU's memory, or of its cap, that no plan may use: for the libraries' workspaces, and holes."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,8 +50,11 @@ class ComputeDevice(ABC):
     """Bytes/s at which the disk is held back; None for the real disk."""
 
     @abstractmethod
-    def make_lanes(self) -> Lanes:
-        """Lanes of its resources, one for every name."""
+    def make_lanes(self, host: Store | None = None) -> Lanes:
+        """Lanes of its resources, one for every name.
+
+        `host`: the store of host memory that the links move from and to; its memory is taken for pinned without.
+        """
 
     @abstractmethod
     def to_device(self, target: Tensor, source: Tensor) -> None:
@@ -74,7 +81,7 @@ class ComputeDevice(ABC):
         return self.memory.peak
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
         self.memory.close()
 
     def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
@@ -125,7 +132,7 @@ class HostDevice(_HostArithmetic):
     def __init__(self) -> None:
         super().__init__(HostStore(Tier.CPU))
 
-    def make_lanes(self) -> Lanes:
+    def make_lanes(self, host: Store | None = None) -> Lanes:
         lanes: dict[LaneName, Lane] = dict.fromkeys(LaneName, InlineLane(LaneName.COMPUTE))
         lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
         return Lanes(lanes | {LaneName.DISK_WRITE: ThreadLane(LaneName.DISK_WRITE)})
@@ -165,7 +172,7 @@ class EmulatedDevice(_HostArithmetic):
         self.disk_bandwidth = disk
         self.pace = Pace(link) if link else None
 
-    def make_lanes(self) -> Lanes:
+    def make_lanes(self, host: Store | None = None) -> Lanes:
         inline, disk = LaneName.COMPUTE, LaneName.DISK_READ
         lanes: dict[LaneName, Lane] = {
             name: ThreadLane(name) for name in LaneName if name not in (inline, disk)
@@ -210,14 +217,18 @@ class CudaDevice(ComputeDevice):
             )
         self.name = str(self.torch_device)
         self.memory = CudaStore(self.torch_device, memory)
+        torch.cuda.init()  # resetting the peak does not, and knows no device before
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        self._reserve = int(min(memory or total, total) * _RESERVE)
+        self._capped = memory is not None
         if memory is not None:  # the cap holds for torch's temporaries too, not only for what is counted here
-            total = torch.cuda.get_device_properties(self.torch_device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
 
-    def make_lanes(self) -> Lanes:
-        streams = (LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
-        lanes: dict[LaneName, Lane] = {name: StreamLane(name, self.torch_device) for name in streams}
+    def make_lanes(self, host: Store | None = None) -> Lanes:
+        lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
+        for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
+            lanes[link] = CopyLane(link, self.torch_device, host)
         lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
         return Lanes(lanes | {name: ThreadLane(name) for name in (LaneName.HOST, LaneName.DISK_WRITE)})
 
@@ -228,7 +239,10 @@ class CudaDevice(ComputeDevice):
 
     def close(self) -> None:
         super().close()
-        if self.memory.capacity is not None:  # the cap belongs to the process, not to this object
+        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is told elsewhere
+            torch.cuda.empty_cache()  # what is freed stays torch's own until then
+        if self._capped:  # the cap belongs to the process, and may be another's the next time
+            self._capped = False
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     def settle(self) -> None:
@@ -236,12 +250,18 @@ class CudaDevice(ComputeDevice):
         torch.cuda.default_stream(self.torch_device).synchronize()
 
     def wait_for_compute(self) -> None:
-        torch.cuda.current_stream(self.torch_device).synchronize()
+        # Asleep, where a stream's own `synchronize` would spin: the cores are for the host's arithmetic.
+        end = torch.cuda.Event(blocking=True)
+        end.record(torch.cuda.current_stream(self.torch_device))
+        end.synchronize()
 
     def available_bytes(self) -> int | None:
-        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        device = self.torch_device
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has freed it keeps, and gives again.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         left = super().available_bytes()
-        return free if left is None else min(free, left)
+        return max((free if left is None else min(free, left)) - self._reserve, 0)
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.torch_device)

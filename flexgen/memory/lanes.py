@@ -1,15 +1,14 @@
 """Lanes: what is submitted to one runs in order, and each submission hands back a `Done`.
 
-Where work only enqueues on a stream (copies from pinned memory, kernels) a lane is a CUDA stream, issued
-inline with events between lanes. Where work blocks the host (disk, copies of pageable memory, host
-arithmetic) it is a thread. Where nothing runs beside it, it is the caller itself. There is no device-wide
-synchronisation: a job waits for the jobs it was told to wait for, and for nothing else.
+Where work only enqueues on a GPU (kernels, copies) a lane is a CUDA stream with events between lanes
+(`stream_lanes`). Where work blocks the host (disk, host arithmetic, the links of an emulated device) it is a
+thread. Where nothing runs beside it, it is the caller itself. There is no device-wide synchronisation: a job waits
+for the jobs it was told to wait for, and for nothing else.
 """
 
 from __future__ import annotations
 
 import _thread
-import contextlib
 import queue
 import threading
 import time
@@ -33,11 +32,15 @@ class Cancelled(Exception):
 class Done(Protocol):
     """The end of one job."""
 
+    @property
+    def enqueued(self) -> bool:
+        """Whether `precede` returns at once: the job is over, or on a stream where an event stands for its end."""
+
     def wait(self) -> None:
         """Block the host until the job has ended. Raises LaneError if it (or what it needed) failed."""
 
     def precede(self, stream: Any) -> None:
-        """Make a CUDA stream wait for the job, without blocking the host where that is possible."""
+        """Make a CUDA stream wait for the job. Blocks the host until the job is `enqueued`; raises as `wait` does."""
 
 
 def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
@@ -90,6 +93,10 @@ class HostDone:
     def finish(self, error: BaseException | None = None) -> None:
         self._error = error
         self._lock.release()
+
+    @property
+    def enqueued(self) -> bool:
+        return not self._lock.locked()  # locked for a moment by those who wait, too: then not known yet
 
     def wait(self) -> None:
         with self._lock:  # taken and given back: free for the next one who waits
@@ -184,72 +191,6 @@ class ThreadLane(Lane):
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
-
-
-class EventDone:
-    """The end of a job on a CUDA stream."""
-
-    __slots__ = ("_event", "_lane", "_step")
-
-    def __init__(self, event: torch.cuda.Event, step: Step, lane: LaneName) -> None:
-        self._event = event
-        self._step = step
-        self._lane = lane
-
-    def wait(self) -> None:
-        try:
-            self._event.synchronize()
-        except RuntimeError as error:  # a kernel failed, in this job or in one before it on the device
-            raise failure(self._step, self._lane, error) from error
-
-    def precede(self, stream: Any) -> None:
-        stream.wait_event(self._event)
-
-
-class StreamLane(Lane):
-    """A CUDA stream. Jobs only enqueue, so they are issued inline; events order lanes on the device.
-
-    The host blocks only for a job of a thread lane, which has no event to wait for.
-    """
-
-    def __init__(self, name: LaneName, device: torch.device) -> None:
-        super().__init__(name)
-        self.stream = torch.cuda.Stream(device)
-        self._pending: list[tuple[Step, torch.cuda.Event, torch.cuda.Event]] = []
-        self._origin_event = torch.cuda.Event(enable_timing=True)
-        self._origin_event.record(self.stream)
-        self._origin_event.synchronize()
-        self._origin = time.perf_counter()
-
-    def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
-        try:
-            for other in after:
-                other.precede(self.stream)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(self.stream):
-                start.record()
-                job()
-                end.record()
-        except Exception as error:
-            done = HostDone()
-            done.finish(failure(step, self.name, error))
-            return done
-        self._pending.append((step, start, end))
-        return EventDone(end, step, self.name)
-
-    def take_events(self, origin: float) -> list[Event]:
-        taken, self._pending = self._pending, []
-        shift = self._origin - origin
-
-        def seconds(event: torch.cuda.Event) -> float:
-            return shift + self._origin_event.elapsed_time(event) / 1e3
-
-        return [Event(step, self.name, seconds(start), seconds(end)) for step, start, end in taken]
-
-    def drain(self) -> None:
-        # A failed kernel is told by the Done of its job; here it only means that nothing runs any more.
-        with contextlib.suppress(RuntimeError):
-            self.stream.synchronize()
 
 
 class Lanes(Mapping[LaneName, Lane]):

@@ -12,6 +12,7 @@ from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import ComputeDevice, open_device
+from flexgen.memory.lanes import Lanes
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
 
@@ -65,6 +66,10 @@ class Machine:
                 most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
         return held
+
+    def make_lanes(self) -> Lanes:
+        """Lanes of its resources, one for every name. The caller closes them, before the machine."""
+        return self.device.make_lanes(self.host)
 
     def close(self) -> None:
         self.device.close()

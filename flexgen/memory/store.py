@@ -20,6 +20,9 @@ ALIGNMENT = 256
 class Store(ABC):
     """The memory of one tier. `used` and `peak` count the bytes of live buffers."""
 
+    pageable = False
+    """Whether it has host memory that a GPU cannot reach by itself: copying it blocks whoever enqueues the copy."""
+
     def __init__(self, tier: Tier, capacity: int | None = None) -> None:
         self.tier = tier
         self.capacity = capacity

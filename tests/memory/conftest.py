@@ -160,7 +160,7 @@ def _stream_layers(
     homes.load(layers)
     sizes = slot_sizes(layers, placement, machine.device.shares_host_memory, SLOTS)
     slots = WeightSlots(layers, homes, sizes, placement, machine)
-    lanes = machine.device.make_lanes()
+    lanes = machine.make_lanes()
     stack.callback(lanes.close)
     return Streamed(layers, checkpoint, placement, dtype, machine, homes, slots, lanes)
 

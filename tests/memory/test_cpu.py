@@ -144,7 +144,7 @@ print(before - cpu.resident_bytes())
 def test_without_a_device_nothing_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     store = HostStore(pin=True)
-    assert not store.pin
+    assert not store.pin and store.pageable
     assert not store.allocate(4096, "anything").is_pinned()
 
 
@@ -157,9 +157,20 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    launched = []
+
+    class Kernel:
+        def add_(self, _):
+            launched.append(1)
+            raise RuntimeError("CUDA error: out of memory")  # of the call before it
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **at: Kernel() if at else zeros(*size))
     store = HostStore(pin=True)
+    assert not store.pageable
     buffer = store.allocate(MIB, "weights of layer-0")
     assert buffer.numel() == MIB and not buffer.any()
+    assert store.pageable and launched == [1], "the error is left to be blamed on the next kernel"
     assert "weights of layer-0: cannot pin 1 MiB (CUDA error 2)" in caplog.text
     store.release(buffer)
     store.close()
@@ -180,7 +191,7 @@ def test_what_was_pinned_is_given_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     store = HostStore(pin=True)
     first, second = (store.allocate(4096, "anything") for _ in range(2))
-    assert pinned == {first.data_ptr(), second.data_ptr()}
+    assert pinned == {first.data_ptr(), second.data_ptr()} and not store.pageable
     store.release(first)
     assert pinned == {second.data_ptr()}
     store.close()

@@ -1,5 +1,7 @@
 """Compute devices: their names, their memory, and the links that feed them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -180,6 +182,67 @@ def test_half_precision_on_a_processor(monkeypatch, device, bf16, amx, fast):
     assert device.fast_dtype(torch.float16) is fast
     for dtype in (torch.float32, torch.bfloat16):
         assert device.fast_dtype(dtype) is dtype
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A made-up GPU of 16 GiB, on which torch is not initialised yet; a namespace of its account."""
+    card = SimpleNamespace(ready=False, total=16 * GIB, free=15 * GIB, reserved=0, allocated=0, shares=[])
+
+    def needs_device(device, *_):
+        if not card.ready:
+            raise RuntimeError("Invalid device argument 0: did you call init?")
+
+    def empty_cache():
+        card.free, card.reserved = card.free + card.reserved - card.allocated, card.allocated
+
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "init": lambda: setattr(card, "ready", True),
+        "reset_peak_memory_stats": needs_device,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=card.total),
+        "set_per_process_memory_fraction": lambda share, device: card.shares.append(share),
+        "mem_get_info": lambda device: (card.free, card.total),
+        "memory_reserved": lambda device: card.reserved,
+        "memory_allocated": lambda device: card.allocated,
+        "empty_cache": empty_cache,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return card
+
+
+def test_a_gpu_opens_in_a_process_that_has_not_used_one(runtime):
+    device = open_device("cuda")
+    assert isinstance(device, CudaDevice) and runtime.ready
+    device.close()
+    assert runtime.shares == []
+    capped = open_device("cuda,memory=4GiB")
+    capped.close()
+    capped.close()
+    assert runtime.shares == [0.25, 1.0]  # the cap, which ends with the device
+
+
+def test_what_torch_keeps_of_a_gpu_can_be_taken_again(runtime):
+    device = open_device("cuda")
+    before = device.available_bytes()
+    assert 0.9 * runtime.free < before < runtime.free - runtime.total // 25  # room for workspaces
+    runtime.free, runtime.reserved, runtime.allocated = 5 * GIB, 10 * GIB, 0  # behind a call
+    assert device.available_bytes() == before
+    runtime.allocated = 4 * GIB
+    assert device.available_bytes() == before - 4 * GIB
+    device.close()
+    assert runtime.reserved == runtime.allocated and runtime.free == 11 * GIB
+    runtime.free = 0
+    assert device.available_bytes() == 0
+
+
+def test_a_cap_keeps_a_reserve_too(runtime):
+    device = open_device("cuda,memory=4GiB")
+    assert 0.9 * 4 * GIB < device.available_bytes() < 0.97 * 4 * GIB
+    device.memory.used = GIB
+    assert 0.85 * 3 * GIB < device.available_bytes() < 0.97 * 3 * GIB
 
 
 @pytest.mark.gpu

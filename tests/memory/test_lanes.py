@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexgen.errors import LaneError
-from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, StreamLane, ThreadLane
+from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, ThreadLane
 from flexgen.schedule import Op, Step
 from flexgen.trace import LaneName
 
@@ -277,40 +277,3 @@ def test_a_forgotten_lane_does_not_hold_up_the_exit():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, "leaving"), done.stderr
-
-
-@pytest.mark.gpu
-def test_stream_lanes_wait_for_each_other_and_for_threads(make_lane):
-    device = torch.device("cuda", 0)
-    link, compute = StreamLane(LaneName.TO_DEVICE, device), StreamLane(LaneName.COMPUTE, device)
-    disk, back = make_lane(LaneName.DISK_READ), make_lane(LaneName.HOST)
-    source = torch.zeros(1 << 24, pin_memory=True)
-    target, result = torch.zeros(1 << 24, device=device), torch.zeros(1 << 24, device=device)
-    answers = []
-    torch.cuda.synchronize()
-    read = disk.submit(lambda: source.fill_(2.0), (), LOAD)
-    copied = link.submit(lambda: target.copy_(source, non_blocking=True), (read,), LOAD)
-    computed = compute.submit(lambda: torch.mul(target, 3.0, out=result), (copied,), STEP)
-    back.submit(lambda: answers.append(result.cpu()), (computed,), STEP).wait()
-    assert (answers[0] == 6.0).all()
-    link.drain()
-    compute.drain()
-    origin = time.perf_counter()
-    (copying,), (computing,) = link.take_events(origin), compute.take_events(origin)
-    assert (copying.step, copying.lane) == (LOAD, LaneName.TO_DEVICE)
-    assert copying.start <= copying.end and computing.start <= computing.end <= 0
-    assert link.take_events(origin) == []
-
-
-@pytest.mark.gpu
-def test_a_stream_lane_tells_of_errors_and_of_earlier_ones(make_lane):
-    compute, ran = StreamLane(LaneName.COMPUTE, torch.device("cuda", 0)), []
-    failed = compute.submit(boom, (), STEP)
-    dependent = compute.submit(lambda: ran.append(1), (make_lane().submit(boom, (), LOAD),), STEP)
-    for done, step in ((failed, "compute of token 3"), (dependent, "load_weights of token 0")):
-        with pytest.raises(LaneError, match=step) as caught:
-            done.wait()
-        assert isinstance(caught.value.__cause__, Boom)
-    assert ran == []
-    compute.drain()
-    assert compute.take_events(0.0) == []
