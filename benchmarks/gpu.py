@@ -3,17 +3,23 @@ and OPT-30B with random weights under a cap of 16 GiB of device memory, the size
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Writes one JSON object: the command, the GPU, the test result, and a report of each run (the keys of
-`python -m flexgen.bench --json`). A run that fails is recorded with the end of its output; the rest goes on.
+Needs 100 GiB of host memory: OPT-30B runs 48 prompts, as 4 batches of 12, whose cache and weights take 88 GiB there.
+Each case's output is shown as it comes. Writes one JSON object after each case: the command, the GPU, the test
+result, and a report of each run (the keys of `python -m flexgen.bench --json`). A run that fails is recorded with
+the end of its output; the rest goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEN_MINUTES = 600
 SHAPE = ["--prompt-len", "512", "--gen-len", "32", "--weights", "dummy", "--device", "cuda:0,memory=16GiB"]
 
-# Weights, cache, activations on gpu and cpu; prompts per batch, batches. The 30B policy attends on the CPU.
+# Weights, cache, activations on gpu and cpu; prompts per batch, batches. The 30B policy attends on the CPU, which
+# wants whole layers (docs/policies.md).
 RUNS: dict[str, list[str]] = {
     "opt-6.7b": [
         *["--percent", "40", "60", "100", "0", "100", "0"],
@@ -32,24 +39,47 @@ RUNS: dict[str, list[str]] = {
     ],
     "opt-30b": [
         *["--percent", "5", "95", "0", "100", "0", "100"],
-        *["--gpu-batch-size", "24", "--num-gpu-batches", "4", "--cpu-cache-compute", "--cut-gen-len", "4"],
+        *["--gpu-batch-size", "12", "--num-gpu-batches", "4", "--cut-gen-len", "4"],
+        *["--cpu-cache-compute", "--sep-layer", "no"],
     ],
 }
 
 
 def call(command: list[str], seconds: float) -> dict[str, Any]:
-    """Run a command for at most `seconds`; its exit status (None: out of time), seconds and last lines."""
+    """Run a command for at most `seconds`, and show what it says; its exit status (None: out of time), seconds and
+    last lines."""
     began = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        status, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        status, output = None, (error.stdout or b"").decode(errors="replace")
+    lines: list[str] = []
+    # A group of its own, so that what it has started ends with it.
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(f"  {line}", end="", flush=True)
+                lines.append(line)
+            process.wait()
+            in_time = late.is_alive()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            late.cancel()
     return {
         "command": " ".join(["python", *command[1:]]),
-        "status": status,
+        "status": process.returncode if in_time else None,
         "seconds": round(time.perf_counter() - began, 1),
-        "output": output[-4000:],
+        "output": "".join(lines)[-4000:],
     }
 
 
@@ -69,22 +99,28 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    python = [sys.executable, "-m"]
-    results["tests"] = call([*python, "pytest", "-q", "-m", "gpu"], args.seconds / 3)
+    python = [sys.executable, "-u", "-m"]
     with tempfile.TemporaryDirectory() as folder:
-        for n, (model, flags) in enumerate(RUNS.items()):
-            report = Path(folder) / f"{model}.json"
-            # What is left is shared by the runs that are left.
-            seconds = (deadline - time.perf_counter()) / (len(RUNS) - n)
-            command = [*python, "flexgen.bench", "--model", model, *SHAPE, *flags, "--json", str(report)]
-            results[model] = call(command, seconds)
-            if report.exists():
-                results[model]["report"] = json.loads(report.read_text())
+        reports = {model: Path(folder) / f"{model}.json" for model in RUNS}
+        cases = {"tests": [*python, "pytest", "-v", "-m", "gpu"]} | {
+            model: [*python, "flexgen.bench", "--model", model, *SHAPE, *flags, "--json", str(reports[model])]
+            for model, flags in RUNS.items()
+        }
+        for n, (name, command) in enumerate(cases.items()):
+            # What is left is shared by the cases that are left.
+            seconds = max(deadline - time.perf_counter(), 1.0) / (len(cases) - n)
+            print(f"== {n + 1} of {len(cases)}: {name}, {seconds:.0f} s at most", flush=True)
+            result = results[name] = call(command, seconds)
+            if name in reports and reports[name].exists():
+                result["report"] = json.loads(reports[name].read_text())
             args.out.write_text(json.dumps(results, indent=1) + "\n")  # what is known so far is kept
-    for name, result in results.items():
-        if isinstance(result, dict):
-            print(f"== {name}: status {result['status']}, {result['seconds']} s\n{result['output']}")
+            print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
+    print(f"written to {args.out}")
     return int(any(r["status"] != 0 for r in results.values() if isinstance(r, dict)))
+
+
+def _ended(status: int | None) -> str:
+    return "out of time" if status is None else "passed" if status == 0 else f"failed with status {status}"
 
 
 if __name__ == "__main__":
