@@ -2,28 +2,30 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flexgen.errors import RequestError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, Pace
+from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
 from flexgen.planning.probe import Effort, measure
 from flexgen.planning.probe import machine as machine_probe
-from flexgen.planning.probe.effort import Stopwatch
+from flexgen.planning.probe.effort import FULL, Stopwatch
 from flexgen.planning.probe.links import LinkProbe
-from flexgen.planning.probe.machine import capacities
+from flexgen.planning.probe.machine import capacities, within
 from flexgen.planning.probe.together import lost_shares
 from flexgen.policy import Policy, Tier
 from flexgen.trace import LaneName
-from flexgen.units import KIB, MIB
+from flexgen.units import GIB, KIB, MIB
 from flexgen.workload import Workload
 
 TINY = Effort(
@@ -204,6 +206,52 @@ def test_capacity_is_what_a_plan_may_use(tmp_path):
         assert whole[Tier.GPU] == 64 * MIB and all(whole[tier] >= found[tier] for tier in Tier)
     finally:
         machine.close()
+
+
+def test_a_small_device_is_measured_in_whole_blocks(tmp_path):
+    large = replace(TINY, hidden=512, heads=8, working_set=256 * MIB, transfer=32 * MIB, layers=FULL.layers)
+    found = measure("emulated:memory=10MB", tmp_path, effort=large)
+    assert found.capacity[Tier.GPU] == 10**7
+    assert {"to_device", "from_device", "disk_read", "disk_write", "host"} == set(found.bandwidth)
+    fitted = within(large, 10**7, "emulated")
+    assert fitted.transfer % 4096 == 0 and 10**6 < fitted.transfer <= 10**7 // 8
+    assert (fitted.hidden, fitted.heads) == (128, 2)  # a layer takes no more than a quarter of the device
+    assert within(FULL, 64 * GIB, "cuda:0") == FULL
+
+
+def test_a_device_that_is_too_small_is_refused(tmp_path):
+    with pytest.raises(CapacityError, match=r"device emulated has 4 MiB .* at least 8 MiB are needed"):
+        measure("emulated:memory=4MiB", tmp_path, effort=TINY)
+
+
+def test_transfers_that_the_disk_would_refuse(tmp_path):
+    machine = Machine.open("emulated", tmp_path)
+    try:
+        for transfer in (128 * KIB, MIB + 512):
+            with pytest.raises(ValueError, match=f"transfers of {transfer} bytes: at least 262144"):
+                LinkProbe(machine, Lanes({}), replace(TINY, transfer=transfer), Stopwatch(TINY))
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize("lane", [LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ])
+def test_moves_beside_other_work_run_on_their_lane(limited, lane):
+    """Not on the calling thread: of a GPU that has one stream for all, and nothing would run beside anything."""
+    probe, clock = limited
+    submitted, there = [], probe._lanes[lane]
+    submit = there.submit
+
+    def seen(job, after, step):
+        submitted.append(submit(job, after, step))
+        return submitted[-1]
+
+    there.submit = seen
+    move = probe.mover(lane)
+    for n in (1, 2):
+        before = clock()
+        move()
+        assert len(submitted) == n and clock() > before  # the move is over
+    assert there.take_events(0.0) == [], "what nobody takes grows for ever"
 
 
 def test_a_device_that_is_not_there(tmp_path):

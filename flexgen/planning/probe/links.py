@@ -22,7 +22,9 @@ from flexgen.trace import LaneName
 _STEP = Step(Op.LOAD_WEIGHTS, 0, 0, 0)
 _JOBS = 64
 """In a row, to see what one of them takes beside its bytes."""
-_PAGE_TOKENS = 128
+_HEADS, _PAGE_TOKENS, _WIDTH = 8, 128, 64
+_ROW_BYTES = 2 * _HEADS * _PAGE_TOKENS * _WIDTH * torch.float16.itemsize
+"""Of one row's keys and values in a page."""
 
 
 class LinkProbe:
@@ -33,6 +35,10 @@ class LinkProbe:
         self._lanes = lanes
         self._watch = watch
         self._owned: list[tuple[Store, Tensor]] = []
+        if effort.transfer < _ROW_BYTES or effort.transfer % BLOCK:
+            raise ValueError(
+                f"transfers of {effort.transfer} bytes: at least {_ROW_BYTES} are needed, a multiple of {BLOCK}"
+            )
         self.transfer = effort.transfer
         self._pieces = max(effort.file // effort.transfer, 1)
         # Touched before they are read: pages that nobody wrote to are one page in the cache.
@@ -84,13 +90,16 @@ class LinkProbe:
             case _:
                 return lambda n: partial(self._fill_pages, size)
 
-    def mover(self, lane: LaneName, settle: Callable[[], object]) -> Callable[[], object]:
-        """Work that moves one transfer after another on whatever thread calls it."""
-        made, numbers = self.jobs(lane), itertools.count()
+    def mover(self, lane: LaneName) -> Callable[[], object]:
+        """Work that moves one transfer after another on its lane, whatever thread calls it, and waits for each.
+
+        A GPU's lanes are streams: copies in the caller's own would queue with what that computes.
+        """
+        made, numbers, there = self.jobs(lane), itertools.count(), self._lanes[lane]
 
         def move() -> None:
-            made(next(numbers))()
-            settle()
+            there.submit(made(next(numbers)), (), _STEP).wait()
+            there.take_events(0.0)
 
         return move
 
@@ -105,11 +114,9 @@ class LinkProbe:
 
     def _fill_pages(self, size: int) -> int:
         """New keys and values into half of a page of `size` bytes; returns how many bytes they were."""
-        heads, width, tokens = 8, 64, _PAGE_TOKENS
-        per_row = 2 * heads * tokens * width * torch.float16.itemsize
-        rows = max(min(size, self.transfer) // per_row, 1)
-        page = tensor_at(self._host[0], 0, (2, rows, heads, tokens, width), torch.float16)
-        fresh = tensor_at(self._host[1], 0, (2, rows, heads, tokens // 2, width), torch.float16)
+        rows = max(min(size, self.transfer) // _ROW_BYTES, 1)
+        page = tensor_at(self._host[0], 0, (2, rows, _HEADS, _PAGE_TOKENS, _WIDTH), torch.float16)
+        fresh = tensor_at(self._host[1], 0, (2, rows, _HEADS, _PAGE_TOKENS // 2, _WIDTH), torch.float16)
         put([(page[0], page[1])], 0, fresh[0], fresh[1])
         return fresh.nbytes
 

@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 import torch
 
+from flexgen.errors import CapacityError
 from flexgen.kernels.heads import HeadFormat, PlainHeads
+from flexgen.memory.disk import BLOCK
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
@@ -30,7 +32,7 @@ from flexgen.planning.probe.together import lost_shares
 from flexgen.policy import Tier
 from flexgen.quant import CODECS, Codec
 from flexgen.trace import LaneName, Phase
-from flexgen.units import format_bytes
+from flexgen.units import MIB, format_bytes
 
 Progress = Callable[[int, int, str], object]
 """Told before each measurement: how many are done, how many there are, and which one comes."""
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK, _BUSY = 0.3, 0.2
 """For how many seconds the processor is watched, and the share of it that others may take."""
+_LEAST_MEMORY = 8 * MIB
+"""Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 _ROWS_OF_A_GPU = (4096,)
@@ -69,7 +73,7 @@ def measure(
         machine = Machine.open(device, offload_dir)
         stack.callback(machine.close)
         _warn_if_busy()
-        lanes = machine.device.make_lanes()
+        lanes = machine.make_lanes()
         stack.callback(lanes.close)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
     _warn_if_busy()
@@ -85,6 +89,30 @@ def _warn_if_busy() -> None:
             "done (python -m flexgen.measure --again)",
             100 * busy,
         )
+
+
+def within(effort: Effort, memory: int, device: str) -> Effort:
+    """What can be measured on a device of `memory` bytes, which are not filled to the last one.
+
+    Transfers are whole blocks, since they go to the disk too. Raises CapacityError where the device is too small.
+    """
+    if memory < _LEAST_MEMORY:
+        raise CapacityError(
+            f"device {device} has {format_bytes(memory)} to measure in, of which at least "
+            f"{format_bytes(_LEAST_MEMORY)} are needed: free some, or give it more (memory=...)"
+        )
+    share = memory // 8 // BLOCK * BLOCK
+    hidden, heads = effort.hidden, effort.heads
+    # The attention and the feed-forward half of a layer have 12 matrices of hidden x hidden numbers between them.
+    while heads % 2 == 0 and 12 * hidden**2 * torch.float32.itemsize > memory // 4:
+        hidden, heads = hidden // 2, heads // 2
+    return replace(
+        effort,
+        working_set=min(effort.working_set, share),
+        transfer=min(effort.transfer, share),
+        hidden=hidden,
+        heads=heads,
+    )
 
 
 def capacities(machine: Machine) -> dict[Tier, int]:
@@ -143,12 +171,8 @@ class _Measurement:
         self._device = machine.device
         self._lanes = lanes
         left = machine.device.available_bytes()
-        if left is not None:  # a small device is not filled to the last byte by what is measured on it
-            effort = replace(
-                effort,
-                working_set=min(effort.working_set, left // 8),
-                transfer=min(effort.transfer, left // 8),
-            )
+        if left is not None:
+            effort = within(effort, left, self._device.name)
         if self._device.torch_device != _CPU:
             effort = replace(effort, rows=(*effort.rows, *_ROWS_OF_A_GPU))
         self._effort = effort
@@ -264,7 +288,7 @@ class _Measurement:
             work[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
         lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
         for lane in lanes:
-            work[lane] = self._links.mover(lane, device.wait_for_compute)
+            work[lane] = self._links.mover(lane)
         alone = {lane: self._watch.seconds(job) for lane, job in work.items()}
         for phase, (table, rows) in _BESIDE_ROWS.items():
             enqueue = probe.multiplying(rows)
