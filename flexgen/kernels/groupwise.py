@@ -143,8 +143,8 @@ def _decode_pieces(values: Tensor, scales: Tensor, minimums: Tensor, out: Tensor
     split = next((dim for dim, size in enumerate(lead) if size > 1), None)
     if split is not None and out.numel() > max(_PIECE, group):
         most = max(_PIECE * lead[split] // out.numel(), 1)
-        for part in zip(*(x.split(most, split) for x in (values, scales, minimums, out)), strict=True):
-            _decode_pieces(*part, bits)
+        for v, s, m, o in zip(*(x.split(most, split) for x in (values, scales, minimums, out)), strict=True):
+            _decode_pieces(v, s, m, o, bits)
         return
     if bits == 4:
         values = torch.cat((values & 15, values >> 4), dim=-1)

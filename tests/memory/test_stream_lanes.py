@@ -9,16 +9,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from flexgen import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory import stream_lanes
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.lanes import Cancelled, ThreadLane
+from flexgen.memory.disk_lane import DiskLane
+from flexgen.memory.gpu import EmulatedDevice
+from flexgen.memory.lanes import Cancelled, Lanes, ThreadLane
 from flexgen.memory.stream_lanes import CopyLane, StreamLane
+from flexgen.policy import Policy
 from flexgen.schedule import Op, Step
 from flexgen.trace import LaneName
 
 STEP = Step(Op.COMPUTE, 3, 1, 2)
 LOAD = Step(Op.LOAD_WEIGHTS, 0, 1, 2)
+TO_DEVICE, FROM_DEVICE = LaneName.TO_DEVICE, LaneName.FROM_DEVICE
 PATIENCE = 60  # seconds after which a test that hangs fails instead
 
 
@@ -236,6 +241,12 @@ def test_cancel_drops_copies_that_are_not_enqueued(gpu, lanes):
     assert jobs_of(link) == []
     link.submit(enqueue(gpu, "next"), (), LOAD).wait()
     assert jobs_of(link) == ["next"]
+    link.cancel()  # of an idle lane: what would be enqueued at once is dropped too
+    dropped = link.submit(enqueue(gpu, "dropped"), (), LOAD)
+    link.drain()
+    with pytest.raises(LaneError):
+        dropped.wait()
+    assert jobs_of(link) == ["next"]
 
 
 def test_drain_ends_with_an_idle_stream(gpu, lanes):
@@ -309,6 +320,43 @@ def test_a_device_that_has_failed_has_no_events_and_raises_where_it_is_waited_fo
         assert lane.take_events(0.0) == []
     gpu.fault = None
     assert link.take_events(0.0) == []
+
+
+class StreamedDevice(EmulatedDevice):
+    """Host memory behind the lanes of a GPU."""
+
+    def make_lanes(self, host=None):
+        links = {name: CopyLane(name, self.torch_device, host) for name in (TO_DEVICE, FROM_DEVICE)}
+        threads = {name: ThreadLane(name) for name in (LaneName.HOST, LaneName.DISK_WRITE)}
+        disk = {LaneName.DISK_READ: DiskLane(LaneName.DISK_READ)}
+        return Lanes(
+            links | threads | disk | {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
+        )
+
+
+@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_model_gives_the_same_on_stream_lanes(gpu, monkeypatch, saved, tmp_path, attend_on, pinned):
+    """Every kind of job of the links, enqueued at once or by their threads, as the order of the model has it."""
+    thirds = {"gpu": 34, "cpu": 33, "disk": 33}
+    policy = Policy(
+        gpu_batch_size=3, num_gpu_batches=3, weights=thirds, cache=thirds, activations=thirds, attend_on=attend_on,
+        sep_layer=False,
+    )  # fmt: skip
+    prompts = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
+
+    def generated(device):
+        with OptLM(saved("opt"), policy, device=device, offload_dir=tmp_path, progress=False) as model:
+            return model.generate(prompts, 6, stop=()), {
+                event.lane for event in model.stats.timing.trace.events
+            }
+
+    expected, _ = generated(EmulatedDevice())
+    if pinned:
+        monkeypatch.setattr(HostStore, "pageable", property(lambda store: False, lambda store, _: None))
+    found, lanes = generated(StreamedDevice())
+    assert (found == expected).all()
+    assert lanes == set(LaneName)
 
 
 @pytest.fixture
