@@ -22,7 +22,7 @@ from flexgen.errors import RequestError, ScheduleError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
-from flexgen.memory.homes import Homes
+from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
@@ -115,7 +115,10 @@ class OptLM(Conveniences):
             self.dtype = choose_dtype(dtype, self.spec.dtype, compute)
             if isinstance(policy, Auto):
                 assert hardware is not None
-                self.auto = AutoPolicy(policy, self.spec, hardware, workload, self.dtype, order)
+                layers = build_layers(self.spec)
+                checkpoint.verify(layers)
+                stored = stored_bytes(checkpoint, layers, self.dtype, offload_dir)
+                self.auto = AutoPolicy(policy, self.spec, hardware, workload, self.dtype, order, stored)
                 policy, order = self.auto.opened.policy, self.auto.opened.order
             self.policy = policy
             self._layers = build_layers(self.spec, sep_layer=policy.sep_layer)

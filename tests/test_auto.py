@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from transformers import OPTConfig
+from transformers import OPTConfig, OPTForCausalLM
 
 from flexgen import Auto, OptLM, Policy, Workload, bench, simulate
 from flexgen.errors import CapacityError, PolicyError, RequestError
@@ -19,6 +19,7 @@ from flexgen.planning.predict import predict
 from flexgen.policy import Tier
 from flexgen.runtime.request import read_request
 from flexgen.schedule import ORDERS
+from flexgen.units import GIB, MIB
 
 CONFIG = OPTConfig(
     vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
@@ -69,6 +70,30 @@ def test_a_tier_that_may_not_be_used_is_not():
     with opened(max_memory={Tier.DISK: 0}) as model:
         model.generate(prompts(8, 12), 6, stop=())
         assert model.stats.plan.on(Tier.DISK) == 0
+
+
+def test_files_that_are_there_take_none_of_what_is_free(tmp_path, monkeypatch):
+    """Weights that are read in place from the checkpoint, and those that an earlier run wrote."""
+    model, offload = tmp_path / "model", tmp_path / "offload"
+    OPTForCausalLM(CONFIG).save_pretrained(model)
+    nbytes = (model / "model.safetensors").stat().st_size
+
+    def opened_with(free, **options):
+        few = Auto({"weights": {"disk": 100}})
+        monkeypatch.setattr(
+            "flexgen.engine.this_machine", lambda *_: small.replace(capacity={"cpu": GIB, "disk": free})
+        )
+        with OptLM(
+            model, few, workload=JOB, device="cpu", progress=False, offload_dir=offload, **options
+        ) as lm:
+            return lm.generate(prompts(8, 12), 6, stop=()).shape
+
+    small = auto.this_machine("cpu", None)
+    assert opened_with(MIB) == (8, 18)
+    with pytest.raises(CapacityError, match="disk"):
+        opened_with(nbytes // 4, dtype="bfloat16")
+    assert opened_with(nbytes, dtype="bfloat16") == (8, 18)  # writes them
+    assert opened_with(nbytes // 4, dtype="bfloat16") == (8, 18)
 
 
 def test_what_was_chosen_is_logged_in_one_line(caplog):

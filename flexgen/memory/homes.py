@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -16,7 +17,7 @@ from flexgen.errors import CapacityError
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT, Store, tensor_at
-from flexgen.models import Layer, WeightSpec
+from flexgen.models import Layer, ModelSpec, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
 from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
@@ -184,11 +185,7 @@ class Homes:
 
     def _in_place(self, weight: WeightSpec) -> Extent | None:
         """Where a file of the checkpoint holds the weight as it is needed."""
-        extent = self._checkpoint.extent(weight) if self.placement.codec(weight) is None else None
-        # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
-        if extent and extent.dtype == self._dtype and extent.offset % self._dtype.itemsize == 0:
-            return extent
-        return None
+        return None if self.placement.codec(weight) else _in_place(self._checkpoint, weight, self._dtype)
 
     def _file_layout(
         self, weights: Sequence[WeightSpec]
@@ -239,6 +236,30 @@ class Homes:
         parts = [self._checkpoint.identity, str(self._dtype)]
         parts += [f"{weight.key} {weight.shape} {self.placement.codec(weight)}" for weight in weights]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        # The folder's name is for people: of a long path its end, and never "..".
-        folder = re.sub(r"[^A-Za-z0-9_.-]+", "--", layer.spec.name)[-_NAME_LIMIT:].strip(".-")
-        return f"{folder or 'model'}/{layer.name}-{digest}.safetensors"
+        return f"{_folder(layer.spec)}/{layer.name}-{digest}.safetensors"
+
+
+def stored_bytes(
+    checkpoint: Checkpoint, layers: Sequence[Layer], dtype: torch.dtype, offload_dir: str | Path | None
+) -> int:
+    """Bytes of weights that would take no more of the disk if they were kept there: those that the checkpoint's files
+    hold in `dtype`, and what earlier runs wrote for the model into `offload_dir`."""
+    weights = {weight.key: weight for layer in layers for weight in layer.weights}
+    extents = (_in_place(checkpoint, weight, dtype) for weight in weights.values())
+    stored = sum(extent.nbytes for extent in extents if extent)
+    if offload_dir is not None:
+        written = Path(offload_dir, _folder(layers[0].spec)).glob("*.safetensors")
+        stored += sum(path.stat().st_size for path in written)
+    return stored
+
+
+def _in_place(checkpoint: Checkpoint, weight: WeightSpec, dtype: torch.dtype) -> Extent | None:
+    """Where a file of the checkpoint holds the weight in `dtype`."""
+    extent = checkpoint.extent(weight)
+    # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
+    return extent if extent and extent.dtype == dtype and extent.offset % dtype.itemsize == 0 else None
+
+
+def _folder(spec: ModelSpec) -> str:
+    """Of the files written for a model. The name is for people: of a long path its end, and never ".."."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "--", spec.name)[-_NAME_LIMIT:].strip(".-") or "model"

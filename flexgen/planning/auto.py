@@ -113,10 +113,13 @@ class AutoPolicy:
         workload: Workload | None,
         dtype: str | torch.dtype = "auto",
         order: str | None = None,
+        stored: int = 0,
     ) -> None:
+        """stored: bytes of weights on disk that take none of what is free there."""
         self._auto = auto
         self._spec = spec
-        self.hardware = hardware
+        disk = hardware.capacity[Tier.DISK] + stored
+        self.hardware = hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
         self.workload = workload = workload or usual_workload(spec)
         self._dtype = str(dtype).removeprefix("torch.")
         self._asked_order = order
