@@ -297,15 +297,15 @@ def test_durations_are_exact_however_long_ago_the_lane_was_made(gpu, monkeypatch
     lane = StreamLane(LaneName.COMPUTE, torch.device("cpu"))
     gpu.now = 1e6  # eleven days: the milliseconds of a float are 64 apart
     monkeypatch.setattr(stream_lanes.time, "perf_counter", lambda: 500.0 + gpu.now)
-    lane.submit(enqueue(gpu, "first", seconds=0.001), (), LOAD)
+    lane.submit(enqueue(gpu, "first", seconds=0.00103), (), LOAD)
     gpu.now += 1.0
-    lane.submit(enqueue(gpu, "second", seconds=0.002), (), STEP)
-    gpu.now += 0.5
+    lane.submit(enqueue(gpu, "second", seconds=0.00207), (), STEP)
+    gpu.now += 1000.3  # the rest of the call, whose milliseconds are 1/16 apart
     first, second = lane.take_events(origin=400.0 + 1e6)
     assert (first.step, second.step) == (LOAD, STEP)
-    assert first.end - first.start == pytest.approx(0.001, rel=1e-4)
-    assert second.end - second.start == pytest.approx(0.002, rel=1e-4)
-    assert (first.start, second.start) == pytest.approx((100.0, 101.001), abs=1e-6)
+    assert first.end - first.start == pytest.approx(0.00103, rel=1e-4)
+    assert second.end - second.start == pytest.approx(0.00207, rel=1e-4)
+    assert (first.start, second.start) == pytest.approx((100.0, 101.00103), abs=1e-4)
     assert lane.take_events(0.0) == []
 
 
