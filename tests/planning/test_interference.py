@@ -65,7 +65,7 @@ def test_a_lane_that_is_beside_another_all_the_time():
 
 
 def test_each_phase_loses_its_own_share():
-    """Each computation is beside a load of a second, and loses half of its rate there: it takes a second and a half."""
+    """Each computation is beside a load of a second and loses half of its rate there: it takes 1.5 seconds."""
     grid = Grid(tokens=3, layers=20, batches=1)
     steps = numbered("overlap_single_batch", grid)
     seconds = {Op.LOAD_WEIGHTS: (LINK, 1.0), Op.COMPUTE: (COMPUTE, 1.0)}
