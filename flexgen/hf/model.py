@@ -17,6 +17,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.logging import is_progress_bar_enabled
 
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
@@ -96,9 +97,12 @@ class FlexGenForCausalLM(GenerationMixin):
         Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves.
         """
         device, limits = read_max_memory(max_memory, str(device))
+        # Bars are shown as transformers shows its own: on a terminal, unless they are switched off there.
+        progress = None if is_progress_bar_enabled() else False
         lm = OptLM(
-            path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits
-        )
+            path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits,
+            progress=progress,
+        )  # fmt: skip
         directory = lm.tokenizer_dir
         config = AutoConfig.from_pretrained(directory)
         config.name_or_path = str(path_or_id)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.hf import FlexGenForCausalLM
@@ -209,3 +210,26 @@ def test_the_models_own_generation_config(written: Any, saved: Any, inputs: Any,
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).generate(**given, **options)
     with FlexGenForCausalLM.from_pretrained(tmp_path, Policy(gpu_batch_size=2), "cpu") as model:
         assert model.generate(**given, **options).tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("switch", "disable"), [("enable_progress_bar", None), ("disable_progress_bar", True)]
+)
+def test_bars_are_off_where_those_of_transformers_are(
+    switch: str, disable: bool | None, saved: Any, monkeypatch: Any
+) -> None:
+    """None is tqdm's own choice: on a terminal."""
+    asked = []
+
+    def bar(layers: Any, **options: Any) -> Any:
+        asked.append(options["disable"])
+        return layers
+
+    directory = saved("opt").directory
+    monkeypatch.setattr("flexgen.engine.tqdm", bar)
+    getattr(logging, switch)()
+    try:
+        with FlexGenForCausalLM.from_pretrained(directory, Policy(), device="cpu", dtype="float32"):
+            assert asked == [disable]
+    finally:
+        logging.enable_progress_bar()
