@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections import Counter
 from functools import partial
 
@@ -88,21 +89,17 @@ def main() -> None:
                 model.generate(prompts[:1, :4], 1, stop=())
                 cases["overlap" if overlap else "normal"] = partial(run, model, prompts, tokens)
             figures[name] = interleaved(cases, args.repeats)
-    print(f"{'case':<28}{'overlap':>10}{'busy':>10}{'normal':>10}{'busy':>10}")
+    document = {
+        "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
+        "figures": figures,
+    }
+    path = save("overlap", document)
+    columns = [(order, what) for order in ("overlap", "normal") for what in ("share", "busy")]
+    print(f"{'case':<28}" + "".join(f"{order + ', ' + what:>16}" for order, what in columns))
     for name, found in figures.items():
-        shares = (
-            found[order][what]["median"] for order in ("overlap", "normal") for what in ("share", "busy")
-        )
-        print(f"{name:<28}" + "".join(f"{share:>10.2f}" for share in shares))
-    print(
-        save(
-            "overlap",
-            {
-                "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
-                "figures": figures,
-            },
-        )
-    )
+        told = (found[order].get(what, {}).get("median", math.nan) for order, what in columns)
+        print(f"{name:<28}" + "".join(f"{share:>16.2f}" for share in told))
+    print(path)
 
 
 if __name__ == "__main__":
