@@ -93,7 +93,7 @@ class StepCosts:
         self._scratch = lookup_sizes(layers, placement, self._shared, most).scratch
         self._every_token = len(self._tokens) == workload.gen_len
         self._segments = {rows: self._cut_cache(rows) for rows in set(self._batches)}
-        self._alike = _alike(layers, placement)
+        self._alike = _alike(layers, placement, bool(hardware.packed_products))
         self._known: dict[_Key, Loads] = {}
         self._timed: dict[_Key, Costs] = {}
         self._work: dict[Op, Callable[[_Key], Loads]] = {
@@ -386,13 +386,13 @@ class StepCosts:
         return (fixed.disk_job if on_disk else fixed.stage) + nbytes / self._hardware.bandwidth[lane]
 
 
-def _alike(layers: Sequence[Layer], placement: Placement) -> list[int]:
-    """For each layer the first one that computes the same; both ends of a model are alike to nothing."""
+def _alike(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
+    """For each layer the first one that computes the same; both ends of a model are alike to nothing. `by_tier`:
+    matrices that stay on the device are laid out for products there."""
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        # What stays on the device may be laid out for products; what comes from elsewhere is not.
-        kept = tuple((placement.codec(weight), placement.of(weight)) for weight in layer.weights)
+        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
         kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), kept)
         first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
     return first
