@@ -43,7 +43,8 @@ def measure(args: argparse.Namespace) -> Hardware:
         where = [f"written to {args.output}"] if args.output else []
         if remembered(args.device, args.offload_dir):
             where.append(f"kept in {cache_folder()}")
-        print(", ".join(where), file=sys.stderr)
+        if where:
+            print(", ".join(where), file=sys.stderr)
     return hardware
 
 

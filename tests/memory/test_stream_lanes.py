@@ -219,7 +219,9 @@ def test_an_exit_inside_a_queued_copy_is_told_too(gpu, lanes):
     def leave():
         raise SystemExit
 
-    done = link.submit(leave, (host.submit(lambda: time.sleep(0.01), (), LOAD),), LOAD)
+    gate = Gate()
+    done = link.submit(leave, (host.submit(gate, (), LOAD),), LOAD)
+    gate.opened.set()
     with pytest.raises(LaneError) as caught:
         done.wait()
     assert isinstance(caught.value.__cause__, SystemExit)
