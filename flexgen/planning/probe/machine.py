@@ -282,14 +282,14 @@ class _Measurement:
         device = self._device
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
-        work: dict[LaneName, Callable[[], object]] = {}
+        others: dict[LaneName, Callable[[], object]] = {}
         if not device.shares_host_memory:
             form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
-            work[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
+            others[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
         lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
         for lane in lanes:
-            work[lane] = self._links.mover(lane)
-        alone = {lane: self._watch.seconds(job) for lane, job in work.items()}
+            others[lane] = self._links.mover(lane)
+        alone = {lane: self._watch.seconds(job) for lane, job in others.items()}
         for phase, (table, rows) in _BESIDE_ROWS.items():
             enqueue = probe.multiplying(rows)
 
@@ -297,7 +297,8 @@ class _Measurement:
                 enqueue()
                 device.wait_for_compute()
 
-            work[LaneName.COMPUTE] = multiply
+            # First: what runs beside it goes on until its last product has ended, which may take most of the time.
+            work = {LaneName.COMPUTE: multiply, **others}
             alone[LaneName.COMPUTE] = self._watch.seconds(multiply)
             found = self._figures.setdefault(table, {})
             for one, other in itertools.combinations(work, 2):
