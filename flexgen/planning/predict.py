@@ -16,11 +16,12 @@ from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_atte
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.timeline import numbered, play_beside
+from flexgen.planning.numbering import numbered
+from flexgen.planning.timeline import Timeline, play_beside
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import ORDERS, Op
-from flexgen.trace import Event, LaneName, Phase, Trace
+from flexgen.trace import LaneName, Phase, Trace
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
@@ -31,14 +32,14 @@ _SAMPLES = 8
 
 @dataclass(frozen=True)
 class _Block:
-    """One block: seconds, seconds of each lane alone, and the events of the `tokens` that were laid out, numbered
+    """One block: seconds, seconds of each lane alone, and when the `tokens` that were laid out are done, numbered
     as they were."""
 
     prefill: float
     decode: float
     phases: ByPhase
     tokens: Sequence[int]
-    events: list[Event]
+    timeline: Timeline
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Prediction:
         """Every event of the call, block after block; of a sampled prediction, those of the sampled tokens."""
         trace, begin = Trace(), 0.0
         for block in self._blocks:
-            named = ((e, e.step._replace(token=block.tokens[e.step.token])) for e in block.events)
+            named = ((e, e.step._replace(token=block.tokens[e.step.token])) for e in block.timeline.events)
             trace.extend((event._replace(step=step) for event, step in named), begin)
             begin += block.prefill + block.decode
         return trace
@@ -185,9 +186,9 @@ def _block(
     costs = costs_of(asked.splits_attention)
     # The buffers are those of a full block, whose batches may run in another order.
     grid = asked.grid(len(tokens), len(layers), batches, costs.weight_pieces, full.slots)
-    events = play_beside(numbered(asked.name, grid), costs, hardware.losses).events
-    ends = _ends(events, len(tokens), len(layers) - 1)
-    trailing = max(event.end for event in events) - ends[-1]
+    timeline = play_beside(numbered(asked.name, grid), costs, hardware.losses)
+    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
+    trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
         return decode_seconds(seconds, tokens, flushing, workload.gen_len, costs.flushes)
@@ -203,7 +204,7 @@ def _block(
         for phase, alone in ((Phase.PREFILL, per_token[0]), (Phase.DECODE, decode(per_token))):
             if alone:
                 phases[phase][lane] = alone
-    return _Block(ends[0], decode(took) + trailing, phases, tokens, events)
+    return _Block(ends[0], decode(took) + trailing, phases, tokens, timeline)
 
 
 def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
@@ -233,15 +234,6 @@ def decode_seconds(
         return 0.0
     between = np.interp(range(1, gen_len), [tokens[n] for n in plain], [seconds[n] for n in plain])
     return float(between.sum()) + flushes * of_pages
-
-
-def _ends(events: Sequence[Event], tokens: int, last: int) -> list[float]:
-    """When each token was known for all rows."""
-    ends = [0.0] * tokens
-    for (op, token, layer, _), _, _, end in events:
-        if op is Op.STORE_HIDDEN and layer == last:
-            ends[token] = max(ends[token], end)
-    return ends
 
 
 def _summed(blocks: Sequence[ByPhase]) -> ByPhase:

@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
-from flexgen.schedule import ORDERS, Grid, Step, Visit, needed_steps, needed_visit
+from flexgen.planning.numbering import Numbered, number
+from flexgen.schedule import Grid, Op, Step
 from flexgen.trace import Event, LaneName, Phase, Trace
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
 """The work of a step as the executor sees it, in seconds: chains of stages, each (lane, seconds)."""
 
-Numbered = Iterable[tuple[Step | None, tuple[int, ...]]]
-"""Steps in their order, each with the places in it of what it needs. None stands for no step but for all that it
-needs: many steps wait for the same many."""
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """When every step of a schedule is done. Its events are many objects, so they are made only where one asks."""
+
+    steps: Numbered
+    works: Sequence[Costs]
+    """Of each entry of `steps`."""
+    done: Sequence[float]
+    """Seconds at which it was done."""
+    stretched: Sequence[float] | None = None
+    """How many times its seconds each stage took."""
+
+    @property
+    def span(self) -> float:
+        """Seconds until all was done."""
+        return max(self.done, default=0.0)
+
+    def ends(self, op: Op, layer: int) -> list[float]:
+        """When the last step of an op in a layer was done, by token."""
+        ends = [0.0] * (len(self.steps.sections) // self.steps.layers)
+        n = 0
+        for visit, section in enumerate(self.steps.sections):
+            for of, ahead, _ in section.entries:
+                if of is op and (visit + ahead) % self.steps.layers == layer:
+                    token = (visit + ahead) // self.steps.layers
+                    ends[token] = max(ends[token], self.done[n])
+                n += 1
+        return ends
+
+    def edges(self) -> tuple[list[float], list[float]]:
+        """Of every stage in the order of issue: when it starts and when it ends."""
+        starts: list[float] = []
+        ends: list[float] = []
+        _lay_out(self.steps, self.works, self.stretched, starts, ends)
+        return starts, ends
+
+    @property
+    def events(self) -> list[Event]:
+        """As of a trace."""
+        lanes = [
+            (step, lane)
+            for step, work in zip(self.steps.steps(), self.works, strict=True)
+            if step is not None
+            for chain in work
+            for lane, _ in chain
+        ]
+        return [Event(*named, *times) for named, *times in zip(lanes, *self.edges(), strict=True)]
 
 
 def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) -> Trace:
@@ -25,7 +71,50 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     A stage starts when its lane is free and the stage before it, or for the first one all that the step needs,
     is done: the executor's own rules. Raises KeyError for an order that `schedule.check` refuses.
     """
-    return play(_number(steps, grid), costs)
+    return Trace(play(number(steps, grid), costs).events)
+
+
+def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Timeline:
+    """`simulate`, for steps that are numbered already."""
+    works: list[Costs] = [() if step is None else costs(step) for step in steps.steps()]
+    return Timeline(steps, works, _lay_out(steps, works))
+
+
+def _lay_out(
+    steps: Numbered,
+    works: Sequence[Costs],
+    stretched: Sequence[float] | None = None,
+    starts: list[float] | None = None,
+    ends: list[float] | None = None,
+) -> list[float]:
+    """When each step is done. This is where a prediction spends its time.
+
+    stretched: how many times its seconds each stage takes. starts, ends: get the times of every stage.
+    """
+    free = dict.fromkeys(LaneName, 0.0)
+    factors = repeat(1.0) if stretched is None else iter(stretched)
+    done: list[float] = []
+    for needed, work in zip(steps.needs(), works, strict=True):
+        ready = 0.0
+        for n in needed:
+            if done[n] > ready:
+                ready = done[n]
+        end = ready
+        for chain in work:
+            time = ready
+            for lane, seconds in chain:
+                if free[lane] > time:
+                    time = free[lane]
+                if starts is not None:
+                    starts.append(time)
+                time += seconds * next(factors)
+                free[lane] = time
+                if ends is not None:
+                    ends.append(time)
+            if time > end:
+                end = time
+        done.append(end)
+    return done
 
 
 Losses = Mapping[Phase, Mapping[tuple[LaneName, LaneName], float]]
@@ -36,27 +125,38 @@ _SETTLED = 1e-3
 _MOST_LOST = 0.9
 
 
-def play_beside(steps: Numbered, costs: Callable[[Step], Costs], losses: Losses) -> Trace:
+def play_beside(steps: Numbered, costs: Callable[[Step], Costs], losses: Losses) -> Timeline:
     """`play`, where lanes that work at the same time slow each other down.
 
     By turns the schedule is laid out, and each stage made longer by what it loses to those it overlaps: a few rounds,
     until the end no longer moves. A stage is slowed evenly over its time.
     """
-    trace = play(steps, costs)
-    for _ in range(_ROUNDS if losses else 0):
-        before = trace.span
-        trace = play(steps, costs, _stretched(trace.events, losses))
-        if abs(trace.span - before) <= _SETTLED * before:
+    made = play(steps, costs)
+    if not losses:
+        return made
+    stages = [
+        (_NUMBER[lane], step.token)
+        for step, work in zip(steps.steps(), made.works, strict=True)
+        if step is not None
+        for chain in work
+        for lane, _ in chain
+    ]
+    lanes, tokens = np.array(stages, dtype=int).reshape(-1, 2).T
+    for _ in range(_ROUNDS):
+        before = made.span
+        starts, ends = map(np.array, made.edges())
+        stretched = _stretched(lanes, tokens == 0, starts, ends, losses)
+        made = Timeline(steps, made.works, _lay_out(steps, made.works, stretched), stretched)
+        if abs(made.span - before) <= _SETTLED * before:
             break
-    return trace
+    return made
 
 
-def _stretched(events: Sequence[Event], losses: Losses) -> Sequence[float]:
-    """How many times its own seconds each event takes beside the others."""
-    lanes = np.array([_NUMBER[event.lane] for event in events])
-    begin, end = (np.array([getattr(event, name) for event in events]) for name in ("start", "end"))
-    lost = np.zeros(len(events))
-    prefill = np.array([event.step.token == 0 for event in events])
+def _stretched(
+    lanes: np.ndarray, prefill: np.ndarray, begin: np.ndarray, end: np.ndarray, losses: Losses
+) -> list[float]:
+    """How many times its own seconds each stage takes beside the others. `prefill`: whether it is of that phase."""
+    lost = np.zeros(len(lanes))
     of_phase = {Phase.PREFILL: prefill, Phase.DECODE: ~prefill}
     shares = ((phase, pair, share) for phase, pairs in losses.items() for pair, share in pairs.items())
     for phase, (lane, other), share in shares:
@@ -70,84 +170,8 @@ def _stretched(events: Sequence[Event], losses: Losses) -> Sequence[float]:
         both = np.interp(end[mine], edges, worked) - np.interp(begin[mine], edges, worked)
         took = end[mine] - begin[mine]
         lost[mine] += share * np.divide(both, took, out=np.zeros_like(both), where=took > 0)
-    stretched: Sequence[float] = (1 / (1 - np.minimum(lost, _MOST_LOST))).tolist()
+    stretched: list[float] = (1 / (1 - np.minimum(lost, _MOST_LOST))).tolist()
     return stretched
 
 
 _NUMBER = {lane: n for n, lane in enumerate(LaneName)}
-
-
-def play(steps: Numbered, costs: Callable[[Step], Costs], stretched: Sequence[float] | None = None) -> Trace:
-    """`simulate`, for steps that are numbered already. `stretched`: how many times its seconds each event takes."""
-    free = dict.fromkeys(LaneName, 0.0)
-    done: list[float] = []
-    events: list[Event] = []
-    for step, needed in steps:
-        ready = 0.0
-        for n in needed:
-            if done[n] > ready:
-                ready = done[n]
-        if step is None:
-            done.append(ready)
-            continue
-        end = 0.0
-        work = costs(step)
-        for chain in work:
-            time = ready
-            for lane, seconds in chain:
-                start = max(time, free[lane])
-                if stretched is not None:
-                    seconds *= stretched[len(events)]
-                time = free[lane] = start + seconds
-                events.append(Event(step, lane, start, time))
-            end = max(end, time)
-        done.append(end if work else ready)
-    return Trace(events)
-
-
-def _number(steps: Iterable[Step], grid: Grid) -> Iterator[tuple[Step | None, tuple[int, ...]]]:
-    place: dict[Step | Visit, int] = {}
-    for step in steps:
-        needed = [place[other] for other in needed_steps(step, grid)]
-        if visit := needed_visit(step, grid):
-            if visit not in place:
-                yield None, tuple([place[other] for other in visit.steps(grid)])
-                place[visit] = len(place)
-            needed.append(place[visit])
-        yield step, tuple(needed)
-        place[step] = len(place)
-
-
-_FEW = 5
-"""Tokens after which nothing new comes: the first two begin, the last one ends, and those between are alike."""
-
-
-@lru_cache(maxsize=4)
-def numbered(order: str, grid: Grid) -> Sequence[tuple[Step | None, tuple[int, ...]]]:
-    """The steps of an order by name. Kept, because a search times many policies on one grid.
-
-    Of many tokens a few are numbered, and what repeats is copied, which is many times faster.
-    """
-    few = replace(grid, tokens=min(grid.tokens, _FEW))
-    steps = list(_number(ORDERS[order](few), few))
-    if few == grid:
-        return steps
-    begins: dict[int, int] = {}
-    for n, (step, _) in enumerate(steps):
-        if step is not None and step.op is grid.computing[0] and step.layer == step.batch == 0:
-            begins.setdefault(step.token, n)
-    first, second, third = (begins[token] for token in (2, 3, 4))
-    length = second - first
-    if list(_shifted(steps[first:second], 1, length)) != steps[second:third]:
-        return tuple(_number(ORDERS[order](grid), grid))
-    more = grid.tokens - few.tokens
-    copies = [entry for n in range(more) for entry in _shifted(steps[first:second], n + 1, (n + 1) * length)]
-    return [*steps[:second], *copies, *_shifted(steps[second:], more, more * length)]
-
-
-def _shifted(
-    steps: Iterable[tuple[Step | None, tuple[int, ...]]], tokens: int, places: int
-) -> Iterator[tuple[Step | None, tuple[int, ...]]]:
-    for step, needed in steps:
-        later = None if step is None else Step(step[0], step[1] + tokens, step[2], step[3])
-        yield later, tuple([n + places for n in needed])

@@ -13,7 +13,8 @@ from flexgen.models import build_layers, open_model
 from flexgen.planning.arithmetic import Arithmetic
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
-from flexgen.planning.timeline import numbered, play, play_beside
+from flexgen.planning.numbering import numbered
+from flexgen.planning.timeline import play, play_beside
 from flexgen.policy import Policy
 from flexgen.schedule import ORDERS, Grid, Op
 from flexgen.trace import LaneName, Phase

@@ -19,9 +19,7 @@ from flexgen.models import build_layers, open_model
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
 from flexgen.planning.predict import predict
 from flexgen.planning.search import find_policy
-from flexgen.planning.timeline import _number, numbered
 from flexgen.policy import Tier
-from flexgen.schedule import ORDERS
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
@@ -315,15 +313,3 @@ def test_a_codec_that_is_fixed_needs_figures(opt, machine):
     asked = {"weights": {"cpu": {"percent": 100, "codec": "int4"}}}
     with pytest.raises(HardwareError, match=r"no figure decoding\.int4"):
         find_policy(opt, machine(decoding={}), Workload(24, 4, 8), fixed=asked)
-
-
-@given(
-    name=st.sampled_from(sorted(ORDERS)),
-    layers=st.integers(2, 5),
-    batches=st.integers(1, 5),
-    pieces=st.integers(1, 4),
-    tokens=st.integers(1, 9),
-)
-def test_steps_that_repeat_are_numbered_as_all_of_them(name, layers, batches, pieces, tokens):
-    grid = ORDERS[name].grid(tokens, layers, batches, pieces)
-    assert list(numbered(name, grid)) == list(_number(ORDERS[name](grid), grid))

@@ -1,0 +1,32 @@
+"""Schedules that are put together from a few visits: the same as all of their steps numbered one by one."""
+
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from flexgen.planning.numbering import number, numbered
+from flexgen.schedule import ORDERS
+
+
+@given(
+    name=st.sampled_from(sorted(ORDERS)),
+    layers=st.integers(2, 24),
+    batches=st.integers(1, 5),
+    pieces=st.integers(1, 4),
+    tokens=st.integers(1, 9),
+    slots_of=st.sampled_from(sorted(ORDERS)),
+)
+@example(name="overlap_multi_batch", layers=40, batches=1, pieces=1, tokens=7, slots_of="overlap_cpu_attention")
+def test_a_schedule_from_its_sections_is_that_of_all_steps(name, layers, batches, pieces, tokens, slots_of):
+    """With the slots of any order that has enough: a last block with fewer batches runs in another one's."""
+    slots = ORDERS[slots_of].slots
+    assume(slots.weights >= ORDERS[name].slots.weights and slots.cells >= ORDERS[name].slots.cells)
+    grid = ORDERS[name].grid(tokens, layers, batches, pieces, slots)
+    short, whole = numbered(name, grid), number(ORDERS[name](grid), grid)
+    assert list(short.steps()) == list(whole.steps())
+    assert list(short.needs()) == list(whole.needs())
+
+
+def test_a_deep_model_has_few_sections():
+    grid = ORDERS["overlap_multi_batch"].grid(9, 200, 3, 2)
+    sections = numbered("overlap_multi_batch", grid).sections
+    assert len(sections) == 9 * 200 and len(set(map(id, sections))) < 60
