@@ -12,9 +12,10 @@ from flexgen.policy import Split, Tier
 from flexgen.quant import Codec, codec_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """The tier and codec of every weight by its key, and the bytes that each tier got.
+    """The tier and codec of every weight by its key, and the bytes that each tier got. One equals itself alone, so
+    that what follows from it can be kept.
 
     `nbytes` counts what is kept, encoded; `share` what it is of the model in `dtype`, which is what a policy's
     percentages are about.
@@ -56,23 +57,26 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     """
     placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
-    whole = {w.key: w.nbytes(dtype) for layer in layers for w in layer.weights}
+    percents = {tier: split.percent(tier) for tier in Tier if split.percent(tier) > 0}
     between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
+    total = 0
     for layer in layers:
         # Large tensors first: the small ones then even out what is left.
         for weight in sorted(layer.weights, key=lambda w: -w.numel):
             if weight.key in placement.tiers:
                 continue
-            total = sum(placed.values()) + weight.nbytes(dtype)
-            wanted = {tier: total * split.percent(tier) / 100 for tier in Tier if split.percent(tier) > 0}
-            tier = max(wanted, key=lambda t: wanted[t] - placed[t])
-            if between < weight.nbytes(dtype):
-                shares = {t: sum(whole.values()) * split.percent(t) / 100 for t in wanted}
-                tier = next((t for t in shares if shares[t] - placed[t] >= weight.nbytes(dtype)), tier)
+            nbytes = weight.nbytes(dtype)
+            total += nbytes
+            behind = {tier: total * percent / 100 - placed[tier] for tier, percent in percents.items()}
+            tier = max(behind, key=behind.__getitem__)
+            if between < nbytes:
+                whole = sum({w.key: w.nbytes(dtype) for each in layers for w in each.weights}.values())
+                shares = {t: whole * percent / 100 for t, percent in percents.items()}
+                tier = next((t for t in shares if shares[t] - placed[t] >= nbytes), tier)
             placement.tiers[weight.key] = tier
             codec = codec_for(split[tier].codec, weight.shape)
             if codec and weight.encodable:
                 placement.codecs[weight.key] = codec
-            placed[tier] += weight.nbytes(dtype)
+            placed[tier] += nbytes
             placement.nbytes[tier] += placement.kept_bytes(weight)
     return placement

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -85,14 +86,20 @@ def slot_sizes(
     On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
     through a staging buffer in host memory. A table whose rows are gathered at home never comes whole.
     """
-    whole = [travelling(layer, placement, shares_host_memory) for layer in layers]
+    return _slot_sizes(tuple(layers), placement, shares_host_memory, slots)
 
-    def moved(*tiers: Tier) -> list[int]:
-        kept = ([placement.kept_bytes(w) for w in weights if placement.of(w) in tiers] for weights in whole)
-        return [sum(align(n, ALIGNMENT) + GAP + 2 * BLOCK for n in sizes) for sizes in kept]
 
-    from_disk = moved(Tier.DISK)
-    arriving = from_disk if shares_host_memory else moved(Tier.CPU, Tier.DISK)
+@lru_cache(maxsize=128)  # a policy search asks for the plans of many policies that place weights alike
+def _slot_sizes(
+    layers: tuple[Layer, ...], placement: Placement, shares_host_memory: bool, slots: int
+) -> SlotSizes:
+    from_disk, arriving = [], []
+    for layer in layers:
+        moved = dict.fromkeys(Tier, 0)
+        for weight in travelling(layer, placement, shares_host_memory):
+            moved[placement.of(weight)] += align(placement.kept_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
+        from_disk.append(moved[Tier.DISK])
+        arriving.append(moved[Tier.DISK] + (0 if shares_host_memory else moved[Tier.CPU]))
     turns = take_turns([nbytes > 0 for nbytes in arriving], slots)
 
     def largest(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -104,6 +111,8 @@ def slot_sizes(
 
 def encoded_products(layer: Layer, placement: Placement) -> list[WeightSpec]:
     """Weights that are kept encoded and multiplied with; of a table rows are read, as they are kept."""
+    if not placement.codecs:
+        return []
     return [weight for weight in layer.weights if weight is not layer.table and placement.codec(weight)]
 
 

@@ -109,3 +109,15 @@ class Arithmetic:
             return 0.0
         nbytes = segment.token_bytes(chosen - 1) / 2 * on_disk / (context - 1)
         return self._hardware.fixed.disk_job + nbytes / self._hardware.bandwidth[LaneName.DISK_READ]
+
+
+def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
+    """For each layer the first one that computes the same; both ends of a model are alike to nothing. `by_tier`:
+    matrices that stay on the device are laid out for products there."""
+    seen: dict[object, int] = {}
+    first = []
+    for n, layer in enumerate(layers):
+        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), kept)
+        first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
+    return first

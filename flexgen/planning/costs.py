@@ -22,7 +22,7 @@ from flexgen.memory.transfer import cut
 from flexgen.memory.weights import cargo_sizes, count_pieces
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.planning.arithmetic import Arithmetic
+from flexgen.planning.arithmetic import Arithmetic, alike_layers
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.timeline import Costs
 from flexgen.policy import Policy, Tier
@@ -52,7 +52,8 @@ class StepCosts:
 
     `tokens`: the tokens that those of the grid stand for. Where they are not all of the workload's, a token reads
     as much of a cache on disk as the line through its pages says, and those of the grid in `flushing` write one.
-    `splits_attention`: as of the grid.
+    `splits_attention`: as of the grid. `alike`: for each layer the first whose steps take the same as its own, but
+    for loads of weights, which are the same for every token.
 
     What is looked up depends on the ids. They are taken to be all different, up to the vocabulary, and to lie
     evenly in the table: few others read more.
@@ -93,7 +94,7 @@ class StepCosts:
         self._scratch = lookup_sizes(layers, placement, self._shared, most).scratch
         self._every_token = len(self._tokens) == workload.gen_len
         self._segments = {rows: self._cut_cache(rows) for rows in set(self._batches)}
-        self._alike = _alike(layers, placement, bool(hardware.packed_products))
+        self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._known: dict[_Key, Loads] = {}
         self._timed: dict[_Key, Costs] = {}
         self._work: dict[Op, Callable[[_Key], Loads]] = {
@@ -131,13 +132,19 @@ class StepCosts:
     @cached_property
     def _kinds(self) -> list[tuple[Step, int]]:
         """The steps of a token but for those that are alike, and how many of each there are."""
-        shape = 1, len(self._layers), len(self._batches), self.weight_pieces
+        alike = Counter(self.alike)
         counts: Counter[_Key] = Counter()
         steps: dict[_Key, Step] = {}
-        for step in all_steps(Grid(*shape, splits_attention=self._splits_attention)):
-            key = self._key(step)
-            counts[key] += 1
-            steps.setdefault(key, step)
+        of_a_layer = Grid(
+            1, 1, len(self._batches), self.weight_pieces, splits_attention=self._splits_attention
+        )
+        for step in all_steps(of_a_layer):
+            weights = step.op is Op.LOAD_WEIGHTS
+            for layer in range(len(self._layers)) if weights else alike:
+                one = Step(step.op, 0, layer, step.batch)
+                key = self._key(one)
+                counts[key] += 1 if weights else alike[layer]
+                steps.setdefault(key, one)
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
@@ -146,7 +153,7 @@ class StepCosts:
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
             return op, j, k, 0, False, False
-        return op, self._alike[j], self._tokens[i], self._batches[k], k == 0, i in self._flushing
+        return op, self.alike[j], self._tokens[i], self._batches[k], k == 0, i in self._flushing
 
     def _loads(self, key: _Key) -> Loads:
         if key not in self._known:
@@ -384,15 +391,3 @@ class StepCosts:
         fixed = self._hardware.fixed
         on_disk = lane in (LaneName.DISK_READ, LaneName.DISK_WRITE)
         return (fixed.disk_job if on_disk else fixed.stage) + nbytes / self._hardware.bandwidth[lane]
-
-
-def _alike(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
-    """For each layer the first one that computes the same; both ends of a model are alike to nothing. `by_tier`:
-    matrices that stay on the device are laid out for products there."""
-    seen: dict[object, int] = {}
-    first = []
-    for n, layer in enumerate(layers):
-        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
-        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), kept)
-        first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
-    return first

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from flexgen.schedule import ORDERS, Grid, Op, Step, Visit, needed_steps, needed_visit
 
-_TOKENS = 5
-"""Tokens after which nothing new comes: the first two begin, the last one ends, and those between are alike."""
 _AHEAD = 2
 """Visits that an order issues steps ahead of the computation, or has them left behind it, at most."""
 
@@ -29,6 +27,8 @@ class Section(NamedTuple):
     entries: tuple[Entry, ...]
     needs: tuple[tuple[int, ...], ...]
     """For each entry those that must be done before it: -1 is the entry right before it."""
+    visits: frozenset[int]
+    """Those that its entries belong to, counted from its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +53,16 @@ class Numbered:
 @lru_cache(maxsize=8)
 def numbered(order: str, grid: Grid) -> Numbered:
     """The steps of an order by name. Kept, because a search times many policies on one grid."""
-    # Layers so many that what reaches back over slots is told from what reaches back to the token before.
-    reach = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + _AHEAD
-    few = replace(grid, tokens=min(grid.tokens, _TOKENS), layers=min(grid.layers, 2 * reach + 2))
+    # From that visit on every one finds slots that others have used; two more show that they are alike, and the
+    # last ones have less and less to fetch. Tokens likewise, of which the first has none before it.
+    steady = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + _AHEAD
+    layers = min(grid.layers, steady + 2 + _AHEAD)
+    steady_token = 1 + -(-steady // layers)
+    few = replace(grid, layers=layers, tokens=min(grid.tokens, steady_token + 2 + -(-_AHEAD // layers)))
     made = number(ORDERS[order](few), few)
     if few == grid:
         return made
-    return _drawn_out(made, few, grid) or number(ORDERS[order](grid), grid)
+    return _drawn_out(made, few, grid, steady, steady_token) or number(ORDERS[order](grid), grid)
 
 
 def number(steps: Iterable[Step], grid: Grid) -> Numbered:
@@ -83,31 +86,47 @@ def number(steps: Iterable[Step], grid: Grid) -> Numbered:
                 add(visit, (None, 0, 0), [place[other] for other in visit.steps(grid)])
             needed.append(place[visit])
         add(step, (op, token * grid.layers + layer - len(sections) + 1, batch), needed)
-    return Numbered([Section(tuple(entries), tuple(needs)) for entries, needs in sections], grid.layers)
+    return Numbered([_section(*section) for section in sections], grid.layers)
 
 
-def _drawn_out(made: Numbered, few: Grid, grid: Grid) -> Numbered | None:
-    """The schedule of `grid` from that of `few` layers and tokens; None for an order that does not repeat itself."""
-    of_token = [made.sections[n * few.layers : (n + 1) * few.layers] for n in range(few.tokens)]
-    middle, more = few.layers // 2, grid.layers - few.layers
+def _section(entries: Iterable[Entry], needs: Iterable[tuple[int, ...]]) -> Section:
+    kept = tuple(entries)
+    return Section(kept, tuple(needs), frozenset(ahead for _, ahead, _ in kept))
+
+
+def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) -> Numbered | None:
+    """The schedule of `grid` from that of `few` layers and tokens, with copies of a layer and of a token; None for an
+    order that does not repeat itself."""
+    more_layers, more_tokens = grid.layers - few.layers, grid.tokens - few.tokens
     if len(made.sections) != few.tokens * few.layers:
         return None
-    if grid.tokens > few.tokens and of_token[2] != of_token[3]:
+    sections = (
+        _farther(made, more_layers * len(made.sections[layer].entries)) if more_layers else made.sections
+    )
+    tokens = [list(sections[n * few.layers : (n + 1) * few.layers]) for n in range(few.tokens)]
+    if more_tokens and tokens[token] != tokens[token + 1]:
         return None
-    if more and any(part[middle - 1] != part[middle] or part[middle] != part[middle + 1] for part in of_token):
+    if more_layers and any(part[layer] != part[layer + 1] for part in tokens):
         return None
-    # What lies farther back than half of the layers is the token before, and that is farther in a deeper model.
-    entries = len(of_token[0][middle].entries)
-    half, farther = -entries * middle, -entries * more
+    deep = [part[:layer] + part[layer : layer + 1] * more_layers + part[layer:] for part in tokens]
+    if more_tokens:
+        deep = deep[:token] + deep[token : token + 1] * more_tokens + deep[token:]
+    return Numbered([section for part in deep for section in part], grid.layers)
 
-    def deeper(section: Section) -> Section:
-        needs = tuple([tuple([n + farther if n < half else n for n in needed]) for needed in section.needs])
-        return Section(section.entries, needs)
 
-    tokens = []
-    for part in of_token:
-        part = [deeper(section) for section in part]
-        tokens.append([*part[:middle], *[part[middle]] * more, *part[middle:]])
-    alike = [tokens[2]] * (grid.tokens - few.tokens) if grid.tokens > few.tokens else []
-    every = [*tokens[:2], *alike, *tokens[2:]]
-    return Numbered([section for part in every for section in part], grid.layers)
+def _farther(made: Numbered, entries: int) -> list[Section]:
+    """Its sections with what a step needs of its own layer, which is of the token before, so many entries farther."""
+    steps = list(made.steps())
+
+    def distance(n: int, back: int) -> int:
+        step, needed = steps[n], steps[n + back]
+        if step is None or needed is None or step.layer != needed.layer or step.token == needed.token:
+            return back
+        return back - entries
+
+    n, sections = 0, []
+    for section in made.sections:
+        needs = [tuple([distance(m, back) for back in needed]) for m, needed in enumerate(section.needs, n)]
+        sections.append(_section(section.entries, needs))
+        n += len(needs)
+    return sections

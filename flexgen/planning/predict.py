@@ -17,7 +17,7 @@ from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.numbering import numbered
-from flexgen.planning.timeline import Timeline, play_beside
+from flexgen.planning.timeline import Timeline, play_beside, works_of
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import ORDERS, Op
@@ -186,7 +186,8 @@ def _block(
     costs = costs_of(asked.splits_attention)
     # The buffers are those of a full block, whose batches may run in another order.
     grid = asked.grid(len(tokens), len(layers), batches, costs.weight_pieces, full.slots)
-    timeline = play_beside(numbered(asked.name, grid), costs, hardware.losses)
+    steps = numbered(asked.name, grid)
+    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
     ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
     trailing = timeline.span - ends[-1]
 

@@ -65,18 +65,56 @@ class Timeline:
         return [Event(*named, *times) for named, *times in zip(lanes, *self.edges(), strict=True)]
 
 
+class _Asked(dict[tuple[Op, int], Costs]):
+    """What the steps of a visit take, by op and batch or piece; asked when it is looked for."""
+
+    def __init__(self, costs: Callable[[Step], Costs], token: int, layer: int) -> None:
+        self._costs = costs
+        self._visit = token, layer
+
+    def __missing__(self, key: tuple[Op, int]) -> Costs:
+        op, number = key
+        self[key] = self._costs(Step(op, *self._visit, number))
+        return self[key]
+
+
+def works_of(
+    steps: Numbered, costs: Callable[[Step], Costs], alike: Sequence[int] | None = None
+) -> list[Costs]:
+    """The work of every entry of a schedule, nothing for one that is no step.
+
+    alike: for each layer the first whose steps take the same, but for loads of weights, which are then taken to be the
+    same for every token. A deep model has hundreds of thousands of steps and few that differ: costs are asked by kind.
+    """
+    cells: dict[tuple[int, int], _Asked] = {}
+    weights: dict[tuple[int, int], _Asked] = {}
+    works: list[Costs] = []
+    for visit, section in enumerate(steps.sections):
+        of_cells, of_weights = {}, {}
+        for ahead in section.visits:
+            token, layer = divmod(visit + ahead, steps.layers)
+            cell, weight = ((token, layer),) * 2 if alike is None else ((token, alike[layer]), (0, layer))
+            of_cells[ahead] = cells.setdefault(cell, _Asked(costs, *cell))
+            of_weights[ahead] = weights.setdefault(weight, _Asked(costs, *weight))
+        works += [
+            () if op is None else (of_weights if op is Op.LOAD_WEIGHTS else of_cells)[ahead][op, number]
+            for op, ahead, number in section.entries
+        ]
+    return works
+
+
 def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) -> Trace:
     """When each stage would start and end if lanes served in the order of issue and nothing else interfered.
 
     A stage starts when its lane is free and the stage before it, or for the first one all that the step needs,
     is done: the executor's own rules. Raises KeyError for an order that `schedule.check` refuses.
     """
-    return Trace(play(number(steps, grid), costs).events)
+    made = number(steps, grid)
+    return Trace(play(made, works_of(made, costs)).events)
 
 
-def play(steps: Numbered, costs: Callable[[Step], Costs]) -> Timeline:
-    """`simulate`, for steps that are numbered already."""
-    works: list[Costs] = [() if step is None else costs(step) for step in steps.steps()]
+def play(steps: Numbered, works: Sequence[Costs]) -> Timeline:
+    """`simulate`, for steps that are numbered already, and the work of each of them."""
     return Timeline(steps, works, _lay_out(steps, works))
 
 
@@ -125,18 +163,18 @@ _SETTLED = 1e-3
 _MOST_LOST = 0.9
 
 
-def play_beside(steps: Numbered, costs: Callable[[Step], Costs], losses: Losses) -> Timeline:
+def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses) -> Timeline:
     """`play`, where lanes that work at the same time slow each other down.
 
     By turns the schedule is laid out, and each stage made longer by what it loses to those it overlaps: a few rounds,
     until the end no longer moves. A stage is slowed evenly over its time.
     """
-    made = play(steps, costs)
+    made = play(steps, works)
     if not losses:
         return made
     stages = [
         (_NUMBER[lane], step.token)
-        for step, work in zip(steps.steps(), made.works, strict=True)
+        for step, work in zip(steps.steps(), works, strict=True)
         if step is not None
         for chain in work
         for lane, _ in chain
@@ -146,7 +184,7 @@ def play_beside(steps: Numbered, costs: Callable[[Step], Costs], losses: Losses)
         before = made.span
         starts, ends = map(np.array, made.edges())
         stretched = _stretched(lanes, tokens == 0, starts, ends, losses)
-        made = Timeline(steps, made.works, _lay_out(steps, made.works, stretched), stretched)
+        made = Timeline(steps, works, _lay_out(steps, works, stretched), stretched)
         if abs(made.span - before) <= _SETTLED * before:
             break
     return made

@@ -12,9 +12,9 @@ from flexgen.memory.placement import place_weights
 from flexgen.models import build_layers, open_model
 from flexgen.planning.arithmetic import Arithmetic
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
 from flexgen.planning.numbering import numbered
-from flexgen.planning.timeline import play, play_beside
+from flexgen.planning.predict import predict
+from flexgen.planning.timeline import play, play_beside, works_of
 from flexgen.policy import Policy
 from flexgen.schedule import ORDERS, Grid, Op
 from flexgen.trace import LaneName, Phase
@@ -31,7 +31,8 @@ def laid_out(order, grid, seconds, losses):
     def costs(step):
         return [[(lanes[step.op], seconds[step.op])]] if step.op in seconds else []
 
-    return play(steps, costs), play_beside(steps, costs, dict.fromkeys(Phase, losses))
+    works = works_of(steps, costs)
+    return play(steps, works), play_beside(steps, works, dict.fromkeys(Phase, losses))
 
 
 def test_what_never_overlaps_loses_nothing():
@@ -72,7 +73,8 @@ def test_each_phase_loses_its_own_share():
     seconds = {Op.LOAD_WEIGHTS: (LINK, 1.0), Op.COMPUTE: (COMPUTE, 1.0)}
 
     def spans(losses):
-        made = play_beside(steps, lambda step: [[seconds[step.op]]] if step.op in seconds else [], losses)
+        works = works_of(steps, lambda step: [[seconds[step.op]]] if step.op in seconds else [])
+        made = play_beside(steps, works, losses)
         ends = [max(e.end for e in made.events if e.step.token == n and e.lane is COMPUTE) for n in range(3)]
         return ends[0], ends[2] - ends[0]
 

@@ -15,7 +15,9 @@ from flexgen.schedule import ORDERS
     tokens=st.integers(1, 9),
     slots_of=st.sampled_from(sorted(ORDERS)),
 )
-@example(name="overlap_multi_batch", layers=40, batches=1, pieces=1, tokens=7, slots_of="overlap_cpu_attention")
+@example(
+    name="overlap_multi_batch", layers=40, batches=1, pieces=1, tokens=7, slots_of="overlap_cpu_attention"
+)
 def test_a_schedule_from_its_sections_is_that_of_all_steps(name, layers, batches, pieces, tokens, slots_of):
     """With the slots of any order that has enough: a last block with fewer batches runs in another one's."""
     slots = ORDERS[slots_of].slots
