@@ -231,12 +231,13 @@ class Slots:
 @dataclass(frozen=True)
 class Order:
     """A generator of the steps of a grid, the slots that its grid is to have, and whether its cells are to
-    attend in steps of their own."""
+    attend in steps of their own. `for_comparison`: it imitates another engine, and no search chooses it."""
 
     name: str
     generate: Callable[[Grid], Iterator[Step]]
     slots: Slots
     splits_attention: bool
+    for_comparison: bool = False
 
     def __call__(self, grid: Grid) -> Iterator[Step]:
         return self.generate(grid)
@@ -254,12 +255,12 @@ ORDERS: dict[str, Order] = {}
 
 
 def order(
-    *, slots: Slots = Slots(), splits_attention: bool = False
+    *, slots: Slots = Slots(), splits_attention: bool = False, for_comparison: bool = False
 ) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
     """Register a generator as an order under its own name."""
 
     def register(generate: Callable[[Grid], Iterator[Step]]) -> Order:
-        made = Order(generate.__name__, generate, slots, splits_attention)
+        made = Order(generate.__name__, generate, slots, splits_attention, for_comparison)
         ORDERS[made.name] = made
         return made
 
@@ -360,7 +361,7 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
             yield from rest
 
 
-@order(slots=Slots(weights=1))
+@order(slots=Slots(weights=1), for_comparison=True)
 def flexgen(grid: Grid) -> Iterator[Step]:
     """What FlexGen does by its published cost model, for comparison: a layer's weights, all of them beside the
     first batch, add to its time, and only what belongs to a cell overlaps.

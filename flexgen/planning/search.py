@@ -9,36 +9,41 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from flexgen.errors import CapacityError
-from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import MemoryPlan, plan_memory
-from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.memory.plan import choose_order
+from flexgen.models import ModelSpec
 from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.limits import limits_in_words
-from flexgen.planning.linear import CLASSES, Corners, Figures, Solution, one_codec_each, shares_of
-from flexgen.planning.moves import filled, moves, squeezed
-from flexgen.planning.predict import Prediction, check_request, predict, sampled_tokens
+from flexgen.planning.linear import CLASSES, Corners, Figures, Solution, one_codec_each
+from flexgen.planning.moves import Short, filled, moves, squeezed
+from flexgen.planning.predict import Prediction, check_request
+from flexgen.planning.simulations import Run, Simulations, blocks
 from flexgen.policy import Policy, Split, Tier
+from flexgen.schedule import ORDERS, order_for
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _BEST = 8
 """Shapes, the best of a form, whose batches are tried a little smaller and a little larger too."""
-_FEW_LAYERS = 6
-"""Transformer layers of the small model whose overlap stands for that of a deeper one."""
-_EXACT_CELLS = 3_000
-"""A block of more cells than these is laid out for a small model and for some of its tokens."""
 _CELLS = 25_000
 """Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
 _LAST_CELLS = 40_000
 """Cells that are laid out of whole models at the end, for the winner and then for as many others as that allows."""
+_REORDERED = 2
+"""Shapes, the best of all, that are tried in every order."""
+_ORDER_CELLS = 10_000
+"""Cells that are laid out for that."""
+_OWN_ORDER = 0.01
+"""By what share of its time another order must be faster than the one that the policy asks for: a file of the policy
+does not say it, so it has to be told again with every run."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """Percent that are moved at once to improve the winner; the first is all that a tier has."""
 
@@ -116,7 +121,8 @@ def find_policy(
 
     fixed: fields of a policy that are kept as they are; the search fills in the rest.
     lossy: whether codecs may be chosen that change what the model computes. Those in `fixed` always may.
-    dtype, order: as of `predict`; without an order each policy's own.
+    dtype, order: as of `predict`; without an order all are tried that are not there for comparison only, and the
+        policy's own is preferred to one that is less than 1% faster.
 
     Raises PolicyError for `fixed` that no policy has, RequestError, ScheduleError and HardwareError as `predict`
     does, and CapacityError, with what is short, where not even the smallest policy fits.
@@ -130,10 +136,11 @@ def find_policy(
 
 
 class _Bound(NamedTuple):
-    """What the linear program says of blocks of a form: seconds of the whole workload."""
+    """What the linear program says of blocks of a form in an order (None: its own): seconds of the whole workload."""
 
     seconds: float
     form: Policy
+    order: str | None
     figures: Figures
     solution: Solution
 
@@ -157,16 +164,14 @@ class _Finder:
         self._spec = spec
         self._hardware = hardware
         self._workload = workload
-        self._dtype_name = dtype
-        self._dtype: torch.dtype = getattr(torch, dtype)
         self._order = order
-        self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, self._dtype)
-        self._corners = Corners(spec, hardware, workload, self._dtype, order)
+        torch_dtype = getattr(torch, dtype)
+        self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, torch_dtype)
+        self._corners = cache(partial(Corners, spec, hardware, workload, torch_dtype))
         self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
-        self._layers: dict[bool, tuple[Layer, ...]] = {}
-        self._placements: dict[tuple[bool, Split], Placement] = {}
-        self._predictions: dict[tuple[Policy, bool], Prediction] = {}
-        self._laid_out = 0
+        self._simulations = Simulations(spec, hardware, workload, dtype)
+        self._tried: dict[Run, _Bound] = {}
+        self._took: dict[Run, float] = {}
         self.considered = 0
 
     # What the linear programs say of it
@@ -190,7 +195,7 @@ class _Finder:
         for size, numbers in sorted(shapes.items()):
             fitted = False
             for batches in numbers:
-                bound = self._bound(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
+                bound = self._overlapped(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
                 if bound is None:
                     break  # more of them need more
                 fitted = True
@@ -199,31 +204,41 @@ class _Finder:
                 break  # and so do larger ones
         return bounds
 
-    def _bound(self, form: Policy) -> _Bound | None:
-        overlaps = (form.overlap,) if "overlap" in self._choices.fixed or self._order else (True, False)
-        for overlap in overlaps:
-            asked = form.replace(overlap=overlap)
-            figures = self._corners.figures(asked, self._choices.columns)
-            self.considered += 1
-            if solution := one_codec_each(figures, self._capacity, self._choices.given):
-                seconds = solution.seconds * _blocks(self._workload, asked)
-                return _Bound(seconds, asked, figures, solution)
-        return None
+    def _overlapped(self, form: Policy) -> _Bound | None:
+        """Without overlap only where its buffers leave no room."""
+        if "overlap" in self._choices.fixed or self._order:
+            return self._bound(form, self._order)
+        return self._bound(form.replace(overlap=True), None) or self._bound(form.replace(overlap=False), None)
+
+    def _bound(self, form: Policy, order: str | None) -> _Bound | None:
+        figures = self._figures(form, order)
+        self.considered += 1
+        solution = one_codec_each(figures, self._capacity, self._choices.given)
+        if solution is None:
+            return None
+        return _Bound(solution.seconds * blocks(self._workload, form), form, order, figures, solution)
+
+    def _figures(self, form: Policy, order: str | None) -> Figures:
+        return self._corners(order).figures(form, self._choices.columns)
+
+    def _reordered(self, bound: _Bound) -> Iterator[_Bound]:
+        """The form in every other order that may be chosen."""
+        if self._order:
+            return
+        shared, batches = self._hardware.shares_host_memory, bound.form.num_gpu_batches
+        for order in ORDERS.values():
+            form = bound.form.replace(overlap=order.name != order_for(False, batches))
+            if order.for_comparison or (
+                "overlap" in self._choices.fixed and form.overlap != bound.form.overlap
+            ):
+                continue
+            own = choose_order(None, form, shared, batches)
+            if own is order and form == bound.form:
+                continue
+            if found := self._bound(form, None if own is order else order.name):
+                yield found
 
     # A policy of it
-
-    def _plan(self, policy: Policy) -> tuple[MemoryPlan, np.ndarray]:
-        """The plan, and by how many bytes each tier is short."""
-        sep = policy.sep_layer
-        if sep not in self._layers:
-            self._layers[sep] = build_layers(self._spec, sep)
-        key = sep, policy.weights
-        if key not in self._placements:
-            self._placements[key] = place_weights(self._layers[sep], policy.weights, self._dtype)
-        slots, shared = self._corners.order(policy).slots, self._hardware.shares_host_memory
-        block = self._layers[sep], self._placements[key], policy, self._dtype, shared, self._workload
-        plan = plan_memory(*block, slots=slots)
-        return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def _realised(self, bound: _Bound) -> Policy | None:
         """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
@@ -232,7 +247,7 @@ class _Finder:
         first = self._choices.rounded(bound.form, solution.shares)
         for _ in range(8):
             policy = self._choices.rounded(bound.form, solution.shares)
-            _, short = self._plan(policy)
+            _, short = self._simulations.plan(Run(policy, bound.order))
             if (short <= 0).all():
                 return policy
             capacity -= 1.05 * np.maximum(short, 0)
@@ -241,120 +256,107 @@ class _Finder:
                 break
             solution = again
         settled = "weights" in self._choices.fixed
-        return None if settled else squeezed(first, self._choices.tiers, self._short)
+        return None if settled else squeezed(first, self._choices.tiers, self._short_in(bound.order))
 
-    def _short(self, policy: Policy) -> list[Tier]:
-        """The tiers that it needs more of than there is."""
-        return [tier for tier, count in zip(Tier, self._plan(policy)[1], strict=True) if count > 0]
+    def _short_in(self, order: str | None) -> Short:
+        return lambda policy: self._simulations.short(Run(policy, order))
 
-    def _policies(self, bound: _Bound) -> Iterator[tuple[Policy, _Bound]]:
+    def _runs(self, bound: _Bound) -> Iterator[tuple[Run, _Bound]]:
         """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
         program does not know that, so what it left over is used, and overlap tried where it saw no room."""
         policy, choices = self._realised(bound), self._choices
         if policy is None:
             return
-        settled = "weights" in choices.fixed
-        yield policy if settled else filled(policy, choices.tiers, self._short), bound
+        settled, short = "weights" in choices.fixed, self._short_in(bound.order)
+        yield Run(policy if settled else filled(policy, choices.tiers, short), bound.order), bound
         if settled or policy.overlap or "overlap" in choices.fixed or self._order:
             return
-        if beside := squeezed(policy.replace(overlap=True), choices.tiers, self._short):
+        if beside := squeezed(policy.replace(overlap=True), choices.tiers, short):
             form = bound.form.replace(overlap=True)
-            own = bound._replace(form=form, figures=self._corners.figures(form, choices.columns))
-            yield filled(beside, choices.tiers, self._short), own
+            own = bound._replace(form=form, figures=self._figures(form, bound.order))
+            yield Run(filled(beside, choices.tiers, short), bound.order), own
 
     # What the simulator says of it
 
-    def _cells(self, policy: Policy, small: bool) -> tuple[int, bool]:
-        """How many cells a prediction lays out, and whether these are all."""
-        layers = len(self._layers[policy.sep_layer])
-        if small:
-            layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
-        prompts = min(self._workload.num_prompts, policy.block_size)
-        cells = layers * -(-prompts // policy.gpu_batch_size)
-        if cells * self._workload.gen_len <= _EXACT_CELLS:
-            return cells * self._workload.gen_len, True
-        tokens, _ = sampled_tokens(self._workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
-        return cells * len(tokens), False
-
-    def _simulated(self, policy: Policy, small: bool = False) -> Prediction:
-        """`small`: for a model of few layers."""
-        if (policy, small) not in self._predictions:
-            cells, exact = self._cells(policy, small)
-            self._laid_out += cells
-            depth = min(self._spec.num_layers, _FEW_LAYERS) if small else self._spec.num_layers
-            self._predictions[policy, small] = predict(
-                replace(self._spec, num_layers=depth), policy, self._hardware, self._workload,
-                dtype=self._dtype_name, order=self._order, samples=None if exact else 1,
-            )  # fmt: skip
-        return self._predictions[policy, small]
-
-    def _took(self, policy: Policy, bound: _Bound) -> float:
-        """Seconds of the workload: simulated, or for a large model what its lanes take, and on top what a small one
-        loses by overlap that is not perfect."""
-        if (policy, False) in self._predictions or self._cells(policy, small=False)[1]:
-            return self._simulated(policy).report.total_s
-        small = self._simulated(policy, small=True).report
-        alone = bound.figures.seconds(shares_of(policy))
-        longest = sum(
-            max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
-        )
-        assert small.bound_s is not None
-        return longest * _blocks(self._workload, policy) * small.total_s / small.bound_s
-
     def ranked(self, top: int) -> list[Candidate]:
         """The candidates, best first."""
-        tried: dict[Policy, _Bound] = {}
-        took: dict[Policy, float] = {}
+        simulations = self._simulations
         for bound in self._bounds():
-            if len(tried) >= top and (bound.seconds > min(took.values()) or self._laid_out > _CELLS):
+            beaten = self._took and bound.seconds > min(self._took.values())
+            if len(self._tried) >= top and (beaten or simulations.laid_out > _CELLS):
                 break
-            for policy, own in self._policies(bound):
-                if policy not in tried:
-                    tried[policy] = own
-                    took[policy] = self._took(policy, own)
-        if not tried:
+            self._try(bound)
+        if not self._tried:
             bound = self._smallest()
-            policy = self._choices.rounded(bound.form, bound.solution.shares)
-            if self._short(policy):
-                raise self._too_small(policy)
-            tried[policy], took[policy] = bound, self._took(policy, bound)
-        first, *others = sorted(tried, key=took.__getitem__)
-        best = self._improved(first, tried[first])
-        tried[best] = tried[first]
-        kept, self._laid_out = [best], self._cells(best, small=False)[0]
-        for policy in others:
-            if len(kept) < top and (len(kept) < 2 or self._laid_out < _LAST_CELLS):
-                kept.append(policy)
-                self._laid_out += self._cells(policy, small=False)[0]
-        kept.sort(key=lambda policy: self._simulated(policy).report.total_s)
-        return [self._candidate(policy, tried[policy]) for policy in kept]
+            run = Run(self._choices.rounded(bound.form, bound.solution.shares), bound.order)
+            if simulations.short(run):
+                raise self._too_small(run)
+            self._tried[run], self._took[run] = bound, simulations.seconds(run, bound.figures)
+        self._try_orders()
+        first, *others = sorted(self._tried, key=self._score)
+        best = self._improved(first, self._tried[first])
+        self._tried[best] = self._tried[first]
+        kept, laid_out = [best], simulations.cells(best.policy)[0]
+        for run in others:
+            if len(kept) < top and (len(kept) < 2 or laid_out < _LAST_CELLS):
+                kept.append(run)
+                laid_out += simulations.cells(run.policy)[0]
+        candidates = {run: self._candidate(run) for run in kept}
+        took = {run: made.prediction.report.total_s for run, made in candidates.items()}
+        first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
+        # One that is faster by less than its order costs is no runner-up either.
+        return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
 
-    def _improved(self, policy: Policy, bound: _Bound) -> Policy:
+    def _try(self, bound: _Bound) -> None:
+        for run, own in self._runs(bound):
+            if run not in self._tried:
+                self._tried[run] = own
+                self._took[run] = self._simulations.seconds(run, own.figures)
+
+    def _try_orders(self) -> None:
+        """The best shapes in the other orders: which one is fastest is not seen from what each lane has to do."""
+        best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
+        others = [other for bound in list(best.values())[:_REORDERED] for other in self._reordered(bound)]
+        until = self._simulations.laid_out + _ORDER_CELLS
+        for bound in sorted(others, key=_seconds):
+            if bound.seconds < min(self._took.values()) and self._simulations.laid_out < until:
+                self._try(bound)
+
+    def _score(self, run: Run) -> float:
+        return self._took[run] * self._handicap(run)
+
+    def _handicap(self, run: Run) -> float:
+        """By what the time counts more of a policy in an order that it does not ask for."""
+        return 1.0 if run.order in (None, self._order) else 1 + _OWN_ORDER
+
+    def _improved(self, run: Run, bound: _Bound) -> Run:
         """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
         whole rows and what is left of a tier are not linear."""
-        until = self._laid_out + _CELLS
-        least = self._took(policy, bound)
+        simulations = self._simulations
+        until = simulations.laid_out + _CELLS
+        least = simulations.seconds(run, bound.figures)
         for step in _STEPS:
             better = True
-            while better and self._laid_out < until:
+            while better and simulations.laid_out < until:
                 better = False
-                for moved in moves(policy, step, self._choices.tiers, self._choices.fixed):
-                    if self._laid_out >= until:
+                for policy in moves(run.policy, step, self._choices.tiers, self._choices.fixed):
+                    if simulations.laid_out >= until:
                         break
-                    if self._short(moved):
+                    moved = run._replace(policy=policy)
+                    if simulations.short(moved):
                         continue
-                    took = self._took(moved, bound)
+                    took = simulations.seconds(moved, bound.figures)
                     if took < least * (1 - 1e-4):
-                        policy, least, better = moved, took, True
+                        run, least, better = moved, took, True
                         break
-        return policy
+        return run
 
-    def _candidate(self, policy: Policy, bound: _Bound) -> Candidate:
-        prediction = self._simulated(policy)
+    def _candidate(self, run: Run) -> Candidate:
+        prediction, bound = self._simulations.prediction(run), self._tried[run]
         words = limits_in_words(
-            policy, prediction, bound.figures, bound.solution, self._hardware.capacity, self._workload
+            run.policy, prediction, bound.figures, bound.solution, self._hardware.capacity, self._workload
         )
-        return Candidate(policy, prediction.report.order, prediction, words)
+        return Candidate(run.policy, prediction.report.order, prediction, words)
 
     def _smallest(self) -> _Bound:
         """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
@@ -363,7 +365,7 @@ class _Finder:
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
-        figures = self._corners.figures(form, self._choices.columns)
+        figures, short = self._figures(form, self._order), self._short_in(self._order)
         solution = one_codec_each(figures, self._capacity, self._choices.given, elastic=True)
         assert solution is not None
         # What is split has buffers for each of its parts; where nothing is split there is least of them.
@@ -376,13 +378,14 @@ class _Finder:
             whole = Solution(
                 {**self._choices.given, **dict.fromkeys(way, 1.0)}, solution.seconds, solution.saved
             )
-            if not self._short(self._choices.rounded(form, whole.shares)):
+            if not short(self._choices.rounded(form, whole.shares)):
                 solution = whole
-        return _Bound(solution.seconds * _blocks(self._workload, form), form, figures, solution)
+        seconds = solution.seconds * blocks(self._workload, form)
+        return _Bound(seconds, form, self._order, figures, solution)
 
-    def _too_small(self, policy: Policy) -> CapacityError:
+    def _too_small(self, run: Run) -> CapacityError:
         """What the smallest policy lacks."""
-        plan, short = self._plan(policy)
+        plan, short = self._simulations.plan(run)
         weights_on_disk = plan.on(Tier.DISK, "weights")
         limits: dict[Tier, int | None] = {tier: self._hardware.capacity.get(tier) for tier in Tier}
         limits[Tier.DISK] = self._hardware.capacity[Tier.DISK] - weights_on_disk
@@ -392,9 +395,5 @@ class _Finder:
         return CapacityError(
             f"no policy for {self._spec.name} fits {self._hardware.name}, which is short by {missing}: "
             f"{plan.shortage(limits)}, with "
-            f"{policy.num_gpu_batches} x {policy.gpu_batch_size} prompts in flight"
+            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight"
         )
-
-
-def _blocks(workload: Workload, policy: Policy) -> float:
-    return max(workload.num_prompts / policy.block_size, 1.0)

@@ -83,8 +83,8 @@ def works_of(
 ) -> list[Costs]:
     """The work of every entry of a schedule, nothing for one that is no step.
 
-    alike: for each layer the first whose steps take the same, but for loads of weights, which are then taken to be the
-    same for every token. A deep model has hundreds of thousands of steps and few that differ: costs are asked by kind.
+    alike: for each layer the first whose steps take the same, but for loads of weights, which are then taken to be
+    the same for every token. A deep model has very many steps and few that differ: costs are asked by kind.
     """
     cells: dict[tuple[int, int], _Asked] = {}
     weights: dict[tuple[int, int], _Asked] = {}

@@ -150,7 +150,8 @@ def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
             continue
         fits += 1
     assert fits > 20
-    assert took(opt, found.best.policy, hardware, workload) <= 1.02 * least
+    best = found.best
+    assert took(opt, best.policy, hardware, workload, order=best.order) <= 1.02 * least
 
 
 @pytest.mark.parametrize("capacity", ["300MiB", "350MiB", "400MiB"])

@@ -1,0 +1,116 @@
+"""What the memory plan and the simulator say of a job's policies, each in an order.
+
+They are asked once, and of a large model the simulator is asked less than all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flexgen.memory.placement import Placement, place_weights
+from flexgen.memory.plan import MemoryPlan, choose_order, plan_memory
+from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.planning.hardware import Hardware
+from flexgen.planning.linear import Figures, shares_of
+from flexgen.planning.predict import Prediction, predict, sampled_tokens
+from flexgen.policy import Policy, Split, Tier
+from flexgen.schedule import Order
+from flexgen.workload import Workload
+
+_FEW_LAYERS = 6
+"""Transformer layers of the small model whose overlap stands for that of a deeper one."""
+_EXACT_CELLS = 3_000
+"""A block of more cells than these is laid out for a small model and for some of its tokens."""
+
+
+class Run(NamedTuple):
+    """A policy, and the name of the order that it runs in; None is the one that it asks for."""
+
+    policy: Policy
+    order: str | None = None
+
+
+class Simulations:
+    """Those of one model, machine and workload. `laid_out` counts the cells of all predictions so far."""
+
+    def __init__(self, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._workload = workload
+        self._dtype_name = dtype
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
+        self._layers = cache(self._make_layers)
+        self._placement = cache(self._place)
+        self._predictions: dict[tuple[Run, bool], Prediction] = {}
+        self.laid_out = 0
+
+    def order(self, run: Run) -> Order:
+        """What a full block runs in."""
+        policy, shared = run.policy, self._hardware.shares_host_memory
+        return choose_order(run.order, policy, shared, policy.num_gpu_batches)
+
+    def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
+        """The plan, with the slots of the order, and by how many bytes each tier is short."""
+        policy, shared = run.policy, self._hardware.shares_host_memory
+        layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
+        block = layers, placement, policy, self._dtype, shared, self._workload
+        plan = plan_memory(*block, slots=self.order(run).slots)
+        return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
+
+    def short(self, run: Run) -> list[Tier]:
+        """The tiers that it needs more of than there is."""
+        return [tier for tier, count in zip(Tier, self.plan(run)[1], strict=True) if count > 0]
+
+    def cells(self, policy: Policy, small: bool = False) -> tuple[int, bool]:
+        """How many cells a prediction lays out, and whether these are all. `small`: for a model of few layers."""
+        layers = len(self._layers(policy.sep_layer))
+        if small:
+            layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
+        prompts = min(self._workload.num_prompts, policy.block_size)
+        cells = layers * -(-prompts // policy.gpu_batch_size)
+        if cells * self._workload.gen_len <= _EXACT_CELLS:
+            return cells * self._workload.gen_len, True
+        tokens, _ = sampled_tokens(self._workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
+        return cells * len(tokens), False
+
+    def prediction(self, run: Run, small: bool = False) -> Prediction:
+        """`small`: for a model of few layers. Raises CapacityError as `predict` does."""
+        if (run, small) not in self._predictions:
+            cells, exact = self.cells(run.policy, small)
+            self.laid_out += cells
+            depth = min(self._spec.num_layers, _FEW_LAYERS) if small else self._spec.num_layers
+            self._predictions[run, small] = predict(
+                replace(self._spec, num_layers=depth), run.policy, self._hardware, self._workload,
+                dtype=self._dtype_name, order=run.order, samples=None if exact else 1,
+            )  # fmt: skip
+        return self._predictions[run, small]
+
+    def seconds(self, run: Run, figures: Figures) -> float:
+        """Of the workload: simulated, or for a large model what its lanes take by the `figures` of its form and
+        order, and on top what a small one loses by overlap that is not perfect."""
+        if (run, False) in self._predictions or self.cells(run.policy)[1]:
+            return self.prediction(run).report.total_s
+        small = self.prediction(run, small=True).report
+        alone = figures.seconds(shares_of(run.policy))
+        longest = sum(
+            max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
+        )
+        assert small.bound_s is not None
+        return longest * blocks(self._workload, run.policy) * small.total_s / small.bound_s
+
+    def _make_layers(self, sep_layer: bool) -> tuple[Layer, ...]:
+        return build_layers(self._spec, sep_layer)
+
+    def _place(self, sep_layer: bool, split: Split) -> Placement:
+        return place_weights(self._layers(sep_layer), split, self._dtype)
+
+
+def blocks(workload: Workload, policy: Policy) -> float:
+    """How many times the time of a full block the workload takes."""
+    return max(workload.num_prompts / policy.block_size, 1.0)
