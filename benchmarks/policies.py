@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from flexgen.models import open_model
+from flexgen.planning.auto import own_order
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
 from flexgen.planning.search import find_policy
@@ -31,7 +32,8 @@ def write(model: str, lossy: bool) -> None:
     best = find_policy(spec, machine, WORKLOAD, fixed={"attn_sparsity": 1.0}, lossy=lossy).best
     path = POLICIES / f"{model}-{MACHINE}{'-int4' if lossy else ''}.toml"
     # The search samples tokens; what is promised is what the command says.
-    speed = predict(spec, best.policy, machine, WORKLOAD).report.throughput_tokens_s
+    speed = predict(spec, best.policy, machine, WORKLOAD, order=best.order).report.throughput_tokens_s
+    order = "" if best.order == own_order(best.policy, machine) else f" --order {best.order}"
     job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
     comment = (
         f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/planning/hardware.toml, "
@@ -39,7 +41,7 @@ def write(model: str, lossy: bool) -> None:
         f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
         f"{WORKLOAD.gen_len} new ones each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"
-        f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE} {job}"
+        f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE}{order} {job}"
     )
     best.policy.save(path, comment)
     print(f"{path}: {speed:.4g} tokens/s", *best.limits, sep="\n  ", flush=True)

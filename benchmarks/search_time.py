@@ -45,16 +45,17 @@ def search(machine: str) -> dict[str, Any]:
         "considered": found.considered,
         "tokens_s": found.best.tokens_s,
         "policy": found.best.policy.to_dict(),
+        "order": found.best.order,
     }
 
 
-def simulate(machine: str, policy: dict[str, Any]) -> dict[str, Any]:
+def simulate(machine: str, policy: dict[str, Any], order: str) -> dict[str, Any]:
     """Seconds of a prediction in which every token of a block is laid out, as `flexgen.simulate` does it."""
     spec, _ = open_model(MODEL, "dummy")
     asked = Policy.from_dict(policy)
     block = Workload(WORKLOAD.prompt_len, WORKLOAD.gen_len, asked.block_size)
     began = time.perf_counter()
-    predict(spec, asked, Hardware.preset(machine), block)
+    predict(spec, asked, Hardware.preset(machine), block, order=order)
     return {"seconds": time.perf_counter() - began}
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     )
     simulations = interleaved(
         {
-            machine: partial(alone, partial(simulate, machine, told["policy"]), {})
+            machine: partial(alone, partial(simulate, machine, told["policy"], told["order"]), {})
             for machine, told in found.items()
             if "policy" in told
         },

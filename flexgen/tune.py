@@ -164,7 +164,8 @@ class Tuning:
         return [self.search.best, *self.search.runners_up]
 
     def _is_new(self, candidate: Candidate) -> bool:
-        return all(tried.candidate.policy != candidate.policy for tried in self.tried)
+        asked = candidate.policy, candidate.order
+        return all((tried.candidate.policy, tried.candidate.order) != asked for tried in self.tried)
 
     def _try(self, candidates: Sequence[Candidate]) -> None:
         """Run every candidate once, and again, so that a drift of the machine meets all of them alike."""
@@ -202,11 +203,11 @@ class Tuning:
         except (FlexGenError, OSError) as error:
             tried.failure = str(error)
             tried.runs.clear()
-            _say(f"{words(policy)}: left out, it failed: {error}")
+            _say(f"{words(tried.candidate)}: left out, it failed: {error}")
             return
         tried.runs.append(report)
         _say(
-            f"{words(policy)}: {tried.shape} in {report.total_s:.3g} s, predicted {tried.predicted.total_s:.3g} s"
+            f"{words(tried.candidate)}: {tried.shape} in {report.total_s:.3g} s, predicted {tried.predicted.total_s:.3g} s"
         )
 
 
@@ -242,7 +243,7 @@ def tune(args: argparse.Namespace) -> None:
     if points:
         print(frontier_table(points))
         print()
-    policy, comment = result(args, spec, tuning)
+    policy, order, comment = result(args, spec, tuning)
     print(comment)
     if args.output:
         save_policy(policy, args.output, comment)
@@ -257,6 +258,7 @@ def tune(args: argparse.Namespace) -> None:
             "hardware": tuning.hardware.to_dict(),
             "workload": [args.prompt_len, args.gen_len, args.num_prompts],
             "policy": policy.to_dict(),
+            "order": order,
             "search": tuning.search.line(),
             "tried": [tried.to_dict() for tried in tuning.tried],
             "frontier": [[point.prompts, point.seconds, point.tokens_s] for point in points],
@@ -267,8 +269,9 @@ def tune(args: argparse.Namespace) -> None:
         raise interrupted
 
 
-def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[Policy, str]:
-    """The best policy, and where it came from: machine, workload, predicted and measured."""
+def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[Policy, str, str]:
+    """The best policy, its order, and where it came from: machine, workload, predicted and measured. A file of the
+    policy does not say an order, so what came from where says it, and how to ask for it."""
     best = tuning.best
     candidate = best.candidate if best else tuning.search.best
     predicted = best.full if best else candidate.prediction.report
@@ -279,7 +282,7 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
         f"Found by python -m flexgen.tune on {datetime.date.today().isoformat()}.",
         f"Model: {spec.name}, {predicted.dtype}. Machine: {machine}",
         f"Workload: {args.num_prompts} prompts of {args.prompt_len} tokens, {args.gen_len} new tokens each.",
-        f"Order: {predicted.order}.",
+        f"Order: {predicted.order}{f', not its own: give --order {named} with every run' if named else ''}.",
         f"Predicted: {figures(predicted)}.",
     ]
     if best:
@@ -289,7 +292,7 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
         )
     else:
         lines.append("Measured: nothing, it was not run.")
-    return candidate.policy, "\n".join([*lines, f"Run it: {command(args, named)}"])
+    return candidate.policy, predicted.order, "\n".join([*lines, f"Run it: {command(args, named)}"])
 
 
 def command(args: argparse.Namespace, order: str | None) -> str:
@@ -320,9 +323,10 @@ def figures(report: Report) -> str:
     )
 
 
-def words(policy: Policy) -> str:
-    """A policy in a few words."""
-    parts = [f"{policy.num_gpu_batches} x {policy.gpu_batch_size}"]
+def words(candidate: Candidate) -> str:
+    """A policy and its order in a few words."""
+    policy = candidate.policy
+    parts = [f"{policy.num_gpu_batches} x {policy.gpu_batch_size}", candidate.order]
     for name in ("weights", "cache", "activations"):
         split = getattr(policy, name)
         shares = (
@@ -341,7 +345,7 @@ def trials_table(tried: Sequence[Tried]) -> str:
             if one.runs
             else f"{'failed' if one.failure else 'not run':>18}"
         )
-        rows.append(f"{one.full.throughput_tokens_s:10.2f} {measured}  {words(one.candidate.policy)}")
+        rows.append(f"{one.full.throughput_tokens_s:10.2f} {measured}  {words(one.candidate)}")
     return "\n".join([f"{'predicted':>10} {'measured':>10} {'spread':>7}  tokens/s of the whole job", *rows])
 
 

@@ -132,6 +132,25 @@ def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
     assert [lanes for _, _, lanes in trials.runs] == [True, True]
 
 
+def test_an_order_that_is_not_the_policys_own_is_tried_and_told(tuned, trials, monkeypatch):
+    """The same policy in two orders is two candidates, and a file alone would run in its own."""
+    find = tune.find_policy
+
+    def in_two_orders(*args, **options):
+        search = find(*args, **options)
+        normal = replace(search.best, order="normal")
+        return replace(search, best=search.best, runners_up=(normal,))
+
+    monkeypatch.setattr(tune, "find_policy", in_two_orders)
+    trials.slow = lambda policy: len(trials.runs) == 1
+    out, found = tuned("--top 2 --rounds 1 --repeats 1")
+    own, other = found["tried"]
+    assert own["policy"] == other["policy"] and (own["order"] != other["order"] == "normal" == found["order"])
+    assert "# Order: normal, not its own: give --order normal with every run." in out.read_text()
+    (told,) = re.findall("Run it: python -m flexgen.bench (.*)", out.read_text())
+    assert bench.make_parser().parse_args(told.split()).order == "normal"
+
+
 def test_what_fails_is_told_and_left_out(tuned, trials, capsys):
     seen = []
     trials.fails = lambda policy: not seen.append(policy) and policy == seen[0]

@@ -10,29 +10,25 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from flexgen.errors import CapacityError
-from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
+from flexgen.planning.bounds import Bound, Bounds, by_seconds
 from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.limits import limits_in_words
-from flexgen.planning.linear import CLASSES, Corners, Figures, Solution, one_codec_each
+from flexgen.planning.linear import CLASSES, Solution, one_codec_each
 from flexgen.planning.moves import Short, filled, moves, squeezed
 from flexgen.planning.predict import Prediction, check_request
-from flexgen.planning.simulations import Run, Simulations, blocks
+from flexgen.planning.simulations import Run, Simulations
 from flexgen.policy import Policy, Split, Tier
-from flexgen.schedule import ORDERS, order_for
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
-_BEST = 8
-"""Shapes, the best of a form, whose batches are tried a little smaller and a little larger too."""
 _CELLS = 25_000
 """Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
 _LAST_CELLS = 40_000
@@ -135,20 +131,6 @@ def find_policy(
     return Search(best, tuple(others), found.considered, time.perf_counter() - began)
 
 
-class _Bound(NamedTuple):
-    """What the linear program says of blocks of a form in an order (None: its own): seconds of the whole workload."""
-
-    seconds: float
-    form: Policy
-    order: str | None
-    figures: Figures
-    solution: Solution
-
-
-def _seconds(bound: _Bound) -> float:
-    return bound.seconds
-
-
 class _Finder:
     def __init__(
         self,
@@ -167,83 +149,21 @@ class _Finder:
         self._order = order
         torch_dtype = getattr(torch, dtype)
         self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, torch_dtype)
-        self._corners = cache(partial(Corners, spec, hardware, workload, torch_dtype))
-        self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
+        self._bounds = Bounds(spec, hardware, workload, self._choices, torch_dtype, order)
         self._simulations = Simulations(spec, hardware, workload, dtype)
-        self._tried: dict[Run, _Bound] = {}
+        self._tried: dict[Run, Bound] = {}
         self._took: dict[Run, float] = {}
-        self.considered = 0
 
-    # What the linear programs say of it
-
-    def _bounds(self) -> list[_Bound]:
-        """Best first. Every other size of a batch, then those beside the best of them."""
-        shapes = self._choices.shapes()
-        sizes = list(shapes)
-        bounds: list[_Bound] = []
-        for form in self._choices.forms():
-            found = self._bounds_of(form, {size: shapes[size] for size in sizes[::2]})
-            best = {bound.form.gpu_batch_size for bound in sorted(found, key=_seconds)[:_BEST]}
-            near = {n + side for n, size in enumerate(sizes) if size in best for side in (-1, 1)}
-            # Where no size of the first half fits, a smaller one was among them: the first.
-            found += self._bounds_of(form, {sizes[n]: shapes[sizes[n]] for n in near if 0 <= n < len(sizes)})
-            bounds += found
-        return sorted(bounds, key=_seconds)
-
-    def _bounds_of(self, form: Policy, shapes: Mapping[int, list[int]]) -> list[_Bound]:
-        bounds = []
-        for size, numbers in sorted(shapes.items()):
-            fitted = False
-            for batches in numbers:
-                bound = self._overlapped(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
-                if bound is None:
-                    break  # more of them need more
-                fitted = True
-                bounds.append(bound)
-            if not fitted and numbers[0] == 1:
-                break  # and so do larger ones
-        return bounds
-
-    def _overlapped(self, form: Policy) -> _Bound | None:
-        """Without overlap only where its buffers leave no room."""
-        if "overlap" in self._choices.fixed or self._order:
-            return self._bound(form, self._order)
-        return self._bound(form.replace(overlap=True), None) or self._bound(form.replace(overlap=False), None)
-
-    def _bound(self, form: Policy, order: str | None) -> _Bound | None:
-        figures = self._figures(form, order)
-        self.considered += 1
-        solution = one_codec_each(figures, self._capacity, self._choices.given)
-        if solution is None:
-            return None
-        return _Bound(solution.seconds * blocks(self._workload, form), form, order, figures, solution)
-
-    def _figures(self, form: Policy, order: str | None) -> Figures:
-        return self._corners(order).figures(form, self._choices.columns)
-
-    def _reordered(self, bound: _Bound) -> Iterator[_Bound]:
-        """The form in every other order that may be chosen."""
-        if self._order:
-            return
-        shared, batches = self._hardware.shares_host_memory, bound.form.num_gpu_batches
-        for order in ORDERS.values():
-            form = bound.form.replace(overlap=order.name != order_for(False, batches))
-            if order.for_comparison or (
-                "overlap" in self._choices.fixed and form.overlap != bound.form.overlap
-            ):
-                continue
-            own = choose_order(None, form, shared, batches)
-            if own is order and form == bound.form:
-                continue
-            if found := self._bound(form, None if own is order else order.name):
-                yield found
+    @property
+    def considered(self) -> int:
+        return self._bounds.considered
 
     # A policy of it
 
-    def _realised(self, bound: _Bound) -> Policy | None:
+    def _realised(self, bound: Bound) -> Policy | None:
         """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
         a slot, it is solved for again with as much less of it; where that has no solution, weights make room."""
-        capacity, solution = self._capacity.copy(), bound.solution
+        capacity, solution = self._bounds.capacity.copy(), bound.solution
         first = self._choices.rounded(bound.form, solution.shares)
         for _ in range(8):
             policy = self._choices.rounded(bound.form, solution.shares)
@@ -261,7 +181,7 @@ class _Finder:
     def _short_in(self, order: str | None) -> Short:
         return lambda policy: self._simulations.short(Run(policy, order))
 
-    def _runs(self, bound: _Bound) -> Iterator[tuple[Run, _Bound]]:
+    def _runs(self, bound: Bound) -> Iterator[tuple[Run, Bound]]:
         """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
         program does not know that, so what it left over is used, and overlap tried where it saw no room."""
         policy, choices = self._realised(bound), self._choices
@@ -273,7 +193,7 @@ class _Finder:
             return
         if beside := squeezed(policy.replace(overlap=True), choices.tiers, short):
             form = bound.form.replace(overlap=True)
-            own = bound._replace(form=form, figures=self._figures(form, bound.order))
+            own = bound._replace(form=form, figures=self._bounds.figures(form, bound.order))
             yield Run(filled(beside, choices.tiers, short), bound.order), own
 
     # What the simulator says of it
@@ -281,7 +201,7 @@ class _Finder:
     def ranked(self, top: int) -> list[Candidate]:
         """The candidates, best first."""
         simulations = self._simulations
-        for bound in self._bounds():
+        for bound in self._bounds.all():
             beaten = self._took and bound.seconds > min(self._took.values())
             if len(self._tried) >= top and (beaten or simulations.laid_out > _CELLS):
                 break
@@ -291,11 +211,10 @@ class _Finder:
             run = Run(self._choices.rounded(bound.form, bound.solution.shares), bound.order)
             if simulations.short(run):
                 raise self._too_small(run)
-            self._tried[run], self._took[run] = bound, simulations.seconds(run, bound.figures)
+            self._add(run, bound)
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
-        best = self._improved(first, self._tried[first])
-        self._tried[best] = self._tried[first]
+        best = self._in_best_order(self._improved(first))
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
             if len(kept) < top and (len(kept) < 2 or laid_out < _LAST_CELLS):
@@ -307,20 +226,41 @@ class _Finder:
         # One that is faster by less than its order costs is no runner-up either.
         return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
 
-    def _try(self, bound: _Bound) -> None:
+    def _try(self, bound: Bound) -> None:
         for run, own in self._runs(bound):
-            if run not in self._tried:
-                self._tried[run] = own
-                self._took[run] = self._simulations.seconds(run, own.figures)
+            self._add(run, own)
+
+    def _add(self, run: Run, bound: Bound) -> None:
+        if run not in self._tried:
+            self._tried[run] = bound
+            self._took[run] = self._simulations.seconds(run, bound.figures)
 
     def _try_orders(self) -> None:
         """The best shapes in the other orders: which one is fastest is not seen from what each lane has to do."""
         best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
-        others = [other for bound in list(best.values())[:_REORDERED] for other in self._reordered(bound)]
+        runs = [
+            run
+            for bound in list(best.values())[:_REORDERED]
+            for run in self._bounds.other_orders(bound.form, bound.order)
+        ]
+        bounds = [bound for run in runs if (bound := self._bounds.of(*run))]
         until = self._simulations.laid_out + _ORDER_CELLS
-        for bound in sorted(others, key=_seconds):
+        for bound in by_seconds(bounds):
             if bound.seconds < min(self._took.values()) and self._simulations.laid_out < until:
                 self._try(bound)
+
+    def _in_best_order(self, best: Run) -> Run:
+        """The policy, and where another order is better for it, one that is improved in that."""
+        bound = self._tried[best]
+        for run in self._bounds.other_orders(*best):
+            if self._simulations.short(run):
+                continue
+            form = bound.form.replace(overlap=run.policy.overlap)
+            figures = self._bounds.figures(form, run.order)
+            self._add(run, bound._replace(form=form, order=run.order, figures=figures))
+            if self._score(run) < self._score(best):
+                best = self._improved(run)
+        return best
 
     def _score(self, run: Run) -> float:
         return self._took[run] * self._handicap(run)
@@ -329,12 +269,12 @@ class _Finder:
         """By what the time counts more of a policy in an order that it does not ask for."""
         return 1.0 if run.order in (None, self._order) else 1 + _OWN_ORDER
 
-    def _improved(self, run: Run, bound: _Bound) -> Run:
+    def _improved(self, run: Run) -> Run:
         """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
         whole rows and what is left of a tier are not linear."""
-        simulations = self._simulations
+        simulations, bound = self._simulations, self._tried[run]
         until = simulations.laid_out + _CELLS
-        least = simulations.seconds(run, bound.figures)
+        least = self._took[run]
         for step in _STEPS:
             better = True
             while better and simulations.laid_out < until:
@@ -349,6 +289,7 @@ class _Finder:
                     if took < least * (1 - 1e-4):
                         run, least, better = moved, took, True
                         break
+        self._tried[run], self._took[run] = bound, least
         return run
 
     def _candidate(self, run: Run) -> Candidate:
@@ -358,16 +299,15 @@ class _Finder:
         )
         return Candidate(run.policy, prediction.report.order, prediction, words)
 
-    def _smallest(self) -> _Bound:
+    def _smallest(self) -> Bound:
         """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
         it leaves the tiers least short."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
-        figures, short = self._figures(form, self._order), self._short_in(self._order)
-        solution = one_codec_each(figures, self._capacity, self._choices.given, elastic=True)
-        assert solution is not None
+        bound, short = self._bounds.least_short(form), self._short_in(self._order)
+        figures, solution = bound.figures, bound.solution
         # What is split has buffers for each of its parts; where nothing is split there is least of them.
         ways = [
             [c for c in figures.columns if c.what == what]
@@ -380,8 +320,7 @@ class _Finder:
             )
             if not short(self._choices.rounded(form, whole.shares)):
                 solution = whole
-        seconds = solution.seconds * blocks(self._workload, form)
-        return _Bound(seconds, form, self._order, figures, solution)
+        return bound._replace(solution=solution)
 
     def _too_small(self, run: Run) -> CapacityError:
         """What the smallest policy lacks."""

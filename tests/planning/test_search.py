@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from flexgen import Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import plan_memory
+from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.models import build_layers, open_model
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
 from flexgen.planning.predict import predict
 from flexgen.planning.search import find_policy
 from flexgen.policy import Tier
+from flexgen.schedule import ORDERS
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
@@ -225,6 +226,53 @@ def test_what_is_fixed_stays(fixed, opt, machine):
         expected = Policy(**fixed)
         for name in fixed:
             assert getattr(candidate.policy, name) == getattr(expected, name)
+
+
+MAY_BE_CHOSEN = [name for name, order in ORDERS.items() if not order.for_comparison]
+ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num_gpu_batches": 2}
+"""Of several batches the host attends: the policy's own order is overlap_cpu_attention."""
+
+
+def test_another_order_than_the_policys_own_is_found(opt, machine):
+    """The own one keeps three layers' weights on the device; where that is small and attention is short, two are
+    better, and more of the weights stay."""
+    hardware, workload = small(machine, "170MiB"), Workload(16, 8, 8)
+    found = find_policy(opt, hardware, workload, fixed=ATTENDED)
+    own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
+    best = found.best
+    assert own.order == choose_order(None, best.policy, False, 2).name != best.order
+    assert best.tokens_s > 1.05 * own.tokens_s
+    again = predict(opt, best.policy, hardware, workload, order=best.order).report
+    assert again.throughput_tokens_s == best.tokens_s
+
+
+@settings(max_examples=8)
+@given(
+    gpu=st.integers(60, 300),
+    attend_on=st.sampled_from(["cpu", "gpu"]),
+    host=st.sampled_from([1e7, 1e9]),
+    overlap=st.sampled_from([{}, {"overlap": True}, {"overlap": False}]),
+)
+def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
+    """Nor is one chosen for less than 1%, nor one that is there for comparison."""
+    hardware = small(machine, gpu * MIB, host_attention={"float32": host})
+    fixed = {"attend_on": attend_on, "gpu_batch_size": 2, "num_gpu_batches": 3} | overlap
+    best = find_policy(opt, hardware, Workload(60, 5, 6), fixed=fixed).best
+    seconds = {}
+    for name in MAY_BE_CHOSEN:
+        if "overlap" in fixed and (name == "normal") == fixed["overlap"]:
+            continue
+        with contextlib.suppress(CapacityError):
+            seconds[name] = took(opt, best.policy, hardware, Workload(60, 5, 6), order=name)
+    own = choose_order(None, best.policy, False, 3).name
+    assert seconds[best.order] <= 1.0101 * min(seconds.values())
+    assert best.order == own or seconds[best.order] < 0.995 * seconds.get(own, np.inf)
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_a_fixed_order_is_kept(order, opt, machine):
+    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), fixed=ATTENDED, order=order)
+    assert {candidate.order for candidate in (found.best, *found.runners_up)} == {order}
 
 
 def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
