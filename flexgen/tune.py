@@ -207,7 +207,8 @@ class Tuning:
             return
         tried.runs.append(report)
         _say(
-            f"{words(tried.candidate)}: {tried.shape} in {report.total_s:.3g} s, predicted {tried.predicted.total_s:.3g} s"
+            f"{words(tried.candidate)}: {tried.shape} in {report.total_s:.3g} s, "
+            f"predicted {tried.predicted.total_s:.3g} s"
         )
 
 

@@ -19,7 +19,7 @@ from flexgen.memory.lookup import even_read_bytes, gathered_table, kept_bytes, l
 from flexgen.memory.placement import Placement
 from flexgen.memory.plan import CacheSegment, activation_bytes, batch_sizes, cache_segments
 from flexgen.memory.transfer import cut
-from flexgen.memory.weights import cargo_sizes, count_pieces
+from flexgen.memory.weights import CargoSize, cargo_sizes, count_pieces
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.planning.arithmetic import Arithmetic, alike_layers
@@ -83,6 +83,8 @@ class StepCosts:
         self._shared = hardware.shares_host_memory
         self._batches = batch_sizes(policy, prompts)
         self._cargo = cargo_sizes(layers, placement, self._shared)
+        cargos: dict[tuple[CargoSize, ...], int] = {}
+        self._same_cargo = [cargos.setdefault(cargo, n) for n, cargo in enumerate(self._cargo)]
         moved = max(sum(cargo.nbytes for cargo in per_layer) for per_layer in self._cargo)
         self.weight_pieces = count_pieces(moved, len(self._batches))
         self._tokens = range(workload.gen_len) if tokens is None else tokens
@@ -152,7 +154,7 @@ class StepCosts:
         it writes pages of the cache that it would not)."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return op, j, k, 0, False, False
+            return op, self._same_cargo[j], k, 0, False, False
         return op, self.alike[j], self._tokens[i], self._batches[k], k == 0, i in self._flushing
 
     def _loads(self, key: _Key) -> Loads:

@@ -25,12 +25,13 @@ from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import decode_seconds
 from flexgen.policy import Policy, Share, Tier
-from flexgen.schedule import Grid, Op, Order, all_steps
+from flexgen.schedule import Grid, Op, Order, Step, all_steps
 from flexgen.trace import LaneName
 from flexgen.workload import Workload
 
 CLASSES = "weights", "cache", "activations"
 LANES = tuple(LaneName)
+_LANE_ROW = {lane: row for row, lane in enumerate(LANES)}
 
 _IN_TURN = len(LANES)
 """The row of what a batch has to do one after the other: its hidden states in, its computation, and out again."""
@@ -189,25 +190,25 @@ class Corners:
             flushing,
             splits_attention=order.splits_attention,
         )
-        taken = np.zeros((2, _ROWS, len(tokens)))
+        sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
-        for step in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
-            times = repeated if 0 < step.layer < len(layers) - 1 else 1
-            loads_weights = step.op is Op.LOAD_WEIGHTS
-            each = several and step.batch > 0 and not loads_weights
+        for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
+            times = repeated if 0 < layer < len(layers) - 1 else 1
+            loads_weights = op is Op.LOAD_WEIGHTS
+            each = sums[several and batch > 0 and not loads_weights]
             for n in range(len(tokens)):
-                chains = costs(step._replace(token=n))
                 longest = 0.0
-                for chain in chains:
+                for chain in costs(Step(op, n, layer, batch)):
                     for lane, seconds in chain:
-                        taken[int(each), LANES.index(lane), n] += times * seconds
+                        each[_LANE_ROW[lane]][n] += times * seconds
                     longest = max(longest, sum(seconds for _, seconds in chain))
-                if step.op in _TURN and step.batch == 0:
-                    taken[0, _IN_TURN, n] += times * longest
+                if op in _TURN and batch == 0:
+                    sums[0][_IN_TURN][n] += times * longest
                 if loads_weights and order.slots.weights == 1:
-                    taken[0, _UNHIDDEN, n] += times * longest
-                if step.op is Op.COMPUTE:
-                    taken[int(each), _UNHIDDEN, n] += times * longest
+                    sums[0][_UNHIDDEN][n] += times * longest
+                if op is Op.COMPUTE:
+                    each[_UNHIDDEN][n] += times * longest
+        taken = np.array(sums)
         if several:  # from the first and each other to the line through any number of them
             taken[0] -= taken[1]
         decode = [

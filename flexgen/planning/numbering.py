@@ -53,16 +53,21 @@ class Numbered:
 @lru_cache(maxsize=8)
 def numbered(order: str, grid: Grid) -> Numbered:
     """The steps of an order by name. Kept, because a search times many policies on one grid."""
-    # From that visit on every one finds slots that others have used; two more show that they are alike, and the
-    # last ones have less and less to fetch. Tokens likewise, of which the first has none before it.
+    # From that visit on every one finds slots that others have used, and the last ones have less and less to fetch.
+    # Tokens likewise: the first has none before it, two show that they are alike, and the last prepares none.
     steady = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + _AHEAD
-    layers = min(grid.layers, steady + 2 + _AHEAD)
+    layers = min(grid.layers, steady + 1 + _AHEAD)
     steady_token = 1 + -(-steady // layers)
     few = replace(grid, layers=layers, tokens=min(grid.tokens, steady_token + 2 + -(-_AHEAD // layers)))
-    made = number(ORDERS[order](few), few)
+    made = _whole(order, few)
     if few == grid:
         return made
-    return _drawn_out(made, few, grid, steady, steady_token) or number(ORDERS[order](grid), grid)
+    return _drawn_out(made, few, grid, steady, steady_token) or _whole(order, grid)
+
+
+@lru_cache(maxsize=8)  # models of any depth have these few layers in common
+def _whole(order: str, grid: Grid) -> Numbered:
+    return number(ORDERS[order](grid), grid)
 
 
 def number(steps: Iterable[Step], grid: Grid) -> Numbered:
@@ -106,7 +111,7 @@ def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) ->
     tokens = [list(sections[n * few.layers : (n + 1) * few.layers]) for n in range(few.tokens)]
     if more_tokens and tokens[token] != tokens[token + 1]:
         return None
-    if more_layers and any(part[layer] != part[layer + 1] for part in tokens):
+    if more_layers and any(part[layer] != part[layer + 1] for part in tokens[:-1]):
         return None
     deep = [part[:layer] + part[layer : layer + 1] * more_layers + part[layer:] for part in tokens]
     if more_tokens:

@@ -234,14 +234,13 @@ ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num
 
 
 def test_another_order_than_the_policys_own_is_found(opt, machine):
-    """The own one keeps three layers' weights on the device; where that is small and attention is short, two are
-    better, and more of the weights stay."""
-    hardware, workload = small(machine, "170MiB"), Workload(16, 8, 8)
+    """The own one has room for three layers on their way, this one for two: on a small device more weights stay."""
+    hardware, workload = small(machine, "200MiB"), Workload(16, 8, 8)
     found = find_policy(opt, hardware, workload, fixed=ATTENDED)
     own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
     best = found.best
-    assert own.order == choose_order(None, best.policy, False, 2).name != best.order
-    assert best.tokens_s > 1.05 * own.tokens_s
+    assert own.order == choose_order(None, best.policy, False, 2).name
+    assert best.order == "overlap_multi_batch" and best.tokens_s > 1.5 * own.tokens_s
     again = predict(opt, best.policy, hardware, workload, order=best.order).report
     assert again.throughput_tokens_s == best.tokens_s
 
