@@ -66,6 +66,14 @@ def test_answers_are_those_of_any_policy(device):
         assert model.stats.order == model.auto.search.best.order
 
 
+def test_an_order_that_is_not_the_policys_own_is_run(monkeypatch):
+    find = auto.find_policy
+    monkeypatch.setattr(auto, "find_policy", lambda *a, **asked: find(*a, **asked | {"order": "normal"}))
+    with opened(policy=Auto({"overlap": True})) as model:
+        model.generate(prompts(8, 12), 6, stop=())
+        assert model.policy.overlap and model.stats.order == "normal"
+
+
 def test_a_tier_that_may_not_be_used_is_not():
     with opened(max_memory={Tier.DISK: 0}) as model:
         model.generate(prompts(8, 12), 6, stop=())
@@ -163,6 +171,7 @@ def test_an_order_that_wants_more_slots_is_not_taken(monkeypatch, nothing_is_mea
     hardware = nothing_is_measured("emulated:memory=1GiB")
     small = Auto({"cache": {"gpu": 100}, "weights": {"cpu": 100}, "sep_layer": False})
     chooser = AutoPolicy(small, spec, hardware, Workload(4, 2, 1))
+    chooser.opened = auto.Chosen(chooser.opened.policy, "overlap_single_batch")
     taken = []
 
     def greedy(spec, hardware, workload, *, order, fixed, **_):

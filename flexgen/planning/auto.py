@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from flexgen.errors import FlexGenError
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
+from flexgen.planning.bounds import within
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import measured, remembered
 from flexgen.planning.search import Search, find_policy
@@ -157,15 +158,15 @@ class AutoPolicy:
         policy = self.opened.policy
         fixed = {name: getattr(policy, name) for name in _FIXED_AT_OPENING} | dict(self._auto.fixed)
         # An order that wants more slots than were made cannot run: others are tried, the last of which never does.
-        asked = self._asked_order
+        asked, held = self._asked_order, self._slots(self.opened)
         for order in (asked,) if asked else (None, "overlap_multi_batch", "normal"):
             try:
-                search = self._find(workload, Auto(fixed, self._auto.lossy), order)
+                search = self._find(workload, Auto(fixed, self._auto.lossy), order, held)
             except FlexGenError as error:
                 _log.info("the policy stays as it is: %s", error)
                 return None
             chosen = _chosen(search, order, self.hardware)
-            if _within(self._slots(chosen), self._slots(self.opened)):
+            if within(self._slots(chosen), held):
                 _log.info("%s", in_words(search))
                 return chosen
         return None
@@ -175,7 +176,7 @@ class AutoPolicy:
         policy, shared = chosen.policy, self.hardware.shares_host_memory
         return choose_order(chosen.order, policy, shared, policy.num_gpu_batches).slots
 
-    def _find(self, workload: Workload, auto: Auto, order: str | None) -> Search:
+    def _find(self, workload: Workload, auto: Auto, order: str | None, slots: Slots | None = None) -> Search:
         return find_policy(
             self._spec,
             self.hardware,
@@ -184,6 +185,7 @@ class AutoPolicy:
             lossy=auto.lossy,
             dtype=self._dtype,
             order=order,
+            slots=slots,
         )
 
 
@@ -201,7 +203,3 @@ def _chosen(search: Search, asked: str | None, hardware: Hardware) -> Chosen:
     """The best of a search; its order has a name only where the policy would ask for another."""
     policy, order = search.best.policy, search.best.order
     return Chosen(policy, asked or (None if order == own_order(policy, hardware) else order))
-
-
-def _within(wanted: Slots, held: Slots) -> bool:
-    return all(getattr(wanted, f.name) <= getattr(held, f.name) for f in fields(Slots))

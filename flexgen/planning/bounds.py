@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import Corners, Figures, Solution, one_codec_each
 from flexgen.planning.simulations import Run, blocks
 from flexgen.policy import Policy, Tier
-from flexgen.schedule import ORDERS, order_for
+from flexgen.schedule import ORDERS, Slots, order_for
 from flexgen.workload import Workload
 
 _BEST = 8
@@ -33,14 +34,19 @@ class Bound(NamedTuple):
     solution: Solution
 
 
+def within(wanted: Slots, held: Slots) -> bool:
+    """Whether there are as many of each kind as are wanted."""
+    return all(getattr(wanted, f.name) <= getattr(held, f.name) for f in fields(Slots))
+
+
 def by_seconds(bounds: list[Bound]) -> list[Bound]:
     """Best first."""
     return sorted(bounds, key=lambda bound: bound.seconds)
 
 
 class Bounds:
-    """Those of one model, machine and workload, within its capacities. `order`: the one that is settled, if one is.
-    `considered` counts the linear programs."""
+    """Those of one model, machine and workload, within its capacities. `order`: the one that is settled, if one is;
+    `slots`: the most that another order than a policy's own may want. `considered` counts the linear programs."""
 
     def __init__(
         self,
@@ -50,11 +56,13 @@ class Bounds:
         choices: Choices,
         dtype: torch.dtype,
         order: str | None,
+        slots: Slots | None,
     ) -> None:
         self._hardware = hardware
         self._workload = workload
         self._choices = choices
         self._order = order
+        self._slots = slots
         self._corners = cache(partial(Corners, spec, hardware, workload, dtype))
         self.capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
         self.considered = 0
@@ -124,6 +132,7 @@ class Bounds:
         for other in ORDERS.values():
             asked = policy.replace(overlap=other.name != order_for(False, batches))
             refused = "overlap" in self._choices.fixed and asked.overlap != policy.overlap
+            refused |= self._slots is not None and not within(other.slots, self._slots)
             if not (refused or other.for_comparison or other is now):
                 own = choose_order(None, asked, shared, batches)
                 yield Run(asked, None if own is other else other.name)

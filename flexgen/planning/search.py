@@ -28,6 +28,7 @@ from flexgen.planning.moves import Short, filled, moves, squeezed
 from flexgen.planning.predict import Prediction, check_request
 from flexgen.planning.simulations import Run, Simulations
 from flexgen.policy import Policy, Split, Tier
+from flexgen.schedule import Slots
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
@@ -113,6 +114,7 @@ def find_policy(
     lossy: bool = False,
     dtype: str = "auto",
     order: str | None = None,
+    slots: Slots | None = None,
     top: int = 5,
 ) -> Search:
     """The policy under which `predict` takes least for the workload, and at most `top` - 1 others.
@@ -121,6 +123,7 @@ def find_policy(
     lossy: whether codecs may be chosen that change what the model computes. Those in `fixed` always may.
     dtype, order: as of `predict`; without an order all are tried that are not there for comparison only, and the
         policy's own is preferred to one that is less than 1% faster.
+    slots: the most that another order than a policy's own may want, where they are there already.
 
     Raises PolicyError for `fixed` that no policy has, RequestError, ScheduleError and HardwareError as `predict`
     does, and CapacityError, with what is short, where not even the smallest policy fits.
@@ -129,7 +132,7 @@ def find_policy(
     settled = Policy.from_dict(fixed)
     name = check_request(spec, hardware, workload, dtype, order)
     with _without_collections():
-        found = _Finder(spec, hardware, workload, settled, frozenset(fixed), lossy, name, order)
+        found = _Finder(spec, hardware, workload, settled, frozenset(fixed), lossy, name, order, slots)
         best, *others = found.ranked(max(top, 1))
     return Search(best, tuple(others), found.considered, time.perf_counter() - began)
 
@@ -158,6 +161,7 @@ class _Finder:
         lossy: bool,
         dtype: str,
         order: str | None,
+        slots: Slots | None,
     ) -> None:
         self._spec = spec
         self._hardware = hardware
@@ -165,7 +169,7 @@ class _Finder:
         self._order = order
         torch_dtype = getattr(torch, dtype)
         self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, torch_dtype)
-        self._bounds = Bounds(spec, hardware, workload, self._choices, torch_dtype, order)
+        self._bounds = Bounds(spec, hardware, workload, self._choices, torch_dtype, order, slots)
         self._simulations = Simulations(spec, hardware, workload, dtype)
         self._tried: dict[Run, Bound] = {}
         self._took: dict[Run, float] = {}
