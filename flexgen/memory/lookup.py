@@ -211,7 +211,7 @@ def _rounds(offsets: np.ndarray, width: int, room: int) -> Iterator[list[_Span]]
             before = spans[-1]
             more = end - before.end
             if start - before.end <= _READ_ALONG and end - before.start <= _SPAN and filled + more <= room:
-                spans[-1] = before._replace(end=end, last=n + 1)
+                spans[-1] = _Span(before.start, end, before.first, n + 1)  # of very many rows, so no _replace
                 filled += more
                 continue
         if filled + end - start > room:
