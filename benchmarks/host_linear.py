@@ -23,7 +23,7 @@ from flexgen.kernels import half_linear
 from flexgen.kernels.linear import can_pack, linear, pack
 
 OUT, IN = 4096, 4096
-ROWS = (1, 8, 32, 128, 512)
+ROWS = (1, 8, 16, 32, 128, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = 4  # weights in turn, so that none stays in a cache
 

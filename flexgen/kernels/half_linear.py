@@ -1,8 +1,8 @@
 """Products in bfloat16 and float16 on a CPU that has no instructions for them.
 
 The types are then a way to keep and to move numbers. A library multiplies them at a fraction of float32's rate, so
-here they are widened: in registers where x has few rows and the product waits for the weights, else piece by piece
-for a product in float32 (benchmarks/host_linear.py). Sums are in float32 and rounded once.
+here they are widened: by the compiled kernel, which keeps what it widens in registers and caches, or for many rows
+piece by piece for a library's product in float32 (benchmarks/host_linear.py). Sums are in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
-from flexgen.units import MIB
+from flexgen.units import MIB, align
 
-_FEW_ROWS = 32
+_NATIVE_ROWS = 256
+"""Rows of x up to which the compiled kernel is at least as fast as the library."""
 _ROWS = 1024
 """Rows of x that are widened at once."""
 _PIECE_BYTES = 4 * MIB
 """Of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
+_TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
+"""The kernel lays x out for whole tiles of so many rows, with so many floats between each so many of its values."""
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -42,8 +45,8 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
     """Most bytes that `multiply` takes beside its result; 0 where it is not needed."""
     if dtype not in _WIDENED:
         return 0
-    if rows <= _FEW_ROWS and native_available():
-        return torch.float32.itemsize * rows * in_size
+    if rows <= _NATIVE_ROWS and native_available():
+        return torch.float32.itemsize * align(rows, _TILE_ROWS) * (in_size + _TILE_GAPS * (in_size // _TILE_DEPTH + 2))
     rows, at_once = min(rows, _ROWS), _at_once(out_size, in_size)
     return torch.float32.itemsize * (rows * in_size + at_once * (in_size + rows + 1))
 
@@ -55,14 +58,14 @@ def _at_once(out_size: int, in_size: int) -> int:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in) transposed + bias (out), all in one half type on the CPU."""
-    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    few = x.numel() <= _NATIVE_ROWS * x.shape[-1]
     if few and x.numel() and weight.is_contiguous() and announce():
         return multiply_natively(x, weight, bias)
     return multiply_in_pieces(x, weight, bias)
 
 
 def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The compiled kernel: each weight is read once and widened in registers."""
+    """The compiled kernel: each weight is read once for some rows of x, and never written widened."""
     x = x.contiguous()
     out_size, in_size = weight.shape
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)

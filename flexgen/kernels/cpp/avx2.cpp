@@ -19,6 +19,7 @@ INLINE Shorts to_half(Vec x) {
     return (Shorts)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE float from_half_scalar(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+INLINE Words to_words(Shorts x) { return (Words)_mm256_cvtepu16_epi32((__m128i)x); }
 INLINE Words load_octets(const uint8_t *from) {
     return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
 }

@@ -15,6 +15,8 @@ INLINE Shorts to_half(Vec x) {
     return (Shorts)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE float from_half_scalar(uint16_t x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+// `__builtin_convertvector` would be four shuffles.
+INLINE Words to_words(Shorts x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE Words load_octets(const uint8_t *from) { return (Words)_mm512_cvtepu8_epi32(raw<__m128i>(from)); }
 INLINE void store_octets(uint8_t *to, Words x) {
     const __m128i octets = _mm512_cvtepi32_epi8((__m512i)x);

@@ -40,6 +40,7 @@ INLINE Shorts to_half(Vec x) {
     return halves;
 }
 INLINE float from_half_scalar(uint16_t x) { return from_half(Shorts{x})[0]; }
+INLINE Words to_words(Shorts x) { return __builtin_convertvector(x, Words); }
 INLINE Words load_octets(const uint8_t *from) { return Words{from[0], from[1], from[2], from[3]}; }
 INLINE void store_octets(uint8_t *to, Words x) {
     for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)x[i];

@@ -115,7 +115,9 @@ struct PackedLinear {
     const uint8_t *packed;
     const void *scales, *minimums;  // (out, groups)
 
-    // Made by `prepare_linear`: x as the variant multiplies it, and its group sums where the variant needs them.
+    // Made by `prepare_linear`: whether rows of x are many (tiles.h), x as the variant multiplies it, and its group sums
+    // where the variant needs them.
+    bool tiled = false;
     const void *operand = nullptr;
     const float *sums = nullptr;
     std::vector<float> wide;

@@ -248,10 +248,25 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     multiply_blocks<Kind, 8, MAX_X>(job, begin, end);
 }
 
+// Room for `count` floats, from a whole line on.
+inline float *aligned(std::vector<float> &room, int64_t count) {
+    room.resize(count + LINE / sizeof(float));
+    return (float *)(((uintptr_t)room.data() + LINE - 1) / LINE * LINE);
+}
+
+}  // namespace linear
+}  // namespace VARIANT
+
+#include "tiles.h"
+
+namespace VARIANT {
+namespace linear {
+
 void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
+    if (job.tiled) return multiply_tiled(job, begin, end);
     if (job.bits == 16) {
-        if (job.scale_type == Type::bfloat16) return multiply_plain_blocks<Bf16, MAX_X>(job, begin, end);
-        return multiply_plain_blocks<Half, MAX_X>(job, begin, end);
+        if (job.scale_type == Type::bfloat16) return multiply_plain_blocks<Bf16, TILE_X>(job, begin, end);
+        return multiply_plain_blocks<Half, TILE_X>(job, begin, end);
     }
 #ifdef FLEXGEN_DOT_BF16
     if (by_dots(job)) return multiply_bits<Dots>(job, begin, end);
@@ -259,14 +274,10 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     multiply_bits<Wide>(job, begin, end);
 }
 
-// Room for `count` floats, from a whole line on.
-inline float *aligned(std::vector<float> &room, int64_t count) {
-    room.resize(count + LINE / sizeof(float));
-    return (float *)(((uintptr_t)room.data() + LINE - 1) / LINE * LINE);
-}
-
 // x as `multiply_any` reads it, made once for all rows of W.
 TARGET void prepare_any(PackedLinear &job) {
+    job.tiled = job.rows > (job.bits == 16 ? TILE_X : FEW) && !by_dots(job);
+    if (job.tiled) return prepare_tiled(job);
     job.operand = job.x;
     if (!by_dots(job)) {
         if (job.type == Type::float32) return;

@@ -213,12 +213,13 @@ PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, fal
 void multiply(PackedLinear &job, int threads) {
     const int64_t row_bytes = job.in * job.bits / 8;
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
-    // A piece is a whole number of the blocks that a variant may choose; at least four for each thread.
-    const int64_t BLOCKS = 12;
-    const int64_t most = std::min(PIECE_BYTES / row_bytes, job.out / (4 * threads));
-    const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
     const Variant *now = variant;
     now->prepare_linear(job);
+    // A piece is a whole number of the blocks that a variant may choose; at least four for each thread. Of tiles the
+    // sums wait in the cache, so many rows of W are as good as few bytes.
+    const int64_t BLOCKS = 12, TILED = 4 * BLOCKS;
+    const int64_t most = std::min(job.tiled ? TILED : PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
         for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.out;)

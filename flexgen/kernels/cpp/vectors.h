@@ -20,6 +20,7 @@ INLINE Vec fma(Vec a, Vec b, Vec c);
 INLINE Vec from_half(Shorts x);
 INLINE Shorts to_half(Vec x);
 INLINE float from_half_scalar(uint16_t x);
+INLINE Words to_words(Shorts x);
 INLINE Words load_octets(const uint8_t *from);
 INLINE void store_octets(uint8_t *to, Words x);  // each below 256
 INLINE Vec permute(Vec x, Words lanes);  // lane i of the result is x[lanes[i]]; lanes below LANES
@@ -33,7 +34,7 @@ INLINE V raw(const void *from) {
 
 INLINE Vec load(const float *from) { return raw<Vec>(from); }
 INLINE Vec load(const Bf16 *from) {
-    return (Vec)(__builtin_convertvector(raw<Shorts>(from), Words) << 16);
+    return (Vec)(to_words(raw<Shorts>(from)) << 16);
 }
 INLINE Vec load(const Half *from) { return from_half(raw<Shorts>(from)); }
 
