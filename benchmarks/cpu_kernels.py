@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -200,6 +201,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="another file for the results")
     args = parser.parse_args()
     if not native_available():
         parser.error("the compiled kernels are not built, or switched off")
@@ -217,8 +219,8 @@ def main() -> None:
         **{"variant": native.variant(), "load_at_start": load},
         **{"attention": attended, "encoded_attention": encoded, "sparse": sparsely, "codecs": packed},
     }
-    save("cpu_kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures})
-    print(table(attended), table(encoded), table(sparsely), table(packed), sep="\n\n")
+    path = save("cpu_kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures}, args.out)
+    print(table(attended), table(encoded), table(sparsely), table(packed), path, sep="\n\n")
 
 
 if __name__ == "__main__":
