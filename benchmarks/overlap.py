@@ -34,7 +34,7 @@ MODEL = OPTConfig(
 DISK, CPU = {"disk": 100}, {"cpu": 100}
 CASES: dict[str, tuple[Policy, int, int]] = {
     # name: policy, prompt tokens, new tokens
-    "weights on disk, 1 x 4": (Policy(gpu_batch_size=4, weights=DISK), 64, 32),
+    "weights on disk, 1 x 4": (Policy(gpu_batch_size=4, weights=DISK), 64, 8),
     "weights on disk, 4 x 16": (Policy(gpu_batch_size=16, num_gpu_batches=4, weights=DISK), 64, 8),
     "cache on disk, 4 x 8": (Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, cache=DISK), 128, 16),
 }

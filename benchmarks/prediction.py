@@ -2,17 +2,20 @@
 
     python benchmarks/prediction.py --offload-dir DIR
 
-The machine is measured first (as by `python -m flexgen.measure`); then each policy runs, and the same policy is
-predicted from those figures alone. Four layers of the OPT-1.3B shape with random weights, on the CPU and on an
-emulated device behind limited links. Target: predictions off by at most 10% in the median and 25% at worst. DIR
-should lie on a real disk; it holds up to 2 GB.
+The machine is measured (as by `python -m flexgen.measure`), each policy runs, and the machine is measured again;
+the same policies are predicted from those figures alone. Because a shared machine is another one from minute to
+minute, a prediction is the mean of what each measurement of the machine says. Four layers of the OPT-1.3B shape with
+random weights, on the CPU and on an emulated device behind limited links. Target: predictions off by at most 10% in
+the median and 25% at worst. DIR should lie on a real disk; it holds up to 2 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,17 +115,20 @@ def measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def compare(case: Case, hardware: Hardware, found: dict[str, Any]) -> dict[str, Any]:
-    """What a case took beside what it was to take."""
+def compare(case: Case, machine: Sequence[Hardware], found: dict[str, Any]) -> dict[str, Any]:
+    """What a case took beside what it was to take by the measurements of the machine."""
     spec, _ = open_model(MODEL, "dummy")
     workload = Workload(case.prompt_len, case.new_tokens, case.policy.block_size)
-    prediction = predict(spec, case.policy, hardware, workload, dtype=case.dtype, order=case.order)
-    report, plan = prediction.report, prediction.plan
+    predictions = [
+        predict(spec, case.policy, hardware, workload, dtype=case.dtype, order=case.order)
+        for hardware in machine
+    ]
+    plan = predictions[0].plan
     foretold = {
-        "seconds": report.prefill_s + report.decode_s,
-        "prefill_s": report.prefill_s,
-        "decode_s": report.decode_s,
+        phase: statistics.mean(getattr(each.report, phase) for each in predictions)
+        for phase in ("prefill_s", "decode_s")
     }
+    foretold["seconds"] = foretold["prefill_s"] + foretold["decode_s"]
     ratios = {key.removesuffix("_s"): found[key]["median"] / foretold[key] for key in foretold}
     # The resident set holds an emulated device's memory too.
     peak = found["peak_bytes"][Tier.CPU]
@@ -134,7 +140,8 @@ def compare(case: Case, hardware: Hardware, found: dict[str, Any]) -> dict[str, 
         "measured": found,
         "predicted": foretold
         | {
-            "busy_s": {str(lane): seconds for lane, seconds in prediction.trace().busy().items()},
+            "by_measurement": [each.report.total_s for each in predictions],
+            "busy_s": {str(lane): seconds for lane, seconds in predictions[-1].trace().busy().items()},
             "planned_bytes": {str(tier): count for tier, count in plan.by_tier.items()},
         },
     }  # fmt: skip
@@ -149,7 +156,7 @@ def main() -> None:
     add("--repeats", type=int, default=3)
     add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
     add("--device", choices=("cpu", "emulated"), help="only cases of this device")
-    add("--again", action="store_true", help="measure the machine again")
+    add("--again", action="store_true", help="measure the machine again, before the runs and behind them")
     add(
         "--resume",
         action="store_true",
@@ -160,24 +167,34 @@ def main() -> None:
     path = Path(args.out) if args.out else RESULTS / "prediction.json"
     before = kept(path) if args.resume else {}
     known = {name: found["measured"] for name, found in before.get("figures", {}).items()}
-    machines: dict[str, Hardware] = {}
+    machines = {
+        device: [Hardware.from_dict(each, device) for each in measurements]
+        for device, measurements in before.get("hardware", {}).items()
+    }
     figures: dict[str, Any] = {}
-    for name, case in CASES.items():
-        wanted = name in (args.case or CASES) and case.device.startswith(args.device or "")
-        if not wanted and name not in known:
+    for device, named in itertools.groupby(CASES, lambda name: CASES[name].device):
+        wanted = [
+            name for name in named
+            if name in known or name in (args.case or CASES) and device.startswith(args.device or "")
+        ]  # fmt: skip
+        if not wanted:
             continue
-        if case.device not in machines:
-            machines[case.device] = measured(case.device, args.offload_dir, again=args.again)
-        asked_for = args.case and name in args.case
-        found = None if asked_for else known.get(name)
-        found = found or measure(name, args.offload_dir, args.repeats)
-        figures[name] = compare(case, machines[case.device], found)
-        _tell(name, figures[name])
+        if args.again or device not in machines:
+            machines.setdefault(device, []).append(measured(device, args.offload_dir, again=args.again))
+        runs = [name for name in wanted if name not in known or name in (args.case or ())]
+        for name in runs:
+            known[name] = measure(name, args.offload_dir, args.repeats)
+            _tell(name, compare(CASES[name], machines[device], known[name]))
+        if runs and args.again:
+            machines[device].append(measured(device, args.offload_dir, again=True))
+        for name in wanted:
+            figures[name] = compare(CASES[name], machines[device], known[name])
+            _tell(name, figures[name])
         document = {
             "model": "4 layers of the OPT-1.3B shape, random weights",
             "ratio": "predicted over measured throughput",
             "summary": summary(figures),
-            "hardware": {device: hardware.to_dict() for device, hardware in machines.items()},
+            "hardware": {device: [each.to_dict() for each in found] for device, found in machines.items()},
             "figures": figures,
         }
         save("prediction", document, path)
