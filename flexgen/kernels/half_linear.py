@@ -21,7 +21,7 @@ _ROWS = 1024
 _PIECE_BYTES = 4 * MIB
 """Of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
 _TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
-"""The kernel lays x out for whole tiles of so many rows, with so many floats between each so many of its values."""
+"""As in cpp/tiles.h: x is laid out for whole tiles of rows, with some floats between each so many of its values."""
 
 
 def has_products(dtype: torch.dtype) -> bool:

@@ -78,7 +78,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """The compiled kernel: each weight is read once, unpacked in registers and multiplied with all rows."""
+    """The compiled kernel: each weight is read and unpacked once for some rows of x, and never written decoded."""
     x = x.contiguous()
     out_size, in_size = packed.shape
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)

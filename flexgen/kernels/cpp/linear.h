@@ -1,5 +1,5 @@
 // Products with group-wise integers, and with half types, for one variant: each weight is unpacked in registers,
-// multiplied with all rows of x that there are registers for, and never written out.
+// multiplied with all rows of x that there are registers for, and never written out. Of many rows: tiles.h.
 //
 // Blocks of WEIGHTS rows of W meet blocks of X rows of x, whose sums lie in registers. Meanwhile the codes of the
 // next block are prefetched. Rows of x beyond one block find the codes in the first-level cache.
