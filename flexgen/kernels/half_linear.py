@@ -8,7 +8,6 @@ piece by piece for a library's product in float32 (benchmarks/host_linear.py). S
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
@@ -91,12 +90,23 @@ def multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     out_size, in_size = weight.shape
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)
-    at_once = _at_once(out_size, in_size)
-    wide = torch.empty(at_once, in_size)
+    most, at_once = min(len(flat), _ROWS), _at_once(out_size, in_size)
+    # Taken once: a fresh tensor for each piece would be megabytes of pages that the system clears anew.
+    wide_x, wide, product = (
+        torch.empty(most, in_size),
+        torch.empty(at_once, in_size),
+        torch.empty(most * at_once),
+    )
+    wide_bias = None if bias is None else bias.float()
     for some, result in zip(flat.split(_ROWS), y.split(_ROWS), strict=True):
-        rows = some.float()
+        rows = wide_x[: len(some)].copy_(some)
         for begin in range(0, out_size, at_once):
             end = min(begin + at_once, out_size)
             piece = wide[: end - begin].copy_(weight[begin:end])
-            result[:, begin:end] = F.linear(rows, piece, None if bias is None else bias[begin:end].float())
+            part = product[: len(some) * len(piece)].view(len(some), len(piece))
+            if wide_bias is None:
+                torch.mm(rows, piece.t(), out=part)
+            else:
+                torch.addmm(wide_bias[begin:end], rows, piece.t(), out=part)
+            result[:, begin:end] = part
     return y.view(*x.shape[:-1], out_size)
