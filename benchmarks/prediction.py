@@ -2,11 +2,12 @@
 
     python benchmarks/prediction.py --offload-dir DIR
 
-The machine is measured (as by `python -m flexgen.measure`), each policy runs, and the machine is measured again;
-the same policies are predicted from those figures alone. Because a shared machine is another one from minute to
-minute, a prediction is the mean of what each measurement of the machine says. Four layers of the OPT-1.3B shape with
-random weights, on the CPU and on an emulated device behind limited links. Target: predictions off by at most 10% in
-the median and 25% at worst. DIR should lie on a real disk; it holds up to 2 GB.
+In a round the machine is measured (as by `python -m flexgen.measure`), every policy runs once, and the machine is
+measured again; the policies are predicted from those two measurements alone, as the mean of what each says. A shared
+machine is another one from minute to minute, so the rounds count one by one, and a policy's figure is the median of
+measured over predicted seconds of its rounds. Four layers of the OPT-1.3B shape with random weights, on the CPU and
+on an emulated device behind limited links. Target: predictions off by at most 10% in the median and 25% at worst. DIR
+should lie on a real disk; it holds up to 2 GB. A round takes about four minutes for each device.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import itertools
 import statistics
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import RESULTS, interleaved, kept, save
+import psutil
+from record import RESULTS, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy, Tier
@@ -88,15 +89,11 @@ CASES = {
 }
 
 
-def run(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
-    model.generate(prompts, tokens, stop=())
-    assert model.stats is not None
-    timing = model.stats.timing
-    return {"seconds": timing.total, "prefill_s": timing.prefill, "decode_s": timing.decode}
+PHASES = ("seconds", "prefill_s", "decode_s")
 
 
-def measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
-    """What a case takes."""
+def run(name: str, folder: str) -> dict[str, Any]:
+    """What a policy takes and holds, once."""
     case, policy = CASES[name], CASES[name].policy
     prompts = np.random.default_rng(0).integers(4, 50_000, size=(policy.block_size, case.prompt_len))
     with OptLM(
@@ -104,105 +101,92 @@ def measure(name: str, folder: str, repeats: int) -> dict[str, Any]:
         progress=False,
     ) as model:  # fmt: skip
         model.generate(prompts[: policy.gpu_batch_size], 2, stop=())  # makes threads and touches pages
-        found = interleaved({name: partial(run, model, prompts, case.new_tokens)}, repeats)[name]
+        before = psutil.cpu_times()
+        model.generate(prompts, case.new_tokens, stop=())
+        after = psutil.cpu_times()
         assert model.stats is not None
-        busy, peak = model.stats.timing.trace.busy(), model.stats.peak_bytes
-        order = model.stats.order
-    return found | {
-        "order": order,
-        "busy_s": {str(lane): seconds for lane, seconds in busy.items()},
-        "peak_bytes": {str(tier): count for tier, count in peak.items()},
-    }
+        timing, peak = model.stats.timing, model.stats.peak_bytes
+        return {
+            "seconds": timing.total, "prefill_s": timing.prefill, "decode_s": timing.decode,
+            "stolen": stolen(before, after),
+            "order": model.stats.order,
+            "busy_s": {str(lane): seconds for lane, seconds in timing.trace.busy().items()},
+            "peak_bytes": {str(tier): count for tier, count in peak.items()},
+        }  # fmt: skip
 
 
-def compare(case: Case, machine: Sequence[Hardware], found: dict[str, Any]) -> dict[str, Any]:
-    """What a case took beside what it was to take by the measurements of the machine."""
+def stolen(before: Any, after: Any) -> float:
+    """The share of the processors' time that other guests of the same host took; 0 where that is not told."""
+    took = sum(after) - sum(before)
+    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / took if took else 0.0
+
+
+def a_round(
+    device: str, names: Sequence[str], folder: str, before: Hardware
+) -> tuple[dict[str, Any], Hardware]:
+    """What each policy takes after the machine measured as `before`; and what it measures as behind them."""
+    runs = {}
+    for name in names:
+        runs[name] = run(name, folder)
+        foretold = foresee(CASES[name], [before])["seconds"]
+        print(
+            f"{name:<44}{runs[name]['seconds']:>8.2f} s, predicted {foretold:>8.2f}; "
+            f"{runs[name]['stolen']:.0%} of the processors stolen",
+            file=sys.stderr,
+            flush=True,
+        )
+    behind = measured(device, folder, again=True)
+    return {"device": device, "hardware": [before.to_dict(), behind.to_dict()], "runs": runs}, behind
+
+
+def foresee(case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
+    """The mean of what each measurement of the machine says, and what it is to hold."""
     spec, _ = open_model(MODEL, "dummy")
     workload = Workload(case.prompt_len, case.new_tokens, case.policy.block_size)
     predictions = [
         predict(spec, case.policy, hardware, workload, dtype=case.dtype, order=case.order)
         for hardware in machine
     ]
-    plan = predictions[0].plan
-    foretold = {
-        phase: statistics.mean(getattr(each.report, phase) for each in predictions)
-        for phase in ("prefill_s", "decode_s")
+    foretold: dict[str, Any] = {
+        phase: statistics.mean(getattr(each.report, phase) for each in predictions) for phase in PHASES[1:]
     }
-    foretold["seconds"] = foretold["prefill_s"] + foretold["decode_s"]
-    ratios = {key.removesuffix("_s"): found[key]["median"] / foretold[key] for key in foretold}
+    return foretold | {
+        "seconds": foretold["prefill_s"] + foretold["decode_s"],
+        "by_measurement": [each.report.total_s for each in predictions],
+        "busy_s": {str(lane): seconds for lane, seconds in predictions[-1].trace().busy().items()},
+        "planned_bytes": {str(tier): count for tier, count in predictions[-1].plan.by_tier.items()},
+    }
+
+
+def compare(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A policy's measured over predicted seconds and bytes: medians over the rounds that it is in."""
+    case, pairs = CASES[name], []
+    for each in rounds:
+        if name in each["runs"]:
+            machine = [Hardware.from_dict(found, each["device"]) for found in each["hardware"]]
+            pairs.append((each["runs"][name], foresee(case, machine)))
+    ratios = {
+        phase.removesuffix("_s"): [took[phase] / foretold[phase] for took, foretold in pairs]
+        for phase in PHASES
+    }
     # The resident set holds an emulated device's memory too.
-    peak = found["peak_bytes"][Tier.CPU]
+    peaks = [
+        took["peak_bytes"][Tier.CPU]
+        / sum(foretold["planned_bytes"].get(tier, 0) for tier in (Tier.GPU, Tier.CPU))
+        for took, foretold in pairs
+    ]
     return {
         "device": case.device, "policy": case.policy.to_dict(), "dtype": case.dtype,
         "prompt_len": case.prompt_len, "gen_len": case.new_tokens,
-        "ratio": ratios["seconds"], "prefill_ratio": ratios["prefill"], "decode_ratio": ratios["decode"],
-        "memory_ratio": peak / (plan.on(Tier.GPU) + plan.on(Tier.CPU)),
-        "measured": found,
-        "predicted": foretold
-        | {
-            "by_measurement": [each.report.total_s for each in predictions],
-            "busy_s": {str(lane): seconds for lane, seconds in predictions[-1].trace().busy().items()},
-            "planned_bytes": {str(tier): count for tier, count in plan.by_tier.items()},
-        },
+        "ratio": statistics.median(ratios["seconds"]),
+        "prefill_ratio": statistics.median(ratios["prefill"]),
+        "decode_ratio": statistics.median(ratios["decode"]),
+        "memory_ratio": statistics.median(peaks),
+        "by_round": [
+            {"ratio": ratio, "stolen": took["stolen"], "measured_s": took["seconds"], "predicted": foretold}
+            for ratio, (took, foretold) in zip(ratios["seconds"], pairs, strict=True)
+        ],
     }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--offload-dir", required=True)
-    add("--repeats", type=int, default=3)
-    add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
-    add("--device", choices=("cpu", "emulated"), help="only cases of this device")
-    add("--again", action="store_true", help="measure the machine again, before the runs and behind them")
-    add(
-        "--resume",
-        action="store_true",
-        help="keep what the results have, but for a --case; all is predicted anew",
-    )
-    add("--out", help="another file for the results")
-    args = parser.parse_args()
-    path = Path(args.out) if args.out else RESULTS / "prediction.json"
-    before = kept(path) if args.resume else {}
-    known = {name: found["measured"] for name, found in before.get("figures", {}).items()}
-    machines = {
-        device: [Hardware.from_dict(each, device) for each in measurements]
-        for device, measurements in before.get("hardware", {}).items()
-    }
-    figures: dict[str, Any] = {}
-    for device, named in itertools.groupby(CASES, lambda name: CASES[name].device):
-        wanted = [
-            name for name in named
-            if name in known or name in (args.case or CASES) and device.startswith(args.device or "")
-        ]  # fmt: skip
-        if not wanted:
-            continue
-        if args.again or device not in machines:
-            machines.setdefault(device, []).append(measured(device, args.offload_dir, again=args.again))
-        runs = [name for name in wanted if name not in known or name in (args.case or ())]
-        for name in runs:
-            known[name] = measure(name, args.offload_dir, args.repeats)
-            _tell(name, compare(CASES[name], machines[device], known[name]))
-        if runs and args.again:
-            machines[device].append(measured(device, args.offload_dir, again=True))
-        for name in wanted:
-            figures[name] = compare(CASES[name], machines[device], known[name])
-            _tell(name, figures[name])
-        document = {
-            "model": "4 layers of the OPT-1.3B shape, random weights",
-            "ratio": "predicted over measured throughput",
-            "summary": summary(figures),
-            "hardware": {device: [each.to_dict() for each in found] for device, found in machines.items()},
-            "figures": figures,
-        }
-        save("prediction", document, path)
-    told = summary(figures)
-    print(
-        f"{told['cases']} policies: median error {told['median_error']:.1%}, worst {told['worst_error']:.1%}"
-    )
-    print(path)
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
@@ -216,14 +200,55 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tell(name: str, found: dict[str, Any]) -> None:
-    took, foretold = found["measured"]["seconds"]["median"], found["predicted"]["seconds"]
-    print(
-        f"{name:<44}{took:>8.2f} s, predicted {foretold:>8.2f} s, ratio {found['ratio']:.2f} "
-        f"(prefill {found['prefill_ratio']:.2f}, decode {found['decode_ratio']:.2f})",
-        file=sys.stderr,
-        flush=True,
+def write(path: Path, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All figures anew from the rounds."""
+    figures = {name: compare(name, rounds) for name in CASES if any(name in each["runs"] for each in rounds)}
+    document = {
+        "model": "4 layers of the OPT-1.3B shape, random weights",
+        "ratio": "measured over predicted seconds, median over the rounds",
+        "summary": summary(figures),
+        "figures": figures,
+        "rounds": rounds,
+    }
+    save("prediction", document, path)
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("--offload-dir", required=True)
+    add("--rounds", type=int, default=5)
+    add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    add("--device", choices=("cpu", "emulated"), help="only cases of this device")
+    add(
+        "--resume", action="store_true", help="beside the rounds that the results have; all is predicted anew"
+    )
+    add("--out", help="another file for the results")
+    args = parser.parse_args()
+    path = Path(args.out) if args.out else RESULTS / "prediction.json"
+    rounds: list[dict[str, Any]] = kept(path).get("rounds", []) if args.resume else []
+    names = [name for name in args.case or CASES if CASES[name].device.startswith(args.device or "")]
+    for device, some in itertools.groupby(names, lambda name: CASES[name].device):
+        wanted, machine = list(some), measured(device, args.offload_dir, again=True)
+        for _ in range(args.rounds):
+            found, machine = a_round(device, wanted, args.offload_dir, machine)
+            rounds.append(found)
+            write(path, rounds)
+    document = write(path, rounds)
+    for name, found in document["figures"].items():
+        told = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
+        print(
+            f"{name:<44}{found['ratio']:>6.2f}  prefill {found['prefill_ratio']:.2f}  decode "
+            f"{found['decode_ratio']:.2f}  bytes {found['memory_ratio']:.2f}  ({told})"
+        )
+    told = document["summary"]
+    print(
+        f"{told['cases']} policies: median error {told['median_error']:.1%}, worst {told['worst_error']:.1%}"
+    )
+    print(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -117,32 +118,59 @@ def test_a_small_job_is_timed_behind_the_one_before(limited):
     assert probe.latency(both, nbytes=4096) == pytest.approx(4096 / 3e6, rel=1e-6)
 
 
-def test_what_work_loses_beside_other_work():
-    """Here takes 2 s where it took 1 s alone; what runs beside it is not slowed."""
-    clock = Clock()
+def together():
+    return any(thread.name == "flexgen-probe" for thread in threading.enumerate())
+
+
+def test_what_work_loses_beside_other_work_on_a_machine_that_slows_down():
+    """Here takes twice as long beside the other, which is not slowed; and all takes longer from call to call."""
+    clock, calls = Clock(), itertools.count()
     go, went = threading.Semaphore(0), threading.Semaphore(0)
 
     def here():
+        pace = 2.0 ** (next(calls) // 2)  # a call alone, then one beside
+        if not together():
+            return clock.sleep(pace)
         for _ in range(4):
             go.release()
             went.acquire()
-        clock.sleep(2.0)
+        return clock.sleep(2 * pace)
 
     def beside():
-        if go.acquire(timeout=0.01):
+        if not together():
+            clock.sleep(0.5)
+        elif go.acquire(timeout=0.01):
             went.release()
 
-    lost = lost_shares((1.0, 0.5), here, beside, 20.0, clock)
+    lost = lost_shares(here, beside, 0.3, clock)
     assert lost[0] == pytest.approx(0.5)
+
+
+def test_one_slow_moment_does_not_count():
+    """The machine stands still once, beside the other work."""
+    clock, calls = Clock(), itertools.count()
+
+    def here():
+        clock.sleep(1000.0 if together() and next(calls) == 1 else 1.0)
+
+    def beside():
+        if together():
+            time.sleep(0.001)
+        else:
+            clock.sleep(1.0)
+
+    assert lost_shares(here, beside, 0.3, clock)[0] == 0.0
 
 
 def test_what_fails_beside_is_told():
     def beside():
-        raise OSError("the disk is gone")
+        if together():
+            raise OSError("the disk is gone")
+        clock.sleep(1.0)
 
     clock = Clock()
     with pytest.raises(OSError, match="the disk is gone"):
-        lost_shares((1.0, 1.0), lambda: clock.sleep(1.0), beside, 5.0, clock)
+        lost_shares(lambda: clock.sleep(1.0), beside, 5.0, clock)
 
 
 @pytest.fixture(scope="module", params=["cpu", "emulated:memory=256MiB"])

@@ -289,7 +289,6 @@ class _Measurement:
         lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
         for lane in lanes:
             others[lane] = self._links.mover(lane)
-        alone = {lane: self._watch.seconds(job) for lane, job in others.items()}
         for phase, (table, rows) in _BESIDE_ROWS.items():
             enqueue = probe.multiplying(rows)
 
@@ -299,14 +298,11 @@ class _Measurement:
 
             # First: what runs beside it goes on until its last product has ended, which may take most of the time.
             work = {LaneName.COMPUTE: multiply, **others}
-            alone[LaneName.COMPUTE] = self._watch.seconds(multiply)
             found = self._figures.setdefault(table, {})
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
                     continue  # the same in both phases
-                lost = lost_shares(
-                    (alone[one], alone[other]), work[one], work[other], self._effort.beside, self._clock
-                )
+                lost = lost_shares(work[one], work[other], self._effort.beside, self._clock)
                 for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
         probe.release()
