@@ -1,4 +1,4 @@
-"""Predicted over measured throughput, and planned over measured bytes, on the machine at hand.
+"""Predicted over measured throughput on the machine at hand.
 
     python benchmarks/prediction.py --offload-dir DIR
 
@@ -25,7 +25,7 @@ import psutil
 from record import RESULTS, kept, save
 from transformers import OPTConfig
 
-from flexgen import OptLM, Policy, Tier
+from flexgen import OptLM, Policy
 from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import measured
@@ -93,7 +93,7 @@ PHASES = ("seconds", "prefill_s", "decode_s")
 
 
 def run(name: str, folder: str) -> dict[str, Any]:
-    """What a policy takes and holds, once."""
+    """What a policy takes, once."""
     case, policy = CASES[name], CASES[name].policy
     prompts = np.random.default_rng(0).integers(4, 50_000, size=(policy.block_size, case.prompt_len))
     with OptLM(
@@ -105,13 +105,12 @@ def run(name: str, folder: str) -> dict[str, Any]:
         model.generate(prompts, case.new_tokens, stop=())
         after = psutil.cpu_times()
         assert model.stats is not None
-        timing, peak = model.stats.timing, model.stats.peak_bytes
+        timing = model.stats.timing
         return {
             "seconds": timing.total, "prefill_s": timing.prefill, "decode_s": timing.decode,
             "stolen": stolen(before, after),
             "order": model.stats.order,
             "busy_s": {str(lane): seconds for lane, seconds in timing.trace.busy().items()},
-            "peak_bytes": {str(tier): count for tier, count in peak.items()},
         }  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def a_round(
 
 
 def foresee(case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
-    """The mean of what each measurement of the machine says, and what it is to hold."""
+    """The mean of what each measurement of the machine says, on a policy's run."""
     spec, _ = open_model(MODEL, "dummy")
     workload = Workload(case.prompt_len, case.new_tokens, case.policy.block_size)
     predictions = [
@@ -154,12 +153,11 @@ def foresee(case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
         "seconds": foretold["prefill_s"] + foretold["decode_s"],
         "by_measurement": [each.report.total_s for each in predictions],
         "busy_s": {str(lane): seconds for lane, seconds in predictions[-1].trace().busy().items()},
-        "planned_bytes": {str(tier): count for tier, count in predictions[-1].plan.by_tier.items()},
     }
 
 
 def compare(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A policy's measured over predicted seconds and bytes: medians over the rounds that it is in."""
+    """A policy's measured over predicted seconds: medians over the rounds that it is in."""
     case, pairs = CASES[name], []
     for each in rounds:
         if name in each["runs"]:
@@ -169,19 +167,12 @@ def compare(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         phase.removesuffix("_s"): [took[phase] / foretold[phase] for took, foretold in pairs]
         for phase in PHASES
     }
-    # The resident set holds an emulated device's memory too.
-    peaks = [
-        took["peak_bytes"][Tier.CPU]
-        / sum(foretold["planned_bytes"].get(tier, 0) for tier in (Tier.GPU, Tier.CPU))
-        for took, foretold in pairs
-    ]
     return {
         "device": case.device, "policy": case.policy.to_dict(), "dtype": case.dtype,
         "prompt_len": case.prompt_len, "gen_len": case.new_tokens,
         "ratio": statistics.median(ratios["seconds"]),
         "prefill_ratio": statistics.median(ratios["prefill"]),
         "decode_ratio": statistics.median(ratios["decode"]),
-        "memory_ratio": statistics.median(peaks),
         "by_round": [
             {"ratio": ratio, "stolen": took["stolen"], "measured_s": took["seconds"], "predicted": foretold}
             for ratio, (took, foretold) in zip(ratios["seconds"], pairs, strict=True)
@@ -242,7 +233,7 @@ def main() -> None:
         told = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
         print(
             f"{name:<44}{found['ratio']:>6.2f}  prefill {found['prefill_ratio']:.2f}  decode "
-            f"{found['decode_ratio']:.2f}  bytes {found['memory_ratio']:.2f}  ({told})"
+            f"{found['decode_ratio']:.2f}  ({told})"
         )
     told = document["summary"]
     print(

@@ -82,9 +82,10 @@ class ArithmeticProbe:
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
         count = self._count(out_bytes + encoded.nbytes)
+        # Written once: the system finds pages for memory at its first touch, which takes longer than decoding.
         pairs = itertools.cycle(
             [
-                (self._place(encoded), tensor_at(self._take(out_bytes), 0, shape, self._dtype))
+                (self._place(encoded), tensor_at(self._take(out_bytes), 0, shape, self._dtype).zero_())
                 for _ in range(count)
             ]
         )
