@@ -10,14 +10,17 @@
 namespace VARIANT {
 namespace attention {
 
-// How keys of type T meet queries: widened to float32, unless the variant has something better.
+// How keys of type T meet queries: a run widened to float32, unless the variant has something better.
 template <class T>
 struct Dot {
     typedef float Query;
     typedef Vec Operand;
-    static constexpr int64_t STEP = LANES;
-    INLINE static Operand key(const T *k) { return load(k); }
-    INLINE static Operand key_part(const T *k, int64_t count) { return load_part(k, count); }
+    static constexpr int OPERANDS = Run<T>::VECTORS;
+    static constexpr int64_t STEP = OPERANDS * LANES, REST = LANES;
+    INLINE static void keys(const T *k, Operand (&to)[OPERANDS]) { Run<T>::widen(k, to); }
+    INLINE static Operand rest(const T *k, int64_t count) {  // up to REST of those that are no run
+        return count < LANES ? load_part(k, count) : load(k);
+    }
     INLINE static Operand query(const Query *q) { return load(q); }
     INLINE static Vec add(Operand k, Operand q, Vec sum) { return fma(k, q, sum); }
 };
@@ -27,9 +30,10 @@ template <>
 struct Dot<Bf16> {
     typedef Bf16 Query;
     typedef __m512i Operand;
-    static constexpr int64_t STEP = 2 * LANES;
-    INLINE static Operand key(const Bf16 *k) { return _mm512_loadu_si512(k); }
-    INLINE static Operand key_part(const Bf16 *k, int64_t count) {
+    static constexpr int OPERANDS = 1;
+    static constexpr int64_t STEP = 2 * LANES, REST = STEP;
+    INLINE static void keys(const Bf16 *k, Operand (&to)[1]) { to[0] = _mm512_loadu_si512(k); }
+    INLINE static Operand rest(const Bf16 *k, int64_t count) {
         return _mm512_maskz_loadu_epi16((1u << count) - 1, k);
     }
     INLINE static Operand query(const Bf16 *q) { return _mm512_loadu_si512(q); }
@@ -40,94 +44,118 @@ struct Dot<Bf16> {
 #endif
 
 template <class T, int HEADS>
-INLINE void score(const T *k, Heads &heads, const Pass &pass) {
+APART void score(const T *k, const Heads &heads, const Pass &pass) {
+    typedef Dot<T> Dots;
     constexpr int TOKENS = LANES / HEADS;
-    const auto *q = heads.queries(typename Dot<T>::Query());
-    const int64_t whole = pass.dim / Dot<T>::STEP * Dot<T>::STEP, token_bytes = pass.dim * sizeof(T);
-    for (int64_t begin = 0; begin < pass.tokens; begin += TOKENS) {
-        prefetch(pass.ahead, begin * token_bytes, std::min(begin + TOKENS, pass.tokens) * token_bytes);
+    const auto *q = heads.queries(typename Dots::Query());
+    const int64_t dim = pass.dim, padded = pass.padded, tokens = pass.tokens;
+    const int64_t whole = dim / Dots::STEP * Dots::STEP, token_bytes = dim * sizeof(T);
+    const char *ahead = pass.ahead;
+    float *scores = pass.scores;
+    for (int64_t begin = 0; begin < tokens; begin += TOKENS) {
+        prefetch(ahead, begin * token_bytes, std::min(begin + TOKENS, tokens) * token_bytes);
         const T *from[TOKENS];  // what lies beyond the last token may not be read
-        for (int t = 0; t < TOKENS; ++t) from[t] = k + std::min(begin + t, pass.tokens - 1) * pass.dim;
+        UNROLLED for (int t = 0; t < TOKENS; ++t) from[t] = k + std::min(begin + t, tokens - 1) * dim;
         Vec dots[LANES];
-        for (Vec &dot : dots) dot = Vec{};
-        for (int64_t at = 0; at < whole; at += Dot<T>::STEP) {
-            for (int t = 0; t < TOKENS; ++t) {
-                const auto key = Dot<T>::key(from[t] + at);
-                for (int h = 0; h < HEADS; ++h)
-                    dots[t * HEADS + h] =
-                        Dot<T>::add(key, Dot<T>::query(q + h * pass.padded + at), dots[t * HEADS + h]);
+        UNROLLED for (Vec &dot : dots) dot = Vec{};
+        for (int64_t at = 0; at < whole; at += Dots::STEP) {
+            UNROLLED for (int t = 0; t < TOKENS; ++t) {
+                typename Dots::Operand keys[Dots::OPERANDS];
+                Dots::keys(from[t] + at, keys);
+                UNROLLED for (int n = 0; n < Dots::OPERANDS; ++n)
+                    UNROLLED for (int h = 0; h < HEADS; ++h) {
+                        Vec &dot = dots[t * HEADS + h];
+                        dot = Dots::add(keys[n], Dots::query(q + h * padded + at + n * LANES), dot);
+                    }
             }
         }
-        if (whole < pass.dim) {
-            for (int t = 0; t < TOKENS; ++t) {
-                const auto key = Dot<T>::key_part(from[t] + whole, pass.dim - whole);
-                for (int h = 0; h < HEADS; ++h)
-                    dots[t * HEADS + h] =
-                        Dot<T>::add(key, Dot<T>::query(q + h * pass.padded + whole), dots[t * HEADS + h]);
+        for (int64_t at = whole; at < dim; at += Dots::REST) {
+            UNROLLED for (int t = 0; t < TOKENS; ++t) {
+                const auto key = Dots::rest(from[t] + at, dim - at);
+                UNROLLED for (int h = 0; h < HEADS; ++h) {
+                    Vec &dot = dots[t * HEADS + h];
+                    dot = Dots::add(key, Dots::query(q + h * padded + at), dot);
+                }
             }
         }
-        store(pass.scores + begin * HEADS, sums(dots) * pass.scale);
+        store(scores + begin * HEADS, sums(dots) * pass.scale);
     }
-    for (int64_t i = pass.tokens * HEADS; i % LANES; ++i) pass.scores[i] = -INFINITY;
+    for (int64_t i = tokens * HEADS; i % LANES; ++i) scores[i] = -INFINITY;
 }
 
-// Scores to exponentials below the running maximum; returns by how much older sums shrink.
+// Scores to exponentials below the running maximum. `shrink`: by how much older sums shrink, by lane.
 template <int HEADS>
-INLINE void exponentials(Heads &heads, const Pass &pass, float *shrink) {
+INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES]) {
     const int64_t used = pass.tokens * HEADS;
-    Vec largest = raw<Vec>(pass.scores);
-    for (int64_t i = LANES; i < used; i += LANES) largest = larger(raw<Vec>(pass.scores + i), largest);
-    float lanes[LANES], old[LANES] = {};
-    store(lanes, largest);
-    for (int h = 0; h < HEADS; ++h) {
-        old[h] = heads.maximum[h];
-        for (int i = h; i < LANES; i += HEADS)
-            if (!(lanes[i] <= heads.maximum[h])) heads.maximum[h] = lanes[i];  // NaN as well
+    const Vec before = raw<Vec>(heads.maximum);
+    Vec maximum = before;
+    for (int64_t i = 0; i < used; i += LANES) maximum = larger(raw<Vec>(pass.scores + i), maximum);
+    for (int step = HEADS; step < LANES; step *= 2) {  // over the lanes of a head
+        Words turned = {};
+        for (int i = 0; i < LANES; ++i) turned[i] = (uint32_t)((i + step) % LANES);
+        maximum = larger(permute(maximum, turned), maximum);
     }
-    for (int i = 0; i < LANES; ++i) lanes[i] = heads.maximum[i % HEADS];
-    const Vec maximum = raw<Vec>(lanes);
-    store(old, exponential(raw<Vec>(old) - maximum));
-    Vec total = {};
+    const Vec shrinks = exponential(before - maximum);
+    Vec total = raw<Vec>(heads.total) * shrinks;
     for (int64_t i = 0; i < used; i += LANES) {
-        const Vec e = exponential(raw<Vec>(pass.scores + i) - maximum);
+        const Vec e = exponential(raw<Vec>(pass.scores + i) - maximum);  // NaN for NaN, whatever the maximum
         store(pass.scores + i, e);
         total += e;
     }
-    store(lanes, total);
-    for (int h = 0; h < HEADS; ++h) {
-        shrink[h] = old[h];
-        heads.total[h] *= old[h];
-        for (int i = h; i < LANES; i += HEADS) heads.total[h] += lanes[i];
-    }
+    store(heads.maximum, maximum);
+    store(heads.total, total);
+    store(shrink, shrinks);
 }
 
-// Add WIDE vectors of the values, from element `at` on. PART: the last, narrower one.
+// Add WIDE vectors of the values, from element `at` on: whole runs, then at most one vector that is none.
+// PART: the last, narrower one.
 template <class T, int HEADS, int WIDE, bool PART>
-INLINE void add_columns(const T *v, Heads &heads, const Pass &pass, const float *shrink, int64_t at) {
+APART void add_columns(const T *v, Heads &heads, const Pass &pass, const float *shrink, int64_t at) {
+    constexpr int VECTORS = Run<T>::VECTORS, IN_RUNS = PART ? 0 : WIDE / VECTORS * VECTORS;
+    const int64_t dim = pass.dim, padded = pass.padded;
+    float *sums = heads.sum.data() + at;
     Vec sum[HEADS][WIDE];
-    for (int h = 0; h < HEADS; ++h)
-        for (int w = 0; w < WIDE; ++w)
-            sum[h][w] = raw<Vec>(&heads.sum[h * pass.padded + at + w * LANES]) * shrink[h];
-    const int64_t token_bytes = pass.dim * sizeof(T);
-    for (int64_t t = 0; t < pass.tokens; ++t) {
-        const int64_t ahead = t * token_bytes + at * (int64_t)sizeof(T);
-        prefetch(pass.ahead, ahead, ahead + WIDE * LANES * (int64_t)sizeof(T));
-        for (int w = 0; w < WIDE; ++w) {
-            const T *from = v + t * pass.dim + at + w * LANES;
-            const Vec value = PART ? load_part(from, pass.dim - at) : load(from);
-            for (int h = 0; h < HEADS; ++h)
-                sum[h][w] = fma(value, splat(pass.scores[t * HEADS + h]), sum[h][w]);
+    UNROLLED for (int h = 0; h < HEADS; ++h)
+        UNROLLED for (int w = 0; w < WIDE; ++w)
+            sum[h][w] = raw<Vec>(sums + h * padded + w * LANES) * shrink[h];
+    const char *ahead = pass.ahead ? pass.ahead + at * (int64_t)sizeof(T) : nullptr;
+    const float *p = pass.scores, *const end = p + pass.tokens * HEADS;
+    for (v += at; p < end; p += HEADS, v += dim) {
+        if (ahead) {
+            prefetch(ahead, 0, WIDE * LANES * (int64_t)sizeof(T));
+            ahead += dim * (int64_t)sizeof(T);
+        }
+        UNROLLED for (int w = 0; w < IN_RUNS; w += VECTORS) {
+            Vec values[VECTORS];
+            Run<T>::widen(v + w * LANES, values);
+            UNROLLED for (int n = 0; n < VECTORS; ++n)
+                UNROLLED for (int h = 0; h < HEADS; ++h)
+                    sum[h][w + n] = fma(values[n], splat(p[h]), sum[h][w + n]);
+        }
+        if constexpr (IN_RUNS < WIDE) {
+            const T *from = v + IN_RUNS * LANES;
+            const Vec value = PART ? load_part(from, dim - at) : load(from);
+            UNROLLED for (int h = 0; h < HEADS; ++h)
+                sum[h][IN_RUNS] = fma(value, splat(p[h]), sum[h][IN_RUNS]);
         }
     }
-    for (int h = 0; h < HEADS; ++h)
-        for (int w = 0; w < WIDE; ++w) store(&heads.sum[h * pass.padded + at + w * LANES], sum[h][w]);
+    UNROLLED for (int h = 0; h < HEADS; ++h)
+        UNROLLED for (int w = 0; w < WIDE; ++w) store(sums + h * padded + w * LANES, sum[h][w]);
 }
 
-// As many columns at a time as there are registers for, then half as many, ...
+// As many columns at a time as there are registers for, then half as many, ... One vector more, where it is the last:
+// alone it would wait for its own sums.
 template <class T, int HEADS, int WIDE>
 TARGET inline void add_values(const T *v, Heads &heads, const Pass &pass, const float *shrink, int64_t at) {
-    for (; at + WIDE * LANES <= pass.dim; at += WIDE * LANES)
+    for (; at + WIDE * LANES <= pass.dim; at += WIDE * LANES) {
+        if constexpr (WIDE > 1 && HEADS * (WIDE + 1) <= SUM_REGISTERS * 3 / 2)
+            if ((pass.dim - at) / LANES == WIDE + 1) {
+                add_columns<T, HEADS, WIDE + 1, false>(v, heads, pass, shrink, at);
+                at += LANES;
+                continue;
+            }
         add_columns<T, HEADS, WIDE, false>(v, heads, pass, shrink, at);
+    }
     if constexpr (WIDE > 1)
         add_values<T, HEADS, WIDE / 2>(v, heads, pass, shrink, at);
     else if (at < pass.dim)
@@ -137,7 +165,7 @@ TARGET inline void add_values(const T *v, Heads &heads, const Pass &pass, const 
 // K: the elements of the pages, Codes<BITS> where they are packed.
 template <class K, int HEADS>
 TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pass pass) {
-    float shrink[MAX_HEADS];
+    float shrink[LANES];
     pass.ahead = next ? next->k : nullptr;
     if constexpr (bits_of<K> != 0)
         score_packed<bits_of<K>, HEADS>(block.k, heads, pass);
@@ -164,20 +192,42 @@ TARGET void attend_heads(const Block &block, const Block *next, Heads &heads, co
         attend_block<K, MAX_HEADS>(block, next, heads, pass);
 }
 
-template <class T>
+// K: the elements of the pages. Queries are widened as those are.
+template <class K, class T>
 TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
-    for (int h = 0; h < heads.count; ++h) {
-        for (int64_t at = 0; at < pass.dim; at += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, pass.dim - at);
-            store(&heads.q[h * pass.padded + at], load_part(q + h * pass.dim + at, count));
+    const int64_t runs = bits_of<K> ? 0 : in_runs<T>(pass.dim);
+    for (int h = 0; h < heads.count; ++h, q += pass.dim) {
+        float *wide = &heads.q[h * pass.padded];
+        for (int64_t at = 0; at < runs; at += Run<T>::VECTORS * LANES) {
+            Vec run[Run<T>::VECTORS];
+            Run<T>::widen(q + at, run);
+            for (int n = 0; n < Run<T>::VECTORS; ++n) store(wide + at + n * LANES, run[n]);
+        }
+        for (int64_t at = runs; at < pass.dim; at += LANES) {
+            const int64_t count = pass.dim - at;
+            store(wide + at, count < LANES ? load_part(q + at, count) : load(q + at));
         }
         if (sizeof(T) == sizeof(Bf16))  // only read where T is Bf16
-            memcpy(&heads.q_bf16[h * pass.padded], q + h * pass.dim, pass.dim * sizeof(Bf16));
+            memcpy(&heads.q_bf16[h * pass.padded], q, pass.dim * sizeof(Bf16));
     }
     std::fill(heads.sum.begin(), heads.sum.end(), 0.0f);
-    std::fill_n(heads.maximum, MAX_HEADS, -INFINITY);
-    std::fill_n(heads.total, MAX_HEADS, 0.0f);
+    std::fill_n(heads.maximum, LANES, -INFINITY);
+    std::fill_n(heads.total, LANES, 0.0f);
     if (pass.packing) begin_packed(heads, pass);
+}
+
+// The sums of head h over values of type T, (head_dim,) in order.
+template <class T>
+TARGET const float *in_order(Heads &heads, const Pass &pass, int h) {
+    constexpr int VECTORS = Run<T>::VECTORS;
+    const float *sum = &heads.sum[h * pass.padded];
+    if (VECTORS == 1) return sum;
+    heads.ordered.assign(sum, sum + pass.dim);
+    for (int64_t run = 0; run < in_runs<T>(pass.dim); run += VECTORS * LANES)
+        for (int n = 0; n < VECTORS; ++n)
+            for (int i = 0; i < LANES; ++i)
+                heads.ordered[run + i * VECTORS + n] = sum[run + n * LANES + i];
+    return heads.ordered.data();
 }
 
 template <class T>
@@ -216,20 +266,21 @@ TARGET void attend(Attention &job) {
         pass.tokens = block.tokens;
         for (size_t n = 0; n < parts.size(); ++n) {
             const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
-            if (block.first) begin_task(parts[n], (const T *)job.q + head * dim, pass);
+            if (block.first) begin_task<K>(parts[n], (const T *)job.q + head * dim, pass);
             // The first heads prefetch for all.
             attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
             if (!block.last) continue;
             for (int h = 0; h < parts[n].count; ++h) {
-                const float *sum = packing ? unpacked(parts[n], pass, h) : &parts[n].sum[h * pass.padded];
+                const float *sum = packing ? unpacked(parts[n], pass, h) : in_order<T>(parts[n], pass, h);
+                const float total = parts[n].total_of(h);
                 if (job.splits == 1) {
-                    write((T *)job.out + (head + h) * dim, sum, 1.0f / parts[n].total[h], dim);
+                    write((T *)job.out + (head + h) * dim, sum, 1.0f / total, dim);
                     continue;
                 }
                 const int64_t within = (int64_t)n * MAX_HEADS + h;
                 float *partial = &job.partial[block.task * job.partial_size() + within * (2 + dim)];
                 partial[0] = parts[n].maximum[h];
-                partial[1] = parts[n].total[h];
+                partial[1] = total;
                 memcpy(partial + 2, sum, dim * sizeof(float));
             }
         }

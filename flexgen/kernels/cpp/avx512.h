@@ -25,6 +25,27 @@ INLINE void store_octets(uint8_t *to, Words x) {
 
 INLINE Vec permute(Vec x, Words lanes) { return _mm512_permutexvar_ps((__m512i)lanes, x); }
 
+// The first `count` < LANES elements, and no byte beyond them.
+INLINE Vec load_part(const float *from, int64_t count) {
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+INLINE Shorts shorts_part(const void *from, int64_t count) {
+    return (Shorts)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), from);
+}
+INLINE Vec load_part(const Bf16 *from, int64_t count) { return (Vec)(to_words(shorts_part(from, count)) << 16); }
+INLINE Vec load_part(const Half *from, int64_t count) { return from_half(shorts_part(from, count)); }
+
+// A word holds two: the even elements and then the odd ones, without the shuffles that share a port with products.
+template <>
+struct Run<Bf16> {
+    static constexpr int VECTORS = 2;
+    INLINE static void widen(const Bf16 *from, Vec (&to)[2]) {
+        const Words pairs = raw<Words>(from);
+        to[0] = (Vec)(pairs << 16);
+        to[1] = (Vec)(pairs & 0xffff0000u);
+    }
+};
+
 // Lane i of the result is the sum over the lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     Vec fours[4];

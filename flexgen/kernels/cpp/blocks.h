@@ -68,14 +68,21 @@ private:
 // The others have zero queries.
 struct Heads {
     int count;
-    std::vector<float> q, sum;  // (HEADS, padded)
+    std::vector<float> q, sum;  // (HEADS, padded), in the order of runs (vectors.h)
     std::vector<Bf16> q_bf16;
+    std::vector<float> ordered;  // (head_dim,)
     // For packed pages, where `sum` is in the order of the operands:
-    std::vector<float> operands, ordered;  // (HEADS, width), (head_dim,)
+    std::vector<float> operands;  // (HEADS, width)
     std::vector<float> query_sums;  // (groups, LANES), as in a vector of scores: what minimums are multiplied by
     std::vector<float> offsets;  // (groups, MAX_HEADS): what minimums add
-    float maximum[MAX_HEADS], total[MAX_HEADS];
+    float maximum[LANES], total[LANES];  // as in a vector of scores: of each head, and of each lane
 
+    int width() const { return count <= 2 ? count : count <= 4 ? 4 : MAX_HEADS; }  // HEADS
+    float total_of(int h) const {
+        float sum = 0.0f;
+        for (int i = h; i < LANES; i += width()) sum += total[i];
+        return sum;
+    }
     const float *queries(float) const { return q.data(); }
     const Bf16 *queries(Bf16) const { return q_bf16.data(); }
 };

@@ -103,7 +103,7 @@ TARGET inline void begin_packed(Heads &heads, const Pass &pass) {
         }
     }
     // As in a vector of scores: by token, then head.
-    const int each = heads.count == 1 ? 1 : heads.count == 2 ? 2 : heads.count <= 4 ? 4 : MAX_HEADS;
+    const int each = heads.width();
     for (int64_t g = 0; g < packing.groups; ++g)
         for (int i = each; i < LANES; ++i)
             heads.query_sums[g * LANES + i] = heads.query_sums[g * LANES + i - each];

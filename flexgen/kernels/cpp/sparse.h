@@ -12,9 +12,6 @@ using attention::Pass;
 constexpr int64_t CHUNK_TOKENS = 64;  // of keys that all query heads go through while they are near
 constexpr int64_t TOKENS_AHEAD = 8;  // values lie apart: the processor does not guess the next ones
 
-// How many heads the scores of `count` query heads are laid out for.
-inline int64_t width(int count) { return count <= 2 ? count : count <= 4 ? 4 : MAX_HEADS; }
-
 template <class T>
 TARGET void score(const T *k, Heads &heads, const Pass &pass) {
     if (heads.count == 1)
@@ -30,9 +27,9 @@ TARGET void score(const T *k, Heads &heads, const Pass &pass) {
 // Scores to probabilities, and to `weights` what the `count` real heads give to each token.
 template <int HEADS>
 TARGET void weigh(Heads &heads, const Pass &pass, float *weights) {
-    float shrink[MAX_HEADS], lanes[LANES];
+    float shrink[LANES], lanes[LANES];
     attention::exponentials<HEADS>(heads, pass, shrink);
-    for (int i = 0; i < LANES; ++i) lanes[i] = i % HEADS < heads.count ? 1.0f / heads.total[i % HEADS] : 0.0f;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i % HEADS < heads.count ? 1.0f / heads.total_of(i % HEADS) : 0.0f;
     const Vec factors = raw<Vec>(lanes);
     for (int64_t i = 0; i < pass.tokens * HEADS; i += LANES)
         store(pass.scores + i, raw<Vec>(pass.scores + i) * factors);
@@ -82,7 +79,7 @@ struct Item {
             sets[n].q.resize(MAX_HEADS * padded);
             sets[n].sum.resize(MAX_HEADS * padded);
             sets[n].q_bf16.resize(MAX_HEADS * padded);
-            scores.emplace_back(job.length * width(sets[n].count) + 2 * LANES);
+            scores.emplace_back(job.length * sets[n].width() + 2 * LANES);
         }
         weights.resize(job.length);
     }
@@ -91,7 +88,7 @@ struct Item {
         const int64_t dim = job.head_dim, token_bytes = dim * (int64_t)sizeof(T);
         for (size_t n = 0; n < sets.size(); ++n) {
             const int64_t head = item * job.group() + (int64_t)n * MAX_HEADS;
-            attention::begin_task(sets[n], (const T *)job.q + head * dim, pass);
+            attention::begin_task<T>(sets[n], (const T *)job.q + head * dim, pass);
         }
         for (const Page &page : job.pages) {
             const int64_t end = std::min(page.begin + page.tokens, job.length);
@@ -100,7 +97,7 @@ struct Item {
                 const char *k = keys + (token - page.begin) * token_bytes;
                 pass.tokens = std::min(CHUNK_TOKENS, end - token);
                 for (size_t n = 0; n < sets.size(); ++n) {
-                    pass.scores = &scores[n][(token - begin) * width(sets[n].count)];
+                    pass.scores = &scores[n][(token - begin) * sets[n].width()];
                     pass.ahead = n ? nullptr : k + CHUNK_TOKENS * token_bytes;
                     score((const T *)k, sets[n], pass);
                 }
@@ -109,7 +106,7 @@ struct Item {
         pass.tokens = job.length - begin;
         std::fill_n(weights.begin(), pass.tokens, 0.0f);
         for (size_t n = 0; n < sets.size(); ++n) {
-            const int64_t heads = width(sets[n].count);
+            const int64_t heads = sets[n].width();
             pass.scores = scores[n].data();
             for (int64_t i = pass.tokens * heads; i % LANES; ++i) pass.scores[i] = -INFINITY;
             weigh_any(sets[n], pass, weights.data());
@@ -155,7 +152,7 @@ struct Item {
         for (int64_t h = 0; h < job.group(); ++h) {
             float *weights = job.weights + (item * job.group() + h) * job.most;
             const Heads &set = sets[h / MAX_HEADS];
-            const int64_t within = h % MAX_HEADS, heads = width(set.count);
+            const int64_t within = h % MAX_HEADS, heads = set.width();
             const float *of = scores[h / MAX_HEADS].data();
             for (int64_t n = 0; n <= picked; ++n) weights[n] = of[(positions[n] - begin) * heads + within];
             std::fill(weights + picked + 1, weights + job.most, 0.0f);

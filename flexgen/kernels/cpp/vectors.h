@@ -8,6 +8,12 @@
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
+// Loops that keep all registers busy are functions of their own: beside a caller's variables, compilers keep
+// vectors in memory and addresses in the registers of vectors. Arrays of vectors are registers once the loops
+// over them are unrolled.
+#define APART TARGET __attribute__((noinline))
+#define UNROLLED _Pragma("GCC unroll 32")
+
 namespace VARIANT {
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
@@ -37,6 +43,20 @@ INLINE Vec load(const Bf16 *from) {
     return (Vec)(to_words(raw<Shorts>(from)) << 16);
 }
 INLINE Vec load(const Half *from) { return from_half(raw<Shorts>(from)); }
+
+// A run of elements, widened in whatever order takes the fewest operations: queries, keys and sums meet in the same
+// one. Variants may have better ones.
+template <class T>
+struct Run {
+    static constexpr int VECTORS = 1;
+    INLINE static void widen(const T *from, Vec (&to)[1]) { to[0] = load(from); }
+};
+// The elements of `dim` that are in whole runs; those behind them are widened in order.
+template <class T>
+inline int64_t in_runs(int64_t dim) {
+    constexpr int64_t RUN = Run<T>::VECTORS * LANES;
+    return dim / RUN * RUN;
+}
 
 // From words below 2^31.
 INLINE Vec to_float(Words x) { return __builtin_convertvector((Ints)x, Vec); }
