@@ -91,17 +91,50 @@ def test_every_shape(version, dtype, rows, kv_heads, group, dim, pages, unused, 
     rows=st.integers(1, 5),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 3, 4]),
+    dim=st.sampled_from([64, 77, 80, 100]),
     page=st.sampled_from([64, 1000, 4096]),
     length=st.integers(600, 3000),
     starts=st.one_of(st.none(), st.lists(st.integers(0, 2999), min_size=5, max_size=5)),
     threads=st.integers(1, 5),
 )
 def test_long_caches_are_split_over_threads(
-    variant, dtype, rows, kv_heads, group, page, length, starts, threads
+    variant, dtype, rows, kv_heads, group, dim, page, length, starts, threads
 ):
     torch.set_num_threads(threads)
-    case = Case(dtype, rows, kv_heads, group, 64, [page] * -(-length // page), length, starts)
+    case = Case(dtype, rows, kv_heads, group, dim, [page] * -(-length // page), length, starts)
     case.check(attend_natively(*case.arguments), variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_every_tail_of_a_head(variant, dtype, group):
+    """Elements are widened by runs, vectors and a rest: every length of these, after none, one and some runs."""
+    for dim in [*range(1, 97), *range(128, 161)]:
+        case = Case(dtype, 2, 1, group, dim, [21, 16], 35, [0, 6])
+        case.check(attend_natively(*case.arguments), variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_one_token_the_value_is_the_answer(variant, dtype):
+    for dim in range(1, 161):
+        q = torch.zeros(1, 4, 1, dim, dtype=dtype)
+        k, v = torch.randn(2, 1, 1, 1, dim).to(dtype)
+        assert torch.equal(attend_natively(q, [(k, v)], 1, None, 1.0), v.expand_as(q))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("token", [0, 9, 99])
+def test_a_key_that_is_no_number_stays_in_its_own_answers(variant, dtype, broken, token):
+    case = Case(dtype, 2, 2, 4, 80, [100], 100)
+    expected = attend_natively(*case.arguments)
+    case.q[1, :4, :, 5] = 1  # the sign of the score is that of the key
+    case.pages[0][0][1, 0, token, 5] = broken
+    out = attend_natively(*case.arguments)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1, 4:], expected[1, 4:])
+    # A score of -inf is no weight; inf less inf is no number.
+    assert out[1, :4].isfinite().all() if broken == -math.inf else out[1, :4].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

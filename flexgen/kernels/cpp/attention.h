@@ -1,7 +1,8 @@
 // Decode attention for one variant: one pass over K and V with a running softmax in float32.
 //
 // A block of tokens is scored against up to MAX_HEADS query heads, then its values are summed. Meanwhile K and
-// V of the next block are prefetched a little at a time, so that the memory never waits for the arithmetic.
+// V of the next block are prefetched a little at a time, so that the memory never waits for the arithmetic; half of
+// V already beside the scores, which take twice as long as the sums, so that the memory is asked evenly.
 // Scores are laid out by token, then head, so that a vector of them belongs to LANES / HEADS tokens and softmax
 // needs no shuffling.
 #include "blocks.h"
@@ -50,10 +51,12 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
     const auto *q = heads.queries(typename Dots::Query());
     const int64_t dim = pass.dim, padded = pass.padded, tokens = pass.tokens;
     const int64_t whole = dim / Dots::STEP * Dots::STEP, token_bytes = dim * sizeof(T);
-    const char *ahead = pass.ahead;
+    const char *ahead = pass.ahead, *early = pass.early;
     float *scores = pass.scores;
     for (int64_t begin = 0; begin < tokens; begin += TOKENS) {
-        prefetch(ahead, begin * token_bytes, std::min(begin + TOKENS, tokens) * token_bytes);
+        const int64_t end = std::min(begin + TOKENS, tokens);
+        prefetch(ahead, begin * token_bytes, end * token_bytes);
+        prefetch(early, begin * token_bytes / 2, end * token_bytes / 2);
         const T *from[TOKENS];  // what lies beyond the last token may not be read
         UNROLLED for (int t = 0; t < TOKENS; ++t) from[t] = k + std::min(begin + t, tokens - 1) * dim;
         Vec dots[LANES];
@@ -118,12 +121,12 @@ APART void add_columns(const T *v, Heads &heads, const Pass &pass, const float *
     UNROLLED for (int h = 0; h < HEADS; ++h)
         UNROLLED for (int w = 0; w < WIDE; ++w)
             sum[h][w] = raw<Vec>(sums + h * padded + w * LANES) * shrink[h];
-    const char *ahead = pass.ahead ? pass.ahead + at * (int64_t)sizeof(T) : nullptr;
+    const char *ahead = pass.ahead ? pass.ahead + at * (int64_t)sizeof(T) / 2 : nullptr;
     const float *p = pass.scores, *const end = p + pass.tokens * HEADS;
     for (v += at; p < end; p += HEADS, v += dim) {
         if (ahead) {
-            prefetch(ahead, 0, WIDE * LANES * (int64_t)sizeof(T));
-            ahead += dim * (int64_t)sizeof(T);
+            prefetch(ahead, 0, WIDE * LANES * (int64_t)sizeof(T) / 2);  // half a block, as `early` was
+            ahead += dim * (int64_t)sizeof(T) / 2;
         }
         UNROLLED for (int w = 0; w < IN_RUNS; w += VECTORS) {
             Vec values[VECTORS];
@@ -167,17 +170,19 @@ template <class K, int HEADS>
 TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pass pass) {
     float shrink[LANES];
     pass.ahead = next ? next->k : nullptr;
-    if constexpr (bits_of<K> != 0)
+    if constexpr (bits_of<K> != 0) {
         score_packed<bits_of<K>, HEADS>(block.k, heads, pass);
-    else
-        score<K, HEADS>((const K *)block.k, heads, pass);
-    exponentials<HEADS>(heads, pass, shrink);
-    pass.ahead = next ? next->v : nullptr;
-    constexpr int WIDE = SUM_REGISTERS / HEADS;
-    if constexpr (bits_of<K> != 0)
+        exponentials<HEADS>(heads, pass, shrink);
+        pass.ahead = next ? next->v : nullptr;
         add_packed<bits_of<K>, HEADS>(block.v, heads, pass, shrink);
-    else
+    } else {
+        constexpr int WIDE = SUM_REGISTERS / HEADS;
+        pass.early = next ? next->v : nullptr;
+        score<K, HEADS>((const K *)block.k, heads, pass);
+        exponentials<HEADS>(heads, pass, shrink);
+        pass.ahead = next ? next->v + pass.tokens * pass.dim * (int64_t)sizeof(K) / 2 : nullptr;
         add_values<K, HEADS, WIDE>((const K *)block.v, heads, pass, shrink, 0);
+    }
 }
 
 template <class K>

@@ -92,6 +92,7 @@ struct Packing;
 // One block and one set of heads.
 struct Pass {
     const char *ahead;  // to be prefetched while this block's K, or V, is read; null for nothing
+    const char *early;  // likewise, half of it while K is read, which takes the longer; null for nothing
     int64_t dim, padded, tokens;
     float scale;
     float *scores;  // (tokens, HEADS), with room for LANES more
