@@ -150,6 +150,10 @@ class _Room:
             self._buffer = self._store.allocate(nbytes, "decoded weights")
         return self._buffer
 
+    def place(self, nbytes: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Where a matrix goes in a room of at least `nbytes`."""
+        return tensor_at(self.take(nbytes), offset, shape, dtype)
+
     def release(self) -> None:
         if self._buffer is not None:
             self._store.release(self._buffer)
@@ -186,7 +190,11 @@ class _LayerViews:
 
 
 class WeightSlots:
-    """The slots, and for each layer the work that brings it into one and the tensors found there."""
+    """The slots, and for each layer the work that brings it into one and the tensors found there.
+
+    Nothing in it refers back to it: with the last reference from outside slots and weights are freed, which else waited
+    for Python's collector.
+    """
 
     def __init__(
         self,
@@ -214,7 +222,7 @@ class WeightSlots:
         self._decoded_bytes = [decoded_bytes(layer, placement) for layer in layers]
         self._usual = max(self._decoded_bytes[:-1], default=0)
         self._rooms = [_Room(machine.device.memory) for _ in range(decoded)]
-        self._decoded_for: list[object] = [self] * decoded  # the visit that each serves; none yet
+        self._decoded_for: list[object] = [None] * decoded  # the visit that each serves; none yet
         self._decodings: list[tuple[_Decoding, ...]] = [()] * decoded  # of that visit
         self._next_decoded = 0
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
@@ -246,7 +254,7 @@ class WeightSlots:
     def _forget(self, place: int) -> None:
         for decoding in self._decodings[place]:
             decoding.forget()
-        self._decoded_for[place], self._decodings[place] = self, ()
+        self._decoded_for[place], self._decodings[place] = None, ()
 
     def release_decoded(self) -> None:
         """Give back what was decoded to, once nothing computes."""
@@ -268,21 +276,19 @@ class WeightSlots:
                 kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
         weights: dict[str, Tensor | PackedMatrix] = dict(kept)
         decodings, end = [], 0
+        room = max(self._usual, self._decoded_bytes[layer])
         for weight in self._layers[layer]:
             if codec := self._placement.codec(weight):
                 # Of a table rows are read as they are kept: it is never asked for.
                 make = partial(torch.empty, weight.shape, dtype=self._placement.dtype)
                 if weight in self._products[layer]:
-                    make = partial(self._decoded_at, end, weight, layer, decoded)
+                    place_in = self._rooms[decoded].place
+                    make = partial(place_in, room, end, weight.shape, self._placement.dtype)
                     end = align(end + weight.nbytes(self._placement.dtype), ALIGNMENT)
                 decodings.append(_Decoding(codec, kept[weight.name], make))
                 packed = codec.packed(kept[weight.name], weight.shape)
                 weights[weight.name] = PackedMatrix(packed, self._placement.dtype, decodings[-1])
         return _LayerViews(weights, tuple(decodings))
-
-    def _decoded_at(self, offset: int, weight: WeightSpec, layer: int, place: int) -> Tensor:
-        room = self._rooms[place].take(max(self._usual, self._decoded_bytes[layer]))
-        return tensor_at(room, offset, weight.shape, self._placement.dtype)
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
         """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""
