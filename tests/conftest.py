@@ -1,8 +1,10 @@
+import json
 import signal
 
 import pytest
 import torch
 from hypothesis import settings
+from torch.profiler import ProfilerActivity, profile
 
 from flexgen.memory.gpu import open_device
 from flexgen.planning import auto
@@ -59,3 +61,23 @@ def interrupts_arrive():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def peak_bytes(tmp_path):
+    """`peak_bytes(call)`: the most bytes of tensors that `call` held at once, from the allocator's own events."""
+
+    def peak(call) -> int:
+        call()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        trace = tmp_path / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda e: e["ts"]):
+            held += event["args"]["Bytes"]
+            most = max(most, held)
+        return most
+
+    return peak

@@ -48,7 +48,7 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
         width = in_size + _TILE_GAPS * (in_size // _TILE_DEPTH + 2)
         return torch.float32.itemsize * align(rows, _TILE_ROWS) * width
     rows, at_once = min(rows, _ROWS), _at_once(out_size, in_size)
-    return torch.float32.itemsize * (rows * in_size + at_once * (in_size + rows + 1))
+    return torch.float32.itemsize * (rows * in_size + at_once * (in_size + rows) + out_size)
 
 
 def _at_once(out_size: int, in_size: int) -> int:

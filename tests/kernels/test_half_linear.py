@@ -85,19 +85,13 @@ def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
     assert len(asked) == 2 and not widens(x, weight)
 
 
-@pytest.mark.parametrize("rows", [2000, 300])
-def test_workspace_holds_what_is_widened_at_once(rows, monkeypatch):
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [2500, 300])
+def test_workspace_is_what_is_held_beside_the_result(rows, biased, monkeypatch, peak_bytes):
     monkeypatch.setattr(half_linear, "_WIDENED", frozenset(HALVES))
-    x, weight, _ = operands(torch.bfloat16, (rows,), 700, 2048, False)
-    largest = []
-    original = torch.mm
-
-    def measured(*operands, out):
-        largest.append(sum(each.untyped_storage().nbytes() for each in (*operands, out)))
-        return original(*operands, out=out)
-
-    monkeypatch.setattr(torch, "mm", measured)
-    multiply_in_pieces(x, weight)
-    bound = workspace_bytes(rows, 700, 2048, torch.bfloat16)
-    assert 0.9 * bound <= max(largest) <= bound
-    assert workspace_bytes(rows, 700, 2048, torch.float32) == 0
+    x, weight, bias = operands(torch.bfloat16, (rows,), 300, 512, biased)
+    monkeypatch.setattr(half_linear, "_PIECE_BYTES", 128 * 512 * torch.float32.itemsize)  # the last is a part
+    result = x.new_empty(rows, 300).nbytes
+    bound = workspace_bytes(rows, 300, 512, torch.bfloat16)
+    assert 0.95 * bound <= peak_bytes(lambda: multiply_in_pieces(x, weight, bias)) - result <= bound
+    assert workspace_bytes(rows, 300, 512, torch.float32) == 0

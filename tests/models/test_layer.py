@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,20 +73,6 @@ def _cases(config, dtype, seq, context, starts, sep_layer=True, **changes):
         yield layer, lambda layer=layer, x=x, weights=weights: layer.forward(x, weights, ctx)
 
 
-def _peak_bytes(call, trace):
-    """The most bytes that `call` held at once, from the allocator's own events."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    profiler.export_chrome_trace(str(trace))
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
 # float16, because bfloat16 products take scratch memory of their own on a CPU.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -97,10 +81,10 @@ def _peak_bytes(call, trace):
     ids=["prompt", "ragged", "decode"],
 )
 @pytest.mark.parametrize("config", CONFIGS)
-def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context, starts, dtype, tmp_path):
+def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context, starts, dtype, peak_bytes):
     for sep_layer in (True, False):
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
-            peak = _peak_bytes(call, tmp_path / "trace.json")
+            peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
             near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
@@ -110,11 +94,11 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
 @pytest.mark.parametrize("chunk_tokens", [16, 130, 64])
 @pytest.mark.parametrize("starts", [[0] * ROWS, [0, 3, 40, 40]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, tmp_path):
+def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, peak_bytes):
     for sep_layer in (True, False):
         cases = _cases(config, torch.float32, 64, 64, starts, sep_layer, chunk_tokens=chunk_tokens)
         for layer, call in cases:
-            peak = _peak_bytes(call, tmp_path / "trace.json")
+            peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, 64, 64, torch.float32)
             blocks = (
                 8 * 1024 * torch.get_num_threads()
@@ -124,7 +108,7 @@ def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, tmp_path)
 
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_layer, tmp_path):
+def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_layer, peak_bytes):
     """Beyond a chunk: its result, the keys and values of attention, and the middle of both halves in one."""
     _, *middle, _ = _cases(config, torch.float32, 512, 512, [0] * ROWS, sep_layer, chunk_tokens=64)
     for layer, call in middle:
@@ -136,7 +120,7 @@ def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_laye
         assert two - one <= 100_000 * kept * 4
         estimate = layer.workspace_bytes(ROWS, 512, 512, torch.float32)
         blocks = 200 * 1024 * torch.get_num_threads()  # of the attention kernel, for itself
-        assert _peak_bytes(call, tmp_path / "trace.json") <= estimate + blocks
+        assert peak_bytes(call) <= estimate + blocks
         assert estimate < 0.7 * _whole(layer).workspace_bytes(ROWS, 512, 512, torch.float32)
 
 
@@ -163,7 +147,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk_tokens", [100_000, 1024])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, tmp_path):
+def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, peak_bytes):
     """Neither as a tensor nor inside a kernel: all that a layer holds is smaller than the scores of one head."""
     seq = 2048
     cases = _cases(
@@ -174,7 +158,7 @@ def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, tmp_path):
             with _Largest() as largest:
                 call()
             assert 0 < largest.numel <= max(ROWS * seq * layer.spec.hidden_size, MASK_VALUES)
-            assert _peak_bytes(call, tmp_path / "trace.json") < ROWS * layer.spec.num_heads * seq * seq
+            assert peak_bytes(call) < ROWS * layer.spec.num_heads * seq * seq
 
 
 @pytest.mark.parametrize("config", CONFIGS)
