@@ -192,8 +192,8 @@ class _LayerViews:
 class WeightSlots:
     """The slots, and for each layer the work that brings it into one and the tensors found there.
 
-    Nothing in it refers back to it: with the last reference from outside slots and weights are freed, which else waited
-    for Python's collector.
+    Nothing in it refers back to it: slots and weights are freed with the last reference from outside, and need not
+    wait for Python's collector.
     """
 
     def __init__(

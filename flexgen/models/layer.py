@@ -118,7 +118,8 @@ class Layer(ABC):
         attention the keys and values too, of a head with all positions their logits.
 
         Left out is what a math library keeps for itself whatever the layer: per thread of a CPU some 200 KiB for
-        bfloat16 products and up to 1 MiB for the blocks of attention, a workspace of fixed size on CUDA.
+        bfloat16 products, up to 3 MiB for those in float32 and up to 1 MiB for the blocks of attention, a
+        workspace of fixed size on CUDA.
         """
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
