@@ -135,7 +135,7 @@ class HostDevice(_HostArithmetic):
     def make_lanes(self, host: Store | None = None) -> Lanes:
         lanes: dict[LaneName, Lane] = dict.fromkeys(LaneName, InlineLane(LaneName.COMPUTE))
         lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
-        return Lanes(lanes | {LaneName.DISK_WRITE: ThreadLane(LaneName.DISK_WRITE)})
+        return Lanes(lanes | {LaneName.DISK_WRITE: ThreadLane(LaneName.DISK_WRITE, beside_compute=True)})
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -175,7 +175,7 @@ class EmulatedDevice(_HostArithmetic):
     def make_lanes(self, host: Store | None = None) -> Lanes:
         inline, disk = LaneName.COMPUTE, LaneName.DISK_READ
         lanes: dict[LaneName, Lane] = {
-            name: ThreadLane(name) for name in LaneName if name not in (inline, disk)
+            name: ThreadLane(name, beside_compute=True) for name in LaneName if name not in (inline, disk)
         }
         return Lanes(lanes | {inline: InlineLane(inline), disk: DiskLane(disk)})
 

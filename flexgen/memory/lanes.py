@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from flexgen.errors import LaneError
+from flexgen.kernels.threads import take_no_others
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
 
@@ -135,10 +136,14 @@ class InlineLane(Lane):
 
 
 class ThreadLane(Lane):
-    """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit."""
+    """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit.
 
-    def __init__(self, name: LaneName) -> None:
+    beside_compute: the compute lane needs the same cores; what the lane does takes one of them (`kernels.threads`).
+    """
+
+    def __init__(self, name: LaneName, beside_compute: bool = False) -> None:
         super().__init__(name)
+        self._beside_compute = beside_compute
         self._events: list[Event] = []
         # A job with its waits, a mark that tells when the queue has been served, or the end.
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
@@ -153,6 +158,8 @@ class ThreadLane(Lane):
         return done
 
     def _serve(self) -> None:
+        if self._beside_compute:
+            take_no_others()
         with torch.inference_mode():  # the mode belongs to a thread, not to the process
             while (item := self._queue.get()) is not None:
                 if isinstance(item, HostDone):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from flexgen.kernels.threads import all_threads
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
@@ -86,7 +87,8 @@ class HostAttention:
         for segment, pages, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             put(pages, span.length, segment.heads.encode(k[here]), segment.heads.encode(v[here]))
-            attended[here] = attend(pages, span, q[here], segment, padding, scale, bring)
+            with all_threads():
+                attended[here] = attend(pages, span, q[here], segment, padding, scale, bring)
 
     def fetch(self, batch: int, slot: int) -> None:
         """What was attended, to the device."""
