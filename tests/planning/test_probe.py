@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -148,14 +147,15 @@ def test_what_work_loses_beside_other_work_on_a_machine_that_slows_down():
 
 def test_one_slow_moment_does_not_count():
     """The machine stands still once, beside the other work."""
-    clock, calls = Clock(), itertools.count()
+    clock, calls, go = Clock(), itertools.count(), threading.Semaphore(0)
 
     def here():
+        go.release()
         clock.sleep(1000.0 if together() and next(calls) == 1 else 1.0)
 
     def beside():
         if together():
-            time.sleep(0.001)
+            go.acquire(timeout=0.01)
         else:
             clock.sleep(1.0)
 
