@@ -29,7 +29,7 @@ from transformers import OPTConfig
 from flexgen import OptLM, Policy
 from flexgen.kernels.attention import decode_attention
 from flexgen.models import Layer
-from flexgen.schedule import ORDERS
+from flexgen.orders import ORDERS
 
 LIMIT_US = 150.0
 ALL_ON_GPU = {name: {"gpu": 100} for name in ("weights", "cache", "activations")}

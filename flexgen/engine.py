@@ -29,6 +29,7 @@ from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
+from flexgen.orders import ORDERS
 from flexgen.planning.auto import AutoPolicy, this_machine
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
@@ -49,7 +50,6 @@ from flexgen.runtime.request import (
 from flexgen.runtime.sampler import check_sampling, check_seed
 from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import NewTokens
-from flexgen.schedule import ORDERS
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 

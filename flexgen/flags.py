@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexgen.errors import FlexGenError, PolicyError
+from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
-from flexgen.schedule import ORDERS
 
 AUTO = "auto"
 """What `--policy` is without a file."""

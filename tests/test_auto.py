@@ -13,12 +13,12 @@ from flexgen import Auto, OptLM, Policy, Workload, bench, simulate
 from flexgen.errors import CapacityError, PolicyError, RequestError
 from flexgen.flags import add_policy_flags, read_policy
 from flexgen.models import open_model
+from flexgen.orders import ORDERS
 from flexgen.planning import auto
 from flexgen.planning.auto import AutoPolicy, usual_workload
 from flexgen.planning.predict import predict
 from flexgen.policy import Tier
 from flexgen.runtime.request import read_request
-from flexgen.schedule import ORDERS
 from flexgen.units import GIB, MIB
 
 CONFIG = OPTConfig(

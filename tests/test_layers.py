@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
 # a sibling on its own layer.
 LAYERS = [
-    {"errors", "units"},
+    {"errors", "units", "turns"},
     {"policy", "workload", "schedule", "demo"},
-    {"trace"},
+    {"orders", "trace"},
     {"report", "flags"},
     {"kernels", "scoring", "text"},
     {"models", "quant"},

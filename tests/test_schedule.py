@@ -1,16 +1,14 @@
-"""Orders are legal and complete, and `check` finds every kind of order that is not."""
-
-import itertools
+"""What steps need, and that `check` finds every kind of order that is not legal and complete."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import ScheduleError
-from flexgen.schedule import ORDERS, Cell, Grid, Op, Slots, Step, all_steps, check, needs, order, order_for
+from flexgen.orders import ORDERS
+from flexgen.schedule import Cell, Grid, Op, Step, all_steps, check, needs
 
-SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
-OVERLAP = SHIPPED[1:4]
+SHIPPED = sorted(ORDERS)
 
 grids = st.builds(
     Grid,
@@ -26,46 +24,6 @@ grids = st.builds(
 
 def W(i, j, piece=0):
     return Step(Op.LOAD_WEIGHTS, i, j, piece)
-
-
-def test_the_orders_are_registered():
-    assert set(SHIPPED) <= set(ORDERS)
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_orders_are_legal_on_every_small_grid(name):
-    shapes = itertools.product((1, 3), (1, 2, 3), (1, 2, 3, 4, 5))
-    for shape, *slots in itertools.product(shapes, (1, 2, 5), (2, 3), (2, 3, 4), (False, True)):
-        grid = Grid(*shape, *slots)
-        check(ORDERS[name](grid), grid)
-
-
-@given(grid=grids, name=st.sampled_from(SHIPPED))
-def test_orders_are_legal_on_any_grid(grid, name):
-    check(ORDERS[name](grid), grid)
-
-
-@pytest.mark.parametrize(
-    ("name", "slots", "splits"),
-    [
-        ("normal", Slots(1, 1), False),
-        ("overlap_single_batch", Slots(2, 2), False),
-        ("overlap_multi_batch", Slots(2, 2), False),
-        ("overlap_cpu_attention", Slots(3, 4, decoded=2), True),
-        ("flexgen", Slots(1, 2), False),
-    ],
-)
-def test_orders_are_legal_with_the_slots_they_ask_for(name, slots, splits):
-    asked = ORDERS[name]
-    assert (asked.slots, asked.splits_attention) == (slots, splits)
-    for *shape, pieces in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4, 5, 8), (1, 2, 3)):
-        grid = asked.grid(*shape, pieces)
-        assert (grid.weight_slots, grid.cell_slots, grid.splits_attention) == (
-            slots.weights,
-            slots.cells,
-            splits,
-        )
-        check(asked(grid), grid)
 
 
 @given(grid=grids)
@@ -133,18 +91,6 @@ def test_nothing_is_no_complete_order():
         check([], grid)
 
 
-@pytest.mark.parametrize("name", OVERLAP)
-@pytest.mark.parametrize(
-    "slots", [dict(weight_slots=1), dict(cell_slots=1), dict(weight_slots=1, cell_slots=1)]
-)
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_overlap_needs_a_second_slot(name, slots, batches):
-    grid = Grid(tokens=2, layers=3, batches=batches, splits_attention=ORDERS[name].splits_attention, **slots)
-    with pytest.raises(ScheduleError, match="is issued before"):
-        check(ORDERS[name](grid), grid)
-    check(ORDERS["normal"](grid), grid)
-
-
 @pytest.mark.parametrize("field", [f for f in Grid.__dataclass_fields__ if f != "splits_attention"])
 def test_a_grid_has_at_least_one_of_everything(field):
     sizes = dict(tokens=1, layers=1, batches=1) | {field: 0}
@@ -160,10 +106,13 @@ def test_a_grid_has_at_least_one_of_everything(field):
         (Step(Op.LOAD_CACHE, 0, 0, 0), []),
         (Step(Op.LOAD_HIDDEN, 0, 0, 0), []),
         (Step(Op.COMPUTE, 0, 0, 0), [W(0, 0, 0), W(0, 0, 1), (Op.LOAD_CACHE, 0, 0, 0), (Op.LOAD_HIDDEN, 0, 0, 0)]),
-        # Weights take the slot of two visits before, once both batches of that visit are computed.
+        # Weights take the slot of two visits before, once both batches of that visit are computed; those of the
+        # first layer and of the last one have slots of their own.
         (W(0, 1), []),
-        (W(0, 2), [(Op.COMPUTE, 0, 0, 0), (Op.COMPUTE, 0, 0, 1)]),
-        (W(1, 1), [(Op.COMPUTE, 0, 2, 0), (Op.COMPUTE, 0, 2, 1)]),
+        (W(0, 2), []),
+        (W(1, 2), [(Op.COMPUTE, 0, 2, 0), (Op.COMPUTE, 0, 2, 1)]),
+        (W(1, 0), [(Op.COMPUTE, 0, 0, 0), (Op.COMPUTE, 0, 0, 1)]),
+        (W(2, 1), [(Op.COMPUTE, 0, 1, 0), (Op.COMPUTE, 0, 1, 1)]),
         # Hidden states come from the layer before; ids of a later token from the head of the one before.
         (Step(Op.LOAD_HIDDEN, 0, 1, 0), [(Op.STORE_HIDDEN, 0, 0, 0), (Op.COMPUTE, 0, 0, 0)]),
         (Step(Op.LOAD_HIDDEN, 1, 0, 1), [(Op.STORE_HIDDEN, 0, 2, 1), (Op.COMPUTE, 0, 2, 1)]),
@@ -244,79 +193,3 @@ def test_cells_and_visits_walk_the_grid(grid):
     visits = [cell[:2] for cell in cells if cell.batch == 0]
     for n, visit in enumerate(visits):
         assert grid.visit(*visit, 1) == (visits[n + 1] if n + 1 < len(visits) else None)
-
-
-@given(grid=grids)
-def test_pieces_are_spread_over_the_batches_earliest_first(grid):
-    beside = [grid.pieces_beside(batch) for batch in range(grid.batches)]
-    assert list(itertools.chain(*beside)) == list(range(grid.weight_pieces))
-    assert max(map(len, beside)) - min(map(len, beside)) <= 1
-    for batch, pieces in enumerate(beside):  # never later than an even spread
-        assert pieces.stop * grid.batches >= (batch + 1) * grid.weight_pieces
-
-
-def test_a_custom_order_is_a_generator_and_a_decorator(monkeypatch):
-    monkeypatch.setattr("flexgen.schedule.ORDERS", registered := dict(ORDERS))
-
-    @order()
-    def weights_last(grid):
-        for i, j, k in grid.cells():
-            yield Step(Op.LOAD_HIDDEN, i, j, k)
-            yield Step(Op.LOAD_CACHE, i, j, k)
-            if k == 0:
-                yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
-            yield Step(Op.COMPUTE, i, j, k)
-            yield Step(Op.STORE_CACHE, i, j, k)
-            yield Step(Op.STORE_HIDDEN, i, j, k)
-
-    assert registered["weights_last"] is weights_last
-    assert (weights_last.name, weights_last.slots) == ("weights_last", Slots(2, 2))
-    assert "weights_last" not in ORDERS
-    grid = Grid(3, 2, 2, weight_pieces=3)
-    check(registered["weights_last"](grid), grid)
-
-
-@pytest.mark.parametrize(
-    ("overlap", "batches", "host_attends", "name"),
-    [
-        (False, 1, False, "normal"),
-        (False, 4, True, "normal"),
-        (True, 1, False, "overlap_single_batch"),
-        (True, 1, True, "overlap_single_batch"),
-        (True, 2, False, "overlap_multi_batch"),
-        (True, 2, True, "overlap_cpu_attention"),
-    ],
-)
-def test_order_for_a_policy(overlap, batches, host_attends, name):
-    assert order_for(overlap, batches, host_attends) == name
-
-
-# What runs beside what, with cells enough
-
-
-@pytest.mark.parametrize("batches", [2, 3, 4, 8])
-def test_cpu_attention_is_issued_with_work_for_the_device_beside_it(batches):
-    """Once a cell is attended, the device has another one's halves to do before it needs the answer."""
-    slots = ORDERS["overlap_cpu_attention"].slots
-    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
-    steps = list(ORDERS["overlap_cpu_attention"](grid))
-    place = {step: n for n, step in enumerate(steps)}
-    cells = list(grid.cells())
-    for before, cell, after in zip(cells, cells[1:], cells[2:], strict=False):
-        answer = place[Step(Op.LOAD_ATTENDED, *cell)]
-        assert place[Step(Op.ATTEND, *cell)] < place[Step(Op.COMPUTE, *before)]
-        assert place[Step(Op.PROJECT, *after)] < answer
-        assert place[Step(Op.COMPUTE, *before)] < answer
-        if batches > 3:  # and the host has its next cell before it has answered this one
-            assert place[Step(Op.ATTEND, *after)] < answer
-
-
-@pytest.mark.parametrize("batches", [3, 4, 8])
-def test_cpu_attention_issues_weights_before_the_layer_before_has_ended(batches):
-    slots = ORDERS["overlap_cpu_attention"].slots
-    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
-    place = {step: n for n, step in enumerate(ORDERS["overlap_cpu_attention"](grid))}
-    for i, j in itertools.product(range(2), range(3)):
-        if following := grid.visit(i, j, 1):
-            last = max(place[W(*following, piece)] for piece in range(batches))
-            assert last < place[Step(Op.PROJECT, i, j, batches - 1)]

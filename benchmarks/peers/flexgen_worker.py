@@ -25,7 +25,8 @@ from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import MemoryPlan, plan_memory
 from flexgen.models import build_layers, open_model
-from flexgen.schedule import ORDERS, Op, order_for
+from flexgen.orders import ORDERS, order_for
+from flexgen.schedule import Op
 
 MARGIN = 0.06
 """Peaks were up to 62 MB beyond plans of this size (`benchmarks/memory.py`), 15 MB in the one of llama-1b."""

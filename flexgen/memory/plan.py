@@ -20,9 +20,9 @@ from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.placement import Placement
 from flexgen.memory.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
 from flexgen.models import Layer, ModelSpec
+from flexgen.orders import ORDERS, Order, Slots, order_for
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
-from flexgen.schedule import ORDERS, Order, Slots, order_for
 from flexgen.units import KIB, MIB, align, format_bytes
 from flexgen.workload import Workload
 

@@ -1,12 +1,11 @@
-"""Which slot serves a layer's weights, and how large each slot is: what buffers, plan and placement agree on.
+"""How large each weight slot is: what buffers, plan and placement agree on.
 
-Slots take turns, and a model's layers are of different sizes: its vocabulary may be ten times as large as any other
-layer. Since it is known which slot serves a layer, a slot is as large as the layers that it serves, and no larger.
+A model's layers are of different sizes: its vocabulary may be ten times as large as any other layer. Since it is
+known which slot serves a layer (`Turns`), a slot is as large as the layers that it serves, and no larger.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,49 +20,11 @@ from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
+from flexgen.turns import Turns
 from flexgen.units import align
 
 GAP = 4 * BLOCK
 """Bytes of a file between two weights that are read along rather than skipped."""
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Which of `slots` slots serves each visit of a layer.
-
-    `places`: by layer, its turn in a token of `period` turns. A schedule fills a slot once the visit `slots` before
-    has been computed (`schedule.needs`), so any `slots` visits in a row that bring something must have a slot each.
-    One that brings nothing may go without a turn.
-    """
-
-    slots: int
-    places: tuple[int, ...]
-    period: int
-
-    def slot(self, token: int, layer: int) -> int:
-        return (token * self.period + self.places[layer]) % self.slots
-
-    def layers(self, slot: int) -> list[int]:
-        """Those that the slot serves, in one token or another."""
-        # How far a layer's slot moves from token to token, at least.
-        apart = math.gcd(self.period, self.slots)
-        return [layer for layer, place in enumerate(self.places) if (slot - place) % apart == 0]
-
-
-def take_turns(travels: Sequence[bool], slots: int) -> Turns:
-    """Turns of layers, of which some bring something at every visit.
-
-    Where the layers are no multiple of the slots, every slot would serve every layer as tokens go by. Enough layers
-    that bring nothing go without a turn to avoid that, if there are enough of them.
-    """
-    idle = [layer for layer, brings in enumerate(travels) if not brings]
-    left_over = len(travels) % slots
-    without = set(idle[:left_over]) if len(idle) >= left_over else set()
-    places, turn = [], 0
-    for layer in range(len(travels)):
-        places.append(turn)
-        turn += layer not in without
-    return Turns(slots, tuple(places), turn)
 
 
 @dataclass(frozen=True)
@@ -79,19 +40,20 @@ class SlotSizes:
 
 
 def slot_sizes(
-    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool, slots: int
+    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool, slots: int, ends: bool = True
 ) -> SlotSizes:
-    """What each of `slots` slots must hold so that all layers that it serves fit.
+    """What each slot must hold so that all layers that it serves fit; `slots` of them are taken by turns.
 
     On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
-    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole.
+    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole. Without
+    `ends` what the first layer and the last one need is left out.
     """
-    return _slot_sizes(tuple(layers), placement, shares_host_memory, slots)
+    return _slot_sizes(tuple(layers), placement, shares_host_memory, slots, ends)
 
 
 @lru_cache(maxsize=128)  # a policy search asks for the plans of many policies that place weights alike
 def _slot_sizes(
-    layers: tuple[Layer, ...], placement: Placement, shares_host_memory: bool, slots: int
+    layers: tuple[Layer, ...], placement: Placement, shares_host_memory: bool, slots: int, ends: bool
 ) -> SlotSizes:
     from_disk, arriving = [], []
     for layer in layers:
@@ -100,10 +62,12 @@ def _slot_sizes(
             moved[placement.of(weight)] += align(placement.kept_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
         from_disk.append(moved[Tier.DISK])
         arriving.append(moved[Tier.DISK] + (0 if shares_host_memory else moved[Tier.CPU]))
-    turns = take_turns([nbytes > 0 for nbytes in arriving], slots)
+    turns = Turns(len(layers), slots)
+    counted = range(len(layers)) if ends else range(1, len(layers) - 1)
+    served = [[layer for layer in turns.served(slot) if layer in counted] for slot in range(turns.count)]
 
     def largest(sizes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(max((sizes[layer] for layer in turns.layers(n)), default=0) for n in range(slots))
+        return tuple(max((sizes[layer] for layer in some), default=0) for some in served)
 
     staged = [0] * len(layers) if shares_host_memory else from_disk
     return SlotSizes(turns, largest(arriving), largest(staged))

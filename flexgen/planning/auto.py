@@ -14,12 +14,12 @@ from flexgen.errors import FlexGenError
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
+from flexgen.orders import Slots
 from flexgen.planning.bounds import within
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import measured, remembered
 from flexgen.planning.search import Search, find_policy
 from flexgen.policy import Auto, Policy, Tier
-from flexgen.schedule import Slots
 from flexgen.workload import Workload
 
 _log = logging.getLogger("flexgen")

@@ -12,12 +12,12 @@ import torch
 
 from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
+from flexgen.orders import ORDERS, Slots, order_for
 from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import Corners, Figures, Solution, one_codec_each
 from flexgen.planning.simulations import Run, blocks
 from flexgen.policy import Policy, Tier
-from flexgen.schedule import ORDERS, Slots, order_for
 from flexgen.workload import Workload
 
 _BEST = 8

@@ -21,11 +21,12 @@ from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.memory.weight_slots import slot_sizes
 from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.orders import Order
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import decode_seconds
 from flexgen.policy import Policy, Share, Tier
-from flexgen.schedule import Grid, Op, Order, Step, all_steps
+from flexgen.schedule import Grid, Op, Step, all_steps
 from flexgen.trace import LaneName
 from flexgen.workload import Workload
 
@@ -237,14 +238,11 @@ class Corners:
         shared = self._hardware.shares_host_memory
         plan = plan_memory(layers, placement, block, self._dtype, shared, workload, slots=order.slots)
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
-        # adds to one where no share has is no line between the corners: the plan of the policy counts it.
-        between = slot_sizes(layers[1:-1], placement, shared, order.slots.weights)
+        # takes where no share has is no line between the corners: the plan of the policy counts it.
+        slots, between = plan.weight_slots, slot_sizes(layers, placement, shared, order.slots.weights, False)
         taken = {tier: float(plan.on(tier)) for tier in Tier}
-        for tier, slots, small in (
-            (Tier.CPU if shared else Tier.GPU, plan.weight_slots.device, between.device),
-            (Tier.CPU, plan.weight_slots.staging, between.staging),
-        ):
-            taken[tier] -= max(sum(slots) - sum(small), 0)
+        taken[Tier.CPU if shared else Tier.GPU] -= sum(slots.device) - sum(between.device)
+        taken[Tier.CPU] -= sum(slots.staging) - sum(between.staging)
         return list(taken.values())
 
     def _make_layers(self, depth: int, sep_layer: bool) -> tuple[Layer, ...]:

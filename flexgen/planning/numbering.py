@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from flexgen.schedule import ORDERS, Grid, Op, Step, Visit, needed_steps, needed_visit
-
-_AHEAD = 2
-"""Visits that an order issues steps ahead of the computation, or has them left behind it, at most."""
+from flexgen.orders import ORDERS
+from flexgen.schedule import Grid, Op, Step, Visit, needed_steps, needed_visit
 
 Entry = tuple[Op | None, int, int]
 """A step: its op, its visit counted from that of its section, and its batch or piece. None in place of an op stands
@@ -53,12 +51,14 @@ class Numbered:
 @lru_cache(maxsize=8)
 def numbered(order: str, grid: Grid) -> Numbered:
     """The steps of an order by name. Kept, because a search times many policies on one grid."""
+    # Visits that an order issues steps ahead of the computation, across the ends too, or leaves them behind it.
+    ahead = grid.weight_slots + 2
     # From that visit on every one finds slots that others have used, and the last ones have less and less to fetch.
     # Tokens likewise: the first has none before it, two show that they are alike, and the last prepares none.
-    steady = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + _AHEAD
-    layers = min(grid.layers, steady + 1 + _AHEAD)
+    steady = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + ahead
+    layers = min(grid.layers, steady + 2 + ahead)
     steady_token = 1 + -(-steady // layers)
-    few = replace(grid, layers=layers, tokens=min(grid.tokens, steady_token + 2 + -(-_AHEAD // layers)))
+    few = replace(grid, layers=layers, tokens=min(grid.tokens, steady_token + 2 + -(-ahead // layers)))
     made = _whole(order, few)
     if few == grid:
         return made
@@ -121,13 +121,14 @@ def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) ->
 
 def _farther(made: Numbered, entries: int) -> list[Section]:
     """Its sections with what a step needs of its own layer, which is of the token before, so many entries farther."""
-    steps = list(made.steps())
+    steps: list[Step] = []
+    for step in reversed(list(made.steps())):  # what stands for no step is needed by the one behind it
+        steps.append(step or steps[-1])
+    steps.reverse()
 
     def distance(n: int, back: int) -> int:
         step, needed = steps[n], steps[n + back]
-        if step is None or needed is None or step.layer != needed.layer or step.token == needed.token:
-            return back
-        return back - entries
+        return back if step.layer != needed.layer or step.token == needed.token else back - entries
 
     n, sections = 0, []
     for section in made.sections:

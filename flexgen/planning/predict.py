@@ -14,13 +14,14 @@ from flexgen.memory.fitting import fitting_plan
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_attends, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.orders import ORDERS
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.numbering import numbered
 from flexgen.planning.timeline import Timeline, play_beside, works_of
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
-from flexgen.schedule import ORDERS, Op
+from flexgen.schedule import Op
 from flexgen.trace import LaneName, Phase, Trace
 from flexgen.units import format_bytes
 from flexgen.workload import Workload

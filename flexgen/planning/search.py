@@ -19,6 +19,7 @@ import torch
 
 from flexgen.errors import CapacityError
 from flexgen.models import ModelSpec
+from flexgen.orders import Slots
 from flexgen.planning.bounds import Bound, Bounds, by_seconds
 from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
@@ -28,7 +29,6 @@ from flexgen.planning.moves import Short, filled, moves, squeezed
 from flexgen.planning.predict import Prediction, check_request
 from flexgen.planning.simulations import Run, Simulations
 from flexgen.policy import Policy, Split, Tier
-from flexgen.schedule import Slots
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 

@@ -15,11 +15,11 @@ import torch
 from flexgen.memory.placement import Placement, place_weights
 from flexgen.memory.plan import MemoryPlan, choose_order, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.orders import Order
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import Figures, shares_of
 from flexgen.planning.predict import Prediction, predict, sampled_tokens
 from flexgen.policy import Policy, Split, Tier
-from flexgen.schedule import Order
 from flexgen.workload import Workload
 
 _FEW_LAYERS = 6

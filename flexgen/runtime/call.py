@@ -18,6 +18,7 @@ from flexgen.memory.plan import batch_sizes, cache_segments, choose_order
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots, count_pieces
 from flexgen.models import Layer
+from flexgen.orders import ORDERS, Order, Slots
 from flexgen.policy import Policy
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.executor import Work, execute
@@ -25,7 +26,7 @@ from flexgen.runtime.generation import Generation
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import ORDERS, Grid, Op, Order, Slots, Step
+from flexgen.schedule import Grid, Op, Step
 from flexgen.trace import LaneName, Phase, Trace
 from flexgen.workload import Workload
 

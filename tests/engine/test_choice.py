@@ -13,10 +13,10 @@ from torch import Tensor
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError, LaneError
 from flexgen.memory.plan import Need
+from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds
 from flexgen.runtime.request import read_request
-from flexgen.schedule import ORDERS
 
 PAD, STOP, TOKENS = 1, 2, 8
 LENGTHS = [3, 9, 1, 7, 5, 2, 8, 4, 6, 3]

@@ -16,10 +16,11 @@ from flexgen.engine import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO
 from flexgen.models import Head
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy, Tier
 from flexgen.runtime import compaction
 from flexgen.runtime.kvcache import KVCache
-from flexgen.schedule import ORDERS, Op
+from flexgen.schedule import Op
 
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAME = "llama gqa 2"

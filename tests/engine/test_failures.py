@@ -17,9 +17,9 @@ from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
 from flexgen.models import Head, InputEmbed
+from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.runtime.executor import _Run
-from flexgen.schedule import ORDERS
 
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
 

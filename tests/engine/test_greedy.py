@@ -14,8 +14,9 @@ import torch
 
 from flexgen.engine import OptLM
 from flexgen.models import open_model
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS, Op
+from flexgen.schedule import Op
 
 MODELS = [
     "opt",

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.engine import OptLM
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS
 
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
 NAMES = ["opt", "opt post-norm projected", "opt untied", "llama gqa 2", "llama gqa 1 with biases, tied"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.engine import OptLM
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS
 
 SPLITS = st.sampled_from(
     [

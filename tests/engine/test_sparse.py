@@ -24,8 +24,8 @@ from transformers.masking_utils import eager_mask
 
 from flexgen.engine import OptLM
 from flexgen.memory.direct_file import BLOCK
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS
 
 PAD, VOCAB, TOKENS, UNIT = 1, 96, 24, 16
 SIZES = dict(

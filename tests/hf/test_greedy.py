@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, pipeline
 from flexgen.engine import OptLM
 from flexgen.hf import FlexGenForCausalLM
 from flexgen.models.families import FAMILIES
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS
 
 PAD = 0
 CHATS = [

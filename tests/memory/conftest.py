@@ -86,7 +86,7 @@ class Streamed:
     def slots_of(self, layer: int) -> list[int]:
         """The slots that serve the layer."""
         turns = self.slots.turns
-        return [slot for slot in range(turns.slots) if layer in turns.layers(slot)]
+        return [slot for slot in range(turns.count) if layer in turns.served(slot)]
 
     def slot(self, layer: int) -> int:
         """The slot of the layer's first visit."""

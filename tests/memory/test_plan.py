@@ -26,13 +26,14 @@ from flexgen.memory.plan import (
     plan_memory,
 )
 from flexgen.memory.store import ALIGNMENT, Store
-from flexgen.memory.weight_slots import SlotSizes, Turns
+from flexgen.memory.weight_slots import SlotSizes
 from flexgen.models import build_layers, open_model
+from flexgen.orders import Slots
 from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.quant import CODECS
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
-from flexgen.schedule import Slots
+from flexgen.turns import Turns
 from flexgen.units import GIB, KIB, MIB
 from flexgen.workload import Workload
 
@@ -351,7 +352,7 @@ PLAN = MemoryPlan(
         Need(Tier.DISK, "weights", "home", 7 * GIB),
         Need(Tier.DISK, "cache", "home", GIB),
     ),
-    SlotSizes(Turns(1, (0,), 1), (0,), (0,)),
+    SlotSizes(Turns(1, 1), (0,), (0,)),
 )
 
 

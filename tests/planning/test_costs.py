@@ -18,9 +18,10 @@ from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import batch_sizes, choose_order
 from flexgen.models import build_layers, open_model
 from flexgen.models.checkpoint import Extent
+from flexgen.orders import ORDERS
 from flexgen.planning.costs import StepCosts
 from flexgen.policy import Tier
-from flexgen.schedule import ORDERS, Op, Step, all_steps
+from flexgen.schedule import Op, Step, all_steps
 from flexgen.trace import LaneName
 from flexgen.workload import Workload
 

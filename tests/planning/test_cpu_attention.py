@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen.orders import ORDERS
 from flexgen.planning.timeline import simulate
-from flexgen.schedule import ORDERS, Grid, Op
+from flexgen.schedule import Grid, Op
 from flexgen.trace import LaneName
 
 LINK, DEVICE, HOST, BACK = LaneName.TO_DEVICE, LaneName.COMPUTE, LaneName.HOST, LaneName.FROM_DEVICE

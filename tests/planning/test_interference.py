@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from flexgen.errors import HardwareError
 from flexgen.memory.placement import place_weights
 from flexgen.models import build_layers, open_model
+from flexgen.orders import ORDERS
 from flexgen.planning.arithmetic import Arithmetic
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.numbering import numbered
 from flexgen.planning.predict import predict
 from flexgen.planning.timeline import play, play_beside, works_of
 from flexgen.policy import Policy
-from flexgen.schedule import ORDERS, Grid, Op
+from flexgen.schedule import Grid, Op
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 

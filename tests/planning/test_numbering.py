@@ -3,8 +3,8 @@
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from flexgen.orders import ORDERS
 from flexgen.planning.numbering import number, numbered
-from flexgen.schedule import ORDERS
 
 
 @given(
@@ -31,4 +31,4 @@ def test_a_schedule_from_its_sections_is_that_of_all_steps(name, layers, batches
 def test_a_deep_model_has_few_sections():
     grid = ORDERS["overlap_multi_batch"].grid(9, 200, 3, 2)
     sections = numbered("overlap_multi_batch", grid).sections
-    assert len(sections) == 9 * 200 and len(set(map(id, sections))) < 60
+    assert len(sections) == 9 * 200 and len(set(map(id, sections))) < 80

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from flexgen import OptLM, Policy
 from flexgen.errors import CapacityError, HardwareError, RequestError, ScheduleError
 from flexgen.models import open_model
+from flexgen.orders import ORDERS
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict
 from flexgen.policy import Tier
-from flexgen.schedule import ORDERS, Op
+from flexgen.schedule import Op
 from flexgen.trace import LaneName
 from flexgen.workload import Workload
 

@@ -16,11 +16,11 @@ from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestErr
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.models import build_layers, open_model
+from flexgen.orders import ORDERS
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
 from flexgen.planning.predict import predict
 from flexgen.planning.search import find_policy
 from flexgen.policy import Tier
-from flexgen.schedule import ORDERS
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
@@ -155,7 +155,7 @@ def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
     assert took(opt, best.policy, hardware, workload, order=best.order) <= 1.02 * least
 
 
-@pytest.mark.parametrize("capacity", ["300MiB", "350MiB", "400MiB"])
+@pytest.mark.parametrize("capacity", ["330MiB", "350MiB", "400MiB"])
 def test_a_head_that_is_large_beside_the_layers(capacity, opt, host):
     """It takes a slot, or a large part of the memory in place of one: what fits is no line between the corners."""
     spec, job = replace(opt, vocab_size=60_000), Workload(16, 8, 8)
@@ -240,7 +240,7 @@ def test_another_order_than_the_policys_own_is_found(opt, machine):
     own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
     best = found.best
     assert own.order == choose_order(None, best.policy, False, 2).name
-    assert best.order == "overlap_multi_batch" and best.tokens_s > 1.5 * own.tokens_s
+    assert ORDERS[best.order].slots.weights == 2 and best.tokens_s > 1.5 * own.tokens_s
     again = predict(opt, best.policy, hardware, workload, order=best.order).report
     assert again.throughput_tokens_s == best.tokens_s
 

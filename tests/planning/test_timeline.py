@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
+from flexgen.orders import ORDERS
 from flexgen.planning.timeline import simulate
-from flexgen.schedule import ORDERS, Grid, Op, Step
+from flexgen.schedule import Grid, Op, Step
 from flexgen.trace import LaneName, Trace
 
 LANES = {
@@ -46,12 +47,13 @@ def test_overlap_single_batch_by_hand():
 
 
 def test_a_slot_is_not_reused_before_its_layer_has_computed():
-    grid = Grid(tokens=1, layers=3, batches=1)
+    """Two slots for three layers between the ends, which have slots of their own."""
+    grid = Grid(tokens=2, layers=5, batches=1)
     trace = simulate(
         ORDERS["overlap_single_batch"](grid), grid, costs_of({Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 10.0})
     )
-    starts = {e.step.layer: e.start for e in trace.events if e.step.op is Op.LOAD_WEIGHTS}
-    assert starts == {0: 0.0, 1: 1.0, 2: 11.0}
+    starts = [e.start for e in trace.events if e.step.op is Op.LOAD_WEIGHTS]
+    assert starts == [0.0, 1.0, 2.0, 21.0, 22.0, 23.0, 31.0, 41.0, 71.0, 72.0]
 
 
 def test_stages_of_a_chain_follow_one_another():

@@ -15,9 +15,10 @@ from flexgen.errors import LaneError
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.transfer import Stage
+from flexgen.orders import ORDERS
 from flexgen.runtime import executor
 from flexgen.runtime.executor import execute
-from flexgen.schedule import ORDERS, Grid, Op, Step, all_steps, check, needs
+from flexgen.schedule import Grid, Op, Step, all_steps, check, needs
 from flexgen.trace import LaneName
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention"]

@@ -16,12 +16,12 @@ from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
+from flexgen.orders import Slots
 from flexgen.planning.probe.effort import Effort
 from flexgen.policy import Policy
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Sampled
 from flexgen.runtime.tokens import NewTokens
-from flexgen.schedule import Slots
 from flexgen.workload import Workload
 
 _HIDDEN, _HEADS, _PROMPT = 64, 2, 16
