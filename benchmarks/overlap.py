@@ -89,11 +89,11 @@ def main() -> None:
                 model.generate(prompts[:1, :4], 1, stop=())
                 cases["overlap" if overlap else "normal"] = partial(run, model, prompts, tokens)
             figures[name] = interleaved(cases, args.repeats)
-    document = {
-        "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
-        "figures": figures,
-    }
-    path = save("overlap", document)
+        document = {
+            "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
+            "figures": figures,
+        }
+        path = save("overlap", document)  # what comes later may be cut off
     columns = [(order, what) for order in ("overlap", "normal") for what in ("share", "busy")]
     print(f"{'case':<28}" + "".join(f"{order + ', ' + what:>16}" for order, what in columns))
     for name, found in figures.items():
