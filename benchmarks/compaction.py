@@ -106,13 +106,13 @@ def main() -> None:
                 "without": partial(run, model, prompts, args.gen_len, times, all_or_nothing),
             }
             figures[name] = interleaved(cases, args.repeats)
+        if not args.no_save:  # what comes later may be cut off
+            model_name = f"{args.layers} layers of the OPT-1.3B shape, bfloat16"
+            print(save("compaction", {"model": model_name, "figures": figures}))
     print(f"{'case':<20}{'tokens/s, with over without':>28}")
     for name, found in figures.items():
         ratio = found["with"]["tokens_s"]["median"] / found["without"]["tokens_s"]["median"]
         print(f"{name:<20}{ratio:>28.2f}")
-    if not args.no_save:
-        model_name = f"{args.layers} layers of the OPT-1.3B shape, bfloat16"
-        print(save("compaction", {"model": model_name, "figures": figures}))
 
 
 if __name__ == "__main__":
