@@ -4,11 +4,13 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from flexgen.memory.gpu import open_device
 from flexgen.planning import auto
 from flexgen.planning.hardware import Hardware
+from flexgen.schedule import Grid
 
 # No deadline: how long an example takes says something about the machine, not about the code. The same examples
 # each time: what a run finds, it finds again. `--hypothesis-profile=explore` tries others, and many more of them
@@ -16,6 +18,15 @@ from flexgen.planning.hardware import Hardware
 settings.register_profile("flexgen", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("flexgen")
+
+# `st.from_type(Grid)`: small, with slots enough for every order.
+GRID = {name: st.integers(1, 5) for name in ("tokens", "layers", "batches")}
+GRID |= {
+    "weight_pieces": st.integers(1, 7),
+    "weight_slots": st.integers(2, 5),
+    "cell_slots": st.integers(2, 5),
+}
+st.register_type_strategy(Grid, st.builds(Grid, **GRID, splits_attention=st.booleans()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,16 +13,7 @@ from flexgen.schedule import Grid, Op, Step, all_steps, check, needed_visit
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
 OVERLAP = SHIPPED[1:4]
 
-grids = st.builds(
-    Grid,
-    tokens=st.integers(1, 5),
-    layers=st.integers(1, 5),
-    batches=st.integers(1, 5),
-    weight_pieces=st.integers(1, 7),
-    weight_slots=st.integers(2, 5),
-    cell_slots=st.integers(2, 5),
-    splits_attention=st.booleans(),
-)
+grids = st.from_type(Grid)
 
 
 def W(i, j, piece=0):

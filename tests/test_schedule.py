@@ -10,16 +10,7 @@ from flexgen.schedule import Cell, Grid, Op, Step, all_steps, check, needs
 
 SHIPPED = sorted(ORDERS)
 
-grids = st.builds(
-    Grid,
-    tokens=st.integers(1, 5),
-    layers=st.integers(1, 5),
-    batches=st.integers(1, 5),
-    weight_pieces=st.integers(1, 7),
-    weight_slots=st.integers(2, 5),
-    cell_slots=st.integers(2, 5),
-    splits_attention=st.booleans(),
-)
+grids = st.from_type(Grid)
 
 
 def W(i, j, piece=0):
