@@ -1,12 +1,16 @@
 """Everything that needs a GPU, in one command of less than ten minutes: the tests marked `gpu`, then OPT-6.7B
-and OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4.
+and OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4; beside each, where
+`--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it published.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+    pip install --target DIR --no-deps flexgen==0.1.8
+    pip install --target DIR attrs pulp
+    python benchmarks/gpu.py --peer DIR --out benchmarks/results/gpu.json
 
-Needs 100 GiB of host memory: OPT-30B runs 48 prompts, as 4 batches of 12, whose cache and weights take 88 GiB there.
+Needs 100 GiB of host memory: OPT-30B runs 48 prompts, as 3 batches of 16, whose cache and weights take 89 GiB there;
+with the peer, whose pinned memory rounds each tensor up to a power of two, 112 GiB. Both sides generate every token.
 Each case's output is shown as it comes. Writes one JSON object after each case: the command, the GPU, the test
-result, and a report of each run (the keys of `python -m flexgen.bench --json`). A run that fails is recorded with
-the end of its output; the rest goes on.
+result, a report of each run (the keys of `python -m flexgen.bench --json`), the shares of the bound, and the decode
+throughput over the peer's. A run that fails is recorded with the end of its output; the rest goes on.
 """
 
 from __future__ import annotations
@@ -21,39 +25,62 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "benchmarks" / "peers" / "flexgen01_worker.py"
 TEN_MINUTES = 600
-SHAPE = ["--prompt-len", "512", "--gen-len", "32", "--weights", "dummy", "--device", "cuda:0,memory=16GiB"]
+MEMORY_GIB = 16
+LENGTHS = ["--prompt-len", "512", "--gen-len", "32"]
 
-# Weights, cache, activations on gpu and cpu; prompts per batch, batches. The 30B policy attends on the CPU, which
-# wants whole layers (docs/policies.md).
-RUNS: dict[str, list[str]] = {
+# Weights, cache, activations on gpu and cpu; prompts per batch, batches.
+OURS: dict[str, list[str]] = {
+    # What the search finds for one H100 of 16 GiB: everything on it.
     "opt-6.7b": [
-        *["--percent", "40", "60", "100", "0", "100", "0"],
-        *["--gpu-batch-size", "16", "--num-gpu-batches", "1", "--cut-gen-len", "16"],
+        *["--model", "opt-6.7b", "--percent", "100", "0", "100", "0", "100", "0"],
+        *["--gpu-batch-size", "6", "--num-gpu-batches", "1"],
+    ],
+    "opt-6.7b, weights streamed": [
+        *["--model", "opt-6.7b", "--percent", "40", "60", "100", "0", "100", "0"],
+        *["--gpu-batch-size", "16", "--num-gpu-batches", "1"],
+    ],
+    # Attends on the CPU, which wants whole layers (docs/policies.md).
+    "opt-30b": [
+        *["--model", "opt-30b", "--percent", "5", "95", "0", "100", "0", "100"],
+        *["--gpu-batch-size", "16", "--num-gpu-batches", "3", "--cpu-cache-compute", "--sep-layer", "no"],
+    ],
+}
+
+# Suites 6b7_1x1 and 30b_1x1 of benchmark/flexllmgen/bench_suite.py of FlexLLMGen at commit 004ffef (policies/), the
+# latter with 16 prompts in a batch where it has 48, which this memory does not hold.
+PEERS: dict[str, list[str]] = {
+    "opt-6.7b": [
+        *["--model", "facebook/opt-6.7b", "--percent", "100", "0", "100", "0", "100", "0"],
+        *["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--overlap", "False"],
     ],
     "opt-30b": [
-        *["--percent", "5", "95", "0", "100", "0", "100"],
-        *["--gpu-batch-size", "12", "--num-gpu-batches", "4", "--cut-gen-len", "4"],
-        *["--cpu-cache-compute", "--sep-layer", "no"],
+        *["--model", "facebook/opt-30b", "--percent", "20", "80", "0", "100", "0", "100"],
+        *["--gpu-batch-size", "16", "--num-gpu-batches", "3", "--cpu-cache-compute"],
     ],
 }
 
 
-def call(command: list[str], seconds: float) -> dict[str, Any]:
-    """Run a command for at most `seconds`, and show what it says; its exit status (None: out of time), seconds and
-    last lines."""
+def call(
+    command: list[str], seconds: float, cwd: Path = ROOT, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a command for at most `seconds`, with `environment` added to this one, and show what it says; its exit
+    status (None: out of time), seconds and last lines."""
     began = time.perf_counter()
     lines: list[str] = []
     # A group of its own, so that what it has started ends with it.
     with subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -83,40 +110,86 @@ def call(command: list[str], seconds: float) -> dict[str, Any]:
     }
 
 
+def cases(reports: Path, peer: Path | None) -> dict[str, dict[str, Any]]:
+    """What to `call`, by name. Runs write their figures to `reports`, to the name of the case."""
+    python = [sys.executable, "-u"]
+    found: dict[str, dict[str, Any]] = {"tests": {"command": [*python, "-m", "pytest", "-v", "-m", "gpu"]}}
+    for name, flags in OURS.items():
+        device = ["--weights", "dummy", "--device", f"cuda:0,memory={MEMORY_GIB}GiB"]
+        command = [*python, "-m", "flexgen.bench", *LENGTHS, *device, *flags, "--json", str(reports / name)]
+        found[name] = {"command": command}
+        if peer is not None and name in PEERS:
+            memory = ["--gpu-memory-gib", str(MEMORY_GIB)]
+            theirs = f"{name}, flexgen 0.1.8"
+            found[theirs] = {
+                "command": [
+                    *python,
+                    str(WORKER),
+                    *LENGTHS,
+                    *memory,
+                    *PEERS[name],
+                    "--json",
+                    str(reports / theirs),
+                ],
+                # Both packages are called flexgen: here the peer's comes first, and this one is out of sight.
+                "cwd": reports,
+                "environment": {"PYTHONPATH": str(peer.resolve())},
+            }
+    return found
+
+
+def compare(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The shares of the bound, and decode tokens/s over the peer's, of the runs that have a report."""
+    runs = {name: run["report"] for name, run in results.items() if isinstance(run, dict) and "report" in run}
+    peers = {name: runs.get(f"{name}, flexgen 0.1.8") for name in OURS}
+    return {
+        "share of the bound": {name: runs[name]["bound_share"] for name in OURS if name in runs},
+        "decode over flexgen 0.1.8": {
+            name: runs[name]["decode_tokens_s"] / peer["decode_tokens_s"]
+            for name, peer in peers.items()
+            if name in runs and peer
+        },
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="where flexgen 0.1.8 is installed")
+    parser.add_argument("--only", metavar="CASE", nargs="+", help="tests, a model, `MODEL, flexgen 0.1.8`")
     parser.add_argument("--seconds", type=float, default=0.95 * TEN_MINUTES, help="for everything together")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU is visible to torch: nothing to measure", file=sys.stderr)
         return 1
+    if args.peer is not None and not (args.peer / "flexgen" / "flex_opt.py").exists():
+        parser.error(f"--peer {args.peer}: there is no flexgen/flex_opt.py in it; see the top of --help")
     deadline = time.perf_counter() + args.seconds
     results: dict[str, Any] = {
-        "command": "python benchmarks/gpu.py",
+        "command": "python benchmarks/gpu.py" + " --peer DIR" * (args.peer is not None),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
     }
-    python = [sys.executable, "-u", "-m"]
     with tempfile.TemporaryDirectory() as folder:
-        reports = {model: Path(folder) / f"{model}.json" for model in RUNS}
-        cases = {"tests": [*python, "pytest", "-v", "-m", "gpu"]} | {
-            model: [*python, "flexgen.bench", "--model", model, *SHAPE, *flags, "--json", str(reports[model])]
-            for model, flags in RUNS.items()
-        }
-        for n, (name, command) in enumerate(cases.items()):
+        reports = Path(folder)
+        chosen = cases(reports, args.peer)
+        if unknown := set(args.only or ()) - set(chosen):
+            parser.error(f"--only: no case {', '.join(sorted(unknown))}; there are: {'; '.join(chosen)}")
+        chosen = {name: case for name, case in chosen.items() if args.only is None or name in args.only}
+        for n, (name, case) in enumerate(chosen.items()):
             # What is left is shared by the cases that are left.
-            seconds = max(deadline - time.perf_counter(), 1.0) / (len(cases) - n)
-            print(f"== {n + 1} of {len(cases)}: {name}, {seconds:.0f} s at most", flush=True)
-            result = results[name] = call(command, seconds)
-            if name in reports and reports[name].exists():
-                result["report"] = json.loads(reports[name].read_text())
+            seconds = max(deadline - time.perf_counter(), 1.0) / (len(chosen) - n)
+            print(f"== {n + 1} of {len(chosen)}: {name}, {seconds:.0f} s at most", flush=True)
+            result = results[name] = call(seconds=seconds, **case)
+            if (reports / name).exists():
+                result["report"] = json.loads((reports / name).read_text())
+            results["comparison"] = compare(results)
             args.out.write_text(json.dumps(results, indent=1) + "\n")  # what is known so far is kept
             print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
-    print(f"written to {args.out}")
-    return int(any(r["status"] != 0 for r in results.values() if isinstance(r, dict)))
+    print(f"written to {args.out}: {results['comparison']}")
+    return int(any(results[name]["status"] != 0 for name in chosen))
 
 
 def _ended(status: int | None) -> str:
