@@ -3,9 +3,9 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 PLOT = ["matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT]
-# Builds of torch for GPUs bring the Triton that fits them. Elsewhere it is 300 MB that only its own test would use.
+# Builds of torch for GPUs bring the Triton that fits them. Without a GPU only its own test uses it, which needs none.
 GPU = ['triton>=3.3; platform_system == "Linux"']
+TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT, *GPU]
 
 SOURCES = Path("flexgen/kernels/cpp")
 

@@ -1,4 +1,5 @@
-"""The Triton kernels against float64: on the GPU where there is one, elsewhere in Triton's interpreter.
+"""The Triton kernels against float64: on the GPU where there is one, elsewhere in Triton's interpreter. Without a GPU
+they are compiled for some, too: the interpreter knows nothing of types, layouts and shared memory.
 
 The interpreter is chosen by the environment when Triton is imported, so the tests run in a process of their own.
 """
@@ -16,11 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels.groupwise import dequantise_in_torch, quantise
+from flexgen.units import KIB
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter computes with numpy, which has no bfloat16: it multiplies the bits, and rounds to zero.
 MULTIPLIED = [torch.float32, torch.float16] if INTERPRETED else DTYPES
+
+# Of one program, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 90: 227}
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -43,7 +48,7 @@ def kernels():
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "not compiled_for", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -51,6 +56,37 @@ def test_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 skipped" in done.stdout, done.stdout  # itself
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(75, "fp16"), (75, "fp32"), (80, "bf16"), (86, "fp32"), (90, "fp16"), (90, "bf16"), (90, "fp32")],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_for_a_gpu(kernels, capability, dtype, bits, tmp_path, monkeypatch):
+    """Machine code for a T4, an A100, an RTX 3090 and an H100, which needs none of them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what another run compiled says nothing
+    packed = {"values": "*u8", "scales": "*fp16", "minimums": "*fp16"}
+    sizes = dict.fromkeys(("num_rows", "out_size", "in_size"), "i32")
+    decode = {**packed, "out": f"*{dtype}", "octets": "i32"}
+    multiply = {"x": f"*{dtype}", **packed, "bias": f"*{dtype}", "y": f"*{dtype}", **sizes}
+    constants = {"GROUP": 64, "BITS": bits}
+    # The most rows of x of one program, which take the most shared memory.
+    tile = {"BIASED": True, "ROWS": kernels._MOST_ROWS, "OUT": kernels._OUT, "CODES": kernels._CODES}
+    for kernel, signature, more in (
+        (kernels._decode, decode, {"BLOCK": kernels._DECODED}),
+        (kernels._multiply, multiply, tile),
+    ):
+        constexprs = {**constants, **more}
+        source = ASTSource(kernel, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs)
+        found = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert found.asm["cubin"]
+        assert found.metadata.shared <= SHARED_KIB[capability] * KIB
 
 
 def test_flexgen_imports_the_kernels_only_when_a_gpu_needs_them():
