@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import interleaved, save
+from record import RESULTS, interleaved, kept, machine, save
 from torch import Tensor
 
 from flexgen.kernels import groupwise, sparse_attention
@@ -36,7 +36,10 @@ from flexgen.quant import CODECS, head_format
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE_BYTES = 256 << 20  # keys and values of one case, far more than a cache holds
 KV_HEADS = 8
+LEAST_SECONDS = 0.1
+"""One call takes 20 ms. Whoever else has a core of the machine for a moment would be most of what is seen."""
 SHARES = (0.1, 0.25, 0.5)
+PARTS = ("attention", "encoded_attention", "sparse", "codecs")
 LAYOUTS = {
     # length, capacity, share of left padding in every second row
     "512": (512, 512, 0.0),
@@ -70,9 +73,12 @@ def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, l
 
 
 def rate(nbytes: int, call: Callable[[], object]) -> dict[str, float]:
-    began = time.perf_counter()
-    call()
-    return {"GB/s": nbytes / (time.perf_counter() - began) / 1e9}
+    """Of as many calls as fill `LEAST_SECONDS`."""
+    began, calls = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - began) < LEAST_SECONDS:
+        call()
+        calls += 1
+    return {"GB/s": calls * nbytes / seconds / 1e9}
 
 
 def read_cases(memory: Tensor) -> dict[str, Callable[[], dict[str, float]]]:
@@ -120,8 +126,8 @@ def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
         for group in (1, 4, 8):
             calls = read_cases(memory)
             for layout in LAYOUTS:
-                for name, kept, of in ((codec, memory, codec), ("bf16", plain, "none")):
-                    nbytes, arguments = case(kept, of, bf16, group, dim, layout)
+                for name, heads, of in ((codec, memory, codec), ("bf16", plain, "none")):
+                    nbytes, arguments = case(heads, of, bf16, group, dim, layout)
                     calls[f"{layout}, {name}"] = partial(rate, nbytes, partial(attend_natively, *arguments))
             figures = interleaved(calls, repeats)
             read = max(median(figures["read, compiled"]), median(figures["read, torch.sum"]))
@@ -201,7 +207,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="another file for the results")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only this part (may be repeated)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="another file for the results; parts that this machine measured before stay in it",
+    )
     args = parser.parse_args()
     if not native_available():
         parser.error("the compiled kernels are not built, or switched off")
@@ -211,16 +222,25 @@ def main() -> None:
         name: torch.randn(CACHE_BYTES // dtype.itemsize).to(dtype).view(torch.uint8)
         for name, dtype in DTYPES.items()
     }
-    attended = list(attention(memory, args.repeats))
-    encoded = list(encoded_attention(memory["bf16"], args.repeats))
-    sparsely = list(sparse(memory, args.repeats))
-    packed = list(codecs(args.repeats))
-    figures = {
-        **{"variant": native.variant(), "load_at_start": load},
-        **{"attention": attended, "encoded_attention": encoded, "sparse": sparsely, "codecs": packed},
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "attention": partial(attention, memory, args.repeats),
+        "encoded_attention": partial(encoded_attention, memory["bf16"], args.repeats),
+        "sparse": partial(sparse, memory, args.repeats),
+        "codecs": partial(codecs, args.repeats),
     }
-    path = save("cpu_kernels", {"unit": "GB/s, median", "repeats": args.repeats, **figures}, args.out)
-    print(table(attended), table(encoded), table(sparsely), table(packed), path, sep="\n\n")
+    path = args.out or RESULTS / "cpu_kernels.json"
+    earlier = kept(path)
+    same_machine = earlier.get("machine") == machine()
+    figures: dict[str, Any] = {part: earlier[part] for part in PARTS if same_machine and part in earlier}
+    about = {
+        "unit": "GB/s, median",
+        "repeats": args.repeats,
+        "variant": native.variant(),
+        "load_at_start": load,
+    }
+    for part in args.only or PARTS:
+        figures[part] = list(parts[part]())
+        print(table(figures[part]), save("cpu_kernels", about | figures, path), "", sep="\n\n")
 
 
 if __name__ == "__main__":
