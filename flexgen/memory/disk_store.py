@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.direct_file import BLOCK
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.run_folder import RunFolder, mark_in_use, remove_abandoned
@@ -25,7 +25,7 @@ class DiskStore:
     Scratch lives in one folder per run, `flexgen-run-<pid>-<random>`, which `close` (or the end of the
     process) removes; a start removes what crashed runs left. Without a `root`, everything is scratch, in
     the system's temporary directory. `used` and `peak` count the bytes of live scratch files, `written` those of
-    the files that this run has published.
+    the files that this run has published. Raises RequestError for a `root` that is no directory and cannot be made.
     """
 
     def __init__(self, root: Path | None, io: DiskIO) -> None:
@@ -39,7 +39,12 @@ class DiskStore:
         self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
         if root is not None:
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(
+                    f"offload_dir {root} cannot be made: {error.strerror}; give a directory, or where one can be made"
+                ) from error
             remove_abandoned(root)
 
     @property

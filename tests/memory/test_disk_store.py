@@ -9,7 +9,7 @@ import tempfile
 import pytest
 import torch
 
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.disk import BLOCK, DiskIO, Read
 from flexgen.memory.disk_store import DiskStore
 
@@ -176,3 +176,10 @@ def test_a_republished_file_is_read_anew(store, io):
         path = store.publish("a", lambda file, byte=byte: file.write(bytes([byte]) * BLOCK))
         io.read([Read(path, 0, target)])
         assert target.eq(byte).all()
+
+
+def test_a_root_that_cannot_be_made_is_refused_with_its_name(tmp_path, io):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RequestError, match=f"offload_dir {root} cannot be made"):
+            DiskStore(root, io)
