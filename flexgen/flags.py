@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
+import stat
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flexgen.errors import FlexGenError, PolicyError
@@ -15,6 +21,9 @@ from flexgen.policy import Auto, Policy
 AUTO = "auto"
 """What `--policy` is without a file."""
 
+_WRITTEN = ("json", "trace", "output", "save_hardware", "frontier")
+"""Flags that name a file which is written when all is done."""
+
 
 def run(
     parser: argparse.ArgumentParser,
@@ -23,7 +32,8 @@ def run(
 ) -> int:
     """Run `command` with the arguments; returns the exit status, 1 after one line that says what was wrong.
 
-    What the package logs, such as the policy that was found, is shown on stderr meanwhile.
+    What the package logs, such as the policy that was found, is shown on stderr meanwhile. A file that could not be
+    written at the end is refused before any work. SIGTERM ends the command as Ctrl-C does: what it holds is freed.
     """
     args = parser.parse_args(argv)
     told = logging.StreamHandler(sys.stderr)
@@ -33,7 +43,9 @@ def run(
     log.addHandler(told)
     log.setLevel(logging.INFO)
     try:
-        command(args)
+        _check_written(args)
+        with _freed_on_sigterm():
+            command(args)
     except (FlexGenError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
@@ -44,6 +56,43 @@ def run(
         log.removeHandler(told)
         log.setLevel(level)
     return 0
+
+
+def _check_written(args: argparse.Namespace) -> None:
+    """Raise OSError for a file that cannot be written. Leaves none behind that was not there."""
+    for name in _WRITTEN:
+        path = getattr(args, name, None)
+        if not path or path == "-":
+            continue
+        flag, new = f"--{name.replace('_', '-')}", not Path(path).exists()
+        if not new and not stat.S_ISREG(os.stat(path).st_mode):
+            if Path(path).is_dir():
+                raise IsADirectoryError(f"{flag} {path} is a directory; name a file")
+            continue  # a device or a pipe, which may have its reader later
+        try:
+            with open(path, "ab"):
+                pass
+        except OSError as error:
+            raise OSError(f"{flag} {path} cannot be written: {error.strerror}; name another file") from error
+        if new:
+            os.unlink(path)
+
+
+@contextmanager
+def _freed_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit with the status that a shell gives it."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +153,7 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def count(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
     return int(text)
 
