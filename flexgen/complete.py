@@ -19,7 +19,7 @@ from typing import Any
 
 from flexgen.engine import OptLM
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.flags import add_policy_flags, read_policy, run
+from flexgen.flags import add_model_flags, add_policy_flags, add_sampling_flags, read_policy, run
 from flexgen.models import open_model
 from flexgen.runtime.request import check_length, check_whole, read_request
 from flexgen.runtime.sampler import check_sampling, check_seed
@@ -227,19 +227,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Continue a text; stdin is the prompt if none is given.",
     )
     add = parser.add_argument
-    add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
     add("--prompt", metavar="TEXT", help="the text to continue")
     add("--prompt-file", metavar="FILE", help="a file that holds it; one newline at its end does not count")
     add("--interactive", action="store_true", help="ask for prompts; a conversation with a model that chats")
-    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default: 128)")
-    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1.0)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")
-    add("--seed", type=int, help="of what is drawn (default: another one each time)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
+    add_model_flags(parser)
+    add_sampling_flags(parser)
     add_policy_flags(parser)
     return parser
 

@@ -95,6 +95,26 @@ def _freed_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model runs, and on what."""
+    add = parser.add_argument
+    add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How a text goes on, and where it ends."""
+    add = parser.add_argument
+    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default: 128)")
+    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1.0)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")
+    add("--seed", type=int, help="of what is drawn (default: another one each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     """`--policy`, `--order`, and the flags of FlexGen's own benchmark; `read_policy` reads all but the order."""
     add = parser.add_argument

@@ -30,8 +30,9 @@ def commands():
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A working directory with the shipped policies; what asks the embedded model asks it less."""
+    """A working directory with the shipped policies and some prompts; what asks the embedded model asks it less."""
     (tmp_path / "policies").symlink_to(ROOT / "policies")
+    (tmp_path / "prompts.txt").write_text("Date: 26 Apr 2019\nDate: 3 May 2020\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_DEMO_PROMPTS", 48)
 

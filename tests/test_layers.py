@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "units", "turns"},
     {"policy", "workload", "schedule", "demo"},
     {"orders", "trace"},
-    {"report", "flags"},
+    {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},
     {"models", "quant"},
     {"memory"},
