@@ -176,14 +176,10 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     ) as model:
         if model.auto is not None:
             order = model.auto.opened.order
-            model.auto = (
-                None  # one policy for all calls: where one was cut off, the blocks are the same again
-            )
+            model.auto = None  # one policy for all calls, so that blocks are the same wherever one is cut off
         how = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
         if before and before != how:
-            _tell(
-                "the policy is another one from here on: in half types, answers may differ from those of one run"
-            )
+            _tell("the policy is another one from here on: in half types answers may differ by rounding")
         save_every = args.save_every * model.policy.block_size
         answers.begin(how, save_every)
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
