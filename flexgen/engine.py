@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
-from flexgen.errors import RequestError, ScheduleError
+from flexgen.errors import RequestError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
@@ -29,7 +29,7 @@ from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order, plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
-from flexgen.orders import ORDERS
+from flexgen.orders import check_order
 from flexgen.planning.auto import AutoPolicy, this_machine
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
@@ -74,8 +74,8 @@ class OptLM(Conveniences):
     max_memory: bytes that the model and its calls may take of a tier, at most; what is not named is not limited.
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
-    Raises PolicyError, ModelError, CheckpointError, ScheduleError (an unknown order), RequestError (an unknown
-    device or dtype) and CapacityError (what does not fit, before a byte moves).
+    Raises PolicyError, ModelError, CheckpointError, ScheduleError (an order that is unknown or not legal),
+    RequestError (an unknown device or dtype) and CapacityError (what does not fit, before a byte moves).
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class OptLM(Conveniences):
         num_layers: int | None = None,
         max_memory: Mapping[Tier, int] | None = None,
     ) -> None:
-        if order is not None and order not in ORDERS:
-            raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
+        if order is not None:
+            check_order(order)
         if isinstance(policy, str | Path):
             policy = Auto() if policy == "auto" else Policy.load(policy)
         self.spec, checkpoint = open_model(model, weights)

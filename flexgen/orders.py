@@ -5,18 +5,19 @@ To add one, write a generator and decorate it with `@order()`:
     @order()
     def my_order(grid): ...
 
-It can then be asked for by name (`OptLM(..., order="my_order")`, `--order my_order`). How many buffers it
-wants, and whether it takes the layers that attend apart, are arguments of the decorator. What makes an order legal
-is said by `schedule.needs`, and proved by `schedule.check`.
+It can then be asked for by name: `OptLM(..., order="my_order")`, and where it stands in this file
+`--order my_order`. How many buffers it wants, and whether it takes the layers that attend apart, are arguments of the
+decorator. What makes an order legal is said by `schedule.needs`, and proved by `schedule.check`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
-from flexgen.schedule import LOADS, STORES, Grid, Op, Step
+from flexgen.errors import ScheduleError, did_you_mean
+from flexgen.schedule import LOADS, STORES, Grid, Op, Step, check
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,26 @@ def flexgen(grid: Grid) -> Iterator[Step]:
         yield from (Step(op, i, j, k) for op in (*grid.computing, *STORES))
         if following and not cache_early:
             yield Step(Op.LOAD_CACHE, *following)
+
+
+def check_order(name: str) -> None:
+    """Raise ScheduleError for an order that is not known, or that is not legal and complete.
+
+    It runs on small grids of every kind: a run that follows it could fail far into its work.
+    """
+    if name not in ORDERS:
+        known = ", ".join(sorted(ORDERS))
+        raise ScheduleError(f"order {name!r} is not known; known: {known}{did_you_mean(name, ORDERS)}")
+    for tokens, layers, batches, pieces in product((1, 3), (1, 2, 5), (1, 2, 5), (1, 2)):
+        grid = ORDERS[name].grid(tokens, layers, batches, pieces)
+        try:
+            check(ORDERS[name](grid), grid)
+            if grid.splits_attention:  # where the host attends to nothing its grid does not
+                whole = replace(grid, splits_attention=False)
+                check(ORDERS[name](whole), whole)
+        except ScheduleError as error:
+            shape = f"{tokens} tokens, {layers} layers, {batches} batches and {pieces} pieces of weights"
+            raise ScheduleError(f"order {name!r} with {shape}: {error}") from None
 
 
 def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexgen import bench
+from flexgen.orders import ORDERS
 from flexgen.policy import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,12 @@ def somewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", list(fenced("python")))
 def test_python(text, somewhere):
-    exec(compile(text, "snippet", "exec"), {})
+    known = set(ORDERS)
+    try:
+        exec(compile(text, "snippet", "exec"), {})
+    finally:
+        for name in ORDERS.keys() - known:
+            del ORDERS[name]
 
 
 @pytest.mark.parametrize("text", list(fenced("toml")))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import ScheduleError
-from flexgen.orders import ORDERS, Slots, order, order_for, weights_beside
+from flexgen.orders import ORDERS, Slots, check_order, order, order_for, weights_beside
 from flexgen.schedule import Grid, Op, Step, all_steps, check, needed_visit
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
@@ -168,3 +168,25 @@ def test_cpu_attention_issues_weights_before_the_layer_before_has_ended(batches)
         if following := grid.visit(i, j, 1):
             last = max(place[W(*following, piece)] for piece in range(batches))
             assert last < place[Step(Op.PROJECT, i, j, batches - 1)]
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_orders_that_are_there_pass_the_check_of_an_opened_model(name):
+    check_order(name)
+
+
+def test_an_order_that_is_not_legal_is_refused_by_name():
+    with pytest.raises(ScheduleError, match=r"'norma' is not known; known: .*did you mean 'normal'"):
+        check_order("norma")
+
+    def forgets_the_last_layer(grid):
+        yield from (step for step in ORDERS["normal"](grid) if grid.layers < 5 or step.layer < 4)
+
+    order()(forgets_the_last_layer)
+    try:
+        with pytest.raises(
+            ScheduleError, match=r"'forgets_the_last_layer' with 1 tokens, 5 layers.* never issued"
+        ):
+            check_order("forgets_the_last_layer")
+    finally:
+        del ORDERS["forgets_the_last_layer"]
