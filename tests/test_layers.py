@@ -25,7 +25,6 @@ LAYERS = [
     {"hf", "flex_opt", "trial"},
     {"compression", "opt_config", "pytorch_backend", "timer", "utils"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
-    {"cli"},
     {"__init__", "__main__"},
 ]
 WITHOUT_TORCH = set.union(*LAYERS[:4])
