@@ -29,10 +29,14 @@ class Arithmetic:
     # Products
 
     def products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
-        """All of a layer's, for `new` tokens of `rows` prompts. `first`: of the batches of a visit, which share
-        what is decoded."""
+        """All of a layer's, for `new` tokens of `rows` prompts, and what is done to numbers between them and around
+        attention. `first`: of the batches of a visit, which share what is decoded."""
         weights = [weight for weight in layer.weights if weight is not layer.table]
-        return self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
+        seconds = self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
+        seconds += self._hardware.elementwise_seconds(self._name, rows * new * layer_numbers(layer))
+        if layer.has_cache and (around := self._hardware.around_attention.get(self._name)):
+            seconds += around * rows * new * 2 * (layer.spec.q_size + layer.spec.kv_size)
+        return seconds
 
     def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
         """Those before attention, for a token of `rows` prompts."""
@@ -109,6 +113,16 @@ class Arithmetic:
             return 0.0
         nbytes = segment.token_bytes(chosen - 1) / 2 * on_disk / (context - 1)
         return self._hardware.fixed.disk_job + nbytes / self._hardware.bandwidth[LaneName.DISK_READ]
+
+
+def layer_numbers(layer: Layer) -> int:
+    """How many numbers of activations the products of a layer take and give, for each token: what goes into each of
+    its matrices and what comes out. A table has rows that are taken, and that are given."""
+    return sum(
+        2 * weight.shape[1] if weight.looked_up else sum(weight.shape)
+        for weight in layer.weights
+        if len(weight.shape) == 2
+    )
 
 
 def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:

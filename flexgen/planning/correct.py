@@ -106,6 +106,13 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
         prefill_attention=_times(hardware.prefill_attention, dtypes, prefill),
         device_attention=_times(hardware.device_attention, on_device, decode),
         host_attention=_times(hardware.host_attention, on_host, host),
+        elementwise={
+            dtype: tuple((numbers, s / rate(LaneName.COMPUTE)) for numbers, s in points)
+            if dtype in dtypes
+            else points
+            for dtype, points in hardware.elementwise.items()
+        },
+        around_attention=_times(hardware.around_attention, dtypes, 1 / rate(LaneName.COMPUTE)),
         decoding={
             key: n * (rate(LaneName.COMPUTE) if key.split()[-1] in codecs else 1)
             for key, n in hardware.decoding.items()

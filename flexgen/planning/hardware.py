@@ -12,7 +12,7 @@ import json
 import math
 import numbers
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -65,6 +65,12 @@ class Hardware:
         compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
     decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec, or by
         "dtype codec" where that is known.
+    elementwise: by dtype, points (numbers, seconds): what each number that a layer's products take or give needs
+        beside them, norm, bias, activation, residual and the memory it is written to, where a layer has so many
+        for the tokens it computes. Without it rates of products contain it, as they are for wide layers.
+    around_attention: by dtype, seconds of each number of queries, keys, values and answers of new tokens, for what
+        attention takes beside its flops and bytes: laying them out by head, putting them into the cache, the start
+        and end of each row's attention.
     interference: by "lane lane", the share of the first lane's rate that is lost while the second one works, because
         they share cores, memory or a disk.
     prefill_interference: the same for the pairs that lose another share while prompts are computed: many rows are
@@ -87,6 +93,8 @@ class Hardware:
     decoding: Mapping[str, float] = field(default_factory=dict)
     packed_products: Mapping[str, Points] = field(default_factory=dict)
     encoded_products: Mapping[str, Points] = field(default_factory=dict)
+    elementwise: Mapping[str, Points] = field(default_factory=dict)
+    around_attention: Mapping[str, float] = field(default_factory=dict)
     interference: Mapping[str, float] = field(default_factory=dict)
     prefill_interference: Mapping[str, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
@@ -116,6 +124,8 @@ class Hardware:
         )
         for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
             put(name, _table(name, getattr(self, name), _rate))
+        put("elementwise", _table("elementwise", self.elementwise, _seconds_at, known=_DTYPES))
+        put("around_attention", _table("around_attention", self.around_attention, _seconds, known=_DTYPES))
         pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
         for name in ("interference", "prefill_interference"):
             put(name, _table(name, getattr(self, name), _lost, known=pairs))
@@ -157,6 +167,11 @@ class Hardware:
         """`product_rate` for a matrix multiplied as `codec` keeps it; None where that was not measured."""
         points = self.encoded_products.get(f"{dtype} {codec}")
         return interpolated(points, rows) if points else None
+
+    def elementwise_seconds(self, dtype: str, numbers: float) -> float:
+        """What `numbers` of activations take beside products; between two points linear over their logarithm."""
+        points = self.elementwise.get(dtype)
+        return numbers * seconds_of_each(points, numbers) if points and numbers else 0.0
 
     def decoding_rate(self, dtype: str, codec: str) -> float:
         """Bytes/s of weights that come out of `codec` in `dtype`."""
@@ -241,7 +256,7 @@ class Hardware:
         for key, value in plain.items():
             if isinstance(value, Mapping):
                 plain[key] = {str(name): entry for name, entry in value.items()}
-        for key in ("products", "packed_products", "encoded_products"):
+        for key in ("products", "packed_products", "encoded_products", "elementwise"):
             plain[key] = {name: [list(point) for point in points] for name, points in plain[key].items()}
         return plain | {"fixed": dataclasses.asdict(self.fixed)}
 
@@ -259,6 +274,15 @@ def interpolated(points: Points, rows: float) -> float:
         return points[-1][1]
     (r0, f0), (r1, f1) = points[n - 1 : n + 1]
     return f0 * (f1 / f0) ** (math.log(rows / r0) / math.log(r1 / r0))
+
+
+def seconds_of_each(points: Points, numbers: float) -> float:
+    """Seconds of one of so many `numbers`, as `Hardware.elementwise` has them; beyond its ends as there."""
+    n = bisect.bisect_right(points, numbers, key=lambda point: point[0])
+    if n in (0, len(points)):
+        return points[max(n - 1, 0)][1]
+    (n0, s0), (n1, s1) = points[n - 1 : n + 1]
+    return s0 + (s1 - s0) * math.log(numbers / n0) / math.log(n1 / n0)
 
 
 def _toml(value: Any) -> str:
@@ -342,13 +366,23 @@ def _points_or_none(name: str, value: object) -> Points:
     return () if isinstance(value, Sequence) and not value else _points(name, value)
 
 
-def _points(name: str, value: object) -> Points:
+def _seconds_at(name: str, value: object) -> Points:
+    return _points(name, value, "[[numbers, seconds of each], ...]", _seconds)
+
+
+def _points(
+    name: str,
+    value: object,
+    form: str = "[[rows, flop/s], ...]",
+    figure: Callable[[str, object], float] = _rate,
+) -> Points:
+    at = form.strip("[").partition(",")[0]
     pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
     if not pairs or not value:
-        raise HardwareError(f"{name} is {value!r}; write points: [[rows, flop/s], ...]")
+        raise HardwareError(f"{name} is {value!r}; write points: {form}")
     assert isinstance(value, Sequence)
-    points = tuple((_rate(f"{name} rows", rows), _rate(name, rate)) for rows, rate in value)
+    points = tuple((_rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
     if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
-        rows = ", ".join(f"{rows:g}" for rows, _ in points)
-        raise HardwareError(f"{name} has points at rows {rows}; write them by rising rows, each once")
+        given = ", ".join(f"{many:g}" for many, _ in points)
+        raise HardwareError(f"{name} has points at {at} {given}; write them by rising {at}, each once")
     return points

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 THIS = ("measured", "this")
 """Names that stand for the machine at hand."""
 
-_FORM = 4
+_FORM = 5
 """Counted up when what is measured changes its meaning, so that older figures are measured again."""
 
 

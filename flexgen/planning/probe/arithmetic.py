@@ -32,7 +32,7 @@ _PROMPT_ROWS = 4
 
 
 class ArithmeticProbe:
-    """Rates in one dtype of a transformer's layers of the size that `effort` says."""
+    """Rates in one dtype of a transformer's layers of the size that `effort` says; `layer` is one of them."""
 
     def __init__(self, device: ComputeDevice, dtype: torch.dtype, effort: Effort, watch: Stopwatch) -> None:
         self._device = device
@@ -47,7 +47,7 @@ class ArithmeticProbe:
             num_hidden_layers=1,
         )
         self._spec = open_model(config, "dummy")[0]
-        self._layer = Block(self._spec, 0)
+        self.layer = Block(self._spec, 0)
         self._checkpoint = DummyCheckpoint()
         self._owned: list[tuple[Store, Tensor]] = []
 
@@ -69,7 +69,7 @@ class ArithmeticProbe:
 
     def encoded_products(self, codec: Codec) -> Points:
         """The same of matrices multiplied as they are encoded; empty where each is decoded first."""
-        weight = next(weight for weight in self._layer.weights if codec.fits(weight.shape))
+        weight = next(weight for weight in self.layer.weights if codec.fits(weight.shape))
         matrix = self._encoded(codec, weight)
         most = fused_rows(matrix.packed, self._dtype)
         rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
@@ -103,7 +103,7 @@ class ArithmeticProbe:
         for tokens in rows:
             work = partial(self._forward, self._rows(tokens), weights)
             seconds = self._watch.seconds(work, self._device.wait_for_compute)
-            points.append((float(tokens), self._layer.product_flops(tokens, 1, 1) / seconds))
+            points.append((float(tokens), self.layer.product_flops(tokens, 1, 1) / seconds))
         self.release()
         return tuple(points)
 
@@ -112,16 +112,16 @@ class ArithmeticProbe:
 
     def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
         """The weights of as many layers as make a working set, over and over."""
-        one = {weight.name: form(weight) for weight in self._layer.weights}
+        one = {weight.name: form(weight) for weight in self.layer.weights}
         count = self._count(sum(_nbytes(kept) for kept in one.values()))
-        others = [{weight.name: form(weight) for weight in self._layer.weights} for _ in range(count - 1)]
+        others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
         return itertools.cycle([one, *others])
 
     def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
         """A layer without attention: what is multiplied, with norms, biases and residuals."""
         here, context = next(weights), SimpleNamespace(positions=None)
-        q, _, _ = self._layer.qkv(x, here, cast(Context, context))
-        self._layer.output(q, x, here)
+        q, _, _ = self.layer.qkv(x, here, cast(Context, context))
+        self.layer.output(q, x, here)
 
     def _plain(self, weight: WeightSpec) -> Tensor:
         return self._place(self._checkpoint.read(weight, self._dtype))
@@ -151,7 +151,7 @@ class ArithmeticProbe:
         seconds = self._watch.seconds(
             lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
         )
-        return self._layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
+        return self.layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
         """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""

@@ -26,6 +26,7 @@ from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Fixed, Hardware
 from flexgen.planning.probe.arithmetic import ArithmeticProbe
 from flexgen.planning.probe.effort import FULL, Clock, Effort, Stopwatch
+from flexgen.planning.probe.elementwise import ElementwiseProbe
 from flexgen.planning.probe.links import LinkProbe
 from flexgen.planning.probe.overheads import cell_seconds
 from flexgen.planning.probe.together import lost_shares
@@ -240,14 +241,17 @@ class _Measurement:
                 f"packed products {name}",
                 partial(self._put, "packed_products", name, probe.packed_products),
             )
+        narrow = ElementwiseProbe(probe, device, dtype, self._effort, self._watch)
+        yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
         for codec in CODECS.values():
             key = f"{name} {codec.name}"
-            yield f"products {key}", partial(self._find_encoded, probe, key, codec)
+            yield f"products {key}", partial(self._find_encoded, probe, narrow, key, codec)
             yield f"decoding {key}", partial(self._put, "decoding", key, partial(probe.decoding, codec))
         yield (
             f"attention of a prompt, {name}",
             partial(self._put, "prefill_attention", name, probe.prompt_attention),
         )
+        yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
         head_dim = self._effort.hidden // self._effort.heads
         forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
         # Encoded, a cache is the same bytes whatever the dtype: the one that is computed in tells its rate.
@@ -256,9 +260,23 @@ class _Measurement:
         for key, form in forms.items():
             yield f"attention of a token, {key}", partial(self._find_attention, probe, key, form)
 
-    def _find_encoded(self, probe: ArithmeticProbe, key: str, codec: Codec) -> None:
+    def _find_elementwise(self, narrow: ElementwiseProbe, name: str) -> None:
+        found = narrow.seconds_of_numbers(self._figures["products"][name])
+        self._figures.setdefault("elementwise", {})[name] = found
+        for table in ("products", "packed_products"):
+            rates = self._figures.get(table, {})
+            if name in rates:
+                rates[name] = narrow.alone(rates[name], found)
+
+    def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
         # No points say that nothing is multiplied as it is kept; without an entry that is not known.
-        self._figures.setdefault("encoded_products", {})[key] = probe.encoded_products(codec)
+        beside = self._figures["elementwise"][key.split()[0]]
+        found = narrow.alone(probe.encoded_products(codec), beside)
+        self._figures.setdefault("encoded_products", {})[key] = found
+
+    def _find_around_attention(self, narrow: ElementwiseProbe, name: str) -> None:
+        rate = self._figures["prefill_attention"][name]
+        self._figures.setdefault("around_attention", {})[name] = narrow.around_attention(rate)
 
     def _find_attention(self, probe: ArithmeticProbe, key: str, form: Any) -> None:
         device, host = self._device, self._machine.host

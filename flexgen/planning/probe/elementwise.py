@@ -1,0 +1,129 @@
+"""What layers take beside products and attention's arithmetic: seconds of each number, which narrow layers show.
+
+A layer of an eighth of the width, at eight times the rows, has as many numbers of activations as a wide one and an
+eighth of its flops. So two times tell the two apart: what a flop takes and what a number takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexgen.memory.gpu import ComputeDevice
+from flexgen.models import Chunk
+from flexgen.models.attention import Attention
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.ops import causal_attention
+from flexgen.planning.arithmetic import layer_numbers
+from flexgen.planning.hardware import Points, interpolated, seconds_of_each
+from flexgen.planning.probe.arithmetic import ArithmeticProbe
+from flexgen.planning.probe.effort import Effort, Stopwatch
+from flexgen.runtime.pages import Page, put
+
+_NARROWER = 8
+_FEWER = 32
+"""The second point is at so many times fewer numbers: they lie in a cache where the first do not."""
+_PROMPT = 32
+"""Tokens of a prompt so short that its attention is little arithmetic."""
+_MOST = 0.5
+"""Of a wide layer's time, which is arithmetic for the most part; what is found beyond it is noise."""
+
+
+class ElementwiseProbe:
+    """Measures narrow layers beside the wide ones of `probe`, in the same dtype."""
+
+    def __init__(
+        self,
+        probe: ArithmeticProbe,
+        device: ComputeDevice,
+        dtype: torch.dtype,
+        effort: Effort,
+        watch: Stopwatch,
+    ) -> None:
+        # One layer is the working set: the weights of a small model stay in the caches.
+        narrow = replace(
+            effort,
+            hidden=effort.hidden // _NARROWER,
+            heads=max(effort.heads // _NARROWER, 1),
+            working_set=1,
+        )
+        self._narrow = ArithmeticProbe(device, dtype, narrow, watch)
+        self._wide = probe.layer
+        self._device = device
+        self._dtype = dtype
+        self._most = effort.rows[-1]
+        self._watch = watch
+
+    def seconds_of_numbers(self, rates: Points) -> Points:
+        """(numbers of a layer, seconds of each), beside `rates` of wide layers that contain it."""
+        layer, wide, points = self._narrow.layer, self._wide, []
+        for rows in (max(self._most // _FEWER, 1), self._most):
+            tokens = rows * _NARROWER
+            took = self._watch.seconds(self._narrow.multiplying(tokens), self._device.wait_for_compute)
+            self._narrow.release()
+            rate = interpolated(rates, tokens)
+            numbers = tokens * layer_numbers(layer)
+            beside = took - layer.product_flops(tokens, 1, 1) / rate
+            # The rate has the share that these numbers are of a wide layer.
+            own = layer_numbers(wide) * layer.product_flops(1, 1, 1) / wide.product_flops(1, 1, 1)
+            each = beside / (numbers - tokens * own)
+            whole = wide.product_flops(1, 1, 1) / rate / layer_numbers(wide)
+            points.append((float(numbers), min(max(each, 0.0), _MOST * whole)))
+        return tuple(points)
+
+    def alone(self, rates: Points, seconds: Points) -> Points:
+        """`rates` of wide layers without the `seconds` of their numbers."""
+        flops, numbers = self._wide.product_flops(1, 1, 1), layer_numbers(self._wide)
+        return tuple(
+            (rows, 1 / (1 / rate - seconds_of_each(seconds, rows * numbers) * numbers / flops))
+            for rows, rate in rates
+        )
+
+    def around_attention(self, rate: float) -> float:
+        """Seconds of each number of queries, keys, values and answers. `rate`: flop/s of attention over prompts."""
+        spec = self._narrow.layer.spec
+        layer, checkpoint = Attention(spec, 0), DummyCheckpoint()
+        weights = {
+            weight.name: checkpoint.read(weight, self._dtype).to(self._device.torch_device)
+            for weight in layer.weights
+        }
+        rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
+        context = _Attending(spec.num_kv_heads, spec.head_dim, rows, self._dtype, self._device.torch_device)
+        x = torch.randn(rows, _PROMPT, spec.hidden_size).to(self._device.torch_device, self._dtype)
+
+        def multiply() -> None:
+            q, _, _ = layer.qkv(x, weights, context)
+            layer.output(q, x, weights)
+
+        whole = self._watch.seconds(
+            partial(layer.forward, x, weights, context), self._device.wait_for_compute
+        )
+        products = self._watch.seconds(multiply, self._device.wait_for_compute)
+        around = whole - products - layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
+        return max(around, 0.0) / (rows * _PROMPT * 2 * (spec.q_size + spec.kv_size))
+
+
+class _Attending:
+    """A layer's context in the prefill: keys and values are put into pages, and attended."""
+
+    last_only = True
+
+    def __init__(self, heads: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
+        page = (torch.zeros(rows, heads, _PROMPT, width, dtype=dtype, device=device) for _ in range(2))
+        self._pages: Sequence[Page] = [(next(page), next(page))]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.keep_prompt(k, v)
+        return causal_attention(q, k, v, None, scale)
+
+    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+        put(self._pages, 0, k, v)
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+        return causal_attention(q, k[seen], v[seen], None, scale)
