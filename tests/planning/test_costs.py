@@ -203,6 +203,21 @@ def test_computation_by_hand(configs, machine):
     assert compute(costs, 0, 5).seconds == compute(costs, 1, 5).seconds
 
 
+def test_what_is_done_to_each_number(configs, machine):
+    """Of two rows: four projections of 64 x 64, an MLP of 64 x 192, both ends of the model."""
+    policy = Policy(gpu_batch_size=2)
+    plain, counted = (
+        costs_of(configs["opt"], policy, machine(**figures))
+        for figures in ({}, {"elementwise": {"float32": [[1, 1e-6]]}, "around_attention": {"float32": 1e-3}})
+    )
+    for token, new in ((0, 2 * 6), (2, 2)):
+        more = [compute(counted, token, n).seconds - compute(plain, token, n).seconds for n in range(6)]
+        attention, mlp = 4 * 2 * 64 * 1e-6 + 4 * 64 * 1e-3, 2 * (64 + 192) * 1e-6
+        embed, head = 4 * 64 * 1e-6, (64 + VOCABULARY) * 1e-6
+        layers = [new * embed, *[new * attention, new * mlp] * 2, 2 * head]
+        assert more == pytest.approx(layers)
+
+
 def test_what_the_host_attends_is_asked_and_answered_over_the_link(configs, machine):
     on_host = costs_of(configs["opt"], Policy(gpu_batch_size=2, cache={"cpu": 100}), machine())
     on_gpu = costs_of(configs["opt"], Policy(gpu_batch_size=2), machine())

@@ -92,6 +92,8 @@ def machines(draw):
         device_attention=draw(tables),
         host_attention=draw(tables),
         decoding=draw(tables),
+        elementwise={"float32": [[r, draw(st.floats(0, 1))] for r in draw(rows)]},
+        around_attention=draw(st.dictionaries(st.just("float16"), st.floats(0, 1))),
         fixed=dict(
             zip(("cell", "stage", "disk_job"), draw(st.lists(st.floats(0, 10), max_size=3)), strict=False)
         ),

@@ -210,6 +210,11 @@ def test_rows_products_and_codecs_are_those_of_the_kernels(found):
         assert [rows for rows, _ in hardware.products[dtype]] == [1, 4, 32]
         for codec in ("int4", "int8"):
             assert hardware.decoding_rate(dtype, codec) > 0
+    # Eight times narrower layers, of as many numbers as a wide one has at 1 and at 32 rows.
+    assert hardware.elementwise.keys() == hardware.around_attention.keys() >= {"float32"}
+    assert hardware.elementwise.keys() == set(hardware.products) - set(hardware.computes_in)
+    for points in hardware.elementwise.values():
+        assert [numbers for numbers, _ in points] == [rows * 18 * 128 for rows in (1, 32)]
     # A checkpoint in float16 is computed in another type on a CPU, as the engine does it.
     assert hardware.dtype_for("float16") in ("float32", "bfloat16")
     assert hardware.dtype_for("bfloat16") == "bfloat16"

@@ -241,8 +241,12 @@ class _Measurement:
                 f"packed products {name}",
                 partial(self._put, "packed_products", name, probe.packed_products),
             )
-        narrow = ElementwiseProbe(probe, device, dtype, self._effort, self._watch)
-        yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
+        # Of a half type that is only kept, and computed in another, nobody needs to know it.
+        computed = device.fast_dtype(dtype) is dtype
+        brief = replace(self._effort, seconds=self._effort.seconds / 2)
+        narrow = ElementwiseProbe(probe, device, dtype, brief, Stopwatch(brief, self._clock))
+        if computed:
+            yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
         for codec in CODECS.values():
             key = f"{name} {codec.name}"
             yield f"products {key}", partial(self._find_encoded, probe, narrow, key, codec)
@@ -251,7 +255,8 @@ class _Measurement:
             f"attention of a prompt, {name}",
             partial(self._put, "prefill_attention", name, probe.prompt_attention),
         )
-        yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
+        if computed:
+            yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
         head_dim = self._effort.hidden // self._effort.heads
         forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
         # Encoded, a cache is the same bytes whatever the dtype: the one that is computed in tells its rate.
@@ -270,8 +275,9 @@ class _Measurement:
 
     def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
         # No points say that nothing is multiplied as it is kept; without an entry that is not known.
-        beside = self._figures["elementwise"][key.split()[0]]
-        found = narrow.alone(probe.encoded_products(codec), beside)
+        found, name = probe.encoded_products(codec), key.split()[0]
+        if beside := self._figures.get("elementwise", {}).get(name):
+            found = narrow.alone(found, beside)
         self._figures.setdefault("encoded_products", {})[key] = found
 
     def _find_around_attention(self, narrow: ElementwiseProbe, name: str) -> None:
