@@ -66,29 +66,35 @@ class DiskStore:
         nbytes = align(nbytes, BLOCK)
         if nbytes > self.free:
             raise CapacityError(self._full(path, nbytes))
+        if path in self._sizes:
+            raise FileExistsError(errno.EEXIST, "a scratch file of this name is in use", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self.io.forget(path)
+        path.unlink(missing_ok=True)  # what a release that was interrupted may have left
         try:
-            _reserve(fd, nbytes)
-        except OSError as error:
-            path.unlink()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _make(path, nbytes)
+            with self._lock:
+                self._sizes[path] = nbytes
+                self.used += nbytes
+                self.peak = max(self.peak, self.used)
+        except BaseException as error:  # Ctrl-C, too, must not leave a file that nobody knows of
+            if path in self._sizes:
+                self.release(path)
+            else:
+                path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CapacityError(self._full(path, nbytes)) from error
             raise
-        finally:
-            os.close(fd)
-        with self._lock:
-            self._sizes[path] = nbytes
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
         return path
 
     def release(self, path: Path) -> None:
         """Remove a scratch file, of which no transfer may be under way."""
         with self._lock:
             self.used -= self._sizes.pop(path)
-        self.io.forget(path)
-        path.unlink()
+        try:
+            self.io.forget(path)
+        finally:
+            path.unlink(missing_ok=True)
 
     def published(self, name: str) -> Path | None:
         """The file published as `name`, by this run or an earlier one, if there is one."""
@@ -160,6 +166,14 @@ def _inside(folder: Path, name: str) -> Path:
     if not name or name.startswith("/") or ".." in Path(name).parts:
         raise ValueError(f"{name!r} is no name for a file in {folder}: it must stay inside")
     return folder / name
+
+
+def _make(path: Path, nbytes: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _reserve(fd, nbytes)
+    finally:
+        os.close(fd)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

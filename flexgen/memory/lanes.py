@@ -219,12 +219,24 @@ class Lanes(Mapping[LaneName, Lane]):
         return {id(lane): lane for lane in self._lanes.values()}.values()
 
     def stop(self, cancel: bool) -> None:
-        """Wait until every lane is idle; with `cancel`, what has not begun is dropped."""
+        """Wait until every lane is idle; with `cancel`, what has not begun is dropped.
+
+        Ctrl-C does not end the wait, but is raised behind it: memory that a job still fills must not be given back,
+        nor the next call be dropped with what is cancelled now.
+        """
         if cancel:
             for lane in self._distinct():
                 lane.cancel()
+        raised: BaseException | None = None
         for lane in self._distinct():
-            lane.drain()
+            while True:
+                try:
+                    lane.drain()
+                    break
+                except BaseException as error:  # lanes raise none of their own: it is a signal's
+                    raised = error
+        if raised is not None:
+            raise raised
 
     def take_events(self, origin: float) -> list[Event]:
         """Events of all lanes since the last call, by their start."""

@@ -17,6 +17,7 @@ from flexgen.memory.disk import BLOCK, Read, ReadJob, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, activation_bytes
 from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
@@ -27,6 +28,7 @@ from flexgen.units import align
 class Activations:
     """Hidden states (rows, tokens, hidden) of every batch of one block, between two layers."""
 
+    @whole_or_closed
     def __init__(
         self,
         spec: ModelSpec,
@@ -41,9 +43,8 @@ class Activations:
         self._dtype = dtype
         self._device = machine.device
         self._shared = machine.device.shares_host_memory
-        self._disk = machine.disk
         self._io = machine.io
-        self._owned: list[tuple[Store, Tensor]] = []
+        self._taken = Taken()
         self._split = policy.activations
         self.regroup(batches)
         self._leaving: dict[int, Tensor] = {}  # by slot
@@ -57,7 +58,8 @@ class Activations:
             if parts[Tier.CPU] and not self._shared:
                 self._homes[batch] = self._take(machine.host, size(len(parts[Tier.CPU])))
             if parts[Tier.DISK]:
-                self._files[batch] = machine.disk.scratch(f"hidden-{batch}", size(len(parts[Tier.DISK])))
+                nbytes = size(len(parts[Tier.DISK]))
+                self._files[batch] = self._taken.file(machine.disk, f"hidden-{batch}", nbytes)
         from_disk = max(size(len(parts[Tier.DISK])) for parts in self._parts)
         moved = max(size(rows - stay) for rows, stay in zip(batches, self._resident, strict=True))
         self._arriving = [self._take(machine.host, from_disk) for _ in range(slots)]
@@ -68,9 +70,7 @@ class Activations:
         ]
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
-        buffer = store.allocate(nbytes, "hidden states")
-        self._owned.append((store, buffer))
-        return buffer
+        return self._taken.buffer(store, nbytes, "hidden states")
 
     def regroup(self, batches: Sequence[int]) -> None:
         """From here on, batches of so many rows: none larger than the one of its number was at first.
@@ -85,13 +85,7 @@ class Activations:
 
     def close(self) -> None:
         """Give back all memory and files."""
-        for store, buffer in self._owned:
-            store.release(buffer)
-        self._owned.clear()
-        for path in self._files.values():
-            self._io.forget(path)
-            self._disk.release(path)
-        self._files.clear()
+        self._taken.close()
 
     def load(self, batch: int, slot: int, tokens: int) -> Chains:
         """The work that brings the batch's rows that are away into `slot`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,12 +108,11 @@ class Call:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        try:
-            self._free_prompts()
-            self._free_buffers()
-            self._model.weights.release_decoded()
-        finally:
-            self._model.in_use.release()
+        with contextlib.ExitStack() as every:  # from the last, each whatever another one raises
+            every.callback(self._model.in_use.release)
+            every.callback(self._model.weights.release_decoded)
+            every.callback(self._free_buffers)
+            every.callback(self._free_prompts)
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
@@ -231,15 +231,16 @@ class Call:
 
     def _free_buffers(self) -> None:
         self._batches = []
-        for buffers in (self._cache, self._activations, self._lookup):
-            if buffers is not None:
-                buffers.close()
-        self._cache = self._activations = self._lookup = None
+        with contextlib.ExitStack() as every:
+            for buffers in (self._cache, self._activations, self._lookup):
+                if buffers is not None:
+                    every.callback(buffers.close)
+            self._cache = self._activations = self._lookup = None
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:
-            self._prompts.close()
-            self._prompts = None
+            prompts, self._prompts = self._prompts, None
+            prompts.close()
 
 
 def _each_after(check: Callable[[], object], steps: Iterable[Step]) -> Iterator[Step]:

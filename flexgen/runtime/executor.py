@@ -52,8 +52,10 @@ def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trac
         run.wait()
         completed = True
     finally:
-        lanes.stop(cancel=not completed)
-        events = lanes.take_events(origin)  # those of a failed run too: they must not show up in the next
+        try:
+            lanes.stop(cancel=not completed)
+        finally:  # those of a failed run too: they must not show up in the next
+            events = lanes.take_events(origin)
     return Trace(events)
 
 

@@ -15,6 +15,7 @@ from flexgen.kernels.threads import all_threads
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.runtime.pages import Bring, Padding, Page, Span, attend, put
 
 
@@ -25,11 +26,12 @@ class HostAttention:
     the host, the link and the compute lane.
     """
 
+    @whole_or_closed
     def __init__(
         self, batches: Sequence[Sequence[CacheSegment]], heads: int, machine: Machine, slots: int = SLOTS
     ) -> None:
         self._device = machine.device
-        self._owned: list[tuple[Store, Tensor]] = []
+        self._taken = Taken()
         self.regroup(batches)
         self._leaving: dict[int, Tensor] = {}  # by slot: on the device until the link has taken it
         if not any(self._rows):
@@ -49,15 +51,11 @@ class HostAttention:
         self._rows = [[row for s in segments if not s.on_device for row in s.rows] for segments in batches]
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
-        buffer = store.allocate(nbytes, "staging of attention on the host")
-        self._owned.append((store, buffer))
-        return buffer
+        return self._taken.buffer(store, nbytes, "staging of attention on the host")
 
     def close(self) -> None:
         """Give back all memory."""
-        for store, buffer in self._owned:
-            store.release(buffer)
-        self._owned.clear()
+        self._taken.close()
 
     def attends(self, batch: int) -> bool:
         """Whether the host attends to any row of the batch."""

@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
@@ -38,6 +38,7 @@ from flexgen.trace import LaneName
 class KVCache:
     """Keys and values of `batches` (the segments of each batch) in the layers at `layers`."""
 
+    @whole_or_closed
     def __init__(
         self,
         layers: Sequence[int],
@@ -52,9 +53,10 @@ class KVCache:
         self._host = machine.host
         self._disk = machine.disk
         self._io = machine.io
+        self._taken = Taken()
         self._values = ValueReader(machine.io)
-        self._owned: list[tuple[Store, Tensor]] = []
-        self._files: list[Path] = []
+        self._taken.also(self._values.close)
+        self._files = 0
         self._parts: dict[tuple[int, int], list[Part]] = {
             (j, k): [] for j in layers for k in range(len(batches))
         }
@@ -69,31 +71,22 @@ class KVCache:
             for tier in {segment.tier for segment in every}
         }
         self.host = HostAttention(batches, heads, machine, slots)
+        self._taken.also(self.host.close)
         self._go_on_with(self._parts)
 
     def close(self) -> None:
         """Give back all memory and files."""
-        self.host.close()
-        self._values.close()
-        for store, buffer in self._owned:
-            store.release(buffer)
-        for path in self._files:
-            self._io.forget(path)
-            self._disk.release(path)
-        self._owned.clear()
-        self._files.clear()
+        self._taken.close()
 
     # Buffers
 
     def _take(self, store: Store, nbytes: int, purpose: str) -> Tensor:
-        buffer = store.allocate(nbytes, purpose)
-        self._owned.append((store, buffer))
-        return buffer
+        return self._taken.buffer(store, nbytes, purpose)
 
     def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[Part]:
         if segment.tier is Tier.DISK:
-            path = self._disk.scratch(f"cache-{len(self._files)}", layers * segment.nbytes)
-            self._files.append(path)
+            path = self._taken.file(self._disk, f"cache-{self._files}", layers * segment.nbytes)
+            self._files += 1
             tails = self._take(self._host, layers * segment.page_bytes, "tails of the KV cache on disk")
             for n, tail in enumerate(tails.split(segment.page_bytes)):
                 place = (path, n * segment.nbytes)

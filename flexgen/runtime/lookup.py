@@ -12,6 +12,7 @@ from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
 from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.trace import LaneName
 
@@ -22,6 +23,7 @@ class Lookup:
     To the layer they are a table: a smaller one, with ids that count in it. `tokens`: ids of the largest batch.
     """
 
+    @whole_or_closed
     def __init__(
         self, table: RowTable, tokens: int, dtype: torch.dtype, machine: Machine, slots: int = SLOTS
     ) -> None:
@@ -31,7 +33,7 @@ class Lookup:
         self._codec = table.codec
         self._device = machine.device
         self._shared = machine.device.shares_host_memory
-        self._owned: list[tuple[Store, Tensor]] = []
+        self._taken = Taken()
         memory = machine.device.memory
         self._slots = [self._take(memory, sizes.slot) for _ in range(slots)]
         # Where nothing crosses a link, rows are gathered straight into the slot.
@@ -48,15 +50,11 @@ class Lookup:
         self._tables = [tensor_at(buffer, 0, shape, dtype) for buffer in kept]
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
-        buffer = store.allocate(nbytes, "rows of the embedding table")
-        self._owned.append((store, buffer))
-        return buffer
+        return self._taken.buffer(store, nbytes, "rows of the embedding table")
 
     def close(self) -> None:
         """Give back all memory."""
-        for store, buffer in self._owned:
-            store.release(buffer)
-        self._owned.clear()
+        self._taken.close()
 
     def load(self, ids: Tensor, slot: int) -> Chains:
         """The work that brings the rows of `ids`, which lie in host memory when it begins, to the device."""

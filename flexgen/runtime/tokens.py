@@ -14,6 +14,7 @@ from torch import Tensor
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import SLOTS
+from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
@@ -31,6 +32,7 @@ class Prompts:
     batches: Sequence[Sequence[int]]
     padding: list[Padding]
 
+    @whole_or_closed
     def __init__(
         self,
         prompts: Sequence[np.ndarray],
@@ -39,15 +41,15 @@ class Prompts:
         machine: Machine,
         slots: int = SLOTS,
     ) -> None:
+        self._taken = Taken()
         self._device = device = machine.device
-        self._host = machine.host
         self.lengths = [len(prompt) for prompt in prompts]
         self._group([list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))])
         sizes = [rows * width for rows, width in zip(batches, self._widths, strict=True)]
         self.positions_computed = sum(sizes)
         item = torch.int64.itemsize
-        self._buffer = machine.host.allocate((sum(sizes) + len(prompts)) * item, "prompts")
-        *flat, self.newest = self._buffer.view(torch.int64).split([*sizes, len(prompts)])
+        buffer = self._taken.buffer(machine.host, (sum(sizes) + len(prompts)) * item, "prompts")
+        *flat, self.newest = buffer.view(torch.int64).split([*sizes, len(prompts)])
         self._ids = [ids.view(-1, width) for ids, width in zip(flat, self._widths, strict=True)]
         for rows, ids in zip(self.batches, self._ids, strict=True):
             ids.fill_(pad_id)
@@ -99,7 +101,7 @@ class Prompts:
         return Padding(starts, there.to(self._device.torch_device), there)
 
     def close(self) -> None:
-        self._host.release(self._buffer)
+        self._taken.close()
 
     def source(self, token: int, batch: int) -> Tensor:
         """(rows, seq) in host memory: the prompt for the first token, then the newest id."""

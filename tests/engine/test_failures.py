@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from flexgen.engine import OptLM
-from flexgen.errors import LaneError
+from flexgen.errors import CapacityError, LaneError
 from flexgen.memory.disk import DiskIO
+from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
+from flexgen.memory.store import Store
 from flexgen.models import Head, InputEmbed
 from flexgen.orders import ORDERS
 from flexgen.policy import Tier
@@ -25,9 +27,9 @@ LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
 
 
 class Faulty:
-    """Stands in for a method: counts its calls, and raises `error` at call number `at`, once."""
+    """Stands in for a method: counts its calls, and raises `error` at call number `at`, once; `after` it was done."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str, after: bool = False) -> None:
         self.calls = 0
         self.at: int | None = None
         self.error: BaseException = OSError("the cable is out")
@@ -35,9 +37,11 @@ class Faulty:
 
         def stand_in(*args: Any, **options: Any) -> Any:
             self.calls += 1
-            if self.calls == self.at:
-                raise self.error
-            return method(*args, **options)
+            if self.calls != self.at:
+                return method(*args, **options)
+            if after:
+                method(*args, **options)
+            raise self.error
 
         patch.setattr(owner, name, stand_in)
 
@@ -211,3 +215,45 @@ def test_a_call_that_fails_takes_its_files_with_it(
             lm.generate(prompts(LENGTHS), 4, stop=())
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
         assert lm._machine.limits()[Tier.DISK] is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize(
+    ("owner", "method", "error"),
+    [
+        (DiskStore, "scratch", CapacityError("the disk is full")),
+        (Store, "allocate", MemoryError("there is no more")),
+        (Store, "allocate", KeyboardInterrupt()),
+        (Store, "release", KeyboardInterrupt()),
+        (DiskStore, "release", KeyboardInterrupt()),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_what_fails_while_buffers_are_made_or_given_back_leaves_nothing(
+    owner: type,
+    method: str,
+    error: BaseException,
+    device: str,
+    tiny: Any,
+    prompts: Any,
+    mixed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Wherever it fails: a file that stayed would be in the way of the next call, bytes that stayed counted too."""
+    model, given = tiny("opt"), prompts(LENGTHS)
+    fault = Faulty(monkeypatch, owner, method, after=method == "release")
+    with OptLM(model.directory, mixed(), device=device, progress=False, offload_dir=tmp_path) as lm:
+        fault.calls = 0
+        expected = lm.generate(given, 2, stop=())
+        machine, calls = lm._machine, fault.calls
+        stores = machine.device.memory, machine.host, machine.disk
+        taken = [store.used for store in stores]
+        fault.error = error
+        for at in sorted({1, 2, calls // 4, calls // 2, calls - 1, calls} - {0}):
+            fault.at, fault.calls = at, 0
+            with pytest.raises(type(error)):
+                lm.generate(given, 2, stop=())
+            assert [store.used for store in stores] == taken, f"call {at} of {calls}"
+            assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        np.testing.assert_array_equal(lm.generate(given, 2, stop=()), expected)

@@ -136,6 +136,37 @@ def test_a_disk_that_fills_while_reserving(store, root, monkeypatch):
     assert store.used == 0 and not list(root.rglob("a"))
 
 
+def test_an_interrupt_while_reserving_leaves_no_file(store, root, monkeypatch):
+    def interrupted(*call):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.scratch("a", BLOCK)
+    assert store.used == 0 and not list(root.rglob("a"))
+    assert store.scratch("a", BLOCK).exists()
+
+
+def test_an_interrupt_of_a_release_leaves_no_file(store, io, monkeypatch):
+    def interrupted(*call):
+        raise KeyboardInterrupt
+
+    path = store.scratch("a", BLOCK)
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "forget", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.release(path)
+    assert store.used == 0 and not path.exists()
+
+
+def test_a_scratch_file_that_somebody_removed(store):
+    path = store.scratch("a", BLOCK)
+    path.unlink()
+    store.release(path)
+    assert store.used == 0
+
+
 def test_file_systems_that_cannot_reserve(store, monkeypatch):
     def unsupported(*call):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

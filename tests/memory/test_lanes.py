@@ -261,6 +261,28 @@ def test_lanes_stop_collect_and_close():
     assert isinstance(caught.value.__cause__, Cancelled)
 
 
+def test_an_interrupt_does_not_cut_the_wait_for_idle_lanes_short():
+    idle = []
+
+    class Interrupted(ThreadLane):
+        interrupts = 2
+
+        def drain(self):
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            super().drain()
+            idle.append(self.name)
+
+    names = LaneName.DISK_READ, LaneName.DISK_WRITE
+    lanes = Lanes({name: Interrupted(name) for name in names})
+    with pytest.raises(KeyboardInterrupt):
+        lanes.stop(cancel=True)
+    assert idle == list(names)
+    lanes[LaneName.DISK_READ].submit(lambda: None, (), LOAD).wait()  # not dropped
+    lanes.close()
+
+
 def test_a_forgotten_lane_does_not_hold_up_the_exit():
     script = (
         "import threading\n"

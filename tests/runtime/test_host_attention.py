@@ -80,4 +80,6 @@ def test_nothing_is_taken_where_the_host_attends_to_nothing(machine: Any, spec: 
             segments = [cache_segments(spec, policy, 2, 8, torch.float32, False)]
             with closing(KVCache([LAYER], segments, 4, spec.num_heads, m)) as cache:
                 assert not cache.host.attends(0) and not cache.asks_host(0, Span(4, 1))
-                assert not cache.host._owned
+                taken = m.host.used, m.device.memory.used
+                cache.host.close()
+                assert (m.host.used, m.device.memory.used) == taken
