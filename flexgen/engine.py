@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
-from flexgen.errors import RequestError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
@@ -144,6 +143,8 @@ class OptLM(Conveniences):
             self._model: Model | None = Model(
                 self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order, table
             )
+            self._in_use = self._model.in_use
+            stack.callback(self._in_use.close)  # first of all: what runs uses what the others free
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
             self._finalizer = weakref.finalize(self, stack.pop_all().close)
 
@@ -158,15 +159,17 @@ class OptLM(Conveniences):
         return [layer.name for layer in self._layers]
 
     def close(self) -> None:
-        """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended."""
+        """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
+        so is a call in another thread, by RequestError; from within a call it raises one itself."""
+        self._in_use.refuse_inside()
         self._end_streams()
         self._finalizer()
         self._model = None  # and with it the last references to weights and slots:
         self._machine.device.close()  # a GPU's memory can be given back only now
 
     def _opened(self) -> Model:
-        if self._model is None:
-            raise RequestError("this model is closed, its weights are gone; open it again with OptLM(...)")
+        self._in_use.refuse_closed()
+        assert self._model is not None
         return self._model
 
     def __enter__(self) -> Self:
@@ -354,11 +357,7 @@ class OptLM(Conveniences):
         return model, self._planned(model.policy, workload, all_logits, kept)
 
     def _planned(
-        self,
-        policy: Policy,
-        workload: Workload | None,
-        all_logits: bool = False,
-        kept: Kept | None = None,
+        self, policy: Policy, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
     ) -> MemoryPlan:
         """The plan of a call (of the weights alone without a workload), which fits. Raises CapacityError."""
         return fitting_plan(self._plan_of(workload, all_logits, kept), policy, self._machine.limits())

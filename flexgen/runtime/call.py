@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from flexgen.errors import LaneError, RequestError
+from flexgen.errors import LaneError
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
@@ -24,6 +23,7 @@ from flexgen.policy import Policy
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
+from flexgen.runtime.in_use import InUse
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
@@ -48,7 +48,7 @@ class Model:
     slots: Slots
     order: str | None = None
     table: RowTable | None = None
-    in_use: threading.Lock = field(default_factory=threading.Lock, compare=False)
+    in_use: InUse = field(default_factory=InUse, compare=False)
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
@@ -80,7 +80,7 @@ class Call:
     hidden states are made for the first block and kept for all of its shape.
 
     `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
-    raises RequestError while another one runs: slots and lanes serve one at a time.
+    raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
     """
 
     def __init__(
@@ -101,15 +101,12 @@ class Call:
         """Of the prompts of all blocks, the padding of their batches included."""
 
     def __enter__(self) -> Call:
-        if not self._model.in_use.acquire(blocking=False):
-            raise RequestError(
-                "another call of this model is still running: take all that its stream has, or close the stream"
-            )
+        self._model.in_use.begin()
         return self
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.ExitStack() as every:  # from the last, each whatever another one raises
-            every.callback(self._model.in_use.release)
+            every.callback(self._model.in_use.end)
             every.callback(self._model.weights.release_decoded)
             every.callback(self._free_buffers)
             every.callback(self._free_prompts)
@@ -163,10 +160,13 @@ class Call:
         self.timing.trace.extend(events, offset)
         return generation
 
-    def _checked(self, steps: Iterable[Step]) -> Iterable[Step]:
-        if self._check is None:
-            return steps
-        return _each_after(self._check, steps)
+    def _checked(self, steps: Iterable[Step]) -> Iterator[Step]:
+        in_use = self._model.in_use
+        for step in steps:
+            in_use.check()
+            if self._check is not None:
+                self._check()
+            yield step
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
         """From `token` on, only these rows; nothing runs meanwhile."""
@@ -192,7 +192,8 @@ class Call:
         grid = replace(self._grid(normal, prompts, tokens), splits_attention=True)
         generation = self._generation(prompts, output, grid)
         grid = replace(grid, tokens=len(sampled))
-        trace = execute(normal(grid), grid, _LaneAlone(generation, lane, sampled), self._model.lanes)
+        alone = _LaneAlone(generation, lane, sampled)
+        trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes)
         seconds = [0.0] * len(sampled)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
@@ -241,12 +242,6 @@ class Call:
         if self._prompts is not None:
             prompts, self._prompts = self._prompts, None
             prompts.close()
-
-
-def _each_after(check: Callable[[], object], steps: Iterable[Step]) -> Iterator[Step]:
-    for step in steps:
-        check()
-        yield step
 
 
 class _LaneAlone:
