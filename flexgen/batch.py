@@ -165,6 +165,8 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     if before and isinstance(policy, Auto):
         # Another search could find another policy, for what is free now, and with it other blocks.
         policy, order = Policy.from_dict(before["policy"]), order or before["order"]
+    elif isinstance(policy, Auto):
+        policy = replace(policy, once=True)  # so that the blocks are the same wherever one is cut off
     with OptLM(
         args.model,
         policy,
@@ -176,7 +178,6 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     ) as model:
         if model.auto is not None:
             order = model.auto.opened.order
-            model.auto = None  # one policy for all calls, so that blocks are the same wherever one is cut off
         how = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
         if before and before != how:
             _tell("the policy is another one from here on: in half types answers may differ by rounding")

@@ -19,17 +19,17 @@ from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
-from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order, plan_memory
+from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.orders import check_order
-from flexgen.planning.auto import AutoPolicy, this_machine
+from flexgen.planning.auto import AutoPolicy, Chosen, this_machine
+from flexgen.planning.calls import CallPlans
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
@@ -130,7 +130,11 @@ class OptLM(Conveniences):
             self._slots = choose_order(order, self.policy, shared, self.policy.num_gpu_batches).slots
             self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
             self._resident_before = reset_peak_resident_bytes()
-            plan = self._planned(policy, None)
+            opened = Chosen(policy, order)
+            self._plans = CallPlans(
+                self._layers, self.placement, self.dtype, machine, self._slots, opened, self.auto
+            )
+            plan = self._plans.of_weights()
             homes = Homes(checkpoint, self.placement, self.dtype, machine)
             homes.load(self._layers, partial(tqdm, desc="weights", unit="layer", disable=self._no_bar))
             weight_slots = WeightSlots(
@@ -338,41 +342,13 @@ class OptLM(Conveniences):
         model, _ = self._prepared(workload)
         return lane_seconds(model, request, workload)
 
-    # Planning
-
     def _prepared(
         self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
     ) -> tuple[Model, MemoryPlan]:
-        """The model under the policy of a call, and its plan with what its caller keeps, which fits the machine.
-
-        Raises CapacityError otherwise, with a batch shape that would fit where there is one; a policy that was
-        searched for takes that shape.
-        """
+        """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
         model = self._opened()
-        if self.auto is not None:
-            plan, limits = self._plan_of(workload, all_logits, kept), self._machine.limits()
-            chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
-            policy = largest_fitting(plan, chosen.policy, limits) or chosen.policy
-            model = replace(model, policy=policy, order=chosen.order)
-        return model, self._planned(model.policy, workload, all_logits, kept)
-
-    def _planned(
-        self, policy: Policy, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
-    ) -> MemoryPlan:
-        """The plan of a call (of the weights alone without a workload), which fits. Raises CapacityError."""
-        return fitting_plan(self._plan_of(workload, all_logits, kept), policy, self._machine.limits())
-
-    def _plan_of(
-        self, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
-    ) -> Callable[[Policy], MemoryPlan]:
-        def plan(policy: Policy) -> MemoryPlan:
-            shared = self._machine.device.shares_host_memory
-            planned = plan_memory(
-                self._layers, self.placement, policy, self.dtype, shared, workload, all_logits, self._slots
-            )
-            return replace(planned, needs=(*planned.needs, *kept(policy))) if kept else planned
-
-        return plan
+        chosen, plan = self._plans.of_call(workload, all_logits, kept)
+        return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def _measured(
         self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int

@@ -308,11 +308,13 @@ class Auto:
     """A policy that is still to be found, by a search for the machine and the workload at hand.
 
     fixed: fields that are given already, by name, in any form that `Policy` takes. lossy: codecs may be chosen,
-    which round weights and cache. Raises PolicyError for fields that cannot be meant.
+    which round weights and cache. once: what is found for the opening holds for every call, also for one that is
+    unlike it. Raises PolicyError for fields that cannot be meant.
     """
 
     fixed: Mapping[str, Any] = field(default_factory=dict)
     lossy: bool = False
+    once: bool = False
 
     def __post_init__(self) -> None:
         policy = Policy.from_dict(self.fixed)

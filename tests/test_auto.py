@@ -165,6 +165,19 @@ def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(sea
     assert kept["weights"] == model.policy.weights and kept["sep_layer"] == model.policy.sep_layer
 
 
+def test_once_holds_for_every_call(searches, monkeypatch):
+    slow(monkeypatch)
+    with opened(Auto({"cache": {"cpu": 100}}, once=True), Workload(4, 2, 1)) as model:
+        model.generate(ids := prompts(8, 60), 6, stop=())
+        assert model.stats.policy == model.policy and model.policy.block_size == 1
+        # Nor does it take a shape that fits: what was the same every time would not be.
+        limits = {Tier.GPU: None, Tier.CPU: 1000, Tier.DISK: None}
+        monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
+        with pytest.raises(CapacityError, match="cpu tier, which has 1000 B"):
+            model.generate(ids, 6, stop=())
+    assert [workload for workload, _ in searches] == [Workload(4, 2, 1)]
+
+
 def test_an_order_that_wants_more_slots_is_not_taken(monkeypatch, nothing_is_measured):
     """Opened with two of each, a call whose policy asks for more is given another order."""
     spec, _ = open_model(CONFIG, "dummy")
@@ -194,7 +207,7 @@ def test_a_call_that_does_not_fit_takes_fewer_prompts_at_once(monkeypatch):
     ids = prompts(8, 40)
     with opened(Auto({"gpu_batch_size": 8, "num_gpu_batches": 1})) as model, opened(Policy()) as plain:
         expected = plain.generate(ids, 6, stop=())
-        two = model._plan_of(Workload(40, 6, 8), False)(model.policy.replace(gpu_batch_size=2))
+        two = model._plans._plan_of(Workload(40, 6, 8))(model.policy.replace(gpu_batch_size=2))
         limits = {Tier.GPU: None, Tier.CPU: two.on(Tier.CPU), Tier.DISK: None}
         monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
 

@@ -118,6 +118,7 @@ class AutoPolicy:
     ) -> None:
         """stored: bytes of weights on disk that take none of what is free there."""
         self._auto = auto
+        self.once = auto.once
         self._spec = spec
         disk = hardware.capacity[Tier.DISK] + stored
         self.hardware = hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
