@@ -21,7 +21,7 @@ import transformers
 from flexgen import demo, scoring
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError
-from flexgen.flags import add_policy_flags, count, read_policy, run
+from flexgen.flags import OutputFile, add_model_flags, add_policy_flags, count, read_policy, run
 from flexgen.planning.auto import USUAL, known_machine, this_machine
 from flexgen.policy import Policy
 from flexgen.report import Report
@@ -77,8 +77,7 @@ def bench(args: argparse.Namespace) -> Report:
         print(answers(job, ids))
     print(report.card())
     if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(report.to_json() + "\n")
+        args.json.append(report.to_json())
     return report
 
 
@@ -180,10 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m flexgen.bench", description="Measure the throughput of a policy."
     )
     add = parser.add_argument
-    add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
-    add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random ones")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add_model_flags(parser, dummy=True)
     add(
         "--prompt-len",
         type=count,
@@ -192,10 +188,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gen-len", type=count, help="new tokens of each prompt (default: 32; demo: 24)")
     add("--num-prompts", type=count, help="prompts in all (default: one block; demo: 1024)")
     add("--cut-gen-len", type=count, metavar="N", help="run N tokens only and project the decode time")
-    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
     add("--seed", type=int, default=0, help="of prompts and records")
-    add("--json", metavar="FILE", help="append the figures to FILE as a line of JSON")
-    add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
+    add("--json", type=OutputFile, metavar="FILE", help="append the figures to FILE as a line of JSON")
+    add(
+        "--trace",
+        type=OutputFile,
+        metavar="FILE",
+        help="write every step by lane, for chrome://tracing or ui.perfetto.dev",
+    )
     add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
     add("--predict", action="store_true", help="measure the machine, if it was not, to predict the run too")
     add_policy_flags(parser)

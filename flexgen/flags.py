@@ -21,8 +21,18 @@ from flexgen.policy import Auto, Policy
 AUTO = "auto"
 """What `--policy` is without a file."""
 
-_WRITTEN = ("json", "trace", "output", "save_hardware", "frontier")
-"""Flags that name a file which is written when all is done."""
+
+class OutputFile(str):
+    """The name of a file that a command writes when all is done, `-` for the standard output: the `type` of its flag,
+    by which `run` knows what to try before."""
+
+    def append(self, line: str) -> None:
+        """Write one more line."""
+        if self == "-":
+            print(line)
+            return
+        with open(self, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def run(
@@ -60,9 +70,8 @@ def run(
 
 def _check_written(args: argparse.Namespace) -> None:
     """Raise OSError for a file that cannot be written. Leaves none behind that was not there."""
-    for name in _WRITTEN:
-        path = getattr(args, name, None)
-        if not path or path == "-":
+    for name, path in vars(args).items():
+        if not isinstance(path, OutputFile) or path == "-":
             continue
         flag, new = f"--{name.replace('_', '-')}", not Path(path).exists()
         if not new and not stat.S_ISREG(os.stat(path).st_mode):
@@ -95,10 +104,14 @@ def _freed_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model runs, and on what."""
+def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> None:
+    """Which model runs, and on what. dummy: what it says may mean nothing."""
     add = parser.add_argument
-    add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
+    if dummy:
+        add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
+        add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random ones")
+    else:
+        add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
@@ -132,11 +145,16 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add = flexgen.add_argument
     names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
     add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
-    add("--gpu-batch-size", type=count)
-    add("--num-gpu-batches", type=count)
+    add("--gpu-batch-size", type=count, help="prompts that are computed at once")
+    add("--num-gpu-batches", type=count, help="such batches that share each loaded layer")
     add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
-    for name in ("--overlap", "--sep-layer", "--pin-weight", "--cpu-cache-compute"):
-        add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL")
+    for name, help in (
+        ("--overlap", "move the next layers and batches while one is computed"),
+        ("--sep-layer", "attention and MLP are layers of their own, each with its weights"),
+        ("--pin-weight", "weights in host memory lie in pages that a GPU reads directly"),
+        ("--cpu-cache-compute", "the CPU attends to the cache that lies there, instead of sending it"),
+    ):
+        add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL", help=help)
 
 
 def read_policy(args: argparse.Namespace) -> Policy | Auto:

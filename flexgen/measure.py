@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flexgen.flags import run
+from flexgen.flags import OutputFile, run
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import cache_folder, measured, remembered
 
@@ -59,7 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--offload-dir", metavar="DIR", help="a directory on the disk to measure (default: the temporary one)"
     )
-    add("-o", "--output", metavar="FILE", help="write the TOML to FILE instead of printing it")
+    add(
+        "-o",
+        "--output",
+        type=OutputFile,
+        metavar="FILE",
+        help="write the TOML to FILE instead of printing it",
+    )
     add("--again", action="store_true", help="measure again, even if it was done before")
     add("--quiet", action="store_true", help="no bar, and nothing but the TOML")
     return parser

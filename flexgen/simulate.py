@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flexgen.flags import add_policy_flags, count, read_policy, run
+from flexgen.flags import OutputFile, add_policy_flags, count, read_policy, run
 from flexgen.models import open_model
 from flexgen.planning.auto import USUAL, AutoPolicy
 from flexgen.planning.measured import find_hardware
@@ -48,8 +48,7 @@ def simulate(args: argparse.Namespace) -> Report:
         return report
     print(report.card())
     if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(report.to_json() + "\n")
+        args.json.append(report.to_json())
     return report
 
 
@@ -88,9 +87,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="lay out N tokens of the decode instead of all; much faster, and close",
     )
     add(
-        "--json", metavar="FILE", help="append the figures to FILE as a line of JSON; - prints that line only"
+        "--json",
+        type=OutputFile,
+        metavar="FILE",
+        help="append the figures to FILE as a line of JSON; - prints that line only",
     )
-    add("--trace", metavar="FILE", help="write every step by lane, for chrome://tracing or ui.perfetto.dev")
+    add(
+        "--trace",
+        type=OutputFile,
+        metavar="FILE",
+        help="write every step by lane, for chrome://tracing or ui.perfetto.dev",
+    )
     add_policy_flags(parser)
     return parser
 

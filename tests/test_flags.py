@@ -13,7 +13,7 @@ from flexgen import flags
 def parser():
     made = argparse.ArgumentParser(prog="command")
     for flag in ("--json", "--save-hardware"):
-        made.add_argument(flag)
+        made.add_argument(flag, type=flags.OutputFile)
     return made
 
 

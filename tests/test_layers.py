@@ -23,6 +23,7 @@ LAYERS = [
     {"conveniences"},
     {"engine"},
     {"hf", "flex_opt", "trial"},
+    {"tuning"},
     {"compression", "opt_config", "pytorch_backend", "timer", "utils"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"__init__", "__main__"},

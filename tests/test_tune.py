@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexgen import bench, tune
+from flexgen import bench, tune, tuning
 from flexgen.errors import CapacityError
 from flexgen.models import open_model
 from flexgen.planning.hardware import Hardware
@@ -63,8 +63,8 @@ def trials(monkeypatch):
             phases=phases if lanes else {},
         )  # fmt: skip
 
-    monkeypatch.setattr(tune, "run_trial", run)
-    monkeypatch.setattr(tune, "find_policy", remembered)
+    monkeypatch.setattr(tuning, "run_trial", run)
+    monkeypatch.setattr(tuning, "find_policy", remembered)
     return told
 
 
@@ -115,7 +115,7 @@ def test_figures_are_corrected_by_what_was_seen(tuned, nothing_is_measured, tmp_
 
 
 def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
-    find, rounds = tune.find_policy, []
+    find, rounds = tuning.find_policy, []
 
     def another(*args, **options):
         """Each time the next of the best three is the best."""
@@ -124,7 +124,7 @@ def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
         found = [search.best, *search.runners_up]
         return replace(search, best=found[(len(rounds) - 1) % len(found)], runners_up=())
 
-    monkeypatch.setattr(tune, "find_policy", another)
+    monkeypatch.setattr(tuning, "find_policy", another)
     trials.slow = lambda policy: len(trials.runs) == 1
     _, found = tuned("--top 1 --rounds 2 --repeats 1")
     tried = [one["policy"] for one in found["tried"]]
@@ -134,14 +134,14 @@ def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
 
 def test_an_order_that_is_not_the_policys_own_is_tried_and_told(tuned, trials, monkeypatch):
     """The same policy in two orders is two candidates, and a file alone would run in its own."""
-    find = tune.find_policy
+    find = tuning.find_policy
 
     def in_two_orders(*args, **options):
         search = find(*args, **options)
         normal = replace(search.best, order="normal")
         return replace(search, best=search.best, runners_up=(normal,))
 
-    monkeypatch.setattr(tune, "find_policy", in_two_orders)
+    monkeypatch.setattr(tuning, "find_policy", in_two_orders)
     trials.slow = lambda policy: len(trials.runs) == 1
     out, found = tuned("--top 2 --rounds 1 --repeats 1")
     own, other = found["tried"]
@@ -227,7 +227,7 @@ def test_what_makes_no_sense_is_one_clear_line(flags, said, capsys):
 
 def test_a_missing_matplotlib_is_told_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(tune, "find_policy", lambda *args, **kwargs: pytest.fail("worked"))
+    monkeypatch.setattr(tuning, "find_policy", lambda *args, **kwargs: pytest.fail("worked"))
     assert tune.main(["--hardware", "t4", "--simulate-only", "--frontier", "x.png"]) == 1
     assert "pip install 'flexgen[plot]'" in capsys.readouterr().err
 

@@ -98,16 +98,17 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
         )
     if not config.enabled:
         return "none"
-    codecs = {codec.bits: codec for codec in CODECS.values() if isinstance(codec, Groupwise)}
-    if config.num_bits not in codecs:
-        known = ", ".join(map(str, sorted(codecs)))
+    groupwise = [codec for codec in CODECS.values() if isinstance(codec, Groupwise)]
+    groups = {codec.group: codec for codec in groupwise if codec.bits == config.num_bits}
+    if not groups:
+        known = ", ".join(map(str, sorted({codec.bits for codec in groupwise})))
         raise PolicyError(f"{field}: num_bits is {config.num_bits!r}; supported: {known}")
-    codec = codecs[config.num_bits]
-    if config.group_size < codec.group:
+    if config.group_size < (least := min(groups)):
         raise PolicyError(
-            f"{field}: group_size is {config.group_size!r}; groups have {codec.group} values here, so that "
-            f"smaller ones would be kept less exactly than asked: give {codec.group} or more"
+            f"{field}: group_size is {config.group_size!r}; groups have {least} values here, so that "
+            f"smaller ones would be kept less exactly than asked: give {least} or more"
         )
+    codec = groups[max(size for size in groups if size <= config.group_size)]
     if config.group_dim not in dims:
         known = " or ".join(map(str, dims))
         raise PolicyError(f"{field}: group_dim is {config.group_dim!r}; supported: {known}")

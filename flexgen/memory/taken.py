@@ -48,20 +48,20 @@ class _Closes(Protocol):
     def close(self) -> None: ...
 
 
-Self = TypeVar("Self", bound=_Closes)
+Owner = TypeVar("Owner", bound=_Closes)
 Arguments = ParamSpec("Arguments")
 
 
 def whole_or_closed(
-    make: Callable[Concatenate[Self, Arguments], None],
-) -> Callable[Concatenate[Self, Arguments], None]:
+    make: Callable[Concatenate[Owner, Arguments], None],
+) -> Callable[Concatenate[Owner, Arguments], None]:
     """Has an `__init__` that fails, or that Ctrl-C ends, give back what it took: nobody else could.
 
     `close` is called for an object that is not whole; it may rely on what `__init__` does before it takes anything.
     """
 
     @wraps(make)
-    def made(self: Self, *args: Arguments.args, **options: Arguments.kwargs) -> None:
+    def made(self: Owner, *args: Arguments.args, **options: Arguments.kwargs) -> None:
         try:
             make(self, *args, **options)
         except BaseException:
