@@ -11,6 +11,9 @@ with the peer, whose pinned memory rounds each tensor up to a power of two, 112 
 Each case's output is shown as it comes. Writes one JSON object after each case: the command, the GPU, the test
 result, a report of each run (the keys of `python -m flexgen.bench --json`), the shares of the bound, and the decode
 throughput over the peer's. A run that fails is recorded with the end of its output; the rest goes on.
+
+Without a GPU, `--emulated` runs the same policies on the emulated device, on a few layers of the same shape and short
+prompts, in 24 GiB: what the schedules lose shows there too, what the kernels and the link give does not.
 """
 
 from __future__ import annotations
@@ -30,12 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import RESULTS, anywhere, machine
+from transformers import OPTConfig
+
+from flexgen.models import open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "benchmarks" / "peers" / "flexgen01_worker.py"
 TEN_MINUTES = 600
 MEMORY_GIB = 16
 LENGTHS = ["--prompt-len", "512", "--gen-len", "32"]
+EMULATED = ["--device", f"emulated:memory={MEMORY_GIB}GiB,link=1GiB", "--prompt-len", "32", "--gen-len", "8"]
+EMULATED_LAYERS = 4
 
 # Weights, cache, activations on gpu and cpu; prompts per batch, batches.
 OURS: dict[str, list[str]] = {
@@ -103,7 +112,7 @@ def call(
         finally:
             late.cancel()
     return {
-        "command": " ".join(["python", *command[1:]]),
+        "command": " ".join(["python", *map(anywhere, command[1:])]),
         "status": process.returncode if in_time else None,
         "seconds": round(time.perf_counter() - began, 1),
         "output": "".join(lines)[-4000:],
@@ -138,6 +147,35 @@ def cases(reports: Path, peer: Path | None) -> dict[str, dict[str, Any]]:
     return found
 
 
+def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
+    """The same for `OURS` on the emulated device."""
+    found = {}
+    for name, (_, model, *flags) in OURS.items():
+        spec = open_model(model, "dummy")[0]
+        few = OPTConfig(
+            hidden_size=spec.hidden_size,
+            word_embed_proj_dim=spec.hidden_size,
+            ffn_dim=spec.ffn_size,
+            num_attention_heads=spec.num_heads,
+            num_hidden_layers=EMULATED_LAYERS,
+            dtype="bfloat16",
+        )
+        shape = reports / "shapes" / model
+        few.save_pretrained(shape)
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "flexgen.bench",
+            "--model",
+            str(shape),
+            *EMULATED,
+            *flags,
+        ]
+        found[name] = {"command": [*command, "--weights", "dummy", "--json", str(reports / name)]}
+    return found
+
+
 def compare(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The shares of the bound, and decode tokens/s over the peer's, of the runs that have a report."""
     runs = {name: run["report"] for name, run in results.items() if isinstance(run, dict) and "report" in run}
@@ -156,25 +194,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument(
+        "--out", type=Path, help="another file for the results than benchmarks/results/gpu.json"
+    )
+    parser.add_argument("--emulated", action="store_true", help="without a GPU; writes gpu_emulated.json")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="where flexgen 0.1.8 is installed")
     parser.add_argument("--only", metavar="CASE", nargs="+", help="tests, a model, `MODEL, flexgen 0.1.8`")
     parser.add_argument("--seconds", type=float, default=0.95 * TEN_MINUTES, help="for everything together")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no GPU is visible to torch: nothing to measure", file=sys.stderr)
+    if not args.emulated and not torch.cuda.is_available():
+        print("no GPU is visible to torch: nothing to measure (see --emulated)", file=sys.stderr)
         return 1
     if args.peer is not None and not (args.peer / "flexgen" / "flex_opt.py").exists():
         parser.error(f"--peer {args.peer}: there is no flexgen/flex_opt.py in it; see the top of --help")
     deadline = time.perf_counter() + args.seconds
+    out = args.out or RESULTS / ("gpu_emulated.json" if args.emulated else "gpu.json")
+    device = {"machine": machine()} if args.emulated else {"gpu": torch.cuda.get_device_name()}
     results: dict[str, Any] = {
-        "command": "python benchmarks/gpu.py" + " --peer DIR" * (args.peer is not None),
-        "gpu": torch.cuda.get_device_name(),
+        "command": "python benchmarks/gpu.py"
+        + " --peer DIR" * bool(args.peer)
+        + " --emulated" * args.emulated,
+        **device,
         "torch": torch.__version__,
     }
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
-        chosen = cases(reports, args.peer)
+        chosen = emulated_cases(reports) if args.emulated else cases(reports, args.peer)
         if unknown := set(args.only or ()) - set(chosen):
             parser.error(f"--only: no case {', '.join(sorted(unknown))}; there are: {'; '.join(chosen)}")
         chosen = {name: case for name, case in chosen.items() if args.only is None or name in args.only}
@@ -186,9 +231,10 @@ def main() -> int:
             if (reports / name).exists():
                 result["report"] = json.loads((reports / name).read_text())
             results["comparison"] = compare(results)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")  # what is known so far is kept
+            text = json.dumps(results, indent=1).replace(str(reports), "DIR")
+            out.write_text(text + "\n")  # what is known so far is kept
             print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
-    print(f"written to {args.out}: {results['comparison']}")
+    print(f"written to {out}: {results['comparison']}")
     return int(any(results[name]["status"] != 0 for name in chosen))
 
 

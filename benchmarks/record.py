@@ -54,7 +54,7 @@ def interleaved(
     }
 
 
-def _anywhere(word: str) -> str:
+def anywhere(word: str) -> str:
     """A path of this machine says nothing on another."""
     path = Path(word)
     return word if not path.is_absolute() else "DIR" if path.is_dir() else "PATH"
@@ -74,7 +74,7 @@ def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Pat
     """Write figures, with the command and the machine, to results/<name>.json."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *map(_anywhere, sys.argv[1:])])
+    command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *map(anywhere, sys.argv[1:])])
     document = {"command": command, "machine": machine(), **figures}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -33,7 +34,9 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return load(BENCHMARKS / "gpu.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))  # as where a script lies
+        return load(BENCHMARKS / "gpu.py")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,21 @@ def test_the_peer_runs_beside_each_model_and_out_of_this_package_s_sight(benchma
             command[command.index(flag) + 1] for command in (found["opt-30b"]["command"], case["command"])
         )
         assert ours == theirs
+
+
+def test_the_emulated_runs_have_the_same_policies_and_shapes(benchmark, tmp_path):
+    found = benchmark.emulated_cases(tmp_path)
+    assert list(found) == RUNS
+    for name, case in found.items():
+        here, there = (
+            bench.make_parser().parse_args(command[4:])
+            for command in (case["command"], benchmark.cases(tmp_path, None)[name]["command"])
+        )
+        assert read_policy(here) == read_policy(there) and here.device.startswith("emulated:memory=16GiB,")
+        few, whole = (open_model(args.model, "dummy")[0] for args in (here, there))
+        assert here.json == str(tmp_path / name) and not (tmp_path / name).exists()
+        same = {"name": "", "dtype": None, "num_layers": benchmark.EMULATED_LAYERS}
+        assert replace(few, **same) == replace(whole, **same) and few.num_layers < whole.num_layers
 
 
 def test_the_worker_refuses_this_package(tmp_path):
