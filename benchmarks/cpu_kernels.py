@@ -232,14 +232,15 @@ def main() -> None:
     earlier = kept(path)
     same_machine = earlier.get("machine") == machine()
     figures: dict[str, Any] = {part: earlier[part] for part in PARTS if same_machine and part in earlier}
+    repeats = {part: earlier["repeats"][part] for part in figures}
     about = {
         "unit": "GB/s, median",
-        "repeats": args.repeats,
+        "repeats": repeats,
         "variant": native.variant(),
         "load_at_start": load,
     }
     for part in args.only or PARTS:
-        figures[part] = list(parts[part]())
+        figures[part], repeats[part] = list(parts[part]()), args.repeats
         print(table(figures[part]), save("cpu_kernels", about | figures, path), "", sep="\n\n")
 
 

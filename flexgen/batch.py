@@ -22,12 +22,11 @@ from typing import Any
 from flexgen.answers import Answers
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError
-from flexgen.flags import add_model_flags, add_policy_flags, add_sampling_flags, count, read_policy, run
+from flexgen.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
 from flexgen.models import ModelSpec, open_model
 from flexgen.policy import Auto, Policy
-from flexgen.runtime.request import check_whole
-from flexgen.runtime.sampler import check_sampling, check_seed
-from flexgen.text import encode, load_tokenizer, stop_strings
+from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
+from flexgen.text import encode, load_tokenizer
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
@@ -42,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def batch(args: argparse.Namespace) -> None:
     """Read the prompts, find what is answered already, answer the rest."""
-    check_whole("--max-tokens", args.max_tokens, 1)
-    check_sampling(args.temperature, args.top_k, args.top_p)
-    check_seed(args.seed)
-    stop_strings(args.stop)
+    check_sampling_flags(args)
     policy = read_policy(args)
     job = read_job(args)
     with Answers(args.answers, job.about, len(job.ids)) as answers:
@@ -55,7 +51,7 @@ def batch(args: argparse.Namespace) -> None:
             )
             return
         if answers.run:
-            _tell(f"{args.answers} has the answers of {answers.count} of {answers.total} prompts; going on")
+            tell(f"{args.answers} has the answers of {answers.count} of {answers.total} prompts; going on")
         _answer(args, job, answers, policy)
 
 
@@ -180,7 +176,7 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             order = model.auto.opened.order
         how = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
         if before and before != how:
-            _tell("the policy is another one from here on: in half types answers may differ by rounding")
+            tell("the policy is another one from here on: in half types answers may differ by rounding")
         save_every = args.save_every * model.policy.block_size
         answers.begin(how, save_every)
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
@@ -201,16 +197,12 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             )
             assert model.stats is not None
             new_tokens += model.stats.new_tokens
-            _tell(f"{answers.count} of {answers.total} prompts are answered")
+            tell(f"{answers.count} of {answers.total} prompts are answered")
     seconds = time.perf_counter() - begun
     print(
         f"{args.answers}: {answers.total - first} prompts answered, {new_tokens} new tokens in "
         f"{format_seconds(seconds)} ({new_tokens / seconds:.4g} tokens/s)"
     )
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:

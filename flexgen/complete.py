@@ -19,11 +19,11 @@ from typing import Any
 
 from flexgen.engine import OptLM
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.flags import add_model_flags, add_policy_flags, add_sampling_flags, read_policy, run
+from flexgen.flags import add_model_flags, add_policy_flags, read_policy, run, tell
 from flexgen.models import open_model
-from flexgen.runtime.request import check_length, check_whole, read_request
-from flexgen.runtime.sampler import check_sampling, check_seed
-from flexgen.text import encode, encode_chat, load_tokenizer, stop_strings
+from flexgen.runtime.request import check_length, read_request
+from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
+from flexgen.text import encode, encode_chat, load_tokenizer
 from flexgen.workload import Workload
 
 _PROMPT = ">>> "
@@ -65,10 +65,7 @@ def complete(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise RequestError for flags, and standard streams, that cannot be meant."""
-    check_whole("--max-tokens", args.max_tokens, 1)
-    check_sampling(args.temperature, args.top_k, args.top_p)
-    check_seed(args.seed)
-    stop_strings(args.stop)
+    check_sampling_flags(args)
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
         raise RequestError("--interactive asks for prompts; leave --prompt and --prompt-file out")
     if sys.stdout is None:
@@ -152,21 +149,21 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives `input` its editing and its history)
     prompts = _Prompts(model.tokenizer)
-    _tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-D leaves.")
+    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-D leaves.")
     try:
         while (line := _read_line()) is not None:
             if not line.strip():
                 continue
             if line.strip() == _RESET:
-                _tell(prompts.reset())
+                tell(prompts.reset())
                 continue
             try:
                 prompts.answered(line, _answer(model, prompts.ids(line), args))
             except FlexGenError as error:
-                _tell(f"{error}{prompts.hint}")
+                tell(f"{error}{prompts.hint}")
     except KeyboardInterrupt:
         pass
-    _tell("\nbye")
+    tell("\nbye")
 
 
 class _Prompts:
@@ -214,10 +211,6 @@ def _read_line() -> str | None:
     sys.stderr.flush()
     line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -23,11 +23,11 @@ AUTO = "auto"
 
 
 class OutputFile(str):
-    """The name of a file that a command writes when all is done, `-` for the standard output: the `type` of its flag,
-    by which `run` knows what to try before."""
+    """The name of a file that a command writes when all is done: the `type` of its flag, by which `run` knows what to
+    try before."""
 
     def append(self, line: str) -> None:
-        """Write one more line."""
+        """Write one more line, `-` shows it."""
         if self == "-":
             print(line)
             return
@@ -117,15 +117,9 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
     add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How a text goes on, and where it ends."""
-    add = parser.add_argument
-    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default: 128)")
-    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1.0)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")
-    add("--seed", type=int, help="of what is drawn (default: another one each time)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+def tell(text: str) -> None:
+    """Show a line beside the output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"memory"},
     {"runtime"},
     {"planning"},
-    {"conveniences"},
+    {"conveniences", "sampling_flags"},
     {"engine"},
     {"hf", "flex_opt", "trial"},
     {"tuning"},

@@ -367,19 +367,19 @@ def _points_or_none(name: str, value: object) -> Points:
 
 
 def _seconds_at(name: str, value: object) -> Points:
-    return _points(name, value, "[[numbers, seconds of each], ...]", _seconds)
+    return _points(name, value, ("numbers", "seconds of each"), _seconds)
 
 
 def _points(
     name: str,
     value: object,
-    form: str = "[[rows, flop/s], ...]",
+    of: tuple[str, str] = ("rows", "flop/s"),
     figure: Callable[[str, object], float] = _rate,
 ) -> Points:
-    at = form.strip("[").partition(",")[0]
+    at, what = of
     pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
     if not pairs or not value:
-        raise HardwareError(f"{name} is {value!r}; write points: {form}")
+        raise HardwareError(f"{name} is {value!r}; write points: [[{at}, {what}], ...]")
     assert isinstance(value, Sequence)
     points = tuple((_rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
     if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
