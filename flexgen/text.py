@@ -84,7 +84,7 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
             )
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            "the tokenizer has no chat template; give prompts as texts, or ids, in the format the model was trained with"
+            "the tokenizer has no chat template; give texts or ids in the format that the model was trained with"
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
