@@ -31,7 +31,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["flexgen", "flexgen.*"]),
+    packages=[*find_packages(include=["flexgen", "flexgen.*"]), "flexllmgen"],
+    package_dir={"flexllmgen": "flexgen/flex_opt/flexllmgen"},
+    entry_points={"console_scripts": ["flexgen = flexgen.__main__:main"]},
     package_data={"flexgen": ["py.typed", "demo/model/*", "planning/*.toml", "kernels/*.pyi"]},
     ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place

@@ -6,9 +6,33 @@ with OptLM("demo", Policy(gpu_batch_size=8, weights={"cpu": 50, "disk": 50})) as
     ids = model.generate([[5, 6, 7]], max_new_tokens=8)
 """
 
-from flexgen.engine import OptLM, Stats
-from flexgen.policy import Auto, Policy, Share, Split, Tier
-from flexgen.runtime.sampler import sample
-from flexgen.workload import Workload
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flexgen.interrupts import end_quietly_while_starting
+
+if TYPE_CHECKING:
+    from flexgen.engine import OptLM, Stats
+    from flexgen.policy import Auto, Policy, Share, Split, Tier
+    from flexgen.runtime.sampler import sample
+    from flexgen.workload import Workload
 
 __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]
+
+_MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
+_MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine")
+_MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"}
+
+end_quietly_while_starting()
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for (PEP 562): the list of commands and a policy do without torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +149,38 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives `input` its editing and its history)
     prompts = _Prompts(model.tokenizer, args.special_tokens)
-    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-D leaves.")
-    try:
-        while (line := _read_line()) is not None:
-            if not line.strip():
-                continue
-            if line.strip() == _RESET:
-                tell(prompts.reset())
-                continue
-            try:
-                prompts.answered(line, _answer(model, prompts.ids(line), args))
-            except FlexGenError as error:
-                tell(f"{error}{prompts.hint}")
-    except KeyboardInterrupt:
-        pass
+    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C ends an answer, Ctrl-D leaves.")
+    for line in _lines():
+        if not line.strip():
+            continue
+        if line.strip() == _RESET:
+            tell(prompts.reset())
+            continue
+        try:
+            prompts.answered(line, _answer(model, prompts.ids(line), args))
+        except FlexGenError as error:
+            tell(f"{error}{prompts.hint}")
+        except KeyboardInterrupt:
+            tell("\nthe answer was ended; it is not part of the conversation")
     tell("\nbye")
+
+
+def _lines() -> Iterator[str]:
+    """The lines that are typed. Ctrl-C drops one that is half typed; a second one before the next line ends them."""
+    dropped = False
+    while True:
+        try:
+            line = _read_line()
+        except KeyboardInterrupt:
+            if dropped:
+                return
+            tell("\nCtrl-C again, or Ctrl-D, leaves")
+            dropped = True
+            continue
+        if line is None:
+            return
+        dropped = False
+        yield line
 
 
 class _Prompts:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import FlexGenError, PolicyError
+from flexgen.interrupts import handle_as_usual
 from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
 
@@ -45,6 +46,7 @@ def run(
     What the package logs, such as the policy that was found, is shown on stderr meanwhile. A file that could not be
     written at the end is refused before any work. SIGTERM ends the command as Ctrl-C does: what it holds is freed.
     """
+    handle_as_usual()
     args = parser.parse_args(argv)
     told = logging.StreamHandler(sys.stderr)
     told.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
@@ -132,13 +134,23 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         help="TOML file of the policy; auto (the default) searches for the best one here",
     )
     add("--lossy", action="store_true", help="let auto choose codecs too, which round weights and cache")
-    add("--order", choices=sorted(ORDERS), help="schedule (default: the one the policy asks for)")
-    flexgen = parser.add_argument_group(
-        "flags of FlexGen's benchmark (they override the policy file, and auto keeps to them)"
+    orders = ", ".join(sorted(ORDERS))
+    add(
+        "--order",
+        choices=sorted(ORDERS),
+        metavar="ORDER",
+        help=f"{orders} (default: the one the policy asks for)",
     )
+    flexgen = parser.add_argument_group("flags of FlexGen's benchmark, which override the policy file")
     add = flexgen.add_argument
-    names = ("W_GPU", "W_CPU", "C_GPU", "C_CPU", "A_GPU", "A_CPU")
-    add("--percent", nargs=6, type=float, metavar=names, help="weights, cache, activations; the rest is disk")
+    names = ("WG", "WC", "CG", "CC", "AG", "AC")
+    add(
+        "--percent",
+        nargs=6,
+        type=float,
+        metavar=names,
+        help="of weights, cache and activations, each on GPU and CPU; the rest is on disk",
+    )
     add("--gpu-batch-size", type=count, help="prompts that are computed at once")
     add("--num-gpu-batches", type=count, help="such batches that share each loaded layer")
     add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")

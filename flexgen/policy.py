@@ -78,10 +78,18 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
 def _percent(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise PolicyError(f"{value!r} ({type(value).__name__}) is no percentage; write a number, 0 to 100")
-    percent = float(value)
+    percent = _float(value)
     if not 0 <= percent <= 100:  # NaN fails this too
         raise PolicyError(f"{percent:g} percent is outside 0 to 100; write 20 for a fifth")
     return percent + 0.0  # -0.0 becomes 0.0
+
+
+def _float(value: numbers.Real) -> float:
+    """A float, infinite where the number is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _positive(name: str, value: object) -> int:
@@ -97,11 +105,9 @@ def _fraction(name: str, value: object) -> float:
         raise PolicyError(
             f"{name} is {value!r} ({type(value).__name__}); it must be a number above 0, at most 1"
         )
-    if not 0 < float(value) <= 1:  # NaN fails this too
-        raise PolicyError(
-            f"{name} is {float(value):g}; it must be above 0 and at most 1; write 0.1 for a tenth"
-        )
-    return float(value)
+    if not 0 < (fraction := _float(value)) <= 1:  # NaN fails this too
+        raise PolicyError(f"{name} is {fraction:g}; it must be above 0 and at most 1; write 0.1 for a tenth")
+    return fraction
 
 
 @dataclass(frozen=True)
@@ -257,6 +263,8 @@ class Policy:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Policy:
         """A policy from the keys of its TOML; the inverse of `to_dict`."""
+        if not isinstance(fields, Mapping):
+            raise PolicyError(f"a policy is a {type(fields).__name__}; give a mapping of its fields")
         _refuse_unknown(fields, tuple(field.name for field in dataclasses.fields(cls)))
         return cls(**fields)
 
@@ -278,8 +286,10 @@ class Policy:
             raise PolicyError(
                 f"{path}: cannot read the policy: {error.strerror}; give the path of a TOML file"
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # not UTF-8, not TOML, a number of thousands of digits, a NUL in the path
             raise PolicyError(f"{path}: not valid TOML: {error}") from error
+        except RecursionError:
+            raise PolicyError(f"{path}: not valid TOML: values are nested too deeply") from None
         try:
             return cls.from_dict(fields)
         except PolicyError as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -118,6 +118,7 @@ class Decoder:
     def __init__(self, tokenizer: Any, prompt: Sequence[int] | np.ndarray, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = _special_tokens(tokenizer)
+        self._pending: list[int]
         self._begin_behind([int(id) for id in prompt[-_MOST_CONTEXT:]])
         self._stop = stop
         self._held = ""  # made, and not yet sure to be no stop string
@@ -161,9 +162,16 @@ class Decoder:
             return text + self._up_to_stop(self._special[id], shown=False)
         self._pending.append(id)
         text = self._decode_pending()
-        if text.endswith(_UNFINISHED) and len(self._pending) < _MOST_PENDING:
+        if not text.endswith(_UNFINISHED):
+            self._keep_as_context(text)
+            return self._up_to_stop(text, shown=True)
+        if len(self._pending) < _MOST_PENDING:
             return ""
-        self._keep_as_context(text)
+        # No character has so many ids: the first is none, but the others may begin one.
+        first, *others = self._pending
+        self._pending = [first]
+        text = self._rest()
+        self._pending = others
         return self._up_to_stop(text, shown=True)
 
     def _begin_behind(self, prompt: list[int]) -> None:
@@ -172,17 +180,20 @@ class Decoder:
         A character that the prompt leaves unfinished belongs to the completion.
         """
         prompt = [id for id in prompt if id not in self._special]
-        self._context, self._before, self._pending = [], "", []
+        self._context, self._before, self._pending, self._begun = [], "", [], ""
         for end in range(len(prompt), max(len(prompt) - _MOST_PENDING, 0), -1):
             for begin in range(max(end - _CONTEXT, 0), -1, -1):
                 before = self._text(prompt[begin:end])
                 if not before.startswith(_UNFINISHED) and not before.endswith(_UNFINISHED):
                     self._context, self._before, self._pending = prompt[begin:end], before, prompt[end:]
+                    self._begun = self._text(prompt[begin:]) if self._pending else ""
                     return
 
     def _decode_pending(self) -> str:
         """The text of the pending ids, behind that of the context."""
         both = self._text(self._context + self._pending)
+        if self._begun and both.startswith(self._begun):  # the prompt's last bytes are no part of a character
+            return both[len(self._begun) :]
         if both.startswith(self._before):
             return both[len(self._before) :]
         # Bytes that are no character can spoil those before them, in tokenizers that fall back to bytes.
@@ -193,7 +204,7 @@ class Decoder:
             self._context, self._before = self._pending, self._text(self._pending)
         elif text:
             self._context, self._before = [], ""
-        self._pending = []
+        self._pending, self._begun = [], ""
 
     def _rest(self) -> str:
         """The text of what is pending, when nothing can complete it any more."""
@@ -230,11 +241,16 @@ class Decoder:
         return taken
 
 
-@lru_cache(maxsize=8)
+_special: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
+
+
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
     """The special tokens of a tokenizer, which decoding leaves out: texts by id."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {id: token.content for id, token in added.items() if token.special}
+    count = len(tokenizer)  # it grows with each token that is added
+    if tokenizer not in _special or _special[tokenizer][0] != count:
+        added = tokenizer.added_tokens_decoder.items()
+        _special[tokenizer] = count, {id: token.content for id, token in added if token.special}
+    return _special[tokenizer][1]
 
 
 def _begins(text: str, stop: str) -> int:

@@ -2,24 +2,30 @@
 
 from flexgen.flex_opt import (
     GB,
+    KB,
+    MB,
     BenchmarkResult,
     ExecutionEnv,
     T,
     Task,
     project_decode_latency,
     read_benchmark_log,
+    run_cmd,
     str2bool,
     write_benchmark_log,
 )
 
 __all__ = [
     "GB",
+    "KB",
+    "MB",
     "BenchmarkResult",
     "ExecutionEnv",
     "T",
     "Task",
     "project_decode_latency",
     "read_benchmark_log",
+    "run_cmd",
     "str2bool",
     "write_benchmark_log",
 ]

@@ -243,16 +243,9 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
     assert stdout.buffer.getvalue() == "café ??\n".encode("latin-1")
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "word"),
-    [
-        (["--prompt", PROMPT], 130, "python -m flexgen.complete: interrupted\n"),
-        (["--interactive"], 0, "\nbye\n"),
-    ],
-)
-def test_ctrl_c_in_the_middle_of_a_completion(
-    flags, status, word, nothing_left, completion, typed, monkeypatch, capsys
-):
+@pytest.fixture
+def pressed(capsys, monkeypatch):
+    """Ctrl-C is pressed once, after three pieces; what standard output had got each time."""
     shown = []
 
     def press():
@@ -260,12 +253,27 @@ def test_ctrl_c_in_the_middle_of_a_completion(
         if len(shown) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    typed(f"{PROMPT}\n{PROMPT}\n")
     stdout = Watched(press)
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert complete.main([*BEST, *flags]) == status
-    assert completion.startswith(shown[-1]) and len(shown[-1]) < len(completion)
-    assert capsys.readouterr().err.endswith(word)
+    return shown
+
+
+def test_ctrl_c_in_the_middle_of_a_completion(nothing_left, completion, pressed, capsys):
+    assert complete.main([*BEST, "--prompt", PROMPT]) == 130
+    assert completion.startswith(pressed[-1]) and len(pressed[-1]) < len(completion)
+    assert capsys.readouterr().err.endswith("python -m flexgen.complete: interrupted\n")
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_line_is_answered(
+    nothing_left, completion, pressed, typed, capsys
+):
+    typed(f"{PROMPT}\n{PROMPT}\n")
+    assert complete.main([*BEST, "--interactive"]) == 0
+    first = pressed[2]
+    assert completion.startswith(first) and len(first) < len(completion)
+    assert pressed[-1] == first + completion + "\n"
+    err = capsys.readouterr().err
+    assert "the answer was ended" in err and err.endswith("\nbye\n")
 
 
 # At a prompt
@@ -288,15 +296,21 @@ def test_a_line_that_cannot_be_served_is_told_and_the_next_one_comes(completion,
     )
 
 
-@pytest.mark.parametrize("where", ["_read_line", "_answer"])
-def test_ctrl_c_leaves_with_a_word(where, typed, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def test_ctrl_c_at_a_line_drops_it_and_twice_leaves(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "a line", KeyboardInterrupt, KeyboardInterrupt, "never read"])
 
-    typed(f"{PROMPT}\n{PROMPT}\n")
-    monkeypatch.setattr(complete, where, interrupted)
+    def read():
+        if (line := next(typed)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    answered = []
+    monkeypatch.setattr(complete, "_read_line", read)
+    monkeypatch.setattr(complete, "_answer", lambda *args: answered.append(args))
     assert complete.main([*BEST, "--interactive"]) == 0
-    assert capsys.readouterr().err.endswith("\nbye\n")
+    assert len(answered) == 1 and next(typed) == "never read"
+    err = capsys.readouterr().err
+    assert err.count("Ctrl-C again, or Ctrl-D, leaves") == 2 and err.endswith("\nbye\n")
 
 
 def test_at_a_terminal(completion, monkeypatch, capsys):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
 # a sibling on its own layer.
 LAYERS = [
-    {"errors", "units", "turns"},
+    {"errors", "units", "turns", "interrupts"},
     {"policy", "workload", "schedule", "demo"},
     {"orders", "trace"},
     {"report", "flags", "answers"},

@@ -1,7 +1,9 @@
 """Policies: every field is checked, TOML round trips without loss, rows are dealt out exactly."""
 
+import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -290,3 +292,37 @@ def test_weights_and_cache_may_be_encoded(what, tmp_path):
 def test_activations_may_not_be_encoded():
     with pytest.raises(PolicyError, match="activations: codec 'int4' on cpu; only weights and cache can"):
         Policy(activations={"cpu": {"percent": 100, "codec": "int4"}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "weights = " + "[" * 5000 + "]" * 5000,
+        "gpu_batch_size = " + "9" * 5000,
+        "weights = { gpu = 1" + "0" * 400 + " }",
+        "attn_sparsity = 1" + "0" * 400,
+        "[[weights]]\ngpu = 1",
+        "gpu_batch_size = 1979-05-27",
+    ],
+)
+def test_values_beyond_all_bounds_are_refused_with_the_file(text, tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(PolicyError, match=r"policy\.toml: "):
+        Policy.load(path)
+
+
+@pytest.mark.parametrize("fields", [None, 3, [], "weights"])
+def test_what_is_no_mapping_is_no_policy(fields):
+    with pytest.raises(PolicyError, match="give a mapping"):
+        Policy.from_dict(fields)
+
+
+def test_a_policy_is_pickled():
+    policy = Policy(gpu_batch_size=3, weights={"gpu": 20, "disk": {"percent": 80, "codec": "int4"}})
+    assert pickle.loads(pickle.dumps(policy)) == policy == copy.deepcopy(policy)
+
+
+def test_a_path_with_a_nul_is_refused():
+    with pytest.raises(PolicyError):
+        Policy.load("policy\0.toml")

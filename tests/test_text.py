@@ -56,6 +56,10 @@ class Words:
     """A tokenizer that drops the space a text begins with, as those with a word's space in its token do."""
 
     words = ("<s>", " the", " cable", "s", " is", " out")
+    added_tokens_decoder: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.words)
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         return "".join(self.words[id] for id in ids if id).removeprefix(" ")
@@ -181,6 +185,19 @@ def test_whole_characters_come_back(tokenizer_of: Any, prompt: str, text: str) -
     text = text.replace(" ", "") if tokenizer_of is byte_fallback else text
     ids = tokenizer(text).input_ids
     assert decoded(tokenizer, tokenizer(prompt).input_ids, [[id] for id in ids]) == text
+
+
+@pytest.mark.parametrize("tokenizer", [byte_fallback(), llama_2()])
+def test_a_stray_byte_does_not_cost_the_character_behind_it(tokenizer: Any) -> None:
+    ids = [4 + byte for byte in b"\x80" + "🦙x".encode()]
+    assert decoded(tokenizer, [], [[id] for id in ids]) == decoded(tokenizer, [], [ids]) == "�🦙x"
+
+
+def test_a_replacement_character_of_the_prompt_stays_there() -> None:
+    tokenizer = byte_level()
+    prompt, ids = tokenizer("x�").input_ids, tokenizer("ab").input_ids
+    assert decoded(tokenizer, prompt, [[id] for id in ids]) == "ab"
+    assert decoded(byte_fallback(), in_bytes("x")[:1] + in_bytes("日")[:2], [[2], [1]]) == "ax"
 
 
 def test_bytes_that_are_no_characters_do_not_pile_up() -> None:

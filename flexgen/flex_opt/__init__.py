@@ -13,6 +13,8 @@ from types import FrameType
 
 from flexgen.flex_opt.benchmark import (
     GB,
+    KB,
+    MB,
     BenchmarkResult,
     T,
     add_parser_arguments,
@@ -20,6 +22,7 @@ from flexgen.flex_opt.benchmark import (
     get_test_inputs,
     main,
     read_benchmark_log,
+    run_cmd,
     run_flexgen,
     str2bool,
     write_benchmark_log,
@@ -34,6 +37,8 @@ from flexgen.flex_opt.timer import project_decode_latency, timers
 __all__ = [
     "DUMMY_WEIGHT",
     "GB",
+    "KB",
+    "MB",
     "T",
     "BenchmarkResult",
     "CompressionConfig",
@@ -53,6 +58,7 @@ __all__ = [
     "main",
     "project_decode_latency",
     "read_benchmark_log",
+    "run_cmd",
     "run_flexgen",
     "str2bool",
     "timers",
@@ -67,7 +73,8 @@ def _warn() -> None:
     started is not shown.
     """
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("flexgen", "importlib"):
+    passed_through = "flexgen", "flexllmgen", "importlib"
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in passed_through:
         frame = frame.f_back
     if frame is None:
         return

@@ -6,6 +6,7 @@ python -m flexgen.flex_opt --model facebook/opt-1.3b --path _DUMMY_ --percent 0 
 from __future__ import annotations
 
 import argparse
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from flexgen.flex_opt.places import DUMMY_WEIGHT, read_config
 from flexgen.flex_opt.policy import CompressionConfig, Policy
 from flexgen.policy import Tier
 from flexgen.runtime.debug import BREAKDOWN, FEWER_BATCH, projected_decode, tokens_to_run
-from flexgen.units import GIB
+from flexgen.units import GIB, KIB, MIB
 
-GB = GIB
-"""What 0.1 calls a GB in its prints and logs."""
+KB, MB, GB = KIB, MIB, GIB
+"""What 0.1 calls a KB, a MB and a GB in its prints and logs."""
 T = 1e12
 """0.1's name for a million millions: of flops, mostly."""
 
@@ -47,6 +48,12 @@ class BenchmarkResult:
     decode_throughput: float
     total_latency: float
     total_throughput: float
+
+
+def run_cmd(cmd: str) -> None:
+    """Print a shell command and run it. Its exit status is ignored, as in 0.1."""
+    print(cmd)
+    subprocess.run(cmd, shell=True, check=False)
 
 
 def str2bool(value: str | bool) -> bool:

@@ -75,9 +75,9 @@ class Policy:
         if self.compress_cache:
             cache = _codec("comp_cache_config", self.comp_cache_config, _CACHE_DIMS)
         plain = policy.Policy.from_percent(
-            *(self.w_gpu_percent, self.w_cpu_percent),
-            *(self.cache_gpu_percent, self.cache_cpu_percent),
-            *(self.act_gpu_percent, self.act_cpu_percent),
+            *map(_percent, (self.w_gpu_percent, self.w_cpu_percent)),
+            *map(_percent, (self.cache_gpu_percent, self.cache_cpu_percent)),
+            *map(_percent, (self.act_gpu_percent, self.act_cpu_percent)),
             gpu_batch_size=self.gpu_batch_size,
             num_gpu_batches=self.num_gpu_batches,
             attend_on="cpu" if self.cpu_cache_compute else "gpu",
@@ -87,6 +87,15 @@ class Policy:
             pin_weight=bool(self.pin_weight),
         )
         return plain.replace(weights=_kept_as(plain.weights, weights), cache=_kept_as(plain.cache, cache))
+
+
+def _percent(value: float) -> float:
+    """The value, or 0 or 100 where it misses them by rounding, as -1e-10 of 0.1's cost model does."""
+    try:
+        nearest = min(max(value, 0), 100)
+        return nearest if abs(value - nearest) <= policy.SUM_TOLERANCE else value
+    except TypeError:
+        return value  # not a number; the policy says so
 
 
 def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import CheckpointError, ModelError
+from flexgen.errors import CheckpointError, ModelError, did_you_mean
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.families.fields import eos_ids
-from flexgen.models.families.opt import known_config, known_size
+from flexgen.models.families.opt import SIZES, known_config, known_size
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
@@ -221,10 +221,15 @@ def _ask_hub(repository: str, download: Any, **options: Any) -> str:
     try:
         return str(download(repository, **options))
     except HFValidationError as error:
-        raise ModelError(f"{repository}: neither a directory here nor a hub id: {error}") from error
+        reason = "neither a directory here nor a hub id"
+        raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{repository}: not a directory here, and the hub cannot be reached: {error}"
-        ) from error
+        reason = "not a directory here, and the hub cannot be reached"
+        raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{repository}: not a directory here, and the hub says: {error}") from error
+        reason = "not a directory here, and the hub says"
+        raise ModelError(f"{repository}{_similar(repository)}: {reason}: {error}") from error
+
+
+def _similar(name: str) -> str:
+    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *SIZES))

@@ -9,16 +9,16 @@ import pytest
 from flexgen import flex_opt
 
 EVERYWHERE = {
-    "flexgen.flex_opt": "BenchmarkResult CompressionConfig DUMMY_WEIGHT ExecutionEnv GB OptConfig OptLM Policy T "
-    "Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments download_opt_weights get_filename "
-    "get_opt_config get_test_inputs project_decode_latency read_benchmark_log run_flexgen str2bool timers "
-    "write_benchmark_log",
+    "flexgen.flex_opt": "BenchmarkResult CompressionConfig DUMMY_WEIGHT ExecutionEnv GB KB MB OptConfig OptLM Policy T "
+    "Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments download_opt_weights "
+    "get_filename get_opt_config get_test_inputs project_decode_latency read_benchmark_log run_cmd "
+    "run_flexgen str2bool timers write_benchmark_log",
     "flexgen.compression": "CompressionConfig",
     "flexgen.opt_config": "OptConfig download_opt_weights get_opt_config",
     "flexgen.pytorch_backend": "TorchDevice TorchDisk TorchMixedDevice",
     "flexgen.timer": "timers",
-    "flexgen.utils": "BenchmarkResult ExecutionEnv GB T Task project_decode_latency read_benchmark_log str2bool "
-    "write_benchmark_log",
+    "flexgen.utils": "BenchmarkResult ExecutionEnv GB KB MB T Task project_decode_latency read_benchmark_log run_cmd "
+    "str2bool write_benchmark_log",
 }
 TAKES = {
     "OptLM": "config env path policy",

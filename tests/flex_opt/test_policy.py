@@ -101,3 +101,29 @@ def test_what_cannot_be_meant_is_refused_at_once(policy, changes, said):
     with pytest.raises(PolicyError) as caught:
         policy(**dict(compress_cache=True) | changes)
     assert all(part in str(caught.value) for part in said), caught.value
+
+
+def policy(**changes):
+    """0.1's default policy with some fields changed."""
+    fields = dict(
+        zip(
+            FIELDS,
+            (1, 1, 100, 0, 100, 0, 100, 0, True, True, True, False, 1.0, False, None, False, None),
+            strict=True,
+        )
+    )
+    return Policy(**fields | changes)
+
+
+def test_what_the_cost_model_of_0_1_gives_is_taken():
+    """Its linear program ends a rounding error beside 0 and 100."""
+    fields = dict(
+        w_gpu_percent=-1e-10, w_cpu_percent=100.00000000001, cache_gpu_percent=33.3, cache_cpu_percent=66.7
+    )
+    given = policy(**fields, act_gpu_percent=100 + 1e-7, act_cpu_percent=-0.0)
+    weights = given.to_policy().weights
+    assert [weights.percent(tier) for tier in Tier] == [0, 100, 0]
+    assert given.to_policy().activations.percent(Tier.GPU) == 100
+    for outside in (-1e-5, 100.001, "all"):
+        with pytest.raises(PolicyError):
+            policy(w_gpu_percent=outside)

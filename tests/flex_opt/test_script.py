@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import argparse
 import dataclasses
@@ -65,9 +67,10 @@ def run(command, cwd):
     return done
 
 
-def test_it_runs_unchanged_and_is_told_of_the_new_interface_once(tiny, tmp_path):
+@pytest.mark.parametrize("package", ["flexgen", "flexllmgen"])
+def test_it_runs_unchanged_and_names_the_new_interface_once(package, tiny, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("from flexgen.", f"from {package}."))
     flags = f"--path {tiny.path} --offload-dir offload --percent 0 50 0 50 0 100 --cpu-cache-compute".split()
     done = run([str(script), *flags, "--pin-weight", "0", "--prompts", json.dumps(PROMPTS)], tmp_path)
     disk, tokens, kind, ids = json.loads(done.stdout)
@@ -78,9 +81,10 @@ def test_it_runs_unchanged_and_is_told_of_the_new_interface_once(tiny, tmp_path)
     assert "script.py" in done.stderr and "flexgen.OptLM" in done.stderr
 
 
-def test_the_module_runs_as_a_command(tiny, tmp_path):
+@pytest.mark.parametrize("package", ["flexgen", "flexllmgen"])
+def test_the_module_runs_as_a_command(package, tiny, tmp_path):
     flags = f"--model opt-tiny --path {tiny.hf} --offload-dir offload --prompt-len 4 --gen-len 3 --verbose 1".split()
-    done = run(["-W", "always", "-m", "flexgen.flex_opt", *flags], tmp_path)
+    done = run(["-W", "always", "-m", f"{package}.flex_opt", *flags], tmp_path)
     assert "total throughput: " in done.stdout
     assert done.stderr.count("DeprecationWarning: flexgen.flex_opt") == 1
     assert len(list(tmp_path.glob("fo-tiny-*.log"))) == 1

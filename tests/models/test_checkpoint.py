@@ -206,3 +206,16 @@ def test_the_embedded_model_opens_and_verifies():
     spec, checkpoint = open_model("demo")
     assert (spec.name, checkpoint.directory) == ("demo", MODEL_DIR)
     checkpoint.verify(build_layers(spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("dmo", "demo"), ("opt-126m", "opt-125m"), ("facebook/opt-31b", "opt-30b")]
+)
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), OSError("no")])
+def test_a_name_that_is_like_a_known_one_gets_a_hint(name, meant, error, monkeypatch):
+    def ask(*args, **options):
+        raise error
+
+    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", ask)
+    with pytest.raises(ModelError, match=rf"\(did you mean '{meant}'\?\)"):
+        open_model(name)

@@ -1,0 +1,55 @@
+"""`flexgen COMMAND ...`, or `python -m flexgen COMMAND ...`: the same as `python -m flexgen.COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from flexgen.errors import did_you_mean
+from flexgen.interrupts import handle_as_usual
+
+COMMANDS = {
+    "complete": "continue a text, or chat at a prompt",
+    "batch": "continue every prompt of a file; resumes after an interruption",
+    "bench": "run a job and print its throughput, placement and bottleneck",
+    "simulate": "predict a job on a machine that you describe",
+    "measure": "measure this machine for predictions and searches",
+    "tune": "find the best policy for a job by running the best few",
+    "flex_opt": "the benchmark of FlexGen 0.1, with its flags",
+}
+"""The commands by name, each a module of the package, and what they do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; returns its exit status."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if name in ("", "-h", "--help"):
+        handle_as_usual()
+        print(_usage())
+        return 0
+    if name not in COMMANDS:
+        handle_as_usual()
+        print(
+            f"flexgen: {name!r} is not a command{did_you_mean(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr
+        )
+        return 2
+    status: int = importlib.import_module(f"flexgen.{name}").main(rest[:-1])
+    return status
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flexgen COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "`flexgen COMMAND --help` lists the arguments.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

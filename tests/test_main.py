@@ -1,0 +1,50 @@
+"""`flexgen COMMAND`."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flexgen import __main__
+from flexgen.__main__ import COMMANDS
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed(argv, capsys):
+    assert __main__.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_an_unknown_command_is_refused_with_the_one_that_is_like_it(capsys):
+    assert __main__.main(["benhc", "--model", "demo"]) == 2
+    out, err = capsys.readouterr()
+    assert "'benhc' is not a command (did you mean 'bench'?)" in err and not out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_gets_the_arguments_behind_its_name(name, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        importlib.import_module(f"flexgen.{name}"), "main", lambda argv: given.append(argv) or 7
+    )
+    assert __main__.main([name, "--flag", "value"]) == 7
+    assert given == [["--flag", "value"]]
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys, flexgen.__main__ as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"flexgen.{name}").main(["--help"])
+    assert ended.value.code == 0
+    lines = re.split(r"\n", capsys.readouterr().out)
+    assert not [line for line in lines if len(line) > 80]
