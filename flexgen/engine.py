@@ -48,7 +48,7 @@ from flexgen.runtime.request import (
 )
 from flexgen.runtime.sampler import check_sampling, check_seed
 from flexgen.runtime.stats import Stats
-from flexgen.runtime.tokens import NewTokens
+from flexgen.runtime.tokens import NewTokens, WholeCallTokens, whole_call_needs
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
@@ -259,13 +259,18 @@ class OptLM(Conveniences):
             must do with the slots of the model's own.
 
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
-        a LaneError. Raises as `generate` does.
+        a LaneError. A choice that sees the `whole_call` runs all prompts in one block, and what does not fit so is
+        a CapacityError. Raises as `generate` does.
         """
         check_length(self.spec, request, max_new_tokens)
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        model, plan = self._prepared(workload, kept=lambda policy: kept)
+        if whole := choice.whole_call:
+            shared = self._machine.device.shares_host_memory
+            logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, shared)
+            kept = [*kept, *logits]
+        model, plan = self._prepared(workload, kept=lambda policy: kept, one_block=whole)
         model = model if order is None else replace(model, order=order)
         out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
@@ -277,7 +282,8 @@ class OptLM(Conveniences):
         with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
-                output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
+                made = WholeCallTokens if whole else NewTokens
+                output = made(prompts, tokens, choice, pad, self._machine.device, rows, told)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -343,11 +349,18 @@ class OptLM(Conveniences):
         return lane_seconds(model, request, workload)
 
     def _prepared(
-        self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
+        self,
+        workload: Workload,
+        all_logits: bool = False,
+        kept: Kept | None = None,
+        one_block: bool = False,
     ) -> tuple[Model, MemoryPlan]:
         """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
-        model = self._opened()
-        chosen, plan = self._plans.of_call(workload, all_logits, kept)
+        model, plans = self._opened(), self._plans
+        if one_block:
+            chosen, plan = plans.of_one_block(workload, kept)
+        else:
+            chosen, plan = plans.of_call(workload, all_logits, kept)
         return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def _measured(

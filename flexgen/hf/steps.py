@@ -1,43 +1,113 @@
-"""transformers' processors and criteria, run for one GPU batch after another, and what they saw and gave."""
+"""transformers' processors and criteria: for which rows they are called, and what they saw and gave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
-from flexgen.errors import UnsupportedError
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
+from flexgen.runtime.sampler import INVALID, best, draw
+
+_WITHOUT_STATE = {
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+}
+"""What gives a row the same result whatever other rows it is called with, and whatever it was called with before.
+These very classes: a subclass may do anything."""
+
+_OF_PROMPTS = {
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+}
+"""What holds a value for each row, and is right for any rows whose prompts it was made for."""
+
+
+def independent_of_rows(parts: Iterable[object]) -> bool:
+    """Whether processors or criteria can be called for some rows of a call at a time, in any order."""
+    return all(type(part) in _WITHOUT_STATE for part in parts)
 
 
 class RowProcessors:
-    """A call's logits processors, made anew for the rows of each GPU batch: some hold a value for each row.
+    """A call's logits processors, made for the rows that they are called for: some hold a value for each row.
 
-    `build` makes the list for rows of the call. The first list, for all rows, shows at once what is not valid.
+    `build` makes the list for rows of the call, with `given`, the caller's own processors, among them. The first
+    list, for all rows, shows at once what is not valid.
 
-    Raises UnsupportedError for a processor that counts on seeing the same rows at every step: a batch's rows change
-    when some that have ended leave it.
+    `whole_call`: whether some must see all rows at every step, because they may keep state: those of the caller, a
+    caller's function of allowed ids, the SynthID watermark.
     """
 
-    def __init__(self, build: Callable[[Rows], LogitsProcessorList], rows: int) -> None:
+    def __init__(
+        self, build: Callable[[Rows], LogitsProcessorList], rows: int, given: Sequence[object] = ()
+    ) -> None:
         self._build = build
         whole = tuple(range(rows))
         self._made: dict[tuple[int, ...], LogitsProcessorList] = {whole: build(whole)}
         self.empty = not self._made[whole]
-        if any(isinstance(made, SynthIDTextWatermarkLogitsProcessor) for made in self._made[whole]):
-            raise UnsupportedError(
-                "SynthID watermarking is not supported: it remembers what each row of a batch had, and rows change "
-                "batches here; WatermarkingConfig works"
-            )
+        own = {id(processor) for processor in given}
+        made_for_rows = (p for p in self._made[whole] if id(p) in own or type(p) not in _OF_PROMPTS)
+        self.whole_call = not independent_of_rows(made_for_rows)
 
     def of(self, rows: Rows) -> LogitsProcessorList:
         key = tuple(rows)
@@ -78,6 +148,13 @@ def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int
     return max(min(lengths, default=max_length) - prompt_len, 1)
 
 
+@contextmanager
+def _as_in_transformers() -> Iterator[None]:
+    """What a caller's code makes of tensors and keeps can be used as any others, in another call too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class HFChoice:
     """Chooses as `GenerationMixin` does, with its processors and criteria.
 
@@ -85,7 +162,8 @@ class HFChoice:
     so far, which only listening adds.
 
     `ids` (rows, prompt_len + steps) are the caller's, left-padded as they came; what rows get is added to them.
-    Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far.
+    Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far; for all rows
+    of the call, as transformers calls them, if one of them needs that.
     """
 
     def __init__(
@@ -99,6 +177,7 @@ class HFChoice:
         scores: Record | None = None,
         logits: Record | None = None,
     ) -> None:
+        self.whole_call = processors.whole_call or not independent_of_rows(criteria)
         self._prompt_len = input_ids.shape[1]
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         self.ids = torch.cat([input_ids.cpu(), padding], dim=1)
@@ -109,13 +188,19 @@ class HFChoice:
         self._do_sample = do_sample
         self._scores = scores
         self._logits = logits
+        # transformers pads a row that has ended only then. Without it all rows continue until the last one ends.
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        self._device = torch.device("cpu")
 
     @property
     def can_end(self) -> bool:
         # `steps` has the lengths; a subclass may do anything.
         return any(type(criterion) is not MaxLengthCriteria for criterion in self._criteria)
 
+    @_as_in_transformers()
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        self._device = logits.device
         scores = logits.to(torch.float32, copy=True)
         if self._logits is not None:
             self._logits.keep(scores, rows, token)
@@ -124,11 +209,18 @@ class HFChoice:
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
         if self._do_sample:
-            return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
-        return scores.argmax(dim=-1)
+            return draw(scores.softmax(dim=-1))
+        ids, largest = best(scores)  # a processor may well make infinite scores
+        return torch.where(largest.isnan(), INVALID, ids)
 
+    @_as_in_transformers()
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
-        return self._criteria(torch.cat([self._so_far(rows, token), ids[:, None]], dim=1), None)
+        so_far = torch.cat([self._so_far(rows, token), ids[:, None]], dim=1)
+        if not self.whole_call:
+            return self._criteria(so_far, None)
+        scores = None if self._scores is None else self._scores.taken(token + 1)
+        self._ended |= self._criteria(so_far.to(self._device), scores).cpu()
+        return self._ended if self._pads else self._ended.all().expand(len(ids))
 
     def listen(self, new: NewIds) -> None:
         live = new.live.tolist()

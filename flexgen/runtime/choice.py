@@ -24,11 +24,20 @@ class Choice(Protocol):
     """
 
     @property
+    def whole_call(self) -> bool:
+        """Whether it is asked for all rows of the call at once instead, in their order, once for each token.
+
+        Such a call runs as one block. Rows that have ended stay, with the pad id as their next one, until all
+        have. The lanes are idle while it is asked, in the thread of the call.
+        """
+
+    @property
     def can_end(self) -> bool:
         """Whether a row may end before the last token. If not, `ends` is not asked to say so."""
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab).
+        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
+        whose logits are not numbers.
 
         Both are on the compute device: this is a part of the computation. What it returns for a row that has ended
         is not used. The logits may be written to, but are not to be kept.
@@ -43,6 +52,8 @@ class Choice(Protocol):
 
 class Sampled:
     """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row."""
+
+    whole_call = False
 
     def __init__(
         self,

@@ -13,6 +13,12 @@ from flexgen.runtime.request import check_whole
 
 _MOST_SEED = (1 << 64) - 1
 
+INVALID = -1
+"""In the place of an id: the row has NaN or infinite scores, so that none can be chosen.
+
+Ids come to host memory anyway, so that this check costs no wait for a GPU.
+"""
+
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise RequestError for values that cannot be meant."""
@@ -45,13 +51,15 @@ def sample(
 
     Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
     the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
-    falling probability, is below `top_p` (so the best one always); then one multinomial draw.
+    falling probability, is below `top_p` (so the best one always); then one multinomial draw. `INVALID` for a
+    row whose logits are NaN or infinite.
 
     Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        ids, largest = best(logits)
+        return torch.where(largest.isfinite(), ids, INVALID)
     scaled = logits.float() / temperature
     if 0 < top_k < scaled.shape[-1]:
         kth = scaled.topk(top_k, dim=-1).values[..., -1:]
@@ -64,4 +72,20 @@ def sample(
         # The best token has nothing before it; rounding of the sum must not take it away.
         ordered[..., 0] = scaled.max(dim=-1).values
         scaled = torch.full_like(scaled, -math.inf).scatter_(-1, order, ordered)
-    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    return draw(scaled.softmax(dim=-1), generator)
+
+
+def best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of scores (batch, vocab): ids (batch,), and their scores, NaN where a row has one."""
+    ids = scores.argmax(dim=-1)
+    return ids, scores.gather(-1, ids[:, None]).squeeze(-1)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Ids (batch,) int64 drawn from probabilities (batch, vocab); `INVALID` for a row that is NaN.
+
+    The softmax of a row that has one NaN or +inf, or nothing but -inf, is NaN throughout.
+    """
+    valid = ~probabilities[:, 0].isnan()
+    probabilities = probabilities.masked_fill(~valid[:, None], 1.0)
+    return torch.where(valid, torch.multinomial(probabilities, 1, generator=generator).squeeze(-1), INVALID)

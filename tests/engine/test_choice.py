@@ -26,6 +26,7 @@ class Best:
     """The best id, as `generate` has it, of rows whose ids so far are what the choice was told."""
 
     can_end = True
+    whole_call = False
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self.so_far = [list(prompt) for prompt in prompts]
