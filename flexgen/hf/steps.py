@@ -43,7 +43,7 @@ from transformers import (
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
-from flexgen.runtime.sampler import INVALID, best, draw
+from flexgen.runtime.sampler import best, draw
 
 _WITHOUT_STATE = {
     EosTokenCriteria,
@@ -210,8 +210,7 @@ class HFChoice:
             self._scores.keep(scores, rows, token)
         if self._do_sample:
             return draw(scores.softmax(dim=-1))
-        ids, largest = best(scores)  # a processor may well make infinite scores
-        return torch.where(largest.isnan(), INVALID, ids)
+        return best(scores)
 
     @_as_in_transformers()
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:

@@ -37,7 +37,7 @@ class Choice(Protocol):
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
-        whose logits are not numbers.
+        whose logits are NaN or infinite, so that none can be chosen.
 
         Both are on the compute device: this is a part of the computation. What it returns for a row that has ended
         is not used. The logits may be written to, but are not to be kept.

@@ -47,7 +47,7 @@ def execute(
     lane touches a buffer any more, which holds for Ctrl-C too.
     """
     origin = time.perf_counter()
-    run = _Run(grid, work, lanes, range(grid.tokens) if tokens is None else tokens)
+    run = _Run(grid, work, lanes, tokens)
     completed = False
     try:
         for step in steps:
@@ -67,8 +67,8 @@ def execute(
 class _Run:
     """What has been issued so far."""
 
-    def __init__(self, grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
+    def __init__(self, grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int] | None = None) -> None:
+        self._tokens = range(grid.tokens) if tokens is None else tokens
         self._grid = grid
         self._work = work
         self._lanes = lanes

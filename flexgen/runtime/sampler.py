@@ -16,7 +16,7 @@ _MOST_SEED = (1 << 64) - 1
 INVALID = -1
 """In the place of an id: the row has NaN or infinite scores, so that none can be chosen.
 
-Ids come to host memory anyway, so that this check costs no wait for a GPU.
+Ids come to host memory anyway, so a GPU does not wait for this check.
 """
 
 
@@ -52,14 +52,13 @@ def sample(
     Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
     the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
     falling probability, is below `top_p` (so the best one always); then one multinomial draw. `INVALID` for a
-    row whose logits are NaN or infinite.
+    row that has a NaN, and for one that has infinity where a draw is made.
 
     Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        ids, largest = best(logits)
-        return torch.where(largest.isfinite(), ids, INVALID)
+        return best(logits)
     scaled = logits.float() / temperature
     if 0 < top_k < scaled.shape[-1]:
         kth = scaled.topk(top_k, dim=-1).values[..., -1:]
@@ -75,10 +74,10 @@ def sample(
     return draw(scaled.softmax(dim=-1), generator)
 
 
-def best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of scores (batch, vocab): ids (batch,), and their scores, NaN where a row has one."""
-    ids = scores.argmax(dim=-1)
-    return ids, scores.gather(-1, ids[:, None]).squeeze(-1)
+def best(scores: Tensor) -> Tensor:
+    """Ids (batch,) int64 of the largest of each row of scores (batch, vocab); `INVALID` for a row that has a NaN."""
+    ids = scores.argmax(dim=-1)  # NaN counts as the largest
+    return torch.where(scores.gather(-1, ids[:, None]).squeeze(-1).isnan(), INVALID, ids)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:

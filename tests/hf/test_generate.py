@@ -14,7 +14,6 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
-    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     WatermarkingConfig,
     set_seed,
@@ -23,7 +22,6 @@ from transformers import (
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
 from flexgen.hf.steps import HFChoice
 from flexgen.policy import Policy, Tier
-from flexgen.runtime.call import Call
 
 LENGTHS = [4, 9, 2, 6, 7]
 ENDS = [6, 9, 14, 20, 21]
@@ -195,23 +193,6 @@ def test_what_a_streamer_is_given(model: Any, reference: Any, inputs: Any) -> No
         model.generate(**inputs([4, 5]), max_new_tokens=9, streamer=Puts())
 
 
-def test_rows_run_in_blocks(model: Any, inputs: Any, monkeypatch: Any) -> None:
-    blocks, batches, run = [], [], Call.run
-
-    def counted(call: Call, prompts: Any, *rest: Any) -> None:
-        blocks.append(len(prompts.lengths))
-        run(call, prompts, *rest)
-
-    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        batches.append(len(ids))
-        return scores
-
-    monkeypatch.setattr(Call, "run", counted)
-    model.generate(**inputs(LENGTHS), max_new_tokens=2, eos_token_id=None, logits_processor=[watch])
-    assert blocks == [4, 1]  # of the policy's two batches of two rows, and what is left
-    assert batches == [2, 2, 2, 2, 1, 1]
-
-
 def test_every_row_ends_with_its_first_token(model: Any, reference: Any, inputs: Any) -> None:
     options = dict(
         max_new_tokens=6, do_sample=False, eos_token_id=list(range(36)), return_dict_in_generate=True,
@@ -349,11 +330,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "positions": (dict(position_ids=torch.ones(2, 5)), NotImplementedError, "position_ids"),
     "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
     "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
-    "a watermark that remembers": (
-        dict(watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 6]), do_sample=True),
-        NotImplementedError,
-        "SynthID",
-    ),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
 }
 

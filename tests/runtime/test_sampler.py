@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import RequestError
-from flexgen.runtime.sampler import sample
+from flexgen.runtime.sampler import INVALID, sample
 
 DRAWS = 4000
 
@@ -148,6 +148,18 @@ def test_logits_are_not_written_to() -> None:
     before = logits.clone()
     sample(logits, 0.7, 4, 0.5)
     assert logits.equal(before)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_k=2), dict(top_p=0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_are_no_numbers_get_no_id(options: dict[str, Any], dtype: torch.dtype) -> None:
+    logits = torch.zeros(5, 5, dtype=dtype)
+    logits[:, 2] = 60.0
+    logits[1, 4] = math.nan
+    logits[2, 3] = -math.inf  # of one id alone: it cannot come
+    logits[3, 4] = math.inf
+    infinite = 4 if options.get("temperature") == 0 else INVALID
+    assert sample(logits, **options).tolist() == [2, INVALID, 2, infinite, 2]
 
 
 def test_a_generator_repeats() -> None:
