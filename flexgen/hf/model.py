@@ -23,7 +23,8 @@ from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
-from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs, steps_asked
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice, Record, record_needs, steps_asked
 from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request

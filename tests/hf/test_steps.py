@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 from flexgen.errors import CapacityError, LaneError
 from flexgen.hf import FlexGenForCausalLM
-from flexgen.hf.steps import HFChoice, RowProcessors
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice
 from flexgen.memory.plan import MemoryPlan
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.call import Call
@@ -323,3 +325,19 @@ def test_what_removes_nan_serves_it() -> None:
     assert choice_of(InfNanRemoveLogitsProcessor()).choose(logits, rows, 0).tolist() == [2, 0, 1]
     drawn = choice_of(do_sample=True).choose(logits, rows, 0).tolist()
     assert drawn[0] == drawn[2] == INVALID and drawn[1] != INVALID
+
+
+def test_outlines(shaped: Any, reference: Any, tokenizer: Any) -> None:
+    """The package itself, where it is installed."""
+    outlines = pytest.importorskip("outlines")
+    backends = pytest.importorskip("outlines.backends")
+    prompts = tokenizer(["why", "a longer one", "why", "why", "no?"], padding=True, return_tensors="pt")
+    made = []
+    for model in (shaped, reference):
+        front = outlines.from_transformers(reference, tokenizer)
+        guide = backends.get_regex_logits_processor("outlines_core", front, "[a-f]{2,4} (x|yes)[k-m]?")
+        ids = model.generate(**prompts, max_new_tokens=12, do_sample=False, **processors(guide))
+        new = ids[:, prompts["input_ids"].shape[1] :]
+        made.append(tokenizer.batch_decode(new, skip_special_tokens=True))
+    assert made[0] == made[1]
+    assert all(re.fullmatch("[a-f]{2,4} (x|yes)[k-m]?", text) for text in made[0])
