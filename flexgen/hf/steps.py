@@ -17,6 +17,8 @@ from flexgen.errors import UnsupportedError
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
+from flexgen.runtime.draws import seed_from_torch, uniforms
+from flexgen.runtime.sampler import draw
 
 
 class RowProcessors:
@@ -106,7 +108,7 @@ class HFChoice:
         """Tokens of the row that got most."""
         self._processors = processors
         self._criteria = criteria
-        self._do_sample = do_sample
+        self._seed = seed_from_torch() if do_sample else None
         self._scores = scores
         self._logits = logits
 
@@ -123,8 +125,8 @@ class HFChoice:
             scores = self._processors.of(rows)(self._so_far(rows, token).to(logits.device), scores)
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
-        if self._do_sample:
-            return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
+        if self._seed is not None:
+            return draw(scores.softmax(dim=-1), uniforms(self._seed, rows, token, scores.device))
         return scores.argmax(dim=-1)
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
