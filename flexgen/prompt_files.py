@@ -171,9 +171,9 @@ def _check_nesting(value: Any) -> None:
     level = [value]
     for _ in range(MAX_NESTING + 1):
         inner = [each for each in level if isinstance(each, dict | list)]
-        level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
-        if not level:
+        if not inner:
             return
+        level = [part for each in inner for part in (each.values() if isinstance(each, dict) else each)]
     raise RequestError(_TOO_DEEP)
 
 

@@ -89,7 +89,8 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """
     valid = ~probabilities[:, 0].isnan()
     # Whole numbers sum to the same on every device, in whatever order it adds, and the sums never fall.
-    sums = (probabilities.nan_to_num(nan=1.0).double() * _UNITS).long().cumsum(dim=-1)
+    parts = probabilities.to(torch.float64, copy=True).nan_to_num_(nan=1.0).mul_(_UNITS)
+    sums = parts.long().cumsum_(dim=-1)
     chosen = (
         uniforms * sums[:, -1]
     ).long()  # below the last sum: float64 holds both, and uniforms end at 1 - 2**-53
