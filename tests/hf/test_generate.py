@@ -360,6 +360,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "SynthID",
     ),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
+    "a temperature that overflows": (
+        dict(do_sample=True, temperature=1e-38),
+        RequestError,
+        "overflows below",
+    ),
 }
 
 
