@@ -86,6 +86,19 @@ def test_the_completion_alone_is_on_stdout(completion, tmp_path, typed, capsys):
     assert capsys.readouterr().out == completion + "\n"
 
 
+def test_a_prompt_file_of_another_editor_means_the_same(tmp_path, typed, capsys):
+    path = tmp_path / "prompt.txt"
+    made = []
+    for content in (b"Weight: 3 t\nUnit: kg\n", b"\xef\xbb\xbfWeight: 3 t\r\nUnit: kg\r\n"):
+        path.write_bytes(content)
+        assert complete.main([*BEST, "--prompt-file", str(path)]) == 0
+        made.append(capsys.readouterr().out)
+        typed(content.decode())
+        assert complete.main(BEST) == 0
+        made.append(capsys.readouterr().out)
+    assert len(set(made)) == 1
+
+
 def test_so_many_tokens_are_made(model, capsys):
     assert complete.main([*BEST, "--prompt", PROMPT, "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out == model.generate_text([PROMPT], 3)[0] + "\n"

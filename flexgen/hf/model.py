@@ -29,6 +29,7 @@ from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
 
+_LEAST_TEMPERATURE = 1e-30
 _DEFAULT_NEW_TOKENS = 50
 
 _UNSUPPORTED = {
@@ -261,6 +262,11 @@ class FlexGenForCausalLM(GenerationMixin):
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise UnsupportedError(
                 f"{mode.value.replace('_', ' ')} is not supported: flexgen samples, or takes the best"
+            )
+        if mode == GenerationMode.SAMPLE and 0 < (config.temperature or 1) < _LEAST_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {config.temperature}; transformers divides scores by it, which overflows below "
+                f"{_LEAST_TEMPERATURE}. Give do_sample=False, which takes the best token"
             )
         for name, reason in _UNSUPPORTED_OF_GENERATE.items():
             value = getattr(config, name, None)

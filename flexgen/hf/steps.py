@@ -13,6 +13,7 @@ from flexgen.hf.processors import RowProcessors, independent_of_rows
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
+from flexgen.runtime.draws import seed_from_torch, uniforms
 from flexgen.runtime.sampler import best, draw
 
 
@@ -85,7 +86,7 @@ class HFChoice:
         """Tokens of the row that got most."""
         self._processors = processors
         self._criteria = criteria
-        self._do_sample = do_sample
+        self._seed = seed_from_torch() if do_sample else None
         self._scores = scores
         self._logits = logits
         # transformers pads a row that has ended only then. Without it all rows continue until the last one ends.
@@ -108,8 +109,8 @@ class HFChoice:
             scores = self._processors.of(rows)(self._so_far(rows, token).to(logits.device), scores)
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
-        if self._do_sample:
-            return draw(scores.softmax(dim=-1))
+        if self._seed is not None:
+            return draw(scores.softmax(dim=-1), uniforms(self._seed, rows, token, scores.device))
         return best(scores)
 
     @_as_in_transformers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexgen.runtime.draws import uniforms
 from flexgen.runtime.sampler import sample
 
 Rows = Sequence[int]
@@ -51,7 +53,11 @@ class Choice(Protocol):
 
 
 class Sampled:
-    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row."""
+    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row.
+
+    A draw depends on the seed (a random one if None), the token, and the row's number in the job: `first_row` plus
+    its number in the call.
+    """
 
     whole_call = False
 
@@ -61,9 +67,13 @@ class Sampled:
         top_k: int = 0,
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        first_row: int = 0,
     ) -> None:
-        self._options = temperature, top_k, top_p, generator
+        self._options = temperature, top_k, top_p
+        self._draws = temperature > 0
+        self._seed = secrets.randbits(64) if seed is None else int(seed)
+        self._first_row = first_row
         self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
 
     @property
@@ -71,7 +81,10 @@ class Sampled:
         return bool(len(self._stop_ids))
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        return sample(logits, *self._options)
+        drawn = None
+        if self._draws:
+            drawn = uniforms(self._seed, [self._first_row + row for row in rows], token, logits.device)
+        return sample(logits, drawn, *self._options)
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
         return torch.isin(ids, self._stop_ids)

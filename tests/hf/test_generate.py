@@ -130,13 +130,18 @@ def test_several_sequences_of_each_prompt(model: Any, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", [torch.manual_seed, set_seed])
-def test_a_seed_makes_transformers_own_numbers(seed: Any, model: Any, reference: Any, inputs: Any) -> None:
-    given, made = inputs([5]), []
-    for each in (model, model, reference):
-        seed(11)
-        made.append(each.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5, top_p=0.95))
-    assert made[0].equal(made[1]) and made[0].equal(made[2])
-    assert not model.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5).equal(made[0])
+def test_a_seed_repeats_under_every_policy(seed: Any, saved: Any, inputs: Any) -> None:
+    given, made = inputs(LENGTHS), []
+    options = dict(do_sample=True, max_new_tokens=12, temperature=1.5, top_p=0.95)
+    for policy, device in (
+        (Policy(gpu_batch_size=2, num_gpu_batches=2), "cpu"),
+        (Policy(gpu_batch_size=3, weights={"cpu": 100}, cache={"cpu": 100}), "emulated"),
+    ):
+        with saved("llama").open(policy, device=device) as model:
+            seed(11)
+            made += [model.generate(**given, **options), model.generate(**given, **options)]
+    assert made[0].equal(made[2]) and made[1].equal(made[3])
+    assert not made[0].equal(made[1])
 
 
 def test_sampling_has_the_distribution_of_the_processed_scores(saved: Any, inputs: Any) -> None:
@@ -331,6 +336,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
     "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
+    "a temperature that overflows": (
+        dict(do_sample=True, temperature=1e-38),
+        RequestError,
+        "overflows below",
+    ),
 }
 
 
