@@ -76,31 +76,28 @@ class CallPlans:
                 f"every step. Split it into calls of at most {most} rows"
             )
         shared, batches = self.machine.device.shares_host_memory, fitting.num_gpu_batches
-        orders = (
-            chosen.order,
-            "overlap_multi_batch",
-            "normal",
-        )  # more batches may ask for an order with more slots
-        order = next(
-            name for name in orders if within(choose_order(name, fitting, shared, batches).slots, self.slots)
-        )
+        # With more batches, a policy may ask for an order with more slots than there are.
+        orders = (chosen.order, "overlap_multi_batch", "normal")
+        slots = {name: choose_order(name, fitting, shared, batches).slots for name in orders}
+        order = next(name for name in orders if within(slots[name], self.slots))
         return Chosen(fitting, order), plan(fitting)
 
     def _most_rows(self, workload: Workload, kept: Kept | None, policy: Policy) -> int:
         """The most rows of a call in one block that fit. Raises CapacityError where not even one does."""
         limits = self.machine.limits()
 
-        def plan(rows: int) -> MemoryPlan:
+        def plan_of(rows: int) -> Callable[[Policy], MemoryPlan]:
             def fewer(policy: Policy) -> list[Need]:
                 needs = kept(policy) if kept else ()
                 return [replace(need, nbytes=need.nbytes * rows // workload.num_prompts) for need in needs]
 
-            return self._plan_of(replace(workload, num_prompts=rows), kept=fewer)(_one_block(policy, rows))
+            return self._plan_of(replace(workload, num_prompts=rows), kept=fewer)
 
-        fitting_plan(lambda _: plan(1), _one_block(policy, 1), limits)
-        return bisect_left(
-            range(1, workload.num_prompts), True, key=lambda rows: bool(plan(rows).shortage(limits))
-        )
+        def too_many(rows: int) -> bool:
+            return bool(plan_of(rows)(_one_block(policy, rows)).shortage(limits))
+
+        fitting_plan(plan_of(1), _one_block(policy, 1), limits)
+        return bisect_left(range(1, workload.num_prompts), True, key=too_many)
 
     def _plan_of(
         self, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None

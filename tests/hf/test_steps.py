@@ -273,7 +273,7 @@ def test_a_call_too_large_for_one_block_says_how_to_split_it(
                         model.generate(**inputs(lengths), **scores, **processors(Pull(7)))
                 planned(5)
         fits_up_to(1000, monkeypatch, model)
-        with pytest.raises(CapacityError, match="slower tier"):
+        with pytest.raises(CapacityError, match="1000 B"):
             model.generate(**inputs(lengths), **scores, **processors(Pull(7)))
 
 
