@@ -44,6 +44,9 @@ setup(
         "scipy>=1.11",
         "psutil",
         "tqdm",
+        # transformers reads a tokenizer.model with them, where a model has no tokenizer.json.
+        "sentencepiece",
+        "protobuf",
     ],
     extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "dev": [*TEST, "build"]},
     classifiers=[

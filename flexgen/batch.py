@@ -75,7 +75,7 @@ def read_job(args: argparse.Namespace) -> Job:
     ids = []
     for line in lines:
         try:
-            ids.append(_ids(tokenizer, line))
+            ids.append(_ids(tokenizer, line, args.special_tokens))
             _check(spec, ids[-1], args.max_tokens)
         except FlexGenError as error:  # of an encoding, or of a chat template
             raise at_line(args.prompts, line.number, error) from None
@@ -95,10 +95,10 @@ def read_job(args: argparse.Namespace) -> Job:
     return Job(fields, ids, about)
 
 
-def _ids(tokenizer: Any, line: PromptLine) -> list[int]:
+def _ids(tokenizer: Any, line: PromptLine, special_tokens: bool) -> list[int]:
     if MESSAGES in line.fields:
         return encode_chat(tokenizer, line.fields[MESSAGES])
-    return encode(tokenizer, line.fields[PROMPT])
+    return encode(tokenizer, line.fields[PROMPT], special_tokens)
 
 
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:

@@ -110,7 +110,7 @@ def _fitting(args: argparse.Namespace, prompt: str | None) -> list[int] | None:
     tokenizer = load_tokenizer(checkpoint.directory, spec.name)
     if prompt is None:
         return None
-    ids = encode(tokenizer, prompt)
+    ids = encode(tokenizer, prompt, args.special_tokens)
     check_length(spec, read_request(spec, [ids], [[1] * len(ids)] if ids else None), args.max_tokens)
     return ids
 
@@ -149,7 +149,7 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
     """Read prompts and answer them, until there are no more."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives `input` its editing and its history)
-    prompts = _Prompts(model.tokenizer)
+    prompts = _Prompts(model.tokenizer, args.special_tokens)
     tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-D leaves.")
     try:
         while (line := _read_line()) is not None:
@@ -170,8 +170,9 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
 class _Prompts:
     """What each line becomes: a turn of a conversation where the tokenizer has a template, else a prompt alone."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         self._chats = bool(getattr(tokenizer, "chat_template", None))
         self._messages: list[dict[str, str]] = []
 
@@ -188,7 +189,7 @@ class _Prompts:
 
     def ids(self, line: str) -> list[int]:
         if not self._chats:
-            return encode(self._tokenizer, line)
+            return encode(self._tokenizer, line, self._special_tokens)
         return encode_chat(self._tokenizer, [*self._messages, {"role": "user", "content": line}])
 
     def answered(self, line: str, answer: str) -> None:

@@ -27,10 +27,10 @@ from flexgen.runtime.request import (
     read_request,
 )
 from flexgen.runtime.stream import Stream, Teller
-from flexgen.text import Decoder, encode, load_tokenizer, stop_strings
+from flexgen.text import Decoder, Messages, encode, encode_chat, is_chat, load_tokenizer, stop_strings
 
-Text = str | Sequence[int] | np.ndarray
-"""A text, or its ids."""
+Text = str | Sequence[int] | np.ndarray | Messages
+"""A text, its ids, or a chat: a list of messages, which the tokenizer's template renders."""
 
 
 class Conveniences(ABC):
@@ -85,11 +85,17 @@ class Conveniences(ABC):
         return self._streaming(run)
 
     def stream_text(
-        self, prompt: Text, max_new_tokens: int = 32, *, stop: str | Iterable[str] = (), **sampling: Any
+        self,
+        prompt: Text,
+        max_new_tokens: int = 32,
+        *,
+        stop: str | Iterable[str] = (),
+        special_tokens: bool = True,
+        **sampling: Any,
     ) -> Stream[str]:
         """An iterator over the pieces of one prompt's completion as they are made; joined, they are what
         `generate_text` gives. Ends and raises as `stream` does."""
-        request = self._read([prompt])
+        request = self._read([prompt], special_tokens)
         check_length(self.spec, request, max_new_tokens)
         choice, stops, tokenizer = self.sampled(**sampling), stop_strings(stop), self.tokenizer
 
@@ -111,6 +117,7 @@ class Conveniences(ABC):
         max_new_tokens: int = 32,
         *,
         stop: str | Iterable[str] = (),
+        special_tokens: bool = True,
         stats: Literal[False] = False,
         **sampling: Any,
     ) -> list[str]: ...
@@ -122,6 +129,7 @@ class Conveniences(ABC):
         max_new_tokens: int = 32,
         *,
         stop: str | Iterable[str] = (),
+        special_tokens: bool = True,
         stats: Literal[True],
         **sampling: Any,
     ) -> tuple[list[str], Report]: ...
@@ -132,18 +140,23 @@ class Conveniences(ABC):
         max_new_tokens: int = 32,
         *,
         stop: str | Iterable[str] = (),
+        special_tokens: bool = True,
         stats: bool = False,
         **sampling: Any,
     ) -> list[str] | tuple[list[str], Report]:
-        """What follows each prompt (a text, or ids), as text without special tokens.
+        """The completion of each prompt (a text, ids, or a chat), as text without special tokens.
 
         stop: texts of which the first to come ends a completion, and is not part of it; the model's own end ids
-            end it too. stats: also return the call's `Report`. sampling: do_sample, temperature, top_k, top_p
-            and seed, as in `generate`.
+            end it too. A special token ("<|im_end|>") can be one.
+        special_tokens: begin each text with the special tokens that the tokenizer adds, such as BOS, unless the
+            text begins with it already. A chat has those of its template.
+        stats: also return the call's `Report`. sampling: do_sample, temperature, top_k, top_p and seed, as in
+            `generate`.
 
-        Raises ModelError where the model has no tokenizer, and as `generate` does.
+        Raises ModelError where the model has no tokenizer, or no chat template for a chat, and as `generate` does.
         """
-        request, stops, choice = self._read(prompts), stop_strings(stop), self.sampled(**sampling)
+        request = self._read(prompts, special_tokens)
+        stops, choice = stop_strings(stop), self.sampled(**sampling)
         told: list[list[str]] = [[] for _ in request.prompts]
         if stops:
             texts = _Texts(
@@ -162,15 +175,18 @@ class Conveniences(ABC):
         found = ["".join(pieces) for pieces in told]
         return (found, self.last_report(request, max_new_tokens, max_new_tokens)) if stats else found
 
-    def score(self, texts: Sequence[Text], rows: int = scoring.ROWS) -> list[Tensor]:
+    def score(
+        self, texts: Sequence[Text], rows: int = scoring.ROWS, *, special_tokens: bool = True
+    ) -> list[Tensor]:
         """Log-likelihood of every token of each text (or ids) given those before it: float32 (tokens - 1) each.
 
-        The first token has none; a text's is what its tokenizer begins texts with, where it does. At most `rows`
+        The first token has none; a text's is what its tokenizer begins texts with, where it does and unless
+        `special_tokens` is False. At most `rows`
         texts run at a time: their logits (rows, longest, vocabulary) are held in host memory. Raises as
         `forward` does.
         """
         check_whole("rows", rows, 1)
-        request = self._read(texts)
+        request = self._read(texts, special_tokens)
         check_positions(self.spec, request, 0)  # here, where a text has its number among all of them
 
         def forward(ids: Sequence[Sequence[int]]) -> Tensor:
@@ -178,12 +194,19 @@ class Conveniences(ABC):
 
         return scoring.score(forward, [ids.tolist() for ids in request.prompts], rows)
 
-    def _read(self, texts: Sequence[Text]) -> Request:
+    def _read(self, texts: Sequence[Text], special_tokens: bool) -> Request:
         if isinstance(texts, str):
             raise RequestError(f"texts are the one text {texts[:20]!r}; give a list of texts")
-        ids: list[Any] = [encode(self.tokenizer, text) if isinstance(text, str) else text for text in texts]
+        if is_chat(texts):
+            raise RequestError("texts are the messages of one chat; give a list of chats: [messages]")
+        ids: list[Any] = [self._encoded(text, special_tokens) for text in texts]
         whole = all(isinstance(row, Sequence | np.ndarray) and len(row) for row in ids)
         return read_request(self.spec, ids, _all(ids) if whole and ids else None)
+
+    def _encoded(self, text: Any, special_tokens: bool) -> Any:
+        if isinstance(text, str):
+            return encode(self.tokenizer, text, special_tokens)
+        return encode_chat(self.tokenizer, text) if is_chat(text) else text
 
     def _streaming(self, run: Callable[[Teller[Any]], object]) -> Stream[Any]:
         stream = Stream(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from flexgen.runtime.request import check_whole
 from flexgen.runtime.sampler import check_sampling, check_seed
@@ -17,7 +18,28 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable ones (0: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from those that make up P (1: all)")
     add("--seed", type=int, help="of what is drawn (default: another one each time)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        type=unescaped,
+        metavar="TEXT",
+        help=r"end before this text, in which \n, \t and \\ are a newline, a tab and a backslash; may be repeated",
+    )
+    add(
+        "--no-special-tokens",
+        dest="special_tokens",
+        action="store_false",
+        help="do not begin prompts with the tokenizer's special tokens, such as BOS",
+    )
+
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    """The text with its escape sequences replaced: a shell passes on a backslash and an n for `'\\n'`."""
+    return re.sub(r"\\[ntr\\]", lambda found: _ESCAPES[found[0]], text)
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:

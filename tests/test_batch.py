@@ -174,6 +174,18 @@ def test_a_chat_is_answered_as_its_template_says(tmp_path, capsys):
     assert "prompts.json, line 3: the tokenizer's chat template failed: no tools" in capsys.readouterr().err
 
 
+def test_special_tokens_can_be_left_out(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Weight: 3 t\n")
+    asked = []
+    for flags in ([], ["--no-special-tokens"]):
+        args = batch.make_parser().parse_args([str(prompts), "answers.jsonl", *flags])
+        asked.append(batch.read_job(args).ids[0])
+    assert asked[0] == [*asked[0][: len(asked[0]) - len(asked[1])], *asked[1]] and len(asked[0]) > len(
+        asked[1]
+    )
+
+
 def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path, capsys):
     assert start(job) == 0
     shared = tmp_path / "shared.jsonl"
@@ -271,7 +283,7 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
         ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten it"),
         ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
         ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: the tokenizer's chat template failed"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from flexgen import flags
+from flexgen.sampling_flags import add_sampling_flags
 
 
 @pytest.fixture
@@ -57,3 +58,12 @@ def test_sigterm_frees_what_a_command_holds(parser):
 def test_a_count_is_refused_with_its_limit(text):
     with pytest.raises(argparse.ArgumentTypeError, match="whole number >= 1"):
         flags.count(text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"), [(r"\n", "\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), ("\n", "\n"), (r"\d", r"\d")]
+)
+def test_escapes_in_what_a_shell_passes_on(typed, text):
+    parser = argparse.ArgumentParser()
+    add_sampling_flags(parser)
+    assert parser.parse_args(["--stop", typed]).stop == [text]

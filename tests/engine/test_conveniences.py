@@ -292,6 +292,35 @@ def test_a_completion_is_no_beginning_of_a_text(
     assert "".join(demo.stream_text(prompts[0], 24)) == completions[0]
 
 
+@pytest.fixture
+def chatting(demo: OptLM, monkeypatch: pytest.MonkeyPatch) -> OptLM:
+    """The embedded model with a chat template, which writes the BOS token as those of chat models do."""
+    template = "</s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(demo.tokenizer, "chat_template", template, raising=False)
+    return demo
+
+
+def test_a_chat_is_a_prompt(chatting: OptLM, completions: list[str]) -> None:
+    chats = [[{"role": "user", "content": text}] for text in TEXTS]
+    rendered = [f"</s>{text}" for text in TEXTS]
+    tokens = 24
+    expected = chatting.generate_text(TEXTS, tokens)
+    assert chatting.generate_text(chats, tokens) == expected
+    assert chatting.generate_text(rendered, tokens) == expected, "a rendered chat gets no second BOS"
+    assert "".join(chatting.stream_text(chats[0], tokens)) == expected[0]
+    for ours, theirs in zip(chatting.score(chats), chatting.score(TEXTS), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(RequestError, match="the messages of one chat"):
+        chatting.generate_text(chats[0])
+
+
+def test_special_tokens_can_be_left_out(demo: OptLM) -> None:
+    with_bos, without = (demo.score(TEXTS, special_tokens=special) for special in (True, False))
+    assert [len(a) - len(b) for a, b in zip(with_bos, without, strict=True)] == [1, 1, 1]
+    ids = [demo.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert demo.generate_text(TEXTS, 4, special_tokens=False) == demo.generate_text(ids, 4)
+
+
 def test_scores_of_texts(demo: OptLM) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     for text, found in zip(TEXTS, demo.score(TEXTS, rows=2), strict=True):
