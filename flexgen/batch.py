@@ -1,9 +1,9 @@
-"""`python -m flexgen.batch`: continue every prompt of a file, and go on where it ended if it is cut off.
+"""`python -m flexgen.batch`: continue every prompt of a file, and resume where it ended if it was interrupted.
 
     python -m flexgen.batch prompts.txt answers.jsonl --model DIR --max-tokens 64
 
-Answers come in the order of the prompts, a line of JSON each. Whatever ends the command, the same command goes on
-from the last answers that were saved, with what an undisturbed run would have given.
+Answers come in the order of the prompts, a line of JSON each. Whatever ends the command, the same command resumes
+after the last answers that were saved, and gives what an uninterrupted run would have given.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from flexgen.answers import Answers
 from flexgen.engine import OptLM
-from flexgen.errors import RequestError
+from flexgen.errors import FlexGenError, RequestError
 from flexgen.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
 from flexgen.models import ModelSpec, open_model
+from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
+from flexgen.prompt_files import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
+from flexgen.runtime.sampler import check_seed
 from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
-from flexgen.text import encode, load_tokenizer
+from flexgen.text import encode, encode_chat, load_tokenizer
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
-_PROMPT, _COMPLETION = "prompt", "completion"
-_SEEDS = 1 << 64
+_SEED_BITS = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,22 +46,22 @@ def batch(args: argparse.Namespace) -> None:
     check_sampling_flags(args)
     policy = read_policy(args)
     job = read_job(args)
-    with Answers(args.answers, job.about, len(job.ids)) as answers:
+    with Answers(args.answers, job.about, job.fields, args.file_mode) as answers:
         if answers.complete:
             print(
                 f"{args.answers} has the answers of all {answers.total} prompts; there is nothing left to do"
             )
             return
         if answers.run:
-            tell(f"{args.answers} has the answers of {answers.count} of {answers.total} prompts; going on")
+            tell(f"{args.answers} has the answers of {answers.count} of {answers.total} prompts; resuming")
         _answer(args, job, answers, policy)
 
 
 @dataclass(frozen=True)
 class Job:
-    """The lines of the prompts' file, as fields, their prompts as ids, and what the answers depend on, by name."""
+    """The fields of each prompt, the prompts as ids, and what the answers depend on, by name."""
 
-    lines: Sequence[dict[str, Any]]
+    fields: Sequence[dict[str, Any]]
     ids: Sequence[Sequence[int]]
     about: dict[str, Any]
 
@@ -71,11 +73,15 @@ def read_job(args: argparse.Namespace) -> Job:
     spec, checkpoint = open_model(args.model)
     tokenizer = load_tokenizer(checkpoint.directory, spec.name)
     ids = []
-    for number, fields in enumerate(lines, 1):
-        ids.append(_of_line(args.prompts, number, lambda text: encode(tokenizer, text), fields[_PROMPT]))
-        _of_line(args.prompts, number, lambda row: _check(spec, row, args.max_tokens), ids[-1])
+    for line in lines:
+        try:
+            ids.append(_ids(tokenizer, line, args.special_tokens))
+            _check(spec, ids[-1], args.max_tokens)
+        except FlexGenError as error:  # of an encoding, or of a chat template
+            raise at_line(args.prompts, line.number, error) from None
+    fields = [line.fields for line in lines]
     about = {
-        "prompts": _digest(lines),
+        "prompts": _digest(fields),
         "tokens of the prompts": _digest(ids),
         "weights or configuration of the model": _digest([repr(replace(spec, name="")), checkpoint.identity]),
         "--dtype": args.dtype,
@@ -86,60 +92,18 @@ def read_job(args: argparse.Namespace) -> Job:
         "--seed": args.seed,
         "--stop": args.stop,
     }
-    return Job(lines, ids, about)
+    return Job(fields, ids, about)
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The fields of each line: of a `.jsonl` those of its object, of other files `prompt`, the line itself.
-
-    Raises RequestError, with the number of the line, for what is no prompt; OSError where there is no file.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: byte {error.start} is {error.reason}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if not lines:
-        raise RequestError(f"{path} is empty; write a prompt into each line")
-    parse: Callable[[str], dict[str, Any]] = _fields if Path(path).suffix == ".jsonl" else _plain
-    return [_of_line(path, number, parse, line) for number, line in enumerate(lines, 1)]
-
-
-def _plain(line: str) -> dict[str, Any]:
-    if not line.strip():
-        raise RequestError(
-            "the line is empty; each line is a prompt (a .jsonl file has prompts of several lines)"
-        )
-    return {_PROMPT: line}
-
-
-def _fields(line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"not valid JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get(_PROMPT), str) or not fields[_PROMPT]:
-        raise RequestError(f'a line must be an object with a text: {{"{_PROMPT}": "..."}}')
-    if _COMPLETION in fields:
-        raise RequestError(f"the field {_COMPLETION!r} is there already, where the answer is put; rename it")
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"a text is not valid Unicode: {error.reason}") from None
-    return fields
-
-
-def _of_line(path: str, number: int, work: Callable[[Any], Any], given: Any) -> Any:
-    """Raises the RequestError of `work` with the line's number."""
-    try:
-        return work(given)
-    except RequestError as error:
-        raise RequestError(f"{path}, line {number}: {error}") from None
+def _ids(tokenizer: Any, line: PromptLine, special_tokens: bool) -> list[int]:
+    if MESSAGES in line.fields:
+        return encode_chat(tokenizer, line.fields[MESSAGES])
+    return encode(tokenizer, line.fields[PROMPT], special_tokens)
 
 
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:
     if not ids:
-        raise RequestError("the tokenizer makes no ids of the prompt")
+        raise RequestError("the tokenizer makes no ids of the prompt; remove it")
     if len(ids) + max_tokens > spec.max_positions:
         room = spec.max_positions - len(ids)
         fewer = f", or give --max-tokens {room}" if room > 0 else ""
@@ -153,16 +117,41 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:32]
 
 
+def _run_before(answers: Answers) -> tuple[Policy, str | None, int] | None:
+    """Policy, order and seed of the part that is answered, if one is. Raises RequestError where they are damaged."""
+    if answers.run is None:
+        return None
+    try:
+        policy, order, seed = (
+            Policy.from_dict(answers.run["policy"]),
+            answers.run["order"],
+            answers.run["seed"],
+        )
+        if order is not None and order not in ORDERS:
+            raise ValueError(f"order {order!r} is unknown")
+        if seed is None:
+            raise ValueError("it has no seed")
+        check_seed(seed)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise RequestError(
+            f"{answers.job_path} is damaged ({type(error).__name__}: {error}). Name another output, or remove it and "
+            f"{answers.path.name} to begin again"
+        ) from None
+    return policy, order, seed
+
+
 def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy | Auto) -> None:
-    before = answers.run
     seed, order = args.seed, args.order
-    if seed is None:
-        seed = before["seed"] if before else secrets.randbits(64)
-    if before and isinstance(policy, Auto):
-        # Another search could find another policy, for what is free now, and with it other blocks.
-        policy, order = Policy.from_dict(before["policy"]), order or before["order"]
+    if before := _run_before(answers):
+        before_policy, before_order, before_seed = before
+        seed = before_seed if seed is None else seed
+        if isinstance(policy, Auto):
+            # Another search could find another policy, for what is free now.
+            policy, order = before_policy, order or before_order
     elif isinstance(policy, Auto):
-        policy = replace(policy, once=True)  # so that the blocks are the same wherever one is cut off
+        policy = replace(policy, once=True)  # so that the policy is the same wherever the job is interrupted
+    if seed is None:
+        seed = secrets.randbits(_SEED_BITS)
     with OptLM(
         args.model,
         policy,
@@ -174,11 +163,11 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     ) as model:
         if model.auto is not None:
             order = model.auto.opened.order
-        how = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
-        if before and before != how:
+        run = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
+        if answers.run not in (None, run):
             tell("the policy is another one from here on: in half types answers may differ by rounding")
+        answers.begin(run)
         save_every = args.save_every * model.policy.block_size
-        answers.begin(how, save_every)
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
         while not answers.complete:
             rows = range(answers.count, min(answers.count + save_every, answers.total))
@@ -190,11 +179,10 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
-                seed=(seed + rows.start) % _SEEDS,
+                seed=seed,
+                first_row=rows.start,
             )
-            answers.save(
-                [job.lines[row] | {_COMPLETION: text} for row, text in zip(rows, texts, strict=True)]
-            )
+            answers.save(texts)
             assert model.stats is not None
             new_tokens += model.stats.new_tokens
             tell(f"{answers.count} of {answers.total} prompts are answered")
@@ -205,21 +193,41 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
     )
 
 
+def file_mode(text: str) -> int:
+    """Permissions in octal, for argparse; the owner must be able to resume."""
+    if not re.fullmatch("0?[0-7]{3}", text) or int(text, 8) & 0o600 != 0o600:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a mode of three octal digits, of which the first lets you read and write: 600, 644"
+        )
+    return int(text, 8)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.batch",
-        description="Continue every prompt of a file. After an interruption the same command goes on.",
+        description="Continue every prompt of a file. After an interruption the same command resumes.",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", help='a prompt in each line; NAME.jsonl: objects with "prompt"')
+    add(
+        "prompts",
+        metavar="PROMPTS",
+        help="a prompt in each line; JSON in .jsonl, .ndjson and .json",
+    )
     add("answers", metavar="ANSWERS", help='gets a line of JSON for each, in order, with "completion"')
     add(
         "--save-every",
         type=count,
         default=4,
         metavar="BLOCKS",
-        help="blocks that are saved together, in which prompts of like length meet (default: 4)",
+        help="blocks of prompts that are sorted by length and saved together (default: 4)",
+    )
+    add(
+        "--file-mode",
+        type=file_mode,
+        default=0o600,
+        metavar="OCTAL",
+        help="permissions of new files of answers, such as 644 (default: 600, for you alone)",
     )
     add_model_flags(parser)
     add_sampling_flags(parser)

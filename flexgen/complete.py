@@ -14,13 +14,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexgen.engine import OptLM
 from flexgen.errors import FlexGenError, RequestError
 from flexgen.flags import add_model_flags, add_policy_flags, read_policy, run, tell
 from flexgen.models import open_model
+from flexgen.prompt_files import normalized, read_text
 from flexgen.runtime.request import check_length, read_request
 from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
 from flexgen.text import encode, encode_chat, load_tokenizer
@@ -83,14 +83,15 @@ def _given(args: argparse.Namespace) -> str:
         return prompt
     try:
         if args.prompt_file is not None:
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
+            text = read_text(args.prompt_file)
         elif sys.stdin is not None and not sys.stdin.isatty():
-            text = sys.stdin.read()
+            text = normalized(sys.stdin.read())
         else:
             text = ""
     except UnicodeDecodeError as error:
-        where = args.prompt_file or "standard input"
-        raise RequestError(f"{where} is not UTF-8 text: byte {error.start} is {error.reason}") from None
+        raise RequestError(
+            f"standard input is not UTF-8 text: byte {error.start} is {error.reason}"
+        ) from None
     text = text.removesuffix("\n")  # editors and echo end every text with one
     if not text and args.prompt_file is not None:
         raise RequestError(f"{args.prompt_file} is empty; write the prompt into it")

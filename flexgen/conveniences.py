@@ -243,6 +243,7 @@ class _Texts:
     """A choice that decodes each row as its ids come, tells the pieces, and ends a row at a stop string."""
 
     can_end = True
+    whole_call = False
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
+from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
@@ -42,13 +43,14 @@ from flexgen.runtime.request import (
     Request,
     check_length,
     check_positions,
+    check_whole,
     pad_id,
     read_request,
     stop_ids,
 )
 from flexgen.runtime.sampler import check_sampling, check_seed
 from flexgen.runtime.stats import Stats
-from flexgen.runtime.tokens import NewTokens
+from flexgen.runtime.tokens import NewTokens, WholeCallTokens, whole_call_needs
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
@@ -204,14 +206,18 @@ class OptLM(Conveniences):
         top_p: float = 1.0,
         attention_mask: Any = None,
         seed: int | None = None,
+        first_row: int = 0,
         stats: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, Report]:
         """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int64.
 
         inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. Shorter
             prompts are padded on the left, in the result too; there may be any number of them.
-        do_sample: draw with `temperature`, `top_k` and `top_p` (see `sample`), from `seed` if it is given;
-            otherwise the most probable token.
+        do_sample: draw with `temperature`, `top_k` and `top_p` (see `sample`), from `seed`, or a random one if it is
+            None; otherwise take the most probable token.
+        first_row: number of the first prompt in a job that several calls share. A draw depends on the seed, the
+            prompt's number in the job and the token alone, so that the job gets the same samples however it is
+            split into calls, and under every policy, order and device, but for what rounding of logits decides.
         stop: the id or ids that end a row, the model's end ids if None; `()` never stops. What follows a stop
             is the pad id.
         attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
@@ -228,7 +234,9 @@ class OptLM(Conveniences):
         """
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
-        choice = self.sampled(do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed)
+        choice = self.sampled(
+            do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed, first_row=first_row
+        )
         tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode, projected=stats)
         order = order_to_run(debug_mode)
         out = self.generate_with(request, max_new_tokens, choice, tokens=tokens, order=order)
@@ -259,13 +267,18 @@ class OptLM(Conveniences):
             must do with the slots of the model's own.
 
         `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
-        a LaneError. Raises as `generate` does.
+        a LaneError. A choice that sees the `whole_call` runs all prompts in one block, and what does not fit so is
+        a CapacityError. Raises as `generate` does.
         """
         check_length(self.spec, request, max_new_tokens)
         tokens = max_new_tokens if tokens is None else tokens
         pad = pad_id(self.spec) if pad is None else pad
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
-        model, plan = self._prepared(workload, kept=lambda policy: kept)
+        if whole := choice.whole_call:
+            shared = self._machine.device.shares_host_memory
+            logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, shared)
+            kept = [*kept, *logits]
+        model, plan = self._prepared(workload, kept=lambda policy: kept, one_block=whole)
         model = model if order is None else replace(model, order=order)
         out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
@@ -277,7 +290,8 @@ class OptLM(Conveniences):
         with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
-                output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
+                made = WholeCallTokens if whole else NewTokens
+                output = made(prompts, tokens, choice, pad, self._machine.device, rows, told)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -293,15 +307,15 @@ class OptLM(Conveniences):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        first_row: int = 0,
     ) -> Choice:
         """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
         self._opened()
         check_sampling(temperature, top_k, top_p)
         check_seed(seed)
-        generator = torch.Generator(self._machine.device.torch_device)
-        generator.manual_seed(int(seed)) if seed is not None else generator.seed()
+        check_whole("first_row", first_row, 0, MAX_SEED >> 1)
         drawn = temperature if do_sample else 0.0
-        return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), generator)
+        return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), seed, first_row)
 
     def forward(self, input_ids: IdRows, attention_mask: Any = None) -> Tensor:
         """Logits (prompts, prompt_len, vocab) of every position, in host memory; zero in the padding.
@@ -343,11 +357,18 @@ class OptLM(Conveniences):
         return lane_seconds(model, request, workload)
 
     def _prepared(
-        self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
+        self,
+        workload: Workload,
+        all_logits: bool = False,
+        kept: Kept | None = None,
+        one_block: bool = False,
     ) -> tuple[Model, MemoryPlan]:
         """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
-        model = self._opened()
-        chosen, plan = self._plans.of_call(workload, all_logits, kept)
+        model, plans = self._opened(), self._plans
+        if one_block:
+            chosen, plan = plans.of_one_block(workload, kept)
+        else:
+            chosen, plan = plans.of_call(workload, all_logits, kept)
         return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def _measured(

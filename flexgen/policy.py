@@ -84,7 +84,7 @@ def _percent(value: object) -> float:
     return percent + 0.0  # -0.0 becomes 0.0
 
 
-def _float(value: numbers.Real) -> float:
+def _float(value: Any) -> float:
     """A float, infinite where the number is too large for one."""
     try:
         return float(value)

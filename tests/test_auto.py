@@ -222,6 +222,22 @@ def test_a_call_that_does_not_fit_takes_fewer_prompts_at_once(monkeypatch):
             model.generate(ids, 6, stop=())
 
 
+def test_a_call_in_one_block_takes_smaller_batches_where_it_must(monkeypatch):
+    ids = prompts(8, 40)
+    given = Auto({"gpu_batch_size": 8, "num_gpu_batches": 1, "cache": {"cpu": 100}})
+    with opened(given, Workload(40, 6, 8)) as model:
+        expected = model.generate(ids, 6, stop=())
+        request, choice = read_request(model.spec, ids), model.sampled(stop=())
+        choice.whole_call = True
+        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert model.stats.policy == model.policy
+        limits = {Tier.GPU: None, Tier.CPU: model.stats.plan.on(Tier.CPU) - 1, Tier.DISK: None}
+        monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
+        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert model.stats.policy == model.policy.replace(gpu_batch_size=4, num_gpu_batches=2)
+        assert model.stats.plan.on(Tier.CPU) <= limits[Tier.CPU]
+
+
 def test_hidden_states_that_do_not_fit_take_fewer_prompts_at_once(monkeypatch):
     with opened() as model:
         request = read_request(model.spec, prompts(8, 12))

@@ -1,10 +1,13 @@
-"""`python -m flexgen.batch`: an answer for each line, in order, whatever ends the command in between."""
+"""`python -m flexgen.batch`: an answer for each prompt, in order, whatever ends the command in between."""
 
 import json
+import shutil
+import stat
 
 import pytest
 
 from flexgen import batch
+from flexgen.demo import MODEL_DIR
 from flexgen.engine import OptLM
 
 BLOCK = ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--percent", "100", "0", "100", "0", "100", "0"]
@@ -32,6 +35,11 @@ def job(tmp_path):
 
 def start(job, *flags, block=BLOCK):
     return batch.main([*map(str, job), *FLAGS, *block, *flags])
+
+
+def run_of(job):
+    """How the job says that it was run."""
+    return json.loads(job[1].with_name("answers.jsonl.job").read_text().splitlines()[0])["run"]
 
 
 class Ended(Exception):
@@ -76,7 +84,7 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
-def test_a_job_that_was_cut_off_goes_on_to_the_same_answers(calls, job, tmp_path, ends_in_call):
+def test_a_job_that_was_cut_off_resumes_to_the_same_answers(calls, job, tmp_path, ends_in_call):
     whole = tmp_path / "whole.jsonl"
     assert start((job[0], whole)) == 0
     ends_in_call(calls)
@@ -88,16 +96,119 @@ def test_a_job_that_was_cut_off_goes_on_to_the_same_answers(calls, job, tmp_path
     assert job[1].read_text() == whole.read_text()
 
 
+OTHER_WAYS = {
+    "larger saves": (["--save-every", "3"], BLOCK),
+    "one block": (["--save-every", "1"], ["--gpu-batch-size", "7", *BLOCK[2:]]),
+    "several batches": (
+        ["--save-every", "2"],
+        ["--gpu-batch-size", "1", "--num-gpu-batches", "3", *BLOCK[4:]],
+    ),
+    "offloaded": (["--device", "emulated"], [*BLOCK[:4], "--percent", "0", "100", "0", "100", "0", "100"]),
+    "another order": (["--order", "normal"], BLOCK),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_samples_are_the_same_however_the_job_runs(way, job, tmp_path, ends_in_call):
+    flags, block = OTHER_WAYS[way]
+    whole = tmp_path / "whole.jsonl"
+    assert start((job[0], whole)) == 0
+    assert start(job, *flags, block=block) == 0
+    assert job[1].read_bytes() == whole.read_bytes()
+    # Cut off in one way, and resumed in the other.
+    mixed = job[0], tmp_path / "mixed.jsonl"
+    ends_in_call(2)
+    with pytest.raises(Ended):
+        start(mixed)
+    ends_in_call(100)
+    assert start(mixed, *flags, block=block) == 0
+    assert mixed[1].read_bytes() == whole.read_bytes()
+
+
+def test_equal_prompts_draw_each_for_itself(tmp_path):
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("A\n" * 6)
+    assert start((prompts, answers), "--temperature", "2") == 0
+    assert len(set(answers.read_text().splitlines())) == 6
+
+
+def test_answers_that_were_edited_are_refused(job, ends_in_call, capsys):
+    ends_in_call(4)
+    with pytest.raises(Ended):
+        start(job)
+    rows = job[1].read_text().splitlines(keepends=True)
+    job[1].write_text("".join([rows[1], rows[0], *rows[2:]]))
+    ends_in_call(100)
+    assert start(job) == 1
+    assert "line 1 is not the answer of its prompt" in capsys.readouterr().err
+    job[1].write_text("".join(rows))
+    assert start(job) == 0
+
+
+def test_a_chat_is_answered_as_its_template_says(tmp_path, capsys):
+    directory = tmp_path / "chat"
+    shutil.copytree(MODEL_DIR, directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompts, answers = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
+    chat = [{"role": "system", "content": "Weight: 3 t"}, {"role": "user", "content": "Unit: kg"}]
+    prompts.write_text(json.dumps([{"id": 1, "messages": chat}, {"prompt": "é"}]))
+    flags = ["--temperature", "0", "--model", str(directory)]
+    assert start((prompts, answers), *flags) == 0
+    found = [json.loads(line) for line in answers.read_text().splitlines()]
+    with OptLM(
+        directory, batch.Policy(gpu_batch_size=2), device="cpu", dtype="float32", progress=False
+    ) as model:
+        rendered = model.tokenizer("Weight: 3 t\nUnit: kg\nAnswer:", add_special_tokens=False).input_ids
+        texts = model.generate_text([rendered, "é"], 6)
+    assert found == [
+        {"id": 1, "messages": chat, "completion": texts[0]},
+        {"prompt": "é", "completion": texts[1]},
+    ]
+    prompts.write_text(json.dumps(["a", {"messages": [{"role": "tool", "content": "a"}]}], indent=0))
+    assert start((prompts, tmp_path / "other.jsonl"), *flags) == 1
+    assert "prompts.json, line 3: the tokenizer's chat template failed: no tools" in capsys.readouterr().err
+
+
+def test_special_tokens_can_be_left_out(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Weight: 3 t\n")
+    asked = []
+    for flags in ([], ["--no-special-tokens"]):
+        args = batch.make_parser().parse_args([str(prompts), "answers.jsonl", *flags])
+        asked.append(batch.read_job(args).ids[0])
+    assert asked[0] == [*asked[0][: len(asked[0]) - len(asked[1])], *asked[1]] and len(asked[0]) > len(
+        asked[1]
+    )
+
+
+def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path, capsys):
+    assert start(job) == 0
+    shared = tmp_path / "shared.jsonl"
+    assert start((job[0], shared), "--file-mode", "644") == 0
+    for path, mode in ((job[1], 0o600), (shared, 0o644)):
+        for file in (path, path.with_name(path.name + ".job")):
+            assert stat.S_IMODE(file.stat().st_mode) == mode
+    for wrong in ("8", "444", "7777", "rw", "-1"):
+        with pytest.raises(SystemExit):
+            start(job, f"--file-mode={wrong}")
+        assert "is not a mode of three octal digits" in capsys.readouterr().err
+
+
 def test_what_was_drawn_and_searched_stays_without_a_seed_or_policy(job, ends_in_call, capsys):
     flags = ["--device", "cpu", "--max-tokens", "6", "--gpu-batch-size", "2", "--save-every", "1"]
     ends_in_call(2)
     with pytest.raises(Ended):
         batch.main([*map(str, job), *flags])
-    said = json.loads(job[1].with_name("answers.jsonl.job").read_text())["run"]
+    said = run_of(job)
     assert "policy: " in capsys.readouterr().err
     ends_in_call(100)
     assert batch.main([*map(str, job), *flags]) == 0
-    assert json.loads(job[1].with_name("answers.jsonl.job").read_text())["run"] == said
+    assert run_of(job) == said
     assert "policy: " not in capsys.readouterr().err  # no search
 
 
@@ -133,19 +244,46 @@ def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
     assert job[1].read_bytes() == before
 
 
+DAMAGED_RUNS = {
+    "no policy": lambda run: run.pop("policy"),
+    "a policy that is a number": lambda run: run.update(policy=3),
+    "a policy of other fields": lambda run: run.update(policy={"weigths": 3}),
+    "a policy beyond floats": lambda run: run["policy"].update(attn_sparsity=float("inf")),
+    "a deep policy": lambda run: run["policy"].update(weights=[[[[]]]]),
+    "no order": lambda run: run.pop("order"),
+    "an unknown order": lambda run: run.update(order="zigzag"),
+    "an order that is a list": lambda run: run.update(order=[]),
+    "no seed": lambda run: run.update(seed=None),
+    "a fractional seed": lambda run: run.update(seed=0.5),
+    "an infinite seed": lambda run: run.update(seed=float("inf")),
+    "a seed beyond 64 bits": lambda run: run.update(seed=1 << 64),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_RUNS)
+def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
+    ends_in_call(2)
+    with pytest.raises(Ended):
+        start(job)
+    path = job[1].with_name("answers.jsonl.job")
+    head, *marks = path.read_text().splitlines(keepends=True)
+    state = json.loads(head)
+    DAMAGED_RUNS[case](state["run"])
+    path.write_text("".join([json.dumps(state) + "\n", *marks]))
+    before = job[1].read_bytes()
+    assert start(job) == 1
+    assert f"{path} is damaged (" in capsys.readouterr().err
+    assert job[1].read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.txt", b"", "a.txt is empty; write a prompt into each line"),
-        ("a.txt", b"one\n\ntwo\n", "a.txt, line 2: the line is empty"),
-        ("a.txt", b"one\n\xff\n", "a.txt is not UTF-8 text: byte 4"),
+        ("a.txt", b"", "a.txt is empty; write prompts into it"),
         ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten it"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "a.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n', 'line 1: a line must be an object with a text: {"prompt"'),
-        ("a.jsonl", b'["a"]\n', "line 1: a line must be an object"),
-        ("a.jsonl", b'{"prompt": 3}\n', "line 1: a line must be an object with a text"),
-        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n', "the field 'completion' is there already"),
-        ("a.jsonl", b'{"prompt": "a", "x": "\\ud800"}\n', "line 1: a text is not valid Unicode"),
+        ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
+        ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):

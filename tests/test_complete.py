@@ -86,6 +86,19 @@ def test_the_completion_alone_is_on_stdout(completion, tmp_path, typed, capsys):
     assert capsys.readouterr().out == completion + "\n"
 
 
+def test_a_prompt_file_of_another_editor_means_the_same(tmp_path, typed, capsys):
+    path = tmp_path / "prompt.txt"
+    made = []
+    for content in (b"Weight: 3 t\nUnit: kg\n", b"\xef\xbb\xbfWeight: 3 t\r\nUnit: kg\r\n"):
+        path.write_bytes(content)
+        assert complete.main([*BEST, "--prompt-file", str(path)]) == 0
+        made.append(capsys.readouterr().out)
+        typed(content.decode())
+        assert complete.main(BEST) == 0
+        made.append(capsys.readouterr().out)
+    assert len(set(made)) == 1
+
+
 def test_so_many_tokens_are_made(model, capsys):
     assert complete.main([*BEST, "--prompt", PROMPT, "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out == model.generate_text([PROMPT], 3)[0] + "\n"
@@ -244,29 +257,33 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
 
 
 @pytest.fixture
-def pressed(capsys, monkeypatch):
-    """Ctrl-C is pressed once, after three pieces; what standard output had got each time."""
-    shown = []
+def press(monkeypatch):
+    """`press()`: Ctrl-C comes once, after three pieces. Returns what standard output had got each time."""
 
-    def press():
-        shown.append(stdout.buffer.getvalue().decode())
-        if len(shown) == 3:
-            signal.raise_signal(signal.SIGINT)
+    def start():
+        shown = []
 
-    stdout = Watched(press)
-    monkeypatch.setattr(sys, "stdout", stdout)
-    return shown
+        def show():
+            shown.append(stdout.buffer.getvalue().decode())
+            if len(shown) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        stdout = Watched(show)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        return shown
+
+    return start
 
 
-def test_ctrl_c_in_the_middle_of_a_completion(nothing_left, completion, pressed, capsys):
+def test_ctrl_c_in_the_middle_of_a_completion(nothing_left, completion, press, capsys):
+    pressed = press()
     assert complete.main([*BEST, "--prompt", PROMPT]) == 130
     assert completion.startswith(pressed[-1]) and len(pressed[-1]) < len(completion)
     assert capsys.readouterr().err.endswith("python -m flexgen.complete: interrupted\n")
 
 
-def test_ctrl_c_ends_an_answer_and_the_next_line_is_answered(
-    nothing_left, completion, pressed, typed, capsys
-):
+def test_ctrl_c_ends_an_answer_and_the_next_line_is_answered(nothing_left, completion, press, typed, capsys):
+    pressed = press()
     typed(f"{PROMPT}\n{PROMPT}\n")
     assert complete.main([*BEST, "--interactive"]) == 0
     first = pressed[2]

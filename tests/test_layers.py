@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 LAYERS = [
     {"errors", "units", "turns", "interrupts"},
     {"policy", "workload", "schedule", "demo"},
-    {"orders", "trace"},
+    {"orders", "trace", "prompt_files", "job_file"},
     {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},
     {"models", "quant"},

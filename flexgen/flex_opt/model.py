@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexgen import engine
 from flexgen.engine import Stats
@@ -17,11 +16,10 @@ from flexgen.flex_opt.places import find_weights, read_config
 from flexgen.flex_opt.policy import Policy
 from flexgen.flex_opt.timer import GENERATE, costs_of, timers
 from flexgen.runtime.debug import BREAKDOWN
+from flexgen.runtime.draws import seed_from_torch
 from flexgen.runtime.request import IdRows, leading, read_rows
 from flexgen.schedule import Op
 from flexgen.trace import Event, Phase
-
-_SEEDS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class OptLM:
 
         inputs: as `flexgen.OptLM.generate` takes them, of any number. Pad ids that begin a row are not computed,
             in lists of any lengths. Nor are rows of them alone, with which scripts fill up a block: pad ids follow.
-        do_sample: draws with torch's global random state, so `torch.manual_seed` decides.
+        do_sample: draws from a seed that torch's global generator gives, so `torch.manual_seed` decides.
         stop: the id that ends a row. None, 0 and texts end none, as in 0.1, one of whose scripts gives a text.
         debug_mode: "fewer_batch" and "breakdown" run a few tokens and project the times; "breakdown" also prints
             0.1's table of costs.
@@ -111,7 +109,7 @@ class OptLM:
             debug_mode=debug_mode,
             cut_gen_len=cut_gen_len,
             verbose=verbose,
-            seed=int(torch.randint(_SEEDS, ())) if do_sample else None,
+            seed=seed_from_torch() if do_sample else None,
         )
         assert self.stats is not None
         timing = self.stats.timing

@@ -23,11 +23,13 @@ from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
-from flexgen.hf.steps import HFChoice, Record, RowProcessors, record_needs, steps_asked
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice, Record, record_needs, steps_asked
 from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
 
+_LEAST_TEMPERATURE = 1e-30
 _DEFAULT_NEW_TOKENS = 50
 
 _UNSUPPORTED = {
@@ -214,7 +216,8 @@ class FlexGenForCausalLM(GenerationMixin):
 
         Without a length in the arguments or a generation config, 50 new tokens, or as many as there are positions
         for. Without ids, a row begins with the model's bos. A row that has ended is padded. Logits processors and
-        stopping criteria are called for the rows of one GPU batch at a time.
+        stopping criteria of your own are called with all rows at every step, as in transformers, and the call runs
+        in one block.
 
         Raises UnsupportedError for what flexgen does not do, ValueError (RequestError is one) for arguments that
         cannot be served and CapacityError for what does not fit, before any work; LaneError, with its cause, if a
@@ -260,6 +263,11 @@ class FlexGenForCausalLM(GenerationMixin):
             raise UnsupportedError(
                 f"{mode.value.replace('_', ' ')} is not supported: flexgen samples, or takes the best"
             )
+        if mode == GenerationMode.SAMPLE and 0 < (config.temperature or 1) < _LEAST_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {config.temperature}; transformers divides scores by it, which overflows below "
+                f"{_LEAST_TEMPERATURE}. Give do_sample=False, which takes the best token"
+            )
         for name, reason in _UNSUPPORTED_OF_GENERATE.items():
             value = getattr(config, name, None)
             if value and (value is True or value != 1):  # a guidance of 1 is none
@@ -291,12 +299,11 @@ class FlexGenForCausalLM(GenerationMixin):
         self,
         generation_config: GenerationConfig,
         encoder_input_ids: Tensor,
-        prefix_allowed_tokens_fn: Any = None,
         model_kwargs: Mapping[str, Any] | None = None,
         device: Any = None,
         **others: Any,
     ) -> RowProcessors:
-        """A list for the rows of each GPU batch, on the compute device.
+        """Lists for rows of the call, on the compute device.
 
         `generate` has expanded the mask by `num_return_sequences` when it asks, `encoder_input_ids` not.
         """
@@ -307,19 +314,15 @@ class FlexGenForCausalLM(GenerationMixin):
         repeats = config.num_return_sequences or 1
 
         def build(rows: Rows) -> LogitsProcessorList:
-            def allowed(place: int, ids: Tensor) -> list[int]:
-                return prefix_allowed_tokens_fn(rows[place], ids)
-
             return super(FlexGenForCausalLM, self)._get_logits_processor(
                 generation_config=config,
                 encoder_input_ids=encoder_input_ids[[row // repeats for row in rows]].to(self.device),
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn and allowed,
                 model_kwargs={"attention_mask": None if mask is None else mask[list(rows)].to(self.device)},
                 device=self.device,
                 **others,
             )
 
-        return RowProcessors(build, len(encoder_input_ids) * repeats)
+        return RowProcessors(build, len(encoder_input_ids) * repeats, others.get("logits_processor") or ())
 
     def _sample(
         self,

@@ -1,49 +1,20 @@
-"""transformers' processors and criteria, run for one GPU batch after another, and what they saw and gave."""
+"""The choice of ids by transformers' processors and criteria, and what they saw and gave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-)
+from transformers import MaxLengthCriteria, StoppingCriteriaList
 
-from flexgen.errors import UnsupportedError
+from flexgen.hf.processors import RowProcessors, independent_of_rows
 from flexgen.memory.plan import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
-
-
-class RowProcessors:
-    """A call's logits processors, made anew for the rows of each GPU batch: some hold a value for each row.
-
-    `build` makes the list for rows of the call. The first list, for all rows, shows at once what is not valid.
-
-    Raises UnsupportedError for a processor that counts on seeing the same rows at every step: a batch's rows change
-    when some that have ended leave it.
-    """
-
-    def __init__(self, build: Callable[[Rows], LogitsProcessorList], rows: int) -> None:
-        self._build = build
-        whole = tuple(range(rows))
-        self._made: dict[tuple[int, ...], LogitsProcessorList] = {whole: build(whole)}
-        self.empty = not self._made[whole]
-        if any(isinstance(made, SynthIDTextWatermarkLogitsProcessor) for made in self._made[whole]):
-            raise UnsupportedError(
-                "SynthID watermarking is not supported: it remembers what each row of a batch had, and rows change "
-                "batches here; WatermarkingConfig works"
-            )
-
-    def of(self, rows: Rows) -> LogitsProcessorList:
-        key = tuple(rows)
-        if key not in self._made:
-            self._made[key] = self._build(key)
-        return self._made[key]
+from flexgen.runtime.draws import seed_from_torch, uniforms
+from flexgen.runtime.sampler import best, draw
 
 
 class Record:
@@ -78,6 +49,13 @@ def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int
     return max(min(lengths, default=max_length) - prompt_len, 1)
 
 
+@contextmanager
+def _as_in_transformers() -> Iterator[None]:
+    """What a caller's code makes of tensors and keeps can be used as any others, in another call too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class HFChoice:
     """Chooses as `GenerationMixin` does, with its processors and criteria.
 
@@ -85,7 +63,8 @@ class HFChoice:
     so far, which only listening adds.
 
     `ids` (rows, prompt_len + steps) are the caller's, left-padded as they came; what rows get is added to them.
-    Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far.
+    Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far; for all rows
+    of the call, as transformers calls them, if one of them needs that.
     """
 
     def __init__(
@@ -99,6 +78,7 @@ class HFChoice:
         scores: Record | None = None,
         logits: Record | None = None,
     ) -> None:
+        self.whole_call = processors.whole_call or not independent_of_rows(criteria)
         self._prompt_len = input_ids.shape[1]
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         self.ids = torch.cat([input_ids.cpu(), padding], dim=1)
@@ -106,16 +86,22 @@ class HFChoice:
         """Tokens of the row that got most."""
         self._processors = processors
         self._criteria = criteria
-        self._do_sample = do_sample
+        self._seed = seed_from_torch() if do_sample else None
         self._scores = scores
         self._logits = logits
+        # transformers pads a row that has ended only then. Without it all rows continue until the last one ends.
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        self._device = torch.device("cpu")
 
     @property
     def can_end(self) -> bool:
         # `steps` has the lengths; a subclass may do anything.
         return any(type(criterion) is not MaxLengthCriteria for criterion in self._criteria)
 
+    @_as_in_transformers()
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        self._device = logits.device
         scores = logits.to(torch.float32, copy=True)
         if self._logits is not None:
             self._logits.keep(scores, rows, token)
@@ -123,12 +109,18 @@ class HFChoice:
             scores = self._processors.of(rows)(self._so_far(rows, token).to(logits.device), scores)
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
-        if self._do_sample:
-            return torch.multinomial(scores.softmax(dim=-1), 1).squeeze(1)
-        return scores.argmax(dim=-1)
+        if self._seed is not None:
+            return draw(scores.softmax(dim=-1), uniforms(self._seed, rows, token, scores.device))
+        return best(scores)
 
+    @_as_in_transformers()
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
-        return self._criteria(torch.cat([self._so_far(rows, token), ids[:, None]], dim=1), None)
+        so_far = torch.cat([self._so_far(rows, token), ids[:, None]], dim=1)
+        if not self.whole_call:
+            return self._criteria(so_far, None)
+        scores = None if self._scores is None else self._scores.taken(token + 1)
+        self._ended |= self._criteria(so_far.to(self._device), scores).cpu()
+        return self._ended if self._pads else self._ended.all().expand(len(ids))
 
     def listen(self, new: NewIds) -> None:
         live = new.live.tolist()

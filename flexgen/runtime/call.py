@@ -134,30 +134,32 @@ class Call:
     def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
         """Generate `tokens` tokens for the prepared prompts, fewer if all rows stop; `output` has the result.
 
-        It runs in one piece as long as the same batches go on. Where rows that have stopped leave, the others
-        are regrouped and go on from the next token.
+        It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
+        are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
         """
         generation = self._execute(prompts, tokens, output, 0)
         while generation.following:
-            self._regroup(prompts, generation.following, generation.next)
+            if generation.following != prompts.batches:
+                self._regroup(prompts, generation.following, generation.next)
             generation = self._execute(prompts, tokens, output, generation.next)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
-        generation = self._generation(prompts, output, self._grid(order, prompts, tokens - first), first)
+        run = range(first, first + 1 if output.by_token else tokens)
+        generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid))
-        trace = execute(steps, generation.grid, generation, self._model.lanes)
-        last = len(self._model.layers) - 1
-        events = [e._replace(step=e.step._replace(token=first + e.step.token)) for e in trace.events]
-        if not first:
-            heads = [
-                e.end for e in events if (e.step.op, e.step.token, e.step.layer) == (Op.STORE_HIDDEN, 0, last)
-            ]
-            self.timing.prefill += offset - self.timing.total + max(heads)
+        events = execute(steps, generation.grid, generation, self._model.lanes, run).events
         self.timing.trace.extend(events, offset)
+        if output.by_token:
+            generation.finished(0)
+        if not first:
+            head = Op.STORE_HIDDEN, 0, len(self._model.layers) - 1
+            known = [offset + event.end for event in events if event.step[:3] == head]
+            now = self.timing.total + time.perf_counter() - self._began
+            self.timing.prefill += max(known, default=now) - self.timing.total
         return generation
 
     def _checked(self, steps: Iterable[Step]) -> Iterator[Step]:
@@ -193,11 +195,11 @@ class Call:
         generation = self._generation(prompts, output, grid)
         grid = replace(grid, tokens=len(sampled))
         alone = _LaneAlone(generation, lane, sampled)
-        trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes)
-        seconds = [0.0] * len(sampled)
+        trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes, sampled)
+        seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
-        later = seconds[1:]
+        later = [seconds[token] for token in sampled[1:]]
         decode = sum(later) / len(later) * (tokens - 1) if later else 0.0
         return {Phase.PREFILL: seconds[0], Phase.DECODE: decode}
 

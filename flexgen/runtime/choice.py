@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexgen.runtime.draws import uniforms
 from flexgen.runtime.sampler import sample
 
 Rows = Sequence[int]
@@ -24,11 +26,20 @@ class Choice(Protocol):
     """
 
     @property
+    def whole_call(self) -> bool:
+        """Whether it is asked for all rows of the call at once instead, in their order, once for each token.
+
+        Such a call runs as one block. Rows that have ended stay, with the pad id as their next one, until all
+        have. The lanes are idle while it is asked, in the thread of the call.
+        """
+
+    @property
     def can_end(self) -> bool:
         """Whether a row may end before the last token. If not, `ends` is not asked to say so."""
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab).
+        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
+        whose logits are NaN or infinite, so that none can be chosen.
 
         Both are on the compute device: this is a part of the computation. What it returns for a row that has ended
         is not used. The logits may be written to, but are not to be kept.
@@ -42,7 +53,13 @@ class Choice(Protocol):
 
 
 class Sampled:
-    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row."""
+    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row.
+
+    A draw depends on the seed (a random one if None), the token, and the row's number in the job: `first_row` plus
+    its number in the call.
+    """
+
+    whole_call = False
 
     def __init__(
         self,
@@ -50,9 +67,13 @@ class Sampled:
         top_k: int = 0,
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        first_row: int = 0,
     ) -> None:
-        self._options = temperature, top_k, top_p, generator
+        self._options = temperature, top_k, top_p
+        self._draws = temperature > 0
+        self._seed = secrets.randbits(64) if seed is None else int(seed)
+        self._first_row = first_row
         self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
 
     @property
@@ -60,7 +81,10 @@ class Sampled:
         return bool(len(self._stop_ids))
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        return sample(logits, *self._options)
+        drawn = None
+        if self._draws:
+            drawn = uniforms(self._seed, [self._first_row + row for row in rows], token, logits.device)
+        return sample(logits, drawn, *self._options)
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
         return torch.isin(ids, self._stop_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,15 +34,20 @@ class Work(Protocol):
         """
 
 
-def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trace:
+def execute(
+    steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int] | None = None
+) -> Trace:
     """Run a schedule and return its trace, in seconds since the call.
+
+    tokens: of the call, one for each token of the grid, by which the trace and errors name steps; the grid's own
+        if None.
 
     Steps go to their lanes in the order of the schedule, and lanes serve in order, so a schedule that
     `schedule.check` accepts cannot deadlock. Raises LaneError, with its cause, if a step fails; by then no
     lane touches a buffer any more, which holds for Ctrl-C too.
     """
     origin = time.perf_counter()
-    run = _Run(grid, work, lanes)
+    run = _Run(grid, work, lanes, tokens)
     completed = False
     try:
         for step in steps:
@@ -62,7 +67,8 @@ def execute(steps: Iterable[Step], grid: Grid, work: Work, lanes: Lanes) -> Trac
 class _Run:
     """What has been issued so far."""
 
-    def __init__(self, grid: Grid, work: Work, lanes: Lanes) -> None:
+    def __init__(self, grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int] | None = None) -> None:
+        self._tokens = range(grid.tokens) if tokens is None else tokens
         self._grid = grid
         self._work = work
         self._lanes = lanes
@@ -73,10 +79,11 @@ class _Run:
     def issue(self, step: Step) -> None:
         after = tuple({id(d): d for needed in needs(step, self._grid) for d in self._done[needed]}.values())
         ends: list[Done] = []
+        named = step._replace(token=self._tokens[step.token])
         for chain in self._work.chains(step):
             waits = after
             for lane, job in chain:
-                waits = (self._lanes[lane].submit(job, waits, step),)
+                waits = (self._lanes[lane].submit(job, waits, named),)
             ends += waits
         # A step without work is done when what it needs is done.
         self._done[step] = tuple(ends) or after

@@ -50,6 +50,7 @@ class _Kept:
 class AllPositions:
     """The output of one block: its logits and hidden states come to host memory."""
 
+    by_token = False
     can_finish = False
 
     def __init__(self, logits: _Kept, hidden: Mapping[int, _Kept], last_only: bool) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, chain, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.errors import LaneError
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS
+from flexgen.memory.plan import SLOTS, Need
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage
+from flexgen.policy import Tier
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
 from flexgen.runtime.pages import Padding, Span
+from flexgen.runtime.sampler import INVALID
 from flexgen.trace import LaneName
 
 
@@ -50,6 +53,7 @@ class Prompts:
         item = torch.int64.itemsize
         buffer = self._taken.buffer(machine.host, (sum(sizes) + len(prompts)) * item, "prompts")
         *flat, self.newest = buffer.view(torch.int64).split([*sizes, len(prompts)])
+        self.newest.zero_()
         self._ids = [ids.view(-1, width) for ids, width in zip(flat, self._widths, strict=True)]
         for rows, ids in zip(self.batches, self._ids, strict=True):
             ids.fill_(pad_id)
@@ -140,6 +144,9 @@ class Output(Protocol):
     last_only: bool
     """Whether only the last position's logits are wanted."""
 
+    by_token: bool
+    """Whether each token is a run of its own: its ids are chosen by `following`, while the lanes are idle."""
+
     can_finish: bool
 
     def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
@@ -169,6 +176,7 @@ class NewTokens:
     """
 
     last_only = True
+    by_token = False
 
     def __init__(
         self,
@@ -219,22 +227,82 @@ class NewTokens:
 
     def _record(self, token: int, batch: int, slot: int) -> None:
         newest = self._prompts.newest[self._prompts.rows(batch)]
-        rows, names = self._prompts.batches[batch], self._named(batch)
         if self._device.shares_host_memory:
             newest.copy_(self._chosen[slot])
+        self._accept(token, self._prompts.batches[batch], newest)
+
+    def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:
+        """Keep what was chosen for these rows of the block; those that had ended before get the pad id in `ids`."""
+        names = [self._names[row] for row in rows]
         before = self._ended[rows]
-        newest.masked_fill_(before, self._pad_id)
-        self.ids[rows, token] = newest
-        self.count += len(newest) - int(before.sum())
+        ids.masked_fill_(before, self._pad_id)
+        if (ids == INVALID).any():
+            row = names[ids.tolist().index(INVALID)]
+            raise LaneError(
+                f"row {row} has logits that are NaN or infinite at new token {token}, so no id can be chosen. "
+                "Weights that are NaN or infinite cause this, and so do values beyond float16: check the checkpoint, "
+                'or open the model with dtype="bfloat16" or "float32"'
+            )
+        self.ids[rows, token] = ids
+        self.count += len(ids) - int(before.sum())
         ended = before
         if self.can_finish:
-            ended = before | self._choice.ends(newest, names, token)
+            ended = before | self._choice.ends(ids, names, token)
             self._ended[rows] = ended
         if self._listeners:
             live = ~before
             last = live if token == self.ids.shape[1] - 1 else live & ended
             for listener in self._listeners:
-                listener(NewIds(names, token, newest, live, last))
+                listener(NewIds(names, token, ids, live, last))
 
     def following(self, token: int) -> list[list[int]] | None:
         return regrouped(self._prompts.batches, self._ended.tolist(), self.ids.shape[1] - token - 1)
+
+
+class WholeCallTokens(NewTokens):
+    """`NewTokens` of a call that is one block, by a choice that sees the whole call."""
+
+    by_token = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._logits: dict[int, Tensor] = {}  # (rows, vocab) of each batch
+        self._rows = sorted(range(len(self._names)), key=self._names.__getitem__)
+
+    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
+        self._logits[batch] = logits[:, -1]
+
+    def store(self, token: int, batch: int, slot: int) -> Chains:
+        return ()
+
+    def following(self, token: int) -> list[list[int]]:
+        """Chooses the ids of `token`, which the next run reads. Raises LaneError, with what a choice or a listener
+        has raised as its cause."""
+        rows = self._rows
+        try:
+            ids = self._choice.choose(self._together(), range(len(rows)), token).cpu()
+            self._accept(token, rows, ids)
+        except LaneError:
+            raise
+        except Exception as error:
+            raise LaneError(
+                f"choosing token {token} of all {len(rows)} rows failed: {type(error).__name__}: {error}"
+            ) from error
+        self._prompts.newest[rows] = ids
+        last = token == self.ids.shape[1] - 1
+        return [] if last or self._ended.all() else list(map(list, self._prompts.batches))
+
+    def _together(self) -> Tensor:
+        """The logits of all rows, in the order of the call."""
+        some = next(iter(self._logits.values()))
+        logits = some.new_empty(len(self._rows), some.shape[1])
+        for batch in range(len(self._prompts.batches)):
+            logits[self._named(batch)] = self._logits.pop(batch)
+        return logits
+
+
+def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, shared: bool) -> list[Need]:
+    """What `WholeCallTokens` and a choice take to choose for all rows at once: logits as the batches leave them, in
+    one tensor, in float32, and as processed."""
+    each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
+    return [Need(Tier.CPU if shared else Tier.GPU, "logits", "workspace", rows * vocab * each)]

@@ -14,6 +14,7 @@ import torch
 
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError
+from flexgen.policy import Policy
 
 PAD = 1
 NAME = "llama gqa 2"
@@ -267,6 +268,57 @@ def test_a_seed_repeats_and_another_differs(lm: OptLM, prompts: Any) -> None:
     np.testing.assert_array_equal(first, draw(lm, given, temperature=2.0, seed=7))
     assert (first != draw(lm, given, temperature=2.0, seed=8)).any()
     assert (draw(lm, given, temperature=2.0) != draw(lm, given, temperature=2.0)).any()
+
+
+HOW = {
+    "another batch shape": dict(policy=Policy(gpu_batch_size=3, num_gpu_batches=1)),
+    "one batch": dict(policy=Policy(gpu_batch_size=16)),
+    "offloaded": dict(
+        policy=Policy(
+            gpu_batch_size=2,
+            num_gpu_batches=2,
+            weights={"cpu": 100},
+            cache={"disk": 100},
+            activations={"cpu": 100},
+        ),
+        device="emulated",
+    ),
+    "another order": dict(policy=Policy(gpu_batch_size=2, num_gpu_batches=2), order="normal"),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_same_seed_draws_the_same_under_every_policy(
+    how: str, tiny: Any, mixed: Any, prompts: Any
+) -> None:
+    given = prompts([4, 7, 3, 9, 5, 4, 8])
+    made = []
+    for options in (dict(policy=mixed()), HOW[how]):
+        options = dict(device="cpu", dtype="float32", progress=False) | options
+        with OptLM(tiny(NAME).directory, **options) as lm:
+            made.append(lm.generate(given, 10, do_sample=True, temperature=1.5, top_p=0.95, seed=5))
+    np.testing.assert_array_equal(*made)
+
+
+def test_a_row_draws_the_same_whatever_call_it_is_in(lm: OptLM, prompts: Any) -> None:
+    given = prompts([4] * 7)
+    whole = draw(lm, given, temperature=2.0, seed=5)
+    parts = [draw(lm, given[n : n + 3], temperature=2.0, seed=5, first_row=n) for n in (0, 3, 6)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    sampling = dict(do_sample=True, stop=(), temperature=2.0, seed=5)
+    streamed = dict(lm.stream(given[3:], 6, first_row=3, **sampling))
+    for row, ids in streamed.items():
+        assert ids.tolist() == whole[3 + row, 4:].tolist()
+    # Rows that end early, and leave their batch, change nothing in the others.
+    stopped = lm.generate(given, 6, **sampling | dict(stop=int(whole[0, 5]), seed=5))
+    for row, ids in enumerate(stopped[:, 4:].tolist()):
+        until = ids.index(whole[0, 5]) + 1 if whole[0, 5] in ids else 6
+        assert ids[:until] == whole[row, 4 : 4 + until].tolist()
+
+
+def test_equal_prompts_draw_each_for_itself(lm: OptLM, prompts: Any) -> None:
+    made = draw(lm, prompts([4]) * 8, temperature=2.0, seed=5)
+    assert len({tuple(row) for row in made.tolist()}) == 8
 
 
 def test_sampling_leaves_torch_s_own_generator_alone(lm: OptLM, prompts: Any) -> None:

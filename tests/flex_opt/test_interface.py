@@ -9,10 +9,11 @@ import pytest
 from flexgen import flex_opt
 
 EVERYWHERE = {
-    "flexgen.flex_opt": "BenchmarkResult CompressionConfig DUMMY_WEIGHT ExecutionEnv GB KB MB OptConfig OptLM Policy T "
-    "Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments download_opt_weights "
-    "get_filename get_opt_config get_test_inputs project_decode_latency read_benchmark_log run_cmd "
-    "run_flexgen str2bool timers write_benchmark_log",
+    "flexgen.flex_opt": "BenchmarkResult CompressionConfig DUMMY_WEIGHT ExecutionEnv GB KB MB OptConfig OptLM "
+    "Policy T Task TorchDevice TorchDisk TorchMixedDevice add_parser_arguments "
+    "download_opt_weights get_filename get_opt_config get_test_inputs "
+    "project_decode_latency read_benchmark_log run_cmd run_flexgen str2bool timers "
+    "write_benchmark_log",
     "flexgen.compression": "CompressionConfig",
     "flexgen.opt_config": "OptConfig download_opt_weights get_opt_config",
     "flexgen.pytorch_backend": "TorchDevice TorchDisk TorchMixedDevice",

@@ -14,7 +14,6 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
-    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     WatermarkingConfig,
     set_seed,
@@ -23,7 +22,6 @@ from transformers import (
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
 from flexgen.hf.steps import HFChoice
 from flexgen.policy import Policy, Tier
-from flexgen.runtime.call import Call
 
 LENGTHS = [4, 9, 2, 6, 7]
 ENDS = [6, 9, 14, 20, 21]
@@ -132,13 +130,18 @@ def test_several_sequences_of_each_prompt(model: Any, inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", [torch.manual_seed, set_seed])
-def test_a_seed_makes_transformers_own_numbers(seed: Any, model: Any, reference: Any, inputs: Any) -> None:
-    given, made = inputs([5]), []
-    for each in (model, model, reference):
-        seed(11)
-        made.append(each.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5, top_p=0.95))
-    assert made[0].equal(made[1]) and made[0].equal(made[2])
-    assert not model.generate(**given, do_sample=True, max_new_tokens=12, temperature=1.5).equal(made[0])
+def test_a_seed_repeats_under_every_policy(seed: Any, saved: Any, inputs: Any) -> None:
+    given, made = inputs(LENGTHS), []
+    options = dict(do_sample=True, max_new_tokens=12, temperature=1.5, top_p=0.95)
+    for policy, device in (
+        (Policy(gpu_batch_size=2, num_gpu_batches=2), "cpu"),
+        (Policy(gpu_batch_size=3, weights={"cpu": 100}, cache={"cpu": 100}), "emulated"),
+    ):
+        with saved("llama").open(policy, device=device) as model:
+            seed(11)
+            made += [model.generate(**given, **options), model.generate(**given, **options)]
+    assert made[0].equal(made[2]) and made[1].equal(made[3])
+    assert not made[0].equal(made[1])
 
 
 def test_sampling_has_the_distribution_of_the_processed_scores(saved: Any, inputs: Any) -> None:
@@ -193,23 +196,6 @@ def test_what_a_streamer_is_given(model: Any, reference: Any, inputs: Any) -> No
     assert puts[0] == puts[1] and puts[0][-1] == "end"
     with pytest.raises(UnsupportedError, match="streamer takes one row, not 2"):
         model.generate(**inputs([4, 5]), max_new_tokens=9, streamer=Puts())
-
-
-def test_rows_run_in_blocks(model: Any, inputs: Any, monkeypatch: Any) -> None:
-    blocks, batches, run = [], [], Call.run
-
-    def counted(call: Call, prompts: Any, *rest: Any) -> None:
-        blocks.append(len(prompts.lengths))
-        run(call, prompts, *rest)
-
-    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        batches.append(len(ids))
-        return scores
-
-    monkeypatch.setattr(Call, "run", counted)
-    model.generate(**inputs(LENGTHS), max_new_tokens=2, eos_token_id=None, logits_processor=[watch])
-    assert blocks == [4, 1]  # of the policy's two batches of two rows, and what is left
-    assert batches == [2, 2, 2, 2, 1, 1]
 
 
 def test_every_row_ends_with_its_first_token(model: Any, reference: Any, inputs: Any) -> None:
@@ -349,12 +335,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "positions": (dict(position_ids=torch.ones(2, 5)), NotImplementedError, "position_ids"),
     "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
     "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
-    "a watermark that remembers": (
-        dict(watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 6]), do_sample=True),
-        NotImplementedError,
-        "SynthID",
-    ),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
+    "a temperature that overflows": (
+        dict(do_sample=True, temperature=1e-38),
+        RequestError,
+        "overflows below",
+    ),
 }
 
 

@@ -336,6 +336,22 @@ def test_an_interrupt_while_the_caller_waits(name):
         assert_usable(name, grid, lanes)
 
 
+def test_steps_are_named_by_the_tokens_of_the_call():
+    grid, tokens = Grid(3, layers=2, batches=1), [4, 9, 11]
+
+    def broken():
+        raise Boom
+
+    with closing(make_lanes({})) as lanes:
+        work = Logged(grid)
+        trace = execute(ORDERS["normal"](grid), grid, work, lanes, tokens)
+        assert {event.step.token for event in trace.events} == set(tokens)
+        assert {step.token for step in work.started} == {0, 1, 2}, "work knows them by the grid"
+        work = Logged(grid, hooks={Step(Op.COMPUTE, 1, 1, 0): broken})
+        with pytest.raises(LaneError, match="compute of token 9, layer 1, batch 0 failed"):
+            execute(ORDERS["normal"](grid), grid, work, lanes, tokens)
+
+
 # Ending early
 
 

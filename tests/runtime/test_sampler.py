@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import RequestError
-from flexgen.runtime.sampler import sample
+from flexgen.runtime.draws import uniforms
+from flexgen.runtime.sampler import INVALID, draw, sample
 
 DRAWS = 4000
 
@@ -32,11 +33,18 @@ def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) 
     return weights / weights.sum()
 
 
+CPU = torch.device("cpu")
+
+
+def drawn_ids(logits: torch.Tensor, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Ids for as many rows of a job as there are logits."""
+    return sample(logits, uniforms(seed, range(len(logits)), 0, CPU), **options)
+
+
 def frequencies(logits: np.ndarray, seed: int = 0, **options: Any) -> np.ndarray:
     """How often each token comes in many draws."""
-    generator = torch.Generator().manual_seed(seed)
     rows = torch.from_numpy(logits).float().expand(DRAWS, -1)
-    ids = sample(rows, generator=generator, **options)
+    ids = drawn_ids(rows, seed, **options)
     return np.bincount(ids.numpy(), minlength=len(logits)) / DRAWS
 
 
@@ -94,9 +102,9 @@ def test_random_logits_follow_the_reference() -> None:
 
 def test_temperature_zero_is_argmax_and_skips_the_filters() -> None:
     logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    assert sample(logits, 0.0, top_k=3, top_p=0.1).equal(logits.argmax(-1))
+    assert sample(logits, None, 0.0, top_k=3, top_p=0.1).equal(logits.argmax(-1))
     logits[0, 5] = math.inf  # no softmax is taken
-    assert sample(logits, 0)[0] == 5
+    assert sample(logits, None, 0)[0] == 5
 
 
 def test_top_k_keeps_what_ties_with_the_kth() -> None:
@@ -133,26 +141,82 @@ def test_temperature_comes_before_top_p() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_id_for_each_row(dtype: torch.dtype) -> None:
-    ids = sample(torch.randn(7, 11).to(dtype), 1.0, 5, 0.9)
+    ids = drawn_ids(torch.randn(7, 11).to(dtype), temperature=1.0, top_k=5, top_p=0.9)
     assert ids.shape == (7,) and ids.dtype == torch.int64
     assert ((ids >= 0) & (ids < 11)).all()
 
 
 def test_rows_are_filtered_each_on_its_own() -> None:
     logits = torch.eye(4).mul(3).expand(50, 4, 4).reshape(200, 4)
-    assert sample(logits, 2.0, top_k=1).equal(torch.arange(200) % 4)
+    assert drawn_ids(logits, temperature=2.0, top_k=1).equal(torch.arange(200) % 4)
 
 
 def test_logits_are_not_written_to() -> None:
     logits = torch.randn(3, 9)
     before = logits.clone()
-    sample(logits, 0.7, 4, 0.5)
+    drawn_ids(logits, temperature=0.7, top_k=4, top_p=0.5)
     assert logits.equal(before)
 
 
-def test_a_generator_repeats() -> None:
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_k=2), dict(top_p=0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_are_no_numbers_get_no_id(options: dict[str, Any], dtype: torch.dtype) -> None:
+    logits = torch.zeros(5, 5, dtype=dtype)
+    logits[:, 2] = 60.0
+    logits[1, 4] = math.nan
+    logits[2, 3] = -math.inf  # of one id alone: it cannot come
+    logits[3, 4] = math.inf
+    infinite = 4 if options.get("temperature") == 0 else INVALID
+    assert drawn_ids(logits, **options).tolist() == [2, INVALID, 2, infinite, 2]
+
+
+def test_a_draw_is_the_first_id_past_its_share() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
+    below_one = 1 - 2.0**-53
+    for share, id in ((0.0, 1), (0.4999, 1), (0.5, 3), (0.7499, 3), (0.75, 4), (below_one, 4)):
+        assert draw(probabilities[None], torch.tensor([share], dtype=torch.float64)).tolist() == [id], share
+
+
+@given(
+    # Sums of float32 that miss 1, runs of zeros at both ends and in between.
+    weights=st.lists(st.sampled_from([0.0, 0.0, 1e-30, 1e-7, 0.3, 1.0, 7.0]), min_size=1, max_size=300),
+    share=st.one_of(st.just(0.0), st.just(1 - 2.0**-53), st.floats(0, 1, exclude_max=True)),
+)
+def test_an_id_of_probability_0_is_never_drawn(weights: list[float], share: float) -> None:
+    given_weights = torch.tensor([weights + [0.01]])
+    probabilities = given_weights / given_weights.sum()
+    id = int(draw(probabilities, torch.tensor([share], dtype=torch.float64)))
+    assert probabilities[0, id] > 1e-16
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    shares = uniforms(3, range(6), 0, CPU)
+    options = dict(temperature=1.4, top_k=20, top_p=0.9)
+    together = sample(logits, shares, **options)
+    apart = [sample(logits[[n]], shares[[n]], **options) for n in range(6)]
+    assert together.equal(torch.cat(apart))
+
+
+@pytest.mark.parametrize("temperature", [1e-29, 1e-30, 1e-38, 1e-46, 5e-324, np.float64(1e-300)])
+def test_a_temperature_near_0_takes_the_best(temperature: float) -> None:
+    logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * 100
+    logits[:, 3] = -math.inf
+    for top_p in (1.0, 0.9):
+        assert drawn_ids(logits, temperature=temperature, top_p=top_p).equal(logits.argmax(-1))
+
+
+def test_a_row_that_is_not_a_number_has_no_id() -> None:
+    logits = torch.zeros(4, 5)
+    logits[1, 2], logits[2, 4] = math.nan, math.inf
+    logits[3] = -math.inf
+    ids = drawn_ids(logits)
+    assert (ids == INVALID).tolist() == [False, True, True, True]
+
+
+def test_a_seed_repeats() -> None:
     logits = torch.zeros(100, 50)
-    first, second, other = (sample(logits, generator=torch.Generator().manual_seed(n)) for n in (1, 1, 2))
+    first, second, other = (drawn_ids(logits, seed) for seed in (1, 1, 2))
     assert first.equal(second) and not first.equal(other)
 
 
@@ -164,6 +228,7 @@ def test_a_generator_repeats() -> None:
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
         ({"temperature": True}, "temperature is True"),
+        ({"temperature": 10**400}, "temperature is beyond the range of a float"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"top_k": True}, "top_k is True"),
@@ -175,5 +240,5 @@ def test_a_generator_repeats() -> None:
 )
 def test_errors(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as raised:
-        sample(torch.zeros(1, 4), **options)
+        drawn_ids(torch.zeros(1, 4), **options)
     assert words in str(raised.value)

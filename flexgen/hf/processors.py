@@ -1,0 +1,109 @@
+"""For which rows of a call transformers' processors and criteria can be called, and processors made for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+)
+
+from flexgen.runtime.choice import Rows
+
+_WITHOUT_STATE = {
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+}
+"""What gives a row the same result whatever other rows it is called with, and whatever it was called with before.
+These very classes: a subclass may do anything."""
+
+_OF_PROMPTS = {
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+}
+"""What holds a value for each row, and is right for any rows whose prompts it was made for."""
+
+
+def independent_of_rows(parts: Iterable[object]) -> bool:
+    """Whether processors or criteria can be called for some rows of a call at a time, in any order."""
+    return all(type(part) in _WITHOUT_STATE for part in parts)
+
+
+class RowProcessors:
+    """A call's logits processors, made for the rows that they are called for: some hold a value for each row.
+
+    `build` makes the list for rows of the call, with `given`, the caller's own processors, among them. The first
+    list, for all rows, shows at once what is not valid.
+
+    `whole_call`: whether some must see all rows at every step, because they may keep state: those of the caller, a
+    caller's function of allowed ids, the SynthID watermark.
+    """
+
+    def __init__(
+        self, build: Callable[[Rows], LogitsProcessorList], rows: int, given: Sequence[object] = ()
+    ) -> None:
+        self._build = build
+        whole = tuple(range(rows))
+        self._made: dict[tuple[int, ...], LogitsProcessorList] = {whole: build(whole)}
+        self.empty = not self._made[whole]
+        own = {id(processor) for processor in given}
+        made_for_rows = (p for p in self._made[whole] if id(p) in own or type(p) not in _OF_PROMPTS)
+        self.whole_call = not independent_of_rows(made_for_rows)
+
+    def of(self, rows: Rows) -> LogitsProcessorList:
+        key = tuple(rows)
+        if key not in self._made:
+            self._made[key] = self._build(key)
+        return self._made[key]

@@ -1,0 +1,54 @@
+"""Random numbers that depend on a seed, a row and a token alone.
+
+They come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11), which is
+counter-based: it has no state, so the order in which numbers are asked for does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_SEED = (1 << 64) - 1
+_ROUNDS = 10
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_WORD = np.uint64(0xFFFFFFFF)
+_WORD_BITS = np.uint64(32)
+_TORCH_SEEDS = 1 << 62
+
+
+def philox(counter: np.ndarray, key: int) -> np.ndarray:
+    """Random words (4, n) for counters (4, n) and a key of 64 bits. A word is a uint64 below 2**32."""
+    low, high = key & int(_WORD), key >> 32
+    a, b, c, d = counter
+    for n in range(_ROUNDS):
+        round_low, round_high = (
+            (k + n * step) & int(_WORD) for k, step in zip((low, high), _KEY_STEPS, strict=True)
+        )
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]  # 32 by 32 bits: exact in 64
+        a, b = (second >> _WORD_BITS) ^ b ^ np.uint64(round_low), second & _WORD
+        c, d = (first >> _WORD_BITS) ^ d ^ np.uint64(round_high), first & _WORD
+    return np.stack([a, b, c, d])
+
+
+def uniforms(seed: int, rows: Sequence[int], token: int, device: torch.device) -> Tensor:
+    """One number for each row, float64 (rows,) in [0, 1) with 53 random bits, on `device`.
+
+    seed, rows and token are below 2**64. The host does not wait for the device.
+    """
+    numbers = np.array(rows, dtype=np.uint64)
+    tokens = np.full_like(numbers, token)
+    counter = [numbers & _WORD, numbers >> _WORD_BITS, tokens & _WORD, tokens >> _WORD_BITS]
+    words = philox(np.stack(counter), seed)
+    bits = (words[0] << _WORD_BITS | words[1]) >> np.uint64(11)
+    # Some tens of bytes: made on the host, they cost one copy, where a device would run a hundred tiny kernels.
+    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53).to(device, non_blocking=True)
+
+
+def seed_from_torch() -> int:
+    """A seed drawn from torch's global generator, so that `torch.manual_seed` makes what follows repeatable."""
+    return int(torch.randint(_TORCH_SEEDS, ()))
