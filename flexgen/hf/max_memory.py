@@ -35,7 +35,7 @@ def read_max_memory(
     for key, size in given.items():
         try:
             count = _bytes(size)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RequestError(f"max_memory[{key!r}]: {error}") from None
         if key in ("cpu", "disk"):
             limits[Tier(key)] = count
