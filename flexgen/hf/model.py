@@ -70,7 +70,6 @@ class FlexGenForCausalLM(Pretrained, GenerationMixin):
         self.config = config
         self.generation_config = generation_config
         self.name_or_path = config.name_or_path
-        self.hf_device_map = {"": self.device}  # as accelerate marks models that must not be moved
 
     @classmethod
     def from_pretrained(

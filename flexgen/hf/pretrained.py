@@ -32,6 +32,7 @@ class Pretrained:
     base_model_prefix = "model"
     framework = "pt"
     config_class = None
+    generation_config_class = GenerationConfig
     supports_gradient_checkpointing = False
     is_gradient_checkpointing = False
     model_tags = None
@@ -96,7 +97,8 @@ class Pretrained:
             if not there:
                 raise UnsupportedError(
                     f"to({asked}): the model computes on {self.device} in {self.dtype}, and the policy says where "
-                    "its weights are stored; open it again with device=, dtype= or policy="
+                    "its weights are stored; open it again with device=, dtype= or policy=, or give a pipeline "
+                    f"device={str(self.device)!r}"
                 )
         return self
 
@@ -183,7 +185,7 @@ _REASONS = {
         register_forward_hook register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
         register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
         register_state_dict_post_hook register_state_dict_pre_hook retrieve_modules_from_names set_decoder set_encoder
-        set_extra_state set_submodule
+        set_extra_state set_submodule smart_apply
     """,
     "the weights are on the tiers of the policy; read them from the model's files": """
         dequantize gather_sharded_state_dict_for_save get_expanded_tied_weights_keys init_weights initialize_weights
