@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ class HubOptions:
     local_files_only: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of huggingface_hub's downloads."""
-        return {
-            "revision": self.revision,
-            "token": self.token,
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
+        """Keyword arguments of huggingface_hub's downloads: the options that are given."""
+        options = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "local_files_only"
         }
+        given = {name: value for name, value in options.items() if value is not None}
+        return given | ({"local_files_only": True} if self.local_files_only else {})
