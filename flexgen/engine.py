@@ -26,7 +26,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order
 from flexgen.memory.weights import WeightSlots
-from flexgen.models import build_layers, open_model
+from flexgen.models import HubOptions, build_layers, open_model
 from flexgen.orders import check_order
 from flexgen.planning.auto import AutoPolicy, Chosen, this_machine
 from flexgen.planning.calls import CallPlans
@@ -73,6 +73,7 @@ class OptLM(Conveniences):
     order: the name of a schedule, instead of the one that the policy asks for.
     num_layers: only so many of the model's layers, for trials; what it generates means nothing then.
     max_memory: bytes that the model and its calls may take of a tier, at most; what is not named is not limited.
+    hub: how a model that is not on this machine is downloaded: revision, token, cache, local files only.
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
     Raises PolicyError, ModelError, CheckpointError, ScheduleError (an order that is unknown or not legal),
@@ -93,12 +94,13 @@ class OptLM(Conveniences):
         order: str | None = None,
         num_layers: int | None = None,
         max_memory: Mapping[Tier, int] | None = None,
+        hub: HubOptions | None = None,
     ) -> None:
         if order is not None:
             check_order(order)
         if isinstance(policy, str | Path):
             policy = Auto() if policy == "auto" else Policy.load(policy)
-        self.spec, checkpoint = open_model(model, weights)
+        self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
             self.spec = replace(self.spec, num_layers=min(num_layers, self.spec.num_layers))
         self.tokenizer_dir = checkpoint.directory

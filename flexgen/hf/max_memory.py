@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from flexgen.errors import RequestError
 from flexgen.policy import Tier
 from flexgen.units import parse_bytes
+
+_MOST = 2**63 - 1
+"""The largest size in bytes that can be given."""
 
 
 def read_max_memory(
@@ -27,7 +31,9 @@ def read_max_memory(
     if given is None:
         return device, None
     if not isinstance(given, Mapping):
-        raise RequestError(f"max_memory is {given!r}; write a dict such as {{0: '10GiB', 'cpu': '64GiB'}}")
+        raise RequestError(
+            f"max_memory is {reprlib.repr(given)}; write a dict such as {{0: '10GiB', 'cpu': '64GiB'}}"
+        )
     if not given:
         return device, None
     limits: dict[Tier, int] = {}
@@ -36,7 +42,7 @@ def read_max_memory(
         try:
             count = _bytes(size)
         except (TypeError, ValueError) as error:
-            raise RequestError(f"max_memory[{key!r}]: {error}") from None
+            raise RequestError(f"max_memory[{reprlib.repr(key)}]: {error}") from None
         if key in ("cpu", "disk"):
             limits[Tier(key)] = count
         else:
@@ -63,12 +69,24 @@ def read_max_memory(
 def _gpu_number(key: object) -> int:
     if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
         return key
-    if isinstance(key, str) and (number := re.fullmatch(r"cuda:(\d+)", key)):
+    if isinstance(key, str) and (number := re.fullmatch(r"cuda:(\d{1,4})", key, re.ASCII)):
         return int(number[1])
-    raise RequestError(f"max_memory has the key {key!r}; it knows the number of a GPU, 'cpu' and 'disk'")
+    raise RequestError(
+        f"max_memory has the key {reprlib.repr(key)}; it knows the number of a GPU, 'cpu' and 'disk'"
+    )
 
 
 def _bytes(size: int | str) -> int:
     """accelerate takes a small b for bits: "8Gb" is a gigabyte."""
     bits = isinstance(size, str) and re.search("[kKmMgG]b$", size.strip()) is not None
-    return parse_bytes(size) // (8 if bits else 1)
+    if not isinstance(size, str | int | float):
+        raise TypeError(
+            f"a {type(size).__name__} is not a size: write a number of bytes or a text such as '10GiB'"
+        )
+    try:
+        count = parse_bytes(size) // (8 if bits else 1)
+    except OverflowError:  # more digits than a float holds
+        count = _MOST + 1
+    if count > _MOST:
+        raise ValueError(f"the size is over {_MOST} bytes; leave the key out where there is no limit")
+    return count

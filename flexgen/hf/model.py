@@ -21,10 +21,13 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError, UnsupportedError
+from flexgen.hf.loading import read_device_map, read_dtype, refuse_arguments, refuse_remote_code
 from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
+from flexgen.hf.pretrained import Pretrained
 from flexgen.hf.processors import RowProcessors
 from flexgen.hf.steps import HFChoice, Record, record_needs, steps_asked
+from flexgen.models import HubOptions
 from flexgen.policy import Policy
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
@@ -56,7 +59,7 @@ _UNSUPPORTED_OF_GENERATE = {
 }
 
 
-class FlexGenForCausalLM(GenerationMixin):
+class FlexGenForCausalLM(Pretrained, GenerationMixin):
     """A model that need not fit its device, with the face of a transformers model.
 
     `generate` is `GenerationMixin.generate`, which reads arguments and generation configs and makes processors and
@@ -64,20 +67,11 @@ class FlexGenForCausalLM(GenerationMixin):
     and the statistics of the last call. Use it as a context manager, or `close` it.
     """
 
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    base_model_prefix = "model"
-    framework = "pt"
-    _is_stateful = False
-    _supports_cache_class = True
-
     def __init__(self, lm: OptLM, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
         self.lm = lm
         self.config = config
         self.generation_config = generation_config
         self.name_or_path = config.name_or_path
-        self.hf_device_map = {"": self.device}  # as accelerate marks models that must not be moved
-        self.training = False
 
     @classmethod
     def from_pretrained(
@@ -85,9 +79,18 @@ class FlexGenForCausalLM(GenerationMixin):
         path_or_id: str | Path,
         policy: Policy | str | Path = "auto",
         device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | None = "auto",
         offload_folder: str | Path | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
+        *,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool | None = False,
+        **others: Any,
     ) -> Self:
         """Open a model; see `OptLM` for `policy`, `device` and `dtype`.
 
@@ -95,15 +98,24 @@ class FlexGenForCausalLM(GenerationMixin):
             None.
         max_memory: the most that the model and its calls may take, as accelerate writes it. With device="auto" it
             also says which GPU computes: the one that it names, none if it names none.
+        torch_dtype: the older name of `dtype`.
+        device_map: "auto", or the device to compute on, alone or as `{"": device}`. The policy places weights.
+        revision, token, cache_dir, local_files_only: of a download, see `HubOptions`.
+        trust_remote_code: False; code of a repository is never run.
 
-        Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves.
+        Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves;
+        UnsupportedError for other arguments of transformers, with what to do instead, TypeError for unknown ones.
         """
-        device, limits = read_max_memory(max_memory, str(device))
+        refuse_arguments(others, cls.from_pretrained)
+        refuse_remote_code(trust_remote_code)
+        dtype = read_dtype(dtype, torch_dtype)
+        device, limits = read_max_memory(max_memory, read_device_map(device_map, device))
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
         # Bars are shown as transformers shows its own: on a terminal, unless they are switched off there.
         progress = None if is_progress_bar_enabled() else False
         lm = OptLM(
             path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits,
-            progress=progress,
+            progress=progress, hub=hub,
         )  # fmt: skip
         directory = lm.tokenizer_dir
         config = AutoConfig.from_pretrained(directory)
@@ -113,43 +125,6 @@ class FlexGenForCausalLM(GenerationMixin):
         except OSError:  # it has no file of its own
             generation_config = GenerationConfig.from_model_config(config)
         return cls(lm, config, generation_config)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layers are computed; inputs may be anywhere, results come to where they are."""
-        return torch.device(self.lm.device if self.lm.device.startswith("cuda") else "cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm.dtype
-
-    def can_generate(self) -> bool:
-        return True
-
-    def eval(self) -> Self:
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            raise UnsupportedError("flexgen runs models, it does not train them")
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The model, if it is there already. Raises UnsupportedError otherwise: the policy places weights."""
-        for asked in (*args, *kwargs.values()):
-            if isinstance(asked, torch.dtype):
-                there = asked == self.dtype
-            elif isinstance(asked, str | int | torch.device) and not isinstance(asked, bool):  # non_blocking
-                device = torch.device(asked)
-                there = device.type == self.device.type and device.index in (None, self.device.index or 0)
-            else:
-                continue
-            if not there:
-                raise UnsupportedError(
-                    f"to({asked}): the model computes on {self.device} in {self.dtype}, its weights lie where the "
-                    "policy puts them; open it again with device=, dtype= or policy="
-                )
-        return self
 
     def close(self) -> None:
         """Free files, threads and memory."""

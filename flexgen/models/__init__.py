@@ -4,11 +4,22 @@ from flexgen.models.attention import Attention
 from flexgen.models.block import Block
 from flexgen.models.checkpoint import open_model
 from flexgen.models.embed import Head, InputEmbed
+from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Chunk, Context, Layer, Weights
 from flexgen.models.mlp import MLP
 from flexgen.models.spec import ModelSpec, WeightSpec
 
-__all__ = ["Chunk", "Context", "Layer", "ModelSpec", "WeightSpec", "Weights", "build_layers", "open_model"]
+__all__ = [
+    "Chunk",
+    "Context",
+    "HubOptions",
+    "Layer",
+    "ModelSpec",
+    "WeightSpec",
+    "Weights",
+    "build_layers",
+    "open_model",
+]
 
 
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:

@@ -21,6 +21,7 @@ from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.families.fields import eos_ids
 from flexgen.models.families.opt import SIZES, known_config, known_size
+from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
@@ -61,18 +62,22 @@ class Checkpoint(Protocol):
 
 
 def open_model(
-    model: str | Path | PreTrainedConfig, weights: Literal["checkpoint", "dummy"] | Path = "checkpoint"
+    model: str | Path | PreTrainedConfig,
+    weights: Literal["checkpoint", "dummy"] | Path = "checkpoint",
+    hub: HubOptions | None = None,
 ) -> tuple[ModelSpec, Checkpoint]:
     """The spec of a model and its checkpoint.
 
     `model` is "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), the id of a
     repository on the hub, or a transformers config. A directory of known name may also be one of FlexGen 0.1's
     ("opt-30b-np"). Only a hub id asks the network; with "dummy", at most for its config.json. A `Path` as
-    `weights` is the directory that holds the weights of `model`. Headers are read; weights only where a file
-    has both an embedding and a head that its config calls one. Raises ModelError and CheckpointError.
+    `weights` is the directory that holds the weights of `model`. `hub` says how to download. Headers
+    are read; weights only where a file has both an embedding and a head that its config calls one. Raises
+    ModelError and CheckpointError.
     """
+    hub = hub or HubOptions()
     if isinstance(weights, Path):
-        spec, _ = open_model(model, "dummy")
+        spec, _ = open_model(model, "dummy", hub)
         files = _open_files(weights.expanduser())
         unsaid = isinstance(model, PreTrainedConfig) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
@@ -111,9 +116,9 @@ def open_model(
         raise ModelError(f"{name}: there is no such directory")
     repository = f"facebook/{size}" if size is not None else name
     if dummy:
-        config = Path(_ask_hub(repository, hf_hub_download, filename=_CONFIG))
+        config = Path(_ask_hub(repository, hf_hub_download, hub, filename=_CONFIG))
         return _open_directory(config.parent, name, dummy)
-    return _open_directory(_download(repository), name, dummy)
+    return _open_directory(_download(repository, hub), name, dummy)
 
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
@@ -204,22 +209,22 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, hub: HubOptions) -> Path:
     """The directory of a repository's snapshot with config, tokenizer and one format of weights."""
     for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
         patterns = [*_TEXT_FILES, weights]
         snapshot = _ask_hub(
-            repository, snapshot_download, allow_patterns=patterns, ignore_patterns=_SUBDIRECTORIES
+            repository, snapshot_download, hub, allow_patterns=patterns, ignore_patterns=_SUBDIRECTORIES
         )
         if any(file.match(weights) for file in Path(snapshot).iterdir()):
             break
     return Path(snapshot)
 
 
-def _ask_hub(repository: str, download: Any, **options: Any) -> str:
+def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) -> str:
     """One call to the hub, or to its cache on this machine. Raises ModelError with what the hub said."""
     try:
-        return str(download(repository, **options))
+        return str(download(repository, **hub.arguments(), **options))
     except HFValidationError as error:
         reason = "neither a directory here nor a hub id"
         raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error

@@ -74,7 +74,7 @@ def test_nothing_but_a_path_is_needed(saved: Any, inputs: Any) -> None:
     made, given, new = saved("opt"), inputs([3, 7]), dict(max_new_tokens=6, do_sample=False)
     expected = ["path_or_id", "policy", "device", "dtype", "offload_folder", "max_memory"]
     parameters = inspect.signature(FlexGenForCausalLM.from_pretrained).parameters
-    assert list(parameters) == expected
+    assert list(parameters)[: len(expected)] == expected
     assert [parameters[name].default for name in expected[1:]] == ["auto"] * 3 + [None] * 2
     with FlexGenForCausalLM.from_pretrained(str(made.directory)) as model:
         assert model.lm.auto is not None and model.dtype == torch.float32
