@@ -186,12 +186,8 @@ class MemoryPlan:
 
         Weights on disk are left out: they are files that exist already, or are checked before they are written.
         """
-        for tier in Tier:
-            counted = [n for n in self.needs if n.tier is tier and (tier, n.what) != (Tier.DISK, "weights")]
-            total, limit = sum(need.nbytes for need in counted), limits.get(tier)
-            if limit is None or total <= limit:
-                continue
-            largest = sorted((n for n in counted if n.nbytes), key=lambda need: -need.nbytes)
+        for tier, (total, limit) in self.exceeded(limits).items():
+            largest = sorted((n for n in self._counted(tier) if n.nbytes), key=lambda need: -need.nbytes)
             parts = ", ".join(f"{n.what} {n.role} {format_bytes(n.nbytes)}" for n in largest)
             in_all = ", ".join(f"{t} {format_bytes(count)}" for t, count in self.by_tier.items())
             return (
@@ -199,6 +195,18 @@ class MemoryPlan:
                 f"({parts}); in all it needs {in_all}"
             )
         return ""
+
+    def exceeded(self, limits: Mapping[Tier, int | None]) -> dict[Tier, tuple[int, int]]:
+        """Bytes needed and the limit, of each tier whose limit is too small."""
+        totals = {tier: sum(need.nbytes for need in self._counted(tier)) for tier in Tier}
+        return {
+            tier: (totals[tier], limit)
+            for tier in Tier
+            if (limit := limits.get(tier)) is not None and totals[tier] > limit
+        }
+
+    def _counted(self, tier: Tier) -> list[Need]:
+        return [n for n in self.needs if n.tier is tier and (tier, n.what) != (Tier.DISK, "weights")]
 
 
 def plan_memory(

@@ -298,8 +298,10 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError) as error:  # dates that are none and numbers too long, as well
         raise HardwareError(f"not valid TOML: {error}") from error
+    except RecursionError:
+        raise HardwareError("not valid TOML: it is nested too deeply; write at most a table in a table") from None
 
 
 def _table(
@@ -329,9 +331,12 @@ def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) 
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise HardwareError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        raise HardwareError(f"{name} is a whole number that exceeds a float's range; write at most 1e308") from None
+    raise HardwareError(f"{name} is {value!r}; it must be a finite number")
 
 
 def _rate(name: str, value: object) -> float:

@@ -92,14 +92,14 @@ def _warn_if_busy() -> None:
         )
 
 
-def within(effort: Effort, memory: int, device: str) -> Effort:
+def within(effort: Effort, memory: int, where: str) -> Effort:
     """What can be measured on a device of `memory` bytes, which are not filled to the last one.
 
     Transfers are whole blocks, since they go to the disk too. Raises CapacityError where the device is too small.
     """
     if memory < _LEAST_MEMORY:
         raise CapacityError(
-            f"device {device} has {format_bytes(memory)} to measure in, of which at least "
+            f"{where} has {format_bytes(memory)} to measure in, of which at least "
             f"{format_bytes(_LEAST_MEMORY)} are needed: free some, or give it more (memory=...)"
         )
     share = memory // 8 // BLOCK * BLOCK
@@ -171,9 +171,10 @@ class _Measurement:
         self._machine = machine
         self._device = machine.device
         self._lanes = lanes
-        left = machine.device.available_bytes()
-        if left is not None:
-            effort = within(effort, left, self._device.name)
+        for tier, left in machine.limits().items():
+            if left is not None and tier is not Tier.DISK:
+                where = f"device {self._device.name}" if tier is Tier.GPU else "the host"
+                effort = within(effort, left, where)
         if self._device.torch_device != _CPU:
             effort = replace(effort, rows=(*effort.rows, *_ROWS_OF_A_GPU))
         self._effort = effort
