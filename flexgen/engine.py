@@ -23,8 +23,9 @@ from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
+from flexgen.memory.needs import Kept, MemoryPlan, Need
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order
+from flexgen.memory.plan import batch_sizes, choose_order
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.orders import check_order

@@ -27,7 +27,9 @@ def parse_bytes(text: str | int | float) -> int:
         if text > MOST_BYTES:
             raise _too_large(text)
         return int(text)
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
+    match = (
+        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
+    )
     if not match or match[2].upper() not in _SCALES:
         raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
     count = float(match[1]) * _SCALES[match[2].upper()]

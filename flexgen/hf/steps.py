@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from flexgen.errors import UnsupportedError
-from flexgen.memory.plan import Need
+from flexgen.memory.needs import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from flexgen.errors import CapacityError
-from flexgen.memory.plan import MemoryPlan
+from flexgen.memory.needs import MemoryPlan, Shortage
 from flexgen.policy import Policy, Tier
 from flexgen.units import format_bytes
 
@@ -13,7 +13,7 @@ Limits = Mapping[Tier, int | None]
 Plan = Callable[[Policy], MemoryPlan]
 
 _SMALL = 32
-"""Batch sizes that are all tried where no half, quarter, ... fits: rounding of rows to tiers can favour any of them."""
+"""Batch sizes up to here are all tried where no half, quarter, ... fits: rows are rounded to tiers."""
 
 
 def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
@@ -75,23 +75,22 @@ def _advice(plan: Plan, policy: Policy, limits: Limits) -> str:
                 f"It would fit with gpu_batch_size = 1, num_gpu_batches = 1, cache = {{ {tier} = 100 }} and "
                 f"activations = {{ {tier} = 100 }}"
             )
-    return _least(plan(least), limits)
+    return ". ".join(_remedy(short, policy) for short in plan(least).shortages(limits))
 
 
-def _least(smallest: MemoryPlan, limits: Limits) -> str:
-    """What is needed with one prompt at a time, and how each tier that is too small can be relieved."""
-    words = []
-    for tier, (total, limit) in smallest.exceeded(limits).items():
-        need = f"At least {format_bytes(total)} are needed on the {tier} tier, one prompt at a time"
-        homes = sum(n.nbytes for n in smallest.needs if (n.tier, n.what, n.role) == (tier, "weights", "home"))
-        if tier is Tier.DISK:
-            fix = "free space in offload_dir or choose a directory on a larger disk"
-        elif total - homes <= limit:
-            fix = f"open the model with a smaller share of its weights on the {tier} tier"
-        else:
-            fix = (
-                f"slots, staging and workspace alone exceed its {format_bytes(limit)}, whatever the shares of the "
-                "policy: shorten the prompts, set sep_layer = true, or use more memory"
-            )
-        words.append(f"{need}: {fix}")
-    return ". ".join(words)
+def _remedy(short: Shortage, policy: Policy) -> str:
+    """The least that is needed where one prompt at a time is too much, and what can lower it or raise the limit."""
+    homes = sum(n.nbytes for n in short.needs if (n.what, n.role) == ("weights", "home"))
+    if short.tiers == (Tier.DISK,):
+        fix = "free space in offload_dir, choose a directory on a larger disk, or put a smaller share on disk"
+    elif short.total - homes <= short.limit:
+        fix = "put a larger share of the weights on a slower tier when you open the model"
+    else:
+        halves = "" if policy.sep_layer else "set sep_layer = true, "
+        fix = (
+            f"slots, staging and workspace alone exceed {format_bytes(short.limit)}, whatever the shares of the "
+            f"weights: {halves}shorten the prompts or use a larger memory"
+        )
+    return (
+        f"At least {format_bytes(short.total)} are needed on the {short.where}, one prompt at a time: {fix}"
+    )

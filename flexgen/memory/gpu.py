@@ -44,6 +44,8 @@ class ComputeDevice(ABC):
     memory: Store
     shares_host_memory = False
     """Whether host memory is its memory, so that nothing has to cross a link."""
+    in_host_memory = False
+    """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
     pinnable = False
     """Whether its links are faster from pinned host memory."""
     shares_cores = False
@@ -166,6 +168,7 @@ class EmulatedDevice(_HostArithmetic):
     """
 
     name = "emulated"
+    in_host_memory = True
 
     def __init__(
         self, memory: int | None = None, link: float | None = None, disk: float | None = None

@@ -9,8 +9,9 @@ import torch
 
 from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.machine import Machine
+from flexgen.memory.needs import Kept, MemoryPlan
 from flexgen.memory.placement import Placement
-from flexgen.memory.plan import Kept, MemoryPlan, plan_memory
+from flexgen.memory.plan import plan_memory
 from flexgen.models import Layer
 from flexgen.orders import Slots
 from flexgen.planning.auto import AutoPolicy, Chosen

@@ -115,7 +115,11 @@ def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarra
             attention_mask = attention_mask.float()
         attention_mask = attention_mask.numpy()
     one_dim = isinstance(attention_mask, np.ndarray) and attention_mask.ndim != 2
-    if isinstance(attention_mask, str | bytes) or not isinstance(attention_mask, Sequence | np.ndarray) or one_dim:
+    if (
+        isinstance(attention_mask, str | bytes)
+        or not isinstance(attention_mask, Sequence | np.ndarray)
+        or one_dim
+    ):
         raise RequestError("attention_mask must have one row of 0 and 1 for each prompt")
     if len(attention_mask) != len(rows):
         raise RequestError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
@@ -142,7 +146,9 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"attention_mask row {n} is not a list of 0 and 1: {error}") from None
     if mask.ndim != 1:
-        raise RequestError(f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {given!r}")
+        raise RequestError(
+            f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {given!r}"
+        )
     if len(mask) and mask.dtype.kind not in "biuf":
         raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
     wrong = mask[(mask != 0) & (mask != 1)]  # NaN is among them
