@@ -88,7 +88,7 @@ def _remedy(short: Shortage, policy: Policy) -> str:
     else:
         halves = "" if policy.sep_layer else "set sep_layer = true, "
         fix = (
-            f"slots, staging and workspace alone exceed {format_bytes(short.limit)}, whatever the shares of the "
+            f"all but the homes of the weights exceeds {format_bytes(short.limit)}, whatever the shares of the "
             f"weights: {halves}shorten the prompts or use a larger memory"
         )
     return (

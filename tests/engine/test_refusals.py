@@ -257,4 +257,4 @@ def test_no_batch_that_would_fit(large: Path) -> None:
         with pytest.raises(CapacityError) as raised:
             lm.generate([[5] * 40], 8)
         assert "would fit" not in str(raised.value) and "slower tier" not in str(raised.value)
-        assert "At least" in str(raised.value) and "sep_layer = true" in str(raised.value)
+        assert "At least" in str(raised.value) and "shorten the prompts" in str(raised.value)

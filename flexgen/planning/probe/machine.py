@@ -78,7 +78,9 @@ def measure(
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
-        hardware = hardware.replace(disturbed=share if (share := others.share()) > _BUSY else 0.0)
+        if (share := others.share()) > _BUSY:
+            note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"
+            hardware = hardware.replace(source=note, disturbed=share)
     return hardware
 
 
