@@ -304,9 +304,7 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
     except (ValueError, OverflowError) as error:  # dates that are none and numbers too long, as well
         raise HardwareError(f"not valid TOML: {error}") from error
     except RecursionError:
-        raise HardwareError(
-            "not valid TOML: it is nested too deeply; write at most a table in a table"
-        ) from None
+        raise HardwareError("not valid TOML: it is nested too deeply") from None
 
 
 def _table(
