@@ -21,10 +21,12 @@ from flexgen.conveniences import Conveniences
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
+from flexgen.memory.limits import read_limits
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
+from flexgen.memory.needs import Kept, MemoryPlan, Need
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import Kept, MemoryPlan, Need, batch_sizes, choose_order
+from flexgen.memory.plan import batch_sizes, choose_order
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import HubOptions, build_layers, open_model
 from flexgen.orders import check_order
@@ -77,7 +79,8 @@ class OptLM(Conveniences):
 
     Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
     Raises PolicyError, ModelError, CheckpointError, ScheduleError (an order that is unknown or not legal),
-    RequestError (an unknown device or dtype) and CapacityError (what does not fit, before a byte moves).
+    RequestError (an unknown device or dtype, a wrong max_memory) and CapacityError (what does not fit, before a
+    byte moves).
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class OptLM(Conveniences):
     ) -> None:
         if order is not None:
             check_order(order)
+        max_memory = read_limits(max_memory)
         if isinstance(policy, str | Path):
             policy = Auto() if policy == "auto" else Policy.load(policy)
         self.spec, checkpoint = open_model(model, weights, hub)

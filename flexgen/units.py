@@ -6,6 +6,9 @@ import re
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+MOST_BYTES = (1 << 63) - 1
+"""The largest size that system calls and torch take."""
+
 _SCALES = {
     "": 1, "B": 1,
     "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40,
@@ -20,16 +23,40 @@ def parse_bytes(text: str | int | float) -> int:
         raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
     if isinstance(text, int | float):
         if not 0 <= text < float("inf"):
-            raise ValueError(f"{text!r} is not a size: it must be a finite number >= 0")
+            raise ValueError(f"{_shown(text)} is not a size: it must be a finite number >= 0")
+        if text > MOST_BYTES:
+            raise _too_large(text)
         return int(text)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = (
+        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
+    )
     if not match or match[2].upper() not in _SCALES:
         raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
-    return int(float(match[1]) * _SCALES[match[2].upper()])
+    count = float(match[1]) * _SCALES[match[2].upper()]
+    if count > MOST_BYTES:
+        raise _too_large(text)
+    return int(count)
+
+
+def _too_large(given: object) -> ValueError:
+    return ValueError(f"{_shown(given)} is not a size: it must be below 8 EiB (2**63 bytes)")
+
+
+def _shown(given: object) -> str:
+    # Python refuses to write whole numbers of more than 4300 digits.
+    if isinstance(given, int) and given.bit_length() > 128:
+        return f"{'-' if given < 0 else ''}2**{given.bit_length() - 1} or more"
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def format_bytes(count: int | float) -> str:
-    """`1536 -> "1.5 KiB"`: three significant digits, binary units."""
+    """`1536 -> "1.5 KiB"`: three significant digits, binary units.
+
+    Counts that no float holds are written as a power of two.
+    """
+    if isinstance(count, int) and count.bit_length() > 1000:
+        return f"{'-' if count < 0 else ''}2**{count.bit_length() - 41} TiB"
     value, sign = abs(float(count)), "-" if count < 0 else ""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

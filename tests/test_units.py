@@ -88,3 +88,30 @@ def test_format_seconds(seconds, text):
 def test_align_is_the_next_multiple(count, to):
     assert align(count, to) % to == 0
     assert 0 <= align(count, to) - count < to
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "1" + "0" * 400,
+        "9" * 5000,
+        "9" * 30 + "TiB",
+        10**30,
+        10**5000,
+        1e300,
+        -(10**5000),
+        None,
+        [1],
+        b"1",
+        "\u0661",
+    ],
+    ids=lambda wrong: type(wrong).__name__,
+)
+def test_what_no_machine_has_is_refused(wrong):
+    with pytest.raises(ValueError, match="is not a size") as caught:
+        parse_bytes(wrong)
+    assert len(str(caught.value)) < 250
+
+
+def test_counts_beyond_floats_can_be_written():
+    assert format_bytes(2**2000) == "2**1960 TiB"

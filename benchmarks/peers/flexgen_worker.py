@@ -22,8 +22,9 @@ import torch
 from flexgen import OptLM, Policy, Tier, Workload
 from flexgen.errors import CapacityError
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
+from flexgen.memory.needs import MemoryPlan
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import MemoryPlan, plan_memory
+from flexgen.memory.plan import plan_memory
 from flexgen.models import build_layers, open_model
 from flexgen.orders import ORDERS, order_for
 from flexgen.schedule import Op

@@ -17,6 +17,11 @@ from flexgen.memory.store import Store
 from flexgen.policy import Tier
 from flexgen.units import MIB, format_bytes
 
+try:
+    import resource
+except ImportError:  # of Unix only
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -103,15 +108,25 @@ def return_large_memory() -> None:
 
 
 def available_bytes() -> int:
-    """Host memory that can be taken now: what the system has free, and at most what a cgroup leaves.
+    """Host memory that can be taken now: what the system has free, and at most what a cgroup and the limit of the
+    process's address space leave.
 
     What this process has freed counts as free: the C library would keep some of it as its own.
     """
     with contextlib.suppress(AttributeError):  # of glibc only
         ctypes.CDLL(None).malloc_trim(0)
-    available = int(psutil.virtual_memory().available)
-    left = _cgroup_left()
-    return available if left is None else min(available, left)
+    left = (int(psutil.virtual_memory().available), _cgroup_left(), _address_space_left())
+    return min(count for count in left if count is not None)
+
+
+def _address_space_left() -> int | None:
+    """Bytes up to the limit of this process's address space (RLIMIT_AS, `ulimit -v`), or None without one."""
+    if resource is None:
+        return None
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return None
+    return max(most - int(psutil.Process().memory_info().vms), 0)
 
 
 def _cgroup_left() -> int | None:

@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from flexgen.errors import CapacityError
-from flexgen.memory.plan import MemoryPlan
+from flexgen.memory.needs import MemoryPlan, Shortage
 from flexgen.policy import Policy, Tier
+from flexgen.units import format_bytes
+
+Limits = Mapping[Tier, int | None]
+Plan = Callable[[Policy], MemoryPlan]
+
+_SMALL = 32
+"""Batch sizes up to here are all tried where no half, quarter, ... fits: rows are rounded to tiers."""
 
 
-def fitting_plan(
-    plan: Callable[[Policy], MemoryPlan], policy: Policy, limits: Mapping[Tier, int | None]
-) -> MemoryPlan:
+def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
     """The plan of `policy`, which is within `limits` (bytes by tier, None for no limit).
 
-    Raises CapacityError otherwise, with a batch shape that would fit where there is one.
+    Raises CapacityError otherwise, with a change of the policy that `plan` accepts where there is one, and else with
+    the least that is needed.
     """
     asked = plan(policy)
     if short := asked.shortage(limits):
-        if smaller := largest_fitting(plan, policy, limits):
-            shape = f"{smaller.gpu_batch_size} and num_gpu_batches = {smaller.num_gpu_batches}"
-            raise CapacityError(f"{short}. It would fit with gpu_batch_size = {shape}")
-        raise CapacityError(f"{short}. Put a larger share on a slower tier, up to disk = 100")
+        raise CapacityError(f"{short}. {_advice(plan, policy, limits)}")
     return asked
 
 
-def largest_fitting(
-    plan: Callable[[Policy], MemoryPlan], policy: Policy, limits: Mapping[Tier, int | None]
-) -> Policy | None:
-    """`policy`, or where its plan is not within `limits` the same with as many fewer prompts in flight as it takes;
-    None where not even one fits."""
-    shapes = (policy, *_smaller(policy))
-    return next((shape for shape in shapes if not plan(shape).shortage(limits)), None)
+def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:
+    """`policy` if its plan is within `limits`, else the same with fewer prompts in flight: first with fewer batches,
+    then with smaller ones. None where not even one prompt fits.
+
+    Takes a number of plans that grows with the logarithm of the batches and of their size.
+    """
+
+    def fits(shape: Policy) -> bool:
+        return not plan(shape).shortage(limits)
+
+    if fits(policy):
+        return policy
+    one = policy.replace(num_gpu_batches=1)
+    if fits(one):
+        most, too_many = 1, policy.num_gpu_batches
+        while too_many - most > 1:
+            middle = (most + too_many) // 2
+            if fits(policy.replace(num_gpu_batches=middle)):
+                most = middle
+            else:
+                too_many = middle
+        return policy.replace(num_gpu_batches=most)
+    return next(filter(fits, (one.replace(gpu_batch_size=size) for size in _smaller(policy))), None)
 
 
-def _smaller(policy: Policy) -> Iterable[Policy]:
-    """The policy with fewer prompts in flight: fewer batches first, then smaller ones."""
-    for batches in range(policy.num_gpu_batches - 1, 0, -1):
-        yield policy.replace(num_gpu_batches=batches)
+def _smaller(policy: Policy) -> Iterator[int]:
     size = policy.gpu_batch_size
     while (size := size // 2) > 0:
-        yield policy.replace(num_gpu_batches=1, gpu_batch_size=size)
+        yield size
+    yield from range(min(policy.gpu_batch_size - 1, _SMALL), 0, -1)
+
+
+def _advice(plan: Plan, policy: Policy, limits: Limits) -> str:
+    """What to change. Shapes and splits were tried; other advice is given only where it can remove the shortage."""
+    if shape := largest_fitting(plan, policy, limits):
+        return (
+            f"It would fit with gpu_batch_size = {shape.gpu_batch_size} and "
+            f"num_gpu_batches = {shape.num_gpu_batches}"
+        )
+    least = policy.replace(gpu_batch_size=1, num_gpu_batches=1)
+    for tier in (Tier.CPU, Tier.DISK, Tier.GPU):
+        moved = least.replace(cache={tier: 100}, activations={tier: 100})
+        if not plan(moved).shortage(limits):
+            return (
+                f"It would fit with gpu_batch_size = 1, num_gpu_batches = 1, cache = {{ {tier} = 100 }} and "
+                f"activations = {{ {tier} = 100 }}"
+            )
+    return ". ".join(_remedy(short, policy) for short in plan(least).shortages(limits))
+
+
+def _remedy(short: Shortage, policy: Policy) -> str:
+    """The least that is needed where one prompt at a time is too much, and what can lower it or raise the limit."""
+    homes = sum(n.nbytes for n in short.needs if (n.what, n.role) == ("weights", "home"))
+    if short.tiers == (Tier.DISK,):
+        fix = "free space in offload_dir, choose a directory on a larger disk, or put a smaller share on disk"
+    elif short.total - homes <= short.limit:
+        fix = "put a larger share of the weights on a slower tier when you open the model"
+    else:
+        halves = "" if policy.sep_layer else "set sep_layer = true, "
+        fix = (
+            f"all but the homes of the weights exceeds {format_bytes(short.limit)}, whatever the shares of the "
+            f"weights: {halves}shorten the prompts or use a larger memory"
+        )
+    return (
+        f"At least {format_bytes(short.total)} are needed on the {short.where}, one prompt at a time: {fix}"
+    )

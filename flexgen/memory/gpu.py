@@ -31,6 +31,8 @@ from flexgen.units import parse_bytes
 
 _RESERVE = 0.05
 """Share of a GPU's memory, or of its cap, that no plan may use: for the libraries' workspaces, and holes."""
+_GPU_NUMBERS = 128
+"""torch.device keeps the number in 8 bits, signed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -42,6 +44,8 @@ class ComputeDevice(ABC):
     memory: Store
     shares_host_memory = False
     """Whether host memory is its memory, so that nothing has to cross a link."""
+    in_host_memory = False
+    """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
     pinnable = False
     """Whether its links are faster from pinned host memory."""
     shares_cores = False
@@ -164,6 +168,7 @@ class EmulatedDevice(_HostArithmetic):
     """
 
     name = "emulated"
+    in_host_memory = True
 
     def __init__(
         self, memory: int | None = None, link: float | None = None, disk: float | None = None
@@ -283,7 +288,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
         return HostDevice()
     kind, _, rest = name.partition(":")
     words = [word for word in rest.split(",") if word]
-    index = [word for word in words if word.isdigit()]
+    index = [word for word in words if word.isascii() and word.isdigit()]
     if kind.startswith("cuda,"):
         words, kind = [*kind.split(",")[1:], *words], "cuda"
     try:
@@ -293,7 +298,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
         if kind == "emulated" and limits.keys() <= {"memory", "link", "disk"} and not index:
             return EmulatedDevice(**limits)
         if kind == "cuda" and limits.keys() <= {"memory"} and len(index) <= 1:
-            return CudaDevice(torch.device("cuda", int(index[0]) if index else 0), **limits)
+            return CudaDevice(torch.device("cuda", _gpu_number(index[0]) if index else 0), **limits)
     except RequestError:
         raise
     except ValueError as error:
@@ -302,6 +307,14 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
         f"device {device!r} is not known: use 'auto', 'cpu', 'cuda', 'cuda:0', 'emulated' or "
         "'emulated:memory=1GiB,link=8GiB,disk=2GiB'"
     )
+
+
+def _gpu_number(word: str) -> int:
+    """Raises ValueError for a number that torch would not take, or would take for another."""
+    number = int(word) if len(word) <= 20 else _GPU_NUMBERS
+    if number >= _GPU_NUMBERS:
+        raise ValueError(f"a GPU's number is below {_GPU_NUMBERS}; use 'cuda:0' for the first")
+    return number
 
 
 def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:

@@ -13,6 +13,7 @@ from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import ComputeDevice, open_device
 from flexgen.memory.lanes import Lanes
+from flexgen.memory.limits import Limits
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
 
@@ -52,14 +53,19 @@ class Machine:
         disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
-    def limits(self) -> dict[Tier, int | None]:
+    def limits(self) -> Limits:
         """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        held: dict[Tier, int | None] = {
-            Tier.GPU: None if left is None else left + self.device.memory.used,
-            Tier.CPU: int(available_bytes() * _RESERVE) + self.host.used,
-            Tier.DISK: self.disk.free + self.disk.used,
-        }
+        free = int(available_bytes() * _RESERVE)
+        held = Limits(
+            {
+                Tier.GPU: None if left is None else left + self.device.memory.used,
+                Tier.CPU: free + self.host.used,
+                Tier.DISK: self.disk.free + self.disk.used,
+            }
+        )
+        if self.device.in_host_memory:
+            held.host = free + self.host.used + self.device.memory.used
         for tier, most in self.max_memory.items():
             there = held[tier]
             if tier is Tier.DISK:  # files that were published stay beside what calls write

@@ -7,7 +7,7 @@ promised is what is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,13 +17,14 @@ from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
+from flexgen.memory.needs import MemoryPlan, Need
 from flexgen.memory.placement import Placement
-from flexgen.memory.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
+from flexgen.memory.weight_slots import decoded_bytes, decodes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.orders import ORDERS, Order, Slots, order_for
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
-from flexgen.units import KIB, MIB, align, format_bytes
+from flexgen.units import KIB, MIB, align
 from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
@@ -150,55 +151,6 @@ def _choice_bytes(segment: CacheSegment, heads: int) -> int:
     most = most_chosen(segment.attn_sparsity, segment.choice_tokens, segment.pages * segment.page_tokens)
     # For each: an index of what is best, its position before and after padding, two weights, three flags.
     return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that one class of data takes on a tier, and in what role."""
-
-    tier: Tier
-    what: str  # weights, cache, activations
-    role: str  # home, slots, staging, workspace
-    nbytes: int
-
-
-Kept = Callable[[Policy], Sequence[Need]]
-"""What the caller of a call keeps of it, under a policy."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """All needs of one call, and the sizes of the weight slots among them."""
-
-    needs: tuple[Need, ...]
-    weight_slots: SlotSizes
-
-    def on(self, tier: Tier, what: str | None = None) -> int:
-        """Bytes on `tier`, of one class or of all."""
-        return sum(n.nbytes for n in self.needs if n.tier is tier and what in (None, n.what))
-
-    @property
-    def by_tier(self) -> dict[Tier, int]:
-        return {tier: self.on(tier) for tier in Tier}
-
-    def shortage(self, limits: Mapping[Tier, int | None]) -> str:
-        """Which tier's needs exceed its limit (bytes, None for no limit), by how much and for what; "" if none.
-
-        Weights on disk are left out: they are files that exist already, or are checked before they are written.
-        """
-        for tier in Tier:
-            counted = [n for n in self.needs if n.tier is tier and (tier, n.what) != (Tier.DISK, "weights")]
-            total, limit = sum(need.nbytes for need in counted), limits.get(tier)
-            if limit is None or total <= limit:
-                continue
-            largest = sorted((n for n in counted if n.nbytes), key=lambda need: -need.nbytes)
-            parts = ", ".join(f"{n.what} {n.role} {format_bytes(n.nbytes)}" for n in largest)
-            in_all = ", ".join(f"{t} {format_bytes(count)}" for t, count in self.by_tier.items())
-            return (
-                f"the policy needs {format_bytes(total)} on the {tier} tier, which has {format_bytes(limit)} "
-                f"({parts}); in all it needs {in_all}"
-            )
-        return ""
 
 
 def plan_memory(

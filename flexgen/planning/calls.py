@@ -11,8 +11,9 @@ import torch
 from flexgen.errors import CapacityError
 from flexgen.memory.fitting import fitting_plan, largest_fitting
 from flexgen.memory.machine import Machine
+from flexgen.memory.needs import Kept, MemoryPlan, Need
 from flexgen.memory.placement import Placement
-from flexgen.memory.plan import Kept, MemoryPlan, Need, choose_order, plan_memory
+from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.models import Layer
 from flexgen.orders import Slots
 from flexgen.planning.auto import AutoPolicy, Chosen

@@ -78,6 +78,7 @@ class Hardware:
     computes_in: by a checkpoint's dtype, the one that "auto" computes in, where it is another.
     products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
         multiply what is kept, and what they decode serves all batches of a layer's visit.
+    disturbed: share of the processors that other programs took during the measurement, 0 if it was undisturbed.
     fixed: see `Fixed`.
     """
 
@@ -99,6 +100,7 @@ class Hardware:
     prefill_interference: Mapping[str, float] = field(default_factory=dict)
     computes_in: Mapping[str, str] = field(default_factory=dict)
     products_decode: bool = False
+    disturbed: float = 0.0
     fixed: Fixed = Fixed()
 
     def __post_init__(self) -> None:
@@ -108,6 +110,7 @@ class Hardware:
         for name in ("name", "source"):
             if not isinstance(text := getattr(self, name), str):
                 raise HardwareError(f"{name} is {text!r}; it must be a text")
+        put("disturbed", _seconds("disturbed", self.disturbed))
         put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
         put("installed", _table("installed", self.installed, _bytes, known=Tier))
         lanes = (*_DISK, *_HOST, *(() if self.shares_host_memory else _LINK))
@@ -298,8 +301,10 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError) as error:  # dates that are none and numbers too long, as well
         raise HardwareError(f"not valid TOML: {error}") from error
+    except RecursionError:
+        raise HardwareError("not valid TOML: it is nested too deeply") from None
 
 
 def _table(
@@ -329,9 +334,14 @@ def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) 
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise HardwareError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        raise HardwareError(
+            f"{name} is a whole number that exceeds a float's range; write at most 1e308"
+        ) from None
+    raise HardwareError(f"{name} is {value!r}; it must be a finite number")
 
 
 def _rate(name: str, value: object) -> float:

@@ -44,13 +44,21 @@ def measured(
     """What this machine can do with `device` and the disk of `offload_dir` (both as in `OptLM`).
 
     Measured at the first use, and with `again`; see `measure` for how long that takes and what it raises. Capacities
-    are what is free now. A cache that cannot be read is measured anew, one that cannot be written is a warning.
+    are what is free now. Figures that were taken while other programs used the processors are
+    returned but not kept. A cache that cannot be read is measured anew, one that cannot be written is a warning.
     """
     path, capacity = _place(device, offload_dir)
     hardware = None if again else _kept(path)
     if hardware is None:
         hardware = measure(device, offload_dir, progress)
-        _keep(hardware, path)
+        if hardware.disturbed:
+            logger.warning(
+                "other programs took %.0f%% of the processors during the measurement: its figures are too slow and "
+                "are not kept. Measure again when they are done (python -m flexgen.measure --again)",
+                100 * hardware.disturbed,
+            )
+        else:
+            _keep(hardware, path)
     return hardware.replace(capacity=capacity)
 
 

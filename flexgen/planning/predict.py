@@ -11,8 +11,9 @@ import torch
 
 from flexgen.errors import CapacityError, RequestError, ScheduleError
 from flexgen.memory.fitting import fitting_plan
+from flexgen.memory.needs import MemoryPlan
 from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import MemoryPlan, batch_sizes, choose_order, host_attends, plan_memory
+from flexgen.memory.plan import batch_sizes, choose_order, host_attends, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import ORDERS
 from flexgen.planning.costs import StepCosts

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexgen.memory.needs import MemoryPlan
 from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import MemoryPlan, choose_order, plan_memory
+from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import Order
 from flexgen.planning.hardware import Hardware

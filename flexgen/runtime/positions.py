@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flexgen.memory.gpu import ComputeDevice
-from flexgen.memory.plan import Need, activation_bytes, batch_sizes
+from flexgen.memory.needs import Need
+from flexgen.memory.plan import activation_bytes, batch_sizes
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer

@@ -110,14 +110,22 @@ def leading(row: np.ndarray, pad_id: int) -> int:
 
 def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarray]:
     if isinstance(attention_mask, Tensor):
-        attention_mask = attention_mask.detach().cpu().numpy()
-    if not isinstance(attention_mask, Sequence | np.ndarray) or np.ndim(attention_mask[:1]) != 2:
+        attention_mask = attention_mask.detach().cpu()
+        if attention_mask.dtype.is_floating_point:  # numpy lacks some of those
+            attention_mask = attention_mask.float()
+        attention_mask = attention_mask.numpy()
+    one_dim = isinstance(attention_mask, np.ndarray) and attention_mask.ndim != 2
+    if (
+        isinstance(attention_mask, str | bytes)
+        or not isinstance(attention_mask, Sequence | np.ndarray)
+        or one_dim
+    ):
         raise RequestError("attention_mask must have one row of 0 and 1 for each prompt")
     if len(attention_mask) != len(rows):
         raise RequestError(f"attention_mask has {len(attention_mask)} rows for {len(rows)} prompts")
     kept = []
     for n, (row, given) in enumerate(zip(rows, attention_mask, strict=True)):
-        mask = np.asarray(given)
+        mask = _mask_row(n, given)
         if mask.shape != row.shape:
             raise RequestError(f"attention_mask row {n} has {len(mask)} entries for {len(row)} ids")
         columns = np.flatnonzero(mask)
@@ -127,6 +135,26 @@ def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarra
             raise RequestError(f"attention_mask row {n} has a hole: only padding at the ends can be masked")
         kept.append(columns)
     return kept
+
+
+def _mask_row(n: int, given: Any) -> np.ndarray:
+    """One row of a mask. Raises RequestError for anything but 0 and 1 (of any numeric type, or booleans)."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu().tolist()
+    try:
+        mask = np.asarray(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"attention_mask row {n} is not a list of 0 and 1: {error}") from None
+    if mask.ndim != 1:
+        raise RequestError(
+            f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {given!r}"
+        )
+    if len(mask) and mask.dtype.kind not in "biuf":
+        raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
+    wrong = mask[(mask != 0) & (mask != 1)]  # NaN is among them
+    if len(wrong):
+        raise RequestError(f"attention_mask row {n} holds {wrong[0]}; it takes 0 for padding and 1 for ids")
+    return mask
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

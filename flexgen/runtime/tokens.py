@@ -14,7 +14,8 @@ from torch import Tensor
 from flexgen.errors import LaneError
 from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS, Need
+from flexgen.memory.needs import Need
+from flexgen.memory.plan import SLOTS
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.policy import Tier

@@ -80,6 +80,28 @@ def test_prompts(case: str, refused: Any) -> None:
     refused(lambda lm: lm.forward(inputs), *words)
 
 
+MASK_VALUES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "NaN": ([[1, 1, NAN]], ("row 0", "nan")),
+    "a tensor of NaN": (torch.full((1, 3), NAN), ("row 0", "nan")),
+    "a tensor of bfloat16": (torch.full((1, 3), 2.0, dtype=torch.bfloat16), ("row 0", "2.0")),
+    "negative values": ([[1, -1, 1]], ("row 0", "-1")),
+    "other values": (np.array([[1, 2, 1]]), ("row 0", "2")),
+    "digits as text": ([["1", "1", "0"]], ("row 0", "<U1")),
+    "a text": ("110", ("one row of 0 and 1",)),
+    "texts": (["110"], ("row 0", "'110'")),
+    "None": ([[1, None, 1]], ("row 0", "object")),
+    "numbers in place of rows": ([1, 1, 1], ("1 prompts",)),
+    "rows of uneven depth": ([[1, [1], 1]], ("row 0",)),
+    "a third dimension": (np.ones((1, 3, 1)), ("one row of 0 and 1",)),
+}
+
+
+@pytest.mark.parametrize("case", MASK_VALUES)
+def test_mask_values(case: str, refused: Any) -> None:
+    mask, words = MASK_VALUES[case]
+    refused(lambda lm: lm.generate([ROW], 4, attention_mask=mask), "attention_mask", *words)
+
+
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "too long": ({"max_new_tokens": 46}, ("prompt 0", "3", "46", "49", "48", "at most 45")),
     "no token": ({"max_new_tokens": 0}, ("max_new_tokens", "0")),
@@ -237,4 +259,5 @@ def test_no_batch_that_would_fit(large: Path) -> None:
     with OptLM(large, policy, device="emulated:memory=1400KiB", weights="dummy", progress=False) as lm:
         with pytest.raises(CapacityError) as raised:
             lm.generate([[5] * 40], 8)
-        assert "would fit" not in str(raised.value) and "slower tier" in str(raised.value)
+        assert "would fit" not in str(raised.value) and "slower tier" not in str(raised.value)
+        assert "At least" in str(raised.value) and "shorten the prompts" in str(raised.value)

@@ -86,6 +86,8 @@ def test_a_device_is_taken_as_it_is():
 @pytest.mark.parametrize(
     "name",
     ["", "tpu", "gpu", "cpu:0", "cpu:memory=1GiB", "emulated:0", "emulated:speed=3", "emulated:memory", "cuda:0,1"]
+    + ["emulated:memory=1e400", "emulated:memory=" + "9" * 5000, "cuda:99999999999999999999", "cuda:" + "9" * 5000]
+    + ["cuda:300", "cuda:\u0661", "emulated:link=" + "9" * 400]
     + ["emulated:memory=lots", "emulated:memory=-1", "emulated:link=0", "cuda:link=8GiB", "cuda:x", "auto:0"],
 )  # fmt: skip
 def test_other_names_are_refused(name):

@@ -16,15 +16,9 @@ from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.machine import Machine
+from flexgen.memory.needs import MemoryPlan, Need
 from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import (
-    MemoryPlan,
-    Need,
-    batch_sizes,
-    cache_segments,
-    choice_tokens,
-    plan_memory,
-)
+from flexgen.memory.plan import batch_sizes, cache_segments, choice_tokens, plan_memory
 from flexgen.memory.store import ALIGNMENT, Store
 from flexgen.memory.weight_slots import SlotSizes
 from flexgen.models import build_layers, open_model
@@ -390,7 +384,7 @@ def test_a_small_device_refuses_before_anything_is_allocated(saved, monkeypatch,
     monkeypatch.setattr(Store, "allocate", lambda self, nbytes, purpose: taken.append((nbytes, purpose)))
     with pytest.raises(CapacityError) as caught:
         OptLM(saved(), policy, device="emulated:memory=20KiB", progress=False)
-    for part in ("on the gpu tier, which has 20 KiB", what, "larger share on a slower tier"):
+    for part in ("on the gpu tier, which has 20 KiB", what, "At least "):
         assert part in str(caught.value)
     assert taken == []
 

@@ -97,6 +97,12 @@ def test_another_device_or_disk_is_measured(calls, monkeypatch, tmp_path, machin
     assert calls[2:] == ["emulated:memory=1MiB", "emulated:memory=2MiB"]
 
 
+def test_figures_of_a_busy_machine_are_not_kept(calls, monkeypatch, tmp_path, host, caplog):
+    monkeypatch.setattr(cache, "measure", lambda *given: host(disturbed=0.6))
+    assert cache.measured("cpu").disturbed == 0.6
+    assert files(tmp_path) == [] and "60% of the processors" in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["", "name = ", "name = 'x'", "\0"])
 def test_a_damaged_file_is_measured_anew_with_a_warning(calls, tmp_path, caplog, damage):
     cache.measured("cpu")

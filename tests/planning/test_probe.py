@@ -2,6 +2,9 @@
 
 import itertools
 import threading
+import time
+from collections import namedtuple
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -292,8 +295,29 @@ def test_a_device_that_is_not_there(tmp_path):
         measure("tpu", tmp_path)
 
 
-@pytest.mark.parametrize(("percent", "told"), [(5.0, False), (60.0, True)])
-def test_a_busy_machine_is_told(monkeypatch, caplog, percent, told):
-    monkeypatch.setattr("psutil.cpu_percent", lambda interval: percent)
-    machine_probe._warn_if_busy()
-    assert ("other programs take 60% of the processor" in caplog.text) == told
+@pytest.mark.parametrize(("others", "share"), [(0.0, 0.0), (1.0, 0.25), (3.0, 0.75)])
+def test_other_programs_are_told_from_this_one(monkeypatch, others, share):
+    """In 2 s on two processors, this program runs for 1 s of 4 and `others` for some."""
+    times = namedtuple("times", "user system idle")
+    spent = {"all": times(7.0, 0.0, 9.0), "own": times(5.0, 0.0, 0.0)}
+    monkeypatch.setattr("psutil.cpu_times", lambda: spent["all"])
+    monkeypatch.setattr("psutil.Process.cpu_times", lambda self: spent["own"])
+    watch = machine_probe._Others()
+    spent = {"all": times(8.0 + others, 0.0, 12.0 - others), "own": times(6.0, 0.0, 0.0)}
+    assert watch.share() == pytest.approx(share)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated:memory=4GiB"])
+def test_the_sizes_of_a_measurement_fit_the_host(monkeypatch, tmp_path, device):
+    monkeypatch.setattr("flexgen.memory.machine.available_bytes", lambda: 256 * MIB)
+    with closing(Machine.open(device, tmp_path)) as machine, closing(machine.make_lanes()) as lanes:
+        measurement = machine_probe._Measurement(machine, lanes, FULL, time.perf_counter)
+        assert measurement._effort.working_set <= 32 * MIB and measurement._effort.transfer <= 32 * MIB
+        measurement._links.close()
+
+
+def test_tiers_in_host_memory_share_what_it_has(monkeypatch, tmp_path):
+    monkeypatch.setattr("flexgen.memory.machine.available_bytes", lambda: 100 * MIB)
+    with closing(Machine.open("emulated:memory=64MiB", tmp_path)) as machine:
+        found = capacities(machine)
+        assert found[Tier.GPU] + found[Tier.CPU] <= 95 * MIB

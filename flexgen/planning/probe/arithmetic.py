@@ -134,8 +134,15 @@ class ArithmeticProbe:
         kept = self._checkpoint.read(weight, self._dtype)
         if not codec.fits(weight.shape):
             return self._place(kept)
-        packed = codec.packed(self._place(codec.encode(kept)), weight.shape)
-        return PackedMatrix(packed, self._dtype, lambda: kept)
+        encoded = self._place(codec.encode(kept))
+        place, dtype = self._device.torch_device, self._dtype
+
+        def decode() -> Tensor:  # keeps nothing that is not encoded: it would be many times the working set
+            out = torch.empty(weight.shape, dtype=dtype, device=place)
+            codec.decode(encoded, out)
+            return out
+
+        return PackedMatrix(codec.packed(encoded, weight.shape), dtype, decode)
 
     # Attention
 

@@ -40,8 +40,8 @@ Progress = Callable[[int, int, str], object]
 
 logger = logging.getLogger(__name__)
 
-_LOOK, _BUSY = 0.3, 0.2
-"""For how many seconds the processor is watched, and the share of it that others may take."""
+_BUSY = 0.1
+"""Share of the processors that other programs may take during a measurement."""
 _LEAST_MEMORY = 8 * MIB
 """Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,39 +67,51 @@ def measure(
     """What `device` (as in `OptLM`), the host and the disk of `offload_dir` can do.
 
     Takes less than a minute on two cores, `Effort.file` bytes of disk, and a few times `Effort.working_set` bytes of
-    memory. Nothing else should run. Raises RequestError for a device that is not there, CapacityError where there
+    memory, or less where less is free. Nothing else should run: `disturbed` says whether it did.
+    Raises RequestError for a device that is not there, CapacityError where there
     is no room.
     """
     with contextlib.ExitStack() as stack, torch.inference_mode():
         machine = Machine.open(device, offload_dir)
         stack.callback(machine.close)
-        _warn_if_busy()
+        others = _Others()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
-    _warn_if_busy()
+        if (share := others.share()) > _BUSY:
+            note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"
+            hardware = hardware.replace(source=note, disturbed=share)
     return hardware
 
 
-def _warn_if_busy() -> None:
-    """Say so where other programs compute beside the measurement."""
-    busy = psutil.cpu_percent(_LOOK) / 100
-    if busy > _BUSY:
-        logger.warning(
-            "other programs take %.0f%% of the processor: what is measured is too slow. Measure again when they are "
-            "done (python -m flexgen.measure --again)",
-            100 * busy,
-        )
+class _Others:
+    """The share of the processors that other programs take, from its making on."""
+
+    def __init__(self) -> None:
+        self._began = self._seconds()
+
+    def share(self) -> float:
+        (began_all, began_others), (all_, others) = self._began, self._seconds()
+        return min(max((others - began_others) / max(all_ - began_all, 1e-9), 0.0), 1.0)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float]:
+        """Seconds of all processors in all, and those in which programs other than this one ran."""
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # A guest's time is part of the user's.
+        total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return total, total - idle - own.user - own.system
 
 
-def within(effort: Effort, memory: int, device: str) -> Effort:
+def within(effort: Effort, memory: int, where: str) -> Effort:
     """What can be measured on a device of `memory` bytes, which are not filled to the last one.
 
     Transfers are whole blocks, since they go to the disk too. Raises CapacityError where the device is too small.
     """
     if memory < _LEAST_MEMORY:
         raise CapacityError(
-            f"device {device} has {format_bytes(memory)} to measure in, of which at least "
+            f"{where} has {format_bytes(memory)} to measure in, of which at least "
             f"{format_bytes(_LEAST_MEMORY)} are needed: free some, or give it more (memory=...)"
         )
     share = memory // 8 // BLOCK * BLOCK
@@ -122,6 +134,9 @@ def capacities(machine: Machine) -> dict[Tier, int]:
     own = {tier: limits[tier] if limits[tier] is not None else limits[Tier.CPU] for tier in Tier}
     if machine.device.shares_host_memory:
         del own[Tier.GPU]
+    elif limits.host is not None:  # a plan that fills both tiers fits the host
+        device = min(own[Tier.GPU] or 0, limits.host // 2)
+        own |= {Tier.GPU: device, Tier.CPU: min(own[Tier.CPU] or 0, limits.host - device)}
     return {tier: max(count, 1) for tier, count in own.items() if count is not None}
 
 
@@ -171,9 +186,10 @@ class _Measurement:
         self._machine = machine
         self._device = machine.device
         self._lanes = lanes
-        left = machine.device.available_bytes()
-        if left is not None:
-            effort = within(effort, left, self._device.name)
+        for tier, left in machine.limits().items():
+            if left is not None and tier is not Tier.DISK:
+                where = f"device {self._device.name}" if tier is Tier.GPU else "the host"
+                effort = within(effort, left, where)
         if self._device.torch_device != _CPU:
             effort = replace(effort, rows=(*effort.rows, *_ROWS_OF_A_GPU))
         self._effort = effort

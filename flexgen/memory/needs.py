@@ -1,0 +1,89 @@
+"""What a call takes of each tier, held against what the tiers have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flexgen.memory.limits import Limits
+from flexgen.memory.weight_slots import SlotSizes
+from flexgen.policy import Policy, Tier
+from flexgen.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one class of data takes on a tier, and in what role."""
+
+    tier: Tier
+    what: str  # weights, cache, activations
+    role: str  # home, slots, staging, workspace
+    nbytes: int
+
+
+Kept = Callable[[Policy], Sequence[Need]]
+"""What the caller of a call keeps of it, under a policy."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Needs of one tier, or of two together, that exceed the limit in bytes."""
+
+    tiers: tuple[Tier, ...]
+    limit: int
+    needs: tuple[Need, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(need.nbytes for need in self.needs)
+
+    @property
+    def where(self) -> str:
+        if len(self.tiers) > 1:
+            return f"{' and '.join(self.tiers)} tiers together"
+        return f"{self.tiers[0]} tier"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All needs of one call, and the sizes of the weight slots among them."""
+
+    needs: tuple[Need, ...]
+    weight_slots: SlotSizes
+
+    def on(self, tier: Tier, what: str | None = None) -> int:
+        """Bytes on `tier`, of one class or of all."""
+        return sum(n.nbytes for n in self.needs if n.tier is tier and what in (None, n.what))
+
+    @property
+    def by_tier(self) -> dict[Tier, int]:
+        return {tier: self.on(tier) for tier in Tier}
+
+    def shortage(self, limits: Mapping[Tier, int | None]) -> str:
+        """Which needs exceed their limit (bytes by tier, None for no limit), by how much and for what; "" if none."""
+        for short in self.shortages(limits):
+            largest = sorted((n for n in short.needs if n.nbytes), key=lambda need: -need.nbytes)
+            parts = ", ".join(f"{n.what} {n.role} {format_bytes(n.nbytes)}" for n in largest)
+            in_all = ", ".join(f"{t} {format_bytes(count)}" for t, count in self.by_tier.items())
+            return (
+                f"the policy needs {format_bytes(short.total)} on the {short.where}, which has "
+                f"{format_bytes(short.limit)} ({parts}); in all it needs {in_all}"
+            )
+        return ""
+
+    def shortages(self, limits: Mapping[Tier, int | None]) -> list[Shortage]:
+        """All limits that the needs exceed. `Limits` may have one of two tiers together.
+
+        Weights on disk are left out: they are files that exist already, or are checked before they are written.
+        """
+        bounds: list[tuple[tuple[Tier, ...], int | None]] = [((tier,), limits.get(tier)) for tier in Tier]
+        if isinstance(limits, Limits):
+            bounds.append(((Tier.GPU, Tier.CPU), limits.host))
+        found = []
+        for tiers, limit in bounds:
+            needs = tuple(
+                n for n in self.needs if n.tier in tiers and (n.tier, n.what) != (Tier.DISK, "weights")
+            )
+            if limit is not None and sum(n.nbytes for n in needs) > limit:
+                found.append(Shortage(tiers, limit, needs))
+        return found
