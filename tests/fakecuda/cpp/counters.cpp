@@ -44,7 +44,7 @@ const char* fakecuda_counters() {
         << ", \"device_used\": " << object(machine().device_used) << ", \"pinned\": " << machine().pinned_memory.total()
         << ", \"live_events\": " << counters.live_events << ", \"most_events\": " << counters.most_events
         << ", \"overwritten_uploads\": " << counters.overwritten_uploads
-        << ", \"unordered_uploads\": " << counters.unordered_uploads
+        << ", \"unordered_copies\": " << counters.unordered_copies
         << ", \"released_in_flight\": " << counters.released_in_flight << "}";
     text = out.str();
     return text.c_str();

@@ -150,7 +150,7 @@ Progress Machine::reached_by(const Stream& stream) const {
 void Machine::download(Stream& stream, void* target, const void* source, size_t nbytes) {
     auto* begin = static_cast<char*>(target);
     auto* data = static_cast<const char*>(source);
-    // A copy into the same bytes that is still in flight is behind this one in time, or it is a race that garbage shows.
+    end_overlapping_uploads(stream, begin, nbytes);
     downloads_.push_back({&stream, stream.enqueued, begin, std::vector<char>(data, data + nbytes)});
     std::memset(begin, kGarbage, nbytes);
 }
@@ -168,13 +168,32 @@ void Machine::deliver_overlapping(const Stream& stream, const char* begin, size_
     auto arrives = [&](Download& download) {
         if (!overlap(download.target, download.data.size(), begin, nbytes)) return false;
         if (!includes(reached, download.stream, download.number)) {
-            counters.unordered_uploads++;
+            counters.unordered_copies++;
             return false;
         }
         std::memcpy(download.target, download.data.data(), download.data.size());
         return true;
     };
     downloads_.erase(std::remove_if(downloads_.begin(), downloads_.end(), arrives), downloads_.end());
+}
+
+// What a stream downloads may go where another stream's upload comes from, with no host wait between: the same holds.
+void Machine::end_overlapping_uploads(const Stream& stream, const char* begin, size_t nbytes) {
+    Progress reached = reached_by(stream);
+    auto read = [&](Upload& upload) {
+        if (!overlap(upload.source, upload.nbytes, begin, nbytes)) return false;
+        if (includes(reached, upload.stream, upload.number)) {
+            end(upload);
+        } else {
+            counters.unordered_copies++;
+        }
+        return true;
+    };
+    uploads_.erase(std::remove_if(uploads_.begin(), uploads_.end(), read), uploads_.end());
+}
+
+void Machine::end(const Upload& upload) {
+    if (checksum(upload.source, upload.nbytes) != upload.checksum) counters.overwritten_uploads++;
 }
 
 void Machine::finish(const Progress& reached) {
@@ -185,7 +204,7 @@ void Machine::finish(const Progress& reached) {
     };
     auto read = [&](Upload& upload) {
         if (!includes(reached, upload.stream, upload.number)) return false;
-        if (checksum(upload.source, upload.nbytes) != upload.checksum) counters.overwritten_uploads++;
+        end(upload);
         return true;
     };
     downloads_.erase(std::remove_if(downloads_.begin(), downloads_.end(), arrived), downloads_.end());

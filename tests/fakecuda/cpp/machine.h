@@ -74,7 +74,7 @@ struct Counters {
     long most_events = 0;
     long overwritten_uploads = 0;   // pinned sources that the host changed before their copy ended
     long released_in_flight = 0;    // pinned buffers that were released before their copy ended
-    long unordered_uploads = 0;     // copies to the device from what another stream had not brought yet
+    long unordered_copies = 0;      // copies of pinned memory that another stream's copy still used
 };
 
 class Machine {
@@ -133,6 +133,8 @@ class Machine {
     std::vector<Download> downloads_;
     std::vector<Upload> uploads_;
 
+    void end(const Upload& upload);
+    void end_overlapping_uploads(const Stream& stream, const char* begin, size_t nbytes);
     void deliver_overlapping(const Stream& stream, const char* begin, size_t nbytes);
 };
 

@@ -30,8 +30,8 @@ class Counters:
 
     launches: kernels by name. host_waits: calls that block the host, by function. copied: bytes by direction and kind
     of host memory. contexts: calls by device that would create its context. pinned: bytes registered or allocated now.
-    The last three are hazards: pinned memory that the host changed, or freed, while a copy still used it, and uploads
-    from what another stream had not downloaded yet.
+    The last three are hazards: pinned memory that the host changed, or freed, or that another stream copied, while a
+    copy still used it.
     """
 
     launches: dict[str, int]
@@ -43,7 +43,7 @@ class Counters:
     live_events: int
     most_events: int
     overwritten_uploads: int
-    unordered_uploads: int
+    unordered_copies: int
     released_in_flight: int
 
     @property
@@ -54,7 +54,7 @@ class Counters:
     @property
     def hazards(self) -> int:
         """Uses of pinned memory that a copy was not ordered with."""
-        return self.overwritten_uploads + self.unordered_uploads + self.released_in_flight
+        return self.overwritten_uploads + self.unordered_copies + self.released_in_flight
 
 
 def counters() -> Counters:
