@@ -1,0 +1,87 @@
+"""Models, prompts and policies that the tests of the simulated GPU share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import Phase
+from hypothesis import strategies as st
+from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
+
+from flexgen import OptLM, Policy
+from flexgen.orders import ORDERS
+
+WITHOUT_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
+"""Phases of hypothesis: a case takes seconds here, and shrinking one would take minutes."""
+
+VOCAB = 64
+OPT = OPTConfig(
+    vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4,
+    ffn_dim=64, max_position_embeddings=128,
+)  # fmt: skip
+LLAMA = LlamaConfig(
+    vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=128, max_position_embeddings=128,
+)  # fmt: skip
+PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
+
+THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
+
+
+def encoded(codec: str, shares: dict[str, int] = THIRDS) -> dict[str, dict[str, Any]]:
+    """Shares of the tiers, each kept in `codec`."""
+    return {tier: {"percent": percent, "codec": codec} for tier, percent in shares.items()}
+
+
+def policy(**changes: Any) -> Policy:
+    """Three batches of three prompts, a third of everything on each tier."""
+    fields: dict[str, Any] = dict(
+        gpu_batch_size=3, num_gpu_batches=3, weights=THIRDS, cache=THIRDS, activations=THIRDS
+    )
+    return Policy(**fields | changes)
+
+
+@st.composite
+def shares(draw: st.DrawFn, codecs: tuple[str, ...] = ("none",)) -> dict[str, dict[str, Any]]:
+    """Percent and codec of each tier."""
+    gpu = draw(st.sampled_from([0, 34, 100]))
+    cpu = draw(st.sampled_from([0, (100 - gpu) // 2, 100 - gpu]))
+    codec = draw(st.sampled_from(codecs))
+    return encoded(codec, {"gpu": gpu, "cpu": cpu, "disk": 100 - gpu - cpu})
+
+
+@st.composite
+def policies(draw: st.DrawFn, exact: bool = False) -> Policy:
+    """Policies of every kind; `exact` leaves out what rounds."""
+    codecs = ("none",) if exact else ("none", "int4", "int8")
+    return Policy(
+        gpu_batch_size=draw(st.sampled_from([1, 3, 9])),
+        num_gpu_batches=draw(st.sampled_from([1, 2, 3])),
+        weights=draw(shares(codecs)),
+        cache=draw(shares(codecs)),
+        activations=draw(shares()),
+        attend_on=draw(st.sampled_from(["gpu", "cpu"])),
+        overlap=draw(st.booleans()),
+        sep_layer=draw(st.booleans()),
+        pin_weight=draw(st.booleans()),
+        attn_sparsity=1.0 if exact else draw(st.sampled_from([1.0, 0.5])),
+    )
+
+
+def orders() -> st.SearchStrategy[str | None]:
+    """An order by name, or the one that the policy asks for."""
+    return st.sampled_from([None, *ORDERS])
+
+
+def open_on(
+    device: str, config: PreTrainedConfig, policy: Policy, dtype: str = "float32", **options: Any
+) -> OptLM:
+    """The model with its dummy weights, the same ones on every device."""
+    return OptLM(config, policy, device=device, weights="dummy", dtype=dtype, progress=False, **options)
+
+
+def ids_on(device: str, config: PreTrainedConfig, policy: Policy, stop: Any = (), **options: Any) -> np.ndarray:
+    """Greedy ids of `PROMPTS`."""
+    with open_on(device, config, policy, **options) as model:
+        return model.generate(PROMPTS, 6, stop=stop)
