@@ -8,11 +8,14 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo test lint format clean
+CUDA := .venv-cuda/bin/python
+
+.PHONY: help demo test test-cuda lint format clean
 
 help:
 	@echo "make demo    set up and run the embedded model with policies/demo.toml"
 	@echo "make test    set up and run ruff, mypy and pytest"
+	@echo "make test-cuda  set up torch's CUDA build (2.5 GB) and run the GPU's code on a simulated GPU"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove .venv, builds and caches"
@@ -26,6 +29,13 @@ demo: .venv/.installed-run
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
+# The tests marked gpu, and those of the simulated GPU itself. No GPU and no driver is needed.
+test-cuda: .venv-cuda/.installed
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
+	    --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q tests/fakecuda --numprocesses auto \
+	    --maxprocesses 8 --dist worksteal
+
 lint: .venv/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -36,7 +46,7 @@ format: .venv/.installed-test
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build dist *.egg-info flexgen/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist *.egg-info flexgen/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last, so that a set-up that broke off is done again.
@@ -56,3 +66,11 @@ KERNELS := $(wildcard flexgen/kernels/cpp/*)
 .venv/.installed-test: setup.py constraints.txt $(KERNELS) | .venv/.created
 	$(PIP) --editable '.[test]'
 	touch $@ .venv/.installed-run
+
+.venv-cuda/.created:
+	$(PYTHON) -m venv .venv-cuda
+	touch $@
+
+.venv-cuda/.installed: setup.py constraints-cuda.txt $(KERNELS) | .venv-cuda/.created
+	$(CUDA) -m pip install --constraint constraints-cuda.txt $(PIP_FLAGS) --editable '.[test]'
+	touch $@

@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if SIMULATED:
         return
-    skip = pytest.mark.skip(reason="no simulated GPU: `make test-cuda` installs torch's CUDA build and runs it")
+    skip = pytest.mark.skip(
+        reason="no simulated GPU: `make test-cuda` installs torch's CUDA build and runs it"
+    )
     for item in items:
         if HERE in Path(item.fspath).parents:
             item.add_marker(skip)

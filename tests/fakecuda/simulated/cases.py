@@ -55,17 +55,19 @@ def shares(draw: st.DrawFn, codecs: tuple[str, ...] = ("none",)) -> dict[str, di
 def policies(draw: st.DrawFn, exact: bool = False) -> Policy:
     """Policies of every kind; `exact` leaves out what rounds."""
     codecs = ("none",) if exact else ("none", "int4", "int8")
+    cache = draw(shares(codecs))
+    sparse = not exact and all(share["codec"] == "none" for share in cache.values()) and draw(st.booleans())
     return Policy(
         gpu_batch_size=draw(st.sampled_from([1, 3, 9])),
         num_gpu_batches=draw(st.sampled_from([1, 2, 3])),
         weights=draw(shares(codecs)),
-        cache=draw(shares(codecs)),
+        cache=cache,
         activations=draw(shares()),
         attend_on=draw(st.sampled_from(["gpu", "cpu"])),
         overlap=draw(st.booleans()),
         sep_layer=draw(st.booleans()),
         pin_weight=draw(st.booleans()),
-        attn_sparsity=1.0 if exact else draw(st.sampled_from([1.0, 0.5])),
+        attn_sparsity=0.5 if sparse else 1.0,
     )
 
 
@@ -81,7 +83,9 @@ def open_on(
     return OptLM(config, policy, device=device, weights="dummy", dtype=dtype, progress=False, **options)
 
 
-def ids_on(device: str, config: PreTrainedConfig, policy: Policy, stop: Any = (), **options: Any) -> np.ndarray:
+def ids_on(
+    device: str, config: PreTrainedConfig, policy: Policy, stop: Any = (), **options: Any
+) -> np.ndarray:
     """Greedy ids of `PROMPTS`."""
     with open_on(device, config, policy, **options) as model:
         return model.generate(PROMPTS, 6, stop=stop)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.cuda._sanitizer as sanitizer
-from torch.cuda._sanitizer import Access, ArgumentHandler, EventHandler
 from torch.cuda import _gpu_trace as gpu_trace
+from torch.cuda._sanitizer import Access, ArgumentHandler, EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simulated.threads import in_every_thread
