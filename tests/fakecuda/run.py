@@ -1,7 +1,7 @@
 """Run a Python command on a simulated GPU: `python tests/fakecuda/run.py -m pytest tests/fakecuda`.
 
-Builds the simulated CUDA runtime for the CUDA build of torch in this environment, and starts the same interpreter with
-it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 is a T4, FAKECUDA_GIB=16 its memory.
+Builds the simulated CUDA runtime for the CUDA build of torch in this environment, and starts the same interpreter
+with it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 is a T4, FAKECUDA_GIB=16 its memory.
 """
 
 from __future__ import annotations

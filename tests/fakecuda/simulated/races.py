@@ -1,8 +1,8 @@
 """Data races between CUDA streams, found by torch's own stream sanitizer (`torch.cuda._sanitizer`).
 
 It keeps vector clocks of streams and events, and reports two accesses to the same memory of which neither is ordered
-behind the other. Here it works by storage, since views of one buffer have many addresses, in every thread, and it also
-reports memory that is freed while another stream may still use it. It runs on a real GPU too.
+behind the other. Here it works by storage, since views of one buffer have many addresses, and in every thread. It
+also reports memory that is freed while another stream may still use it. It runs on a real GPU too.
 """
 
 from __future__ import annotations
