@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BatchEncoding,
     GenerationConfig,
     LogitsProcessor,
@@ -19,7 +21,9 @@ from transformers import (
     set_seed,
 )
 
+from flexgen.demo import MODEL_DIR
 from flexgen.errors import CapacityError, LaneError, RequestError, UnsupportedError
+from flexgen.hf import FlexGenForCausalLM
 from flexgen.hf.steps import HFChoice
 from flexgen.policy import Policy, Tier
 
@@ -396,3 +400,35 @@ def test_what_a_processor_raises_is_the_cause(model: Any, inputs: Any) -> None:
     with pytest.raises(LaneError) as raised:
         model.generate(**inputs([3]), max_new_tokens=2, logits_processor=LogitsProcessorList([broken]))
     assert isinstance(raised.value.__cause__, KeyError)
+
+
+class Forced(LogitsProcessor):
+    """Makes `id` the new token number `at`."""
+
+    def __init__(self, prompt_len, at, id):
+        self.length, self.id = prompt_len + at, id
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == self.length:
+            scores = scores.clone()
+            scores[:, self.id] = scores.max() + 1
+        return scores
+
+
+def test_a_special_token_can_be_a_stop_string():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
+    inputs = tokenizer(["Length: 42.7 km\nUnit: m\nAnswer:"], return_tensors="pt")
+    prompt_len = inputs.input_ids.shape[1]
+
+    def ids(model):
+        forced = Forced(prompt_len, 3, tokenizer.unk_token_id)
+        return model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, stop_strings=[tokenizer.unk_token], tokenizer=tokenizer,
+            logits_processor=LogitsProcessorList([forced]),
+        )  # fmt: skip
+
+    with FlexGenForCausalLM.from_pretrained(MODEL_DIR, Policy(), device="cpu", dtype="float32") as model:
+        found = ids(model)
+    expected = ids(AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32))
+    assert found.tolist() == expected.tolist()
+    assert found.shape[1] == prompt_len + 4 and found[0, -1] == tokenizer.unk_token_id
