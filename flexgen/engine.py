@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
+from flexgen.errors import RequestError
 from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
 from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
@@ -35,6 +36,7 @@ from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
+from flexgen.runtime.in_use import InUse
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
@@ -150,7 +152,7 @@ class OptLM(Conveniences):
             self._in_use = self._model.in_use
             stack.callback(self._in_use.close)  # first of all: what runs uses what the others free
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
-            self._finalizer = weakref.finalize(self, stack.pop_all().close)
+            self._finalizer = weakref.finalize(self, _close_own, self._in_use, stack.pop_all())
 
     @property
     def device(self) -> str:
@@ -164,17 +166,29 @@ class OptLM(Conveniences):
 
     def close(self) -> None:
         """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
-        so is a call in another thread, by RequestError; from within a call it raises one itself."""
+        so is a call in another thread, by RequestError; from within a call it raises one itself. In a process that
+        was forked after the model was opened it does nothing: all of it belongs to the parent."""
+        if self._in_use.inherited:
+            return
         self._in_use.refuse_inside()
         self._end_streams()
-        self._finalizer()
-        self._model = None  # and with it the last references to weights and slots:
-        self._machine.device.close()  # a GPU's memory can be given back only now
+        try:
+            self._finalizer()
+        finally:  # Ctrl-C too comes out behind it
+            self._model = None  # and with it the last references to weights and slots:
+            self._machine.device.close()  # a GPU's memory can be given back only now
 
     def _opened(self) -> Model:
         self._in_use.refuse_closed()
         assert self._model is not None
         return self._model
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Pickling and copying raise RequestError: threads, open files and memory go into no pickle."""
+        raise RequestError(
+            "an OptLM can be neither pickled nor copied, it holds threads, open files and memory: pass the arguments "
+            "(the model's name and the Policy, which pickles) and call OptLM(...) in the worker"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -274,7 +288,7 @@ class OptLM(Conveniences):
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
-        with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
+        with bar, torch.inference_mode(), (call := Call(model, workload, pad, check)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, choice, pad, self._machine.device, rows, told)
@@ -322,7 +336,7 @@ class OptLM(Conveniences):
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
         model, plan = self._prepared(workload, not last_only, hidden if hidden_states else None)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
-        with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
+        with torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
                 call.run(prompts, 1, result.output(prompts, numbers, self._machine.device))
@@ -373,3 +387,8 @@ class OptLM(Conveniences):
         names, dtype = (self.spec.name, self.device), str(self.dtype).removeprefix("torch.")
         lengths = request.longest, max_new_tokens, tokens
         return self.stats.report(*names, dtype, self.placement.percent, *lengths)
+
+
+def _close_own(in_use: InUse, stack: contextlib.ExitStack) -> None:
+    if not in_use.inherited:
+        stack.close()
