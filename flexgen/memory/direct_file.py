@@ -97,7 +97,8 @@ class DirectFile:
                 if error.errno == errno.EINVAL and handle.direct:
                     self._turn_buffered(handle)
                     continue
-                message = f"{move.__name__} of {len(view)} bytes at offset {offset}: {error.strerror}; {fix_for(error)}"
+                what = f"{move.__name__} of {len(view)} bytes at offset {offset}"
+                message = f"{what}: {error.strerror}; {fix_for(error)}"
                 raise OSError(error.errno, message, str(self.path)) from error
 
     def _turn_buffered(self, refused: _Handle) -> None:

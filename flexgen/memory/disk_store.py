@@ -50,7 +50,7 @@ class DiskStore:
                 path.unlink()
             except OSError as error:
                 raise RequestError(
-                    f"offload_dir {root} cannot be written to: {error.strerror}; give a directory of yours, or a path "
+                    f"offload_dir {root} cannot be written to: {error.strerror}; give your own directory, or a path "
                     "where one can be made"
                 ) from error
 
