@@ -88,7 +88,8 @@ def whole_or_closed(
 ) -> Callable[Concatenate[Owner, Arguments], None]:
     """Has an `__init__` that fails, or that Ctrl-C ends, give back what it took: nobody else could.
 
-    `close` is called for an object that is not whole; it may rely on what `__init__` does before it takes anything.
+    `close` is called for an object that is not whole, once it has a `Taken` as `_taken`; it may rely on what
+    `__init__` does before that.
     """
 
     @wraps(make)
@@ -96,7 +97,8 @@ def whole_or_closed(
         try:
             make(self, *args, **options)
         except BaseException:
-            self.close()
+            if hasattr(self, "_taken"):  # before that nothing was taken
+                self.close()
             raise
 
     return made
