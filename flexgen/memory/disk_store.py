@@ -41,6 +41,7 @@ class DiskStore:
         self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        self._process = os.getpid()
         if root is not None:
             try:
                 root.mkdir(parents=True, exist_ok=True)
@@ -101,6 +102,8 @@ class DiskStore:
 
     def release(self, path: Path) -> None:
         """Remove a scratch file, if it is there, of which no transfer may be under way."""
+        if os.getpid() != self._process:  # a forked child must not take the files from its parent
+            return
         try:
             self.io.forget(path)
         finally:

@@ -69,6 +69,10 @@ class Taken:
     def close(self) -> None:
         run_all(self._back)
 
+    def __del__(self) -> None:
+        # Ctrl-C can arrive when an owner is whole and its maker has not stored it yet: then nobody calls `close`.
+        self.close()
+
 
 def _release(store: Store, held: list[Tensor]) -> None:
     for buffer in held:

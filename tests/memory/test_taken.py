@@ -89,6 +89,14 @@ def test_an_interrupt_at_any_call_loses_nothing(disk):
     assert number > 20
 
 
+def test_what_is_dropped_is_given_back(disk):
+    host, taken = HostStore(), Taken()
+    taken.buffer(host, 512, "a test")
+    path = taken.file(disk, "a", BLOCK)
+    del taken
+    assert (host.used, disk.used) == (0, 0) and not path.exists()
+
+
 def test_an_interrupt_before_anything_is_taken_comes_out():
     class Early:
         @whole_or_closed
