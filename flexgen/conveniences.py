@@ -209,9 +209,15 @@ class Conveniences(ABC):
         return encode_chat(self.tokenizer, text) if is_chat(text) else text
 
     def _streaming(self, run: Callable[[Teller[Any]], object]) -> Stream[Any]:
-        stream = Stream(run)
-        self._streams.add(stream)
-        return stream
+        stream: Stream[Any] | None = None
+        try:
+            stream = Stream(run)
+            self._streams.add(stream)
+            return stream
+        except BaseException:  # Ctrl-C: nobody gets the stream
+            if stream is not None:
+                stream.close()
+            raise
 
     def _end_streams(self) -> None:
         for stream in list(self._streams):

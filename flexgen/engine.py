@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 import torch
@@ -18,26 +18,22 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
-from flexgen.memory.cpu import peak_resident_bytes, reset_peak_resident_bytes
-from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
-from flexgen.memory.homes import Homes, stored_bytes
+from flexgen.errors import RequestError
+from flexgen.memory.cpu import peak_resident_bytes
+from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.limits import read_limits
-from flexgen.memory.lookup import open_table
-from flexgen.memory.machine import Machine
 from flexgen.memory.needs import Kept, MemoryPlan, Need
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import batch_sizes, choose_order
-from flexgen.memory.weights import WeightSlots
-from flexgen.models import HubOptions, build_layers, open_model
+from flexgen.memory.plan import batch_sizes
+from flexgen.models import HubOptions, open_model
+from flexgen.opening import Place, open_weights
 from flexgen.orders import check_order
-from flexgen.planning.auto import AutoPolicy, Chosen, this_machine
-from flexgen.planning.calls import CallPlans
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.draws import MAX_SEED
+from flexgen.runtime.in_use import InUse
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
@@ -101,64 +97,28 @@ class OptLM(Conveniences):
     ) -> None:
         if order is not None:
             check_order(order)
-        max_memory = read_limits(max_memory)
         if isinstance(policy, str | Path):
             policy = Auto() if policy == "auto" else Policy.load(policy)
+        self._no_bar = None if progress is None else not progress
+        self.stats: Stats | None = None
+        super().__init__()
         self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
             self.spec = replace(self.spec, num_layers=min(num_layers, self.spec.num_layers))
         self.tokenizer_dir = checkpoint.directory
-        self._no_bar = None if progress is None else not progress
-        self.stats: Stats | None = None
-        super().__init__()
-        self.auto: AutoPolicy | None = None
-        # Before the device is opened: measuring opens it too, and frees what it took.
-        hardware = (
-            this_machine(device, offload_dir, progress, max_memory) if isinstance(policy, Auto) else None
-        )
+        place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
         with contextlib.ExitStack() as stack:
-            compute = open_device(device)
-            stack.callback(compute.close)
-            self.dtype = choose_dtype(dtype, self.spec.dtype, compute)
-            if isinstance(policy, Auto):
-                assert hardware is not None
-                layers = build_layers(self.spec)
-                checkpoint.verify(layers)
-                stored = stored_bytes(checkpoint, layers, self.dtype, offload_dir)
-                self.auto = AutoPolicy(policy, self.spec, hardware, workload, self.dtype, order, stored)
-                policy, order = self.auto.opened.policy, self.auto.opened.order
-            self.policy = policy
-            self._layers = build_layers(self.spec, sep_layer=policy.sep_layer)
-            checkpoint.verify(self._layers)
-            machine = Machine.open(compute, offload_dir, policy.pin_weight, max_memory)
-            stack.callback(machine.close)
-            self._machine = machine
-            # A block with fewer batches may run in another order; the slots of a full one are enough for all.
-            shared = machine.device.shares_host_memory
-            self._slots = choose_order(order, self.policy, shared, self.policy.num_gpu_batches).slots
-            self.placement = place_weights(self._layers, self.policy.weights, self.dtype)
-            self._resident_before = reset_peak_resident_bytes()
-            opened = Chosen(policy, order)
-            self._plans = CallPlans(
-                self._layers, self.placement, self.dtype, machine, self._slots, opened, self.auto
-            )
-            plan = self._plans.of_weights()
-            homes = Homes(checkpoint, self.placement, self.dtype, machine)
-            homes.load(self._layers, partial(tqdm, desc="weights", unit="layer", disable=self._no_bar))
-            weight_slots = WeightSlots(
-                self._layers, homes, plan.weight_slots, self.placement, machine, self._slots.decoded
-            )
-            table = open_table(self._layers, homes, machine)
-            machine.device.settle()
-            lanes = machine.make_lanes()
-            stack.callback(lanes.close)
-            self._model: Model | None = Model(
-                self._layers, self.dtype, self.policy, machine, weight_slots, lanes, self._slots, order, table
-            )
-            self._in_use = self._model.in_use
+            opened = open_weights(self.spec, checkpoint, policy, place, workload, order, stack)
+            self.dtype, self.policy, self.auto = opened.model.dtype, opened.model.policy, opened.plans.auto
+            self.placement = opened.plans.placement
+            self._layers, self._slots = opened.model.layers, opened.model.slots
+            self._machine, self._plans = opened.model.machine, opened.plans
+            self._resident_before = opened.resident_before
+            self._model: Model | None = opened.model
+            self._in_use = opened.model.in_use
             stack.callback(self._in_use.close)  # first of all: what runs uses what the others free
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
-            self._finalizer = weakref.finalize(self, stack.pop_all().close)
+            self._finalizer = weakref.finalize(self, _close_own, self._in_use, stack.pop_all())
 
     @property
     def device(self) -> str:
@@ -172,17 +132,29 @@ class OptLM(Conveniences):
 
     def close(self) -> None:
         """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
-        so is a call in another thread, by RequestError; from within a call it raises one itself."""
+        so is a call in another thread, by RequestError; from within a call it raises one itself. In a process that
+        was forked after the model was opened it does nothing: all of it belongs to the parent."""
+        if self._in_use.inherited:
+            return
         self._in_use.refuse_inside()
         self._end_streams()
-        self._finalizer()
-        self._model = None  # and with it the last references to weights and slots:
-        self._machine.device.close()  # a GPU's memory can be given back only now
+        try:
+            self._finalizer()
+        finally:  # Ctrl-C too comes out behind it
+            self._model = None  # and with it the last references to weights and slots:
+            self._machine.device.close()  # a GPU's memory can be given back only now
 
     def _opened(self) -> Model:
         self._in_use.refuse_closed()
         assert self._model is not None
         return self._model
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Pickling and copying raise RequestError: threads, open files and memory go into no pickle."""
+        raise RequestError(
+            "an OptLM can be neither pickled nor copied, it holds threads, open files and memory: pass the arguments "
+            "(the model's name and the Policy, which pickles) and call OptLM(...) in the worker"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -293,7 +265,7 @@ class OptLM(Conveniences):
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
-        with bar, torch.inference_mode(), Call(model, workload, pad, check) as call:
+        with bar, torch.inference_mode(), (call := Call(model, workload, pad, check)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
@@ -342,7 +314,7 @@ class OptLM(Conveniences):
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
         model, plan = self._prepared(workload, not last_only, hidden if hidden_states else None)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
-        with torch.inference_mode(), Call(model, workload, pad_id(self.spec)) as call:
+        with torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
                 call.run(prompts, 1, result.output(prompts, numbers, self._machine.device))
@@ -400,3 +372,8 @@ class OptLM(Conveniences):
         names, dtype = (self.spec.name, self.device), str(self.dtype).removeprefix("torch.")
         lengths = request.longest, max_new_tokens, tokens
         return self.stats.report(*names, dtype, self.placement.percent, *lengths)
+
+
+def _close_own(in_use: InUse, stack: contextlib.ExitStack) -> None:
+    if not in_use.inherited:
+        stack.close()

@@ -89,7 +89,7 @@ def test_files_that_are_there_take_none_of_what_is_free(tmp_path, monkeypatch):
     def opened_with(free, **options):
         few = Auto({"weights": {"disk": 100}})
         monkeypatch.setattr(
-            "flexgen.engine.this_machine", lambda *_: small.replace(capacity={"cpu": GIB, "disk": free})
+            "flexgen.opening.this_machine", lambda *_: small.replace(capacity={"cpu": GIB, "disk": free})
         )
         with OptLM(
             model, few, workload=JOB, device="cpu", progress=False, offload_dir=offload, **options

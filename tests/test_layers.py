@@ -20,7 +20,7 @@ LAYERS = [
     {"memory"},
     {"runtime"},
     {"planning"},
-    {"conveniences", "sampling_flags"},
+    {"conveniences", "sampling_flags", "opening"},
     {"engine"},
     {"hf", "flex_opt", "trial"},
     {"tuning"},

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from flexgen.errors import CapacityError
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
 from flexgen.units import MIB, format_bytes
@@ -50,7 +51,14 @@ class HostStore(Store):
     def _make(self, nbytes: int, purpose: str) -> Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise CapacityError(
+                f"{purpose} needs {format_bytes(nbytes)} of host memory, which the system does not give: "
+                f"{error.strerror}. Raise the limit of the process's address space (ulimit -v), put a smaller share "
+                "on the cpu tier, or use smaller batches"
+            ) from error
         if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)

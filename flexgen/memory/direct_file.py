@@ -15,6 +15,21 @@ BLOCK = 4096
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
 
 
+def fix_for(error: OSError) -> str:
+    """What a user can do about an error of the file system."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open: close some, or raise the limit (ulimit -n)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or give an offload_dir with more room"
+    if error.errno == errno.EFBIG:
+        return "raise the limit of a file's size (ulimit -f), or give an offload_dir on another file system"
+    if error.errno == errno.EIO:
+        return "the disk reports a failure: read the system's log, and give another offload_dir"
+    if error.errno == errno.ENOENT:
+        return "it was removed while the model is open: open the model again"
+    return "give an offload_dir that exists and that you may write to"
+
+
 class _Handle(NamedTuple):
     fd: int
     direct: bool
@@ -82,7 +97,8 @@ class DirectFile:
                 if error.errno == errno.EINVAL and handle.direct:
                     self._turn_buffered(handle)
                     continue
-                message = f"{move.__name__} of {len(view)} bytes at offset {offset}: {error.strerror}"
+                what = f"{move.__name__} of {len(view)} bytes at offset {offset}"
+                message = f"{what}: {error.strerror}; {fix_for(error)}"
                 raise OSError(error.errno, message, str(self.path)) from error
 
     def _turn_buffered(self, refused: _Handle) -> None:
@@ -97,8 +113,13 @@ class DirectFile:
                 return _Handle(os.open(self.path, self._flags | _O_DIRECT), True)
             except OSError as error:
                 if error.errno != errno.EINVAL:
-                    raise
-        return _Handle(os.open(self.path, self._flags), False)
+                    raise OSError(
+                        error.errno, f"{error.strerror}; {fix_for(error)}", str(self.path)
+                    ) from error
+        try:
+            return _Handle(os.open(self.path, self._flags), False)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; {fix_for(error)}", str(self.path)) from error
 
     def _leave_cache(self, offset: int, nbytes: int) -> None:
         # What streams past is not read again soon: it must not push out what others keep in the cache.

@@ -185,9 +185,8 @@ class DiskIO:
         """Wait for what is under way, end the threads and close all files."""
         self._closed = True
         self._pool.shutdown()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self

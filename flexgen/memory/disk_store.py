@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
@@ -12,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from flexgen.errors import CapacityError, RequestError
-from flexgen.memory.direct_file import BLOCK
+from flexgen.errors import CapacityError, FlexGenError, RequestError
+from flexgen.memory.direct_file import BLOCK, fix_for
 from flexgen.memory.disk import DiskIO
-from flexgen.memory.run_folder import RunFolder, mark_in_use, remove_abandoned
+from flexgen.memory.run_folder import RunFolder, make_partial, remove_abandoned
 from flexgen.units import align, format_bytes
 
 
@@ -25,7 +27,7 @@ class DiskStore:
     Scratch lives in one folder per run, `flexgen-run-<pid>-<random>`, which `close` (or the end of the
     process) removes; a start removes what crashed runs left. Without a `root`, everything is scratch, in
     the system's temporary directory. `used` and `peak` count the bytes of live scratch files, `written` those of
-    the files that this run has published. Raises RequestError for a `root` that is no directory and cannot be made.
+    the files that this run has published. Raises RequestError for a `root` that cannot be made, listed or written to.
     """
 
     def __init__(self, root: Path | None, io: DiskIO) -> None:
@@ -38,14 +40,20 @@ class DiskStore:
         self._run: RunFolder | None = None
         self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._process = os.getpid()
         if root is not None:
             try:
                 root.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(root)
+                fd, path = make_partial(root)
+                os.close(fd)
+                path.unlink()
             except OSError as error:
                 raise RequestError(
-                    f"offload_dir {root} cannot be made: {error.strerror}; give a directory, or where one can be made"
+                    f"offload_dir {root} cannot be written to: {error.strerror}; give your own directory, or a path "
+                    "where one can be made"
                 ) from error
-            remove_abandoned(root)
 
     @property
     def free(self) -> int:
@@ -60,47 +68,67 @@ class DiskStore:
     def scratch(self, name: str, nbytes: int) -> Path:
         """A new file of `nbytes` zero bytes, rounded up to whole blocks, its space reserved.
 
-        Raises CapacityError when the file system has less, FileExistsError for a name in use.
+        Its name begins with `name` and is never used twice. Raises CapacityError when the file system has less, and
+        RequestError where the directory cannot be written to.
         """
-        path = _inside(self._run_folder(), name)
+        return self.make(self.scratch_path(name), nbytes)
+
+    def scratch_path(self, name: str) -> Path:
+        """A path for `make` that no other scratch file has or had."""
+        return _inside(self._run_folder(), f"{name}-{next(self._numbers)}" if name else name)
+
+    def make(self, path: Path, nbytes: int) -> Path:
+        """Make the file of a `scratch_path`; as `scratch`."""
         nbytes = align(nbytes, BLOCK)
         if nbytes > self.free:
             raise CapacityError(self._full(path, nbytes))
-        if path in self._sizes:
-            raise FileExistsError(errno.EEXIST, "a scratch file of this name is in use", str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.io.forget(path)
-        path.unlink(missing_ok=True)  # what a release that was interrupted may have left
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _make(path, nbytes)
-            with self._lock:
-                self._sizes[path] = nbytes
-                self.used += nbytes
-                self.peak = max(self.peak, self.used)
+            self._count(path, nbytes)
         except BaseException as error:  # Ctrl-C, too, must not leave a file that nobody knows of
-            if path in self._sizes:
-                self.release(path)
-            else:
-                path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CapacityError(self._full(path, nbytes)) from error
+            self.release(path)
+            if isinstance(error, OSError):
+                raise self._refused(error, path, nbytes) from error
             raise
         return path
 
+    def _count(self, path: Path, nbytes: int) -> None:
+        peak = max(self.peak, self.used + nbytes)
+        # No calls from here on: Python handles signals only at calls and jumps, so all of it happens or nothing.
+        self._sizes[path] = nbytes
+        self.used += nbytes
+        self.peak = peak
+
     def release(self, path: Path) -> None:
-        """Remove a scratch file, of which no transfer may be under way."""
-        with self._lock:
-            self.used -= self._sizes.pop(path)
+        """Remove a scratch file, if it is there, of which no transfer may be under way."""
+        if os.getpid() != self._process:  # a forked child must not take the files from its parent
+            return
         try:
             self.io.forget(path)
         finally:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                self._uncount(path)
+
+    def _uncount(self, path: Path) -> None:
+        nbytes = self._sizes.get(path, 0)
+        # As in `_count`: no calls.
+        self.used -= nbytes
+        if nbytes:
+            del self._sizes[path]
 
     def published(self, name: str) -> Path | None:
-        """The file published as `name`, by this run or an earlier one, if there is one."""
+        """The regular file of this user published as `name`, by this run or an earlier one, if there is one."""
         folder = self._run_folder() if self.root is None else self.root
         path = _inside(folder, name)
-        return path if path.is_file() else None
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return None
+        # A link, or what another user put there, is not what an earlier run wrote.
+        return path if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() else None
 
     def publish(self, name: str, write: Callable[[BinaryIO], None]) -> Path:
         """Keep what `write` puts into the file it is given as `name`: complete, or not at all.
@@ -109,19 +137,24 @@ class DiskStore:
         """
         folder = self._run_folder() if self.root is None else self.root
         path = _inside(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(prefix=f"flexgen-part-{os.getpid()}-", dir=folder)
+        nbytes = 0
         try:
-            with open(fd, "wb") as file:
-                mark_in_use(fd)
-                write(file)
-                file.flush()
-                os.fsync(fd)
-            nbytes = os.path.getsize(partial)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, partial = make_partial(folder)
+            try:
+                with open(fd, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(fd)
+                nbytes = partial.stat().st_size
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            if error.filename not in (None, str(path), str(folder), str(path.parent)):
+                raise  # of what `write` reads
+            raise self._refused(error, path, nbytes) from error
         _sync_folder(path.parent)
         with self._lock:
             self.written += nbytes
@@ -130,11 +163,10 @@ class DiskStore:
 
     def close(self) -> None:
         """Remove this run's scratch files and their folder."""
+        for path in list(self._sizes):
+            self.release(path)
         with self._lock:
-            paths, self._sizes, self.used = list(self._sizes), {}, 0
             run, self._run = self._run, None
-        for path in paths:
-            self.io.forget(path)
         if run is not None:
             run.remove()
 
@@ -149,10 +181,24 @@ class DiskStore:
     def _run_folder(self) -> Path:
         with self._lock:
             if self._run is None:
-                if self.root is None:
-                    remove_abandoned(self._base)
-                self._run = RunFolder(self._base)
+                try:
+                    if self.root is None:
+                        remove_abandoned(self._base)
+                    self._run = RunFolder(self._base)
+                except OSError as error:
+                    raise self._refused(error, self._base, 0) from error
             return self._run.path
+
+    def _refused(self, error: OSError, path: Path, nbytes: int) -> FlexGenError:
+        """What a file system that will not take a file is to the user: a cause, and what to do about it."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return CapacityError(self._full(path, nbytes))
+        if error.errno == errno.EFBIG:
+            return CapacityError(
+                f"{path}: {format_bytes(nbytes)} in one file are more than the file system or the process may write "
+                "(ulimit -f): raise the limit, put a smaller share on disk, or choose another offload directory"
+            )
+        return RequestError(f"{path} cannot be written: {error.strerror}; {fix_for(error)}")
 
     def _full(self, path: Path, nbytes: int) -> str:
         return (

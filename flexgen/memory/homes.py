@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class Homes:
         nbytes = 0
         for layer, new in zip(layers, by_layer, strict=True):
             elsewhere = [weight for weight in new[Tier.DISK] if not self._in_place(weight)]
-            if elsewhere and self._disk.published(self._file_name(layer, elsewhere)) is None:
+            if elsewhere and self._written(layer, elsewhere) is None:
                 nbytes += self._file_layout(elsewhere)[-1]
         room = self._machine.limits()[Tier.DISK] if nbytes else None
         if room is not None and nbytes > room:
@@ -204,8 +205,7 @@ class Homes:
 
     def _write(self, layer: Layer, weights: Sequence[WeightSpec]) -> dict[str, Extent]:
         """Extents of weights whose bytes lie in no file as they are needed."""
-        name = self._file_name(layer, weights)
-        path = self._disk.published(name)
+        path = self._written(layer, weights)
         if path is None:
             ordered, header, offsets, nbytes = self._file_layout(weights)
             if self._disk.free < nbytes:
@@ -222,7 +222,7 @@ class Homes:
                         file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
                 file.truncate(nbytes)
 
-            path = self._disk.publish(name, write)
+            path = self._disk.publish(self._file_name(layer, weights), write)
             logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)
         entries = read_header(path)
         extents = {}
@@ -230,6 +230,19 @@ class Homes:
             entry = entries[weight.key]
             extents[weight.key] = Extent(path, entry.offset, entry.nbytes, self._dtype, entry.shape)
         return extents
+
+    def _written(self, layer: Layer, weights: Sequence[WeightSpec]) -> Path | None:
+        """The file that an earlier run wrote of these weights; None where it does not begin and end as it must."""
+        path = self._disk.published(self._file_name(layer, weights))
+        if path is None:
+            return None
+        _, header, _, nbytes = self._file_layout(weights)
+        try:
+            with path.open("rb") as file:
+                whole = os.fstat(file.fileno()).st_size == nbytes and file.read(len(header)) == header
+        except OSError:
+            return None
+        return path if whole else None
 
     def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
         """Names the content: another checkpoint, dtype or choice of weights makes another file."""

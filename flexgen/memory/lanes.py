@@ -14,12 +14,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from flexgen.errors import LaneError
 from flexgen.kernels.threads import take_no_others
+from flexgen.memory.taken import run_all
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
 
@@ -244,7 +246,5 @@ class Lanes(Mapping[LaneName, Lane]):
         return sorted(events, key=lambda event: event.start)
 
     def close(self) -> None:
-        self.stop(cancel=True)
-        for lane in self._distinct():
-            lane.close()
+        run_all([*(lane.close for lane in self._distinct()), partial(self.stop, cancel=True)])
         self._lanes.clear()

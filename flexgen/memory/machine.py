@@ -15,6 +15,7 @@ from flexgen.memory.gpu import ComputeDevice, open_device
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.limits import Limits
 from flexgen.memory.store import Store
+from flexgen.memory.taken import run_all
 from flexgen.policy import Tier
 
 _RESERVE = 0.95
@@ -78,7 +79,4 @@ class Machine:
         return self.device.make_lanes(self.host)
 
     def close(self) -> None:
-        self.device.close()
-        self.host.close()
-        self.disk.close()
-        self.io.close()
+        run_all([self.io.close, self.disk.close, self.host.close, self.device.close])

@@ -8,20 +8,33 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 import weakref
 from pathlib import Path
+
+_NAME = re.compile(r"flexgen-(run|part)-(\d+)-\w+")
 
 
 class RunFolder:
     """The scratch folder of one run, locked as long as the run lives."""
 
     def __init__(self, base: Path) -> None:
-        self.path = base / f"flexgen-run-{os.getpid()}-{secrets.token_hex(4)}"
-        self.path.mkdir(mode=0o700)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        mark_in_use(fd)
-        # A finalizer also runs at exit, so that a store nobody closed leaves nothing behind.
-        self.remove = weakref.finalize(self, _remove_run, self.path, fd, os.getpid())
+        while True:
+            self.path = base / f"flexgen-run-{os.getpid()}-{secrets.token_hex(4)}"
+            self.path.mkdir(mode=0o700)
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:  # a starting process removed it before it was locked
+                continue
+            except BaseException:
+                self.path.rmdir()
+                raise
+            # A finalizer also runs at exit, so that a store nobody closed leaves nothing behind.
+            self.remove = weakref.finalize(self, _remove_run, self.path, fd, os.getpid())
+            if _lock(fd, self.path):
+                return
+            self.remove()
 
 
 def _remove_run(path: Path, fd: int, owner: int) -> None:
@@ -30,22 +43,72 @@ def _remove_run(path: Path, fd: int, owner: int) -> None:
         os.close(fd)
 
 
-def mark_in_use(fd: int) -> None:
-    # Beside the process id, because that says nothing to a container that shares the directory. The lock
-    # ends with the process. Some file systems have none; there the process id must do.
-    with contextlib.suppress(OSError):
+def make_partial(folder: Path) -> tuple[int, Path]:
+    """A new file in `folder`, open for writing and locked: a crash leaves one that `remove_abandoned` removes."""
+    while True:
+        fd, name = tempfile.mkstemp(prefix=f"flexgen-part-{os.getpid()}-", dir=folder)
+        if _lock(fd, Path(name)):
+            return fd, Path(name)
+        os.close(fd)
+        Path(name).unlink(missing_ok=True)
+
+
+def _lock(fd: int, path: Path) -> bool:
+    """Lock what was just made. False where a starting process took it for abandoned before it was locked.
+
+    The lock says what the process id cannot: ids are used again, and mean nothing in a container that shares the
+    directory. It ends with the process. Where a file system has no locks, the process id decides.
+    """
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def remove_abandoned(base: Path) -> None:
-    """Remove run folders and partial files in `base` whose process is gone."""
-    for path in base.glob("flexgen-*"):
-        match = re.fullmatch(r"flexgen-(?:run|part)-(\d+)-\w+", path.name)
-        if match and not _process_lives(int(match[1])) and not _is_marked(path):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    """Remove this user's run folders and partial files in `base` whose process has ended.
+
+    Anything else of such a name (a FIFO, a link, a file of another user) is left alone and never opened, so
+    nobody can delay a start through a shared directory. Raises OSError where `base` cannot be listed.
+    """
+    with os.scandir(base) as entries:
+        found = [(Path(entry.path), match) for entry in entries if (match := _NAME.fullmatch(entry.name))]
+    for path, match in found:
+        kind = stat.S_IFDIR if match[1] == "run" else stat.S_IFREG
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            _remove_if_abandoned(path, kind, int(match[2]))
+
+
+def _remove_if_abandoned(path: Path, kind: int, pid: int) -> None:
+    if not _is_own(os.lstat(path), kind):
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not _is_own(os.fstat(fd), kind):  # it was replaced between the two calls
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # no locks on this file system
+            if _process_lives(pid):
+                return
+        if kind == stat.S_IFDIR:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def _is_own(status: os.stat_result, kind: int) -> bool:
+    return stat.S_IFMT(status.st_mode) == kind and status.st_uid == os.getuid()
 
 
 def _process_lives(pid: int) -> bool:
@@ -56,22 +119,3 @@ def _process_lives(pid: int) -> bool:
     except (PermissionError, OverflowError):
         pass
     return True
-
-
-def _is_marked(path: Path) -> bool:
-    """Whether another process holds the lock of `path`, or it is not ours to judge."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return True
-    try:
-        if os.fstat(fd).st_uid != os.getuid():
-            return True
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no locks here: the process id has decided
-    finally:
-        os.close(fd)
-    return False

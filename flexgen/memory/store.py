@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,12 +30,21 @@ class Store(ABC):
         self.peak = 0
         self._live: dict[int, int] = {}
 
-    def allocate(self, nbytes: int, purpose: str) -> Tensor:
-        """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit."""
+    def allocate(self, nbytes: int, purpose: str, keep: Callable[[Tensor], object] | None = None) -> Tensor:
+        """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit.
+
+        keep: given the buffer before it is counted, so that whoever releases it knows it if Ctrl-C arrives.
+        """
         self._check(nbytes, purpose)
         buffer = self._make(nbytes, purpose)
-        self._live[buffer.data_ptr()] = self._live.get(buffer.data_ptr(), 0) + nbytes
-        self._count(nbytes)
+        if keep is not None:
+            keep(buffer)
+        address, peak = buffer.data_ptr(), max(self.peak, self.used + nbytes)
+        # No calls from here on: Python handles signals only at calls and jumps, so all of it happens or nothing.
+        before = self._live[address] if address in self._live else 0  # noqa: SIM401
+        self._live[address] = before + nbytes
+        self.used += nbytes
+        self.peak = peak
         return buffer
 
     def adopt(self, nbytes: int, purpose: str) -> None:
@@ -56,9 +65,12 @@ class Store(ABC):
             )
 
     def release(self, buffer: Tensor) -> None:
-        """Give a buffer back. The caller drops its last reference."""
+        """Give a buffer back, unless it has been already. The caller drops its last reference."""
         self._free(buffer)
-        self.used -= self._live.pop(buffer.data_ptr(), 0)
+        address = buffer.data_ptr()
+        if address in self._live:  # no calls from here on, as in `allocate`
+            self.used -= self._live[address]
+            del self._live[address]
 
     @abstractmethod
     def _make(self, nbytes: int, purpose: str) -> Tensor: ...

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -13,35 +12,71 @@ from torch import Tensor
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.store import Store
 
+_ATTEMPTS = 3
+"""Of giving one thing back while Ctrl-C is pressed."""
+
+
+def run_all(steps: list[Callable[[], object]]) -> None:
+    """Call and remove every step, the last one first, whatever another one raises; then raise the first error.
+
+    A step that a signal interrupts is called again, so each must do nothing where its work is done. What is still
+    in the list after a second interrupt is run by the next call.
+    """
+    raised: BaseException | None = None
+    attempts = 0
+    while steps:
+        try:
+            attempts += 1
+            steps[-1]()
+            steps.pop()
+            attempts = 0
+        except BaseException as error:
+            raised = raised or error
+            if steps and (isinstance(error, Exception) or attempts >= _ATTEMPTS):
+                steps.pop()
+                attempts = 0
+    if raised is not None:
+        raise raised
+
 
 class Taken:
     """Buffers and scratch files, and whatever else is to be undone with them.
 
-    `close` gives all of it back, the last one first, and begins anew. Where one cannot be given back, or Ctrl-C
-    arrives meanwhile, the others are, and then the error comes out.
+    `close` gives all of it back, the last one first, and leaves an empty object. Where one cannot be given back, or
+    Ctrl-C arrives meanwhile, the others are, and then the error is raised. How each thing is given back is noted
+    before it is taken, so an interrupt between the two loses nothing.
     """
 
     def __init__(self) -> None:
-        self._back = contextlib.ExitStack()
+        self._back: list[Callable[[], object]] = []
 
     def buffer(self, store: Store, nbytes: int, purpose: str) -> Tensor:
         """`Store.allocate`."""
-        buffer = store.allocate(nbytes, purpose)
-        self._back.callback(store.release, buffer)
-        return buffer
+        held: list[Tensor] = []
+        self._back.append(partial(_release, store, held))
+        return store.allocate(nbytes, purpose, held.append)
 
     def file(self, disk: DiskStore, name: str, nbytes: int) -> Path:
         """`DiskStore.scratch`."""
-        path = disk.scratch(name, nbytes)
-        self._back.callback(disk.release, path)
-        return path
+        path = disk.scratch_path(name)
+        self._back.append(partial(disk.release, path))
+        return disk.make(path, nbytes)
 
     def also(self, undo: Callable[[], object]) -> None:
-        """Have `undo` called with the rest."""
-        self._back.callback(undo)
+        """Have `undo` called with the rest; it must do nothing when it is called again."""
+        self._back.append(undo)
 
     def close(self) -> None:
-        self._back.close()
+        run_all(self._back)
+
+    def __del__(self) -> None:
+        # Ctrl-C can arrive when an owner is whole and its maker has not stored it yet: then nobody calls `close`.
+        self.close()
+
+
+def _release(store: Store, held: list[Tensor]) -> None:
+    for buffer in held:
+        store.release(buffer)
 
 
 class _Closes(Protocol):
@@ -57,7 +92,8 @@ def whole_or_closed(
 ) -> Callable[Concatenate[Owner, Arguments], None]:
     """Has an `__init__` that fails, or that Ctrl-C ends, give back what it took: nobody else could.
 
-    `close` is called for an object that is not whole; it may rely on what `__init__` does before it takes anything.
+    `close` is called for an object that is not whole, once it has a `Taken` as `_taken`; it may rely on what
+    `__init__` does before that.
     """
 
     @wraps(make)
@@ -65,7 +101,8 @@ def whole_or_closed(
         try:
             make(self, *args, **options)
         except BaseException:
-            self.close()
+            if hasattr(self, "_taken"):  # before that nothing was taken
+                self.close()
             raise
 
     return made

@@ -59,9 +59,10 @@ class _TensorFiles:
 
     @property
     def identity(self) -> str:
-        """Names the content: changes when a file is replaced."""
+        """Names the content: changes when a file is replaced or written to, whatever time it is given afterwards."""
         paths = sorted({tensor.path.resolve() for tensor in self._tensors.values()})
-        return "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
+        found = [(path, path.stat()) for path in paths]
+        return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
         """Whether any of the weight's sources is there."""

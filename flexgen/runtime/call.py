@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
 from flexgen.memory.plan import batch_sizes, cache_segments, choose_order
+from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots, count_pieces
 from flexgen.models import Layer
@@ -81,6 +82,9 @@ class Call:
 
     `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
     raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
+
+    Enter it twice (`with call, call:`): Ctrl-C at the very beginning of the inner exit leaves the work to the outer
+    one, which otherwise does nothing.
     """
 
     def __init__(
@@ -95,21 +99,25 @@ class Call:
         self._cache: KVCache | None = None
         self._activations: Activations | None = None
         self._lookup: Lookup | None = None
+        self._undo: list[Callable[[], object]] | None = None
         self._began = 0.0
         self.timing = Timing()
         self.positions_computed = 0
         """Of the prompts of all blocks, the padding of their batches included."""
 
     def __enter__(self) -> Call:
-        self._model.in_use.begin()
+        self._model.in_use.begin(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.ExitStack() as every:  # from the last, each whatever another one raises
-            every.callback(self._model.in_use.end)
-            every.callback(self._model.weights.release_decoded)
-            every.callback(self._free_buffers)
-            every.callback(self._free_prompts)
+        if self._undo is None:
+            self._undo = [
+                partial(self._model.in_use.end, self),
+                self._model.weights.release_decoded,
+                self._free_buffers,
+                self._free_prompts,
+            ]
+        run_all(self._undo)
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
@@ -234,16 +242,14 @@ class Call:
 
     def _free_buffers(self) -> None:
         self._batches = []
-        with contextlib.ExitStack() as every:
-            for buffers in (self._cache, self._activations, self._lookup):
-                if buffers is not None:
-                    every.callback(buffers.close)
-            self._cache = self._activations = self._lookup = None
+        held = self._cache, self._activations, self._lookup
+        run_all([buffers.close for buffers in held if buffers is not None])
+        self._cache = self._activations = self._lookup = None
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:
-            prompts, self._prompts = self._prompts, None
-            prompts.close()
+            self._prompts.close()
+            self._prompts = None
 
 
 class _LaneAlone:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
+
+from flexgen.errors import RequestError
 
 T = TypeVar("T")
 
@@ -48,11 +51,21 @@ class Stream(Iterator[T]):
         thread = threading.Thread(
             target=_serve, args=(run, self._teller), name=f"{_OWN_THREADS}stream", daemon=True
         )
-        thread.start()
         # The thread must not refer to the stream, or it would never be dropped.
         self._finalizer = weakref.finalize(self, _stop, self._teller, thread)
+        self._process = os.getpid()
+        try:
+            thread.start()
+        except BaseException:  # Ctrl-C: the run may have begun, and nobody gets the stream
+            self.close()
+            raise
 
     def __next__(self) -> T:
+        if os.getpid() != self._process:
+            raise RequestError(
+                "this stream was begun by another process, of which this one is a fork: its run is not copied by a "
+                "fork. Iterate in the parent, or open the model in the child"
+            )
         if not self._finalizer.alive:
             raise StopIteration
         try:
@@ -93,4 +106,11 @@ def _stop(teller: Teller[T], thread: threading.Thread) -> None:
     teller.abandoned = True
     # The garbage collector may call this in a thread that the run itself waits for.
     if not threading.current_thread().name.startswith(_OWN_THREADS):
-        thread.join()
+        raised: BaseException | None = None
+        while thread.is_alive():  # a thread that never began, or that a fork has not copied, is not
+            try:
+                thread.join()
+            except BaseException as error:  # Ctrl-C: the run uses the model until it has ended
+                raised = error
+        if raised is not None:
+            raise raised

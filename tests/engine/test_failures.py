@@ -221,7 +221,7 @@ def test_a_call_that_fails_takes_its_files_with_it(
 @pytest.mark.parametrize(
     ("owner", "method", "error"),
     [
-        (DiskStore, "scratch", CapacityError("the disk is full")),
+        (DiskStore, "make", CapacityError("the disk is full")),
         (Store, "allocate", MemoryError("there is no more")),
         (Store, "allocate", KeyboardInterrupt()),
         (Store, "release", KeyboardInterrupt()),

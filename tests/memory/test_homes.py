@@ -1,6 +1,7 @@
 """Where weights live once a model is opened: in memory, in the user's files, or in files written once."""
 
 import dataclasses
+import os
 import re
 import shutil
 from collections import Counter
@@ -113,6 +114,45 @@ def test_a_changed_checkpoint_makes_other_files(stream, saved, tmp_path):
     for layer in range(len(model.layers)):
         model.bring(layer, slot=0)
         model.assert_there(layer, slot=0)
+
+
+def test_a_file_that_is_replaced_with_its_old_time_and_size_makes_other_files(stream, saved, tmp_path):
+    offload, directory = tmp_path / "offload", tmp_path / "model"
+    shutil.copytree(saved("opt", torch.float16), directory)
+    stream(directory, DISK, offload_dir=offload)
+    before = files_in(offload)
+    stored = directory / "model.safetensors"
+    status = stored.stat()
+    data = bytearray(stored.read_bytes())
+    data[-2000:] = bytes(2000)
+    stored.write_bytes(data)
+    os.utime(stored, ns=(status.st_atime_ns, status.st_mtime_ns))
+    model = stream(directory, DISK, offload_dir=offload)
+    assert not set(before) & set(files_in(offload)) or len(files_in(offload)) == 2 * len(before)
+    for layer in range(len(model.layers)):
+        model.bring(layer, slot=0)
+        model.assert_there(layer, slot=0)
+
+
+@pytest.mark.parametrize("damage", ["header", "longer", "shorter", "link"])
+def test_a_written_file_that_is_not_as_expected_is_written_again(stream, saved, tmp_path, damage):
+    directory, offload = saved("opt", torch.float16), tmp_path / "offload"
+    stream(directory, DISK, offload_dir=offload)
+    written = sorted(files_in(offload))[1]
+    right = written.read_bytes()
+    if damage == "link":
+        written.rename(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_bytes(bytes(len(right)))
+        written.symlink_to(tmp_path / "elsewhere")
+    else:
+        wrong = {
+            "header": right.replace(b"F32", b"I32"),
+            "longer": right + b"x",
+            "shorter": right[:-1],
+        }
+        written.write_bytes(wrong[damage])
+    stream(directory, DISK, offload_dir=offload)
+    assert written.read_bytes() == right and not written.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["..", "a/../b", "x" * 300, "/deep" * 80, "é" * 300, "/"])

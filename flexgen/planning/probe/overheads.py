@@ -60,7 +60,7 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     took = []
     with torch.inference_mode():
         for _ in range(1 + _RUNS):
-            with Call(model, workload, 0) as call:
+            with (call := Call(model, workload, 0)), call:
                 prompts = call.prepare(list(ids))
                 output = NewTokens(prompts, effort.tokens, Sampled(), 0, machine.device)
                 call.run(prompts, effort.tokens, output)

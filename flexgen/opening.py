@@ -1,0 +1,101 @@
+"""Open a model's weights on a machine, under a policy that is given or searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexgen.memory.cpu import reset_peak_resident_bytes
+from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
+from flexgen.memory.homes import Homes, stored_bytes
+from flexgen.memory.lookup import open_table
+from flexgen.memory.machine import Machine
+from flexgen.memory.placement import place_weights
+from flexgen.memory.plan import choose_order
+from flexgen.memory.weights import WeightSlots
+from flexgen.models import ModelSpec, build_layers
+from flexgen.models.checkpoint import Checkpoint
+from flexgen.planning.auto import AutoPolicy, Chosen, this_machine
+from flexgen.planning.calls import CallPlans
+from flexgen.policy import Auto, Policy, Tier
+from flexgen.runtime.call import Model
+from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is opened: the arguments of `OptLM` that describe the machine."""
+
+    device: str | torch.device | ComputeDevice
+    dtype: str | torch.dtype
+    offload_dir: str | Path | None
+    max_memory: Mapping[Tier, int] | None
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights are in their places, and the plans of its calls.
+
+    resident_before: bytes of this process in host memory before its weights were loaded.
+    """
+
+    model: Model
+    plans: CallPlans
+    resident_before: int
+
+
+def open_weights(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    policy: Policy | Auto,
+    place: Place,
+    workload: Workload | None,
+    order: str | None,
+    stack: ExitStack,
+) -> Opened:
+    """Find the policy if it is to be searched for, and place all weights. `stack` gets what is to be closed.
+
+    Raises as `OptLM` does, before any weight is read.
+    """
+    # Before the device is opened: measuring opens it too, and frees what it took.
+    searched = isinstance(policy, Auto)
+    hardware = (
+        this_machine(place.device, place.offload_dir, place.progress, place.max_memory) if searched else None
+    )
+    compute = open_device(place.device)
+    stack.callback(compute.close)
+    dtype, auto = choose_dtype(place.dtype, spec.dtype, compute), None
+    if isinstance(policy, Auto):
+        assert hardware is not None
+        layers = build_layers(spec)
+        checkpoint.verify(layers)
+        stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
+        auto = AutoPolicy(policy, spec, hardware, workload, dtype, order, stored)
+        policy, order = auto.opened.policy, auto.opened.order
+    layers = build_layers(spec, sep_layer=policy.sep_layer)
+    checkpoint.verify(layers)
+    machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
+    stack.callback(machine.close)
+    # A block with fewer batches may run in another order; the slots of a full one are enough for all.
+    slots = choose_order(order, policy, compute.shares_host_memory, policy.num_gpu_batches).slots
+    placement = place_weights(layers, policy.weights, dtype)
+    resident_before = reset_peak_resident_bytes()
+    plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto)
+    plan = plans.of_weights()
+    homes = Homes(checkpoint, placement, dtype, machine)
+    no_bar = None if place.progress is None else not place.progress
+    homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
+    weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
+    table = open_table(layers, homes, machine)
+    machine.device.settle()
+    lanes = machine.make_lanes()
+    stack.callback(lanes.close)
+    model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table)
+    return Opened(model, plans, resident_before)

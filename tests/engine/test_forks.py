@@ -1,0 +1,77 @@
+"""A model belongs to the process that opened it: forks, pickles and copies are told so, and hang nowhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexgen import OptLM
+from flexgen.errors import RequestError
+
+SCRIPT = """
+import os, sys, traceback
+from flexgen import OptLM, Policy
+from flexgen.errors import RequestError
+
+parts = {"gpu": 34, "cpu": 33, "disk": 33}
+policy = Policy(gpu_batch_size=2, num_gpu_batches=2, weights=parts, cache=parts, activations=parts)
+lm = OptLM(sys.argv[1], policy, device=sys.argv[2], offload_dir=sys.argv[3], progress=False)
+expected = lm.generate([[5, 6, 7]] * 4, 4, stop=())
+stream = lm.stream([[5, 6, 7]], 4, stop=())
+pid = os.fork()
+if not pid:
+    calls = (
+        lambda: lm.generate([[5, 6, 7]] * 4, 4),
+        lambda: lm.forward([[5, 6, 7]]),
+        lambda: list(lm.stream([[5, 6, 7]], 4)),
+        lambda: next(stream),
+    )
+    for call in calls:
+        try:
+            call()
+        except RequestError as error:
+            assert "fork" in str(error) and "child" in str(error), error
+        else:
+            os._exit(1)
+    stream.close()
+    lm.close()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+streamed = list(stream)
+assert [number for number, _ in streamed] == [0], streamed
+assert (lm.generate([[5, 6, 7]] * 4, 4, stop=()) == expected).all()
+lm.close()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_forked_child_is_refused_and_ends(device: str, tiny: Any, tmp_path: Path) -> None:
+    arguments = [str(tiny("opt").directory), device, str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_model_is_not_copied_and_says_how_instead(
+    way: Callable[[Any], Any], tiny: Any, prompts: Any, mixed: Any
+) -> None:
+    policy = mixed()
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    with OptLM(tiny("opt").directory, policy, device="cpu", progress=False) as lm:
+        with pytest.raises(RequestError, match=r"call OptLM\(\.\.\.\) in the worker"):
+            way(lm)
+        np.testing.assert_array_equal(
+            lm.generate(prompts([5]), 2, stop=()), tiny("opt").greedy(prompts([5]), 2)
+        )
