@@ -47,25 +47,28 @@ def check_seed(seed: int | None) -> None:
 
 def sample(
     logits: Tensor,
-    uniforms: Tensor | None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    uniforms: Tensor | None = None,
 ) -> Tensor:
     """Token ids (batch,) int64 for logits (batch, vocab).
 
     Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
     the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
-    falling probability, is below `top_p` (so the best one always); then `draw` with `uniforms`, which only
-    temperature 0 does without. `INVALID` for a row that has a NaN, and for one that has infinity where a draw is
-    made.
+    falling probability, is below `top_p` (so the best one always); then `draw` with `uniforms`, which come from
+    `generator` (torch's global one if None) where they are not given. `INVALID` for a row that has a NaN, and for
+    one that has infinity where a draw is made.
 
     Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return best(logits)
-    assert uniforms is not None
+    if uniforms is None:
+        uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
     scaled = _divided(logits.float(), float(temperature))
     if 0 < top_k < scaled.shape[-1]:
         kth = scaled.topk(top_k, dim=-1).values[..., -1:]
@@ -98,9 +101,8 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # Whole numbers sum to the same on every device, in whatever order it adds, and the sums never fall.
     parts = probabilities.to(torch.float64, copy=True).nan_to_num_(nan=1.0).mul_(_UNITS)
     sums = parts.long().cumsum_(dim=-1)
-    chosen = (
-        uniforms * sums[:, -1]
-    ).long()  # below the last sum: float64 holds both, and uniforms end at 1 - 2**-53
+    # Below the last sum: float64 holds both exactly, and uniforms end at 1 - 2**-53.
+    chosen = (uniforms * sums[:, -1]).long()
     ids = torch.searchsorted(sums, chosen[:, None], right=True).squeeze(-1)
     return torch.where(valid, ids, INVALID)
 
