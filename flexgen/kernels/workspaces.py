@@ -16,6 +16,20 @@ type, and its only attention for the type builds all scores."""
 
 _CUBLAS_BYTES = 32 * MIB
 
+_CHOICE_BYTES = 64 * MIB
+_CHOICE_EACH = 50
+"""Bytes that drawing an id takes for each number in a row of logits, with all filters."""
+
+
+def choice_rows(vocab: int) -> int:
+    """Rows of logits (rows, vocab) that ids are drawn for at once."""
+    return max(_CHOICE_BYTES // (_CHOICE_EACH * vocab), 1)
+
+
+def choice_bytes(rows: int, vocab: int) -> int:
+    """Most bytes that drawing ids takes, in addition to logits (rows, vocab)."""
+    return min(rows, choice_rows(vocab)) * vocab * _CHOICE_EACH
+
 
 class Workspaces(Protocol):
     """Bytes of temporary memory, by operation."""

@@ -15,7 +15,7 @@ import torch
 
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
-from flexgen.kernels.workspaces import HOST, Workspaces
+from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.needs import MemoryPlan, Need
@@ -322,6 +322,9 @@ def _in_flight(
         for layer in layers
         for seq, context in steps
     )
+    # Ids are chosen when the head's own workspace is free again, all but the logits.
+    logits = rows * spec.vocab_size * dtype.itemsize
+    workspace = max(workspace, 0 if all_logits else logits + choice_bytes(rows, spec.vocab_size))
     # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
     # left, and rows that stay are put together with those that arrive.
     stay = len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if shared else 0)
