@@ -25,6 +25,7 @@ from flexgen.errors import RequestError
 from flexgen.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
 from flexgen.models import ModelSpec, open_model
 from flexgen.policy import Auto, Policy
+from flexgen.runtime.request import check_room
 from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
 from flexgen.text import encode, load_tokenizer
 from flexgen.units import format_seconds
@@ -140,13 +141,7 @@ def _of_line(path: str, number: int, work: Callable[[Any], Any], given: Any) -> 
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:
     if not ids:
         raise RequestError("the tokenizer makes no ids of the prompt")
-    if len(ids) + max_tokens > spec.max_positions:
-        room = spec.max_positions - len(ids)
-        fewer = f", or give --max-tokens {room}" if room > 0 else ""
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens and {max_tokens} more are asked for: {len(ids) + max_tokens} exceed "
-            f"the {spec.max_positions} positions of {spec.name}. Shorten it{fewer}"
-        )
+    check_room(spec, "the prompt", len(ids), max_tokens)
 
 
 def _digest(data: Any) -> str:

@@ -139,7 +139,7 @@ def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
         ("a.txt", b"", "a.txt is empty; write a prompt into each line"),
         ("a.txt", b"one\n\ntwo\n", "a.txt, line 2: the line is empty"),
         ("a.txt", b"one\n\xff\n", "a.txt is not UTF-8 text: byte 4"),
-        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten it"),
+        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten the prompt"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n', 'line 1: a line must be an object with a text: {"prompt"'),
         ("a.jsonl", b'["a"]\n', "line 1: a line must be an object"),
