@@ -19,7 +19,7 @@ from flexgen.errors import CheckpointError, ModelError
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
-from flexgen.models.families.fields import eos_ids
+from flexgen.models.families.fields import token_ids
 from flexgen.models.families.opt import known_config, known_size
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -125,8 +125,10 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
     spec = spec_from_config(config, name)
     if (directory / _GENERATION).exists():
         generation = _read_json(directory / _GENERATION)
-        if generation.get("eos_token_id") is not None:
-            spec = replace(spec, eos_token_ids=eos_ids(generation["eos_token_id"]))
+        ids = generation.get("eos_token_id")
+        if ids is not None:
+            ids = token_ids(ids, f"{name}, {_GENERATION}", "eos_token_id", spec.vocab_size)
+            spec = replace(spec, eos_token_ids=ids)
     if dummy:
         return spec, DummyCheckpoint(directory)
     files = _open_files(directory)
@@ -135,6 +137,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
     """The spec with what only the files know: the dtype where the config says none, and a head of its own."""
+    files.check_depth(spec)
     embed, head = _vocabulary(spec)
     if dtype_unsaid and files.holds(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
@@ -162,7 +165,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path.parent}: no {path.name} in this directory")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds a {type(values).__name__}, expected an object")

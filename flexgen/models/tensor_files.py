@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
-from flexgen.models.spec import WeightSpec
+from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,6 +77,14 @@ class _TensorFiles:
                 f"supported: {supported}"
             )
         return stored.dtype
+
+    def check_depth(self, spec: ModelSpec) -> None:
+        """Raises CheckpointError for more layers than there are tensors, before an object is made for each."""
+        if spec.num_layers > len(self._tensors):
+            raise CheckpointError(
+                f"{self.directory}: the config asks for {spec.num_layers} layers, and the files hold "
+                f"{_count(list(self._tensors), 'tensor')}: they do not belong together"
+            )
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError for missing tensors, wrong shapes and dtypes that are not supported."""

@@ -46,6 +46,7 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
     fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
     fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
     rope = _rope(config, name, head_dim)
+    vocab_size = fields.size(config, name, "vocab_size")
     return ModelSpec(
         name=name,
         family="llama",
@@ -57,24 +58,24 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         ffn_size=fields.size(config, name, "intermediate_size"),
-        vocab_size=fields.size(config, name, "vocab_size"),
+        vocab_size=vocab_size,
         max_positions=_context(fields.size(config, name, "max_position_embeddings"), rope),
         embed_size=hidden_size,
-        bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id,
-        eos_token_ids=fields.eos_ids(config.eos_token_id),
+        bos_token_id=fields.token_id(config, name, "bos_token_id"),
+        pad_token_id=fields.token_id(config, name, "pad_token_id"),
+        eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
         norm="rmsnorm",
-        norm_eps=config.rms_norm_eps,
+        norm_eps=fields.number(config, name, "rms_norm_eps"),
         norm_affine=True,
         pre_norm=True,
         final_norm=True,
         activation=fields.activation(config, name, "hidden_act"),
         gated_mlp=True,
-        qkv_bias=config.attention_bias,
-        out_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        qkv_bias=fields.flag(config, name, "attention_bias"),
+        out_bias=fields.flag(config, name, "attention_bias"),
+        mlp_bias=fields.flag(config, name, "mlp_bias"),
         head_bias=False,
-        tied_head=config.tie_word_embeddings,
+        tied_head=fields.flag(config, name, "tie_word_embeddings"),
         positions="rope",
         rope=rope,
     )
@@ -95,14 +96,20 @@ def _rope(config: LlamaConfig, name: str, head_dim: int) -> RopeSpec:
     config = copy.deepcopy(config)
     given = config.rope_parameters or {}
     if not isinstance(given, dict):
-        raise ModelError(f"{name}: rope_parameters = {given!r} is not supported; expected an object")
+        raise ModelError(
+            f"{name}: rope_parameters = {fields.shown(given)} is not supported; expected an object"
+        )
     parameters: dict[str, Any] = dict(given)
     kind = parameters.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise ModelError(f"{name}: rope_type = {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+        raise ModelError(
+            f"{name}: rope_type = {fields.shown(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}"
+        )
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         part = parameters["partial_rotary_factor"]
-        raise ModelError(f"{name}: partial_rotary_factor = {part!r} is not supported; supported: 1.0")
+        raise ModelError(
+            f"{name}: partial_rotary_factor = {fields.shown(part)} is not supported; supported: 1.0"
+        )
     init = (
         LlamaRotaryEmbedding.compute_default_rope_parameters
         if kind == "default"
@@ -134,7 +141,9 @@ def _rope(config: LlamaConfig, name: str, head_dim: int) -> RopeSpec:
         if kind == "dynamic" and head_dim < 4:
             raise ValueError(f"dynamic scaling needs a head_dim of at least 4, not {head_dim}")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ModelError(f"{name}: rope_parameters = {parameters!r} cannot be used: {error!r}") from error
+        raise ModelError(
+            f"{name}: rope_parameters = {fields.shown(parameters)} cannot be used: {error!r}"
+        ) from error
     if len(inv_freq) != head_dim // 2:
         raise ModelError(
             f"{name}: rope_parameters give {len(inv_freq)} frequencies; "
