@@ -21,9 +21,11 @@ from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.families.fields import token_ids
 from flexgen.models.families.opt import known_config, known_size
+from flexgen.models.folders import check_folder, shard_path
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
+from flexgen.plain_files import check_file
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -117,6 +119,7 @@ def open_model(
 
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    check_folder(directory, _CONFIG)
     size = known_size(directory.name.removesuffix(_NUMPY_SUFFIX))
     if size is not None and (directory / NumpyCheckpoint.MARK).exists():
         config: PreTrainedConfig = known_config(size)
@@ -160,15 +163,16 @@ def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
     return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
+    if not path.exists() and not path.is_symlink():
         raise ModelError(f"{path.parent}: no {path.name} in this directory")
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+        raise error_class(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object")
+        raise error_class(f"{path} holds a {type(values).__name__}, expected an object")
     return values
 
 
@@ -182,9 +186,9 @@ def _open_files(directory: Path) -> _Files:
     looked_for = []
     for single, checkpoint in formats:
         index = directory / f"{single}.index.json"
-        if (directory / single).exists():
+        if (directory / single).exists() or (directory / single).is_symlink():
             return checkpoint(directory, [directory / single])
-        if index.exists():
+        if index.exists() or index.is_symlink():
             return checkpoint(directory, _shards(index))
         looked_for += [single, index.name]
     raise CheckpointError(
@@ -195,11 +199,11 @@ def _open_files(directory: Path) -> _Files:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names. Which tensor lies in which is read from their headers."""
-    names = _read_json(index).get("weight_map")
+    names = _read_json(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index} has no weight_map")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    missing = [file.name for file in files if not file.exists()]
+    files = sorted({shard_path(index, name) for name in names.values()})
+    missing = [file.name for file in files if not file.exists() and not file.is_symlink()]
     if missing:
         raise CheckpointError(
             f"{index.parent}: {index.name} names files that are missing: {', '.join(missing)}"

@@ -3,6 +3,7 @@ own `.bin`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -19,11 +20,13 @@ from torch import Tensor
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.plain_files import check_file
 from flexgen.units import align
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
+_SHOWN = 200  # characters of a file's own text that messages show
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
 
@@ -130,6 +133,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a file that is not one, or that ends before its last tensor.
     """
+    check_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -141,14 +145,37 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     base = _LENGTH_BYTES + length
     tensors = {}
     try:
-        for name, entry in json.loads(text).items():
+        for name, entry in json.loads(text, object_pairs_hook=_unique).items():
             if name == "__metadata__":
                 continue
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-            kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            begin, end = _whole(entry["data_offsets"])
+            kind, shape = str(entry["dtype"])[:_SHOWN], _whole(entry["shape"])
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name} has a negative dimension")
             tensors[name] = StoredTensor(path, kind, _DTYPES.get(kind), shape, base + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from error
+    _check_extents(path, tensors, base, size)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header. Raises ValueError for a name that comes twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name comes twice")
+    return values
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    """Offsets or a shape. Raises ValueError unless they are a list of integers that a file can have."""
+    if not isinstance(values, list) or not all(type(n) is int and abs(n) < 2**63 for n in values):
+        raise ValueError(f"expected a list of integers, found {str(values)[:_SHOWN]}")
+    return tuple(values)
+
+
+def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
+    """Raises CheckpointError unless each tensor has its own bytes between `base` and `size`, as many as its shape."""
     for name, stored in tensors.items():
         end = stored.offset + stored.nbytes
         if stored.offset < base or stored.nbytes < 0 or end > size:
@@ -160,11 +187,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot take {stored.nbytes} bytes"
             )
-    return tensors
+    filled = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
+    for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
+        if begin < end:
+            raise CheckpointError(
+                f"{path}: {name} and {following} overlap at byte {begin}: the file is damaged, copy or "
+                "download it again"
+            )
 
 
 def read_numpy_header(path: Path) -> StoredTensor:
     """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
+    check_file(path)
     with path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -174,8 +208,8 @@ def read_numpy_header(path: Path) -> StoredTensor:
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran_order, dtype = read(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a numpy file: {error}") from error
+        except Exception as error:  # of whatever kind: numpy evaluates a text of the file
+            raise CheckpointError(f"{path}: not a numpy file: {str(error)[:_SHOWN]}") from error
         offset = file.tell()
     nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if fortran_order:
@@ -277,7 +311,7 @@ class BinCheckpoint(_TensorFiles):
         tensors = {}
         for path in files:
             for name, tensor in self._load(path).items():
-                if isinstance(tensor, Tensor):
+                if isinstance(name, str) and isinstance(tensor, Tensor):
                     dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
                     tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
         super().__init__(directory, tensors)
@@ -297,11 +331,19 @@ class BinCheckpoint(_TensorFiles):
     def _load(self, path: Path) -> dict[str, Any]:
         if self._legacy is not None and self._legacy[0] == path:
             return self._legacy[1]
+        check_file(path)
         mappable = zipfile.is_zipfile(path)
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {error}") from error
+        except pickle.UnpicklingError as error:
+            # Its message advises to let the file's code run.
+            raise CheckpointError(
+                f"{path}: cannot be read as a checkpoint of tensors: it is damaged, or holds Python objects, which "
+                "are never loaded. Save the model's state_dict, best as safetensors"
+            ) from error
+        except Exception as error:  # of whatever kind: a damaged file can fail anywhere
+            reason = str(error).partition("\n")[0][:_SHOWN]
+            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from error
         if not isinstance(tensors, dict):
             raise CheckpointError(
                 f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"
