@@ -56,7 +56,7 @@ class Checkpoint(Protocol):
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A contiguous host tensor of its own in `dtype`: all of the weight, or some rows of its first dimension,
-        one after another. Raises CheckpointError."""
+        one after another. Raises CheckpointError, also for values that are not finite."""
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError unless every weight is there, with its shape and a floating dtype."""

@@ -266,7 +266,8 @@ class _PlainFiles(_TensorFiles):
                 if not count:
                     raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
                 done += count
-        return buffer.view(extent.dtype).view(extent.shape).to(dtype)
+        stored = buffer.view(extent.dtype).view(extent.shape)
+        return _finite(stored.to(dtype), stored, extent.path, weight)
 
 
 class SafetensorsCheckpoint(_PlainFiles):
@@ -295,6 +296,21 @@ class NumpyCheckpoint(_PlainFiles):
                 for name, path in names.items()
             },
         )
+
+
+def _finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
+    """`made`, which is `stored` in another dtype. Raises CheckpointError unless all of it is finite."""
+    if not made.numel() or all(value.isfinite() for value in made.aminmax()):  # NaN spreads to both
+        return made
+    if all(value.isfinite() for value in stored.aminmax()):
+        raise CheckpointError(
+            f"{path}: {weight.key} has values that exceed {str(made.dtype).removeprefix('torch.')}: open the model "
+            "with dtype='bfloat16' or 'float32'"
+        )
+    raise CheckpointError(
+        f"{path}: {weight.key} holds NaN or infinite values: the file is damaged, or its training diverged. Copy or "
+        "download it again"
+    )
 
 
 def _rows_of(extent: Extent, rows: range) -> Extent:
@@ -326,14 +342,15 @@ class BinCheckpoint(_TensorFiles):
         tensor = self._load(stored.path)[source]
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
-        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return _finite(made, tensor, stored.path, weight)
 
     def _load(self, path: Path) -> dict[str, Any]:
         if self._legacy is not None and self._legacy[0] == path:
             return self._legacy[1]
         check_file(path)
-        mappable = zipfile.is_zipfile(path)
         try:
+            mappable = zipfile.is_zipfile(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
         except pickle.UnpicklingError as error:
             # Its message advises to let the file's code run.

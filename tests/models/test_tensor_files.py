@@ -130,6 +130,42 @@ def test_what_is_missing_or_of_the_wrong_shape_or_dtype_is_named(format, make_mo
         open_model(directory)[1].read(missing, torch.float32)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_values_that_are_not_finite_are_refused_by_the_name_of_their_tensor(value, format, make_model, save):
+    directory, name = save(make_model("opt"), format), "model.decoder.layers.1.fc1.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 5] = value
+
+    _rewrite(directory, format, spoil)
+    spec, checkpoint = open_model(directory)
+    checkpoint.verify(build_layers(spec))
+    for weight in _all_weights(spec):
+        if weight.key != name:
+            checkpoint.read(weight, torch.float16)
+            continue
+        assert checkpoint.read(weight, torch.float32, range(3)).isfinite().all()
+        for rows in (None, range(3, 4)):
+            with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite values"):
+                checkpoint.read(weight, torch.float32, rows)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_values_that_exceed_the_dtype_say_which_dtype_helps(format, make_model, save):
+    directory, name = save(make_model("opt"), format), "model.decoder.layers.1.fc1.weight"
+
+    def enlarge(tensors):
+        tensors[name][3, 5] = 7e4
+
+    _rewrite(directory, format, enlarge)
+    spec, checkpoint = open_model(directory)
+    (weight,) = [weight for weight in _all_weights(spec) if weight.key == name]
+    assert checkpoint.read(weight, torch.bfloat16).isfinite().all()
+    with pytest.raises(CheckpointError, match=f"{name} has values that exceed float16: .*'bfloat16'"):
+        checkpoint.read(weight, torch.float16)
+
+
 def test_many_missing_tensors_are_counted(make_model, save):
     directory = save(make_model("opt"))
     layers = build_layers(open_model(directory)[0])
