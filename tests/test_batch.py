@@ -280,7 +280,7 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
     ("name", "text", "said"),
     [
         ("a.txt", b"", "a.txt is empty; write prompts into it"),
-        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten it"),
+        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten the prompt"),
         ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
         ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),

@@ -125,7 +125,7 @@ def check_request(
     """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
     if order is not None and order not in ORDERS:
         raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
-    if workload.capacity > spec.max_positions:
+    if workload.capacity > spec.longest_text:
         raise RequestError(
             f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
             f"positions of {spec.name}: shorten one of them"
