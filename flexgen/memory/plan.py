@@ -324,7 +324,11 @@ def _in_flight(
     )
     # Ids are chosen when the head's own workspace is free again, all but the logits.
     logits = rows * spec.vocab_size * dtype.itemsize
-    workspace = max(workspace, 0 if all_logits else logits + choice_bytes(rows, spec.vocab_size))
+    if not all_logits:
+        workspace = max(workspace, logits + choice_bytes(rows, spec.vocab_size))
+    elif not shared:  # those of other batches are on their way to host memory meanwhile
+        others = min(slots, len(batch_sizes(policy, workload.num_prompts)) - 1)
+        workspace += others * logits * prompt
     # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
     # left, and rows that stay are put together with those that arrive.
     stay = len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if shared else 0)

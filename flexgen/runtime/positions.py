@@ -42,7 +42,9 @@ class _Kept:
         return ((Stage(lane, partial(self._fetch, batch, slot)),),)
 
     def _fetch(self, batch: int, slot: int) -> None:
-        for row, source in zip(self._prompts.batches[batch], self._there[slot], strict=True):
+        # Where copies are enqueued, the values must stay until the next ones of the slot, which wait for the copies.
+        values = self._there.pop(slot) if self._device.shares_host_memory else self._there[slot]
+        for row, source in zip(self._prompts.batches[batch], values, strict=True):
             n, columns = self._places[row]
             target = self._target[n, columns]
             self._device.from_device(target, source[len(source) - len(target) :])
