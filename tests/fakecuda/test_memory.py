@@ -1,0 +1,216 @@
+"""The plan against torch's real caching allocator, and what models on one GPU share."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
+
+import run
+import torch
+from simulated import cases, runtime
+from transformers import LlamaConfig, OPTConfig
+
+from flexgen.kernels.workspaces import choice_bytes, choice_rows
+from flexgen.policy import Tier
+from flexgen.runtime.sampler import sample
+from flexgen.units import GIB, MIB
+
+OPT = OPTConfig(
+    vocab_size=16384, hidden_size=1024, word_embed_proj_dim=1024, num_hidden_layers=2, num_attention_heads=16,
+    ffn_dim=4096, max_position_embeddings=512,
+)  # fmt: skip
+LLAMA = LlamaConfig(
+    vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+    intermediate_size=2816, max_position_embeddings=512,
+)  # fmt: skip
+LENGTHS = [256] * 8 + [200] * 8 + [100] * 8 + [256] * 8
+PROMPTS = [[5 + n % 100 for n in range(length)] for length in LENGTHS]
+ON_GPU = {"gpu": 100}
+INT4_ON_GPU = cases.encoded("int4", ON_GPU)
+CLASSES = {
+    "on the GPU": dict(weights=ON_GPU, cache=ON_GPU, activations=ON_GPU),
+    "thirds": {},
+    "thirds, attended by the host": dict(attend_on="cpu"),
+    "int4 weights": dict(weights=cases.encoded("int4")),
+    "int4 cache": dict(cache=cases.encoded("int4")),
+    "int4 on the GPU": dict(weights=INT4_ON_GPU, cache=INT4_ON_GPU, activations=ON_GPU),
+    "sparse": dict(attn_sparsity=0.25),
+    "unpinned": dict(pin_weight=False),
+}
+CAPABILITY = torch.cuda.get_device_capability() if runtime.running() else (0, 0)
+GREEDY, DRAWN, FORWARD = "greedy", "drawn", "forward"
+
+
+def called(config, how, dtype="float16", **changes):
+    """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call on `PROMPTS`."""
+    policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **changes)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    with cases.open_on("cuda", config, policy, dtype) as model:
+        if how is FORWARD:
+            model.forward([prompt[:64] for prompt in PROMPTS])
+        else:
+            model.generate(PROMPTS, 4, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
+        reserved = torch.cuda.max_memory_reserved() - before
+        return model.stats.plan.on(Tier.GPU), model.stats.peak_bytes[Tier.GPU], reserved
+
+
+def assert_planned(plan, peak, reserved):
+    assert peak <= max(1.05 * plan, plan + 4 * MIB)
+    assert peak >= 0.4 * plan  # nor is it far from what is taken
+    assert reserved <= max(1.1 * plan, plan + 160 * MIB)
+
+
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_call_takes_what_was_planned(name, config):
+    assert_planned(*called(config, GREEDY, **CLASSES[name]))
+
+
+@pytest.mark.parametrize("name", ["on the GPU", "thirds"])
+@pytest.mark.parametrize("how", [DRAWN, FORWARD])
+def test_drawing_and_forward_take_what_was_planned(how, name):
+    assert_planned(*called(OPT, how, **CLASSES[name]))
+
+
+@pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
+def test_bfloat16_is_computed_in_float16_where_the_gpu_has_no_instructions_for_it(caplog):
+    config = OPTConfig(**cases.OPT.to_dict() | {"dtype": "bfloat16"})
+    with cases.open_on("cuda", config, cases.policy(), "auto") as model:
+        assert model.dtype is torch.float16
+    assert "no instructions for bfloat16" in caplog.text
+
+
+@pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
+def test_attention_in_bfloat16_that_builds_scores_is_planned():
+    native, *_ = called(OPT, GREEDY, "float16", **CLASSES["on the GPU"])
+    plan, peak, reserved = called(OPT, GREEDY, "bfloat16", **CLASSES["on the GPU"])
+    assert plan > native + 64 * MIB  # scores in float32
+    assert_planned(plan, peak, reserved)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90])
+def test_other_gpus(capability):
+    """The tests above, on the GPUs that this process does not have."""
+    if divmod(capability, 10) == CAPABILITY:
+        pytest.skip("this process has it")
+    chosen = "(planned and not llama) or instructions"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    ran = subprocess.run(
+        command, env=run.environment(CC=capability), cwd=Path(__file__).parents[2], capture_output=True
+    )
+    assert ran.returncode == 0, ran.stdout.decode()
+
+
+# What models share
+
+
+def small(**options):
+    return cases.open_on("cuda", cases.OPT, cases.policy(**CLASSES["on the GPU"]), "float16", **options)
+
+
+def test_attention_does_without_cudnn_during_a_call_only():
+    backend = torch.backends.cuda
+    seen = []
+    with small() as model:
+        assert backend.cudnn_sdp_enabled()
+        for _ in model.stream(cases.PROMPTS, 3):
+            seen.append(backend.cudnn_sdp_enabled())
+        assert not any(seen) and backend.cudnn_sdp_enabled()
+        backend.enable_cudnn_sdp(False)  # by the user
+        try:
+            model.generate(cases.PROMPTS, 2)
+            assert not backend.cudnn_sdp_enabled()
+        finally:
+            backend.enable_cudnn_sdp(True)
+
+
+def test_models_leave_nothing_on_the_gpu():
+    """The workspace of cuBLAS among it, which torch has for each stream."""
+    with small() as model:  # tables that are made once
+        model.generate(cases.PROMPTS, 2)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        with small() as model:
+            model.generate(cases.PROMPTS, 2)
+            workspace = torch._C._cuda_getCublasWorkspaceSize()
+            libraries = model.stats.plan.on(Tier.GPU, "libraries")
+            assert model.stats.peak_bytes[Tier.GPU] > workspace and libraries == workspace
+        assert torch.cuda.memory_allocated() == before
+
+
+def test_a_model_has_a_peak_of_its_own():
+    with small() as model:
+        model.generate(cases.PROMPTS, 2)
+        alone = model.stats.peak_bytes[Tier.GPU]
+        others = torch.zeros(300 * MIB, dtype=torch.uint8, device="cuda")
+        with small() as second:
+            second.generate(cases.PROMPTS, 2)
+            assert second.stats.peak_bytes[Tier.GPU] == pytest.approx(alone, abs=MIB)
+            del others
+            model.generate(cases.PROMPTS, 2)
+            assert model.stats.peak_bytes[Tier.GPU] == pytest.approx(alone, abs=MIB)
+
+
+def test_caps_of_several_models_add_up():
+    fraction, total = torch.cuda.get_per_process_memory_fraction, torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(0.9)  # by the user
+    policy = cases.policy()
+    try:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        first = cases.open_on("cuda:0,memory=1GiB", cases.OPT, policy, "float16")
+        assert fraction() * total == pytest.approx(before + GIB)
+        second = cases.open_on("cuda:0,memory=2GiB", cases.OPT, policy, "float16")
+        assert fraction() * total == pytest.approx(before + 3 * GIB)
+        first.close()
+        assert fraction() * total == pytest.approx(before + 2 * GIB)
+        with small():  # has no cap
+            assert fraction() == 0.9
+        assert fraction() * total == pytest.approx(before + 2 * GIB)
+        second.close()
+        assert fraction() == 0.9
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# Drawing
+
+VOCAB = 128_256
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(top_k=100_000, top_p=0.9)],
+)
+@pytest.mark.parametrize("rows", [1, 10, 128])
+def test_drawing_takes_what_is_planned_for_it(rows, options):
+    logits = torch.zeros(rows, VOCAB, dtype=torch.float16, device="cuda")
+    uniforms = torch.zeros(rows, dtype=torch.float64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sample(logits, 0.7, uniforms=uniforms, **options)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= choice_bytes(rows, VOCAB) <= 64 * MIB
+    assert rows <= choice_rows(VOCAB) or taken > 0.2 * choice_bytes(rows, VOCAB)
+
+
+def test_top_k_makes_the_sort_of_top_p_a_short_one():
+    logits = torch.zeros(4, VOCAB, device="cuda")
+    uniforms = torch.zeros(4, dtype=torch.float64, device="cuda")
+
+    def taken(**options):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sample(logits, 0.7, uniforms=uniforms, **options)
+        return torch.cuda.max_memory_allocated() - before
+
+    assert taken(top_k=50, top_p=0.9) == pytest.approx(taken(top_k=50), rel=0.01)
+    assert taken(top_p=0.9) > 1.5 * taken(top_k=50, top_p=0.9)
