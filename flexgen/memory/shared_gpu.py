@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +66,8 @@ class SharedGpu:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock = threading.RLock()
-        self._users: list[GpuUser] = []
+        self._users: weakref.WeakSet[GpuUser] = weakref.WeakSet()
+        """Those that are open. One that was forgotten without being closed has no cap either."""
         self._calls: dict[Hashable, GpuUser] = {}
         self._fraction: float | None = None
         """The share of the GPU that the process had before the first cap; None while there is no cap."""
@@ -75,18 +77,16 @@ class SharedGpu:
     def join(self, user: GpuUser) -> None:
         """A model is opened: its cap counts from now on."""
         with self._lock:
-            self._users.append(user)
+            self._users.add(user)
             self._set_cap()
 
     def leave(self, user: GpuUser) -> None:
         """The model is closed: give back what nobody uses, and end its cap. May be called again."""
         with self._lock:
             if user in self._users:
-                self._users.remove(user)
+                self._users.discard(user)
                 self._set_cap()
-            with contextlib.suppress(
-                RuntimeError
-            ):  # of a device that has failed, which is reported elsewhere
+            with contextlib.suppress(RuntimeError):  # a device that has failed is reported elsewhere
                 self._free_workspaces()
                 torch.cuda.empty_cache()  # torch keeps what is freed until then
 

@@ -8,8 +8,9 @@ import torch
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.gpu import CudaDevice, EmulatedDevice, HostDevice, Pace, open_device
+from flexgen.memory.gpu import CudaDevice, EmulatedDevice, HostDevice, Pace, choose_dtype, open_device
 from flexgen.memory.lanes import InlineLane
+from flexgen.memory.shared_gpu import shared_gpu
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import GIB, MIB
@@ -221,7 +222,9 @@ def runtime(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    return card
+    shared_gpu.cache_clear()
+    yield card
+    shared_gpu.cache_clear()
 
 
 def test_a_gpu_opens_in_a_process_that_has_not_used_one(runtime):
@@ -254,6 +257,33 @@ def test_a_cap_keeps_a_reserve_too(runtime):
     assert 0.9 * 4 * GIB < device.available_bytes() < 0.97 * 4 * GIB
     device.memory.used = GIB
     assert 0.85 * 3 * GIB < device.available_bytes() < 0.97 * 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "fast"),
+    [((7, 5), None, torch.float16), ((8, 0), None, torch.bfloat16), ((7, 5), "6.2", torch.bfloat16)],
+)
+def test_bfloat16_only_where_a_gpu_has_instructions_for_it(
+    runtime, monkeypatch, caplog, capability, hip, fast
+):
+    runtime.capability = capability
+    monkeypatch.setattr(torch.version, "hip", hip)
+    device = open_device("cuda")
+    assert choose_dtype("auto", torch.bfloat16, device) is fast
+    assert ("no instructions for bfloat16" in caplog.text) == (fast is torch.float16)
+    assert choose_dtype("auto", torch.float16, device) is torch.float16
+    assert choose_dtype("bfloat16", torch.bfloat16, device) is torch.bfloat16
+    built = device.workspaces.attention(1, 1, 64, 64, 64, torch.bfloat16)
+    assert (built > 0) == (fast is torch.float16)
+    device.close()
+
+
+def test_caps_of_two_models_on_one_gpu_add_up(runtime):
+    first, second = (open_device(f"cuda,memory={n}GiB") for n in (4, 2))
+    uncapped = open_device("cuda")
+    for device in (uncapped, first, second):
+        device.close()
+    assert runtime.shares == [0.25, 0.375, 1.0, 0.375, 0.125, 1.0]
 
 
 @pytest.mark.gpu

@@ -13,7 +13,9 @@ from transformers import LlamaConfig, OPTConfig
 
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError, PolicyError
+from flexgen.kernels import half_linear
 from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
+from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.machine import Machine
 from flexgen.memory.needs import MemoryPlan, Need
@@ -413,3 +415,21 @@ def test_what_is_taken_already_counts_as_there(saved):
         assert machine.limits()[Tier.CPU] > 0 and machine.limits()[Tier.DISK] > 0
     with closing(Machine.open("cpu")) as machine:
         assert machine.limits()[Tier.GPU] is None and machine.host is machine.device.memory
+
+
+def test_the_plan_has_the_workspaces_of_the_device(monkeypatch):
+    """Half types are widened on the host alone, and a GPU has a workspace for its library."""
+    monkeypatch.setattr(half_linear, "_WIDENED", frozenset({torch.float16}))
+    policy = Policy(gpu_batch_size=4)
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+    block = LAYERS, placement, policy, torch.float16, False, Workload(100, 8, 4)
+    host, gpu = (plan_memory(*block, workspaces=workspaces) for workspaces in (HOST, GPU))
+    assert host.on(Tier.GPU, "libraries") == 0 and gpu.on(Tier.GPU, "libraries") == GPU.fixed
+    assert gpu.on(Tier.GPU, "activations") < host.on(Tier.GPU, "activations")
+
+
+def test_the_plan_has_what_drawing_ids_takes():
+    policy, rows = Policy(gpu_batch_size=4), 4
+    placement = place_weights(LAYERS, policy.weights, torch.float16)
+    plan = plan_memory(LAYERS, placement, policy, torch.float16, False, Workload(1, 8, rows))
+    assert plan.on(Tier.GPU, "activations") >= choice_bytes(rows, SPEC.vocab_size)
