@@ -7,11 +7,11 @@ bandwidth: every move is a real copy, so that a machine without a GPU exercises 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -20,17 +20,21 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
+from flexgen.kernels.workspaces import BFLOAT16_CAPABILITY, HOST, GpuWorkspaces, Workspaces
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
+from flexgen.memory.shared_gpu import GpuUser, cublas_bytes, shared_gpu
 from flexgen.memory.store import Store
 from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
+_log = logging.getLogger("flexgen")
+
 _RESERVE = 0.05
-"""Share of a GPU's memory, or of its cap, that no plan may use: for the libraries' workspaces, and holes."""
+"""Share of a GPU's memory, or of its cap, that no plan may use: for kernels that are loaded, and holes."""
 _GPU_NUMBERS = 128
 """torch.device keeps the number in 8 bits, signed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,6 +54,8 @@ class ComputeDevice(ABC):
     """Whether its links are faster from pinned host memory."""
     shares_cores = False
     """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
+    workspaces: Workspaces = HOST
+    """What its libraries and kernels take in addition to operands and results."""
     disk_bandwidth: float | None = None
     """Bytes/s at which the disk is held back; None for the real disk."""
 
@@ -81,8 +87,14 @@ class ComputeDevice(ABC):
         raise RequestError(f"device {self.name} computes with weights as they are")
 
     def peak_bytes(self) -> int:
-        """Most device memory taken at once since the device was opened."""
+        """Most device memory that the model on it has taken at once."""
         return self.memory.peak
+
+    def begin_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+        """Prepare the process for a call that computes on the device. A call may begin again before it ends."""
+
+    def end_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+        """Undo `begin_call`; does nothing for a call that has not begun."""
 
     def close(self) -> None:
         """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
@@ -222,13 +234,18 @@ class CudaDevice(ComputeDevice):
             )
         self.name = str(self.torch_device)
         self.memory = CudaStore(self.torch_device, memory)
-        torch.cuda.init()  # resetting the peak does not, and knows no device before
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        torch.cuda.init()  # statistics of memory are not known before
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         self._reserve = int(min(memory or total, total) * _RESERVE)
-        self._capped = memory is not None
-        if memory is not None:  # the cap holds for torch's temporaries too, not only for what is counted here
-            torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
+        self._native_bfloat16 = (
+            torch.version.hip is not None
+            or torch.cuda.get_device_capability(self.torch_device) >= BFLOAT16_CAPABILITY
+        )
+        self.workspaces = GpuWorkspaces(cublas_bytes(self.torch_device), self._native_bfloat16)
+        # The cap holds for torch's temporaries too, not only for what is counted here.
+        self._user = GpuUser(self.memory, memory)
+        self._shared = shared_gpu(self.torch_device)
+        self._shared.join(self._user)
 
     def make_lanes(self, host: Store | None = None) -> Lanes:
         lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
@@ -244,11 +261,20 @@ class CudaDevice(ComputeDevice):
 
     def close(self) -> None:
         super().close()
-        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is told elsewhere
-            torch.cuda.empty_cache()  # what is freed stays torch's own until then
-        if self._capped:  # the cap belongs to the process, and may be another's the next time
-            self._capped = False
-            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        self._shared.leave(self._user)
+
+    def begin_call(self, call: Hashable) -> None:
+        self._shared.begin(self._user, call)
+
+    def end_call(self, call: Hashable) -> None:
+        self._shared.end(call)
+
+    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """float16 for a checkpoint in bfloat16 where the GPU has no instructions for it. torch emulates them, without
+        attention that needs no scores; `torch.cuda.is_bf16_supported` is true there."""
+        if checkpoint is torch.bfloat16 and not self._native_bfloat16:
+            return torch.float16
+        return checkpoint
 
     def settle(self) -> None:
         # Zero-filling runs on the default stream, which the lanes' streams do not wait for.
@@ -269,7 +295,7 @@ class CudaDevice(ComputeDevice):
         return max((free if left is None else min(free, left)) - self._reserve, 0)
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.torch_device)
+        return self._shared.peak(self._user)
 
 
 def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
@@ -320,7 +346,14 @@ def _gpu_number(word: str) -> int:
 def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
     """What to compute in: what is asked for, or for "auto" the device's choice. Raises RequestError for others."""
     if asked == "auto":
-        return device.fast_dtype(checkpoint)
+        fast = device.fast_dtype(checkpoint)
+        if checkpoint is torch.bfloat16 and fast is torch.float16:
+            _log.warning(
+                "%s has no instructions for bfloat16, the checkpoint's dtype, so the model computes in float16. "
+                'Values beyond 65504 become infinite: open the model with dtype="float32" if that happens',
+                device.name,
+            )
+        return fast
     dtype = _DTYPES.get(str(asked).removeprefix("torch."))
     if dtype is None:
         raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")

@@ -1,5 +1,6 @@
 """Compute devices: their names, their memory, and the links that feed them."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -189,7 +190,9 @@ def test_half_precision_on_a_processor(monkeypatch, device, bf16, amx, fast):
 @pytest.fixture
 def runtime(monkeypatch):
     """A made-up GPU of 16 GiB, on which torch is not initialised yet; a namespace of its account."""
-    card = SimpleNamespace(ready=False, total=16 * GIB, free=15 * GIB, reserved=0, allocated=0, shares=[])
+    card = SimpleNamespace(
+        ready=False, total=16 * GIB, free=15 * GIB, reserved=0, allocated=0, shares=[], capability=(8, 0)
+    )
 
     def needs_device(device, *_):
         if not card.ready:
@@ -208,8 +211,14 @@ def runtime(monkeypatch):
         "mem_get_info": lambda device: (card.free, card.total),
         "memory_reserved": lambda device: card.reserved,
         "memory_allocated": lambda device: card.allocated,
+        "max_memory_allocated": lambda device: card.allocated,
         "empty_cache": empty_cache,
+        "get_per_process_memory_fraction": lambda device: 1.0,
+        "get_device_capability": lambda device: card.capability,
+        "device": lambda device: contextlib.nullcontext(),
     }
+    monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 8 * MIB, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return card

@@ -77,6 +77,8 @@ def measure(
         others = _Others()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
+        machine.device.begin_call(others)
+        stack.callback(machine.device.end_call, others)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
         if (share := others.share()) > _BUSY:
             note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"
