@@ -91,11 +91,12 @@ def open_weights(
     plan = plans.of_weights()
     homes = Homes(checkpoint, placement, dtype, machine)
     no_bar = None if place.progress is None else not place.progress
-    homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
-    weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
-    table = open_table(layers, homes, machine)
-    machine.device.settle()
-    lanes = machine.make_lanes()
-    stack.callback(lanes.close)
+    with compute.active():
+        homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
+        weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
+        table = open_table(layers, homes, machine)
+        compute.settle()
+        lanes = machine.make_lanes()
+        stack.callback(lanes.close)
     model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table)
     return Opened(model, plans, resident_before)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError
+from flexgen.memory.pinning import Pinning
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
 from flexgen.units import MIB, format_bytes
@@ -42,11 +43,13 @@ class HostStore(Store):
     (limits, some virtual machines) a warning says so, and the buffer is used as it is: the store is `pageable`.
     """
 
-    def __init__(self, tier: Tier = Tier.CPU, capacity: int | None = None, pin: bool = False) -> None:
+    def __init__(
+        self, tier: Tier = Tier.CPU, capacity: int | None = None, pin_for: torch.device | None = None
+    ) -> None:
+        """`pin_for`: the GPU that memory is pinned for; None leaves all of it pageable."""
         super().__init__(tier, capacity)
-        self.pin = pin and torch.cuda.is_available()
-        self.pageable = not self.pin
-        self._registered: set[int] = set()
+        self._pinning = Pinning(pin_for) if pin_for is not None and torch.cuda.is_available() else None
+        self.pageable = self._pinning is None
 
     def _make(self, nbytes: int, purpose: str) -> Tensor:
         if nbytes == 0:
@@ -62,46 +65,27 @@ class HostStore(Store):
         if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
-        if self.pin:
+        if self._pinning is not None:
             buffer.zero_()  # touched by all threads: registering untouched pages takes one
-            self._register(buffer, purpose)
+            if status := self._pinning.pin(buffer, mapping):
+                self.pageable = True
+                logger.warning(
+                    "%s: cannot pin %s (CUDA error %d); transfers from pageable memory are slower. "
+                    "Raise the limit of locked memory (ulimit -l) or set pin_weight = false",
+                    purpose,
+                    format_bytes(nbytes),
+                    status,
+                )
         return buffer
 
-    def _register(self, buffer: Tensor, purpose: str) -> None:
-        status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-        if status == 0:
-            self._registered.add(buffer.data_ptr())
-        else:
-            self.pageable = True
-            _forget_cuda_error()
-            logger.warning(
-                "%s: cannot pin %s (CUDA error %d); transfers from pageable memory are slower. "
-                "Raise the limit of locked memory (ulimit -l) or set pin_weight = false",
-                purpose,
-                format_bytes(buffer.nbytes),
-                status,
-            )
-
     def _free(self, buffer: Tensor) -> None:
-        if buffer.data_ptr() in self._registered:
-            self._registered.discard(buffer.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        if self._pinning is not None:
+            self._pinning.unpin(buffer.data_ptr())
 
     def close(self) -> None:
-        for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        if self._pinning is not None:
+            self._pinning.close()
         super().close()
-
-
-def _forget_cuda_error() -> None:
-    """Take back the error that a failed call of the CUDA runtime has left in this thread.
-
-    torch's check behind the next kernel launch would find it and blame that kernel. So one is launched here for it
-    to blame, which clears the error: torch's `cudart` has no cudaGetLastError.
-    """
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
 
 
 def return_large_memory() -> None:

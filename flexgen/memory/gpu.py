@@ -11,23 +11,25 @@ import contextlib
 import ctypes
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexgen.errors import RequestError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
+from flexgen.memory.device_errors import named_errors, short_of_memory
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.store import Store
 from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
-from flexgen.units import parse_bytes
+from flexgen.units import format_bytes, parse_bytes
 
 _RESERVE = 0.05
 """Share of a GPU's memory, or of its cap, that no plan may use: for the libraries' workspaces, and holes."""
@@ -87,6 +89,14 @@ class ComputeDevice(ABC):
     def close(self) -> None:
         """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
         self.memory.close()
+
+    def active(self) -> AbstractContextManager[object]:
+        """Within it the calling thread works on this device, and errors of torch are raised as flexgen's.
+
+        Raises CapacityError for memory that ran out, StepCapacityError where a step did, and DeviceError for a device
+        that has failed.
+        """
+        return named_errors()
 
     def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
         """Block the host until buffers that were made outside the lanes are ready for them."""
@@ -204,7 +214,14 @@ class CudaStore(Store):
         self.device = device
 
     def _make(self, nbytes: int, purpose: str) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{purpose} needs {format_bytes(nbytes)} of {self.device}, where less is free now "
+                f"({short_of_memory(error)}): end other programs that use this GPU, put a smaller share on gpu, or "
+                "use smaller batches"
+            ) from error
 
 
 class CudaDevice(ComputeDevice):
@@ -222,13 +239,21 @@ class CudaDevice(ComputeDevice):
             )
         self.name = str(self.torch_device)
         self.memory = CudaStore(self.torch_device, memory)
-        torch.cuda.init()  # resetting the peak does not, and knows no device before
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-        total = torch.cuda.get_device_properties(self.torch_device).total_memory
-        self._reserve = int(min(memory or total, total) * _RESERVE)
-        self._capped = memory is not None
-        if memory is not None:  # the cap holds for torch's temporaries too, not only for what is counted here
-            torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
+        with self.active():
+            torch.cuda.init()  # resetting the peak does not, and knows no device before
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+            total = torch.cuda.get_device_properties(self.torch_device).total_memory
+            self._reserve = int(min(memory or total, total) * _RESERVE)
+            self._capped = memory is not None
+            if (
+                memory is not None
+            ):  # the cap holds for torch's temporaries too, not only for what is counted here
+                torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with named_errors(), torch.cuda.device(self.torch_device):
+            yield
 
     def make_lanes(self, host: Store | None = None) -> Lanes:
         lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
@@ -244,7 +269,8 @@ class CudaDevice(ComputeDevice):
 
     def close(self) -> None:
         super().close()
-        with contextlib.suppress(RuntimeError):  # of a device that has failed, which is told elsewhere
+        with contextlib.suppress(RuntimeError), torch.cuda.device(self.torch_device):
+            # Of a device that has failed nothing is given back; its error has been raised before.
             torch.cuda.empty_cache()  # what is freed stays torch's own until then
         if self._capped:  # the cap belongs to the process, and may be another's the next time
             self._capped = False
@@ -262,7 +288,8 @@ class CudaDevice(ComputeDevice):
 
     def available_bytes(self) -> int | None:
         device = self.torch_device
-        free, _ = torch.cuda.mem_get_info(device)
+        with self.active():
+            free, _ = torch.cuda.mem_get_info(device)
         # What torch has freed it keeps, and gives again.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         left = super().available_bytes()

@@ -21,6 +21,7 @@ import torch
 
 from flexgen.errors import LaneError
 from flexgen.kernels.threads import take_no_others
+from flexgen.memory.device_errors import lane_error
 from flexgen.memory.taken import run_all
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
@@ -50,12 +51,8 @@ def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
     """A LaneError that names the step; what comes from an earlier step keeps the name it has."""
     if isinstance(cause, LaneError):
         return cause
-    error = LaneError(
-        f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch} "
-        f"failed on lane {lane}: {type(cause).__name__}: {cause}"
-    )
-    error.__cause__ = cause
-    return error
+    where = f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch}"
+    return lane_error(f"{where} failed on lane {lane}", cause)
 
 
 class Lane(ABC):

@@ -45,11 +45,8 @@ class Machine:
         return_large_memory()
         compute = open_device(device)
         # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
-        host = (
-            compute.memory
-            if compute.shares_host_memory
-            else HostStore(Tier.CPU, pin=pin and compute.pinnable)
-        )
+        pin_for = compute.torch_device if pin and compute.pinnable else None
+        host = compute.memory if compute.shares_host_memory else HostStore(Tier.CPU, pin_for=pin_for)
         io = DiskIO(bandwidth=compute.disk_bandwidth)
         disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
         return cls(compute, host, disk, io, dict(max_memory or {}))

@@ -1,8 +1,9 @@
 """Compute devices: their names, their memory, and the links that feed them."""
 
-from types import SimpleNamespace
+from types import contextlib
 
 import pytest
+import SimpleNamespace
 import torch
 
 from flexgen.errors import CapacityError, RequestError
@@ -199,6 +200,7 @@ def runtime(monkeypatch):
         card.free, card.reserved = card.free + card.reserved - card.allocated, card.allocated
 
     fakes = {
+        "device": contextlib.nullcontext,
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "init": lambda: setattr(card, "ready", True),
@@ -250,7 +252,7 @@ def test_a_cap_keeps_a_reserve_too(runtime):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin", [True, False])
 def test_a_round_trip_through_a_gpu(pin):
-    device, host = open_device("cuda:0"), HostStore(pin=pin)
+    device, host = open_device("cuda:0"), HostStore(pin_for=torch.device("cuda", 0) if pin else None)
     source, back = (host.allocate(MIB, "a buffer") for _ in range(2))
     source.random_(0, 256)
     there = device.memory.allocate(MIB, "a target")

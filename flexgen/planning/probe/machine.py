@@ -74,6 +74,7 @@ def measure(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         machine = Machine.open(device, offload_dir)
         stack.callback(machine.close)
+        stack.enter_context(machine.device.active())
         others = _Others()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
