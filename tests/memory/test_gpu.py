@@ -1,9 +1,9 @@
 """Compute devices: their names, their memory, and the links that feed them."""
 
-from types import contextlib
+import contextlib
+from types import SimpleNamespace
 
 import pytest
-import SimpleNamespace
 import torch
 
 from flexgen.errors import CapacityError, RequestError
