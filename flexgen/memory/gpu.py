@@ -213,7 +213,7 @@ class CudaStore(Store):
         super().__init__(Tier.GPU, capacity)
         self.device = device
 
-    def _make(self, nbytes: int, purpose: str) -> Tensor:
+    def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
         try:
             return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:

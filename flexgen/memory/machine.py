@@ -20,6 +20,9 @@ from flexgen.policy import Tier
 
 _RESERVE = 0.95
 """Share of the host memory that is free now which a plan may use: the process itself needs some too."""
+_PINNABLE = 0.8
+"""Share of it that may be pinned. The kernel can neither swap nor move that memory, and what it needs for itself it
+takes by ending processes."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,17 @@ class Machine:
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> Limits:
-        """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
+        """Bytes that each tier can hold, with what this machine has taken already; None for no limit.
+
+        Until it is called again, what host memory keeps for later buffers is within these limits too.
+        """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        free = int(available_bytes() * _RESERVE)
+        available = available_bytes()
+        free = int(available * _RESERVE)
         held = Limits(
             {
                 Tier.GPU: None if left is None else left + self.device.memory.used,
-                Tier.CPU: free + self.host.used,
+                Tier.CPU: free + self.host.used + self.host.spare,
                 Tier.DISK: self.disk.free + self.disk.used,
             }
         )
@@ -69,6 +76,7 @@ class Machine:
             if tier is Tier.DISK:  # files that were published stay beside what calls write
                 most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
+        self.host.allow(held[Tier.CPU] or 0, int(available * _PINNABLE) + self.host.pinned)
         return held
 
     def make_lanes(self) -> Lanes:

@@ -7,7 +7,6 @@ import logging
 import mmap
 
 import torch
-from torch import Tensor
 
 from flexgen.units import format_bytes
 
@@ -23,30 +22,37 @@ class Pinning:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._registered: dict[int, int] = {}
+        self._registered: dict[int, mmap.mmap] = {}  # by address
 
     @property
     def nbytes(self) -> int:
         """Bytes that are registered."""
-        return sum(self._registered.values())
+        return sum(map(len, self._registered.values()))
 
-    def pin(self, buffer: Tensor, mapping: mmap.mmap) -> int:
-        """Register the memory of `buffer`, which is `mapping`. Returns the CUDA runtime's status, 0 for success."""
+    def mapping(self, address: int) -> mmap.mmap:
+        """The memory that is registered at `address`."""
+        return self._registered[address]
+
+    def has(self, address: int) -> bool:
+        return address in self._registered
+
+    def pin(self, address: int, mapping: mmap.mmap) -> int:
+        """Register `mapping`, which begins at `address`. Returns the CUDA runtime's status, 0 for success."""
         with torch.cuda.device(self._device):
-            status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+            status = int(torch.cuda.cudart().cudaHostRegister(address, len(mapping), 0))
             if status:
                 self._forget_error()
                 return status
-        self._registered[buffer.data_ptr()] = buffer.nbytes
+        self._registered[address] = mapping
         if hasattr(mmap, "MADV_DONTFORK"):
             # A page that a child shares is copied when the parent writes to it, and the GPU keeps the old one.
             mapping.madvise(mmap.MADV_DONTFORK)
         return 0
 
     def unpin(self, address: int) -> None:
-        """Take back the registration of the buffer at `address`, if there is one."""
-        nbytes = self._registered.pop(address, 0)
-        if not nbytes:
+        """Take back the registration at `address`, if there is one."""
+        mapping = self._registered.pop(address, None)
+        if mapping is None:
             return
         with torch.cuda.device(self._device):
             status = int(torch.cuda.cudart().cudaHostUnregister(address))
@@ -55,7 +61,7 @@ class Pinning:
         if status:
             logger.warning(
                 "%s of pinned memory cannot be unpinned (CUDA error %d): they stay locked until the process ends",
-                format_bytes(nbytes),
+                format_bytes(len(mapping)),
                 status,
             )
 

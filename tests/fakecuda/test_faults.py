@@ -89,7 +89,7 @@ def test_out_of_memory_in_a_cell_and_the_next_call(model, monkeypatch):
 
 
 def test_buffers_that_a_gpu_has_no_room_for():
-    store = CudaStore(torch.device("cuda", 0))
+    store = CudaStore(cases.GPU)
     with pytest.raises(CapacityError, match="KV cache needs 200 GiB of cuda:0.*Tried to allocate 200.00 GiB"):
         store.allocate(200 * GIB, "KV cache")
     assert store.used == 0
@@ -105,7 +105,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_no_kernel_is_blamed(caplog
 
 
 def test_memory_that_cannot_be_unpinned_is_told_and_no_kernel_is_blamed(caplog):
-    store = HostStore(pin_for=torch.device("cuda", 0))
+    store = HostStore(pin_for=cases.GPU)
     buffers = [store.allocate(MIB, "weights") for _ in range(2)]
     for buffer in buffers:
         torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # as a second owner would
