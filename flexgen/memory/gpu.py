@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -259,8 +260,12 @@ class CudaDevice(ComputeDevice):
         lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
         for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
             lanes[link] = CopyLane(link, self.torch_device, host)
-        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
-        return Lanes(lanes | {name: ThreadLane(name) for name in (LaneName.HOST, LaneName.DISK_WRITE)})
+        # Each thread waits for events of this GPU. Where it has not said so, that makes a context on GPU 0.
+        within = partial(torch.cuda.device, self.torch_device)
+        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ, within=within)
+        for name in (LaneName.HOST, LaneName.DISK_WRITE):
+            lanes[name] = ThreadLane(name, within=within)
+        return Lanes(lanes)
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)

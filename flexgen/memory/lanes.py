@@ -9,11 +9,13 @@ for the jobs it was told to wait for, and for nothing else.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -138,11 +140,18 @@ class ThreadLane(Lane):
     """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit.
 
     beside_compute: the compute lane needs the same cores; what the lane does takes one of them (`kernels.threads`).
+    within: makes the context that the thread runs in, such as that of a GPU whose events its jobs wait for.
     """
 
-    def __init__(self, name: LaneName, beside_compute: bool = False) -> None:
+    def __init__(
+        self,
+        name: LaneName,
+        beside_compute: bool = False,
+        within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         super().__init__(name)
         self._beside_compute = beside_compute
+        self._within = within
         self._events: list[Event] = []
         # A job with its waits, a mark that tells when the queue has been served, or the end.
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
@@ -159,7 +168,7 @@ class ThreadLane(Lane):
     def _serve(self) -> None:
         if self._beside_compute:
             take_no_others()
-        with torch.inference_mode():  # the mode belongs to a thread, not to the process
+        with self._within(), torch.inference_mode():  # both belong to a thread, not to the process
             while (item := self._queue.get()) is not None:
                 if isinstance(item, HostDone):
                     item.finish()

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class CopyLane(ThreadLane):
         self._on_stream = StreamLane(name, device)
         self._host = host
         self._last: QueuedDone | None = None  # of the queue, unless that is known to be empty
-        super().__init__(name)
+        super().__init__(name, within=partial(torch.cuda.device, device))
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         if self._last is not None and self._last.enqueued:

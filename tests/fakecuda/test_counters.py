@@ -49,3 +49,16 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
         "h2d pinned",
     }
     assert runtime.counters().pinned == 0
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_a_model_on_the_second_gpu_makes_no_context_on_the_first(pin):
+    runtime.reset()
+    policy = cases.policy(attend_on="cpu", pin_weight=pin)
+    with cases.open_on("cuda:1", cases.OPT, policy) as model:
+        model.generate(cases.PROMPTS, 4, do_sample=True, seed=0, stop=())
+        model.forward(cases.PROMPTS)
+        model.lane_seconds(cases.PROMPTS[:3], 3)
+    with runtime.refusing_to_pin(), cases.open_on("cuda:1", cases.OPT, policy):
+        pass
+    assert set(runtime.counters().contexts) == {"1"}

@@ -1,5 +1,6 @@
 """Lanes of CUDA streams: on made-up streams that write down what they are told, and on a GPU where there is one."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -107,6 +108,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     return device
 
 
