@@ -84,9 +84,8 @@ class SharedGpu:
             if user in self._users:
                 self._users.remove(user)
                 self._set_cap()
-            with contextlib.suppress(
-                RuntimeError
-            ):  # of a device that has failed, which is reported elsewhere
+            # The error of a device that has failed was raised before.
+            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
                 self._free_workspaces()
                 torch.cuda.empty_cache()  # torch keeps what is freed until then
 

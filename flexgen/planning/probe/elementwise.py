@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.models import Chunk
 from flexgen.models.attention import Attention
 from flexgen.models.dummy import DummyCheckpoint
