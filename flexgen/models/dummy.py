@@ -34,6 +34,9 @@ class DummyCheckpoint:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
 
+    sources: Sequence[Path] = ()
+    """There is no file."""
+
     identity = f"dummy {_STD} {_POOL}"
     """Names the values, with a weight's key and shape."""
 

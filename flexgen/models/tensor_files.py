@@ -58,10 +58,14 @@ class _TensorFiles:
         self._tensors = tensors
 
     @property
+    def sources(self) -> list[Path]:
+        """The files of the tensors, links resolved and sorted."""
+        return sorted({tensor.path.resolve() for tensor in self._tensors.values()})
+
+    @property
     def identity(self) -> str:
-        """Names the content: changes when a file is replaced or written to, whatever time it is given afterwards."""
-        paths = sorted({tensor.path.resolve() for tensor in self._tensors.values()})
-        found = [(path, path.stat()) for path in paths]
+        """Changes when a file is replaced or written to, whatever time it is given afterwards."""
+        found = [(path, path.stat()) for path in self.sources]
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
