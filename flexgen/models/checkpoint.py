@@ -54,6 +54,11 @@ class Checkpoint(Protocol):
     def identity(self) -> str:
         """Names the state of these files: what was derived from them is valid while it is the same."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart: equal for copies of the same weights. From headers and samples of the values, so that
+        it takes about as long as opening the files."""
+
     def extent(self, weight: WeightSpec) -> Extent | None:
         """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""
 

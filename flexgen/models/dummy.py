@@ -40,6 +40,8 @@ class DummyCheckpoint:
     identity = f"dummy {_STD} {_POOL}"
     """Names the values, with a weight's key and shape."""
 
+    fingerprint = identity
+
     def extent(self, weight: WeightSpec) -> None:
         """Always None: there is no file."""
 

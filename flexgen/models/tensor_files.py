@@ -3,6 +3,7 @@ own `.bin`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
+from flexgen.models.samples import archive_content, sample
 from flexgen.models.spec import WeightSpec
 from flexgen.units import align
 
@@ -208,6 +210,16 @@ def make_header(
 class _PlainFiles(_TensorFiles):
     """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of each tensor's name, dtype and shape, and of samples of its values. Not of files, paths or
+        times: copies and other shards of the same tensors have the same one."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self._tensors.items()):
+            digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
+            digest.update(sample(stored.path, stored.offset, stored.nbytes))
+        return digest.hexdigest()
+
     def extent(self, weight: WeightSpec) -> Extent:
         """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
@@ -278,6 +290,13 @@ class BinCheckpoint(_TensorFiles):
                     dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
                     tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
         super().__init__(directory, tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
+        paths = sorted({stored.path for stored in self._tensors.values()})
+        content = [(path.name, archive_content(path)) for path in paths]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def extent(self, weight: WeightSpec) -> None:
         """Always None: a pickle is no place to read bytes from."""
