@@ -84,7 +84,9 @@ def read_job(args: argparse.Namespace) -> Job:
     about = {
         "prompts": _digest(fields),
         "tokens of the prompts": _digest(ids),
-        "weights or configuration of the model": _digest([repr(replace(spec, name="")), checkpoint.identity]),
+        "weights or configuration of the model": _digest(
+            [repr(replace(spec, name="")), checkpoint.fingerprint]
+        ),
         "--dtype": args.dtype,
         "--max-tokens": args.max_tokens,
         "--temperature": args.temperature,

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError
 from flexgen.memory.cpu import peak_resident_bytes
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.limits import read_limits
 from flexgen.memory.needs import Kept, MemoryPlan, Need
 from flexgen.memory.plan import batch_sizes
@@ -265,7 +265,8 @@ class OptLM(Conveniences):
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
-        with bar, torch.inference_mode(), (call := Call(model, workload, pad, check)), call:
+        active = self._machine.device.active()
+        with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
@@ -314,7 +315,8 @@ class OptLM(Conveniences):
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
         model, plan = self._prepared(workload, not last_only, hidden if hidden_states else None)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
-        with torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
+        active = self._machine.device.active()
+        with active, torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
                 call.run(prompts, 1, result.output(prompts, numbers, self._machine.device))

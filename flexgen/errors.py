@@ -1,7 +1,7 @@
 """Every error flexgen raises on purpose, so that callers can catch by class.
 
 A message says what is wrong, the value, the limit and the fix. Bad input is refused before any
-work is done; `LaneError` is the one class raised while bytes are moving.
+work is done; `LaneError` and its subclasses are raised while bytes are moving.
 """
 
 import difflib
@@ -46,6 +46,14 @@ class HardwareError(FlexGenError, ValueError):
 
 class LaneError(FlexGenError, RuntimeError):
     """A step failed while it ran on a lane; `__cause__` is the original exception."""
+
+
+class StepCapacityError(LaneError, CapacityError):
+    """A step found less memory than it needed; the model can be used again."""
+
+
+class DeviceError(LaneError):
+    """The GPU has failed: no call on it works in this process any more. Start a new one."""
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from flexgen.memory.cpu import reset_peak_resident_bytes
-from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.gpu import choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
@@ -91,11 +92,12 @@ def open_weights(
     plan = plans.of_weights()
     homes = Homes(checkpoint, placement, dtype, machine)
     no_bar = None if place.progress is None else not place.progress
-    homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
-    weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
-    table = open_table(layers, homes, machine)
-    machine.device.settle()
-    lanes = machine.make_lanes()
-    stack.callback(lanes.close)
+    with compute.active():
+        homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
+        weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
+        table = open_table(layers, homes, machine)
+        compute.settle()
+        lanes = machine.make_lanes()
+        stack.callback(lanes.close)
     model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table)
     return Opened(model, plans, resident_before)

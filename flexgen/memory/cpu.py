@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import mmap
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError
+from flexgen.memory.pinning import Pinning
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
 from flexgen.units import MIB, format_bytes
@@ -39,18 +41,64 @@ class HostStore(Store):
     Mapped by ourselves, not by torch: its pinned allocator rounds up to powers of two, and memory that is
     mapped, touched by several threads and then registered is pinned several times faster than
     `cudaHostAlloc` does it. Large buffers ask for huge pages. Where the driver refuses to register
-    (limits, some virtual machines) a warning says so, and the buffer is used as it is: the store is `pageable`.
+    (limits, some virtual machines), or more would be pinned than `allow` has allowed, a warning says so, and the
+    buffer is used as it is: the store is `pageable`.
+
+    Pinning takes longer than filling, so a pinned buffer that is released is kept for the next one of its size, as
+    far as that was allowed. `spare` counts the bytes kept so, which are not among those `used`.
     """
 
-    def __init__(self, tier: Tier = Tier.CPU, capacity: int | None = None, pin: bool = False) -> None:
+    def __init__(
+        self, tier: Tier = Tier.CPU, capacity: int | None = None, pin_for: torch.device | None = None
+    ) -> None:
+        """`pin_for`: the GPU that memory is pinned for; None leaves all of it pageable."""
         super().__init__(tier, capacity)
-        self.pin = pin and torch.cuda.is_available()
-        self.pageable = not self.pin
-        self._registered: set[int] = set()
+        self._pinning = Pinning(pin_for) if pin_for is not None and torch.cuda.is_available() else None
+        self.pageable = self._pinning is None
+        self._spare: dict[int, int] = {}  # bytes by address, the oldest first
+        self._most_held: float = 0
+        self._most_pinned: float = math.inf
 
-    def _make(self, nbytes: int, purpose: str) -> Tensor:
+    @property
+    def spare(self) -> int:
+        return sum(self._spare.values())
+
+    @property
+    def pinned(self) -> int:
+        return self._pinning.nbytes if self._pinning is not None else 0
+
+    def allow(self, held: int, pinned: int) -> None:
+        """As `Store.allow`. Before the first call it keeps no spare ones, and pins all."""
+        self._most_held, self._most_pinned = held, pinned
+
+    def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
+        pinning = self._pinning if copied_by_device else None
+        if pinning is not None:
+            for address, kept in self._spare.items():
+                if kept == nbytes:
+                    buffer = torch.frombuffer(pinning.mapping(address), dtype=torch.uint8).zero_()
+                    del self._spare[address]
+                    return buffer
+        self._drop_spare(self._most_held - self.used - nbytes)
+        if pinning is not None:
+            self._drop_spare(self._most_pinned - self.pinned + self.spare - nbytes)
+        mapping = self._map(nbytes, purpose)
+        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+        if pinning is not None:
+            buffer.zero_()  # touched by all threads: registering untouched pages takes one
+            self._pin(pinning, buffer.data_ptr(), mapping, purpose)
+        return buffer
+
+    def _drop_spare(self, most: float) -> None:
+        """Give spare buffers back, the oldest first, until they have at most `most` bytes."""
+        while self._pinning is not None and self._spare and self.spare > most:
+            address = next(iter(self._spare))
+            self._pinning.unpin(address)
+            del self._spare[address]
+
+    def _map(self, nbytes: int, purpose: str) -> mmap.mmap:
         try:
             mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -61,47 +109,45 @@ class HostStore(Store):
             ) from error
         if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
-        if self.pin:
-            buffer.zero_()  # touched by all threads: registering untouched pages takes one
-            self._register(buffer, purpose)
-        return buffer
+        return mapping
 
-    def _register(self, buffer: Tensor, purpose: str) -> None:
-        status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-        if status == 0:
-            self._registered.add(buffer.data_ptr())
-        else:
+    def _pin(self, pinning: Pinning, address: int, mapping: mmap.mmap, purpose: str) -> None:
+        slow, size = "transfers from pageable memory are slower", format_bytes(len(mapping))
+        if pinning.nbytes + len(mapping) > self._most_pinned:
             self.pageable = True
-            _forget_cuda_error()
             logger.warning(
-                "%s: cannot pin %s (CUDA error %d); transfers from pageable memory are slower. "
-                "Raise the limit of locked memory (ulimit -l) or set pin_weight = false",
+                "%s: cannot pin %s; %s. %s of the %s that may be pinned are: pinned memory cannot be swapped, "
+                "so some must be left to the system. Put a smaller share on the cpu tier, or use smaller batches",
                 purpose,
-                format_bytes(buffer.nbytes),
+                size,
+                slow,
+                format_bytes(pinning.nbytes),
+                format_bytes(int(self._most_pinned)),
+            )
+        elif status := pinning.pin(address, mapping):
+            self.pageable = True
+            logger.warning(
+                "%s: cannot pin %s (CUDA error %d); %s. Raise the limit of locked memory (ulimit -l) or set "
+                "pin_weight = false",
+                purpose,
+                size,
                 status,
+                slow,
             )
 
     def _free(self, buffer: Tensor) -> None:
-        if buffer.data_ptr() in self._registered:
-            self._registered.discard(buffer.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        address = buffer.data_ptr()
+        if self._pinning is not None and self._pinning.has(address):
+            self._spare[address] = buffer.nbytes
+            self._drop_spare(
+                max(self._most_held - self.used + buffer.nbytes, 0)
+            )  # it is still among those used
 
     def close(self) -> None:
-        for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        self._spare.clear()
+        if self._pinning is not None:
+            self._pinning.close()
         super().close()
-
-
-def _forget_cuda_error() -> None:
-    """Take back the error that a failed call of the CUDA runtime has left in this thread.
-
-    torch's check behind the next kernel launch would find it and blame that kernel. So one is launched here for it
-    to blame, which clears the error: torch's `cudart` has no cudaGetLastError.
-    """
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
 
 
 def return_large_memory() -> None:

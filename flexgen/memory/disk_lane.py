@@ -6,10 +6,12 @@ threads would idle while its last chunk comes in.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -58,7 +60,12 @@ class DiskLane(ThreadLane):
     its way, so that the lane's busy time counts no second twice.
     """
 
-    def __init__(self, name: LaneName, in_flight: int = _IN_FLIGHT) -> None:
+    def __init__(
+        self,
+        name: LaneName,
+        in_flight: int = _IN_FLIGHT,
+        within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self._in_flight = in_flight
         self._flying = 0
         self._changed = threading.Condition()
@@ -66,7 +73,7 @@ class DiskLane(ThreadLane):
         self._free_at = 0.0  # when the last job that has ended did so
         self._waiter = threading.Thread(target=self._land_all, name=f"flexgen-{name}-end", daemon=True)
         self._waiter.start()
-        super().__init__(name)
+        super().__init__(name, within=within)
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
         flight = _Flight(step, done)

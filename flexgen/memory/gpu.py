@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,96 +19,21 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
-from flexgen.kernels.workspaces import BFLOAT16_CAPABILITY, HOST, GpuWorkspaces, Workspaces
 from flexgen.memory.cpu import HostStore
+from flexgen.memory.cuda import CudaDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
-from flexgen.memory.shared_gpu import GpuUser, cublas_bytes, shared_gpu
 from flexgen.memory.store import Store
-from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
 _log = logging.getLogger("flexgen")
 
-_RESERVE = 0.05
-"""Share of a GPU's memory, or of its cap, that no plan may use: for kernels that are loaded, and holes."""
 _GPU_NUMBERS = 128
 """torch.device keeps the number in 8 bits, signed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ComputeDevice(ABC):
-    """Where layers run. `memory` is its store (the GPU tier)."""
-
-    name: str
-    torch_device: torch.device
-    memory: Store
-    shares_host_memory = False
-    """Whether host memory is its memory, so that nothing has to cross a link."""
-    in_host_memory = False
-    """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
-    pinnable = False
-    """Whether its links are faster from pinned host memory."""
-    shares_cores = False
-    """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
-    workspaces: Workspaces = HOST
-    """What its libraries and kernels take in addition to operands and results."""
-    disk_bandwidth: float | None = None
-    """Bytes/s at which the disk is held back; None for the real disk."""
-
-    @abstractmethod
-    def make_lanes(self, host: Store | None = None) -> Lanes:
-        """Lanes of its resources, one for every name.
-
-        `host`: the store of host memory that the links move from and to; its memory is taken for pinned without.
-        """
-
-    @abstractmethod
-    def to_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy host memory into device memory on the current lane; contiguous, of equal bytes."""
-
-    @abstractmethod
-    def from_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy device memory into host memory on the current lane; contiguous, of equal bytes."""
-
-    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
-        return checkpoint
-
-    def packs(self, dtype: torch.dtype) -> bool:
-        """Whether matrices that live on the device and are multiplied are better off with `pack`."""
-        return False
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """A matrix (out, in) in host memory, laid out as the device's products want it."""
-        raise RequestError(f"device {self.name} computes with weights as they are")
-
-    def peak_bytes(self) -> int:
-        """Most device memory that the model on it has taken at once."""
-        return self.memory.peak
-
-    def begin_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
-        """Prepare the process for a call that computes on the device. A call may begin again before it ends."""
-
-    def end_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
-        """Undo `begin_call`; does nothing for a call that has not begun."""
-
-    def close(self) -> None:
-        """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
-        self.memory.close()
-
-    def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
-        """Block the host until buffers that were made outside the lanes are ready for them."""
-
-    def wait_for_compute(self) -> None:  # noqa: B027 (only a device with streams has to)
-        """Block the host until what the compute lane has enqueued is done."""
-
-    def available_bytes(self) -> int | None:
-        """Device memory that can be taken now, None if it is not limited on its own."""
-        capacity = self.memory.capacity
-        return None if capacity is None else capacity - self.memory.used
 
 
 class _HostArithmetic(ComputeDevice):
@@ -206,96 +130,6 @@ class EmulatedDevice(_HostArithmetic):
             self.pace.wait(began, source.nbytes)
 
     from_device = to_device
-
-
-class CudaStore(Store):
-    """Device memory, from torch's caching allocator."""
-
-    def __init__(self, device: torch.device, capacity: int | None = None) -> None:
-        super().__init__(Tier.GPU, capacity)
-        self.device = device
-
-    def _make(self, nbytes: int, purpose: str) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-
-
-class CudaDevice(ComputeDevice):
-    """A GPU that torch calls `cuda` (NVIDIA, or AMD through ROCm)."""
-
-    pinnable = True
-
-    def __init__(self, device: torch.device, memory: int | None = None) -> None:
-        if not torch.cuda.is_available():
-            raise RequestError(f"device {device}: no GPU is visible to torch; use device='cpu'")
-        self.torch_device = torch.device("cuda", device.index or 0)
-        if self.torch_device.index >= torch.cuda.device_count():
-            raise RequestError(
-                f"device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
-            )
-        self.name = str(self.torch_device)
-        self.memory = CudaStore(self.torch_device, memory)
-        torch.cuda.init()  # statistics of memory are not known before
-        total = torch.cuda.get_device_properties(self.torch_device).total_memory
-        self._reserve = int(min(memory or total, total) * _RESERVE)
-        self._native_bfloat16 = (
-            torch.version.hip is not None
-            or torch.cuda.get_device_capability(self.torch_device) >= BFLOAT16_CAPABILITY
-        )
-        self.workspaces = GpuWorkspaces(cublas_bytes(self.torch_device), self._native_bfloat16)
-        # The cap holds for torch's temporaries too, not only for what is counted here.
-        self._user = GpuUser(self.memory, memory)
-        self._shared = shared_gpu(self.torch_device)
-        self._shared.join(self._user)
-
-    def make_lanes(self, host: Store | None = None) -> Lanes:
-        lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
-        for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
-            lanes[link] = CopyLane(link, self.torch_device, host)
-        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ)
-        return Lanes(lanes | {name: ThreadLane(name) for name in (LaneName.HOST, LaneName.DISK_WRITE)})
-
-    def to_device(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-
-    from_device = to_device
-
-    def close(self) -> None:
-        super().close()
-        self._shared.leave(self._user)
-
-    def begin_call(self, call: Hashable) -> None:
-        self._shared.begin(self._user, call)
-
-    def end_call(self, call: Hashable) -> None:
-        self._shared.end(call)
-
-    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        """float16 for a checkpoint in bfloat16 where the GPU has no instructions for it. torch emulates them, without
-        attention that needs no scores; `torch.cuda.is_bf16_supported` is true there."""
-        if checkpoint is torch.bfloat16 and not self._native_bfloat16:
-            return torch.float16
-        return checkpoint
-
-    def settle(self) -> None:
-        # Zero-filling runs on the default stream, which the lanes' streams do not wait for.
-        torch.cuda.default_stream(self.torch_device).synchronize()
-
-    def wait_for_compute(self) -> None:
-        # Asleep, where a stream's own `synchronize` would spin: the cores are for the host's arithmetic.
-        end = torch.cuda.Event(blocking=True)
-        end.record(torch.cuda.current_stream(self.torch_device))
-        end.synchronize()
-
-    def available_bytes(self) -> int | None:
-        device = self.torch_device
-        free, _ = torch.cuda.mem_get_info(device)
-        # What torch has freed it keeps, and gives again.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        left = super().available_bytes()
-        return max((free if left is None else min(free, left)) - self._reserve, 0)
-
-    def peak_bytes(self) -> int:
-        return self._shared.peak(self._user)
 
 
 def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:

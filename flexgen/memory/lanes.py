@@ -9,11 +9,13 @@ for the jobs it was told to wait for, and for nothing else.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ import torch
 
 from flexgen.errors import LaneError
 from flexgen.kernels.threads import take_no_others
+from flexgen.memory.device_errors import lane_error
 from flexgen.memory.taken import run_all
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
@@ -50,12 +53,8 @@ def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
     """A LaneError that names the step; what comes from an earlier step keeps the name it has."""
     if isinstance(cause, LaneError):
         return cause
-    error = LaneError(
-        f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch} "
-        f"failed on lane {lane}: {type(cause).__name__}: {cause}"
-    )
-    error.__cause__ = cause
-    return error
+    where = f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch}"
+    return lane_error(f"{where} failed on lane {lane}", cause)
 
 
 class Lane(ABC):
@@ -141,11 +140,18 @@ class ThreadLane(Lane):
     """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit.
 
     beside_compute: the compute lane needs the same cores; what the lane does takes one of them (`kernels.threads`).
+    within: makes the context that the thread runs in, such as that of a GPU whose events its jobs wait for.
     """
 
-    def __init__(self, name: LaneName, beside_compute: bool = False) -> None:
+    def __init__(
+        self,
+        name: LaneName,
+        beside_compute: bool = False,
+        within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         super().__init__(name)
         self._beside_compute = beside_compute
+        self._within = within
         self._events: list[Event] = []
         # A job with its waits, a mark that tells when the queue has been served, or the end.
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
@@ -162,7 +168,7 @@ class ThreadLane(Lane):
     def _serve(self) -> None:
         if self._beside_compute:
             take_no_others()
-        with torch.inference_mode():  # the mode belongs to a thread, not to the process
+        with self._within(), torch.inference_mode():  # both belong to a thread, not to the process
             while (item := self._queue.get()) is not None:
                 if isinstance(item, HostDone):
                     item.finish()

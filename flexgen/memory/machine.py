@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
-from flexgen.memory.gpu import ComputeDevice, open_device
+from flexgen.memory.gpu import open_device
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.limits import Limits
 from flexgen.memory.store import Store
@@ -20,6 +21,9 @@ from flexgen.policy import Tier
 
 _RESERVE = 0.95
 """Share of the host memory that is free now which a plan may use: the process itself needs some too."""
+_PINNABLE = 0.8
+"""Share of it that may be pinned. The kernel can neither swap nor move that memory, and what it needs for itself it
+takes by ending processes."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,24 @@ class Machine:
         return_large_memory()
         compute = open_device(device)
         # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
-        host = (
-            compute.memory
-            if compute.shares_host_memory
-            else HostStore(Tier.CPU, pin=pin and compute.pinnable)
-        )
+        pin_for = compute.torch_device if pin and compute.pinnable else None
+        host = compute.memory if compute.shares_host_memory else HostStore(Tier.CPU, pin_for=pin_for)
         io = DiskIO(bandwidth=compute.disk_bandwidth)
         disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> Limits:
-        """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
+        """Bytes that each tier can hold, with what this machine has taken already; None for no limit.
+
+        Until it is called again, what host memory keeps for later buffers is within these limits too.
+        """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        free = int(available_bytes() * _RESERVE)
+        available = available_bytes()
+        free = int(available * _RESERVE)
         held = Limits(
             {
                 Tier.GPU: None if left is None else left + self.device.memory.used,
-                Tier.CPU: free + self.host.used,
+                Tier.CPU: free + self.host.used + self.host.spare,
                 Tier.DISK: self.disk.free + self.disk.used,
             }
         )
@@ -72,6 +77,7 @@ class Machine:
             if tier is Tier.DISK:  # files that were published stay beside what calls write
                 most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
+        self.host.allow(held[Tier.CPU] or 0, int(available * _PINNABLE) + self.host.pinned)
         return held
 
     def make_lanes(self) -> Lanes:

@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 
+from flexgen.kernels.workspaces import GPU
 from flexgen.memory.store import Store
 
 
@@ -86,7 +87,8 @@ class SharedGpu:
             if user in self._users:
                 self._users.discard(user)
                 self._set_cap()
-            with contextlib.suppress(RuntimeError):  # a device that has failed is reported elsewhere
+            # The error of a device that has failed was raised before.
+            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
                 self._free_workspaces()
                 torch.cuda.empty_cache()  # torch keeps what is freed until then
 
@@ -126,7 +128,7 @@ class SharedGpu:
             return max(user.most, user.memory.peak)
 
     def _measure(self) -> None:
-        """Note the peak since the last time for those that compute, and begin anew."""
+        """Note the peak since the last time for the models that compute, and reset it."""
         if self._calls:
             most = torch.cuda.max_memory_allocated(self._device)
             for user in self._calls.values():
@@ -159,8 +161,11 @@ class SharedGpu:
 
 def cublas_bytes(device: torch.device) -> int:
     """Bytes of the workspace that torch gives cuBLAS for each stream that a thread computes on."""
+    find = getattr(torch._C, "_cuda_getCublasWorkspaceSize", None)
+    if find is None:  # an older torch, which has 32 MiB at most
+        return GPU.fixed
     with torch.cuda.device(device):
-        return torch._C._cuda_getCublasWorkspaceSize()
+        return find()
 
 
 @cache

@@ -21,7 +21,7 @@ class Store(ABC):
     """The memory of one tier. `used` and `peak` count the bytes of live buffers."""
 
     pageable = False
-    """Whether it has host memory that a GPU cannot reach by itself: copying it blocks whoever enqueues the copy."""
+    """Whether a GPU copies host memory of it that is not pinned: that blocks whoever enqueues the copy."""
 
     def __init__(self, tier: Tier, capacity: int | None = None) -> None:
         self.tier = tier
@@ -30,13 +30,20 @@ class Store(ABC):
         self.peak = 0
         self._live: dict[int, int] = {}
 
-    def allocate(self, nbytes: int, purpose: str, keep: Callable[[Tensor], object] | None = None) -> Tensor:
+    def allocate(
+        self,
+        nbytes: int,
+        purpose: str,
+        keep: Callable[[Tensor], object] | None = None,
+        copied_by_device: bool = True,
+    ) -> Tensor:
         """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit.
 
         keep: given the buffer before it is counted, so that whoever releases it knows it if Ctrl-C arrives.
+        copied_by_device: whether a device's copy engines use the buffer; host memory is pinned for them only.
         """
         self._check(nbytes, purpose)
-        buffer = self._make(nbytes, purpose)
+        buffer = self._make(nbytes, purpose, copied_by_device)
         if keep is not None:
             keep(buffer)
         address, peak = buffer.data_ptr(), max(self.peak, self.used + nbytes)
@@ -46,6 +53,19 @@ class Store(ABC):
         self.used += nbytes
         self.peak = peak
         return buffer
+
+    @property
+    def spare(self) -> int:
+        """Bytes that are kept for later buffers, beyond those `used`."""
+        return 0
+
+    @property
+    def pinned(self) -> int:
+        """Bytes that are pinned, spare ones included."""
+        return 0
+
+    def allow(self, held: int, pinned: int) -> None:  # noqa: B027 (only a store that pins has to)
+        """From here on it may hold `held` bytes, spare ones included, and pin `pinned` of them."""
 
     def adopt(self, nbytes: int, purpose: str) -> None:
         """Count memory of this tier that a library allocates for itself and keeps until the end."""
@@ -73,7 +93,7 @@ class Store(ABC):
             del self._live[address]
 
     @abstractmethod
-    def _make(self, nbytes: int, purpose: str) -> Tensor: ...
+    def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor: ...
 
     def _free(self, buffer: Tensor) -> None:  # noqa: B027 (most memory is freed with its last reference)
         pass

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from flexgen.memory.lanes import Cancelled, Done, HostDone, Job, Lane, ThreadLan
 from flexgen.memory.store import Store
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
+
+_LIVE_EVENTS = 64
+"""Jobs of a lane whose events are kept before those that have ended are read."""
 
 
 class EventDone:
@@ -60,6 +65,53 @@ class QueuedDone(HostDone):
         self._on_stream.precede(stream)
 
 
+class _Times:
+    """When the jobs of one stream ran, from the two events of each.
+
+    Events of jobs that have ended are read on the way, so that a long call has no more of them than a short one. CUDA
+    counts in milliseconds of 24 bits, 62 us apart after a quarter of an hour. So a start is measured from the start
+    before it, and what a job took between its own two events; at the end, the last start is counted back from now.
+    """
+
+    def __init__(self) -> None:
+        self._live: deque[tuple[Step, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._read: list[tuple[Step, float, float]] = []  # seconds from the first start, and that it took
+        self._last: tuple[float, torch.cuda.Event] | None = None  # the last start that was read
+
+    def add(self, step: Step, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """The events of the next job, both recorded."""
+        self._live.append((step, start, end))
+        if len(self._live) >= _LIVE_EVENTS:
+            # A device that has failed answers no query, which the Done of a job tells.
+            with contextlib.suppress(RuntimeError):
+                while self._live and self._live[0][2].query():
+                    self._read_next()
+
+    def _read_next(self) -> None:
+        step, start, end = self._live[0]
+        at = 0.0 if self._last is None else self._last[0] + self._last[1].elapsed_time(start) / 1e3
+        self._read.append((step, at, start.elapsed_time(end) / 1e3))
+        self._last = at, start
+        self._live.popleft()
+
+    def read(self, lane: LaneName, stream: torch.cuda.Stream, origin: float) -> list[Event]:
+        """The events of all jobs, in seconds since `origin` (time.perf_counter). Waits for the end of the last one.
+
+        Raises RuntimeError if the device has failed.
+        """
+        here = torch.cuda.Event(enable_timing=True)
+        here.record(stream)
+        here.synchronize()
+        now = time.perf_counter() - origin
+        while self._live:
+            self._read_next()
+        if self._last is None:
+            return []
+        at, start = self._last
+        began = now - start.elapsed_time(here) / 1e3 - at
+        return [Event(step, lane, began + at, began + at + took) for step, at, took in self._read]
+
+
 class StreamLane(Lane):
     """A CUDA stream. Jobs only enqueue, so they are issued inline; events order lanes on the device.
 
@@ -69,7 +121,7 @@ class StreamLane(Lane):
     def __init__(self, name: LaneName, device: torch.device) -> None:
         super().__init__(name)
         self.stream = torch.cuda.Stream(device)
-        self._pending: list[tuple[Step, torch.cuda.Event, torch.cuda.Event]] = []
+        self._times = _Times()
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         try:
@@ -86,26 +138,15 @@ class StreamLane(Lane):
             done = HostDone()
             done.finish(failure(step, self.name, error))
             return done
-        self._pending.append((step, start, end))
+        self._times.add(step, start, end)
         return EventDone(end, step, self.name)
 
     def take_events(self, origin: float) -> list[Event]:
-        taken, self._pending = self._pending, []
-        if not taken:
-            return []
-        # CUDA counts in milliseconds of 24 bits, 62 us apart after a quarter of an hour. So starts are counted back
-        # from now, not from when the lane was made, and what a job took between its own two events.
-        here = torch.cuda.Event(enable_timing=True)
-        events = []
+        taken, self._times = self._times, _Times()
         # After an error of the device no event can be read. The Done of the job that failed tells of it.
         with contextlib.suppress(RuntimeError):
-            here.record(self.stream)
-            here.synchronize()
-            now = time.perf_counter() - origin
-            for step, start, end in taken:
-                began = now - start.elapsed_time(here) / 1e3
-                events.append(Event(step, self.name, began, began + start.elapsed_time(end) / 1e3))
-        return events
+            return taken.read(self.name, self.stream, origin)
+        return []
 
     def drain(self) -> None:
         # A failed kernel is told by the Done of its job; here it only means that nothing runs any more.
@@ -132,7 +173,7 @@ class CopyLane(ThreadLane):
         self._on_stream = StreamLane(name, device)
         self._host = host
         self._last: QueuedDone | None = None  # of the queue, unless that is known to be empty
-        super().__init__(name)
+        super().__init__(name, within=partial(torch.cuda.device, device))
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         if self._last is not None and self._last.enqueued:

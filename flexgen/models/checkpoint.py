@@ -49,8 +49,17 @@ class Checkpoint(Protocol):
         """Where the tokenizer lies; None for a model that has none."""
 
     @property
+    def sources(self) -> Sequence[Path]:
+        """The files that hold weights, sorted; none where no file does."""
+
+    @property
     def identity(self) -> str:
-        """Names the content, so that what is derived from it can be kept and found again."""
+        """Names the state of these files: what was derived from them is valid while it is the same."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart: equal for copies of the same weights. From headers and samples of the values, so that
+        it takes about as long as opening the files."""
 
     def extent(self, weight: WeightSpec) -> Extent | None:
         """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""

@@ -3,6 +3,7 @@ own `.bin`."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
+from flexgen.models.samples import archive_content, sample
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.plain_files import check_file
 from flexgen.units import align
@@ -61,10 +63,14 @@ class _TensorFiles:
         self._tensors = tensors
 
     @property
+    def sources(self) -> list[Path]:
+        """The files of the tensors, links resolved and sorted."""
+        return sorted({tensor.path.resolve() for tensor in self._tensors.values()})
+
+    @property
     def identity(self) -> str:
-        """Names the content: changes when a file is replaced or written to, whatever time it is given afterwards."""
-        paths = sorted({tensor.path.resolve() for tensor in self._tensors.values()})
-        found = [(path, path.stat()) for path in paths]
+        """Changes when a file is replaced or written to, whatever time it is given afterwards."""
+        found = [(path, path.stat()) for path in self.sources]
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
@@ -246,6 +252,16 @@ def make_header(
 class _PlainFiles(_TensorFiles):
     """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of each tensor's name, dtype and shape, and of samples of its values. Not of files, paths or
+        times: copies and other shards of the same tensors have the same one."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self._tensors.items()):
+            digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
+            digest.update(sample(stored.path, stored.offset, stored.nbytes))
+        return digest.hexdigest()
+
     def extent(self, weight: WeightSpec) -> Extent:
         """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
@@ -332,6 +348,13 @@ class BinCheckpoint(_TensorFiles):
                     dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
                     tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
         super().__init__(directory, tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
+        paths = sorted({stored.path for stored in self._tensors.values()})
+        content = [(path.name, archive_content(path)) for path in paths]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def extent(self, weight: WeightSpec) -> None:
         """Always None: a pickle is no place to read bytes from."""

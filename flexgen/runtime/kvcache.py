@@ -80,20 +80,21 @@ class KVCache:
 
     # Buffers
 
-    def _take(self, store: Store, nbytes: int, purpose: str) -> Tensor:
-        return self._taken.buffer(store, nbytes, purpose)
+    def _take(self, store: Store, nbytes: int, purpose: str, copied_by_device: bool = True) -> Tensor:
+        return self._taken.buffer(store, nbytes, purpose, copied_by_device)
 
     def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[Part]:
         if segment.tier is Tier.DISK:
             path = self._taken.file(self._disk, f"cache-{self._files}", layers * segment.nbytes)
             self._files += 1
-            tails = self._take(self._host, layers * segment.page_bytes, "tails of the KV cache on disk")
+            nbytes, purpose = layers * segment.page_bytes, "tails of the KV cache on disk"
+            tails = self._take(self._host, nbytes, purpose, copied_by_device=segment.on_device)
             for n, tail in enumerate(tails.split(segment.page_bytes)):
                 place = (path, n * segment.nbytes)
                 yield Part(segment, file=place, tail=tail, tail_page=tuple(pages_in(tail, segment)))
             return
         store = self._device.memory if segment.tier is Tier.GPU else self._host
-        homes = self._take(store, layers * segment.nbytes, "KV cache")
+        homes = self._take(store, layers * segment.nbytes, "KV cache", copied_by_device=segment.on_device)
         for home in homes.split(segment.nbytes):
             yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
 
@@ -105,7 +106,9 @@ class KVCache:
         fresh = max(segment.token_bytes(prompt_len) for segment in segments)
         return Slot(
             device=self._take(self._device.memory, largest, "slots of the KV cache") if in_device else None,
-            host=self._take(self._host, largest, "slots of the KV cache") if tier is Tier.DISK else None,
+            host=self._take(self._host, largest, "slots of the KV cache", copied_by_device=on_device)
+            if tier is Tier.DISK
+            else None,
             fresh=None
             if self._shared or tier is Tier.GPU
             else self._take(self._host, fresh, "staging of the KV cache"),

@@ -21,7 +21,8 @@ def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Pha
     on_disk = any(split.percent(Tier.DISK) for split in (model.policy.cache, model.policy.activations))
     tokens = workload.gen_len
     seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
-    with torch.inference_mode(), (call := Call(model, workload, 0)), call:
+    active = model.machine.device.active()
+    with active, torch.inference_mode(), (call := Call(model, workload, 0)), call:
         timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
         for rows in request.blocks(model.policy.block_size):
             lengths = tuple(len(request.prompts[n]) for n in rows)

@@ -40,7 +40,7 @@ class Lookup:
         self._staging = (
             self._slots if self._shared else [self._take(machine.host, sizes.staging) for _ in range(slots)]
         )
-        self._scratch = self._take(machine.host, sizes.scratch)
+        self._scratch = self._take(machine.host, sizes.scratch, copied_by_device=False)
         self._decoded = self._take(memory, sizes.decoded)
         # Rows that were gathered last, and rows that are on the device, by slot.
         self._gathered = [0] * slots
@@ -49,8 +49,8 @@ class Lookup:
         kept = [self._decoded] * slots if self._codec else [slot[sizes.lead :] for slot in self._slots]
         self._tables = [tensor_at(buffer, 0, shape, dtype) for buffer in kept]
 
-    def _take(self, store: Store, nbytes: int) -> Tensor:
-        return self._taken.buffer(store, nbytes, "rows of the embedding table")
+    def _take(self, store: Store, nbytes: int, copied_by_device: bool = True) -> Tensor:
+        return self._taken.buffer(store, nbytes, "rows of the embedding table", copied_by_device)
 
     def close(self) -> None:
         """Give back all memory."""

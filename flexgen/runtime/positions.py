@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.needs import Need
 from flexgen.memory.plan import activation_bytes, batch_sizes
 from flexgen.memory.transfer import Chains, Stage

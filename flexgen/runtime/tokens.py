@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flexgen.errors import LaneError
 from flexgen.kernels.workspaces import choice_bytes
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.machine import Machine
 from flexgen.memory.needs import Need
 from flexgen.memory.plan import SLOTS
@@ -287,9 +288,8 @@ class WholeCallTokens(NewTokens):
         except LaneError:
             raise
         except Exception as error:
-            raise LaneError(
-                f"choosing token {token} of all {len(rows)} rows failed: {type(error).__name__}: {error}"
-            ) from error
+            cause = named(error)
+            raise lane_error(f"choosing token {token} of all {len(rows)} rows failed", cause) from cause
         self._prompts.newest[rows] = ids
         last = token == self.ids.shape[1] - 1
         return [] if last or self._ended.all() else list(map(list, self._prompts.batches))

@@ -1,5 +1,6 @@
 """Host memory: what may be taken of it, and what is pinned."""
 
+import contextlib
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from flexgen.units import GIB, MIB
 
 V2 = Path("sys/fs/cgroup")
 V1 = Path("sys/fs/cgroup/memory")
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -143,8 +145,8 @@ print(before - cpu.resident_bytes())
 
 def test_without_a_device_nothing_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    store = HostStore(pin=True)
-    assert not store.pin and store.pageable
+    store = HostStore(pin_for=GPU)
+    assert store.pageable
     assert not store.allocate(4096, "anything").is_pinned()
 
 
@@ -156,6 +158,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
             raise AssertionError("it was never registered")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     launched = []
 
@@ -166,7 +169,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, **at: Kernel() if at else zeros(*size))
-    store = HostStore(pin=True)
+    store = HostStore(pin_for=GPU)
     assert not store.pageable
     buffer = store.allocate(MIB, "weights of layer-0")
     assert buffer.numel() == MIB and not buffer.any()
@@ -186,10 +189,12 @@ def test_what_was_pinned_is_given_back(monkeypatch):
 
         def cudaHostUnregister(self, address):
             pinned.remove(address)
+            return 0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    store = HostStore(pin=True)
+    store = HostStore(pin_for=GPU)
     first, second = (store.allocate(4096, "anything") for _ in range(2))
     assert pinned == {first.data_ptr(), second.data_ptr()} and not store.pageable
     store.release(first)
@@ -200,7 +205,7 @@ def test_what_was_pinned_is_given_back(monkeypatch):
 
 @pytest.mark.gpu
 def test_registered_memory_is_pinned():
-    store = HostStore(pin=True)
+    store = HostStore(pin_for=GPU)
     buffer = store.allocate(8 * MIB, "weights")
     assert buffer.is_pinned()
     device = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")

@@ -8,7 +8,8 @@ import torch
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.gpu import CudaDevice, EmulatedDevice, HostDevice, Pace, choose_dtype, open_device
+from flexgen.memory.cuda import CudaDevice
+from flexgen.memory.gpu import EmulatedDevice, HostDevice, Pace, choose_dtype, open_device
 from flexgen.memory.lanes import InlineLane
 from flexgen.memory.shared_gpu import shared_gpu
 from flexgen.policy import Tier
@@ -203,6 +204,7 @@ def runtime(monkeypatch):
         card.free, card.reserved = card.free + card.reserved - card.allocated, card.allocated
 
     fakes = {
+        "device": contextlib.nullcontext,
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "init": lambda: setattr(card, "ready", True),
@@ -216,7 +218,6 @@ def runtime(monkeypatch):
         "empty_cache": empty_cache,
         "get_per_process_memory_fraction": lambda device: 1.0,
         "get_device_capability": lambda device: card.capability,
-        "device": lambda device: contextlib.nullcontext(),
     }
     monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 8 * MIB, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
@@ -289,7 +290,7 @@ def test_caps_of_two_models_on_one_gpu_add_up(runtime):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin", [True, False])
 def test_a_round_trip_through_a_gpu(pin):
-    device, host = open_device("cuda:0"), HostStore(pin=pin)
+    device, host = open_device("cuda:0"), HostStore(pin_for=torch.device("cuda", 0) if pin else None)
     source, back = (host.allocate(MIB, "a buffer") for _ in range(2))
     source.random_(0, 256)
     there = device.memory.allocate(MIB, "a target")

@@ -1,5 +1,6 @@
 """Lanes of CUDA streams: on made-up streams that write down what they are told, and on a GPU where there is one."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -86,6 +87,10 @@ def gpu(monkeypatch):
             assert self.at is not None, "an event that was not recorded is no one's end"
             device.check()
 
+        def query(self):
+            device.check()
+            return True
+
         def elapsed_time(self, later):
             device.check()
             assert self.timed and later.timed
@@ -103,6 +108,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     return device
 
 
@@ -309,6 +315,23 @@ def test_durations_are_exact_however_long_ago_the_lane_was_made(gpu, monkeypatch
     assert second.end - second.start == pytest.approx(0.00207, rel=1e-4)
     assert (first.start, second.start) == pytest.approx((100.0, 101.00103), abs=1e-4)
     assert lane.take_events(0.0) == []
+
+
+def test_a_long_call_keeps_few_events_and_all_times(gpu, monkeypatch):
+    lane = StreamLane(LaneName.COMPUTE, torch.device("cpu"))
+    monkeypatch.setattr(stream_lanes.time, "perf_counter", lambda: gpu.now)
+    alive = []
+    for n in range(1000):
+        lane.submit(enqueue(gpu, "job", seconds=0.001), (), STEP._replace(token=n))
+        gpu.now += 0.25
+        if n % 100 == 99:
+            gc.collect()
+            alive.append(sum(type(found) is torch.cuda.Event for found in gc.get_objects()))
+    assert max(alive) < 2 * 64 + 10
+    events = lane.take_events(0.0)
+    assert [event.step.token for event in events] == list(range(1000))
+    for n, event in enumerate(events):
+        assert (event.start, event.end) == pytest.approx((n * 0.251, n * 0.251 + 0.001), abs=1e-4)
 
 
 def test_a_device_that_has_failed_has_no_events_and_raises_where_it_is_waited_for(gpu, lanes):

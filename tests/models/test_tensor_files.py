@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -290,3 +292,46 @@ def test_a_bin_file_that_is_no_checkpoint(content, make_model, save, capsys):
         open_model(directory)
     assert "weights_only" not in str(raised.value)
     assert "code of the file ran" not in capsys.readouterr().out
+
+
+KINDS = {"safetensors": {}, "bin": {}, "legacy": {"_use_new_zipfile_serialization": False}}
+
+
+def _fingerprint(directory):
+    return open_model(directory)[1].fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_is_of_the_content_and_not_of_its_files(kind, make_model, save, tmp_path):
+    directory = save(make_model("opt"), "safetensors" if kind == "safetensors" else "bin", **KINDS[kind])
+    before, identity = _fingerprint(directory), open_model(directory)[1].identity
+    for path in directory.iterdir():
+        path.chmod(0o600)
+        os.link(path, tmp_path / path.name)
+        os.utime(path, (0, 0))
+    assert open_model(directory)[1].identity != identity
+    assert _fingerprint(directory) == before
+    assert (
+        _fingerprint(shutil.copytree(directory, tmp_path / "copy", copy_function=shutil.copyfile)) == before
+    )
+
+
+def test_a_fingerprint_does_not_depend_on_shards(make_model, save, tmp_path):
+    model = make_model("opt")
+    before = _fingerprint(save(model))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert _fingerprint(tmp_path / "sharded") == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_tells_trained_weights_apart(kind, make_model, save):
+    format = "safetensors" if kind == "safetensors" else "bin"
+    found = set()
+    for change in (None, "embed_tokens.weight", "layers.1.fc1.bias"):
+        model = make_model("opt")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if change is not None and name.endswith(change):
+                    parameter.mul_(1.01)
+        found.add(_fingerprint(save(model, format, **KINDS[kind])))
+    assert len(found) == 3

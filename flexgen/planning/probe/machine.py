@@ -19,8 +19,8 @@ import torch
 
 from flexgen.errors import CapacityError
 from flexgen.kernels.heads import HeadFormat, PlainHeads
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk import BLOCK
-from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Fixed, Hardware
@@ -74,6 +74,7 @@ def measure(
     with contextlib.ExitStack() as stack, torch.inference_mode():
         machine = Machine.open(device, offload_dir)
         stack.callback(machine.close)
+        stack.enter_context(machine.device.active())
         others = _Others()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)

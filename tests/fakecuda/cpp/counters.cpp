@@ -42,7 +42,7 @@ const char* fakecuda_counters() {
     out << "{\"launches\": " << object(counters.launches) << ", \"host_waits\": " << object(counters.host_waits)
         << ", \"copied\": " << object(counters.copied) << ", \"contexts\": " << object(counters.contexts)
         << ", \"device_used\": " << object(machine().device_used) << ", \"pinned\": " << machine().pinned_memory.total()
-        << ", \"live_events\": " << counters.live_events << ", \"most_events\": " << counters.most_events
+        << ", \"registrations\": " << counters.registrations << ", \"live_events\": " << counters.live_events << ", \"most_events\": " << counters.most_events
         << ", \"overwritten_uploads\": " << counters.overwritten_uploads
         << ", \"unordered_copies\": " << counters.unordered_copies
         << ", \"released_in_flight\": " << counters.released_in_flight << "}";

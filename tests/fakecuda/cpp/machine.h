@@ -70,6 +70,7 @@ struct Counters {
     std::map<std::string, long> host_waits;  // by function of the runtime
     std::map<std::string, long> copied;      // bytes by kind: "h2d pinned", "h2d pageable", "d2h pinned", ...
     std::map<int, long> contexts;            // calls by device that would create its context
+    long registrations = 0;              // calls of cudaHostRegister that did it
     long live_events = 0;
     long most_events = 0;
     long overwritten_uploads = 0;   // pinned sources that the host changed before their copy ended

@@ -87,6 +87,7 @@ cudaError_t cudaHostRegister(void* address, size_t nbytes, unsigned) {
     if (settings().registration_fails) return fail(cudaErrorMemoryAllocation);
     if (machine().pinned_memory.contains(address)) return fail(cudaErrorHostMemoryAlreadyRegistered);
     machine().pinned_memory.add(address, nbytes);
+    machine().counters.registrations++;
     return cudaSuccess;
 }
 

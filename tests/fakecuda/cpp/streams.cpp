@@ -17,6 +17,7 @@ cudaError_t wait_for(Stream& stream, const char* function) {
     double end;
     {
         std::lock_guard guard(machine().lock);
+        machine().touch(current_device());
         machine().count_wait(function);
         end = stream.clock;
         machine().finish(machine().reached_by(stream));
@@ -58,6 +59,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
+    machine().touch(current_device());
     Stream& stream = machine().stream(handle);
     if (stream.clock > now()) return cudaErrorNotReady;
     machine().finish(machine().reached_by(stream));
@@ -80,6 +82,7 @@ cudaError_t cudaDeviceSynchronize() {
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
+    machine().touch(current_device());
     Event& event = event_of(event_handle);
     if (!event.recorded) return cudaSuccess;
     Stream& stream = machine().stream(handle);
@@ -129,6 +132,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t handle) {
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle, unsigned) {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
+    machine().touch(current_device());
     Event& event = event_of(handle);
     Stream& stream = machine().stream(stream_handle);
     event.time = std::max(stream.clock, now());
@@ -144,6 +148,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
+    machine().touch(current_device());
     Event& event = event_of(handle);
     if (event.recorded && event.time > now()) return cudaErrorNotReady;
     machine().finish(event.reached);
@@ -155,6 +160,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     double end;
     {
         std::lock_guard guard(machine().lock);
+        machine().touch(current_device());
         machine().count_wait("cudaEventSynchronize");
         Event& event = event_of(handle);
         end = event.time;
@@ -167,6 +173,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start_handle, cudaEvent_t end_handle) {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
+    machine().touch(current_device());
     Event &start = event_of(start_handle), &end = event_of(end_handle);
     bool untimed = (start.flags | end.flags) & cudaEventDisableTiming;
     if (untimed || !start.recorded || !end.recorded) return fail(cudaErrorInvalidResourceHandle);

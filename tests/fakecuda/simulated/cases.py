@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 from flexgen import OptLM, Policy
 from flexgen.orders import ORDERS
 
+GPU = torch.device("cuda", 0)
 WITHOUT_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 """Phases of hypothesis: a case takes seconds here, and shrinking one would take minutes."""
 

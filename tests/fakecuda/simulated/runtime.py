@@ -29,7 +29,8 @@ class Counters:
     """What the runtime has counted since the last `reset`.
 
     launches: kernels by name. host_waits: calls that block the host, by function. copied: bytes by direction and kind
-    of host memory. contexts: calls by device that would create its context. pinned: bytes registered or allocated.
+    of host memory. contexts: calls by device that would create its context. pinned: bytes registered or allocated;
+    registrations: buffers that were registered.
     The last three are hazards: pinned memory that the host changed, or freed, or that another stream copied, while a
     copy still used it.
     """
@@ -40,6 +41,7 @@ class Counters:
     contexts: dict[str, int]
     device_used: dict[str, int]
     pinned: int
+    registrations: int
     live_events: int
     most_events: int
     overwritten_uploads: int

@@ -1,0 +1,64 @@
+"""What a call asks of the host and of the driver, by the counters of the simulated runtime."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
+
+from simulated import cases, runtime
+from transformers import OPTConfig
+
+from flexgen import Policy
+
+ONE_LAYER = OPTConfig(
+    vocab_size=32, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+    max_position_embeddings=2050,
+)  # fmt: skip
+
+
+def test_events_of_2000_tokens_are_no_more_than_those_of_100():
+    policy = Policy(gpu_batch_size=1, weights={"cpu": 100}, cache={"gpu": 100}, activations={"gpu": 100})
+    most = []
+    with cases.open_on("cuda", ONE_LAYER, policy) as model:
+        for tokens in (100, 2000):
+            runtime.reset()
+            model.generate([[3, 4, 5]], tokens, stop=())
+            most.append(runtime.counters().most_events)
+            assert len(model.stats.timing.trace.events) > 6 * tokens
+    assert runtime.counters().live_events == 0
+    assert most[1] < 1.2 * most[0] < 1200
+
+
+def of_a_call(model, tokens):
+    """The host's waits and the bytes copied in `generate` of so many tokens."""
+    runtime.reset()
+    model.generate(cases.PROMPTS, tokens, stop=())
+    return dataclasses.astuple(runtime.counters())[1:3]
+
+
+@pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
+def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
+    with cases.open_on("cuda", cases.OPT, cases.policy(attend_on=attend_on)) as model:
+        (few_waits, few_copies), (waits, copies) = of_a_call(model, 4), of_a_call(model, 24)
+    more = {name for name in waits if waits[name] != few_waits.get(name)}
+    assert more == {"cudaEventSynchronize"}
+    assert {kind for kind in copies if copies[kind] != few_copies.get(kind)} == {
+        "d2d",
+        "d2h pinned",
+        "h2d pinned",
+    }
+    assert runtime.counters().pinned == 0
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_a_model_on_the_second_gpu_makes_no_context_on_the_first(pin):
+    runtime.reset()
+    policy = cases.policy(attend_on="cpu", pin_weight=pin)
+    with cases.open_on("cuda:1", cases.OPT, policy) as model:
+        model.generate(cases.PROMPTS, 4, do_sample=True, seed=0, stop=())
+        model.forward(cases.PROMPTS)
+        model.lane_seconds(cases.PROMPTS[:3], 3)
+    with runtime.refusing_to_pin(), cases.open_on("cuda:1", cases.OPT, policy):
+        pass
+    assert set(runtime.counters().contexts) == {"1"}
