@@ -322,7 +322,15 @@ def test_all_logits_are_kept_in_host_memory():
         for all_logits in (False, True)
     )
     logits = 6 * 8 * SPEC.vocab_size * 2
-    assert every.on(Tier.CPU) - last.on(Tier.CPU) == logits
+    staging = 2 * 4 * 8 * SPEC.vocab_size * 2  # for two cells of four prompts
+    assert every.on(Tier.CPU) - last.on(Tier.CPU) == logits + staging
+    with_long_prompts = plan_memory(
+        LAYERS, placement, policy, torch.float16, False, Workload(800, 1, 6), all_logits=True
+    )
+    staged = [
+        n for n in with_long_prompts.needs if (n.tier, n.what, n.role) == (Tier.CPU, "activations", "staging")
+    ]
+    assert [need.nbytes for need in staged] == [2 * 16 * MIB]
     assert every.on(Tier.GPU, "activations") > last.on(Tier.GPU, "activations")
 
 
