@@ -27,6 +27,7 @@ from flexgen.models import ModelSpec, open_model
 from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
 from flexgen.prompt_files import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
+from flexgen.runtime.request import check_room
 from flexgen.runtime.sampler import check_seed
 from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
 from flexgen.text import encode, encode_chat, load_tokenizer
@@ -83,7 +84,9 @@ def read_job(args: argparse.Namespace) -> Job:
     about = {
         "prompts": _digest(fields),
         "tokens of the prompts": _digest(ids),
-        "weights or configuration of the model": _digest([repr(replace(spec, name="")), checkpoint.identity]),
+        "weights or configuration of the model": _digest(
+            [repr(replace(spec, name="")), checkpoint.fingerprint]
+        ),
         "--dtype": args.dtype,
         "--max-tokens": args.max_tokens,
         "--temperature": args.temperature,
@@ -104,13 +107,7 @@ def _ids(tokenizer: Any, line: PromptLine, special_tokens: bool) -> list[int]:
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:
     if not ids:
         raise RequestError("the tokenizer makes no ids of the prompt; remove it")
-    if len(ids) + max_tokens > spec.max_positions:
-        room = spec.max_positions - len(ids)
-        fewer = f", or give --max-tokens {room}" if room > 0 else ""
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens and {max_tokens} more are asked for: {len(ids) + max_tokens} exceed "
-            f"the {spec.max_positions} positions of {spec.name}. Shorten it{fewer}"
-        )
+    check_room(spec, "the prompt", len(ids), max_tokens)
 
 
 def _digest(data: Any) -> str:

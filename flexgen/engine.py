@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError
 from flexgen.memory.cpu import peak_resident_bytes
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.limits import read_limits
 from flexgen.memory.needs import Kept, MemoryPlan, Need
 from flexgen.memory.plan import batch_sizes

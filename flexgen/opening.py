@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from flexgen.memory.cpu import reset_peak_resident_bytes
-from flexgen.memory.gpu import ComputeDevice, choose_dtype, open_device
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.gpu import choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
+from flexgen.plain_files import check_file
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Files of which a tokenizer needs one: without any transformers would make an empty one for some models."""
@@ -29,7 +30,8 @@ Messages = Sequence[Mapping[str, str]]
 def load_tokenizer(directory: Path | None, model: str) -> Any:
     """The tokenizer in `directory`, where `model` was found; the network is not asked.
 
-    Raises ModelError where there is none, or none that transformers can read.
+    Raises ModelError where there is none, or none that transformers can read, and CheckpointError where one of its
+    files is a Git LFS pointer or a link to nothing.
     """
     if directory is None or not any(file for name in _VOCABULARIES for file in directory.glob(name)):
         where = (
@@ -38,6 +40,9 @@ def load_tokenizer(directory: Path | None, model: str) -> Any:
         raise ModelError(
             f"{model} has no tokenizer ({where}): put its tokenizer files beside its config, or give ids"
         )
+    for name in (*_VOCABULARIES, "tokenizer_config.json", "merges.txt"):
+        for file in directory.glob(name):
+            check_file(file)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # of whatever kind: files of any origin are read by code of many authors

@@ -34,7 +34,7 @@ def job(tmp_path):
 
 
 def start(job, *flags, block=BLOCK):
-    return batch.main([*map(str, job), *FLAGS, *block, *flags])
+    return batch.main([*map(str, job), *FLAGS, *block, *map(str, flags)])
 
 
 def run_of(job):
@@ -244,6 +244,25 @@ def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
     assert job[1].read_bytes() == before
 
 
+def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path, ends_in_call, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, model)
+    ends_in_call(2)
+    with pytest.raises(Ended):
+        start(job, "--model", model)
+    before = job[1].read_bytes()
+    weights = model / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    assert start(job, "--model", model) == 1
+    assert "was begun with other weights or configuration of the model" in capsys.readouterr().err
+    assert job[1].read_bytes() == before
+    weights.write_bytes(right)
+    ends_in_call(100)
+    assert start(job, "--model", model.rename(tmp_path / "moved")) == 0
+    assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
+
+
 DAMAGED_RUNS = {
     "no policy": lambda run: run.pop("policy"),
     "a policy that is a number": lambda run: run.update(policy=3),
@@ -280,7 +299,7 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
     ("name", "text", "said"),
     [
         ("a.txt", b"", "a.txt is empty; write prompts into it"),
-        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten it"),
+        ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten the prompt"),
         ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
         ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),

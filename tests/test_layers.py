@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # a sibling on its own layer.
 LAYERS = [
     {"errors", "units", "turns", "interrupts"},
-    {"policy", "workload", "schedule", "demo"},
+    {"policy", "workload", "schedule", "demo", "plain_files"},
     {"orders", "trace", "prompt_files", "job_file"},
     {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},

@@ -12,9 +12,6 @@ from flexgen.errors import RequestError
 from flexgen.policy import Tier
 from flexgen.units import parse_bytes
 
-_MOST = 2**63 - 1
-"""The largest size in bytes that can be given."""
-
 
 def read_max_memory(
     given: Mapping[int | str, int | str] | None, device: str = "auto"
@@ -83,10 +80,4 @@ def _bytes(size: int | str) -> int:
         raise TypeError(
             f"a {type(size).__name__} is not a size: write a number of bytes or a text such as '10GiB'"
         )
-    try:
-        count = parse_bytes(size) // (8 if bits else 1)
-    except OverflowError:  # more digits than a float holds
-        count = _MOST + 1
-    if count > _MOST:
-        raise ValueError(f"the size is over {_MOST} bytes; leave the key out where there is no limit")
-    return count
+    return parse_bytes(size) // (8 if bits else 1)

@@ -14,7 +14,7 @@ from flexgen.memory.needs import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
 from flexgen.runtime.draws import seed_from_torch, uniforms
-from flexgen.runtime.sampler import best, draw
+from flexgen.runtime.sampler import best, draw_by_scores
 
 
 class Record:
@@ -110,7 +110,7 @@ class HFChoice:
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
         if self._seed is not None:
-            return draw(scores.softmax(dim=-1), uniforms(self._seed, rows, token, scores.device))
+            return draw_by_scores(scores, uniforms(self._seed, rows, token, scores.device))
         return best(scores)
 
     @_as_in_transformers()

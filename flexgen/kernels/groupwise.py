@@ -40,6 +40,41 @@ def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = t
     return packed
 
 
+def requantise_small(x: Tensor, packed: Packed) -> None:
+    """Encode again those groups of `x` whose scale is below the normal numbers of float16, with a scale that is
+    rounded up.
+
+    There float16 counts in units of 2 ** -24. A scale rounded to the nearest of them can be zero, which loses the
+    group, or too small for its largest values. With one rounded up a value is off by at most half a step, and a step
+    is at most one unit more than it would be.
+    """
+    if packed.scales.dtype != torch.float16:
+        return
+    small = packed.scales < torch.finfo(torch.float16).smallest_normal
+    if not small.any():
+        return
+    levels, unit = 2**packed.bits - 1, torch.finfo(torch.float16).smallest_normal * 2**-10
+    groups = x.unflatten(-1, (-1, packed.group))[small].float()
+    minimum = packed.minimums[small].float()[:, None]
+    # In float64 the quotient of an exact multiple is exact, and is not rounded up once more.
+    steps = (groups.amax(-1, keepdim=True) - minimum).clamp_min(0).double() / (levels * unit)
+    scale = (steps.ceil() * unit).float()
+    packed.scales[small] = scale[:, 0].to(torch.float16)
+    octets = packed.values.unflatten(-1, (-1, packed.group * packed.bits // 8))
+    octets[small] = _codes(groups, minimum, scale, packed.bits)
+
+
+def _codes(groups: Tensor, minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The octets of groups (..., group), with minimums and scales as they are kept (..., 1)."""
+    levels = 2**bits - 1
+    codes = torch.where(scale == 0, 0.0, (groups - minimum) / scale)
+    codes = codes.clamp(0, levels).round().to(torch.uint8)
+    if bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        codes = low | high << 4
+    return codes
+
+
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
     """Write what was packed to `out`, rounded to its type, and return it."""
     check_packed(packed)
@@ -114,11 +149,7 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
     # Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
     minimum = _keep(groups.amin(-1) + 0.0, packed.minimums)  # no negative zero
     scale = _keep((groups.amax(-1) - minimum).clamp_min(0) * (1 / levels), packed.scales)
-    steps = (groups - minimum[..., None]) / scale[..., None]
-    codes = torch.where(scale[..., None] == 0, 0.0, steps).clamp(0, levels).round().to(torch.uint8)
-    if packed.bits == 4:
-        low, high = codes.chunk(2, dim=-1)
-        codes = low | high << 4
+    codes = _codes(groups, minimum[..., None], scale[..., None], packed.bits)
     packed.values.copy_(codes.flatten(-2))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,7 @@ from flexgen.errors import CapacityError, FlexGenError, RequestError
 from flexgen.memory.direct_file import BLOCK, fix_for
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.run_folder import RunFolder, make_partial, remove_abandoned
+from flexgen.memory.shared_folder import remove_unused, use_folder
 from flexgen.units import align, format_bytes
 
 
@@ -41,6 +43,7 @@ class DiskStore:
         self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        self._in_use: dict[Path, int] = {}  # folders of published files, and the descriptors that lock them
         self._process = os.getpid()
         if root is not None:
             try:
@@ -121,8 +124,7 @@ class DiskStore:
 
     def published(self, name: str) -> Path | None:
         """The regular file of this user published as `name`, by this run or an earlier one, if there is one."""
-        folder = self._run_folder() if self.root is None else self.root
-        path = _inside(folder, name)
+        path = _inside(self._kept(), name)
         try:
             status = os.lstat(path)
         except OSError:
@@ -135,14 +137,14 @@ class DiskStore:
 
         An existing file of that name is replaced. After an error in `write` nothing is left of it.
         """
-        folder = self._run_folder() if self.root is None else self.root
+        folder = self._kept()
         path = _inside(folder, name)
         nbytes = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, partial = make_partial(folder)
             try:
-                with open(fd, "wb") as file:
+                with open(fd, "w+b") as file:
                     write(file)
                     file.flush()
                     os.fsync(fd)
@@ -161,8 +163,38 @@ class DiskStore:
         self.io.forget(path)
         return path
 
+    def use(self, name: str, make: bool) -> bool:
+        """Keep the folder `name` of published files from the `remove_unused` of other processes, until `close`.
+
+        Returns whether it is there; with `make` it is made. Raises as `publish` does.
+        """
+        path = _inside(self._kept(), name)
+        if path not in self._in_use:
+            try:
+                fd = use_folder(path, make)
+            except OSError as error:
+                raise self._refused(error, path, 0) from error
+            if fd is None:
+                return False
+            self._in_use[path] = fd
+        return True
+
+    def kept_folders(self, name: str, pattern: re.Pattern[str]) -> list[Path]:
+        """Folders in the folder `name` of published files whose names match `pattern`."""
+        try:
+            with os.scandir(_inside(self._kept(), name)) as entries:
+                return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
+        except OSError:
+            return []
+
+    def remove_unused(self, path: Path) -> bool:
+        """Remove one of `kept_folders`, unless another process uses it. Returns whether it was removed."""
+        return path not in self._in_use and remove_unused(path)
+
     def close(self) -> None:
         """Remove this run's scratch files and their folder."""
+        while self._in_use:
+            os.close(self._in_use.popitem()[1])
         for path in list(self._sizes):
             self.release(path)
         with self._lock:
@@ -177,6 +209,10 @@ class DiskStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _kept(self) -> Path:
+        """The folder of published files."""
+        return self._run_folder() if self.root is None else self.root
 
     def _run_folder(self) -> Path:
         with self._lock:

@@ -7,108 +7,33 @@ bandwidth: every move is a real copy, so that a machine without a GPU exercises 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexgen.errors import CapacityError, RequestError
+from flexgen.errors import RequestError
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.device_errors import named_errors, short_of_memory
+from flexgen.memory.cuda import CudaDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.store import Store
-from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
-from flexgen.units import format_bytes, parse_bytes
+from flexgen.units import parse_bytes
 
-_RESERVE = 0.05
-"""Share of a GPU's memory, or of its cap, that no plan may use: for the libraries' workspaces, and holes."""
+_log = logging.getLogger("flexgen")
+
 _GPU_NUMBERS = 128
 """torch.device keeps the number in 8 bits, signed."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ComputeDevice(ABC):
-    """Where layers run. `memory` is its store (the GPU tier)."""
-
-    name: str
-    torch_device: torch.device
-    memory: Store
-    shares_host_memory = False
-    """Whether host memory is its memory, so that nothing has to cross a link."""
-    in_host_memory = False
-    """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
-    pinnable = False
-    """Whether its links are faster from pinned host memory."""
-    shares_cores = False
-    """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
-    disk_bandwidth: float | None = None
-    """Bytes/s at which the disk is held back; None for the real disk."""
-
-    @abstractmethod
-    def make_lanes(self, host: Store | None = None) -> Lanes:
-        """Lanes of its resources, one for every name.
-
-        `host`: the store of host memory that the links move from and to; its memory is taken for pinned without.
-        """
-
-    @abstractmethod
-    def to_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy host memory into device memory on the current lane; contiguous, of equal bytes."""
-
-    @abstractmethod
-    def from_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy device memory into host memory on the current lane; contiguous, of equal bytes."""
-
-    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
-        return checkpoint
-
-    def packs(self, dtype: torch.dtype) -> bool:
-        """Whether matrices that live on the device and are multiplied are better off with `pack`."""
-        return False
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """A matrix (out, in) in host memory, laid out as the device's products want it."""
-        raise RequestError(f"device {self.name} computes with weights as they are")
-
-    def peak_bytes(self) -> int:
-        """Most device memory taken at once since the device was opened."""
-        return self.memory.peak
-
-    def close(self) -> None:
-        """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
-        self.memory.close()
-
-    def active(self) -> AbstractContextManager[object]:
-        """Within it the calling thread works on this device, and errors of torch are raised as flexgen's.
-
-        Raises CapacityError for memory that ran out, StepCapacityError where a step did, and DeviceError for a device
-        that has failed.
-        """
-        return named_errors()
-
-    def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
-        """Block the host until buffers that were made outside the lanes are ready for them."""
-
-    def wait_for_compute(self) -> None:  # noqa: B027 (only a device with streams has to)
-        """Block the host until what the compute lane has enqueued is done."""
-
-    def available_bytes(self) -> int | None:
-        """Device memory that can be taken now, None if it is not limited on its own."""
-        capacity = self.memory.capacity
-        return None if capacity is None else capacity - self.memory.used
 
 
 class _HostArithmetic(ComputeDevice):
@@ -207,103 +132,6 @@ class EmulatedDevice(_HostArithmetic):
     from_device = to_device
 
 
-class CudaStore(Store):
-    """Device memory, from torch's caching allocator."""
-
-    def __init__(self, device: torch.device, capacity: int | None = None) -> None:
-        super().__init__(Tier.GPU, capacity)
-        self.device = device
-
-    def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
-        try:
-            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"{purpose} needs {format_bytes(nbytes)} of {self.device}, where less is free now "
-                f"({short_of_memory(error)}): end other programs that use this GPU, put a smaller share on gpu, or "
-                "use smaller batches"
-            ) from error
-
-
-class CudaDevice(ComputeDevice):
-    """A GPU that torch calls `cuda` (NVIDIA, or AMD through ROCm)."""
-
-    pinnable = True
-
-    def __init__(self, device: torch.device, memory: int | None = None) -> None:
-        if not torch.cuda.is_available():
-            raise RequestError(f"device {device}: no GPU is visible to torch; use device='cpu'")
-        self.torch_device = torch.device("cuda", device.index or 0)
-        if self.torch_device.index >= torch.cuda.device_count():
-            raise RequestError(
-                f"device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
-            )
-        self.name = str(self.torch_device)
-        self.memory = CudaStore(self.torch_device, memory)
-        with self.active():
-            torch.cuda.init()  # resetting the peak does not, and knows no device before
-            torch.cuda.reset_peak_memory_stats(self.torch_device)
-            total = torch.cuda.get_device_properties(self.torch_device).total_memory
-            self._reserve = int(min(memory or total, total) * _RESERVE)
-            self._capped = memory is not None
-            if (
-                memory is not None
-            ):  # the cap holds for torch's temporaries too, not only for what is counted here
-                torch.cuda.set_per_process_memory_fraction(min(memory / total, 1.0), self.torch_device)
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        with named_errors(), torch.cuda.device(self.torch_device):
-            yield
-
-    def make_lanes(self, host: Store | None = None) -> Lanes:
-        lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
-        for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
-            lanes[link] = CopyLane(link, self.torch_device, host)
-        # Each thread waits for events of this GPU. Where it has not said so, that makes a context on GPU 0.
-        within = partial(torch.cuda.device, self.torch_device)
-        lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ, within=within)
-        for name in (LaneName.HOST, LaneName.DISK_WRITE):
-            lanes[name] = ThreadLane(name, within=within)
-        return Lanes(lanes)
-
-    def to_device(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-
-    from_device = to_device
-
-    def close(self) -> None:
-        super().close()
-        with contextlib.suppress(RuntimeError), torch.cuda.device(self.torch_device):
-            # Of a device that has failed nothing is given back; its error has been raised before.
-            torch.cuda.empty_cache()  # what is freed stays torch's own until then
-        if self._capped:  # the cap belongs to the process, and may be another's the next time
-            self._capped = False
-            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
-
-    def settle(self) -> None:
-        # Zero-filling runs on the default stream, which the lanes' streams do not wait for.
-        torch.cuda.default_stream(self.torch_device).synchronize()
-
-    def wait_for_compute(self) -> None:
-        # Asleep, where a stream's own `synchronize` would spin: the cores are for the host's arithmetic.
-        end = torch.cuda.Event(blocking=True)
-        end.record(torch.cuda.current_stream(self.torch_device))
-        end.synchronize()
-
-    def available_bytes(self) -> int | None:
-        device = self.torch_device
-        with self.active():
-            free, _ = torch.cuda.mem_get_info(device)
-        # What torch has freed it keeps, and gives again.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        left = super().available_bytes()
-        return max((free if left is None else min(free, left)) - self._reserve, 0)
-
-    def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.torch_device)
-
-
 def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
     """A compute device from its name.
 
@@ -352,7 +180,14 @@ def _gpu_number(word: str) -> int:
 def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
     """What to compute in: what is asked for, or for "auto" the device's choice. Raises RequestError for others."""
     if asked == "auto":
-        return device.fast_dtype(checkpoint)
+        fast = device.fast_dtype(checkpoint)
+        if checkpoint is torch.bfloat16 and fast is torch.float16:
+            _log.warning(
+                "%s has no instructions for bfloat16, the checkpoint's dtype, so the model computes in float16. "
+                'Values beyond 65504 become infinite: open the model with dtype="float32" if that happens',
+                device.name,
+            )
+        return fast
     dtype = _DTYPES.get(str(asked).removeprefix("torch."))
     if dtype is None:
         raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,11 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError
+from flexgen.memory.conversions import SUFFIX, Conversions, converted_bytes
 from flexgen.memory.machine import Machine
 from flexgen.memory.placement import Placement
 from flexgen.memory.store import ALIGNMENT, Store, tensor_at
-from flexgen.models import Layer, ModelSpec, WeightSpec
+from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
 from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
@@ -26,7 +25,6 @@ from flexgen.units import MIB, align, format_bytes
 
 logger = logging.getLogger(__name__)
 
-_NAME_LIMIT = 80  # characters; file systems take 255 bytes
 _PIECE_BYTES = 16 * MIB
 """Of a weight in the model's dtype that are read and encoded at once: enough for all threads, and little beside a
 layer."""
@@ -60,9 +58,8 @@ def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[i
 class Homes:
     """Gives every weight its home. Weights of one layer and tier lie side by side in one buffer.
 
-    Disk weights stay in the checkpoint's own files where those hold them in the right dtype; otherwise
-    they are written once to the offload directory, in the same format, complete or absent, and a later run
-    finds them there.
+    Disk weights stay in the checkpoint's own files where those hold them in the right dtype. Otherwise they are
+    written once to the offload directory, in the same format, and later runs use them again (`Conversions`).
 
     Raises CheckpointError for what cannot be read and CapacityError where a store is too small.
     """
@@ -94,11 +91,12 @@ class Homes:
         shown: what the layers are taken through one by one, such as a progress bar.
         """
         by_layer = self._by_tier(layers)
-        self._check_disk(layers, by_layer)
+        conversions = Conversions(self._disk, layers[0].spec.name, self._checkpoint)
+        self._check_disk(layers, by_layer, conversions)
         for layer, new in zip(shown(layers), by_layer, strict=True):
             self._to_memory(layer, new[Tier.GPU], self._device.memory, on_device=True)
             self._to_memory(layer, new[Tier.CPU], self._host, on_device=self._device.shares_host_memory)
-            self._to_disk(layer, new[Tier.DISK])
+            self._to_disk(layer, new[Tier.DISK], conversions)
 
     def _by_tier(self, layers: Sequence[Layer]) -> list[dict[Tier, list[WeightSpec]]]:
         """The weights of each layer that no layer before it has."""
@@ -112,13 +110,20 @@ class Homes:
             found.append(new)
         return found
 
-    def _check_disk(self, layers: Sequence[Layer], by_layer: Sequence[dict[Tier, list[WeightSpec]]]) -> None:
-        """Raise CapacityError where all that is to be written is more than the disk may take."""
+    def _check_disk(
+        self,
+        layers: Sequence[Layer],
+        by_layer: Sequence[dict[Tier, list[WeightSpec]]],
+        conversions: Conversions,
+    ) -> None:
+        """Raise CapacityError if all that is to be written is more than the disk may take."""
         nbytes = 0
         for layer, new in zip(layers, by_layer, strict=True):
             elsewhere = [weight for weight in new[Tier.DISK] if not self._in_place(weight)]
-            if elsewhere and self._written(layer, elsewhere) is None:
+            if elsewhere and self._written(layer, elsewhere, conversions) is None:
                 nbytes += self._file_layout(elsewhere)[-1]
+        if nbytes:
+            conversions.remove_stale()
         room = self._machine.limits()[Tier.DISK] if nbytes else None
         if room is not None and nbytes > room:
             raise CapacityError(
@@ -174,7 +179,7 @@ class Homes:
             ):
                 yield place + first * row, encoded[begin : begin + len(rows) * row]
 
-    def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec]) -> None:
+    def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions) -> None:
         elsewhere = []
         for weight in weights:
             if extent := self._in_place(weight):
@@ -182,7 +187,7 @@ class Homes:
             else:
                 elsewhere.append(weight)
         if elsewhere:
-            self._by_key |= self._write(layer, elsewhere)
+            self._by_key |= self._write(layer, elsewhere, conversions)
 
     def _in_place(self, weight: WeightSpec) -> Extent | None:
         """Where a file of the checkpoint holds the weight as it is needed."""
@@ -203,9 +208,11 @@ class Homes:
             max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered),
         )
 
-    def _write(self, layer: Layer, weights: Sequence[WeightSpec]) -> dict[str, Extent]:
-        """Extents of weights whose bytes lie in no file as they are needed."""
-        path = self._written(layer, weights)
+    def _write(
+        self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions
+    ) -> dict[str, Extent]:
+        """Extents of weights that no file of the checkpoint holds as they are needed."""
+        path = self._written(layer, weights, conversions)
         if path is None:
             ordered, header, offsets, nbytes = self._file_layout(weights)
             if self._disk.free < nbytes:
@@ -222,7 +229,7 @@ class Homes:
                         file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
                 file.truncate(nbytes)
 
-            path = self._disk.publish(self._file_name(layer, weights), write)
+            path = conversions.write(self._file_name(layer, weights), write)
             logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)
         entries = read_header(path)
         extents = {}
@@ -231,38 +238,28 @@ class Homes:
             extents[weight.key] = Extent(path, entry.offset, entry.nbytes, self._dtype, entry.shape)
         return extents
 
-    def _written(self, layer: Layer, weights: Sequence[WeightSpec]) -> Path | None:
-        """The file that an earlier run wrote of these weights; None where it does not begin and end as it must."""
-        path = self._disk.published(self._file_name(layer, weights))
-        if path is None:
-            return None
+    def _written(self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions) -> Path | None:
+        """The file with these weights that an earlier run wrote, if there is one and it is undamaged."""
         _, header, _, nbytes = self._file_layout(weights)
-        try:
-            with path.open("rb") as file:
-                whole = os.fstat(file.fileno()).st_size == nbytes and file.read(len(header)) == header
-        except OSError:
-            return None
-        return path if whole else None
+        return conversions.find(self._file_name(layer, weights), header, nbytes)
 
     def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
-        """Names the content: another checkpoint, dtype or choice of weights makes another file."""
-        parts = [self._checkpoint.identity, str(self._dtype)]
+        """Another dtype, codec or choice of weights makes another file."""
+        parts = [str(self._dtype)]
         parts += [f"{weight.key} {weight.shape} {self.placement.codec(weight)}" for weight in weights]
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        return f"{_folder(layer.spec)}/{layer.name}-{digest}.safetensors"
+        return f"{layer.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}{SUFFIX}"
 
 
 def stored_bytes(
     checkpoint: Checkpoint, layers: Sequence[Layer], dtype: torch.dtype, offload_dir: str | Path | None
 ) -> int:
     """Bytes of weights that would take no more of the disk if they were kept there: those that the checkpoint's files
-    hold in `dtype`, and what earlier runs wrote for the model into `offload_dir`."""
+    hold in `dtype`, and what earlier runs converted into `offload_dir`."""
     weights = {weight.key: weight for layer in layers for weight in layer.weights}
     extents = (_in_place(checkpoint, weight, dtype) for weight in weights.values())
     stored = sum(extent.nbytes for extent in extents if extent)
     if offload_dir is not None:
-        written = Path(offload_dir, _folder(layers[0].spec)).glob("*.safetensors")
-        stored += sum(path.stat().st_size for path in written)
+        stored += converted_bytes(layers[0].spec.name, checkpoint, offload_dir)
     return stored
 
 
@@ -271,8 +268,3 @@ def _in_place(checkpoint: Checkpoint, weight: WeightSpec, dtype: torch.dtype) ->
     extent = checkpoint.extent(weight)
     # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
     return extent if extent and extent.dtype == dtype and extent.offset % dtype.itemsize == 0 else None
-
-
-def _folder(spec: ModelSpec) -> str:
-    """Of the files written for a model. The name is for people: of a long path its end, and never ".."."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "--", spec.name)[-_NAME_LIMIT:].strip(".-") or "model"

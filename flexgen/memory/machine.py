@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
-from flexgen.memory.gpu import ComputeDevice, open_device
+from flexgen.memory.gpu import open_device
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.limits import Limits
 from flexgen.memory.store import Store

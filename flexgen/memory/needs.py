@@ -16,7 +16,7 @@ class Need:
     """Bytes that one class of data takes on a tier, and in what role."""
 
     tier: Tier
-    what: str  # weights, cache, activations
+    what: str  # weights, cache, activations, libraries, logits
     role: str  # home, slots, staging, workspace
     nbytes: int
 

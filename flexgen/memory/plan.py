@@ -15,6 +15,7 @@ import torch
 
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
+from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.needs import MemoryPlan, Need
@@ -165,10 +166,12 @@ def plan_memory(
     workload: Workload | None = None,
     all_logits: bool = False,
     slots: Slots = _TWO_OF_EACH,
+    workspaces: Workspaces = HOST,
 ) -> MemoryPlan:
     """The plan of one call, or of the weights alone without a workload.
 
     `all_logits`: the head computes every position of the prompt, and the result is kept in host memory.
+    `workspaces` are those of the compute device.
 
     Where the compute device shares host memory, what a policy puts on the GPU tier takes bytes of the CPU tier.
     Raises PolicyError where a codec of the cache cannot keep heads of the model's size.
@@ -189,11 +192,12 @@ def plan_memory(
         largest: dict[tuple[Tier, str, str], int] = {}
         for rows in set(batches):
             in_flight = _in_flight(
-                layers, policy, rows, workload, dtype, shares_host_memory, all_logits, slots.cells
+                layers, policy, rows, workload, dtype, shares_host_memory, all_logits, slots.cells, workspaces
             )
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
+        needs.append(Need(Tier.GPU, "libraries", "workspace", workspaces.fixed))
         positions = max(batches) * workload.prompt_len
         decoded = [
             decoded_bytes(layer, placement)
@@ -284,6 +288,7 @@ def _in_flight(
     shared: bool,
     all_logits: bool,
     slots: int,
+    workspaces: Workspaces,
 ) -> list[Need]:
     """Slots, staging and workspace while a batch of `rows` is computed."""
     needs = []
@@ -323,10 +328,15 @@ def _in_flight(
     # Layers are asked about the prefill and about the last token; the head takes one position of each row.
     steps = [(prompt, prompt), (1, workload.capacity)]
     workspace = max(
-        layer.workspace_bytes(rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype)
+        layer.workspace_bytes(
+            rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype, workspaces
+        )
         for layer in layers
         for seq, context in steps
     )
+    # Ids are chosen when the head's own workspace is free again, all but the logits.
+    logits = rows * spec.vocab_size * dtype.itemsize
+    workspace = max(workspace, 0 if all_logits else logits + choice_bytes(rows, spec.vocab_size))
     # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
     # left, and rows that stay are put together with those that arrive.
     stay = len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if shared else 0)

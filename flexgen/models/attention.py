@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import linear
+from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import (
     AttentionLayer,
     Context,
@@ -117,18 +117,22 @@ class Attention(AttentionLayer):
         pairs = seq * context - seq * (seq - 1) // 2
         return 4 * rows * pairs * self.spec.q_size
 
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         limit = self.spec.chunk_tokens
         if seq == 1 or rows * seq <= limit:
-            return self._workspace(rows, seq, context, dtype)
+            return self._workspace(rows, seq, context, dtype, workspaces)
         # Keys, values and the result are those of all tokens, all else is of one chunk, with a mask if it is
         # part of a row.
         spec, at_once = self.spec, min(seq, limit)
         whole = rows * seq * (spec.hidden_size + 2 * spec.kv_size) * dtype.itemsize
         mask = min(at_once * seq, MASK_VALUES) * dtype.itemsize if seq > limit else 0
-        return whole + mask + self._workspace(limit // at_once, at_once, at_once, dtype)
+        return whole + mask + self._workspace(limit // at_once, at_once, seq, dtype, workspaces)
 
-    def _workspace(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def _workspace(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces
+    ) -> int:
         """What is computed at once takes."""
         spec, tokens, item = self.spec, rows * seq, dtype.itemsize
         qkv = tokens * (spec.q_size + 2 * spec.kv_size) * item
@@ -141,6 +145,8 @@ class Attention(AttentionLayer):
             # K and V are expanded to all heads, and the result of each run of rows is placed into that of
             # the batch.
             attend = qkv + 2 * attended + (2 * attended if spec.num_heads != spec.num_kv_heads else 0)
+            queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
+            attend += workspaces.attention(rows, spec.num_heads, queries, context, spec.head_dim, dtype)
         else:
             # Scores and probabilities in float32, probabilities again in `dtype`, one page of products and
             # the padding mask; the cache rounds the context up to whole pages.
@@ -149,5 +155,5 @@ class Attention(AttentionLayer):
         merge = 2 * attended + 2 * tokens * spec.hidden_size * item
         norm = norm_workspace(spec, tokens, dtype)
         shapes = (spec.q_size, spec.hidden_size), (spec.hidden_size, spec.q_size)
-        products = max(product_workspace(tokens, *shape, dtype) for shape in shapes)
+        products = max(workspaces.product(tokens, *shape, dtype) for shape in shapes)
         return max(norm, project + products, attend, merge + products + (0 if spec.pre_norm else norm))

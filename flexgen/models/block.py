@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.attention import Attention
 from flexgen.models.layer import AttentionLayer, Context, Weights
 from flexgen.models.mlp import MLP
@@ -56,13 +57,15 @@ class Block(AttentionLayer):
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
         return self.attention.attention_flops(rows, seq, context)
 
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.
         attended = min(rows * seq, self.spec.chunk_tokens) * self.spec.q_size
         between = (rows * seq * self.spec.hidden_size + attended) * dtype.itemsize
         return max(
-            self.attention.workspace_bytes(rows, seq, context, dtype),
-            between + self.mlp.workspace_bytes(rows, seq, context, dtype),
+            self.attention.workspace_bytes(rows, seq, context, dtype, workspaces),
+            between + self.mlp.workspace_bytes(rows, seq, context, dtype, workspaces),
         )
 
 

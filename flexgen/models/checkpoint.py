@@ -19,12 +19,14 @@ from flexgen.errors import CheckpointError, ModelError, did_you_mean
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
-from flexgen.models.families.fields import eos_ids
+from flexgen.models.families.fields import token_ids
 from flexgen.models.families.opt import SIZES, known_config, known_size
+from flexgen.models.folders import check_folder, shard_path
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
+from flexgen.plain_files import check_file
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -47,15 +49,24 @@ class Checkpoint(Protocol):
         """Where the tokenizer lies; None for a model that has none."""
 
     @property
+    def sources(self) -> Sequence[Path]:
+        """The files that hold weights, sorted; none where no file does."""
+
+    @property
     def identity(self) -> str:
-        """Names the content, so that what is derived from it can be kept and found again."""
+        """Names the state of these files: what was derived from them is valid while it is the same."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart: equal for copies of the same weights. From headers and samples of the values, so that
+        it takes about as long as opening the files."""
 
     def extent(self, weight: WeightSpec) -> Extent | None:
         """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A contiguous host tensor of its own in `dtype`: all of the weight, or some rows of its first dimension,
-        one after another. Raises CheckpointError."""
+        one after another. Raises CheckpointError, also for values that are not finite."""
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError unless every weight is there, with its shape and a floating dtype."""
@@ -122,6 +133,7 @@ def open_model(
 
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    check_folder(directory, _CONFIG)
     size = known_size(directory.name.removesuffix(_NUMPY_SUFFIX))
     if size is not None and (directory / NumpyCheckpoint.MARK).exists():
         config: PreTrainedConfig = known_config(size)
@@ -130,8 +142,10 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
     spec = spec_from_config(config, name)
     if (directory / _GENERATION).exists():
         generation = _read_json(directory / _GENERATION)
-        if generation.get("eos_token_id") is not None:
-            spec = replace(spec, eos_token_ids=eos_ids(generation["eos_token_id"]))
+        ids = generation.get("eos_token_id")
+        if ids is not None:
+            ids = token_ids(ids, f"{name}, {_GENERATION}", "eos_token_id", spec.vocab_size)
+            spec = replace(spec, eos_token_ids=ids)
     if dummy:
         return spec, DummyCheckpoint(directory)
     files = _open_files(directory)
@@ -140,6 +154,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
     """The spec with what only the files know: the dtype where the config says none, and a head of its own."""
+    files.check_depth(spec)
     embed, head = _vocabulary(spec)
     if dtype_unsaid and files.holds(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
@@ -162,15 +177,16 @@ def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
     return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
+    if not path.exists() and not path.is_symlink():
         raise ModelError(f"{path.parent}: no {path.name} in this directory")
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} holds a {type(values).__name__}, expected an object")
+        raise error_class(f"{path} holds a {type(values).__name__}, expected an object")
     return values
 
 
@@ -184,9 +200,9 @@ def _open_files(directory: Path) -> _Files:
     looked_for = []
     for single, checkpoint in formats:
         index = directory / f"{single}.index.json"
-        if (directory / single).exists():
+        if (directory / single).exists() or (directory / single).is_symlink():
             return checkpoint(directory, [directory / single])
-        if index.exists():
+        if index.exists() or index.is_symlink():
             return checkpoint(directory, _shards(index))
         looked_for += [single, index.name]
     raise CheckpointError(
@@ -197,11 +213,11 @@ def _open_files(directory: Path) -> _Files:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names. Which tensor lies in which is read from their headers."""
-    names = _read_json(index).get("weight_map")
+    names = _read_json(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index} has no weight_map")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    missing = [file.name for file in files if not file.exists()]
+    files = sorted({shard_path(index, name) for name in names.values()})
+    missing = [file.name for file in files if not file.exists() and not file.is_symlink()]
     if missing:
         raise CheckpointError(
             f"{index.parent}: {index.name} names files that are missing: {', '.join(missing)}"

@@ -34,8 +34,13 @@ class DummyCheckpoint:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
 
+    sources: Sequence[Path] = ()
+    """There is no file."""
+
     identity = f"dummy {_STD} {_POOL}"
     """Names the values, with a weight's key and shape."""
+
+    fingerprint = identity
 
     def extent(self, weight: WeightSpec) -> None:
         """Always None: there is no file."""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights, norm_weights, norm_workspace
 from flexgen.models.ops import normalise
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -59,13 +59,15 @@ class InputEmbed(Layer):
         project = 2 * spec.embed_size * spec.hidden_size if spec.projected else 0
         return rows * seq * (project + (spec.hidden_size if spec.positions == "learned" else 0))
 
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         spec = self.spec
         widths = 2 * spec.hidden_size + (spec.embed_size if spec.projected else 0)
         tokens = min(rows * seq, spec.chunk_tokens)
         result = rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0
         products = (
-            product_workspace(tokens, spec.hidden_size, spec.embed_size, dtype) if spec.projected else 0
+            workspaces.product(tokens, spec.hidden_size, spec.embed_size, dtype) if spec.projected else 0
         )
         return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + products + result
 
@@ -103,11 +105,13 @@ class Head(Layer):
         project = spec.embed_size * spec.hidden_size if spec.projected else 0
         return 2 * rows * seq * (project + spec.vocab_size * spec.embed_size)
 
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         spec, tokens = self.spec, rows * seq
         widths = 2 * spec.hidden_size + spec.embed_size + spec.vocab_size
         products = max(
-            product_workspace(tokens, spec.vocab_size, spec.embed_size, dtype),
-            product_workspace(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
+            workspaces.product(tokens, spec.vocab_size, spec.embed_size, dtype),
+            workspaces.product(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
         )
         return tokens * widths * dtype.itemsize + norm_workspace(spec, tokens, dtype) + products

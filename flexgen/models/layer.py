@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 Weights = Mapping[str, Any]
@@ -111,15 +112,17 @@ class Layer(ABC):
         return self.flops(rows, seq, context) - self.attention_flops(rows, seq, context)
 
     @abstractmethod
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         """Upper estimate of what `forward` allocates at its peak: result and attention's scores included.
 
         Beyond `ModelSpec.chunk_tokens` new tokens it grows only by what a layer keeps of a prompt: its result, of
         attention the keys and values too, of a head with all positions their logits.
 
-        Left out is what a math library keeps for itself whatever the layer: per thread of a CPU some 200 KiB for
-        bfloat16 products, up to 3 MiB for those in float32 and up to 1 MiB for the blocks of attention, a
-        workspace of fixed size on CUDA.
+        `workspaces` are those of the device that computes. What a math library keeps for itself whatever the layer is
+        left out: `workspaces.fixed`, and per thread of a CPU some 200 KiB for bfloat16 products, up to 3 MiB for
+        those in float32 and up to 1 MiB for the blocks of attention.
         """
 
     def weight_bytes(self, dtype: torch.dtype) -> int:

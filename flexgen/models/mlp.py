@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexgen.kernels.half_linear import workspace_bytes as product_workspace
 from flexgen.kernels.linear import linear
+from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, Layer, Weights, linear_weights, norm_weights, norm_workspace, slices
 from flexgen.models.ops import ACTIVATIONS, IN_PLACE, normalise
 from flexgen.models.spec import ModelSpec
@@ -55,12 +55,14 @@ class MLP(Layer):
         matrices = 3 if self.spec.gated_mlp else 2
         return 2 * rows * seq * matrices * self.spec.hidden_size * self.spec.ffn_size
 
-    def workspace_bytes(self, rows: int, seq: int, context: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(
+        self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
+    ) -> int:
         spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
         hidden, ffn = (tokens * size * dtype.itemsize for size in (spec.hidden_size, spec.ffn_size))
         norm = norm_workspace(spec, tokens, dtype)
-        up = product_workspace(tokens, spec.ffn_size, spec.hidden_size, dtype)
-        down = product_workspace(tokens, spec.hidden_size, spec.ffn_size, dtype)
+        up = workspaces.product(tokens, spec.ffn_size, spec.hidden_size, dtype)
+        down = workspaces.product(tokens, spec.hidden_size, spec.ffn_size, dtype)
         # Of the inner width: gate and up, or what goes into an activation and what comes out, unless it overwrites.
         inner = ffn if spec.activation in IN_PLACE and not spec.gated_mlp else 2 * ffn
         normed = hidden if spec.pre_norm else 0

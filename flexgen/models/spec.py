@@ -110,6 +110,8 @@ class ModelSpec:
     ffn_size: int
     vocab_size: int
     max_positions: int
+    """Length of a text that the model is made for: the rows of a learned table of positions, or the context that
+    the scaling of rotary positions gives."""
     embed_size: int
     """Width of the token embedding and of the LM head, projected where it is not `hidden_size`."""
 
@@ -142,6 +144,11 @@ class ModelSpec:
     """Tokens that a layer computes at once, which bounds what it allocates for a long prompt. Products reach
     their full rate with some hundreds of rows on a CPU (benchmarks/host_linear.py) and with some thousands on a
     GPU, so more would only take memory."""
+
+    @property
+    def longest_text(self) -> float:
+        """Positions that can be computed: the rows of a learned table. Rotary positions have no end."""
+        return self.max_positions if self.positions == "learned" else math.inf
 
     @property
     def projected(self) -> bool:

@@ -3,6 +3,8 @@ own `.bin`."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -18,12 +20,15 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
-from flexgen.models.spec import WeightSpec
+from flexgen.models.samples import archive_content, sample
+from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.plain_files import check_file
 from flexgen.units import align
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
+_SHOWN = 200  # characters of a file's own text that messages show
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
 
@@ -58,10 +63,14 @@ class _TensorFiles:
         self._tensors = tensors
 
     @property
+    def sources(self) -> list[Path]:
+        """The files of the tensors, links resolved and sorted."""
+        return sorted({tensor.path.resolve() for tensor in self._tensors.values()})
+
+    @property
     def identity(self) -> str:
-        """Names the content: changes when a file is replaced or written to, whatever time it is given afterwards."""
-        paths = sorted({tensor.path.resolve() for tensor in self._tensors.values()})
-        found = [(path, path.stat()) for path in paths]
+        """Changes when a file is replaced or written to, whatever time it is given afterwards."""
+        found = [(path, path.stat()) for path in self.sources]
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
@@ -78,6 +87,14 @@ class _TensorFiles:
                 f"supported: {supported}"
             )
         return stored.dtype
+
+    def check_depth(self, spec: ModelSpec) -> None:
+        """Raises CheckpointError for more layers than there are tensors, before an object is made for each."""
+        if spec.num_layers > len(self._tensors):
+            raise CheckpointError(
+                f"{self.directory}: the config asks for {spec.num_layers} layers, and the files hold "
+                f"{_count(list(self._tensors), 'tensor')}: they do not belong together"
+            )
 
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError for missing tensors, wrong shapes and dtypes that are not supported."""
@@ -123,6 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a file that is not one, or that ends before its last tensor.
     """
+    check_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -134,14 +152,37 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     base = _LENGTH_BYTES + length
     tensors = {}
     try:
-        for name, entry in json.loads(text).items():
+        for name, entry in json.loads(text, object_pairs_hook=_unique).items():
             if name == "__metadata__":
                 continue
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-            kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            begin, end = _whole(entry["data_offsets"])
+            kind, shape = str(entry["dtype"])[:_SHOWN], _whole(entry["shape"])
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{name} has a negative dimension")
             tensors[name] = StoredTensor(path, kind, _DTYPES.get(kind), shape, base + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from error
+    _check_extents(path, tensors, base, size)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header. Raises ValueError for a name that comes twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name comes twice")
+    return values
+
+
+def _whole(values: Any) -> tuple[int, ...]:
+    """Offsets or a shape. Raises ValueError unless they are a list of integers that a file can have."""
+    if not isinstance(values, list) or not all(type(n) is int and abs(n) < 2**63 for n in values):
+        raise ValueError(f"expected a list of integers, found {str(values)[:_SHOWN]}")
+    return tuple(values)
+
+
+def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
+    """Raises CheckpointError unless each tensor has its own bytes between `base` and `size`, as many as its shape."""
     for name, stored in tensors.items():
         end = stored.offset + stored.nbytes
         if stored.offset < base or stored.nbytes < 0 or end > size:
@@ -153,11 +194,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot take {stored.nbytes} bytes"
             )
-    return tensors
+    filled = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
+    for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
+        if begin < end:
+            raise CheckpointError(
+                f"{path}: {name} and {following} overlap at byte {begin}: the file is damaged, copy or "
+                "download it again"
+            )
 
 
 def read_numpy_header(path: Path) -> StoredTensor:
     """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
+    check_file(path)
     with path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -167,8 +215,8 @@ def read_numpy_header(path: Path) -> StoredTensor:
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran_order, dtype = read(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a numpy file: {error}") from error
+        except Exception as error:  # of whatever kind: numpy evaluates a text of the file
+            raise CheckpointError(f"{path}: not a numpy file: {str(error)[:_SHOWN]}") from error
         offset = file.tell()
     nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if fortran_order:
@@ -204,6 +252,16 @@ def make_header(
 class _PlainFiles(_TensorFiles):
     """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of each tensor's name, dtype and shape, and of samples of its values. Not of files, paths or
+        times: copies and other shards of the same tensors have the same one."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self._tensors.items()):
+            digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
+            digest.update(sample(stored.path, stored.offset, stored.nbytes))
+        return digest.hexdigest()
+
     def extent(self, weight: WeightSpec) -> Extent:
         """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
@@ -225,7 +283,8 @@ class _PlainFiles(_TensorFiles):
                 if not count:
                     raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
                 done += count
-        return buffer.view(extent.dtype).view(extent.shape).to(dtype)
+        stored = buffer.view(extent.dtype).view(extent.shape)
+        return _finite(stored.to(dtype), stored, extent.path, weight)
 
 
 class SafetensorsCheckpoint(_PlainFiles):
@@ -256,6 +315,21 @@ class NumpyCheckpoint(_PlainFiles):
         )
 
 
+def _finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
+    """`made`, which is `stored` in another dtype. Raises CheckpointError unless all of it is finite."""
+    if not made.numel() or all(value.isfinite() for value in made.aminmax()):  # NaN spreads to both
+        return made
+    if all(value.isfinite() for value in stored.aminmax()):
+        raise CheckpointError(
+            f"{path}: {weight.key} has values that exceed {str(made.dtype).removeprefix('torch.')}: open the model "
+            "with dtype='bfloat16' or 'float32'"
+        )
+    raise CheckpointError(
+        f"{path}: {weight.key} holds NaN or infinite values: the file is damaged, or its training diverged. Copy or "
+        "download it again"
+    )
+
+
 def _rows_of(extent: Extent, rows: range) -> Extent:
     width = extent.nbytes // extent.shape[0]
     shape = (len(rows), *extent.shape[1:])
@@ -270,10 +344,17 @@ class BinCheckpoint(_TensorFiles):
         tensors = {}
         for path in files:
             for name, tensor in self._load(path).items():
-                if isinstance(tensor, Tensor):
+                if isinstance(name, str) and isinstance(tensor, Tensor):
                     dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
                     tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
         super().__init__(directory, tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
+        paths = sorted({stored.path for stored in self._tensors.values()})
+        content = [(path.name, archive_content(path)) for path in paths]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def extent(self, weight: WeightSpec) -> None:
         """Always None: a pickle is no place to read bytes from."""
@@ -285,16 +366,25 @@ class BinCheckpoint(_TensorFiles):
         tensor = self._load(stored.path)[source]
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
-        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return _finite(made, tensor, stored.path, weight)
 
     def _load(self, path: Path) -> dict[str, Any]:
         if self._legacy is not None and self._legacy[0] == path:
             return self._legacy[1]
-        mappable = zipfile.is_zipfile(path)
+        check_file(path)
         try:
+            mappable = zipfile.is_zipfile(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {error}") from error
+        except pickle.UnpicklingError as error:
+            # Its message advises to let the file's code run.
+            raise CheckpointError(
+                f"{path}: cannot be read as a checkpoint of tensors: it is damaged, or holds Python objects, which "
+                "are never loaded. Save the model's state_dict, best as safetensors"
+            ) from error
+        except Exception as error:  # of whatever kind: a damaged file can fail anywhere
+            reason = str(error).partition("\n")[0][:_SHOWN]
+            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from error
         if not isinstance(tensors, dict):
             raise CheckpointError(
                 f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"

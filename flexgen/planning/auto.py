@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from flexgen.errors import FlexGenError
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
 from flexgen.orders import Slots

@@ -103,11 +103,19 @@ class CallPlans:
     def _plan_of(
         self, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
     ) -> Callable[[Policy], MemoryPlan]:
-        shared = self.machine.device.shares_host_memory
+        device = self.machine.device
 
         def plan(policy: Policy) -> MemoryPlan:
             planned = plan_memory(
-                self.layers, self.placement, policy, self.dtype, shared, workload, all_logits, self.slots
+                self.layers,
+                self.placement,
+                policy,
+                self.dtype,
+                device.shares_host_memory,
+                workload,
+                all_logits,
+                self.slots,
+                device.workspaces,
             )
             return replace(planned, needs=(*planned.needs, *kept(policy))) if kept else planned
 

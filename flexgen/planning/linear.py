@@ -25,6 +25,7 @@ from flexgen.orders import Order
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import decode_seconds
+from flexgen.planning.workspaces import workspaces_on
 from flexgen.policy import Policy, Share, Tier
 from flexgen.schedule import Grid, Op, Step, all_steps
 from flexgen.trace import LaneName
@@ -236,7 +237,8 @@ class Corners:
         block = policy.replace(num_gpu_batches=batches)
         workload = replace(self._workload, num_prompts=block.block_size)
         shared = self._hardware.shares_host_memory
-        plan = plan_memory(layers, placement, block, self._dtype, shared, workload, slots=order.slots)
+        block_of = layers, placement, block, self._dtype, shared, workload
+        plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._hardware))
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
         # takes where no share has is no line between the corners: the plan of the policy counts it.
         slots, between = plan.weight_slots, slot_sizes(layers, placement, shared, order.slots.weights, False)

@@ -19,7 +19,7 @@ import torch
 
 from flexgen.errors import HardwareError
 from flexgen.kernels.loading import native_available
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.probe import measure

@@ -20,6 +20,7 @@ from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.numbering import numbered
 from flexgen.planning.timeline import Timeline, play_beside, works_of
+from flexgen.planning.workspaces import workspaces_on
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import Op
@@ -124,7 +125,7 @@ def check_request(
     """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
     if order is not None and order not in ORDERS:
         raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
-    if workload.capacity > spec.max_positions:
+    if workload.capacity > spec.longest_text:
         raise RequestError(
             f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
             f"positions of {spec.name}: shorten one of them"
@@ -148,6 +149,7 @@ def _plan(
 ) -> MemoryPlan:
     shared = hardware.shares_host_memory
     slots = choose_order(order, policy, shared, policy.num_gpu_batches).slots
+    workspaces = workspaces_on(hardware)
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
     # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
     on_disk, disk = placement.nbytes[Tier.DISK], hardware.capacity[Tier.DISK]
@@ -159,7 +161,9 @@ def _plan(
     limits[Tier.DISK] = disk - on_disk
 
     def plan(asked: Policy) -> MemoryPlan:
-        return plan_memory(layers, placement, asked, placement.dtype, shared, workload, slots=slots)
+        return plan_memory(
+            layers, placement, asked, placement.dtype, shared, workload, slots=slots, workspaces=workspaces
+        )
 
     return fitting_plan(plan, policy, limits)
 

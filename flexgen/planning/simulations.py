@@ -20,6 +20,7 @@ from flexgen.orders import Order
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import Figures, shares_of
 from flexgen.planning.predict import Prediction, predict, sampled_tokens
+from flexgen.planning.workspaces import workspaces_on
 from flexgen.policy import Policy, Split, Tier
 from flexgen.workload import Workload
 
@@ -61,7 +62,8 @@ class Simulations:
         policy, shared = run.policy, self._hardware.shares_host_memory
         layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
         block = layers, placement, policy, self._dtype, shared, self._workload
-        plan = plan_memory(*block, slots=self.order(run).slots)
+        workspaces = workspaces_on(self._hardware)
+        plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def short(self, run: Run) -> list[Tier]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import PolicyError
-from flexgen.kernels.groupwise import dequantise, quantise
+from flexgen.kernels.groupwise import dequantise, quantise, requantise_small
 from flexgen.kernels.heads import GroupwiseHeads, HeadFormat, PlainHeads
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
@@ -83,6 +83,7 @@ class Groupwise(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         packed = quantise(x, self.bits, self.group)
+        requantise_small(x, packed)
         encoded = torch.zeros(self.nbytes(x.shape), dtype=torch.uint8, device=x.device)
         view = self.packed(encoded, x.shape)
         view.values.copy_(packed.values)

@@ -107,12 +107,14 @@ class Call:
 
     def __enter__(self) -> Call:
         self._model.in_use.begin(self)
+        self._model.machine.device.begin_call(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._undo is None:
             self._undo = [
                 partial(self._model.in_use.end, self),
+                partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
                 self._free_buffers,
                 self._free_prompts,

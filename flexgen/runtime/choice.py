@@ -84,7 +84,7 @@ class Sampled:
         drawn = None
         if self._draws:
             drawn = uniforms(self._seed, [self._first_row + row for row in rows], token, logits.device)
-        return sample(logits, drawn, *self._options)
+        return sample(logits, *self._options, uniforms=drawn)
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
         return torch.isin(ids, self._stop_ids)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.needs import Need
 from flexgen.memory.plan import SLOTS, activation_bytes, batch_sizes, staging_bytes

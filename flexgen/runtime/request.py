@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 IdRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Tensor
 """Prompts: a (prompts, prompt_len) array or tensor, or a list of id lists of any lengths."""
@@ -173,19 +177,36 @@ def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None
 
 def check_positions(spec: ModelSpec, request: Request, new_tokens: int) -> None:
     """Raise RequestError unless every prompt and `new_tokens` more fit the model's positions."""
-    longest = request.longest
-    room = spec.max_positions - longest
-    if new_tokens <= room:
-        return
     row = max(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
+    check_room(spec, f"prompt {row}", request.longest, new_tokens)
+
+
+def check_room(spec: ModelSpec, prompt: str, length: int, new_tokens: int) -> None:
+    """Raise RequestError where `length` ids and `new_tokens` more exceed a learned table of positions.
+
+    Rotary positions have no end. Beyond the context that the model is made for, a warning is logged once and the
+    text continues, as in transformers. `prompt` names the prompt in messages.
+    """
+    total = length + new_tokens
+    if total <= spec.max_positions:
+        return
     positions = f"the {spec.max_positions} positions of {spec.name}"
+    if total <= spec.longest_text:
+        _warn_once(f"a text exceeds {positions}: beyond them it may become poor")
+        return
     if not new_tokens:
-        raise RequestError(f"prompt {row} has {longest} ids, which exceed {positions}. Shorten it")
+        raise RequestError(f"{prompt} has {length} ids, which exceed {positions}. Shorten it")
+    room = spec.max_positions - length
     fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
     raise RequestError(
-        f"prompt {row} has {longest} ids and {new_tokens} more are asked for: {longest + new_tokens} exceed "
-        f"{positions}. Shorten the prompt{fewer}"
+        f"{prompt} has {length} ids and {new_tokens} more are asked for: {total} exceed {positions}. "
+        f"Shorten the prompt{fewer}"
     )
+
+
+@functools.lru_cache(maxsize=128)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ...]:

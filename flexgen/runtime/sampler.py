@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from flexgen.errors import RequestError
+from flexgen.kernels.workspaces import choice_rows
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
 
@@ -47,38 +49,81 @@ def check_seed(seed: int | None) -> None:
 
 def sample(
     logits: Tensor,
-    uniforms: Tensor | None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    uniforms: Tensor | None = None,
 ) -> Tensor:
     """Token ids (batch,) int64 for logits (batch, vocab).
 
     Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
     the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
-    falling probability, is below `top_p` (so the best one always); then `draw` with `uniforms`, which only
-    temperature 0 does without. `INVALID` for a row that has a NaN, and for one that has infinity where a draw is
-    made.
+    falling probability, is below `top_p` (so the best one always); then `draw` with `uniforms`, which come from
+    `generator` (torch's global one if None) where they are not given. `INVALID` for a row that has a NaN, and for
+    one that has infinity where a draw is made.
 
     Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return best(logits)
-    assert uniforms is not None
-    scaled = _divided(logits.float(), float(temperature))
+    if uniforms is None:
+        uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
+    options = float(temperature), top_k, top_p
+    return _in_parts(lambda some, shares: _draw_filtered(some, shares, *options), logits, uniforms)
+
+
+def draw_by_scores(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (batch,) int64 drawn by `draw` from the softmax of scores (batch, vocab), which are float32."""
+    return _in_parts(lambda some, shares: draw(some.softmax(dim=-1), shares), scores, uniforms)
+
+
+def _in_parts(choose: Callable[[Tensor, Tensor], Tensor], scores: Tensor, uniforms: Tensor) -> Tensor:
+    """`choose(scores, uniforms)` for some rows at a time, so that it takes no more than `choice_bytes`."""
+    at_once = choice_rows(scores.shape[-1])
+    if len(scores) <= at_once:
+        return choose(scores, uniforms)
+    parts = zip(scores.split(at_once), uniforms.split(at_once), strict=True)
+    return torch.cat([choose(some, shares) for some, shares in parts])
+
+
+def _draw_filtered(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    scaled = _divided(logits, temperature)
+    best: Tensor | None = None
     if 0 < top_k < scaled.shape[-1]:
-        kth = scaled.topk(top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < kth, -math.inf)
+        best = scaled.topk(top_k, dim=-1).values
+        scaled.masked_fill_(scaled < best[:, -1:], -math.inf)
     if top_p < 1:
-        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-        mass = ordered.softmax(dim=-1)
-        before = mass.cumsum(dim=-1) - mass
-        ordered = ordered.masked_fill(before >= top_p, -math.inf)
-        # The best token has nothing before it; rounding of the sum must not take it away.
-        ordered[..., 0] = scaled.max(dim=-1).values
-        scaled = torch.full_like(scaled, -math.inf).scatter_(-1, order, ordered)
-    return draw(scaled.softmax(dim=-1), uniforms)
+        if best is None:
+            best = scaled.sort(dim=-1, descending=True).values
+        _keep_mass(scaled, best, top_p)
+    return draw(torch.softmax(scaled, dim=-1, out=scaled), uniforms)
+
+
+def _keep_mass(scaled: Tensor, best: Tensor, top_p: float) -> None:
+    """Remove from `scaled` (batch, vocab) what top-p does not keep; a token that is kept has its value unchanged.
+
+    `best` (batch, n) are the largest of each row, in falling order. Others are -inf, or equal to the last of these.
+    The largest of each row is 0, as `_divided` leaves it.
+    """
+    mass = best.exp().div_(_total(scaled))
+    kept = mass.cumsum(dim=-1).sub_(mass) < top_p
+    kept[:, 0] = True  # nothing is before it; rounding of the sum must not remove it
+    least = best.masked_fill(~kept, math.inf).amin(dim=-1, keepdim=True)
+    # Of tokens that tie with the least one, those with the lowest ids are kept, while the mass before them allows it.
+    greater = mass.masked_fill(best <= least, 0.0).sum(dim=-1, keepdim=True)
+    each = mass.masked_fill(best != least, 0.0).amax(dim=-1, keepdim=True)
+    allowed = ((top_p - greater) / each).ceil_().clamp_min_(1.0)
+    ties = scaled == least
+    excess = ties.cumsum(dim=-1, dtype=torch.int32) > allowed
+    scaled.masked_fill_((scaled < least).logical_or_(ties.logical_and_(excess)), -math.inf)
+
+
+def _total(scaled: Tensor) -> Tensor:
+    """Sum (batch, 1) of the exponentials of each row."""
+    return scaled.exp().sum(dim=-1, keepdim=True)
 
 
 def best(scores: Tensor) -> Tensor:
@@ -96,16 +141,16 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """
     valid = ~probabilities[:, 0].isnan()
     # Whole numbers sum to the same on every device, in whatever order it adds, and the sums never fall.
-    parts = probabilities.to(torch.float64, copy=True).nan_to_num_(nan=1.0).mul_(_UNITS)
-    sums = parts.long().cumsum_(dim=-1)
-    chosen = (
-        uniforms * sums[:, -1]
-    ).long()  # below the last sum: float64 holds both, and uniforms end at 1 - 2**-53
+    parts = probabilities.to(torch.float64, copy=True).nan_to_num_(nan=1.0).mul_(_UNITS).long()
+    sums = torch.cumsum(parts, dim=-1, out=parts)
+    # Below the last sum: float64 holds both exactly, and uniforms end at 1 - 2**-53.
+    chosen = (uniforms * sums[:, -1]).long()
     ids = torch.searchsorted(sums, chosen[:, None], right=True).squeeze(-1)
     return torch.where(valid, ids, INVALID)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, less the largest of each row: so it does not overflow, whatever the temperature is."""
+    """logits / temperature in float32, a copy, less the largest of each row, so that no temperature overflows."""
+    logits = logits.to(torch.float32, copy=True)
     smallest = torch.finfo(logits.dtype).tiny  # below it, a temperature would be 0 in this type
-    return (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, smallest)
+    return logits.sub_(logits.max(dim=-1, keepdim=True).values).div_(max(temperature, smallest))

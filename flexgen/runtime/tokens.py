@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import LaneError
+from flexgen.kernels.workspaces import choice_bytes
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import lane_error, named
-from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.machine import Machine
 from flexgen.memory.needs import Need
 from flexgen.memory.plan import SLOTS
@@ -304,6 +305,7 @@ class WholeCallTokens(NewTokens):
 
 def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, shared: bool) -> list[Need]:
     """What `WholeCallTokens` and a choice take to choose for all rows at once: logits as the batches leave them, in
-    one tensor, in float32, and as processed."""
+    one tensor, in float32, and as processed; and what drawing takes."""
     each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
-    return [Need(Tier.CPU if shared else Tier.GPU, "logits", "workspace", rows * vocab * each)]
+    nbytes = rows * vocab * each + choice_bytes(rows, vocab)
+    return [Need(Tier.CPU if shared else Tier.GPU, "logits", "workspace", nbytes)]

@@ -93,7 +93,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     monkeypatch.setattr(
         flexgen.runtime.choice,
         "sample",
-        lambda logits, *args: (seen.append(logits.clone()), choose(logits, *args))[1],
+        lambda logits, *args, **options: (seen.append(logits.clone()), choose(logits, *args, **options))[1],
     )
     yield seen
 

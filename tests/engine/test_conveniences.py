@@ -277,6 +277,12 @@ class DropsTheFirst:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
     def decode(self, ids: Any, **options: Any) -> str:
         text: str = self._tokenizer.decode(ids, **options)
         return text[1:]

@@ -12,7 +12,7 @@ from simulated import cases, runtime
 
 from flexgen.errors import CapacityError, StepCapacityError
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.gpu import CudaStore
+from flexgen.memory.cuda import CudaStore
 from flexgen.models.embed import Head
 from flexgen.units import GIB, KIB, MIB
 

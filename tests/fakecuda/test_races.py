@@ -14,7 +14,7 @@ from simulated.numbers import Numbers
 from simulated.races import watched
 from simulated.threads import in_every_thread
 
-from flexgen.memory.gpu import CudaDevice
+from flexgen.memory.cuda import CudaDevice
 from flexgen.memory.stream_lanes import EventDone, QueuedDone
 
 STOPS = range(0, cases.VOCAB, 3)

@@ -20,8 +20,8 @@ def nested(depth: int = 100_000) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"cpu": "9" * 400}, r"max_memory\['cpu'\]: the size is over 9223372036854775807 bytes"),
-        ({"cpu": 10**400}, "the size is over"),
+        ({"cpu": "9" * 400}, r"max_memory\['cpu'\]: .* is not a size: it must be below 8 EiB"),
+        ({"cpu": 10**400}, "it must be below 8 EiB"),
         ({"cpu": "1e999GiB"}, "not a size"),
         ({"cpu": float("nan")}, "not a size"),
         ({"cpu": float("inf")}, "not a size"),

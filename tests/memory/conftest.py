@@ -83,6 +83,14 @@ class Streamed:
     slots: WeightSlots
     lanes: Lanes
 
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Closed before the end of the test; closing again does nothing."""
+        self.lanes.close()
+        self.machine.close()
+
     def slots_of(self, layer: int) -> list[int]:
         """The slots that serve the layer."""
         turns = self.slots.turns

@@ -8,7 +8,8 @@ import torch
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.gpu import CudaDevice, EmulatedDevice, HostDevice, Pace, open_device
+from flexgen.memory.cuda import CudaDevice
+from flexgen.memory.gpu import EmulatedDevice, HostDevice, Pace, open_device
 from flexgen.memory.lanes import InlineLane
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
@@ -190,7 +191,9 @@ def test_half_precision_on_a_processor(monkeypatch, device, bf16, amx, fast):
 @pytest.fixture
 def runtime(monkeypatch):
     """A made-up GPU of 16 GiB, on which torch is not initialised yet; a namespace of its account."""
-    card = SimpleNamespace(ready=False, total=16 * GIB, free=15 * GIB, reserved=0, allocated=0, shares=[])
+    card = SimpleNamespace(
+        ready=False, total=16 * GIB, free=15 * GIB, reserved=0, allocated=0, shares=[], capability=(8, 0)
+    )
 
     def needs_device(device, *_):
         if not card.ready:
@@ -210,8 +213,13 @@ def runtime(monkeypatch):
         "mem_get_info": lambda device: (card.free, card.total),
         "memory_reserved": lambda device: card.reserved,
         "memory_allocated": lambda device: card.allocated,
+        "max_memory_allocated": lambda device: card.allocated,
         "empty_cache": empty_cache,
+        "get_per_process_memory_fraction": lambda device: 1.0,
+        "get_device_capability": lambda device: card.capability,
     }
+    monkeypatch.setattr(torch._C, "_cuda_getCublasWorkspaceSize", lambda: 8 * MIB, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return card

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexgen.errors import CapacityError, CheckpointError
-from flexgen.memory import homes
+from flexgen.memory import conversions, homes
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
@@ -23,12 +23,18 @@ from flexgen.models import tensor_files
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Share, Split, Tier
 
+CHANGES = ["touch", "rsync", "replace"]
+
 MIXED = Split(gpu=30, cpu=30, disk=40)
 DISK = Split(disk=100)
 
 
 def files_in(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def converted_in(folder):
+    return {path: mtime for path, mtime in files_in(folder).items() if path.suffix == ".safetensors"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -85,11 +91,11 @@ def test_weights_on_disk_are_read_in_place(stream, saved, tmp_path, device):
 def test_what_no_file_holds_is_written_once(stream, saved, tmp_path, dtype, format, weights, wanted):
     directory, offload = saved("opt", dtype, format), tmp_path / "offload"
     first = stream(directory, DISK, dtype=wanted, offload_dir=offload, weights=weights)
-    written = files_in(offload)
+    written = converted_in(offload)
     assert len(written) == len(first.layers)
-    assert all(path.suffix == ".safetensors" for path in written)
     second = stream(directory, DISK, dtype=wanted, offload_dir=offload, weights=weights)
-    assert files_in(offload) == written
+    assert converted_in(offload) == written
+    assert len(files_in(offload)) == 2 * len(written), "each with its record"
     for layer in range(len(second.layers)):
         second.bring(layer, slot=0)
         second.assert_there(layer, slot=0)
@@ -99,51 +105,97 @@ def test_another_dtype_makes_other_files(stream, saved, tmp_path):
     directory, offload = saved("opt", torch.float16), tmp_path / "offload"
     first = stream(directory, DISK, dtype=torch.float32, offload_dir=offload)
     stream(directory, DISK, dtype=torch.bfloat16, offload_dir=offload)
-    assert len(files_in(offload)) == 2 * len(first.layers)
+    assert len(converted_in(offload)) == 2 * len(first.layers)
 
 
-def test_a_changed_checkpoint_makes_other_files(stream, saved, tmp_path):
-    offload, directory = tmp_path / "offload", tmp_path / "model"
-    shutil.copytree(saved("opt", torch.float16), directory)
-    stream(directory, DISK, offload_dir=offload)
-    before = files_in(offload)
-    shutil.copy(saved("opt", torch.float16, max_position_embeddings=41) / "model.safetensors", directory)
-    shutil.copy(saved("opt", torch.float16, max_position_embeddings=41) / "config.json", directory)
-    model = stream(directory, DISK, offload_dir=offload)
-    assert len(files_in(offload)) == 2 * len(before)
-    for layer in range(len(model.layers)):
-        model.bring(layer, slot=0)
-        model.assert_there(layer, slot=0)
-
-
-def test_a_file_that_is_replaced_with_its_old_time_and_size_makes_other_files(stream, saved, tmp_path):
-    offload, directory = tmp_path / "offload", tmp_path / "model"
-    shutil.copytree(saved("opt", torch.float16), directory)
-    stream(directory, DISK, offload_dir=offload)
-    before = files_in(offload)
+def changed(directory, change, other):
+    """Change the checkpoint in `directory`; "rsync" keeps time and size."""
     stored = directory / "model.safetensors"
     status = stored.stat()
-    data = bytearray(stored.read_bytes())
-    data[-2000:] = bytes(2000)
-    stored.write_bytes(data)
-    os.utime(stored, ns=(status.st_atime_ns, status.st_mtime_ns))
-    model = stream(directory, DISK, offload_dir=offload)
-    assert not set(before) & set(files_in(offload)) or len(files_in(offload)) == 2 * len(before)
-    for layer in range(len(model.layers)):
-        model.bring(layer, slot=0)
-        model.assert_there(layer, slot=0)
+    while stored.stat().st_ctime_ns == status.st_ctime_ns:  # a file system's clock ticks in milliseconds
+        if change == "touch":
+            stored.touch()
+        elif change == "rsync":
+            data = stored.read_bytes()
+            stored.write_bytes(data[:-2000] + bytes(2000))
+            os.utime(stored, ns=(status.st_atime_ns, status.st_mtime_ns))
+        else:
+            shutil.copy(other / "model.safetensors", directory)
+            shutil.copy(other / "config.json", directory)
 
 
-@pytest.mark.parametrize("damage", ["header", "longer", "shorter", "link"])
-def test_a_written_file_that_is_not_as_expected_is_written_again(stream, saved, tmp_path, damage):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_checkpoint_is_converted_again_and_no_old_files_stay(stream, saved, tmp_path, change):
+    offload, directory = tmp_path / "offload", tmp_path / "model"
+    shutil.copytree(saved("opt", torch.float16), directory)
+    with stream(directory, DISK, offload_dir=offload) as model:
+        count = len(model.layers)
+    for _ in range(2):
+        before = converted_in(offload)
+        changed(directory, change, saved("opt", torch.float16, max_position_embeddings=41))
+        with stream(directory, DISK, offload_dir=offload) as model:
+            for layer in range(count):
+                model.bring(layer, slot=0)
+                model.assert_there(layer, slot=0)
+        after = converted_in(offload)
+        assert len(after) == count and not set(before) & set(after)
+        assert len(list(offload.glob("*/*"))) == 1, "no folder of an earlier state"
+
+
+def test_what_an_open_model_uses_is_not_removed(stream, saved, tmp_path):
+    offload, directory = tmp_path / "offload", tmp_path / "model"
+    shutil.copytree(saved("opt", torch.float16), directory)
+    with stream(directory, DISK, offload_dir=offload) as old:
+        before = converted_in(offload)
+        expected = {w.key: old.checkpoint.read(w, torch.float32) for w in old.layers[1].weights}
+        changed(directory, "rsync", None)
+        with stream(directory, DISK, offload_dir=offload):
+            assert set(before) < set(converted_in(offload))
+            old.bring(1, slot=0)
+            found = old.slots.weights(1, 0, visit=0)
+            assert all(torch.equal(found[w.name], expected[w.key]) for w in old.layers[1].weights)
+    changed(directory, "touch", None)
+    stream(directory, DISK, offload_dir=offload)
+    assert len(converted_in(offload)) == len(before) and not set(before) & set(converted_in(offload))
+
+
+def test_other_dtypes_and_models_of_the_same_name_stay(stream, saved, tmp_path):
+    offload = tmp_path / "offload"
+    for place in ("a", "b"):
+        shutil.copytree(saved("opt", torch.float16), tmp_path / place / "model")
+        stream(tmp_path / place / "model", DISK, offload_dir=offload)
+    layers = stream(tmp_path / "a" / "model", DISK, dtype=torch.bfloat16, offload_dir=offload).layers
+    assert len(converted_in(offload)) == 3 * len(layers)
+
+
+def flip_last_byte(path):
+    """Keeps the size and the mtime; the ctime changes with the file system's clock, which ticks in milliseconds."""
+    before = path.stat()
+    data = path.read_bytes()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        with path.open("r+b") as file:
+            file.write(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", ["byte", "header", "longer", "shorter", "link", "owner", "record"])
+def test_a_written_file_that_is_not_as_expected_is_written_again(
+    stream, saved, tmp_path, monkeypatch, damage
+):
     directory, offload = saved("opt", torch.float16), tmp_path / "offload"
     stream(directory, DISK, offload_dir=offload)
-    written = sorted(files_in(offload))[1]
-    right = written.read_bytes()
+    written = sorted(converted_in(offload))[1]
+    before, right = written.stat().st_ino, written.read_bytes()
     if damage == "link":
         written.rename(tmp_path / "elsewhere")
         (tmp_path / "elsewhere").write_bytes(bytes(len(right)))
         written.symlink_to(tmp_path / "elsewhere")
+    elif damage == "owner":
+        monkeypatch.setattr(os, "getuid", lambda: os.stat(written).st_uid + 1)
+    elif damage == "record":
+        written.with_name(written.name + ".json").write_text("[" * 100_000)
+    elif damage == "byte":
+        flip_last_byte(written)
     else:
         wrong = {
             "header": right.replace(b"F32", b"I32"),
@@ -152,7 +204,21 @@ def test_a_written_file_that_is_not_as_expected_is_written_again(stream, saved, 
         }
         written.write_bytes(wrong[damage])
     stream(directory, DISK, offload_dir=offload)
-    assert written.read_bytes() == right and not written.is_symlink()
+    assert written.read_bytes() == right and not written.is_symlink() and written.stat().st_ino != before
+
+
+def test_content_is_digested_only_where_the_file_may_have_changed(stream, saved, tmp_path, monkeypatch):
+    directory, offload = saved("opt", torch.float16), tmp_path / "offload"
+    stream(directory, DISK, offload_dir=offload)
+    shutil.copytree(offload, tmp_path / "copy")
+    written, digest, digested = converted_in(tmp_path / "copy"), conversions._digest, []
+    monkeypatch.setattr(conversions, "_digest", lambda file: digested.append(file.name) or digest(file))
+    stream(directory, DISK, offload_dir=offload)
+    assert not digested
+    for _ in range(2):  # a copy is digested once
+        stream(directory, DISK, offload_dir=tmp_path / "copy")
+        assert sorted(digested) == sorted(map(str, written))
+    assert converted_in(tmp_path / "copy") == written, "and not written again"
 
 
 @pytest.mark.parametrize("name", ["..", "a/../b", "x" * 300, "/deep" * 80, "é" * 300, "/"])
@@ -221,7 +287,9 @@ def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
     monkeypatch.setattr(homes, "_PIECE_BYTES", piece_bytes)
     split = Split(disk=Share(100, codec))
     model = stream(saved("opt", **WIDE), split, dtype=torch.bfloat16, offload_dir=tmp_path)
-    written = [load_file(path) for path in files_in(tmp_path)]  # its reader refuses holes and what overlaps
+    written = [
+        load_file(path) for path in converted_in(tmp_path)
+    ]  # its reader refuses holes and what overlaps
     assert len(written) == len(model.layers)
     found = {name: tensor for tensors in written for name, tensor in tensors.items()}
     for layer in model.layers:

@@ -66,10 +66,10 @@ def test_decoded_weights_take_what_was_planned_and_only_in_a_call(device, monkey
     taken = []
     allocate = Store.allocate
 
-    def counted(self, nbytes, purpose):
+    def counted(self, nbytes, purpose, *keep):
         if purpose == "decoded weights":
             taken.append(nbytes)
-        return allocate(self, nbytes, purpose)
+        return allocate(self, nbytes, purpose, *keep)
 
     monkeypatch.setattr(Store, "allocate", counted)
     policy = Policy(gpu_batch_size=4, weights={"cpu": {"percent": 100, "codec": "int4"}})
@@ -106,9 +106,9 @@ def _guarded(monkeypatch):
     behind = []
     allocate = Store.allocate
 
-    def guarded(self, nbytes, purpose):
+    def guarded(self, nbytes, purpose, *keep):
         if purpose not in ("weight slots", "staging of weights"):
-            return allocate(self, nbytes, purpose)
+            return allocate(self, nbytes, purpose, *keep)
         whole = allocate(self, nbytes + GUARD, purpose)
         whole[nbytes:] = 0xA5
         behind.append(whole[nbytes:])

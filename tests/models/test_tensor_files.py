@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -129,6 +132,42 @@ def test_what_is_missing_or_of_the_wrong_shape_or_dtype_is_named(format, make_mo
         open_model(directory)[1].read(missing, torch.float32)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_values_that_are_not_finite_are_refused_by_the_name_of_their_tensor(value, format, make_model, save):
+    directory, name = save(make_model("opt"), format), "model.decoder.layers.1.fc1.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 5] = value
+
+    _rewrite(directory, format, spoil)
+    spec, checkpoint = open_model(directory)
+    checkpoint.verify(build_layers(spec))
+    for weight in _all_weights(spec):
+        if weight.key != name:
+            checkpoint.read(weight, torch.float16)
+            continue
+        assert checkpoint.read(weight, torch.float32, range(3)).isfinite().all()
+        for rows in (None, range(3, 4)):
+            with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite values"):
+                checkpoint.read(weight, torch.float32, rows)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_values_that_exceed_the_dtype_say_which_dtype_helps(format, make_model, save):
+    directory, name = save(make_model("opt"), format), "model.decoder.layers.1.fc1.weight"
+
+    def enlarge(tensors):
+        tensors[name][3, 5] = 7e4
+
+    _rewrite(directory, format, enlarge)
+    spec, checkpoint = open_model(directory)
+    (weight,) = [weight for weight in _all_weights(spec) if weight.key == name]
+    assert checkpoint.read(weight, torch.bfloat16).isfinite().all()
+    with pytest.raises(CheckpointError, match=f"{name} has values that exceed float16: .*'bfloat16'"):
+        checkpoint.read(weight, torch.float16)
+
+
 def test_many_missing_tensors_are_counted(make_model, save):
     directory = save(make_model("opt"))
     layers = build_layers(open_model(directory)[0])
@@ -164,6 +203,52 @@ def _safetensors(path, header, data=b""):
         ),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "truncated or damaged"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, "truncated or damaged"),
+        *(
+            ({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}, "header cannot be read")
+            for shape, offsets in (
+                ([1], [0, 4.0]),
+                ([1], ["0", "4"]),
+                ([1], [0, math.inf]),
+                ([1], [0, math.nan]),
+                ([1], [False, 4]),
+                ([1], [0, 4, 8]),
+                ([1], [0, 10**30]),
+                ([1], "04"),
+                ([1], None),
+                ([1.0], [0, 4]),
+                (["1"], [0, 4]),
+                ("1", [0, 4]),
+                ([math.inf], [0, 4]),
+                ([[1]], [0, 4]),
+                ([10**30], [0, 4]),
+            )
+        ),
+        (b"[" * 100_000, "header cannot be read"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e400]}}', "header cannot be read"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, ' + b"9" * 5000 + b"]}}",
+            "cannot be read",
+        ),
+        (
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+            b' "a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+            "a name comes twice",
+        ),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
+            },
+            "a and b overlap at byte",
+        ),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]},
+            },
+            "a and b overlap at byte",
+        ),
+        ({"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, "cannot be read"),
     ],
 )
 def test_a_damaged_header_is_refused(header, message, tmp_path):
@@ -202,6 +287,51 @@ def test_a_bin_file_that_is_no_checkpoint(content, make_model, save, capsys):
         path.write_text("version https://git-lfs.github.com/spec/v1")
     else:
         torch.save({"a": _Evil()} if content == "pickle" else [1], path)
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: (cannot be read|holds list)"):
+    message = r"pytorch_model.bin(: cannot be read|: holds list| is a Git LFS pointer)"
+    with pytest.raises(CheckpointError, match=message) as raised:
         open_model(directory)
+    assert "weights_only" not in str(raised.value)
     assert "code of the file ran" not in capsys.readouterr().out
+
+
+KINDS = {"safetensors": {}, "bin": {}, "legacy": {"_use_new_zipfile_serialization": False}}
+
+
+def _fingerprint(directory):
+    return open_model(directory)[1].fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_is_of_the_content_and_not_of_its_files(kind, make_model, save, tmp_path):
+    directory = save(make_model("opt"), "safetensors" if kind == "safetensors" else "bin", **KINDS[kind])
+    before, identity = _fingerprint(directory), open_model(directory)[1].identity
+    for path in directory.iterdir():
+        path.chmod(0o600)
+        os.link(path, tmp_path / path.name)
+        os.utime(path, (0, 0))
+    assert open_model(directory)[1].identity != identity
+    assert _fingerprint(directory) == before
+    assert (
+        _fingerprint(shutil.copytree(directory, tmp_path / "copy", copy_function=shutil.copyfile)) == before
+    )
+
+
+def test_a_fingerprint_does_not_depend_on_shards(make_model, save, tmp_path):
+    model = make_model("opt")
+    before = _fingerprint(save(model))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert _fingerprint(tmp_path / "sharded") == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fingerprint_tells_trained_weights_apart(kind, make_model, save):
+    format = "safetensors" if kind == "safetensors" else "bin"
+    found = set()
+    for change in (None, "embed_tokens.weight", "layers.1.fc1.bias"):
+        model = make_model("opt")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if change is not None and name.endswith(change):
+                    parameter.mul_(1.01)
+        found.add(_fingerprint(save(model, format, **KINDS[kind])))
+    assert len(found) == 3

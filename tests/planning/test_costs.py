@@ -129,7 +129,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         return np.arange(rows * seq).reshape(rows, seq) * VOCABULARY // (rows * seq)
 
     monkeypatch.setattr(
-        "flexgen.runtime.choice.sample", lambda logits, *_: torch.from_numpy(spread(len(logits))[:, 0])
+        "flexgen.runtime.choice.sample", lambda logits, *_, **__: torch.from_numpy(spread(len(logits))[:, 0])
     )
     ids = np.concatenate([spread(rows, prompt_len) for rows in sizes])
     with OptLM(configs[name], policy, device=device, weights="dummy", progress=False, order=order) as model:

@@ -61,6 +61,9 @@ def test_what_is_noise_is_not_believed():
     found = probe.seconds_of_numbers(rates)
     assert found[0][1] == 0
     assert [rate for _, rate in probe.alone(rates, found)] == pytest.approx([RATE, 2 * RATE])
+    # Other rates than those that the numbers were taken from: the products keep a tenth of their time.
+    faster = tuple((rows, 10 * rate) for rows, rate in rates)
+    assert [rate for _, rate in probe.alone(faster, found)] == pytest.approx([10 * RATE, 100 * RATE])
 
 
 def test_around_attention_is_what_projections_and_flops_leave():

@@ -39,6 +39,24 @@ def test_round_trip_is_within_half_a_step(name, rows, groups, dtype, seed):
     assert (error <= step / 2 + slack).all()
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_groups_of_a_small_span_are_kept(name, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("flexgen.kernels.groupwise.announce", lambda: False)
+    levels, unit = 2 ** {"int4": 4, "int8": 8}[name] - 1, 2.0**-24
+    spans = torch.tensor([3e-4, 3e-5, 1e-5, 7e-6, 2e-6, 9e-7, 3e-7, 1e-7])
+    x = spans[:, None] * torch.linspace(-0.3, 0.7, 64)
+    x = torch.cat((x, torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64)))
+    out = torch.empty_like(x)
+    CODECS[name].decode(CODECS[name].encode(x), out)
+    # Half a step, where a step is a whole number of units, and the rounding of the minimum.
+    error, steps = (out - x)[:8].abs().amax(-1), spans / levels
+    assert (error <= (steps + unit) / 2 + 0.3 * spans * 2**-11 + unit).all()
+    assert (error[:-2] < spans[:-2] / 4).all(), "the group is not lost"
+    assert out[-1].eq(0).all()
+
+
 def test_encoding_what_was_decoded_changes_nothing_more():
     codec, x = CODECS["int8"], torch.randn(8, 128)
     once, twice = torch.empty_like(x), torch.empty_like(x)

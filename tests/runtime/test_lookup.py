@@ -56,7 +56,7 @@ def lookup_on(
         assert {store: store.used for store in before} == before
         m.host.close()  # what the weights took
         m.device.memory.close()
-        for path in m.disk.root.rglob("*.safetensors"):
+        for path in m.disk.root.rglob("*.safetensors*"):
             path.unlink()
 
 
@@ -151,5 +151,5 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
             lookup.close()
             m.host.close()
             m.device.memory.close()
-            for path in m.disk.root.rglob("*.safetensors"):
+            for path in m.disk.root.rglob("*.safetensors*"):
                 path.unlink()

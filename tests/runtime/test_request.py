@@ -86,6 +86,16 @@ def test_every_position_can_be_used(length: int, tokens: int, spec: ModelSpec) -
         assert words in str(raised.value)
 
 
+def test_rotary_positions_have_no_end(spec: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
+    rotary = replace(spec, name="a rotary model", positions="rope")
+    check_length(rotary, read_request(rotary, [[5] * 47]), 1)
+    assert not caplog.messages
+    for _ in range(2):
+        check_length(rotary, read_request(rotary, [[5] * 40]), 1000)
+    (message,) = caplog.messages
+    assert "exceeds the 48 positions of a rotary model" in message
+
+
 def test_a_prompt_alone_may_fill_the_positions(spec: ModelSpec) -> None:
     check_positions(spec, read_request(spec, [[5] * 48]), 0)
     with pytest.raises(RequestError, match=r"^prompt 1 has 49 ids, which exceed the 48 .*Shorten it$"):

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 def drawn_ids(logits: torch.Tensor, seed: int = 0, **options: Any) -> torch.Tensor:
     """Ids for as many rows of a job as there are logits."""
-    return sample(logits, uniforms(seed, range(len(logits)), 0, CPU), **options)
+    return sample(logits, uniforms=uniforms(seed, range(len(logits)), 0, CPU), **options)
 
 
 def frequencies(logits: np.ndarray, seed: int = 0, **options: Any) -> np.ndarray:
@@ -102,9 +102,9 @@ def test_random_logits_follow_the_reference() -> None:
 
 def test_temperature_zero_is_argmax_and_skips_the_filters() -> None:
     logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-    assert sample(logits, None, 0.0, top_k=3, top_p=0.1).equal(logits.argmax(-1))
+    assert sample(logits, 0.0, top_k=3, top_p=0.1).equal(logits.argmax(-1))
     logits[0, 5] = math.inf  # no softmax is taken
-    assert sample(logits, None, 0)[0] == 5
+    assert sample(logits, 0)[0] == 5
 
 
 def test_top_k_keeps_what_ties_with_the_kth() -> None:
@@ -193,8 +193,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     shares = uniforms(3, range(6), 0, CPU)
     options = dict(temperature=1.4, top_k=20, top_p=0.9)
-    together = sample(logits, shares, **options)
-    apart = [sample(logits[[n]], shares[[n]], **options) for n in range(6)]
+    together = sample(logits, uniforms=shares, **options)
+    apart = [sample(logits[[n]], uniforms=shares[[n]], **options) for n in range(6)]
     assert together.equal(torch.cat(apart))
 
 
@@ -242,3 +242,9 @@ def test_errors(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as raised:
         drawn_ids(torch.zeros(1, 4), **options)
     assert words in str(raised.value)
+
+
+def test_a_generator_of_torch_repeats_what_it_draws():
+    logits = torch.zeros(64, 16)
+    first, second, other = (sample(logits, generator=torch.Generator().manual_seed(n)) for n in (1, 1, 2))
+    assert first.equal(second) and not first.equal(other)

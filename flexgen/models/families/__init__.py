@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from flexgen.errors import ModelError
-from flexgen.models.families import llama, opt
+from flexgen.models.families import fields, llama, opt
 from flexgen.models.spec import ModelSpec
 
 
@@ -26,15 +25,23 @@ class Family(Protocol):
         """The spec of `config`. Raises ModelError for what would not be computed as its authors meant."""
 
 
+_OF_CLASSIFIERS = ("num_labels", "id2label", "label2id")
+"""Fields left out: transformers makes an entry for each label, of which a file can ask for any number."""
+
 FAMILIES: dict[str, Family] = {"opt": opt, "llama": llama}
 
 
 def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
     """The transformers config of a config.json's contents. Raises ModelError."""
     family = _family(values.get("model_type"), name)
+    fields.check_values(values, name)
+    values = {field: value for field, value in values.items() if field not in _OF_CLASSIFIERS}
+    for field in ("dtype", "torch_dtype"):  # the second was its name before transformers 5
+        if field in values:
+            values[field] = fields.read_dtype(values[field], name)
     try:
         return family.CONFIG_CLASS.from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # of whatever kind: transformers computes with values that come from a file
         raise ModelError(f"{name}: its config is not valid: {error}") from error
 
 
@@ -43,8 +50,10 @@ def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
     return _family(config.model_type, name).to_spec(config, name)
 
 
-def _family(model_type: str | None, name: str) -> Family:
-    if model_type not in FAMILIES:
+def _family(model_type: Any, name: str) -> Family:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"{name}: model_type = {model_type!r} is not supported; supported: {known}")
+        raise ModelError(
+            f"{name}: model_type = {fields.shown(model_type)} is not supported; supported: {known}"
+        )
     return FAMILIES[model_type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from transformers import PreTrainedConfig
 from flexgen.errors import ModelError
 from flexgen.models.ops import ACTIVATIONS
 
+_LARGEST_SIZE = 2**31 - 1
+_MOST = {"num_hidden_layers": 10_000, "head_dim": 65_536}
+"""Of fields by which objects and tables are made before a file is read: the largest value."""
+_SHOWN = 200
+"""Characters of a value that messages show."""
+_DTYPES = {
+    **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
+    **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+}
+
+_QUANTIZED = ("quantization_config", "compression_config")
+"""Fields by which GPTQ, AWQ, bitsandbytes, fp8 and others say how they changed the weights."""
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "compression_config": (None,),
     "sliding_window": (None,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -33,13 +46,39 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def check_neutral(config: PreTrainedConfig, name: str) -> None:
     """Raises ModelError for the first field of `_NEUTRAL` that asks for something the layers do not do."""
+    for field in _QUANTIZED:
+        check_unquantized(getattr(config, field, None), name, field)
     for field, neutral in _NEUTRAL.items():
         require(config, name, field, neutral)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if layer_types - {"full_attention"}:
-        raise ModelError(
-            f"{name}: layer_types = {sorted(layer_types)} is not supported; supported: full_attention"
-        )
+    check_layer_types(getattr(config, "layer_types", None), name)
+
+
+def check_values(values: Mapping[str, Any], name: str) -> None:
+    """Check what transformers would divide by, or fail over without naming it. Raises ModelError."""
+    for field in _QUANTIZED:
+        check_unquantized(values.get(field), name, field)
+    check_layer_types(values.get("layer_types"), name)
+    for field in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"):
+        if field in values:
+            check_size(values[field], name, field)
+
+
+def check_layer_types(value: Any, name: str) -> None:
+    """Raises ModelError unless all layers attend to all tokens."""
+    kinds = () if value is None else value
+    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
+        raise ModelError(f"{name}: layer_types = {shown(value)} is not supported; supported: full_attention")
+
+
+def check_unquantized(value: Any, name: str, field: str) -> None:
+    """Raises ModelError for `value`, that of a field of `_QUANTIZED`, unless it is absent."""
+    if value is None:
+        return
+    method = value.get("quant_method") if isinstance(value, dict) else value
+    raise ModelError(
+        f"{name}: {field} says that the weights are quantized ({shown(method)}), which is not supported. Give the "
+        "checkpoint in float16, bfloat16 or float32; a policy with int4 or int8 weights quantizes it on opening"
+    )
 
 
 def require(config: PreTrainedConfig, name: str, field: str, supported: Collection[Any]) -> Any:
@@ -47,7 +86,7 @@ def require(config: PreTrainedConfig, name: str, field: str, supported: Collecti
     value = getattr(config, field, None)
     if value not in supported:
         choices = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
-        raise ModelError(f"{name}: {field} = {value!r} is not supported; supported: {choices}")
+        raise ModelError(f"{name}: {field} = {shown(value)} is not supported; supported: {choices}")
     return value
 
 
@@ -57,11 +96,31 @@ def activation(config: PreTrainedConfig, name: str, field: str) -> str:
 
 
 def size(config: PreTrainedConfig, name: str, field: str) -> int:
-    """The value of `field`. Raises ModelError unless it is an integer >= 1."""
-    value = getattr(config, field, None)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{name}: {field} = {value!r} is not a size; it must be an integer >= 1")
+    """The value of `field`. Raises ModelError unless it is an integer of 1 up to the largest that a model has."""
+    return check_size(getattr(config, field, None), name, field)
+
+
+def check_size(value: Any, name: str, field: str) -> int:
+    """`value`, which is that of `field`. Raises ModelError as `size` does."""
+    most = _MOST.get(field, _LARGEST_SIZE)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ModelError(
+            f"{name}: {field} = {shown(value)} is not a size; it must be an integer from 1 to {most}"
+        )
     return value
+
+
+def number(config: PreTrainedConfig, name: str, field: str) -> float:
+    """The value of `field`. Raises ModelError unless it is a finite number >= 0."""
+    value = getattr(config, field, None)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ModelError(f"{name}: {field} = {shown(value)} is not a finite number >= 0")
+    return float(value)
+
+
+def flag(config: PreTrainedConfig, name: str, field: str) -> bool:
+    """The value of `field`. Raises ModelError unless it is true or false."""
+    return bool(require(config, name, field, (True, False)))
 
 
 def multiple(name: str, field: str, value: int, of_field: str, of: int) -> None:
@@ -71,20 +130,52 @@ def multiple(name: str, field: str, value: int, of_field: str, of: int) -> None:
 
 
 def dtype_of(config: PreTrainedConfig, name: str) -> torch.dtype:
-    """The dtype of the weights; float32 where the config says nothing."""
-    value = config.dtype
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if dtype is None and value is None:
-        return torch.float32
-    supported = (torch.float32, torch.float16, torch.bfloat16)
-    if dtype not in supported:
-        names = ", ".join(str(choice).removeprefix("torch.") for choice in supported)
-        raise ModelError(f"{name}: dtype = {value!r} is not supported; supported: {names}")
-    return dtype
+    """The dtype of the weights; float32 where the config says nothing. Raises ModelError."""
+    dtype = read_dtype(config.dtype, name)
+    return torch.float32 if dtype is None else dtype
 
 
-def eos_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Stop ids of a config's `eos_token_id`: none, one or several."""
+def read_dtype(value: Any, name: str) -> torch.dtype | None:
+    """The dtype that `value` names, None for "auto" and where nothing is said. Raises ModelError."""
+    if value is None or value == "auto":
+        return None
+    text = str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else ""
+    if text not in _DTYPES:
+        raise ModelError(
+            f"{name}: dtype = {shown(value)} is not supported; supported: float32, float16, bfloat16, auto"
+        )
+    return _DTYPES[text]
+
+
+def token_id(config: PreTrainedConfig, name: str, field: str) -> int | None:
+    """The id in `field`; None where there is none, or one that the vocabulary does not have.
+
+    Raises ModelError for what is not an id.
+    """
+    ids = token_ids(getattr(config, field, None), name, field, size(config, name, "vocab_size"))
+    return ids[0] if ids else None
+
+
+def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids in `value`, which is none, one or several. Ids that the vocabulary does not have are left out.
+
+    Raises ModelError for what is not an id.
+    """
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for each in ids:
+        if not isinstance(each, int) or isinstance(each, bool):
+            raise ModelError(
+                f"{name}: {field} = {shown(value)} is not a token id; give its number in the vocabulary"
+            )
+    return tuple(each for each in ids if 0 <= each < vocab_size)
+
+
+def shown(value: Any) -> str:
+    """`value` as messages show it. Values come from files, and may be of any length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python refuses to write integers of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

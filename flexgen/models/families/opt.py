@@ -67,6 +67,8 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
     fields.check_neutral(config, name)
     hidden_size, num_heads = (fields.size(config, name, f) for f in ("hidden_size", "num_attention_heads"))
     fields.multiple(name, "hidden_size", hidden_size, "num_attention_heads", num_heads)
+    vocab_size = fields.size(config, name, "vocab_size")
+    pre_norm = fields.flag(config, name, "do_layer_norm_before")
     return ModelSpec(
         name=name,
         family="opt",
@@ -78,25 +80,25 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
         ffn_size=fields.size(config, name, "ffn_dim"),
-        vocab_size=fields.size(config, name, "vocab_size"),
+        vocab_size=vocab_size,
         max_positions=fields.size(config, name, "max_position_embeddings"),
         embed_size=fields.size(config, name, "word_embed_proj_dim"),
-        bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id,
-        eos_token_ids=fields.eos_ids(config.eos_token_id),
+        bos_token_id=fields.token_id(config, name, "bos_token_id"),
+        pad_token_id=fields.token_id(config, name, "pad_token_id"),
+        eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
         norm="layernorm",
         norm_eps=1e-5,
-        norm_affine=config.layer_norm_elementwise_affine,
-        pre_norm=config.do_layer_norm_before,
+        norm_affine=fields.flag(config, name, "layer_norm_elementwise_affine"),
+        pre_norm=pre_norm,
         # The config's own field, with its underscore: checkpoints tuned before transformers 4.20.1 have none.
-        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
+        final_norm=pre_norm and not fields.flag(config, name, "_remove_final_layer_norm"),
         activation=fields.activation(config, name, "activation_function"),
         gated_mlp=False,
-        qkv_bias=config.enable_bias,
-        out_bias=config.enable_bias,
-        mlp_bias=config.enable_bias,
+        qkv_bias=fields.flag(config, name, "enable_bias"),
+        out_bias=fields.flag(config, name, "enable_bias"),
+        mlp_bias=fields.flag(config, name, "enable_bias"),
         head_bias=False,
-        tied_head=config.tie_word_embeddings,
+        tied_head=fields.flag(config, name, "tie_word_embeddings"),
         positions="learned",
         position_offset=2,
     )

@@ -15,7 +15,7 @@ from transformers import OPTConfig
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.packed_linear import PackedMatrix, fused_rows
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
 from flexgen.models.block import Block

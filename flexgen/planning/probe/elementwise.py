@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen.memory.gpu import ComputeDevice
+from flexgen.memory.device import ComputeDevice
 from flexgen.models import Chunk
 from flexgen.models.attention import Attention
 from flexgen.models.dummy import DummyCheckpoint
@@ -27,6 +27,7 @@ from flexgen.runtime.pages import Page, put
 _NARROWER = 8
 _FEWER = 32
 """The second point is at so many times fewer numbers: they lie in a cache where the first do not."""
+_LEAST_SHARE = 0.1
 _PROMPT = 32
 """Tokens of a prompt so short that its attention is little arithmetic."""
 _MOST = 0.5
@@ -76,11 +77,16 @@ class ElementwiseProbe:
         return tuple(points)
 
     def alone(self, rates: Points, seconds: Points) -> Points:
-        """`rates` of wide layers without the `seconds` of their numbers."""
+        """`rates` of wide layers without the `seconds` of their numbers.
+
+        The two are measured at different times. On a noisy machine the numbers can seem to take longer than all of
+        it, so at least `_LEAST_SHARE` of the time is left to the products.
+        """
         flops, numbers = self._wide.product_flops(1, 1, 1), layer_numbers(self._wide)
+        shares = ((rows, rate, seconds_of_each(seconds, rows * numbers)) for rows, rate in rates)
         return tuple(
-            (rows, 1 / (1 / rate - seconds_of_each(seconds, rows * numbers) * numbers / flops))
-            for rows, rate in rates
+            (rows, 1 / max(1 / rate - each * numbers / flops, _LEAST_SHARE / rate))
+            for rows, rate, each in shares
         )
 
     def around_attention(self, rate: float) -> float:

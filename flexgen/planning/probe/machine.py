@@ -19,8 +19,8 @@ import torch
 
 from flexgen.errors import CapacityError
 from flexgen.kernels.heads import HeadFormat, PlainHeads
+from flexgen.memory.device import ComputeDevice
 from flexgen.memory.disk import BLOCK
-from flexgen.memory.gpu import ComputeDevice
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Fixed, Hardware
@@ -78,6 +78,8 @@ def measure(
         others = _Others()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
+        machine.device.begin_call(others)
+        stack.callback(machine.device.end_call, others)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
         if (share := others.share()) > _BUSY:
             note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"

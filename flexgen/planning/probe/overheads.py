@@ -47,7 +47,8 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     placement = place_weights(layers, policy.weights, dtype)
     shared = machine.device.shares_host_memory
     workload = Workload(_PROMPT, effort.tokens, policy.block_size)
-    plan = plan_memory(layers, placement, policy, dtype, shared, workload)
+    workspaces = machine.device.workspaces
+    plan = plan_memory(layers, placement, policy, dtype, shared, workload, workspaces=workspaces)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
     slots = Slots()

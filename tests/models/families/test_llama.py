@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ VARIANTS = {
             high_freq_factor=4.0,
             original_max_position_embeddings=16,
         )
+    ),
+    # Past the 8 positions of the config, and past the context of 8 that is the end of those below.
+    "beyond-default": dict(max_position_embeddings=8),
+    "rope-linear-extended": dict(
+        max_position_embeddings=8, rope_parameters=dict(rope_type="linear", factor=4.0)
+    ),
+    "rope-yarn-extended": dict(max_position_embeddings=8, rope_parameters=dict(rope_type="yarn", factor=4.0)),
+    "rope-dynamic-with-an-original": dict(
+        max_position_embeddings=10,
+        rope_parameters=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=4),
     ),
     "rope-longrope-short": dict(rope_parameters=dict(**LONGROPE, original_max_position_embeddings=30)),
     "rope-longrope-switches": dict(rope_parameters=dict(**LONGROPE, original_max_position_embeddings=8)),
@@ -70,6 +81,44 @@ def test_rope_of_a_config_json_from_before_transformers_5():
     assert rope.inv_freq[0] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("parameters", "context"),
+    [
+        (dict(rope_type="default"), 100),
+        (dict(rope_type="linear", factor=4.0), 400),
+        (dict(rope_type="dynamic", factor=2.5), 250),
+        (dict(rope_type="yarn", factor=4.0), 400),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=50), 200),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=25), 100),
+        (
+            dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=50,
+            ),
+            400,
+        ),
+        (
+            dict(
+                rope_type="longrope",
+                short_factor=[1.0] * 4,
+                long_factor=[2.0] * 4,
+                original_max_position_embeddings=25,
+            ),
+            100,
+        ),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_the_context_is_what_the_scaling_gives(parameters, context):
+    config = _config(max_position_embeddings=100, rope_parameters=parameters)
+    spec = spec_from_config(config, "mine")
+    assert spec.max_positions == context
+    assert spec.longest_text == math.inf
+
+
 def test_several_stop_ids():
     assert spec_from_config(_config(eos_token_id=[5, 7]), "mine").eos_token_ids == (5, 7)
     assert spec_from_config(_config(eos_token_id=None), "mine").eos_token_ids == ()
@@ -101,6 +150,16 @@ def test_what_would_be_computed_wrongly_is_refused(field, value):
         (dict(rope_type="proportional", rope_theta=1e4), "rope_type = 'proportional'.*supported: default"),
         (dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         (dict(rope_type="linear", rope_theta=1e4), "rope_parameters.*factor"),
+        (dict(rope_type="linear", rope_theta=1e4, factor=0.0), "rope_parameters.*positive"),
+        (dict(rope_type="linear", rope_theta=1e4, factor=1e308), "rope_parameters.*finite"),
+        (dict(rope_type="linear", rope_theta=1e4, factor="4"), "rope_parameters"),
+        (dict(rope_type="linear", rope_theta=[1e4], factor=2.0), "rope_parameters"),
+        (dict(rope_type=["linear"], rope_theta=1e4), "rope_type = "),
+        (
+            dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=0),
+            "rope_parameters",
+        ),
+        (dict(rope_type="default", rope_theta=math.nan), "rope_parameters"),
         (
             dict(rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0], long_factor=[1.0]),
             "rope_parameters",

@@ -58,7 +58,6 @@ def test_known_sizes_have_the_published_number_of_parameters(size):
     ("field", "value"),
     [
         ("activation_function", "tanh"),
-        ("quantization_config", {"quant_method": "gptq"}),
         ("sliding_window", 64),
         ("scale_embeddings", True),
         ("learned_embeddings", False),

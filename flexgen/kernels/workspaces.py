@@ -1,0 +1,92 @@
+"""What the libraries and kernels of a device take in addition to operands and results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flexgen.kernels import half_linear
+from flexgen.units import MIB
+
+BFLOAT16_CAPABILITY = 8, 0
+"""The compute capability of the first NVIDIA GPUs with instructions for bfloat16. On older ones torch emulates the
+type, and its only attention for the type builds all scores."""
+
+_CUBLAS_BYTES = 32 * MIB
+
+_CHOICE_BYTES = 64 * MIB
+_CHOICE_EACH = 50
+"""Bytes that drawing an id takes for each number in a row of logits, with all filters."""
+
+
+def choice_rows(vocab: int) -> int:
+    """Rows of logits (rows, vocab) that ids are drawn for at once."""
+    return max(_CHOICE_BYTES // (_CHOICE_EACH * vocab), 1)
+
+
+def choice_bytes(rows: int, vocab: int) -> int:
+    """Most bytes that drawing ids takes, in addition to logits (rows, vocab)."""
+    return min(rows, choice_rows(vocab)) * vocab * _CHOICE_EACH
+
+
+class Workspaces(Protocol):
+    """Bytes of temporary memory, by operation."""
+
+    @property
+    def fixed(self) -> int:
+        """What libraries keep while a model computes, whatever it computes."""
+
+    def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
+        """Of x (rows, in_size) times a matrix (out_size, in_size)."""
+
+    def attention(
+        self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Of attention of a prompt's `queries` over `keys` tokens, the same number of heads on both sides."""
+
+
+@dataclass(frozen=True)
+class HostWorkspaces:
+    """Of the CPU, and of the device that is emulated on it."""
+
+    fixed: int = 0
+
+    def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
+        return half_linear.workspace_bytes(rows, out_size, in_size, dtype)
+
+    def attention(
+        self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class GpuWorkspaces:
+    """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread.
+
+    native_bfloat16: whether the GPU has instructions for bfloat16.
+    """
+
+    fixed: int = _CUBLAS_BYTES
+    native_bfloat16: bool = True
+
+    def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
+        return 0
+
+    def attention(
+        self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        if dtype is not torch.bfloat16 or self.native_bfloat16:
+            return 0
+        # In float32: queries, keys and values, scaled copies of the first two, scores, masked scores and the mask.
+        # The probabilities are there in both types. Not all of these exist at once.
+        q, k, scores = (rows * heads * n for n in (queries * head_dim, keys * head_dim, queries * keys))
+        mask = torch.float32.itemsize * queries * keys
+        return max(4 * scores + 12 * q + 16 * k, 10 * scores + 8 * q + 4 * k) + mask
+
+
+HOST = HostWorkspaces()
+GPU = GpuWorkspaces()
+"""Of a GPU of which nothing more is known."""

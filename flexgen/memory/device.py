@@ -1,0 +1,96 @@
+"""What every compute device offers: where layers run, the memory they run in, and the links that feed it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import RequestError
+from flexgen.kernels.workspaces import HOST, Workspaces
+from flexgen.memory.device_errors import named_errors
+from flexgen.memory.lanes import Lanes
+from flexgen.memory.store import Store
+
+
+class ComputeDevice(ABC):
+    """Where layers run. `memory` is its store (the GPU tier)."""
+
+    name: str
+    torch_device: torch.device
+    memory: Store
+    shares_host_memory = False
+    """Whether host memory is its memory, so that nothing has to cross a link."""
+    in_host_memory = False
+    """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
+    pinnable = False
+    """Whether its links are faster from pinned host memory."""
+    shares_cores = False
+    """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
+    workspaces: Workspaces = HOST
+    """What its libraries and kernels take in addition to operands and results."""
+    disk_bandwidth: float | None = None
+    """Bytes/s at which the disk is held back; None for the real disk."""
+
+    @abstractmethod
+    def make_lanes(self, host: Store | None = None) -> Lanes:
+        """Lanes of its resources, one for every name.
+
+        `host`: the store of host memory that the links move from and to; its memory is taken for pinned without.
+        """
+
+    @abstractmethod
+    def to_device(self, target: Tensor, source: Tensor) -> None:
+        """Copy host memory into device memory on the current lane; contiguous, of equal bytes."""
+
+    @abstractmethod
+    def from_device(self, target: Tensor, source: Tensor) -> None:
+        """Copy device memory into host memory on the current lane; contiguous, of equal bytes."""
+
+    def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
+        return checkpoint
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        """Whether matrices that live on the device and are multiplied are better off with `pack`."""
+        return False
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A matrix (out, in) in host memory, laid out as the device's products want it."""
+        raise RequestError(f"device {self.name} computes with weights as they are")
+
+    def peak_bytes(self) -> int:
+        """Most device memory that the model on it has taken at once."""
+        return self.memory.peak
+
+    def begin_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+        """Prepare the process for a call that computes on the device. A call may begin again before it ends."""
+
+    def end_call(self, call: Hashable) -> None:  # noqa: B027 (only a GPU has to)
+        """Undo `begin_call`; does nothing for a call that has not begun."""
+
+    def close(self) -> None:
+        """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
+        self.memory.close()
+
+    def active(self) -> AbstractContextManager[object]:
+        """Within it the calling thread works on this device, and errors of torch are raised as flexgen's.
+
+        Raises CapacityError for memory that ran out, StepCapacityError where a step did, and DeviceError for a device
+        that has failed.
+        """
+        return named_errors()
+
+    def settle(self) -> None:  # noqa: B027 (only a device with streams has to)
+        """Block the host until buffers that were made outside the lanes are ready for them."""
+
+    def wait_for_compute(self) -> None:  # noqa: B027 (only a device with streams has to)
+        """Block the host until what the compute lane has enqueued is done."""
+
+    def available_bytes(self) -> int | None:
+        """Device memory that can be taken now, None if it is not limited on its own."""
+        capacity = self.memory.capacity
+        return None if capacity is None else capacity - self.memory.used

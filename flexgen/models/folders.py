@@ -1,0 +1,64 @@
+"""Folders of other kinds where a model is expected, and the files that an index names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path, PurePosixPath
+
+from flexgen.errors import CheckpointError, ModelError
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "adapter_config.json"
+_CACHED = "models--"
+"""How the hub's cache begins the name of a model's folder."""
+
+
+def shard_path(index: Path, name: object) -> Path:
+    """The file that `index` calls `name`, next to it or in a folder below. Raises CheckpointError.
+
+    The name is judged, not where it leads: files of the hub's cache are links out of their folder.
+    """
+    pure = PurePosixPath(name) if isinstance(name, str) else None
+    if pure is None or not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in str(pure):
+        raise CheckpointError(
+            f"{index}: weight_map names {str(name)[:200]!r}; expected the name of a file in {index.parent}"
+        )
+    return index.parent / pure
+
+
+def check_folder(directory: Path, config: str) -> None:
+    """Raises ModelError for a folder of another kind, which has no file `config`: a LoRA adapter, or an entry of the
+    hub's cache. Warns about an adapter next to a model, which is not applied."""
+    has_config = (directory / config).exists()
+    if (directory / _ADAPTER).exists():
+        if has_config:
+            logger.warning(
+                "%s also holds a LoRA adapter (%s), which is not applied: the model runs without it. Merge it with "
+                "peft's merge_and_unload() to use it",
+                directory,
+                _ADAPTER,
+            )
+            return
+        raise ModelError(
+            f"{directory} holds a LoRA adapter{_base(directory / _ADAPTER)}, not a model. Merge it into its base "
+            "model with peft's merge_and_unload(), save the result, and give that directory"
+        )
+    if not has_config and directory.name.startswith(_CACHED) and (directory / "snapshots").is_dir():
+        model = directory.name.removeprefix(_CACHED).replace("--", "/")
+        found = sorted(str(each) for each in (directory / "snapshots").iterdir() if (each / config).exists())
+        snapshots = f" or one of its snapshots: {', '.join(found)}" if found else ""
+        raise ModelError(
+            f"{directory} is an entry of the hub's cache, not a model's directory. Give the model's id, {model!r},"
+            f"{snapshots}".rstrip(",")
+        )
+
+
+def _base(path: Path) -> str:
+    """Of what an adapter's config says its base model is, as messages add it."""
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return f" for {base[:200]!r}" if isinstance(base, str) else ""
