@@ -36,6 +36,9 @@ _MEMORY_PAGE_TOKENS = 128
 _DISK_PAGE_TOKENS = 16, 128
 _DISK_PAGE_BYTES = 1 * MIB
 
+_STAGING_BYTES = 16 * MIB
+"""Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
+
 _CHOICE_BYTES = 16 * KIB
 """Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
 one block at a small part of the rate of long ones: to skip what lies between them would gain nothing."""
@@ -214,6 +217,9 @@ def plan_memory(
         if all_logits:
             logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
             needs.append(Need(Tier.CPU, "activations", "home", logits))
+            if not shares_host_memory:
+                staged = staging_bytes(max(batches), workload.prompt_len, spec.vocab_size, dtype)
+                needs.append(Need(Tier.CPU, "activations", "staging", slots.cells * staged))
     if shares_host_memory:
         needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
     return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
@@ -255,6 +261,12 @@ def _cache_homes(
 def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the hidden states of `tokens` tokens of `rows` prompts, in whole disk blocks."""
     return align(rows * tokens * spec.hidden_size * dtype.itemsize, BLOCK)
+
+
+def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> int:
+    """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
+    each = size * dtype.itemsize
+    return min(max(_STAGING_BYTES, each), rows * positions * each)
 
 
 def _activation_homes(
