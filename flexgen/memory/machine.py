@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from flexgen.errors import RequestError
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
+from flexgen.memory.direct_file import fix_for
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import ComputeDevice, open_device
@@ -55,9 +57,17 @@ class Machine:
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> Limits:
-        """Bytes that each tier can hold, with what this machine has taken already; None for no limit."""
+        """Bytes that each tier can hold, with what this machine has taken already; None for no limit.
+
+        Raises RequestError where the system does not say, such as for an offload directory that was removed.
+        """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        free = int(available_bytes() * _RESERVE)
+        try:
+            free = int(available_bytes() * _RESERVE)
+        except OSError as error:
+            raise RequestError(
+                f"{error.filename}: the free host memory cannot be read: {error.strerror}; {fix_for(error)}"
+            ) from error
         held = Limits(
             {
                 Tier.GPU: None if left is None else left + self.device.memory.used,

@@ -23,6 +23,7 @@ from flexgen.models.families.fields import eos_ids
 from flexgen.models.families.opt import SIZES, known_config, known_size
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
+from flexgen.models.reading import reading
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
 
@@ -174,8 +175,10 @@ def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelError(f"{path.parent}: no {path.name} in this directory")
+    with reading(path):
+        data = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(data.decode())
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
+from flexgen.models.reading import reading
 from flexgen.models.samples import archive_content, sample
 from flexgen.models.spec import WeightSpec
 from flexgen.units import align
@@ -67,7 +69,10 @@ class _TensorFiles:
     @property
     def identity(self) -> str:
         """Changes when a file is replaced or written to, whatever time it is given afterwards."""
-        found = [(path, path.stat()) for path in self.sources]
+        found = []
+        for path in self.sources:
+            with reading(path):
+                found.append((path, path.stat()))
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
@@ -129,8 +134,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a file that is not one, or that ends before its last tensor.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or not 2 <= length <= min(_HEADER_LIMIT, size - _LENGTH_BYTES):
             raise CheckpointError(
@@ -164,7 +169,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def read_numpy_header(path: Path) -> StoredTensor:
     """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             read = (
@@ -217,7 +222,8 @@ class _PlainFiles(_TensorFiles):
         digest = hashlib.sha256()
         for name, stored in sorted(self._tensors.items()):
             digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
-            digest.update(sample(stored.path, stored.offset, stored.nbytes))
+            with reading(stored.path):
+                digest.update(sample(stored.path, stored.offset, stored.nbytes))
         return digest.hexdigest()
 
     def extent(self, weight: WeightSpec) -> Extent:
@@ -232,7 +238,7 @@ class _PlainFiles(_TensorFiles):
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        with extent.path.open("rb", buffering=0) as file:
+        with reading(extent.path), extent.path.open("rb", buffering=0) as file:
             file.seek(extent.offset)
             done = 0
             # One read returns at most 2 GiB.
@@ -295,7 +301,10 @@ class BinCheckpoint(_TensorFiles):
     def fingerprint(self) -> str:
         """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
         paths = sorted({stored.path for stored in self._tensors.values()})
-        content = [(path.name, archive_content(path)) for path in paths]
+        content = []
+        for path in paths:
+            with reading(path):
+                content.append((path.name, archive_content(path)))
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def extent(self, weight: WeightSpec) -> None:
