@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,21 @@ def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
         _log.info("no prediction: %s", error)
         return report
     return replace(report, predicted=predicted)
+
+
+def warm_up(model: OptLM, prompts: Sequence[np.ndarray], gen_len: int) -> None:
+    """Run two tokens of each shape of block that a job of `prompts` and `gen_len` new tokens has.
+
+    What libraries do at the first use of a shape (compile a kernel, load a module, choose an algorithm, make threads
+    and workspaces) is then done before a measured call. The cache has the size that it has in the job, because kernels
+    are also compiled for strides.
+    """
+    block = model.policy.block_size
+    lengths = {len(prompt) for prompt in prompts}
+    # Blocks of equal prompts differ in the number of prompts only: the last one may have fewer.
+    rest = len(prompts) % block
+    kept = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
+    model.generate(kept, gen_len, stop=(), cut_gen_len=min(2, gen_len))
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,6 @@ def run_trial(
     with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:
         random = np.random.default_rng(seed)
         ids = random.integers(0, model.spec.vocab_size, size=(job.num_prompts, job.prompt_len))
-        # Threads, pages and caches of libraries are made before what is measured.
-        model.generate(ids[:, :1], min(2, job.gen_len), stop=())
+        warm_up(model, ids, job.gen_len)
         _, report = model.generate(ids, job.gen_len, stop=(), stats=True)
         return replace(report, phases=model.lane_seconds(ids, job.gen_len)) if lanes else report
