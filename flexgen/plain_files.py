@@ -22,8 +22,10 @@ _FIXES = {
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Check `path` as `check_file` does. An OSError within is raised as CheckpointError, with `path`, the cause and the
-    fix."""
+    """Check `path` as `check_file` does, and raise CheckpointError for an OSError within.
+
+    It names `path`, the cause and the fix.
+    """
     check_file(path)
     try:
         yield
