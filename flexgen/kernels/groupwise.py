@@ -18,7 +18,7 @@ _VECTOR = 16
 _PIECE = 1 << 19
 """Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
 _GPU_PIECE = 1 << 28
-"""Values that torch decodes at once on a GPU. Smaller pieces wait for their launches: most matrices are one piece. See
+"""Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their launches. See
 `decode_workspace`."""
 
 

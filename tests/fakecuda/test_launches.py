@@ -76,6 +76,8 @@ def test_a_layer_stays_within_its_budget(changes, prefill, decode, make, prompt)
     fields = dict(gpu_batch_size=2, num_gpu_batches=1, weights=ALL, cache=ALL, activations=ALL)
     first, later = by_kernel(make, cases.policy(**fields | changes), prompt)
     assert first.total() <= prefill, first.most_common()
+    if make is llama and "weights" in changes:
+        decode += 1  # seven matrices, where OPT has six
     assert 0 < later.total() <= decode, later.most_common()
 
 
