@@ -40,7 +40,7 @@ def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
     return replace(report, predicted=predicted, roofline=least)
 
 
-def warm_up(model: OptLM, prompts: Sequence[np.ndarray], gen_len: int) -> None:
+def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: int) -> None:
     """Run two tokens of each shape of block that a job of `prompts` and `gen_len` new tokens has.
 
     What libraries do at the first use of a shape (compile a kernel, load a module, choose an algorithm, make threads

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from flexgen.kernels.attention import MASK_ALIGNMENT
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
@@ -20,7 +21,7 @@ from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.needs import MemoryPlan, Need
 from flexgen.memory.placement import Placement
-from flexgen.memory.weight_slots import decoded_bytes, decodes, slot_sizes
+from flexgen.memory.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.orders import ORDERS, Order, Slots, order_for
 from flexgen.policy import Policy, Tier
@@ -33,6 +34,7 @@ SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
 
 _MEMORY_PAGE_TOKENS = 128
+"""Of what moves, as far as it is filled, and of what the compiled kernels of the CPU attend to."""
 _DISK_PAGE_TOKENS = 16, 128
 _DISK_PAGE_BYTES = 1 * MIB
 
@@ -97,9 +99,18 @@ class CacheSegment:
         return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
 
     def workspace_bytes(self, prompt_len: int) -> int:
-        """What encoding a prompt and decoding a page take meanwhile."""
+        """What encoding a prompt takes meanwhile, and decoding a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
         return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
+
+    def device_bytes(self) -> int:
+        """What a GPU takes to attend: a page decoded."""
+        heads = len(self.rows) * self.kv_heads
+        return self.heads.decode_bytes(heads, self.page_tokens, self.dtype)
+
+    def mask_bytes(self) -> int:
+        """Of the padding mask that a GPU keeps for a part of one page."""
+        return len(self.rows) * align(self.page_tokens, MASK_ALIGNMENT) * self.dtype.itemsize
 
 
 def host_attends(policy: Policy, shares_host_memory: bool) -> bool:
@@ -125,6 +136,8 @@ def cache_segments(
         resident = tier is Tier.GPU or (tier is Tier.CPU and (shares_host_memory or not on_device))
         codec = policy.cache[tier].codec
         page_tokens = _MEMORY_PAGE_TOKENS
+        if tier is Tier.GPU and not shares_host_memory:
+            page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
         if tier is Tier.DISK:
             token = 2 * len(part) * spec.num_kv_heads * head_format(codec, spec.head_dim, dtype).nbytes
             least, most = _DISK_PAGE_TOKENS
@@ -210,6 +223,8 @@ def plan_memory(
             )
         ]
         needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
+        if not shares_host_memory:  # without Triton
+            needs.append(Need(Tier.GPU, "weights", "workspace", decoding_bytes(layers, placement)))
         lookup = lookup_sizes(layers, placement, shares_host_memory, positions)
         needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
         needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
@@ -253,6 +268,8 @@ def _cache_homes(
     needs = []
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
+        if segment.tier is Tier.GPU and not shared:
+            needs.append(Need(Tier.GPU, "cache", "workspace", segment.mask_bytes()))
         if segment.tier is Tier.DISK:  # the page that is being filled
             needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))
     return needs
@@ -298,7 +315,8 @@ def _in_flight(
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         if segment.tier is Tier.DISK:
             needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
-        needs.append(Need(Tier.GPU, "cache", "workspace", segment.workspace_bytes(prompt)))
+        there = segment.device_bytes() if segment.on_device and not shared else 0
+        needs.append(Need(Tier.GPU, "cache", "workspace", max(segment.workspace_bytes(prompt), there)))
         if segment.on_device and not segment.resident and not shared:
             needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:
