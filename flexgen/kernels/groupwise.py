@@ -18,8 +18,8 @@ _VECTOR = 16
 _PIECE = 1 << 19
 """Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
 _GPU_PIECE = 1 << 28
-"""Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their launches. See
-`decode_workspace`."""
+"""Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their
+launches. See `decode_workspace`."""
 
 
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
