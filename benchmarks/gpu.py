@@ -220,7 +220,7 @@ def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of the runs that have a report: the smaller share of bound and roofline, and decode tokens/s over the peer's."""
+    """Of the runs with a report: the smaller share of bound and roofline, and decode tokens/s over the peer's."""
     runs = {name: run["report"] for name, run in results.items() if isinstance(run, dict) and "report" in run}
     peers = {name: runs.get(f"{name}, flexgen 0.1.8") for name in OURS}
     return {

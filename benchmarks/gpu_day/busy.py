@@ -1,4 +1,4 @@
-"""OPT-6.7B on the device under torch's profiler: the share of a decode in which a kernel runs, and kernels a token."""
+"""OPT-6.7B on the device under torch's profiler: the share of a decode in which kernels run, and their number."""
 
 from __future__ import annotations
 
