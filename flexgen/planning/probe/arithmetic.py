@@ -31,7 +31,7 @@ _PAGE_TOKENS = 128
 _CACHE_ROWS = 8
 """Of a cache on the host."""
 _PROMPT_ROWS = 4
-_LAUNCHES = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
+_LAUNCHES: dict[str, Any] = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
 """The effort for a layer whose time on a GPU is that of its launches."""
 _LEAST_OWN = 0.5
 """Of a time from which launches are taken off: more of it would leave noise."""
