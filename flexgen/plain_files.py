@@ -26,8 +26,8 @@ def reading(path: Path) -> Iterator[None]:
 
     It names `path`, the cause and the fix.
     """
-    check_file(path)
     try:
+        check_file(path)
         yield
     except OSError as error:
         fix = _FIXES.get(error.errno or 0, "give a file that you may read")
