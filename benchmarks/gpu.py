@@ -1,19 +1,24 @@
-"""Everything that needs a GPU, in one command of less than ten minutes: the tests marked `gpu`, then OPT-6.7B
-and OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4; beside each, where
-`--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it published.
+"""Everything that needs a GPU, in steps of less than ten minutes, the most informative ones first: the tests marked
+`gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and the link; the probe; OPT-6.7B and
+OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4, and a profile of
+OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it
+published.
 
     pip install --target DIR --no-deps flexgen==0.1.8
     pip install --target DIR attrs pulp
-    python benchmarks/gpu.py --peer DIR --out benchmarks/results/gpu.json
+    python benchmarks/gpu.py                   # repeat it until it says that all steps are done
+    python benchmarks/gpu.py --peer DIR        # the same with the peer, or the peer alone where the rest is done
+
+One call takes less than ten minutes (`--seconds`). Each step writes its own JSON to `benchmarks/results/gpu`: the
+command, the exit status, the end of its output and its figures. The next call skips the steps that passed (`--again`
+does not) and tries those again that failed or ran out of time.
 
 Needs 100 GiB of host memory: OPT-30B runs 48 prompts, as 3 batches of 16, whose cache and weights take 89 GiB there;
 with the peer, whose pinned memory rounds each tensor up to a power of two, 112 GiB. Both sides generate every token.
-Each case's output is shown as it comes. Writes one JSON object after each case: the command, the GPU, the test
-result, a report of each run (the keys of `python -m flexgen.bench --json`), the shares of the bound, and the decode
-throughput over the peer's. A run that fails is recorded with the end of its output; the rest goes on.
 
-Without a GPU, `--emulated` runs the same policies on the emulated device, on a few layers of the same shape and short
-prompts, in 24 GiB: what the schedules lose shows there too, what the kernels and the link give does not.
+`--toy` runs all steps on tiny models, to try the steps themselves. Without a GPU, `--emulated` runs the same policies
+on the emulated device, on a few layers of the same shape and short prompts, in 24 GiB: what the schedules lose shows
+there too, what the kernels and the link give does not.
 """
 
 from __future__ import annotations
@@ -28,12 +33,13 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, anywhere, machine
+from record import RESULTS, anywhere, kept, machine
 from transformers import OPTConfig
 
 from flexgen.models import open_model
@@ -45,6 +51,9 @@ MEMORY_GIB = 16
 LENGTHS = ["--prompt-len", "512", "--gen-len", "32"]
 EMULATED = ["--device", f"emulated:memory={MEMORY_GIB}GiB,link=1GiB", "--prompt-len", "32", "--gen-len", "8"]
 EMULATED_LAYERS = 4
+CHECKS = ("races", "leaks", "attention", "links")
+STEP_SECONDS = 60
+"""A step does not begin where a call has less time left."""
 
 # Weights, cache, activations on gpu and cpu; prompts per batch, batches.
 OURS: dict[str, list[str]] = {
@@ -119,32 +128,66 @@ def call(
     }
 
 
-def cases(reports: Path, peer: Path | None) -> dict[str, dict[str, Any]]:
-    """What to `call`, by name. Runs write their figures to `reports`, to the name of the case."""
+def cases(reports: Path, peer: Path | None, toy: bool = False) -> dict[str, dict[str, Any]]:
+    """What to `call`, by name. Steps write their figures to `reports`, to the name of the case."""
     python = [sys.executable, "-u"]
-    found: dict[str, dict[str, Any]] = {"tests": {"command": [*python, "-m", "pytest", "-v", "-m", "gpu"]}}
+    tests = ["tests/memory/test_gpu.py"] if toy else []
+    found: dict[str, dict[str, Any]] = {
+        "tests": {"command": [*python, "-m", "pytest", "-v", "-m", "gpu", *tests]}
+    }
+    found |= {name: _check(name, reports, toy) for name in CHECKS}
+    figures = ["--again", "--quiet", "--output", str(reports / "probe.toml")]
+    found["probe"] = {"command": [*python, "-m", "flexgen.measure", "--device", "cuda:0", *figures]}
     for name, flags in OURS.items():
-        device = ["--weights", "dummy", "--device", f"cuda:0,memory={MEMORY_GIB}GiB"]
+        # The roofline share needs the probe's figures.
+        device = ["--weights", "dummy", "--predict", "--device", f"cuda:0,memory={MEMORY_GIB}GiB"]
         command = [*python, "-m", "flexgen.bench", *LENGTHS, *device, *flags, "--json", str(reports / name)]
         found[name] = {"command": command}
-        if peer is not None and name in PEERS:
-            memory = ["--gpu-memory-gib", str(MEMORY_GIB)]
-            theirs = f"{name}, flexgen 0.1.8"
-            found[theirs] = {
-                "command": [
-                    *python,
-                    str(WORKER),
-                    *LENGTHS,
-                    *memory,
-                    *PEERS[name],
-                    "--json",
-                    str(reports / theirs),
-                ],
-                # Both packages are called flexgen: here the peer's comes first, and this one is out of sight.
-                "cwd": reports,
-                "environment": {"PYTHONPATH": str(peer.resolve())},
-            }
+        if name == "opt-6.7b":
+            found["busy"] = _check("busy", reports, toy)
+    if toy:
+        found |= {name: _toy(found[name]["command"], reports) for name in OURS}
+    # Last: they need a package that may not be there.
+    for name in PEERS if peer is not None else ():
+        assert peer is not None
+        theirs = f"{name}, flexgen 0.1.8"
+        memory = ["--gpu-memory-gib", str(MEMORY_GIB)]
+        figures = ["--json", str(reports / theirs)]
+        found[theirs] = {
+            "command": [*python, str(WORKER), *LENGTHS, *memory, *PEERS[name], *figures],
+            # Both packages are called flexgen: here the peer's comes first, and this one is out of sight.
+            "cwd": reports,
+            "environment": {"PYTHONPATH": str(peer.resolve())},
+        }
     return found
+
+
+def _check(name: str, reports: Path, toy: bool) -> dict[str, Any]:
+    """A command of `gpu_day`."""
+    flags = ["--json", str(reports / name), *(["--toy"] if toy else [])]
+    paths = filter(None, [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH")])
+    return {
+        "command": [sys.executable, "-u", "-m", f"gpu_day.{name}", *flags],
+        "environment": {"PYTHONPATH": os.pathsep.join(paths)},
+    }
+
+
+def _toy(command: list[str], reports: Path) -> dict[str, Any]:
+    """A benchmark with its policy, on a tiny model and without the probe's figures."""
+    shape = reports / "shapes" / "toy"
+    OPTConfig(
+        vocab_size=64,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        dtype="float16",
+    ).save_pretrained(shape)
+    command = [word for word in command if word != "--predict"]
+    for flag, value in (("--model", str(shape)), ("--prompt-len", "8"), ("--gen-len", "4")):
+        command[command.index(flag) + 1] = value
+    return {"command": command}
 
 
 def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
@@ -177,11 +220,11 @@ def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The shares of the bound, and decode tokens/s over the peer's, of the runs that have a report."""
+    """Of each run with a report: the smaller share of bound and roofline, and decode tokens/s over the peer's."""
     runs = {name: run["report"] for name, run in results.items() if isinstance(run, dict) and "report" in run}
     peers = {name: runs.get(f"{name}, flexgen 0.1.8") for name in OURS}
     return {
-        "share of the bound": {name: runs[name]["bound_share"] for name in OURS if name in runs},
+        "share of the goal": {name: runs[name]["goal_share"] for name in OURS if name in runs},
         "decode over flexgen 0.1.8": {
             name: runs[name]["decode_tokens_s"] / peer["decode_tokens_s"]
             for name, peer in peers.items()
@@ -194,13 +237,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, help="another file for the results than benchmarks/results/gpu.json"
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="another folder for the results than benchmarks/results/gpu")
+    add("--emulated", action="store_true", help="without a GPU; writes to gpu_emulated")
+    add("--toy", action="store_true", help="tiny sizes, to try the steps; writes to gpu_toy")
+    add("--peer", type=Path, metavar="DIR", help="where flexgen 0.1.8 is installed")
+    add(
+        "--only",
+        metavar="STEP",
+        nargs="+",
+        help="these steps: tests, a check, a model, `MODEL, flexgen 0.1.8`",
     )
-    parser.add_argument("--emulated", action="store_true", help="without a GPU; writes gpu_emulated.json")
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="where flexgen 0.1.8 is installed")
-    parser.add_argument("--only", metavar="CASE", nargs="+", help="tests, a model, `MODEL, flexgen 0.1.8`")
-    parser.add_argument("--seconds", type=float, default=0.95 * TEN_MINUTES, help="for everything together")
+    add("--again", action="store_true", help="run steps that have passed too")
+    add("--seconds", type=float, default=0.95 * TEN_MINUTES, help="for this call")
     args = parser.parse_args()
     if not args.emulated and not torch.cuda.is_available():
         print("no GPU is visible to torch: nothing to measure (see --emulated)", file=sys.stderr)
@@ -208,34 +257,42 @@ def main() -> int:
     if args.peer is not None and not (args.peer / "flexgen" / "flex_opt.py").exists():
         parser.error(f"--peer {args.peer}: there is no flexgen/flex_opt.py in it; see the top of --help")
     deadline = time.perf_counter() + args.seconds
-    out = args.out or RESULTS / ("gpu_emulated.json" if args.emulated else "gpu.json")
-    device = {"machine": machine()} if args.emulated else {"gpu": torch.cuda.get_device_name()}
-    results: dict[str, Any] = {
-        "command": "python benchmarks/gpu.py"
-        + " --peer DIR" * bool(args.peer)
-        + " --emulated" * args.emulated,
-        **device,
-        "torch": torch.__version__,
-    }
+    out = args.out or RESULTS / ("gpu_emulated" if args.emulated else "gpu_toy" if args.toy else "gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    device = {} if args.emulated else {"gpu": torch.cuda.get_device_name()}
+    about = {"machine": machine(), **device, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder)
-        chosen = emulated_cases(reports) if args.emulated else cases(reports, args.peer)
-        if unknown := set(args.only or ()) - set(chosen):
-            parser.error(f"--only: no case {', '.join(sorted(unknown))}; there are: {'; '.join(chosen)}")
-        chosen = {name: case for name, case in chosen.items() if args.only is None or name in args.only}
-        for n, (name, case) in enumerate(chosen.items()):
-            # What is left is shared by the cases that are left.
-            seconds = max(deadline - time.perf_counter(), 1.0) / (len(chosen) - n)
-            print(f"== {n + 1} of {len(chosen)}: {name}, {seconds:.0f} s at most", flush=True)
-            result = results[name] = call(seconds=seconds, **case)
+        steps = emulated_cases(reports) if args.emulated else cases(reports, args.peer, args.toy)
+        if unknown := set(args.only or ()) - set(steps):
+            parser.error(f"--only: no step {', '.join(sorted(unknown))}; there are: {'; '.join(steps)}")
+        steps = {name: step for name, step in steps.items() if args.only is None or name in args.only}
+        left = [name for name in steps if args.again or kept(_path(out, name)).get("status") != 0]
+        for n, name in enumerate(left):
+            seconds = deadline - time.perf_counter()
+            # The first one begins in any case: it may need all of a call.
+            if n and seconds < min(STEP_SECONDS, args.seconds / 2):
+                break
+            print(f"== {n + 1} of {len(left)}: {name}, {seconds:.0f} s at most", flush=True)
+            result = about | call(seconds=max(seconds, 1.0), **steps[name])
             if (reports / name).exists():
                 result["report"] = json.loads((reports / name).read_text())
-            results["comparison"] = compare(results)
-            text = json.dumps(results, indent=1).replace(str(reports), "DIR")
-            out.write_text(text + "\n")  # what is known so far is kept
+            elif (reports / f"{name}.toml").exists():
+                result["report"] = tomllib.loads((reports / f"{name}.toml").read_text())
+            text = json.dumps(result, indent=1).replace(str(reports), "DIR")
+            _path(out, name).write_text(text + "\n", encoding="utf-8")
             print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
-    print(f"written to {out}: {results['comparison']}")
-    return int(any(results[name]["status"] != 0 for name in chosen))
+    results = {name: kept(_path(out, name)) for name in steps}
+    comparison = compare(results)
+    (out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+    open_ = [name for name, result in results.items() if result.get("status") != 0]
+    state = f"not passed: {', '.join(open_)}; run it again to continue" if open_ else "all steps are done"
+    print(f"written to {out}: {comparison}\n{state}")
+    return int(bool(open_))
+
+
+def _path(out: Path, step: str) -> Path:
+    return out / (step.replace(", ", "_").replace(" ", "_") + ".json")
 
 
 def _ended(status: int | None) -> str:

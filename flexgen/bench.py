@@ -26,7 +26,7 @@ from flexgen.planning.auto import USUAL, known_machine, this_machine
 from flexgen.policy import Policy
 from flexgen.report import Report
 from flexgen.runtime.debug import tokens_to_run
-from flexgen.trial import beside
+from flexgen.trial import beside, warm_up
 from flexgen.workload import Workload
 
 _DEMO_GEN_LEN = 24
@@ -60,8 +60,8 @@ def bench(args: argparse.Namespace) -> Report:
         order=args.order,
     ) as model:
         job = make_job(model, args, records)
-        # The first pass makes threads, pages and caches of libraries that later ones find: it is not measured.
-        model.generate(job.warm_up, 2, stop=())
+        if args.warm_up:
+            warm_up(model, job.prompts, job.gen_len)
         ids, report = model.generate(
             job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed, stats=True
         )
@@ -92,10 +92,9 @@ class Records:
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts to run, and some to run before; the records that they ask about, where answers are known."""
+    """Prompts to run, and the records that they ask about, where answers are known."""
 
     prompts: Sequence[np.ndarray]
-    warm_up: Sequence[np.ndarray]
     gen_len: int
     records: Sequence[demo.Record] = ()
     tokenizer: Any = None
@@ -125,16 +124,15 @@ def asked_workload(args: argparse.Namespace, records: Records | None) -> Workloa
 
 def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) -> Job:
     """The records, or random ids: one block of them unless a number is asked for."""
-    block = model.policy.block_size
     if records:
         prompts = records.prompts
-        # So small a model is done before the libraries have seen its shapes: it runs a block to warm up.
-        gen_len = args.gen_len or _DEMO_GEN_LEN
-        return Job(prompts, prompts[:block], gen_len, records.records, records.tokenizer)
+        return Job(prompts, args.gen_len or _DEMO_GEN_LEN, records.records, records.tokenizer)
     asked = asked_workload(args, None)
     random = np.random.default_rng(args.seed)
-    ids = random.integers(0, model.spec.vocab_size, size=(args.num_prompts or block, asked.prompt_len))
-    return Job(list(ids), [ids[0, :1]], asked.gen_len)
+    ids = random.integers(
+        0, model.spec.vocab_size, size=(args.num_prompts or model.policy.block_size, asked.prompt_len)
+    )
+    return Job(list(ids), asked.gen_len)
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
@@ -195,6 +193,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=OutputFile,
         metavar="FILE",
         help="write every step by lane, for chrome://tracing or ui.perfetto.dev",
+    )
+    add(
+        "--no-warm-up",
+        dest="warm_up",
+        action="store_false",
+        help="do not run two tokens of each shape of block first: the times include compilation and loading",
     )
     add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
     add("--predict", action="store_true", help="measure the machine, if it was not, to predict the run too")

@@ -319,7 +319,8 @@ class OptLM(Conveniences):
         with active, torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
-                call.run(prompts, 1, result.output(prompts, numbers, self._machine.device))
+                with contextlib.closing(result.output(prompts, numbers, self._machine, cells)) as output:
+                    call.run(prompts, 1, output)
             self.stats = self._measured(model, call, plan, request, 0)
         return result
 

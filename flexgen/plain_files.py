@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flexgen.errors import CheckpointError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+
+_FIXES = {
+    errno.EMFILE: "too many files are open: close some, or raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: close some",
+    errno.EIO: "the disk reports a failure: read the system's log, and copy or download the file again",
+    errno.ENOENT: "copy or download it again, or name the folder that holds it",
+}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Check `path` as `check_file` does, and raise CheckpointError for an OSError within.
+
+    It names `path`, the cause and the fix.
+    """
+    check_file(path)
+    try:
+        yield
+    except OSError as error:
+        fix = _FIXES.get(error.errno or 0, "give a file that you may read")
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; {fix}") from error
 
 
 def check_file(path: Path) -> None:

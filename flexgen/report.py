@@ -36,6 +36,9 @@ _DERIVED = (
     "bound_s",
     "bottleneck",
     "bound_share",
+    "roofline_s",
+    "roofline_share",
+    "goal_share",
 )
 """Properties of a report that its JSON has beside its fields."""
 
@@ -46,6 +49,7 @@ class Report:
 
     Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
     token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
+    `roofline`: seconds of each lane for the bytes and flops of each phase, at the rates of the measured machine.
     `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
     `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
     were run, where the decode was projected from fewer than `gen_len`. `new_tokens`: of all prompts, where some
@@ -66,6 +70,7 @@ class Report:
     prompt_tokens: int
     padded_share: float = 0.0
     phases: ByPhase = field(default_factory=dict)
+    roofline: ByPhase = field(default_factory=dict)
     plan_bytes: ByTier
     peak_bytes: ByTier
     placement: Mapping[str, Mapping[Tier, tuple[float, float]]]
@@ -133,6 +138,25 @@ class Report:
         """The bound over the total: 1 is all that the hardware gives under this policy."""
         return None if self.bound_s is None else self.bound_s / self.total_s
 
+    @property
+    def roofline_s(self) -> float | None:
+        """Seconds of the slowest lane of each phase for bytes and flops alone; None without the machine's figures."""
+        return bound_seconds(self.roofline) if any(self.roofline.values()) else None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """The roofline over the total.
+
+        The bound is measured, so a lane that waits for its next kernel counts as busy there. Here it does not.
+        """
+        return None if self.roofline_s is None else self.roofline_s / self.total_s
+
+    @property
+    def goal_share(self) -> float | None:
+        """The smaller of the two shares, or the one that is known: the number to compare with a goal."""
+        known = [share for share in (self.bound_share, self.roofline_share) if share is not None]
+        return min(known, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         placement = {
@@ -148,6 +172,7 @@ class Report:
             "lanes": _plain(self.lanes),
             "busy": _plain(self.busy),
             "phases": _plain_phases(self.phases),
+            "roofline": _plain_phases(self.roofline),
             "waits_for": {str(phase): str(lane) for phase, lane in self.waits_for.items()},
             "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
             "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
@@ -182,6 +207,8 @@ class Report:
         if self.waits_for:
             rows += [(f"{phase} lanes", self._lanes(phase)) for phase in self.waits_for]
             rows.append(("bound", self._bound()))
+        if self.roofline_share is not None:
+            rows.append(("roofline", self._roofline()))
         if self.perplexity is not None:
             rows.append(("perplexity", f"{self.perplexity:.4f} of the right answers"))
         width = max(len(name) for name, _ in rows)
@@ -246,6 +273,11 @@ class Report:
         if others and {lane} == {other for _, other in others}:
             waits = f"it waits for {lane}"
         return f"{self.bound_share:.0%} of what the hardware gives here: {waits}"
+
+    def _roofline(self) -> str:
+        assert self.roofline_s is not None and self.roofline_share is not None
+        least = format_seconds(self.roofline_s)
+        return f"{self.roofline_share:.0%}: bytes and flops alone take {least} at the measured rates"
 
 
 def timed_lanes(host_attends: bool) -> tuple[LaneName, ...]:

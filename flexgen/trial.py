@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from flexgen.engine import OptLM
 from flexgen.errors import FlexGenError
 from flexgen.models import ModelSpec
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
+from flexgen.planning.predict import predict, roofline
 from flexgen.policy import Policy
 from flexgen.report import Report
 from flexgen.workload import Workload
@@ -24,20 +24,35 @@ _LEAST_LAYERS, _LEAST_TOKENS = 2, 4
 
 
 def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
-    """The report of a run with what is predicted of it, if the figures of `hardware` reach that far."""
+    """The report of a run with its prediction and its roofline, if `hardware` has the figures for them."""
     # Prompts of the length that was computed, which is the mean with its padding.
     computed = report.prompt_tokens / (1 - report.padded_share)
     workload = Workload(max(round(computed / report.num_prompts), 1), report.gen_len, report.num_prompts)
     # What has run did fit, whatever is free now.
     hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
+    job = spec, report.policy, hardware, workload
     try:
-        predicted = predict(
-            spec, report.policy, hardware, workload, dtype=report.dtype, order=report.order
-        ).report
+        predicted = predict(*job, dtype=report.dtype, order=report.order).report
+        least = roofline(*job, dtype=report.dtype, order=report.order)
     except FlexGenError as error:
         _log.info("no prediction: %s", error)
         return report
-    return replace(report, predicted=predicted)
+    return replace(report, predicted=predicted, roofline=least)
+
+
+def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: int) -> None:
+    """Run two tokens of each shape of block that a job of `prompts` and `gen_len` new tokens has.
+
+    What libraries do at the first use of a shape (compile a kernel, load a module, choose an algorithm, make threads
+    and workspaces) is then done before a measured call. The cache has the size that it has in the job, because
+    kernels are also compiled for strides.
+    """
+    block = model.policy.block_size
+    lengths = {len(prompt) for prompt in prompts}
+    # Blocks of equal prompts differ in the number of prompts only: the last one may have fewer.
+    rest = len(prompts) % block
+    kept = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
+    model.generate(kept, gen_len, stop=(), cut_gen_len=min(2, gen_len))
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,6 @@ def run_trial(
     with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:
         random = np.random.default_rng(seed)
         ids = random.integers(0, model.spec.vocab_size, size=(job.num_prompts, job.prompt_len))
-        # Threads, pages and caches of libraries are made before what is measured.
-        model.generate(ids[:, :1], min(2, job.gen_len), stop=())
+        warm_up(model, ids, job.gen_len)
         _, report = model.generate(ids, job.gen_len, stop=(), stats=True)
         return replace(report, phases=model.lane_seconds(ids, job.gen_len)) if lanes else report

@@ -290,6 +290,7 @@ def test_bench_says_what_was_chosen_and_prints_the_prediction_beside(tmp_path, c
     found = json.loads(out.read_text())
     assert found["predicted"]["throughput_tokens_s"] == pytest.approx(20 / found["predicted"]["total_s"])
     assert f"predicted {found['predicted']['throughput_tokens_s']:,.1f} tokens/s" in text.out
+    assert "\nroofline " in text.out and found["goal_share"] == found["roofline_share"] > 0
     # A whole policy on a machine that was not measured: nothing is searched for, nothing predicted,
     whole = [*flags, *"--percent 100 0 100 0 100 0 --gpu-batch-size 5 --num-gpu-batches 1".split()]
     assert bench.main(whole) == 0

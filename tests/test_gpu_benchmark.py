@@ -68,8 +68,9 @@ def test_the_runs_fit(benchmark, tmp_path, run):
 def test_the_peer_runs_beside_each_model_and_out_of_this_package_s_sight(benchmark, tmp_path):
     found = benchmark.cases(tmp_path / "reports", tmp_path / "peer")
     assert list(found) == [
-        *["tests", "opt-6.7b", "opt-6.7b, flexgen 0.1.8", "opt-6.7b, weights streamed"],
-        *["opt-30b", "opt-30b, flexgen 0.1.8"],
+        *["tests", "races", "leaks", "attention", "links", "probe"],
+        *["opt-6.7b", "busy", "opt-6.7b, weights streamed", "opt-30b"],
+        *["opt-6.7b, flexgen 0.1.8", "opt-30b, flexgen 0.1.8"],  # last: in a call of its own
     ]
     case = found["opt-30b, flexgen 0.1.8"]
     assert case["cwd"] == tmp_path / "reports"
@@ -150,11 +151,11 @@ def test_the_worker_reports_the_peer_s_own_timer(worker, monkeypatch, tmp_path):
 
 
 def test_only_runs_that_ended_are_compared(benchmark):
-    run = {"status": 0, "report": {"bound_share": 0.9, "decode_tokens_s": 12.0}}
+    run = {"status": 0, "report": {"goal_share": 0.9, "decode_tokens_s": 12.0}}
     peer = {"status": 0, "report": {"decode_tokens_s": 4.0}}
     results = {"gpu": "name", "opt-30b": run, "opt-30b, flexgen 0.1.8": peer, "opt-6.7b": run}
     assert benchmark.compare(results) == {
-        "share of the bound": {"opt-6.7b": 0.9, "opt-30b": 0.9},
+        "share of the goal": {"opt-6.7b": 0.9, "opt-30b": 0.9},
         "decode over flexgen 0.1.8": {"opt-30b": 3.0},
     }
     late = {"status": None}
@@ -172,3 +173,42 @@ def test_a_case_that_is_late_ends_with_all_that_it_has_started(benchmark):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import signal; signal.pause()'])"
     found = benchmark.call([sys.executable, "-c", code], 2.0)
     assert found["status"] is None
+
+
+@pytest.fixture
+def steps(benchmark, monkeypatch):
+    """Steps whose commands fail as often as `steps[name]` says, then pass; which of them ran, in order."""
+    fails, ran = {"tests": 0, "races": 1, "probe": 0}, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(benchmark, "cases", lambda *_: {name: {"command": [name]} for name in fails})
+
+    def call(command, seconds):
+        (name,) = command
+        ran.append(name)
+        fails[name] -= 1
+        return {"status": int(fails[name] >= 0), "seconds": seconds, "output": ""}
+
+    monkeypatch.setattr(benchmark, "call", call)
+    return ran
+
+
+def run(benchmark, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, flags)])
+    return benchmark.main()
+
+
+def test_a_later_call_continues_with_what_has_not_passed(benchmark, steps, monkeypatch, tmp_path, capsys):
+    assert run(benchmark, monkeypatch, "--out", tmp_path) == 1
+    assert steps == ["tests", "races", "probe"]
+    assert json.loads((tmp_path / "races.json").read_text())["status"] == 1
+    assert "not passed: races" in capsys.readouterr().out
+    assert run(benchmark, monkeypatch, "--out", tmp_path) == 0
+    assert steps == ["tests", "races", "probe", "races"] and "all steps are done" in capsys.readouterr().out
+    assert run(benchmark, monkeypatch, "--out", tmp_path, "--again", "--only", "probe") == 0
+    assert steps[-1] == "probe"
+
+
+def test_a_call_begins_no_step_that_it_has_no_time_for(benchmark, steps, monkeypatch, tmp_path):
+    assert run(benchmark, monkeypatch, "--out", tmp_path, "--seconds", 0) == 1
+    assert steps == ["tests"]  # the first one may need all of a call

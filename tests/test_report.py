@@ -82,6 +82,35 @@ def test_card_says_what_people_look_for():
     assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1
 
 
+ROOFLINE = {
+    Phase.PREFILL: {LaneName.COMPUTE: 1.6, LaneName.DISK_READ: 0.5},
+    Phase.DECODE: {LaneName.COMPUTE: 0.2, LaneName.TO_DEVICE: 0.4},
+}
+
+
+def test_a_starved_lane_is_seen_by_the_roofline():
+    starved = report(
+        phases={Phase.PREFILL: {LaneName.COMPUTE: 1.8}, Phase.DECODE: {LaneName.COMPUTE: 6.0}},
+        roofline=ROOFLINE,
+    )
+    # Of 8 s: gaps between kernels count as work in the bound.
+    assert starved.bound_share == pytest.approx(7.8 / 8)
+    assert starved.roofline_s == pytest.approx(2.0)
+    assert starved.roofline_share == starved.goal_share == pytest.approx(0.25)
+    found = json.loads(starved.to_json())
+    assert (found["roofline_s"], found["goal_share"]) == (pytest.approx(2.0), pytest.approx(0.25))
+    assert found["roofline"]["decode"] == {"compute": 0.2, "to_device": 0.4}
+    assert "roofline" in starved.card() and "25%: bytes and flops alone take 2" in starved.card()
+
+
+def test_the_goal_is_compared_with_the_smaller_share():
+    fast = {phase: {LaneName.COMPUTE: 3.9} for phase in Phase}
+    assert report(roofline=fast).goal_share == report().bound_share == pytest.approx(0.9)
+    assert report(phases={}, roofline=ROOFLINE).goal_share == pytest.approx(0.25)
+    assert report(phases={}).goal_share is None and report().roofline_share is None
+    assert "roofline" not in report().card()
+
+
 def test_card_names_codecs():
     encoded = Policy(
         weights={"cpu": {"percent": 60, "codec": "int8"}, "disk": 40},

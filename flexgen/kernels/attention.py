@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.heads import HeadFormat, PlainHeads
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.units import align
+
+MASK_ALIGNMENT = 16
+"""Values between the rows of a mask: of others torch makes an aligned copy in each call."""
 
 Pages = Sequence[tuple[Tensor, Tensor]]
 """Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
@@ -110,6 +115,37 @@ def attend_in_torch(
     """
     probabilities = probabilities_in_torch(q, pages, length, starts, scale, form).to(q.dtype)
     return weigh_in_torch(probabilities, pages, length, form).view(q.shape)
+
+
+def attend_fused(
+    q: Tensor, page: tuple[Tensor, Tensor], length: int, hidden: Tensor | None, scale: float, form: HeadFormat
+) -> Tensor:
+    """The same over one page of a GPU, by torch's fused attention: two launches at any length.
+
+    `hidden` (rows, 1, 1, at least `length`), in the type of q: -inf where a position is padding, otherwise 0. None
+    for no padding. Query heads that share a K/V head are queries of one head, so that keys are not expanded. Encoded
+    keys and values are decoded for as many rows as `form` takes at once.
+    """
+    rows, heads, _, head_dim = q.shape
+    keys = page[0]
+    kv_heads = keys.shape[1]
+    query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    outs = []
+    step = max(form.rows_at_once(keys, length), 1)
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        mask = None if hidden is None else hidden[part, :, :, :length]
+        k, v = (form.whole(x[part], length, q.dtype) for x in page)
+        outs.append(F.scaled_dot_product_attention(query[part], k, v, attn_mask=mask, scale=scale))
+        del k, v
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(q.shape)
+
+
+def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """What `attend_fused` takes for `starts` (rows,) of `decode_attention`: (rows, 1, 1, tokens), where they are."""
+    padding = torch.arange(align(tokens, MASK_ALIGNMENT), device=starts.device) < starts[:, None]
+    hidden = torch.zeros(padding.shape, dtype=dtype, device=starts.device)
+    return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]
 
 
 def probabilities_in_torch(

@@ -5,6 +5,8 @@ The compiled kernels and torch give the same bits, in both directions.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,10 @@ from flexgen.kernels.packed import Packed
 _VECTOR = 16
 """Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
 _PIECE = 1 << 19
-"""Values that torch decodes at once: their temporaries, of up to 6 bytes each, are in no memory plan."""
+"""Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
+_GPU_PIECE = 1 << 28
+"""Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their
+launches. See `decode_workspace`."""
 
 
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
@@ -146,37 +151,61 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
     """Fill `packed`, on any device."""
     levels = 2**packed.bits - 1
     groups = x.float().unflatten(-1, (-1, packed.group))
+    least, most = groups.aminmax(dim=-1)
+    largest = torch.finfo(packed.scales.dtype).max
     # Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
-    minimum = _keep(groups.amin(-1) + 0.0, packed.minimums)  # no negative zero
-    scale = _keep((groups.amax(-1) - minimum).clamp_min(0) * (1 / levels), packed.scales)
-    codes = _codes(groups, minimum[..., None], scale[..., None], packed.bits)
-    packed.values.copy_(codes.flatten(-2))
-
-
-def _keep(x: Tensor, target: Tensor) -> Tensor:
-    largest = torch.finfo(target.dtype).max
-    return target.copy_(x.clamp(-largest, largest)).float()
+    packed.minimums.copy_(least.add_(0.0).clamp_(-largest, largest))  # no negative zero
+    packed.scales.copy_(most.sub_(packed.minimums).mul_(1 / levels).clamp_(0, largest))
+    codes = (groups - packed.minimums[..., None]).div_(packed.scales[..., None])
+    codes.nan_to_num_(0.0, 0.0, 0.0)  # where the scale is 0
+    codes.clamp_(0, levels).round_()
+    if packed.bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        codes = torch.add(low, high, alpha=16)
+    packed.values.unflatten(-1, codes.shape[-2:]).copy_(codes)
 
 
 def dequantise_in_torch(packed: Packed, out: Tensor) -> Tensor:
-    """Fill `out`, on any device, with temporaries of a few MiB at most."""
+    """Fill `out`, on any device, with temporaries as in `decode_workspace`."""
     groups = packed.scales.shape[-1]
     if not groups:
         return out
     values, target = (x.unflatten(-1, (groups, -1)) for x in (packed.values, out))
-    _decode_pieces(values, packed.scales[..., None], packed.minimums[..., None], target, packed.bits)
+    piece = _PIECE if out.device.type == "cpu" else _GPU_PIECE
+    _decode_pieces(values, packed.scales, packed.minimums, target, packed.bits, piece)
     return out
 
 
-def _decode_pieces(values: Tensor, scales: Tensor, minimums: Tensor, out: Tensor, bits: int) -> None:
+def decode_workspace(values: int, group: int) -> int:
+    """Bytes of temporaries while torch decodes `values` values on a GPU, the largest piece: codes and scales."""
+    at_once = min(values, _GPU_PIECE)
+    return at_once + at_once // group * 2 * torch.float32.itemsize
+
+
+def _decode_pieces(
+    values: Tensor, scales: Tensor, minimums: Tensor, out: Tensor, bits: int, piece: int
+) -> None:
     """Groups (..., octets) to `out` (..., group), in pieces along the first dimensions that are too long for one."""
     *lead, group = out.shape
     split = next((dim for dim, size in enumerate(lead) if size > 1), None)
-    if split is not None and out.numel() > max(_PIECE, group):
-        most = max(_PIECE * lead[split] // out.numel(), 1)
+    if split is not None and out.numel() > max(piece, group):
+        most = max(piece * lead[split] // out.numel(), 1)
         for v, s, m, o in zip(*(x.split(most, split) for x in (values, scales, minimums, out)), strict=True):
-            _decode_pieces(v, s, m, o, bits)
+            _decode_pieces(v, s, m, o, bits, piece)
         return
+    # As few launches as there can be. The products are exact in float32, so that it is rounded once.
     if bits == 4:
-        values = torch.cat((values & 15, values >> 4), dim=-1)
-    out.copy_(values.float().mul_(scales.float()).add_(minimums.float()))
+        masks, units = _nibbles(out.device)
+        codes = values[..., None, :] & masks
+        torch.addcmul(
+            minimums[..., None, None], codes, scales[..., None, None] * units, out=out.unflatten(-1, (2, -1))
+        )
+    else:
+        torch.addcmul(minimums[..., None], values, scales[..., None].float(), out=out)
+
+
+@functools.cache
+def _nibbles(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both (2, 1): what the codes of a byte are masked with, and what a mask's lowest bit counts, in float32."""
+    masks = torch.tensor([[0x0F], [0xF0]], dtype=torch.uint8, device=device)
+    return masks, torch.tensor([[1.0], [1 / 16]], device=device)

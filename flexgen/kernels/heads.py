@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.kernels.groupwise import dequantise, quantise
+from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
 
 _PIECE_VALUES = 1 << 22
-"""Encoded and decoded at once in torch, so that what it needs meanwhile stays small."""
+"""Encoded at once in torch, and on a CPU decoded, so that what it needs meanwhile stays small."""
+
+_GPU_VALUES = 1 << 27
+"""Decoded at once on a GPU: smaller pieces wait for their launches."""
 
 _WORKSPACE = 18
 """Bytes a value that encoding takes meanwhile: codes, and float32 values, steps and their rounding."""
@@ -56,8 +59,25 @@ class HeadFormat(ABC):
         """
 
     @abstractmethod
+    def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` of keys and values of one shape; few of them together, which takes half of the launches."""
+
+    @abstractmethod
+    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
+        """How many rows of `kept` are decoded together by `whole`, within `decode_bytes`."""
+
+    @abstractmethod
+    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        """(rows, heads, tokens, head_dim): the first `tokens` tokens of `kept`, decoded at once."""
+
+    @abstractmethod
     def workspace_bytes(self, heads: int, tokens: int) -> int:
-        """Of `encode` and `decode` for `heads` heads (rows * kv_heads) of `tokens` tokens, with the result."""
+        """Of `encode`, and of `decode` on a CPU, for `heads` heads (rows * kv_heads) of `tokens` tokens, with the
+        result."""
+
+    @abstractmethod
+    def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
+        """Of keys and values that a GPU has decoded at once, `heads` heads of `tokens` tokens in all."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,19 @@ class PlainHeads(HeadFormat):
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield kept  # the whole page: a batched product on a slice is ten times slower on a CPU
 
+    def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
+        return len(kept)
+
+    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        return kept[:, :, :tokens]
+
     def workspace_bytes(self, heads: int, tokens: int) -> int:
+        return 0
+
+    def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
         return 0
 
 
@@ -116,16 +148,36 @@ class GroupwiseHeads(HeadFormat):
 
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         # No further than `tokens`: bytes that were never written may not be numbers.
-        for part in kept[:, :, :tokens].split(self._step(kept.shape[0] * kept.shape[1]), dim=2):
-            out = torch.empty(*part.shape[:-1], self.head_dim, dtype=dtype, device=kept.device)
-            yield dequantise(self._view(part), out)
+        most = _PIECE_VALUES if kept.device.type == "cpu" else _GPU_VALUES
+        for part in kept[:, :, :tokens].split(self._step(kept.shape[0] * kept.shape[1], most), dim=2):
+            yield self._decoded(part, dtype)
+
+    def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if k.numel() > _PIECE_VALUES // 2:
+            return self.encode(k), self.encode(v)
+        both = self.encode(torch.cat((k, v)))
+        return both[: len(k)], both[len(k) :]
+
+    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
+        return max(1, _GPU_VALUES // max(1, kept.shape[1] * tokens * self.head_dim))
+
+    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        return self._decoded(kept[:, :, :tokens], dtype)
+
+    def _decoded(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(*kept.shape[:-1], self.head_dim, dtype=dtype, device=kept.device)
+        return dequantise(self._view(kept), out)
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
         at_once = min(self._step(heads), tokens)
         return heads * (at_once * self.head_dim * _WORKSPACE + tokens * self.width)
 
-    def _step(self, heads: int) -> int:
-        return max(1, _PIECE_VALUES // max(1, heads * self.head_dim))
+    def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
+        values = min(heads * tokens * self.head_dim, max(_GPU_VALUES, tokens * self.head_dim))
+        return 2 * values * dtype.itemsize + decode_workspace(values, self.group)
+
+    def _step(self, heads: int, most: int | None = None) -> int:
+        return max(1, (most or _PIECE_VALUES) // max(1, heads * self.head_dim))
 
     def _view(self, kept: Tensor) -> Packed:
         pairs = kept[..., : self._codes].view(torch.float16).unflatten(-1, (-1, 2))

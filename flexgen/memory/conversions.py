@@ -56,8 +56,8 @@ class Conversions:
             self._found[name] = self._verified(name, header, nbytes)
         return self._found[name]
 
-    def write(self, name: str, write: Callable[[BinaryIO], None]) -> Path:
-        """Write the file `name`: complete, or not at all. Raises as `DiskStore.publish` does."""
+    def write(self, name: str, nbytes: int, write: Callable[[BinaryIO], None]) -> Path:
+        """Write the file `name` of `nbytes`: complete, or not at all. Raises as `DiskStore.publish` does."""
         self._disk.use(f"{self._model}/{self._state}", make=True)
         name, digest = f"{self._model}/{self._state}/{name}", ""
 
@@ -67,7 +67,7 @@ class Conversions:
             file.flush()
             digest = _digest(file)
 
-        path = self._disk.publish(name, write_and_digest)
+        path = self._disk.publish(name, write_and_digest, nbytes)
         self._record(name, path, digest)
         self._found[name] = path
         return path
@@ -111,7 +111,7 @@ class Conversions:
         def write(file: BinaryIO) -> None:
             file.write(record)
 
-        self._disk.publish(name + _RECORD, write)
+        self._disk.publish(name + _RECORD, write, len(record))
 
     def _read_record(self, name: str) -> dict[str, Any]:
         path = self._disk.published(name + _RECORD)

@@ -60,13 +60,23 @@ class DiskStore:
 
     @property
     def free(self) -> int:
-        """Bytes this process may still write to the file system of the offload directory."""
-        return shutil.disk_usage(self._base).free
+        """Bytes this process may still write to the file system of the offload directory. Raises RequestError where
+        the directory has been removed."""
+        return self._usage().free
 
     @property
     def total(self) -> int:
-        """Bytes of that file system in all."""
-        return shutil.disk_usage(self._base).total
+        """Bytes of that file system in all. Raises as `free` does."""
+        return self._usage().total
+
+    def _usage(self) -> shutil._ntuple_diskusage:
+        try:
+            return shutil.disk_usage(self._base)
+        except OSError as error:
+            raise RequestError(
+                f"offload_dir {self._base} cannot be used: {error.strerror}. If it was removed while the model is "
+                "open, make it again, or open the model again with another offload_dir"
+            ) from error
 
     def scratch(self, name: str, nbytes: int) -> Path:
         """A new file of `nbytes` zero bytes, rounded up to whole blocks, its space reserved.
@@ -132,10 +142,12 @@ class DiskStore:
         # A link, or what another user put there, is not what an earlier run wrote.
         return path if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() else None
 
-    def publish(self, name: str, write: Callable[[BinaryIO], None]) -> Path:
+    def publish(self, name: str, write: Callable[[BinaryIO], None], expected: int = 0) -> Path:
         """Keep what `write` puts into the file it is given as `name`: complete, or not at all.
 
-        An existing file of that name is replaced. After an error in `write` nothing is left of it.
+        An existing file of that name is replaced. After an error in `write` nothing is left of it. expected: bytes
+        that `write` will write, for the message if they cannot be. Raises CapacityError and RequestError for what
+        the file system refuses; an OSError of `write` counts as such.
         """
         folder = self._kept()
         path = _inside(folder, name)
@@ -153,11 +165,9 @@ class DiskStore:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+            _sync_folder(path.parent)
         except OSError as error:
-            if error.filename not in (None, str(path), str(folder), str(path.parent)):
-                raise  # of what `write` reads
-            raise self._refused(error, path, nbytes) from error
-        _sync_folder(path.parent)
+            raise self._refused(error, path, expected) from error
         with self._lock:
             self.written += nbytes
         self.io.forget(path)
@@ -216,6 +226,9 @@ class DiskStore:
 
     def _run_folder(self) -> Path:
         with self._lock:
+            if self._run is not None and not self._run.path.is_dir():  # somebody removed it
+                self._run.remove()
+                self._run = None
             if self._run is None:
                 try:
                     if self.root is None:
@@ -231,8 +244,9 @@ class DiskStore:
             return CapacityError(self._full(path, nbytes))
         if error.errno == errno.EFBIG:
             return CapacityError(
-                f"{path}: {format_bytes(nbytes)} in one file are more than the file system or the process may write "
-                "(ulimit -f): raise the limit, put a smaller share on disk, or choose another offload directory"
+                f"{path}: {format_bytes(nbytes)} ({nbytes} bytes) in one file are more than the file system or the "
+                "process may write (ulimit -f): raise the limit, put a smaller share on disk, or choose another "
+                "offload directory"
             )
         return RequestError(f"{path} cannot be written: {error.strerror}; {fix_for(error)}")
 

@@ -229,7 +229,7 @@ class Homes:
                         file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
                 file.truncate(nbytes)
 
-            path = conversions.write(self._file_name(layer, weights), write)
+            path = conversions.write(self._file_name(layer, weights), nbytes, write)
             logger.debug("wrote %s of %s to %s", format_bytes(nbytes), layer.name, path)
         entries = read_header(path)
         extents = {}

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from flexgen.errors import RequestError
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
 from flexgen.memory.device import ComputeDevice
+from flexgen.memory.direct_file import fix_for
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import open_device
@@ -58,10 +60,16 @@ class Machine:
     def limits(self) -> Limits:
         """Bytes that each tier can hold, with what this machine has taken already; None for no limit.
 
-        Until it is called again, what host memory keeps for later buffers is within these limits too.
+        Until it is called again, what host memory keeps for later buffers is within these limits too. Raises
+        RequestError where the system does not say, such as for an offload directory that was removed.
         """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
-        available = available_bytes()
+        try:
+            available = available_bytes()
+        except OSError as error:
+            raise RequestError(
+                f"{error.filename}: the free host memory cannot be read: {error.strerror}; {fix_for(error)}"
+            ) from error
         free = int(available * _RESERVE)
         held = Limits(
             {

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from flexgen.kernels.attention import MASK_ALIGNMENT
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
@@ -20,7 +21,7 @@ from flexgen.memory.disk import BLOCK
 from flexgen.memory.lookup import lookup_sizes
 from flexgen.memory.needs import MemoryPlan, Need
 from flexgen.memory.placement import Placement
-from flexgen.memory.weight_slots import decoded_bytes, decodes, slot_sizes
+from flexgen.memory.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
 from flexgen.models import Layer, ModelSpec
 from flexgen.orders import ORDERS, Order, Slots, order_for
 from flexgen.policy import Policy, Tier
@@ -33,8 +34,12 @@ SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
 
 _MEMORY_PAGE_TOKENS = 128
+"""Of what moves, as far as it is filled, and of what the compiled kernels of the CPU attend to."""
 _DISK_PAGE_TOKENS = 16, 128
 _DISK_PAGE_BYTES = 1 * MIB
+
+_STAGING_BYTES = 16 * MIB
+"""Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
 
 _CHOICE_BYTES = 16 * KIB
 """Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
@@ -94,9 +99,18 @@ class CacheSegment:
         return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
 
     def workspace_bytes(self, prompt_len: int) -> int:
-        """What encoding a prompt and decoding a page take meanwhile."""
+        """What encoding a prompt takes meanwhile, and decoding a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
         return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
+
+    def device_bytes(self) -> int:
+        """What a GPU takes to attend: a page decoded."""
+        heads = len(self.rows) * self.kv_heads
+        return self.heads.decode_bytes(heads, self.page_tokens, self.dtype)
+
+    def mask_bytes(self) -> int:
+        """Of the padding mask that a GPU keeps for a part of one page."""
+        return len(self.rows) * align(self.page_tokens, MASK_ALIGNMENT) * self.dtype.itemsize
 
 
 def host_attends(policy: Policy, shares_host_memory: bool) -> bool:
@@ -122,6 +136,8 @@ def cache_segments(
         resident = tier is Tier.GPU or (tier is Tier.CPU and (shares_host_memory or not on_device))
         codec = policy.cache[tier].codec
         page_tokens = _MEMORY_PAGE_TOKENS
+        if tier is Tier.GPU and not shares_host_memory:
+            page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
         if tier is Tier.DISK:
             token = 2 * len(part) * spec.num_kv_heads * head_format(codec, spec.head_dim, dtype).nbytes
             least, most = _DISK_PAGE_TOKENS
@@ -207,6 +223,8 @@ def plan_memory(
             )
         ]
         needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
+        if not shares_host_memory:  # without Triton
+            needs.append(Need(Tier.GPU, "weights", "workspace", decoding_bytes(layers, placement)))
         lookup = lookup_sizes(layers, placement, shares_host_memory, positions)
         needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
         needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
@@ -214,6 +232,9 @@ def plan_memory(
         if all_logits:
             logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
             needs.append(Need(Tier.CPU, "activations", "home", logits))
+            if not shares_host_memory:
+                staged = staging_bytes(max(batches), workload.prompt_len, spec.vocab_size, dtype)
+                needs.append(Need(Tier.CPU, "activations", "staging", slots.cells * staged))
     if shares_host_memory:
         needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
     return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
@@ -247,6 +268,8 @@ def _cache_homes(
     needs = []
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
+        if segment.tier is Tier.GPU and not shared:
+            needs.append(Need(Tier.GPU, "cache", "workspace", segment.mask_bytes()))
         if segment.tier is Tier.DISK:  # the page that is being filled
             needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))
     return needs
@@ -255,6 +278,12 @@ def _cache_homes(
 def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the hidden states of `tokens` tokens of `rows` prompts, in whole disk blocks."""
     return align(rows * tokens * spec.hidden_size * dtype.itemsize, BLOCK)
+
+
+def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> int:
+    """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
+    each = size * dtype.itemsize
+    return min(max(_STAGING_BYTES, each), rows * positions * each)
 
 
 def _activation_homes(
@@ -286,7 +315,8 @@ def _in_flight(
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         if segment.tier is Tier.DISK:
             needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
-        needs.append(Need(Tier.GPU, "cache", "workspace", segment.workspace_bytes(prompt)))
+        there = segment.device_bytes() if segment.on_device and not shared else 0
+        needs.append(Need(Tier.GPU, "cache", "workspace", max(segment.workspace_bytes(prompt), there)))
         if segment.on_device and not segment.resident and not shared:
             needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
         if not segment.on_device:

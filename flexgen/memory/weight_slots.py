@@ -85,6 +85,14 @@ def decoded_bytes(layer: Layer, placement: Placement) -> int:
     return sum(align(w.nbytes(placement.dtype), ALIGNMENT) for w in encoded_products(layer, placement))
 
 
+def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
+    """Bytes that a GPU takes while it decodes the largest encoded matrix of all layers, in addition to the result."""
+    if not placement.codecs:
+        return 0
+    encoded = ((placement.codec(w), w.shape) for layer in layers for w in encoded_products(layer, placement))
+    return max((codec.decode_workspace(shape) for codec, shape in encoded if codec), default=0)
+
+
 def decodes(tokens: int, dtype: torch.dtype, shares_host_memory: bool) -> bool:
     """Whether a layer that computes `tokens` tokens may decode its matrices; few of them never need it."""
     certain = shares_host_memory and native_available()  # which kernels a GPU has shows when it computes

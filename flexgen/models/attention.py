@@ -16,7 +16,7 @@ from flexgen.models.layer import (
     norm_weights,
     norm_workspace,
 )
-from flexgen.models.ops import MASK_VALUES, apply_rope, normalise, rope_tables
+from flexgen.models.ops import MASK_VALUES, apply_rope, normalise, rope_tables, rotate_token
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
@@ -51,8 +51,12 @@ class Attention(AttentionLayer):
         return super().forward(x, weights, ctx)
 
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
-        return q, k, v
+        if self.spec.rope is None or x.shape[1] > 1:
+            q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
+            return q, k, v
+        normed = normalise(self.spec, x, weights) if self.spec.pre_norm else x
+        q, k, v = (self._heads(normed, weights, name) for name in ("q", "k", "v"))
+        return *rotate_token(q, k, ctx.rope_factors(self.spec.rope, x.dtype)), v
 
     def _project(
         self,

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import CheckpointError, ModelError, did_you_mean
+from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
@@ -25,8 +26,8 @@ from flexgen.models.folders import check_folder, shard_path
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
-from flexgen.models.tensor_files import BinCheckpoint, Extent, NumpyCheckpoint, SafetensorsCheckpoint
-from flexgen.plain_files import check_file
+from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
+from flexgen.plain_files import reading
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -180,9 +181,10 @@ def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
 def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
         raise ModelError(f"{path.parent}: no {path.name} in this directory")
-    check_file(path)
+    with reading(path):
+        data = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise error_class(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.workspaces import HOST, Workspaces
-from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.models.spec import ModelSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
 """A layer's weights by name: tensors, and for an encoded matrix what `linear` and `embedding` take in its place."""
@@ -52,6 +52,9 @@ class Context(Protocol):
     @property
     def last_only(self) -> bool:
         """The head computes logits for the last position only."""
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        """`token_factors` of `positions`, of one token for each row: the same for all layers."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention of the new tokens over themselves and all tokens before them.

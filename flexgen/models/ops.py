@@ -39,7 +39,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm over the last dimension, in float32 up to the weight as in transformers."""
+    """RMS norm over the last dimension, in float32; up to the weight as in transformers, on a GPU with it."""
+    if x.is_cuda:  # one launch
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = (wide * inverse).to(x.dtype)
@@ -88,6 +90,23 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (j, j + head_dim / 2) of x (batch, heads, seq, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
+    """What `rotate_token` takes, (batch, 4, 1, head_dim / 2), from `rope_tables` of one position for each row."""
+    return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
+
+
+def rotate_token(q: Tensor, k: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches."""
+    batch, heads, _, head_dim = q.shape
+    (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (q, k))
+    parts = torch.cat((q1, k1, q2, k2, q2, k2, q1, k1), dim=1).view(batch, 4, -1, head_dim // 2)
+    parts.mul_(factors)
+    out = parts.new_empty(batch, parts.shape[2], 2, head_dim // 2)
+    torch.add(parts[:, :2], parts[:, 2:], out=out.transpose(1, 2))
+    rotated = out.view(batch, -1, 1, head_dim)
+    return rotated[:, :heads], rotated[:, heads:]
 
 
 MASK_VALUES = 1 << 20

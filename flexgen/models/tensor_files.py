@@ -7,8 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-import pickle
-import zipfile
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.layer import Layer
-from flexgen.models.samples import archive_content, sample
+from flexgen.models.samples import sample
 from flexgen.models.spec import ModelSpec, WeightSpec
-from flexgen.plain_files import check_file
+from flexgen.plain_files import reading
 from flexgen.units import align
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
-_SHOWN = 200  # characters of a file's own text that messages show
+SHOWN_CHARACTERS = 200  # characters of a file's own text that messages show
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
 
@@ -55,7 +54,7 @@ class StoredTensor:
     nbytes: int = 0
 
 
-class _TensorFiles:
+class TensorFiles:
     """What both formats share: a directory, and what its files say of each tensor by name."""
 
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
@@ -70,7 +69,10 @@ class _TensorFiles:
     @property
     def identity(self) -> str:
         """Changes when a file is replaced or written to, whatever time it is given afterwards."""
-        found = [(path, path.stat()) for path in self.sources]
+        found = []
+        for path in self.sources:
+            with reading(path):
+                found.append((path, path.stat()))
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
@@ -81,7 +83,7 @@ class _TensorFiles:
         """The dtype of the stored weight. Raises CheckpointError where it is missing or not a float."""
         source, stored = self._find(weight)
         if stored.dtype is None:
-            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
             raise CheckpointError(
                 f"{stored.path}: {source} has dtype {stored.kind}, which is not supported; "
                 f"supported: {supported}"
@@ -140,9 +142,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a file that is not one, or that ends before its last tensor.
     """
-    check_file(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or not 2 <= length <= min(_HEADER_LIMIT, size - _LENGTH_BYTES):
             raise CheckpointError(
@@ -156,10 +157,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if name == "__metadata__":
                 continue
             begin, end = _whole(entry["data_offsets"])
-            kind, shape = str(entry["dtype"])[:_SHOWN], _whole(entry["shape"])
+            kind, shape = str(entry["dtype"])[:SHOWN_CHARACTERS], _whole(entry["shape"])
             if min(shape, default=0) < 0:
                 raise ValueError(f"{name} has a negative dimension")
-            tensors[name] = StoredTensor(path, kind, _DTYPES.get(kind), shape, base + begin, end - begin)
+            tensors[name] = StoredTensor(path, kind, DTYPES.get(kind), shape, base + begin, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from error
     _check_extents(path, tensors, base, size)
@@ -177,7 +178,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(values: Any) -> tuple[int, ...]:
     """Offsets or a shape. Raises ValueError unless they are a list of integers that a file can have."""
     if not isinstance(values, list) or not all(type(n) is int and abs(n) < 2**63 for n in values):
-        raise ValueError(f"expected a list of integers, found {str(values)[:_SHOWN]}")
+        raise ValueError(f"expected a list of integers, found {str(values)[:SHOWN_CHARACTERS]}")
     return tuple(values)
 
 
@@ -205,8 +206,7 @@ def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], base: int, s
 
 def read_numpy_header(path: Path) -> StoredTensor:
     """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
-    check_file(path)
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             read = (
@@ -216,7 +216,7 @@ def read_numpy_header(path: Path) -> StoredTensor:
             )
             shape, fortran_order, dtype = read(file)
         except Exception as error:  # of whatever kind: numpy evaluates a text of the file
-            raise CheckpointError(f"{path}: not a numpy file: {str(error)[:_SHOWN]}") from error
+            raise CheckpointError(f"{path}: not a numpy file: {str(error)[:SHOWN_CHARACTERS]}") from error
         offset = file.tell()
     nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if fortran_order:
@@ -236,7 +236,7 @@ def make_header(
 
     The first lies at a multiple of `alignment` bytes. Raises KeyError for a dtype that no weight is kept in.
     """
-    kinds = {dtype: kind for kind, dtype in _DTYPES.items()} | {torch.uint8: "U8"}
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()} | {torch.uint8: "U8"}
     entries, offsets, end = {}, {}, 0
     for name, (dtype, shape) in tensors.items():
         offsets[name] = end
@@ -249,7 +249,7 @@ def make_header(
     return header, {name: base + offset for name, offset in offsets.items()}
 
 
-class _PlainFiles(_TensorFiles):
+class _PlainFiles(TensorFiles):
     """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
 
     @property
@@ -259,7 +259,8 @@ class _PlainFiles(_TensorFiles):
         digest = hashlib.sha256()
         for name, stored in sorted(self._tensors.items()):
             digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
-            digest.update(sample(stored.path, stored.offset, stored.nbytes))
+            with reading(stored.path):
+                digest.update(sample(stored.path, stored.offset, stored.nbytes))
         return digest.hexdigest()
 
     def extent(self, weight: WeightSpec) -> Extent:
@@ -274,7 +275,7 @@ class _PlainFiles(_TensorFiles):
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        with extent.path.open("rb", buffering=0) as file:
+        with reading(extent.path), extent.path.open("rb", buffering=0) as file:
             file.seek(extent.offset)
             done = 0
             # One read returns at most 2 GiB.
@@ -284,7 +285,7 @@ class _PlainFiles(_TensorFiles):
                     raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
                 done += count
         stored = buffer.view(extent.dtype).view(extent.shape)
-        return _finite(stored.to(dtype), stored, extent.path, weight)
+        return finite(stored.to(dtype), stored, extent.path, weight)
 
 
 class SafetensorsCheckpoint(_PlainFiles):
@@ -315,7 +316,7 @@ class NumpyCheckpoint(_PlainFiles):
         )
 
 
-def _finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
+def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
     """`made`, which is `stored` in another dtype. Raises CheckpointError unless all of it is finite."""
     if not made.numel() or all(value.isfinite() for value in made.aminmax()):  # NaN spreads to both
         return made
@@ -334,62 +335,3 @@ def _rows_of(extent: Extent, rows: range) -> Extent:
     width = extent.nbytes // extent.shape[0]
     shape = (len(rows), *extent.shape[1:])
     return replace(extent, offset=extent.offset + rows.start * width, nbytes=len(rows) * width, shape=shape)
-
-
-class BinCheckpoint(_TensorFiles):
-    """One or several `.bin` files of one directory, read with `weights_only`: no code of a file ever runs."""
-
-    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
-        self._legacy: tuple[Path, dict[str, Any]] | None = None
-        tensors = {}
-        for path in files:
-            for name, tensor in self._load(path).items():
-                if isinstance(name, str) and isinstance(tensor, Tensor):
-                    dtype = tensor.dtype if tensor.dtype in _DTYPES.values() else None
-                    tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
-        super().__init__(directory, tensors)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
-        paths = sorted({stored.path for stored in self._tensors.values()})
-        content = [(path.name, archive_content(path)) for path in paths]
-        return hashlib.sha256(repr(content).encode()).hexdigest()
-
-    def extent(self, weight: WeightSpec) -> None:
-        """Always None: a pickle is no place to read bytes from."""
-
-    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A host tensor of its own in `dtype`. The file is mapped for the time of this call only."""
-        self.dtype_of(weight)
-        source, stored = self._find(weight)
-        tensor = self._load(stored.path)[source]
-        if rows is not None:
-            tensor = tensor[rows.start : rows.stop]
-        made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return _finite(made, tensor, stored.path, weight)
-
-    def _load(self, path: Path) -> dict[str, Any]:
-        if self._legacy is not None and self._legacy[0] == path:
-            return self._legacy[1]
-        check_file(path)
-        try:
-            mappable = zipfile.is_zipfile(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-        except pickle.UnpicklingError as error:
-            # Its message advises to let the file's code run.
-            raise CheckpointError(
-                f"{path}: cannot be read as a checkpoint of tensors: it is damaged, or holds Python objects, which "
-                "are never loaded. Save the model's state_dict, best as safetensors"
-            ) from error
-        except Exception as error:  # of whatever kind: a damaged file can fail anywhere
-            reason = str(error).partition("\n")[0][:_SHOWN]
-            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from error
-        if not isinstance(tensors, dict):
-            raise CheckpointError(
-                f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"
-            )
-        if not mappable:
-            # The format before torch 1.6 is only read whole: keep the last file, weights come in its order.
-            self._legacy = (path, tensors)
-        return tensors

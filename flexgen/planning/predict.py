@@ -17,7 +17,7 @@ from flexgen.memory.plan import batch_sizes, choose_order, host_attends, plan_me
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import ORDERS
 from flexgen.planning.costs import StepCosts
-from flexgen.planning.hardware import Hardware
+from flexgen.planning.hardware import Fixed, Hardware
 from flexgen.planning.numbering import numbered
 from flexgen.planning.timeline import Timeline, play_beside, works_of
 from flexgen.planning.workspaces import workspaces_on
@@ -117,6 +117,24 @@ def predict(
         projected_from=laid_out if laid_out < workload.gen_len else None,
     )
     return Prediction(report, plan, tuple(layer.name for layer in layers), blocks)
+
+
+def roofline(
+    spec: ModelSpec,
+    policy: Policy,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    dtype: str = "auto",
+    order: str | None = None,
+) -> ByPhase:
+    """Seconds of each lane for the bytes and flops of each phase alone, at the rates of `hardware`.
+
+    Launches, other fixed costs and element-wise work count for nothing, as far as `hardware` has figures for them:
+    without those its rates contain the element-wise work. Raises as `predict` does.
+    """
+    rates = hardware.replace(fixed=Fixed(), elementwise={}, around_attention={})
+    return predict(spec, policy, rates, workload, dtype=dtype, order=order).report.phases
 
 
 def check_request(

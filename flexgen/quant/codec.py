@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import PolicyError
-from flexgen.kernels.groupwise import dequantise, quantise, requantise_small
+from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise, requantise_small
 from flexgen.kernels.heads import GroupwiseHeads, HeadFormat, PlainHeads
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
@@ -32,6 +32,10 @@ class Codec(ABC):
     @abstractmethod
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of an encoded tensor."""
+
+    @abstractmethod
+    def decode_workspace(self, shape: Sequence[int]) -> int:
+        """Bytes that decoding a tensor on a GPU takes at most, in addition to the result."""
 
     @abstractmethod
     def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -75,6 +79,9 @@ class Groupwise(Codec):
 
     def nbytes(self, shape: Sequence[int]) -> int:
         return self._parts(shape)[-1]
+
+    def decode_workspace(self, shape: Sequence[int]) -> int:
+        return decode_workspace(math.prod(shape), self.group)
 
     def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
         scales, minimums, _ = self._parts(shape)

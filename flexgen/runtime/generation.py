@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from flexgen.memory.transfer import Chains, Stage
@@ -13,7 +14,8 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.spec import RopeSpec
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
@@ -35,6 +37,14 @@ class _Cell:
     slot: int
     span: Span
     padding: Padding
+    factors: dict[tuple[RopeSpec, torch.dtype], Tensor]
+    """Of the token, for all layers."""
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        key = rope, dtype
+        if key not in self.factors:
+            self.factors[key] = token_factors(*rope_tables(rope, self.positions, dtype))
+        return self.factors[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self.cache.attend(self.layer, self.batch, self.slot, self.span, q, k, v, self.padding, scale)
@@ -87,6 +97,7 @@ class Generation:
         self._output = output
         self._lookup = lookup
         self._positions: dict[int, Tensor] = {}
+        self._factors: dict[int, dict[tuple[RopeSpec, torch.dtype], Tensor]] = {}
         self._halves: dict[int, _Half] = {}  # by slot, from PROJECT to COMPUTE
         self._run = object()  # tells this generation's visits from all others'; an id could come again
 
@@ -198,6 +209,7 @@ class Generation:
         _, i, j, k = step
         if j == 0:
             self._positions[k] = self._prompts.positions(self.first + i, k)
+            self._factors[k] = {}
             return self._prompts.take(self.first + i, k, slot)
         return self._activations.take(k, slot, span.new)
 
@@ -208,7 +220,17 @@ class Generation:
     def _cell(self, step: Step, slot: int, span: Span) -> _Cell:
         _, _, j, k = step
         padding = self._prompts.padding[k]
-        return _Cell(self._positions[k], self._output.last_only, self._cache, j, k, slot, span, padding)
+        return _Cell(
+            self._positions[k],
+            self._output.last_only,
+            self._cache,
+            j,
+            k,
+            slot,
+            span,
+            padding,
+            self._factors[k],
+        )
 
     def _keep(self, step: Step, slot: int, y: Tensor) -> None:
         _, i, j, k = step

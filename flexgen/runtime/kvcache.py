@@ -382,7 +382,7 @@ class KVCache:
     def _keep(self, part: Part, slot: int, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
         """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        k, v = (segment.heads.encode(part.rows_of(x)) for x in (k, v))
+        k, v = segment.heads.encode_both(part.rows_of(k), part.rows_of(v))
         if self._leaves_device(segment, span):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.memory.plan import CacheSegment
 from flexgen.memory.store import tensor_at
@@ -71,6 +71,7 @@ class Padding:
     starts: tuple[int, ...]
     on_device: Tensor
     on_host: Tensor
+    _hidden: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def any(self) -> bool:
@@ -81,6 +82,15 @@ class Padding:
         if not self.any:
             return None
         return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+
+    def hidden(self, rows: range, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask of `attend_fused` for attention on the device, or None without padding. It is made once."""
+        if not self.any:
+            return None
+        key = tokens, dtype
+        if key not in self._hidden:
+            self._hidden[key] = hidden_positions(self.on_device, tokens, dtype)
+        return self._hidden[key][rows.start : rows.stop]
 
 
 Bring = Callable[[Choice], object]
@@ -101,6 +111,9 @@ def attend(
     `bring` is for values that are not in the pages before they are chosen.
     """
     length = span.length + span.new
+    if q.is_cuda and segment.pages == 1 and not segment.sparse:
+        hidden = padding.hidden(segment.rows, segment.page_tokens, q.dtype)
+        return attend_fused(q, pages[0], length, hidden, scale, segment.heads)
     pages, starts = pages[: -(-length // segment.page_tokens)], padding.of(segment.rows, q.device)
     if not segment.sparse:
         return decode_attention(q, pages, length, starts, scale, segment.heads)

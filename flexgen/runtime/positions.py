@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexgen.memory.device import ComputeDevice
+from flexgen.memory.machine import Machine
 from flexgen.memory.needs import Need
-from flexgen.memory.plan import activation_bytes, batch_sizes
+from flexgen.memory.plan import SLOTS, activation_bytes, batch_sizes, staging_bytes
+from flexgen.memory.store import tensor_at
+from flexgen.memory.taken import Taken
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
@@ -21,45 +25,114 @@ from flexgen.runtime.tokens import Prompts
 from flexgen.trace import LaneName
 
 
+class _Part(NamedTuple):
+    """Positions `begin` to `end` of one row of a batch, counted without its padding, `offset` bytes into a buffer."""
+
+    row: int
+    begin: int
+    end: int
+    offset: int
+
+
 class _Kept:
-    """Values of one kind on their way from a block's batches to `target` (prompts of the call, width, size)."""
+    """Values of one kind on their way from a block's batches to `target` (prompts of the call, width, size).
+
+    `target` is the caller's and pageable: a GPU's copy to it would block the thread that issues the steps. So values
+    cross the link to `staging`, a buffer of each cell slot, a piece at a time, and the host copies the piece on.
+    """
 
     def __init__(
-        self, target: Tensor, prompts: Prompts, places: Sequence[tuple[int, slice]], device: ComputeDevice
+        self,
+        target: Tensor,
+        prompts: Prompts,
+        places: Sequence[tuple[int, slice]],
+        device: ComputeDevice,
+        staging: Sequence[Tensor],
     ) -> None:
-        """`places`: of each row of the block, its number in `target` and its columns there."""
+        """`places`: of each row of the block, its number in `target` and its columns there.
+        `staging`: of at least one position each; none where the device shares host memory."""
         self._target = target
         self._prompts = prompts
         self._places = places
         self._device = device
+        self._staging = staging
         self._there: dict[int, Tensor] = {}  # by slot
 
     def keep(self, slot: int, values: Tensor) -> None:
         self._there[slot] = values
 
     def store(self, batch: int, slot: int) -> Chains:
-        lane = LaneName.HOST if self._device.shares_host_memory else LaneName.FROM_DEVICE
-        return ((Stage(lane, partial(self._fetch, batch, slot)),),)
+        if self._device.shares_host_memory:
+            return ((Stage(LaneName.HOST, partial(self._copy, batch, slot)),),)
+        stages: list[Stage] = []
+        for piece in self._pieces(batch, self._staging[slot].nbytes):
+            stages.append(Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot, piece)))
+            stages.append(Stage(LaneName.HOST, partial(self._put, batch, slot, piece)))
+        return (tuple(stages),)
 
-    def _fetch(self, batch: int, slot: int) -> None:
-        # Where copies are enqueued, the values must stay until the next ones of the slot, which wait for the copies.
-        values = self._there.pop(slot) if self._device.shares_host_memory else self._there[slot]
-        for row, source in zip(self._prompts.batches[batch], values, strict=True):
-            n, columns = self._places[row]
-            target = self._target[n, columns]
-            self._device.from_device(target, source[len(source) - len(target) :])
+    def _pieces(self, batch: int, room: int) -> Iterator[list[_Part]]:
+        """The positions of a batch in pieces of at most `room` bytes."""
+        piece: list[_Part] = []
+        taken, each = 0, self._target[0, 0].nbytes
+        for row, n in enumerate(self._prompts.batches[batch]):
+            columns = self._places[n][1]
+            begin, count = 0, columns.stop - columns.start
+            while begin < count:
+                end = min(count, begin + (room - taken) // each)
+                if end == begin:
+                    yield piece
+                    piece, taken = [], 0
+                    continue
+                piece.append(_Part(row, begin, end, taken))
+                taken += (end - begin) * each
+                begin = end
+        if piece:
+            yield piece
+
+    def _staged(self, slot: int, part: _Part) -> Tensor:
+        shape = part.end - part.begin, *self._target.shape[2:]
+        return tensor_at(self._staging[slot], part.offset, shape, self._target.dtype)
+
+    def _fetch(self, batch: int, slot: int, piece: Sequence[_Part]) -> None:
+        for part in piece:
+            source = self._values(batch, slot, part.row)
+            self._device.from_device(self._staged(slot, part), source[part.begin : part.end])
+
+    def _put(self, batch: int, slot: int, piece: Sequence[_Part]) -> None:
+        for part in piece:
+            self._kept(batch, part.row)[part.begin : part.end] = self._staged(slot, part)
+
+    def _copy(self, batch: int, slot: int) -> None:
+        for row in range(len(self._prompts.batches[batch])):
+            self._kept(batch, row).copy_(self._values(batch, slot, row))
+        del self._there[slot]
+
+    def _kept(self, batch: int, row: int) -> Tensor:
+        """Where the values of a row go, (its positions, size)."""
+        n, columns = self._places[self._prompts.batches[batch][row]]
+        return self._target[n, columns]
+
+    def _values(self, batch: int, slot: int, row: int) -> Tensor:
+        """Of a row, without its padding, on the device."""
+        values = self._there[slot][row]
+        return values[len(values) - len(self._kept(batch, row)) :]
 
 
 class AllPositions:
-    """The output of one block: its logits and hidden states come to host memory."""
+    """The output of one block: its logits and hidden states come to host memory. To be closed when it has run."""
 
     by_token = False
     can_finish = False
 
-    def __init__(self, logits: _Kept, hidden: Mapping[int, _Kept], last_only: bool) -> None:
+    def __init__(self, logits: _Kept, hidden: Mapping[int, _Kept], last_only: bool, taken: Taken) -> None:
         self._logits = logits
         self._hidden = hidden
         self.last_only = last_only
+        self._taken = taken
+
+    def close(self) -> None:
+        """Give the staging buffers back."""
+        self._taken.close()
 
     def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
         if layer in self._hidden:
@@ -109,14 +182,32 @@ class Forward:
     def hidden(self) -> tuple[Tensor, ...]:
         return tuple(self._hidden.values())
 
-    def output(self, prompts: Prompts, rows: Sequence[int], device: ComputeDevice) -> AllPositions:
-        """The output of the block that has these rows of the request."""
+    def output(
+        self, prompts: Prompts, rows: Sequence[int], machine: Machine, slots: int = SLOTS
+    ) -> AllPositions:
+        """The output of the block that has these rows of the request; `slots`: those of cells."""
+        taken, device = Taken(), machine.device
+        largest = max(map(len, prompts.batches))
+
+        def staging(targets: Iterable[Tensor]) -> list[Tensor]:
+            """For kinds of values that leave one after another."""
+            shapes = [target.shape for target in targets]
+            if device.shares_host_memory or not shapes:
+                return []
+            most = max(staging_bytes(largest, positions, n, self.logits.dtype) for _, positions, n in shapes)
+            return [taken.buffer(machine.host, most, "results") for _ in range(slots)]
+
         columns = self._request.columns
         places = [(n, slice(int(columns[n][0]), int(columns[n][-1]) + 1)) for n in rows]
-        hidden = {layer: _Kept(target, prompts, places, device) for layer, target in self._hidden.items()}
+        # A slot's next cell waits until hidden states have left. Logits leave at the same time as the last of them.
+        staged = staging(self._hidden.values())
+        hidden = {
+            layer: _Kept(target, prompts, places, device, staged) for layer, target in self._hidden.items()
+        }
         if self._last_only:
             places = [(n, slice(0, 1)) for n in rows]
-        return AllPositions(_Kept(self.logits, prompts, places, device), hidden, self._last_only)
+        logits = _Kept(self.logits, prompts, places, device, staging([self.logits]))
+        return AllPositions(logits, hidden, self._last_only, taken)
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
@@ -135,7 +226,10 @@ def hidden_needs(
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)
+    size = max(hidden_sizes(layers).values())
+    staged = 0 if shared else cells * staging_bytes(rows, request.width, size, dtype)
     return [
+        Need(Tier.CPU, "hidden states", "staging", staged),
         Need(Tier.CPU, "hidden states", "home", len(request.prompts) * request.width * each),
         Need(Tier.CPU if shared else Tier.GPU, "hidden states", "workspace", leaving),
     ]

@@ -7,9 +7,12 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 from simulated import cases, runtime
+from simulated.numbers import Numbers
+from simulated.threads import in_every_thread
 from transformers import OPTConfig
 
 from flexgen import Policy
+from flexgen.runtime.request import read_request
 
 ONE_LAYER = OPTConfig(
     vocab_size=32, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
@@ -55,10 +58,21 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
 def test_a_model_on_the_second_gpu_makes_no_context_on_the_first(pin):
     runtime.reset()
     policy = cases.policy(attend_on="cpu", pin_weight=pin)
-    with cases.open_on("cuda:1", cases.OPT, policy) as model:
+    # With right numbers: what is drawn from others may be no id, and no row of a table in host memory.
+    with in_every_thread(Numbers), cases.open_on("cuda:1", cases.OPT, policy) as model:
         model.generate(cases.PROMPTS, 4, do_sample=True, seed=0, stop=())
         model.forward(cases.PROMPTS)
         model.lane_seconds(cases.PROMPTS[:3], 3)
     with runtime.refusing_to_pin(), cases.open_on("cuda:1", cases.OPT, policy):
         pass
     assert set(runtime.counters().contexts) == {"1"}
+
+
+def test_results_of_a_forward_pass_come_through_pinned_memory():
+    """A copy to the caller's own memory would block the thread that issues the steps."""
+    with cases.open_on("cuda", cases.OPT, cases.policy()) as model:
+        request = read_request(model.spec, cases.PROMPTS, None)
+        runtime.reset()
+        model.forward_with(request, hidden_states=True)
+        counted = runtime.counters()
+    assert "d2h pageable" not in counted.copied and "pageable copy from the device" not in counted.host_waits

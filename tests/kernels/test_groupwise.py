@@ -217,4 +217,4 @@ def test_torch_decodes_a_large_matrix_with_small_temporaries(bits):
     out = torch.empty(packed.shape, dtype=torch.float16)
     with Sizes(packed.values, packed.scales, packed.minimums, out) as sizes:
         groupwise.dequantise_in_torch(packed, out)
-    assert MIB // 2 <= sizes.largest <= 2 * MIB < out.nbytes
+    assert 0 < sizes.largest <= 2 * MIB < out.nbytes

@@ -179,28 +179,68 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
     store.close()
 
 
-def test_what_was_pinned_is_given_back(monkeypatch):
-    pinned = set()
+@pytest.fixture
+def registered(monkeypatch):
+    """Addresses that a made-up CUDA runtime has registered, in order of their registration."""
+    addresses = []
 
     class Runtime:
         def cudaHostRegister(self, address, nbytes, flags):
-            pinned.add(address)
+            addresses.append(address)
             return 0
 
         def cudaHostUnregister(self, address):
-            pinned.remove(address)
+            addresses.remove(address)
             return 0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    return addresses
+
+
+def test_what_was_pinned_is_given_back(registered):
     store = HostStore(pin_for=GPU)
     first, second = (store.allocate(4096, "anything") for _ in range(2))
-    assert pinned == {first.data_ptr(), second.data_ptr()} and not store.pageable
+    assert registered == [first.data_ptr(), second.data_ptr()] and not store.pageable
     store.release(first)
-    assert pinned == {second.data_ptr()}
+    assert registered == [second.data_ptr()]
     store.close()
-    assert pinned == set()
+    assert registered == []
+
+
+def test_a_pinned_buffer_is_kept_for_the_next_one_of_its_size(registered):
+    store = HostStore(pin_for=GPU)
+    store.allow(held=10_000, pinned=10_000)
+    first = store.allocate(4096, "a cache").fill_(7)
+    address = first.data_ptr()
+    store.release(first)
+    store.release(first)  # as one does that Ctrl-C has interrupted
+    assert (store.used, store.spare, store.pinned) == (0, 4096, 4096) and registered == [address]
+    again = store.allocate(4096, "a cache")
+    assert again.data_ptr() == address and not again.any()
+    assert (store.used, store.spare, store.pinned) == (4096, 0, 4096)
+    store.release(again)
+    other = store.allocate(5000, "a cache")  # within what is allowed with the spare one
+    assert (store.used, store.spare) == (5000, 4096) and len(registered) == 2
+    third = store.allocate(3000, "staging")  # which takes its place
+    assert (store.used, store.spare) == (8000, 0) and registered == [other.data_ptr(), third.data_ptr()]
+    store.allow(held=7000, pinned=7000)
+    store.release(other)
+    assert (store.used, store.spare) == (3000, 0)
+    store.release(third)
+    assert (store.used, store.spare) == (0, 3000)
+    store.close()
+    assert registered == [] and store.spare == store.pinned == 0
+
+
+def test_what_no_device_copies_is_not_pinned(registered):
+    store = HostStore(pin_for=GPU)
+    store.allow(held=10_000, pinned=10_000)
+    buffer = store.allocate(4096, "cache that the host attends to", copied_by_device=False)
+    assert registered == [] and not store.pageable
+    store.release(buffer)
+    assert store.spare == 0
 
 
 @pytest.mark.gpu

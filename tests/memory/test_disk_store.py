@@ -213,3 +213,12 @@ def test_a_root_that_cannot_be_made_is_refused_with_its_name(tmp_path, io):
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RequestError, match=f"offload_dir {root} cannot be written to"):
             DiskStore(root, io)
+
+
+def test_free_space_of_a_removed_root_is_refused_with_its_name(store, root):
+    root.rmdir()
+    for ask in (lambda: store.free, lambda: store.total):
+        with pytest.raises(RequestError, match=f"offload_dir {root} cannot be used: No such file"):
+            ask()
+    with pytest.raises(RequestError, match=f"{root} cannot be written: No such file.*open the model again"):
+        store.scratch("a", BLOCK)

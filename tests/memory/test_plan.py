@@ -326,7 +326,8 @@ def test_all_logits_are_kept_in_host_memory():
         for all_logits in (False, True)
     )
     logits = 6 * 64 * SPEC.vocab_size * 2
-    assert every.on(Tier.CPU) - last.on(Tier.CPU) == logits
+    staging = 2 * 16 * MIB  # for two cells
+    assert every.on(Tier.CPU) - last.on(Tier.CPU) == logits + staging
     assert every.on(Tier.GPU, "activations") > last.on(Tier.GPU, "activations")
 
 

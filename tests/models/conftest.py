@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.models import build_layers, open_model
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.spec import RopeSpec
 
 OPT = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
@@ -96,6 +97,9 @@ class FullContext:
         self.starts = starts
         self.positions = (torch.arange(seq) - torch.tensor(starts)[:, None]).clamp_min(0)
 
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        return token_factors(*rope_tables(rope, self.positions, dtype))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return causal_attention(q, k, v, self.starts, scale)
 
@@ -120,6 +124,9 @@ class PagedContext:
     def step(self, seq: int) -> None:
         self.begin, self.length, self.layer = self.length, self.length + seq, 0
         self.positions = (torch.arange(self.begin, self.length) - self.starts[:, None]).clamp_min(0)
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        return token_factors(*rope_tables(rope, self.positions, dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = self.caches.setdefault(self.layer, [])

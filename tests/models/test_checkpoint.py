@@ -14,7 +14,8 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.models import build_layers, open_model
-from flexgen.models.tensor_files import BinCheckpoint, SafetensorsCheckpoint
+from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.tensor_files import SafetensorsCheckpoint
 
 
 def _edit(path, **changes):

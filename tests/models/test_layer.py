@@ -14,7 +14,7 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.kernels.attention import attend_in_torch
 from flexgen.models import build_layers, open_model
 from flexgen.models.mlp import MLP
-from flexgen.models.ops import MASK_VALUES, causal_attention
+from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables, token_factors
 
 ROWS, PAGE = 4, 128
 CONFIGS = {
@@ -46,6 +46,9 @@ class _Context:
         self.pages = [
             (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(count)
         ]
+
+    def rope_factors(self, rope, dtype):
+        return token_factors(*rope_tables(rope, self.positions, dtype))
 
     def keep_prompt(self, k, v):
         pass

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from flexgen.errors import CheckpointError
 from flexgen.models import build_layers, open_model
-from flexgen.models.tensor_files import BinCheckpoint, SafetensorsCheckpoint, StoredTensor, read_header
+from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.tensor_files import SafetensorsCheckpoint, StoredTensor, read_header
 
 
 def _all_weights(spec):

@@ -12,10 +12,10 @@ from flexgen.errors import CapacityError, HardwareError, RequestError, ScheduleE
 from flexgen.models import open_model
 from flexgen.orders import ORDERS
 from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
+from flexgen.planning.predict import predict, roofline
 from flexgen.policy import Tier
 from flexgen.schedule import Op
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
 SPLITS = st.sampled_from(
@@ -300,3 +300,21 @@ def test_presets_answer_for_a_model_that_does_not_fit_their_gpu(name):
     spec, _ = open_model("opt-13b", "dummy")
     report = predict(spec, policy, Hardware.preset(name), Workload(256, 16, 32), samples=1).report
     assert 1 < report.throughput_tokens_s < 1000 and 0.3 < report.bound_share <= 1
+
+
+@pytest.mark.parametrize("weights", [{"gpu": 100}, {"cpu": 100}])
+def test_a_roofline_has_bytes_and_flops_alone(machine, opt, weights):
+    starved = by_hand(
+        machine,
+        fixed={"cell": 1.0, "stage": 1.0},
+        elementwise={"float32": [[1.0, 1e-3]]},
+        around_attention={"float32": 1e-3},
+    )
+    job = opt, Policy(gpu_batch_size=2, weights=weights), starved, Workload(6, 4, 2)
+    found = roofline(*job, dtype="float32")
+    assert found == predict(*job[:2], by_hand(machine), job[3], dtype="float32").report.phases
+    slow = predict(*job, dtype="float32").report
+    for phase in Phase:
+        assert 0 < found[phase][LaneName.COMPUTE] < slow.phases[phase][LaneName.COMPUTE] / 2
+    moved = sum(found[phase].get(LaneName.TO_DEVICE, 0.0) for phase in Phase)
+    assert (moved > 0.1) == (weights == {"cpu": 100})

@@ -151,7 +151,8 @@ def test_every_kind_of_segment_across_pages(
     with machine(device) as m:
         history = History(m, run, spec, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
         (segment,) = history.segments[0]
-        assert (segment.tier, segment.page_tokens, segment.pages) == (tier, 4, 3)
+        pages = (12, 1) if (device, tier) == ("emulated", Tier.GPU) else (4, 3)
+        assert (segment.tier, (segment.page_tokens, segment.pages)) == (tier, pages)
         history.check(12 - prompt)
         history.cache.close()
 

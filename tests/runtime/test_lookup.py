@@ -16,7 +16,7 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import plan_memory
-from flexgen.memory.weight_slots import decoded_bytes, decodes
+from flexgen.memory.weight_slots import decoded_bytes, decodes, decoding_bytes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.lookup import Lookup
@@ -138,6 +138,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
         ]
         decoded = max((decoded_bytes(layer, placement) for layer in decoding), default=0)
         promised[Tier.CPU if shared else Tier.GPU] -= decoded
+        promised[Tier.GPU] -= 0 if shared else decoding_bytes(LAYERS, placement)
         with machine(device) as m:
             homes = Homes(DUMMY, placement, torch.float32, m)
             homes.load(LAYERS[:1])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import OPTConfig
 
+from flexgen.memory import plan
 from flexgen.models import build_layers, open_model
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.pages import Span
@@ -133,14 +134,20 @@ def test_only_the_last_position_chooses(device: str, machine: Any, run: Any) -> 
         prompts.close()
 
 
+@pytest.mark.parametrize("piece", [0, 1, 3, 1000])
 @pytest.mark.parametrize("device", DEVICES)
-def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, run: Any) -> None:
+def test_all_logits_are_kept_without_their_padding(
+    device: str, piece: int, machine: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the positions that leave the device at once."""
     with machine(device) as m:
         prompts = prompts_on(m)
         rows = [GIVEN[n] for n in (2, 3, 0, 1)]  # the caller's order
         request = Request(tuple(map(np.array, rows)), 6, tuple(np.arange(len(r)) + 1 for r in rows))
         result = Forward(build_layers(SPEC), request, torch.float32)
-        output = result.output(prompts, [2, 3, 0, 1], m.device)
+        monkeypatch.setattr(plan, "_STAGING_BYTES", piece * 16 * 4)
+        used = m.host.used
+        output = result.output(prompts, [2, 3, 0, 1], m)
         assert not output.last_only and not output.can_finish
         logits = [torch.randn(2, width, 16) for width in (4, 3)]
         for batch in range(2):
@@ -151,4 +158,6 @@ def test_all_logits_are_kept_without_their_padding(device: str, machine: Any, ru
             expected[(n + 2) % 4, 1 : 1 + len(given)] = logits[n // 2][n % 2, -len(given) :]
         assert result.logits.equal(expected)
         assert output.following(0) is None
+        output.close()
+        assert m.host.used == used
         prompts.close()

@@ -17,7 +17,8 @@ from flexgen.memory.device import ComputeDevice
 from flexgen.models import Chunk
 from flexgen.models.attention import Attention
 from flexgen.models.dummy import DummyCheckpoint
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.spec import RopeSpec
 from flexgen.planning.arithmetic import layer_numbers
 from flexgen.planning.hardware import Points, interpolated, seconds_of_each
 from flexgen.planning.probe.arithmetic import ArithmeticProbe
@@ -122,6 +123,9 @@ class _Attending:
         self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
         page = (torch.zeros(rows, heads, _PROMPT, width, dtype=dtype, device=device) for _ in range(2))
         self._pages: Sequence[Page] = [(next(page), next(page))]
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        return token_factors(*rope_tables(rope, self.positions, dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.keep_prompt(k, v)

@@ -1,0 +1,81 @@
+"""Checkpoints that torch.save wrote: `.bin` files, of which tensors are loaded and no code is run."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen.errors import CheckpointError
+from flexgen.models.samples import archive_content
+from flexgen.models.spec import WeightSpec
+from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, TensorFiles, finite
+from flexgen.plain_files import check_file, reading
+
+
+class BinCheckpoint(TensorFiles):
+    """One or several `.bin` files of one directory, read with `weights_only`: no code of a file ever runs."""
+
+    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
+        self._legacy: tuple[Path, dict[str, Any]] | None = None
+        tensors = {}
+        for path in files:
+            for name, tensor in self._load(path).items():
+                if isinstance(name, str) and isinstance(tensor, Tensor):
+                    dtype = tensor.dtype if tensor.dtype in DTYPES.values() else None
+                    tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
+        super().__init__(directory, tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
+        paths = sorted({stored.path for stored in self._tensors.values()})
+        content = []
+        for path in paths:
+            with reading(path):
+                content.append((path.name, archive_content(path)))
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def extent(self, weight: WeightSpec) -> None:
+        """Always None: a pickle is no place to read bytes from."""
+
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+        """A host tensor of its own in `dtype`. The file is mapped for the time of this call only."""
+        self.dtype_of(weight)
+        source, stored = self._find(weight)
+        tensor = self._load(stored.path)[source]
+        if rows is not None:
+            tensor = tensor[rows.start : rows.stop]
+        made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return finite(made, tensor, stored.path, weight)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        if self._legacy is not None and self._legacy[0] == path:
+            return self._legacy[1]
+        check_file(path)
+        try:
+            mappable = zipfile.is_zipfile(path)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        except pickle.UnpicklingError as error:
+            # Its message advises to let the file's code run.
+            raise CheckpointError(
+                f"{path}: cannot be read as a checkpoint of tensors: it is damaged, or holds Python objects, which "
+                "are never loaded. Save the model's state_dict, best as safetensors"
+            ) from error
+        except Exception as error:  # of whatever kind: a damaged file can fail anywhere
+            reason = str(error).partition("\n")[0][:SHOWN_CHARACTERS]
+            raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from error
+        if not isinstance(tensors, dict):
+            raise CheckpointError(
+                f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"
+            )
+        if not mappable:
+            # The format before torch 1.6 is only read whole: keep the last file, weights come in its order.
+            self._legacy = (path, tensors)
+        return tensors

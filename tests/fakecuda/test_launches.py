@@ -1,0 +1,106 @@
+"""Kernels that a layer launches for each token are within budgets, which only grow on purpose."""
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
+
+import torch
+from simulated import cases, runtime
+from transformers import LlamaConfig, OPTConfig
+
+from flexgen.kernels import groupwise, loading, packed_linear
+from flexgen.kernels.attention import attend_fused
+from flexgen.kernels.groupwise import dequantise_in_torch
+from flexgen.kernels.heads import GroupwiseHeads
+from flexgen.kernels.packed import Packed
+
+ALL = {"gpu": 100}
+SHAPE = dict(vocab_size=64, hidden_size=256, num_attention_heads=4, max_position_embeddings=1024)
+
+
+def opt(layers):
+    return OPTConfig(word_embed_proj_dim=256, num_hidden_layers=layers, ffn_dim=512, **SHAPE)
+
+
+def llama(layers):
+    return LlamaConfig(num_hidden_layers=layers, num_key_value_heads=2, intermediate_size=512, **SHAPE)
+
+
+@pytest.fixture(autouse=True)
+def without_triton_and_cudnn(monkeypatch):
+    """Triton's launches do not come to the simulated runtime, which has no cuDNN."""
+    for module in (groupwise, packed_linear, loading):
+        monkeypatch.setattr(module, "triton_kernels", lambda device: None)
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(was)
+
+
+def launched(config, policy, prompt, tokens):
+    with cases.open_on("cuda", config, policy, "float16") as model:
+        prompts = [[5] * prompt, [7] * (prompt - 2)]
+        model.generate(prompts, 2, stop=())  # what is made once
+        runtime.reset()
+        model.generate(prompts, tokens, stop=())
+        torch.cuda.synchronize()
+        return Counter(runtime.counters().launches)
+
+
+def by_kernel(make, policy, prompt):
+    """Launches of a layer in the prefill, and of a layer and later token, by kernel."""
+    (one, three), (one_more, three_more) = (
+        [launched(make(layers), policy, prompt, tokens) for tokens in (1, 3)] for layers in (2, 4)
+    )
+    names = [*(one | three | one_more | three_more)]
+    prefill = Counter({n: (one_more[n] - one[n]) / 2 for n in names})
+    return prefill, Counter({n: (three_more[n] - three[n]) / 4 - (one_more[n] - one[n]) / 4 for n in names})
+
+
+BUDGETS = [
+    ({}, 50, 20),
+    ({"weights": cases.encoded("int4", ALL)}, 65, 40),
+    ({"cache": cases.encoded("int4", ALL)}, 72, 60),
+    ({"attn_sparsity": 0.5}, 50, 70),
+]
+
+
+@pytest.mark.parametrize("prompt", [20, 500])
+@pytest.mark.parametrize("make", [opt, llama])
+@pytest.mark.parametrize(
+    ("changes", "prefill", "decode"), BUDGETS, ids=["plain", "int4-weights", "int4-cache", "sparse"]
+)
+def test_a_layer_stays_within_its_budget(changes, prefill, decode, make, prompt):
+    fields = dict(gpu_batch_size=2, num_gpu_batches=1, weights=ALL, cache=ALL, activations=ALL)
+    first, later = by_kernel(make, cases.policy(**fields | changes), prompt)
+    assert first.total() <= prefill, first.most_common()
+    if make is llama and "weights" in changes:
+        decode += 1  # seven matrices, where OPT has six
+    assert 0 < later.total() <= decode, later.most_common()
+
+
+def test_the_largest_matrix_of_opt_30b_is_decoded_in_three_launches():
+    out, hidden = 7168, 28672
+    packed = Packed(
+        torch.empty(out, hidden // 2, dtype=torch.uint8, device="cuda"),
+        *(torch.empty(out, hidden // 64, dtype=torch.float16, device="cuda") for _ in range(2)),
+        bits=4,
+        group=64,
+    )
+    target = torch.empty(out, hidden, dtype=torch.float16, device="cuda")
+    dequantise_in_torch(packed, target)  # its constants are made once
+    runtime.reset()
+    dequantise_in_torch(packed, target)
+    assert runtime.counters().kernels == 3
+
+
+def test_an_int4_cache_of_opt_30b_is_attended_in_few_launches():
+    form = GroupwiseHeads(128, 4, 64)
+    page = tuple(torch.empty(48, 56, 1024, form.width, dtype=torch.uint8, device="cuda") for _ in range(2))
+    q = torch.empty(48, 56, 1, 128, dtype=torch.float16, device="cuda")
+    attend_fused(q, page, 1000, None, 1.0, form)
+    runtime.reset()
+    attend_fused(q, page, 1000, None, 1.0, form)
+    assert 0 < runtime.counters().kernels <= 30
