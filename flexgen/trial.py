@@ -122,6 +122,6 @@ def run_trial(
     with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:
         random = np.random.default_rng(seed)
         ids = random.integers(0, model.spec.vocab_size, size=(job.num_prompts, job.prompt_len))
-        warm_up(model, ids, job.gen_len)
+        warm_up(model, list(ids), job.gen_len)
         _, report = model.generate(ids, job.gen_len, stop=(), stats=True)
         return replace(report, phases=model.lane_seconds(ids, job.gen_len)) if lanes else report

@@ -142,7 +142,7 @@ def attend_fused(
 
 
 def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """What `attend_fused` takes for `starts` (rows,) of `decode_attention`: (rows, 1, 1, tokens), where they are."""
+    """The mask of `attend_fused`, (rows, 1, 1, tokens), for `starts` (rows,) as in `decode_attention`."""
     padding = torch.arange(align(tokens, MASK_ALIGNMENT), device=starts.device) < starts[:, None]
     hidden = torch.zeros(padding.shape, dtype=dtype, device=starts.device)
     return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]

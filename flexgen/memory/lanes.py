@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -157,6 +160,7 @@ class ThreadLane(Lane):
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
         self._queue = queue.SimpleQueue()
         self._cancelled = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"flexgen-{name}", daemon=True)
         self._thread.start()
 
@@ -183,7 +187,11 @@ class ThreadLane(Lane):
             if self._cancelled:
                 raise Cancelled("an earlier step failed, or the caller gave up")
             start = time.perf_counter()
-            job()
+            try:
+                job()
+            finally:
+                if os.getpid() != self._process:
+                    _end_fork(sys.exception())
             self._events.append(Event(step, self.name, start, time.perf_counter()))
         except BaseException as error:  # whatever it is, the one who waits must hear of it
             done.finish(failure(step, self.name, error))
@@ -208,11 +216,33 @@ class ThreadLane(Lane):
         self._thread.join()
 
 
+def _end_fork(error: BaseException | None) -> NoReturn:
+    """End a process that a job forked in a lane's thread, with the status that `error` asks for.
+
+    The fork has copied no thread that could take the error, or that waits for the job. So it ends here, without exit
+    handlers, as the children of `multiprocessing` do.
+    """
+    status = 1
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if error is None:
+        print("flexgen: a process that was forked from within a call cannot continue it", file=sys.stderr)
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
 class Lanes(Mapping[LaneName, Lane]):
     """The lanes of one compute device. Two names may share a lane where one resource serves both."""
 
     def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
         self._lanes = dict(lanes)
+        self._process = os.getpid()
 
     def __getitem__(self, name: LaneName) -> Lane:
         return self._lanes[name]
@@ -230,8 +260,11 @@ class Lanes(Mapping[LaneName, Lane]):
         """Wait until every lane is idle; with `cancel`, what has not begun is dropped.
 
         Ctrl-C does not end the wait, but is raised behind it: memory that a job still fills must not be given back,
-        nor the next call be dropped with what is cancelled now.
+        nor the next call be dropped with what is cancelled now. In a child that was forked from within a call it does
+        nothing: a fork does not copy the threads that it would wait for.
         """
+        if os.getpid() != self._process:
+            return
         if cancel:
             for lane in self._distinct():
                 lane.cancel()

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 THIS = ("measured", "this")
 """Names that stand for the machine at hand."""
 
-_FORM = 5
+_FORM = 6
 """Counted up when what is measured changes its meaning, so that older figures are measured again."""
 
 

@@ -58,7 +58,10 @@ class InUse:
                 self._running.release()
 
     def check(self) -> None:
-        """Raise RequestError where the model is being closed: the call must end, and does before its next step."""
+        """Raise RequestError where the model is being closed, and in a process that was forked from within the call:
+        the call must end, and does before its next step."""
+        if self.inherited:
+            self.refuse_closed()
         if self._closed:
             raise RequestError("this model was closed by another thread while the call ran")
 

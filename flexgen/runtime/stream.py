@@ -93,6 +93,7 @@ class Stream(Iterator[T]):
 
 def _serve(run: Callable[[Teller[T]], object], teller: Teller[T]) -> None:
     try:
+        teller.check()  # Ctrl-C came while the thread was started: `_stop` does not wait for a run that has not begun
         run(teller)
     except Abandoned:
         teller.queue.put(None)

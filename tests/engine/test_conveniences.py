@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ from flexgen.engine import OptLM
 from flexgen.errors import LaneError, ModelError, RequestError
 from flexgen.models import Head
 from flexgen.policy import Policy
+from flexgen.runtime.stream import Stream
 from flexgen.scoring import log_likelihoods
 
+PATIENCE = 60.0
 LENGTHS, TOKENS, PAD = [3, 7, 5, 9, 2, 6, 4, 8], 12, 1
 TEXTS = ["Length: 42.7 km\nUnit: m\nAnswer:", "Date: 26 Apr 2019", "Weight: 78.0 t\nUnit:"]
 
@@ -363,3 +366,51 @@ def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:
         demo.score([TEXTS[0], [5], [5] * 513, [6] * 511], rows=1)
     with pytest.raises(RequestError, match="positions of demo"):
         demo.stream_text(TEXTS[0], 600)
+
+
+def test_ctrl_c_before_a_stream_is_returned_leaves_no_run(
+    tiny: Any, mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call of a Python function that `stream` makes; a run ends only when it is abandoned."""
+    calls, interrupted_streams, begin = 0, 0, Stream.__init__.__code__
+    runs: list[threading.Event] = []
+
+    def endless(*args: Any, check: Callable[[], object], **options: Any) -> None:
+        runs.append(ended := threading.Event())
+        try:
+            while True:
+                check()
+                time.sleep(0)
+        finally:
+            ended.set()
+
+    with OptLM(tiny("opt").directory, mixed(), device="cpu", progress=False) as lm:
+        expected = lm.generate([[5, 6, 7]], 3, stop=())
+        with monkeypatch.context() as patch:
+            patch.setattr(lm, "generate_with", endless)
+            while True:
+                left, begun = calls, False
+
+                def interrupt(frame: Any, event: str, arg: Any) -> None:
+                    nonlocal left, begun
+                    if event == "call":
+                        begun = begun or frame.f_code is begin
+                        left -= 1
+                        if left < 0:
+                            sys.setprofile(None)
+                            raise KeyboardInterrupt
+
+                sys.setprofile(interrupt)
+                try:
+                    stream = lm.stream([[5, 6, 7]], 3, stop=())
+                except (KeyboardInterrupt, RuntimeError):  # inside threading.Condition it becomes the latter
+                    interrupted_streams += begun
+                else:
+                    break
+                finally:
+                    sys.setprofile(None)
+                calls += 1
+            stream.close()
+        assert interrupted_streams > 5 and runs
+        assert all(ended.wait(PATIENCE) for ended in runs), "a run continues after its stream was interrupted"
+        assert (lm.generate([[5, 6, 7]], 3, stop=()) == expected).all()

@@ -10,7 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen.kernels.attention import attend_in_torch, attend_natively, decode_attention
+from flexgen.kernels import heads as heads_module
+from flexgen.kernels.attention import (
+    attend_fused,
+    attend_in_torch,
+    attend_natively,
+    decode_attention,
+    hidden_positions,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = float("nan")
@@ -220,3 +227,18 @@ def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
         attend_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("starts", [None, [0, 5, 2]])
+def test_one_page_in_one_call_is_the_same(bits, starts, monkeypatch):
+    """What a GPU runs, for two rows at once where rows have to be decoded."""
+    monkeypatch.setattr(heads_module, "_GPU_VALUES", 2 * 2 * 21 * 16)
+    form = heads_module.GroupwiseHeads(16, bits, 16) if bits else heads_module.PlainHeads(16, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, tokens, 16, generator=generator) for n, tokens in ((4, 1), (2, 30), (2, 30)))
+    page = form.encode_both(k, v)
+    begin = None if starts is None else torch.tensor(starts)
+    hidden = None if begin is None else hidden_positions(begin, 30, q.dtype)
+    found = attend_fused(q, page, 21, hidden, 0.25, form)
+    torch.testing.assert_close(found, attend_in_torch(q, [page], 21, begin, 0.25, form))

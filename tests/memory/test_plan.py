@@ -74,7 +74,10 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, share
         assert segment.tier is Tier.GPU or policy.cache.percent(segment.tier) > 0
         assert segment.rows and segment.pages * segment.page_tokens >= capacity
         assert segment.pages * segment.page_tokens - capacity < segment.pages  # even pages, none mostly empty
-        assert 1 <= segment.page_tokens <= 128
+        if segment.tier is Tier.GPU and not shared:
+            assert (segment.pages, segment.page_tokens) == (1, capacity)
+        else:
+            assert 1 <= segment.page_tokens <= 128
         assert segment.codec == policy.cache[segment.tier].codec
         head = {"none": 64 * dtype.itemsize, "int4": 64 // 2 + 4, "int8": 64 + 4}[segment.codec]
         width = head // dtype.itemsize if segment.codec == "none" else head

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels.attention import decode_attention
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import apply_rope, causal_attention, rotate_token, token_factors
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -88,3 +88,12 @@ def test_half_precision_stays_within_its_rounding(dtype):
 def test_a_prompt_without_padding_is_one_call_and_equals_explicit_zeros():
     q, k, v = _tensors(3, (2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 5, 4))
     assert torch.equal(causal_attention(q, k, v, None, 0.5), causal_attention(q, k, v, [0, 0], 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_rotated_as_a_prompt_is(dtype):
+    q, k = torch.randn(3, 4, 1, 16).to(dtype), torch.randn(3, 2, 1, 16).to(dtype)
+    cos, sin = (torch.rand(3, 1, 1, 8).to(dtype) for _ in range(2))
+    rotated = rotate_token(q, k, token_factors(cos, sin))
+    for found, x in zip(rotated, (q, k), strict=True):
+        torch.testing.assert_close(found, apply_rope(x, cos, sin), rtol=0, atol=0)

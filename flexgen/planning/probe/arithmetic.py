@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +29,12 @@ from flexgen.quant import Codec
 
 _PAGE_TOKENS = 128
 _CACHE_ROWS = 8
+"""Of a cache on the host."""
 _PROMPT_ROWS = 4
+_LAUNCHES: dict[str, Any] = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
+"""The effort for a layer whose time on a GPU is that of its launches."""
+_LEAST_OWN = 0.5
+"""Of a time from which launches are taken off: more of it would leave noise."""
 
 
 class ArithmeticProbe:
@@ -99,13 +105,23 @@ class ArithmeticProbe:
 
     def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
         weights = self._ring(form)
-        points = []
+        points, launches = [], self._layer_launches()
         for tokens in rows:
             work = partial(self._forward, self._rows(tokens), weights)
-            seconds = self._watch.seconds(work, self._device.wait_for_compute)
+            seconds = _own(self._watch.seconds(work, self._device.wait_for_compute), launches)
             points.append((float(tokens), self.layer.product_flops(tokens, 1, 1) / seconds))
         self.release()
         return tuple(points)
+
+    def _layer_launches(self) -> float:
+        """Seconds of the launches of a layer's products, which `fixed.cell` contains; the CPU launches nothing."""
+        if self._device.torch_device.type == "cpu":
+            return 0.0
+        tiny = ArithmeticProbe(self._device, self._dtype, replace(self._effort, **_LAUNCHES), self._watch)
+        work = tiny.multiplying(1)
+        seconds = self._watch.seconds(work, self._device.wait_for_compute)
+        tiny.release()
+        return seconds
 
     def _rows(self, tokens: int) -> Tensor:
         return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
@@ -162,18 +178,28 @@ class ArithmeticProbe:
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
         """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""
-        attend = self.attending(form, store, place)
+        on_host = place.type == "cpu"
+        rows = _CACHE_ROWS if on_host else self._effort.cache_rows
+        seconds = self._attention_seconds(form, store, place, rows)
+        if not on_host:
+            # As many launches with hardly any bytes: `fixed.cell` contains them.
+            seconds = _own(seconds, self._attention_seconds(form, store, place, 1))
+        return 2 * rows * self._spec.num_heads * self._effort.context * form.nbytes / seconds
+
+    def _attention_seconds(self, form: HeadFormat, store: Store, place: torch.device, rows: int) -> float:
+        attend = self.attending(form, store, place, rows)
         seconds = self._watch.seconds(attend, self._device.wait_for_compute)
         self.release()
-        heads = _CACHE_ROWS * self._spec.num_heads
-        return 2 * heads * self._effort.context * form.nbytes / seconds
+        return seconds
 
-    def attending(self, form: HeadFormat, store: Store, place: torch.device) -> Callable[[], object]:
-        """The work of that, until `release`."""
+    def attending(
+        self, form: HeadFormat, store: Store, place: torch.device, rows: int = _CACHE_ROWS
+    ) -> Callable[[], object]:
+        """The work of `token_attention` for a cache of so many rows, until `release`."""
         spec, context = self._spec, self._effort.context
         page_tokens = min(_PAGE_TOKENS, context)
         pages = -(-context // page_tokens)
-        shape = (_CACHE_ROWS, spec.num_heads, page_tokens, spec.head_dim)
+        shape = (rows, spec.num_heads, page_tokens, spec.head_dim)
         page = form.encode(torch.randn(shape).to(self._dtype))
         count = self._count(2 * pages * page.nbytes)
         caches = itertools.cycle(
@@ -182,7 +208,7 @@ class ArithmeticProbe:
                 for _ in range(count)
             ]
         )
-        q = torch.randn(_CACHE_ROWS, spec.num_heads, 1, spec.head_dim).to(place, self._dtype)
+        q = torch.randn(rows, spec.num_heads, 1, spec.head_dim).to(place, self._dtype)
         scale = spec.head_dim**-0.5
         return lambda: decode_attention(q, next(caches), context, None, scale, form)
 
@@ -202,6 +228,11 @@ class ArithmeticProbe:
         """A copy where the engine keeps such things."""
         place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
         return place.copy_(kept)
+
+
+def _own(seconds: float, launches: float) -> float:
+    """A time without the launches in it."""
+    return max(seconds - launches, _LEAST_OWN * seconds)
 
 
 def _nbytes(kept: Any) -> int:

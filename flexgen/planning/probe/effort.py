@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen.units import MIB
 
@@ -23,10 +23,11 @@ class Effort:
     """Sizes large enough to leave the caches, and how often each time is taken.
 
     `hidden`, `heads`: of the layers that are computed, whose feed-forward half is four times as wide. `working_set`:
-    bytes of matrices, or of a cache, that are gone through before the first of them comes again. `rows`: those of
-    the activations. `prompt`, `context`: tokens of a prompt that is attended, and of a cache. `file`, `transfer`:
-    bytes of the file on disk and of what moves at once. `beside`: seconds for which two lanes run together, and half
-    as long alone. `layers`, `tokens`: of the small model that tells what a cell takes beside its arithmetic.
+    bytes of matrices, or of a cache, that are gone through before the first of them comes again. `rows`: those of the
+    activations. `prompt`, `context`: tokens of a prompt that is attended, and of a cache. `cache_rows`: prompts of
+    the cache that the device attends to. `file`, `transfer`: bytes of the file on disk and of what moves at once.
+    `beside`: seconds for which two lanes run together, and half as long alone. `layers`, `tokens`: of the small model
+    that tells what a cell takes beside its arithmetic.
     """
 
     hidden: int = 2048
@@ -35,6 +36,7 @@ class Effort:
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
     prompt: int = 256
     context: int = 512
+    cache_rows: int = 8
     file: int = 256 * MIB
     transfer: int = 32 * MIB
     repeats: int = 9
@@ -42,6 +44,16 @@ class Effort:
     beside: float = 0.75
     layers: int = 8
     tokens: int = 24
+
+
+def on_gpu(effort: Effort) -> Effort:
+    """Sizes for a GPU, whose arithmetic would otherwise take less time than its launches."""
+    return replace(
+        effort,
+        hidden=2 * effort.hidden,
+        cache_rows=8 * effort.cache_rows,
+        rows=(*effort.rows, 4 * effort.rows[-1]),  # where a CPU has long reached its full rate
+    )
 
 
 FULL = Effort()

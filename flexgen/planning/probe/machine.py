@@ -25,7 +25,7 @@ from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Fixed, Hardware
 from flexgen.planning.probe.arithmetic import ArithmeticProbe
-from flexgen.planning.probe.effort import FULL, Clock, Effort, Stopwatch
+from flexgen.planning.probe.effort import FULL, Clock, Effort, Stopwatch, on_gpu
 from flexgen.planning.probe.elementwise import ElementwiseProbe
 from flexgen.planning.probe.links import LinkProbe
 from flexgen.planning.probe.overheads import cell_seconds
@@ -46,8 +46,6 @@ _LEAST_MEMORY = 8 * MIB
 """Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
-_ROWS_OF_A_GPU = (4096,)
-"""What a layer computes at once at most, where a CPU has long reached its full rate."""
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
 _BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
 """The table of each phase, and the rows of a product that others run beside: few take memory's bandwidth and the
@@ -127,6 +125,7 @@ def within(effort: Effort, memory: int, where: str) -> Effort:
         working_set=min(effort.working_set, share),
         transfer=min(effort.transfer, share),
         hidden=hidden,
+        cache_rows=max(min(effort.cache_rows, share // (8 * effort.context * hidden)), 2),
         heads=heads,
     )
 
@@ -189,12 +188,12 @@ class _Measurement:
         self._machine = machine
         self._device = machine.device
         self._lanes = lanes
+        if self._device.torch_device != _CPU:
+            effort = on_gpu(effort)
         for tier, left in machine.limits().items():
             if left is not None and tier is not Tier.DISK:
                 where = f"device {self._device.name}" if tier is Tier.GPU else "the host"
                 effort = within(effort, left, where)
-        if self._device.torch_device != _CPU:
-            effort = replace(effort, rows=(*effort.rows, *_ROWS_OF_A_GPU))
         self._effort = effort
         self._clock = clock
         self._watch = Stopwatch(effort, clock)
