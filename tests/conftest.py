@@ -53,6 +53,7 @@ def machine_of(device, offload_dir=None, again=False, progress=None) -> Hardware
         device_attention=rates,
         host_attention=rates,
         decoding={"int4": 1e9, "int8": 1e9},
+        computes_in={"float16": "float32"} if compute.shares_cores else {},
         fixed={"cell": 1e-5, "stage": 1e-5, "disk_job": 1e-4},
     )
 

@@ -25,7 +25,7 @@ CONFIGS = {
 
 
 def _machine(**changes) -> Hardware:
-    """A GPU of round figures, with changes."""
+    """A GPU of round figures, emulated on the host's cores, with changes."""
     fields = dict(
         name="round",
         capacity={"gpu": 10**12, "cpu": 10**12, "disk": 10**12},
@@ -35,6 +35,7 @@ def _machine(**changes) -> Hardware:
         device_attention={"float32": 1e8, "int4": 5e7, "int8": 5e7},
         host_attention={"float32": 1e7, "int4": 5e6, "int8": 5e6},
         decoding={"int4": 1e8, "int8": 1e8},
+        computes_in={"float16": "float32"},
         fixed={"cell": 1e-4, "stage": 1e-5, "disk_job": 1e-4},
     )
     return Hardware(**fields | changes)

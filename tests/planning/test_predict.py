@@ -241,6 +241,7 @@ def test_auto_takes_a_dtype_that_the_machine_has(opt, machine):
         products={"float16": [[8, 1e9]]},
         prefill_attention={"float16": 1e9},
         device_attention={"float16": 1e8},
+        computes_in={},
     )
     assert predict(opt, Policy(), half, Workload(4, 2, 1)).report.dtype == "float16"
 

@@ -15,6 +15,7 @@ from flexgen import Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
 from flexgen.memory.placement import place_weights
 from flexgen.memory.plan import choose_order, plan_memory
+from flexgen.memory.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.orders import ORDERS
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
@@ -73,8 +74,13 @@ def test_corners_are_the_plan_of_the_whole_model(at, size, batches, attend_on, o
     homes = sum(n.nbytes for n in plan.needs if n.role == "home")
     buffers = sum(n.nbytes for n in plan.needs if n.role != "home")
     assert sum(nbytes) == pytest.approx(homes + buffers, abs=0.5 * buffers + 1)
-    if policy == form:
-        assert list(nbytes) == pytest.approx([plan.on(tier) for tier in Tier])
+    if policy == form:  # all but the slots of the embedding and the head, which corners leave out
+        whole, between = plan.weight_slots, slot_sizes(layers, placement, False, slots.weights, False)
+        ends = {
+            Tier.GPU: sum(whole.device) - sum(between.device),
+            Tier.CPU: sum(whole.staging) - sum(between.staging),
+        }
+        assert list(nbytes) == pytest.approx([plan.on(tier) - ends.get(tier, 0) for tier in Tier])
 
 
 @settings(max_examples=30)
@@ -237,7 +243,7 @@ ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num
 
 def test_another_order_than_the_policys_own_is_found(opt, machine):
     """The own one has room for three layers on their way, this one for two: on a small device more weights stay."""
-    hardware, workload = small(machine, "232MiB"), Workload(16, 8, 8)
+    hardware, workload = small(machine, "200MiB"), Workload(16, 8, 8)
     found = find_policy(opt, hardware, workload, fixed=ATTENDED)
     own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
     best = found.best
@@ -249,7 +255,7 @@ def test_another_order_than_the_policys_own_is_found(opt, machine):
 
 @settings(max_examples=8)
 @given(
-    gpu=st.integers(92, 332),
+    gpu=st.integers(60, 300),
     attend_on=st.sampled_from(["cpu", "gpu"]),
     host=st.sampled_from([1e7, 1e9]),
     overlap=st.sampled_from([{}, {"overlap": True}, {"overlap": False}]),

@@ -123,7 +123,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     *attributes = {};
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 32;
-    attributes->binaryVersion = attributes->ptxVersion = settings().compute_capability;
+    // torch has no kernels of its own for 8.9: such a GPU runs those for 8.6, and CUB takes no other version.
+    const int capability = settings().compute_capability;
+    attributes->binaryVersion = attributes->ptxVersion = capability == 89 ? 86 : capability;
     return cudaDeviceGetAttribute(&attributes->maxDynamicSharedSizeBytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
 }
 
