@@ -211,7 +211,7 @@ class FlexGenForCausalLM(Pretrained, GenerationMixin):
             source.get(name) for source in (kwargs, *configs) for name in ("max_new_tokens", "max_length")
         ]
         if all(length is None for length in lengths):
-            room = self.lm.spec.longest_text - longest
+            room = self.lm.spec.max_positions - longest
             default = int(min(_DEFAULT_NEW_TOKENS, max(room, 1)))
             if generation_config is None:
                 kwargs["max_new_tokens"] = default

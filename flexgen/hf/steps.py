@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,8 +81,7 @@ class HFChoice:
     ) -> None:
         self.whole_call = processors.whole_call or not independent_of_rows(criteria)
         self._prompt_len = input_ids.shape[1]
-        padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
-        self.ids = torch.cat([input_ids.cpu(), padding], dim=1)
+        self._given = input_ids, steps, pad_id
         self.steps = 0
         """Tokens of the row that got most."""
         self._processors = processors
@@ -93,6 +93,13 @@ class HFChoice:
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._ended = torch.zeros(len(input_ids), dtype=torch.bool)
         self._device = torch.device("cpu")
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Made at the first use: by then the call has been refused if it does not fit."""
+        input_ids, steps, pad_id = self._given
+        padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
+        return torch.cat([input_ids.cpu(), padding], dim=1)
 
     @property
     def can_end(self) -> bool:
