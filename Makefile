@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 
 CUDA := .venv-cuda/bin/python
 
-.PHONY: help demo test test-cuda lint format clean
+.PHONY: help demo test test-cuda test-marked-gpu lint format clean
 
 help:
 	@echo "make demo    set up and run the embedded model with policies/demo.toml"
@@ -30,10 +30,12 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The tests marked gpu, and those of the simulated GPU itself. No GPU and no driver is needed.
-test-cuda: .venv-cuda/.installed
-	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
-	    --maxprocesses 8 --dist worksteal
+test-cuda: test-marked-gpu
 	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q tests/fakecuda --numprocesses auto \
+	    --maxprocesses 8 --dist worksteal
+
+test-marked-gpu: .venv-cuda/.installed
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
 	    --maxprocesses 8 --dist worksteal
 
 lint: .venv/.installed-test
