@@ -309,20 +309,31 @@ class OptLM(Conveniences):
 
         last_only: logits of each prompt's last position alone.
         """
-        check_positions(self.spec, request, 0)
-        workload = Workload(request.longest, 1, len(request.prompts))
-        shared, cells = self._machine.device.shares_host_memory, self._slots.cells
-        hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
-        model, plan = self._prepared(workload, not last_only, hidden if hidden_states else None)
+        workload, model, plan = self._prepared_forward(request, last_only, hidden_states)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         active = self._machine.device.active()
         with active, torch.inference_mode(), (call := Call(model, workload, pad_id(self.spec))), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
-                with contextlib.closing(result.output(prompts, numbers, self._machine, cells)) as output:
+                with contextlib.closing(
+                    result.output(prompts, numbers, self._machine, self._slots.cells)
+                ) as output:
                     call.run(prompts, 1, output)
             self.stats = self._measured(model, call, plan, request, 0)
         return result
+
+    def check_forward(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> None:
+        """Raise what `forward_with` raises before any work."""
+        self._prepared_forward(request, last_only, hidden_states)
+
+    def _prepared_forward(
+        self, request: Request, last_only: bool, hidden_states: bool
+    ) -> tuple[Workload, Model, MemoryPlan]:
+        check_positions(self.spec, request, 0)
+        workload = Workload(request.longest, 1, len(request.prompts))
+        shared, cells = self._machine.device.shares_host_memory, self._slots.cells
+        hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
+        return workload, *self._prepared(workload, not last_only, hidden if hidden_states else None)
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
