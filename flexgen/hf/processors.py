@@ -81,29 +81,32 @@ def independent_of_rows(parts: Iterable[object]) -> bool:
     return all(type(part) in _WITHOUT_STATE for part in parts)
 
 
-class RowProcessors:
-    """A call's logits processors, made for the rows that they are called for: some hold a value for each row.
+class RowProcessors(LogitsProcessorList):
+    """A call's logits processors: a list as transformers makes it, and lists for some rows of the call at a time.
 
-    `build` makes the list for rows of the call, with `given`, the caller's own processors, among them. The first
-    list, for all rows, shows at once what is not valid.
+    As a list it is `made`, which generation loops of transformers use. `of` gives the list for the rows of one GPU
+    batch, because some processors hold a value for each row: `build` makes it, with `given`, the caller's own
+    processors, among them.
 
     `whole_call`: whether some must see all rows at every step, because they may keep state: those of the caller, a
     caller's function of allowed ids, the SynthID watermark.
     """
 
     def __init__(
-        self, build: Callable[[Rows], LogitsProcessorList], rows: int, given: Sequence[object] = ()
+        self,
+        made: LogitsProcessorList,
+        build: Callable[[Rows], LogitsProcessorList],
+        given: Sequence[object] = (),
     ) -> None:
+        super().__init__(made)
         self._build = build
-        whole = tuple(range(rows))
-        self._made: dict[tuple[int, ...], LogitsProcessorList] = {whole: build(whole)}
-        self.empty = not self._made[whole]
+        self._of_rows: dict[tuple[int, ...], LogitsProcessorList] = {}
         own = {id(processor) for processor in given}
-        made_for_rows = (p for p in self._made[whole] if id(p) in own or type(p) not in _OF_PROMPTS)
+        made_for_rows = (p for p in made if id(p) in own or type(p) not in _OF_PROMPTS)
         self.whole_call = not independent_of_rows(made_for_rows)
 
     def of(self, rows: Rows) -> LogitsProcessorList:
         key = tuple(rows)
-        if key not in self._made:
-            self._made[key] = self._build(key)
-        return self._made[key]
+        if key not in self._of_rows:
+            self._of_rows[key] = self._build(key)
+        return self._of_rows[key]

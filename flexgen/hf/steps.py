@@ -112,7 +112,7 @@ class HFChoice:
         scores = logits.to(torch.float32, copy=True)
         if self._logits is not None:
             self._logits.keep(scores, rows, token)
-        if not self._processors.empty:
+        if self._processors:
             scores = self._processors.of(rows)(self._so_far(rows, token).to(logits.device), scores)
         if self._scores is not None:
             self._scores.keep(scores, rows, token)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.policy import Policy
@@ -98,7 +99,9 @@ def test_refusals(model: Any) -> None:
         ("inputs_embeds", torch.zeros(1, 2, 32)),
         ("output_attentions", True),
         ("past_key_values", object()),
-        ("use_cache", True),
+        ("cache", DynamicCache()),
+        ("position_ids", torch.zeros(5, 8)),
+        ("cache_position", torch.arange(1, 9)),
     ):
         with pytest.raises(NotImplementedError, match=name):
             model(ids, mask, **{name: value})

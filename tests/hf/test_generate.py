@@ -323,12 +323,8 @@ def test_right_padding_means_the_same(model: Any, inputs: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "beams": (dict(num_beams=3), NotImplementedError, "beam search"),
-    "sampled beams": (dict(num_beams=3, do_sample=True), NotImplementedError, "beam sample"),
     "embeddings": (dict(inputs_embeds=torch.zeros(2, 5, 32)), NotImplementedError, "inputs_embeds"),
     "attentions": (dict(output_attentions=True), NotImplementedError, "output_attentions"),
-    "hidden states": (dict(output_hidden_states=True), NotImplementedError, "forward gives them"),
-    "lookup": (dict(prompt_lookup_num_tokens=2), NotImplementedError, "prompt_lookup_num_tokens"),
     "guidance": (dict(guidance_scale=1.5), NotImplementedError, "guidance_scale"),
     "contrast": (dict(penalty_alpha=0.6, top_k=4), NotImplementedError, "contrastive search"),
     "greedy sequences": (dict(num_return_sequences=2, do_sample=False), ValueError, "num_return_sequences"),

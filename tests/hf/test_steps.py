@@ -314,7 +314,7 @@ def test_scores_that_are_nan_name_their_row(sampling: dict[str, Any], model: Any
 
 
 def choice_of(*parts: Any, do_sample: bool = False) -> HFChoice:
-    lists = RowProcessors(lambda rows: LogitsProcessorList(parts), 3)
+    lists = RowProcessors(LogitsProcessorList(parts), lambda rows: LogitsProcessorList(parts))
     return HFChoice(torch.zeros(3, 2, dtype=torch.int64), 4, 0, lists, StoppingCriteriaList(), do_sample)
 
 

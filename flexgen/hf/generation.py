@@ -1,0 +1,371 @@
+"""`generate` as transformers has it: which loop runs each generation mode, and the hooks that it calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.utils.logging import get_logger
+
+from flexgen.engine import OptLM
+from flexgen.errors import RequestError, UnsupportedError
+from flexgen.hf.id_cache import CACHE_NAME, IdCache, read_cache
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice, Record, record_needs, steps_asked
+from flexgen.runtime.choice import Listener, Rows
+from flexgen.runtime.request import Request, check_length, pad_id, read_request
+
+_log = get_logger(__name__)
+
+_LEAST_TEMPERATURE = 1e-30
+_DEFAULT_NEW_TOKENS = 50
+
+UNSUPPORTED = {
+    "inputs_embeds": "it takes input_ids",
+    "output_attentions": "attention weights are never formed as a whole",
+    "position_ids": "positions are counted from the attention mask",
+}
+"""Arguments of both `forward` and `generate` that are refused, and why."""
+
+_UNSUPPORTED_ARGUMENTS = UNSUPPORTED | {
+    "custom_generate": "flexgen runs transformers' own generation modes only",
+    "negative_prompt_ids": "there is no guidance",
+}
+
+_UNSUPPORTED_SETTINGS = {
+    "output_attentions": UNSUPPORTED["output_attentions"],
+    "guidance_scale": "it would run the model a second time within a step",
+    "assistant_early_exit": "it would run some of the layers alone; pass a smaller model as assistant_model",
+    "use_mtp": "flexgen does not load the layers that predict further tokens",
+}
+"""Fields of a generation config that are refused, and why."""
+
+_IN_BLOCKS = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
+_RECOMPUTED = GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE
+
+
+class Generation(GenerationMixin):
+    """`GenerationMixin` for a model whose forward passes `lm` computes.
+
+    Greedy search and sampling run in flexgen's block schedule, with its KV cache. The loops of transformers run the
+    other modes on `forward`, with an `IdCache`: each step computes all positions again.
+    """
+
+    lm: OptLM
+    generation_config: GenerationConfig
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate`, with its arguments and results: (batch, prompt_len + new) ids by default.
+
+        Greedy search and sampling run in flexgen's block schedule. Beam search and assisted generation run in the
+        loops of transformers, without a KV cache: each step computes all positions again.
+
+        Without a length in the arguments or a generation config, 50 new tokens, or as many as there are positions
+        for. Without ids, a row begins with the model's bos. A row that has ended is padded. Logits processors and
+        stopping criteria of your own are called with all rows at every step, as in transformers, and the call runs
+        in one block.
+
+        Raises UnsupportedError for what flexgen does not do, ValueError (RequestError is one) for arguments that
+        cannot be served and CapacityError for what does not fit, before any work; LaneError, with its cause, if a
+        step, a processor or a criterion fails in the block schedule.
+        """
+        refuse(kwargs, _UNSUPPORTED_ARGUMENTS)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        cache = read_cache(**{name: kwargs.get(name) for name in ("cache", "past_key_values")})
+        longest = 1  # the bos
+        if ids is not None:  # refused before anything is made of them
+            longest = read_ids(self.lm, ids, mask).longest
+            if cache is not None and cache.get_seq_length() >= ids.shape[1]:
+                raise RequestError(
+                    f"input_ids have {ids.shape[1]} positions and the cache {cache.get_seq_length()}; "
+                    "pass all ids to generate, those of the cached positions too"
+                )
+        if mask is not None:
+            kwargs["attention_mask"] = torch.as_tensor(mask)
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config]
+        lengths = [
+            source.get(name) for source in (kwargs, *configs) for name in ("max_new_tokens", "max_length")
+        ]
+        if all(length is None for length in lengths):
+            room = self.lm.spec.max_positions - longest
+            default = int(min(_DEFAULT_NEW_TOKENS, max(room, 1)))
+            if generation_config is None:
+                kwargs["max_new_tokens"] = default
+            else:  # next to a config transformers wants no other argument
+                generation_config = copy.copy(generation_config)
+                generation_config.max_new_tokens = default
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What `generate_batch` and its like begin with. Raises UnsupportedError."""
+        raise UnsupportedError(
+            "continuous batching is not supported: generate has its own schedule of batches"
+        )
+
+    # What GenerationMixin.generate calls, in the order in which it calls them.
+
+    def _prepare_generation_config(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        for name, reason in _UNSUPPORTED_SETTINGS.items():
+            value = getattr(config, name, None)
+            if value and (value is True or name != "guidance_scale" or value != 1):  # a guidance of 1 is none
+                raise UnsupportedError(f"{name} is not supported by generate: {reason}")
+        mode = config.get_generation_mode()
+        if mode not in (*_IN_BLOCKS, *_RECOMPUTED, GenerationMode.ASSISTED_GENERATION):
+            raise UnsupportedError(
+                f"{mode.value.replace('_', ' ')} is not supported: transformers loads its code from a repository, "
+                "and flexgen never runs code of a repository. Greedy search, sampling, beam search, beam sampling "
+                "and assisted generation are supported"
+            )
+        if config.do_sample and 0 < (config.temperature or 1) < _LEAST_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {config.temperature}; transformers divides scores by it, which overflows below "
+                f"{_LEAST_TEMPERATURE}. Give do_sample=False, which takes the best token"
+            )
+        return config, model_kwargs
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Of ids that came without a mask. Raises RequestError where it masks more than padding at the ends."""
+        # The other model's mask was dropped, because every position counts.
+        if generation_config.is_assistant:
+            return torch.ones_like(inputs_tensor)
+        mask: Tensor = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        if not mask.all():
+            try:
+                read_ids(self.lm, inputs_tensor, mask)
+            except RequestError as error:
+                raise RequestError(
+                    f"{error}. No mask was given; transformers infers one that leaves out pad_token_id = "
+                    f"{int(generation_config._pad_token_tensor)} wherever it stands. Give attention_mask, "
+                    "torch.ones_like(input_ids) if every id counts"
+                ) from None
+        return mask
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        mode: GenerationMode,
+        *args: Any,
+    ) -> None:
+        """An `IdCache` for the loops of transformers; the block schedule has its own cache."""
+        model_kwargs.pop(CACHE_NAME, None)  # all ids were given, those of its positions among them
+        if mode not in _IN_BLOCKS and generation_config.use_cache:
+            model_kwargs[CACHE_NAME] = IdCache()
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        encoder_input_ids: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: Any = None,
+        **others: Any,
+    ) -> RowProcessors:
+        """The list for the loops of transformers, and lists for rows of the call, on the compute device.
+
+        `generate` has expanded the mask by `num_return_sequences` when it asks, `encoder_input_ids` not.
+        """
+        made = super()._get_logits_processor(
+            generation_config=generation_config,
+            encoder_input_ids=encoder_input_ids,
+            model_kwargs=model_kwargs,
+            device=device,
+            **others,
+        )
+        config = copy.copy(generation_config)
+        if (ends := config._eos_token_tensor) is not None:
+            config._eos_token_tensor = ends.to(self.device)
+        mask = (model_kwargs or {}).get("attention_mask")
+        repeats = config.num_return_sequences or 1
+
+        def build(rows: Rows) -> LogitsProcessorList:
+            return super(Generation, self)._get_logits_processor(
+                generation_config=config,
+                encoder_input_ids=encoder_input_ids[[row // repeats for row in rows]].to(self.device),
+                model_kwargs={"attention_mask": None if mask is None else mask[list(rows)].to(self.device)},
+                device=self.device,
+                **others,
+            )
+
+        return RowProcessors(made, build, others.get("logits_processor") or ())
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: RowProcessors,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """Greedy search and sampling, in the block schedule."""
+        request = read_ids(self.lm, input_ids, attention_mask)
+        rows = len(input_ids)
+        steps = steps_asked(stopping_criteria, input_ids.shape[1], generation_config.max_length)
+        check_length(self.lm.spec, request, steps)  # before memory is taken for so many
+        if streamer is not None and rows > 1:
+            raise UnsupportedError(
+                f"a streamer takes one row, not {rows}: blocks of rows come one after another"
+            )
+        asked, vocab = generation_config.return_dict_in_generate, self.lm.spec.vocab_size
+        wanted = [
+            name for name in ("scores", "logits") if asked and getattr(generation_config, f"output_{name}")
+        ]
+        records = {name: Record(rows, steps, vocab) for name in wanted}
+        pad = generation_config._pad_token_tensor
+        pad = pad_id(self.lm.spec) if pad is None else int(pad)
+        with_hidden = asked and generation_config.output_hidden_states
+        if with_hidden:
+            _refuse_right_padding(attention_mask)
+            if not 0 <= pad < vocab:
+                raise RequestError(
+                    f"pad_token_id is {pad} and the vocabulary 0 to {vocab - 1}; hidden states of rows that have "
+                    "ended are those of the pad id. Give pad_token_id of the vocabulary"
+                )
+            self.lm.check_forward(_lengthened(request, steps - 1), last_only=True, hidden_states=True)
+        # Both choice and listener: what it chooses by are the ids so far, which only `listen` adds.
+        choice = HFChoice(
+            input_ids, steps, pad, logits_processor, stopping_criteria, generation_config.do_sample, **records
+        )
+        listeners: list[Listener] = [choice.listen]
+        if streamer is not None:
+            listeners.append(lambda new: streamer.put(new.ids.clone()))
+        kept = record_needs(wanted, rows, steps, vocab)
+        self.lm.generate_with(request, steps, choice, listeners=listeners, kept=kept)
+        if streamer is not None:
+            streamer.end()
+        sequences = choice.ids[:, : input_ids.shape[1] + choice.steps].to(input_ids.device)
+        if not asked:
+            return sequences
+        hidden = None
+        if with_hidden:
+            hidden = self._hidden_states(sequences, attention_mask, choice.steps, generation_config.use_cache)
+        output = GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            hidden_states=hidden,
+            **{name: record.taken(choice.steps) for name, record in records.items()},
+        )
+        if generation_config.is_assistant:  # the caller's loop keeps the mask up to date only next to a cache
+            output[CACHE_NAME] = IdCache(sequences[:, :-1].cpu())
+        return output
+
+    def _hidden_states(
+        self, sequences: Tensor, mask: Tensor | None, steps: int, one_position: bool
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """Hidden states as each of `steps` gives them in transformers, from one forward pass over finished rows.
+
+        The first step has all positions of the prompt. A further one has its newest position alone if `one_position`,
+        as with a cache, and all positions so far otherwise.
+        """
+        last = sequences.shape[1] - 1
+        stats = self.lm.stats
+        states = self.lm.forward_with(
+            read_ids(self.lm, sequences[:, :-1], _with_new(mask, last)), last_only=True, hidden_states=True
+        ).hidden
+        self.lm.stats = stats  # those of generating
+        prompt = last - steps + 1
+        return tuple(
+            tuple(
+                layer[:, (end - 1 if one_position and end > prompt else 0) : end].to(sequences.device)
+                for layer in states
+            )
+            for end in range(prompt, last + 1)
+        )
+
+    def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._begin_recomputing("beam search", input_ids, kwargs)
+        return super()._beam_search(input_ids, *args, **kwargs)
+
+    def _assisted_decoding(
+        self, input_ids: Tensor, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        # `generate` passes `inputs_tensor` where the signature names it.
+        self._begin_recomputing("assisted generation", input_ids, kwargs, last_only=False)
+        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+
+    def _begin_recomputing(
+        self, mode: str, input_ids: Tensor, arguments: Mapping[str, Any], last_only: bool = True
+    ) -> None:
+        """Check the largest forward pass of a loop of transformers, before the first one runs.
+
+        Raises RequestError for more positions than there are and padding on the right, CapacityError for what does
+        not fit.
+        """
+        config, mask = arguments["generation_config"], arguments.get("attention_mask")
+        _refuse_right_padding(mask)
+        request = read_ids(self.lm, input_ids, mask)
+        steps = max(config.max_length - input_ids.shape[1], 1)
+        check_length(self.lm.spec, request, steps)
+        hidden = bool(config.return_dict_in_generate and config.output_hidden_states)
+        self.lm.check_forward(_lengthened(request, steps - 1), last_only, hidden)
+        _log.warning_once(
+            f"{mode} has no KV cache in flexgen: each step computes all positions again. "
+            "Greedy search and sampling have one"
+        )
+
+
+def read_ids(lm: OptLM, input_ids: Any, attention_mask: Any) -> Request:
+    """Check ids (batch, seq) and a mask of their shape; without a mask all positions count. Raises RequestError."""
+    if not isinstance(input_ids, Tensor):
+        hint = "; pass a tokenizer's result as **inputs" if isinstance(input_ids, Mapping) else ""
+        raise RequestError(f"input_ids are a {type(input_ids).__name__}; give a tensor (batch, seq){hint}")
+    if input_ids.is_meta:
+        raise RequestError(
+            "input_ids are on the meta device, which has no values; place inputs on model.device, or leave them on "
+            "the CPU"
+        )
+    whole = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return read_request(lm.spec, input_ids, whole)
+
+
+def refuse(given: Mapping[str, Any], unsupported: Mapping[str, str]) -> None:
+    """Raise UnsupportedError for an argument that is given; None and False count as not given."""
+    for name, reason in unsupported.items():
+        if given.get(name) is not None and given[name] is not False:
+            raise UnsupportedError(f"{name} is not supported: {reason}")
+
+
+def _refuse_right_padding(mask: Tensor | None) -> None:
+    if mask is not None and not (ends := mask[:, -1].bool()).all():
+        raise RequestError(
+            f"row {int((~ends).nonzero()[0])} is padded on the right, and new positions would follow the padding. "
+            "Pad on the left: tokenizer.padding_side = 'left'"
+        )
+
+
+def _with_new(mask: Tensor | None, width: int) -> Tensor | None:
+    """The mask of prompts with ones for what follows them, up to `width` positions."""
+    if mask is None:
+        return None
+    return torch.cat([mask, mask.new_ones(len(mask), width - mask.shape[1])], dim=1)
+
+
+def _lengthened(request: Request, new: int) -> Request:
+    """A request of the same rows with `new` more positions each; its ids mean nothing and take no memory."""
+    longer = (np.broadcast_to(np.int64(0), len(prompt) + new) for prompt in request.prompts)
+    return replace(request, prompts=tuple(longer), width=request.width + new)
