@@ -124,12 +124,14 @@ class Pretrained:
         """Nothing to do: a tied head is tied since the model was opened."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Names in the checkpoint, and tensors of their shapes and dtype on the meta device.
+        """Names in the checkpoint, and tensors of their shapes and dtype on the compute device, full of NaN.
 
-        The values are on the tiers of the policy, as those of an offloaded model of accelerate are.
+        The values are on the tiers of the policy. Programs place inputs on the device of the first parameter, so it
+        is the one that computes. All elements of a tensor share the memory of one.
         """
+        unknown = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         for weight in self._weights():
-            yield weight.key, torch.empty(weight.shape, dtype=self.dtype, device="meta")
+            yield weight.key, unknown.expand(weight.shape)
 
     def parameters(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
         """The tensors of `named_parameters`."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, pipeline
 
-from flexgen.errors import UnsupportedError
+from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.pretrained import _REASONS
 
 
@@ -44,7 +44,16 @@ def test_parameters_are_those_of_the_checkpoint(name: str, saved: Any) -> None:
         assert model.num_parameters(only_trainable=True) == 0
         assert model.get_memory_footprint() == 4 * model.num_parameters()
         for tensor in model.parameters():
-            assert tensor.is_meta and tensor.dtype == torch.float32 and not tensor.requires_grad
+            assert tensor.dtype == torch.float32 and not tensor.requires_grad
+            assert tensor.device == model.device and tensor.isnan().all()
+            assert tensor.untyped_storage().nbytes() == 4
+
+
+def test_inputs_go_where_the_parameters_are(model: Any, inputs: Any) -> None:
+    given = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs([3]).items()}
+    assert model.generate(**given, max_new_tokens=2, do_sample=False).shape == (1, 5)
+    with pytest.raises(RequestError, match="meta device, which has no values; place inputs on model.device"):
+        model(given["input_ids"].to("meta"))
 
 
 def test_attributes_that_harnesses_read(model: Any) -> None:
@@ -64,9 +73,13 @@ def test_save_pretrained_writes_configs_and_names_the_weights(saved: Any, tmp_pa
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 1
 
 
-def test_a_pipeline_with_a_device(saved: Any, tokenizer: Any) -> None:
-    made, text, options = saved("llama"), "abc", dict(max_new_tokens=4, do_sample=False)
+@pytest.mark.parametrize("options", [{}, dict(num_beams=2)], ids=["greedy", "beams"])
+@pytest.mark.parametrize("device", [{}, dict(device="cpu"), dict(device=-1)], ids=str)
+def test_a_pipeline(device: Any, options: Any, saved: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # without device= a pipeline takes a GPU
+    made, texts = saved("llama"), ["abc", "a longer one"]
+    options = dict(max_new_tokens=4, do_sample=False, batch_size=2) | options
     with made.open() as model:
-        ours = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(text, **options)
-    theirs = pipeline("text-generation", model=made.reference, tokenizer=tokenizer, device="cpu")
-    assert ours == theirs(text, **options)
+        ours = pipeline("text-generation", model=model, tokenizer=tokenizer, **device)(texts, **options)
+    theirs = pipeline("text-generation", model=made.reference, tokenizer=tokenizer, **device)
+    assert ours == theirs(texts, **options)
