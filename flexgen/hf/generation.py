@@ -48,6 +48,7 @@ _UNSUPPORTED_SETTINGS = {
     "output_attentions": UNSUPPORTED["output_attentions"],
     "guidance_scale": "it would run the model a second time within a step",
     "assistant_early_exit": "it would run some of the layers alone; pass a smaller model as assistant_model",
+    "token_healing": "it rewrites the prompts before the call, by beam searches of its own",
     "use_mtp": "flexgen does not load the layers that predict further tokens",
 }
 """Fields of a generation config that are refused, and why."""

@@ -338,6 +338,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "groups of beams": (dict(num_beams=4, num_beam_groups=2), NotImplementedError, "beam search"),
     "a cache": (dict(past_key_values=object()), NotImplementedError, "past_key_values"),
     "top_p": (dict(do_sample=True, top_p=-0.5), ValueError, "top_p"),
+    "token healing": (dict(token_healing=True), NotImplementedError, "token_healing"),
     "a temperature that overflows": (
         dict(do_sample=True, temperature=1e-38),
         RequestError,
