@@ -6,10 +6,13 @@ with OptLM("demo", Policy(gpu_batch_size=8, weights={"cpu": 50, "disk": 50})) as
     ids = model.generate([[5, 6, 7]], max_new_tokens=8)
 """
 
+# ruff: noqa: E402
+from flexgen.interrupts import end_quietly_while_starting
+
+end_quietly_while_starting()  # before anything that takes time
+
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from flexgen.interrupts import end_quietly_while_starting
 
 if TYPE_CHECKING:
     from flexgen.engine import OptLM, Stats
@@ -22,8 +25,6 @@ __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Worklo
 _MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
 _MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine")
 _MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"}
-
-end_quietly_while_starting()
 
 
 def __getattr__(name: str) -> Any:

@@ -46,8 +46,6 @@ def run(
     What the package logs, such as the policy that was found, is shown on stderr meanwhile. A file that could not be
     written at the end is refused before any work. SIGTERM ends the command as Ctrl-C does: what it holds is freed.
     """
-    handle_as_usual()
-    args = parser.parse_args(argv)
     told = logging.StreamHandler(sys.stderr)
     told.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
     log = logging.getLogger("flexgen")
@@ -55,6 +53,8 @@ def run(
     log.addHandler(told)
     log.setLevel(logging.INFO)
     try:
+        handle_as_usual()
+        args = parser.parse_args(argv)
         _check_written(args)
         with _freed_on_sigterm():
             command(args)

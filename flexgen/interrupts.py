@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+# Little is imported here: until the handler is set, Ctrl-C ends in a traceback.
 import os
 import signal
 import sys
-import threading
-from pathlib import Path
 
 _PACKAGES = ("flexgen", "flexllmgen")
 _SCRIPTS = ("flexgen",)
+_WITH_VALUE = "WX"
+"""Options of the interpreter that take a value, in the same word or the next one."""
 
 
 def end_quietly_while_starting() -> None:
@@ -19,8 +20,12 @@ def end_quietly_while_starting() -> None:
     where the program that started this one has SIGINT ignored. `handle_as_usual` ends it.
     """
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if usual and _is_command(sys.orig_argv) and threading.current_thread() is threading.main_thread():
+    if not usual or not _is_command(sys.orig_argv):
+        return
+    try:
         signal.signal(signal.SIGINT, _end)
+    except ValueError:
+        return  # only the main thread can set handlers
 
 
 def handle_as_usual() -> None:
@@ -35,9 +40,19 @@ def _end(number: int, frame: object) -> None:
 
 def _is_command(argv: list[str]) -> bool:
     """Whether the interpreter's arguments are `-m flexgen...` or the path of a console script."""
-    for before, word in zip(argv, argv[1:], strict=False):
-        if before == "-m":
-            return word.partition(".")[0] in _PACKAGES
-        if not word.startswith("-"):
-            return Path(word).name in _SCRIPTS
+    words = iter(argv[1:])
+    for word in words:
+        if word == "--check-hash-based-pycs":
+            next(words, "")
+        elif not word.startswith("-"):
+            return os.path.basename(word) in _SCRIPTS
+        elif not word.startswith("--"):
+            # Letters may share a word, such as `-um`; a letter with a value ends it.
+            for place, letter in enumerate(word[1:], start=2):
+                if letter not in "cm" + _WITH_VALUE:
+                    continue
+                value = word[place:] or next(words, "")
+                if letter in "cm":
+                    return letter == "m" and value.partition(".")[0] in _PACKAGES
+                break
     return False

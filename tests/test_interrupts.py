@@ -1,5 +1,6 @@
 """Ctrl-C while modules are imported."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from flexgen.__main__ import COMMANDS
+from flexgen.flags import run as run_command
 from flexgen.interrupts import _is_command
 
 # Runs when the interpreter starts: Ctrl-C is pressed in the middle of importing torch.
@@ -48,6 +50,20 @@ def test_the_command_of_commands_does_too(run):
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_options_of_the_interpreter_change_nothing(run):
+    done = run("-W", "ignore", "-X", "utf8", "-m", "flexgen.bench", "--help")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_an_interrupt_while_arguments_are_parsed(capsys):
+    class Interrupted(argparse.ArgumentParser):
+        def parse_args(self, *args):
+            raise KeyboardInterrupt
+
+    assert run_command(Interrupted(prog="flexgen x"), print, []) == 130
+    assert capsys.readouterr().err == "flexgen x: interrupted\n"
+
+
 def test_another_program_gets_its_exception(run):
     done = run("-c", "import flexgen; flexgen.OptLM")
     assert done.returncode == -signal.SIGINT and "KeyboardInterrupt" in done.stderr
@@ -57,9 +73,15 @@ def test_another_program_gets_its_exception(run):
     ("argv", "command"),
     [
         (["python", "-m", "flexgen.bench", "--policy", "x"], True),
-        (["python", "-W", "always", "-m", "flexllmgen.flex_opt"], False),
-        (["python", "-X", "dev", "-m", "flexgen"], False),
+        (["python", "-W", "always", "-m", "flexllmgen.flex_opt"], True),
+        (["python", "-X", "utf8", "-Werror", "-m", "flexgen"], True),
         (["python", "-u", "-m", "flexgen.batch"], True),
+        (["python", "-um", "flexgen.batch"], True),
+        (["python", "-uW", "ignore", "-mflexgen.batch"], True),
+        (["python", "--check-hash-based-pycs", "always", "-m", "flexgen"], True),
+        (["python", "-X", "flexgen", "script.py"], False),
+        (["python", "-m", "pytest", "flexgen"], False),
+        (["python", "-Bc", "import flexgen", "-m", "flexgen"], False),
         (["/venv/bin/python", "/venv/bin/flexgen", "bench"], True),
         (["python", "script.py", "-m", "flexgen.bench"], False),
         (["python", "-c", "import flexgen"], False),
