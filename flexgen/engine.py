@@ -19,11 +19,11 @@ from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError
+from flexgen.layout.limits import read_limits
+from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.plan import batch_sizes
 from flexgen.memory.cpu import peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
-from flexgen.memory.limits import read_limits
-from flexgen.memory.needs import Kept, MemoryPlan, Need
-from flexgen.memory.plan import batch_sizes
 from flexgen.models import HubOptions, open_model
 from flexgen.opening import Place, open_weights
 from flexgen.orders import check_order
@@ -253,8 +253,8 @@ class OptLM(Conveniences):
         pad = pad_id(self.spec) if pad is None else pad
         workload = Workload(request.longest, max_new_tokens, len(request.prompts))
         if whole := choice.whole_call:
-            shared = self._machine.device.shares_host_memory
-            logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, shared)
+            topology = self._machine.device.topology
+            logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
             kept = [*kept, *logits]
         model, plan = self._prepared(workload, kept=lambda policy: kept, one_block=whole)
         model = model if order is None else replace(model, order=order)
@@ -331,8 +331,8 @@ class OptLM(Conveniences):
     ) -> tuple[Workload, Model, MemoryPlan]:
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
-        shared, cells = self._machine.device.shares_host_memory, self._slots.cells
-        hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, shared)
+        topology, cells = self._machine.device.topology, self._slots.cells
+        hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
         return workload, *self._prepared(workload, not last_only, hidden if hidden_states else None)
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:

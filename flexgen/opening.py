@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from flexgen.layout.placement import place_weights
 from flexgen.memory.cpu import reset_peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.gpu import choose_dtype, open_device
 from flexgen.memory.homes import Homes, stored_bytes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import choose_order
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import ModelSpec, build_layers
 from flexgen.models.checkpoint import Checkpoint
@@ -85,7 +84,7 @@ def open_weights(
     machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
     stack.callback(machine.close)
     # A block with fewer batches may run in another order; the slots of a full one are enough for all.
-    slots = choose_order(order, policy, compute.shares_host_memory, policy.num_gpu_batches).slots
+    slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
     placement = place_weights(layers, policy.weights, dtype)
     resident_before = reset_peak_resident_bytes()
     plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto)

@@ -6,6 +6,12 @@ import re
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+BLOCK = 4096
+"""Bytes. Direct transfers of a disk want file offset, length and memory address to be multiples of it."""
+
+ALIGNMENT = 256
+"""Bytes. Tensors inside a buffer begin at multiples of it, as CUDA's own allocator does."""
+
 MOST_BYTES = (1 << 63) - 1
 """The largest size that system calls and torch take."""
 

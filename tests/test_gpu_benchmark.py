@@ -14,8 +14,9 @@ import torch
 
 from flexgen import bench
 from flexgen.flags import read_policy
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import choose_order, plan_memory
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.layout.topology import LINKED
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Tier
 from flexgen.units import GIB
@@ -53,10 +54,10 @@ def test_the_runs_fit(benchmark, tmp_path, run):
     policy, (spec, _) = read_policy(args), open_model(args.model, "dummy")
     layers = build_layers(spec, sep_layer=policy.sep_layer)
     placement = place_weights(layers, policy.weights, torch.float16)
-    order = choose_order(None, policy, False, policy.num_gpu_batches)
+    order = LINKED.choose_order(None, policy, policy.num_gpu_batches)
     workload = Workload(args.prompt_len, args.gen_len, policy.block_size)
     plan = plan_memory(
-        layers, placement, policy, torch.float16, False, workload, False, slots=order.slots
+        layers, placement, policy, torch.float16, LINKED, workload, False, slots=order.slots
     ).by_tier
     assert args.device == "cuda:0,memory=16GiB" and plan[Tier.GPU] <= 0.95 * 16 * GIB
     assert plan[Tier.CPU] <= 0.9 * 100 * GIB and not plan[Tier.DISK]

@@ -17,6 +17,7 @@ LAYERS = [
     {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},
     {"models", "quant"},
+    {"layout"},
     {"memory"},
     {"runtime"},
     {"planning"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from flexgen.hf.processors import RowProcessors, independent_of_rows
-from flexgen.memory.needs import Need
+from flexgen.layout.needs import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
 from flexgen.runtime.draws import seed_from_torch, uniforms

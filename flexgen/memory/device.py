@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen.errors import RequestError
 from flexgen.kernels.workspaces import HOST, Workspaces
+from flexgen.layout.topology import LINKED
 from flexgen.memory.device_errors import named_errors
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.store import Store
@@ -22,8 +23,8 @@ class ComputeDevice(ABC):
     name: str
     torch_device: torch.device
     memory: Store
-    shares_host_memory = False
-    """Whether host memory is its memory, so that nothing has to cross a link."""
+    topology = LINKED
+    """The lanes between host memory and its own."""
     in_host_memory = False
     """Whether its memory is a separate part of host memory, so that both count towards what the host has free."""
     pinnable = False
@@ -34,6 +35,11 @@ class ComputeDevice(ABC):
     """What its libraries and kernels take in addition to operands and results."""
     disk_bandwidth: float | None = None
     """Bytes/s at which the disk is held back; None for the real disk."""
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether host memory is its memory, so that nothing has to cross a link."""
+        return self.topology.shares_host_memory
 
     @abstractmethod
     def make_lanes(self, host: Store | None = None) -> Lanes:

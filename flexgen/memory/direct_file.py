@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-BLOCK = 4096
-"""Bytes. Direct transfers want file offset, length and memory address to be multiples of it."""
+from flexgen.units import BLOCK
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
 

@@ -21,8 +21,8 @@ from typing import Self
 import torch
 
 from flexgen.errors import CheckpointError
-from flexgen.memory.direct_file import BLOCK, DirectFile
-from flexgen.units import KIB, MIB, align
+from flexgen.memory.direct_file import DirectFile
+from flexgen.units import BLOCK, KIB, MIB, align
 
 _MAX_OPEN = 256  # idle files above this are closed, well below the usual limit of 1024 descriptors
 _HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does

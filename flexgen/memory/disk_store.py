@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from flexgen.errors import CapacityError, FlexGenError, RequestError
-from flexgen.memory.direct_file import BLOCK, fix_for
+from flexgen.memory.direct_file import fix_for
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.run_folder import RunFolder, make_partial, remove_abandoned
 from flexgen.memory.shared_folder import remove_unused, use_folder
-from flexgen.units import align, format_bytes
+from flexgen.units import BLOCK, align, format_bytes
 
 
 class DiskStore:

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
+from flexgen.layout.topology import SHARED
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.cuda import CudaDevice
 from flexgen.memory.device import ComputeDevice
@@ -67,7 +68,7 @@ class HostDevice(_HostArithmetic):
     """The CPU. The GPU tier is host memory too, so a policy written for a GPU runs here as it is."""
 
     name = "cpu"
-    shares_host_memory = True
+    topology = SHARED
 
     def __init__(self) -> None:
         super().__init__(HostStore(Tier.CPU))

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError
+from flexgen.layout.placement import Placement
 from flexgen.memory.conversions import SUFFIX, Conversions, converted_bytes
 from flexgen.memory.machine import Machine
-from flexgen.memory.placement import Placement
-from flexgen.memory.store import ALIGNMENT, Store, tensor_at
+from flexgen.memory.store import Store, tensor_at
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
 from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
-from flexgen.units import MIB, align, format_bytes
+from flexgen.units import ALIGNMENT, MIB, align, format_bytes
 
 logger = logging.getLogger(__name__)
 

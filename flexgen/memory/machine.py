@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import RequestError
+from flexgen.layout.limits import Limits
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.direct_file import fix_for
@@ -16,7 +17,6 @@ from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import open_device
 from flexgen.memory.lanes import Lanes
-from flexgen.memory.limits import Limits
 from flexgen.memory.store import Store
 from flexgen.memory.taken import run_all
 from flexgen.policy import Tier

@@ -13,9 +13,6 @@ from flexgen.errors import CapacityError
 from flexgen.policy import Tier
 from flexgen.units import format_bytes
 
-ALIGNMENT = 256
-"""Bytes. Tensors inside a buffer begin at multiples of it, as CUDA's own allocator does."""
-
 
 class Store(ABC):
     """The memory of one tier. `used` and `peak` count the bytes of live buffers."""

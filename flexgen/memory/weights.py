@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.packed_linear import PackedMatrix
-from flexgen.memory.disk import BLOCK, Read, ReadJob, aligned_span
+from flexgen.layout.moves import cut
+from flexgen.layout.placement import Placement
+from flexgen.layout.rows import travelling
+from flexgen.layout.topology import Topology
+from flexgen.layout.weight_slots import GAP, SlotSizes, decoded_bytes, encoded_products
+from flexgen.memory.disk import Read, ReadJob, aligned_span
 from flexgen.memory.homes import Homes, HostRegion, lay_out
-from flexgen.memory.lookup import travelling
 from flexgen.memory.machine import Machine
-from flexgen.memory.placement import Placement
-from flexgen.memory.store import ALIGNMENT, Store, tensor_at
-from flexgen.memory.transfer import Chain, Chains, Stage, cut
-from flexgen.memory.weight_slots import GAP, SlotSizes, decoded_bytes, encoded_products
+from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models import Layer, Weights, WeightSpec
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.quant import Codec
 from flexgen.trace import LaneName
-from flexgen.units import MIB, align
+from flexgen.units import ALIGNMENT, BLOCK, MIB, align
 
 _PIECE_BYTES = 1 * MIB
 """Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
@@ -80,7 +82,7 @@ class CargoSize:
 
 
 def cargo_sizes(
-    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool
+    layers: Sequence[Layer], placement: Placement, topology: Topology
 ) -> list[tuple[CargoSize, ...]]:
     """By layer, what will have to move each time it is visited: `cargo_of` without the bytes."""
     at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer it is loaded with, from where to where
@@ -90,11 +92,11 @@ def cargo_sizes(
             offsets, _ = lay_out(new, placement)
             for weight, offset in zip(new, offsets, strict=True):
                 at_home[weight.key] = layer.name, offset, offset + placement.kept_bytes(weight)
-    moving = (Tier.DISK,) if shares_host_memory else (Tier.CPU, Tier.DISK)
+    moving = [tier for tier in (Tier.CPU, Tier.DISK) if topology.inward(tier)]
     sizes = []
     for layer in layers:
         found: dict[tuple[Tier, str], list[tuple[int, int]]] = {}
-        for weight in travelling(layer, placement, shares_host_memory):
+        for weight in travelling(layer, placement, topology):
             tier = placement.of(weight)
             home, begin, end = at_home[weight.key]
             if tier in moving:
@@ -211,8 +213,7 @@ class WeightSlots:
         self._placement = placement
         self._device = machine.device
         self._io = machine.io
-        shared = machine.device.shares_host_memory
-        self._layers = [travelling(layer, placement, shared) for layer in layers]
+        self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
         self._cargo = [cargo_of(weights, homes) for weights in self._layers]
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
         self._slots = [machine.device.memory.allocate(n, "weight slots") for n in sizes.device]

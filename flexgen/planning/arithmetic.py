@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from flexgen.kernels.packed_linear import expected_fused_rows
 from flexgen.kernels.sparse_attention import most_chosen
-from flexgen.memory.placement import Placement
-from flexgen.memory.plan import CacheSegment
+from flexgen.layout.cache import CacheSegment
+from flexgen.layout.placement import Placement
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.layer import AttentionLayer
 from flexgen.planning.hardware import Hardware
@@ -24,7 +24,7 @@ class Arithmetic:
         self._hardware = hardware
         self._dtype = placement.dtype
         self._name = str(placement.dtype).removeprefix("torch.")
-        self._fused = expected_fused_rows(hardware.shares_host_memory, self._dtype)
+        self._fused = expected_fused_rows(hardware.topology.shares_host_memory, self._dtype)
 
     # Products
 
@@ -70,8 +70,11 @@ class Arithmetic:
 
     def _stays(self, weight: WeightSpec) -> bool:
         """Whether it is a matrix that lives in the compute device's memory."""
-        in_place = (Tier.GPU, Tier.CPU) if self._hardware.shares_host_memory else (Tier.GPU,)
-        return len(weight.shape) == 2 and not weight.looked_up and self._placement.of(weight) in in_place
+        return (
+            len(weight.shape) == 2
+            and not weight.looked_up
+            and self._hardware.topology.in_place(self._placement.of(weight))
+        )
 
     def _fused_rows(self, codec: str) -> float:
         """Most rows for which a matrix is multiplied as `codec` keeps it."""
@@ -98,7 +101,7 @@ class Arithmetic:
             table = "device_attention" if segment.on_device else "host_attention"
             key = self._name if segment.codec == "none" else segment.codec
             seconds = segment.token_bytes(context) / self._hardware.figure(table, key)
-            if segment.sparse and (self._hardware.shares_host_memory or not segment.on_device):
+            if segment.sparse and (self._hardware.topology.shares_host_memory or not segment.on_device):
                 # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
                 chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)
                 seconds *= (1 + min(chosen / context, 1)) / 2

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from flexgen.errors import FlexGenError
 from flexgen.memory.device import ComputeDevice
-from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
 from flexgen.orders import Slots
 from flexgen.planning.bounds import within
@@ -174,8 +173,8 @@ class AutoPolicy:
 
     def _slots(self, chosen: Chosen) -> Slots:
         """Those of a full block."""
-        policy, shared = chosen.policy, self.hardware.shares_host_memory
-        return choose_order(chosen.order, policy, shared, policy.num_gpu_batches).slots
+        policy, topology = chosen.policy, self.hardware.topology
+        return topology.choose_order(chosen.order, policy, policy.num_gpu_batches).slots
 
     def _find(self, workload: Workload, auto: Auto, order: str | None, slots: Slots | None = None) -> Search:
         return find_policy(
@@ -197,7 +196,7 @@ def in_words(search: Search) -> str:
 
 def own_order(policy: Policy, hardware: Hardware) -> str:
     """The name of the order that the policy asks for, of a full block."""
-    return choose_order(None, policy, hardware.shares_host_memory, policy.num_gpu_batches).name
+    return hardware.topology.choose_order(None, policy, policy.num_gpu_batches).name
 
 
 def _chosen(search: Search, asked: str | None, hardware: Hardware) -> Chosen:

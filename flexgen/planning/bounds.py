@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flexgen.memory.plan import choose_order
 from flexgen.models import ModelSpec
 from flexgen.orders import ORDERS, Slots, order_for
 from flexgen.planning.choices import Choices
@@ -127,12 +126,12 @@ class Bounds:
         """The policy in every other order that may be chosen; in all but one of them it overlaps."""
         if self._order:
             return
-        shared, batches = self._hardware.shares_host_memory, policy.num_gpu_batches
-        now = choose_order(order, policy, shared, batches)
+        topology, batches = self._hardware.topology, policy.num_gpu_batches
+        now = topology.choose_order(order, policy, batches)
         for other in ORDERS.values():
             asked = policy.replace(overlap=other.name != order_for(False, batches))
             refused = "overlap" in self._choices.fixed and asked.overlap != policy.overlap
             refused |= self._slots is not None and not within(other.slots, self._slots)
             if not (refused or other.for_comparison or other is now):
-                own = choose_order(None, asked, shared, batches)
+                own = topology.choose_order(None, asked, batches)
                 yield Run(asked, None if own is other else other.name)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from flexgen.errors import CapacityError
-from flexgen.memory.fitting import fitting_plan, largest_fitting
+from flexgen.layout.fitting import fitting_plan, largest_fitting
+from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.placement import Placement
+from flexgen.layout.plan import plan_memory
 from flexgen.memory.machine import Machine
-from flexgen.memory.needs import Kept, MemoryPlan, Need
-from flexgen.memory.placement import Placement
-from flexgen.memory.plan import choose_order, plan_memory
 from flexgen.models import Layer
 from flexgen.orders import Slots
 from flexgen.planning.auto import AutoPolicy, Chosen
@@ -76,10 +76,10 @@ class CallPlans:
                 "chooses their ids (a logits processor or a stopping criterion of the caller) sees every row at "
                 f"every step. Split it into calls of at most {most} rows"
             )
-        shared, batches = self.machine.device.shares_host_memory, fitting.num_gpu_batches
+        topology, batches = self.machine.device.topology, fitting.num_gpu_batches
         # With more batches, a policy may ask for an order with more slots than there are.
         orders = (chosen.order, "overlap_multi_batch", "normal")
-        slots = {name: choose_order(name, fitting, shared, batches).slots for name in orders}
+        slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
         order = next(name for name in orders if within(slots[name], self.slots))
         return Chosen(fitting, order), plan(fitting)
 
@@ -111,7 +111,7 @@ class CallPlans:
                 self.placement,
                 policy,
                 self.dtype,
-                device.shares_host_memory,
+                device.topology,
                 workload,
                 all_logits,
                 self.slots,

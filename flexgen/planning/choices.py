@@ -40,7 +40,7 @@ class Choices:
         self._settled = settled
         self._lossy = lossy
         self._dtype = dtype
-        self._shared = hardware.shares_host_memory
+        self._shared = hardware.topology.shares_host_memory
         self.fixed = fixed
         # A host's memory is one tier, whatever it is called.
         self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)

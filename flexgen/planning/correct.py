@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flexgen.memory.plan import host_attends
 from flexgen.planning.hardware import Hardware, Points, interpolated
 from flexgen.policy import Policy, Split, Tier
 from flexgen.report import ByPhase
@@ -162,7 +161,7 @@ def _attended(hardware: Hardware, runs: Sequence[Seen]) -> tuple[set[str], set[s
     on_device: set[str] = set()
     on_host: set[str] = set()
     for run in runs:
-        by_host = host_attends(run.policy, hardware.shares_host_memory)
+        by_host = hardware.topology.host_attends(run.policy)
         for tier in Tier:
             if run.policy.cache.percent(tier):
                 codec = run.policy.cache[tier].codec

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from flexgen.memory.disk import BLOCK
-from flexgen.memory.lookup import even_read_bytes, gathered_table, kept_bytes, lookup_sizes
-from flexgen.memory.placement import Placement
-from flexgen.memory.plan import CacheSegment, activation_bytes, batch_sizes, cache_segments
-from flexgen.memory.transfer import cut
+from flexgen.layout.cache import CacheSegment, cache_segments
+from flexgen.layout.moves import cut
+from flexgen.layout.placement import Placement
+from flexgen.layout.plan import activation_bytes, batch_sizes
+from flexgen.layout.rows import even_read_bytes, gathered_table, kept_bytes, lookup_sizes
 from flexgen.memory.weights import CargoSize, cargo_sizes, count_pieces
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
@@ -28,6 +28,7 @@ from flexgen.planning.timeline import Costs
 from flexgen.policy import Policy, Tier
 from flexgen.schedule import Grid, Op, Step, all_steps
 from flexgen.trace import LaneName
+from flexgen.units import BLOCK
 from flexgen.workload import Workload
 
 
@@ -80,9 +81,10 @@ class StepCosts:
         self._prompt = workload.prompt_len
         self._capacity = workload.capacity
         self._hardware = hardware
-        self._shared = hardware.shares_host_memory
+        self._topology = hardware.topology
+        self._shared = hardware.topology.shares_host_memory
         self._batches = batch_sizes(policy, prompts)
-        self._cargo = cargo_sizes(layers, placement, self._shared)
+        self._cargo = cargo_sizes(layers, placement, self._topology)
         cargos: dict[tuple[CargoSize, ...], int] = {}
         self._same_cargo = [cargos.setdefault(cargo, n) for n, cargo in enumerate(self._cargo)]
         moved = max(sum(cargo.nbytes for cargo in per_layer) for per_layer in self._cargo)
@@ -91,9 +93,9 @@ class StepCosts:
         self._flushing = flushing
         self._splits_attention = splits_attention
         self._arithmetic = Arithmetic(placement, hardware)
-        self._table = gathered_table(layers[0], placement, self._shared)
+        self._table = gathered_table(layers[0], placement, self._topology)
         most = max(self._batches) * workload.prompt_len
-        self._scratch = lookup_sizes(layers, placement, self._shared, most).scratch
+        self._scratch = lookup_sizes(layers, placement, self._topology, most).scratch
         self._every_token = len(self._tokens) == workload.gen_len
         self._segments = {rows: self._cut_cache(rows) for rows in set(self._batches)}
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
@@ -233,7 +235,7 @@ class StepCosts:
     # The KV cache
 
     def _cut_cache(self, rows: int) -> tuple[CacheSegment, ...]:
-        return cache_segments(self._spec, self._policy, rows, self._capacity, self._dtype, self._shared)
+        return cache_segments(self._spec, self._policy, rows, self._capacity, self._dtype, self._topology)
 
     def _load_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key

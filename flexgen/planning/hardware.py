@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flexgen.errors import HardwareError, did_you_mean
+from flexgen.layout.topology import LINKED, SHARED, Topology
 from flexgen.policy import CODECS, Tier
 from flexgen.trace import LaneName, Phase
 from flexgen.units import parse_bytes
@@ -113,7 +114,7 @@ class Hardware:
         put("disturbed", _seconds("disturbed", self.disturbed))
         put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
         put("installed", _table("installed", self.installed, _bytes, known=Tier))
-        lanes = (*_DISK, *_HOST, *(() if self.shares_host_memory else _LINK))
+        lanes = (*_DISK, *_HOST, *(() if self.topology.shares_host_memory else _LINK))
         rates = _table("bandwidth", self.bandwidth, _rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST))
         put("bandwidth", rates)
         put("products", _table("products", self.products, _points, known=_DTYPES))
@@ -140,9 +141,9 @@ class Hardware:
             put("fixed", Fixed(**_table("fixed", self.fixed, _seconds, known=known)))
 
     @property
-    def shares_host_memory(self) -> bool:
-        """Whether the compute device is the host."""
-        return Tier.GPU not in self.capacity
+    def topology(self) -> Topology:
+        """The compute device is the host where no GPU tier has a capacity."""
+        return LINKED if Tier.GPU in self.capacity else SHARED
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:

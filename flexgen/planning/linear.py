@@ -17,9 +17,9 @@ import torch
 from scipy.optimize import linprog
 
 from flexgen.errors import HardwareError, PolicyError
-from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import choose_order, plan_memory
-from flexgen.memory.weight_slots import slot_sizes
+from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import Order
 from flexgen.planning.costs import StepCosts
@@ -129,8 +129,7 @@ class Corners:
 
     def order(self, form: Policy) -> Order:
         """What a policy of this form runs in, wherever its free shares end up."""
-        shared = self._hardware.shares_host_memory
-        return choose_order(self._order, form, shared, form.num_gpu_batches)
+        return self._hardware.topology.choose_order(self._order, form, form.num_gpu_batches)
 
     def figures(self, form: Policy, columns: Sequence[Column]) -> Figures:
         """Of blocks of the form's shape. Columns that the machine or the model has no figures for are left out."""
@@ -236,14 +235,17 @@ class Corners:
         placement = self._placement(depth, policy.sep_layer, policy.weights)
         block = policy.replace(num_gpu_batches=batches)
         workload = replace(self._workload, num_prompts=block.block_size)
-        shared = self._hardware.shares_host_memory
-        block_of = layers, placement, block, self._dtype, shared, workload
+        topology = self._hardware.topology
+        block_of = layers, placement, block, self._dtype, topology, workload
         plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._hardware))
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
         # takes where no share has is no line between the corners: the plan of the policy counts it.
-        slots, between = plan.weight_slots, slot_sizes(layers, placement, shared, order.slots.weights, False)
+        slots, between = (
+            plan.weight_slots,
+            slot_sizes(layers, placement, topology, order.slots.weights, False),
+        )
         taken = {tier: float(plan.on(tier)) for tier in Tier}
-        taken[Tier.CPU if shared else Tier.GPU] -= sum(slots.device) - sum(between.device)
+        taken[topology.device] -= sum(slots.device) - sum(between.device)
         taken[Tier.CPU] -= sum(slots.staging) - sum(between.staging)
         return list(taken.values())
 

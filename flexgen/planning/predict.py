@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from flexgen.errors import CapacityError, RequestError, ScheduleError
-from flexgen.memory.fitting import fitting_plan
-from flexgen.memory.needs import MemoryPlan
-from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import batch_sizes, choose_order, host_attends, plan_memory
+from flexgen.layout.fitting import fitting_plan
+from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import ORDERS
 from flexgen.planning.costs import StepCosts
@@ -103,7 +103,7 @@ def predict(
         policy=policy,
         device=hardware.name,
         dtype=name,
-        order=choose_order(order, policy, hardware.shares_host_memory, len(batches)).name,
+        order=hardware.topology.choose_order(order, policy, len(batches)).name,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         num_prompts=workload.num_prompts,
@@ -165,8 +165,8 @@ def _plan(
     workload: Workload,
     order: str | None,
 ) -> MemoryPlan:
-    shared = hardware.shares_host_memory
-    slots = choose_order(order, policy, shared, policy.num_gpu_batches).slots
+    topology = hardware.topology
+    slots = topology.choose_order(order, policy, policy.num_gpu_batches).slots
     workspaces = workspaces_on(hardware)
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
     # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
@@ -180,7 +180,7 @@ def _plan(
 
     def plan(asked: Policy) -> MemoryPlan:
         return plan_memory(
-            layers, placement, asked, placement.dtype, shared, workload, slots=slots, workspaces=workspaces
+            layers, placement, asked, placement.dtype, topology, workload, slots=slots, workspaces=workspaces
         )
 
     return fitting_plan(plan, policy, limits)
@@ -200,8 +200,8 @@ def _block(
     if samples is None and workload.gen_len * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
     tokens, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
-    shared = hardware.shares_host_memory
-    asked, full = (choose_order(order, policy, shared, n) for n in (batches, policy.num_gpu_batches))
+    topology = hardware.topology
+    asked, full = (topology.choose_order(order, policy, n) for n in (batches, policy.num_gpu_batches))
 
     def costs_of(splits_attention: bool) -> StepCosts:
         block = layers, placement, policy, workload, hardware, prompts, tokens, flushing
@@ -220,7 +220,7 @@ def _block(
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
-    attends = host_attends(policy, shared)
+    attends = topology.host_attends(policy)
     apart = costs if asked.splits_attention or not attends else costs_of(splits_attention=True)
     busy = [apart.busy(n) for n in range(len(tokens))]
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flexgen.memory.needs import MemoryPlan
-from flexgen.memory.placement import Placement, place_weights
-from flexgen.memory.plan import choose_order, plan_memory
+from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.plan import plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.orders import Order
 from flexgen.planning.hardware import Hardware
@@ -54,14 +54,14 @@ class Simulations:
 
     def order(self, run: Run) -> Order:
         """What a full block runs in."""
-        policy, shared = run.policy, self._hardware.shares_host_memory
-        return choose_order(run.order, policy, shared, policy.num_gpu_batches)
+        policy, topology = run.policy, self._hardware.topology
+        return topology.choose_order(run.order, policy, policy.num_gpu_batches)
 
     def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
         """The plan, with the slots of the order, and by how many bytes each tier is short."""
-        policy, shared = run.policy, self._hardware.shares_host_memory
+        policy, topology = run.policy, self._hardware.topology
         layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
-        block = layers, placement, policy, self._dtype, shared, self._workload
+        block = layers, placement, policy, self._dtype, topology, self._workload
         workspaces = workspaces_on(self._hardware)
         plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity

@@ -11,6 +11,6 @@ from flexgen.planning.hardware import Hardware
 def workspaces_on(hardware: Hardware) -> Workspaces:
     """Those of its compute device, as `ComputeDevice.workspaces` has them."""
     # A checkpoint in float16 is computed in another type on the host's cores, and on no GPU.
-    if hardware.shares_host_memory or "float16" in hardware.computes_in:
+    if hardware.topology.shares_host_memory or "float16" in hardware.computes_in:
         return HOST
     return replace(GPU, native_bfloat16="bfloat16" not in hardware.computes_in)

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.memory.disk import BLOCK, Read, ReadJob, Write
+from flexgen.layout.plan import SLOTS, activation_bytes
+from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS, activation_bytes
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chain, Chains, Stage
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.trace import LaneName
-from flexgen.units import align
+from flexgen.units import BLOCK, align
 
 
 class Activations:

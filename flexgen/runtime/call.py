@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from flexgen.errors import LaneError
+from flexgen.layout.cache import cache_segments
+from flexgen.layout.plan import batch_sizes
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import batch_sizes, cache_segments, choose_order
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots, count_pieces
@@ -53,8 +54,7 @@ class Model:
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
-        shared = self.machine.device.shares_host_memory
-        return choose_order(self.order, self.policy, shared, batches)
+        return self.machine.device.topology.choose_order(self.order, self.policy, batches)
 
 
 @dataclass
@@ -227,9 +227,9 @@ class Call:
 
     def _make_buffers(self, batches: list[int]) -> None:
         model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
-        shared, slots = model.machine.device.shares_host_memory, model.slots.cells
+        topology, slots = model.machine.device.topology, model.slots.cells
         segments = [
-            cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, shared)
+            cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, topology)
             for rows in batches
         ]
         cached = [j for j, layer in enumerate(model.layers) if layer.has_cache]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexgen.layout.cache import CacheSegment
 from flexgen.memory.device import ComputeDevice
-from flexgen.memory.plan import CacheSegment
 from flexgen.policy import Tier
 from flexgen.runtime.pages import Page, pick
 

@@ -19,9 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.layout.cache import CacheSegment
+from flexgen.layout.plan import SLOTS
 from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS, CacheSegment
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chain, Chains, Stage

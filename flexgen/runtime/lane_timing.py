@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from flexgen.memory.plan import host_attends
 from flexgen.policy import Tier
 from flexgen.report import timed_lanes
 from flexgen.runtime.call import Call, Model
@@ -17,7 +16,7 @@ from flexgen.workload import Workload
 
 def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Phase, dict[LaneName, float]]:
     """Seconds of each lane that can be timed, for both phases of all blocks, see `OptLM.lane_seconds`."""
-    lanes = timed_lanes(host_attends(model.policy, model.machine.device.shares_host_memory))
+    lanes = timed_lanes(model.machine.device.topology.host_attends(model.policy))
     on_disk = any(split.percent(Tier.DISK) for split in (model.policy.cache, model.policy.activations))
     tokens = workload.gen_len
     seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.layout.plan import SLOTS
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import SLOTS
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage

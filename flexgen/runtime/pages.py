@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
-from flexgen.memory.plan import CacheSegment
+from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
 
 Page = tuple[Tensor, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexgen.memory.plan import CacheSegment
+from flexgen.layout.cache import CacheSegment
 from flexgen.runtime.pages import Page, pages_in
 
 

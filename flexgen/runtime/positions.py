@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexgen.layout.needs import Need
+from flexgen.layout.plan import SLOTS, activation_bytes, batch_sizes, staging_bytes
+from flexgen.layout.topology import Topology
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine
-from flexgen.memory.needs import Need
-from flexgen.memory.plan import SLOTS, activation_bytes, batch_sizes, staging_bytes
 from flexgen.memory.store import tensor_at
 from flexgen.memory.taken import Taken
 from flexgen.memory.transfer import Chains, Stage
@@ -220,16 +221,21 @@ def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
 
 
 def hidden_needs(
-    layers: Sequence[Layer], request: Request, cells: int, dtype: torch.dtype, shared: bool, policy: Policy
+    layers: Sequence[Layer],
+    request: Request,
+    cells: int,
+    dtype: torch.dtype,
+    topology: Topology,
+    policy: Policy,
 ) -> list[Need]:
     """What the hidden states take: in host memory, and of `cells` batches while they leave the device."""
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)
     size = max(hidden_sizes(layers).values())
-    staged = 0 if shared else cells * staging_bytes(rows, request.width, size, dtype)
+    staged = 0 if topology.shares_host_memory else cells * staging_bytes(rows, request.width, size, dtype)
     return [
         Need(Tier.CPU, "hidden states", "staging", staged),
         Need(Tier.CPU, "hidden states", "home", len(request.prompts) * request.width * each),
-        Need(Tier.CPU if shared else Tier.GPU, "hidden states", "workspace", leaving),
+        Need(topology.device, "hidden states", "workspace", leaving),
     ]

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from flexgen.kernels.sparse_attention import Choice
+from flexgen.layout.cache import CacheSegment
 from flexgen.memory.disk import DiskIO, Read
-from flexgen.memory.plan import CacheSegment
 from flexgen.runtime.pages import Span
 
 

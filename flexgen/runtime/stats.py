@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexgen.memory.needs import MemoryPlan
-from flexgen.memory.plan import batch_sizes
+from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.plan import batch_sizes
 from flexgen.policy import Policy, Tier
 from flexgen.report import Report, placement_table
 from flexgen.runtime.call import Timing

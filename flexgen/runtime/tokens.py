@@ -13,14 +13,14 @@ from torch import Tensor
 
 from flexgen.errors import LaneError
 from flexgen.kernels.workspaces import choice_bytes
+from flexgen.layout.needs import Need
+from flexgen.layout.plan import SLOTS
+from flexgen.layout.topology import Topology
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.machine import Machine
-from flexgen.memory.needs import Need
-from flexgen.memory.plan import SLOTS
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, Stage
-from flexgen.policy import Tier
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
 from flexgen.runtime.pages import Padding, Span
@@ -303,9 +303,9 @@ class WholeCallTokens(NewTokens):
         return logits
 
 
-def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, shared: bool) -> list[Need]:
+def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, topology: Topology) -> list[Need]:
     """What `WholeCallTokens` and a choice take to choose for all rows at once: logits as the batches leave them, in
     one tensor, in float32, and as processed; and what drawing takes."""
     each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
     nbytes = rows * vocab * each + choice_bytes(rows, vocab)
-    return [Need(Tier.CPU if shared else Tier.GPU, "logits", "workspace", nbytes)]
+    return [Need(topology.device, "logits", "workspace", nbytes)]

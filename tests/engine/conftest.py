@@ -154,8 +154,8 @@ def mixed() -> Callable[..., Policy]:
 def _small_pages() -> Iterator[None]:
     """Pages and pieces so small that a tiny model has several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (4, 4))
-        patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", 8)
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (4, 4))
+        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 8)
         patch.setattr("flexgen.memory.weights._PIECE_BYTES", 4096)
         yield
 

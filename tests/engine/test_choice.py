@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexgen.engine import OptLM
 from flexgen.errors import CapacityError, LaneError
-from flexgen.memory.needs import Need
+from flexgen.layout.needs import Need
 from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Sampled

@@ -180,7 +180,7 @@ def test_any_times_to_stop(
     stop = data.draw(st.lists(st.sampled_from(made), min_size=1, max_size=8))
     policy = Policy(gpu_batch_size=size, num_gpu_batches=batches, cache=cache, activations=activations)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (page, page))
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (page, page))
         with OptLM(model.directory, policy, device=device, progress=False, order=order) as lm:
             expected = model.greedy(rows, TOKENS, stop)
             np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)

@@ -23,9 +23,9 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from flexgen.engine import OptLM
-from flexgen.memory.direct_file import BLOCK
 from flexgen.orders import ORDERS
 from flexgen.policy import Policy
+from flexgen.units import BLOCK
 
 PAD, VOCAB, TOKENS, UNIT = 1, 96, 24, 16
 SIZES = dict(
@@ -73,8 +73,8 @@ def sparse_attention(
 def _short_pages() -> Iterator[None]:
     """Pages on disk of 32 tokens, two blocks of each head in each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (32, 32))
-        patch.setattr("flexgen.memory.plan._CHOICE_BYTES", BLOCK)
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (32, 32))
+        patch.setattr("flexgen.layout.cache._CHOICE_BYTES", BLOCK)
         yield
 
 

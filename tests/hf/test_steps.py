@@ -26,7 +26,7 @@ from flexgen.errors import CapacityError, LaneError
 from flexgen.hf import FlexGenForCausalLM
 from flexgen.hf.processors import RowProcessors
 from flexgen.hf.steps import HFChoice
-from flexgen.memory.needs import MemoryPlan
+from flexgen.layout.needs import MemoryPlan
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.call import Call
 from flexgen.runtime.sampler import INVALID

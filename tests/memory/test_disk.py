@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CheckpointError
 from flexgen.memory import disk
-from flexgen.memory.disk import BLOCK, DiskIO, Read, Write, aligned_span
+from flexgen.memory.disk import DiskIO, Read, Write, aligned_span
+from flexgen.units import BLOCK
 
 
 def memory(nbytes):

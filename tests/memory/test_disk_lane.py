@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import LaneError
-from flexgen.memory.disk import BLOCK, DiskIO, Read, ReadJob
+from flexgen.memory.disk import DiskIO, Read, ReadJob
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import Cancelled, InlineLane, ThreadLane
 from flexgen.schedule import Op, Step
 from flexgen.trace import LaneName
+from flexgen.units import BLOCK
 
 PATIENCE = 60  # seconds after which a test that hangs fails instead
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flexgen.errors import CapacityError, RequestError
-from flexgen.memory.disk import BLOCK, DiskIO, Read
+from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.disk_store import DiskStore
+from flexgen.units import BLOCK
 
 
 @pytest.fixture

@@ -11,17 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from flexgen.errors import CapacityError, CheckpointError
+from flexgen.layout.plan import SLOTS
+from flexgen.layout.topology import LINKED
+from flexgen.layout.weight_slots import slot_sizes
 from flexgen.memory import conversions, homes
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
-from flexgen.memory.plan import SLOTS
-from flexgen.memory.store import ALIGNMENT
-from flexgen.memory.weight_slots import slot_sizes
 from flexgen.models import checkpoint as source
 from flexgen.models import tensor_files
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Share, Split, Tier
+from flexgen.units import ALIGNMENT
 
 CHANGES = ["touch", "rsync", "replace"]
 
@@ -61,7 +62,7 @@ def test_each_home_is_on_the_tier_it_was_given(stream, saved, family, device):
 def test_stores_hold_what_was_placed(stream, saved):
     model = stream(saved(), MIXED, "emulated")
     count = sum(len(layer.weights) for layer in model.layers)
-    slots = slot_sizes(model.layers, model.placement, False, SLOTS)
+    slots = slot_sizes(model.layers, model.placement, LINKED, SLOTS)
     device = model.machine.device.memory.used - sum(slots.device)
     host = model.machine.host.used - sum(slots.staging)
     for used, tier in ((device, Tier.GPU), (host, Tier.CPU)):

@@ -9,17 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.memory import lookup
-from flexgen.memory.disk import BLOCK, DiskIO
+from flexgen.layout import rows as row_sizes
+from flexgen.layout.placement import place_weights
+from flexgen.layout.rows import gathered_table, lookup_sizes, travelling
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.memory.disk import DiskIO
 from flexgen.memory.homes import Homes
-from flexgen.memory.lookup import gathered_table, lookup_sizes, open_table, travelling
+from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
-from flexgen.memory.placement import place_weights
 from flexgen.models import InputEmbed, WeightSpec, build_layers, open_model
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 from flexgen.quant import CODECS
-from flexgen.units import MIB
+from flexgen.units import BLOCK, MIB
 
 SPEC, _ = open_model("opt-125m", weights="dummy")
 CODEC = st.sampled_from(["none", *CODECS])
@@ -83,7 +85,7 @@ def test_rows_are_those_of_the_table(
     rows = torch.tensor(sorted(wanted))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("_READ_ALONG", "_SPAN", "_SCRATCH"), limits, strict=True):
-            patch.setattr(lookup, name, value)
+            patch.setattr(row_sizes, name, value)
         checkpoint, homes, machine = opened(
             tmp_path_factory.mktemp("t"), layers, dtype, split, device, before
         )
@@ -115,7 +117,7 @@ def test_rounds_cover_every_row_once_and_fit(rows, width, begin, more):
     offsets = begin + torch.tensor(sorted(rows)).numpy() * width
     room = -(-width // BLOCK) * BLOCK + BLOCK + more
     covered = []
-    for spans in lookup._rounds(offsets, width, room):
+    for spans in row_sizes.read_rounds(offsets, width, room):
         assert spans and sum(span.end - span.start for span in spans) <= room
         for span in spans:
             assert span.start % BLOCK == span.end % BLOCK == 0
@@ -152,21 +154,21 @@ def test_a_table_in_place_is_not_gathered(tier, device, tmp_path):
     layers = only_table((100, 64))
     _, homes, machine = opened(tmp_path, layers, torch.float32, Split(**{tier: 100}), device)
     with closing(machine):
-        shared = device == "cpu"
-        in_place = tier is Tier.GPU or (tier is Tier.CPU and shared)
+        topology = SHARED if device == "cpu" else LINKED
+        in_place = topology.in_place(tier)
         table = open_table(layers, homes, machine)
         assert (table is None) == in_place
-        sizes = lookup_sizes(layers, homes.placement, shared, 10)
-        assert (sizes.slot == 0) == in_place and (sizes.staging == 0) == (in_place or shared)
+        sizes = lookup_sizes(layers, homes.placement, topology, 10)
+        assert (sizes.slot == 0) == in_place and (sizes.staging == 0) == (in_place or topology is SHARED)
         assert (sizes.scratch == 0) == (tier is not Tier.DISK)
-        assert len(travelling(layers[0], homes.placement, shared)) == 1 + in_place
+        assert len(travelling(layers[0], homes.placement, topology)) == 1 + in_place
 
 
 def test_only_the_input_embedding_has_a_table():
     layers = build_layers(SPEC)
     placement = place_weights(layers, Split(disk=100), torch.float32)
-    tables = [gathered_table(layer, placement, True) for layer in layers]
+    tables = [gathered_table(layer, placement, SHARED) for layer in layers]
     assert tables[0] is layers[0].weights[0] and not any(tables[1:])
     assert layers[-1].weights[-1].key == tables[0].key, "the head is tied, and travels whole"
-    assert tables[0] not in travelling(layers[0], placement, True)
-    assert travelling(layers[-1], placement, True) == list(layers[-1].weights)
+    assert tables[0] not in travelling(layers[0], placement, SHARED)
+    assert travelling(layers[-1], placement, SHARED) == list(layers[-1].weights)

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from flexgen.memory.cpu import HostStore
-from flexgen.memory.direct_file import BLOCK
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.taken import Taken, whole_or_closed
+from flexgen.units import BLOCK
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import CheckpointError, LaneError
-from flexgen.memory.disk import BLOCK
+from flexgen.layout.plan import SLOTS
+from flexgen.layout.rows import travelling
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.layout.weight_slots import GAP, slot_sizes
 from flexgen.memory.gpu import EmulatedDevice
-from flexgen.memory.lookup import travelling
-from flexgen.memory.plan import SLOTS
-from flexgen.memory.weight_slots import GAP, slot_sizes
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
+from flexgen.units import BLOCK
 
 SPLITS = [Split(gpu=30, cpu=30, disk=40), Split(cpu=100), Split(disk=100), Split(gpu=50, disk=50)]
 DISK = Split(disk=100)
@@ -103,7 +104,7 @@ def test_a_layer_moves_as_few_large_parts(stream, saved, device):
     for layer in range(len(model.layers)):
         assert len(model.slots.chains(layer, 0, 0, 1)) <= (1 if device == "cpu" else 2)
         away = {Tier.DISK} if device == "cpu" else {Tier.DISK, Tier.CPU}
-        whole = travelling(model.layers[layer], model.placement, device == "cpu")
+        whole = travelling(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
         weights = [w for w in whole if model.placement.of(w) in away]
         wanted = sum(w.nbytes(torch.float32) for w in weights)
         moved = model.slots.moved_bytes(layer)
@@ -163,7 +164,7 @@ def test_any_layout_fits_the_promised_slots(make_layers, stream_layers, data):
     pieces = data.draw(st.integers(1, 5))
     gpu, cpu = data.draw(st.sampled_from([(0, 0), (0, 100), (20, 30), (0, 50), (60, 20)]))
     split = Split(gpu=gpu, cpu=cpu, disk=100 - gpu - cpu)
-    shared = data.draw(st.booleans())
+    topology = data.draw(st.sampled_from([LINKED, SHARED]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))  # float16 is not what the file holds
     names = [weight.key for layer in layers for weight in layer.weights]
     others = data.draw(st.lists(SIZES, max_size=6))
@@ -176,9 +177,9 @@ def test_any_layout_fits_the_promised_slots(make_layers, stream_layers, data):
         path = Path(folder) / "model.safetensors"
         safetensors.torch.save_file({renamed[n]: torch.randn(size) for n, size in tensors.items()}, path)
         checkpoint = SafetensorsCheckpoint(Path(folder), [path])
-        device = "cpu" if shared else EmulatedDevice()
+        device = "cpu" if topology is SHARED else EmulatedDevice()
         model = stream_layers(layers, checkpoint, split, device, dtype, Path(folder) / "offload", stack)
-        promised = slot_sizes(layers, model.placement, shared, SLOTS)
+        promised = slot_sizes(layers, model.placement, topology, SLOTS)
         for layer in range(len(layers)):
             for slot in model.slots_of(layer):
                 assert model.slots.moved_bytes(layer) <= promised.device[slot]
@@ -186,8 +187,8 @@ def test_any_layout_fits_the_promised_slots(make_layers, stream_layers, data):
                 model.assert_there(layer, slot)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp_path, shared):
+@pytest.mark.parametrize("topology", [SHARED, LINKED])
+def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp_path, topology):
     layers = make_layers([[1] * 5])
     names = {weight.key: f"{2 * n}" for n, weight in enumerate(layers[0].weights)}
     gaps = {f"{2 * n + 1}": torch.zeros(GAP // 4) for n in range(4)}
@@ -196,7 +197,7 @@ def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp
     checkpoint = SafetensorsCheckpoint(tmp_path, [tmp_path / "model.safetensors"])
     layers = tuple(_with_sources(layer, names) for layer in layers)
     with ExitStack() as stack:
-        device = "cpu" if shared else EmulatedDevice()
+        device = "cpu" if topology is SHARED else EmulatedDevice()
         model = stream_layers(layers, checkpoint, DISK, device, torch.float32, tmp_path / "offload", stack)
         assert len(model.slots._cargo[0]) == 1, "all is read as one"
         model.bring(0, slot=1, pieces=2)

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen import OptLM, Policy
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import batch_sizes
+from flexgen.layout.rows import read_bytes
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
-from flexgen.memory.lookup import read_bytes
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import batch_sizes, choose_order
 from flexgen.models import build_layers, open_model
 from flexgen.models.checkpoint import Extent
 from flexgen.orders import ORDERS
@@ -66,8 +66,8 @@ POLICIES = SPARSE | st.builds(
 def _small_pages():
     """Pages and pieces so small that a tiny model has several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (4, 4))
-        patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", 8)
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (4, 4))
+        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 8)
         patch.setattr("flexgen.memory.weights._PIECE_BYTES", 4096)
         yield
 
@@ -141,7 +141,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
             [c for c in per if not isinstance(c.source, torch.Tensor)] for per in model._model.weights._cargo
         ]
         layers, placement, table = model._layers, model.placement, model._model.table
-    asked = choose_order(order, policy, device == "cpu", len(sizes))
+    asked = hardware.topology.choose_order(order, policy, len(sizes))
     costs = StepCosts(
         layers, placement, policy, workload, hardware, prompts, splits_attention=asked.splits_attention
     )

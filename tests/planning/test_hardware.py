@@ -20,10 +20,10 @@ NAMES = list(tomllib.loads(PRESETS.read_text(encoding="utf-8")))
 def test_presets_load(name):
     preset = Hardware.preset(name)
     assert preset.name == name and len(preset.source) > 40
-    assert preset.shares_host_memory == (name == "laptop-16g")
+    assert preset.topology.shares_host_memory == (name == "laptop-16g")
     for dtype in preset.products:
         assert preset.figure("prefill_attention", dtype) and preset.figure("device_attention", dtype)
-        assert preset.shares_host_memory or preset.figure("host_attention", dtype)
+        assert preset.topology.shares_host_memory or preset.figure("host_attention", dtype)
     assert {"int4", "int8"} <= set(preset.decoding)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import HardwareError
-from flexgen.memory.placement import place_weights
+from flexgen.layout.placement import place_weights
 from flexgen.models import build_layers, open_model
 from flexgen.orders import ORDERS
 from flexgen.planning.arithmetic import Arithmetic

@@ -187,7 +187,7 @@ def found(request, tmp_path_factory):
 
 def test_a_measurement_has_every_figure_that_a_prediction_asks_for(found, configs):
     hardware, _ = found
-    assert hardware.shares_host_memory == (Tier.GPU not in hardware.capacity)
+    assert hardware.topology.shares_host_memory == (Tier.GPU not in hardware.capacity)
     spec, _ = open_model(configs["opt"], "dummy")
     coded = {"cpu": {"percent": 50, "codec": "int4"}, "disk": {"percent": 50, "codec": "int8"}}
     for dtype in ("auto", "float32", "bfloat16", "float16"):

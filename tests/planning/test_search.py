@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from flexgen import Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import choose_order, plan_memory
-from flexgen.memory.weight_slots import slot_sizes
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.layout.topology import LINKED
+from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.orders import ORDERS
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
@@ -69,13 +70,13 @@ def test_corners_are_the_plan_of_the_whole_model(at, size, batches, attend_on, o
     layers = build_layers(opt, policy.sep_layer)
     slots = corners.order(form).slots
     placement = place_weights(layers, policy.weights, torch.float32)
-    block = layers, placement, policy, torch.float32, False, workload
+    block = layers, placement, policy, torch.float32, LINKED, workload
     plan = plan_memory(*block, slots=slots, workspaces=workspaces_on(machine()))
     homes = sum(n.nbytes for n in plan.needs if n.role == "home")
     buffers = sum(n.nbytes for n in plan.needs if n.role != "home")
     assert sum(nbytes) == pytest.approx(homes + buffers, abs=0.5 * buffers + 1)
     if policy == form:  # all but the slots of the embedding and the head, which corners leave out
-        whole, between = plan.weight_slots, slot_sizes(layers, placement, False, slots.weights, False)
+        whole, between = plan.weight_slots, slot_sizes(layers, placement, LINKED, slots.weights, False)
         ends = {
             Tier.GPU: sum(whole.device) - sum(between.device),
             Tier.CPU: sum(whole.staging) - sum(between.staging),
@@ -247,7 +248,7 @@ def test_another_order_than_the_policys_own_is_found(opt, machine):
     found = find_policy(opt, hardware, workload, fixed=ATTENDED)
     own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
     best = found.best
-    assert own.order == choose_order(None, best.policy, False, 2).name
+    assert own.order == LINKED.choose_order(None, best.policy, 2).name
     assert ORDERS[best.order].slots.weights == 2 and best.tokens_s > 1.5 * own.tokens_s
     again = predict(opt, best.policy, hardware, workload, order=best.order).report
     assert again.throughput_tokens_s == best.tokens_s
@@ -271,7 +272,7 @@ def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
             continue
         with contextlib.suppress(CapacityError):
             seconds[name] = took(opt, best.policy, hardware, Workload(60, 5, 6), order=name)
-    own = choose_order(None, best.policy, False, 3).name
+    own = LINKED.choose_order(None, best.policy, 3).name
     assert seconds[best.order] <= 1.0101 * min(seconds.values())
     assert best.order == own or seconds[best.order] < 0.995 * seconds.get(own, np.inf)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen.memory.plan import cache_segments
+from flexgen.layout.cache import cache_segments
+from flexgen.layout.topology import LINKED
 from flexgen.policy import Policy
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding, Span
@@ -30,7 +31,7 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
     starts = [torch.arange(rows) % 2 for rows in BATCHES]
     padding = [Padding(tuple(s.tolist()), s, s) for s in starts]
     with machine("emulated") as one, machine("emulated") as other, ExitStack() as stack:
-        segments = [cache_segments(spec, policy, rows, PROMPT + 4, torch.float32, False) for rows in BATCHES]
+        segments = [cache_segments(spec, policy, rows, PROMPT + 4, torch.float32, LINKED) for rows in BATCHES]
         whole, split = (
             stack.enter_context(closing(KVCache([LAYER], segments, PROMPT, spec.num_heads, m, slots=3)))
             for m in (one, other)
@@ -77,7 +78,7 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
 def test_nothing_is_taken_where_the_host_attends_to_nothing(machine: Any, spec: Any) -> None:
     with machine("emulated") as m:
         for policy in (Policy(cache={"gpu": 100}), Policy(cache={"cpu": 100}, attend_on="gpu")):
-            segments = [cache_segments(spec, policy, 2, 8, torch.float32, False)]
+            segments = [cache_segments(spec, policy, 2, 8, torch.float32, LINKED)]
             with closing(KVCache([LAYER], segments, 4, spec.num_heads, m)) as cache:
                 assert not cache.host.attends(0) and not cache.asks_host(0, Span(4, 1))
                 taken = m.host.used, m.device.memory.used

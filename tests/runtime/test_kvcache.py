@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexgen.layout.cache import cache_segments
+from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import cache_segments
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
@@ -57,9 +58,9 @@ class History:
         self.run, self.prompt, self.dtype = run, prompt, dtype
         self.kv_heads, self.heads = 2, 2 * ratio
         spec = replace(spec, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=HEAD_DIM)
-        shared = machine.device.shares_host_memory
+        topology = machine.device.topology
         self.segments = [
-            cache_segments(spec, policy, rows, prompt + steps, dtype, shared) for rows in batches
+            cache_segments(spec, policy, rows, prompt + steps, dtype, topology) for rows in batches
         ]
         self.cache = KVCache(LAYERS, self.segments, prompt, self.heads, machine)
         self.batches = batches
@@ -118,8 +119,8 @@ class History:
 @pytest.fixture
 def page_tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
     def set_to(tokens: int) -> None:
-        monkeypatch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (tokens, tokens))
-        monkeypatch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", tokens)
+        monkeypatch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (tokens, tokens))
+        monkeypatch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", tokens)
 
     return set_to
 
@@ -198,8 +199,8 @@ def test_rows_on_several_tiers(
     shares = {tier: {"percent": percent, "codec": codecs[tier]} for tier, percent in cache.items()}
     policy = Policy(cache=shares, attend_on=attend_on)
     with pytest.MonkeyPatch.context() as patch, machine(device) as m:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (page, page))
-        patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", page)
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (page, page))
+        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", page)
         history = History(m, run, spec, policy, batches, prompt, steps, ratio, starts)
         history.check(steps)
         history.cache.close()
@@ -312,6 +313,6 @@ def test_put_crosses_pages(page: int, pages: int, begin: int, tokens: int) -> No
 
 def test_rows_of_the_split_are_contiguous_segments(spec: Any) -> None:
     split = Split(gpu=34, cpu=33, disk=33)
-    segments = cache_segments(spec, Policy(cache=split), 7, 20, torch.float32, False)
+    segments = cache_segments(spec, Policy(cache=split), 7, 20, torch.float32, LINKED)
     assert [n for segment in segments for n in segment.rows] == list(range(7))
     assert {segment.tier: segment.rows for segment in segments} == split.rows(7)

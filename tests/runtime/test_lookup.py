@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import OPTConfig
 
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes
 from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import plan_memory
-from flexgen.memory.weight_slots import decoded_bytes, decodes, decoding_bytes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.lookup import Lookup
@@ -124,21 +125,21 @@ def test_a_stage_that_runs_alone_stays_inside_its_buffers(
 def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: Any) -> None:
     policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights={tier: {"percent": 100, "codec": codec}})  # type: ignore[dict-item]
     placement = place_weights(LAYERS, policy.weights, torch.float32)
-    shared = device == "cpu"
+    topology = SHARED if device == "cpu" else LINKED
     for prompt_len in (3, 40, 100):
         with_call, without = (
-            plan_memory(LAYERS, placement, policy, torch.float32, shared, workload)
+            plan_memory(LAYERS, placement, policy, torch.float32, topology, workload)
             for workload in (Workload(prompt_len, 2, 7), None)
         )
         promised = {t: with_call.on(t, "weights") - without.on(t, "weights") for t in Tier}
         # Of the decoded matrices, which a call makes as well.
         tokens = [4 * prompt_len] * (len(LAYERS) - 1) + [4]
         decoding = [
-            layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(n, torch.float32, shared)
+            layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(n, torch.float32, topology)
         ]
         decoded = max((decoded_bytes(layer, placement) for layer in decoding), default=0)
-        promised[Tier.CPU if shared else Tier.GPU] -= decoded
-        promised[Tier.GPU] -= 0 if shared else decoding_bytes(LAYERS, placement)
+        promised[topology.device] -= decoded
+        promised[Tier.GPU] -= 0 if topology is SHARED else decoding_bytes(LAYERS, placement)
         with machine(device) as m:
             homes = Homes(DUMMY, placement, torch.float32, m)
             homes.load(LAYERS[:1])
@@ -147,7 +148,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
             assert table is not None
             lookup = Lookup(table, 4 * prompt_len, torch.float32, m)
             taken = {Tier.CPU: m.host.used - before[Tier.CPU], Tier.DISK: 0}
-            taken[Tier.GPU] = 0 if shared else m.device.memory.used - before[Tier.GPU]
+            taken[Tier.GPU] = 0 if topology is SHARED else m.device.memory.used - before[Tier.GPU]
             assert taken == promised
             lookup.close()
             m.host.close()

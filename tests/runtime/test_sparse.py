@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen.kernels.sparse_attention import Choice
-from flexgen.memory.disk import BLOCK, DiskIO, Read
+from flexgen.layout.cache import CacheSegment, cache_segments
+from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
-from flexgen.memory.plan import CacheSegment, cache_segments
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding, Span
 from flexgen.runtime.sparse import key_reads, value_reads
+from flexgen.units import BLOCK
 
 HEAD_DIM = 64  # float32: 16 tokens of a head are a block of the disk
 TOKEN = HEAD_DIM * 4
@@ -34,9 +35,9 @@ SCALE = HEAD_DIM**-0.5
 def _short_pages() -> Iterator[None]:
     """Pages on disk of 32 tokens, two choices in each; pages in memory of 24."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan._DISK_PAGE_TOKENS", (32, 32))
-        patch.setattr("flexgen.memory.plan._MEMORY_PAGE_TOKENS", 24)
-        patch.setattr("flexgen.memory.plan._CHOICE_BYTES", BLOCK)
+        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (32, 32))
+        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 24)
+        patch.setattr("flexgen.layout.cache._CHOICE_BYTES", BLOCK)
         yield
 
 
@@ -76,8 +77,8 @@ class History:
         self.run, self.share, self.starts = run, policy.attn_sparsity, starts
         self.heads = 2 * KV_HEADS
         spec = replace(spec, num_heads=self.heads, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-        shared = machine.device.shares_host_memory
-        self.segments = cache_segments(spec, policy, len(starts), capacity, torch.float32, shared)
+        topology = machine.device.topology
+        self.segments = cache_segments(spec, policy, len(starts), capacity, torch.float32, topology)
         self.cache = KVCache([0], [self.segments], capacity, self.heads, machine)
         there = torch.tensor(starts)
         self.padding = Padding(tuple(starts), there, there)

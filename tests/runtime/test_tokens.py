@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import OPTConfig
 
-from flexgen.memory import plan
+from flexgen.layout import plan
 from flexgen.models import build_layers, open_model
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.pages import Span

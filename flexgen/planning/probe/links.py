@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.memory.disk import BLOCK, Read, ReadJob, Write
+from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.lanes import Done, Job, Lanes
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
@@ -18,6 +18,7 @@ from flexgen.planning.probe.effort import Effort, Stopwatch
 from flexgen.runtime.pages import put
 from flexgen.schedule import Op, Step
 from flexgen.trace import LaneName
+from flexgen.units import BLOCK
 
 _STEP = Step(Op.LOAD_WEIGHTS, 0, 0, 0)
 _JOBS = 64

@@ -20,7 +20,6 @@ import torch
 from flexgen.errors import CapacityError
 from flexgen.kernels.heads import HeadFormat, PlainHeads
 from flexgen.memory.device import ComputeDevice
-from flexgen.memory.disk import BLOCK
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
 from flexgen.planning.hardware import Fixed, Hardware
@@ -33,7 +32,7 @@ from flexgen.planning.probe.together import lost_shares
 from flexgen.policy import Tier
 from flexgen.quant import CODECS, Codec
 from flexgen.trace import LaneName, Phase
-from flexgen.units import MIB, format_bytes
+from flexgen.units import BLOCK, MIB, format_bytes
 
 Progress = Callable[[int, int, str], object]
 """Told before each measurement: how many are done, how many there are, and which one comes."""

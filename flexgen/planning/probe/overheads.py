@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import OPTConfig
 
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import plan_memory
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import plan_memory
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.orders import Slots
@@ -45,10 +45,10 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     spec, checkpoint = open_model(config, "dummy")
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, dtype)
-    shared = machine.device.shares_host_memory
+    topology = machine.device.topology
     workload = Workload(_PROMPT, effort.tokens, policy.block_size)
     workspaces = machine.device.workspaces
-    plan = plan_memory(layers, placement, policy, dtype, shared, workload, workspaces=workspaces)
+    plan = plan_memory(layers, placement, policy, dtype, topology, workload, workspaces=workspaces)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
     slots = Slots()

@@ -4,7 +4,7 @@ import pytest
 
 from flexgen.engine import OptLM
 from flexgen.errors import RequestError
-from flexgen.memory.limits import read_limits
+from flexgen.layout.limits import read_limits
 from flexgen.policy import Tier
 
 

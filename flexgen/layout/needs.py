@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flexgen.memory.limits import Limits
-from flexgen.memory.weight_slots import SlotSizes
+from flexgen.layout.limits import Limits
+from flexgen.layout.weight_slots import SlotSizes
 from flexgen.policy import Policy, Tier
 from flexgen.units import format_bytes
 

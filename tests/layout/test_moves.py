@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.memory.transfer import Range, cut
+from flexgen.layout.moves import Range, cut
 
 LENGTHS = st.lists(st.integers(0, 100_000), max_size=6)
 PIECES = st.integers(1, 9)

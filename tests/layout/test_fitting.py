@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import CapacityError
-from flexgen.memory.fitting import fitting_plan, largest_fitting
-from flexgen.memory.limits import Limits
-from flexgen.memory.needs import MemoryPlan, Need
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import plan_memory
-from flexgen.memory.weight_slots import SlotSizes
+from flexgen.layout.fitting import fitting_plan, largest_fitting
+from flexgen.layout.limits import Limits
+from flexgen.layout.needs import MemoryPlan, Need
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.layout.weight_slots import SlotSizes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Split, Tier
 from flexgen.turns import Turns
@@ -47,18 +48,18 @@ LIMITS = st.one_of(st.none(), st.integers(10, 38).map(lambda bits: 2**bits))
     name=st.sampled_from(sorted(LAYERS)),
     policy=POLICIES,
     workload=st.builds(Workload, st.integers(1, 300), st.integers(1, 40), st.integers(1, 20)),
-    shared=st.booleans(),
+    topology=st.sampled_from([LINKED, SHARED]),
     held=st.tuples(LIMITS, LIMITS, LIMITS),
     host=LIMITS,
 )
-def test_the_advice_is_accepted(name, policy, workload, shared, held, host):
+def test_the_advice_is_accepted(name, policy, workload, topology, held, host):
     layers = LAYERS[name]
     placement = place_weights(layers, policy.weights, torch.float32)
     limits = Limits(zip(Tier, held, strict=True))
-    limits.host = None if shared else host
+    limits.host = None if topology is SHARED else host
 
     def plan(asked):
-        return plan_memory(layers, placement, asked, torch.float32, shared, workload)
+        return plan_memory(layers, placement, asked, torch.float32, topology, workload)
 
     try:
         fitting_plan(plan, policy, limits)

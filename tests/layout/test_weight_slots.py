@@ -10,9 +10,10 @@ from transformers import LlamaConfig, OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.kernels.loading import native_available
-from flexgen.memory.placement import place_weights
+from flexgen.layout.placement import place_weights
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
 from flexgen.memory.store import Store
-from flexgen.memory.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Split
 
@@ -36,7 +37,7 @@ def test_a_vocabulary_takes_room_in_one_slot():
 
     def sizes(slots=2, layers=layers, **split):
         placement = place_weights(layers, Split(**split), torch.bfloat16)
-        return slot_sizes(layers, placement, True, slots).device
+        return slot_sizes(layers, placement, SHARED, slots).device
 
     assert sizes(disk=100) == pytest.approx([attention, mlp, 0, head], rel=0.01)
     assert sizes(1, disk=100) == pytest.approx([head], rel=0.01)
@@ -51,11 +52,11 @@ def test_a_vocabulary_takes_room_in_one_slot():
 
 
 def test_few_tokens_need_no_decoded_matrix(monkeypatch):
-    monkeypatch.setattr("flexgen.memory.weight_slots.native_available", lambda: True)
-    assert [decodes(n, torch.bfloat16, True) for n in (1, 16, 17)] == [False, False, True]
-    assert decodes(1, torch.bfloat16, False), "which kernels another device has is not known ahead"
-    monkeypatch.setattr("flexgen.memory.weight_slots.native_available", lambda: False)
-    assert decodes(1, torch.bfloat16, True)
+    monkeypatch.setattr("flexgen.layout.weight_slots.native_available", lambda: True)
+    assert [decodes(n, torch.bfloat16, SHARED) for n in (1, 16, 17)] == [False, False, True]
+    assert decodes(1, torch.bfloat16, LINKED), "which kernels another device has is not known ahead"
+    monkeypatch.setattr("flexgen.layout.weight_slots.native_available", lambda: False)
+    assert decodes(1, torch.bfloat16, SHARED)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -157,5 +158,5 @@ def test_ids_are_those_of_roomy_slots_and_no_end_is_passed(
         found = ids()
         assert intact()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.memory.plan.slot_sizes", lambda *args: _roomy(slot_sizes(*args)))
+        patch.setattr("flexgen.layout.plan.slot_sizes", lambda *args: _roomy(slot_sizes(*args)))
         assert ids() == found

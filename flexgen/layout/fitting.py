@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from flexgen.errors import CapacityError
-from flexgen.memory.needs import MemoryPlan, Shortage
+from flexgen.layout.needs import MemoryPlan, Shortage
 from flexgen.policy import Policy, Tier
 from flexgen.units import format_bytes
 

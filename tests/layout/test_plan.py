@@ -16,13 +16,14 @@ from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
 from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
-from flexgen.memory.disk import BLOCK
+from flexgen.layout.cache import cache_segments, choice_tokens
+from flexgen.layout.needs import MemoryPlan, Need
+from flexgen.layout.placement import place_weights
+from flexgen.layout.plan import batch_sizes, plan_memory
+from flexgen.layout.topology import LINKED, SHARED
+from flexgen.layout.weight_slots import SlotSizes
 from flexgen.memory.machine import Machine
-from flexgen.memory.needs import MemoryPlan, Need
-from flexgen.memory.placement import place_weights
-from flexgen.memory.plan import batch_sizes, cache_segments, choice_tokens, plan_memory
-from flexgen.memory.store import ALIGNMENT, Store
-from flexgen.memory.weight_slots import SlotSizes
+from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
 from flexgen.orders import Slots
 from flexgen.policy import Policy, Share, Split, Tier
@@ -30,7 +31,7 @@ from flexgen.quant import CODECS
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.turns import Turns
-from flexgen.units import GIB, KIB, MIB
+from flexgen.units import ALIGNMENT, BLOCK, GIB, KIB, MIB
 from flexgen.workload import Workload
 
 DTYPES = st.sampled_from([torch.float32, torch.float16])
@@ -64,17 +65,17 @@ policies = st.builds(
     rows=st.integers(1, 40),
     capacity=st.integers(1, 3000),
     dtype=DTYPES,
-    shared=st.booleans(),
+    topology=st.sampled_from([LINKED, SHARED]),
 )
-def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, shared):
-    segments = cache_segments(SPEC, policy, rows, capacity, dtype, shared)
+def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, topology):
+    segments = cache_segments(SPEC, policy, rows, capacity, dtype, topology)
     assert [row for segment in segments for row in segment.rows] == list(range(rows))
     assert len({segment.tier for segment in segments}) == len(segments)
     for segment in segments:
         assert segment.tier is Tier.GPU or policy.cache.percent(segment.tier) > 0
         assert segment.rows and segment.pages * segment.page_tokens >= capacity
         assert segment.pages * segment.page_tokens - capacity < segment.pages  # even pages, none mostly empty
-        if segment.tier is Tier.GPU and not shared:
+        if segment.tier is Tier.GPU and topology is LINKED:
             assert (segment.pages, segment.page_tokens) == (1, capacity)
         else:
             assert 1 <= segment.page_tokens <= 128
@@ -89,29 +90,29 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, share
 
 
 @pytest.mark.parametrize(
-    ("tier", "attend_on", "shared", "on_device", "resident"),
+    ("tier", "attend_on", "topology", "on_device", "resident"),
     [
-        (Tier.GPU, "cpu", False, True, True),
-        (Tier.GPU, "gpu", False, True, True),
-        (Tier.CPU, "cpu", False, False, True),
-        (Tier.CPU, "gpu", False, True, False),
-        (Tier.DISK, "cpu", False, False, False),
-        (Tier.DISK, "gpu", False, True, False),
-        (Tier.GPU, "cpu", True, True, True),
-        (Tier.CPU, "cpu", True, True, True),
-        (Tier.DISK, "cpu", True, True, False),
+        (Tier.GPU, "cpu", LINKED, True, True),
+        (Tier.GPU, "gpu", LINKED, True, True),
+        (Tier.CPU, "cpu", LINKED, False, True),
+        (Tier.CPU, "gpu", LINKED, True, False),
+        (Tier.DISK, "cpu", LINKED, False, False),
+        (Tier.DISK, "gpu", LINKED, True, False),
+        (Tier.GPU, "cpu", SHARED, True, True),
+        (Tier.CPU, "cpu", SHARED, True, True),
+        (Tier.DISK, "cpu", SHARED, True, False),
     ],
 )
-def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, shared, on_device, resident):
+def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, topology, on_device, resident):
     policy = Policy(cache=Split(**{tier: 100}), attend_on=attend_on)
-    (segment,) = cache_segments(SPEC, policy, 4, 100, torch.float16, shared)
+    (segment,) = cache_segments(SPEC, policy, 4, 100, torch.float16, topology)
     assert (segment.tier, segment.on_device, segment.resident) == (tier, on_device, resident)
 
 
 def test_encoded_cache_takes_the_bytes_of_its_codec():
     for codec, bits in (("none", 16), ("int8", 8.5), ("int4", 4.5)):
         policy = Policy(cache={"cpu": {"percent": 100, "codec": codec}})
-        (segment,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, False)
+        (segment,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, LINKED)
         exact = 2 * 8 * 768 * 1024 * bits / 8
         assert exact <= segment.nbytes <= exact + segment.pages * BLOCK
         assert segment.workspace_bytes(8) == 0 or codec != "none"
@@ -127,9 +128,9 @@ def test_heads_that_a_codec_cannot_keep_are_refused_at_once():
 
 def test_pages_on_disk_are_about_a_mebibyte():
     policy = Policy(cache=Split(disk=100))
-    (many,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, False)  # 24 KiB a token
+    (many,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, LINKED)  # 24 KiB a token
     assert MIB <= many.page_bytes < MIB + 24 * KIB + BLOCK and many.pages > 1
-    (wide,) = cache_segments(SPEC, policy, 64, 1024, torch.float16, False)  # 192 KiB a token
+    (wide,) = cache_segments(SPEC, policy, 64, 1024, torch.float16, LINKED)  # 192 KiB a token
     assert wide.page_tokens == 16
 
 
@@ -137,11 +138,11 @@ def test_pages_on_disk_are_about_a_mebibyte():
 def test_sparse_segments_have_whole_blocks_of_values(rows, capacity, dtype, share):
     """On disk: for each row and head, in each page, as keys and as values."""
     policy = Policy(cache=Split(cpu=50, disk=50), attn_sparsity=share)
-    for segment in cache_segments(SPEC, policy, rows, capacity, dtype, False):
+    for segment in cache_segments(SPEC, policy, rows, capacity, dtype, LINKED):
         assert segment.sparse and segment.attn_sparsity == share
         assert segment.pages * segment.page_tokens >= capacity
         if segment.tier is not Tier.DISK:
-            exact = cache_segments(SPEC, policy.replace(attn_sparsity=1), rows, capacity, dtype, False)
+            exact = cache_segments(SPEC, policy.replace(attn_sparsity=1), rows, capacity, dtype, LINKED)
             assert segment.choice_tokens == 1 and segment.page_shape in [s.page_shape for s in exact]
             continue
         token = 64 * dtype.itemsize
@@ -197,7 +198,7 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
     ]
     peak = max(itertools.accumulate(changes))
     placement, workload = place_weights(layers, policy.weights, dtype), Workload(length - 1, 1, rows)
-    plan = plan_memory(layers, placement, policy, dtype, False, workload)
+    plan = plan_memory(layers, placement, policy, dtype, LINKED, workload)
     (extra,) = [n.nbytes for n in plan.needs if (n.tier, n.what, n.role) == (Tier.GPU, "cache", "workspace")]
     (dense,) = [layer.workspace_bytes(rows, 1, length, dtype) for layer in layers if layer.has_cache]
     assert peak <= dense + extra
@@ -209,8 +210,8 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
 def opened(policy, workload, machine, dtype, slots):
     """Cache and hidden states of one block, as a call makes them."""
     batches = batch_sizes(policy, workload.num_prompts)
-    shared = machine.device.shares_host_memory
-    segments = [cache_segments(SPEC, policy, rows, workload.capacity, dtype, shared) for rows in batches]
+    topology = machine.device.topology
+    segments = [cache_segments(SPEC, policy, rows, workload.capacity, dtype, topology) for rows in batches]
     cached = [j for j, layer in enumerate(LAYERS) if layer.has_cache]
     yield "cache", lambda: KVCache(cached, segments, workload.prompt_len, SPEC.num_heads, machine, slots)
     yield (
@@ -243,11 +244,11 @@ def test_cache_and_hidden_states_take_what_was_planned(
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
         placement = place_weights(LAYERS, policy.weights, dtype)
-        shared = machine.device.shares_host_memory
-        plan = plan_memory(LAYERS, placement, policy, dtype, shared, workload, slots=Slots(cells=slots))
+        topology = machine.device.topology
+        plan = plan_memory(LAYERS, placement, policy, dtype, topology, workload, slots=Slots(cells=slots))
         stores = {Tier.CPU: machine.host, Tier.DISK: machine.disk}
-        computes_in = Tier.CPU if shared else Tier.GPU
-        if not shared:
+        computes_in = topology.device
+        if topology is LINKED:
             stores[Tier.GPU] = machine.device.memory
         for what, make in opened(policy, workload, machine, dtype, slots):
             before = {tier: store.used for tier, store in stores.items()}
@@ -270,11 +271,11 @@ def test_cache_and_hidden_states_take_what_was_planned(
 @pytest.mark.parametrize("weights", [Split(gpu=20, cpu=50, disk=30), Split(cpu=100), Split(disk=100)])
 def test_weights_take_what_was_planned(stream, saved, device, weights):
     model = stream(saved(), weights, device)
-    machine, shared = model.machine, model.machine.device.shares_host_memory
-    plan = plan_memory(model.layers, model.placement, Policy(weights=weights), model.dtype, shared)
+    machine, topology = model.machine, model.machine.device.topology
+    plan = plan_memory(model.layers, model.placement, Policy(weights=weights), model.dtype, topology)
     padding = ALIGNMENT * sum(len(layer.weights) for layer in model.layers)
     assert 0 <= machine.host.peak - plan.on(Tier.CPU) <= padding
-    if not shared:
+    if topology is LINKED:
         assert 0 <= machine.device.memory.peak - plan.on(Tier.GPU) <= padding
     assert plan.on(Tier.DISK, "weights") == model.placement.nbytes[Tier.DISK]
 
@@ -304,7 +305,7 @@ def test_a_whole_call_stays_within_the_plan(saved, device, codec, tmp_path):
 def test_where_memory_is_shared_nothing_is_on_the_gpu_tier():
     policy = Policy(gpu_batch_size=4)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    plan = plan_memory(LAYERS, placement, policy, torch.float16, True, Workload(8, 8, 4))
+    plan = plan_memory(LAYERS, placement, policy, torch.float16, SHARED, Workload(8, 8, 4))
     assert plan.on(Tier.GPU) == 0 and plan.on(Tier.CPU) > placement.nbytes[Tier.GPU]
     assert plan.by_tier == {tier: plan.on(tier) for tier in Tier}
 
@@ -313,7 +314,7 @@ def test_only_one_block_is_in_memory_at_once():
     policy = Policy(gpu_batch_size=4, num_gpu_batches=2)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     one, many = (
-        plan_memory(LAYERS, placement, policy, torch.float16, False, Workload(8, 8, prompts))
+        plan_memory(LAYERS, placement, policy, torch.float16, LINKED, Workload(8, 8, prompts))
         for prompts in (8, 1000)
     )
     assert one == many
@@ -324,7 +325,7 @@ def test_all_logits_are_kept_in_host_memory():
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     last, every = (
         plan_memory(
-            LAYERS, placement, policy, torch.float16, False, Workload(64, 1, 6), all_logits=all_logits
+            LAYERS, placement, policy, torch.float16, LINKED, Workload(64, 1, 6), all_logits=all_logits
         )
         for all_logits in (False, True)
     )
@@ -426,7 +427,7 @@ def test_the_plan_has_the_workspaces_of_the_device(monkeypatch):
     monkeypatch.setattr(half_linear, "_WIDENED", frozenset({torch.float16}))
     policy = Policy(gpu_batch_size=4)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    block = LAYERS, placement, policy, torch.float16, False, Workload(100, 8, 4)
+    block = LAYERS, placement, policy, torch.float16, LINKED, Workload(100, 8, 4)
     host, gpu = (plan_memory(*block, workspaces=workspaces) for workspaces in (HOST, GPU))
     assert host.on(Tier.GPU, "libraries") == 0 and gpu.on(Tier.GPU, "libraries") == GPU.fixed
     assert gpu.on(Tier.GPU, "activations") < host.on(Tier.GPU, "activations")
@@ -435,5 +436,5 @@ def test_the_plan_has_the_workspaces_of_the_device(monkeypatch):
 def test_the_plan_has_what_drawing_ids_takes():
     policy, rows = Policy(gpu_batch_size=4), 4
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    plan = plan_memory(LAYERS, placement, policy, torch.float16, False, Workload(1, 8, rows))
+    plan = plan_memory(LAYERS, placement, policy, torch.float16, LINKED, Workload(1, 8, rows))
     assert plan.on(Tier.GPU, "activations") >= choice_bytes(rows, SPEC.vocab_size)

@@ -14,14 +14,13 @@ import torch
 
 from flexgen.kernels.loading import native_available
 from flexgen.kernels.packed_linear import expected_fused_rows
-from flexgen.memory.disk import BLOCK
-from flexgen.memory.lookup import travelling
-from flexgen.memory.placement import Placement
-from flexgen.memory.store import ALIGNMENT
+from flexgen.layout.placement import Placement
+from flexgen.layout.rows import travelling
+from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
 from flexgen.turns import Turns
-from flexgen.units import align
+from flexgen.units import ALIGNMENT, BLOCK, align
 
 GAP = 4 * BLOCK
 """Bytes of a file between two weights that are read along rather than skipped."""
@@ -40,28 +39,28 @@ class SlotSizes:
 
 
 def slot_sizes(
-    layers: Sequence[Layer], placement: Placement, shares_host_memory: bool, slots: int, ends: bool = True
+    layers: Sequence[Layer], placement: Placement, topology: Topology, slots: int, ends: bool = True
 ) -> SlotSizes:
     """What each slot must hold so that all layers that it serves fit; `slots` of them are taken by turns.
 
-    On a device that shares host memory only disk weights move, straight into the slot. Elsewhere they pass
+    On a device that computes in host memory only disk weights move, straight into the slot. Elsewhere they pass
     through a staging buffer in host memory. A table whose rows are gathered at home never comes whole. Without
     `ends` what the first layer and the last one need is left out.
     """
-    return _slot_sizes(tuple(layers), placement, shares_host_memory, slots, ends)
+    return _slot_sizes(tuple(layers), placement, topology, slots, ends)
 
 
 @lru_cache(maxsize=128)  # a policy search asks for the plans of many policies that place weights alike
 def _slot_sizes(
-    layers: tuple[Layer, ...], placement: Placement, shares_host_memory: bool, slots: int, ends: bool
+    layers: tuple[Layer, ...], placement: Placement, topology: Topology, slots: int, ends: bool
 ) -> SlotSizes:
     from_disk, arriving = [], []
     for layer in layers:
         moved = dict.fromkeys(Tier, 0)
-        for weight in travelling(layer, placement, shares_host_memory):
+        for weight in travelling(layer, placement, topology):
             moved[placement.of(weight)] += align(placement.kept_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
         from_disk.append(moved[Tier.DISK])
-        arriving.append(moved[Tier.DISK] + (0 if shares_host_memory else moved[Tier.CPU]))
+        arriving.append(sum(n for tier, n in moved.items() if not topology.in_place(tier)))
     turns = Turns(len(layers), slots)
     counted = range(len(layers)) if ends else range(1, len(layers) - 1)
     served = [[layer for layer in turns.served(slot) if layer in counted] for slot in range(turns.count)]
@@ -69,7 +68,7 @@ def _slot_sizes(
     def largest(sizes: Sequence[int]) -> tuple[int, ...]:
         return tuple(max((sizes[layer] for layer in some), default=0) for some in served)
 
-    staged = [0] * len(layers) if shares_host_memory else from_disk
+    staged = [0] * len(layers) if topology.shares_host_memory else from_disk
     return SlotSizes(turns, largest(arriving), largest(staged))
 
 
@@ -93,7 +92,9 @@ def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
     return max((codec.decode_workspace(shape) for codec, shape in encoded if codec), default=0)
 
 
-def decodes(tokens: int, dtype: torch.dtype, shares_host_memory: bool) -> bool:
+def decodes(tokens: int, dtype: torch.dtype, topology: Topology) -> bool:
     """Whether a layer that computes `tokens` tokens may decode its matrices; few of them never need it."""
-    certain = shares_host_memory and native_available()  # which kernels a GPU has shows when it computes
+    certain = (
+        topology.shares_host_memory and native_available()
+    )  # which kernels a GPU has shows when it computes
     return tokens > (expected_fused_rows(True, dtype) if certain else 0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.memory.placement import place_weights
+from flexgen.layout.placement import place_weights
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Split, Tier
 

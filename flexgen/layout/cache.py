@@ -1,0 +1,238 @@
+"""The KV cache of a batch in one layer: how its rows are divided into pages on each tier."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from flexgen.kernels.attention import MASK_ALIGNMENT
+from flexgen.kernels.heads import HeadFormat
+from flexgen.layout.moves import Chain, Chains, Kind, Move
+from flexgen.layout.topology import Topology
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy, Tier
+from flexgen.quant import head_format
+from flexgen.trace import LaneName
+from flexgen.units import BLOCK, KIB, MIB, align
+
+_MEMORY_PAGE_TOKENS = 128
+"""For what moves, as far as it is filled, and for what the compiled kernels of the CPU read."""
+_DISK_PAGE_TOKENS = 16, 128
+_DISK_PAGE_BYTES = 1 * MIB
+
+_CHOICE_BYTES = 16 * KIB
+"""Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
+one block at a small part of the rate of long ones: skipping what is between them would gain nothing."""
+_CHOICE_TOKENS = 128  # at most, unless not even that makes whole blocks
+
+
+@dataclass(frozen=True)
+class CacheSegment:
+    """The KV cache of some rows of one batch in one layer: pages of (2, rows, kv_heads, tokens, heads.width).
+
+    A page is contiguous, whatever part of it is filled: attention reads it in place, and it moves as one block.
+    `on_device`: the compute device computes attention over it, otherwise the host does. `resident`: it is stored
+    where attention reads it, so that it never moves. `dtype` is that of the computation, `codec` names what keeps
+    the heads.
+    `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`; on
+    disk these are whole disk blocks.
+    """
+
+    tier: Tier
+    rows: range
+    on_device: bool
+    resident: bool
+    pages: int
+    page_tokens: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    codec: str = "none"
+    attn_sparsity: float = 1.0
+    choice_tokens: int = 1
+
+    @cached_property
+    def heads(self) -> HeadFormat:
+        """How a head's key or value is stored in a page."""
+        return head_format(self.codec, self.head_dim, self.dtype)
+
+    @property
+    def sparse(self) -> bool:
+        return self.attn_sparsity < 1
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int, int]:
+        """Of elements of `heads.dtype`."""
+        return 2, len(self.rows), self.kv_heads, self.page_tokens, self.heads.width
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes from one page to the next: whole disk blocks."""
+        return align(self.token_bytes(self.page_tokens), BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def token_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of `tokens` tokens of all rows as they are kept, without padding."""
+        return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
+
+    def filled(self, length: int) -> tuple[int, int]:
+        """Bytes of the whole pages that hold `length` tokens, and of the page that is being filled."""
+        whole, rest = divmod(length, self.page_tokens)
+        return whole * self.page_bytes, bool(rest) * self.page_bytes
+
+    def flushed(self, span: Span) -> int:
+        """Bytes of the pages on disk that a step makes whole."""
+        if self.tier is not Tier.DISK:
+            return 0
+        before, after = span.length // self.page_tokens, (span.length + span.new) // self.page_tokens
+        return (after - before) * self.page_bytes
+
+    def workspace_bytes(self, prompt_len: int) -> int:
+        """What encoding a prompt takes meanwhile, and decoding a page on the CPU."""
+        heads = len(self.rows) * self.kv_heads
+        return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
+
+    def device_bytes(self) -> int:
+        """What a GPU takes to attend: a page decoded."""
+        heads = len(self.rows) * self.kv_heads
+        return self.heads.decode_bytes(heads, self.page_tokens, self.dtype)
+
+    def mask_bytes(self) -> int:
+        """Of the padding mask that a GPU keeps for a part of one page."""
+        return len(self.rows) * align(self.page_tokens, MASK_ALIGNMENT) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached ones."""
+
+    length: int
+    new: int
+
+    def whole_pages(self, page_tokens: int) -> int:
+        """Pages that are whole before the one that takes the last new token."""
+        return (self.length or self.new) // page_tokens
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The KV cache of one batch in one layer: what a step brings to where attention reads it, and takes home.
+
+    `query_bytes`: of the queries of one token of one row, in the dtype of the computation.
+    """
+
+    segments: tuple[CacheSegment, ...]
+    query_bytes: int
+    topology: Topology
+
+    def load(self, length: int) -> Chains:
+        """The `length` cached tokens, to where attention reads them."""
+        moving = (segment for segment in self.segments if length and not segment.resident)
+        chains = (self.inward(segment, *segment.filled(length)) for segment in moving)
+        return tuple(chain for chain in chains if chain.moves)
+
+    def inward(self, segment: CacheSegment, pages: int, tail: int) -> Chain:
+        """`pages` bytes of whole pages and `tail` bytes of the page that is being filled, which stays in memory."""
+        moves: tuple[Move, ...] = ()
+        if self.values_are_chosen(segment):
+            pages //= 2
+        if segment.tier is Tier.DISK and pages:
+            moves += (Move(LaneName.DISK_READ, pages, Kind.READ),)
+        if segment.on_device:
+            moves += tuple(Move(lane, pages + tail) for lane in self.topology.to_device)
+        return Chain(segment.tier, moves)
+
+    def values_are_chosen(self, segment: CacheSegment) -> bool:
+        """Whether only keys come ahead, and the chosen values in the course of the computation."""
+        return segment.sparse and (self.topology.shares_host_memory or not segment.on_device)
+
+    def store(self, span: Span) -> Chains:
+        """The new keys and values, home."""
+        chains = (self.outward(segment, span, segment.flushed(span)) for segment in self.segments)
+        return tuple(chain for chain in chains if chain.moves)
+
+    def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Chain:
+        """New keys and values, and `flushed` bytes of pages that have become whole."""
+        moves: tuple[Move, ...] = ()
+        if self.leaves_device(segment, span):
+            fresh = segment.token_bytes(span.new)
+            moves += tuple(Move(lane, fresh) for lane in self.topology.from_device)
+            moves += (Move(LaneName.HOST, fresh, Kind.PUT),)
+        if flushed:
+            moves += (Move(LaneName.DISK_WRITE, flushed, Kind.WRITE),)
+        return Chain(segment.tier, moves)
+
+    def leaves_device(self, segment: CacheSegment, span: Span) -> bool:
+        """Whether new keys and values are on a device of its own when their attention has been computed.
+
+        The device always computes a prompt. For a later token the host that computes attention has got them already.
+        """
+        own = not self.topology.shares_host_memory and segment.tier is not Tier.GPU
+        return own and (segment.on_device or not span.length)
+
+    @property
+    def host_rows(self) -> int:
+        """Rows whose attention the host computes."""
+        return sum(len(segment.rows) for segment in self.segments if not segment.on_device)
+
+    def ask(self) -> Move:
+        """Queries, new keys and new values of the host's rows, from the device."""
+        kv_bytes = self.segments[0].kv_heads * self.segments[0].head_dim * self.segments[0].dtype.itemsize
+        return Move(LaneName.FROM_DEVICE, self.host_rows * (self.query_bytes + 2 * kv_bytes))
+
+    def answer(self) -> Move:
+        """The host's attention, to the device."""
+        return Move(LaneName.TO_DEVICE, self.host_rows * self.query_bytes)
+
+
+def cache_layout(
+    spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
+) -> CacheLayout:
+    """The layout of a batch of `rows` prompts of at most `capacity` tokens each."""
+    segments = cache_segments(spec, policy, rows, capacity, dtype, topology)
+    return CacheLayout(segments, spec.q_size * dtype.itemsize, topology)
+
+
+def cache_segments(
+    spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
+) -> tuple[CacheSegment, ...]:
+    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows."""
+    segments = []
+    for tier, part in policy.cache.rows(rows).items():
+        if not part:
+            continue
+        on_device = tier is Tier.GPU or not topology.host_attends(policy)
+        resident = topology.in_place(tier) or (tier is Tier.CPU and not on_device)
+        codec = policy.cache[tier].codec
+        page_tokens = _MEMORY_PAGE_TOKENS
+        if tier is Tier.GPU and not topology.shares_host_memory:
+            page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
+        if tier is Tier.DISK:
+            token = 2 * len(part) * spec.num_kv_heads * head_format(codec, spec.head_dim, dtype).nbytes
+            least, most = _DISK_PAGE_TOKENS
+            page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
+        pages = -(-capacity // page_tokens)
+        page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
+        choice = 1
+        if tier is Tier.DISK and policy.attn_sparsity < 1:
+            choice = choice_tokens(spec.head_dim * dtype.itemsize)
+            page_tokens = align(page_tokens, choice)
+            pages = -(-capacity // page_tokens)
+        shape = pages, page_tokens, spec.num_kv_heads, spec.head_dim
+        segments.append(
+            CacheSegment(tier, part, on_device, resident, *shape, dtype, codec, policy.attn_sparsity, choice)
+        )
+    return tuple(segments)
+
+
+def choice_tokens(token_bytes: int) -> int:
+    """Tokens that are read from disk together, where one takes `token_bytes` in a head: whole disk blocks."""
+    whole = BLOCK // math.gcd(BLOCK, token_bytes)
+    wanted = -(-_CHOICE_BYTES // (whole * token_bytes))
+    return whole * max(min(wanted, _CHOICE_TOKENS // whole), 1)

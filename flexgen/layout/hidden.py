@@ -1,0 +1,109 @@
+"""Hidden states between two layers, and the ids at both ends of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.layout.moves import Chain, Chains, Kind, Move, along
+from flexgen.layout.needs import Need
+from flexgen.layout.topology import Topology
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy, Tier
+from flexgen.trace import LaneName
+from flexgen.units import BLOCK, align
+
+
+@dataclass(frozen=True)
+class HiddenLayout:
+    """The hidden states (rows, tokens, hidden) of one batch between two layers.
+
+    Rows that the compute device uses in place stay there. The others are written home after each layer and brought
+    back before the next. `rows`: those of each tier. `token_bytes`: of one row.
+    """
+
+    rows: Mapping[Tier, range]
+    token_bytes: int
+    topology: Topology
+
+    @property
+    def resident(self) -> int:
+        """Rows that stay on the compute device."""
+        return sum(len(rows) for tier, rows in self.rows.items() if self.topology.in_place(tier))
+
+    def nbytes(self, tier: Tier, tokens: int) -> int:
+        """Bytes of the tier's rows."""
+        return len(self.rows[tier]) * tokens * self.token_bytes
+
+    def home_bytes(self, tier: Tier, tokens: int) -> int:
+        """The same in whole disk blocks, as they are allocated."""
+        return align(self.nbytes(tier, tokens), BLOCK)
+
+    def away_bytes(self, tokens: int) -> int:
+        """Bytes, in whole blocks, of the rows that cross the link."""
+        away = (self.nbytes(tier, tokens) for tier in self.rows if tier is not Tier.GPU)
+        return align(sum(away), BLOCK)
+
+    def homes(self, tokens: int) -> list[Need]:
+        return [
+            Need(tier, "activations", "home", self.home_bytes(tier, tokens))
+            for tier, rows in self.rows.items()
+            if rows
+        ]
+
+    def in_flight(self, tokens: int, slots: int) -> list[Need]:
+        """Slots and staging of `slots` batches like this one."""
+        needs = [Need(Tier.CPU, "activations", "staging", 2 * slots * self.home_bytes(Tier.DISK, tokens))]
+        if not self.topology.shares_host_memory:
+            needs.append(Need(Tier.GPU, "activations", "slots", slots * self.away_bytes(tokens)))
+        return needs
+
+    def load(self, tokens: int) -> Chains:
+        """Home to the compute device."""
+        return tuple(self._chain(tier, self.topology.inward(tier), tokens) for tier in self._away)
+
+    def store(self, tokens: int) -> Chains:
+        """From the compute device home."""
+        return tuple(self._chain(tier, self.topology.outward(tier), tokens) for tier in self._away)
+
+    @property
+    def _away(self) -> list[Tier]:
+        return [tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier)]
+
+    def _chain(self, tier: Tier, lanes: tuple[LaneName, ...], tokens: int) -> Chain:
+        return along(tier, lanes, self.nbytes(tier, tokens), self.home_bytes(tier, tokens))
+
+
+def hidden_layout(
+    spec: ModelSpec, policy: Policy, rows: int, dtype: torch.dtype, topology: Topology
+) -> HiddenLayout:
+    """The layout of a batch of `rows` prompts."""
+    return HiddenLayout(policy.activations.rows(rows), spec.hidden_size * dtype.itemsize, topology)
+
+
+def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the hidden states of `tokens` tokens of `rows` prompts, in whole disk blocks."""
+    return align(rows * tokens * spec.hidden_size * dtype.itemsize, BLOCK)
+
+
+@dataclass(frozen=True)
+class IdLayout:
+    """The ids of one batch. They are stored in host memory."""
+
+    rows: int
+    topology: Topology
+
+    def load(self, tokens: int) -> Chains:
+        """`tokens` ids of each row, to the compute device."""
+        lanes = self.topology.inward(Tier.CPU)
+        return (along(Tier.CPU, lanes, self._nbytes(tokens), 0),) if lanes else ()
+
+    def store(self) -> Chains:
+        """The next id of each row, to host memory."""
+        home = along(Tier.CPU, self.topology.outward(Tier.CPU), self._nbytes(1), 0)
+        return (Chain(Tier.CPU, (*home.moves, Move(LaneName.HOST, 0, Kind.RECORD))),)
+
+    def _nbytes(self, tokens: int) -> int:
+        return self.rows * tokens * torch.int64.itemsize

@@ -1,0 +1,74 @@
+"""What a step moves: chains of moves, each on one lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import NamedTuple
+
+from flexgen.policy import Tier
+from flexgen.trace import LaneName
+from flexgen.units import align
+
+
+class Kind(Enum):
+    """What a move does; its lane says over which resource."""
+
+    COPY = auto()  # across the link, or within host memory to where a disk can write it from
+    READ = auto()  # of whole disk blocks
+    WRITE = auto()
+    GATHER = auto()  # rows of a table, at its home
+    PUT = auto()  # keys and values that have arrived in host memory, into their pages
+    RECORD = auto()  # new ids, with the caller's bookkeeping
+
+
+class Move(NamedTuple):
+    """One stage of a chain: `nbytes` of data for `lane`."""
+
+    lane: LaneName
+    nbytes: int
+    kind: Kind = Kind.COPY
+
+
+class Chain(NamedTuple):
+    """Moves that follow one another, of what has its home on `tier`. The chains of a step are independent."""
+
+    tier: Tier
+    moves: tuple[Move, ...]
+
+
+Chains = tuple[Chain, ...]
+
+
+def along(tier: Tier, lanes: Sequence[LaneName], nbytes: int, blocks: int) -> Chain:
+    """The same data over several lanes: `nbytes` of it, in `blocks` bytes of whole blocks for a disk."""
+    kinds = {LaneName.DISK_READ: Kind.READ, LaneName.DISK_WRITE: Kind.WRITE}
+    return Chain(
+        tier,
+        tuple(Move(lane, blocks if lane in kinds else nbytes, kinds.get(lane, Kind.COPY)) for lane in lanes),
+    )
+
+
+class Range(NamedTuple):
+    """Bytes `begin` to `end` of item number `item`."""
+
+    item: int
+    begin: int
+    end: int
+
+
+def cut(lengths: Sequence[int], piece: int, pieces: int, grain: int) -> list[Range]:
+    """The part of several byte items that travels as `piece` of `pieces`.
+
+    The pieces are of nearly equal size, cover everything once, and begin at multiples of `grain` bytes
+    within each item.
+    """
+    total = sum(lengths)
+    first, last = (total * n // pieces for n in (piece, piece + 1))
+    ranges, base = [], 0
+    for index, length in enumerate(lengths):
+        begin, end = (min(max(align(max(edge - base, 0), grain), 0), length) for edge in (first, last))
+        if begin < end:
+            ranges.append(Range(index, begin, end))
+        base += length
+    return ranges

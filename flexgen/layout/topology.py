@@ -1,0 +1,69 @@
+"""Which lanes lead from each tier to the compute device and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen.orders import ORDERS, Order, order_for
+from flexgen.policy import Policy, Tier
+from flexgen.trace import LaneName
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The link between host memory and the compute device's memory, each way: () where they are the same memory."""
+
+    to_device: tuple[LaneName, ...]
+    from_device: tuple[LaneName, ...]
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether the compute device computes in host memory. What a policy puts on the GPU tier is stored there."""
+        return not self.to_device
+
+    @property
+    def device(self) -> Tier:
+        """The tier that the compute device's memory belongs to."""
+        return Tier.CPU if self.shares_host_memory else Tier.GPU
+
+    def inward(self, tier: Tier) -> tuple[LaneName, ...]:
+        """The lanes from `tier` to the compute device, in order; () for what is used in place."""
+        match tier:
+            case Tier.GPU:
+                return ()
+            case Tier.CPU:
+                return self.to_device
+            case Tier.DISK:
+                return (LaneName.DISK_READ, *self.to_device)
+
+    def outward(self, tier: Tier) -> tuple[LaneName, ...]:
+        """The lanes from the compute device to `tier`, in order."""
+        match tier:
+            case Tier.GPU:
+                return ()
+            case Tier.CPU:
+                return self.from_device
+            case Tier.DISK:
+                # Without a link the host copies: the disk wants whole, aligned blocks.
+                return (*(self.from_device or (LaneName.HOST,)), LaneName.DISK_WRITE)
+
+    def in_place(self, tier: Tier) -> bool:
+        """Whether the compute device uses what is on `tier` where it is stored."""
+        return not self.inward(tier)
+
+    def host_attends(self, policy: Policy) -> bool:
+        """Whether the host computes attention over some rows for a compute device with memory of its own."""
+        return (
+            not self.shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
+        )
+
+    def choose_order(self, name: str | None, policy: Policy, batches: int) -> Order:
+        """The order of that name. Without a name, the one that the policy asks for, of `batches` batches."""
+        return ORDERS[name or order_for(policy.overlap, batches, self.host_attends(policy))]
+
+
+SHARED = Topology((), ())
+"""The processor computes in host memory."""
+
+LINKED = Topology((LaneName.TO_DEVICE,), (LaneName.FROM_DEVICE,))
+"""A device with memory of its own behind a link."""
