@@ -10,7 +10,7 @@ import torch
 
 from flexgen.kernels.attention import MASK_ALIGNMENT
 from flexgen.kernels.heads import HeadFormat
-from flexgen.layout.moves import Chain, Chains, Kind, Move
+from flexgen.layout.moves import Kind, Move, Route, Routes
 from flexgen.layout.topology import Topology
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
@@ -131,13 +131,13 @@ class CacheLayout:
     query_bytes: int
     topology: Topology
 
-    def load(self, length: int) -> Chains:
+    def load(self, length: int) -> Routes:
         """The `length` cached tokens, to where attention reads them."""
         moving = (segment for segment in self.segments if length and not segment.resident)
-        chains = (self.inward(segment, *segment.filled(length)) for segment in moving)
-        return tuple(chain for chain in chains if chain.moves)
+        routes = (self.inward(segment, *segment.filled(length)) for segment in moving)
+        return tuple(route for route in routes if route.moves)
 
-    def inward(self, segment: CacheSegment, pages: int, tail: int) -> Chain:
+    def inward(self, segment: CacheSegment, pages: int, tail: int) -> Route:
         """`pages` bytes of whole pages and `tail` bytes of the page that is being filled, which stays in memory."""
         moves: tuple[Move, ...] = ()
         if self.values_are_chosen(segment):
@@ -146,18 +146,18 @@ class CacheLayout:
             moves += (Move(LaneName.DISK_READ, pages, Kind.READ),)
         if segment.on_device:
             moves += tuple(Move(lane, pages + tail) for lane in self.topology.to_device)
-        return Chain(segment.tier, moves)
+        return Route(segment.tier, moves)
 
     def values_are_chosen(self, segment: CacheSegment) -> bool:
         """Whether only keys come ahead, and the chosen values in the course of the computation."""
         return segment.sparse and (self.topology.shares_host_memory or not segment.on_device)
 
-    def store(self, span: Span) -> Chains:
+    def store(self, span: Span) -> Routes:
         """The new keys and values, home."""
-        chains = (self.outward(segment, span, segment.flushed(span)) for segment in self.segments)
-        return tuple(chain for chain in chains if chain.moves)
+        routes = (self.outward(segment, span, segment.flushed(span)) for segment in self.segments)
+        return tuple(route for route in routes if route.moves)
 
-    def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Chain:
+    def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Route:
         """New keys and values, and `flushed` bytes of pages that have become whole."""
         moves: tuple[Move, ...] = ()
         if self.leaves_device(segment, span):
@@ -166,7 +166,7 @@ class CacheLayout:
             moves += (Move(LaneName.HOST, fresh, Kind.PUT),)
         if flushed:
             moves += (Move(LaneName.DISK_WRITE, flushed, Kind.WRITE),)
-        return Chain(segment.tier, moves)
+        return Route(segment.tier, moves)
 
     def leaves_device(self, segment: CacheSegment, span: Span) -> bool:
         """Whether new keys and values are on a device of its own when their attention has been computed.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.layout.moves import Chain, Chains, Kind, Move, along
+from flexgen.layout.moves import Kind, Move, Route, Routes, along
 from flexgen.layout.needs import Need
 from flexgen.layout.topology import Topology
 from flexgen.models import ModelSpec
@@ -60,19 +60,19 @@ class HiddenLayout:
             needs.append(Need(Tier.GPU, "activations", "slots", slots * self.away_bytes(tokens)))
         return needs
 
-    def load(self, tokens: int) -> Chains:
+    def load(self, tokens: int) -> Routes:
         """Home to the compute device."""
-        return tuple(self._chain(tier, self.topology.inward(tier), tokens) for tier in self._away)
+        return tuple(self._route(tier, self.topology.inward(tier), tokens) for tier in self._away)
 
-    def store(self, tokens: int) -> Chains:
+    def store(self, tokens: int) -> Routes:
         """From the compute device home."""
-        return tuple(self._chain(tier, self.topology.outward(tier), tokens) for tier in self._away)
+        return tuple(self._route(tier, self.topology.outward(tier), tokens) for tier in self._away)
 
     @property
     def _away(self) -> list[Tier]:
         return [tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier)]
 
-    def _chain(self, tier: Tier, lanes: tuple[LaneName, ...], tokens: int) -> Chain:
+    def _route(self, tier: Tier, lanes: tuple[LaneName, ...], tokens: int) -> Route:
         return along(tier, lanes, self.nbytes(tier, tokens), self.home_bytes(tier, tokens))
 
 
@@ -95,15 +95,15 @@ class IdLayout:
     rows: int
     topology: Topology
 
-    def load(self, tokens: int) -> Chains:
+    def load(self, tokens: int) -> Routes:
         """`tokens` ids of each row, to the compute device."""
         lanes = self.topology.inward(Tier.CPU)
         return (along(Tier.CPU, lanes, self._nbytes(tokens), 0),) if lanes else ()
 
-    def store(self) -> Chains:
+    def store(self) -> Routes:
         """The next id of each row, to host memory."""
         home = along(Tier.CPU, self.topology.outward(Tier.CPU), self._nbytes(1), 0)
-        return (Chain(Tier.CPU, (*home.moves, Move(LaneName.HOST, 0, Kind.RECORD))),)
+        return (Route(Tier.CPU, (*home.moves, Move(LaneName.HOST, 0, Kind.RECORD))),)
 
     def _nbytes(self, tokens: int) -> int:
         return self.rows * tokens * torch.int64.itemsize

@@ -1,4 +1,4 @@
-"""What a step moves: chains of moves, each on one lane."""
+"""What a step moves: routes, of which each move takes one lane."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class Kind(Enum):
 
 
 class Move(NamedTuple):
-    """One stage of a chain: `nbytes` of data for `lane`."""
+    """One stage of a route: `nbytes` of data for `lane`."""
 
     lane: LaneName
     nbytes: int
     kind: Kind = Kind.COPY
 
 
-class Chain(NamedTuple):
-    """Moves that follow one another, of what has its home on `tier`. The chains of a step are independent."""
+class Route(NamedTuple):
+    """Moves that follow one another, of what has its home on `tier`. The routes of a step are independent."""
 
     tier: Tier
     moves: tuple[Move, ...]
 
 
-Chains = tuple[Chain, ...]
+Routes = tuple[Route, ...]
 
 
-def along(tier: Tier, lanes: Sequence[LaneName], nbytes: int, blocks: int) -> Chain:
+def along(tier: Tier, lanes: Sequence[LaneName], nbytes: int, blocks: int) -> Route:
     """The same data over several lanes: `nbytes` of it, in `blocks` bytes of whole blocks for a disk."""
     kinds = {LaneName.DISK_READ: Kind.READ, LaneName.DISK_WRITE: Kind.WRITE}
-    return Chain(
+    return Route(
         tier,
         tuple(Move(lane, blocks if lane in kinds else nbytes, kinds.get(lane, Kind.COPY)) for lane in lanes),
     )

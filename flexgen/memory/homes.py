@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen.errors import CapacityError
 from flexgen.layout.placement import Placement
+from flexgen.layout.weights import lay_out
 from flexgen.memory.conversions import SUFFIX, Conversions, converted_bytes
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
@@ -21,7 +22,7 @@ from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
 from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
-from flexgen.units import ALIGNMENT, MIB, align, format_bytes
+from flexgen.units import ALIGNMENT, MIB, format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,6 @@ Home = Tensor | HostRegion | Extent
 
 An encoded weight is its codec's bytes in all three.
 """
-
-
-def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[int], int]:
-    """Where weights that are loaded together begin in their buffer, and how long it is, in bytes."""
-    offsets, end = [], 0
-    for weight in weights:
-        offsets.append(end)
-        end = align(end + placement.kept_bytes(weight), ALIGNMENT)
-    return offsets, end
 
 
 class Homes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from flexgen.layout.moves import Move, Routes
 from flexgen.memory.lanes import Job
+from flexgen.policy import Tier
 from flexgen.trace import LaneName
 
 
@@ -23,3 +26,8 @@ is for is already where it is needed.
 """
 
 Chains = tuple[Chain, ...]
+
+
+def bind(routes: Routes, job: Callable[[Tier, Move], Job]) -> Chains:
+    """The routes of a layout as jobs: `job` gives that of a move, of what has its home on a tier."""
+    return tuple(tuple(Stage(m.lane, job(route.tier, m)) for m in route.moves) for route in routes)

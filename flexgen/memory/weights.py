@@ -15,30 +15,22 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.packed_linear import PackedMatrix
-from flexgen.layout.moves import cut
+from flexgen.layout.moves import Kind
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import travelling
-from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import GAP, SlotSizes, decoded_bytes, encoded_products
+from flexgen.layout.weights import Run, WeightLayout
 from flexgen.memory.disk import Read, ReadJob, aligned_span
-from flexgen.memory.homes import Homes, HostRegion, lay_out
+from flexgen.memory.homes import Homes, HostRegion
+from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
-from flexgen.memory.transfer import Chain, Chains, Stage
+from flexgen.memory.transfer import Chains, bind
 from flexgen.models import Layer, Weights, WeightSpec
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.quant import Codec
-from flexgen.trace import LaneName
-from flexgen.units import ALIGNMENT, BLOCK, MIB, align
-
-_PIECE_BYTES = 1 * MIB
-"""Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
-
-
-def count_pieces(moved: int, batches: int) -> int:
-    """In how many pieces a layer's weights travel beside `batches`, where at most `moved` bytes move per layer."""
-    return max(min(batches, moved // _PIECE_BYTES), 1)
+from flexgen.units import ALIGNMENT, align
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,11 @@ class Cargo:
     """Where the last weight ends, in bytes from the start of the source."""
     weights: tuple[tuple[WeightSpec, int], ...]
 
+    @property
+    def run(self) -> Run:
+        tier = Tier.CPU if isinstance(self.source, Tensor) else Tier.DISK
+        return Run(tier, self.length, self.lead, self.end)
+
 
 def cargo_of(weights: Sequence[WeightSpec], homes: Homes) -> list[Cargo]:
     """What has to move each time the layer of these weights is visited."""
@@ -67,48 +64,6 @@ def cargo_of(weights: Sequence[WeightSpec], homes: Homes) -> list[Cargo]:
         elif isinstance(home, Extent):
             in_files.append((weight, home))
     return [_host_cargo(found) for found in in_host.values()] + _file_cargo(in_files)
-
-
-@dataclass(frozen=True)
-class CargoSize:
-    """What one cargo will weigh, known before anything is loaded.
-
-    Exact where it comes from host memory. From a file these are the weights' own bytes, and the read has up to
-    two blocks more; a checkpoint's own file may part them in several, or have others in between.
-    """
-
-    from_disk: bool
-    nbytes: int
-
-
-def cargo_sizes(
-    layers: Sequence[Layer], placement: Placement, topology: Topology
-) -> list[tuple[CargoSize, ...]]:
-    """By layer, what will have to move each time it is visited: `cargo_of` without the bytes."""
-    at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer it is loaded with, from where to where
-    for layer in layers:
-        for tier in Tier:
-            new = [w for w in layer.weights if placement.of(w) is tier and w.key not in at_home]
-            offsets, _ = lay_out(new, placement)
-            for weight, offset in zip(new, offsets, strict=True):
-                at_home[weight.key] = layer.name, offset, offset + placement.kept_bytes(weight)
-    moving = [tier for tier in (Tier.CPU, Tier.DISK) if topology.inward(tier)]
-    sizes = []
-    for layer in layers:
-        found: dict[tuple[Tier, str], list[tuple[int, int]]] = {}
-        for weight in travelling(layer, placement, topology):
-            tier = placement.of(weight)
-            home, begin, end = at_home[weight.key]
-            if tier in moving:
-                found.setdefault((tier, home), []).append((begin, end))
-        sizes.append(tuple(_size(tier, spans) for (tier, _), spans in found.items()))
-    return sizes
-
-
-def _size(tier: Tier, spans: Sequence[tuple[int, int]]) -> CargoSize:
-    if tier is Tier.DISK:  # files have no padding between weights
-        return CargoSize(True, sum(end - begin for begin, end in spans))
-    return CargoSize(False, max(end for _, end in spans) - min(begin for begin, _ in spans))
 
 
 def _host_cargo(found: list[tuple[WeightSpec, HostRegion]]) -> Cargo:
@@ -215,6 +170,10 @@ class WeightSlots:
         self._io = machine.io
         self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
         self._cargo = [cargo_of(weights, homes) for weights in self._layers]
+        self.layouts = [
+            WeightLayout(tuple(cargo.run for cargo in of_layer), machine.device.topology)
+            for of_layer in self._cargo
+        ]
         self._device_offsets = [self._lay_out(cargo) for cargo in self._cargo]
         self._slots = [machine.device.memory.allocate(n, "weight slots") for n in sizes.device]
         self._staging = [machine.host.allocate(n, "staging of weights") for n in sizes.staging]
@@ -228,10 +187,6 @@ class WeightSlots:
         self._next_decoded = 0
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
         self._views: dict[tuple[int, int, int], _LayerViews] = {}
-
-    def moved_bytes(self, layer: int) -> int:
-        """Bytes that move on each visit of the layer."""
-        return sum(cargo.length for cargo in self._cargo[layer])
 
     def weights(self, layer: int, slot: int, visit: object) -> Weights:
         """The layer's weights by name, on the compute device; those that travel are views of the slot. A table
@@ -321,7 +276,7 @@ class WeightSlots:
         for cargo in all_cargo:
             staging_offsets.append(staging_end)
             staging_end += 0 if isinstance(cargo.source, Tensor) else cargo.length
-        for index, begin, end in cut([cargo.length for cargo in all_cargo], piece, pieces, BLOCK):
+        for index, begin, end in self.layouts[layer].parts(piece, pieces):
             cargo, offset = all_cargo[index], offsets[index]
             if isinstance(cargo.source, Tensor):
                 copies.append(self._copy(slot, offset + begin, cargo.source[begin:end]))
@@ -337,14 +292,12 @@ class WeightSlots:
             path, start = cargo.source
             needed = min(end, cargo.end) - begin
             reads.append(Read(path, start + begin, buffer[base + begin : base + end], max(needed, 0)))
-        chains: list[Chain] = []
-        if copies:
-            chains.append((Stage(LaneName.TO_DEVICE, partial(_run_all, copies)),))
-        if reads:
-            read = Stage(LaneName.DISK_READ, ReadJob(self._io, reads))
-            onward = (Stage(LaneName.TO_DEVICE, partial(_run_all, staged)),) if staged else ()
-            chains.append((read, *onward))
-        return tuple(chains)
+        jobs: dict[tuple[Tier, Kind], Job] = {
+            (Tier.CPU, Kind.COPY): partial(_run_all, copies),
+            (Tier.DISK, Kind.READ): ReadJob(self._io, reads),
+            (Tier.DISK, Kind.COPY): partial(_run_all, staged),
+        }
+        return bind(self.layouts[layer].load(piece, pieces), lambda tier, move: jobs[tier, move.kind])
 
     def _copy(self, slot: int, offset: int, source: Tensor) -> Callable[[], None]:
         target = self._slots[slot][offset : offset + source.nbytes]

@@ -8,18 +8,19 @@ the cache's segments. A test runs the engine and counts, so that the two cannot 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from flexgen.layout.cache import CacheSegment, cache_segments
-from flexgen.layout.moves import cut
+from flexgen.layout.cache import CacheLayout, CacheSegment, Span, cache_layout
+from flexgen.layout.hidden import HiddenLayout, IdLayout, hidden_layout
+from flexgen.layout.moves import Move, Route
 from flexgen.layout.placement import Placement
-from flexgen.layout.plan import activation_bytes, batch_sizes
+from flexgen.layout.plan import batch_sizes
 from flexgen.layout.rows import even_read_bytes, gathered_table, kept_bytes, lookup_sizes
-from flexgen.memory.weights import CargoSize, cargo_sizes, count_pieces
+from flexgen.layout.weights import WeightLayout, count_pieces, weight_layouts
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.planning.arithmetic import Arithmetic, alike_layers
@@ -28,7 +29,6 @@ from flexgen.planning.timeline import Costs
 from flexgen.policy import Policy, Tier
 from flexgen.schedule import Grid, Op, Step, all_steps
 from flexgen.trace import LaneName
-from flexgen.units import BLOCK
 from flexgen.workload import Workload
 
 
@@ -84,11 +84,10 @@ class StepCosts:
         self._topology = hardware.topology
         self._shared = hardware.topology.shares_host_memory
         self._batches = batch_sizes(policy, prompts)
-        self._cargo = cargo_sizes(layers, placement, self._topology)
-        cargos: dict[tuple[CargoSize, ...], int] = {}
-        self._same_cargo = [cargos.setdefault(cargo, n) for n, cargo in enumerate(self._cargo)]
-        moved = max(sum(cargo.nbytes for cargo in per_layer) for per_layer in self._cargo)
-        self.weight_pieces = count_pieces(moved, len(self._batches))
+        self._weights = weight_layouts(layers, placement, self._topology)
+        alike: dict[WeightLayout, int] = {}
+        self._same_weights = [alike.setdefault(layout, n) for n, layout in enumerate(self._weights)]
+        self.weight_pieces = count_pieces(self._weights, len(self._batches))
         self._tokens = range(workload.gen_len) if tokens is None else tokens
         self._flushing = flushing
         self._splits_attention = splits_attention
@@ -97,7 +96,7 @@ class StepCosts:
         most = max(self._batches) * workload.prompt_len
         self._scratch = lookup_sizes(layers, placement, self._topology, most).scratch
         self._every_token = len(self._tokens) == workload.gen_len
-        self._segments = {rows: self._cut_cache(rows) for rows in set(self._batches)}
+        self._cache = {rows: self._cut_cache(rows) for rows in set(self._batches)}
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._known: dict[_Key, Loads] = {}
         self._timed: dict[_Key, Costs] = {}
@@ -156,7 +155,7 @@ class StepCosts:
         it writes pages of the cache that it would not)."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            return op, self._same_cargo[j], k, 0, False, False
+            return op, self._same_weights[j], k, 0, False, False
         return op, self.alike[j], self._tokens[i], self._batches[k], k == 0, i in self._flushing
 
     def _loads(self, key: _Key) -> Loads:
@@ -168,35 +167,17 @@ class StepCosts:
 
     def _load_weights(self, key: _Key) -> Loads:
         _, layer, piece, *_ = key
-        all_cargo = self._cargo[layer]
-        parts = cut([cargo.nbytes for cargo in all_cargo], piece, self.weight_pieces, BLOCK)
-        read = sum(part.end - part.begin for part in parts if all_cargo[part.item].from_disk)
-        copied = sum(part.end - part.begin for part in parts) - read
-        chains: list[tuple[Load, ...]] = []
-        if copied:
-            chains.append((self._move(LaneName.TO_DEVICE, copied),))
-        if read:
-            chains.append(self._inward(read, read))
-        return tuple(chains)
+        return self._timed_routes(self._weights[layer].load(piece, self.weight_pieces))
 
     # Hidden states and ids
 
     def _load_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
-        if layer == 0:
-            ids = rows * self._new(token) * torch.int64.itemsize
-            if self._table is not None:
-                return (self._look_up(rows * self._new(token), ids),)
-            return () if self._shared else ((self._move(LaneName.TO_DEVICE, ids),),)
-        parts = self._policy.activations.rows(rows)
-        chains: list[tuple[Load, ...]] = []
-        if parts[Tier.CPU] and not self._shared:
-            nbytes, _ = self._hidden(len(parts[Tier.CPU]), token)
-            chains.append((self._move(LaneName.TO_DEVICE, nbytes),))
-        if parts[Tier.DISK]:
-            nbytes, blocks = self._hidden(len(parts[Tier.DISK]), token)
-            chains.append(self._inward(blocks, nbytes))
-        return tuple(chains)
+        if layer:
+            return self._timed_routes(self._hidden(rows).load(self._new(token)))
+        if self._table is not None:
+            return (self._look_up(rows * self._new(token), rows * self._new(token) * torch.int64.itemsize),)
+        return self._timed_routes(IdLayout(rows, self._topology).load(self._new(token)))
 
     def _look_up(self, tokens: int, ids: int) -> tuple[Load, ...]:
         """Rows of the table that `tokens` ids name, and with them the ids, of `ids` bytes."""
@@ -212,72 +193,39 @@ class StepCosts:
     def _store_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
         if layer == self._last:
-            record = self._move(LaneName.HOST, 0)
-            ids = rows * torch.int64.itemsize
-            return ((record,),) if self._shared else ((self._move(LaneName.FROM_DEVICE, ids), record),)
-        parts = self._policy.activations.rows(rows)
-        chains: list[tuple[Load, ...]] = []
-        if parts[Tier.CPU] and not self._shared:
-            nbytes, _ = self._hidden(len(parts[Tier.CPU]), token)
-            chains.append((self._move(LaneName.FROM_DEVICE, nbytes),))
-        if parts[Tier.DISK]:
-            nbytes, blocks = self._hidden(len(parts[Tier.DISK]), token)
-            out = LaneName.HOST if self._shared else LaneName.FROM_DEVICE
-            chains.append((self._move(out, nbytes), self._move(LaneName.DISK_WRITE, blocks)))
-        return tuple(chains)
+            return self._timed_routes(IdLayout(rows, self._topology).store())
+        return self._timed_routes(self._hidden(rows).store(self._new(token)))
 
-    def _hidden(self, rows: int, token: int) -> tuple[int, int]:
-        """Bytes of hidden states, and of the disk blocks that hold them."""
-        new = self._new(token)
-        exact = rows * new * self._spec.hidden_size * self._dtype.itemsize
-        return exact, activation_bytes(self._spec, rows, new, self._dtype)
+    def _hidden(self, rows: int) -> HiddenLayout:
+        return hidden_layout(self._spec, self._policy, rows, self._dtype, self._topology)
 
     # The KV cache
 
-    def _cut_cache(self, rows: int) -> tuple[CacheSegment, ...]:
-        return cache_segments(self._spec, self._policy, rows, self._capacity, self._dtype, self._topology)
+    def _cut_cache(self, rows: int) -> CacheLayout:
+        return cache_layout(self._spec, self._policy, rows, self._capacity, self._dtype, self._topology)
 
     def _load_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
         if not self._layers[layer].has_cache or not token:
             return ()
-        chains: list[tuple[Load, ...]] = []
-        for segment in self._segments[rows]:
-            if segment.resident:
-                continue
-            pages, tail = self._pages(segment, self._cached(token))
-            if segment.sparse and (self._shared or not segment.on_device):
-                pages //= 2  # the keys; chosen values are read in the computation
-            chain: tuple[Load, ...] = ()
-            if segment.tier is Tier.DISK and pages:
-                chain += (self._move(LaneName.DISK_READ, pages),)
-            if segment.on_device and not self._shared:
-                chain += (self._move(LaneName.TO_DEVICE, pages + tail),)
-            if chain:
-                chains.append(chain)
-        return tuple(chains)
+        layout, cached = self._cache[rows], self._cached(token)
+        moving = [segment for segment in layout.segments if not segment.resident]
+        return self._timed_routes(layout.inward(s, *self._pages(s, cached)) for s in moving)
 
     def _store_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, _, flushes = key
         if not self._layers[layer].has_cache:
             return ()
-        chains: list[tuple[Load, ...]] = []
-        for segment in self._segments[rows]:
-            chain: tuple[Load, ...] = ()
-            if not self._shared and segment.tier is not Tier.GPU and (segment.on_device or not token):
-                fresh = segment.token_bytes(self._new(token))
-                chain += (self._move(LaneName.FROM_DEVICE, fresh), self._move(LaneName.HOST, fresh))
-            if segment.tier is Tier.DISK and (flushed := self._flushed(segment, token, flushes)):
-                chain += (self._move(LaneName.DISK_WRITE, flushed),)
-            if chain:
-                chains.append(chain)
-        return tuple(chains)
+        layout, span = self._cache[rows], Span(self._cached(token), self._new(token))
+        return self._timed_routes(
+            layout.outward(segment, span, self._flushed(segment, span, flushes))
+            for segment in layout.segments
+        )
 
     def _pages(self, segment: CacheSegment, cached: int) -> tuple[int, int]:
         """Bytes of the whole pages that hold `cached` tokens, and of the page that is being filled."""
         if self._every_token or segment.tier is not Tier.DISK:
-            whole, rest = divmod(cached, segment.page_tokens)
-            return whole * segment.page_bytes, bool(rest) * segment.page_bytes
+            return segment.filled(cached)
         # A line with the mean of the steps, and nearly as steep.
         later = range(self._prompt, self._capacity - 1)
         both = [divmod(tokens, segment.page_tokens) for tokens in later]
@@ -286,19 +234,17 @@ class StepCosts:
         filled = sum(bool(rest) for _, rest in both) / len(both)
         return int((mean + grown) * segment.page_bytes), int(filled * segment.page_bytes)
 
-    def _flushed(self, segment: CacheSegment, token: int, flushes: bool) -> int:
+    def _flushed(self, segment: CacheSegment, span: Span, flushes: bool) -> int:
         """Bytes of the pages that became whole."""
-        if not token:
-            return self._prompt // segment.page_tokens * segment.page_bytes
-        if self._every_token:
-            flushes = not (self._cached(token) + 1) % segment.page_tokens
-        return segment.page_bytes if flushes and self.flushes else 0
+        if self._every_token or not span.length:
+            return segment.flushed(span)
+        return segment.page_bytes if segment.tier is Tier.DISK and flushes and self.flushes else 0
 
     @property
     def flushes(self) -> int:
         """How many tokens of the decode write pages of a cache on disk."""
         sizes = {
-            s.page_tokens for segments in self._segments.values() for s in segments if s.tier is Tier.DISK
+            s.page_tokens for layout in self._cache.values() for s in layout.segments if s.tier is Tier.DISK
         }
         return max((self._capacity - 1) // size - self._prompt // size for size in sizes) if sizes else 0
 
@@ -319,11 +265,12 @@ class StepCosts:
         elif layer.has_cache:
             # The device attends to its rows while the host attends to its own; what the host is asked and answers
             # crosses the link within the computation.
-            asked, answered = self._question(rows)
-            seconds += max(arithmetic.token_attention(self._segments[rows], self._cached(token) + 1))
-            if crossed := asked + answered:
-                seconds += self._seconds(LaneName.FROM_DEVICE, asked)
-                seconds += self._seconds(LaneName.TO_DEVICE, answered)
+            layout = self._cache[rows]
+            seconds += max(arithmetic.token_attention(layout.segments, self._cached(token) + 1))
+            if layout.host_rows:
+                for move in (layout.ask(), layout.answer()):
+                    crossed += move.nbytes
+                    seconds += self._seconds(move.lane, move.nbytes)
         return ((Load(LaneName.COMPUTE, crossed, seconds + self._hardware.fixed.cell),),)
 
     def _embedded(self, index: int, tokens: int) -> float:
@@ -338,7 +285,7 @@ class StepCosts:
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in halves."""
         splits = self._splits_attention and self._layers[index].has_cache and token > 0
-        return splits and any(not segment.on_device for segment in self._segments[rows])
+        return splits and bool(self._cache[rows].host_rows)
 
     def _project(self, key: _Key) -> Loads:
         _, index, token, rows, first, _ = key
@@ -347,16 +294,16 @@ class StepCosts:
         layer = self._layers[index]
         assert isinstance(layer, AttentionLayer)
         seconds = self._hardware.fixed.cell / 2 + self._arithmetic.projection(layer, rows, first)
-        asked, _ = self._question(rows)
-        return ((Load(LaneName.COMPUTE, 0, seconds), self._move(LaneName.FROM_DEVICE, asked)),)
+        return ((Load(LaneName.COMPUTE, 0, seconds), self._load(self._cache[rows].ask())),)
 
     def _attend(self, key: _Key) -> Loads:
         _, index, token, rows, *_ = key
         if not self._splits(index, token, rows):
             return ()
-        device, host = self._arithmetic.token_attention(self._segments[rows], self._cached(token) + 1)
+        segments = self._cache[rows].segments
+        device, host = self._arithmetic.token_attention(segments, self._cached(token) + 1)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
-        if any(segment.on_device for segment in self._segments[rows]):
+        if any(segment.on_device for segment in segments):
             chains += ((Load(LaneName.COMPUTE, 0, device),),)
         return chains
 
@@ -364,13 +311,7 @@ class StepCosts:
         _, index, token, rows, *_ = key
         if not self._splits(index, token, rows):
             return ()
-        return ((self._move(LaneName.TO_DEVICE, self._question(rows)[1]),),)
-
-    def _question(self, rows: int) -> tuple[int, int]:
-        """Bytes that the host is asked about its rows, queries with new keys and values, and that it answers."""
-        asked = sum(len(segment.rows) for segment in self._segments[rows] if not segment.on_device)
-        row = self._spec.q_size * self._dtype.itemsize
-        return asked * (row + 2 * self._spec.kv_size * self._dtype.itemsize), asked * row
+        return ((self._load(self._cache[rows].answer()),),)
 
     # Lanes
 
@@ -385,6 +326,12 @@ class StepCosts:
         """From disk, and on over the link where there is one."""
         from_disk = self._move(LaneName.DISK_READ, read)
         return (from_disk,) if self._shared else (from_disk, self._move(LaneName.TO_DEVICE, onward))
+
+    def _timed_routes(self, routes: Iterable[Route]) -> Loads:
+        return tuple(tuple(map(self._load, route.moves)) for route in routes if route.moves)
+
+    def _load(self, move: Move) -> Load:
+        return self._move(move.lane, move.nbytes)
 
     def _move(self, lane: LaneName, nbytes: int) -> Load:
         # What the host does for a device that shares its memory is done by the thread that computes.

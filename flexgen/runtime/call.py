@@ -13,12 +13,13 @@ import torch
 from flexgen.errors import LaneError
 from flexgen.layout.cache import cache_segments
 from flexgen.layout.plan import batch_sizes
+from flexgen.layout.weights import count_pieces
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
-from flexgen.memory.weights import WeightSlots, count_pieces
+from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
 from flexgen.orders import ORDERS, Order, Slots
 from flexgen.policy import Policy
@@ -215,8 +216,8 @@ class Call:
 
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
         model, batches = self._model, len(prompts.batches)
-        moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
-        return order.grid(tokens, len(model.layers), batches, count_pieces(moved, batches), model.slots)
+        pieces = count_pieces(model.weights.layouts, batches)
+        return order.grid(tokens, len(model.layers), batches, pieces, model.slots)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
         assert self._cache is not None and self._activations is not None, "prepare comes before run"

@@ -108,10 +108,10 @@ def test_traffic_of_the_first_layer_is_rows(
     ) as lm:
         weights = lm._opened().weights
         table = VOCAB * HIDDEN * 4
-        assert weights.moved_bytes(0) < table / 4, "what is left is the positions"
-        head = weights.moved_bytes(len(lm.layer_names) - 1)
+        assert weights.layouts[0].nbytes < table / 4, "what is left is the positions"
+        head = weights.layouts[len(lm.layer_names) - 1].nbytes
         assert head >= table, "the head needs all of it"
-        layers = sum(weights.moved_bytes(n) for n in range(len(lm.layer_names)))
+        layers = sum(weights.layouts[n].nbytes for n in range(len(lm.layer_names)))
         moved.clear()
         lm.generate(given, tokens, stop=())
         if tier == "disk":

@@ -88,7 +88,7 @@ class Rendezvous:
 def test_overlap_loads_the_next_layer_while_this_one_computes(
     batches: int, tier: str, tiny: Any, prompts: Any, mixed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexgen.memory.weights._PIECE_BYTES", 1 << 20)  # a layer travels in one piece
+    monkeypatch.setattr("flexgen.layout.weights._PIECE_BYTES", 1 << 20)  # a layer travels in one piece
     model, given = tiny("opt"), prompts(LENGTHS)[: 3 * batches]
     policy = mixed(weights={tier: 100}, num_gpu_batches=batches)
     with OptLM(model.directory, policy, device=SLOW, progress=False) as lm:

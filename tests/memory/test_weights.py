@@ -89,9 +89,9 @@ def test_a_slot_shows_what_is_in_it(stream, saved):
 def test_what_is_in_place_does_not_move(stream, saved):
     for split, device in ((Split(gpu=100), "emulated"), (Split(gpu=40, cpu=60), "cpu")):
         model = stream(saved(), split, device)
-        assert not any(model.slots.moved_bytes(n) for n in range(len(model.layers)))
+        assert not any(model.slots.layouts[n].nbytes for n in range(len(model.layers)))
         for layer in range(len(model.layers)):
-            assert model.slots.moved_bytes(layer) == 0 and model.slots.chains(layer, 0, 0, 1) == ()
+            assert model.slots.layouts[layer].nbytes == 0 and model.slots.chains(layer, 0, 0, 1) == ()
             model.assert_there(layer, slot=0)
             held = model.slots.weights(layer, slot=0, visit=0)
             assert all(held[w.name] is model.homes[w] for w in model.layers[layer].weights)
@@ -107,9 +107,9 @@ def test_a_layer_moves_as_few_large_parts(stream, saved, device):
         whole = travelling(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
         weights = [w for w in whole if model.placement.of(w) in away]
         wanted = sum(w.nbytes(torch.float32) for w in weights)
-        moved = model.slots.moved_bytes(layer)
+        moved = model.slots.layouts[layer].nbytes
         assert wanted <= moved <= wanted + len(weights) * 6 * BLOCK
-    assert any(model.slots.moved_bytes(n) for n in range(len(model.layers)))
+    assert any(model.slots.layouts[n].nbytes for n in range(len(model.layers)))
 
 
 def test_work_is_made_once(stream, saved):
@@ -182,7 +182,7 @@ def test_any_layout_fits_the_promised_slots(make_layers, stream_layers, data):
         promised = slot_sizes(layers, model.placement, topology, SLOTS)
         for layer in range(len(layers)):
             for slot in model.slots_of(layer):
-                assert model.slots.moved_bytes(layer) <= promised.device[slot]
+                assert model.slots.layouts[layer].nbytes <= promised.device[slot]
                 model.bring(layer, slot, pieces=pieces)
                 model.assert_there(layer, slot)
 

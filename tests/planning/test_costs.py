@@ -68,7 +68,7 @@ def _small_pages():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (4, 4))
         patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 8)
-        patch.setattr("flexgen.memory.weights._PIECE_BYTES", 4096)
+        patch.setattr("flexgen.layout.weights._PIECE_BYTES", 4096)
         yield
 
 
