@@ -160,21 +160,13 @@ class CacheLayout:
     def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Route:
         """New keys and values, and `flushed` bytes of pages that have become whole."""
         moves: tuple[Move, ...] = ()
-        if self.leaves_device(segment, span):
+        if leaves_device(segment, span, self.topology):
             fresh = segment.token_bytes(span.new)
             moves += tuple(Move(lane, fresh) for lane in self.topology.from_device)
             moves += (Move(LaneName.HOST, fresh, Kind.PUT),)
         if flushed:
             moves += (Move(LaneName.DISK_WRITE, flushed, Kind.WRITE),)
         return Route(segment.tier, moves)
-
-    def leaves_device(self, segment: CacheSegment, span: Span) -> bool:
-        """Whether new keys and values are on a device of its own when their attention has been computed.
-
-        The device always computes a prompt. For a later token the host that computes attention has got them already.
-        """
-        own = not self.topology.shares_host_memory and segment.tier is not Tier.GPU
-        return own and (segment.on_device or not span.length)
 
     @property
     def host_rows(self) -> int:
@@ -189,6 +181,15 @@ class CacheLayout:
     def answer(self) -> Move:
         """The host's attention, to the device."""
         return Move(LaneName.TO_DEVICE, self.host_rows * self.query_bytes)
+
+
+def leaves_device(segment: CacheSegment, span: Span, topology: Topology) -> bool:
+    """Whether new keys and values are on a device of its own when their attention has been computed.
+
+    The device always computes a prompt. For a later token the host that computes attention has got them already.
+    """
+    own = not topology.shares_host_memory and segment.tier is not Tier.GPU
+    return own and (segment.on_device or not span.length)
 
 
 def cache_layout(

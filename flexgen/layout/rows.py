@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexgen.layout.moves import Kind, Move, Route, Routes
 from flexgen.layout.placement import Placement
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
+from flexgen.trace import LaneName
 from flexgen.units import ALIGNMENT, BLOCK, KIB, MIB, align
 
 _READ_ALONG = 64 * KIB
@@ -154,3 +156,42 @@ def read_rounds(offsets: np.ndarray, width: int, room: int) -> Iterator[list[Row
         filled += end - start
     if spans:
         yield spans
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The rows of a table that a cell reads, from the table's home to the compute device, and its ids with them.
+
+    `scratch`: bytes that are read from a disk at once.
+    """
+
+    table: WeightSpec
+    placement: Placement
+    topology: Topology
+    scratch: int
+
+    @property
+    def lane(self) -> LaneName:
+        """The lane that gathers."""
+        return LaneName.DISK_READ if self.placement.of(self.table) is Tier.DISK else LaneName.HOST
+
+    def load(self, tokens: int) -> Routes:
+        """The rows of `tokens` ids. They are not known yet: taken to be all different, and spread evenly."""
+        found = min(tokens, self.table.shape[0])
+        kept = kept_bytes(self.table, self.placement, found)
+        gathered = kept
+        if self.lane is LaneName.DISK_READ:
+            gathered = even_read_bytes(self.table, self.placement, found, self.scratch)
+        ids = tokens * torch.int64.itemsize
+        onward = (Move(lane, ids + kept) for lane in self.topology.to_device)
+        return (Route(self.placement.of(self.table), (Move(self.lane, gathered, Kind.GATHER), *onward)),)
+
+
+def row_layout(
+    layers: Sequence[Layer], placement: Placement, topology: Topology, tokens: int
+) -> RowLayout | None:
+    """The layout of a batch of at most `tokens` ids; None where the table is used in place."""
+    table = gathered_table(layers[0], placement, topology)
+    if table is None:
+        return None
+    return RowLayout(table, placement, topology, lookup_sizes(layers, placement, topology, tokens).scratch)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen.layout.rows import (
     LookupSizes,
+    RowLayout,
     gathered_table,
     kept_bytes,
     lookup_sizes,
@@ -22,7 +23,6 @@ from flexgen.memory.homes import Homes, HostRegion
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Extent
-from flexgen.trace import LaneName
 
 
 class RowTable:
@@ -38,12 +38,14 @@ class RowTable:
         self._placement = homes.placement
         self._topology = machine.device.topology
         self._io = machine.io
-        self.lane = LaneName.DISK_READ if isinstance(home, Extent) else LaneName.HOST
-        """Of `gather`."""
 
     def sizes(self, tokens: int) -> LookupSizes:
         """Of the buffers for a batch of `tokens` ids."""
         return lookup_sizes(self._layers, self._placement, self._topology, tokens)
+
+    def layout(self, tokens: int) -> RowLayout:
+        """How the rows for a batch of `tokens` ids travel."""
+        return RowLayout(self.weight, self._placement, self._topology, self.sizes(tokens).scratch)
 
     def nbytes(self, rows: int) -> int:
         """Bytes of `rows` rows as they are kept."""

@@ -12,14 +12,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-
 from flexgen.layout.cache import CacheLayout, CacheSegment, Span, cache_layout
 from flexgen.layout.hidden import HiddenLayout, IdLayout, hidden_layout
 from flexgen.layout.moves import Move, Route
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import batch_sizes
-from flexgen.layout.rows import even_read_bytes, gathered_table, kept_bytes, lookup_sizes
+from flexgen.layout.rows import row_layout
 from flexgen.layout.weights import WeightLayout, count_pieces, weight_layouts
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
@@ -92,9 +90,8 @@ class StepCosts:
         self._flushing = flushing
         self._splits_attention = splits_attention
         self._arithmetic = Arithmetic(placement, hardware)
-        self._table = gathered_table(layers[0], placement, self._topology)
         most = max(self._batches) * workload.prompt_len
-        self._scratch = lookup_sizes(layers, placement, self._topology, most).scratch
+        self._rows = row_layout(layers, placement, self._topology, most)
         self._every_token = len(self._tokens) == workload.gen_len
         self._cache = {rows: self._cut_cache(rows) for rows in set(self._batches)}
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
@@ -175,20 +172,9 @@ class StepCosts:
         _, layer, token, rows, *_ = key
         if layer:
             return self._timed_routes(self._hidden(rows).load(self._new(token)))
-        if self._table is not None:
-            return (self._look_up(rows * self._new(token), rows * self._new(token) * torch.int64.itemsize),)
+        if self._rows is not None:
+            return self._timed_routes(self._rows.load(rows * self._new(token)))
         return self._timed_routes(IdLayout(rows, self._topology).load(self._new(token)))
-
-    def _look_up(self, tokens: int, ids: int) -> tuple[Load, ...]:
-        """Rows of the table that `tokens` ids name, and with them the ids, of `ids` bytes."""
-        assert self._table is not None
-        found = min(tokens, self._table.shape[0])
-        kept = kept_bytes(self._table, self._placement, found)
-        gather = self._move(LaneName.HOST, kept)
-        if self._placement.of(self._table) is Tier.DISK:
-            read = even_read_bytes(self._table, self._placement, found, self._scratch)
-            gather = self._move(LaneName.DISK_READ, read)
-        return (gather,) if self._shared else (gather, self._move(LaneName.TO_DEVICE, ids + kept))
 
     def _store_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
@@ -279,7 +265,7 @@ class StepCosts:
         codec = table and self._placement.codec(table)
         if table is None or codec is None:
             return 0.0
-        rows = min(tokens, table.shape[0]) if self._table is not None else tokens
+        rows = min(tokens, table.shape[0]) if self._rows is not None else tokens
         return self._arithmetic.decoding(codec.name, rows * table.shape[1])
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
@@ -321,11 +307,6 @@ class StepCosts:
     def _cached(self, token: int) -> int:
         """Tokens that are cached before the step: none for the prompt."""
         return self._prompt + token - 1 if token else 0
-
-    def _inward(self, read: int, onward: int) -> tuple[Load, ...]:
-        """From disk, and on over the link where there is one."""
-        from_disk = self._move(LaneName.DISK_READ, read)
-        return (from_disk,) if self._shared else (from_disk, self._move(LaneName.TO_DEVICE, onward))
 
     def _timed_routes(self, routes: Iterable[Route]) -> Loads:
         return tuple(tuple(map(self._load, route.moves)) for route in routes if route.moves)

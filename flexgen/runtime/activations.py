@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.layout.plan import SLOTS, activation_bytes
+from flexgen.layout.hidden import hidden_layout
+from flexgen.layout.moves import Kind, Move
+from flexgen.layout.plan import SLOTS
 from flexgen.memory.disk import Read, ReadJob, Write
+from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.memory.transfer import Chain, Chains, Stage
+from flexgen.memory.transfer import Chains, bind
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
-from flexgen.trace import LaneName
-from flexgen.units import BLOCK, align
 
 
 class Activations:
@@ -42,45 +43,39 @@ class Activations:
         self._hidden = spec.hidden_size
         self._dtype = dtype
         self._device = machine.device
-        self._shared = machine.device.shares_host_memory
         self._io = machine.io
         self._taken = Taken()
-        self._split = policy.activations
+        self._layout_of = partial(hidden_layout, spec, policy, dtype=dtype, topology=machine.device.topology)
         self.regroup(batches)
         self._leaving: dict[int, Tensor] = {}  # by slot
 
-        def size(rows: int) -> int:
-            return activation_bytes(spec, rows, prompt_len, dtype)
-
         self._homes: dict[int, Tensor] = {}
         self._files: dict[int, Path] = {}
-        for batch, parts in enumerate(self._parts):
-            if parts[Tier.CPU] and not self._shared:
-                self._homes[batch] = self._take(machine.host, size(len(parts[Tier.CPU])))
-            if parts[Tier.DISK]:
-                nbytes = size(len(parts[Tier.DISK]))
-                self._files[batch] = self._taken.file(machine.disk, f"hidden-{batch}", nbytes)
-        from_disk = max(size(len(parts[Tier.DISK])) for parts in self._parts)
-        moved = max(size(rows - stay) for rows, stay in zip(batches, self._resident, strict=True))
+        for batch, layout in enumerate(self._layouts):
+            cpu, disk = (layout.home_bytes(tier, prompt_len) for tier in (Tier.CPU, Tier.DISK))
+            if cpu and not layout.topology.in_place(Tier.CPU):
+                self._homes[batch] = self._take(machine.host, cpu)
+            if disk:
+                self._files[batch] = self._taken.file(machine.disk, f"hidden-{batch}", disk)
+        from_disk = max(layout.home_bytes(Tier.DISK, prompt_len) for layout in self._layouts)
+        moved = max(layout.away_bytes(prompt_len) for layout in self._layouts)
         self._arriving = [self._take(machine.host, from_disk) for _ in range(slots)]
         self._departing = [self._take(machine.host, from_disk) for _ in range(slots)]
+        # Without a link, rows on disk arrive where they are used.
+        shared = machine.device.shares_host_memory
         self._slots = [
-            self._arriving[n] if self._shared else self._take(machine.device.memory, moved)
-            for n in range(slots)
+            self._arriving[n] if shared else self._take(machine.device.memory, moved) for n in range(slots)
         ]
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
         return self._taken.buffer(store, nbytes, "hidden states")
 
     def regroup(self, batches: Sequence[int]) -> None:
-        """From here on, batches of so many rows: none larger than the one of its number was at first.
+        """From here on, batches of these numbers of rows, none larger than the one of its number was at first.
 
         What is kept between two layers is forgotten, so this is for the time between two tokens.
         """
-        self._parts = [self._split.rows(rows) for rows in batches]
-        self._resident = [
-            len(parts[Tier.GPU]) + (len(parts[Tier.CPU]) if self._shared else 0) for parts in self._parts
-        ]
+        self._layouts = [self._layout_of(rows) for rows in batches]
         self._kept: list[Tensor | None] = [None] * len(batches)
 
     def close(self) -> None:
@@ -89,28 +84,25 @@ class Activations:
 
     def load(self, batch: int, slot: int, tokens: int) -> Chains:
         """The work that brings the batch's rows that are away into `slot`."""
-        chains: list[Chain] = []
-        target, away = self._slots[slot], 0
-        if self._parts[batch][Tier.CPU] and not self._shared:
-            source = self._homes[batch][: self._bytes(batch, Tier.CPU, tokens)]
-            copy = partial(self._device.to_device, target[: source.nbytes], source)
-            chains.append((Stage(LaneName.TO_DEVICE, copy),))
-            away = source.nbytes
-        if self._parts[batch][Tier.DISK]:
-            nbytes = self._bytes(batch, Tier.DISK, tokens)
-            arriving = self._arriving[slot]
-            read = Read(self._files[batch], 0, arriving[: align(nbytes, BLOCK)])
-            chain: Chain = (Stage(LaneName.DISK_READ, ReadJob(self._io, [read])),)
-            if not self._shared:
-                copy = partial(self._device.to_device, target[away : away + nbytes], arriving[:nbytes])
-                chain += (Stage(LaneName.TO_DEVICE, copy),)
-            chains.append(chain)
-        return tuple(chains)
+        return bind(self._layouts[batch].load(tokens), partial(self._arrive, batch, slot))
+
+    def _arrive(self, batch: int, slot: int, tier: Tier, move: Move) -> Job:
+        arriving, target = self._arriving[slot], self._slots[slot]
+        if move.kind is Kind.READ:
+            return ReadJob(self._io, [Read(self._files[batch], 0, arriving[: move.nbytes])])
+        if tier is Tier.CPU:
+            source, begin = self._homes[batch], 0
+        else:
+            source, begin = (
+                arriving,
+                move.nbytes // self._count(batch, Tier.DISK) * self._count(batch, Tier.CPU),
+            )
+        return partial(self._device.to_device, target[begin : begin + move.nbytes], source[: move.nbytes])
 
     def take(self, batch: int, slot: int, tokens: int) -> Tensor:
         """The batch's hidden states on the compute device, once `load` is done. Not to be written to."""
-        kept, parts = self._kept[batch], self._parts[batch]
-        rows_away = sum(map(len, parts.values())) - self._resident[batch]
+        kept, layout = self._kept[batch], self._layouts[batch]
+        rows_away = sum(map(len, layout.rows.values())) - layout.resident
         if not rows_away:
             assert kept is not None
             return kept
@@ -119,7 +111,7 @@ class Activations:
 
     def keep(self, batch: int, slot: int, hidden: Tensor) -> None:
         """Accept a layer's result; rows that must leave do so by the chains of `store`."""
-        resident = self._resident[batch]
+        resident = self._layouts[batch].resident
         if resident == len(hidden):
             self._kept[batch] = hidden
             return
@@ -129,30 +121,19 @@ class Activations:
 
     def store(self, batch: int, slot: int, tokens: int) -> Chains:
         """The work that brings the rows that leave home."""
-        chains: list[Chain] = []
-        if self._parts[batch][Tier.CPU] and not self._shared:
-            target = self._homes[batch][: self._bytes(batch, Tier.CPU, tokens)]
-            chains.append((Stage(LaneName.FROM_DEVICE, partial(self._leave, batch, Tier.CPU, slot, target)),))
-        if self._parts[batch][Tier.DISK]:
-            nbytes = self._bytes(batch, Tier.DISK, tokens)
-            target = self._departing[slot][:nbytes]
-            write = Write(self._files[batch], 0, self._departing[slot][: align(nbytes, BLOCK)])
-            chains.append(
-                (
-                    # Without a link the copy is the host's: it makes the rows aligned for the disk.
-                    Stage(
-                        LaneName.HOST if self._shared else LaneName.FROM_DEVICE,
-                        partial(self._leave, batch, Tier.DISK, slot, target),
-                    ),
-                    Stage(LaneName.DISK_WRITE, partial(self._io.write, [write])),
-                )
-            )
-        return tuple(chains)
+        return bind(self._layouts[batch].store(tokens), partial(self._depart, batch, slot))
+
+    def _depart(self, batch: int, slot: int, tier: Tier, move: Move) -> Job:
+        departing = self._departing[slot]
+        if move.kind is Kind.WRITE:
+            return partial(self._io.write, [Write(self._files[batch], 0, departing[: move.nbytes])])
+        home = self._homes[batch] if tier is Tier.CPU else departing
+        return partial(self._leave, batch, tier, slot, home[: move.nbytes])
 
     def _leave(self, batch: int, tier: Tier, slot: int, target: Tensor) -> None:
-        part = self._parts[batch][tier]
+        part = self._layouts[batch].rows[tier]
         rows = self._leaving[slot][part.start : part.stop]
         self._device.from_device(target.view(self._dtype).view(rows.shape), rows.contiguous())
 
-    def _bytes(self, batch: int, tier: Tier, tokens: int) -> int:
-        return len(self._parts[batch][tier]) * tokens * self._hidden * self._dtype.itemsize
+    def _count(self, batch: int, tier: Tier) -> int:
+        return len(self._layouts[batch].rows[tier])

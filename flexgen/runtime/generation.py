@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.layout.cache import Span
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer, Weights
@@ -19,7 +20,7 @@ from flexgen.models.spec import RopeSpec
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
-from flexgen.runtime.pages import Padding, Span
+from flexgen.runtime.pages import Padding
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule import Grid, Op, Step
 from flexgen.trace import LaneName

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.threads import all_threads
-from flexgen.layout.cache import CacheSegment
+from flexgen.layout.cache import CacheSegment, Span
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.runtime.pages import Bring, Padding, Page, Span, attend, put
+from flexgen.runtime.pages import Bring, Padding, Page, attend, put
 
 
 class HostAttention:

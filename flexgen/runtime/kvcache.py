@@ -19,21 +19,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen.layout.cache import CacheSegment
+from flexgen.layout.cache import CacheLayout, CacheSegment, Span, leaves_device
+from flexgen.layout.moves import Kind, Move
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.disk import Read, ReadJob, Write
+from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.memory.transfer import Chain, Chains, Stage
+from flexgen.memory.transfer import Chains, bind
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
 from flexgen.runtime.compaction import Moved, gather
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Padding, Page, Span, attend, pages_in, put
+from flexgen.runtime.pages import Bring, Padding, Page, attend, pages_in, put
 from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader, key_reads
-from flexgen.trace import LaneName
 
 
 class KVCache:
@@ -50,7 +51,8 @@ class KVCache:
         slots: int = SLOTS,
     ) -> None:
         self._device = machine.device
-        self._shared = machine.device.shares_host_memory
+        self._topology = machine.device.topology
+        self._heads = heads
         self._host = machine.host
         self._disk = machine.disk
         self._io = machine.io
@@ -103,7 +105,7 @@ class KVCache:
         """Buffers for the parts of one tier: each as large as the largest batch needs it."""
         largest = max(segment.nbytes for segment in segments)
         tier, on_device, resident = segments[0].tier, segments[0].on_device, segments[0].resident
-        in_device = on_device and not resident and not self._shared
+        in_device = on_device and not self._topology.shares_host_memory and not resident
         fresh = max(segment.token_bytes(prompt_len) for segment in segments)
         return Slot(
             device=self._take(self._device.memory, largest, "slots of the KV cache") if in_device else None,
@@ -111,43 +113,34 @@ class KVCache:
             if tier is Tier.DISK
             else None,
             fresh=None
-            if self._shared or tier is Tier.GPU
+            if self._topology.shares_host_memory or tier is Tier.GPU
             else self._take(self._host, fresh, "staging of the KV cache"),
         )
 
     # Travel
 
     def load(self, layer: int, batch: int, slot: int, length: int) -> Chains:
-        """The work that brings the `length` cached tokens to where they are attended."""
-        if not length:
-            return ()
-        return tuple(
-            chain
-            for part in self._parts[layer, batch]
-            if not part.segment.resident and (chain := self._load(part, slot, length))
-        )
+        """The work that brings the `length` cached tokens to where attention reads them."""
+        parts = {part.segment.tier: part for part in self._parts[layer, batch]}
+        routes = self._layouts[layer, batch].load(length)
+        return bind(routes, lambda tier, move: self._load(parts[tier], slot, length, move))
 
-    def _load(self, part: Part, slot: int, length: int) -> Chain:
+    def _load(self, part: Part, slot: int, length: int, move: Move) -> Job:
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        whole, rest = divmod(length, segment.page_tokens)
-        nbytes = whole * segment.page_bytes
-        stages: list[Stage] = []
-        sources: list[Tensor] = []
+        whole, tail = segment.filled(length)
+        if move.kind is Kind.READ:
+            assert part.file is not None and buffers.host is not None
+            if segment.sparse and buffers.device is None:  # chosen values are read when they have been chosen
+                pages = whole // segment.page_bytes
+                return ReadJob(self._io, key_reads(segment, *part.file, buffers.host, pages))
+            return ReadJob(self._io, [Read(*part.file, buffers.host[:whole])])
+        assert buffers.device is not None
         if part.home is not None:
-            sources.append(part.home[: nbytes + bool(rest) * segment.page_bytes])
-        elif part.file is not None and buffers.host is not None and part.tail is not None:
-            path, start = part.file
-            if whole:
-                reads = [Read(path, start, buffers.host[:nbytes])]
-                if segment.sparse and buffers.device is None:
-                    reads = key_reads(segment, path, start, buffers.host, whole)
-                stages.append(Stage(LaneName.DISK_READ, ReadJob(self._io, reads)))
-                sources.append(buffers.host[:nbytes])
-            if rest:
-                sources.append(part.tail)
-        if buffers.device is not None:
-            stages.append(Stage(LaneName.TO_DEVICE, partial(self._copy_in, buffers.device, sources)))
-        return tuple(stages)
+            sources = [part.home[: whole + tail]]
+        else:
+            assert part.tail is not None and buffers.host is not None
+            sources = [source for source in (buffers.host[:whole], part.tail[:tail]) if len(source)]
+        return partial(self._copy_in, buffers.device, sources)
 
     def _copy_in(self, target: Tensor, sources: Sequence[Tensor]) -> None:
         begin = 0
@@ -157,25 +150,19 @@ class KVCache:
 
     def store(self, layer: int, batch: int, slot: int, span: Span) -> Chains:
         """The work that brings the new keys and values home, after `attend`."""
-        chains = (self._store(part, slot, span) for part in self._parts[layer, batch])
-        return tuple(chain for chain in chains if chain)
+        parts = {part.segment.tier: part for part in self._parts[layer, batch]}
+        routes = self._layouts[layer, batch].store(span)
+        return bind(routes, lambda tier, move: self._store(parts[tier], slot, span, move))
 
-    def _store(self, part: Part, slot: int, span: Span) -> Chain:
-        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        stages: list[Stage] = []
-        if buffers.fresh is not None and self._leaves_device(segment, span):
-            stages.append(Stage(LaneName.FROM_DEVICE, partial(self._copy_out, part, buffers, span)))
-            stages.append(Stage(LaneName.HOST, partial(self._put_fresh, part, buffers, span)))
-        if flush := self._flush(part, buffers, span):
-            stages.append(Stage(LaneName.DISK_WRITE, partial(self._io.write, flush)))
-        return tuple(stages)
-
-    def _leaves_device(self, segment: CacheSegment, span: Span) -> bool:
-        """Whether new keys and values are still on a device of its own once they are attended.
-
-        The prompt is always attended there; for a single token the host that attends has got them already.
-        """
-        return not self._shared and segment.tier is not Tier.GPU and (segment.on_device or not span.length)
+    def _store(self, part: Part, slot: int, span: Span, move: Move) -> Job:
+        buffers = self._slots[part.segment.tier][slot]
+        match move.kind:
+            case Kind.COPY:
+                return partial(self._copy_out, part, buffers, span)
+            case Kind.PUT:
+                return partial(self._put_fresh, part, buffers, span)
+            case _:
+                return partial(self._io.write, self._flush(part, buffers, span))
 
     def _fresh(self, part: Part, buffers: Slot, span: Span) -> tuple[Tensor, Tensor]:
         assert buffers.fresh is not None
@@ -201,15 +188,11 @@ class KVCache:
 
     def _flush(self, part: Part, buffers: Slot, span: Span) -> list[Write]:
         """Pages that became whole, to their file."""
-        if part.file is None or buffers.host is None or part.tail is None:
-            return []
+        assert part.file is not None and buffers.host is not None and part.tail is not None
         (path, start), segment = part.file, part.segment
-        whole = span.whole_pages(segment.page_tokens)
         if not span.length:
-            return [Write(path, start, buffers.host[: whole * segment.page_bytes])] if whole else []
-        if (span.length + span.new) % segment.page_tokens:
-            return []
-        return [Write(path, start + whole * segment.page_bytes, part.tail)]
+            return [Write(path, start, buffers.host[: segment.flushed(span)])]
+        return [Write(path, start + segment.filled(span.length)[0], part.tail)]
 
     # Regrouping
 
@@ -246,8 +229,14 @@ class KVCache:
         self._parts = parts
         layer = next(j for j, _ in parts)  # all layers are grouped alike
         batches = [[p.segment for p in parts[layer, k]] for k in range(len(parts)) if (layer, k) in parts]
+        self._layouts = {key: self._layout(found) for key, found in parts.items()}
         self._device_attends = [any(segment.on_device for segment in segments) for segments in batches]
         self.host.regroup(batches)
+
+    def _layout(self, parts: Sequence[Part]) -> CacheLayout:
+        segments = tuple(part.segment for part in parts)
+        query_bytes = self._heads * segments[0].head_dim * segments[0].dtype.itemsize
+        return CacheLayout(segments, query_bytes, self._topology)
 
     def reset(self) -> None:
         """Back to the batches that the cache was made for, for other prompts."""
@@ -384,7 +373,7 @@ class KVCache:
         """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
         k, v = segment.heads.encode_both(part.rows_of(k), part.rows_of(v))
-        if self._leaves_device(segment, span):
+        if leaves_device(segment, span, self._topology):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None:
                 return ()

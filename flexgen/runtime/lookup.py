@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.layout.moves import Kind
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.lookup import RowTable
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.memory.transfer import Chains, Stage
-from flexgen.trace import LaneName
+from flexgen.memory.transfer import Chains, bind
 
 
 class Lookup:
@@ -30,6 +30,7 @@ class Lookup:
         self.name = table.weight.name
         self._table = table
         self._sizes = sizes = table.sizes(tokens)
+        self._layout = table.layout(tokens)
         self._codec = table.codec
         self._device = machine.device
         self._shared = machine.device.shares_host_memory
@@ -58,10 +59,8 @@ class Lookup:
 
     def load(self, ids: Tensor, slot: int) -> Chains:
         """The work that brings the rows of `ids`, which lie in host memory when it begins, to the device."""
-        gather = Stage(self._table.lane, partial(self._gather, ids, slot))
-        if self._shared:
-            return ((gather,),)
-        return ((gather, Stage(LaneName.TO_DEVICE, partial(self._bring, ids.numel(), slot))),)
+        gather, bring = partial(self._gather, ids, slot), partial(self._bring, ids.numel(), slot)
+        return bind(self._layout.load(ids.numel()), lambda _, m: gather if m.kind is Kind.GATHER else bring)
 
     def _gather(self, ids: Tensor, slot: int) -> None:
         rows, index = torch.unique(ids, return_inverse=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
-from flexgen.layout.cache import CacheSegment
+from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.store import tensor_at
 
 Page = tuple[Tensor, Tensor]
@@ -50,18 +50,6 @@ def pick(
         k, v = (x[:, :, first:last].index_select(0, index) for x in pages[page])
         yield begin, k, v
         begin += last - first
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached ones."""
-
-    length: int
-    new: int
-
-    def whole_pages(self, page_tokens: int) -> int:
-        """Pages that lie whole before the one that takes the last new token."""
-        return (self.length or self.new) // page_tokens
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from flexgen.kernels.sparse_attention import Choice
-from flexgen.layout.cache import CacheSegment
+from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.disk import DiskIO, Read
-from flexgen.runtime.pages import Span
 
 
 def _half(segment: CacheSegment) -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from flexgen.errors import LaneError
 from flexgen.kernels.workspaces import choice_bytes
+from flexgen.layout.cache import Span
+from flexgen.layout.hidden import IdLayout
+from flexgen.layout.moves import Kind
 from flexgen.layout.needs import Need
 from flexgen.layout.plan import SLOTS
 from flexgen.layout.topology import Topology
@@ -20,12 +23,11 @@ from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.memory.transfer import Chains, Stage
+from flexgen.memory.transfer import Chains, bind
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
-from flexgen.runtime.pages import Padding, Span
+from flexgen.runtime.pages import Padding
 from flexgen.runtime.sampler import INVALID
-from flexgen.trace import LaneName
 
 
 class Prompts:
@@ -117,11 +119,12 @@ class Prompts:
 
     def load(self, token: int, batch: int, slot: int) -> Chains:
         """The work that brings the ids of the step to the compute device."""
-        if self._device.shares_host_memory:
+        source, layout = self.source(token, batch), IdLayout(len(self.batches[batch]), self._device.topology)
+        routes = layout.load(source.shape[1])
+        if not routes:
             return ()
-        source = self.source(token, batch)
         target = self._slots[slot][: source.numel()].view(source.shape)
-        return ((Stage(LaneName.TO_DEVICE, partial(self._device.to_device, target, source)),),)
+        return bind(routes, lambda _, move: partial(self._device.to_device, target, source))
 
     def take(self, token: int, batch: int, slot: int) -> Tensor:
         """(rows, seq) on the compute device, once `load` is done."""
@@ -208,10 +211,9 @@ class NewTokens:
         self._chosen[slot] = self._choice.choose(logits[:, -1], self._named(batch), token)
 
     def store(self, token: int, batch: int, slot: int) -> Chains:
-        record = Stage(LaneName.HOST, partial(self._record, token, batch, slot))
-        if self._device.shares_host_memory:
-            return ((record,),)
-        return ((Stage(LaneName.FROM_DEVICE, partial(self._fetch, batch, slot)), record),)
+        layout = IdLayout(len(self._prompts.batches[batch]), self._device.topology)
+        fetch, record = partial(self._fetch, batch, slot), partial(self._record, token, batch, slot)
+        return bind(layout.store(), lambda _, move: record if move.kind is Kind.RECORD else fetch)
 
     def wants_hidden(self, layer: int) -> bool:
         return False

@@ -164,7 +164,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         for rows in sizes:
             for ids in (spread(rows, prompt_len), *[spread(rows)] * (tokens - 1)):
                 at_zero, there = (
-                    read_bytes(table.weight, placement, ids.ravel(), begin, costs._scratch)
+                    read_bytes(table.weight, placement, ids.ravel(), begin, costs._rows.scratch)
                     for begin in (0, table._home.offset)
                 )
                 predicted[LaneName.DISK_READ] += there - at_zero

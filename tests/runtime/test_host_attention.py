@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen.layout.cache import cache_segments
+from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.policy import Policy
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding, Span
+from flexgen.runtime.pages import Padding
 
 LAYER, PROMPT, BATCHES = 1, 3, [3, 4, 2]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen.layout.cache import cache_segments
+from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
 from flexgen.models import ModelSpec
@@ -20,7 +20,7 @@ from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding, Span, put
+from flexgen.runtime.pages import Padding, put
 
 HEAD_DIM = 8
 LAYERS = [1, 3]  # those of the model that have a cache

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen.kernels.sparse_attention import Choice
-from flexgen.layout.cache import CacheSegment, cache_segments
+from flexgen.layout.cache import CacheSegment, Span, cache_segments
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding, Span
+from flexgen.runtime.pages import Padding
 from flexgen.runtime.sparse import key_reads, value_reads
 from flexgen.units import BLOCK
 

@@ -10,9 +10,9 @@ import torch
 from transformers import OPTConfig
 
 from flexgen.layout import plan
+from flexgen.layout.cache import Span
 from flexgen.models import build_layers, open_model
 from flexgen.runtime.choice import NewIds, Sampled
-from flexgen.runtime.pages import Span
 from flexgen.runtime.positions import Forward
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import NewTokens, Prompts
