@@ -122,6 +122,11 @@ class StepCosts:
         """The step's chains, with their bytes."""
         return self._loads(self._key(step))
 
+    @property
+    def feeds_ids(self) -> bool:
+        """As of the grid, see `Model.feeds_ids`."""
+        return not self._shared and self._table is None
+
     def busy(self, token: int) -> dict[LaneName, float]:
         """Seconds that each lane works on a token of the grid."""
         total: dict[LaneName, float] = {}
@@ -185,7 +190,8 @@ class StepCosts:
             ids = rows * self._new(token) * torch.int64.itemsize
             if self._table is not None:
                 return (self._look_up(rows * self._new(token), ids),)
-            return () if self._shared else ((self._move(LaneName.TO_DEVICE, ids),),)
+            fed = self._shared or (self.feeds_ids and token > 0)
+            return () if fed else ((self._move(LaneName.TO_DEVICE, ids),),)
         parts = self._policy.activations.rows(rows)
         chains: list[tuple[Load, ...]] = []
         if parts[Tier.CPU] and not self._shared:

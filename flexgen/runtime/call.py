@@ -51,6 +51,11 @@ class Model:
     table: RowTable | None = None
     in_use: InUse = field(default_factory=InUse, compare=False)
 
+    @property
+    def feeds_ids(self) -> bool:
+        """Whether new ids and the table that embeds them are both on a device with memory of its own."""
+        return not self.machine.device.shares_host_memory and self.table is None
+
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
         shared = self.machine.device.shares_host_memory
@@ -216,7 +221,8 @@ class Call:
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
         model, batches = self._model, len(prompts.batches)
         moved = max(model.weights.moved_bytes(layer) for layer in range(len(model.layers)))
-        return order.grid(tokens, len(model.layers), batches, count_pieces(moved, batches), model.slots)
+        pieces = count_pieces(moved, batches)
+        return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
         assert self._cache is not None and self._activations is not None, "prepare comes before run"
