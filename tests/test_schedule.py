@@ -82,7 +82,9 @@ def test_nothing_is_no_complete_order():
         check([], grid)
 
 
-@pytest.mark.parametrize("field", [f for f in Grid.__dataclass_fields__ if f not in ("splits_attention", "feeds_ids")])
+@pytest.mark.parametrize(
+    "field", [f for f in Grid.__dataclass_fields__ if f not in ("splits_attention", "feeds_ids")]
+)
 def test_a_grid_has_at_least_one_of_everything(field):
     sizes = dict(tokens=1, layers=1, batches=1) | {field: 0}
     with pytest.raises(ScheduleError, match=f"{field} >= 1, not 0"):
