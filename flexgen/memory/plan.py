@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from flexgen.kernels.attention import MASK_ALIGNMENT
+from flexgen.kernels.attention import MASK_ALIGNMENT, join_bytes
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
@@ -104,13 +104,18 @@ class CacheSegment:
         return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
 
     def device_bytes(self) -> int:
-        """What a GPU takes to attend: a page decoded."""
-        heads = len(self.rows) * self.kv_heads
-        return self.heads.decode_bytes(heads, self.page_tokens, self.dtype)
+        """What a GPU takes to attend: pages in one, and decoded."""
+        rows, tokens = len(self.rows), self.pages * self.page_tokens
+        joined = 0
+        if self.pages > 1:
+            nbytes = self.token_bytes(tokens)
+            joined = nbytes if self.sparse else join_bytes(rows, nbytes)
+        return joined + self.heads.decode_bytes(rows * self.kv_heads, tokens, self.dtype)
 
     def mask_bytes(self) -> int:
-        """Of the padding mask that a GPU keeps for a part of one page."""
-        return len(self.rows) * align(self.page_tokens, MASK_ALIGNMENT) * self.dtype.itemsize
+        """Of the padding mask that a GPU keeps."""
+        tokens = align(self.pages * self.page_tokens, MASK_ALIGNMENT)
+        return len(self.rows) * tokens * self.dtype.itemsize
 
 
 def host_attends(policy: Policy, shares_host_memory: bool) -> bool:
@@ -268,7 +273,7 @@ def _cache_homes(
     needs = []
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, shared):
         needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
-        if segment.tier is Tier.GPU and not shared:
+        if segment.on_device and not shared:
             needs.append(Need(Tier.GPU, "cache", "workspace", segment.mask_bytes()))
         if segment.tier is Tier.DISK:  # the page that is being filled
             needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))

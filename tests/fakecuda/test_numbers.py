@@ -13,6 +13,8 @@ from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
 
 from flexgen.errors import LaneError
+from flexgen.kernels import attention
+from flexgen.memory import plan
 from flexgen.models.embed import InputEmbed
 from flexgen.runtime.request import read_request
 from flexgen.runtime.sampler import INVALID
@@ -32,6 +34,22 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
         found = cases.ids_on("cuda", config, policy, stop, order=order)
     np.testing.assert_array_equal(found, expected)
     assert runtime.counters().hazards == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(cache=cases.encoded("int4", {"cpu": 50, "disk": 50})), dict(attn_sparsity=0.5)],
+    ids=["plain", "int4", "sparse"],
+)
+def test_pages_that_come_over_the_link_are_attended_together(changes, monkeypatch):
+    monkeypatch.setattr(plan, "_MEMORY_PAGE_TOKENS", 4)
+    monkeypatch.setattr(plan, "_DISK_PAGE_TOKENS", (4, 4))
+    monkeypatch.setattr(attention, "_JOINED_BYTES", 4 << 10)  # a row at a time
+    policy = cases.policy(**dict(cache={"cpu": 50, "disk": 50}, attend_on="gpu") | changes)
+    expected = cases.ids_on("emulated", cases.LLAMA, policy)
+    with in_every_thread(Numbers):
+        found = cases.ids_on("cuda", cases.LLAMA, policy)
+    np.testing.assert_array_equal(found, expected)
 
 
 class _Best:
