@@ -92,6 +92,7 @@ class StepCosts:
         self._splits_attention = splits_attention
         self._arithmetic = Arithmetic(placement, hardware)
         self._table = gathered_table(layers[0], placement, self._shared)
+        self.feeds_ids = not self._shared and self._table is None  # as of the grid
         most = max(self._batches) * workload.prompt_len
         self._scratch = lookup_sizes(layers, placement, self._shared, most).scratch
         self._every_token = len(self._tokens) == workload.gen_len
@@ -121,11 +122,6 @@ class StepCosts:
     def loads(self, step: Step) -> Loads:
         """The step's chains, with their bytes."""
         return self._loads(self._key(step))
-
-    @property
-    def feeds_ids(self) -> bool:
-        """As of the grid, see `Model.feeds_ids`."""
-        return not self._shared and self._table is None
 
     def busy(self, token: int) -> dict[LaneName, float]:
         """Seconds that each lane works on a token of the grid."""
