@@ -49,12 +49,18 @@ class Order:
         return self.generate(grid)
 
     def grid(
-        self, tokens: int, layers: int, batches: int, weight_pieces: int, slots: Slots | None = None
+        self,
+        tokens: int,
+        layers: int,
+        batches: int,
+        weight_pieces: int,
+        slots: Slots | None = None,
+        feeds_ids: bool = False,
     ) -> Grid:
         """The grid that the order runs on; with `slots` where those of another order are there already."""
         slots = slots or self.slots
         shape = tokens, layers, batches, weight_pieces, slots.weights, slots.cells
-        return Grid(*shape, self.splits_attention)
+        return Grid(*shape, self.splits_attention, feeds_ids)
 
 
 ORDERS: dict[str, Order] = {}

@@ -58,6 +58,7 @@ class Grid:
     up the short ones that queue behind it. `weight_slots` and `cell_slots`: how many layers' weights (see
     `Turns`), and how many cells' inputs and outputs, may be on their way at once. `splits_attention`: a cell
     has the steps PROJECT, ATTEND and LOAD_ATTENDED, for whose sake the host attends beside the computation.
+    `feeds_ids`: the next token takes the ids on the compute device, and does not wait until the host has them.
     """
 
     tokens: int
@@ -67,9 +68,10 @@ class Grid:
     weight_slots: int = 2
     cell_slots: int = 2
     splits_attention: bool = False
+    feeds_ids: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__.keys() - {"splits_attention"}:
+        for name in self.__dataclass_fields__.keys() - {"splits_attention", "feeds_ids"}:
             if getattr(self, name) < 1:
                 raise ScheduleError(f"a grid needs {name} >= 1, not {getattr(self, name)}")
 
@@ -106,6 +108,10 @@ class Grid:
         """(token, layer) of the layer visit `distance` visits later, or None outside the grid."""
         n = token * self.layers + layer + distance
         return divmod(n, self.layers) if 0 <= n < self.tokens * self.layers else None
+
+    def keeps(self, cell: Cell) -> bool:
+        """Whether what the cell computes is kept by batch, not by cell slot: new ids that the next token takes."""
+        return self.feeds_ids and cell.layer == self.layers - 1
 
     def cell_slot(self, token: int, layer: int, batch: int) -> int:
         return ((token * self.layers + layer) * self.batches + batch) % self.cell_slots
@@ -155,7 +161,8 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
             return needed
         case Op.LOAD_HIDDEN:
             before = grid.visit(i, j, -1)
-            needed = [Step(Op.STORE_HIDDEN, *before, k)] if before else []
+            made = Op.COMPUTE if grid.feeds_ids and j == 0 else Op.STORE_HIDDEN
+            needed = [Step(made, *before, k)] if before else []
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):
                 needed.append(Step(Op.COMPUTE, *old))
             return needed
@@ -173,7 +180,9 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
             data = (Op.LOAD_ATTENDED,) if grid.splits_attention else LOADS
             needed = [Step(op, i, j, k) for op in data]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
-                needed += [Step(Op.STORE_HIDDEN, *old), Step(Op.STORE_CACHE, *old)]
+                needed += [Step(op, *old) for op in STORES if not (op is Op.STORE_HIDDEN and grid.keeps(old))]
+            if grid.keeps(Cell(i, j, k)) and i:
+                needed.append(Step(Op.STORE_HIDDEN, i - 1, j, k))
             return needed
         case Op.STORE_HIDDEN | Op.STORE_CACHE:
             return [Step(Op.COMPUTE, i, j, k)]

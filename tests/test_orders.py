@@ -27,7 +27,9 @@ def test_the_orders_are_registered():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_orders_are_legal_on_every_small_grid(name):
     shapes = itertools.product((1, 3), (1, 2, 3), (1, 2, 3, 4, 5))
-    for shape, *slots in itertools.product(shapes, (1, 2, 5), (2, 3), (2, 3, 4), (False, True)):
+    for shape, *slots in itertools.product(
+        shapes, (1, 2, 5), (2, 3), (2, 3, 4), (False, True), (False, True)
+    ):
         grid = Grid(*shape, *slots)
         check(ORDERS[name](grid), grid)
 

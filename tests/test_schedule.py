@@ -82,7 +82,9 @@ def test_nothing_is_no_complete_order():
         check([], grid)
 
 
-@pytest.mark.parametrize("field", [f for f in Grid.__dataclass_fields__ if f != "splits_attention"])
+@pytest.mark.parametrize(
+    "field", [f for f in Grid.__dataclass_fields__ if f not in ("splits_attention", "feeds_ids")]
+)
 def test_a_grid_has_at_least_one_of_everything(field):
     sizes = dict(tokens=1, layers=1, batches=1) | {field: 0}
     with pytest.raises(ScheduleError, match=f"{field} >= 1, not 0"):
@@ -126,6 +128,31 @@ def test_a_grid_has_at_least_one_of_everything(field):
 )  # fmt: skip
 def test_needs_of_hand_written_cases(step, expected):
     grid = Grid(tokens=2, layers=3, batches=2, weight_pieces=2)
+    assert sorted(needs(step, grid), key=str) == sorted((Step(*s) for s in expected), key=str)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        # Ids of a later token are what the device has chosen.
+        (Step(Op.LOAD_HIDDEN, 1, 0, 1), [(Op.COMPUTE, 0, 2, 1), (Op.COMPUTE, 0, 2, 1)]),  # the slot's last user too
+        (Step(Op.LOAD_HIDDEN, 1, 1, 1), [(Op.STORE_HIDDEN, 1, 0, 1), (Op.COMPUTE, 1, 0, 1)]),
+        # They have no cell slot that the next cells would wait for: the host has the time of a token to take them.
+        (
+            Step(Op.COMPUTE, 1, 0, 0),
+            [W(1, 0, 0), W(1, 0, 1), (Op.LOAD_CACHE, 1, 0, 0), (Op.LOAD_HIDDEN, 1, 0, 0), (Op.STORE_CACHE, 0, 2, 0)],
+        ),
+        (
+            Step(Op.COMPUTE, 1, 2, 1),
+            [
+                *(W(1, 2, 0), W(1, 2, 1), (Op.LOAD_CACHE, 1, 2, 1), (Op.LOAD_HIDDEN, 1, 2, 1)),
+                *((Op.STORE_HIDDEN, 1, 1, 1), (Op.STORE_CACHE, 1, 1, 1), (Op.STORE_HIDDEN, 0, 2, 1)),
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_needs_where_the_device_feeds_the_ids(step, expected):
+    grid = Grid(tokens=2, layers=3, batches=2, weight_pieces=2, feeds_ids=True)
     assert sorted(needs(step, grid), key=str) == sorted((Step(*s) for s in expected), key=str)
 
 

@@ -15,6 +15,9 @@ from flexgen.units import align
 MASK_ALIGNMENT = 16
 """Values between the rows of a mask: of others torch makes an aligned copy in each call."""
 
+_JOINED_BYTES = 1 << 28
+"""Of pages that are joined at once on a GPU. It copies them in far less time than they have taken over the link."""
+
 Pages = Sequence[tuple[Tensor, Tensor]]
 """Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
 
@@ -118,31 +121,52 @@ def attend_in_torch(
 
 
 def attend_fused(
-    q: Tensor, page: tuple[Tensor, Tensor], length: int, hidden: Tensor | None, scale: float, form: HeadFormat
+    q: Tensor, pages: Pages, length: int, hidden: Tensor | None, scale: float, form: HeadFormat
 ) -> Tensor:
-    """The same over one page of a GPU, by torch's fused attention: two launches at any length.
+    """The same on a GPU, by torch's fused attention: few launches at any length.
 
-    `hidden` (rows, 1, 1, at least `length`), in the type of q: -inf where a position is padding, otherwise 0. None
-    for no padding. Query heads that share a K/V head are queries of one head, so that keys are not expanded. Encoded
-    keys and values are decoded for as many rows as `form` takes at once.
+    `hidden`: `hidden_positions` in the type of q, of at least `length` positions; None for no padding. Query heads
+    that share a K/V head are queries of one head, so that keys are not expanded. Several pages are joined first, for
+    as many rows at once as `join_bytes` allows, and encoded ones decoded for as many as `form` takes.
     """
     rows, heads, _, head_dim = q.shape
-    keys = page[0]
+    keys = pages[0][0]
     kv_heads = keys.shape[1]
     query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     outs = []
-    step = max(form.rows_at_once(keys, length), 1)
+    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages)), 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         mask = None if hidden is None else hidden[part, :, :, :length]
-        k, v = (form.whole(x[part], length, q.dtype) for x in page)
+        k, v = (form.whole(x, length, q.dtype) for x in join(pages, part))
         outs.append(F.scaled_dot_product_attention(query[part], k, v, attn_mask=mask, scale=scale))
         del k, v
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(q.shape)
 
 
+def join(pages: Pages, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows in one page: a copy in two launches, unless there is one page already."""
+    if len(pages) == 1:
+        return pages[0][0][rows], pages[0][1][rows]
+    return torch.cat([k[rows] for k, _ in pages], dim=2), torch.cat([v[rows] for _, v in pages], dim=2)
+
+
+def _rows_to_join(pages: Pages) -> int:
+    rows = max(len(pages[0][0]), 1)
+    nbytes = sum(k.nbytes + v.nbytes for k, v in pages)
+    return rows if len(pages) == 1 else _JOINED_BYTES * rows // max(nbytes, 1)
+
+
+def join_bytes(rows: int, nbytes: int) -> int:
+    """What `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
+    return max(min(nbytes, _JOINED_BYTES), nbytes // max(rows, 1))
+
+
 def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """The mask of `attend_fused`, (rows, 1, 1, tokens), for `starts` (rows,) as in `decode_attention`."""
+    """The mask of `attend_fused`, (rows, 1, 1, tokens): -inf where a position is padding, otherwise 0.
+
+    `starts` (rows,) as in `decode_attention`.
+    """
     padding = torch.arange(align(tokens, MASK_ALIGNMENT), device=starts.device) < starts[:, None]
     hidden = torch.zeros(padding.shape, dtype=dtype, device=starts.device)
     return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]

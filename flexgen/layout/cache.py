@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from flexgen.kernels.attention import MASK_ALIGNMENT
+from flexgen.kernels.attention import MASK_ALIGNMENT, join_bytes
 from flexgen.kernels.heads import HeadFormat
 from flexgen.layout.moves import Kind, Move, Route, Routes
 from flexgen.layout.topology import Topology
@@ -99,13 +99,18 @@ class CacheSegment:
         return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
 
     def device_bytes(self) -> int:
-        """What a GPU takes to attend: a page decoded."""
-        heads = len(self.rows) * self.kv_heads
-        return self.heads.decode_bytes(heads, self.page_tokens, self.dtype)
+        """What a GPU takes to compute attention: pages in one, and decoded."""
+        rows, tokens = len(self.rows), self.pages * self.page_tokens
+        joined = 0
+        if self.pages > 1:
+            nbytes = self.token_bytes(tokens)
+            joined = nbytes if self.sparse else join_bytes(rows, nbytes)
+        return joined + self.heads.decode_bytes(rows * self.kv_heads, tokens, self.dtype)
 
     def mask_bytes(self) -> int:
-        """Of the padding mask that a GPU keeps for a part of one page."""
-        return len(self.rows) * align(self.page_tokens, MASK_ALIGNMENT) * self.dtype.itemsize
+        """Of the padding mask that a GPU keeps."""
+        tokens = align(self.pages * self.page_tokens, MASK_ALIGNMENT)
+        return len(self.rows) * tokens * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

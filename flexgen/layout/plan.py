@@ -139,7 +139,7 @@ def _cache_homes(
     needs, linked = [], not topology.shares_host_memory
     for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, topology):
         needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
-        if segment.tier is Tier.GPU and linked:
+        if segment.on_device and linked:
             needs.append(Need(Tier.GPU, "cache", "workspace", segment.mask_bytes()))
         if segment.tier is Tier.DISK:  # the page that is being filled
             needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))

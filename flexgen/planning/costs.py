@@ -92,6 +92,7 @@ class StepCosts:
         self._arithmetic = Arithmetic(placement, hardware)
         most = max(self._batches) * workload.prompt_len
         self._rows = row_layout(layers, placement, self._topology, most)
+        self.feeds_ids = not self._shared and self._rows is None  # as of the grid
         self._every_token = len(self._tokens) == workload.gen_len
         self._cache = {rows: self._cut_cache(rows) for rows in set(self._batches)}
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
@@ -170,11 +171,14 @@ class StepCosts:
 
     def _load_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
+        new = self._new(token)
         if layer:
-            return self._timed_routes(self._hidden(rows).load(self._new(token)))
+            return self._timed_routes(self._hidden(rows).load(new))
         if self._rows is not None:
-            return self._timed_routes(self._rows.load(rows * self._new(token)))
-        return self._timed_routes(IdLayout(rows, self._topology).load(self._new(token)))
+            return self._timed_routes(self._rows.load(rows * new))
+        if self.feeds_ids and token:
+            return ()
+        return self._timed_routes(IdLayout(rows, self._topology).load(new))
 
     def _store_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key

@@ -209,7 +209,8 @@ def _block(
 
     costs = costs_of(asked.splits_attention)
     # The buffers are those of a full block, whose batches may run in another order.
-    grid = asked.grid(len(tokens), len(layers), batches, costs.weight_pieces, full.slots)
+    shape = len(tokens), len(layers), batches, costs.weight_pieces
+    grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked.name, grid)
     timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
     ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows

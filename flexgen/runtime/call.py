@@ -53,6 +53,11 @@ class Model:
     table: RowTable | None = None
     in_use: InUse = field(default_factory=InUse, compare=False)
 
+    @property
+    def feeds_ids(self) -> bool:
+        """Whether new ids and the table that embeds them are both on a device with memory of its own."""
+        return not self.machine.device.shares_host_memory and self.table is None
+
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""
         return self.machine.device.topology.choose_order(self.order, self.policy, batches)
@@ -217,7 +222,7 @@ class Call:
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
         model, batches = self._model, len(prompts.batches)
         pieces = count_pieces(model.weights.layouts, batches)
-        return order.grid(tokens, len(model.layers), batches, pieces, model.slots)
+        return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
         assert self._cache is not None and self._activations is not None, "prepare comes before run"

@@ -128,6 +128,8 @@ class Generation:
                     return self._activations.load(k, slot, span.new)
                 if self._lookup is not None:
                     return self._lookup.load(self._prompts.source(i, k), slot)
+                if self._fed(i):
+                    return ()
                 return self._prompts.load(i, k, slot)
             case Op.STORE_HIDDEN:
                 hidden = self._output.store_hidden(j, k, slot)
@@ -206,12 +208,17 @@ class Generation:
 
     # What a layer takes and gives
 
+    def _fed(self, token: int) -> bool:
+        """Whether the ids that the token reads are on the device, from the token before it in this run."""
+        return self.grid.feeds_ids and token > self.first
+
     def _input(self, step: Step, slot: int, span: Span) -> Tensor:
         _, i, j, k = step
         if j == 0:
             self._positions[k] = self._prompts.positions(self.first + i, k)
             self._factors[k] = {}
-            return self._prompts.take(self.first + i, k, slot)
+            i += self.first
+            return self._prompts.fed(k) if self._fed(i) else self._prompts.take(i, k, slot)
         return self._activations.take(k, slot, span.new)
 
     def _taken(self, step: Step) -> Weights:

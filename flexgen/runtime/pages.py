@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions
+from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions, join
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.store import tensor_at
 
 Page = tuple[Tensor, Tensor]
-"""Keys and values as they are kept, each (rows, kv_heads, page_tokens, heads.width)."""
+"""Keys and values as they are kept, each (rows, kv_heads, page_tokens, heads.width): halves of one tensor."""
 
 
 def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
@@ -30,9 +30,21 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
     while done < tokens:
         page, begin = divmod(position + done, page_tokens)
         count = min(page_tokens - begin, tokens - done)
-        for target, source in zip(pages[page], (k, v), strict=True):
-            target[:, :, begin : begin + count] = source[:, :, done : done + count]
+        sources = [x[:, :, done : done + count] for x in (k, v)]
+        if k.is_cuda:
+            torch.cat(sources, out=_whole(pages[page])[:, :, begin : begin + count])  # one launch
+        else:
+            for target, source in zip(pages[page], sources, strict=True):
+                target[:, :, begin : begin + count] = source
         done += count
+
+
+def _whole(page: Page) -> Tensor:
+    """(2 * rows, kv_heads, page_tokens, width): the keys of a page and behind them its values."""
+    k, v = page
+    rows, apart = len(k), v.storage_offset() - k.storage_offset()
+    assert apart == k.numel() and k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    return k.as_strided((2 * rows, *k.shape[1:]), k.stride())
 
 
 def pick(
@@ -59,7 +71,9 @@ class Padding:
     starts: tuple[int, ...]
     on_device: Tensor
     on_host: Tensor
-    _hidden: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _hidden: dict[tuple[range, int, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def any(self) -> bool:
@@ -75,10 +89,11 @@ class Padding:
         """The mask of `attend_fused` for attention on the device, or None without padding. It is made once."""
         if not self.any:
             return None
-        key = tokens, dtype
+        key = rows, tokens, dtype
         if key not in self._hidden:
-            self._hidden[key] = hidden_positions(self.on_device, tokens, dtype)
-        return self._hidden[key][rows.start : rows.stop]
+            starts = self.on_device[rows.start : rows.stop]
+            self._hidden[key] = hidden_positions(starts, tokens, dtype)
+        return self._hidden[key]
 
 
 Bring = Callable[[Choice], object]
@@ -99,10 +114,13 @@ def attend(
     `bring` is for values that are not in the pages before they are chosen.
     """
     length = span.length + span.new
-    if q.is_cuda and segment.pages == 1 and not segment.sparse:
-        hidden = padding.hidden(segment.rows, segment.page_tokens, q.dtype)
-        return attend_fused(q, pages[0], length, hidden, scale, segment.heads)
-    pages, starts = pages[: -(-length // segment.page_tokens)], padding.of(segment.rows, q.device)
+    pages = pages[: -(-length // segment.page_tokens)]
+    if q.is_cuda and not segment.sparse:
+        hidden = padding.hidden(segment.rows, segment.pages * segment.page_tokens, q.dtype)
+        return attend_fused(q, pages, length, hidden, scale, segment.heads)
+    if q.is_cuda:
+        pages = [join(pages)]  # what is launched for each page would take longer
+    starts = padding.of(segment.rows, q.device)
     if not segment.sparse:
         return decode_attention(q, pages, length, starts, scale, segment.heads)
     choice = choose(q, pages, length, starts, scale, segment.attn_sparsity, segment.choice_tokens)

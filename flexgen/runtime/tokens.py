@@ -34,7 +34,8 @@ class Prompts:
     """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
     `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
-    `positions_computed`: of all prompts, padding included.
+    `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device has chosen
+    last for each batch; the host may not have them yet.
     """
 
     batches: Sequence[Sequence[int]]
@@ -68,6 +69,7 @@ class Prompts:
             torch.zeros(max(sizes), dtype=torch.int64, device=device.torch_device)
             for _ in range(0 if device.shares_host_memory else slots)
         ]
+        self.made: dict[int, Tensor] = {}
 
     def _group(self, batches: Sequence[Sequence[int]]) -> None:
         self.batches = batches
@@ -132,6 +134,14 @@ class Prompts:
         if self._device.shares_host_memory:
             return source
         return self._slots[slot][: source.numel()].view(source.shape)
+
+    def fed(self, batch: int) -> Tensor:
+        """(rows, 1) on the compute device: the ids of the next token, from `made`, not from the host.
+
+        A row that has ended continues with the id that was chosen for it, and one without a valid id with id 0. The
+        host uses nothing that follows.
+        """
+        return self.made[batch].clamp_min(0).unsqueeze(1)
 
     def rows(self, batch: int) -> slice:
         """Where the rows of `batch` are in `newest`."""
@@ -200,7 +210,6 @@ class NewTokens:
         self.count = 0
         self._pad_id = pad_id
         self._device = device
-        self._chosen: dict[int, Tensor] = {}  # by slot
         count = len(prompts.lengths)
         self._names = range(count) if names is None else names
         self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
@@ -208,11 +217,11 @@ class NewTokens:
         self.can_finish = choice.can_end
 
     def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._chosen[slot] = self._choice.choose(logits[:, -1], self._named(batch), token)
+        self._prompts.made[batch] = self._choice.choose(logits[:, -1], self._named(batch), token)
 
     def store(self, token: int, batch: int, slot: int) -> Chains:
         layout = IdLayout(len(self._prompts.batches[batch]), self._device.topology)
-        fetch, record = partial(self._fetch, batch, slot), partial(self._record, token, batch, slot)
+        fetch, record = partial(self._fetch, batch), partial(self._record, token, batch)
         return bind(layout.store(), lambda _, move: record if move.kind is Kind.RECORD else fetch)
 
     def wants_hidden(self, layer: int) -> bool:
@@ -227,13 +236,13 @@ class NewTokens:
     def _named(self, batch: int) -> Rows:
         return [self._names[row] for row in self._prompts.batches[batch]]
 
-    def _fetch(self, batch: int, slot: int) -> None:
-        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._chosen[slot])
+    def _fetch(self, batch: int) -> None:
+        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._prompts.made[batch])
 
-    def _record(self, token: int, batch: int, slot: int) -> None:
+    def _record(self, token: int, batch: int) -> None:
         newest = self._prompts.newest[self._prompts.rows(batch)]
         if self._device.shares_host_memory:
-            newest.copy_(self._chosen[slot])
+            newest.copy_(self._prompts.made[batch])
         self._accept(token, self._prompts.batches[batch], newest)
 
     def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What a call asks of the host and of the driver, by the counters of the simulated runtime."""
 
 import dataclasses
+import threading
 
 import pytest
 
@@ -12,6 +13,8 @@ from simulated.threads import in_every_thread
 from transformers import OPTConfig
 
 from flexgen import Policy
+from flexgen.runtime.choice import Sampled
+from flexgen.runtime.generation import Generation
 from flexgen.runtime.request import read_request
 
 ONE_LAYER = OPTConfig(
@@ -52,6 +55,36 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
         "h2d pinned",
     }
     assert runtime.counters().pinned == 0
+
+
+def test_ids_do_not_come_back_to_the_device_that_has_chosen_them():
+    with cases.open_on("cuda", cases.OPT, cases.policy(**cases.RESIDENT)) as model:
+        (_, few), (_, copies) = of_a_call(model, 4), of_a_call(model, 24)
+    more = {kind: copies[kind] - few.get(kind, 0) for kind in copies}
+    assert more["h2d pinned"] == 0
+    assert more["d2h pinned"] == 20 * len(cases.PROMPTS) * 8
+
+
+def test_the_next_token_is_issued_while_the_host_takes_the_ids(monkeypatch):
+    """A listener of the first ids waits until the second token's last layer but the head has been issued."""
+    issued, waited = threading.Event(), []
+    compute = Generation._compute
+
+    def watched(generation, step, slot, span):
+        compute(generation, step, slot, span)
+        if (step.token, step.layer) == (1, len(generation._layers) - 2):
+            issued.set()
+
+    def listen(new):
+        if new.token == 0:
+            waited.append(issued.wait(20))
+
+    monkeypatch.setattr(Generation, "_compute", watched)
+    policy = cases.policy(**cases.RESIDENT, num_gpu_batches=1)
+    with cases.open_on("cuda", cases.OPT, policy) as model:
+        request = read_request(model.spec, cases.PROMPTS[:3], None)
+        model.generate_with(request, 3, Sampled(), listeners=[listen])
+    assert waited == [True]
 
 
 @pytest.mark.parametrize("pin", [True, False])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,13 @@ pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-c
 from simulated import cases, runtime
 from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
+
+from flexgen.errors import LaneError
+from flexgen.kernels import attention
+from flexgen.memory import plan
+from flexgen.models.embed import InputEmbed
+from flexgen.runtime.request import read_request
+from flexgen.runtime.sampler import INVALID
 
 
 @settings(max_examples=20, phases=cases.WITHOUT_SHRINKING)
@@ -26,6 +34,81 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
         found = cases.ids_on("cuda", config, policy, stop, order=order)
     np.testing.assert_array_equal(found, expected)
     assert runtime.counters().hazards == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(cache=cases.encoded("int4", {"cpu": 50, "disk": 50})), dict(attn_sparsity=0.5)],
+    ids=["plain", "int4", "sparse"],
+)
+def test_pages_that_come_over_the_link_are_attended_together(changes, monkeypatch):
+    monkeypatch.setattr(plan, "_MEMORY_PAGE_TOKENS", 4)
+    monkeypatch.setattr(plan, "_DISK_PAGE_TOKENS", (4, 4))
+    monkeypatch.setattr(attention, "_JOINED_BYTES", 4 << 10)  # a row at a time
+    policy = cases.policy(**dict(cache={"cpu": 50, "disk": 50}, attend_on="gpu") | changes)
+    expected = cases.ids_on("emulated", cases.LLAMA, policy)
+    with in_every_thread(Numbers):
+        found = cases.ids_on("cuda", cases.LLAMA, policy)
+    np.testing.assert_array_equal(found, expected)
+
+
+class _Best:
+    """The best id, for all rows of the call at once or batch by batch; ids that 7 divides end a row."""
+
+    can_end = True
+
+    def __init__(self, whole_call):
+        self.whole_call = whole_call
+
+    def choose(self, logits, rows, token):
+        return logits.argmax(-1)
+
+    def ends(self, ids, rows, token):
+        return ids % 7 == 0
+
+
+@pytest.mark.parametrize("whole_call", [False, True])
+def test_ids_that_stay_on_the_gpu(whole_call):
+    """Batches are regrouped, rows that have ended get the pad id, and a listener hears what the result has."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        heard = {}
+
+        def listen(new, heard=heard):
+            heard.update({(row, new.token): i for row, i in zip(new.rows, new.ids.tolist(), strict=True)})
+
+        policy = cases.policy(**cases.RESIDENT)
+        with in_every_thread(Numbers), cases.open_on(device, cases.LLAMA, policy) as model:
+            request = read_request(model.spec, cases.PROMPTS, None)
+            ids = model.generate_with(request, 8, _Best(whole_call), listeners=[listen])
+            assert all(ids[row, request.width + token] == i for (row, token), i in heard.items())
+        found[device] = ids
+    np.testing.assert_array_equal(found["cuda"], found["cpu"])
+
+
+def test_no_id_that_is_invalid_is_embedded():
+    """The host refuses it, but the next token may have been computed by then."""
+    read = []
+
+    class Broken(_Best):
+        can_end = False
+
+        def choose(self, logits, rows, token):
+            return torch.full((len(rows),), INVALID if token else 1, device=logits.device)
+
+    embed = InputEmbed._embed
+
+    def watched(layer, ids, *rest):
+        read.append(ids.cpu())
+        return embed(layer, ids, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, in_every_thread(Numbers):
+        patch.setattr(InputEmbed, "_embed", watched)
+        with cases.open_on("cuda", cases.OPT, cases.policy(**cases.RESIDENT)) as model:
+            request = read_request(model.spec, cases.PROMPTS, None)
+            with pytest.raises(LaneError, match="NaN or infinite at new token 1"):
+                model.generate_with(request, 8, Broken(False))
+    assert len(read) > 3 and all((ids >= 0).all() for ids in read)
 
 
 @pytest.mark.parametrize("codec", ["int4", "int8"])

@@ -145,7 +145,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     costs = StepCosts(
         layers, placement, policy, workload, hardware, prompts, splits_attention=asked.splits_attention
     )
-    grid = asked.grid(tokens, len(layers), len(sizes), costs.weight_pieces)
+    grid = asked.grid(tokens, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
     predicted: Counter = Counter()
     stages: Counter = Counter()
     for step in all_steps(grid):

@@ -14,15 +14,17 @@ from flexgen.planning.numbering import number, numbered
     pieces=st.integers(1, 4),
     tokens=st.integers(1, 9),
     slots_of=st.sampled_from(sorted(ORDERS)),
+    feeds_ids=st.booleans(),
 )
-@example(
-    name="overlap_multi_batch", layers=40, batches=1, pieces=1, tokens=7, slots_of="overlap_cpu_attention"
-)
-def test_a_schedule_from_its_sections_is_that_of_all_steps(name, layers, batches, pieces, tokens, slots_of):
+@example("overlap_multi_batch", 40, 1, 1, 7, "overlap_cpu_attention", False)
+@example("overlap_multi_batch", 40, 1, 1, 7, "overlap_cpu_attention", True)
+def test_a_schedule_from_its_sections_is_that_of_all_steps(
+    name, layers, batches, pieces, tokens, slots_of, feeds_ids
+):
     """With the slots of any order that has enough: a last block with fewer batches runs in another one's."""
     slots = ORDERS[slots_of].slots
     assume(slots.weights >= ORDERS[name].slots.weights and slots.cells >= ORDERS[name].slots.cells)
-    grid = ORDERS[name].grid(tokens, layers, batches, pieces, slots)
+    grid = ORDERS[name].grid(tokens, layers, batches, pieces, slots, feeds_ids)
     short, whole = numbered(name, grid), number(ORDERS[name](grid), grid)
     assert list(short.steps()) == list(whole.steps())
     assert list(short.needs()) == list(whole.needs())

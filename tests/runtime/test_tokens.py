@@ -65,8 +65,9 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
                 output.keep(token, batch, batch, chosen(ids[2 * batch : 2 * batch + 2]))
                 run(output.store(token, batch, batch))
                 run(prompts.load(token + 1, batch, batch))
-                read = prompts.take(token + 1, batch, batch)
-                assert read.tolist() == [[n] for n in ids[2 * batch : 2 * batch + 2]]
+                expected = [[n] for n in ids[2 * batch : 2 * batch + 2]]
+                assert prompts.take(token + 1, batch, batch).tolist() == expected
+                assert prompts.fed(batch).tolist() == expected
         assert output.ids.tolist() == [[3, 7, 11], [4, 8, 12], [5, 9, 13], [6, 10, 14]]
         assert output.count == sum(told) == 12
         assert not output.can_finish and output.following(1) is None

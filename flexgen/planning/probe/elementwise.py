@@ -121,8 +121,8 @@ class _Attending:
 
     def __init__(self, heads: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
-        page = (torch.zeros(rows, heads, _PROMPT, width, dtype=dtype, device=device) for _ in range(2))
-        self._pages: Sequence[Page] = [(next(page), next(page))]
+        page = torch.zeros(2, rows, heads, _PROMPT, width, dtype=dtype, device=device)
+        self._pages: Sequence[Page] = [(page[0], page[1])]
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         return token_factors(*rope_tables(rope, self.positions, dtype))

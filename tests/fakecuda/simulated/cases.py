@@ -30,6 +30,9 @@ PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
 
+RESIDENT: dict[str, Any] = {kind: {"gpu": 100} for kind in ("weights", "cache", "activations")}
+"""Shares of a policy that keeps everything on the GPU."""
+
 
 def encoded(codec: str, shares: dict[str, int] = THIRDS) -> dict[str, dict[str, Any]]:
     """Shares of the tiers, each kept in `codec`."""
