@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
 # a sibling on its own layer.
 LAYERS = [
+    {"shown"},
     {"errors", "units", "turns", "interrupts"},
     {"policy", "workload", "schedule", "demo", "plain_files"},
     {"orders", "trace", "prompt_files", "job_file"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = set.union(*LAYERS[:4])
+WITHOUT_TORCH = set.union(*LAYERS[:5])
 MAX_LINES = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))
