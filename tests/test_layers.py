@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 LAYERS = [
     {"shown"},
     {"errors", "units", "turns", "interrupts"},
-    {"policy", "workload", "schedule", "demo", "plain_files"},
+    {"policy", "workload", "schedule", "demo", "plain_files", "threads"},
     {"orders", "trace", "prompt_files", "job_file"},
     {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},
