@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from flexgen.errors import did_you_mean
 from flexgen.interrupts import handle_as_usual
+from flexgen.shown import shown
 
 COMMANDS = {
     "complete": "continue a text, or chat at a prompt",
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         handle_as_usual()
         print(
-            f"flexgen: {name!r} is not a command{did_you_mean(name, COMMANDS)}\n\n{_usage()}", file=sys.stderr
+            f"flexgen: {shown(name)} is not a command{did_you_mean(name, COMMANDS)}\n\n{_usage()}",
+            file=sys.stderr,
         )
         return 2
     status: int = importlib.import_module(f"flexgen.{name}").main(rest[:-1])

@@ -30,6 +30,7 @@ from flexgen.prompt_files import MESSAGES, PROMPT, PromptLine, at_line, read_pro
 from flexgen.runtime.request import check_room
 from flexgen.runtime.sampler import check_seed
 from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
+from flexgen.shown import shown
 from flexgen.text import encode, encode_chat, load_tokenizer
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
@@ -194,7 +195,7 @@ def file_mode(text: str) -> int:
     """Permissions in octal, for argparse; the owner must be able to resume."""
     if not re.fullmatch("0?[0-7]{3}", text) or int(text, 8) & 0o600 != 0o600:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a mode of three octal digits, of which the first lets you read and write: 600, 644"
+            f"{shown(text)} is not a mode of three octal digits, of which the first lets you read and write: 600, 644"
         )
     return int(text, 8)
 

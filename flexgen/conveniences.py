@@ -27,6 +27,7 @@ from flexgen.runtime.request import (
     read_request,
 )
 from flexgen.runtime.stream import Stream, Teller
+from flexgen.shown import shown
 from flexgen.text import Decoder, Messages, encode, encode_chat, is_chat, load_tokenizer, stop_strings
 
 Text = str | Sequence[int] | np.ndarray | Messages
@@ -196,7 +197,7 @@ class Conveniences(ABC):
 
     def _read(self, texts: Sequence[Text], special_tokens: bool) -> Request:
         if isinstance(texts, str):
-            raise RequestError(f"texts are the one text {texts[:20]!r}; give a list of texts")
+            raise RequestError(f"texts are the one text {shown(texts)}; give a list of texts")
         if is_chat(texts):
             raise RequestError("texts are the messages of one chat; give a list of chats: [messages]")
         ids: list[Any] = [self._encoded(text, special_tokens) for text in texts]

@@ -58,5 +58,5 @@ class DeviceError(LaneError):
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known one that is like it, if there is one."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else ()
     return f" (did you mean {close[0]!r}?)" if close else ""

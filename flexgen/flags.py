@@ -18,6 +18,8 @@ from flexgen.errors import FlexGenError, PolicyError
 from flexgen.interrupts import handle_as_usual
 from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
+from flexgen.shown import shown
+from flexgen.units import LARGEST_COUNT
 
 AUTO = "auto"
 """What `--policy` is without a file."""
@@ -196,14 +198,16 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
+    """A whole number from 1 to `LARGEST_COUNT`, for argparse."""
+    digits = len(str(LARGEST_COUNT))  # Python reads no more than 4300
+    number = int(text) if text.isdecimal() and len(text) <= digits else 0
+    if not 1 <= number <= LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 to {LARGEST_COUNT}")
+    return number
 
 
 def _yes_or_no(text: str) -> bool:
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither true nor false")
     return known[text.lower()]

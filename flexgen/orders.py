@@ -18,6 +18,7 @@ from itertools import pairwise, product
 
 from flexgen.errors import ScheduleError, did_you_mean
 from flexgen.schedule import LOADS, STORES, Grid, Op, Step, check
+from flexgen.shown import shown
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def check_order(name: str) -> None:
     """
     if name not in ORDERS:
         known = ", ".join(sorted(ORDERS))
-        raise ScheduleError(f"order {name!r} is not known; known: {known}{did_you_mean(name, ORDERS)}")
+        raise ScheduleError(f"order {shown(name)} is not known; known: {known}{did_you_mean(name, ORDERS)}")
     for tokens, layers, batches, pieces in product((1, 3), (1, 2, 5), (1, 2, 5), (1, 2)):
         grid = ORDERS[name].grid(tokens, layers, batches, pieces)
         try:
@@ -231,7 +232,7 @@ def check_order(name: str) -> None:
                 check(ORDERS[name](whole), whole)
         except ScheduleError as error:
             shape = f"{tokens} tokens, {layers} layers, {batches} batches and {pieces} pieces of weights"
-            raise ScheduleError(f"order {name!r} with {shape}: {error}") from None
+            raise ScheduleError(f"order {shown(name)} with {shape}: {error}") from None
 
 
 def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:

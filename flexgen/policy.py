@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from flexgen.errors import PolicyError, did_you_mean
+from flexgen.shown import shown
+from flexgen.units import LARGEST_COUNT
 
 CODECS = ("none", "int4", "int8")
 """Names a share's `codec` may have. A new codec is added here and in the package that implements it."""
@@ -72,12 +74,16 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
     known = [str(name) for name in known]
     for key in given:
         if key not in known:
-            raise PolicyError(f"unknown key {key!r}; known: {', '.join(known)}{did_you_mean(key, known)}")
+            raise PolicyError(
+                f"unknown key {shown(key)}; known: {', '.join(known)}{did_you_mean(key, known)}"
+            )
 
 
 def _percent(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise PolicyError(f"{value!r} ({type(value).__name__}) is no percentage; write a number, 0 to 100")
+        raise PolicyError(
+            f"{shown(value)} ({type(value).__name__}) is no percentage; write a number, 0 to 100"
+        )
     percent = _float(value)
     if not 0 <= percent <= 100:  # NaN fails this too
         raise PolicyError(f"{percent:g} percent is outside 0 to 100; write 20 for a fifth")
@@ -94,16 +100,20 @@ def _float(value: Any) -> float:
 
 def _positive(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be a whole number >= 1")
+        raise PolicyError(
+            f"{name} is {shown(value)} ({type(value).__name__}); it must be a whole number >= 1"
+        )
     if value < 1:
-        raise PolicyError(f"{name} is {value}; it must be at least 1")
-    return operator.index(value)
+        raise PolicyError(f"{name} is {shown(value)}; it must be at least 1")
+    if (count := operator.index(value)) > LARGEST_COUNT:
+        raise PolicyError(f"{name} is {shown(count)}; it must be at most {LARGEST_COUNT}")
+    return count
 
 
 def _fraction(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise PolicyError(
-            f"{name} is {value!r} ({type(value).__name__}); it must be a number above 0, at most 1"
+            f"{name} is {shown(value)} ({type(value).__name__}); it must be a number above 0, at most 1"
         )
     if not 0 < (fraction := _float(value)) <= 1:  # NaN fails this too
         raise PolicyError(f"{name} is {fraction:g}; it must be above 0 and at most 1; write 0.1 for a tenth")
@@ -121,7 +131,7 @@ class Share:
         object.__setattr__(self, "percent", _percent(self.percent))
         if not isinstance(self.codec, str) or self.codec not in CODECS:
             hint = did_you_mean(self.codec, CODECS)
-            raise PolicyError(f"codec {self.codec!r} is unknown; known: {', '.join(CODECS)}{hint}")
+            raise PolicyError(f"codec {shown(self.codec)} is unknown; known: {', '.join(CODECS)}{hint}")
 
     @classmethod
     def of(cls, given: ShareLike) -> Share:
@@ -133,7 +143,7 @@ class Share:
         _refuse_unknown(given, ("percent", "codec"))
         if "percent" not in given:
             raise PolicyError(
-                f"{dict(given)} has no percent; write {{ percent = 50, codec = {CODECS[0]!r} }} or a number"
+                f"{shown(given)} has no percent; write {{ percent = 50, codec = {CODECS[0]!r} }} or a number"
             )
         return cls(**given)
 
@@ -164,7 +174,7 @@ class Split:
         if not isinstance(given, Mapping):
             kind = type(given).__name__
             raise PolicyError(
-                f"{given!r} ({kind}) is no split; write percent by tier: {{ gpu = 20, cpu = 80 }}"
+                f"{shown(given)} ({kind}) is no split; write percent by tier: {{ gpu = 20, cpu = 80 }}"
             )
         _refuse_unknown(given, tuple(Tier))
         return cls(**given)
@@ -237,7 +247,7 @@ class Policy:
         for name in ("gpu_batch_size", "num_gpu_batches"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
-            raise PolicyError(f'attend_on is {self.attend_on!r}; it must be "cpu" or "gpu"')
+            raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')
         for tier in Tier:
             if (codec := self.activations[tier].codec) != "none":
                 raise PolicyError(
@@ -253,7 +263,9 @@ class Policy:
                 )
         for name in ("overlap", "sep_layer", "pin_weight"):
             if not isinstance(value := getattr(self, name), bool):
-                raise PolicyError(f"{name} is {value!r} ({type(value).__name__}); it must be true or false")
+                raise PolicyError(
+                    f"{name} is {shown(value)} ({type(value).__name__}); it must be true or false"
+                )
 
     @property
     def block_size(self) -> int:
@@ -336,7 +348,10 @@ def _rest_on_disk(name: str, gpu: float, cpu: float) -> Split:
         shares = Share.of(gpu), Share.of(cpu)
         rest = 100 - math.fsum(share.percent for share in shares)
         if rest < -SUM_TOLERANCE:
-            raise PolicyError(f"gpu {gpu:g} + cpu {cpu:g} is {gpu + cpu:g} percent; the most is 100 together")
+            percents = " + ".join(
+                f"{tier} {share.percent:g}" for tier, share in zip(Tier, shares, strict=False)
+            )
+            raise PolicyError(f"{percents} is {100 - rest:g} percent; the most is 100 together")
         # A rest of 1e-14 is rounding, not a wish to use the disk.
         return Split(*shares, disk=rest if rest > SUM_TOLERANCE else 0.0)
     except PolicyError as error:

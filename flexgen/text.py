@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
 from flexgen.plain_files import check_file
+from flexgen.shown import shown
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Files of which a tokenizer needs one: without any transformers would make an empty one for some models."""
@@ -85,7 +86,7 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise RequestError(
-                f"message {number} of a chat is {str(message)[:60]!r}; it must have a 'role' and a 'content'"
+                f"message {number} of a chat is {shown(message)}; it must have a 'role' and a 'content'"
             )
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
@@ -101,11 +102,13 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     """`stop` as a tuple of strings. Raises RequestError for anything else, and for an empty string."""
     if not isinstance(stop, Iterable):
-        raise RequestError(f"stop is {stop!r}; it takes a text, several, or () for none")
+        raise RequestError(f"stop is {shown(stop)}; it takes a text, several, or () for none")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for value in stops:
         if not isinstance(value, str) or not value:
-            raise RequestError(f"stop holds {value!r}; it takes a text, or several, that end a completion")
+            raise RequestError(
+                f"stop holds {shown(value)}; it takes a text, or several, that end a completion"
+            )
     return stops
 
 

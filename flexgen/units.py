@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from flexgen.shown import shown
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 BLOCK = 4096
@@ -14,6 +16,9 @@ ALIGNMENT = 256
 
 MOST_BYTES = (1 << 63) - 1
 """The largest size that system calls and torch take."""
+
+LARGEST_COUNT = (1 << 31) - 1
+"""The most prompts, batches or tokens that a policy or a workload asks for: products of two stay below 2**63."""
 
 _SCALES = {
     "": 1, "B": 1,
@@ -26,10 +31,10 @@ _SCALES = {
 def parse_bytes(text: str | int | float) -> int:
     """Bytes from "10GiB", "1.5 GB", "4096" or a number. Raises ValueError for anything else."""
     if isinstance(text, bool):
-        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
+        raise ValueError(f"{shown(text)} is not a size: write a number of bytes or a text such as '10GiB'")
     if isinstance(text, int | float):
         if not 0 <= text < float("inf"):
-            raise ValueError(f"{_shown(text)} is not a size: it must be a finite number >= 0")
+            raise ValueError(f"{shown(text)} is not a size: it must be a finite number >= 0")
         if text > MOST_BYTES:
             raise _too_large(text)
         return int(text)
@@ -37,7 +42,7 @@ def parse_bytes(text: str | int | float) -> int:
         re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text) if isinstance(text, str) else None
     )
     if not match or match[2].upper() not in _SCALES:
-        raise ValueError(f"{text!r} is not a size: write a number of bytes or a text such as '10GiB'")
+        raise ValueError(f"{shown(text)} is not a size: write a number of bytes or a text such as '10GiB'")
     count = float(match[1]) * _SCALES[match[2].upper()]
     if count > MOST_BYTES:
         raise _too_large(text)
@@ -45,15 +50,7 @@ def parse_bytes(text: str | int | float) -> int:
 
 
 def _too_large(given: object) -> ValueError:
-    return ValueError(f"{_shown(given)} is not a size: it must be below 8 EiB (2**63 bytes)")
-
-
-def _shown(given: object) -> str:
-    # Python refuses to write whole numbers of more than 4300 digits.
-    if isinstance(given, int) and given.bit_length() > 128:
-        return f"{'-' if given < 0 else ''}2**{given.bit_length() - 1} or more"
-    text = repr(given)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return ValueError(f"{shown(given)} is not a size: it must be below 8 EiB (2**63 bytes)")
 
 
 def format_bytes(count: int | float) -> str:

@@ -8,13 +8,16 @@ import operator
 from dataclasses import dataclass
 
 from flexgen.errors import RequestError
+from flexgen.shown import shown
+from flexgen.units import LARGEST_COUNT
 
 
 @dataclass(frozen=True)
 class Workload:
     """`num_prompts` prompts of `prompt_len` tokens, each continued by `gen_len` tokens.
 
-    Shorter prompts are padded to `prompt_len`. Raises RequestError unless all three are whole numbers >= 1.
+    Shorter prompts are padded to `prompt_len`. Raises RequestError unless all three are whole numbers from 1 to
+    `LARGEST_COUNT`.
     """
 
     prompt_len: int
@@ -26,10 +29,12 @@ class Workload:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 kind = type(value).__name__
-                raise RequestError(f"{field.name} is {value!r} ({kind}); it must be a whole number >= 1")
+                raise RequestError(f"{field.name} is {shown(value)} ({kind}); it must be a whole number >= 1")
             if value < 1:
-                raise RequestError(f"{field.name} is {value}; it must be at least 1")
-            object.__setattr__(self, field.name, operator.index(value))
+                raise RequestError(f"{field.name} is {shown(value)}; it must be at least 1")
+            if (count := operator.index(value)) > LARGEST_COUNT:
+                raise RequestError(f"{field.name} is {shown(value)}; it must be at most {LARGEST_COUNT}")
+            object.__setattr__(self, field.name, count)
 
     @property
     def capacity(self) -> int:

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
 # a sibling on its own layer.
 LAYERS = [
+    {"shown"},
     {"errors", "units", "turns", "interrupts"},
-    {"policy", "workload", "schedule", "demo", "plain_files"},
+    {"policy", "workload", "schedule", "demo", "plain_files", "threads"},
     {"orders", "trace", "prompt_files", "job_file"},
     {"report", "flags", "answers"},
     {"kernels", "scoring", "text"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = set.union(*LAYERS[:4])
+WITHOUT_TORCH = set.union(*LAYERS[:5])
 MAX_LINES = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))

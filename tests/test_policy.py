@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen.errors import PolicyError
 from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.units import LARGEST_COUNT
 
 ISSUE_TOML = """
 gpu_batch_size = 48
@@ -35,7 +36,7 @@ def splits(draw):
 
 policies = st.builds(
     Policy,
-    gpu_batch_size=st.integers(1, 1 << 40),
+    gpu_batch_size=st.integers(1, LARGEST_COUNT),
     num_gpu_batches=st.integers(1, 1000),
     weights=splits(),
     cache=splits(),

@@ -23,6 +23,7 @@ from flexgen.flex_opt.places import DUMMY_WEIGHT, read_config
 from flexgen.flex_opt.policy import CompressionConfig, Policy
 from flexgen.policy import Tier
 from flexgen.runtime.debug import BREAKDOWN, FEWER_BATCH, projected_decode, tokens_to_run
+from flexgen.shown import shown
 from flexgen.units import GIB, KIB, MIB
 
 KB, MB, GB = KIB, MIB, GIB
@@ -61,7 +62,7 @@ def str2bool(value: str | bool) -> bool:
     if isinstance(value, bool):
         return value
     if value.lower() not in _TRUE + _FALSE:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{shown(value)} is neither true nor false")
     return value.lower() in _TRUE
 
 

@@ -9,6 +9,7 @@ from flexgen import policy
 from flexgen.errors import PolicyError
 from flexgen.policy import Share, Split, Tier
 from flexgen.quant.codec import CODECS, Groupwise
+from flexgen.shown import shown
 
 _WEIGHT_DIMS = (0, 1)
 """Either dimension of a matrix: groups lie along its rows whichever is named."""
@@ -94,16 +95,16 @@ def _percent(value: float) -> float:
     try:
         nearest = min(max(value, 0), 100)
         return nearest if abs(value - nearest) <= policy.SUM_TOLERANCE else value
-    except TypeError:
+    except (TypeError, ValueError):
         return value  # not a number; the policy says so
 
 
 def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) -> str:
     """The name of the codec that stands for a configuration: never coarser than what was asked for."""
-    if config is None:
+    if not isinstance(config, CompressionConfig):
         raise PolicyError(
-            f"{field} is None, and is asked to compress; give CompressionConfig(num_bits=4, group_size=64, "
-            f"group_dim={next(iter(dims))}, symmetric=False)"
+            f"{field} is {shown(config)}, and is asked to compress; give CompressionConfig(num_bits=4, "
+            f"group_size=64, group_dim={next(iter(dims))}, symmetric=False)"
         )
     if not config.enabled:
         return "none"
@@ -111,16 +112,16 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
     groups = {codec.group: codec for codec in groupwise if codec.bits == config.num_bits}
     if not groups:
         known = ", ".join(map(str, sorted({codec.bits for codec in groupwise})))
-        raise PolicyError(f"{field}: num_bits is {config.num_bits!r}; supported: {known}")
-    if config.group_size < (least := min(groups)):
+        raise PolicyError(f"{field}: num_bits is {shown(config.num_bits)}; supported: {known}")
+    if not isinstance(config.group_size, int) or config.group_size < (least := min(groups)):
         raise PolicyError(
-            f"{field}: group_size is {config.group_size!r}; groups have {least} values here, so that "
+            f"{field}: group_size is {shown(config.group_size)}; groups have {least} values here, so that "
             f"smaller ones would be kept less exactly than asked: give {least} or more"
         )
     codec = groups[max(size for size in groups if size <= config.group_size)]
     if config.group_dim not in dims:
         known = " or ".join(map(str, dims))
-        raise PolicyError(f"{field}: group_dim is {config.group_dim!r}; supported: {known}")
+        raise PolicyError(f"{field}: group_dim is {shown(config.group_dim)}; supported: {known}")
     if config.symmetric:
         raise PolicyError(
             f"{field}: symmetric groups are not supported (nor were they in 0.1): give symmetric=False"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flexgen.errors import RequestError, UnsupportedError, did_you_mean
+from flexgen.shown import shown
 
 _NO_EFFECT = frozenset(
     {"low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "use_safetensors", "weights_only"}
@@ -66,9 +67,9 @@ def refuse_arguments(others: Mapping[str, Any], method: Callable[..., Any]) -> N
             continue
         if name not in _UNSUPPORTED:
             known = [*inspect.signature(method).parameters, *_UNSUPPORTED]
-            raise TypeError(f"from_pretrained has no argument {name!r}{did_you_mean(name, known)}")
+            raise TypeError(f"from_pretrained has no argument {shown(name)}{did_you_mean(name, known)}")
         if value is not None and value is not False:
-            raise UnsupportedError(f"{name}={value!r} is not supported: {_UNSUPPORTED[name]}")
+            raise UnsupportedError(f"{name}={shown(value)} is not supported: {_UNSUPPORTED[name]}")
 
 
 def refuse_remote_code(trust_remote_code: bool | None) -> None:
@@ -112,7 +113,9 @@ def read_device_map(device_map: Any, device: str | torch.device) -> str:
             )
         value = device_map[""]
     if value in ("balanced", "balanced_low_0"):
-        raise UnsupportedError(f"device_map={value!r} is not supported: {_PARALLEL}; use device_map='auto'")
+        raise UnsupportedError(
+            f"device_map={shown(value)} is not supported: {_PARALLEL}; use device_map='auto'"
+        )
     if value == "disk":
         raise UnsupportedError(
             "device_map='disk' is not supported: nothing computes on a disk. "
@@ -121,11 +124,13 @@ def read_device_map(device_map: Any, device: str | torch.device) -> str:
     mapped = _device(value)
     if mapped is None:
         raise RequestError(
-            f"device_map={device_map!r} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0', the number of a GPU, or "
-            "{'': device}, and a policy for shares of the weights"
+            f"device_map={shown(device_map)} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0', the number of a GPU, "
+            "or {'': device}, and a policy for shares of the weights"
         )
     if asked != "auto" and _device(asked) != mapped:
-        raise RequestError(f"device_map={device_map!r} and device={asked!r} differ; give one of them")
+        raise RequestError(
+            f"device_map={shown(device_map)} and device={shown(asked)} differ; give one of them"
+        )
     return mapped
 
 

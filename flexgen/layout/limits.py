@@ -7,6 +7,7 @@ from typing import Any
 
 from flexgen.errors import RequestError
 from flexgen.policy import Tier
+from flexgen.shown import shown
 from flexgen.units import parse_bytes
 
 
@@ -28,12 +29,12 @@ def read_limits(given: Any) -> dict[Tier, int]:
         return {}
     if not isinstance(given, Mapping):
         raise RequestError(
-            f"max_memory is {given!r}; write a dict such as {{'gpu': '10GiB', 'cpu': '64GiB'}}"
+            f"max_memory is {shown(given)}; write a dict such as {{'gpu': '10GiB', 'cpu': '64GiB'}}"
         )
     limits = {}
     for key, size in given.items():
         if key not in list(Tier):
-            raise RequestError(f"max_memory has the key {key!r}; it takes {', '.join(Tier)}")
+            raise RequestError(f"max_memory has the key {shown(key)}; it takes {', '.join(Tier)}")
         try:
             limits[Tier(key)] = parse_bytes(size)
         except ValueError as error:

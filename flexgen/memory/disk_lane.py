@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from flexgen import threads
 from flexgen.memory.lanes import Cancelled, Done, HostDone, Job, ThreadLane, failure
 from flexgen.schedule import Step
 from flexgen.trace import Event, LaneName
@@ -72,7 +73,7 @@ class DiskLane(ThreadLane):
         self._flights: queue.SimpleQueue[_Flight | HostDone | None] = queue.SimpleQueue()
         self._free_at = 0.0  # when the last job that has ended did so
         self._waiter = threading.Thread(target=self._land_all, name=f"flexgen-{name}-end", daemon=True)
-        self._waiter.start()
+        threads.start(self._waiter)
         super().__init__(name, within=within)
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:

@@ -27,6 +27,7 @@ from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
+from flexgen.shown import shown
 from flexgen.trace import LaneName
 from flexgen.units import parse_bytes
 
@@ -142,7 +143,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
     """
     if isinstance(device, ComputeDevice):
         return device
-    name = str(device).strip().lower()
+    name = str(device).strip().lower() if isinstance(device, str | torch.device) else ""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -155,7 +156,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
     try:
         limits = {k: parse_bytes(v) for k, _, v in (w.partition("=") for w in words if w not in index)}
         if 0 in limits.values():
-            raise RequestError(f"device {device!r}: a limit must be more than 0")
+            raise RequestError(f"device {shown(device)}: a limit must be more than 0")
         if kind == "emulated" and limits.keys() <= {"memory", "link", "disk"} and not index:
             return EmulatedDevice(**limits)
         if kind == "cuda" and limits.keys() <= {"memory"} and len(index) <= 1:
@@ -163,9 +164,9 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
     except RequestError:
         raise
     except ValueError as error:
-        raise RequestError(f"device {device!r}: {error}") from None
+        raise RequestError(f"device {shown(device)}: {error}") from None
     raise RequestError(
-        f"device {device!r} is not known: use 'auto', 'cpu', 'cuda', 'cuda:0', 'emulated' or "
+        f"device {shown(device)} is not known: use 'auto', 'cpu', 'cuda', 'cuda:0', 'emulated' or "
         "'emulated:memory=1GiB,link=8GiB,disk=2GiB'"
     )
 
@@ -191,5 +192,7 @@ def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: Comp
         return fast
     dtype = _DTYPES.get(str(asked).removeprefix("torch."))
     if dtype is None:
-        raise RequestError(f"dtype {asked!r} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}")
+        raise RequestError(
+            f"dtype {shown(asked)} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}"
+        )
     return dtype

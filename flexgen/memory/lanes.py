@@ -24,6 +24,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from flexgen import threads
 from flexgen.errors import LaneError
 from flexgen.kernels.threads import take_no_others
 from flexgen.memory.device_errors import lane_error
@@ -162,7 +163,7 @@ class ThreadLane(Lane):
         self._cancelled = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"flexgen-{name}", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         done = HostDone()

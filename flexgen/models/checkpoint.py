@@ -28,6 +28,7 @@ from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
 from flexgen.plain_files import reading
+from flexgen.shown import shown
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -95,7 +96,7 @@ def open_model(
         return _as_stored(spec, files, unsaid), files
     if weights not in ("checkpoint", "dummy"):
         raise ModelError(
-            f"weights = {weights!r} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
+            f"weights = {shown(weights)} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
         )
     dummy = weights == "dummy"
     if isinstance(model, PreTrainedConfig):

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path, PurePosixPath
 
 from flexgen.errors import CheckpointError, ModelError
+from flexgen.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def shard_path(index: Path, name: object) -> Path:
     pure = PurePosixPath(name) if isinstance(name, str) else None
     if pure is None or not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in str(pure):
         raise CheckpointError(
-            f"{index}: weight_map names {str(name)[:200]!r}; expected the name of a file in {index.parent}"
+            f"{index}: weight_map names {shown(name)}; expected the name of a file in {index.parent}"
         )
     return index.parent / pure
 
@@ -61,4 +62,4 @@ def _base(path: Path) -> str:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return ""
-    return f" for {base[:200]!r}" if isinstance(base, str) else ""
+    return f" for {shown(base)}" if isinstance(base, str) else ""

@@ -22,6 +22,7 @@ from flexgen.models.layer import Layer
 from flexgen.models.samples import sample
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.plain_files import reading
+from flexgen.shown import shown
 from flexgen.units import align
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -162,7 +163,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{name} has a negative dimension")
             tensors[name] = StoredTensor(path, kind, DTYPES.get(kind), shape, base + begin, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from error
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {shown(error)}") from error
     _check_extents(path, tensors, base, size)
     return tensors
 

@@ -22,6 +22,7 @@ from typing import Any
 from flexgen.errors import HardwareError, did_you_mean
 from flexgen.layout.topology import LINKED, SHARED, Topology
 from flexgen.policy import CODECS, Tier
+from flexgen.shown import cut, shown
 from flexgen.trace import LaneName, Phase
 from flexgen.units import parse_bytes
 
@@ -110,7 +111,7 @@ class Hardware:
 
         for name in ("name", "source"):
             if not isinstance(text := getattr(self, name), str):
-                raise HardwareError(f"{name} is {text!r}; it must be a text")
+                raise HardwareError(f"{name} is {shown(text)}; it must be a text")
         put("disturbed", _seconds("disturbed", self.disturbed))
         put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
         put("installed", _table("installed", self.installed, _bytes, known=Tier))
@@ -135,7 +136,7 @@ class Hardware:
             put(name, _table(name, getattr(self, name), _lost, known=pairs))
         put("computes_in", _table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
         if not isinstance(self.products_decode, bool):
-            raise HardwareError(f"products_decode is {self.products_decode!r}; it must be true or false")
+            raise HardwareError(f"products_decode is {shown(self.products_decode)}; it must be true or false")
         if not isinstance(self.fixed, Fixed):
             known = tuple(f.name for f in dataclasses.fields(Fixed))
             put("fixed", Fixed(**_table("fixed", self.fixed, _seconds, known=known)))
@@ -187,9 +188,9 @@ class Hardware:
         return f"{dtype} {codec}" in self.decoding or codec in self.decoding
 
     def _dtype(self, name: str, value: object) -> str:
-        if value not in self.products:
+        if not isinstance(value, str) or value not in self.products:
             raise HardwareError(
-                f"{name} is {value!r}; it must be one of products: {', '.join(self.products)}"
+                f"{name} is {shown(value)}; it must be one of products: {', '.join(self.products)}"
             )
         return str(value)
 
@@ -197,9 +198,9 @@ class Hardware:
         """An entry of one of the tables by dtype or codec. Raises HardwareError where it is not known."""
         known: Mapping[str, Any] = getattr(self, table)
         if key not in known:
-            have = ", ".join(known) or "nothing"
+            have = cut(", ".join(known)) or "nothing"
             raise HardwareError(
-                f"hardware {self.name!r} has no figure {table}.{key}, only for {have}: add it to the hardware's "
+                f"hardware {shown(self.name)} has no figure {table}.{key}, only for {have}: add it to the hardware's "
                 f"file, or choose a dtype and codecs that it knows"
             )
         return known[key]
@@ -214,7 +215,7 @@ class Hardware:
     def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
         """A machine from the keys of its TOML; the inverse of `to_dict`. `name` is for one that has none."""
         known = [f.name for f in dataclasses.fields(cls)]
-        _refuse_unknown("", fields, known)
+        fields = _table("", fields, lambda _, value: value, known=known)
         given = {"name": name} | dict(fields) if name else dict(fields)
         needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
         if missing := [key for key in needed if key not in given]:
@@ -236,8 +237,8 @@ class Hardware:
         if name not in presets:
             hint = did_you_mean(name, presets)
             raise HardwareError(
-                f"hardware {name!r} is not known; known: {', '.join(presets)}{hint}. A file of your own is given "
-                f"by its path (name.toml)"
+                f"hardware {shown(name)} is not known; known: {', '.join(presets)}{hint}. Give a file of "
+                "your own by its path (name.toml)"
             )
         return cls.from_dict(presets[name], name)
 
@@ -314,23 +315,23 @@ def _table(
     """`given` with every value converted and keys as in `known` (any text if None)."""
     if not isinstance(given, Mapping):
         raise HardwareError(
-            f"{name} is {given!r} ({type(given).__name__}); write a table: {{ key = number }}"
+            f"{name or 'hardware'} is {shown(given)} ({type(given).__name__}); write a table: {{ key = number }}"
         )
-    keys = {str(key): key for key in known} if known is not None else {str(key): str(key) for key in given}
+    keys = {str(key): key for key in (given if known is None else known) if isinstance(key, str)}
     _refuse_unknown(name, given, keys)
     if missing := [str(key) for key in needed if key not in given]:
         raise HardwareError(
             f"{name} lacks {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}"
         )
-    return MappingProxyType({keys[str(k)]: convert(f"{name}.{k}", v) for k, v in given.items()})
+    return MappingProxyType({keys[str(k)]: convert(f"{name}.{cut(str(k))}", v) for k, v in given.items()})
 
 
 def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) -> None:
     for key in given:
-        if str(key) not in known:
+        if not isinstance(key, str) or str(key) not in known:
             inside = f" in {table}" if table else ""
             raise HardwareError(
-                f"unknown key {str(key)!r}{inside}; known: {', '.join(known)}{did_you_mean(key, known)}"
+                f"unknown key {shown(key)}{inside}; known: {cut(', '.join(known), 800)}{did_you_mean(key, known)}"
             )
 
 
@@ -342,7 +343,7 @@ def _number(name: str, value: object) -> float:
         raise HardwareError(
             f"{name} is a whole number that exceeds a float's range; write at most 1e308"
         ) from None
-    raise HardwareError(f"{name} is {value!r}; it must be a finite number")
+    raise HardwareError(f"{name} is {shown(value)}; it must be a finite number")
 
 
 def _rate(name: str, value: object) -> float:
@@ -369,7 +370,7 @@ def _bytes(name: str, value: Any) -> int:
     except (ValueError, TypeError) as error:
         raise HardwareError(f"{name}: {error}") from None
     if count < 1:
-        raise HardwareError(f"{name} is {count}; a tier that is there has at least 1 byte")
+        raise HardwareError(f"{name} is {shown(count)}; a tier that is there has at least 1 byte")
     return count
 
 
@@ -390,10 +391,10 @@ def _points(
     at, what = of
     pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
     if not pairs or not value:
-        raise HardwareError(f"{name} is {value!r}; write points: [[{at}, {what}], ...]")
+        raise HardwareError(f"{name} is {shown(value)}; write points: [[{at}, {what}], ...]")
     assert isinstance(value, Sequence)
     points = tuple((_rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
     if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
         given = ", ".join(f"{many:g}" for many, _ in points)
-        raise HardwareError(f"{name} has points at {at} {given}; write them by rising {at}, each once")
+        raise HardwareError(f"{name} has points at {at} {cut(given)}; write them by rising {at}, each once")
     return points

@@ -24,6 +24,7 @@ from flexgen.planning.workspaces import workspaces_on
 from flexgen.policy import Policy, Tier
 from flexgen.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.schedule import Op
+from flexgen.shown import shown
 from flexgen.trace import LaneName, Phase, Trace
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
@@ -142,7 +143,7 @@ def check_request(
 ) -> str:
     """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
     if order is not None and order not in ORDERS:
-        raise ScheduleError(f"order {order!r} is not known; known: {', '.join(sorted(ORDERS))}")
+        raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
     if workload.capacity > spec.longest_text:
         raise RequestError(
             f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
@@ -152,7 +153,7 @@ def check_request(
     if name not in hardware.products:
         known = ", ".join(hardware.products)
         raise RequestError(
-            f"dtype {name!r} has no figures for {hardware.name!r}; it has: {known}, or use 'auto'"
+            f"dtype {shown(name)} has no figures for {shown(hardware.name)}; it has: {known}, or use 'auto'"
         )
     return name
 

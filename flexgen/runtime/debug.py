@@ -8,6 +8,7 @@ from flexgen.errors import RequestError
 from flexgen.runtime.call import Timing
 from flexgen.runtime.request import check_whole
 from flexgen.schedule import Op
+from flexgen.shown import shown
 from flexgen.trace import Event, LaneName, Phase
 from flexgen.units import format_seconds
 
@@ -27,7 +28,9 @@ def tokens_to_run(
     projected: figures of all of them are wanted. Raises RequestError for a mode or a cut that cannot be meant.
     """
     if debug_mode not in _MODES:
-        raise RequestError(f"debug_mode is {debug_mode!r}; it must be None, 'breakdown' or 'fewer_batch'")
+        raise RequestError(
+            f"debug_mode is {shown(debug_mode)}; it must be None, 'breakdown' or 'fewer_batch'"
+        )
     if cut_gen_len is None:
         return min(max_new_tokens, _FEW_TOKENS) if debug_mode else max_new_tokens
     check_whole("cut_gen_len", cut_gen_len, 1)

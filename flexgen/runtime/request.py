@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
+from flexgen.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
             raise RequestError(f"prompt {n} is no list of ids: {error}") from None
         if row.ndim != 1:
             raise RequestError(
-                f"prompt {n} is {given!r}; it must be a list of ids (wrap one prompt in a list)"
+                f"prompt {n} is {shown(given)}; it must be a list of ids (wrap one prompt in a list)"
             )
         if len(row) and row.dtype.kind not in "iu":
             raise RequestError(f"prompt {n} holds {row.dtype} values; ids are whole numbers")
@@ -151,7 +152,7 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
         raise RequestError(f"attention_mask row {n} is not a list of 0 and 1: {error}") from None
     if mask.ndim != 1:
         raise RequestError(
-            f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {given!r}"
+            f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {shown(given)}"
         )
     if len(mask) and mask.dtype.kind not in "biuf":
         raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
@@ -166,7 +167,7 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         limit = "" if most is None else f" and <= {most}"
-        raise RequestError(f"{name} is {value!r}; it must be a whole number >= {least}{limit}")
+        raise RequestError(f"{name} is {shown(value)}; it must be a whole number >= {least}{limit}")
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
@@ -218,7 +219,9 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
     ids = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise RequestError(f"stop holds {value!r}; it takes one id, several ids, or () to never stop")
+            raise RequestError(
+                f"stop holds {shown(value)}; it takes one id, several ids, or () to never stop"
+            )
         if not 0 <= int(value) < spec.vocab_size:
             raise RequestError(f"stop id {value} is outside the vocabulary, 0 to {spec.vocab_size - 1}")
     return tuple(int(value) for value in ids)

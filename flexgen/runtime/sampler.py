@@ -13,6 +13,7 @@ from flexgen.errors import RequestError
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
+from flexgen.shown import shown
 
 INVALID = -1
 """In the place of an id: the row has NaN or infinite scores, so that none can be chosen.
@@ -27,7 +28,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise RequestError for values that cannot be meant."""
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise RequestError(f"{name} is {value!r}; it must be a number")
+            raise RequestError(f"{name} is {shown(value)}; it must be a number")
         try:
             float(value)
         except OverflowError:

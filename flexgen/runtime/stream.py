@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
+from flexgen import threads
 from flexgen.errors import RequestError
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Stream(Iterator[T]):
         self._finalizer = weakref.finalize(self, _stop, self._teller, thread)
         self._process = os.getpid()
         try:
-            thread.start()
+            threads.start(thread)
         except BaseException:  # Ctrl-C: the run may have begun, and nobody gets the stream
             self.close()
             raise

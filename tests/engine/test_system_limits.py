@@ -37,6 +37,10 @@ expected = lm.generate(prompts, 6, stop=())
 def generate():
     assert (lm.generate(prompts, 6, stop=()) == expected).all()
 
+def stream():
+    for row, ids in lm.stream(prompts, 6, stop=()):
+        assert (expected[row, -6:] == ids).all()
+
 def open_again():
     OptLM(model, policy, device=device, dtype="bfloat16", offload_dir=offload / "again", progress=False).close()
 
@@ -57,6 +61,7 @@ CASES = (
     (resource.RLIMIT_NOFILE, lowest_free_descriptor, generate, "RequestError", "ulimit -n"),
     (resource.RLIMIT_NOFILE, lowest_free_descriptor, open_again, "CheckpointError", "ulimit -n"),
     (resource.RLIMIT_AS, address_space, generate, "CapacityError", "cpu tier"),
+    (resource.RLIMIT_AS, lambda: address_space() // 2, stream, "CapacityError", "ulimit -v"),
     (resource.RLIMIT_AS, lambda: address_space() + (1 << 20), map_memory, "CapacityError", "ulimit -v"),
 )
 for number, (kind, limit, call, name, fix) in enumerate(CASES):

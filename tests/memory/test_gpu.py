@@ -13,6 +13,7 @@ from flexgen.memory.gpu import EmulatedDevice, HostDevice, Pace, choose_dtype, o
 from flexgen.memory.lanes import InlineLane
 from flexgen.memory.shared_gpu import shared_gpu
 from flexgen.policy import Tier
+from flexgen.shown import shown
 from flexgen.trace import LaneName
 from flexgen.units import GIB, MIB
 
@@ -96,7 +97,7 @@ def test_a_device_is_taken_as_it_is():
 def test_other_names_are_refused(name):
     with pytest.raises(RequestError) as caught:
         open_device(name)
-    assert f"device {name!r}" in str(caught.value)
+    assert f"device {shown(name)}" in str(caught.value)
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from flexgen.errors import ModelError
 from flexgen.models.families import fields, llama, opt
 from flexgen.models.spec import ModelSpec
+from flexgen.shown import shown
 
 
 class Family(Protocol):
@@ -53,7 +54,5 @@ def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
 def _family(model_type: Any, name: str) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(
-            f"{name}: model_type = {fields.shown(model_type)} is not supported; supported: {known}"
-        )
+        raise ModelError(f"{name}: model_type = {shown(model_type)} is not supported; supported: {known}")
     return FAMILIES[model_type]

@@ -11,12 +11,11 @@ from transformers import PreTrainedConfig
 
 from flexgen.errors import ModelError
 from flexgen.models.ops import ACTIVATIONS
+from flexgen.shown import shown
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "head_dim": 65_536}
 """Of fields by which objects and tables are made before a file is read: the largest value."""
-_SHOWN = 200
-"""Characters of a value that messages show."""
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
     **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
@@ -170,12 +169,3 @@ def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, 
                 f"{name}: {field} = {shown(value)} is not a token id; give its number in the vocabulary"
             )
     return tuple(each for each in ids if 0 <= each < vocab_size)
-
-
-def shown(value: Any) -> str:
-    """`value` as messages show it. Values come from files, and may be of any length."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python refuses to write integers of thousands of digits
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

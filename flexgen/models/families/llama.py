@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from flexgen.errors import ModelError
 from flexgen.models.families import fields
 from flexgen.models.spec import ModelSpec, NameTable, RopeSpec
+from flexgen.shown import shown
 
 CONFIG_CLASS = LlamaConfig
 
@@ -96,20 +97,16 @@ def _rope(config: LlamaConfig, name: str, head_dim: int) -> RopeSpec:
     config = copy.deepcopy(config)
     given = config.rope_parameters or {}
     if not isinstance(given, dict):
-        raise ModelError(
-            f"{name}: rope_parameters = {fields.shown(given)} is not supported; expected an object"
-        )
+        raise ModelError(f"{name}: rope_parameters = {shown(given)} is not supported; expected an object")
     parameters: dict[str, Any] = dict(given)
     kind = parameters.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise ModelError(
-            f"{name}: rope_type = {fields.shown(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}"
+            f"{name}: rope_type = {shown(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}"
         )
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         part = parameters["partial_rotary_factor"]
-        raise ModelError(
-            f"{name}: partial_rotary_factor = {fields.shown(part)} is not supported; supported: 1.0"
-        )
+        raise ModelError(f"{name}: partial_rotary_factor = {shown(part)} is not supported; supported: 1.0")
     init = (
         LlamaRotaryEmbedding.compute_default_rope_parameters
         if kind == "default"
@@ -142,7 +139,7 @@ def _rope(config: LlamaConfig, name: str, head_dim: int) -> RopeSpec:
             raise ValueError(f"dynamic scaling needs a head_dim of at least 4, not {head_dim}")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
-            f"{name}: rope_parameters = {fields.shown(parameters)} cannot be used: {error!r}"
+            f"{name}: rope_parameters = {shown(parameters)} cannot be used: {shown(error)}"
         ) from error
     if len(inv_freq) != head_dim // 2:
         raise ModelError(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from flexgen import threads
 from flexgen.planning.probe.effort import Clock
 
 Work = Callable[[], object]
@@ -44,7 +45,7 @@ def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float
 
     thread = threading.Thread(target=serve, name="flexgen-probe")
     began = clock()
-    thread.start()
+    threads.start(thread)
     try:
         while clock() - began < seconds and thread.is_alive():
             here()

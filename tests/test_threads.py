@@ -1,0 +1,70 @@
+"""A thread begins, or the caller learns why it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from flexgen import threads
+from flexgen.errors import CapacityError, RequestError
+
+# The stack of the first thread is kept for the next one, which therefore begins and finds no memory to go on.
+FULL = """
+import resource, threading
+from flexgen import threads
+from flexgen.errors import CapacityError
+
+first = threading.Thread(target=int)
+threads.start(first)
+first.join()
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+taken = []
+for nbytes in (1 << 16, 600, 1):
+    try:
+        while True:
+            taken.append(bytearray(nbytes))
+    except MemoryError:
+        pass
+second = threading.Thread(target=int)
+try:
+    threads.start(second)
+    raised = None
+except CapacityError as error:
+    raised = error
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+taken.clear()
+assert raised is not None and "ulimit -v" in str(raised) and not second.is_alive()
+threads.start(second)
+second.join()
+print("done")
+"""
+
+
+def test_a_thread_that_has_no_memory_is_refused() -> None:
+    ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and ended.stdout == "done\n", ended.stdout + ended.stderr
+
+
+def test_no_memory_for_a_stack_is_a_capacity_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    thread = threading.Thread(target=int)
+    with monkeypatch.context() as patch:
+        patch.setattr(threads.mmap, "mmap", refuse)
+        with pytest.raises(CapacityError, match="address space.*RLIMIT_AS"):
+            threads.start(thread)
+    threads.start(thread)
+    thread.join()
+
+
+def test_a_limit_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "_start_new_thread", refuse)
+    with pytest.raises(RequestError, match="ulimit -u"):
+        threads.start(threading.Thread(target=int))
