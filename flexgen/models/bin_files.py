@@ -15,7 +15,7 @@ from torch import Tensor
 from flexgen.errors import CheckpointError
 from flexgen.models.samples import archive_content
 from flexgen.models.spec import WeightSpec
-from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, TensorFiles, finite
+from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, TensorFiles, by_name, finite
 from flexgen.plain_files import check_file, reading
 
 
@@ -24,13 +24,13 @@ class BinCheckpoint(TensorFiles):
 
     def __init__(self, directory: Path, files: Sequence[Path]) -> None:
         self._legacy: tuple[Path, dict[str, Any]] | None = None
-        tensors = {}
+        found = []
         for path in files:
             for name, tensor in self._load(path).items():
                 if isinstance(name, str) and isinstance(tensor, Tensor):
                     dtype = tensor.dtype if tensor.dtype in DTYPES.values() else None
-                    tensors[name] = StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))
-        super().__init__(directory, tensors)
+                    found.append((name, StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))))
+        super().__init__(directory, by_name(found))
 
     @property
     def fingerprint(self) -> str:

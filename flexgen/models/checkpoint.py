@@ -22,7 +22,7 @@ from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.families.fields import token_ids
 from flexgen.models.families.opt import SIZES, known_config, known_size
-from flexgen.models.folders import check_folder, shard_path
+from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -119,7 +119,9 @@ def open_model(
     if size is not None and dummy:
         return spec_from_config(known_config(size), size), DummyCheckpoint()
     if directory.exists():
-        raise ModelError(f"{name} is a file; give the directory that holds it and {_CONFIG}")
+        other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
+        fix = other or f"give the directory that holds it and {_CONFIG}"
+        raise ModelError(f"{name} is a file; {fix}")
     if (
         isinstance(model, Path)
         or directory.is_absolute()
@@ -156,6 +158,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
     """The spec with what only the files know: the dtype where the config says none, and a head of its own."""
+    files.check_unquantized()
     files.check_depth(spec)
     embed, head = _vocabulary(spec)
     if dtype_unsaid and files.holds(embed):
@@ -208,9 +211,9 @@ def _open_files(directory: Path) -> _Files:
         if index.exists() or index.is_symlink():
             return checkpoint(directory, _shards(index))
         looked_for += [single, index.name]
+    fix = other_format(directory) or "weights='dummy' runs the model with random weights"
     raise CheckpointError(
-        f"{directory}: no weight files; looked for {', '.join(looked_for)}, {NumpyCheckpoint.MARK}. "
-        "weights='dummy' runs the model with random weights"
+        f"{directory}: no weight files; looked for {', '.join(looked_for)}, {NumpyCheckpoint.MARK}. {fix}"
     )
 
 

@@ -16,6 +16,26 @@ _CACHED = "models--"
 """How the hub's cache begins the name of a model's folder."""
 
 
+_HUB_FORMAT = "the repository that it was made from mostly has the model in Hugging Face's layout"
+_OTHER_FORMATS = {
+    "*.gguf": (
+        "llama.cpp's GGUF format",
+        f"{_HUB_FORMAT}. Otherwise load it with transformers' from_pretrained(gguf_file=...) and save_pretrained it",
+    ),
+    "consolidated*.pth": (
+        "Meta's own layout",
+        "convert it with transformers' convert_llama_weights_to_hf script, or download the -hf repository",
+    ),
+    "*.onnx": ("the ONNX format", _HUB_FORMAT),
+    "tf_model.h5": ("TensorFlow's format", "load it with transformers and save_pretrained it as safetensors"),
+    "flax_model.msgpack": (
+        "Flax's format",
+        "load it with transformers and save_pretrained it as safetensors",
+    ),
+}
+"""Weights of other programs, by the pattern of their files' names."""
+
+
 def shard_path(index: Path, name: object) -> Path:
     """The file that `index` calls `name`, next to it or in a folder below. Raises CheckpointError.
 
@@ -29,9 +49,17 @@ def shard_path(index: Path, name: object) -> Path:
     return index.parent / pure
 
 
+def other_format(directory: Path) -> str:
+    """For weights in a format that flexgen does not open: which, and what to do. "" where there are none."""
+    for pattern, (kind, fix) in _OTHER_FORMATS.items():
+        if found := sorted(path.name for path in directory.glob(pattern)):
+            return f"{found[0]} is in {kind}, which is not supported: {fix}"
+    return ""
+
+
 def check_folder(directory: Path, config: str) -> None:
-    """Raises ModelError for a folder of another kind, which has no file `config`: a LoRA adapter, or an entry of the
-    hub's cache. Warns about an adapter next to a model, which is not applied."""
+    """Raises ModelError for a folder of another kind, which has no file `config`: a LoRA adapter, an entry of the
+    hub's cache, or weights of another program. Warns about an adapter next to a model, which is not applied."""
     has_config = (directory / config).exists()
     if (directory / _ADAPTER).exists():
         if has_config:
@@ -46,6 +74,8 @@ def check_folder(directory: Path, config: str) -> None:
             f"{directory} holds a LoRA adapter{_base(directory / _ADAPTER)}, not a model. Merge it into its base "
             "model with peft's merge_and_unload(), save the result, and give that directory"
         )
+    if not has_config and (other := other_format(directory)):
+        raise ModelError(f"{directory}: no {config} in this directory. {other}")
     if not has_config and directory.name.startswith(_CACHED) and (directory / "snapshots").is_dir():
         model = directory.name.removeprefix(_CACHED).replace("--", "/")
         found = sorted(str(each) for each in (directory / "snapshots").iterdir() if (each / config).exists())

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,32 @@ class StoredTensor:
     nbytes: int = 0
 
 
+_QUANTIZED = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_scale": "fp8 or int8",
+    "weight_scale_inv": "fp8",
+    "weight_packed": "compressed-tensors",
+}
+"""Methods by the last part of a tensor's name."""
+
+
+def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """The tensors of several files. Raises CheckpointError for a name that two of them have."""
+    tensors: dict[str, StoredTensor] = {}
+    for name, stored in found:
+        if name in tensors:
+            raise CheckpointError(
+                f"{shown(name)} is in {tensors[name].path} and in {stored.path}, and which one counts is not said: "
+                "shards of two checkpoints are mixed in this directory. Download it again into an empty one"
+            )
+        tensors[name] = stored
+    return tensors
+
+
 class TensorFiles:
     """What both formats share: a directory, and what its files say of each tensor by name."""
 
@@ -90,6 +116,17 @@ class TensorFiles:
                 f"supported: {supported}"
             )
         return stored.dtype
+
+    def check_unquantized(self) -> None:
+        """Raises CheckpointError for tensors that only quantized checkpoints have, whatever their config says."""
+        for name, stored in self._tensors.items():
+            method = _QUANTIZED.get(name.rpartition(".")[2])
+            if method or "float8" in stored.kind or stored.kind.startswith("F8"):
+                raise CheckpointError(
+                    f"{stored.path}: {shown(name)} ({stored.kind}) belongs to weights that are quantized "
+                    f"({method or 'fp8'}), which is not supported. Give the checkpoint in float16, bfloat16 or "
+                    "float32; a policy with int4 or int8 weights quantizes it on opening"
+                )
 
     def check_depth(self, spec: ModelSpec) -> None:
         """Raises CheckpointError for more layers than there are tensors, before an object is made for each."""
@@ -293,7 +330,7 @@ class SafetensorsCheckpoint(_PlainFiles):
     """One or several safetensors files of one directory."""
 
     def __init__(self, directory: Path, files: Sequence[Path]) -> None:
-        super().__init__(directory, {n: stored for path in files for n, stored in read_header(path).items()})
+        super().__init__(directory, by_name(item for path in files for item in read_header(path).items()))
 
 
 class NumpyCheckpoint(_PlainFiles):

@@ -124,3 +124,40 @@ def test_an_adapter_next_to_a_model_is_not_applied_and_says_so(make_model, save,
     open_model(directory)
     (message,) = caplog.messages
     assert "LoRA adapter (adapter_config.json), which is not applied" in message
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_tensor_that_two_shards_have(format, indexed, make_model, save):
+    """A second download of other shards into the same directory, whether or not the index names the copy's shard."""
+    options = {"max_shard_size": "10KB"} if format == "safetensors" else {"shards": 2}
+    directory = save(make_model("opt"), format, **options)
+    (index,) = directory.glob("*.index.json")
+    values = json.loads(index.read_text())
+    name, shard = next(iter(values["weight_map"].items()))
+    shutil.copy(directory / shard, directory / f"other-{shard}")
+    values["weight_map"] |= {name: f"other-{shard}"} if indexed else {"extra": f"other-{shard}"}
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"is in .* and in .*two checkpoints are mixed"):
+        open_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model-Q4_K_M.gguf", r"model-Q4_K_M\.gguf is in llama\.cpp's GGUF format.*gguf_file="),
+        ("consolidated.00.pth", r"is in Meta's own layout.*convert_llama_weights_to_hf"),
+        ("tf_model.h5", "is in TensorFlow's format.*save_pretrained"),
+    ],
+)
+def test_weights_of_another_program(file, words, make_model, save, tmp_path):
+    directory = tmp_path / "other"
+    directory.mkdir()
+    (directory / file).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=f"no config.json in this directory.*{words}"):
+        open_model(directory)
+    with pytest.raises(ModelError, match=f"is a file; .*{words}"):
+        open_model(directory / file)
+    shutil.copy(save(make_model("opt")) / "config.json", directory)
+    with pytest.raises(CheckpointError, match=f"no weight files; .*{words}"):
+        open_model(directory)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -336,3 +337,40 @@ def test_a_fingerprint_tells_trained_weights_apart(kind, make_model, save):
                     parameter.mul_(1.01)
         found.add(_fingerprint(save(model, format, **KINDS[kind])))
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "method"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", torch.int32, "GPTQ or AWQ"),
+        ("model.layers.0.self_attn.q_proj.weight.absmax", torch.uint8, "bitsandbytes"),
+        ("model.layers.0.self_attn.q_proj.SCB", torch.float32, "bitsandbytes"),
+        ("model.layers.0.self_attn.q_proj.weight_scale_inv", torch.float32, "fp8"),
+        ("model.layers.0.self_attn.q_proj.weight", torch.float8_e4m3fn, "fp8"),
+    ],
+)
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_quantized_weights_whose_config_does_not_say_so(name, dtype, method, format, make_model, save):
+    model = make_model("llama")
+    directory = save(model, format)
+    tensors = dict(model.state_dict()) | {name: torch.zeros(8, 8).to(dtype)}
+    if format == "safetensors":
+        save_file(tensors, directory / "model.safetensors")
+    else:
+        torch.save(tensors, directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"quantized \({method}\), which is not supported.*float16"):
+        open_model(directory)
+
+
+def test_a_bin_file_whose_archive_is_damaged(make_model, save):
+    """The end of the archive, by which it is recognized, is whole; its list of files is not."""
+    path = save(make_model("opt"), "bin") / "pytorch_model.bin"
+    data = bytearray(path.read_bytes())
+    begin = data.rfind(b"PK\x01\x02")
+    data[begin : begin + 4] = b"XXXX"
+    path.write_bytes(data)
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(zipfile.BadZipFile):
+        zipfile.ZipFile(path)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read as a checkpoint of tensors"):
+        open_model(path.parent)
