@@ -184,7 +184,7 @@ class OptLM(Conveniences):
         top_p: float = 1.0,
         attention_mask: Any = None,
         seed: int | None = None,
-        first_row: int = 0,
+        first_row: int | Sequence[int] = 0,
         stats: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, Report]:
         """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int64.
@@ -193,9 +193,10 @@ class OptLM(Conveniences):
             prompts are padded on the left, in the result too; there may be any number of them.
         do_sample: draw with `temperature`, `top_k` and `top_p` (see `sample`), from `seed`, or a random one if it is
             None; otherwise take the most probable token.
-        first_row: number of the first prompt in a job that several calls share. A draw depends on the seed, the
-            prompt's number in the job and the token alone, so that the job gets the same samples however it is
-            split into calls, and under every policy, order and device, but for what rounding of logits decides.
+        first_row: number of the first prompt in a job that several calls share, or of each prompt. A draw depends on
+            the seed, the prompt's number in the job and the token alone, so that the job gets the same samples
+            however it is split into calls, and under every policy, order and device, but for what rounding of
+            logits decides.
         stop: the id or ids that end a row, the model's end ids if None; `()` never stops. What follows a stop
             is the pad id.
         attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
@@ -286,13 +287,14 @@ class OptLM(Conveniences):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
-        first_row: int = 0,
+        first_row: int | Sequence[int] = 0,
     ) -> Choice:
         """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
         self._opened()
         check_sampling(temperature, top_k, top_p)
         check_seed(seed)
-        check_whole("first_row", first_row, 0, MAX_SEED >> 1)
+        for number in [first_row] if isinstance(first_row, int) else first_row:
+            check_whole("first_row", number, 0, MAX_SEED >> 1)
         drawn = temperature if do_sample else 0.0
         return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), seed, first_row)
 

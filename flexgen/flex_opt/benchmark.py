@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,12 +253,20 @@ def run_flexgen(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m flexgen.flex_opt",
+        prog=f"python -m {_started_as()}",
         description="The benchmark of FlexGen 0.1, with its flags and its log. `python -m flexgen.bench` is newer: "
         "it knows more models and says what the hardware could give.",
     )
     add_parser_arguments(parser)
     return run(parser, run_flexgen, argv)
+
+
+def _started_as() -> str:
+    """The module that `python -m` was given: `flexllmgen.flex_opt` is the same command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    names = {f"{package}.flex_opt" for package in ("flexgen", "flexllmgen")}
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    return name if name in names else "flexgen.flex_opt"
 
 
 def _tokenizer(model: OptLM) -> Any | None:

@@ -110,6 +110,7 @@ class OptLM:
             cut_gen_len=cut_gen_len,
             verbose=verbose,
             seed=seed_from_torch() if do_sample else None,
+            first_row=kept,
         )
         assert self.stats is not None
         timing = self.stats.timing

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen.runtime.draws import uniforms
+from flexgen.runtime.draws import MAX_SEED, uniforms
 from flexgen.runtime.sampler import sample
 
 Rows = Sequence[int]
@@ -56,7 +56,7 @@ class Sampled:
     """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row.
 
     A draw depends on the seed (a random one if None), the token, and the row's number in the job: `first_row` plus
-    its number in the call.
+    its number in the call, or `first_row[number]` where the rows of the job do not follow one another.
     """
 
     whole_call = False
@@ -68,12 +68,12 @@ class Sampled:
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
         seed: int | None = None,
-        first_row: int = 0,
+        first_row: int | Sequence[int] = 0,
     ) -> None:
         self._options = temperature, top_k, top_p
         self._draws = temperature > 0
         self._seed = secrets.randbits(64) if seed is None else int(seed)
-        self._first_row = first_row
+        self._numbers = range(first_row, MAX_SEED) if isinstance(first_row, int) else first_row
         self._stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64)
 
     @property
@@ -83,7 +83,7 @@ class Sampled:
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         drawn = None
         if self._draws:
-            drawn = uniforms(self._seed, [self._first_row + row for row in rows], token, logits.device)
+            drawn = uniforms(self._seed, [self._numbers[row] for row in rows], token, logits.device)
         return sample(logits, *self._options, uniforms=drawn)
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:

@@ -248,3 +248,12 @@ def test_an_environment_may_be_empty(tiny, policy):
     out = OptLM(tiny.config, env, str(tiny.path), policy(100, 0, 0, 0)).generate(PROMPTS, 2)
     np.testing.assert_array_equal(out, tiny.greedy(PROMPTS, 2))
     env.close_copy_threads()
+
+
+def test_rows_of_padding_do_not_change_what_others_draw(model):
+    def drawn(rows):
+        torch.manual_seed(0)
+        return model.generate(rows, 8, do_sample=True, temperature=2.0)
+
+    filled = [PROMPTS[0], [PAD] * len(PROMPTS[1]), *PROMPTS[2:4]]
+    np.testing.assert_array_equal(drawn(filled)[[0, 2, 3]], drawn(PROMPTS[:4])[[0, 2, 3]])

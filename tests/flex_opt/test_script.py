@@ -88,3 +88,6 @@ def test_the_module_runs_as_a_command(package, tiny, tmp_path):
     assert "total throughput: " in done.stdout
     assert done.stderr.count("DeprecationWarning: flexgen.flex_opt") == 1
     assert len(list(tmp_path.glob("fo-tiny-*.log"))) == 1
+    assert run(["-m", f"{package}.flex_opt", "--help"], tmp_path).stdout.startswith(
+        f"usage: python -m {package}.flex_opt "
+    )
