@@ -99,3 +99,21 @@ def test_ctrl_c_while_waiting_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert not running()
+
+
+def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when the system has made the thread and it has not begun: nobody waits for it any more."""
+    late: list[threading.Thread] = []
+    begun: list[Teller[int]] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flexgen.threads.start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Stream(begun.append)
+    late[0].start()
+    late[0].join()
+    assert not late[0].is_alive() and not begun
