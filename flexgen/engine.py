@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError
@@ -51,6 +50,9 @@ from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import NewTokens, WholeCallTokens, whole_call_needs
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedConfig
 
 
 class OptLM(Conveniences):

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.placement import Placement, place_weights
@@ -277,6 +276,8 @@ def solve(
     given: shares that are settled. without: columns that get nothing. elastic: capacities may be exceeded, by as
     few bytes as can be.
     """
+    from scipy.optimize import linprog  # takes a while to import, and only a search solves programs
+
     n, without = len(figures.columns), set(without)
     seconds = figures.base[:-3].reshape(2, _ROWS)
     rows = figures.change[:, :-3].reshape(n, 2, _ROWS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import OPTConfig
+from typing import TYPE_CHECKING
 
-from flexgen.models.families import fields
+from flexgen.models import fields
 from flexgen.models.spec import ModelSpec, NameTable
 
-CONFIG_CLASS = OPTConfig
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import OPTConfig
 
 NAMES = NameTable(
     prefixes=("model.decoder.", "decoder."),
@@ -49,6 +50,8 @@ def known_size(model: str) -> str | None:
 
 def known_config(size: str) -> OPTConfig:
     """The configuration of a key of `SIZES`, made without a network."""
+    from transformers import OPTConfig  # takes seconds, and a model on disk has a config of its own
+
     num_layers, num_heads, hidden_size = SIZES[size]
     small = size == "opt-350m"
     return OPTConfig(

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import OPTConfig
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
@@ -45,6 +44,8 @@ class ArithmeticProbe:
         self._dtype = dtype
         self._effort = effort
         self._watch = watch
+        from transformers import OPTConfig  # takes seconds, and few processes measure
+
         config = OPTConfig(
             hidden_size=effort.hidden,
             word_embed_proj_dim=effort.hidden,
