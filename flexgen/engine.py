@@ -106,7 +106,7 @@ class OptLM(Conveniences):
         super().__init__()
         self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
-            self.spec = replace(self.spec, num_layers=min(num_layers, self.spec.num_layers))
+            self.spec = self.spec.first_layers(num_layers)
         self.tokenizer_dir = checkpoint.directory
         place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
         with contextlib.ExitStack() as stack:

@@ -43,7 +43,9 @@ def parameters_of(kind: str, dim: int) -> st.SearchStrategy[dict[str, Any]]:
         "longrope": dict(factor=FACTOR, attention_factor=st.just(1.19)),
     }  # fmt: skip
     scaled = {} if kind in ("default", "longrope") else dict(factor=FACTOR)
-    lengths = {} if kind in ("default", "linear", "dynamic") else dict(original_max_position_embeddings=LENGTHS)
+    lengths = (
+        {} if kind in ("default", "linear", "dynamic") else dict(original_max_position_embeddings=LENGTHS)
+    )
     return st.fixed_dictionaries(
         dict(rope_type=st.just(kind), rope_theta=THETA, **scaled, **own[kind]),
         optional=optional.get(kind, {}) | lengths,

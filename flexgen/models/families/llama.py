@@ -6,26 +6,27 @@ import math
 from typing import TYPE_CHECKING
 
 from flexgen.models import fields
-from flexgen.models.spec import ModelSpec, NameTable, RopeSpec
+from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec, prefixed
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import LlamaConfig
 
-NAMES = NameTable(
-    prefixes=("model.", ""),
-    embed="embed_tokens",
-    attention_norm="layers.{i}.input_layernorm",
-    q="layers.{i}.self_attn.q_proj",
-    k="layers.{i}.self_attn.k_proj",
-    v="layers.{i}.self_attn.v_proj",
-    out="layers.{i}.self_attn.o_proj",
-    mlp_norm="layers.{i}.post_attention_layernorm",
-    gate="layers.{i}.mlp.gate_proj",
-    up="layers.{i}.mlp.up_proj",
-    down="layers.{i}.mlp.down_proj",
-    final_norm="norm",
-    head="lm_head",
-)
+NAMES = prefixed(
+    ("model.", ""),
+    {
+        "embed": "embed_tokens",
+        "attention_norm": "layers.{i}.input_layernorm",
+        "q": "layers.{i}.self_attn.q_proj",
+        "k": "layers.{i}.self_attn.k_proj",
+        "v": "layers.{i}.self_attn.v_proj",
+        "out": "layers.{i}.self_attn.o_proj",
+        "mlp_norm": "layers.{i}.post_attention_layernorm",
+        "gate": "layers.{i}.mlp.gate_proj",
+        "up": "layers.{i}.mlp.up_proj",
+        "down": "layers.{i}.mlp.down_proj",
+        "final_norm": "norm",
+    },
+) | {"head": ("lm_head",)}
 
 
 def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
@@ -38,38 +39,42 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
     fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
     fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
     rope = fields.rope(config, name, head_dim)
+    norm = NormSpec("rmsnorm", fields.number(config, name, "rms_norm_eps"))
+    bias = fields.flag(config, name, "attention_bias")
+    layer = LayerSpec(
+        attention=AttentionSpec(
+            heads=num_heads,
+            kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            qkv_bias=bias,
+            out_bias=bias,
+            rope=rope,
+        ),
+        mlp=MLPSpec(
+            size=fields.size(config, name, "intermediate_size"),
+            activation=fields.activation(config, name, "hidden_act"),
+            gated=True,
+            bias=fields.flag(config, name, "mlp_bias"),
+        ),
+        attention_norm=norm,
+        mlp_norm=norm,
+    )
     vocab_size = fields.size(config, name, "vocab_size")
     return ModelSpec(
         name=name,
         family="llama",
         names=NAMES,
         dtype=fields.dtype_of(config, name),
+        layers=(layer,) * fields.size(config, name, "num_hidden_layers"),
         hidden_size=hidden_size,
-        num_layers=fields.size(config, name, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        ffn_size=fields.size(config, name, "intermediate_size"),
         vocab_size=vocab_size,
         max_positions=_context(fields.size(config, name, "max_position_embeddings"), rope),
         embed_size=hidden_size,
         bos_token_id=fields.token_id(config, name, "bos_token_id"),
         pad_token_id=fields.token_id(config, name, "pad_token_id"),
         eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
-        norm="rmsnorm",
-        norm_eps=fields.number(config, name, "rms_norm_eps"),
-        norm_affine=True,
-        pre_norm=True,
-        final_norm=True,
-        activation=fields.activation(config, name, "hidden_act"),
-        gated_mlp=True,
-        qkv_bias=fields.flag(config, name, "attention_bias"),
-        out_bias=fields.flag(config, name, "attention_bias"),
-        mlp_bias=fields.flag(config, name, "mlp_bias"),
-        head_bias=False,
+        final_norm=norm,
         tied_head=fields.flag(config, name, "tie_word_embeddings"),
-        positions="rope",
-        rope=rope,
     )
 
 
