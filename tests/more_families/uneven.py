@@ -61,8 +61,9 @@ class UnevenConfig(PreTrainedConfig):
 
     model_type = "uneven"
 
-    def __init__(self, kinds: tuple[str, ...] = ("wide", "narrow"), **fields: object) -> None:
+    def __init__(self, kinds: tuple[str, ...] = ("wide", "narrow"), vocab_size: int = 64, **fields) -> None:
         self.kinds = list(kinds)
+        self.vocab_size = vocab_size
         super().__init__(**fields)
 
 
@@ -74,7 +75,7 @@ def to_spec(config: UnevenConfig, name: str) -> ModelSpec:
         dtype=fields.dtype_of(config, name),
         layers=tuple(KINDS[kind] for kind in config.kinds),
         hidden_size=32,
-        vocab_size=64,
+        vocab_size=config.vocab_size,
         max_positions=4096,
         embed_size=32,
         bos_token_id=None,
