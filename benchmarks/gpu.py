@@ -198,8 +198,8 @@ def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
         few = OPTConfig(
             hidden_size=spec.hidden_size,
             word_embed_proj_dim=spec.hidden_size,
-            ffn_dim=spec.ffn_size,
-            num_attention_heads=spec.num_heads,
+            ffn_dim=spec.layers[0].mlp.size,
+            num_attention_heads=spec.layers[0].attention.heads,
             num_hidden_layers=EMULATED_LAYERS,
             dtype="bfloat16",
         )

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
 from flexgen.conveniences import Conveniences
 from flexgen.errors import RequestError
@@ -51,6 +50,9 @@ from flexgen.runtime.stats import Stats
 from flexgen.runtime.tokens import NewTokens, WholeCallTokens, whole_call_needs
 from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedConfig
 
 
 class OptLM(Conveniences):
@@ -104,7 +106,7 @@ class OptLM(Conveniences):
         super().__init__()
         self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
-            self.spec = replace(self.spec, num_layers=min(num_layers, self.spec.num_layers))
+            self.spec = self.spec.first_layers(num_layers)
         self.tokenizer_dir = checkpoint.directory
         place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
         with contextlib.ExitStack() as stack:

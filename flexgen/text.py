@@ -8,7 +8,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
 from flexgen.plain_files import check_file
@@ -44,6 +43,8 @@ def load_tokenizer(directory: Path | None, model: str) -> Any:
     for name in (*_VOCABULARIES, "tokenizer_config.json", "merges.txt"):
         for file in directory.glob(name):
             check_file(file)
+    from transformers import AutoTokenizer  # takes seconds, and ids need no tokenizer
+
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # of whatever kind: files of any origin are read by code of many authors

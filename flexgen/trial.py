@@ -107,7 +107,7 @@ def predicted_trial(
     spec: ModelSpec, policy: Policy, order: str | None, hardware: Hardware, shape: Shape, dtype: str = "auto"
 ) -> Report:
     """What a trial would take."""
-    cut = replace(spec, num_layers=shape.layers)
+    cut = spec.first_layers(shape.layers)
     return predict(cut, policy, hardware, shape.workload, dtype=dtype, order=order).report
 
 

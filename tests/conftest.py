@@ -1,5 +1,7 @@
+import importlib
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from flexgen.memory.gpu import open_device
+from flexgen.models import families
 from flexgen.planning import auto
 from flexgen.planning.hardware import Hardware
 from flexgen.schedule import Grid
@@ -73,6 +76,15 @@ def interrupts_arrive():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """The module of a family whose layers differ (more_families/uneven.py), which is found as any family is."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = Path(__file__).parent / "more_families"
+        patch.setattr(families, "__path__", [*families.__path__, str(folder)])
+        yield importlib.import_module("flexgen.models.families.uneven")
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ def test_the_emulated_runs_have_the_same_policies_and_shapes(benchmark, tmp_path
         assert read_policy(here) == read_policy(there) and here.device.startswith("emulated:memory=16GiB,")
         few, whole = (open_model(args.model, "dummy")[0] for args in (here, there))
         assert here.json == str(tmp_path / name) and not (tmp_path / name).exists()
-        same = {"name": "", "dtype": None, "num_layers": benchmark.EMULATED_LAYERS}
+        same = {"name": "", "dtype": None, "layers": whole.first_layers(benchmark.EMULATED_LAYERS).layers}
+        assert few.layers == same["layers"]
         assert replace(few, **same) == replace(whole, **same) and few.num_layers < whole.num_layers
 
 

@@ -113,15 +113,16 @@ def to_transformers(config: OptConfig) -> OPTConfig:
 
 def from_spec(spec: ModelSpec, name: str) -> OptConfig:
     """What 0.1 would have called the sizes of an OPT model's own configuration."""
+    layer = spec.layers[0]
     return OptConfig(
         name=name,
         num_hidden_layers=spec.num_layers,
         max_seq_len=spec.max_positions,
         hidden_size=spec.hidden_size,
-        n_head=spec.num_heads,
+        n_head=layer.attention.heads,
         input_dim=spec.hidden_size,
-        ffn_embed_dim=spec.ffn_size,
-        activation_fn=spec.activation,
+        ffn_embed_dim=layer.mlp.size,
+        activation_fn=layer.mlp.activation,
         vocab_size=spec.vocab_size,
         pad_token_id=OptConfig.pad_token_id if spec.pad_token_id is None else spec.pad_token_id,
     )

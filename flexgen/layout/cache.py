@@ -12,7 +12,7 @@ from flexgen.kernels.attention import MASK_ALIGNMENT, join_bytes
 from flexgen.kernels.heads import HeadFormat
 from flexgen.layout.moves import Kind, Move, Route, Routes
 from flexgen.layout.topology import Topology
-from flexgen.models import ModelSpec
+from flexgen.models.spec import AttentionSpec, CacheShape
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.trace import LaneName
@@ -198,17 +198,25 @@ def leaves_device(segment: CacheSegment, span: Span, topology: Topology) -> bool
 
 
 def cache_layout(
-    spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
+    attention: AttentionSpec,
+    policy: Policy,
+    rows: int,
+    capacity: int,
+    dtype: torch.dtype,
+    topology: Topology,
 ) -> CacheLayout:
-    """The layout of a batch of `rows` prompts of at most `capacity` tokens each."""
-    segments = cache_segments(spec, policy, rows, capacity, dtype, topology)
-    return CacheLayout(segments, spec.q_size * dtype.itemsize, topology)
+    """The layout of a batch of `rows` prompts of at most `capacity` tokens each, in a layer with this attention."""
+    segments = cache_segments(attention.cache, policy, rows, capacity, dtype, topology)
+    return CacheLayout(segments, attention.q_size * dtype.itemsize, topology)
 
 
 def cache_segments(
-    spec: ModelSpec, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
+    shape: CacheShape, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
 ) -> tuple[CacheSegment, ...]:
-    """How a batch of `rows` prompts keeps `capacity` tokens each, one segment for each tier that has rows."""
+    """How a layer keeps `capacity` tokens of each of a batch's `rows` prompts: a segment for each tier with rows.
+
+    Which rows a tier has depends on the policy alone: it is the same for every layer.
+    """
     segments = []
     for tier, part in policy.cache.rows(rows).items():
         if not part:
@@ -220,19 +228,19 @@ def cache_segments(
         if tier is Tier.GPU and not topology.shares_host_memory:
             page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
         if tier is Tier.DISK:
-            token = 2 * len(part) * spec.num_kv_heads * head_format(codec, spec.head_dim, dtype).nbytes
+            token = 2 * len(part) * shape.kv_heads * head_format(codec, shape.head_dim, dtype).nbytes
             least, most = _DISK_PAGE_TOKENS
             page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
         pages = -(-capacity // page_tokens)
         page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
         choice = 1
         if tier is Tier.DISK and policy.attn_sparsity < 1:
-            choice = choice_tokens(spec.head_dim * dtype.itemsize)
+            choice = choice_tokens(shape.head_dim * dtype.itemsize)
             page_tokens = align(page_tokens, choice)
             pages = -(-capacity // page_tokens)
-        shape = pages, page_tokens, spec.num_kv_heads, spec.head_dim
+        sizes = pages, page_tokens, *shape
         segments.append(
-            CacheSegment(tier, part, on_device, resident, *shape, dtype, codec, policy.attn_sparsity, choice)
+            CacheSegment(tier, part, on_device, resident, *sizes, dtype, codec, policy.attn_sparsity, choice)
         )
     return tuple(segments)
 

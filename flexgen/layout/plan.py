@@ -6,7 +6,8 @@ promised is what is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,8 @@ from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
 from flexgen.models import Layer, ModelSpec
+from flexgen.models.layer import AttentionLayer
+from flexgen.models.spec import AttentionSpec
 from flexgen.orders import Slots
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
@@ -61,23 +64,30 @@ def plan_memory(
     Raises PolicyError where a codec of the cache cannot keep heads of the model's size.
     """
     spec, linked = layers[0].spec, not topology.shares_host_memory
+    attention = Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
     for tier in Tier:  # refused before weights are loaded
-        head_format(policy.cache[tier].codec, spec.head_dim, dtype)
+        for each in attention:
+            head_format(policy.cache[tier].codec, each.head_dim, dtype)
     sizes = slot_sizes(layers, placement, topology, slots.weights)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
     needs.append(Need(Tier.GPU, "weights", "slots", sum(sizes.device)))
     needs.append(Need(Tier.CPU, "weights", "staging", sum(sizes.staging)))
     if workload is not None:
         batches = batch_sizes(policy, workload.num_prompts)
+        cache = {
+            rows: _by_tier(attention, policy, rows, workload.capacity, dtype, topology)
+            for rows in set(batches)
+        }
         for rows in batches:
-            needs += _cache_homes(layers, spec, policy, rows, workload, dtype, topology)
+            needs += _cache_homes(attention, cache[rows], topology)
             needs += _activation_homes(spec, policy, rows, workload, dtype)
         # One set of slots serves every batch: each as large as the batch that needs most of it.
         largest: dict[tuple[Tier, str, str], int] = {}
-        for rows in set(batches):
+        for rows, segments in cache.items():
             in_flight = _in_flight(
-                layers, policy, rows, workload, dtype, topology, all_logits, slots.cells, workspaces
-            )
+                layers, attention, segments, policy, rows, workload, dtype, topology, all_logits, slots.cells,
+                workspaces,
+            )  # fmt: skip
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
@@ -126,23 +136,34 @@ def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
 
 
-def _cache_homes(
-    layers: Sequence[Layer],
-    spec: ModelSpec,
+_ByTier = Sequence[Sequence[CacheSegment]]
+"""The cache of a batch: for each tier that has rows the segments of the different kinds of attention."""
+
+
+def _by_tier(
+    attention: Iterable[AttentionSpec],
     policy: Policy,
     rows: int,
-    workload: Workload,
+    capacity: int,
     dtype: torch.dtype,
     topology: Topology,
-) -> list[Need]:
-    cached = sum(layer.has_cache for layer in layers)
-    needs, linked = [], not topology.shares_host_memory
-    for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, topology):
-        needs.append(Need(segment.tier, "cache", "home", cached * segment.nbytes))
-        if segment.on_device and linked:
-            needs.append(Need(Tier.GPU, "cache", "workspace", segment.mask_bytes()))
-        if segment.tier is Tier.DISK:  # the page that is being filled
-            needs.append(Need(Tier.CPU, "cache", "staging", cached * segment.page_bytes))
+) -> _ByTier:
+    each = (cache_segments(own.cache, policy, rows, capacity, dtype, topology) for own in attention)
+    return list(zip(*each, strict=True))
+
+
+def _cache_homes(attention: Mapping[AttentionSpec, int], cache: _ByTier, topology: Topology) -> list[Need]:
+    """`attention`: how many layers have each kind."""
+    needs, counts = [], attention.values()
+    for segments in cache:
+        tier = segments[0].tier
+        home = sum(layers * segment.nbytes for layers, segment in zip(counts, segments, strict=True))
+        needs.append(Need(tier, "cache", "home", home))
+        if segments[0].on_device and not topology.shares_host_memory:  # one mask serves all layers
+            needs.append(Need(Tier.GPU, "cache", "workspace", max(s.mask_bytes() for s in segments)))
+        if tier is Tier.DISK:  # the pages that are being filled
+            filled = sum(layers * s.page_bytes for layers, s in zip(counts, segments, strict=True))
+            needs.append(Need(Tier.CPU, "cache", "staging", filled))
     return needs
 
 
@@ -169,6 +190,8 @@ def _activation_homes(
 
 def _in_flight(
     layers: Sequence[Layer],
+    attention: Collection[AttentionSpec],
+    cache: _ByTier,
     policy: Policy,
     rows: int,
     workload: Workload,
@@ -183,25 +206,30 @@ def _in_flight(
     spec, linked = layers[0].spec, not topology.shares_host_memory
     prompt = workload.prompt_len
     asked_of_host = 0
-    for segment in cache_segments(spec, policy, rows, workload.capacity, dtype, topology):
-        if segment.tier is Tier.DISK:
-            needs.append(Need(Tier.CPU, "cache", "slots", slots * segment.nbytes))
-        there = segment.device_bytes() if segment.on_device and linked else 0
-        needs.append(Need(Tier.GPU, "cache", "workspace", max(segment.workspace_bytes(prompt), there)))
-        if segment.on_device and not segment.resident and linked:
-            needs.append(Need(Tier.GPU, "cache", "slots", slots * segment.nbytes))
-        if not segment.on_device:
-            asked_of_host += len(segment.rows)
-        if segment.sparse:
-            where = Tier.GPU if segment.on_device else Tier.CPU
-            needs.append(Need(where, "cache", "workspace", _choice_bytes(segment, spec.num_heads)))
-        if segment.tier is not Tier.GPU and linked:
-            fresh = segment.token_bytes(prompt)
+    # A slot serves every layer: it is as large as the layer that needs most.
+    for segments in cache:
+        tier, on_device = segments[0].tier, segments[0].on_device
+        largest = max(segment.nbytes for segment in segments)
+        if tier is Tier.DISK:
+            needs.append(Need(Tier.CPU, "cache", "slots", slots * largest))
+        workspace = max(segment.workspace_bytes(prompt) for segment in segments)
+        there = max(segment.device_bytes() for segment in segments) if on_device and linked else 0
+        needs.append(Need(Tier.GPU, "cache", "workspace", max(workspace, there)))
+        if on_device and not segments[0].resident and linked:
+            needs.append(Need(Tier.GPU, "cache", "slots", slots * largest))
+        if not on_device:
+            asked_of_host += len(segments[0].rows)
+        if segments[0].sparse:
+            where = Tier.GPU if on_device else Tier.CPU
+            choices = (_choice_bytes(s, own.heads) for s, own in zip(segments, attention, strict=True))
+            needs.append(Need(where, "cache", "workspace", max(choices)))
+        if tier is not Tier.GPU and linked:
+            fresh = max(segment.token_bytes(prompt) for segment in segments)
             needs.append(Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK)))
             needs.append(Need(Tier.GPU, "cache", "workspace", slots * fresh))
     if asked_of_host:
-        answer, kv = (slots * size * dtype.itemsize for size in (spec.q_size, spec.kv_size))
-        qkv = answer + 2 * kv
+        answer = slots * dtype.itemsize * max(own.q_size for own in attention)
+        qkv = slots * dtype.itemsize * max(own.q_size + 2 * own.kv_size for own in attention)
         needs.append(Need(Tier.CPU, "cache", "staging", asked_of_host * (qkv + answer)))
         needs.append(Need(Tier.GPU, "cache", "slots", asked_of_host * answer))
         # Between the halves of a layer: its input, queries, keys and values, and those of them that leave.
@@ -235,21 +263,18 @@ def _in_flight(
     stay = sum(len(part) for tier, part in parts.items() if topology.in_place(tier))
     beside = slots * hidden if stay < rows else 0
     # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
-    gathered = _gathered(spec, policy, rows, workload, dtype, topology)
+    gathered = _gathered(cache, workload.capacity, topology)
     needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + beside, gathered[Tier.GPU])))
     needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
     return needs
 
 
-def _gathered(
-    spec: ModelSpec, policy: Policy, rows: int, workload: Workload, dtype: torch.dtype, topology: Topology
-) -> dict[Tier, int]:
-    """Bytes, on the device and in host memory, while rows move to a batch of `rows`: its keys and values in one
-    layer, and of the page that is copied."""
-    segments = cache_segments(spec, policy, rows, workload.capacity, dtype, topology)
+def _gathered(cache: _ByTier, capacity: int, topology: Topology) -> dict[Tier, int]:
+    """Bytes, on the device and in host memory, while rows move to a batch: its keys and values in one layer, and of
+    the page that is copied."""
     taken = {Tier.GPU: 0, Tier.CPU: 0}
-    for segment in segments:
-        on = Tier.GPU if topology.shares_host_memory or segment.tier is Tier.GPU else Tier.CPU
-        taken[on] += segment.token_bytes(workload.capacity)
-    page = 2 * max(segment.page_bytes for segment in segments)
+    for segments in cache:
+        on = Tier.GPU if topology.shares_host_memory or segments[0].tier is Tier.GPU else Tier.CPU
+        taken[on] += max(segment.token_bytes(capacity) for segment in segments)
+    page = 2 * max(segment.page_bytes for segments in cache for segment in segments)
     return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}

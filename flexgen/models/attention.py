@@ -25,20 +25,22 @@ class Attention(AttentionLayer):
     """Norm and projections, and behind attention the output projection."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
-        hidden, q_size, kv_size = spec.hidden_size, spec.q_size, spec.kv_size
+        hidden, layer = spec.hidden_size, spec.layers[index]
+        own = layer.attention
         super().__init__(
             spec,
             f"layers.{index}.attention",
-            norm_weights(spec, "attention_norm", index)
-            + linear_weights(spec, "q", q_size, hidden, spec.qkv_bias, index)
-            + linear_weights(spec, "k", kv_size, hidden, spec.qkv_bias, index)
-            + linear_weights(spec, "v", kv_size, hidden, spec.qkv_bias, index)
-            + linear_weights(spec, "out", hidden, q_size, spec.out_bias, index),
+            norm_weights(spec, layer.attention_norm, "attention_norm", index)
+            + linear_weights(spec, "q", own.q_size, hidden, own.qkv_bias, index)
+            + linear_weights(spec, "k", own.kv_size, hidden, own.qkv_bias, index)
+            + linear_weights(spec, "v", own.kv_size, hidden, own.qkv_bias, index)
+            + linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index),
+            index,
         )
 
     @property
     def scale(self) -> float:
-        return self.spec.head_dim**-0.5
+        return self.layer_spec.attention.head_dim**-0.5
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:
@@ -51,12 +53,18 @@ class Attention(AttentionLayer):
         return super().forward(x, weights, ctx)
 
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        if self.spec.rope is None or x.shape[1] > 1:
+        rope = self.layer_spec.attention.rope
+        if rope is None or x.shape[1] > 1:
             q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
             return q, k, v
-        normed = normalise(self.spec, x, weights) if self.spec.pre_norm else x
+        normed = self._before(x, weights)
         q, k, v = (self._heads(normed, weights, name) for name in ("q", "k", "v"))
-        return *rotate_token(q, k, ctx.rope_factors(self.spec.rope, x.dtype)), v
+        return *rotate_token(q, k, ctx.rope_factors(rope, x.dtype)), v
+
+    def _before(self, x: Tensor, weights: Weights) -> Tensor:
+        """What is projected: x, normed where the norm comes first."""
+        layer = self.layer_spec
+        return normalise(layer.attention_norm, x, weights) if layer.pre_norm else x
 
     def _project(
         self,
@@ -67,10 +75,10 @@ class Attention(AttentionLayer):
         length: Tensor | None = None,
     ) -> list[Tensor]:
         """Those of "q", "k", "v" that are asked for; `length` as in `rope_tables`."""
-        normed = normalise(self.spec, x, weights) if self.spec.pre_norm else x
+        normed, rope = self._before(x, weights), self.layer_spec.attention.rope
         made = [self._heads(normed, weights, name) for name in names]
-        if self.spec.rope is not None:
-            cos, sin = rope_tables(self.spec.rope, positions, x.dtype, length)
+        if rope is not None:
+            cos, sin = rope_tables(rope, positions, x.dtype, length)
             made = [
                 each if name == "v" else apply_rope(each, cos, sin)
                 for name, each in zip(names, made, strict=True)
@@ -79,13 +87,13 @@ class Attention(AttentionLayer):
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """A long prompt: keys and values of all of it, then queries, attention and output chunk by chunk."""
-        spec, (rows, seq) = self.spec, x.shape[:2]
-        parts = list(chunks(rows, seq, spec.chunk_tokens))
+        own, (rows, seq) = self.layer_spec.attention, x.shape[:2]
+        parts = list(chunks(rows, seq, self.spec.chunk_tokens))
         # A chunk's own largest position would stretch it otherwise than its neighbours.
-        stretched = spec.rope is not None and spec.rope.kind in ("dynamic", "longrope")
+        stretched = own.rope is not None and own.rope.kind in ("dynamic", "longrope")
         length = ctx.positions.max() + 1 if stretched else None
         # Laid out by token, as products are.
-        shape = (rows, seq, spec.num_kv_heads, spec.head_dim)
+        shape = (rows, seq, own.kv_heads, own.head_dim)
         k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(2))
         for part in parts:
             made = self._project(x[part], weights, ctx.positions[part], "k", "v", length=length)
@@ -103,23 +111,24 @@ class Attention(AttentionLayer):
         return out
 
     def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
-        merged = attended.transpose(1, 2).reshape(*x.shape[:2], self.spec.q_size)
+        layer = self.layer_spec
+        merged = attended.transpose(1, 2).reshape(*x.shape[:2], layer.attention.q_size)
         out = linear(merged, weights["out.weight"], weights.get("out.bias")).add_(x)
-        return out if self.spec.pre_norm else normalise(self.spec, out, weights)
+        return out if layer.pre_norm else normalise(layer.attention_norm, out, weights)
 
     def _heads(self, x: Tensor, weights: Weights, name: str) -> Tensor:
         flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        return flat.view(*x.shape[:2], -1, self.spec.head_dim).transpose(1, 2)
+        return flat.view(*x.shape[:2], -1, self.layer_spec.attention.head_dim).transpose(1, 2)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
-        spec = self.spec
-        projections = spec.hidden_size * (2 * spec.q_size + 2 * spec.kv_size)
+        own = self.layer_spec.attention
+        projections = self.spec.hidden_size * (2 * own.q_size + 2 * own.kv_size)
         return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
         # Token t of the new ones attends to all that came before it: a triangle is missing at the end.
         pairs = seq * context - seq * (seq - 1) // 2
-        return 4 * rows * pairs * self.spec.q_size
+        return 4 * rows * pairs * self.layer_spec.attention.q_size
 
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
@@ -129,8 +138,8 @@ class Attention(AttentionLayer):
             return self._workspace(rows, seq, context, dtype, workspaces)
         # Keys, values and the result are those of all tokens, all else is of one chunk, with a mask if it is
         # part of a row.
-        spec, at_once = self.spec, min(seq, limit)
-        whole = rows * seq * (spec.hidden_size + 2 * spec.kv_size) * dtype.itemsize
+        at_once, kv_size = min(seq, limit), self.layer_spec.attention.kv_size
+        whole = rows * seq * (self.spec.hidden_size + 2 * kv_size) * dtype.itemsize
         mask = min(at_once * seq, MASK_VALUES) * dtype.itemsize if seq > limit else 0
         return whole + mask + self._workspace(limit // at_once, at_once, seq, dtype, workspaces)
 
@@ -138,26 +147,27 @@ class Attention(AttentionLayer):
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces
     ) -> int:
         """What is computed at once takes."""
-        spec, tokens, item = self.spec, rows * seq, dtype.itemsize
-        qkv = tokens * (spec.q_size + 2 * spec.kv_size) * item
-        project = tokens * spec.hidden_size * item + qkv
-        if spec.rope is not None:
+        layer, hidden = self.layer_spec, self.spec.hidden_size
+        own, tokens, item = layer.attention, rows * seq, dtype.itemsize
+        qkv = tokens * (own.q_size + 2 * own.kv_size) * item
+        project = tokens * hidden * item + qkv
+        if own.rope is not None:
             # Angles, cos and sin in float32; then the halves and the rotated copy of the queries.
-            project += tokens * spec.head_dim * 3 * torch.float32.itemsize + 3 * tokens * spec.q_size * item
-        attended = tokens * spec.q_size * item
+            project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
+        attended = tokens * own.q_size * item
         if seq > 1:
             # K and V are expanded to all heads, and the result of each run of rows is placed into that of
             # the batch.
-            attend = qkv + 2 * attended + (2 * attended if spec.num_heads != spec.num_kv_heads else 0)
+            attend = qkv + 2 * attended + (2 * attended if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
-            attend += workspaces.attention(rows, spec.num_heads, queries, context, spec.head_dim, dtype)
+            attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
         else:
             # Scores and probabilities in float32, probabilities again in `dtype`, one page of products and
             # the padding mask; the cache rounds the context up to whole pages.
-            scores = rows * spec.num_heads * align(context, 256)
+            scores = rows * own.heads * align(context, 256)
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
-        merge = 2 * attended + 2 * tokens * spec.hidden_size * item
-        norm = norm_workspace(spec, tokens, dtype)
-        shapes = (spec.q_size, spec.hidden_size), (spec.hidden_size, spec.q_size)
+        merge = 2 * attended + 2 * tokens * hidden * item
+        norm = norm_workspace(layer.attention_norm, hidden, tokens, dtype)
+        shapes = (own.q_size, hidden), (hidden, own.q_size)
         products = max(workspaces.product(tokens, *shape, dtype) for shape in shapes)
-        return max(norm, project + products, attend, merge + products + (0 if spec.pre_norm else norm))
+        return max(norm, project + products, attend, merge + products + (0 if layer.pre_norm else norm))

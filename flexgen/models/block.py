@@ -27,6 +27,7 @@ class Block(AttentionLayer):
             f"layers.{index}",
             tuple(replace(weight, name=f"attention.{weight.name}") for weight in attention.weights)
             + tuple(replace(weight, name=f"mlp.{weight.name}") for weight in mlp.weights),
+            index,
         )
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "mlp", mlp)
@@ -61,7 +62,7 @@ class Block(AttentionLayer):
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
         # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.
-        attended = min(rows * seq, self.spec.chunk_tokens) * self.spec.q_size
+        attended = min(rows * seq, self.spec.chunk_tokens) * self.layer_spec.attention.q_size
         between = (rows * seq * self.spec.hidden_size + attended) * dtype.itemsize
         return max(
             self.attention.workspace_bytes(rows, seq, context, dtype, workspaces),

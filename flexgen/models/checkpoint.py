@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
+import huggingface_hub
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import CheckpointError, ModelError, did_you_mean
@@ -20,8 +19,8 @@ from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
-from flexgen.models.families.fields import token_ids
 from flexgen.models.families.opt import SIZES, known_config, known_size
+from flexgen.models.fields import token_ids
 from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
@@ -29,6 +28,9 @@ from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
 from flexgen.plain_files import reading
 from flexgen.shown import shown
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedConfig
 
 __all__ = ["Checkpoint", "Extent", "open_model"]
 
@@ -92,14 +94,14 @@ def open_model(
     if isinstance(weights, Path):
         spec, _ = open_model(model, "dummy", hub)
         files = _open_files(weights.expanduser())
-        unsaid = isinstance(model, PreTrainedConfig) and model.dtype is None
+        unsaid = _is_config(model) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
     if weights not in ("checkpoint", "dummy"):
         raise ModelError(
             f"weights = {shown(weights)} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
         )
     dummy = weights == "dummy"
-    if isinstance(model, PreTrainedConfig):
+    if _is_config(model):
         if not dummy:
             raise ModelError(
                 "a config has no weights: give the directory or hub id that has them, weights=Path(directory) "
@@ -131,9 +133,17 @@ def open_model(
         raise ModelError(f"{name}: there is no such directory")
     repository = f"facebook/{size}" if size is not None else name
     if dummy:
-        config = Path(_ask_hub(repository, hf_hub_download, hub, filename=_CONFIG))
+        config = Path(_ask_hub(repository, huggingface_hub.hf_hub_download, hub, filename=_CONFIG))
         return _open_directory(config.parent, name, dummy)
     return _open_directory(_download(repository, hub), name, dummy)
+
+
+def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
+    if isinstance(model, str | Path):
+        return False
+    from transformers import PreTrainedConfig  # loaded already where a config was made
+
+    return isinstance(model, PreTrainedConfig)
 
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
@@ -236,7 +246,11 @@ def _download(repository: str, hub: HubOptions) -> Path:
     for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
         patterns = [*_TEXT_FILES, weights]
         snapshot = _ask_hub(
-            repository, snapshot_download, hub, allow_patterns=patterns, ignore_patterns=_SUBDIRECTORIES
+            repository,
+            huggingface_hub.snapshot_download,
+            hub,
+            allow_patterns=patterns,
+            ignore_patterns=_SUBDIRECTORIES,
         )
         if any(file.match(weights) for file in Path(snapshot).iterdir()):
             break

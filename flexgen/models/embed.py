@@ -15,7 +15,7 @@ from flexgen.models.spec import ModelSpec, WeightSpec
 
 def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
     """The (vocab, embed) matrix of either end; where the head is tied, both ends are one tensor."""
-    embed, head = (tuple(f"{s}.weight" for s in spec.names.sources(end)) for end in ("embed", "head"))
+    embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
 
@@ -79,7 +79,9 @@ class Head(Layer):
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        weights: tuple[WeightSpec, ...] = norm_weights(spec, "final_norm") if spec.final_norm else ()
+        weights: tuple[WeightSpec, ...] = ()
+        if spec.final_norm is not None:
+            weights += norm_weights(spec, spec.final_norm, "final_norm")
         if spec.projected:
             weights += linear_weights(spec, "project_out", spec.embed_size, spec.hidden_size, bias=False)
         weights += (_vocabulary(spec, "head"),)
@@ -94,8 +96,8 @@ class Head(Layer):
 
     def final(self, x: Tensor, weights: Weights) -> Tensor:
         """What the LM head multiplies: (batch, seq, embed), normed and projected."""
-        if self.spec.final_norm:
-            x = normalise(self.spec, x, weights)
+        if self.spec.final_norm is not None:
+            x = normalise(self.spec.final_norm, x, weights)
         if self.spec.projected:
             x = linear(x, weights["project_out.weight"])
         return x
@@ -114,4 +116,5 @@ class Head(Layer):
             workspaces.product(tokens, spec.vocab_size, spec.embed_size, dtype),
             workspaces.product(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
         )
-        return tokens * widths * dtype.itemsize + norm_workspace(spec, tokens, dtype) + products
+        norm = spec.final_norm and norm_workspace(spec.final_norm, spec.hidden_size, tokens, dtype)
+        return tokens * widths * dtype.itemsize + (norm or 0) + products

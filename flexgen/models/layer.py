@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.workspaces import HOST, Workspaces
-from flexgen.models.spec import ModelSpec, RopeSpec, WeightSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
 """A layer's weights by name: tensors, and for an encoded matrix what `linear` and `embedding` take in its place."""
@@ -84,6 +84,11 @@ class Layer(ABC):
     has_cache: ClassVar[bool] = False
 
     @property
+    def layer_spec(self) -> LayerSpec | None:
+        """The transformer layer that it computes, or half of; None for both ends of the model."""
+        return None
+
+    @property
     def table(self) -> WeightSpec | None:
         """The weight of which `forward` reads nothing but the rows that the ids in x name, if there is one.
 
@@ -132,12 +137,19 @@ class Layer(ABC):
         """Bytes of all weights in `dtype`."""
         return sum(weight.nbytes(dtype) for weight in self.weights)
 
-    def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of K and V for `tokens` tokens of one prompt; 0 for a layer without a cache."""
-        return 2 * tokens * self.spec.kv_size * dtype.itemsize if self.has_cache else 0
+
+@dataclass(frozen=True, eq=False)
+class TransformerLayer(Layer):
+    """Layer number `index` of the model's transformer layers, or half of it."""
+
+    index: int
+
+    @property
+    def layer_spec(self) -> LayerSpec:
+        return self.spec.layers[self.index]
 
 
-class AttentionLayer(Layer):
+class AttentionLayer(TransformerLayer):
     """A layer with a cache, in two halves, so that a schedule can run them apart with attention between."""
 
     has_cache: ClassVar[bool] = True
@@ -166,12 +178,14 @@ class AttentionLayer(Layer):
         return self.output(attended, x, weights)
 
 
-def norm_weights(spec: ModelSpec, module: str, index: int | None = None) -> tuple[WeightSpec, ...]:
-    """Weights "norm.weight" (and "norm.bias" of a layer norm) of the table's field `module`."""
-    if not spec.norm_affine:
+def norm_weights(
+    spec: ModelSpec, norm: NormSpec, module: str, index: int | None = None
+) -> tuple[WeightSpec, ...]:
+    """Weights "norm.weight" (and "norm.bias" of a layer norm) of `module`; none where it is not affine."""
+    if not norm.affine:
         return ()
-    parts = ("weight", "bias") if spec.norm == "layernorm" else ("weight",)
-    sources = spec.names.sources(module, index)
+    parts = ("weight", "bias") if norm.kind == "layernorm" else ("weight",)
+    sources = spec.sources(module, index)
     return tuple(
         WeightSpec(f"norm.{part}", (spec.hidden_size,), tuple(f"{source}.{part}" for source in sources))
         for part in parts
@@ -182,15 +196,15 @@ def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
     """Weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
-    sources = spec.names.sources(module, index)
+    sources = spec.sources(module, index)
     weight = WeightSpec(f"{module}.weight", (out_size, in_size), tuple(f"{s}.weight" for s in sources))
     if not bias:
         return (weight,)
     return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
 
 
-def norm_workspace(spec: ModelSpec, tokens: int, dtype: torch.dtype) -> int:
+def norm_workspace(norm: NormSpec, hidden_size: int, tokens: int, dtype: torch.dtype) -> int:
     """Peak bytes of normalising `tokens` hidden states, the result included."""
     # An RMS norm works on two float32 copies, as transformers does; both norms keep two numbers per token.
-    float32_copies = 2 * torch.float32.itemsize if spec.norm == "rmsnorm" else 0
-    return tokens * (spec.hidden_size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize)
+    float32_copies = 2 * torch.float32.itemsize if norm.kind == "rmsnorm" else 0
+    return tokens * (hidden_size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize)

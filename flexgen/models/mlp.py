@@ -7,23 +7,33 @@ from torch import Tensor
 
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import HOST, Workspaces
-from flexgen.models.layer import Context, Layer, Weights, linear_weights, norm_weights, norm_workspace, slices
+from flexgen.models.layer import (
+    Context,
+    TransformerLayer,
+    Weights,
+    linear_weights,
+    norm_weights,
+    norm_workspace,
+    slices,
+)
 from flexgen.models.ops import ACTIVATIONS, IN_PLACE, normalise
 from flexgen.models.spec import ModelSpec
 
 
-class MLP(Layer):
+class MLP(TransformerLayer):
     """x + down(activation(up(x))), or x + down(activation(gate(x)) * up(x))."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
-        hidden, ffn, bias = spec.hidden_size, spec.ffn_size, spec.mlp_bias
+        hidden, layer = spec.hidden_size, spec.layers[index]
+        size, bias = layer.mlp.size, layer.mlp.bias
         super().__init__(
             spec,
             f"layers.{index}.mlp",
-            norm_weights(spec, "mlp_norm", index)
-            + (linear_weights(spec, "gate", ffn, hidden, bias, index) if spec.gated_mlp else ())
-            + linear_weights(spec, "up", ffn, hidden, bias, index)
-            + linear_weights(spec, "down", hidden, ffn, bias, index),
+            norm_weights(spec, layer.mlp_norm, "mlp_norm", index)
+            + (linear_weights(spec, "gate", size, hidden, bias, index) if layer.mlp.gated else ())
+            + linear_weights(spec, "up", size, hidden, bias, index)
+            + linear_weights(spec, "down", hidden, size, bias, index),
+            index,
         )
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
@@ -41,32 +51,35 @@ class MLP(Layer):
         return out
 
     def _transform(self, x: Tensor, weights: Weights) -> Tensor:
-        spec, activation = self.spec, ACTIVATIONS[self.spec.activation]
-        normed = normalise(spec, x, weights) if spec.pre_norm else x
-        if spec.gated_mlp:
+        layer = self.layer_spec
+        activation = ACTIVATIONS[layer.mlp.activation]
+        normed = normalise(layer.mlp_norm, x, weights) if layer.pre_norm else x
+        if layer.mlp.gated:
             inner = activation(linear(normed, weights["gate.weight"], weights.get("gate.bias")))
             inner.mul_(linear(normed, weights["up.weight"], weights.get("up.bias")))
         else:
             inner = activation(linear(normed, weights["up.weight"], weights.get("up.bias")))
         out = linear(inner, weights["down.weight"], weights.get("down.bias")).add_(x)
-        return out if spec.pre_norm else normalise(spec, out, weights)
+        return out if layer.pre_norm else normalise(layer.mlp_norm, out, weights)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
-        matrices = 3 if self.spec.gated_mlp else 2
-        return 2 * rows * seq * matrices * self.spec.hidden_size * self.spec.ffn_size
+        mlp = self.layer_spec.mlp
+        matrices = 3 if mlp.gated else 2
+        return 2 * rows * seq * matrices * self.spec.hidden_size * mlp.size
 
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
-        spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
-        hidden, ffn = (tokens * size * dtype.itemsize for size in (spec.hidden_size, spec.ffn_size))
-        norm = norm_workspace(spec, tokens, dtype)
-        up = workspaces.product(tokens, spec.ffn_size, spec.hidden_size, dtype)
-        down = workspaces.product(tokens, spec.hidden_size, spec.ffn_size, dtype)
+        spec, layer, tokens = self.spec, self.layer_spec, min(rows * seq, self.spec.chunk_tokens)
+        mlp = layer.mlp
+        hidden, ffn = (tokens * size * dtype.itemsize for size in (spec.hidden_size, mlp.size))
+        norm = norm_workspace(layer.mlp_norm, spec.hidden_size, tokens, dtype)
+        up = workspaces.product(tokens, mlp.size, spec.hidden_size, dtype)
+        down = workspaces.product(tokens, spec.hidden_size, mlp.size, dtype)
         # Of the inner width: gate and up, or what goes into an activation and what comes out, unless it overwrites.
-        inner = ffn if spec.activation in IN_PLACE and not spec.gated_mlp else 2 * ffn
-        normed = hidden if spec.pre_norm else 0
-        after = down if spec.pre_norm else max(down, norm)
+        inner = ffn if mlp.activation in IN_PLACE and not mlp.gated else 2 * ffn
+        normed = hidden if layer.pre_norm else 0
+        after = down if layer.pre_norm else max(down, norm)
         most = max(norm, normed + inner + up, normed + ffn + hidden + after)
         # In chunks, the result of the whole is beside them.
         return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)

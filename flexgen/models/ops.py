@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.models.spec import ModelSpec, RopeSpec
+from flexgen.models.spec import NormSpec, RopeSpec
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed if weight is None else normed.mul_(weight)
 
 
-def normalise(spec: ModelSpec, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """The model's norm of x (..., hidden), with the layer's "norm.*" weights where it has any."""
-    if spec.norm == "rmsnorm":
-        return rms_norm(x, weights.get("norm.weight"), spec.norm_eps)
-    return layer_norm(x, weights.get("norm.weight"), weights.get("norm.bias"), spec.norm_eps)
+def normalise(norm: NormSpec, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """`norm` of x (..., hidden), with the layer's "norm.*" weights if it is affine."""
+    if norm.kind == "rmsnorm":
+        return rms_norm(x, weights.get("norm.weight"), norm.eps)
+    return layer_norm(x, weights.get("norm.weight"), weights.get("norm.bias"), norm.eps)
 
 
 @functools.lru_cache(maxsize=32)

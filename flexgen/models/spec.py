@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,34 +29,86 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
-class NameTable:
-    """Where a family's checkpoints keep each module; `{i}` stands for the index of the layer.
+class NormSpec:
+    """A norm over the hidden size. `affine`: it has a weight, and a layer norm a bias too."""
 
-    `prefixes` are tried in order before every name except `head`: checkpoints are saved from the model
-    with its LM head, or from the bare decoder.
+    kind: Literal["layernorm", "rmsnorm"]
+    eps: float
+    affine: bool = True
+
+
+class CacheShape(NamedTuple):
+    """What a layer keeps of each token: a key and a value of `head_dim` values for each of `kv_heads`."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Self-attention. `heads` is a multiple of `kv_heads`; without `rope` queries and keys are not rotated.
+
+    `window`: how many tokens a query attends to, itself included. None is all of them, and the only value that the
+    layers compute today.
     """
 
-    prefixes: tuple[str, ...]
-    embed: str
-    attention_norm: str
-    q: str
-    k: str
-    v: str
-    out: str
-    mlp_norm: str
-    up: str
-    down: str
-    final_norm: str
-    head: str
-    gate: str = ""
-    positions: str = ""
-    project_in: str = ""
-    project_out: str = ""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    rope: RopeSpec | None = None
+    window: None = None
 
-    def sources(self, module: str, index: int | None = None) -> tuple[str, ...]:
-        """Full names of the field `module` (of layer `index`), in the order in which they are tried."""
-        name = getattr(self, module).format(i=index)
-        return (name,) if module == "head" else tuple(prefix + name for prefix in self.prefixes)
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def cache(self) -> CacheShape:
+        return CacheShape(self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A feed-forward network of inner width `size`; `gated`: the activation of one product scales another."""
+
+    size: int
+    activation: str
+    gated: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One transformer layer: its attention, its MLP and the norm of each.
+
+    Two layers with equal specs have the same weight shapes, take the same memory and cost the same.
+    """
+
+    attention: AttentionSpec
+    mlp: MLPSpec
+    attention_norm: NormSpec
+    mlp_norm: NormSpec
+    pre_norm: bool = True
+    """True: norm before attention and MLP. False: after the residual add (opt-350m)."""
+
+
+Names = Mapping[str, tuple[str, ...]]
+"""Where a family's checkpoints keep each module ("q", "mlp_norm", "head"): the names that it may have, in the order
+in which they are tried. `{i}` stands for the index of the layer."""
+
+
+def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """`Names` of modules that are stored under one of several prefixes.
+
+    Checkpoints are saved from the model with its LM head, or from the bare decoder.
+    """
+    return {module: tuple(prefix + name for prefix in prefixes) for module, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -95,19 +148,15 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer: sizes, the choices that tell families apart, and checkpoint names."""
+    """A decoder-only transformer: its layers, what is outside of them, and checkpoint names."""
 
     name: str
     family: str
-    names: NameTable
+    names: Names = field(hash=False)
     dtype: torch.dtype
 
+    layers: tuple[LayerSpec, ...]
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
     vocab_size: int
     max_positions: int
     """Length of a text that the model is made for: the rows of a learned table of positions, or the context that
@@ -119,31 +168,23 @@ class ModelSpec:
     pad_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
-    norm: Literal["layernorm", "rmsnorm"]
-    norm_eps: float
-    norm_affine: bool
-    pre_norm: bool
-    """True: norm before attention and MLP. False: after the residual add (opt-350m)."""
-    final_norm: bool
-
-    activation: str
-    gated_mlp: bool
-
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    head_bias: bool
+    final_norm: NormSpec | None
     tied_head: bool
+    head_bias: bool = False
 
-    positions: Literal["learned", "rope"]
+    positions: Literal["learned", "rope"] = "rope"
+    """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
     position_offset: int = 0
     """Rows of a learned position table that come before position 0."""
-    rope: RopeSpec | None = None
 
     chunk_tokens: int = 4096
     """Tokens that a layer computes at once, which bounds what it allocates for a long prompt. Products reach
     their full rate with some hundreds of rows on a CPU (benchmarks/host_linear.py) and with some thousands on a
     GPU, so more would only take memory."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def longest_text(self) -> float:
@@ -154,10 +195,10 @@ class ModelSpec:
     def projected(self) -> bool:
         return self.embed_size != self.hidden_size
 
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_dim
+    def first_layers(self, count: int) -> ModelSpec:
+        """The model without its layers from number `count` on."""
+        return replace(self, layers=self.layers[:count])
 
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
+    def sources(self, module: str, index: int | None = None) -> tuple[str, ...]:
+        """Full names of `module` (of layer `index`), in the order in which they are tried."""
+        return tuple(name.format(i=index) for name in self.names[module])

@@ -34,8 +34,10 @@ class Arithmetic:
         weights = [weight for weight in layer.weights if weight is not layer.table]
         seconds = self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
         seconds += self._hardware.elementwise_seconds(self._name, rows * new * layer_numbers(layer))
-        if layer.has_cache and (around := self._hardware.around_attention.get(self._name)):
-            seconds += around * rows * new * 2 * (layer.spec.q_size + layer.spec.kv_size)
+        around = self._hardware.around_attention.get(self._name)
+        if around and isinstance(layer, AttentionLayer):
+            own = layer.layer_spec.attention
+            seconds += around * rows * new * 2 * (own.q_size + own.kv_size)
         return seconds
 
     def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
@@ -129,12 +131,13 @@ def layer_numbers(layer: Layer) -> int:
 
 
 def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
-    """For each layer the first one that computes the same; both ends of a model are alike to nothing. `by_tier`:
-    matrices that stay on the device are laid out for products there."""
+    """For each layer the first one that costs the same: it has an equal `LayerSpec`, and weights that are kept in the
+    same way. Both ends of a model are alike to nothing. `by_tier`: matrices that stay on the device are laid out for
+    products there."""
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
         kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
-        kind: object = (type(layer), tuple(weight.shape for weight in layer.weights), kept)
-        first.append(seen.setdefault(n if n in (0, len(layers) - 1) else kind, n))
+        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, kept)
+        first.append(seen.setdefault(kind, n))
     return first

@@ -132,7 +132,8 @@ class Choices:
 
 def _keeps_heads(codec: str, spec: ModelSpec, dtype: torch.dtype) -> bool:
     try:
-        head_format(codec, spec.head_dim, dtype)
+        for head_dim in {layer.attention.head_dim for layer in spec.layers}:
+            head_format(codec, head_dim, dtype)
     except ValueError:  # a PolicyError: the head's size does not divide
         return False
     return True

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from flexgen.layout.cache import CacheLayout, CacheSegment, Span, cache_layout
+from flexgen.layout.cache import CacheSegment, Span, cache_layout
 from flexgen.layout.hidden import HiddenLayout, IdLayout, hidden_layout
 from flexgen.layout.moves import Move, Route
 from flexgen.layout.placement import Placement
@@ -94,8 +94,15 @@ class StepCosts:
         self._rows = row_layout(layers, placement, self._topology, most)
         self.feeds_ids = not self._shared and self._rows is None  # as of the grid
         self._every_token = len(self._tokens) == workload.gen_len
-        self._cache = {rows: self._cut_cache(rows) for rows in set(self._batches)}
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
+        self._cache = {
+            (n, rows): cache_layout(
+                layer.layer_spec.attention, policy, rows, self._capacity, self._dtype, self._topology
+            )
+            for n in set(self.alike)
+            if isinstance(layer := layers[n], AttentionLayer)
+            for rows in set(self._batches)
+        }
         self._known: dict[_Key, Loads] = {}
         self._timed: dict[_Key, Costs] = {}
         self._work: dict[Op, Callable[[_Key], Loads]] = {
@@ -191,14 +198,11 @@ class StepCosts:
 
     # The KV cache
 
-    def _cut_cache(self, rows: int) -> CacheLayout:
-        return cache_layout(self._spec, self._policy, rows, self._capacity, self._dtype, self._topology)
-
     def _load_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
         if not self._layers[layer].has_cache or not token:
             return ()
-        layout, cached = self._cache[rows], self._cached(token)
+        layout, cached = self._cache[layer, rows], self._cached(token)
         moving = [segment for segment in layout.segments if not segment.resident]
         return self._timed_routes(layout.inward(s, *self._pages(s, cached)) for s in moving)
 
@@ -206,7 +210,7 @@ class StepCosts:
         _, layer, token, rows, _, flushes = key
         if not self._layers[layer].has_cache:
             return ()
-        layout, span = self._cache[rows], Span(self._cached(token), self._new(token))
+        layout, span = self._cache[layer, rows], Span(self._cached(token), self._new(token))
         return self._timed_routes(
             layout.outward(segment, span, self._flushed(segment, span, flushes))
             for segment in layout.segments
@@ -228,15 +232,19 @@ class StepCosts:
         """Bytes of the pages that became whole."""
         if self._every_token or not span.length:
             return segment.flushed(span)
-        return segment.page_bytes if segment.tier is Tier.DISK and flushes and self.flushes else 0
+        if segment.tier is not Tier.DISK or not flushes or not self.flushes:
+            return 0
+        # One token stands for all that write pages; a cache with larger pages writes fewer of them.
+        return segment.page_bytes * self._flushes_of(segment) // self.flushes
 
     @property
     def flushes(self) -> int:
         """How many tokens of the decode write pages of a cache on disk."""
-        sizes = {
-            s.page_tokens for layout in self._cache.values() for s in layout.segments if s.tier is Tier.DISK
-        }
-        return max((self._capacity - 1) // size - self._prompt // size for size in sizes) if sizes else 0
+        on_disk = (s for layout in self._cache.values() for s in layout.segments if s.tier is Tier.DISK)
+        return max(map(self._flushes_of, on_disk), default=0)
+
+    def _flushes_of(self, segment: CacheSegment) -> int:
+        return (self._capacity - 1) // segment.page_tokens - self._prompt // segment.page_tokens
 
     # Computation
 
@@ -255,7 +263,7 @@ class StepCosts:
         elif layer.has_cache:
             # The device attends to its rows while the host attends to its own; what the host is asked and answers
             # crosses the link within the computation.
-            layout = self._cache[rows]
+            layout = self._cache[index, rows]
             seconds += max(arithmetic.token_attention(layout.segments, self._cached(token) + 1))
             if layout.host_rows:
                 for move in (layout.ask(), layout.answer()):
@@ -275,7 +283,7 @@ class StepCosts:
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in halves."""
         splits = self._splits_attention and self._layers[index].has_cache and token > 0
-        return splits and bool(self._cache[rows].host_rows)
+        return splits and bool(self._cache[index, rows].host_rows)
 
     def _project(self, key: _Key) -> Loads:
         _, index, token, rows, first, _ = key
@@ -284,13 +292,13 @@ class StepCosts:
         layer = self._layers[index]
         assert isinstance(layer, AttentionLayer)
         seconds = self._hardware.fixed.cell / 2 + self._arithmetic.projection(layer, rows, first)
-        return ((Load(LaneName.COMPUTE, 0, seconds), self._load(self._cache[rows].ask())),)
+        return ((Load(LaneName.COMPUTE, 0, seconds), self._load(self._cache[index, rows].ask())),)
 
     def _attend(self, key: _Key) -> Loads:
         _, index, token, rows, *_ = key
         if not self._splits(index, token, rows):
             return ()
-        segments = self._cache[rows].segments
+        segments = self._cache[index, rows].segments
         device, host = self._arithmetic.token_attention(segments, self._cached(token) + 1)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
         if any(segment.on_device for segment in segments):
@@ -301,7 +309,7 @@ class StepCosts:
         _, index, token, rows, *_ = key
         if not self._splits(index, token, rows):
             return ()
-        return ((self._load(self._cache[rows].answer()),),)
+        return ((self._load(self._cache[index, rows].answer()),),)
 
     # Lanes
 

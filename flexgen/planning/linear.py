@@ -7,6 +7,7 @@ and activations lie on one tier each. So no formula of a size or of a time stand
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.models.spec import LayerSpec
 from flexgen.orders import Order
 from flexgen.planning.costs import StepCosts
 from flexgen.planning.hardware import Hardware
@@ -123,6 +124,7 @@ class Corners:
         self._workload = workload
         self._dtype = dtype
         self._order = order
+        self._counts = Counter(spec.layers)
         self._layers = cache(self._make_layers)
         self._placement = cache(self._place)
         self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
@@ -175,14 +177,16 @@ class Corners:
         return np.concatenate([seconds.reshape(2, -1), nbytes], axis=1)
 
     def _seconds(self, policy: Policy, order: Order) -> np.ndarray:
-        """(2, phases, rows), from a model of one layer whose middle counts as often as the real one has it."""
-        layers, repeated = self._layers(1, policy.sep_layer), self._spec.num_layers
+        """(2, phases, rows), from a model with one layer of each kind, which counts as often as the whole has it."""
+        kinds = tuple(self._counts)
+        layers = self._layers(kinds, policy.sep_layer)
+        repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
         gen_len, on_disk = self._workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         tokens, flushing = _few_tokens(gen_len, on_disk)
         several = policy.num_gpu_batches > 1
         costs = StepCosts(
             layers,
-            self._placement(1, policy.sep_layer, policy.weights),
+            self._placement(kinds, policy.sep_layer, policy.weights),
             policy,
             self._workload,
             self._hardware,
@@ -194,7 +198,7 @@ class Corners:
         sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
-            times = repeated if 0 < layer < len(layers) - 1 else 1
+            times = repeated[layer]
             loads_weights = op is Op.LOAD_WEIGHTS
             each = sums[several and batch > 0 and not loads_weights]
             for n in range(len(tokens)):
@@ -218,21 +222,31 @@ class Corners:
         return np.stack([taken[:, :, 0], np.array(decode)], axis=1)
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
-        """(2, tiers), as of `_seconds`: the plan of small models with few batches, drawn out."""
-        several = policy.num_gpu_batches > 1
-        # Slots that serve the small models' layers as they serve the whole one's: so many layers more at a time.
-        depth, step = self._spec.num_layers, order.slots.weights
-        least = (depth - 1) % step + 1
-        few = (least, least + step) if depth > least else (depth,)
-        batches = (2, 3) if several else (1,)
-        plans = np.array([[self._planned(policy, order, depth, n) for n in batches] for depth in few])
-        deep = plans[0] + (depth - least) / step * (plans[-1] - plans[0])
+        """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
+        few, step = self._few_layers(order.slots.weights), order.slots.weights
+        least = (self._spec.num_layers - 1) % step + 1
+        batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
+        planned = cache(lambda layers: np.array([self._planned(policy, order, layers, n) for n in batches]))
+        deep = planned(few)
+        for kind, count in (self._counts - Counter(few)).items():
+            # Of a model of one kind, so many layers more that each slot serves as many of them as before.
+            deep = deep + count / step * (planned((kind,) * (least + step)) - planned((kind,) * least))
         each = deep[-1] - deep[0]
         return np.stack([deep[0] - batches[0] * each, each])
 
-    def _planned(self, policy: Policy, order: Order, depth: int, batches: int) -> list[float]:
-        layers = self._layers(depth, policy.sep_layer)
-        placement = self._placement(depth, policy.sep_layer, policy.weights)
+    def _few_layers(self, step: int) -> tuple[LayerSpec, ...]:
+        """The fewest of the model's first layers that take weight slots of the same sizes as all of them, where
+        `step` slots are taken by turns."""
+        layers = self._spec.layers
+        turns = {(kind, n % step) for n, kind in enumerate(layers)}
+        for count in range((len(layers) - 1) % step + 1, len(layers), step):
+            if {(kind, n % step) for n, kind in enumerate(layers[:count])} == turns:
+                return layers[:count]
+        return layers
+
+    def _planned(self, policy: Policy, order: Order, of: tuple[LayerSpec, ...], batches: int) -> list[float]:
+        layers = self._layers(of, policy.sep_layer)
+        placement = self._placement(of, policy.sep_layer, policy.weights)
         block = policy.replace(num_gpu_batches=batches)
         workload = replace(self._workload, num_prompts=block.block_size)
         topology = self._hardware.topology
@@ -249,11 +263,11 @@ class Corners:
         taken[Tier.CPU] -= sum(slots.staging) - sum(between.staging)
         return list(taken.values())
 
-    def _make_layers(self, depth: int, sep_layer: bool) -> tuple[Layer, ...]:
-        return build_layers(replace(self._spec, num_layers=depth), sep_layer)
+    def _make_layers(self, layers: tuple[LayerSpec, ...], sep_layer: bool) -> tuple[Layer, ...]:
+        return build_layers(replace(self._spec, layers=layers), sep_layer)
 
-    def _place(self, depth: int, sep_layer: bool, split: object) -> Placement:
-        return place_weights(self._layers(depth, sep_layer), split, self._dtype)  # type: ignore[arg-type]
+    def _place(self, layers: tuple[LayerSpec, ...], sep_layer: bool, split: object) -> Placement:
+        return place_weights(self._layers(layers, sep_layer), split, self._dtype)  # type: ignore[arg-type]
 
 
 def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
@@ -277,6 +291,8 @@ def solve(
     given: shares that are settled. without: columns that get nothing. elastic: capacities may be exceeded, by as
     few bytes as can be.
     """
+    from scipy.optimize import linprog  # takes a while to import, and only a search solves programs
+
     n, without = len(figures.columns), set(without)
     seconds = figures.base[:-3].reshape(2, _ROWS)
     rows = figures.change[:, :-3].reshape(n, 2, _ROWS)

@@ -5,8 +5,9 @@ They are asked once, and of a large model the simulator is asked less than all.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -87,9 +88,8 @@ class Simulations:
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
-            depth = min(self._spec.num_layers, _FEW_LAYERS) if small else self._spec.num_layers
             self._predictions[run, small] = predict(
-                replace(self._spec, num_layers=depth), run.policy, self._hardware, self._workload,
+                self._few_layers if small else self._spec, run.policy, self._hardware, self._workload,
                 dtype=self._dtype_name, order=run.order, samples=None if exact else 1,
             )  # fmt: skip
         return self._predictions[run, small]
@@ -106,6 +106,19 @@ class Simulations:
         )
         assert small.bound_s is not None
         return longest * blocks(self._workload, run.policy) * small.total_s / small.bound_s
+
+    @cached_property
+    def _few_layers(self) -> ModelSpec:
+        """The model with those of its layers, one after the other, whose kinds are mixed most like those of all."""
+        layers = self._spec.layers
+        few, counts = min(len(layers), _FEW_LAYERS), Counter(layers)
+
+        def unlike(begin: int) -> float:
+            run = Counter(layers[begin : begin + few])
+            return sum(abs(run[kind] / few - count / len(layers)) for kind, count in counts.items())
+
+        begin = min(range(len(layers) - few + 1), key=unlike)
+        return replace(self._spec, layers=layers[begin : begin + few])
 
     def _make_layers(self, sep_layer: bool) -> tuple[Layer, ...]:
         return build_layers(self._spec, sep_layer)

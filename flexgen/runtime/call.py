@@ -21,6 +21,7 @@ from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
+from flexgen.models.layer import AttentionLayer
 from flexgen.orders import ORDERS, Order, Slots
 from flexgen.policy import Policy
 from flexgen.runtime.activations import Activations
@@ -234,13 +235,19 @@ class Call:
     def _make_buffers(self, batches: list[int]) -> None:
         model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
         topology, slots = model.machine.device.topology, model.slots.cells
-        segments = [
-            cache_segments(spec, model.policy, rows, self._workload.capacity, model.dtype, topology)
-            for rows in batches
-        ]
-        cached = [j for j, layer in enumerate(model.layers) if layer.has_cache]
+        attention = {
+            j: layer.layer_spec.attention
+            for j, layer in enumerate(model.layers)
+            if isinstance(layer, AttentionLayer)
+        }
+        kept = self._workload.capacity, model.dtype, topology
+        segments = {
+            j: [cache_segments(own.cache, model.policy, rows, *kept) for rows in batches]
+            for j, own in attention.items()
+        }
+        heads = {j: own.heads for j, own in attention.items()}
         self._batches = batches
-        self._cache = KVCache(cached, segments, prompt_len, spec.num_heads, model.machine, slots)
+        self._cache = KVCache(segments, heads, prompt_len, model.machine, slots)
         self._activations = Activations(
             spec, model.policy, batches, prompt_len, model.dtype, model.machine, slots
         )

@@ -161,7 +161,7 @@ class Generation:
 
     def _splits(self, step: Step, span: Span) -> bool:
         _, _, j, k = step
-        return self.grid.splits_attention and self._layers[j].has_cache and self._cache.asks_host(k, span)
+        return self.grid.splits_attention and self._layers[j].has_cache and self._cache.asks_host(j, k, span)
 
     def _attention(self, step: Step, slot: int, span: Span) -> Chains:
         op, _, j, k = step
@@ -169,23 +169,23 @@ class Generation:
         match op:
             case Op.PROJECT:
                 project = partial(self._project, step, slot, span)
-                send = partial(host.send, k, slot)
+                send = partial(host.send, j, k, slot)
                 return ((Stage(LaneName.COMPUTE, project), Stage(LaneName.FROM_DEVICE, send)),)
             case Op.ATTEND:
                 padding, scale = self._prompts.padding[k], self._attention_layer(j).scale
                 there = partial(self._cache.attend_on_host, j, k, slot, span, padding, scale)
                 chains: Chains = ((Stage(LaneName.HOST, there),),)
-                if self._cache.asks_device(k):
+                if self._cache.asks_device(j, k):
                     chains += ((Stage(LaneName.COMPUTE, partial(self._attend, step, slot, span)),),)
                 return chains
             case _:
-                return ((Stage(LaneName.TO_DEVICE, partial(host.fetch, k, slot)),),)
+                return ((Stage(LaneName.TO_DEVICE, partial(host.fetch, j, k, slot)),),)
 
     def _project(self, step: Step, slot: int, span: Span) -> None:
         _, _, j, k = step
         x = self._input(step, slot, span)
         qkv = self._attention_layer(j).qkv(x, self._taken(step), self._cell(step, slot, span))
-        self._cache.host.pack(k, slot, *qkv)
+        self._cache.host.pack(j, k, slot, *qkv)
         self._halves[slot] = _Half(x, qkv)
 
     def _attend(self, step: Step, slot: int, span: Span) -> None:
@@ -198,7 +198,7 @@ class Generation:
     def _finish(self, step: Step, slot: int, span: Span) -> None:
         _, _, j, k = step
         half = self._halves.pop(slot)
-        attended = self._cache.join(k, slot, span, half.attended)
+        attended = self._cache.join(j, k, slot, span, half.attended)
         self._keep(step, slot, self._attention_layer(j).output(attended, half.x, self._taken(step)))
 
     def _attention_layer(self, j: int) -> AttentionLayer:

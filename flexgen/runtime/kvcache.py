@@ -1,6 +1,7 @@
 """The KV cache of one block: where keys and values live, how they travel, and where they are attended.
 
-Each batch of each attention layer has one `Part` for every `CacheSegment` of its rows. A resident part is
+Each batch of each attention layer has one `Part` for every `CacheSegment` of its rows. Layers may differ in what they
+keep of a token; which rows a tier has is the same for all. A resident part is
 attended where it lies. The others come, page by page, into one of a few slots: in device memory, or in host
 memory for rows on disk. New keys and values leave by the chains of `store`, so that a later token finds them.
 
@@ -12,7 +13,7 @@ that it has chosen.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -38,15 +39,14 @@ from flexgen.runtime.sparse import ValueReader, key_reads
 
 
 class KVCache:
-    """Keys and values of `batches` (the segments of each batch) in the layers at `layers`."""
+    """Keys and values of the `layers`: by number the segments of each batch. `heads`: of each layer's queries."""
 
     @whole_or_closed
     def __init__(
         self,
-        layers: Sequence[int],
-        batches: Sequence[Sequence[CacheSegment]],
+        layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
+        heads: Mapping[int, int],
         prompt_len: int,
-        heads: int,
         machine: Machine,
         slots: int = SLOTS,
     ) -> None:
@@ -61,21 +61,21 @@ class KVCache:
         self._taken.also(self._values.close)
         self._files = 0
         self._parts: dict[tuple[int, int], list[Part]] = {
-            (j, k): [] for j in layers for k in range(len(batches))
+            (j, k): [] for j, batches in layers.items() for k in range(len(batches))
         }
-        for batch, segments in enumerate(batches):
-            for segment in segments:
-                for layer, part in zip(layers, self._make_parts(segment, len(layers)), strict=True):
+        for batch, of_layers in enumerate(zip(*layers.values(), strict=True)):
+            for of_tier in zip(*of_layers, strict=True):
+                for layer, part in zip(layers, self._make_parts(of_tier), strict=True):
                     self._parts[layer, batch].append(part)
         self._made = self._parts
-        every = [segment for segments in batches for segment in segments]
+        self._layouts = self._layouts_of(self._parts)
+        every = [segment for batches in layers.values() for segments in batches for segment in segments]
         self._slots = {
             tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(slots)]
             for tier in {segment.tier for segment in every}
         }
-        self.host = HostAttention(batches, heads, machine, slots)
+        self.host = HostAttention(layers, heads, machine, slots)
         self._taken.also(self.host.close)
-        self._go_on_with(self._parts)
 
     def close(self) -> None:
         """Give back all memory and files."""
@@ -86,23 +86,27 @@ class KVCache:
     def _take(self, store: Store, nbytes: int, purpose: str, copied_by_device: bool = True) -> Tensor:
         return self._taken.buffer(store, nbytes, purpose, copied_by_device)
 
-    def _make_parts(self, segment: CacheSegment, layers: int) -> Iterator[Part]:
-        if segment.tier is Tier.DISK:
-            path = self._taken.file(self._disk, f"cache-{self._files}", layers * segment.nbytes)
+    def _make_parts(self, segments: Sequence[CacheSegment]) -> Iterator[Part]:
+        """The parts of one batch on one tier, from the segment of each layer."""
+        tier, on_device = segments[0].tier, segments[0].on_device
+        sizes = [segment.nbytes for segment in segments]
+        if tier is Tier.DISK:
+            path = self._taken.file(self._disk, f"cache-{self._files}", sum(sizes))
             self._files += 1
-            nbytes, purpose = layers * segment.page_bytes, "tails of the KV cache on disk"
-            tails = self._take(self._host, nbytes, purpose, copied_by_device=segment.on_device)
-            for n, tail in enumerate(tails.split(segment.page_bytes)):
-                place = (path, n * segment.nbytes)
-                yield Part(segment, file=place, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+            pages, purpose = [s.page_bytes for s in segments], "tails of the KV cache on disk"
+            tails = self._take(self._host, sum(pages), purpose, copied_by_device=on_device)
+            starts = itertools.accumulate(sizes, initial=0)
+            for segment, start, tail in zip(segments, starts, tails.split(pages), strict=False):
+                page = tuple(pages_in(tail, segment))
+                yield Part(segment, file=(path, start), tail=tail, tail_page=page)
             return
-        store = self._device.memory if segment.tier is Tier.GPU else self._host
-        homes = self._take(store, layers * segment.nbytes, "KV cache", copied_by_device=segment.on_device)
-        for home in homes.split(segment.nbytes):
+        store = self._device.memory if tier is Tier.GPU else self._host
+        homes = self._take(store, sum(sizes), "KV cache", copied_by_device=on_device)
+        for segment, home in zip(segments, homes.split(sizes), strict=True):
             yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
 
     def _make_slot(self, segments: Sequence[CacheSegment], prompt_len: int) -> Slot:
-        """Buffers for the parts of one tier: each as large as the largest batch needs it."""
+        """Buffers for the parts of one tier: each as large as the layer and batch that need most."""
         largest = max(segment.nbytes for segment in segments)
         tier, on_device, resident = segments[0].tier, segments[0].on_device, segments[0].resident
         in_device = on_device and not self._topology.shares_host_memory and not resident
@@ -227,16 +231,19 @@ class KVCache:
 
     def _go_on_with(self, parts: dict[tuple[int, int], list[Part]]) -> None:
         self._parts = parts
-        layer = next(j for j, _ in parts)  # all layers are grouped alike
-        batches = [[p.segment for p in parts[layer, k]] for k in range(len(parts)) if (layer, k) in parts]
-        self._layouts = {key: self._layout(found) for key, found in parts.items()}
-        self._device_attends = [any(segment.on_device for segment in segments) for segments in batches]
-        self.host.regroup(batches)
+        self._layouts = self._layouts_of(parts)
+        self.host.regroup({key: [part.segment for part in some] for key, some in parts.items()})
 
-    def _layout(self, parts: Sequence[Part]) -> CacheLayout:
-        segments = tuple(part.segment for part in parts)
-        query_bytes = self._heads * segments[0].head_dim * segments[0].dtype.itemsize
-        return CacheLayout(segments, query_bytes, self._topology)
+    def _layouts_of(
+        self, parts: Mapping[tuple[int, int], Sequence[Part]]
+    ) -> dict[tuple[int, int], CacheLayout]:
+        """By layer and batch."""
+        layouts = {}
+        for (layer, batch), some in parts.items():
+            segments = tuple(part.segment for part in some)
+            query_bytes = self._heads[layer] * segments[0].head_dim * segments[0].dtype.itemsize
+            layouts[layer, batch] = CacheLayout(segments, query_bytes, self._topology)
+        return layouts
 
     def reset(self) -> None:
         """Back to the batches that the cache was made for, for other prompts."""
@@ -276,13 +283,13 @@ class KVCache:
 
     # Attention
 
-    def asks_host(self, batch: int, span: Span) -> bool:
+    def asks_host(self, layer: int, batch: int, span: Span) -> bool:
         """Whether the host attends to rows of the batch; the prompt is always attended on the device."""
-        return bool(span.length) and self.host.attends(batch)
+        return bool(span.length) and self.host.attends(layer, batch)
 
-    def asks_device(self, batch: int) -> bool:
+    def asks_device(self, layer: int, batch: int) -> bool:
         """Whether the device attends to rows of the batch once the prompt is over."""
-        return self._device_attends[batch]
+        return any(part.segment.on_device for part in self._parts[layer, batch])
 
     def attend(
         self,
@@ -304,17 +311,17 @@ class KVCache:
         if not span.length:
             self.keep(layer, batch, slot, span, k, v)
             return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
-        asks = self.asks_host(batch, span)
+        asks = self.asks_host(layer, batch, span)
         if asks:
-            self.host.pack(batch, slot, q, k, v)
-            self.host.send(batch, slot)
+            self.host.pack(layer, batch, slot, q, k, v)
+            self.host.send(layer, batch, slot)
             self._device.wait_for_compute()
         # The device's rows are only enqueued: they run while the host attends to its own.
         attended = self.attend_on_device(layer, batch, slot, span, q, k, v, padding, scale)
         if asks:
             self.attend_on_host(layer, batch, slot, span, padding, scale)
-            self.host.fetch(batch, slot)
-        return self.join(batch, slot, span, attended)
+            self.host.fetch(layer, batch, slot)
+        return self.join(layer, batch, slot, span, attended)
 
     def attend_on_device(
         self,
@@ -349,11 +356,12 @@ class KVCache:
             for part in self._parts[layer, batch]
             if not part.segment.on_device
         )
-        self.host.attend(batch, slot, parts, span, padding, scale)
+        self.host.attend(layer, batch, slot, parts, span, padding, scale)
 
-    def join(self, batch: int, slot: int, span: Span, on_device: Sequence[Tensor]) -> Tensor:
+    def join(self, layer: int, batch: int, slot: int, span: Span, on_device: Sequence[Tensor]) -> Tensor:
         """All rows: what the device attended, and after it the answer of the host if it was asked."""
-        outs = [*on_device, self.host.take(batch, slot)] if self.asks_host(batch, span) else on_device
+        asks = self.asks_host(layer, batch, span)
+        outs = [*on_device, self.host.take(layer, batch, slot)] if asks else on_device
         return outs[0] if len(outs) == 1 else torch.cat(list(outs))
 
     def _bring(self, part: Part, slot: int, span: Span) -> Bring | None:

@@ -106,5 +106,5 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> str:
         raise AssertionError(f"the network was asked for: {args} {options}")
 
-    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", refuse)
-    monkeypatch.setattr("flexgen.models.checkpoint.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)

@@ -62,7 +62,7 @@ def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp
         asked.append(repository)
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"opt-1\.3b-np.*cannot be reached"):
         OptLM("facebook/opt-1.3b", env, str(tmp_path), policy())
     assert asked == ["facebook/opt-1.3b"]
@@ -70,9 +70,7 @@ def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp
 
 
 def test_what_the_hub_gives_is_opened(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "flexgen.models.checkpoint.snapshot_download", lambda *_, **__: str(tiny.hf / "opt-tiny")
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny.hf / "opt-tiny"))
     assert find_weights(get_opt_config("opt-125m"), str(tmp_path)).model == tiny.hf / "opt-tiny"
 
 

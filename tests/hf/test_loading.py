@@ -80,7 +80,7 @@ def test_hub_options_reach_the_download(saved: Any, tmp_path: Any, monkeypatch: 
         asked.update(options, repository=repository)
         return str(saved("llama").directory)
 
-    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     options = dict(revision="v2", token="secret", cache_dir=tmp_path, local_files_only=True)
     with FlexGenForCausalLM.from_pretrained("some/llama", device="cpu", **options):
         pass

@@ -37,6 +37,7 @@ from flexgen.workload import Workload
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 SPEC, DUMMY = open_model("opt-125m", weights="dummy")
 LAYERS = build_layers(SPEC)
+ATTENTION = SPEC.layers[0].attention
 
 
 @st.composite
@@ -68,7 +69,7 @@ policies = st.builds(
     topology=st.sampled_from([LINKED, SHARED]),
 )
 def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, topology):
-    segments = cache_segments(SPEC, policy, rows, capacity, dtype, topology)
+    segments = cache_segments(ATTENTION.cache, policy, rows, capacity, dtype, topology)
     assert [row for segment in segments for row in segment.rows] == list(range(rows))
     assert len({segment.tier for segment in segments}) == len(segments)
     for segment in segments:
@@ -105,14 +106,14 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, topol
 )
 def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, topology, on_device, resident):
     policy = Policy(cache=Split(**{tier: 100}), attend_on=attend_on)
-    (segment,) = cache_segments(SPEC, policy, 4, 100, torch.float16, topology)
+    (segment,) = cache_segments(ATTENTION.cache, policy, 4, 100, torch.float16, topology)
     assert (segment.tier, segment.on_device, segment.resident) == (tier, on_device, resident)
 
 
 def test_encoded_cache_takes_the_bytes_of_its_codec():
     for codec, bits in (("none", 16), ("int8", 8.5), ("int4", 4.5)):
         policy = Policy(cache={"cpu": {"percent": 100, "codec": codec}})
-        (segment,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, LINKED)
+        (segment,) = cache_segments(ATTENTION.cache, policy, 8, 1024, torch.float16, LINKED)
         exact = 2 * 8 * 768 * 1024 * bits / 8
         assert exact <= segment.nbytes <= exact + segment.pages * BLOCK
         assert segment.workspace_bytes(8) == 0 or codec != "none"
@@ -128,9 +129,9 @@ def test_heads_that_a_codec_cannot_keep_are_refused_at_once():
 
 def test_pages_on_disk_are_about_a_mebibyte():
     policy = Policy(cache=Split(disk=100))
-    (many,) = cache_segments(SPEC, policy, 8, 1024, torch.float16, LINKED)  # 24 KiB a token
+    (many,) = cache_segments(ATTENTION.cache, policy, 8, 1024, torch.float16, LINKED)  # 24 KiB a token
     assert MIB <= many.page_bytes < MIB + 24 * KIB + BLOCK and many.pages > 1
-    (wide,) = cache_segments(SPEC, policy, 64, 1024, torch.float16, LINKED)  # 192 KiB a token
+    (wide,) = cache_segments(ATTENTION.cache, policy, 64, 1024, torch.float16, LINKED)  # 192 KiB a token
     assert wide.page_tokens == 16
 
 
@@ -138,11 +139,13 @@ def test_pages_on_disk_are_about_a_mebibyte():
 def test_sparse_segments_have_whole_blocks_of_values(rows, capacity, dtype, share):
     """On disk: for each row and head, in each page, as keys and as values."""
     policy = Policy(cache=Split(cpu=50, disk=50), attn_sparsity=share)
-    for segment in cache_segments(SPEC, policy, rows, capacity, dtype, LINKED):
+    for segment in cache_segments(ATTENTION.cache, policy, rows, capacity, dtype, LINKED):
         assert segment.sparse and segment.attn_sparsity == share
         assert segment.pages * segment.page_tokens >= capacity
         if segment.tier is not Tier.DISK:
-            exact = cache_segments(SPEC, policy.replace(attn_sparsity=1), rows, capacity, dtype, LINKED)
+            exact = cache_segments(
+                ATTENTION.cache, policy.replace(attn_sparsity=1), rows, capacity, dtype, LINKED
+            )
             assert segment.choice_tokens == 1 and segment.page_shape in [s.page_shape for s in exact]
             continue
         token = 64 * dtype.itemsize
@@ -211,9 +214,12 @@ def opened(policy, workload, machine, dtype, slots):
     """Cache and hidden states of one block, as a call makes them."""
     batches = batch_sizes(policy, workload.num_prompts)
     topology = machine.device.topology
-    segments = [cache_segments(SPEC, policy, rows, workload.capacity, dtype, topology) for rows in batches]
-    cached = [j for j, layer in enumerate(LAYERS) if layer.has_cache]
-    yield "cache", lambda: KVCache(cached, segments, workload.prompt_len, SPEC.num_heads, machine, slots)
+    segments = [
+        cache_segments(ATTENTION.cache, policy, rows, workload.capacity, dtype, topology) for rows in batches
+    ]
+    cached = {j: segments for j, layer in enumerate(LAYERS) if layer.has_cache}
+    heads = dict.fromkeys(cached, ATTENTION.heads)
+    yield "cache", lambda: KVCache(cached, heads, workload.prompt_len, machine, slots)
     yield (
         "activations",
         lambda: Activations(SPEC, policy, batches, workload.prompt_len, dtype, machine, slots),

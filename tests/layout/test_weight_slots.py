@@ -1,7 +1,5 @@
 """Each slot is as large as the layers that it serves, and a slot in use is never filled."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +44,7 @@ def test_a_vocabulary_takes_room_in_one_slot():
     assert attending <= 1.01 * attention and feeding <= 1.01 * mlp and last < 0.01 * head and first == 0
     assert sizes(cpu=100) == (0, 0, 0, 0)
     # Whole layers, an odd number of them, take both slots by turns.
-    uneven = build_layers(replace(spec, num_layers=7), sep_layer=False)
+    uneven = build_layers(spec.first_layers(7), sep_layer=False)
     whole = attention + mlp
     assert sizes(layers=uneven, disk=100) == pytest.approx([whole, whole, 0, head], rel=0.01)
 

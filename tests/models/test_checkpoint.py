@@ -159,8 +159,8 @@ class _Hub:
 def hub(tmp_path, monkeypatch):
     def serve(source):
         served = _Hub(source, tmp_path / "snapshot")
-        monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", served.snapshot)
-        monkeypatch.setattr("flexgen.models.checkpoint.hf_hub_download", served.file)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", served.snapshot)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", served.file)
         return served
 
     return serve
@@ -195,7 +195,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     def fail(*args, **options):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
         ModelError, match="someone/model: not a directory here, and the hub cannot be reached"
     ):
@@ -217,6 +217,6 @@ def test_a_name_that_is_like_a_known_one_gets_a_hint(name, meant, error, monkeyp
     def ask(*args, **options):
         raise error
 
-    monkeypatch.setattr("flexgen.models.checkpoint.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     with pytest.raises(ModelError, match=rf"\(did you mean '{meant}'\?\)"):
         open_model(name)

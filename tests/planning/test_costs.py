@@ -108,7 +108,7 @@ def counted():
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     policy=POLICIES,
-    name=st.sampled_from(["opt", "opt untied, projected", "llama, grouped"]),
+    name=st.sampled_from(["opt", "opt untied, projected", "llama, grouped", "uneven"]),
     device=st.sampled_from(["emulated", "cpu"]),
     order=st.none() | st.sampled_from(sorted(ORDERS)),
     prompts=st.integers(1, 8),
@@ -116,7 +116,19 @@ def counted():
     tokens=st.integers(1, 7),
 )
 def test_the_engine_moves_these_bytes_on_these_lanes(
-    policy, name, device, order, prompts, prompt_len, tokens, configs, machine, host, counted, monkeypatch
+    policy,
+    name,
+    device,
+    order,
+    prompts,
+    prompt_len,
+    tokens,
+    configs,
+    uneven,
+    machine,
+    host,
+    counted,
+    monkeypatch,
 ):
     """Stage by stage, and byte by byte on every lane, in a run of each policy."""
     prompts = min(prompts, policy.block_size)
@@ -132,7 +144,9 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         "flexgen.runtime.choice.sample", lambda logits, *_, **__: torch.from_numpy(spread(len(logits))[:, 0])
     )
     ids = np.concatenate([spread(rows, prompt_len) for rows in sizes])
-    with OptLM(configs[name], policy, device=device, weights="dummy", progress=False, order=order) as model:
+    unlike = uneven.UnevenConfig(("wide", "narrow", "post-norm"), VOCABULARY)
+    config = unlike if name == "uneven" else configs[name]
+    with OptLM(config, policy, device=device, weights="dummy", progress=False, order=order) as model:
         counted.clear()
         model.generate(ids, tokens, stop=(), attention_mask=np.ones_like(ids))
         moved = dict(counted)

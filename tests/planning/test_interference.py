@@ -152,7 +152,7 @@ def test_matrices_that_stay_are_laid_out_for_products(host, configs, tier, packe
 def test_of_equal_layers_only_those_that_stay_are_laid_out(host, configs):
     """With three quarters of the weights on disk: between all in memory and all on disk."""
     spec, _ = open_model(configs["opt"], "dummy")
-    deep, workload = replace(spec, num_layers=8, max_positions=64), Workload(16, 4, 4)
+    deep, workload = replace(spec, layers=spec.layers[:1] * 8, max_positions=64), Workload(16, 4, 4)
     hardware = host(packed_products={"float32": [[8, 4e9]]})
 
     def computing(**weights):

@@ -34,8 +34,14 @@ PLAIN = tuple(Column(what, tier) for what in CLASSES for tier in (Tier.CPU, Tier
 def opt(configs):
     """216 MiB, 48 of them a layer: large beside the blocks, rows and scratch that are the same for any model."""
     spec, _ = open_model(configs["opt"], "dummy")
-    wide = dict(hidden_size=1024, embed_size=1024, ffn_size=4096, num_heads=16, head_dim=64, num_kv_heads=16)
-    return replace(spec, **wide, num_layers=4, vocab_size=4096, max_positions=2048)
+    layer = spec.layers[0]
+    wide = replace(
+        layer,
+        attention=replace(layer.attention, heads=16, kv_heads=16, head_dim=64),
+        mlp=replace(layer.mlp, size=4096),
+    )
+    sizes = dict(hidden_size=1024, embed_size=1024, vocab_size=4096, max_positions=2048)
+    return replace(spec, layers=(wide,) * 4, **sizes)
 
 
 def small(machine, gpu, cpu="400MiB", disk="4GiB", **changes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
-from flexgen.models import ModelSpec
+from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
 from flexgen.runtime.compaction import Moved
@@ -46,7 +45,6 @@ class History:
         self,
         machine: Machine,
         run: Any,
-        spec: ModelSpec,
         policy: Policy,
         batches: list[int],
         prompt: int,
@@ -57,12 +55,13 @@ class History:
     ) -> None:
         self.run, self.prompt, self.dtype = run, prompt, dtype
         self.kv_heads, self.heads = 2, 2 * ratio
-        spec = replace(spec, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=HEAD_DIM)
+        shape = CacheShape(self.kv_heads, HEAD_DIM)
         topology = machine.device.topology
         self.segments = [
-            cache_segments(spec, policy, rows, prompt + steps, dtype, topology) for rows in batches
+            cache_segments(shape, policy, rows, prompt + steps, dtype, topology) for rows in batches
         ]
-        self.cache = KVCache(LAYERS, self.segments, prompt, self.heads, machine)
+        layers = dict.fromkeys(LAYERS, self.segments)
+        self.cache = KVCache(layers, dict.fromkeys(LAYERS, self.heads), prompt, machine)
         self.batches = batches
         self.padding = []
         for rows in batches:
@@ -144,13 +143,12 @@ def test_every_kind_of_segment_across_pages(
     attend_on: str,
     machine: Any,
     run: Any,
-    spec: Any,
     page_tokens: Any,
 ) -> None:
     page_tokens(4)
     policy = Policy(cache={str(tier): {"percent": 100, "codec": codec}}, attend_on=attend_on)
     with machine(device) as m:
-        history = History(m, run, spec, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
+        history = History(m, run, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
         (segment,) = history.segments[0]
         pages = (12, 1) if (device, tier) == ("emulated", Tier.GPU) else (4, 3)
         assert (segment.tier, (segment.page_tokens, segment.pages)) == (tier, pages)
@@ -194,35 +192,32 @@ def test_rows_on_several_tiers(
     starts: list[int],
     machine: Any,
     run: Any,
-    spec: Any,
 ) -> None:
     shares = {tier: {"percent": percent, "codec": codecs[tier]} for tier, percent in cache.items()}
     policy = Policy(cache=shares, attend_on=attend_on)
     with pytest.MonkeyPatch.context() as patch, machine(device) as m:
         patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (page, page))
         patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", page)
-        history = History(m, run, spec, policy, batches, prompt, steps, ratio, starts)
+        history = History(m, run, policy, batches, prompt, steps, ratio, starts)
         history.check(steps)
         history.cache.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_bfloat16(device: str, machine: Any, run: Any, spec: Any, page_tokens: Any) -> None:
+def test_bfloat16(device: str, machine: Any, run: Any, page_tokens: Any) -> None:
     page_tokens(4)
     policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
     with machine(device) as m:
-        history = History(m, run, spec, policy, [3], 5, 8, 2, [0, 1], torch.bfloat16)
+        history = History(m, run, policy, [3], 5, 8, 2, [0, 1], torch.bfloat16)
         history.check(8, atol=0.05)
         history.cache.close()
 
 
-def test_a_second_block_finds_nothing_of_the_first(
-    machine: Any, run: Any, spec: Any, page_tokens: Any
-) -> None:
+def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any, page_tokens: Any) -> None:
     page_tokens(4)
     policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
     with machine("emulated") as m:
-        history = History(m, run, spec, policy, [3], 6, 8, 1, [0, 2])
+        history = History(m, run, policy, [3], 6, 8, 1, [0, 2])
         history.check(8)
         for kept in (history.keys, history.values):
             for key in kept:
@@ -236,13 +231,13 @@ def test_a_second_block_finds_nothing_of_the_first(
 @pytest.mark.parametrize("dropped", [0, 2], ids=["same columns", "fewer columns"])
 @pytest.mark.parametrize("cache", [{str(tier): 100} for tier in Tier] + [{"gpu": 34, "cpu": 33, "disk": 33}])
 def test_rows_move_together_and_go_on(
-    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any, spec: Any, page_tokens: Any
+    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any, page_tokens: Any
 ) -> None:
     """Rows of three batches become two batches; `dropped` columns are padding of all rows that go on."""
     page_tokens(4)
     policy = Policy(cache=cache)
     with machine(device) as m:
-        history = History(m, run, spec, policy, [3, 3, 3], 7, 9, 2, [dropped])
+        history = History(m, run, policy, [3, 3, 3], 7, 9, 2, [dropped])
         history.check(4)
         length, new = 11, 11 - dropped
         groups = [[(0, 1), (1, 0), (1, 2)], [(2, 0)]]
@@ -277,12 +272,12 @@ def test_rows_move_together_and_go_on(
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("tier", list(Tier), ids=str)
-def test_what_moves(device: str, tier: Tier, machine: Any, run: Any, spec: Any, page_tokens: Any) -> None:
+def test_what_moves(device: str, tier: Tier, machine: Any, run: Any, page_tokens: Any) -> None:
     """A resident part is never loaded; one on disk is written only when a page is full."""
     page_tokens(4)
     policy = Policy(cache={str(tier): 100}, attend_on="gpu")
     with machine(device) as m:
-        history = History(m, run, spec, policy, [2], 5, 7, 1, [0])
+        history = History(m, run, policy, [2], 5, 7, 1, [0])
         cache, (segment,) = history.cache, history.segments[0]
         history.step(Span(0, 5), 1e-5)
         for length in range(5, 12):
@@ -311,8 +306,8 @@ def test_put_crosses_pages(page: int, pages: int, begin: int, tokens: int) -> No
         assert not flat[:, :, :begin].any() and not flat[:, :, begin + tokens :].any()
 
 
-def test_rows_of_the_split_are_contiguous_segments(spec: Any) -> None:
+def test_rows_of_the_split_are_contiguous_segments() -> None:
     split = Split(gpu=34, cpu=33, disk=33)
-    segments = cache_segments(spec, Policy(cache=split), 7, 20, torch.float32, LINKED)
+    segments = cache_segments(CacheShape(2, HEAD_DIM), Policy(cache=split), 7, 20, torch.float32, LINKED)
     assert [n for segment in segments for n in segment.rows] == list(range(7))
     assert {segment.tier: segment.rows for segment in segments} == split.rows(7)

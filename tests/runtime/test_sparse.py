@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from flexgen.kernels.sparse_attention import Choice
 from flexgen.layout.cache import CacheSegment, Span, cache_segments
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
-from flexgen.models import ModelSpec
+from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Padding
@@ -71,15 +70,14 @@ def reference(
 class History:
     """All keys and values of one batch in one layer, and the cache that holds them."""
 
-    def __init__(
-        self, machine: Machine, run: Any, spec: ModelSpec, policy: Policy, starts: list[int], capacity: int
-    ) -> None:
+    def __init__(self, machine: Machine, run: Any, policy: Policy, starts: list[int], capacity: int) -> None:
         self.run, self.share, self.starts = run, policy.attn_sparsity, starts
         self.heads = 2 * KV_HEADS
-        spec = replace(spec, num_heads=self.heads, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
         topology = machine.device.topology
-        self.segments = cache_segments(spec, policy, len(starts), capacity, torch.float32, topology)
-        self.cache = KVCache([0], [self.segments], capacity, self.heads, machine)
+        self.segments = cache_segments(
+            CacheShape(KV_HEADS, HEAD_DIM), policy, len(starts), capacity, torch.float32, topology
+        )
+        self.cache = KVCache({0: [self.segments]}, {0: self.heads}, capacity, machine)
         there = torch.tensor(starts)
         self.padding = Padding(tuple(starts), there, there)
         self.generator = torch.Generator().manual_seed(len(starts) + capacity)
@@ -125,11 +123,11 @@ KINDS = [
 @pytest.mark.parametrize("share", [0.1, 0.4])
 @pytest.mark.parametrize(("device", "tier", "attend_on"), KINDS, ids=lambda value: str(value))
 def test_every_kind_of_segment(
-    device: str, tier: Tier, attend_on: str, share: float, machine: Any, run: Any, spec: Any
+    device: str, tier: Tier, attend_on: str, share: float, machine: Any, run: Any
 ) -> None:
     policy = Policy(cache={str(tier): 100}, attend_on=attend_on, attn_sparsity=share)
     with machine(device) as m:
-        history = History(m, run, spec, policy, [0, 21, 40], 150)
+        history = History(m, run, policy, [0, 21, 40], 150)
         (segment,) = history.segments
         in_memory = 150 if (device, tier) == ("emulated", Tier.GPU) else 22
         assert (segment.page_tokens, segment.choice_tokens) == (
@@ -164,12 +162,11 @@ def test_rows_on_several_tiers(
     share: float,
     machine: Any,
     run: Any,
-    spec: Any,
 ) -> None:
     policy = Policy(cache=cache, attend_on=attend_on, attn_sparsity=share)
     starts = [min(start, prompt - 1) for start in starts]
     with machine(device) as m:
-        history = History(m, run, spec, policy, starts, prompt + steps)
+        history = History(m, run, policy, starts, prompt + steps)
         history.step(Span(0, prompt))
         for token in range(steps):
             history.step(Span(prompt + token, 1))
@@ -203,12 +200,12 @@ def read_in_a_step(history: History, span: Span, monkeypatch: Any) -> int:
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_bytes_read_are_the_keys_and_a_share_of_the_values(
-    device: str, share: float, machine: Any, run: Any, spec: Any, monkeypatch: Any
+    device: str, share: float, machine: Any, run: Any, monkeypatch: Any
 ) -> None:
     rows, length = 3, 7 * 32 + 5
     policy = Policy(cache={"disk": 100}, attn_sparsity=share)
     with machine(device) as m:
-        history = History(m, run, spec, policy, [0] * rows, 8 * 32)
+        history = History(m, run, policy, [0] * rows, 8 * 32)
         history.step(Span(0, length))
         heads, whole = (
             rows * KV_HEADS,
@@ -226,9 +223,9 @@ def test_bytes_read_are_the_keys_and_a_share_of_the_values(
         history.cache.close()
 
 
-def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, spec: Any, monkeypatch: Any) -> None:
+def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, monkeypatch: Any) -> None:
     with machine("cpu") as m:
-        history = History(m, run, spec, Policy(cache={"disk": 100}), [0, 0], 4 * 32)
+        history = History(m, run, Policy(cache={"disk": 100}), [0, 0], 4 * 32)
         history.step(Span(0, 70))
         with counted(monkeypatch) as made:
             run(history.cache.load(0, 0, 1, 70))
@@ -240,12 +237,10 @@ def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, spec: A
         history.cache.close()
 
 
-def test_where_the_device_attends_pages_come_whole(
-    machine: Any, run: Any, spec: Any, monkeypatch: Any
-) -> None:
+def test_where_the_device_attends_pages_come_whole(machine: Any, run: Any, monkeypatch: Any) -> None:
     policy = Policy(cache={"disk": 100}, attend_on="gpu", attn_sparsity=0.1)
     with machine("emulated") as m:
-        history = History(m, run, spec, policy, [0], 4 * 32)
+        history = History(m, run, policy, [0], 4 * 32)
         history.step(Span(0, 64))
         nbytes = read_in_a_step(history, Span(64, 1), monkeypatch)
         assert nbytes == 2 * KV_HEADS * 64 * TOKEN
@@ -303,10 +298,10 @@ def test_chosen_blocks_are_read_once_and_neighbours_together(
     assert all(read.target.numel() == per_page // 2 * BLOCK for read in keys)
 
 
-def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, spec: Any, monkeypatch: Any) -> None:
+def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, monkeypatch: Any) -> None:
     policy = Policy(cache={"disk": 100}, attn_sparsity=0.3)
     with machine("cpu") as m:
-        history = History(m, run, spec, policy, [0, 0], 150)
+        history = History(m, run, policy, [0, 0], 150)
         with closing(history.cache):
             history.step(Span(0, 130))
             run(history.cache.load(0, 0, 0, 130))
@@ -320,14 +315,12 @@ def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, spec: Any, mon
                 history.cache.attend(0, 0, 0, Span(130, 1), q, k, k, history.padding, SCALE)
 
 
-def test_parts_larger_than_a_chunk_are_read_in_several(
-    machine: Any, run: Any, spec: Any, monkeypatch: Any
-) -> None:
+def test_parts_larger_than_a_chunk_are_read_in_several(machine: Any, run: Any, monkeypatch: Any) -> None:
     """Never handed to the threads that read ahead: each call of them is within what is read at once."""
     policy = Policy(cache={"disk": 100}, attn_sparsity=0.9)
     with machine("cpu") as m:
         m.io.chunk = 2 * BLOCK
-        history = History(m, run, spec, policy, [0, 0], 300)
+        history = History(m, run, policy, [0, 0], 300)
         history.step(Span(0, 290))
         calls: list[int] = []
         read: Callable[..., None] = DiskIO.read

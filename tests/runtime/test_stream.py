@@ -101,7 +101,9 @@ def test_ctrl_c_while_waiting_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert not running()
 
 
-def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ctrl-C comes when the system has made the thread and it has not begun: nobody waits for it any more."""
     late: list[threading.Thread] = []
     begun: list[Teller[int]] = []

@@ -1,49 +1,59 @@
-"""Model families by `model_type`. A family is one file of tables; its forward is the shared layers'.
+"""Model families: one module each, whose name is the `model_type` of the configs that it reads.
 
-Adding one: a file with `CONFIG_CLASS` and `to_spec(config, name) -> ModelSpec`, and its line in `FAMILIES`.
+A family is a function `to_spec(config, name) -> ModelSpec`; what it computes is built of the layers that all
+families share. A family is found by its file: nothing else lists it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from transformers import PreTrainedConfig
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flexgen.errors import ModelError
-from flexgen.models.families import fields, llama, opt
+from flexgen.models import fields
 from flexgen.models.spec import ModelSpec
 from flexgen.shown import shown
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedConfig
 
 
 class Family(Protocol):
     """What a family's module offers."""
 
-    @property
-    def CONFIG_CLASS(self) -> type[PreTrainedConfig]:
-        """The transformers class that reads its config.json."""
-
     def to_spec(self, config: Any, name: str) -> ModelSpec:
-        """The spec of `config`. Raises ModelError for what would not be computed as its authors meant."""
+        """The spec of `config`, of the transformers class for the family's model_type.
+
+        Raises ModelError for what the layers would not compute as the model's authors meant it.
+        """
 
 
 _OF_CLASSIFIERS = ("num_labels", "id2label", "label2id")
 """Fields left out: transformers makes an entry for each label, of which a file can ask for any number."""
 
-FAMILIES: dict[str, Family] = {"opt": opt, "llama": llama}
+
+def known_families() -> list[str]:
+    """Names of the modules in this folder, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
     """The transformers config of a config.json's contents. Raises ModelError."""
-    family = _family(values.get("model_type"), name)
+    from transformers import CONFIG_MAPPING  # takes seconds: only when a config is read
+
+    model_type = values.get("model_type")
+    _family(model_type, name)
     fields.check_values(values, name)
     values = {field: value for field, value in values.items() if field not in _OF_CLASSIFIERS}
     for field in ("dtype", "torch_dtype"):  # the second was its name before transformers 5
         if field in values:
             values[field] = fields.read_dtype(values[field], name)
     try:
-        return family.CONFIG_CLASS.from_dict(values)
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # of whatever kind: transformers computes with values that come from a file
         raise ModelError(f"{name}: its config is not valid: {error}") from error
+    return config
 
 
 def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
@@ -52,7 +62,9 @@ def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
 
 
 def _family(model_type: Any, name: str) -> Family:
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+    # As transformers names its modules: "xlm-roberta" is xlm_roberta.
+    module = model_type.replace("-", "_") if isinstance(model_type, str) else None
+    if module not in known_families():
+        known = ", ".join(known_families())
         raise ModelError(f"{name}: model_type = {shown(model_type)} is not supported; supported: {known}")
-    return FAMILIES[model_type]
+    return cast(Family, import_module(f"{__name__}.{module}"))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from transformers import OPTConfig
+from typing import TYPE_CHECKING
 
-from flexgen.models.families import fields
-from flexgen.models.spec import ModelSpec, NameTable
+from flexgen.models import fields
+from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
 
-CONFIG_CLASS = OPTConfig
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import OPTConfig
 
-NAMES = NameTable(
-    prefixes=("model.decoder.", "decoder."),
-    embed="embed_tokens",
-    positions="embed_positions",
-    project_in="project_in",
-    project_out="project_out",
-    attention_norm="layers.{i}.self_attn_layer_norm",
-    q="layers.{i}.self_attn.q_proj",
-    k="layers.{i}.self_attn.k_proj",
-    v="layers.{i}.self_attn.v_proj",
-    out="layers.{i}.self_attn.out_proj",
-    mlp_norm="layers.{i}.final_layer_norm",
-    up="layers.{i}.fc1",
-    down="layers.{i}.fc2",
-    final_norm="final_layer_norm",
-    head="lm_head",
-)
+NAMES = prefixed(
+    ("model.decoder.", "decoder."),
+    {
+        "embed": "embed_tokens",
+        "positions": "embed_positions",
+        "project_in": "project_in",
+        "project_out": "project_out",
+        "attention_norm": "layers.{i}.self_attn_layer_norm",
+        "q": "layers.{i}.self_attn.q_proj",
+        "k": "layers.{i}.self_attn.k_proj",
+        "v": "layers.{i}.self_attn.v_proj",
+        "out": "layers.{i}.self_attn.out_proj",
+        "mlp_norm": "layers.{i}.final_layer_norm",
+        "up": "layers.{i}.fc1",
+        "down": "layers.{i}.fc2",
+        "final_norm": "final_layer_norm",
+    },
+) | {"head": ("lm_head",)}
 
 # (layers, heads, hidden size): table 1 of "OPT: Open Pre-trained Transformer Language Models".
 SIZES = {
@@ -49,6 +51,8 @@ def known_size(model: str) -> str | None:
 
 def known_config(size: str) -> OPTConfig:
     """The configuration of a key of `SIZES`, made without a network."""
+    from transformers import OPTConfig  # takes seconds, and a model on disk has a config of its own
+
     num_layers, num_heads, hidden_size = SIZES[size]
     small = size == "opt-350m"
     return OPTConfig(
@@ -69,35 +73,40 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
     fields.multiple(name, "hidden_size", hidden_size, "num_attention_heads", num_heads)
     vocab_size = fields.size(config, name, "vocab_size")
     pre_norm = fields.flag(config, name, "do_layer_norm_before")
+    bias = fields.flag(config, name, "enable_bias")
+    norm = NormSpec("layernorm", 1e-5, fields.flag(config, name, "layer_norm_elementwise_affine"))
+    layer = LayerSpec(
+        attention=AttentionSpec(
+            heads=num_heads,
+            kv_heads=num_heads,
+            head_dim=hidden_size // num_heads,
+            qkv_bias=bias,
+            out_bias=bias,
+        ),
+        mlp=MLPSpec(
+            size=fields.size(config, name, "ffn_dim"),
+            activation=fields.activation(config, name, "activation_function"),
+            bias=bias,
+        ),
+        attention_norm=norm,
+        mlp_norm=norm,
+        pre_norm=pre_norm,
+    )
     return ModelSpec(
         name=name,
         family="opt",
         names=NAMES,
         dtype=fields.dtype_of(config, name),
+        layers=(layer,) * fields.size(config, name, "num_hidden_layers"),
         hidden_size=hidden_size,
-        num_layers=fields.size(config, name, "num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
-        ffn_size=fields.size(config, name, "ffn_dim"),
         vocab_size=vocab_size,
         max_positions=fields.size(config, name, "max_position_embeddings"),
         embed_size=fields.size(config, name, "word_embed_proj_dim"),
         bos_token_id=fields.token_id(config, name, "bos_token_id"),
         pad_token_id=fields.token_id(config, name, "pad_token_id"),
         eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
-        norm="layernorm",
-        norm_eps=1e-5,
-        norm_affine=fields.flag(config, name, "layer_norm_elementwise_affine"),
-        pre_norm=pre_norm,
         # The config's own field, with its underscore: checkpoints tuned before transformers 4.20.1 have none.
-        final_norm=pre_norm and not fields.flag(config, name, "_remove_final_layer_norm"),
-        activation=fields.activation(config, name, "activation_function"),
-        gated_mlp=False,
-        qkv_bias=fields.flag(config, name, "enable_bias"),
-        out_bias=fields.flag(config, name, "enable_bias"),
-        mlp_bias=fields.flag(config, name, "enable_bias"),
-        head_bias=False,
+        final_norm=norm if pre_norm and not fields.flag(config, name, "_remove_final_layer_norm") else None,
         tied_head=fields.flag(config, name, "tie_word_embeddings"),
         positions="learned",
         position_offset=2,

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import OPTConfig
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
@@ -45,6 +44,8 @@ class ArithmeticProbe:
         self._dtype = dtype
         self._effort = effort
         self._watch = watch
+        from transformers import OPTConfig  # takes seconds, and few processes measure
+
         config = OPTConfig(
             hidden_size=effort.hidden,
             word_embed_proj_dim=effort.hidden,
@@ -164,13 +165,13 @@ class ArithmeticProbe:
 
     def prompt_attention(self) -> float:
         """flop/s of causal attention over prompts."""
-        tokens, spec = self._effort.prompt, self._spec
-        shape = (_PROMPT_ROWS, tokens, spec.num_heads, spec.head_dim)
+        tokens, own = self._effort.prompt, self.layer.layer_spec.attention
+        shape = (_PROMPT_ROWS, tokens, own.heads, own.head_dim)
         # As layers make them: by token, seen by head.
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
-        scale = spec.head_dim**-0.5
+        scale = own.head_dim**-0.5
         seconds = self._watch.seconds(
             lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
         )
@@ -184,7 +185,7 @@ class ArithmeticProbe:
         if not on_host:
             # As many launches with hardly any bytes: `fixed.cell` contains them.
             seconds = _own(seconds, self._attention_seconds(form, store, place, 1))
-        return 2 * rows * self._spec.num_heads * self._effort.context * form.nbytes / seconds
+        return 2 * rows * self.layer.layer_spec.attention.heads * self._effort.context * form.nbytes / seconds
 
     def _attention_seconds(self, form: HeadFormat, store: Store, place: torch.device, rows: int) -> float:
         attend = self.attending(form, store, place, rows)
@@ -196,10 +197,10 @@ class ArithmeticProbe:
         self, form: HeadFormat, store: Store, place: torch.device, rows: int = _CACHE_ROWS
     ) -> Callable[[], object]:
         """The work of `token_attention` for a cache of so many rows, until `release`."""
-        spec, context = self._spec, self._effort.context
+        own, context = self.layer.layer_spec.attention, self._effort.context
         page_tokens = min(_PAGE_TOKENS, context)
         pages = -(-context // page_tokens)
-        shape = (rows, spec.num_heads, page_tokens, spec.head_dim)
+        shape = (rows, own.heads, page_tokens, own.head_dim)
         page = form.encode(torch.randn(shape).to(self._dtype))
         count = self._count(2 * pages * page.nbytes)
         caches = itertools.cycle(
@@ -208,8 +209,8 @@ class ArithmeticProbe:
                 for _ in range(count)
             ]
         )
-        q = torch.randn(rows, spec.num_heads, 1, spec.head_dim).to(place, self._dtype)
-        scale = spec.head_dim**-0.5
+        q = torch.randn(rows, own.heads, 1, own.head_dim).to(place, self._dtype)
+        scale = own.head_dim**-0.5
         return lambda: decode_attention(q, next(caches), context, None, scale, form)
 
     # Memory

@@ -99,7 +99,8 @@ class ElementwiseProbe:
             for weight in layer.weights
         }
         rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
-        context = _Attending(spec.num_kv_heads, spec.head_dim, rows, self._dtype, self._device.torch_device)
+        own = spec.layers[0].attention
+        context = _Attending(own.kv_heads, own.head_dim, rows, self._dtype, self._device.torch_device)
         x = torch.randn(rows, _PROMPT, spec.hidden_size).to(self._device.torch_device, self._dtype)
 
         def multiply() -> None:
@@ -111,7 +112,7 @@ class ElementwiseProbe:
         )
         products = self._watch.seconds(multiply, self._device.wait_for_compute)
         around = whole - products - layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
-        return max(around, 0.0) / (rows * _PROMPT * 2 * (spec.q_size + spec.kv_size))
+        return max(around, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
 
 
 class _Attending:

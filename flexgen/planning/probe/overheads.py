@@ -6,7 +6,6 @@ import statistics
 
 import numpy as np
 import torch
-from transformers import OPTConfig
 
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import plan_memory
@@ -34,6 +33,8 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     Everything lies in the compute device's memory. Attention and the feed-forward half are cells of their own.
     """
     policy = Policy(gpu_batch_size=2, num_gpu_batches=2)
+    from transformers import OPTConfig  # takes seconds, and few processes measure
+
     config = OPTConfig(
         hidden_size=_HIDDEN,
         word_embed_proj_dim=_HIDDEN,

@@ -76,7 +76,7 @@ def test_a_config_is_left_as_it_was():
 
 def test_rope_of_a_config_json_from_before_transformers_5():
     values = dict(model_type="llama", rope_theta=5000.0, rope_scaling={"type": "linear", "factor": 2.0})
-    rope = spec_from_config(config_from_dict(values, "mine"), "mine").rope
+    rope = spec_from_config(config_from_dict(values, "mine"), "mine").layers[0].attention.rope
     assert (rope.kind, rope.theta, rope.factor) == ("linear", 5000.0, 2.0)
     assert rope.inv_freq[0] == 0.5
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from flexgen.errors import ModelError
 from flexgen.models.ops import ACTIVATIONS
+from flexgen.models.rope import KINDS, rope_spec
+from flexgen.models.spec import RopeSpec
 from flexgen.shown import shown
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedConfig
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "head_dim": 65_536}
@@ -169,3 +174,25 @@ def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, 
                 f"{name}: {field} = {shown(value)} is not a token id; give its number in the vocabulary"
             )
     return tuple(each for each in ids if 0 <= each < vocab_size)
+
+
+def rope(config: PreTrainedConfig, name: str, head_dim: int) -> RopeSpec:
+    """The RoPE of heads of `head_dim` values. Raises ModelError for parameters that cannot be used."""
+    config = copy.deepcopy(config)  # its parameters are completed in place below
+    given = config.rope_parameters or {}
+    if not isinstance(given, dict):
+        raise ModelError(f"{name}: rope_parameters = {shown(given)} is not supported; expected an object")
+    kind = given.get("rope_type", "default")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ModelError(f"{name}: rope_type = {shown(kind)} is not supported; supported: {', '.join(KINDS)}")
+    if given.get("partial_rotary_factor") not in (None, 1.0):
+        part = given["partial_rotary_factor"]
+        raise ModelError(f"{name}: partial_rotary_factor = {shown(part)} is not supported; supported: 1.0")
+    try:
+        config.standardize_rope_params()  # lengths and theta that are stated outside of the parameters
+        return rope_spec(config.rope_parameters, head_dim, config.max_position_embeddings)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        parameters = config.rope_parameters
+        raise ModelError(
+            f"{name}: rope_parameters = {shown(parameters)} cannot be used: {shown(error)}"
+        ) from error

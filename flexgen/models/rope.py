@@ -1,0 +1,146 @@
+"""Frequencies of rotary positions: one function for each scaling, after its published definition.
+
+The arithmetic is that of transformers, in the same order, so that frequencies are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen.models.spec import RopeSpec
+
+Parameters = Mapping[str, Any]
+"""The `rope_parameters` of a config, with `rope_theta` and the lengths that the kind needs."""
+
+
+def rope_spec(parameters: Parameters, head_dim: int, max_positions: int) -> RopeSpec:
+    """The RoPE that `parameters` describe, for heads of `head_dim` values.
+
+    `max_positions` is the config's max_position_embeddings. Raises KeyError, TypeError, ValueError or another
+    ArithmeticError for parameters that are missing or cannot be used.
+    """
+    kind = parameters.get("rope_type", "default")
+    stated = parameters.get("original_max_position_embeddings")
+    # `dynamic` stretches from max_position_embeddings, whatever else is stated.
+    original = int(max_positions if stated is None or kind == "dynamic" else stated)
+    factor = parameters.get("factor") if kind in ("default", "longrope") else parameters["factor"]
+    if factor is None:
+        factor = 1.0 if kind == "default" else max_positions / original
+    if kind == "dynamic" and head_dim < 4:
+        raise ValueError(f"dynamic scaling needs a head_dim of at least 4, not {head_dim}")
+    inv_freq, scaling = KINDS[kind](parameters, factor, head_dim, original)
+    long_inv_freq = None
+    if kind == "longrope":
+        long_inv_freq = _divided(parameters, "long_factor", head_dim)
+    factor, theta, scaling = float(factor), float(parameters["rope_theta"]), float(scaling)
+    finite = all(map(math.isfinite, (theta, scaling, factor * original))) and all(
+        values is None or bool(values.isfinite().all()) for values in (inv_freq, long_inv_freq)
+    )
+    if original < 1 or factor <= 0 or not finite:
+        raise ValueError("lengths, factors and frequencies must be finite and positive")
+    return RopeSpec(
+        kind=kind,
+        inv_freq=tuple(inv_freq.tolist()),
+        scaling=scaling,
+        theta=theta,
+        factor=factor,
+        original_max_positions=original,
+        long_inv_freq=() if long_inv_freq is None else tuple(long_inv_freq.tolist()),
+    )
+
+
+def _wavelengths(theta: Any, dim: int) -> Tensor:
+    """Wavelengths of the pairs divided by 2 pi, (dim / 2), float32: "RoFormer", arXiv 2104.09864, section 3.2."""
+    lengths: Tensor = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return lengths
+
+
+def _default(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    return 1.0 / _wavelengths(parameters["rope_theta"], dim), 1.0
+
+
+def _linear(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """Positions divided by the factor: "Extending Context Window via Position Interpolation", arXiv 2306.15595."""
+    inv_freq, scaling = _default(parameters, factor, dim, original)
+    return inv_freq / factor, scaling
+
+
+def _dynamic(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """NTK-aware scaling of the base, for a text of the original length; `ops.rope_tables` has longer ones."""
+    stretch = (factor * original / original) - (factor - 1)
+    return 1.0 / _wavelengths(parameters["rope_theta"] * stretch ** (dim / (dim - 2)), dim), 1.0
+
+
+def _yarn(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """Between `linear` for long wavelengths and `default` for short ones: "YaRN", arXiv 2309.00071, section 3."""
+    theta = parameters["rope_theta"]
+
+    def pair_of(rotations: float) -> float:
+        """The pair that turns so many times over the original length."""
+        return (dim * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+    low = pair_of(parameters.get("beta_fast") or 32)
+    high = pair_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # the ramp divides by the difference
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    lengths = _wavelengths(theta, dim)
+    inv_freq = 1.0 / (factor * lengths) * (1 - kept) + 1.0 / lengths * kept
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scale, over = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scaling = _mscale(factor, scale) / _mscale(factor, over) if scale and over else _mscale(factor, 1)
+    return inv_freq, scaling
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """One factor for each pair, others for texts beyond the original length: "LongRoPE", arXiv 2402.13753."""
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return _divided(parameters, "short_factor", dim), scaling
+
+
+def _divided(parameters: Parameters, field: str, dim: int) -> Tensor:
+    factors = parameters[field]
+    if len(factors) != dim // 2:  # torch would spread a single one
+        raise ValueError(f"{field} must have head_dim / 2 = {dim // 2} factors")
+    lengths = _wavelengths(parameters["rope_theta"], dim)
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * lengths)
+
+
+def _llama3(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """`linear` for wavelengths beyond original / low_freq_factor, `default` below original / high_freq_factor, and
+    a mixture between: apply_scaling in the code of Llama 3.1."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    inv_freq, scaling = _default(parameters, factor, dim, original)
+    wavelength = 2 * math.pi / inv_freq
+    slow, fast = wavelength > original / low, wavelength < original / high
+    scaled = torch.where(slow, inv_freq / factor, inv_freq)
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * scaled / factor + smooth * scaled
+    return torch.where(~slow & ~fast, between, scaled), scaling
+
+
+KINDS: dict[str, Callable[[Parameters, Any, int, int], tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}
+"""By the names that configs use: (parameters, factor, head_dim, original length) to the frequencies, (head_dim / 2)
+in float32, and what cos and sin are multiplied by."""
