@@ -58,7 +58,9 @@ def test_a_pinned_buffer_is_watched():
 )
 def test_no_policy_and_order_races(config, policy, order, dtype):
     runtime.reset()
-    with watched() as races, cases.open_on("cuda", config, policy, dtype, order=order) as model:
+    # Without computed numbers ids are garbage, and name rows that a table does not have.
+    opened = cases.open_on("cuda", config, policy, dtype, order=order)
+    with in_every_thread(Numbers), watched() as races, opened as model:
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])
