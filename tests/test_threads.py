@@ -11,7 +11,7 @@ import pytest
 from flexgen import threads
 from flexgen.errors import CapacityError, RequestError
 
-# The stack of the first thread is kept for the next one, which therefore begins and finds no memory to go on.
+# Where the stack of the first thread is kept for the second, `Thread.start` would never return.
 FULL = """
 import resource, threading
 from flexgen import threads

@@ -15,6 +15,10 @@ from flexgen.kernels.packed import Packed
 
 _VECTOR = 16
 """Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
+_UNIT = 2.0**-24
+"""The distance of the smallest numbers of float16."""
+_UNITS = (1 - 2.0**-20) / _UNIT
+"""How many units are 1, a little fewer: a rounded product must not exceed the whole number that it stands for."""
 _PIECE = 1 << 19
 """Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
 _GPU_PIECE = 1 << 28
@@ -24,6 +28,10 @@ launches. See `decode_workspace`."""
 
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
     """Each value to the nearest of the 2 ** bits between the least and the largest of its group.
+
+    Where the step between them is below the normal numbers of float16, which keeps it, it is rounded up to a multiple
+    of 2 ** -24. Rounded to the nearest it could be 0, which loses the group, or too small for the largest values. A
+    value is off by at most half a step, and by what the minimum was rounded by.
 
     x must be finite; its last dimension must be a multiple of `group`, whose codes are whole bytes.
     """
@@ -43,41 +51,6 @@ def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = t
     else:
         quantise_in_torch(x, packed)
     return packed
-
-
-def requantise_small(x: Tensor, packed: Packed) -> None:
-    """Encode again those groups of `x` whose scale is below the normal numbers of float16, with a scale that is
-    rounded up.
-
-    There float16 counts in units of 2 ** -24. A scale rounded to the nearest of them can be zero, which loses the
-    group, or too small for its largest values. With one rounded up a value is off by at most half a step, and a step
-    is at most one unit more than it would be.
-    """
-    if packed.scales.dtype != torch.float16:
-        return
-    small = packed.scales < torch.finfo(torch.float16).smallest_normal
-    if not small.any():
-        return
-    levels, unit = 2**packed.bits - 1, torch.finfo(torch.float16).smallest_normal * 2**-10
-    groups = x.unflatten(-1, (-1, packed.group))[small].float()
-    minimum = packed.minimums[small].float()[:, None]
-    # In float64 the quotient of an exact multiple is exact, and is not rounded up once more.
-    steps = (groups.amax(-1, keepdim=True) - minimum).clamp_min(0).double() / (levels * unit)
-    scale = (steps.ceil() * unit).float()
-    packed.scales[small] = scale[:, 0].to(torch.float16)
-    octets = packed.values.unflatten(-1, (-1, packed.group * packed.bits // 8))
-    octets[small] = _codes(groups, minimum, scale, packed.bits)
-
-
-def _codes(groups: Tensor, minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The octets of groups (..., group), with minimums and scales as they are kept (..., 1)."""
-    levels = 2**bits - 1
-    codes = torch.where(scale == 0, 0.0, (groups - minimum) / scale)
-    codes = codes.clamp(0, levels).round().to(torch.uint8)
-    if bits == 4:
-        low, high = codes.chunk(2, dim=-1)
-        codes = low | high << 4
-    return codes
 
 
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
@@ -155,7 +128,12 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
     largest = torch.finfo(packed.scales.dtype).max
     # Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
     packed.minimums.copy_(least.add_(0.0).clamp_(-largest, largest))  # no negative zero
-    packed.scales.copy_(most.sub_(packed.minimums).mul_(1 / levels).clamp_(0, largest))
+    span = most.sub_(packed.minimums).clamp_min_(0)
+    scales = (span * (1 / levels)).clamp_(0, largest)
+    if packed.scales.dtype == torch.float16:
+        rounded_up = span.mul_(_UNITS / levels).ceil_().mul_(_UNIT)
+        scales = torch.where(scales < torch.finfo(torch.float16).smallest_normal, rounded_up, scales)
+    packed.scales.copy_(scales)
     codes = (groups - packed.minimums[..., None]).div_(packed.scales[..., None])
     codes.nan_to_num_(0.0, 0.0, 0.0)  # where the scale is 0
     codes.clamp_(0, levels).round_()

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from flexgen.errors import FlexGenError
 from flexgen.memory.disk_store import DiskStore
 from flexgen.models.checkpoint import Checkpoint
+from flexgen.quant.codec import ENCODING
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ def _model_folder(model: str, checkpoint: Checkpoint) -> str:
 
 
 def _state_folder(checkpoint: Checkpoint) -> str:
-    return _short(checkpoint.identity)
+    """The state of the checkpoint and of the codecs, so that what neither has any more is stale."""
+    return _short(f"{checkpoint.identity} encoding {ENCODING}")
 
 
 def _short(text: str) -> str:

@@ -14,8 +14,11 @@ from flexgen.units import BLOCK
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
 
 
-def fix_for(error: OSError) -> str:
-    """What a user can do about an error of the file system."""
+def fix_for(error: OSError, writable: bool = True) -> str:
+    """What a user can do about an error of the file system.
+
+    writable: whether the file is one of the offload directory. Others, such as those of a checkpoint, are only read.
+    """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many files are open: close some, or raise the limit (ulimit -n)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -23,9 +26,14 @@ def fix_for(error: OSError) -> str:
     if error.errno == errno.EFBIG:
         return "raise the limit of a file's size (ulimit -f), or give an offload_dir on another file system"
     if error.errno == errno.EIO:
-        return "the disk reports a failure: read the system's log, and give another offload_dir"
+        other = "give another offload_dir" if writable else "copy or download the file again, to another disk"
+        return f"the disk reports a failure: read the system's log, and {other}"
+    if error.errno == errno.ENOENT and not writable:
+        return "it was removed while the model is open: copy or download it again, and open the model again"
     if error.errno == errno.ENOENT:
         return "it was removed while the model is open: open the model again"
+    if not writable:
+        return "give a file that you may read"
     return "give an offload_dir that exists and that you may write to"
 
 
@@ -97,7 +105,7 @@ class DirectFile:
                     self._turn_buffered(handle)
                     continue
                 what = f"{move.__name__} of {len(view)} bytes at offset {offset}"
-                message = f"{what}: {error.strerror}; {fix_for(error)}"
+                message = f"{what}: {error.strerror}; {fix_for(error, self.writable)}"
                 raise OSError(error.errno, message, str(self.path)) from error
 
     def _turn_buffered(self, refused: _Handle) -> None:
@@ -113,12 +121,13 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise OSError(
-                        error.errno, f"{error.strerror}; {fix_for(error)}", str(self.path)
+                        error.errno, f"{error.strerror}; {fix_for(error, self.writable)}", str(self.path)
                     ) from error
         try:
             return _Handle(os.open(self.path, self._flags), False)
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; {fix_for(error)}", str(self.path)) from error
+            message = f"{error.strerror}; {fix_for(error, self.writable)}"
+            raise OSError(error.errno, message, str(self.path)) from error
 
     def _leave_cache(self, offset: int, nbytes: int) -> None:
         # What streams past is not read again soon: it must not push out what others keep in the cache.

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import PolicyError
-from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise, requantise_small
+from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.heads import GroupwiseHeads, HeadFormat, PlainHeads
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
+
+ENCODING = 1
+"""Changes whenever `encode` gives other bytes for the same tensor. Offload directories keep encoded weights; those of
+another number are written again."""
 
 _ALIGNMENT = 64
 """Bytes. Parts of an encoded tensor begin at multiples of it: a cache line, the widest vector."""
@@ -90,7 +94,6 @@ class Groupwise(Codec):
 
     def encode(self, x: Tensor) -> Tensor:
         packed = quantise(x, self.bits, self.group)
-        requantise_small(x, packed)
         encoded = torch.zeros(self.nbytes(x.shape), dtype=torch.uint8, device=x.device)
         view = self.packed(encoded, x.shape)
         view.values.copy_(packed.values)

@@ -44,7 +44,7 @@ cases = given(
     group=st.sampled_from([2, 16, 30, 32, 34, 40, 64, 72, 80, 96, 100, 128]),
     groups=st.integers(1, 5),
     outer=st.lists(st.integers(1, 4), max_size=2),
-    spread=st.sampled_from([0.0, 1e-6, 1e-2, 1.0, 300.0]),
+    spread=st.sampled_from([0.0, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2, 1.0, 300.0]),
     offset=st.sampled_from([0.0, -2.5, 0.1]),
 )
 
@@ -86,6 +86,20 @@ def test_every_version_gives_the_same_bits(
         out, other = torch.empty_like(x, dtype=out_dtype), torch.empty_like(x, dtype=out_dtype)
         assert dequantise(packed, out) is out
         assert torch.equal(out, in_torch(dequantise, packed, other))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_steps_are_rounded_up_to_units_of_float16(version, in_torch, bits):
+    """Steps of k and k + 1/4 units: k is exact, and what is above it becomes k + 1, up to the normal numbers."""
+    levels, unit = 2**bits - 1, 2.0**-24
+    units = torch.cat((torch.arange(1, 1025), torch.arange(1024) + 0.25)).double()
+    x = (units[:, None] * unit * torch.linspace(0, levels, 64, dtype=torch.float64)).float()
+    packed = in_torch(quantise, x, bits) if version == "torch" else quantise(x, bits)
+    assert torch.equal(packed.scales[:, 0].double() / unit, units.ceil())
+    assert packed.minimums.eq(0).all()
+    out = torch.empty_like(x)
+    in_torch(dequantise, packed, out) if version == "torch" else dequantise(packed, out)
+    assert ((out - x).abs().amax(-1) <= 0.5001 * units.ceil() * unit).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -215,6 +215,23 @@ def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, n
     assert (error <= 0.51 * step[..., None] + 4e-3 * groups.abs().amax(-1, keepdim=True)).all()
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("dim", "group"), [(64, 64), (128, 64), (20, 20)])
+def test_heads_of_a_small_span_are_kept(monkeypatch, dim, group, bits, native):
+    if not native:
+        monkeypatch.setattr(groupwise, "announce", lambda: False)
+    form, unit = GroupwiseHeads(dim, bits, group), 2.0**-24
+    spans = torch.tensor([3e-5, 1e-5, 7e-6, 2e-6, 9e-7, 3e-7])
+    heads_of = spans[:, None] * torch.linspace(-0.3, 0.7, group).repeat(dim // group)
+    x = heads_of[None, None].clone()  # one row of one head, a span for each token
+    (out,) = form.decode(form.encode(x), len(spans), torch.float32)
+    # Half a step, where a step is a whole number of units, and the rounding of the minimum.
+    error, steps = (out - x).abs().amax((0, 1, 3)), spans / (2**bits - 1)
+    assert (error <= (steps + unit) / 2 + 0.3 * spans * 2**-11 + unit).all()
+    assert (error < spans / 4).all(), "the head is not lost"
+
+
 def test_no_more_than_the_valid_tokens_is_decoded():
     form = GroupwiseHeads(16, 4, 16)
     kept = torch.full((1, 1, 8, form.width), NO_NUMBER, dtype=torch.uint8)

@@ -28,6 +28,7 @@ CHANGES = ["touch", "rsync", "replace"]
 
 MIXED = Split(gpu=30, cpu=30, disk=40)
 DISK = Split(disk=100)
+DISK_INT4 = Split(disk=Share(100, "int4"))
 
 
 def files_in(folder):
@@ -123,6 +124,20 @@ def changed(directory, change, other):
         else:
             shutil.copy(other / "model.safetensors", directory)
             shutil.copy(other / "config.json", directory)
+
+
+def test_weights_of_another_encoding_are_written_again_and_no_old_files_stay(
+    stream, saved, tmp_path, monkeypatch
+):
+    directory, weights = saved("opt", hidden_size=64, ffn_dim=64, word_embed_proj_dim=64), DISK_INT4
+    with stream(directory, weights, offload_dir=tmp_path):
+        before = converted_in(tmp_path)
+    with stream(directory, weights, offload_dir=tmp_path):
+        assert before and converted_in(tmp_path) == before
+    monkeypatch.setattr(conversions, "ENCODING", conversions.ENCODING + 1)
+    with stream(directory, weights, offload_dir=tmp_path):
+        after = converted_in(tmp_path)
+    assert len(after) == len(before) and not set(before) & set(after)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from flexgen.policy import CODECS as NAMES
 from flexgen.quant import CODECS, codec_for
+from flexgen.quant.codec import ENCODING
 
 
 def test_policies_know_the_codecs_that_exist():
@@ -55,6 +58,16 @@ def test_groups_of_a_small_span_are_kept(name, native, monkeypatch):
     assert (error <= (steps + unit) / 2 + 0.3 * spans * 2**-11 + unit).all()
     assert (error[:-2] < spans[:-2] / 4).all(), "the group is not lost"
     assert out[-1].eq(0).all()
+
+
+def test_another_encoding_has_another_number():
+    """Offload directories keep encoded weights: where this digest has to change, `ENCODING` has to change too."""
+    x = (
+        torch.linspace(-1, 1, 64) * 10.0 ** torch.arange(-8, 5)[:, None]
+        + torch.linspace(0, 1e-3, 13)[:, None]
+    )
+    digest = hashlib.sha256(b"".join(codec.encode(x).numpy().tobytes() for codec in CODECS.values()))
+    assert (ENCODING, digest.hexdigest()[:16]) == (1, "0def805379031645")
 
 
 def test_encoding_what_was_decoded_changes_nothing_more():

@@ -44,6 +44,15 @@ INLINE float rounded(float x, S *to) {
     return scalar(to);
 }
 
+// The step of a group. Below the normal numbers of float16 it is rounded up to a multiple of 2^-24, as in torch: see
+// quantise in groupwise.py.
+INLINE float step_of(float range, int levels, const Bf16 *) { return range * (float)(1.0 / levels); }
+INLINE float step_of(float range, int levels, const Half *) {
+    const float step = range * (float)(1.0 / levels), unit = 1.0f / (1 << 24);
+    if (step >= 1.0f / (1 << 14)) return step;
+    return ceilf(range * (float)((1 << 24) * (1 - 1.0 / (1 << 20)) / levels)) * unit;
+}
+
 template <class T, class S, int BITS>
 TARGET void quantise(const Groupwise &job, int64_t begin, int64_t end) {
     const int64_t group = job.group, octets = group * BITS / 8;
@@ -62,7 +71,7 @@ TARGET void quantise(const Groupwise &job, int64_t begin, int64_t end) {
         // Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
         const float minimum = rounded(*std::min_element(lows, lows + LANES) + 0.0f, (S *)job.minimums + g);
         const float range = std::max(*std::max_element(highs, highs + LANES) - minimum, 0.0f);
-        const float scale = rounded(range * (float)(1.0 / levels), (S *)job.scales + g);
+        const float scale = rounded(step_of(range, levels, (const S *)nullptr), (S *)job.scales + g);
         uint8_t *packed = job.packed + g * octets;
         if (scale == 0.0f) {
             memset(packed, 0, octets);
