@@ -55,6 +55,10 @@ class MemoryPlan:
         """Bytes on `tier`, of one class or of all."""
         return sum(n.nbytes for n in self.needs if n.tier is tier and what in (None, n.what))
 
+    def workspace(self, tier: Tier) -> int:
+        """Bytes on `tier` that come and go during the computation."""
+        return sum(n.nbytes for n in self.needs if n.tier is tier and n.role == "workspace")
+
     @property
     def by_tier(self) -> dict[Tier, int]:
         return {tier: self.on(tier) for tier in Tier}

@@ -58,6 +58,7 @@ class CudaDevice(ComputeDevice):
                 f"device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
             )
         self.name = str(self.torch_device)
+        self._compute: torch.cuda.Stream | None = None
         self.memory = CudaStore(self.torch_device, memory)
         with self.active():
             torch.cuda.init()  # statistics of memory are not known before
@@ -79,7 +80,9 @@ class CudaDevice(ComputeDevice):
             yield
 
     def make_lanes(self, host: Store | None = None) -> Lanes:
-        lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: StreamLane(LaneName.COMPUTE, self.torch_device)}
+        compute = StreamLane(LaneName.COMPUTE, self.torch_device)
+        self._compute = compute.stream
+        lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: compute}
         for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
             lanes[link] = CopyLane(link, self.torch_device, host)
         # Each thread waits for events of this GPU. Where it has not said so, that makes a context on GPU 0.
@@ -100,6 +103,10 @@ class CudaDevice(ComputeDevice):
 
     def begin_call(self, call: Hashable) -> None:
         self._shared.begin(self._user, call)
+
+    def reserve(self, nbytes: int) -> None:
+        if self._compute is not None:
+            self._shared.reserve(self._compute, nbytes)
 
     def end_call(self, call: Hashable) -> None:
         self._shared.end(call)

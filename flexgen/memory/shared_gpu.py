@@ -18,6 +18,9 @@ import torch
 from flexgen.kernels.workspaces import GPU
 from flexgen.memory.store import Store
 
+_HOLES = 1 / 8
+"""Share of a computation's temporaries that is added for the holes between them."""
+
 
 @dataclass(eq=False)
 class GpuUser:
@@ -116,6 +119,19 @@ class SharedGpu:
             del self._calls[call]
             _cudnn_attention.restore()
             self._free_workspaces()
+
+    def reserve(self, stream: torch.cuda.Stream, nbytes: int) -> None:
+        """Have torch keep a free piece for `nbytes` of tensors that are made on `stream`, and for holes between them.
+
+        torch divides a free piece, but never joins what it has from several allocations of the driver. Tensors of
+        growing sizes would leave behind smaller pieces, which nothing fits in later. Does nothing where there is not
+        so much memory in one piece.
+        """
+        with self._lock:
+            self._measure()
+            with contextlib.suppress(torch.OutOfMemoryError), torch.cuda.stream(stream):
+                torch.empty(int(nbytes * (1 + _HOLES)), dtype=torch.uint8, device=self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self, user: GpuUser) -> int:
         """Most bytes that the model has had at once.

@@ -90,14 +90,22 @@ class Call:
     `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
     raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
 
+    `workspace`: bytes that the plan has on the compute device for temporaries.
+
     Enter it twice (`with call, call:`): Ctrl-C at the very beginning of the inner exit leaves the work to the outer
     one, which otherwise does nothing.
     """
 
     def __init__(
-        self, model: Model, workload: Workload, pad_id: int, check: Callable[[], object] | None = None
+        self,
+        model: Model,
+        workload: Workload,
+        pad_id: int,
+        check: Callable[[], object] | None = None,
+        workspace: int = 0,
     ) -> None:
         self._check = check
+        self._workspace = workspace
         self._model = model
         self._workload = workload
         self._pad_id = pad_id
@@ -140,6 +148,7 @@ class Call:
         if batches != self._batches:
             self._free_buffers()
             self._make_buffers(batches)
+            self._model.machine.device.reserve(self._workspace)
         elif self._cache is not None and self._activations is not None:
             self._cache.reset()
             self._activations.regroup(batches)

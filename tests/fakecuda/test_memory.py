@@ -45,8 +45,8 @@ CAPABILITY = torch.cuda.get_device_capability() if runtime.running() else (0, 0)
 GREEDY, DRAWN, FORWARD = "greedy", "drawn", "forward"
 
 
-def called(config, how, dtype="float16", **changes):
-    """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call on `PROMPTS`."""
+def called(config, how, prompts=PROMPTS, dtype="float16", **changes):
+    """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call."""
     policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **changes)
     gc.collect()
     torch.cuda.empty_cache()
@@ -54,9 +54,9 @@ def called(config, how, dtype="float16", **changes):
     torch.cuda.reset_peak_memory_stats()
     with cases.open_on("cuda", config, policy, dtype) as model:
         if how is FORWARD:
-            model.forward([prompt[:64] for prompt in PROMPTS])
+            model.forward([prompt[:64] for prompt in prompts])
         else:
-            model.generate(PROMPTS, 4, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
+            model.generate(prompts, 4, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
         reserved = torch.cuda.max_memory_reserved() - before
         return model.stats.plan.on(Tier.GPU), model.stats.peak_bytes[Tier.GPU], reserved
 
@@ -79,6 +79,16 @@ def test_drawing_and_forward_take_what_was_planned(how, name):
     assert_planned(*called(OPT, how, **CLASSES[name]))
 
 
+def test_temporaries_of_a_wide_model_are_reserved_together():
+    """Those of attention leave small pieces behind, and those of an MLP would each be reserved anew."""
+    wide = LlamaConfig(
+        vocab_size=1024, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336, max_position_embeddings=1024,
+    )  # fmt: skip
+    plan, _, reserved = called(wide, GREEDY, [PROMPTS[0] * 2] * 32, **CLASSES["on the GPU"])
+    assert reserved <= 1.1 * plan
+
+
 @pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
 def test_bfloat16_is_computed_in_float16_where_the_gpu_has_no_instructions_for_it(caplog):
     config = OPTConfig(**cases.OPT.to_dict() | {"dtype": "bfloat16"})
@@ -89,8 +99,8 @@ def test_bfloat16_is_computed_in_float16_where_the_gpu_has_no_instructions_for_i
 
 @pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
 def test_attention_in_bfloat16_that_builds_scores_is_planned():
-    native, *_ = called(OPT, GREEDY, "float16", **CLASSES["on the GPU"])
-    plan, peak, reserved = called(OPT, GREEDY, "bfloat16", **CLASSES["on the GPU"])
+    native, *_ = called(OPT, GREEDY, **CLASSES["on the GPU"])
+    plan, peak, reserved = called(OPT, GREEDY, dtype="bfloat16", **CLASSES["on the GPU"])
     assert plan > native + 64 * MIB  # scores in float32
     assert_planned(plan, peak, reserved)
 
