@@ -38,12 +38,14 @@ class Slots:
 @dataclass(frozen=True)
 class Order:
     """A generator of the steps of a grid, the slots that its grid is to have, and whether its cells are to
-    attend in steps of their own. `for_comparison`: it imitates another engine, and no search chooses it."""
+    attend in steps of their own. `serial`: each step waits for the one before it, so that nothing overlaps.
+    `for_comparison`: it imitates another engine, and no search chooses it."""
 
     name: str
     generate: Callable[[Grid], Iterator[Step]]
     slots: Slots
-    splits_attention: bool
+    splits_attention: bool = False
+    serial: bool = False
     for_comparison: bool = False
 
     def __call__(self, grid: Grid) -> Iterator[Step]:
@@ -68,12 +70,16 @@ ORDERS: dict[str, Order] = {}
 
 
 def order(
-    *, slots: Slots = Slots(), splits_attention: bool = False, for_comparison: bool = False
+    *,
+    slots: Slots = Slots(),
+    splits_attention: bool = False,
+    serial: bool = False,
+    for_comparison: bool = False,
 ) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
     """Register a generator as an order under its own name."""
 
     def register(generate: Callable[[Grid], Iterator[Step]]) -> Order:
-        made = Order(generate.__name__, generate, slots, splits_attention, for_comparison)
+        made = Order(generate.__name__, generate, slots, splits_attention, serial, for_comparison)
         ORDERS[made.name] = made
         return made
 
@@ -94,7 +100,7 @@ def _spread(steps: list[Step], batches: int) -> list[list[Step]]:
     return [steps[first:last] for first, last in pairwise(ends)]
 
 
-@order(slots=Slots(weights=1, cells=1))
+@order(slots=Slots(weights=1, cells=1), serial=True)
 def normal(grid: Grid) -> Iterator[Step]:
     """No overlap: everything a cell needs is fetched right before it computes."""
     for i, j, k in grid.cells():
@@ -238,7 +244,7 @@ def check_order(name: str) -> None:
 def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:
     """The name of the order that a policy asks for. `host_attends`: to rows of a device with its own memory."""
     if not overlap:
-        return "normal"
+        return normal.name
     if num_gpu_batches == 1:
-        return "overlap_single_batch"
-    return "overlap_cpu_attention" if host_attends else "overlap_multi_batch"
+        return overlap_single_batch.name
+    return overlap_cpu_attention.name if host_attends else overlap_multi_batch.name

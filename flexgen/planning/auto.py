@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flexgen.errors import FlexGenError
 from flexgen.memory.device import ComputeDevice
 from flexgen.models import ModelSpec
-from flexgen.orders import Slots
+from flexgen.orders import Slots, normal, overlap_multi_batch
 from flexgen.planning.bounds import within
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.measured import measured, remembered
@@ -159,7 +159,7 @@ class AutoPolicy:
         fixed = {name: getattr(policy, name) for name in _FIXED_AT_OPENING} | dict(self._auto.fixed)
         # An order that wants more slots than were made cannot run: others are tried, the last of which never does.
         asked, held = self._asked_order, self._slots(self.opened)
-        for order in (asked,) if asked else (None, "overlap_multi_batch", "normal"):
+        for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
             try:
                 search = self._find(workload, Auto(fixed, self._auto.lossy), order, held)
             except FlexGenError as error:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flexgen.models import ModelSpec
-from flexgen.orders import ORDERS, Slots, order_for
+from flexgen.orders import ORDERS, Slots
 from flexgen.planning.choices import Choices
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import Corners, Figures, Solution, one_codec_each
@@ -129,7 +129,7 @@ class Bounds:
         topology, batches = self._hardware.topology, policy.num_gpu_batches
         now = topology.choose_order(order, policy, batches)
         for other in ORDERS.values():
-            asked = policy.replace(overlap=other.name != order_for(False, batches))
+            asked = policy.replace(overlap=not other.serial)
             refused = "overlap" in self._choices.fixed and asked.overlap != policy.overlap
             refused |= self._slots is not None and not within(other.slots, self._slots)
             if not (refused or other.for_comparison or other is now):

@@ -15,7 +15,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.plan import plan_memory
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer
-from flexgen.orders import Slots
+from flexgen.orders import Slots, normal, overlap_multi_batch
 from flexgen.planning.auto import AutoPolicy, Chosen
 from flexgen.planning.bounds import within
 from flexgen.policy import Policy
@@ -78,7 +78,7 @@ class CallPlans:
             )
         topology, batches = self.machine.device.topology, fitting.num_gpu_batches
         # With more batches, a policy may ask for an order with more slots than there are.
-        orders = (chosen.order, "overlap_multi_batch", "normal")
+        orders = (chosen.order, overlap_multi_batch.name, normal.name)
         slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
         order = next(name for name in orders if within(slots[name], self.slots))
         return Chosen(fitting, order), plan(fitting)

@@ -147,7 +147,7 @@ class Corners:
         start = {column.what: column for column in reversed(values)}
         base = values[start["weights"]]
         change = [values[column] - values[start[column.what]] for column in values]
-        serial = self.order(form).name == "normal"
+        serial = self.order(form).serial
         return Figures(tuple(values), base, np.array(change), serial)
 
     def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[tuple[Column, np.ndarray]]:

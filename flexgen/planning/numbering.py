@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from flexgen.orders import ORDERS
+from flexgen.orders import Order
 from flexgen.schedule import Grid, Op, Step, Visit, needed_steps, needed_visit
 
 Entry = tuple[Op | None, int, int]
@@ -49,8 +49,8 @@ class Numbered:
 
 
 @lru_cache(maxsize=8)
-def numbered(order: str, grid: Grid) -> Numbered:
-    """The steps of an order by name. Kept, because a search times many policies on one grid."""
+def numbered(order: Order, grid: Grid) -> Numbered:
+    """The steps of an order. Cached, because a search times many policies on one grid."""
     # Visits that an order issues steps ahead of the computation, across the ends too, or leaves them behind it.
     ahead = grid.weight_slots + 2
     # From that visit on every one finds slots that others have used, and the last ones have less and less to fetch.
@@ -66,8 +66,8 @@ def numbered(order: str, grid: Grid) -> Numbered:
 
 
 @lru_cache(maxsize=8)  # models of any depth have these few layers in common
-def _whole(order: str, grid: Grid) -> Numbered:
-    return number(ORDERS[order](grid), grid)
+def _whole(order: Order, grid: Grid) -> Numbered:
+    return number(order(grid), grid)
 
 
 def number(steps: Iterable[Step], grid: Grid) -> Numbered:

@@ -212,7 +212,7 @@ def _block(
     # The buffers are those of a full block, whose batches may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
-    steps = numbered(asked.name, grid)
+    steps = numbered(asked, grid)
     timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
     ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
     trailing = timeline.span - ends[-1]

@@ -22,7 +22,7 @@ from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.orders import ORDERS, Order, Slots
+from flexgen.orders import Order, Slots, normal
 from flexgen.policy import Policy
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.executor import Work, execute
@@ -216,7 +216,6 @@ class Call:
         host attends is timed apart from what the device computes, whatever the order that is in force.
         """
         sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
-        normal = ORDERS["normal"]
         grid = replace(self._grid(normal, prompts, tokens), splits_attention=True)
         generation = self._generation(prompts, output, grid)
         grid = replace(grid, tokens=len(sampled))

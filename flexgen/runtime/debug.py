@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexgen.errors import RequestError
+from flexgen.orders import normal
 from flexgen.runtime.call import Timing
 from flexgen.runtime.request import check_whole
 from flexgen.schedule import Op
@@ -44,7 +45,7 @@ def tokens_to_run(
 
 def order_to_run(debug_mode: str | None) -> str | None:
     """For a breakdown the order that overlaps nothing, so that no operation slows another down; else None."""
-    return "normal" if debug_mode == BREAKDOWN else None
+    return normal.name if debug_mode == BREAKDOWN else None
 
 
 def projected_decode(timing: Timing, asked: int) -> float | None:

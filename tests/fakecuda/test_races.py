@@ -1,6 +1,7 @@
 """No race under any policy and order; and with each kind of wait taken out, one is found."""
 
 import contextlib
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -59,8 +60,8 @@ def test_a_pinned_buffer_is_watched():
 def test_no_policy_and_order_races(config, policy, order, dtype):
     runtime.reset()
     # Without computed numbers ids are garbage, and name rows that a table does not have.
-    opened = cases.open_on("cuda", config, policy, dtype, order=order)
-    with in_every_thread(Numbers), watched() as races, opened as model:
+    numbers, opened = in_every_thread(Numbers), partial(cases.open_on, "cuda", config, policy, dtype)
+    with numbers, watched() as races, opened(order=order) as model:
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])

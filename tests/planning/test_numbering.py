@@ -25,12 +25,12 @@ def test_a_schedule_from_its_sections_is_that_of_all_steps(
     slots = ORDERS[slots_of].slots
     assume(slots.weights >= ORDERS[name].slots.weights and slots.cells >= ORDERS[name].slots.cells)
     grid = ORDERS[name].grid(tokens, layers, batches, pieces, slots, feeds_ids)
-    short, whole = numbered(name, grid), number(ORDERS[name](grid), grid)
+    short, whole = numbered(ORDERS[name], grid), number(ORDERS[name](grid), grid)
     assert list(short.steps()) == list(whole.steps())
     assert list(short.needs()) == list(whole.needs())
 
 
 def test_a_deep_model_has_few_sections():
     grid = ORDERS["overlap_multi_batch"].grid(9, 200, 3, 2)
-    sections = numbered("overlap_multi_batch", grid).sections
+    sections = numbered(ORDERS["overlap_multi_batch"], grid).sections
     assert len(sections) == 9 * 200 and len(set(map(id, sections))) < 80

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexgen import OptLM, Policy
 from flexgen.errors import CapacityError, HardwareError, RequestError, ScheduleError
 from flexgen.models import open_model
-from flexgen.orders import ORDERS
+from flexgen.orders import ORDERS, Order, Slots
 from flexgen.planning.hardware import Hardware
 from flexgen.planning.predict import predict, roofline
 from flexgen.policy import Tier
@@ -116,6 +116,18 @@ def test_flexgens_order_adds_weights_to_the_rest_and_hides_cells(opt, machine):
         predict(opt, cells, balanced, workload, order=name).report for name in ("flexgen", "normal")
     )
     assert hidden.total_s < 0.9 * shown.total_s
+
+
+def test_an_order_that_is_defined_again_is_timed_as_it_is_now(opt, machine, monkeypatch):
+    """Under the same name and on the same grid."""
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=3, weights={"cpu": 100})
+
+    def seconds(name, shipped):
+        monkeypatch.setitem(ORDERS, name, Order(name, ORDERS[shipped].generate, Slots()))
+        return predict(opt, policy, by_hand(machine), Workload(4, 6, 6), order=name).report.total_s
+
+    first = seconds("mine", "overlap_multi_batch")
+    assert seconds("mine", "normal") == seconds("another", "normal") != first
 
 
 @settings(max_examples=60)
