@@ -29,6 +29,7 @@ from transformers import OPTConfig
 from flexgen import OptLM, Policy
 from flexgen.kernels.attention import decode_attention
 from flexgen.models import Layer
+from flexgen.models.layer import AttentionLayer
 from flexgen.orders import ORDERS
 
 LIMIT_US = 150.0
@@ -162,12 +163,12 @@ class Alone:
 
     def __init__(self, call: Forward, length: int) -> None:
         self.positions = call.positions
-        spec, rows = call.layer.spec, len(call.x)
-        shape = (2, rows, spec.num_kv_heads, length, spec.head_dim)
-        keys, values = (
-            torch.zeros(shape, dtype=call.x.dtype, device=call.x.device) if call.layer.has_cache else (0, 0)
-        )
-        self._pages, self._length = [(keys, values)], length
+        self._pages, self._length = [], length
+        if isinstance(call.layer, AttentionLayer):
+            cache = call.layer.layer_spec.attention.cache
+            shape = (2, len(call.x), cache.kv_heads, length, cache.head_dim)
+            keys, values = torch.zeros(shape, dtype=call.x.dtype, device=call.x.device)
+            self._pages = [(keys, values)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return decode_attention(q, self._pages, self._length, None, scale)

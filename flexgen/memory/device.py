@@ -79,7 +79,7 @@ class ComputeDevice(ABC):
         """Undo `begin_call`; does nothing for a call that has not begun."""
 
     def reserve(self, nbytes: int) -> None:  # noqa: B027 (only a GPU has to)
-        """Have `nbytes` of free memory in one piece for the temporaries of the compute lane, where that is possible."""
+        """Have `nbytes` of free memory in one piece for the temporaries of the compute lane, where possible."""
 
     def close(self) -> None:
         """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""
