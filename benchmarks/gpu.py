@@ -138,6 +138,8 @@ def cases(reports: Path, peer: Path | None, toy: bool = False) -> dict[str, dict
     found |= {name: _check(name, reports, toy) for name in CHECKS}
     figures = ["--again", "--quiet", "--output", str(reports / "probe.toml")]
     found["probe"] = {"command": [*python, "-m", "flexgen.measure", "--device", "cuda:0", *figures]}
+    if toy:
+        found["probe"] = _check("probe", reports, toy)
     for name, flags in OURS.items():
         # The roofline share needs the probe's figures.
         device = ["--weights", "dummy", "--predict", "--device", f"cuda:0,memory={MEMORY_GIB}GiB"]
@@ -153,8 +155,12 @@ def cases(reports: Path, peer: Path | None, toy: bool = False) -> dict[str, dict
         theirs = f"{name}, flexgen 0.1.8"
         memory = ["--gpu-memory-gib", str(MEMORY_GIB)]
         figures = ["--json", str(reports / theirs)]
+        flags = [*LENGTHS, *memory, *PEERS[name]]
+        if toy:  # the smallest model that it knows
+            for flag, value in ("--model", "facebook/opt-125m"), ("--prompt-len", "8"), ("--gen-len", "4"):
+                flags[flags.index(flag) + 1] = value
         found[theirs] = {
-            "command": [*python, str(WORKER), *LENGTHS, *memory, *PEERS[name], *figures],
+            "command": [*python, str(WORKER), *flags, *figures],
             # Both packages are called flexgen: here the peer's comes first, and this one is out of sight.
             "cwd": reports,
             "environment": {"PYTHONPATH": str(peer.resolve())},

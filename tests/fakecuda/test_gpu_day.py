@@ -10,14 +10,15 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["races", "leaks", "attention", "links", "busy", "opt-30b"]
+STEPS = ["races", "leaks", "attention", "links", "probe", "busy", "opt-6.7b, weights streamed", "opt-30b"]
+FILES = {"opt-6.7b, weights streamed": "opt-6.7b_weights_streamed"}
 
 
 def test_the_steps_run_at_toy_size(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--toy", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--only", *STEPS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STEPS}
+    results = {name: json.loads((tmp_path / f"{FILES.get(name, name)}.json").read_text()) for name in STEPS}
     reports = {name: result["report"] for name, result in results.items()}
     assert all(kind["hazards"] == 0 < kind["operations"] for kind in reports["races"].values())
     assert reports["leaks"]["grown"] == 0 and len(reports["leaks"]["used"]) == 5
@@ -25,4 +26,5 @@ def test_the_steps_run_at_toy_size(tmp_path):
     assert all(rate > 0 for rates in reports["links"].values() for rate in rates.values())
     assert reports["busy"]["whole"]["seconds"] > 0
     assert reports["opt-30b"]["prompt_len"] == 8 and reports["opt-30b"]["bound_share"] > 0
-    assert set(json.loads((tmp_path / "comparison.json").read_text())["share of the goal"]) == {"opt-30b"}
+    assert set(json.loads((tmp_path / "comparison.json").read_text())["share of the goal"]) == set(STEPS[-2:])
+    assert reports["probe"]["products"]["float16"] and reports["probe"]["fixed"]["cell"] > 0

@@ -1,5 +1,6 @@
 """What a GPU's launches take is not in its rates: `fixed.cell` has it."""
 
+import copy
 from contextlib import closing
 
 import pytest
@@ -42,16 +43,23 @@ def test_launches_are_taken_off_the_attention_of_a_gpu(machine, monkeypatch, pla
 
     monkeypatch.setattr(arithmetic, "decode_attention", attend)
     effort = Effort(hidden=256, heads=4, context=512, cache_rows=512, working_set=1)
-    probe = ArithmeticProbe(machine.device, torch.float32, effort, watch)
+    device = copy.copy(machine.device)
+    device.torch_device = torch.device(place)
+    probe = ArithmeticProbe(device, torch.float32, effort, watch)
     rate = probe.token_attention(PlainHeads(64, torch.float32), machine.host, torch.device(place))
     # One row of bytes is the error of what is taken off; on the CPU launches are part of its 8 rows.
     launched = 8 * 2 * 512 * 256 * 4 / (LAUNCHES + 8 * 2 * 512 * 256 * 4 / BYTES_S)
     assert rate == pytest.approx(BYTES_S if place == "meta" else launched, rel=0.01)
 
 
-def test_a_time_that_is_all_launches_keeps_a_share():
-    assert arithmetic._own(100e-6, 99e-6) == pytest.approx(50e-6)
-    assert arithmetic._own(1e-3, 1e-4) == pytest.approx(9e-4)
+def test_a_time_that_is_all_launches_keeps_a_share(machine):
+    device = copy.copy(machine.device)
+    device.torch_device = torch.device("meta")
+    probe = ArithmeticProbe(device, torch.float32, Effort(hidden=256, heads=4), Watch())
+    assert probe.without_launches(100e-6, lambda: 99e-6) == pytest.approx(50e-6)
+    assert probe.without_launches(1e-3, lambda: 1e-4) == pytest.approx(9e-4)
+    host = ArithmeticProbe(machine.device, torch.float32, Effort(hidden=256, heads=4), Watch())
+    assert host.without_launches(1e-3, lambda: 1e-4) == 1e-3
 
 
 def test_a_gpu_is_measured_with_more_and_no_more_than_it_holds():

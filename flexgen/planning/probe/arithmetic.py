@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -84,7 +85,13 @@ class ArithmeticProbe:
 
     def decoding(self, codec: Codec) -> float:
         """Bytes/s that come out."""
-        shape = (self._effort.hidden, self._effort.hidden)
+        whole, least = (self._effort.hidden,) * 2, (1, self._effort.hidden)
+        seconds = self.without_launches(
+            self._decoding_seconds(codec, whole), lambda: self._decoding_seconds(codec, least)
+        )
+        return math.prod(whole) * self._dtype.itemsize / seconds
+
+    def _decoding_seconds(self, codec: Codec, shape: tuple[int, int]) -> float:
         weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
@@ -98,7 +105,7 @@ class ArithmeticProbe:
         )
         seconds = self._watch.seconds(lambda: codec.decode(*next(pairs)), self._device.wait_for_compute)
         self.release()
-        return out_bytes / seconds
+        return seconds
 
     def multiplying(self, rows: int) -> Callable[[], object]:
         """The work of `products` at so many rows, until `release`."""
@@ -106,23 +113,40 @@ class ArithmeticProbe:
 
     def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
         weights = self._ring(form)
-        points, launches = [], self._layer_launches()
+        points = []
         for tokens in rows:
             work = partial(self._forward, self._rows(tokens), weights)
-            seconds = _own(self._watch.seconds(work, self._device.wait_for_compute), launches)
+            seconds = self._watch.seconds(work, self._device.wait_for_compute)
+            seconds = self.without_launches(seconds, self._layer_launches)
             points.append((float(tokens), self.layer.product_flops(tokens, 1, 1) / seconds))
         self.release()
         return tuple(points)
 
+    def multiplying_seconds(self, rows: int) -> float:
+        """A layer's products and what is between them, with `rows` rows, without launches."""
+        seconds = self._watch.seconds(self.multiplying(rows), self._device.wait_for_compute)
+        self.release()
+        return self.without_launches(seconds, self._layer_launches)
+
+    @cached_property
+    def _tiny(self) -> ArithmeticProbe:
+        """Of layers whose time on a GPU is that of their launches."""
+        return ArithmeticProbe(self._device, self._dtype, replace(self._effort, **_LAUNCHES), self._watch)
+
     def _layer_launches(self) -> float:
-        """Seconds of the launches of a layer's products, which `fixed.cell` contains; the CPU launches nothing."""
-        if self._device.torch_device.type == "cpu":
-            return 0.0
-        tiny = ArithmeticProbe(self._device, self._dtype, replace(self._effort, **_LAUNCHES), self._watch)
-        work = tiny.multiplying(1)
-        seconds = self._watch.seconds(work, self._device.wait_for_compute)
-        tiny.release()
+        """Seconds of the launches of a layer's products."""
+        seconds = self._watch.seconds(self._tiny.multiplying(1), self._device.wait_for_compute)
+        self._tiny.release()
         return seconds
+
+    def without_launches(self, seconds: float, launches: Callable[[], float]) -> float:
+        """`seconds` of work on the device without those of its `launches`, which `fixed.cell` contains.
+
+        The CPU launches nothing. At least a part of the time is left: beyond it is noise.
+        """
+        if self._device.torch_device.type == "cpu":
+            return seconds
+        return max(seconds - launches(), _LEAST_OWN * seconds)
 
     def _rows(self, tokens: int) -> Tensor:
         return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
@@ -165,17 +189,23 @@ class ArithmeticProbe:
 
     def prompt_attention(self) -> float:
         """flop/s of causal attention over prompts."""
-        tokens, own = self._effort.prompt, self.layer.layer_spec.attention
-        shape = (_PROMPT_ROWS, tokens, own.heads, own.head_dim)
+        tokens = self._effort.prompt
+        seconds = self.without_launches(
+            self._prompt_seconds(_PROMPT_ROWS, tokens), lambda: self._prompt_seconds(1, 1)
+        )
+        return self.layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
+
+    def _prompt_seconds(self, rows: int, tokens: int) -> float:
+        own = self.layer.layer_spec.attention
+        shape = (rows, tokens, own.heads, own.head_dim)
         # As layers make them: by token, seen by head.
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
         scale = own.head_dim**-0.5
-        seconds = self._watch.seconds(
+        return self._watch.seconds(
             lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
         )
-        return self.layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
         """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""
@@ -183,8 +213,8 @@ class ArithmeticProbe:
         rows = _CACHE_ROWS if on_host else self._effort.cache_rows
         seconds = self._attention_seconds(form, store, place, rows)
         if not on_host:
-            # As many launches with hardly any bytes: `fixed.cell` contains them.
-            seconds = _own(seconds, self._attention_seconds(form, store, place, 1))
+            # As many launches with hardly any bytes.
+            seconds = self.without_launches(seconds, lambda: self._attention_seconds(form, store, place, 1))
         return 2 * rows * self.layer.layer_spec.attention.heads * self._effort.context * form.nbytes / seconds
 
     def _attention_seconds(self, form: HeadFormat, store: Store, place: torch.device, rows: int) -> float:
@@ -229,11 +259,6 @@ class ArithmeticProbe:
         """A copy where the engine keeps such things."""
         place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
         return place.copy_(kept)
-
-
-def _own(seconds: float, launches: float) -> float:
-    """A time without the launches in it."""
-    return max(seconds - launches, _LEAST_OWN * seconds)
 
 
 def _nbytes(kept: Any) -> int:

@@ -56,6 +56,7 @@ class ElementwiseProbe:
         self._narrow = ArithmeticProbe(device, dtype, narrow, watch)
         self._wide = probe.layer
         self._device = device
+        self._settle = device.wait_for_compute
         self._dtype = dtype
         self._most = effort.rows[-1]
         self._watch = watch
@@ -65,8 +66,7 @@ class ElementwiseProbe:
         layer, wide, points = self._narrow.layer, self._wide, []
         for rows in (max(self._most // _FEWER, 1), self._most):
             tokens = rows * _NARROWER
-            took = self._watch.seconds(self._narrow.multiplying(tokens), self._device.wait_for_compute)
-            self._narrow.release()
+            took = self._narrow.multiplying_seconds(tokens)
             rate = interpolated(rates, tokens)
             numbers = tokens * layer_numbers(layer)
             beside = took - layer.product_flops(tokens, 1, 1) / rate
@@ -98,21 +98,24 @@ class ElementwiseProbe:
             weight.name: checkpoint.read(weight, self._dtype).to(self._device.torch_device)
             for weight in layer.weights
         }
-        rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
         own = spec.layers[0].attention
-        context = _Attending(own.kv_heads, own.head_dim, rows, self._dtype, self._device.torch_device)
-        x = torch.randn(rows, _PROMPT, spec.hidden_size).to(self._device.torch_device, self._dtype)
 
-        def multiply() -> None:
-            q, _, _ = layer.qkv(x, weights, context)
-            layer.output(q, x, weights)
+        def around(rows: int) -> float:
+            context = _Attending(own.kv_heads, own.head_dim, rows, self._dtype, self._device.torch_device)
+            x = torch.randn(rows, _PROMPT, spec.hidden_size).to(self._device.torch_device, self._dtype)
 
-        whole = self._watch.seconds(
-            partial(layer.forward, x, weights, context), self._device.wait_for_compute
-        )
-        products = self._watch.seconds(multiply, self._device.wait_for_compute)
-        around = whole - products - layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
-        return max(around, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
+            def multiply() -> None:
+                q, _, _ = layer.qkv(x, weights, context)
+                layer.output(q, x, weights)
+
+            forward = partial(layer.forward, x, weights, context)
+            whole, products = (self._watch.seconds(work, self._settle) for work in (forward, multiply))
+            return max(whole - products, 0.0)
+
+        rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
+        seconds = self._narrow.without_launches(around(rows), lambda: around(1))
+        seconds -= layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
+        return max(seconds, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
 
 
 class _Attending:
