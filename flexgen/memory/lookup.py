@@ -19,6 +19,7 @@ from flexgen.layout.rows import (
     row_parts,
 )
 from flexgen.memory.disk import Read
+from flexgen.memory.first_read import check_finite
 from flexgen.memory.homes import Homes, HostRegion
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer, WeightSpec
@@ -62,6 +63,8 @@ class RowTable:
             out = target[place : place + len(rows) * nbytes].view(len(rows), nbytes)
             if isinstance(self._home, Extent):
                 self._read(rows.numpy(), self._home.offset + begin, out.numpy(), scratch)
+                if self._placement.codec(self.weight) is None:
+                    check_finite(out.flatten(), self._placement.dtype, self._home.path, self.weight.key)
             else:
                 begin += self._home.offset
                 part = self._home.buffer[begin : begin + self.weight.shape[0] * nbytes].view(-1, nbytes)

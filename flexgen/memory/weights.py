@@ -6,7 +6,7 @@ few preallocated slots, each big enough for the layers that it serves, and is us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from flexgen.layout.rows import travelling
 from flexgen.layout.weight_slots import GAP, SlotSizes, decoded_bytes, encoded_products
 from flexgen.layout.weights import Run, WeightLayout
 from flexgen.memory.disk import Read, ReadJob, aligned_span
+from flexgen.memory.first_read import CheckedRead, Part
 from flexgen.memory.homes import Homes, HostRegion
 from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
@@ -186,6 +187,7 @@ class WeightSlots:
         self._decodings: list[tuple[_Decoding, ...]] = [()] * decoded  # of that visit
         self._next_decoded = 0
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
+        self._checked: set[tuple[str, int, int]] = set()
         self._views: dict[tuple[int, int, int], _LayerViews] = {}
 
     def weights(self, layer: int, slot: int, visit: object) -> Weights:
@@ -271,6 +273,7 @@ class WeightSlots:
         all_cargo, offsets = self._cargo[layer], self._device_offsets[layer]
         copies: list[Callable[[], None]] = []
         reads: list[Read] = []
+        parts: list[Part] = []
         staged: list[Callable[[], None]] = []
         staging_offsets, staging_end = [], 0
         for cargo in all_cargo:
@@ -292,12 +295,24 @@ class WeightSlots:
             path, start = cargo.source
             needed = min(end, cargo.end) - begin
             reads.append(Read(path, start + begin, buffer[base + begin : base + end], max(needed, 0)))
+            parts += self._plain_parts(cargo, path, start, begin, end, buffer[base:])
+        read = CheckedRead(ReadJob(self._io, reads), parts, self._placement.dtype, self._checked)
         jobs: dict[tuple[Tier, Kind], Job] = {
             (Tier.CPU, Kind.COPY): partial(_run_all, copies),
-            (Tier.DISK, Kind.READ): ReadJob(self._io, reads),
+            (Tier.DISK, Kind.READ): read,
             (Tier.DISK, Kind.COPY): partial(_run_all, staged),
         }
         return bind(self.layouts[layer].load(piece, pieces), lambda tier, move: jobs[tier, move.kind])
+
+    def _plain_parts(
+        self, cargo: Cargo, path: Path, start: int, begin: int, end: int, buffer: Tensor
+    ) -> Iterator[Part]:
+        """Values between `begin` and `end` of a cargo, whose bytes from `start` of its file come into `buffer`."""
+        for weight, place in cargo.weights:
+            first = max(begin, cargo.lead + place)
+            last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))
+            if first < last and self._placement.codec(weight) is None:
+                yield Part(weight.key, path, start + first, buffer[first:last])
 
     def _copy(self, slot: int, offset: int, source: Tensor) -> Callable[[], None]:
         target = self._slots[slot][offset : offset + source.nbytes]
