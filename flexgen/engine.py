@@ -268,14 +268,8 @@ class OptLM(Conveniences):
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         told = [lambda new: bar.update(len(new.rows)), *listeners]
-        active, workspace = self._machine.device.active(), plan.workspace(Tier.GPU)
-        with (
-            bar,
-            active,
-            torch.inference_mode(),
-            (call := Call(model, workload, pad, check, workspace)),
-            call,
-        ):
+        active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
+        with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
@@ -321,8 +315,8 @@ class OptLM(Conveniences):
         """
         workload, model, plan = self._prepared_forward(request, last_only, hidden_states)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
-        active, pad, workspace = self._machine.device.active(), pad_id(self.spec), plan.workspace(Tier.GPU)
-        with active, torch.inference_mode(), (call := Call(model, workload, pad, None, workspace)), call:
+        active, pad, reserve = self._machine.device.active(), pad_id(self.spec), plan.workspace(Tier.GPU)
+        with active, torch.inference_mode(), (call := Call(model, workload, pad, None, reserve)), call:
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
                 with contextlib.closing(

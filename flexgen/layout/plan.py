@@ -7,26 +7,25 @@ promised is what is taken.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 
-from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
-from flexgen.layout.cache import CacheSegment, cache_segments
+from flexgen.layout.cache_needs import BatchCache, batch_cache
+from flexgen.layout.hidden import activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
-from flexgen.models import Layer, ModelSpec
+from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.spec import AttentionSpec
 from flexgen.orders import Slots
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
-from flexgen.units import BLOCK, MIB, align
+from flexgen.units import MIB
 from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
@@ -35,13 +34,6 @@ SLOTS = _TWO_OF_EACH.cells
 
 _STAGING_BYTES = 16 * MIB
 """Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
-
-
-def _choice_bytes(segment: CacheSegment, heads: int) -> int:
-    """What choosing in torch takes at most beyond dense attention, at the last token."""
-    most = most_chosen(segment.attn_sparsity, segment.choice_tokens, segment.pages * segment.page_tokens)
-    # For each: an index of what is best, its position before and after padding, two weights, three flags.
-    return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)
 
 
 def plan_memory(
@@ -75,19 +67,18 @@ def plan_memory(
     if workload is not None:
         batches = batch_sizes(policy, workload.num_prompts)
         cache = {
-            rows: _by_tier(attention, policy, rows, workload.capacity, dtype, topology)
+            rows: batch_cache(attention, policy, rows, workload.capacity, dtype, topology)
             for rows in set(batches)
         }
         for rows in batches:
-            needs += _cache_homes(attention, cache[rows], topology)
-            needs += _activation_homes(spec, policy, rows, workload, dtype)
+            needs += cache[rows].homes()
+            needs += hidden_layout(spec, policy, rows, dtype, topology).homes(workload.prompt_len)
         # One set of slots serves every batch: each as large as the batch that needs most of it.
         largest: dict[tuple[Tier, str, str], int] = {}
-        for rows, segments in cache.items():
+        for of_batch in cache.values():
             in_flight = _in_flight(
-                layers, attention, segments, policy, rows, workload, dtype, topology, all_logits, slots.cells,
-                workspaces,
-            )  # fmt: skip
+                layers, of_batch, policy, workload, dtype, all_logits, slots.cells, workspaces
+            )
             for key, nbytes in _summed(in_flight):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
@@ -136,111 +127,26 @@ def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
 
 
-_ByTier = Sequence[Sequence[CacheSegment]]
-"""The cache of a batch: for each tier that has rows the segments of the different kinds of attention."""
-
-
-def _by_tier(
-    attention: Iterable[AttentionSpec],
-    policy: Policy,
-    rows: int,
-    capacity: int,
-    dtype: torch.dtype,
-    topology: Topology,
-) -> _ByTier:
-    each = (cache_segments(own.cache, policy, rows, capacity, dtype, topology) for own in attention)
-    return list(zip(*each, strict=True))
-
-
-def _cache_homes(attention: Mapping[AttentionSpec, int], cache: _ByTier, topology: Topology) -> list[Need]:
-    """`attention`: how many layers have each kind."""
-    needs, counts = [], attention.values()
-    for segments in cache:
-        tier = segments[0].tier
-        home = sum(layers * segment.nbytes for layers, segment in zip(counts, segments, strict=True))
-        needs.append(Need(tier, "cache", "home", home))
-        if segments[0].on_device and not topology.shares_host_memory:  # one mask serves all layers
-            needs.append(Need(Tier.GPU, "cache", "workspace", max(s.mask_bytes() for s in segments)))
-        if tier is Tier.DISK:  # the pages that are being filled
-            filled = sum(layers * s.page_bytes for layers, s in zip(counts, segments, strict=True))
-            needs.append(Need(Tier.CPU, "cache", "staging", filled))
-    return needs
-
-
-def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the hidden states of `tokens` tokens of `rows` prompts, in whole disk blocks."""
-    return align(rows * tokens * spec.hidden_size * dtype.itemsize, BLOCK)
-
-
 def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> int:
     """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
     each = size * dtype.itemsize
     return min(max(_STAGING_BYTES, each), rows * positions * each)
 
 
-def _activation_homes(
-    spec: ModelSpec, policy: Policy, rows: int, workload: Workload, dtype: torch.dtype
-) -> list[Need]:
-    return [
-        Need(tier, "activations", "home", activation_bytes(spec, len(part), workload.prompt_len, dtype))
-        for tier, part in policy.activations.rows(rows).items()
-        if part
-    ]
-
-
 def _in_flight(
     layers: Sequence[Layer],
-    attention: Collection[AttentionSpec],
-    cache: _ByTier,
+    cache: BatchCache,
     policy: Policy,
-    rows: int,
     workload: Workload,
     dtype: torch.dtype,
-    topology: Topology,
     all_logits: bool,
     slots: int,
     workspaces: Workspaces,
 ) -> list[Need]:
-    """Slots, staging and workspace while a batch of `rows` is computed."""
-    needs = []
-    spec, linked = layers[0].spec, not topology.shares_host_memory
-    prompt = workload.prompt_len
-    asked_of_host = 0
-    # A slot serves every layer: it is as large as the layer that needs most.
-    for segments in cache:
-        tier, on_device = segments[0].tier, segments[0].on_device
-        largest = max(segment.nbytes for segment in segments)
-        if tier is Tier.DISK:
-            needs.append(Need(Tier.CPU, "cache", "slots", slots * largest))
-        workspace = max(segment.workspace_bytes(prompt) for segment in segments)
-        there = max(segment.device_bytes() for segment in segments) if on_device and linked else 0
-        needs.append(Need(Tier.GPU, "cache", "workspace", max(workspace, there)))
-        if on_device and not segments[0].resident and linked:
-            needs.append(Need(Tier.GPU, "cache", "slots", slots * largest))
-        if not on_device:
-            asked_of_host += len(segments[0].rows)
-        if segments[0].sparse:
-            where = Tier.GPU if on_device else Tier.CPU
-            choices = (_choice_bytes(s, own.heads) for s, own in zip(segments, attention, strict=True))
-            needs.append(Need(where, "cache", "workspace", max(choices)))
-        if tier is not Tier.GPU and linked:
-            fresh = max(segment.token_bytes(prompt) for segment in segments)
-            needs.append(Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK)))
-            needs.append(Need(Tier.GPU, "cache", "workspace", slots * fresh))
-    if asked_of_host:
-        answer = slots * dtype.itemsize * max(own.q_size for own in attention)
-        qkv = slots * dtype.itemsize * max(own.q_size + 2 * own.kv_size for own in attention)
-        needs.append(Need(Tier.CPU, "cache", "staging", asked_of_host * (qkv + answer)))
-        needs.append(Need(Tier.GPU, "cache", "slots", asked_of_host * answer))
-        # Between the halves of a layer: its input, queries, keys and values, and those of them that leave.
-        between = spec.hidden_size * dtype.itemsize * slots + qkv
-        needs.append(Need(Tier.GPU, "cache", "workspace", rows * between + asked_of_host * qkv))
-    parts = policy.activations.rows(rows)
-    from_disk = activation_bytes(spec, len(parts[Tier.DISK]), prompt, dtype)
-    needs.append(Need(Tier.CPU, "activations", "staging", 2 * slots * from_disk))
-    if linked:
-        moved = activation_bytes(spec, rows - len(parts[Tier.GPU]), prompt, dtype)
-        needs.append(Need(Tier.GPU, "activations", "slots", slots * moved))
+    """Slots, staging and workspace while a batch is computed."""
+    spec, rows, prompt = layers[0].spec, cache.rows, workload.prompt_len
+    states = hidden_layout(spec, policy, rows, dtype, cache.topology)
+    needs = cache.in_flight(prompt, slots, states.token_bytes) + states.in_flight(prompt, slots)
     hidden = activation_bytes(spec, rows, prompt, dtype)
     # Layers are asked about the prefill and about the last token; the head takes one position of each row.
     steps = [(prompt, prompt), (1, workload.capacity)]
@@ -255,26 +161,16 @@ def _in_flight(
     logits = rows * spec.vocab_size * dtype.itemsize
     if not all_logits:
         workspace = max(workspace, logits + choice_bytes(rows, spec.vocab_size))
-    elif linked:  # those of other batches are on their way to host memory meanwhile
+    elif (
+        not cache.topology.shares_host_memory
+    ):  # those of other batches are on their way to host memory meanwhile
         others = min(slots, len(batch_sizes(policy, workload.num_prompts)) - 1)
         workspace += others * logits * prompt
     # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
     # left, and rows that stay are put together with those that arrive.
-    stay = sum(len(part) for tier, part in parts.items() if topology.in_place(tier))
-    beside = slots * hidden if stay < rows else 0
+    moving = slots * hidden if states.resident < rows else 0
     # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
-    gathered = _gathered(cache, workload.capacity, topology)
-    needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + beside, gathered[Tier.GPU])))
+    gathered = cache.gathered(workload.capacity)
+    needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
     needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
     return needs
-
-
-def _gathered(cache: _ByTier, capacity: int, topology: Topology) -> dict[Tier, int]:
-    """Bytes, on the device and in host memory, while rows move to a batch: its keys and values in one layer, and of
-    the page that is copied."""
-    taken = {Tier.GPU: 0, Tier.CPU: 0}
-    for segments in cache:
-        on = Tier.GPU if topology.shares_host_memory or segments[0].tier is Tier.GPU else Tier.CPU
-        taken[on] += max(segment.token_bytes(capacity) for segment in segments)
-    page = 2 * max(segment.page_bytes for segments in cache for segment in segments)
-    return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexgen.layout.hidden import activation_bytes
 from flexgen.layout.needs import Need
-from flexgen.layout.plan import SLOTS, activation_bytes, batch_sizes, staging_bytes
+from flexgen.layout.plan import SLOTS, batch_sizes, staging_bytes
 from flexgen.layout.topology import Topology
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine

@@ -1,0 +1,113 @@
+"""What the KV cache of a batch takes in all layers, whose kinds of attention may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.kernels.sparse_attention import most_chosen
+from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
+from flexgen.layout.needs import Need
+from flexgen.layout.topology import Topology
+from flexgen.models.spec import AttentionSpec
+from flexgen.policy import Policy, Tier
+from flexgen.units import BLOCK, align
+
+
+@dataclass(frozen=True)
+class BatchCache:
+    """The cache of one batch. `kinds`: how many layers have each kind of attention; `layouts`: that of each kind."""
+
+    kinds: Mapping[AttentionSpec, int]
+    layouts: tuple[CacheLayout, ...]
+    rows: int
+    topology: Topology
+
+    @property
+    def _by_tier(self) -> Iterator[tuple[CacheSegment, ...]]:
+        """For each tier that has rows, the segments of the different kinds. Which rows it has is the same for all."""
+        return zip(*(layout.segments for layout in self.layouts), strict=True)
+
+    @property
+    def _linked(self) -> bool:
+        return not self.topology.shares_host_memory
+
+    def homes(self) -> list[Need]:
+        """What is taken from the first token to the last."""
+        needs, counts = [], self.kinds.values()
+        for segments in self._by_tier:
+            tier = segments[0].tier
+            home = sum(layers * segment.nbytes for layers, segment in zip(counts, segments, strict=True))
+            needs.append(Need(tier, "cache", "home", home))
+            if segments[0].on_device and self._linked:  # one mask serves all layers
+                needs.append(Need(Tier.GPU, "cache", "workspace", max(s.mask_bytes() for s in segments)))
+            if tier is Tier.DISK:  # the pages that are being filled
+                filled = sum(layers * s.page_bytes for layers, s in zip(counts, segments, strict=True))
+                needs.append(Need(Tier.CPU, "cache", "staging", filled))
+        return needs
+
+    def in_flight(self, prompt: int, slots: int, hidden_bytes: int) -> list[Need]:
+        """What `slots` cells take. A slot serves every layer: it is as large as the layer that needs most.
+
+        `hidden_bytes`: of the hidden states of one token of one row.
+        """
+        needs = [need for segments in self._by_tier for need in self._of_tier(segments, prompt, slots)]
+        if asked := self.layouts[0].host_rows:
+            answer = slots * max(layout.query_bytes for layout in self.layouts)
+            qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
+            needs.append(Need(Tier.CPU, "cache", "staging", asked * (qkv + answer)))
+            needs.append(Need(Tier.GPU, "cache", "slots", asked * answer))
+            # Between the halves of a layer: its input, queries, keys and values, and those of them that leave.
+            between = slots * hidden_bytes + qkv
+            needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
+        return needs
+
+    def _of_tier(self, segments: tuple[CacheSegment, ...], prompt: int, slots: int) -> Iterator[Need]:
+        tier, on_device = segments[0].tier, segments[0].on_device
+        largest = max(segment.nbytes for segment in segments)
+        if tier is Tier.DISK:
+            yield Need(Tier.CPU, "cache", "slots", slots * largest)
+        workspace = max(segment.workspace_bytes(prompt) for segment in segments)
+        there = max(segment.device_bytes() for segment in segments) if on_device and self._linked else 0
+        yield Need(Tier.GPU, "cache", "workspace", max(workspace, there))
+        if on_device and not segments[0].resident and self._linked:
+            yield Need(Tier.GPU, "cache", "slots", slots * largest)
+        if segments[0].sparse:
+            choices = (_choice_bytes(s, own.heads) for s, own in zip(segments, self.kinds, strict=True))
+            yield Need(Tier.GPU if on_device else Tier.CPU, "cache", "workspace", max(choices))
+        if tier is not Tier.GPU and self._linked:
+            fresh = max(segment.token_bytes(prompt) for segment in segments)
+            yield Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK))
+            yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
+
+    def gathered(self, capacity: int) -> dict[Tier, int]:
+        """Bytes, on the device and in host memory, while rows move to a batch: its keys and values in one layer, and
+        of the page that is copied."""
+        taken = {Tier.GPU: 0, Tier.CPU: 0}
+        for segments in self._by_tier:
+            on = Tier.CPU if self._linked and segments[0].tier is not Tier.GPU else Tier.GPU
+            taken[on] += max(segment.token_bytes(capacity) for segment in segments)
+        page = 2 * max(segment.page_bytes for segments in self._by_tier for segment in segments)
+        return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}
+
+
+def batch_cache(
+    kinds: Mapping[AttentionSpec, int],
+    policy: Policy,
+    rows: int,
+    capacity: int,
+    dtype: torch.dtype,
+    topology: Topology,
+) -> BatchCache:
+    """The cache of a batch of `rows` prompts of at most `capacity` tokens each."""
+    layouts = (cache_layout(own, policy, rows, capacity, dtype, topology) for own in kinds)
+    return BatchCache(kinds, tuple(layouts), rows, topology)
+
+
+def _choice_bytes(segment: CacheSegment, heads: int) -> int:
+    """What choosing in torch takes at most beyond dense attention, at the last token."""
+    most = most_chosen(segment.attn_sparsity, segment.choice_tokens, segment.pages * segment.page_tokens)
+    # For each: an index of what is best, its position before and after padding, two weights, three flags.
+    return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)
