@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import transformers
 
 from flexgen import demo, scoring
 from flexgen.engine import OptLM
@@ -108,7 +107,9 @@ def make_records(args: argparse.Namespace) -> Records | None:
     """Record tasks for the embedded model; None for others and where a prompt length is asked for."""
     if args.model != "demo" or args.weights != "checkpoint" or args.prompt_len is not None:
         return None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    from transformers import AutoTokenizer  # takes seconds, and other models are run without records
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     records = demo.records(args.num_prompts or _DEMO_PROMPTS, seed=args.seed)
     prompts = [np.array(tokenizer(record.prompt).input_ids, dtype=np.int64) for record in records]
     return Records(records, prompts, tokenizer)

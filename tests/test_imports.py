@@ -26,7 +26,7 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
         "import flexgen",
         "from flexgen import OptLM, Policy, Workload",
         "import flexgen.engine, flexgen.planning.search, flexgen.planning.measured",
-        "import flexgen.complete, flexgen.batch, flexgen.simulate, flexgen.measure, flexgen.tune",
+        "import flexgen.bench, flexgen.complete, flexgen.batch, flexgen.simulate, flexgen.measure, flexgen.tune",
     ],
 )
 def test_an_import_loads_neither_transformers_nor_scipy(code: str) -> None:

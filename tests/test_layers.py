@@ -78,6 +78,29 @@ def test_imports_of_flexgen_stand_at_the_top(path):
             assert not own(node), f"{path}: {node.name} imports {own(node)} inside its body"
 
 
+# Where modules of flexgen are imported by a name that is not in the source: parts of the package that load when they
+# are asked for, commands, families of models, Triton's kernels and 0.1's module names.
+BY_NAME = {
+    "__init__.py",
+    "__main__.py",
+    "models/families/__init__.py",
+    "kernels/loading.py",
+    "flex_opt/flexllmgen/__init__.py",
+}
+
+
+@each_file
+def test_few_files_import_flexgen_by_a_computed_name(path):
+    for node in ast.walk(ast.parse(SOURCES[path])):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
+            name = node.args[0]
+            foreign = isinstance(name, ast.Constant) and name.value.split(".")[0] != "flexgen"
+            assert foreign or path.as_posix() in BY_NAME, f"{path}:{node.lineno}: import it at the top"
+
+
 @each_file
 def test_low_layers_do_without_torch(path):
     if room(path) in WITHOUT_TORCH:
