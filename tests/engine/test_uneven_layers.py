@@ -138,8 +138,8 @@ def test_a_call_takes_what_was_planned(
     name: str, device: str, attend_on: str, models: Any, prompts: Any, mixed: Any
 ) -> None:
     """The peaks of all stores are what the plan says, but for ids and for what is rounded up to whole blocks."""
-    with models[name].open(mixed(attend_on=attend_on), device=device) as lm:
-        lm.generate(prompts([9] * 6), 6, stop=())
+    with models[name].open(mixed(gpu_batch_size=12, attend_on=attend_on), device=device) as lm:
+        lm.generate(prompts([9] * 18), 6, stop=())
         plan, machine = lm.stats.plan, lm._machine
         fixed = {
             tier: sum(n.nbytes for n in plan.needs if n.tier is tier and n.role != "workspace")

@@ -3,6 +3,7 @@
 import itertools
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,16 @@ DTYPES = st.sampled_from([torch.float32, torch.float16])
 SPEC, DUMMY = open_model("opt-125m", weights="dummy")
 LAYERS = build_layers(SPEC)
 ATTENTION = SPEC.layers[0].attention
+FEW_HEADS = replace(ATTENTION, heads=4, kv_heads=2, head_dim=32)
+WIDE_HEADS = replace(ATTENTION, heads=6, kv_heads=3, head_dim=128)
+UNEVEN = build_layers(
+    replace(
+        SPEC,
+        layers=tuple(
+            replace(SPEC.layers[0], attention=own) for own in (FEW_HEADS, ATTENTION, WIDE_HEADS, FEW_HEADS)
+        ),
+    )
+)
 
 
 @st.composite
@@ -210,15 +221,16 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
 # What is planned is what is taken
 
 
-def opened(policy, workload, machine, dtype, slots):
+def opened(layers, policy, workload, machine, dtype, slots):
     """Cache and hidden states of one block, as a call makes them."""
     batches = batch_sizes(policy, workload.num_prompts)
     topology = machine.device.topology
-    segments = [
-        cache_segments(ATTENTION.cache, policy, rows, workload.capacity, dtype, topology) for rows in batches
-    ]
-    cached = {j: segments for j, layer in enumerate(LAYERS) if layer.has_cache}
-    heads = dict.fromkeys(cached, ATTENTION.heads)
+    attention = {j: layer.layer_spec.attention for j, layer in enumerate(layers) if layer.has_cache}
+    cached = {
+        j: [cache_segments(own.cache, policy, rows, workload.capacity, dtype, topology) for rows in batches]
+        for j, own in attention.items()
+    }
+    heads = {j: own.heads for j, own in attention.items()}
     yield "cache", lambda: KVCache(cached, heads, workload.prompt_len, machine, slots)
     yield (
         "activations",
@@ -232,8 +244,9 @@ def planned(plan, tier, what, besides=()):
     return sum(n.nbytes for n in plan.needs if (n.tier, n.what) == (tier, what) and n.role in roles)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
+    layers=st.sampled_from([LAYERS, UNEVEN]),
     policy=policies,
     prompts=st.integers(1, 30),
     prompt_len=st.integers(1, 12),
@@ -243,20 +256,20 @@ def planned(plan, tier, what, besides=()):
     share=st.sampled_from([1.0, 0.1]),
 )
 def test_cache_and_hidden_states_take_what_was_planned(
-    policy, prompts, prompt_len, dtype, device, slots, share
+    layers, policy, prompts, prompt_len, dtype, device, slots, share
 ):
     assume(share == 1 or all(policy.cache[tier].codec == "none" for tier in Tier))
     policy = policy.replace(attn_sparsity=share)
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
-        placement = place_weights(LAYERS, policy.weights, dtype)
+        placement = place_weights(layers, policy.weights, dtype)
         topology = machine.device.topology
-        plan = plan_memory(LAYERS, placement, policy, dtype, topology, workload, slots=Slots(cells=slots))
+        plan = plan_memory(layers, placement, policy, dtype, topology, workload, slots=Slots(cells=slots))
         stores = {Tier.CPU: machine.host, Tier.DISK: machine.disk}
         computes_in = topology.device
         if topology is LINKED:
             stores[Tier.GPU] = machine.device.memory
-        for what, make in opened(policy, workload, machine, dtype, slots):
+        for what, make in opened(layers, policy, workload, machine, dtype, slots):
             before = {tier: store.used for tier, store in stores.items()}
             with closing(make()):
                 for tier, store in stores.items():
