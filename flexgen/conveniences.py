@@ -198,10 +198,12 @@ class Conveniences(ABC):
     def _read(self, texts: Sequence[Text], special_tokens: bool) -> Request:
         if isinstance(texts, str):
             raise RequestError(f"texts are the one text {shown(texts)}; give a list of texts")
+        if not isinstance(texts, Iterable) or getattr(texts, "shape", None) == ():
+            raise RequestError(f"texts are {shown(texts)}; give a list of texts")
         if is_chat(texts):
             raise RequestError("texts are the messages of one chat; give a list of chats: [messages]")
         ids: list[Any] = [self._encoded(text, special_tokens) for text in texts]
-        whole = all(isinstance(row, Sequence | np.ndarray) and len(row) for row in ids)
+        whole = all(_is_row(row) for row in ids)
         return read_request(self.spec, ids, _all(ids) if whole and ids else None)
 
     def _encoded(self, text: Any, special_tokens: bool) -> Any:
@@ -223,6 +225,13 @@ class Conveniences(ABC):
     def _end_streams(self) -> None:
         for stream in list(self._streams):
             stream.close()
+
+
+def _is_row(row: object) -> bool:
+    """Whether it can be the ids of one text, and is not empty."""
+    if isinstance(row, np.ndarray):
+        return row.ndim == 1 and bool(row.size)
+    return isinstance(row, Sequence) and bool(row)
 
 
 def _all(ids: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from flexgen.layout.plan import batch_sizes
 from flexgen.memory.cpu import peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
 from flexgen.models import HubOptions, open_model
-from flexgen.opening import Place, open_weights
+from flexgen.opening import Place, open_weights, read_policy
 from flexgen.orders import check_order
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.report import Report
@@ -38,6 +38,7 @@ from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
     IdRows,
     Request,
+    check_bool,
     check_length,
     check_positions,
     check_whole,
@@ -99,16 +100,16 @@ class OptLM(Conveniences):
     ) -> None:
         if order is not None:
             check_order(order)
-        if isinstance(policy, str | Path):
-            policy = Auto() if policy == "auto" else Policy.load(policy)
-        self._no_bar = None if progress is None else not progress
+        policy = read_policy(policy)
         self.stats: Stats | None = None
         super().__init__()
         self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
+            check_whole("num_layers", num_layers, 1)
             self.spec = self.spec.first_layers(num_layers)
         self.tokenizer_dir = checkpoint.directory
         place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
+        self._no_bar = None if progress is None else not progress
         with contextlib.ExitStack() as stack:
             opened = open_weights(self.spec, checkpoint, policy, place, workload, order, stack)
             self.dtype, self.policy, self.auto = opened.model.dtype, opened.model.policy, opened.plans.auto
@@ -219,6 +220,7 @@ class OptLM(Conveniences):
             do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed, first_row=first_row
         )
         tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode, projected=stats)
+        check_whole("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         order = order_to_run(debug_mode)
         out = self.generate_with(request, max_new_tokens, choice, tokens=tokens, order=order)
         if (debug_mode or verbose) and (done := self.stats):
@@ -293,9 +295,10 @@ class OptLM(Conveniences):
     ) -> Choice:
         """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
         self._opened()
+        check_bool("do_sample", do_sample)
         check_sampling(temperature, top_k, top_p)
         check_seed(seed)
-        for number in [first_row] if isinstance(first_row, int) else first_row:
+        for number in first_row if isinstance(first_row, Sequence) else [first_row]:
             check_whole("first_row", number, 0, MAX_SEED >> 1)
         drawn = temperature if do_sample else 0.0
         return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), seed, first_row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from flexgen.errors import PolicyError, RequestError
 from flexgen.layout.placement import place_weights
 from flexgen.memory.cpu import reset_peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
@@ -25,7 +27,11 @@ from flexgen.planning.auto import AutoPolicy, Chosen, this_machine
 from flexgen.planning.calls import CallPlans
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.runtime.call import Model
+from flexgen.shown import shown
 from flexgen.workload import Workload
+
+_LONGEST_PATH = 4096
+"""Characters of a path, as Linux limits it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,26 @@ class Place:
     offload_dir: str | Path | None
     max_memory: Mapping[Tier, int] | None
     progress: bool | None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for values of other kinds."""
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise RequestError(f"progress is {shown(self.progress)}; it must be True, False or None")
+        given = self.offload_dir
+        path = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+        if path is not None and (not isinstance(path, str) or "\0" in path or len(path) > _LONGEST_PATH):
+            raise RequestError(f"offload_dir is {shown(given)}; it must be the path of a directory or None")
+
+
+def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
+    """A policy as `OptLM` takes it: an object, "auto" or the path of a file. Raises PolicyError."""
+    if isinstance(policy, str | Path):
+        return Auto() if policy == "auto" else Policy.load(policy)
+    if not isinstance(policy, Policy | Auto):
+        raise PolicyError(
+            f'policy is {shown(policy)}; it must be a Policy, an Auto, "auto" or the path of a TOML file'
+        )
+    return policy
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,8 @@ def open_weights(
 
     Raises as `OptLM` does, before any weight is read.
     """
+    if workload is not None and not isinstance(workload, Workload):
+        raise RequestError(f"workload is {shown(workload)}; it must be a Workload or None")
     # Before the device is opened: measuring opens it too, and frees what it took.
     searched = isinstance(policy, Auto)
     hardware = (

@@ -226,7 +226,7 @@ def check_order(name: str) -> None:
 
     It runs on small grids of every kind: a run that follows it could fail far into its work.
     """
-    if name not in ORDERS:
+    if not isinstance(name, str) or name not in ORDERS:
         known = ", ".join(sorted(ORDERS))
         raise ScheduleError(f"order {shown(name)} is not known; known: {known}{did_you_mean(name, ORDERS)}")
     for tokens, layers, batches, pieces in product((1, 3), (1, 2, 5), (1, 2, 5), (1, 2)):

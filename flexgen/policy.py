@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from flexgen.errors import PolicyError, did_you_mean
-from flexgen.shown import shown
+from flexgen.shown import cut, shown
 from flexgen.units import LARGEST_COUNT
 
 CODECS = ("none", "int4", "int8")
@@ -291,21 +291,22 @@ class Policy:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Policy:
         """The policy in a TOML file. Raises PolicyError, with the path, for a missing or wrong file."""
+        name = cut(str(path))
         try:
             with open(path, "rb") as file:
                 fields = tomllib.load(file)
         except OSError as error:
             raise PolicyError(
-                f"{path}: cannot read the policy: {error.strerror}; give the path of a TOML file"
+                f"{name}: cannot read the policy: {error.strerror}; give the path of a TOML file"
             ) from error
         except ValueError as error:  # not UTF-8, not TOML, a number of thousands of digits, a NUL in the path
-            raise PolicyError(f"{path}: not valid TOML: {error}") from error
+            raise PolicyError(f"{name}: not valid TOML: {error}") from error
         except RecursionError:
-            raise PolicyError(f"{path}: not valid TOML: values are nested too deeply") from None
+            raise PolicyError(f"{name}: not valid TOML: values are nested too deeply") from None
         try:
             return cls.from_dict(fields)
         except PolicyError as error:
-            raise PolicyError(f"{path}: {error}") from None
+            raise PolicyError(f"{name}: {error}") from None
 
     def save(self, path: str | PathLike[str], comment: str | None = None) -> None:
         """Write the policy as TOML, with `comment` (where it came from) above it; `load` gives it back."""

@@ -60,6 +60,8 @@ def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """
     if not isinstance(text, str):
         raise RequestError(f"a text is a {type(text).__name__}; it must be a string")
+    if not isinstance(special, bool):
+        raise RequestError(f"special_tokens is {shown(special)}; it must be True or False")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -102,7 +104,7 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
 
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     """`stop` as a tuple of strings. Raises RequestError for anything else, and for an empty string."""
-    if not isinstance(stop, Iterable):
+    if not isinstance(stop, Iterable) or getattr(stop, "shape", None) == ():
         raise RequestError(f"stop is {shown(stop)}; it takes a text, several, or () for none")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for value in stops:

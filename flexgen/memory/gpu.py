@@ -181,7 +181,7 @@ def _gpu_number(word: str) -> int:
 
 def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
     """What to compute in: what is asked for, or for "auto" the device's choice. Raises RequestError for others."""
-    if asked == "auto":
+    if isinstance(asked, str) and asked == "auto":
         fast = device.fast_dtype(checkpoint)
         if checkpoint is torch.bfloat16 and fast is torch.float16:
             _log.warning(
@@ -190,7 +190,8 @@ def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: Comp
                 device.name,
             )
         return fast
-    dtype = _DTYPES.get(str(asked).removeprefix("torch."))
+    named = isinstance(asked, str | torch.dtype)
+    dtype = _DTYPES.get(str(asked).removeprefix("torch.")) if named else None
     if dtype is None:
         raise RequestError(
             f"dtype {shown(asked)} is not supported; use 'auto', {', '.join(map(repr, _DTYPES))}"

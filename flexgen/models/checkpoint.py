@@ -90,13 +90,15 @@ def open_model(
     are read; weights only where a file has both an embedding and a head that its config calls one. Raises
     ModelError and CheckpointError.
     """
-    hub = hub or HubOptions()
+    hub = HubOptions() if hub is None else hub
+    if not isinstance(hub, HubOptions):
+        raise ModelError(f"hub is {shown(hub)}; it must be HubOptions(...) or None")
     if isinstance(weights, Path):
         spec, _ = open_model(model, "dummy", hub)
         files = _open_files(weights.expanduser())
         unsaid = _is_config(model) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
-    if weights not in ("checkpoint", "dummy"):
+    if not isinstance(weights, str) or weights not in ("checkpoint", "dummy"):
         raise ModelError(
             f"weights = {shown(weights)} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
         )

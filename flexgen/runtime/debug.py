@@ -28,7 +28,7 @@ def tokens_to_run(
 
     projected: figures of all of them are wanted. Raises RequestError for a mode or a cut that cannot be meant.
     """
-    if debug_mode not in _MODES:
+    if not isinstance(debug_mode, str | None) or debug_mode not in _MODES:
         raise RequestError(
             f"debug_mode is {shown(debug_mode)}; it must be None, 'breakdown' or 'fewer_batch'"
         )
@@ -37,8 +37,8 @@ def tokens_to_run(
     check_whole("cut_gen_len", cut_gen_len, 1)
     if projected and cut_gen_len == 1 < max_new_tokens:
         raise RequestError(
-            f"cut_gen_len is 1: the decode of {max_new_tokens} new tokens cannot be projected from a prefill alone. "
-            "Give at least 2, or ask for 1 new token where only the prefill is of interest"
+            f"cut_gen_len is 1: the decode of {shown(max_new_tokens)} new tokens cannot be projected from a prefill "
+            "alone. Give at least 2, or ask for 1 new token where only the prefill is of interest"
         )
     return min(cut_gen_len, max_new_tokens)
 

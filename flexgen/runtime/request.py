@@ -67,7 +67,7 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
         worst = prompt.min() if prompt.min() < 0 else prompt.max()
         if not 0 <= worst < spec.vocab_size:
             raise RequestError(
-                f"prompt {n} has id {worst}, the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
+                f"prompt {n} has id {shown(worst)}, the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
                 "was it tokenised for another model?"
             )
     return Request(prompts, max(map(len, rows)), tuple(kept))
@@ -96,7 +96,7 @@ def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
         try:
             row = np.asarray(given if not isinstance(given, Tensor) else given.cpu())
         except (TypeError, ValueError) as error:
-            raise RequestError(f"prompt {n} is no list of ids: {error}") from None
+            raise RequestError(f"prompt {n} is no list of ids: {shown(error)}") from None
         if row.ndim != 1:
             raise RequestError(
                 f"prompt {n} is {shown(given)}; it must be a list of ids (wrap one prompt in a list)"
@@ -149,7 +149,7 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
     try:
         mask = np.asarray(given)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"attention_mask row {n} is not a list of 0 and 1: {error}") from None
+        raise RequestError(f"attention_mask row {n} is not a list of 0 and 1: {shown(error)}") from None
     if mask.ndim != 1:
         raise RequestError(
             f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {shown(given)}"
@@ -158,7 +158,9 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
         raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
     wrong = mask[(mask != 0) & (mask != 1)]  # NaN is among them
     if len(wrong):
-        raise RequestError(f"attention_mask row {n} holds {wrong[0]}; it takes 0 for padding and 1 for ids")
+        raise RequestError(
+            f"attention_mask row {n} holds {shown(wrong[0])}; it takes 0 for padding and 1 for ids"
+        )
     return mask
 
 
@@ -168,6 +170,12 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         limit = "" if most is None else f" and <= {most}"
         raise RequestError(f"{name} is {shown(value)}; it must be a whole number >= {least}{limit}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise RequestError unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name} is {shown(value)}; it must be True or False")
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
@@ -200,7 +208,7 @@ def check_room(spec: ModelSpec, prompt: str, length: int, new_tokens: int) -> No
     room = spec.max_positions - length
     fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
     raise RequestError(
-        f"{prompt} has {length} ids and {new_tokens} more are asked for: {total} exceed {positions}. "
+        f"{prompt} has {length} ids and {shown(new_tokens)} more are asked for, which exceed {positions}. "
         f"Shorten the prompt{fewer}"
     )
 
@@ -223,7 +231,9 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
                 f"stop holds {shown(value)}; it takes one id, several ids, or () to never stop"
             )
         if not 0 <= int(value) < spec.vocab_size:
-            raise RequestError(f"stop id {value} is outside the vocabulary, 0 to {spec.vocab_size - 1}")
+            raise RequestError(
+                f"stop id {shown(value)} is outside the vocabulary, 0 to {spec.vocab_size - 1}"
+            )
     return tuple(int(value) for value in ids)
 
 

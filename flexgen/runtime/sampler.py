@@ -35,11 +35,11 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
             raise RequestError(f"{name} is beyond the range of a float; it must be finite") from None
     if not 0 <= temperature < math.inf:  # NaN fails too
         raise RequestError(
-            f"temperature is {temperature}; it must be finite and >= 0 (0 takes the best token)"
+            f"temperature is {shown(temperature)}; it must be finite and >= 0 (0 takes the best token)"
         )
     check_whole("top_k", top_k, 0)
     if not 0 < top_p <= 1:
-        raise RequestError(f"top_p is {top_p}; it must be above 0 and at most 1 (1 keeps all)")
+        raise RequestError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1 (1 keeps all)")
 
 
 def check_seed(seed: int | None) -> None:
