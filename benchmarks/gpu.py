@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, anywhere, kept, machine
+from record import RESULTS, anywhere, kept, machine, write_whole
 from transformers import OPTConfig
 
 from flexgen.models import open_model
@@ -286,7 +286,7 @@ def main() -> int:
             elif (reports / f"{name}.toml").exists():
                 result["report"] = tomllib.loads((reports / f"{name}.toml").read_text())
             text = json.dumps(result, indent=1).replace(str(reports), "DIR")
-            _path(out, name).write_text(text + "\n", encoding="utf-8")
+            write_whole(_path(out, name), text + "\n")
             print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
     results = {name: kept(_path(out, name)) for name in steps}
     comparison = compare(results)

@@ -76,5 +76,12 @@ def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     command = "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *map(anywhere, sys.argv[1:])])
     document = {"command": command, "machine": machine(), **figures}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=1) + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

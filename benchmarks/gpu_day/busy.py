@@ -52,8 +52,12 @@ def main() -> int:
             spans = ((event.time_range.start, event.time_range.end) for event in kernels)
             found[name] = {"seconds": took, "busy": covered(spans) / 1e6, "kernels": len(kernels)}
         decode = {key: found["whole"][key] - found["prefill"][key] for key in ("seconds", "busy", "kernels")}
+    if found["whole"]["kernels"]:
         decode["busy_share"] = decode["busy"] / decode["seconds"]
         decode["kernels_per_token_and_layer"] = decode["kernels"] / (tokens - 1) / opened.spec.num_layers
+    else:
+        decode["busy_share"] = None
+        decode["why"] = "the profiler saw no kernel: this machine has no CUPTI, or its user may not use it"
     write(args.json, {**found, "decode": decode})
     return 0
 

@@ -24,7 +24,7 @@ def test_the_steps_run_at_toy_size(tmp_path):
     assert reports["leaks"]["grown"] == 0 and len(reports["leaks"]["used"]) == 5
     assert {"first", "second"} <= reports["attention"]["math float16"]["prompt of 8"].keys()
     assert all(rate > 0 for rates in reports["links"].values() for rate in rates.values())
-    assert reports["busy"]["whole"]["seconds"] > 0
+    assert reports["busy"]["whole"]["seconds"] > 0 and reports["busy"]["decode"]["busy_share"] is None
     assert reports["opt-30b"]["prompt_len"] == 8 and reports["opt-30b"]["bound_share"] > 0
     assert set(json.loads((tmp_path / "comparison.json").read_text())["share of the goal"]) == set(STEPS[-2:])
     assert reports["probe"]["products"]["float16"] and reports["probe"]["fixed"]["cell"] > 0
