@@ -90,7 +90,7 @@ class Simulations:
         return cells * len(tokens), False
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
-        """`small`: for a model of few layers, whatever memory it needs. Otherwise raises CapacityError as `predict`."""
+        """`small`: for a model of few layers, whatever memory it takes. Raises CapacityError as `predict`."""
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
