@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,17 +15,7 @@ from flexgen.models.spec import AttentionSpec, CacheShape
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.trace import LaneName
-from flexgen.units import BLOCK, KIB, MIB, align
-
-_MEMORY_PAGE_TOKENS = 128
-"""For what moves, as far as it is filled, and for what the compiled kernels of the CPU read."""
-_DISK_PAGE_TOKENS = 16, 128
-_DISK_PAGE_BYTES = 1 * MIB
-
-_CHOICE_BYTES = 16 * KIB
-"""Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
-one block at a small part of the rate of long ones: skipping what is between them would gain nothing."""
-_CHOICE_TOKENS = 128  # at most, unless not even that makes whole blocks
+from flexgen.units import BLOCK, align
 
 
 @dataclass(frozen=True)
@@ -224,18 +213,17 @@ def cache_segments(
         on_device = tier is Tier.GPU or not topology.host_attends(policy)
         resident = topology.in_place(tier) or (tier is Tier.CPU and not on_device)
         codec = policy.cache[tier].codec
-        page_tokens = _MEMORY_PAGE_TOKENS
+        form = head_format(codec, shape.head_dim, dtype)
+        page_tokens = topology.pieces.memory_page_tokens
         if tier is Tier.GPU and not topology.shares_host_memory:
             page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
         if tier is Tier.DISK:
-            token = 2 * len(part) * shape.kv_heads * head_format(codec, shape.head_dim, dtype).nbytes
-            least, most = _DISK_PAGE_TOKENS
-            page_tokens = min(max(-(-_DISK_PAGE_BYTES // token), least), most)
+            page_tokens = topology.pieces.tokens_on_disk(2 * len(part) * shape.kv_heads, form.nbytes)
         pages = -(-capacity // page_tokens)
         page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
         choice = 1
         if tier is Tier.DISK and policy.attn_sparsity < 1:
-            choice = choice_tokens(shape.head_dim * dtype.itemsize)
+            choice = topology.pieces.chosen_together(shape.head_dim * dtype.itemsize)
             page_tokens = align(page_tokens, choice)
             pages = -(-capacity // page_tokens)
         sizes = pages, page_tokens, *shape
@@ -243,10 +231,3 @@ def cache_segments(
             CacheSegment(tier, part, on_device, resident, *sizes, dtype, codec, policy.attn_sparsity, choice)
         )
     return tuple(segments)
-
-
-def choice_tokens(token_bytes: int) -> int:
-    """Tokens that are read from disk together, where one takes `token_bytes` in a head: whole disk blocks."""
-    whole = BLOCK // math.gcd(BLOCK, token_bytes)
-    wanted = -(-_CHOICE_BYTES // (whole * token_bytes))
-    return whole * max(min(wanted, _CHOICE_TOKENS // whole), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen.layout.pieces import PieceSizes
 from flexgen.orders import ORDERS, Order, order_for
 from flexgen.policy import Policy, Tier
 from flexgen.trace import LaneName
@@ -11,10 +12,14 @@ from flexgen.trace import LaneName
 
 @dataclass(frozen=True)
 class Topology:
-    """The link between host memory and the compute device's memory, each way: () where they are the same memory."""
+    """The link between host memory and the compute device's memory, each way: () where they are the same memory.
+
+    `pieces`: sizes of what moves over it, and from and to the disk.
+    """
 
     to_device: tuple[LaneName, ...]
     from_device: tuple[LaneName, ...]
+    pieces: PieceSizes = PieceSizes()
 
     @property
     def shares_host_memory(self) -> bool:

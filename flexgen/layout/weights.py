@@ -12,10 +12,7 @@ from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
 from flexgen.trace import LaneName
-from flexgen.units import ALIGNMENT, BLOCK, MIB, align
-
-_PIECE_BYTES = 1 * MIB
-"""Weights of a layer are not cut finer than this: smaller reads and copies are slower."""
+from flexgen.units import ALIGNMENT, BLOCK, align
 
 
 @dataclass(frozen=True)
@@ -116,5 +113,6 @@ def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[i
 
 def count_pieces(layouts: Iterable[WeightLayout], batches: int) -> int:
     """In how many pieces a layer's weights travel, so that transfers of each of `batches` come in between."""
-    moved = max(layout.nbytes for layout in layouts)
-    return max(min(batches, moved // _PIECE_BYTES), 1)
+    return max(
+        1, min(batches, max(layout.nbytes // layout.topology.pieces.weight_bytes for layout in layouts))
+    )

@@ -31,6 +31,10 @@ _EXACT_CELLS = 3_000
 """A block of more cells than these is laid out for a small model and for some of its tokens."""
 
 
+_UNLIMITED = 1 << 62
+"""Bytes of a tier that holds any model."""
+
+
 class Run(NamedTuple):
     """A policy, and the name of the order that it runs in; None is the one that it asks for."""
 
@@ -47,6 +51,9 @@ class Simulations:
         self._workload = workload
         self._dtype_name = dtype
         self._dtype: torch.dtype = getattr(torch, dtype)
+        # The plan of the whole model says what fits. Whole tensors make shares coarse in a model of few layers, so a
+        # tier can get more of it than there is room for.
+        self._unlimited = hardware.replace(capacity=dict.fromkeys(hardware.capacity, _UNLIMITED))
         self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
         self._layers = cache(self._make_layers)
         self._placement = cache(self._place)
@@ -84,12 +91,13 @@ class Simulations:
         return cells * len(tokens), False
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
-        """`small`: for a model of few layers. Raises CapacityError as `predict` does."""
+        """`small`: for a model of few layers, whatever memory it takes. Raises CapacityError as `predict`."""
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
             self._predictions[run, small] = predict(
-                self._few_layers if small else self._spec, run.policy, self._hardware, self._workload,
+                self._few_layers if small else self._spec, run.policy,
+                self._unlimited if small else self._hardware, self._workload,
                 dtype=self._dtype_name, order=run.order, samples=None if exact else 1,
             )  # fmt: skip
         return self._predictions[run, small]

@@ -208,7 +208,7 @@ def check_room(spec: ModelSpec, prompt: str, length: int, new_tokens: int) -> No
     room = spec.max_positions - length
     fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
     raise RequestError(
-        f"{prompt} has {length} ids and {shown(new_tokens)} more are asked for, which exceed {positions}. "
+        f"{prompt} has {length} ids and {shown(new_tokens)} more are asked for: {shown(total)} exceed {positions}. "
         f"Shorten the prompt{fewer}"
     )
 

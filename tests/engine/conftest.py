@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from piece_sizes import piece_sizes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
@@ -153,10 +154,7 @@ def mixed() -> Callable[..., Policy]:
 @pytest.fixture(autouse=True, scope="module")
 def _small_pages() -> Iterator[None]:
     """Pages and pieces so small that a tiny model has several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (4, 4))
-        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 8)
-        patch.setattr("flexgen.layout.weights._PIECE_BYTES", 4096)
+    with piece_sizes(page_tokens=4, memory_page_tokens=8, weight_bytes=4096):
         yield
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from piece_sizes import piece_sizes
 
 from flexgen.engine import OptLM
 from flexgen.errors import LaneError
@@ -179,11 +180,12 @@ def test_any_times_to_stop(
     made = np.unique(model.greedy(rows, TOKENS)[:, max(lengths) :]).tolist()
     stop = data.draw(st.lists(st.sampled_from(made), min_size=1, max_size=8))
     policy = Policy(gpu_batch_size=size, num_gpu_batches=batches, cache=cache, activations=activations)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (page, page))
-        with OptLM(model.directory, policy, device=device, progress=False, order=order) as lm:
-            expected = model.greedy(rows, TOKENS, stop)
-            np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)
+    with (
+        piece_sizes(page_tokens=page),
+        OptLM(model.directory, policy, device=device, progress=False, order=order) as lm,
+    ):
+        expected = model.greedy(rows, TOKENS, stop)
+        np.testing.assert_array_equal(lm.generate(rows, TOKENS, stop=stop), expected)
 
 
 @pytest.mark.parametrize("order", sorted(ORDERS))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from piece_sizes import piece_sizes
 
 from flexgen.engine import OptLM
 from flexgen.memory.transfer import Chains, Stage
@@ -88,10 +89,12 @@ class Rendezvous:
 def test_overlap_loads_the_next_layer_while_this_one_computes(
     batches: int, tier: str, tiny: Any, prompts: Any, mixed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexgen.layout.weights._PIECE_BYTES", 1 << 20)  # a layer travels in one piece
     model, given = tiny("opt"), prompts(LENGTHS)[: 3 * batches]
     policy = mixed(weights={tier: 100}, num_gpu_batches=batches)
-    with OptLM(model.directory, policy, device=SLOW, progress=False) as lm:
+    with (
+        piece_sizes(weight_bytes=1 << 20),  # a layer travels in one piece
+        OptLM(model.directory, policy, device=SLOW, progress=False) as lm,
+    ):
         Rendezvous(monkeypatch, len(lm.layer_names), batches)
         np.testing.assert_array_equal(lm.generate(given, TOKENS, stop=()), model.greedy(given, TOKENS))
         assert lm.stats is not None

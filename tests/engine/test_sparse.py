@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from piece_sizes import piece_sizes
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -72,9 +73,7 @@ def sparse_attention(
 @pytest.fixture(autouse=True, scope="module")
 def _short_pages() -> Iterator[None]:
     """Pages on disk of 32 tokens, two blocks of each head in each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (32, 32))
-        patch.setattr("flexgen.layout.cache._CHOICE_BYTES", BLOCK)
+    with piece_sizes(page_tokens=32, choice_bytes=BLOCK):
         yield
 
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
+from piece_sizes import piece_sizes
 from simulated import cases, runtime
 from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
 
 from flexgen.errors import LaneError
 from flexgen.kernels import attention
-from flexgen.layout import cache
 from flexgen.models.embed import InputEmbed
 from flexgen.runtime.request import read_request
 from flexgen.runtime.sampler import INVALID
@@ -42,13 +42,12 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
     ids=["plain", "int4", "sparse"],
 )
 def test_pages_that_come_over_the_link_are_attended_together(changes, monkeypatch):
-    monkeypatch.setattr(cache, "_MEMORY_PAGE_TOKENS", 4)
-    monkeypatch.setattr(cache, "_DISK_PAGE_TOKENS", (4, 4))
     monkeypatch.setattr(attention, "_JOINED_BYTES", 4 << 10)  # a row at a time
     policy = cases.policy(**dict(cache={"cpu": 50, "disk": 50}, attend_on="gpu") | changes)
-    expected = cases.ids_on("emulated", cases.LLAMA, policy)
-    with in_every_thread(Numbers):
-        found = cases.ids_on("cuda", cases.LLAMA, policy)
+    with piece_sizes(page_tokens=4, memory_page_tokens=4):
+        expected = cases.ids_on("emulated", cases.LLAMA, policy)
+        with in_every_thread(Numbers):
+            found = cases.ids_on("cuda", cases.LLAMA, policy)
     np.testing.assert_array_equal(found, expected)
 
 

@@ -17,8 +17,9 @@ from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
 from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
-from flexgen.layout.cache import cache_segments, choice_tokens
+from flexgen.layout.cache import cache_segments
 from flexgen.layout.needs import MemoryPlan, Need
+from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.layout.topology import LINKED, SHARED
@@ -179,7 +180,7 @@ def test_sparse_segments_have_whole_blocks_of_values(rows, capacity, dtype, shar
     ],
 )
 def test_what_is_chosen_on_disk_is_worth_a_read(head_dim, itemsize, tokens, nbytes):
-    assert choice_tokens(head_dim * itemsize) == tokens
+    assert PieceSizes().chosen_together(head_dim * itemsize) == tokens
     assert tokens * head_dim * itemsize == nbytes
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from piece_sizes import piece_sizes
 
 from flexgen import OptLM, Policy
 from flexgen.layout.placement import place_weights
@@ -65,10 +66,7 @@ POLICIES = SPARSE | st.builds(
 @pytest.fixture(autouse=True, scope="module")
 def _small_pages():
     """Pages and pieces so small that a tiny model has several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (4, 4))
-        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 8)
-        patch.setattr("flexgen.layout.weights._PIECE_BYTES", 4096)
+    with piece_sizes(page_tokens=4, memory_page_tokens=8, weight_bytes=4096):
         yield
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from flexgen import Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
@@ -19,6 +20,7 @@ from flexgen.layout.topology import LINKED
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.orders import ORDERS
+from flexgen.planning.hardware import Hardware
 from flexgen.planning.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
 from flexgen.planning.predict import predict
 from flexgen.planning.search import find_policy
@@ -344,6 +346,29 @@ def test_the_last_block_is_about_as_full_as_the_others(opt, machine):
     best = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 13), fixed={"num_gpu_batches": 3}).best
     blocks = -(-13 // best.policy.block_size)
     assert blocks * best.policy.block_size - 13 < best.policy.num_gpu_batches * blocks
+
+
+def test_the_whole_models_plan_says_what_fits():
+    """Of a model of six layers, which stands for the whole one's overlap, this needs more than the GPU has."""
+    shape = dict(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672)
+    config = LlamaConfig(
+        **shape, vocab_size=128256, num_hidden_layers=80, max_position_embeddings=8192, dtype="bfloat16"
+    )
+    spec, _ = open_model(config, "dummy")
+    policy = Policy(
+        gpu_batch_size=1667,
+        num_gpu_batches=6,
+        weights={"gpu": 3, "disk": 97},
+        cache={"cpu": {"percent": 34, "codec": "int4"}, "disk": {"percent": 66, "codec": "int4"}},
+        activations={"gpu": 100},
+        attend_on="cpu",
+        sep_layer=False,
+    )
+    hardware, workload = Hardware.preset("rtx-4090"), Workload(50, 20, 10_000)
+    asked = dict(fixed=policy.to_dict(), lossy=True, order="overlap_cpu_attention")
+    best = find_policy(spec, hardware, workload, **asked).best
+    assert best.policy == policy
+    assert all(best.prediction.plan.on(tier) <= hardware.capacity[tier] for tier in Tier)
 
 
 def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):

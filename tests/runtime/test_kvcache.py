@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from piece_sizes import in_pieces
 from torch import Tensor
 
 from flexgen.layout.cache import Span, cache_segments
@@ -52,11 +53,12 @@ class History:
         ratio: int,
         starts: list[int],
         dtype: torch.dtype = torch.float32,
+        page: int = 4,
     ) -> None:
         self.run, self.prompt, self.dtype = run, prompt, dtype
         self.kv_heads, self.heads = 2, 2 * ratio
         shape = CacheShape(self.kv_heads, HEAD_DIM)
-        topology = machine.device.topology
+        topology = in_pieces(machine.device.topology, page_tokens=page, memory_page_tokens=page)
         self.segments = [
             cache_segments(shape, policy, rows, prompt + steps, dtype, topology) for rows in batches
         ]
@@ -115,15 +117,6 @@ class History:
             self.step(Span(self.prompt + token, 1), atol)
 
 
-@pytest.fixture
-def page_tokens(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def set_to(tokens: int) -> None:
-        monkeypatch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (tokens, tokens))
-        monkeypatch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", tokens)
-
-    return set_to
-
-
 KINDS = [
     (device, tier, attend_on)
     for device in ("cpu", "emulated")
@@ -136,16 +129,8 @@ KINDS = [
 @pytest.mark.parametrize("prompt", [3, 4, 5, 8])  # before, at and after the end of a page, and of two
 @pytest.mark.parametrize("codec", ["none", "int4", "int8"])
 def test_every_kind_of_segment_across_pages(
-    codec: str,
-    prompt: int,
-    device: str,
-    tier: Tier,
-    attend_on: str,
-    machine: Any,
-    run: Any,
-    page_tokens: Any,
+    codec: str, prompt: int, device: str, tier: Tier, attend_on: str, machine: Any, run: Any
 ) -> None:
-    page_tokens(4)
     policy = Policy(cache={str(tier): {"percent": 100, "codec": codec}}, attend_on=attend_on)
     with machine(device) as m:
         history = History(m, run, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
@@ -195,17 +180,14 @@ def test_rows_on_several_tiers(
 ) -> None:
     shares = {tier: {"percent": percent, "codec": codecs[tier]} for tier, percent in cache.items()}
     policy = Policy(cache=shares, attend_on=attend_on)
-    with pytest.MonkeyPatch.context() as patch, machine(device) as m:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (page, page))
-        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", page)
-        history = History(m, run, policy, batches, prompt, steps, ratio, starts)
+    with machine(device) as m:
+        history = History(m, run, policy, batches, prompt, steps, ratio, starts, page=page)
         history.check(steps)
         history.cache.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_bfloat16(device: str, machine: Any, run: Any, page_tokens: Any) -> None:
-    page_tokens(4)
+def test_bfloat16(device: str, machine: Any, run: Any) -> None:
     policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
     with machine(device) as m:
         history = History(m, run, policy, [3], 5, 8, 2, [0, 1], torch.bfloat16)
@@ -213,8 +195,7 @@ def test_bfloat16(device: str, machine: Any, run: Any, page_tokens: Any) -> None
         history.cache.close()
 
 
-def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any, page_tokens: Any) -> None:
-    page_tokens(4)
+def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any) -> None:
     policy = Policy(cache={"gpu": 34, "cpu": 33, "disk": 33})
     with machine("emulated") as m:
         history = History(m, run, policy, [3], 6, 8, 1, [0, 2])
@@ -231,10 +212,9 @@ def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any, page_
 @pytest.mark.parametrize("dropped", [0, 2], ids=["same columns", "fewer columns"])
 @pytest.mark.parametrize("cache", [{str(tier): 100} for tier in Tier] + [{"gpu": 34, "cpu": 33, "disk": 33}])
 def test_rows_move_together_and_go_on(
-    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any, page_tokens: Any
+    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any
 ) -> None:
     """Rows of three batches become two batches; `dropped` columns are padding of all rows that go on."""
-    page_tokens(4)
     policy = Policy(cache=cache)
     with machine(device) as m:
         history = History(m, run, policy, [3, 3, 3], 7, 9, 2, [dropped])
@@ -272,9 +252,8 @@ def test_rows_move_together_and_go_on(
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("tier", list(Tier), ids=str)
-def test_what_moves(device: str, tier: Tier, machine: Any, run: Any, page_tokens: Any) -> None:
+def test_what_moves(device: str, tier: Tier, machine: Any, run: Any) -> None:
     """A resident part is never loaded; one on disk is written only when a page is full."""
-    page_tokens(4)
     policy = Policy(cache={str(tier): 100}, attend_on="gpu")
     with machine(device) as m:
         history = History(m, run, policy, [2], 5, 7, 1, [0])

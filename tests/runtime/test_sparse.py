@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from piece_sizes import piece_sizes
 from torch import Tensor
 
 from flexgen.kernels.sparse_attention import Choice
@@ -33,10 +34,7 @@ SCALE = HEAD_DIM**-0.5
 @pytest.fixture(autouse=True, scope="module")
 def _short_pages() -> Iterator[None]:
     """Pages on disk of 32 tokens, two choices in each; pages in memory of 24."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.layout.cache._DISK_PAGE_TOKENS", (32, 32))
-        patch.setattr("flexgen.layout.cache._MEMORY_PAGE_TOKENS", 24)
-        patch.setattr("flexgen.layout.cache._CHOICE_BYTES", BLOCK)
+    with piece_sizes(page_tokens=32, memory_page_tokens=24, choice_bytes=BLOCK):
         yield
 
 
