@@ -31,7 +31,8 @@ def test_tokens_of_a_page_on_disk(heads, head_bytes, tokens):
 @pytest.mark.parametrize("new_tokens", [32, 64, 1024])
 def test_a_page_does_not_grow_with_the_new_tokens(new_tokens):
     spec, _ = open_model("opt-175b", "dummy")
-    (segment,) = cache_segments(spec, Policy(cache={"disk": 100}), 64, 256 + new_tokens, spec.dtype, LINKED)
+    shape, policy = spec.layers[0].attention.cache, Policy(cache={"disk": 100})
+    (segment,) = cache_segments(shape, policy, 64, 256 + new_tokens, spec.dtype, LINKED)
     assert MIB < segment.page_bytes <= 64 * 96 * 2 * KIB
 
 
