@@ -63,7 +63,8 @@ class Order:
         """The grid that the order runs on; with `slots` where those of another order are there already."""
         slots = slots or self.slots
         shape = tokens, layers, batches, weight_pieces, slots.weights, slots.cells
-        return Grid(*shape, self.splits_attention, feeds_ids)
+        # What is serial has the host know the ids before the next token begins.
+        return Grid(*shape, self.splits_attention, feeds_ids and not self.serial)
 
 
 ORDERS: dict[str, Order] = {}

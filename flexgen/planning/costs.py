@@ -51,8 +51,8 @@ class StepCosts:
 
     `tokens`: the tokens that those of the grid stand for. Where they are not all of the workload's, a token reads
     as much of a cache on disk as the line through its pages says, and those of the grid in `flushing` write one.
-    `splits_attention`: as of the grid. `alike`: for each layer the first whose steps take the same as its own, but
-    for loads of weights, which are the same for every token.
+    `splits_attention`: as of the grid; `serial`: as of the order. `alike`: for each layer the first whose steps take
+    the same as its own, but for loads of weights, which are the same for every token.
 
     What is looked up depends on the ids. They are taken to be all different, up to the vocabulary, and to lie
     evenly in the table: few others read more.
@@ -69,6 +69,7 @@ class StepCosts:
         tokens: Sequence[int] | None = None,
         flushing: Collection[int] = (),
         splits_attention: bool = False,
+        serial: bool = False,
     ) -> None:
         self._layers = layers
         self._last = len(layers) - 1
@@ -92,7 +93,7 @@ class StepCosts:
         self._arithmetic = Arithmetic(placement, hardware)
         most = max(self._batches) * workload.prompt_len
         self._rows = row_layout(layers, placement, self._topology, most)
-        self.feeds_ids = not self._shared and self._rows is None  # as of the grid
+        self.feeds_ids = not serial and not self._shared and self._rows is None  # as of the grid
         self._every_token = len(self._tokens) == workload.gen_len
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._cache = {

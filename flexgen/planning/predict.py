@@ -206,7 +206,7 @@ def _block(
 
     def costs_of(splits_attention: bool) -> StepCosts:
         block = layers, placement, policy, workload, hardware, prompts, tokens, flushing
-        return StepCosts(*block, splits_attention=splits_attention)
+        return StepCosts(*block, splits_attention=splits_attention, serial=asked.serial)
 
     costs = costs_of(asked.splits_attention)
     # The buffers are those of a full block, whose batches may run in another order.

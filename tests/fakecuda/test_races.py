@@ -1,7 +1,7 @@
 """No race under any policy and order; and with each kind of wait taken out, one is found."""
 
 import contextlib
-from functools import partial
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -50,18 +50,30 @@ def test_a_pinned_buffer_is_watched():
     torch.cuda.synchronize()
 
 
-@settings(max_examples=20, phases=cases.WITHOUT_SHRINKING)
+@pytest.fixture(scope="module")
+def valid_ids():
+    """Without computed numbers ids are garbage, and name rows that a table does not have."""
+    made = itertools.count()
+
+    def sample(logits, *args, **options):
+        ids = torch.arange(len(logits)) * 7 + next(made)
+        return (ids % cases.VOCAB).to(logits.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexgen.runtime.choice.sample", sample)
+        yield
+
+
+@settings(max_examples=10, phases=cases.WITHOUT_SHRINKING)
 @given(
     config=st.sampled_from([cases.OPT, cases.LLAMA]),
     policy=cases.policies(),
     order=cases.orders(),
     dtype=st.sampled_from(["float32", "float16"]),
 )
-def test_no_policy_and_order_races(config, policy, order, dtype):
+def test_no_policy_and_order_races(config, policy, order, dtype, valid_ids):
     runtime.reset()
-    # Without computed numbers ids are garbage, and name rows that a table does not have.
-    numbers, opened = in_every_thread(Numbers), partial(cases.open_on, "cuda", config, policy, dtype)
-    with numbers, watched() as races, opened(order=order) as model:
+    with watched() as races, cases.open_on("cuda", config, policy, dtype, order=order) as model:
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])

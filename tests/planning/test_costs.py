@@ -155,7 +155,14 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         layers, placement, table = model._layers, model.placement, model._model.table
     asked = hardware.topology.choose_order(order, policy, len(sizes))
     costs = StepCosts(
-        layers, placement, policy, workload, hardware, prompts, splits_attention=asked.splits_attention
+        layers,
+        placement,
+        policy,
+        workload,
+        hardware,
+        prompts,
+        splits_attention=asked.splits_attention,
+        serial=asked.serial,
     )
     grid = asked.grid(tokens, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
     predicted: Counter = Counter()
