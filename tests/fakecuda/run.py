@@ -1,7 +1,8 @@
 """Run a Python command on a simulated GPU: `python tests/fakecuda/run.py -m pytest tests/fakecuda`.
 
 Builds the simulated CUDA runtime for the CUDA build of torch in this environment, and starts the same interpreter
-with it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 is a T4, FAKECUDA_GIB=16 its memory.
+with it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 FAKECUDA_GIB=16 is a T4 only, where the
+default is a GPU of each of the compute capabilities 9.0, 7.5, 8.0 and 8.9, in this order.
 """
 
 from __future__ import annotations
@@ -47,14 +48,13 @@ def _compile(target: Path, needed: list[Path], command: list[str]) -> None:
     made.replace(target)
 
 
-def environment(**settings: object) -> dict[str, str]:
-    """The environment of a process on the simulated GPU. settings: those of cpp/machine.h, without their prefix."""
+def environment() -> dict[str, str]:
+    """The environment of a process on the simulated GPU."""
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "LD_PRELOAD": str(RUNTIME),
         "LD_LIBRARY_PATH": str(DRIVER.parent),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        **{f"FAKECUDA_{name}": str(value) for name, value in settings.items()},
     }
 
 

@@ -1,17 +1,13 @@
 """The plan against torch's real caching allocator, and what models on one GPU share."""
 
 import gc
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
-import run
 import torch
-from simulated import cases, runtime
+from simulated import cases
 from transformers import LlamaConfig, OPTConfig
 
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
@@ -41,23 +37,40 @@ CLASSES = {
     "sparse": dict(attn_sparsity=0.25),
     "unpinned": dict(pin_weight=False),
 }
-CAPABILITY = torch.cuda.get_device_capability() if runtime.running() else (0, 0)
 GREEDY, DRAWN, FORWARD = "greedy", "drawn", "forward"
 
 
-def called(config, how, prompts=PROMPTS, dtype="float16", **changes):
+def on_gpu_of(capability):
+    """The device of this process with that compute capability, 75 for 7.5."""
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(index) == divmod(capability, 10):
+            return torch.device("cuda", index)
+    pytest.skip(f"FAKECUDA_CC has no {capability}")
+
+
+@pytest.fixture(params=[75, 80, 89, 90], ids="sm_{}".format)
+def gpu(request):
+    return on_gpu_of(request.param)
+
+
+@pytest.fixture
+def t4():
+    return on_gpu_of(75)
+
+
+def called(gpu, config, how, prompts=PROMPTS, dtype="float16", **changes):
     """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call."""
     policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **changes)
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
-    with cases.open_on("cuda", config, policy, dtype) as model:
+    before = torch.cuda.memory_reserved(gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    with cases.open_on(str(gpu), config, policy, dtype) as model:
         if how is FORWARD:
             model.forward([prompt[:64] for prompt in prompts])
         else:
             model.generate(prompts, 4, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
-        reserved = torch.cuda.max_memory_reserved() - before
+        reserved = torch.cuda.max_memory_reserved(gpu) - before
         return model.stats.plan.on(Tier.GPU), model.stats.peak_bytes[Tier.GPU], reserved
 
 
@@ -69,53 +82,38 @@ def assert_planned(plan, peak, reserved):
 
 @pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_call_takes_what_was_planned(name, config):
-    assert_planned(*called(config, GREEDY, **CLASSES[name]))
+def test_a_call_takes_what_was_planned(name, config, gpu):
+    assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
 
 
 @pytest.mark.parametrize("name", ["on the GPU", "thirds"])
 @pytest.mark.parametrize("how", [DRAWN, FORWARD])
-def test_drawing_and_forward_take_what_was_planned(how, name):
-    assert_planned(*called(OPT, how, **CLASSES[name]))
+def test_drawing_and_forward_take_what_was_planned(how, name, gpu):
+    assert_planned(*called(gpu, OPT, how, **CLASSES[name]))
 
 
-def test_temporaries_of_a_wide_model_are_reserved_together():
+def test_temporaries_of_a_wide_model_are_reserved_together(gpu):
     """Those of attention leave small pieces behind, and those of an MLP would each be reserved anew."""
     wide = LlamaConfig(
         vocab_size=1024, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=14336, max_position_embeddings=1024,
     )  # fmt: skip
-    plan, _, reserved = called(wide, GREEDY, [PROMPTS[0] * 2] * 32, **CLASSES["on the GPU"])
+    plan, _, reserved = called(gpu, wide, GREEDY, [PROMPTS[0] * 2] * 32, **CLASSES["on the GPU"])
     assert reserved <= 1.1 * plan
 
 
-@pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
-def test_bfloat16_is_computed_in_float16_where_the_gpu_has_no_instructions_for_it(caplog):
+def test_bfloat16_is_computed_in_float16_where_the_gpu_has_no_instructions_for_it(t4, caplog):
     config = OPTConfig(**cases.OPT.to_dict() | {"dtype": "bfloat16"})
-    with cases.open_on("cuda", config, cases.policy(), "auto") as model:
+    with cases.open_on(str(t4), config, cases.policy(), "auto") as model:
         assert model.dtype is torch.float16
     assert "no instructions for bfloat16" in caplog.text
 
 
-@pytest.mark.skipif(CAPABILITY >= (8, 0), reason="this GPU computes in bfloat16")
-def test_attention_in_bfloat16_that_builds_scores_is_planned():
-    native, *_ = called(OPT, GREEDY, **CLASSES["on the GPU"])
-    plan, peak, reserved = called(OPT, GREEDY, dtype="bfloat16", **CLASSES["on the GPU"])
+def test_attention_in_bfloat16_that_builds_scores_is_planned(t4):
+    native, *_ = called(t4, OPT, GREEDY, **CLASSES["on the GPU"])
+    plan, peak, reserved = called(t4, OPT, GREEDY, dtype="bfloat16", **CLASSES["on the GPU"])
     assert plan > native + 64 * MIB  # scores in float32
     assert_planned(plan, peak, reserved)
-
-
-@pytest.mark.parametrize("capability", [75, 80, 89, 90])
-def test_other_gpus(capability):
-    """The tests above, on the GPUs that this process does not have."""
-    if divmod(capability, 10) == CAPABILITY:
-        pytest.skip("this process has it")
-    chosen = "(planned and not llama) or instructions"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    ran = subprocess.run(
-        command, env=run.environment(CC=capability), cwd=Path(__file__).parents[2], capture_output=True
-    )
-    assert ran.returncode == 0, ran.stdout.decode()
 
 
 # What models share

@@ -42,7 +42,8 @@ const char* fakecuda_counters() {
     out << "{\"launches\": " << object(counters.launches) << ", \"host_waits\": " << object(counters.host_waits)
         << ", \"copied\": " << object(counters.copied) << ", \"contexts\": " << object(counters.contexts)
         << ", \"device_used\": " << object(machine().device_used) << ", \"pinned\": " << machine().pinned_memory.total()
-        << ", \"registrations\": " << counters.registrations << ", \"live_events\": " << counters.live_events << ", \"most_events\": " << counters.most_events
+        << ", \"registrations\": " << counters.registrations << ", \"live_events\": " << counters.live_events
+        << ", \"most_events\": " << counters.most_events
         << ", \"overwritten_uploads\": " << counters.overwritten_uploads
         << ", \"unordered_copies\": " << counters.unordered_copies
         << ", \"released_in_flight\": " << counters.released_in_flight << "}";
@@ -66,10 +67,6 @@ void fakecuda_fail_after(long launches) {
 
 void fakecuda_refuse_registration(int refuse) {
     settings().registration_fails = refuse;
-}
-
-void fakecuda_set_compute_capability(int capability) {
-    settings().compute_capability = capability;
 }
 
 }  // extern "C"

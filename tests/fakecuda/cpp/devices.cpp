@@ -12,12 +12,12 @@ constexpr int kVersion = 13000;
 
 struct Generation {
     int multiprocessors;
-    int threads;              // of a multiprocessor
-    size_t shared_memory;     // bytes that a block may ask for
+    int threads;           // of a multiprocessor
+    size_t shared_memory;  // bytes that a block may ask for
 };
 
-Generation generation() {
-    switch (settings().compute_capability) {
+Generation generation(int device) {
+    switch (settings().compute_capabilities[device]) {
         case 75: return {40, 1024, 65536};
         case 80: return {108, 2048, 166912};
         case 89: return {128, 1536, 101376};
@@ -30,7 +30,7 @@ Generation generation() {
 extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = settings().devices;
+    *count = settings().devices();
     return cudaSuccess;
 }
 
@@ -40,7 +40,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= settings().devices) return fail(cudaErrorInvalidDevice);
+    if (device < 0 || device >= settings().devices()) return fail(cudaErrorInvalidDevice);
     current_device() = device;
     return cudaSuccess;
 }
@@ -85,8 +85,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-    int capability = settings().compute_capability;
-    Generation made = generation();
+    if (device < 0 || device >= settings().devices()) return fail(cudaErrorInvalidDevice);
+    int capability = settings().compute_capabilities[device];
+    Generation made = generation(device);
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "Simulated GPU sm_%d", capability);
     properties->totalGlobalMem = settings().device_bytes;
@@ -113,8 +114,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    Generation made = generation();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device < 0 || device >= settings().devices()) return fail(cudaErrorInvalidDevice);
+    int capability = settings().compute_capabilities[device];
+    Generation made = generation(device);
     switch (attribute) {
         case cudaDevAttrMaxThreadsPerBlock:
         case cudaDevAttrMaxBlockDimX:
@@ -132,8 +135,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
         case cudaDevAttrMultiProcessorCount: *value = made.multiprocessors; break;
         case cudaDevAttrMaxThreadsPerMultiProcessor: *value = made.threads; break;
         case cudaDevAttrMaxBlocksPerMultiprocessor: *value = 32; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = settings().compute_capability / 10; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = settings().compute_capability % 10; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
         default: *value = 0;
     }
     return cudaSuccess;

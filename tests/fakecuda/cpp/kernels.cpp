@@ -124,9 +124,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 32;
     // torch has no kernels of its own for 8.9: such a GPU runs those for 8.6, and CUB takes no other version.
-    const int capability = settings().compute_capability;
+    const int capability = settings().compute_capabilities[current_device()];
     attributes->binaryVersion = attributes->ptxVersion = capability == 89 ? 86 : capability;
-    return cudaDeviceGetAttribute(&attributes->maxDynamicSharedSizeBytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    return cudaDeviceGetAttribute(&attributes->maxDynamicSharedSizeBytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                  current_device());
 }
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {

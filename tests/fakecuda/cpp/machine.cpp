@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <thread>
 
 namespace fakecuda {
@@ -13,6 +14,14 @@ namespace {
 double from_environment(const char* name, double otherwise) {
     const char* value = std::getenv(name);
     return value ? std::atof(value) : otherwise;
+}
+
+std::vector<int> numbers_from_environment(const char* name, const char* otherwise) {
+    const char* value = std::getenv(name);
+    std::stringstream text(value ? value : otherwise);
+    std::vector<int> numbers;
+    for (std::string number; std::getline(text, number, ',');) numbers.push_back(std::atoi(number.c_str()));
+    return numbers;
 }
 
 constexpr char kGarbage = 0x7b;
@@ -42,8 +51,7 @@ bool includes(const Progress& reached, const Stream* stream, long number) {
 
 Settings& settings() {
     static Settings all{
-        int(from_environment("FAKECUDA_DEVICES", 2)),
-        int(from_environment("FAKECUDA_CC", 90)),
+        numbers_from_environment("FAKECUDA_CC", "90,75,80,89"),
         size_t(from_environment("FAKECUDA_GIB", 80) * double(1ull << 30)),
         from_environment("FAKECUDA_KERNEL_US", 3) * 1e-6,
         from_environment("FAKECUDA_LINK_GBS", 25) * 1e9,
@@ -115,6 +123,8 @@ Stream& Machine::stream(cudaStream_t handle) {
 double Machine::enqueue(Stream& stream, double seconds) {
     stream.enqueued++;
     stream.clock = std::max(stream.clock, now()) + seconds;
+    double& last = busy_until_[stream.device];
+    last = std::max(last, stream.clock);
     return stream.clock;
 }
 
@@ -211,10 +221,13 @@ void Machine::finish(const Progress& reached) {
     uploads_.erase(std::remove_if(uploads_.begin(), uploads_.end(), read), uploads_.end());
 }
 
-void Machine::finish_all() {
+void Machine::finish_all(int device) {
     Progress everything;
-    for (auto& download : downloads_) everything[download.stream] = download.stream->enqueued;
-    for (auto& upload : uploads_) everything[upload.stream] = upload.stream->enqueued;
+    auto add = [&](const Stream* stream) {
+        if (stream->device == device) everything[stream] = stream->enqueued;
+    };
+    for (auto& download : downloads_) add(download.stream);
+    for (auto& upload : uploads_) add(upload.stream);
     finish(everything);
 }
 

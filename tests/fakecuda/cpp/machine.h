@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -16,15 +17,16 @@
 
 namespace fakecuda {
 
-// Read from the environment once; the last two can be changed by tests.
+// Read from the environment once; the last two are set by tests.
 struct Settings {
-    int devices;               // FAKECUDA_DEVICES
-    int compute_capability;    // FAKECUDA_CC: 75, 80, 89, 90
-    size_t device_bytes;       // FAKECUDA_GIB
-    double kernel_seconds;     // FAKECUDA_KERNEL_US
-    double link_bandwidth;     // FAKECUDA_LINK_GBS, bytes/s from pinned memory; a quarter of it from pageable memory
-    long fail_after_launches;  // a kernel fails once so many were launched; -1: none
-    bool registration_fails;
+    std::vector<int> compute_capabilities;  // FAKECUDA_CC, one number for each device: "90,75"
+    size_t device_bytes;                    // FAKECUDA_GIB, of each device
+    double kernel_seconds;                  // FAKECUDA_KERNEL_US
+    double link_bandwidth;  // FAKECUDA_LINK_GBS, bytes/s from pinned memory; a quarter of it from pageable memory
+    std::atomic<long> fail_after_launches;  // every kernel after this many launches fails; -1: none
+    std::atomic<bool> registration_fails;
+
+    int devices() const { return int(compute_capabilities.size()); }
 };
 
 Settings& settings();
@@ -70,12 +72,12 @@ struct Counters {
     std::map<std::string, long> host_waits;  // by function of the runtime
     std::map<std::string, long> copied;      // bytes by kind: "h2d pinned", "h2d pageable", "d2h pinned", ...
     std::map<int, long> contexts;            // calls by device that would create its context
-    long registrations = 0;              // calls of cudaHostRegister that did it
+    long registrations = 0;                  // successful calls of cudaHostRegister
     long live_events = 0;
     long most_events = 0;
-    long overwritten_uploads = 0;   // pinned sources that the host changed before their copy ended
-    long released_in_flight = 0;    // pinned buffers that were released before their copy ended
-    long unordered_copies = 0;      // copies of pinned memory that another stream's copy still used
+    long overwritten_uploads = 0;  // pinned sources that the host changed before their copy ended
+    long released_in_flight = 0;   // pinned buffers that were released before their copy ended
+    long unordered_copies = 0;     // copies of pinned memory that another stream's copy still used
 };
 
 class Machine {
@@ -106,7 +108,9 @@ class Machine {
     void upload(Stream& stream, void* target, const void* source, size_t nbytes);
     // The host knows that all of this is finished.
     void finish(const Progress& reached);
-    void finish_all();
+    void finish_all(int device);
+    // When the last operation of the device's streams ends.
+    double busy_until(int device) { return busy_until_[device]; }
     Progress reached_by(const Stream& stream) const;
     // A pinned buffer is released.
     void release_pinned(const void* begin, size_t nbytes);
@@ -128,9 +132,10 @@ class Machine {
         size_t nbytes;
         uint64_t checksum;
     };
-    Stream default_streams_[16];
+    std::map<int, Stream> default_streams_;  // by device
     double engine_free_[2] = {0, 0};
-    long launched_ = 0;
+    std::map<int, double> busy_until_;  // by device
+    std::atomic<long> launched_{0};
     std::vector<Download> downloads_;
     std::vector<Upload> uploads_;
 

@@ -72,10 +72,16 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 cudaError_t cudaDeviceSynchronize() {
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
-    std::lock_guard guard(machine().lock);
-    machine().touch(current_device());
-    machine().count_wait("cudaDeviceSynchronize");
-    machine().finish_all();
+    int device = current_device();
+    double end;
+    {
+        std::lock_guard guard(machine().lock);
+        machine().touch(device);
+        machine().count_wait("cudaDeviceSynchronize");
+        end = machine().busy_until(device);
+        machine().finish_all(device);
+    }
+    sleep_until(end);
     return cudaSuccess;
 }
 
