@@ -137,6 +137,7 @@ def nothing(patch):
 
 
 THIRDS, BY_THE_HOST = dict(attend_on="gpu"), dict(attend_on="cpu")
+WITHOUT_OVERLAP = BY_THE_HOST | dict(overlap=False)
 IN_HOST_MEMORY = dict(weights={"gpu": 100}, cache={"cpu": 100}, activations={"cpu": 100}, attend_on="gpu")
 COMPUTE, TO_DEVICE, FROM_DEVICE = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE
 # Other pairs of lanes wait for each other too, but never alone: an earlier wait has ordered the same jobs.
@@ -149,7 +150,7 @@ WAITS = {
     "disk reads for what they overwrite": (threads(LaneName.DISK_READ, COMPUTE), THIRDS),
     "disk writes for what they read": (threads(LaneName.DISK_WRITE, FROM_DEVICE), THIRDS),
     "the host for what it reads": (threads(LaneName.HOST, FROM_DEVICE), BY_THE_HOST),
-    "the host for queries": (queries, BY_THE_HOST),
+    "the host for queries": (queries, WITHOUT_OVERLAP),
 }
 
 
