@@ -1,7 +1,7 @@
 """Run a Python command on a simulated GPU: `python tests/fakecuda/run.py -m pytest tests/fakecuda`.
 
 Builds the simulated CUDA runtime for the CUDA build of torch in this environment, and starts the same interpreter
-with it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 FAKECUDA_GIB=16 is a T4 only, where the
+with it. Settings are environment variables (see cpp/machine.h): FAKECUDA_CC=75 FAKECUDA_GIB=16 gives one T4. The
 default is a GPU of each of the compute capabilities 9.0, 7.5, 8.0 and 8.9, in this order.
 """
 
