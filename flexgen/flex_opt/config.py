@@ -12,10 +12,13 @@ from transformers import OPTConfig
 from flexgen.errors import ModelError, did_you_mean
 from flexgen.models import ModelSpec
 from flexgen.models.families.opt import SIZES, known_config
+from flexgen.shown import cut
 
 _HALF_BYTES = 2  # sizes are printed for float16, whatever the run computes in
 _GALACTICA = "galactica-30b"
 _STAGE = "opt-175b-stage"
+KNOWN = (*SIZES, _GALACTICA, _STAGE)
+"""Names that `get_opt_config` knows, next to OPT-IML's."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,8 @@ def get_opt_config(name: str, **changes: Any) -> OptConfig:
     short = name.rpartition("/")[2].lower()
     size = _size(short)
     if size is None:
-        known = [*SIZES, _GALACTICA, _STAGE]
         raise ModelError(
-            f"{name}: no OPT model of this name; known: {', '.join(known)}{did_you_mean(short, known)}"
+            f"{cut(name)}: no OPT model of this name; known: {', '.join(KNOWN)}{did_you_mean(short, KNOWN)}"
         )
     num_layers, num_heads, hidden_size = SIZES[size]
     config = OptConfig(

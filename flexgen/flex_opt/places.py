@@ -10,15 +10,19 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from flexgen.errors import CheckpointError, ModelError, UnsupportedError
-from flexgen.flex_opt.config import OptConfig, from_spec, get_opt_config, is_published, to_transformers
+from flexgen.demo import MODEL_DIR
+from flexgen.errors import CheckpointError, ModelError, UnsupportedError, did_you_mean
+from flexgen.flex_opt.config import KNOWN, OptConfig, from_spec, get_opt_config, is_published, to_transformers
 from flexgen.models import ModelSpec, open_model
 from flexgen.models.tensor_files import NumpyCheckpoint
+from flexgen.shown import cut
 
 _log = logging.getLogger("flexgen")
 
 DUMMY_WEIGHT = "_DUMMY_"
 """In a path: random weights."""
+_DEMO = "demo"
+"""The embedded model, as in flexgen's other commands. It needs no path."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,42 @@ class Found:
 
 
 def read_config(config: str | OptConfig, path: str) -> OptConfig:
-    """The sizes of a model by name: OPT's own, or of the directory of that name, in Hugging Face's layout, that
-    is `path` or lies in it."""
+    """The sizes of a model by name: OPT's own, the embedded "demo", or of the directory of that name, in Hugging
+    Face's layout, that is `path` or is in it. Raises ModelError, with a similar name that is known."""
     if isinstance(config, OptConfig):
         return config
     try:
         return get_opt_config(config)
     except ModelError:
         name = config.rpartition("/")[2]
-        directory = None if DUMMY_WEIGHT in path else _hf_directory(name, path)
-        # What lies in `path` under another name is not what a mistyped name meant.
-        if directory is None or directory.name != name:
-            raise
+        directory = _named_directory(name, path)
+        if directory is None:
+            raise ModelError(_unknown(config, path)) from None
     return from_spec(_opt_spec(directory), name)
+
+
+def _named_directory(name: str, path: str) -> Path | None:
+    directory = None if DUMMY_WEIGHT in path else _hf_directory(name, path)
+    # A model that `path` holds under another name is not what a mistyped name meant.
+    if directory is not None and directory.name == name:
+        return directory
+    return MODEL_DIR if name == _DEMO else None
+
+
+def _unknown(name: str, path: str) -> str:
+    """The message for a name that is neither a known one nor that of a directory in `path`."""
+    found = () if DUMMY_WEIGHT in path else sorted(p.parent.name for p in _base(path).glob("*/config.json"))
+    similar = did_you_mean(name.rpartition("/")[2].lower(), (_DEMO, *KNOWN, *found))
+    here = f"; in {path}: {cut(', '.join(found))}" if found else ""
+    return f"{cut(name)}: no OPT model of this name; known: {', '.join((_DEMO, *KNOWN))}{here}{similar}"
 
 
 def find_weights(config: OptConfig, path: str) -> Found:
     """The weights of `config`, looked for in this order:
 
     `path` with _DUMMY_ in it (random ones), `path/<name>-np` (0.1's folder of numpy files), `path/<name>` and
-    `path` (directories in Hugging Face's layout). A published model that is in none of them is asked of the hub,
-    which is logged as a warning.
+    `path` (directories in Hugging Face's layout), for "demo" the embedded model. A published model that is in none
+    of them is asked of the hub, which is logged as a warning.
 
     Raises CheckpointError with what was looked for, ModelError where a directory holds a model of other sizes.
     """
@@ -59,7 +78,7 @@ def find_weights(config: OptConfig, path: str) -> Found:
     folder = _base(path) / f"{config.name}-np"
     if (folder / NumpyCheckpoint.MARK).exists():
         return Found(to_transformers(config), folder)
-    directory = _hf_directory(config.name, path)
+    directory = _hf_directory(config.name, path) or _named_directory(config.name, path)
     if directory is not None:
         _check_sizes(config, directory)
         return Found(directory, "checkpoint")
@@ -94,7 +113,8 @@ def _base(path: str) -> Path:
 
 def _hf_directory(name: str, path: str) -> Path | None:
     base = _base(path)
-    return next((d for d in (base / name, base) if (d / "config.json").exists()), None)
+    # Unlike Path.exists, False for a name that is longer than a file may have.
+    return next((d for d in (base / name, base) if os.path.exists(d / "config.json")), None)
 
 
 def _check_sizes(config: OptConfig, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,12 +118,13 @@ def open_model(
     name, directory = str(model), Path(model).expanduser()
     if name == "demo":
         return _open_directory(MODEL_DIR, name, dummy)
-    if directory.is_dir():
+    # Unlike Path's own methods, these are False for a name that is longer than a file may have.
+    if os.path.isdir(directory):
         return _open_directory(directory, name, dummy)
     size = known_size(name)
     if size is not None and dummy:
         return spec_from_config(known_config(size), size), DummyCheckpoint()
-    if directory.exists():
+    if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that holds it and {_CONFIG}"
         raise ModelError(f"{name} is a file; {fix}")

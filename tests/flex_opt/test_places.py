@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from flexgen.demo import MODEL_DIR
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.flex_opt import OptLM, get_opt_config
 from flexgen.flex_opt.places import find_weights, read_config
@@ -36,7 +37,7 @@ def test_a_directory_may_name_a_model_that_is_not_known(tiny, env, policy):
     model = OptLM("me/opt-tiny", env, tiny.hf, policy())
     assert dataclasses.replace(model.config, dtype=tiny.config.dtype) == tiny.config
     np.testing.assert_array_equal(model.generate(PROMPTS, 3), tiny.greedy(PROMPTS, 3))
-    with pytest.raises(ModelError, match="known: opt-125m"):
+    with pytest.raises(ModelError, match="known: demo, opt-125m"):
         OptLM("opt-other", env, "_DUMMY_", policy())
 
 
@@ -83,8 +84,31 @@ def test_a_model_of_other_sizes_is_refused(tiny, tmp_path):
     config.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match=r"family llama.*flexgen\.OptLM"):
         read_config(tmp_path.name, str(tmp_path))
-    with pytest.raises(ModelError, match="known: opt-125m"):
+    with pytest.raises(ModelError, match="known: demo, opt-125m"):
         read_config("another-name", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("dmo", "demo"), ("opt-126m", "opt-125m"), ("facebook/opt-31b", "opt-30b"), ("opt-tny", "opt-tiny")],
+)
+def test_a_name_that_is_like_a_known_one_or_a_directory_gets_a_hint(name, meant, tiny):
+    with pytest.raises(ModelError, match=rf"^{name}: .*; in .*: opt-tiny \(did you mean '{meant}'\?\)$"):
+        read_config(name, str(tiny.hf))
+
+
+def test_a_name_that_is_like_no_other_gets_none(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        read_config("x" * 1000, str(tmp_path))
+    assert "did you mean" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("path", ["empty", "_DUMMY_"])
+def test_the_embedded_model_needs_no_files(path, env, policy, tmp_path):
+    model = OptLM("demo", env, path if path == "_DUMMY_" else str(tmp_path / path), policy())
+    assert model.config.name == "demo" and model.config.max_seq_len == 512
+    assert (model.engine.tokenizer_dir == MODEL_DIR) == (path == "empty")
+    assert model.generate([[5, 6, 7]], 2).shape == (1, 5)
 
 
 def test_a_numpy_folder_with_a_tensor_missing(tiny, env, policy, tmp_path):

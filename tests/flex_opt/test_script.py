@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from flexgen.demo import MODEL_DIR
+
 SCRIPT = """
 import argparse
 import dataclasses
@@ -91,3 +93,70 @@ def test_the_module_runs_as_a_command(package, tiny, tmp_path):
     assert run(["-m", f"{package}.flex_opt", "--help"], tmp_path).stdout.startswith(
         f"usage: python -m {package}.flex_opt "
     )
+
+
+COMPLETION = """
+import argparse
+import json
+
+from transformers import AutoTokenizer
+
+from flexgen.flex_opt import CompressionConfig, ExecutionEnv, OptLM, Policy, str2bool
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", type=str, default="facebook/opt-6.7b")
+parser.add_argument("--path", type=str, default="~/opt_weights")
+parser.add_argument("--offload-dir", type=str, default="~/flexgen_offload_dir")
+parser.add_argument("--percent", nargs="+", type=int, default=[100, 0, 100, 0, 100, 0])
+parser.add_argument("--pin-weight", type=str2bool, nargs="?", const=True, default=True)
+parser.add_argument("--compress-weight", action="store_true")
+args = parser.parse_args()
+
+texts = ["The sun is", "Water boils at one hundred degrees. The moon is"]
+packed = CompressionConfig(num_bits=4, group_size=64, group_dim=0, symmetric=False)
+policy = Policy(
+    len(texts), 1, *args.percent, overlap=True, sep_layer=True, pin_weight=args.pin_weight,
+    cpu_cache_compute=False, attn_sparsity=1.0, compress_weight=args.compress_weight, comp_weight_config=packed,
+    compress_cache=False, comp_cache_config=packed,
+)
+env = ExecutionEnv.create(args.offload_dir)
+tokenizer = AutoTokenizer.from_pretrained("facebook/opt-30b", padding_side="left")
+tokenizer.add_bos_token = False
+newline = tokenizer("\\n").input_ids[0]
+model = OptLM(args.model, env, args.path, policy)
+ids = model.generate(
+    tokenizer(texts, padding="max_length", max_length=64).input_ids,
+    do_sample=True, temperature=0.7, max_new_tokens=16, stop=newline,
+)
+texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+print(json.dumps([texts, ids[:, 64:].tolist(), newline, tokenizer.pad_token_id]))
+env.close_copy_threads()
+"""
+
+
+@pytest.mark.parametrize("package", ["flexgen", "flexllmgen"])
+def test_a_script_that_completes_texts_runs_unchanged(package, tmp_path, monkeypatch):
+    """One like 0.1's own app: texts padded by OPT's tokenizer, which is found by its name, draws, a stop id."""
+    snapshot = tmp_path / "hub" / "models--facebook--opt-30b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).symlink_to(MODEL_DIR / name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = tmp_path / "completion.py"
+    script.write_text(COMPLETION.replace("from flexgen.", f"from {package}."))
+    done = run(
+        [str(script), "--model", "demo", "--offload-dir", "offload", "--percent", *"0 50 0 50 0 100".split()],
+        tmp_path,
+    )
+    texts, made, newline, pad = json.loads(done.stdout)
+    assert [
+        text.startswith(prompt) for text, prompt in zip(texts, ("The sun", "Water boils"), strict=True)
+    ] == [True] * 2
+    for row in made:
+        assert len(row) == 16
+        # What is drawn differs from run to run, and with it whether a row has a stop.
+        stop = row.index(newline) if newline in row else 15
+        assert set(row[stop + 1 :]) <= {pad}

@@ -220,3 +220,13 @@ def test_a_name_that_is_like_a_known_one_gets_a_hint(name, meant, error, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     with pytest.raises(ModelError, match=rf"\(did you mean '{meant}'\?\)"):
         open_model(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 1000, "a/" + "x" * 1000, "/" + "x" * 1000])
+def test_a_name_that_is_longer_than_a_file_may_have(name, monkeypatch):
+    def ask(*args, **options):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    with pytest.raises(ModelError, match="there is no such directory|not a directory here"):
+        open_model(name)
