@@ -133,6 +133,10 @@ class OptLM(Conveniences):
         """Of the streaming units, in the order of the trace's layer numbers."""
         return [layer.name for layer in self._layers]
 
+    def memory_in_use(self) -> dict[Tier, int]:
+        """Bytes by tier: weights, and while a call runs its buffers and files. Weights on disk are not counted."""
+        return self._machine.in_use()
+
     def close(self) -> None:
         """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
         so is a call in another thread, by RequestError; from within a call it raises one itself. In a process that

@@ -88,6 +88,11 @@ class Machine:
         self.host.allow(held[Tier.CPU] or 0, int(available * _PINNABLE) + self.host.pinned)
         return held
 
+    def in_use(self) -> dict[Tier, int]:
+        """Bytes of the live buffers of each tier, and of the files of calls; weights on disk are not counted."""
+        device = 0 if self.device.shares_host_memory else self.device.memory.used
+        return {Tier.GPU: device, Tier.CPU: self.host.used, Tier.DISK: self.disk.used}
+
     def make_lanes(self) -> Lanes:
         """Lanes of its resources, one for every name. The caller closes them, before the machine."""
         return self.device.make_lanes(self.host)

@@ -15,6 +15,8 @@ import pytest
 
 from flexgen import OptLM, Policy
 from flexgen.errors import LaneError, RequestError
+from flexgen.models.embed import Head
+from flexgen.policy import Tier
 from flexgen.runtime.request import read_request
 
 PATIENCE = 60.0
@@ -92,3 +94,20 @@ def test_a_call_cannot_close_its_own_model(device: str, tiny: Any, prompts: Any,
         with pytest.raises(LaneError, match="from within a call"):
             lm.generate_with(request, 3, choice, listeners=[lambda new: lm.close()])
         np.testing.assert_array_equal(lm.generate(given, 3, stop=()), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_memory_in_use_is_that_of_the_weights_between_calls(
+    device: str, tiny: Any, prompts: Any, mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Head.forward
+    during: list[dict[Tier, int]] = []
+    with OptLM(tiny("opt").directory, mixed(), device=device, progress=False) as lm:
+        opened = lm.memory_in_use()
+        monkeypatch.setattr(
+            Head, "forward", lambda *args: during.append(lm.memory_in_use()) or forward(*args)
+        )
+        lm.generate(prompts([3, 5, 4]), 3, stop=())
+        assert lm.memory_in_use() == opened
+        assert (opened[Tier.GPU] > 0) is (device == "emulated") and opened[Tier.CPU] > opened[Tier.DISK] == 0
+    assert during and all(now[tier] > opened[tier] for now in during for tier in (Tier.CPU, Tier.DISK))

@@ -95,7 +95,7 @@ def test_a_stream_that_is_left_leaves_a_model_that_works(
     given = prompts(LENGTHS)
     expected = lm.generate(given, TOKENS, stop=())
     (first,) = {int(id) for id in expected[:1, max(LENGTHS)]}
-    before, used = threads(), [store.used for store in (lm._machine.device.memory, lm._machine.host)]
+    before, used = threads(), lm.memory_in_use()
     gate = Gate(monkeypatch, at=7)  # the first block has two batches: it stands still at the fourth token
     stream = lm.stream(given, TOKENS, stop=first)
     assert gate.reached.wait(60)
@@ -107,7 +107,7 @@ def test_a_stream_that_is_left_leaves_a_model_that_works(
     assert list(stream) == []
     assert gate.calls < 2 * TOKENS, "the run went on"
     assert threads() == before
-    assert [store.used for store in (lm._machine.device.memory, lm._machine.host)] == used
+    assert lm.memory_in_use() == used
     np.testing.assert_array_equal(lm.generate(given, TOKENS, stop=()), expected)
 
 

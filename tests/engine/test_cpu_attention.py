@@ -201,11 +201,10 @@ def test_an_error_of_any_part_reaches_the_caller(
 
     monkeypatch.setattr(HostAttention, method, faulty)
     with OptLM(model.directory, beside(), device="emulated", progress=False) as lm:
-        machine = lm._machine
-        taken = machine.device.memory.used, machine.host.used
+        taken = lm.memory_in_use()
         with pytest.raises(LaneError, match=f"^{op} of token .* lane {lane}: OSError: the cable is out"):
             lm.generate(given, 6, stop=())
-        assert (machine.device.memory.used, machine.host.used) == taken
+        assert lm.memory_in_use() == taken
         fails = False
         np.testing.assert_array_equal(lm.generate(given, 6, stop=()), model.greedy(given, 6))
 

@@ -88,8 +88,7 @@ def test_an_error_on_a_lane_reaches_the_caller(
         fault.calls = 0
         expected = lm.generate(given, 5, stop=())
         np.testing.assert_array_equal(expected, model.greedy(given, 5))
-        machine, stats = lm._machine, lm.stats
-        taken = {store: store.used for store in (machine.device.memory, machine.host)}
+        stats, taken = lm.stats, lm.memory_in_use()
         fault.arm(0.45 if device == "emulated" else 0.8)  # a late token of the first block, or of the second
         with pytest.raises(LaneError) as raised:
             lm.generate(given, 5, stop=())
@@ -98,7 +97,7 @@ def test_an_error_on_a_lane_reaches_the_caller(
         assert "OSError: the cable is out" in message and f"lane {lane}" in message
         where = re.search(r"of token (\d+), layer \d+, batch \d+", message)
         assert where and int(where[1]) > 0
-        assert {store: store.used for store in taken} == taken and machine.disk.used == 0
+        assert lm.memory_in_use() == taken and taken[Tier.DISK] == 0
         assert lm.stats is stats, "the stats are those of the last call that ended well"
         np.testing.assert_array_equal(lm.generate(given, 5, stop=()), expected)
     assert not list(tmp_path.iterdir())
@@ -246,14 +245,12 @@ def test_what_fails_while_buffers_are_made_or_given_back_leaves_nothing(
     with OptLM(model.directory, mixed(), device=device, progress=False, offload_dir=tmp_path) as lm:
         fault.calls = 0
         expected = lm.generate(given, 2, stop=())
-        machine, calls = lm._machine, fault.calls
-        stores = machine.device.memory, machine.host, machine.disk
-        taken = [store.used for store in stores]
+        calls, taken = fault.calls, lm.memory_in_use()
         fault.error = error
         for at in sorted({1, 2, calls // 4, calls // 2, calls - 1, calls} - {0}):
             fault.at, fault.calls = at, 0
             with pytest.raises(type(error)):
                 lm.generate(given, 2, stop=())
-            assert [store.used for store in stores] == taken, f"call {at} of {calls}"
+            assert lm.memory_in_use() == taken, f"call {at} of {calls}"
             assert not [path for path in tmp_path.rglob("*") if path.is_file()]
         np.testing.assert_array_equal(lm.generate(given, 2, stop=()), expected)

@@ -421,11 +421,11 @@ def test_a_small_device_refuses_before_anything_is_allocated(saved, monkeypatch,
 def test_a_call_that_does_not_fit_is_refused_with_a_shape_that_does(saved):
     policy = Policy(weights=Split(cpu=100), gpu_batch_size=64, num_gpu_batches=4)
     with OptLM(saved(), policy, device="emulated:memory=1MiB", progress=False) as model:
-        used = model._machine.device.memory.used
+        used = model.memory_in_use()
         with pytest.raises(CapacityError, match="It would fit with gpu_batch_size = ") as caught:
             model.generate([[5, 6, 7]] * 256, max_new_tokens=20)
         assert "on the gpu tier, which has 1 MiB" in str(caught.value)
-        assert model._machine.device.memory.used == used
+        assert model.memory_in_use() == used
         size = int(str(caught.value).split("gpu_batch_size = ")[1].split()[0])
     smaller = policy.replace(gpu_batch_size=size, num_gpu_batches=1)
     with OptLM(saved(), smaller, device="emulated:memory=1MiB", progress=False) as model:

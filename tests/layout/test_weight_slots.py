@@ -73,7 +73,7 @@ def test_decoded_weights_take_what_was_planned_and_only_in_a_call(device, monkey
     monkeypatch.setattr(Store, "allocate", counted)
     policy = Policy(gpu_batch_size=4, weights={"cpu": {"percent": 100, "codec": "int4"}})
     with OptLM(CONFIGS["opt"](2, 1024), policy, device=device, weights="dummy", progress=False) as model:
-        before = model._machine.device.memory.used
+        before = model.memory_in_use()
         assert taken == []
         *others, head = (decoded_bytes(layer, model.placement) for layer in model._layers)
         assert head > max(others) > 0
@@ -83,7 +83,7 @@ def test_decoded_weights_take_what_was_planned_and_only_in_a_call(device, monkey
             (planned,) = [n.nbytes for n in needs if (n.what, n.role) == ("weights", "workspace")]
             assert taken[-1] == wanted <= planned
             assert device != "cpu" or wanted == planned, "elsewhere the plan cannot know the kernels"
-            assert model._machine.device.memory.used == before
+            assert model.memory_in_use() == before
             taken.clear()
 
 
