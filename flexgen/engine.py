@@ -377,19 +377,15 @@ class OptLM(Conveniences):
     def _measured(
         self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int
     ) -> Stats:
-        machine = self._machine
+        machine, prompts = self._machine, request.prompts
         peak = {
             Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
             Tier.CPU: max(peak_resident_bytes() - self._resident_before, 0),
             Tier.DISK: self.placement.nbytes[Tier.DISK] + machine.disk.peak,
         }
-        prompt_tokens = sum(map(len, request.prompts))
-        batches = len(batch_sizes(model.policy, len(request.prompts)))
-        order = call.order_of(batches).name
-        prompts, computed = len(request.prompts), call.positions_computed
-        return Stats(
-            call.timing, model.policy, order, plan, peak, prompts, prompt_tokens, new_tokens, computed
-        )
+        order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
+        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
+        return Stats(call.timing, model.policy, order, plan, peak, *counts)
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
         """Of the last call, which ran `tokens` of `max_new_tokens` for `request`."""
