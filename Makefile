@@ -10,11 +10,12 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 
 CUDA := .venv-cuda/bin/python
 
-.PHONY: help demo test test-cuda lint format clean
+.PHONY: help demo test test-fast test-cuda lint format clean
 
 help:
 	@echo "make demo    set up and run the embedded model with policies/demo.toml"
 	@echo "make test    set up and run ruff, mypy and pytest"
+	@echo "make test-fast  the tests that are not marked slow, without ruff and mypy: under a minute on two cores"
 	@echo "make test-cuda  set up torch's CUDA build (2.5 GB) and run the GPU's code on a simulated GPU"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite what it can"
@@ -28,6 +29,10 @@ demo: .venv/.installed-run
 # and references are made once; who is done takes of what others have left.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# For the inner loop: unit tests of every room. What is slow is listed in tests/conftest.py.
+test-fast: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # On a simulated GPU: the tests marked gpu, with right numbers, and then those of tests/fakecuda, most of which count
 # launches, waits and bytes and need no numbers. No GPU and no driver is needed.

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]
 
+# What scripts of FlexGen 0.1 import from the top of its package: flexgen.utils, flexgen.timer, ...
+__path__.append(f"{__path__[0]}/flex_opt/old_names")
+
 _MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
 _MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine")
 _MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from typing import Any
 
 MOST_CHARACTERS = 200
 """Of a value, in a message."""
@@ -36,8 +37,10 @@ class _Repr(reprlib.Repr):
             pairs.append(f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}")
         return "{" + ", ".join(pairs) + "}"
 
-    def repr_instance(self, x: object, level: int) -> str:
+    def repr_instance(self, x: Any, level: int) -> str:
         try:
+            if type(x).__module__ == "numpy" and not x.shape:
+                return self.repr1(x.item(), level)  # 96, not np.int64(96)
             text = repr(x)
         except Exception:  # a class of the caller may raise anything, and deep nesting raises RecursionError
             return f"<{type(x).__name__}>"

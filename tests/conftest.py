@@ -1,6 +1,7 @@
 import importlib
 import json
 import signal
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,34 @@ GRID |= {
 st.register_type_strategy(Grid, st.builds(Grid, **GRID, splits_attention=st.booleans()))
 
 
+TESTS = Path(__file__).parent
+
+# Files that `make test-fast` leaves out: they run whole models, search policies or compile.
+SLOW = (
+    "engine/*", "fakecuda/*", "flex_opt/*", "hf/*",
+    "test_auto.py", "test_batch.py", "test_bench.py", "test_complete.py", "test_demo_model.py", "test_docs.py",
+    "test_gpu_benchmark.py", "test_interrupts.py", "test_main.py", "test_tune.py",
+    "kernels/test_loading.py", "kernels/test_triton_*",
+    "planning/test_costs.py", "planning/test_paper_table.py", "planning/test_predict.py", "planning/test_probe.py",
+    "planning/test_search.py",
+    "runtime/test_sparse.py",
+)  # fmt: skip
+FAST = (
+    "engine/test_refusals.py", "flex_opt/test_places.py", "flex_opt/test_policy.py", "hf/test_id_cache.py",
+    "hf/test_max_memory.py",
+)  # fmt: skip
+"""Of these the ones that it runs."""
+
+
+def is_slow(path: Path) -> bool:
+    name = path.relative_to(TESTS).as_posix()
+    return any(fnmatch(name, pattern) for pattern in SLOW) and name not in FAST
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

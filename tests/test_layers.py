@@ -26,12 +26,12 @@ LAYERS = [
     {"engine"},
     {"hf", "flex_opt", "trial"},
     {"tuning"},
-    {"compression", "opt_config", "pytorch_backend", "timer", "utils"},
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"__init__", "__main__"},
 ]
 WITHOUT_TORCH = set.union(*LAYERS[:5])
 MAX_LINES = 400
+OLD_NAMES = Path("flex_opt/old_names")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in FILES}
@@ -110,9 +110,9 @@ def test_low_layers_do_without_torch(path):
 
 @each_file
 def test_files_are_short_and_named_for_what_they_do(path):
-    if path == Path("utils.py"):  # what FlexGen 0.1 had there, for its scripts: names, and no code
+    if OLD_NAMES in path.parents:  # what FlexGen 0.1 had there, for its scripts: names, and no code
         docstring, *rest = ast.parse(SOURCES[path]).body
-        assert isinstance(docstring, ast.Expr) and rest
+        assert isinstance(docstring, ast.Expr)
         for node in rest:
             named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             assert named or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}: write it elsewhere"

@@ -251,3 +251,8 @@ def test_numbers_on_the_command_line_are_refused_in_few_characters(text):
         count(text)
     assert len(str(caught.value)) <= MOST_OF_A_MESSAGE
     assert count(str(LARGEST_COUNT)) == LARGEST_COUNT and count("0000000012") == 12
+
+
+def test_numbers_of_numpy_are_shown_as_numbers():
+    assert shown(np.int64(96)) == "96" and shown(np.float32(0.5)) == "0.5" and shown([np.int8(-1)]) == "[-1]"
+    assert shown(np.array(3)) == "3" and shown(np.array([3])) == "array([3])"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexgen.errors import HardwareError
 from flexgen.planning.hardware import PRESETS, Hardware
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.trace import LaneName, Phase
 
 NAMES = list(tomllib.loads(PRESETS.read_text(encoding="utf-8")))
 
@@ -174,3 +174,21 @@ def test_unknown_names_list_the_known_ones():
 def test_a_figure_that_is_missing_is_named(machine):
     with pytest.raises(HardwareError, match=r"'round' has no figure decoding.int3, only for int4, int8"):
         machine().figure("decoding", "int3")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "t4-paper"])
+def test_the_link_and_the_host_share_what_memory_gives(name):
+    """What the host attends at is what its memory gives; t4-paper's figures are fitted to runs, and ask for less."""
+    machine = Hardware.preset(name)
+    if machine.topology.shares_host_memory:
+        assert not machine.losses
+        return
+    (most,) = {rate for kind, rate in machine.host_attention.items() if kind.startswith(("float", "bfloat"))}
+    link, copies = machine.bandwidth[LaneName.TO_DEVICE], 2 * machine.bandwidth[LaneName.HOST]
+    decode, prefill = machine.losses[Phase.DECODE], machine.losses.get(Phase.PREFILL, {})
+    together = (LaneName.HOST, LaneName.TO_DEVICE), (LaneName.TO_DEVICE, LaneName.HOST)
+    for rate, losses in ((most, decode), (copies, prefill)):
+        lost = [losses.get(pair, 0.0) for pair in together]
+        taken = rate * (1 - lost[0]) + link * (1 - lost[1])
+        assert taken <= 1.01 * most
+        assert taken >= 0.99 * min(most, rate + link), "no more is lost than has to be"
