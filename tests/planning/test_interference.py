@@ -39,7 +39,7 @@ def laid_out(order, grid, seconds, losses):
 def test_what_never_overlaps_loses_nothing():
     grid = Grid(tokens=2, layers=3, batches=2, weight_slots=1, cell_slots=1)
     seconds = {Op.LOAD_WEIGHTS: 5.0, Op.COMPUTE: 2.0}
-    alone, beside = laid_out("normal", grid, seconds, {(COMPUTE, LINK): 0.5, (LINK, COMPUTE): 0.5})
+    alone, beside = laid_out(ORDERS["normal"], grid, seconds, {(COMPUTE, LINK): 0.5, (LINK, COMPUTE): 0.5})
     assert beside.events == alone.events
 
 
@@ -47,7 +47,7 @@ def test_full_overlap_by_hand():
     """Computing takes longer than loading and loses half of its rate while a load is under way."""
     grid = Grid(tokens=1, layers=2, batches=1)
     seconds = {Op.LOAD_WEIGHTS: 2.0, Op.COMPUTE: 3.0}
-    _, beside = laid_out("overlap_single_batch", grid, seconds, {(COMPUTE, LINK): 0.5})
+    _, beside = laid_out(ORDERS["overlap_single_batch"], grid, seconds, {(COMPUTE, LINK): 0.5})
     found = {(e.step.op, e.step.layer): (e.start, e.end) for e in beside.events}
     assert found[Op.LOAD_WEIGHTS, 0] == (0.0, 2.0)  # beside nothing
     assert found[Op.LOAD_WEIGHTS, 1] == (2.0, 4.0)
@@ -62,7 +62,7 @@ def test_a_lane_that_is_beside_another_all_the_time():
     grid = Grid(tokens=1, layers=40, batches=1)
     seconds = {Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 1.0}
     losses = {(COMPUTE, LINK): 0.25, (LINK, COMPUTE): 0.25}
-    alone, beside = laid_out("overlap_single_batch", grid, seconds, losses)
+    alone, beside = laid_out(ORDERS["overlap_single_batch"], grid, seconds, losses)
     assert alone.span == 41.0
     assert beside.span == pytest.approx(41 / 0.75, rel=0.03)
 
@@ -70,7 +70,7 @@ def test_a_lane_that_is_beside_another_all_the_time():
 def test_each_phase_loses_its_own_share():
     """Each computation is beside a load of a second and loses half of its rate there: it takes 1.5 seconds."""
     grid = Grid(tokens=3, layers=20, batches=1)
-    steps = numbered("overlap_single_batch", grid)
+    steps = numbered(ORDERS["overlap_single_batch"], grid)
     seconds = {Op.LOAD_WEIGHTS: (LINK, 1.0), Op.COMPUTE: (COMPUTE, 1.0)}
 
     def spans(losses):
