@@ -98,7 +98,7 @@ def test_each_phase_loses_its_own_share():
 def test_nothing_gets_faster_and_losses_have_an_end(order, seconds, shares, batches):
     pairs = list(itertools.permutations((COMPUTE, LINK, READ), 2))
     grid = ORDERS[order].grid(3, 3, batches, 1)
-    alone, beside = laid_out(order, grid, seconds, dict(zip(pairs, shares, strict=True)))
+    alone, beside = laid_out(ORDERS[order], grid, seconds, dict(zip(pairs, shares, strict=True)))
     for a, b in zip(alone.events, beside.events, strict=True):
         assert (a.step, a.lane) == (b.step, b.lane)
         assert a.end - a.start <= (b.end - b.start) + 1e-9 <= 10 * (a.end - a.start) + 1e-6
