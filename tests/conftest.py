@@ -40,10 +40,13 @@ SLOW = (
     "engine/*", "fakecuda/*", "flex_opt/*", "hf/*",
     "test_auto.py", "test_batch.py", "test_bench.py", "test_complete.py", "test_demo_model.py", "test_docs.py",
     "test_gpu_benchmark.py", "test_interrupts.py", "test_main.py", "test_tune.py",
-    "kernels/test_loading.py", "kernels/test_triton_*",
+    "kernels/test_attention.py", "kernels/test_heads.py", "kernels/test_loading.py",
+    "kernels/test_sparse_attention.py", "kernels/test_triton_*",
+    "memory/test_homes.py", "memory/test_stream_lanes.py", "memory/test_weights.py", "models/test_chunks.py",
+    "planning/test_cpu_attention.py",
     "planning/test_costs.py", "planning/test_paper_table.py", "planning/test_predict.py", "planning/test_probe.py",
     "planning/test_search.py",
-    "runtime/test_sparse.py",
+    "runtime/test_kvcache.py", "runtime/test_sparse.py",
 )  # fmt: skip
 FAST = (
     "engine/test_refusals.py", "flex_opt/test_places.py", "flex_opt/test_policy.py", "hf/test_id_cache.py",
