@@ -31,4 +31,6 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
+        if "start new thread" not in str(error):  # Ctrl-C inside of a lock becomes a RuntimeError too
+            raise
         raise RequestError(_NO_THREADS) from error

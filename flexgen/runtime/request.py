@@ -15,6 +15,7 @@ from torch import Tensor
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec
 from flexgen.shown import shown
+from flexgen.units import LARGEST_COUNT
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def check_bool(name: str, value: object) -> None:
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
     """Raise RequestError unless `max_new_tokens` is a count and fits behind every prompt."""
-    check_whole("max_new_tokens", max_new_tokens, 1)
+    check_whole("max_new_tokens", max_new_tokens, 1, LARGEST_COUNT)
     check_positions(spec, request, max_new_tokens)
 
 

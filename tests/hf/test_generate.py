@@ -329,7 +329,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "contrast": (dict(penalty_alpha=0.6, top_k=4), NotImplementedError, "contrastive search"),
     "greedy sequences": (dict(num_return_sequences=2, do_sample=False), ValueError, "num_return_sequences"),
     "a typo": (dict(max_new_token=3), ValueError, "max_new_token"),
-    "far too long": (dict(max_new_tokens=10**15), CapacityError, "needs .* on the cpu tier"),
+    "too long": (dict(max_new_tokens=10**9), CapacityError, "needs .* on the cpu tier"),
+    "far too long": (
+        dict(max_new_tokens=10**15),
+        RequestError,
+        "max_new_tokens is 1000000000000000; it must be",
+    ),
     "no tokens": (dict(max_new_tokens=0), ValueError, "greater than 0"),
     "part of a token": (dict(max_new_tokens=2.5), RequestError, "whole number"),
     "a length below the prompt's": (dict(max_new_tokens=None, max_length=4), ValueError, "max_length"),
