@@ -23,7 +23,10 @@ _NO_THREADS = (
 
 
 def start(thread: threading.Thread) -> None:
-    """Start `thread`. Raises CapacityError where there is no memory for it, RequestError where there are too many."""
+    """Start `thread`. Raises CapacityError where there is no memory for it, RequestError where there are too many.
+
+    Ctrl-C raises KeyboardInterrupt; the thread may have begun then.
+    """
     try:
         mmap.mmap(-1, _ROOM).close()
     except (OSError, MemoryError) as error:
@@ -31,6 +34,8 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        if "start new thread" not in str(error):  # Ctrl-C inside of a lock becomes a RuntimeError too
-            raise
+        interrupt = error.__context__
+        if interrupt is not None and not isinstance(interrupt, Exception):
+            # A signal arrived while Thread.start waited: the condition that it uses then fails to release its lock.
+            raise interrupt from None
         raise RequestError(_NO_THREADS) from error

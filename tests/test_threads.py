@@ -68,3 +68,20 @@ def test_a_limit_of_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "_start_new_thread", refuse)
     with pytest.raises(RequestError, match="ulimit -u"):
         threads.start(threading.Thread(target=int))
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_while_a_thread_starts_is_not_taken_for_a_limit(
+    interrupt: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        """As Thread.start, whose condition has no lock to release where its wait is interrupted."""
+        try:
+            raise interrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(type(interrupt)) as raised:
+        threads.start(threading.Thread(target=int))
+    assert raised.value is interrupt

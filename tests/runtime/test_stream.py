@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from flexgen import threads
 from flexgen.runtime.stream import Stream, Teller
+
+PATIENCE = 20
+"""Seconds that a test waits for what must happen before it fails."""
 
 
 def running() -> bool:
@@ -119,3 +128,51 @@ def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(
     late[0].start()
     late[0].join()
     assert not late[0].is_alive() and not begun
+
+
+def test_ctrl_c_at_any_line_while_a_stream_begins_ends_its_run() -> None:
+    """The error is kept, as debuggers and `sys.last_exc` do: its traceback holds the stream, which is not dropped.
+
+    At lines of the stream and of `threads.start`, and when that returns. Not within Python's own modules: at a line
+    that ends a `with`, where no signal is handled, an error would leave a lock taken.
+    """
+    begin, kept, ended = Stream.__init__.__code__, list[BaseException](), list[threading.Event]()
+    interrupted = {begin, Stream.close.__code__, threads.start.__code__}
+
+    def run(teller: Teller[int]) -> None:
+        ended.append(event := threading.Event())
+        try:
+            while True:
+                teller.check()
+                time.sleep(0)  # lets the other thread run
+        finally:
+            event.set()
+
+    for lines in itertools.count():
+        left, begun = lines, False
+
+        def interrupt(frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
+            nonlocal left, begun
+            begun = begun or frame.f_code is begin
+            if not begun or frame.f_code not in interrupted:
+                return None
+            if event == "line" or frame.f_code is not begin:
+                left -= 1
+                if left < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return interrupt
+
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            stream = Stream(run)
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        else:
+            break
+        finally:
+            sys.settrace(before)
+    stream.close()
+    assert len(kept) > 5 and ended
+    assert all(event.wait(PATIENCE) for event in ended), "a run continues after its stream was interrupted"
