@@ -6,6 +6,7 @@ counter-based: it has no state, so the order in which numbers are asked for does
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +47,12 @@ def uniforms(seed: int, rows: Sequence[int], token: int, device: torch.device) -
     words = philox(np.stack(counter), seed)
     bits = (words[0] << _WORD_BITS | words[1]) >> np.uint64(11)
     # Some tens of bytes: made on the host, they cost one copy, where a device would run a hundred tiny kernels.
-    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53).to(device, non_blocking=True)
+    made = torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
+    if device.type == "cuda":
+        # torch keeps pinned memory of this size, and uses it again once a copy from it has ended.
+        with contextlib.suppress(RuntimeError):  # where it cannot be pinned, a copy waits for the device
+            made = made.pin_memory()
+    return made.to(device, non_blocking=True)
 
 
 def seed_from_torch() -> int:

@@ -36,10 +36,10 @@ def test_events_of_2000_tokens_are_no_more_than_those_of_100():
     assert most[1] < 1.2 * most[0] < 1200
 
 
-def of_a_call(model, tokens):
+def of_a_call(model, tokens, **options):
     """The host's waits and the bytes copied in `generate` of so many tokens."""
     runtime.reset()
-    model.generate(cases.PROMPTS, tokens, stop=())
+    model.generate(cases.PROMPTS, tokens, stop=(), **options)
     return dataclasses.astuple(runtime.counters())[1:3]
 
 
@@ -55,6 +55,15 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
         "h2d pinned",
     }
     assert runtime.counters().pinned == 0
+
+
+def test_numbers_that_ids_are_drawn_by_come_from_pinned_memory():
+    options = dict(do_sample=True, seed=0)
+    with cases.open_on("cuda", cases.OPT, cases.policy(**cases.RESIDENT)) as model:
+        (_, few), (_, copies) = of_a_call(model, 4, **options), of_a_call(model, 24, **options)
+    more = {kind: copies[kind] - few.get(kind, 0) for kind in copies}
+    assert more["h2d pinned"] == 20 * len(cases.PROMPTS) * 8
+    assert not more.get("h2d pageable")
 
 
 def test_ids_do_not_come_back_to_the_device_that_has_chosen_them():

@@ -127,3 +127,13 @@ def test_logits_of_all_positions():
     with in_every_thread(Numbers), cases.open_on("cuda", cases.OPT, policy) as model:
         found = model.forward(cases.PROMPTS)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_drawn_ids_are_those_of_the_cpu():
+    policy, found = cases.policy(**cases.RESIDENT), {}
+    runtime.reset()
+    for device in ("cpu", "cuda"):
+        with in_every_thread(Numbers), cases.open_on(device, cases.OPT, policy) as model:
+            found[device] = model.generate(cases.PROMPTS, 6, stop=(), do_sample=True, top_k=9, seed=3)
+    np.testing.assert_array_equal(found["cuda"], found["cpu"])
+    assert runtime.counters().hazards == 0
