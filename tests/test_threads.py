@@ -11,7 +11,8 @@ import pytest
 from flexgen import threads
 from flexgen.errors import CapacityError, RequestError
 
-# Where the stack of the first thread is kept for the second, `Thread.start` would never return.
+# Less is free than a thread may need. The stack of the first thread is kept for the second: `Thread.start` takes no
+# more, and would wait for ever for a thread that finds no memory for its first objects.
 FULL = """
 import resource, threading
 from flexgen import threads
@@ -20,14 +21,9 @@ from flexgen.errors import CapacityError
 first = threading.Thread(target=int)
 threads.start(first)
 first.join()
-resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
-taken = []
-for nbytes in (1 << 16, 600, 1):
-    try:
-        while True:
-            taken.append(bytearray(nbytes))
-    except MemoryError:
-        pass
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (8 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 second = threading.Thread(target=int)
 try:
     threads.start(second)
@@ -35,7 +31,6 @@ try:
 except CapacityError as error:
     raised = error
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-taken.clear()
 assert raised is not None and "ulimit -v" in str(raised) and not second.is_alive()
 threads.start(second)
 second.join()
