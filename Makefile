@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 
 CUDA := .venv-cuda/bin/python
 
-.PHONY: help demo test test-fast test-cuda lint format clean
+.PHONY: help demo test test-fast test-cuda test-marked-gpu lint format clean
 
 help:
 	@echo "make demo    set up and run the embedded model with policies/demo.toml"
@@ -36,10 +36,12 @@ test-fast: .venv/.installed-test
 
 # On a simulated GPU: the tests marked gpu, with right numbers, and then those of tests/fakecuda, most of which count
 # launches, waits and bytes and need no numbers. No GPU and no driver is needed.
-test-cuda: .venv-cuda/.installed
-	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
-	    --maxprocesses 8 --dist worksteal
+test-cuda: test-marked-gpu
 	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q tests/fakecuda --numprocesses auto \
+	    --maxprocesses 8 --dist worksteal
+
+test-marked-gpu: .venv-cuda/.installed
+	OMP_NUM_THREADS=1 $(CUDA) tests/fakecuda/run.py -m pytest -q -p simulated.plugin -m gpu --numprocesses auto \
 	    --maxprocesses 8 --dist worksteal
 
 lint: .venv/.installed-test
