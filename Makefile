@@ -45,8 +45,8 @@ test-marked-gpu: .venv-cuda/.installed
 	    --maxprocesses 8 --dist worksteal
 
 lint: .venv/.installed-test
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --check --no-cache
 	$(BIN)/mypy flexgen
 
 format: .venv/.installed-test
