@@ -54,7 +54,6 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
         "d2h pinned",
         "h2d pinned",
     }
-    assert runtime.counters().pinned == 0
 
 
 def test_numbers_that_ids_are_drawn_by_come_from_pinned_memory():

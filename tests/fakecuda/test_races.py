@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -55,9 +56,9 @@ def test_a_pinned_buffer_is_watched():
     torch.cuda.synchronize()
 
 
-@pytest.fixture(scope="module")
+@contextlib.contextmanager
 def valid_ids():
-    """Without computed numbers ids are garbage, and name rows that a table does not have."""
+    """Without computed numbers, ids are garbage and name rows that a table does not have."""
     made = itertools.count()
 
     def sample(logits, *args, **options):
@@ -76,9 +77,9 @@ def valid_ids():
     order=cases.orders(),
     dtype=st.sampled_from(["float32", "float16"]),
 )
-def test_no_policy_and_order_races(config, policy, order, dtype, valid_ids):
+def test_no_policy_and_order_races(config, policy, order, dtype):
     runtime.reset()
-    with watched() as races, cases.open_on("cuda", config, policy, dtype, order=order) as model:
+    with valid_ids(), watched() as races, cases.open_on("cuda", config, policy, dtype, order=order) as model:
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])
@@ -124,7 +125,7 @@ def streams(waiting, awaited):
 
 
 def threads(waiting, awaited):
-    """The thread of the lane `waiting` does not wait for jobs of the lane `awaited`."""
+    """The thread of the lane `waiting` does not wait for jobs of the lane `awaited`. Other waits take longer."""
 
     def take_out(patch):
         wait = EventDone.wait
@@ -132,6 +133,7 @@ def threads(waiting, awaited):
         def skip(done):
             here = threading.current_thread().name
             if (here, done._lane) != (f"flexgen-{waiting.value}", awaited):
+                time.sleep(0.01)  # so that what does not wait comes first
                 wait(done)
 
         patch.setattr(EventDone, "wait", skip)
@@ -150,16 +152,17 @@ def nothing(patch):
 
 THIRDS, BY_THE_HOST = dict(attend_on="gpu"), dict(attend_on="cpu")
 WITHOUT_OVERLAP = BY_THE_HOST | dict(overlap=False)
+ONLY_WEIGHTS_MOVE = cases.RESIDENT | dict(weights={"disk": 100})
 IN_HOST_MEMORY = dict(weights={"gpu": 100}, cache={"cpu": 100}, activations={"cpu": 100}, attend_on="gpu")
 COMPUTE, TO_DEVICE, FROM_DEVICE = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.FROM_DEVICE
-# Other pairs of lanes wait for each other too, but never alone: an earlier wait has ordered the same jobs.
+# Other pairs of lanes wait for each other too. Taking one of those waits out has shown no hazard in these cases.
 WAITS = {
     "nothing": (nothing, THIRDS),
     "compute for what it reads": (streams(COMPUTE, TO_DEVICE), THIRDS),
     "compute for what it overwrites": (streams(COMPUTE, FROM_DEVICE), IN_HOST_MEMORY),
     "downloads for what they read": (streams(FROM_DEVICE, COMPUTE), THIRDS),
     "uploads for what they overwrite": (streams(TO_DEVICE, COMPUTE), THIRDS),
-    "disk reads for what they overwrite": (threads(LaneName.DISK_READ, COMPUTE), THIRDS),
+    "disk reads for what they overwrite": (threads(LaneName.DISK_READ, COMPUTE), ONLY_WEIGHTS_MOVE),
     "disk writes for what they read": (threads(LaneName.DISK_WRITE, FROM_DEVICE), THIRDS),
     "the host for what it reads": (threads(LaneName.HOST, FROM_DEVICE), BY_THE_HOST),
     "the host for queries": (queries, WITHOUT_OVERLAP),
