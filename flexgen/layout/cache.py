@@ -82,6 +82,10 @@ class CacheSegment:
         before, after = span.length // self.page_tokens, (span.length + span.new) // self.page_tokens
         return (after - before) * self.page_bytes
 
+    def loads_only_keys(self, topology: Topology) -> bool:
+        """Whether a decode step loads the keys first, and the chosen values while it computes attention."""
+        return self.sparse and (topology.shares_host_memory or not self.on_device)
+
     def workspace_bytes(self, prompt_len: int) -> int:
         """What encoding a prompt takes meanwhile, and decoding a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
@@ -134,17 +138,13 @@ class CacheLayout:
     def inward(self, segment: CacheSegment, pages: int, tail: int) -> Route:
         """`pages` bytes of whole pages and `tail` bytes of the page that is being filled, which stays in memory."""
         moves: tuple[Move, ...] = ()
-        if self.values_are_chosen(segment):
+        if segment.loads_only_keys(self.topology):
             pages //= 2
         if segment.tier is Tier.DISK and pages:
             moves += (Move(LaneName.DISK_READ, pages, Kind.READ),)
         if segment.on_device:
             moves += tuple(Move(lane, pages + tail) for lane in self.topology.to_device)
         return Route(segment.tier, moves)
-
-    def values_are_chosen(self, segment: CacheSegment) -> bool:
-        """Whether only keys come ahead, and the chosen values in the course of the computation."""
-        return segment.sparse and (self.topology.shares_host_memory or not segment.on_device)
 
     def store(self, span: Span) -> Routes:
         """The new keys and values, home."""

@@ -62,6 +62,13 @@ class Topology:
             not self.shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
         )
 
+    def keeps_ids(self, table_is_gathered: bool) -> bool:
+        """Whether ids chosen on the compute device feed its next token without a copy to the host.
+
+        `table_is_gathered`: the host gathers the rows of the embedding table that ids name.
+        """
+        return not (self.shares_host_memory or table_is_gathered)
+
     def choose_order(self, name: str | None, policy: Policy, batches: int) -> Order:
         """The order of that name. Without a name, the one that the policy asks for, of `batches` batches."""
         return ORDERS[name or order_for(policy.overlap, batches, self.host_attends(policy))]

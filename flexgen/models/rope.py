@@ -81,7 +81,7 @@ def _yarn(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple
     theta = parameters["rope_theta"]
 
     def pair_of(rotations: float) -> float:
-        """The pair that turns so many times over the original length."""
+        """The pair that turns `rotations` times over the original length."""
         return (dim * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
     low = pair_of(parameters.get("beta_fast") or 32)

@@ -103,7 +103,7 @@ class Arithmetic:
             table = "device_attention" if segment.on_device else "host_attention"
             key = self._name if segment.codec == "none" else segment.codec
             seconds = segment.token_bytes(context) / self._hardware.figure(table, key)
-            if segment.sparse and (self._hardware.topology.shares_host_memory or not segment.on_device):
+            if segment.loads_only_keys(self._hardware.topology):
                 # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
                 chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)
                 seconds *= (1 + min(chosen / context, 1)) / 2

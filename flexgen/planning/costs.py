@@ -93,7 +93,7 @@ class StepCosts:
         self._arithmetic = Arithmetic(placement, hardware)
         most = max(self._batches) * workload.prompt_len
         self._rows = row_layout(layers, placement, self._topology, most)
-        self.feeds_ids = not serial and not self._shared and self._rows is None  # as of the grid
+        self.feeds_ids = self._topology.keeps_ids(self._rows is not None) and not serial  # as of the grid
         self._every_token = len(self._tokens) == workload.gen_len
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._cache = {

@@ -194,6 +194,7 @@ class Corners:
             tokens,
             flushing,
             splits_attention=order.splits_attention,
+            serial=order.serial,
         )
         sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces

@@ -56,8 +56,8 @@ class Model:
 
     @property
     def feeds_ids(self) -> bool:
-        """Whether new ids and the table that embeds them are both on a device with memory of its own."""
-        return not self.machine.device.shares_host_memory and self.table is None
+        """Whether new ids feed the next token on the device, in an order that allows it."""
+        return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
 
     def order_of(self, batches: int) -> Order:
         """The order in which a block of so many batches runs."""

@@ -134,7 +134,7 @@ class KVCache:
         whole, tail = segment.filled(length)
         if move.kind is Kind.READ:
             assert part.file is not None and buffers.host is not None
-            if segment.sparse and buffers.device is None:  # chosen values are read when they have been chosen
+            if segment.loads_only_keys(self._topology):
                 pages = whole // segment.page_bytes
                 return ReadJob(self._io, key_reads(segment, *part.file, buffers.host, pages))
             return ReadJob(self._io, [Read(*part.file, buffers.host[:whole])])

@@ -367,7 +367,7 @@ def test_a_bin_file_whose_archive_is_damaged(make_model, save):
     path = save(make_model("opt"), "bin") / "pytorch_model.bin"
     data = bytearray(path.read_bytes())
     begin = data.rfind(b"PK\x01\x02")
-    data[begin : begin + 4] = b"XXXX"
+    data[begin : begin + 4] = bytes(4)
     path.write_bytes(data)
     assert zipfile.is_zipfile(path)
     with pytest.raises(zipfile.BadZipFile):
