@@ -11,8 +11,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from flexgen import threads
 from flexgen.errors import CapacityError, LaneError
+from flexgen.memory import threads
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, ThreadLane
 from flexgen.results.trace import LaneName
