@@ -8,10 +8,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from flexgen.errors import HardwareError, PolicyError
 from flexgen.models import ModelSpec
-from flexgen.policy import CODECS, Policy, Share, Split, Tier
+from flexgen.policy import CODECS as NAMES
+from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.hardware import Hardware
-from flexgen.quant import head_format
+from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
 from flexgen.workload import Workload
 
@@ -70,20 +73,32 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
-                columns += [Column(what, tier, codec) for codec in CODECS if self._may(what, codec)]
+                columns += [Column(what, tier, codec) for codec in NAMES if self._may(what, codec)]
         return tuple(columns)
 
     def _may(self, what: str, codec: str) -> bool:
-        """Whether a codec may be chosen for a class, and the machine has figures for it."""
+        """Whether a codec may be chosen for a class, and its rates on the machine are known."""
         if codec == "none":
             return True
         if not self._lossy or what == "activations":
             return False
-        if what == "weights":
-            return self._hardware.decodes(str(self._dtype).removeprefix("torch."), codec)
-        known = codec in self._hardware.device_attention
-        known &= self._shared or codec in self._hardware.host_attention
-        return known and self._settled.attn_sparsity == 1 and _keeps_heads(codec, self._spec, self._dtype)
+        if what == "cache" and self._settled.attn_sparsity < 1:
+            return False
+        try:
+            if what == "weights":
+                decoding_rate(self._hardware, self._dtype, CODECS[codec])
+            else:
+                self._attend(codec)
+        except (HardwareError, PolicyError):  # no figures, or heads of a size that it does not take
+            return False
+        return True
+
+    def _attend(self, codec: str) -> None:
+        """Raises HardwareError or PolicyError where the cache cannot be kept in `codec` and attended everywhere."""
+        for head_dim in {layer.attention.head_dim for layer in self._spec.layers}:
+            heads = head_format(codec, head_dim, self._dtype)
+            for on_device in (True,) if self._shared else (True, False):
+                attention_rate(self._hardware, self._dtype, codec, heads, on_device)
 
     @cached_property
     def given(self) -> Shares:
@@ -128,15 +143,6 @@ class Choices:
             percents = _whole(percents, 100)
             splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
         return form.replace(**splits)
-
-
-def _keeps_heads(codec: str, spec: ModelSpec, dtype: torch.dtype) -> bool:
-    try:
-        for head_dim in {layer.attention.head_dim for layer in spec.layers}:
-            head_format(codec, head_dim, dtype)
-    except ValueError:  # a PolicyError: the head's size does not divide
-        return False
-    return True
 
 
 def _ladder(most: int) -> list[int]:
