@@ -88,12 +88,12 @@ class Choices:
             if what == "weights":
                 decoding_rate(self._hardware, self._dtype, CODECS[codec])
             else:
-                self._attend(codec)
+                self._check_attention(codec)
         except (HardwareError, PolicyError):  # no figures, or heads of a size that it does not take
             return False
         return True
 
-    def _attend(self, codec: str) -> None:
+    def _check_attention(self, codec: str) -> None:
         """Raises HardwareError or PolicyError where the cache cannot be kept in `codec` and attended everywhere."""
         for head_dim in {layer.attention.head_dim for layer in self._spec.layers}:
             heads = head_format(codec, head_dim, self._dtype)
