@@ -1,8 +1,8 @@
 """Linear layers and embeddings, whatever form their matrix is kept in.
 
-Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight out
-anew in every product unless that was done before. Done once, bfloat16 products of few rows are 1.3 to 2 times faster
-(benchmarks/host_linear.py), and those of many rows a little.
+Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight
+out in every product unless that was done before: its prelayout. Done once, bfloat16 products of few rows are 1.3 to 2
+times faster (benchmarks/host_linear.py), and those of many rows a little.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _ROWS = 32
 """Rows of x that the layout is chosen for; the choice matters little, and every number of rows is right."""
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether `pack` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
+def has_prelayout(dtype: torch.dtype) -> bool:
+    """Whether `prelayout` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
     return (
         dtype is torch.bfloat16
         and half_linear.has_products(dtype)
@@ -28,7 +28,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     )
 
 
-def pack(weight: Tensor) -> Tensor:
+def prelayout(weight: Tensor) -> Tensor:
     """The weight (out, in) in oneDNN's own layout, a copy that only `linear` can use."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
@@ -36,8 +36,8 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in) transposed + bias (out).
 
-    The weight may be a tensor, what `pack` made of one, or in group-wise integers, which are decoded only where x
-    has more rows than `fused_rows`.
+    The weight may be a tensor, what `prelayout` made of one, or in group-wise integers, which are decoded only where
+    x has more rows than `fused_rows`.
     """
     if isinstance(weight, PackedMatrix):
         if x.numel() <= fused_rows(weight.packed, x.dtype) * x.shape[-1]:

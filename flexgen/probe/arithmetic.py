@@ -169,7 +169,8 @@ class ArithmeticProbe:
 
     def _laid_out(self, weight: WeightSpec) -> Tensor:
         kept = self._checkpoint.read(weight, self._dtype)
-        return self._device.pack(kept) if kept.dim() == 2 else self._place(kept)
+        prelayout = self._device.prelayout(self._dtype)
+        return prelayout(kept) if prelayout and kept.dim() == 2 else self._place(kept)
 
     def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
         kept = self._checkpoint.read(weight, self._dtype)

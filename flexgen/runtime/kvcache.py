@@ -313,7 +313,7 @@ class KVCache:
             return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
         asks = self.asks_host(layer, batch, span)
         if asks:
-            self.host.pack(layer, batch, slot, q, k, v)
+            self.host.collect(layer, batch, slot, q, k, v)
             self.host.send(layer, batch, slot)
             self._device.wait_for_compute()
         # The device's rows are only enqueued: they run while the host attends to its own.
