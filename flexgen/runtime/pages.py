@@ -116,6 +116,9 @@ def attend(
     length = span.length + span.new
     pages = pages[: -(-length // segment.page_tokens)]
     if q.is_cuda and not segment.sparse:
+        starts = padding.of(segment.rows, q.device)
+        if (attended := segment.heads.attend(q, pages, length, starts, scale)) is not None:
+            return attended
         hidden = padding.hidden(segment.rows, segment.pages * segment.page_tokens, q.dtype)
         return attend_fused(q, pages, length, hidden, scale, segment.heads)
     if q.is_cuda:

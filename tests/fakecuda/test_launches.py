@@ -10,7 +10,7 @@ import torch
 from simulated import cases, runtime
 from transformers import LlamaConfig, OPTConfig
 
-from flexgen.kernels import groupwise, loading, packed_linear
+from flexgen.kernels import groupwise, groupwise_linear, loading
 from flexgen.kernels.attention import attend_fused
 from flexgen.kernels.groupwise import dequantise_in_torch
 from flexgen.kernels.heads import GroupwiseHeads
@@ -31,7 +31,7 @@ def llama(layers):
 @pytest.fixture(autouse=True)
 def without_triton_and_cudnn(monkeypatch):
     """Triton's launches do not come to the simulated runtime, which has no cuDNN."""
-    for module in (groupwise, packed_linear, loading):
+    for module in (groupwise, groupwise_linear, loading):
         monkeypatch.setattr(module, "triton_kernels", lambda device: None)
     was = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
