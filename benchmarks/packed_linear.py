@@ -22,8 +22,8 @@ from record import interleaved, save
 from torch import Tensor
 
 from flexgen.kernels.groupwise import dequantise, quantise
-from flexgen.kernels.loading import native, native_available
 from flexgen.kernels.groupwise_linear import multiply
+from flexgen.kernels.loading import native, native_available
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # out, in
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

@@ -13,8 +13,8 @@ from torch import Tensor
 class QuantizedMatrix(ABC):
     """A matrix (out, in) as a codec stores it: `linear` and `embedding` take it in place of a tensor.
 
-    `decoded()` gives it as a tensor in `dtype`, for products of many rows. It is called for each of them: whoever
-    makes this object decodes once for as many products as it can.
+    `decoded()` gives it as a tensor in `dtype`, for products of many rows. It is called for each such product: a
+    caller that makes this object keeps the result for as many products as it can.
     """
 
     dtype: torch.dtype

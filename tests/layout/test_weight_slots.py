@@ -14,6 +14,7 @@ from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, decodes, slot_
 from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Share, Split
+from flexgen.quant import CODECS
 
 
 def test_a_vocabulary_takes_room_in_one_slot():
@@ -139,7 +140,7 @@ def _roomy(sizes):
     sep_layer=st.booleans(),
     batches=st.integers(1, 2),
     split=st.sampled_from([(0, 0), (0, 40), (30, 30), (0, 75)]),
-    codec=st.sampled_from(["none", "int4"]),
+    codec=st.sampled_from(["none", *CODECS]),
     device=st.sampled_from(["cpu", "emulated"]),
     order=st.sampled_from(["overlap_multi_batch", "overlap_cpu_attention", "normal"]),
 )

@@ -32,7 +32,7 @@ SPEC, DUMMY = open_model(CONFIG, weights="dummy")
 LAYERS = build_layers(SPEC)
 CASES = [("cpu", "disk"), ("emulated", "disk"), ("emulated", "cpu")]
 cases = pytest.mark.parametrize(("device", "tier"), CASES)
-codecs = pytest.mark.parametrize("codec", ["none", "int4"])
+codecs = pytest.mark.parametrize("codec", ["none", "int4", "fp8"])
 
 
 @contextmanager
