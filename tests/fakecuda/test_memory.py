@@ -8,8 +8,19 @@ pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-c
 
 import torch
 from simulated import cases
-from transformers import LlamaConfig, OPTConfig
+from transformers import (
+    LlamaConfig,
+    LogitsProcessorList,
+    OPTConfig,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
 from flexgen.policy import Tier
 from flexgen.runtime.sampler import sample
@@ -226,3 +237,27 @@ def test_top_k_makes_the_sort_of_top_p_a_short_one():
 
     assert taken(top_k=50, top_p=0.9) == pytest.approx(taken(top_k=50), rel=0.01)
     assert taken(top_p=0.9) > 1.5 * taken(top_k=50, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        TemperatureLogitsWarper(0.7),
+        TopPLogitsWarper(0.9),
+        TypicalLogitsWarper(0.9),
+        RepetitionPenaltyLogitsProcessor(2.0),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_processors_of_transformers_take_what_is_planned_for_drawing(processor):
+    rows, vocab = 512, 32_000
+    processors = LogitsProcessorList([processor])
+    lists = RowProcessors(processors, lambda rows: processors)
+    ids = torch.ones(rows, 8, dtype=torch.int64)
+    choice = HFChoice(ids, 4, 0, lists, StoppingCriteriaList(), do_sample=True)
+    logits = torch.zeros(rows, vocab, dtype=torch.float16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    choice.choose(logits, range(rows), 0)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.2 * choice_bytes(rows, vocab) < taken <= choice_bytes(rows, vocab)
