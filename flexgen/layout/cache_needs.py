@@ -54,6 +54,7 @@ class BatchCache:
         `hidden_bytes`: of the hidden states of one token of one row.
         """
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, prompt, slots)]
+        needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(prompt)))
         if asked := self.layouts[0].host_rows:
             answer = slots * max(layout.query_bytes for layout in self.layouts)
             qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
@@ -64,14 +65,17 @@ class BatchCache:
             needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
         return needs
 
+    def passing_bytes(self, prompt: int) -> int:
+        """What encoding, joining and decoding keys and values take on the device, the tiers one after another."""
+        segments = [segment for segments in self._by_tier for segment in segments]
+        there = (s.device_bytes() for s in segments if s.on_device and self._linked)
+        return max(max(s.workspace_bytes(prompt) for s in segments), max(there, default=0))
+
     def _of_tier(self, segments: tuple[CacheSegment, ...], prompt: int, slots: int) -> Iterator[Need]:
         tier, on_device = segments[0].tier, segments[0].on_device
         largest = max(segment.nbytes for segment in segments)
         if tier is Tier.DISK:
             yield Need(Tier.CPU, "cache", "slots", slots * largest)
-        workspace = max(segment.workspace_bytes(prompt) for segment in segments)
-        there = max(segment.device_bytes() for segment in segments) if on_device and self._linked else 0
-        yield Need(Tier.GPU, "cache", "workspace", max(workspace, there))
         if on_device and not segments[0].resident and self._linked:
             yield Need(Tier.GPU, "cache", "slots", slots * largest)
         if segments[0].sparse:

@@ -96,8 +96,10 @@ def plan_memory(
             )
         ]
         needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
-        if linked:  # without Triton
-            needs.append(Need(Tier.GPU, "weights", "workspace", decoding_bytes(layers, placement)))
+        if linked:  # without Triton; a product is over when keys and values are encoded
+            passing = min(of_batch.passing_bytes(workload.prompt_len) for of_batch in cache.values())
+            decoding = max(decoding_bytes(layers, placement) - passing, 0)
+            needs.append(Need(Tier.GPU, "weights", "workspace", decoding))
         lookup = lookup_sizes(layers, placement, topology, positions)
         needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
         needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
