@@ -23,8 +23,8 @@ _EFFICIENT = 0.85
 def split_bytes(rows: int, heads: int, tokens: int, head_dim: int, multiprocessors: int) -> int:
     """The most that causal attention takes for the results of parts, with their sums, in addition to its result.
 
-    It is called for runs of neighbouring rows with equal padding. So this is the most of all runs of up to `rows` rows
-    of up to `tokens` tokens: fewer of both leave more multiprocessors idle.
+    It is called for runs of neighbouring rows with equal padding. So this is the most of all runs of up to `rows`
+    rows of up to `tokens` tokens: fewer of both leave more multiprocessors idle.
     """
     places = 2 * multiprocessors
     each = (_padded(head_dim) + 1) * torch.float32.itemsize

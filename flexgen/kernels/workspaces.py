@@ -11,15 +11,15 @@ from flexgen.kernels import half_linear
 from flexgen.kernels.flash_splits import split_bytes
 from flexgen.units import KIB, MIB
 
-BFLOAT16_CAPABILITY = 8, 0
+BFLOAT16_CAPABILITY = 8.0
 """The compute capability of the first NVIDIA GPUs with instructions for bfloat16. On older ones torch emulates the
 type, and its only attention for the type builds all scores."""
 
-_LARGE_CUBLAS_CAPABILITY = 9, 0
-_LARGE_CUBLAS_BYTES = 32 * MIB
 _CUBLAS_BYTES = 8320 * KIB
-"""What torch gives cuBLAS for each stream of a thread, from a compute capability on and before it. Without a setting of
-your own (CUBLAS_WORKSPACE_CONFIG)."""
+_LARGE_CUBLAS_BYTES = 32 * MIB
+"""What torch gives cuBLAS for each stream of a thread, unless you set CUBLAS_WORKSPACE_CONFIG."""
+_LARGE_CUBLAS_CAPABILITY = 9.0
+"""The first compute capability with the large workspace."""
 
 _HEAD_IN_REGISTERS = 128
 """The largest head whose result attention without FlashAttention accumulates in registers."""
@@ -103,8 +103,8 @@ class GpuWorkspaces:
         return max(accumulated, sums + split_bytes(rows, heads, keys, head_dim, self.multiprocessors))
 
 
-def gpu_workspaces(capability: tuple[int, int]) -> GpuWorkspaces:
-    """Of an NVIDIA GPU with that compute capability."""
+def gpu_workspaces(capability: float) -> GpuWorkspaces:
+    """Of an NVIDIA GPU with that compute capability, such as 8.6."""
     large = capability >= _LARGE_CUBLAS_CAPABILITY
     return GpuWorkspaces(
         _LARGE_CUBLAS_BYTES if large else _CUBLAS_BYTES, native_bfloat16=capability >= BFLOAT16_CAPABILITY

@@ -67,7 +67,8 @@ class CudaDevice(ComputeDevice):
             total = properties.total_memory
             self._reserve = int(min(memory or total, total) * _RESERVE)
             if torch.version.hip is None:
-                self.compute_capability = properties.major, properties.minor
+                major, minor = torch.cuda.get_device_capability(self.torch_device)
+                self.compute_capability = major + minor / 10
             of_its_kind = gpu_workspaces(self.compute_capability) if self.compute_capability else GPU
             self._native_bfloat16 = of_its_kind.native_bfloat16
             self.workspaces = replace(

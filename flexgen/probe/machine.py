@@ -214,7 +214,12 @@ class _Measurement:
         name, source = description(self._machine)
         capacity = capacities(self._machine)
         fields: dict[str, Any] = {"name": name, "source": source, "capacity": capacity} | self._figures
-        return Hardware(**fields, installed=installed(self._machine), fixed=Fixed(**self._fixed))
+        return Hardware(
+            **fields,
+            installed=installed(self._machine),
+            compute_capability=self._device.compute_capability,
+            fixed=Fixed(**self._fixed),
+        )
 
     def _put(self, table: str, key: object, find: Callable[[], Any]) -> None:
         if found := find():

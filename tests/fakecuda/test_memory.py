@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulated import cases
 from transformers import (
@@ -26,9 +26,11 @@ from transformers import (
 from flexgen.hf.processors import RowProcessors
 from flexgen.hf.steps import HFChoice
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
+from flexgen.memory.gpu import open_device
+from flexgen.models.ops import causal_attention
 from flexgen.policy import Tier
 from flexgen.runtime.sampler import sample
-from flexgen.units import GIB, MIB
+from flexgen.units import GIB, KIB, MIB
 
 OPT = OPTConfig(
     vocab_size=16384, hidden_size=1024, word_embed_proj_dim=1024, num_hidden_layers=2, num_attention_heads=16,
@@ -144,6 +146,38 @@ def test_no_call_takes_more_than_was_planned(policy, config, capability, dtype, 
     with cases.valid_ids(), counting_without_holes():
         plan, peak, _ = called_with(policy, gpu, config, how, PROMPTS[-prompts:], dtype)
     assert peak <= plan
+
+
+@settings(max_examples=200)
+@given(
+    capability=st.sampled_from([75, 80, 89, 90]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    rows=st.integers(1, 6),
+    heads=st.sampled_from([1, 2, 8, 12, 32]),
+    tokens=st.sampled_from([1, 64, 65, 300, 512, 1000]),
+    head_dim=st.sampled_from([32, 64, 80, 128, 160, 256]),
+    data=st.data(),
+)
+def test_attention_of_a_prompt_takes_no_more_than_planned(
+    capability, dtype, rows, heads, tokens, head_dim, data
+):
+    assume(capability > 75 or dtype is not torch.bfloat16)  # has a test of its own
+    padding = st.sampled_from([0, tokens // 2, tokens - 1])
+    starts = data.draw(st.lists(padding, min_size=rows, max_size=rows))
+    gpu = on_gpu_of(capability)
+    device = open_device(str(gpu))
+    call = object()
+    with contextlib.closing(device), device.active():
+        device.begin_call(call)  # without cuDNN
+        x = torch.empty(rows, tokens, heads, head_dim, dtype=dtype, device=gpu).transpose(1, 2)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        causal_attention(x, x, x, starts, 1.0)
+        taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        device.end_call(call)
+    results = x.nbytes * (2 if any(starts) else 1)  # of a run of rows, and of all
+    planned = device.workspaces.attention(rows, heads, tokens, tokens, head_dim, dtype)
+    assert taken <= results + planned + KIB  # seeds and counters
 
 
 def test_temporaries_of_a_wide_model_are_reserved_together(gpu):
