@@ -20,6 +20,7 @@ from typing import Any
 from flexgen.errors import HardwareError, cut, did_you_mean, shown, shown_path
 from flexgen.kernels.workspaces import BFLOAT16_CAPABILITY
 from flexgen.layout.topology import LINKED, SHARED, Topology
+from flexgen.memory.machine import PINNED_SHARE
 from flexgen.policy import CODECS, Tier
 from flexgen.predict import checks
 from flexgen.predict.checks import Points
@@ -54,6 +55,8 @@ class Hardware:
         on it. Below 8.0 a checkpoint in bfloat16 is computed in float16.
     bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
         `host` for copies within host memory.
+    pageable: bytes/s of a GPU's link, `to_device` and `from_device`, from and to host memory that is not pinned.
+        Without them it is taken to be as fast as pinned memory.
     products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
         roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
     packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
@@ -88,6 +91,7 @@ class Hardware:
     installed: Mapping[Tier, int] = field(default_factory=dict)
     compute_capability: float = 0.0
     bandwidth: Mapping[LaneName, float]
+    pageable: Mapping[LaneName, float] = field(default_factory=dict)
     products: Mapping[str, Points]
     prefill_attention: Mapping[str, float]
     device_attention: Mapping[str, float]
@@ -123,6 +127,7 @@ class Hardware:
             "bandwidth", self.bandwidth, checks.rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST)
         )
         put("bandwidth", rates)
+        put("pageable", checks.table("pageable", self.pageable, checks.rate, known=_LINK))
         put("products", checks.table("products", self.products, checks.points, known=_DTYPES))
         if not self.products:
             raise HardwareError("products is empty; give points for at least one dtype")
@@ -169,6 +174,21 @@ class Hardware:
             for phase, of_phase in shares.items()
             if (pairs := [(pair.split(), share) for pair, share in of_phase.items() if share])
         }
+
+    def copying(self, nbytes: int, pins: bool) -> Hardware:
+        """The same machine while its link copies from and to `nbytes` of host memory, which `pins` pins if it can be.
+
+        What cannot be pinned is taken to be the same share of every transfer.
+        """
+        pinned = self.capacity[Tier.CPU] * PINNED_SHARE if pins else 0.0
+        if not self.pageable or nbytes <= pinned:
+            return self
+        share = 1 - pinned / nbytes
+        mixed = {
+            lane: 1 / ((1 - share) / self.bandwidth[lane] + share / rate)
+            for lane, rate in self.pageable.items()
+        }
+        return self.replace(bandwidth={**self.bandwidth, **mixed})
 
     def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
         """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -93,6 +93,7 @@ def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Predict
     layers = build_layers(job.spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, job.dtype)
     plan = _plan(job, policy, layers, placement)
+    job = replace(job, hardware=job.hardware.copying(_copied(plan, job.hardware, policy), policy.pin_weight))
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
@@ -156,6 +157,18 @@ def _plan(job: Job, policy: Policy, layers: Sequence[Layer], placement: Placemen
         return plan_memory(*block, slots=slots, workspaces=workspaces)
 
     return fitting_plan(plan, policy, limits)
+
+
+def _copied(plan: MemoryPlan, hardware: Hardware, policy: Policy) -> int:
+    """Bytes of host memory that the link copies from and to. Cache that the host attends over is not among them."""
+    stays = ("home", "slots") if hardware.topology.host_attends(policy) else ()
+    return sum(
+        need.nbytes
+        for need in plan.needs
+        if need.tier is Tier.CPU
+        and need.role != "workspace"
+        and not (need.what == "cache" and need.role in stays)
+    )
 
 
 def _block(

@@ -235,6 +235,10 @@ class _Measurement:
                 f"bandwidth {lane}",
                 partial(self._put, "bandwidth", lane, partial(self._links.bandwidth, lane)),
             )
+        if self._device.pinnable:
+            for lane in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
+                find = partial(self._links.pageable_bandwidth, lane)
+                yield f"bandwidth {lane}, pageable memory", partial(self._put, "pageable", lane, find)
         yield "bandwidth host", partial(self._put, "bandwidth", LaneName.HOST, self._links.host_copies)
         yield "fixed costs", self._find_fixed
         for dtype in self._dtypes():
