@@ -394,12 +394,11 @@ def closed(fd):
     return False
 
 
-def test_idle_files_are_closed_when_many_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_MAX_OPEN", 2)
+def test_idle_files_are_closed_when_many_are_open(tmp_path):
     paths = [tmp_path / str(number) for number in range(5)]
     for path in paths:
         path.write_bytes(bytes(BLOCK))
-    with DiskIO() as io:
+    with DiskIO(open_files=2) as io:
         io.read([Read(path, 0, memory(BLOCK)) for path in paths])  # all in use at once
         for path in paths + paths:
             io.read([Read(path, 0, memory(BLOCK))])
