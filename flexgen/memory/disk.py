@@ -220,7 +220,8 @@ class DiskIO:
             if total <= inline and len(parts) <= _INLINE_PIECES:
                 _move_all(move, parts)
             else:
-                futures += [self._pool.submit(_move_all, move, share) for share in self._shares(parts)]
+                for share in self._shares(parts):  # an error between two must find those that have begun
+                    futures.append(self._pool.submit(_move_all, move, share))
         except BaseException:
             transfer.abandon()
             raise

@@ -254,6 +254,31 @@ def test_an_interrupted_caller_leaves_nothing_in_flight(path, monkeypatch):
     assert interrupted.is_set() and running == []
 
 
+def test_an_interrupt_between_two_jobs_of_a_transfer_drops_the_first(path, monkeypatch):
+    wait, busy, jobs = disk.wait, threading.Event(), []
+
+    def wait_for_all(futures, **options):
+        busy.set()
+        return wait(futures, **options)
+
+    monkeypatch.setattr(disk, "wait", wait_for_all)
+    with DiskIO(threads=1, chunk=BLOCK) as io:
+        submit = io._pool.submit
+
+        def interrupt_the_second(*job):
+            if jobs:
+                raise KeyboardInterrupt
+            jobs.append(submit(*job))
+            return jobs[0]
+
+        submit(busy.wait, 60)
+        monkeypatch.setattr(io._pool, "submit", interrupt_the_second)
+        monkeypatch.setattr(io, "_shares", lambda parts: ([part] for part in parts))
+        with pytest.raises(KeyboardInterrupt):
+            io.read([Read(path, 0, memory(10 * BLOCK))])
+        assert len(jobs) == 1 and jobs[0].cancelled()
+
+
 def test_reads_that_were_started_end_when_they_are_waited_for(path, monkeypatch):
     preadv, release, reading = os.preadv, threading.Event(), threading.Semaphore(0)
 
