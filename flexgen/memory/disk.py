@@ -22,7 +22,7 @@ import torch
 
 from flexgen.errors import CheckpointError
 from flexgen.memory.direct_file import DirectFile
-from flexgen.memory.threads import Pool
+from flexgen.memory.threads import pool
 from flexgen.units import BLOCK, KIB, MIB, align
 
 _HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does
@@ -147,7 +147,7 @@ class DiskIO:
         self._sleep = sleep
         self._idle_from = 0.0  # when the emulated disk has finished all it was given
         self._threads = threads
-        self._pool = Pool(threads, "flexgen-disk")
+        self._pool = pool(threads, "flexgen-disk")
         self._files: OrderedDict[tuple[Path, bool], DirectFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._closed = False

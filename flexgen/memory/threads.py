@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.units import MIB
-
-_T = TypeVar("_T")
 
 _ROOM = 16 * MIB
 """Bytes that must be free before a thread is started: a stack, usually of 8 MiB, and the first objects."""
@@ -27,49 +25,48 @@ _NO_THREADS = (
 )
 
 
-class Pool(ThreadPoolExecutor):
-    """A pool whose `submit` raises as `start` does where a thread that it needs cannot be started."""
-
-    def __init__(self, threads: int, name: str) -> None:
-        super().__init__(threads, thread_name_prefix=name)
-        self._startable = threads
-
-    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        if self._startable:  # a thread may be started for each of the first jobs
-            _check_room()
-        try:
-            future = super().submit(fn, *args, **kwargs)
-        except RuntimeError as error:
-            if "after" in str(error):  # `shutdown`
-                raise
-            raise _reason(error) from error
-        self._startable = max(self._startable - 1, 0)
-        return future
-
-
 def start(thread: threading.Thread) -> None:
     """Start `thread`. Raises CapacityError where there is no memory for it, RequestError where there are too many.
 
     Ctrl-C raises KeyboardInterrupt; the thread may have begun then.
     """
-    _check_room()
-    try:
+    with _named_errors():
         thread.start()
-    except RuntimeError as error:
-        raise _reason(error) from error
 
 
-def _reason(error: RuntimeError) -> BaseException:
-    """Why `Thread.start` raised `error`."""
-    interrupt = error.__context__
-    if interrupt is not None and not isinstance(interrupt, Exception):
-        # A signal arrived while Thread.start waited: the condition that it uses then fails to release its lock.
-        return interrupt
-    return RequestError(_NO_THREADS)
+def pool(count: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose `count` threads have all started, so that `submit` has nothing to start and does not fail for it.
+
+    Raises as `start` does, and leaves no thread then.
+    """
+    made = ThreadPoolExecutor(count, thread_name_prefix=name)
+    gate = threading.Barrier(count)
+    try:
+        started = []
+        for _ in range(count):
+            with _named_errors():
+                started.append(made.submit(gate.wait))  # each in a thread of its own, until all have started
+        for future in started:
+            future.result()
+    except BaseException:
+        gate.abort()
+        made.shutdown(cancel_futures=True)
+        raise
+    return made
 
 
-def _check_room() -> None:
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Around the start of one thread."""
     try:
         mmap.mmap(-1, _ROOM).close()
     except (OSError, MemoryError) as error:
         raise CapacityError(_NO_MEMORY) from error
+    try:
+        yield
+    except RuntimeError as error:
+        interrupt = error.__context__
+        if interrupt is not None and not isinstance(interrupt, Exception):
+            # A signal arrived while Thread.start waited: the condition that it uses then fails to release its lock.
+            raise interrupt from None
+        raise RequestError(_NO_THREADS) from error

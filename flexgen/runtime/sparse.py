@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from flexgen.kernels.sparse_attention import Choice
 from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.disk import DiskIO, Read
-from flexgen.memory.threads import Pool
+from flexgen.memory.threads import pool
 
 
 def _half(segment: CacheSegment) -> int:
@@ -35,7 +35,7 @@ class ValueReader:
 
     def __init__(self, io: DiskIO) -> None:
         self._io = io
-        self._pool = Pool(io.threads, "flexgen-values")
+        self._pool: ThreadPoolExecutor | None = None  # made for the first read: most caches need none
 
     def read(
         self, choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span
@@ -43,6 +43,7 @@ class ValueReader:
         """Return when `buffer` has the chosen values of a part that begins at byte `start` of its file."""
         reads = value_reads(choice, segment, path, start, buffer, span)
         parts = [reads[n :: self._io.threads] for n in range(self._io.threads)]
+        self._pool = self._pool or pool(self._io.threads, "flexgen-values")
         futures: list[Future[None]] = []
         try:
             for part in filter(None, parts):
@@ -56,7 +57,8 @@ class ValueReader:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _read_part(self, reads: Sequence[Read]) -> None:
         # What is more than a chunk would be handed on to the threads that read ahead.

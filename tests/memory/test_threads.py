@@ -82,31 +82,43 @@ def test_an_interrupt_while_a_thread_starts_is_not_taken_for_a_limit(
     assert raised.value is interrupt
 
 
-def test_a_pool_refuses_as_a_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each thread that it may have to start; what it has started goes on serving."""
+@pytest.mark.parametrize("begun", range(3))
+def test_a_pool_of_which_one_thread_cannot_start_leaves_none(
+    begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of the library queues what it was given and raises RuntimeError, or waits for ever."""
+    made, start = [], threading.Thread.start
 
-    def refuse(*args: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
+    def refuse(thread: threading.Thread) -> None:
+        if len(made) == begun:
+            raise RuntimeError("can't start new thread")
+        made.append(thread)
+        start(thread)
 
-    with threads.Pool(2, "flexgen-test") as pool:
-        with monkeypatch.context() as patch:
-            patch.setattr(threads.mmap, "mmap", refuse)
-            with pytest.raises(CapacityError, match="RLIMIT_AS"):
-                pool.submit(int)
-        assert [pool.submit(int).result() for _ in range(3)] == [0, 0, 0]
-        monkeypatch.setattr(threads.mmap, "mmap", refuse)
-        assert pool.submit(int).result() == 0
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        pool.submit(int)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RequestError, match="ulimit -u"):
+            threads.pool(3, "flexgen-test")
+    assert len(made) == begun and not any(thread.is_alive() for thread in made)
 
 
-def test_a_limit_of_threads_is_named_for_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise RuntimeError("can't start new thread")
+def test_a_pool_without_memory_for_its_last_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe, asked = threads.mmap.mmap, []
 
-    with threads.Pool(1, "flexgen-test") as pool:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading, "_start_new_thread", refuse)
-            with pytest.raises(RequestError, match="ulimit -u"):
-                pool.submit(int)
-        assert pool.submit(int).result() == 0
+    def refuse(*args: int) -> object:
+        asked.append(args)
+        if len(asked) == 3:
+            raise OSError(12, "Cannot allocate memory")
+        return probe(*args)
+
+    monkeypatch.setattr(threads.mmap, "mmap", refuse)
+    with pytest.raises(CapacityError, match="RLIMIT_AS"):
+        threads.pool(3, "flexgen-refused")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexgen-refused")]
+
+
+def test_all_threads_of_a_pool_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    with threads.pool(3, "flexgen-test") as pool:
+        monkeypatch.setattr(threads, "_named_errors", None)
+        monkeypatch.setattr(threading.Thread, "start", None)
+        assert list(pool.map(abs, [-1, 2, -3, 4])) == [1, 2, 3, 4]
