@@ -154,10 +154,12 @@ def dequantise_in_torch(packed: Packed, out: Tensor) -> Tensor:
     return out
 
 
-def decode_workspace(values: int, group: int) -> int:
-    """Bytes of temporaries while torch decodes `values` values on a GPU, the largest piece: codes and scales."""
+def decode_workspace(values: int, bits: int, group: int) -> int:
+    """Bytes of temporaries while torch decodes `values` values on a GPU, the largest piece: scales, and codes of 4
+    bits."""
     at_once = min(values, _GPU_PIECE)
-    return at_once + at_once // group * 2 * torch.float32.itemsize
+    scales = at_once // group * (2 if bits == 4 else 1) * torch.float32.itemsize
+    return scales + (at_once if bits == 4 else 0)
 
 
 def _decode_pieces(

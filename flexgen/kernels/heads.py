@@ -236,7 +236,7 @@ class GroupwiseHeads(EncodedHeads):
         dequantise(self._view(kept), out)
 
     def decode_workspace(self, values: int) -> int:
-        return decode_workspace(values, self.group)
+        return decode_workspace(values, self.bits, self.group)
 
     def attend(
         self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float

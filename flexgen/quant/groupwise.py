@@ -39,7 +39,7 @@ class Groupwise(Codec):
         return self._parts(shape)[-1]
 
     def decode_workspace(self, shape: Sequence[int]) -> int:
-        return decode_workspace(math.prod(shape), self.group)
+        return decode_workspace(math.prod(shape), self.bits, self.group)
 
     def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
         scales, minimums, _ = self._parts(shape)
