@@ -100,7 +100,7 @@ class Attention(AttentionLayer):
             for whole, each in zip((k, v), made, strict=True):
                 whole[part.rows, :, part.tokens] = each
             del made, each
-        ctx.keep_prompt(k, v)
+        ctx.keep_new(k, v)
         out = torch.empty_like(x)
         for part in parts:
             (q,) = self._project(x[part], weights, ctx.positions[part], "q", length=length)

@@ -203,9 +203,10 @@ class StepCosts:
         _, layer, token, rows, *_ = key
         if not self._layers[layer].has_cache or not token:
             return ()
-        layout, cached = self._cache[layer, rows], self._cached(token)
-        moving = [segment for segment in layout.segments if not segment.resident]
-        return self._timed_routes(layout.inward(s, *self._pages(s, cached)) for s in moving)
+        layout, span = self._cache[layer, rows], Span(self._cached(token), self._new(token))
+        return self._timed_routes(
+            layout.inward(s, span, *self._pages(s, span.length)) for s in layout.moving(span)
+        )
 
     def _store_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, _, flushes = key

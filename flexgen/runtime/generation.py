@@ -15,7 +15,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.ops import rope_tables, token_factors
 from flexgen.models.spec import RopeSpec
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
@@ -50,12 +50,12 @@ class _Cell:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self.cache.attend(self.layer, self.batch, self.slot, self.span, q, k, v, self.padding, scale)
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
         self.cache.keep(self.layer, self.batch, self.slot, self.span, k, v)
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], self.padding.starts[chunk.rows], scale)
+        place = self.layer, self.batch, self.slot, self.span, chunk
+        return self.cache.attend_chunk(*place, q, k, v, self.padding, scale)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Generation:
         span = self._prompts.span(i, k)
         match op:
             case Op.LOAD_CACHE:
-                return self._cache.load(j, k, slot, span.length) if self._layers[j].has_cache else ()
+                return self._cache.load(j, k, slot, span) if self._layers[j].has_cache else ()
             case Op.LOAD_HIDDEN:
                 if j:
                     return self._activations.load(k, slot, span.new)

@@ -103,7 +103,7 @@ class FullContext:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return causal_attention(q, k, v, self.starts, scale)
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
         pass
 
     def attend_chunk(self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -51,7 +51,7 @@ class _Context:
     def rope_factors(self, rope, dtype):
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
-    def keep_prompt(self, k, v):
+    def keep_new(self, k, v):
         pass
 
     def attend_chunk(self, chunk, q, k, v, scale):
