@@ -21,8 +21,8 @@ from record import save
 from transformers import AutoTokenizer
 
 from flexgen import OptLM, Policy, demo
+from flexgen.engine.scoring import perplexity, score
 from flexgen.errors import PolicyError
-from flexgen.scoring import perplexity, score
 
 CODECS = ("none", "int8", "int4")
 CASES = {

@@ -54,7 +54,7 @@ class TimedStops(tokens.NewTokens):
 @contextlib.contextmanager
 def stopping(times: np.ndarray, rule: object) -> Iterator[None]:
     with (
-        mock.patch("flexgen.engine.NewTokens", type("Stops", (TimedStops,), {"times": times})),
+        mock.patch("flexgen.engine.model.NewTokens", type("Stops", (TimedStops,), {"times": times})),
         mock.patch("flexgen.runtime.tokens.regrouped", rule),
     ):
         yield

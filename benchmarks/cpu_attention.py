@@ -22,7 +22,7 @@ from record import interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.trace import LaneName, Phase
+from flexgen.results.trace import LaneName, Phase
 
 LANES = ("loading", "arithmetic")
 ORDERS = ("overlap_cpu_attention", "overlap_multi_batch", "normal")

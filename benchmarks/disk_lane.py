@@ -22,8 +22,8 @@ from flexgen.memory.disk import DiskIO, Read, ReadJob, Write
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.lanes import Lane, ThreadLane
-from flexgen.schedule import Op, Step
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.steps import Op, Step
 from flexgen.units import MIB
 
 STEP = Step(Op.LOAD_WEIGHTS, 0, 0)

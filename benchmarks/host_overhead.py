@@ -30,7 +30,7 @@ from flexgen import OptLM, Policy
 from flexgen.kernels.attention import decode_attention
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.orders import ORDERS
+from flexgen.schedule.orders import ORDERS
 
 LIMIT_US = 150.0
 ALL_ON_GPU = {name: {"gpu": 100} for name in ("weights", "cache", "activations")}

@@ -24,8 +24,8 @@ from record import RESULTS, interleaved, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.report import bound_seconds
-from flexgen.trace import Event, LaneName, Phase
+from flexgen.results.report import bound_seconds
+from flexgen.results.trace import Event, LaneName, Phase
 
 MODEL = OPTConfig(
     vocab_size=16_384, hidden_size=2048, ffn_dim=8192, num_hidden_layers=8, num_attention_heads=32,

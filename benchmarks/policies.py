@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flexgen.engine.auto import own_order
 from flexgen.models import open_model
-from flexgen.planning.auto import own_order
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
-from flexgen.planning.search import find_policy
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
+from flexgen.search.find import find_policy
 from flexgen.workload import Workload
 
 POLICIES = Path(__file__).resolve().parents[1] / "policies"
@@ -36,7 +36,7 @@ def write(model: str, lossy: bool) -> None:
     order = "" if best.order == own_order(best.policy, machine) else f" --order {best.order}"
     job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
     comment = (
-        f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/planning/hardware.toml, "
+        f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/predict/hardware.toml, "
         f"{'int4 and int8 allowed' if lossy else 'weights and cache as they are'}: the best\n"
         f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
         f"{WORKLOAD.gen_len} new ones each.\n"

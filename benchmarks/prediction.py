@@ -27,9 +27,9 @@ from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.models import open_model
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.measured import measured
-from flexgen.planning.predict import predict
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
+from flexgen.probe.measured import measured
 from flexgen.workload import Workload
 
 MEDIAN, WORST = 0.10, 0.25

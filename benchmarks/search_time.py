@@ -20,10 +20,10 @@ from record import interleaved, save
 
 from flexgen.errors import CapacityError
 from flexgen.models import open_model
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
-from flexgen.planning.search import find_policy
 from flexgen.policy import Policy
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
+from flexgen.search.find import find_policy
 from flexgen.workload import Workload
 
 MODEL = "opt-175b"

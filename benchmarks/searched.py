@@ -23,12 +23,12 @@ from record import RESULTS, interleaved, kept, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy, Tier
+from flexgen.engine.auto import this_machine
 from flexgen.models import open_model
-from flexgen.planning.auto import this_machine
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.measured import measured
-from flexgen.planning.predict import predict
-from flexgen.planning.search import find_policy
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
+from flexgen.probe.measured import measured
+from flexgen.search.find import find_policy
 from flexgen.units import MIB
 from flexgen.workload import Workload
 

@@ -7,7 +7,7 @@ with OptLM("demo", Policy(gpu_batch_size=8, weights={"cpu": 50, "disk": 50})) as
 """
 
 # ruff: noqa: E402
-from flexgen.interrupts import end_quietly_while_starting
+from flexgen.cli.interrupts import end_quietly_while_starting
 
 end_quietly_while_starting()  # before anything that takes time
 
@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexgen.engine import OptLM, Stats
+    from flexgen.engine.model import OptLM, Stats
     from flexgen.policy import Auto, Policy, Share, Split, Tier
     from flexgen.runtime.sampler import sample
     from flexgen.workload import Workload
@@ -26,7 +26,7 @@ __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Worklo
 __path__.append(f"{__path__[0]}/flex_opt/old_names")
 
 _MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
-_MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine")
+_MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine.model")
 _MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"}
 
 

@@ -6,9 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from flexgen.errors import did_you_mean
-from flexgen.interrupts import handle_as_usual
-from flexgen.shown import shown
+from flexgen.cli.interrupts import handle_as_usual
+from flexgen.errors import did_you_mean, shown
 
 COMMANDS = {
     "complete": "continue a text, or chat at a prompt",

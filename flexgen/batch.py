@@ -19,19 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexgen.answers import Answers
-from flexgen.engine import OptLM
-from flexgen.errors import FlexGenError, RequestError
-from flexgen.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
+from flexgen.cli.answers import Answers
+from flexgen.cli.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
+from flexgen.cli.prompts import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
+from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
+from flexgen.engine.model import OptLM
+from flexgen.engine.text import encode, encode_chat, load_tokenizer
+from flexgen.errors import FlexGenError, RequestError, shown
 from flexgen.models import ModelSpec, open_model
-from flexgen.orders import ORDERS
 from flexgen.policy import Auto, Policy
-from flexgen.prompt_files import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
 from flexgen.runtime.request import check_room
 from flexgen.runtime.sampler import check_seed
-from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
-from flexgen.shown import shown
-from flexgen.text import encode, encode_chat, load_tokenizer
+from flexgen.schedule.orders import ORDERS
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 

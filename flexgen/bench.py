@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from flexgen import demo, scoring
-from flexgen.engine import OptLM
+from flexgen import demo
+from flexgen.cli.flags import OutputFile, add_model_flags, add_policy_flags, count, read_policy, run
+from flexgen.engine import OptLM, scoring
+from flexgen.engine.auto import USUAL, known_machine, this_machine
 from flexgen.errors import CapacityError
-from flexgen.flags import OutputFile, add_model_flags, add_policy_flags, count, read_policy, run
-from flexgen.planning.auto import USUAL, known_machine, this_machine
 from flexgen.policy import Policy
-from flexgen.report import Report
+from flexgen.results.report import Report
 from flexgen.runtime.debug import tokens_to_run
-from flexgen.trial import beside, warm_up
+from flexgen.tuning.trial import beside, warm_up
 from flexgen.workload import Workload
 
 _DEMO_GEN_LEN = 24

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flexgen.engine import OptLM
+from flexgen.cli.flags import add_model_flags, add_policy_flags, read_policy, run, tell
+from flexgen.cli.prompts import normalized, read_text
+from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
+from flexgen.engine.model import OptLM
+from flexgen.engine.text import encode, encode_chat, load_tokenizer
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.flags import add_model_flags, add_policy_flags, read_policy, run, tell
 from flexgen.models import open_model
-from flexgen.prompt_files import normalized, read_text
 from flexgen.runtime.request import check_length, read_request
-from flexgen.sampling_flags import add_sampling_flags, check_sampling_flags
-from flexgen.text import encode, encode_chat, load_tokenizer
 from flexgen.workload import Workload
 
 _PROMPT = ">>> "

@@ -15,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flexgen.flags import OutputFile, run
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.measured import cache_folder, measured, remembered
+from flexgen.cli.flags import OutputFile, run
+from flexgen.predict.hardware import Hardware
+from flexgen.probe.measured import cache_folder, measured, remembered
 
 
 def main(argv: Sequence[str] | None = None) -> int:

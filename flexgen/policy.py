@@ -20,8 +20,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from flexgen.errors import PolicyError, did_you_mean
-from flexgen.shown import cut, shown
+from flexgen.errors import PolicyError, cut, did_you_mean, shown
 from flexgen.units import LARGEST_COUNT
 
 CODECS = ("none", "int4", "int8")

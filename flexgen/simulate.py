@@ -12,13 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flexgen.flags import OutputFile, add_policy_flags, count, read_policy, run
+from flexgen.cli.flags import OutputFile, add_policy_flags, count, read_policy, run
+from flexgen.engine.auto import USUAL, AutoPolicy
 from flexgen.models import open_model
-from flexgen.planning.auto import USUAL, AutoPolicy
-from flexgen.planning.measured import find_hardware
-from flexgen.planning.predict import predict
 from flexgen.policy import Auto
-from flexgen.report import Report
+from flexgen.predict.prediction import predict
+from flexgen.probe.measured import find_hardware
+from flexgen.results.report import Report
 from flexgen.workload import Workload
 
 

@@ -18,15 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexgen.cli.flags import AUTO, OutputFile, add_model_flags, add_policy_flags, count, fixed_fields, run
+from flexgen.engine.auto import USUAL, own_order, this_machine
 from flexgen.errors import RequestError
-from flexgen.flags import AUTO, OutputFile, add_model_flags, add_policy_flags, count, fixed_fields, run
 from flexgen.models import ModelSpec, open_model
-from flexgen.planning.auto import USUAL, own_order, this_machine
-from flexgen.planning.frontier import Point, draw, find_frontier, frontier_table, plotter
-from flexgen.planning.measured import find_hardware
 from flexgen.policy import Policy
-from flexgen.report import Report
-from flexgen.tuning import Effort, Tuning, trials_table
+from flexgen.probe.measured import find_hardware
+from flexgen.results.report import Report
+from flexgen.search.frontier import Point, draw, find_frontier, frontier_table, plotter
+from flexgen.tuning.rounds import Effort, Tuning, trials_table
 from flexgen.workload import Workload
 
 

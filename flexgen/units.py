@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from flexgen.shown import shown
+from flexgen.errors import shown
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 

@@ -7,8 +7,7 @@ import numbers
 import operator
 from dataclasses import dataclass
 
-from flexgen.errors import RequestError
-from flexgen.shown import shown
+from flexgen.errors import RequestError, shown
 from flexgen.units import LARGEST_COUNT
 
 

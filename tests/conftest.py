@@ -10,11 +10,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from flexgen.engine import auto
 from flexgen.memory.gpu import open_device
 from flexgen.models import families
-from flexgen.planning import auto
-from flexgen.planning.hardware import Hardware
-from flexgen.schedule import Grid
+from flexgen.predict.hardware import Hardware
+from flexgen.schedule.steps import Grid
+
+pytest_plugins = ["machines"]
 
 # No deadline: how long an example takes says something about the machine, not about the code. The same examples
 # each time: what a run finds, it finds again. `--hypothesis-profile=explore` tries others, and many more of them
@@ -38,18 +40,19 @@ TESTS = Path(__file__).parent
 # Files that `make test-fast` leaves out: they run whole models, search policies or compile.
 SLOW = (
     "engine/*", "fakecuda/*", "flex_opt/*", "hf/*",
-    "test_auto.py", "test_batch.py", "test_bench.py", "test_complete.py", "test_demo_model.py", "test_docs.py",
-    "test_gpu_benchmark.py", "test_interrupts.py", "test_main.py", "test_tune.py",
+    "test_batch.py", "test_bench.py", "test_complete.py", "test_demo_model.py", "test_docs.py",
+    "test_gpu_benchmark.py", "cli/test_interrupts.py", "test_main.py", "test_tune.py",
     "kernels/test_attention.py", "kernels/test_heads.py", "kernels/test_loading.py",
     "kernels/test_sparse_attention.py", "kernels/test_triton_*",
     "memory/test_homes.py", "memory/test_stream_lanes.py", "memory/test_weights.py", "models/test_chunks.py",
-    "planning/test_cpu_attention.py",
-    "planning/test_costs.py", "planning/test_paper_table.py", "planning/test_predict.py", "planning/test_probe.py",
-    "planning/test_search.py",
+    "predict/test_cpu_attention.py",
+    "predict/test_costs.py", "predict/test_paper_table.py", "predict/test_prediction.py", "probe/test_probe.py",
+    "search/test_find.py",
     "runtime/test_kvcache.py", "runtime/test_sparse.py",
 )  # fmt: skip
 FAST = (
-    "engine/test_refusals.py", "flex_opt/test_places.py", "flex_opt/test_policy.py", "hf/test_id_cache.py",
+    "engine/test_refusals.py", "engine/test_scoring.py", "engine/test_text.py",
+    "flex_opt/test_places.py", "flex_opt/test_policy.py", "hf/test_id_cache.py",
     "hf/test_max_memory.py",
 )  # fmt: skip
 """Of these the ones that it runs."""

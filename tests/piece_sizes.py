@@ -11,7 +11,7 @@ import pytest
 from flexgen.layout.topology import Topology
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.gpu import HostDevice
-from flexgen.planning.hardware import Hardware
+from flexgen.predict.hardware import Hardware
 
 
 def in_pieces(topology: Topology, **sizes: int) -> Topology:

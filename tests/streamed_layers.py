@@ -23,7 +23,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer, WeightSpec, build_layers, open_model
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Split
-from flexgen.schedule import Op, Step
+from flexgen.schedule.steps import Op, Step
 
 OPT = dict(
     vocab_size=101, hidden_size=36, num_hidden_layers=3, num_attention_heads=4, ffn_dim=77,

@@ -8,7 +8,7 @@ import pytest
 
 from flexgen import batch
 from flexgen.demo import MODEL_DIR
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 
 BLOCK = ["--gpu-batch-size", "2", "--num-gpu-batches", "1", "--percent", "100", "0", "100", "0", "100", "0"]
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--max-tokens", "6", "--seed", "7", "--save-every", "1"]

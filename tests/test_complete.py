@@ -15,7 +15,7 @@ import pytest
 
 from flexgen import complete
 from flexgen.demo import MODEL_DIR
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.policy import Policy
 from flexgen.runtime.stream import Stream
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen.demo import MODEL_DIR, accuracy, records
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.policy import Policy
 
 COUNT, SEED, NEW_TOKENS = 40, 20_260, 20

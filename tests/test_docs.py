@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flexgen import bench
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy
+from flexgen.schedule.orders import ORDERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexgen import bench
-from flexgen.flags import read_policy
+from flexgen.cli.flags import read_policy
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.layout.topology import LINKED

@@ -25,7 +25,7 @@ def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
     [
         "import flexgen",
         "from flexgen import OptLM, Policy, Workload",
-        "import flexgen.engine, flexgen.planning.search, flexgen.planning.measured",
+        "import flexgen.engine.model, flexgen.search.find, flexgen.probe.measured",
         "import flexgen.bench, flexgen.complete, flexgen.batch, flexgen.simulate, flexgen.measure, flexgen.tune",
     ],
 )

@@ -4,8 +4,8 @@ import shlex
 import pytest
 
 from flexgen import measure, simulate
-from flexgen.planning import measured as cache
-from flexgen.planning.hardware import Hardware
+from flexgen.predict.hardware import Hardware
+from flexgen.probe import measured as cache
 
 
 @pytest.fixture(autouse=True)

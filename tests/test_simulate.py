@@ -4,8 +4,8 @@ import shlex
 import pytest
 
 from flexgen import bench, simulate
-from flexgen.planning.hardware import Hardware
 from flexgen.policy import Policy
+from flexgen.predict.hardware import Hardware
 
 SMALL = "--model opt-125m --prompt-len 16 --gen-len 4 --gpu-batch-size 2 --num-gpu-batches 2"
 

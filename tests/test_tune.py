@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexgen import bench, tune, tuning
+from flexgen import bench, tune
 from flexgen.errors import CapacityError
 from flexgen.models import open_model
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.search import find_policy
 from flexgen.policy import Policy
-from flexgen.trace import LaneName, Phase
-from flexgen.trial import predicted_trial, run_trial, shape_for, shapes
+from flexgen.predict.hardware import Hardware
+from flexgen.results.trace import LaneName, Phase
+from flexgen.search.find import find_policy
+from flexgen.tuning import rounds as tuning
+from flexgen.tuning.trial import predicted_trial, run_trial, shape_for, shapes
 from flexgen.workload import Workload
 
 CONFIG = dict(

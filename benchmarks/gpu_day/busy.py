@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.trial import warm_up
+from flexgen.tuning.trial import warm_up
 from gpu_day import arguments, write
 
 

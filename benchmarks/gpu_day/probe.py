@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import tomllib
 
-from flexgen.planning.probe.effort import Effort
-from flexgen.planning.probe.machine import measure
+from flexgen.probe.effort import Effort
+from flexgen.probe.machine import measure
 from flexgen.units import MIB
 from gpu_day import arguments, write
 

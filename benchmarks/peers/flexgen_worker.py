@@ -27,8 +27,8 @@ from flexgen.layout.plan import plan_memory
 from flexgen.layout.topology import SHARED
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
 from flexgen.models import build_layers, open_model
-from flexgen.orders import ORDERS, order_for
-from flexgen.schedule import Op
+from flexgen.schedule.orders import ORDERS, order_for
+from flexgen.schedule.steps import Op
 
 MARGIN = 0.06
 """Peaks were up to 62 MB beyond plans of this size (`benchmarks/memory.py`), 15 MB in the one of llama-1b."""

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import transformers
 
-from flexgen.errors import RequestError
-from flexgen.flags import run
+from flexgen.cli.flags import run
+from flexgen.errors import RequestError, shown
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.model import OptLM
 from flexgen.flex_opt.places import DUMMY_WEIGHT, read_config
 from flexgen.flex_opt.policy import CompressionConfig, Policy
 from flexgen.policy import Tier
 from flexgen.runtime.debug import BREAKDOWN, FEWER_BATCH, projected_decode, tokens_to_run
-from flexgen.shown import shown
 from flexgen.units import GIB, KIB, MIB
 
 KB, MB, GB = KIB, MIB, GIB

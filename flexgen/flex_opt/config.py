@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import OPTConfig
 
-from flexgen.errors import ModelError, did_you_mean
+from flexgen.errors import ModelError, cut, did_you_mean
 from flexgen.models import ModelSpec
 from flexgen.models.families.opt import SIZES, known_config
-from flexgen.shown import cut
 
 _HALF_BYTES = 2  # sizes are printed for float16, whatever the run computes in
 _GALACTICA = "galactica-30b"

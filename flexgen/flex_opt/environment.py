@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.memory.cpu import peak_resident_bytes
 from flexgen.units import GIB
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from flexgen import engine
-from flexgen.engine import Stats
+from flexgen.engine import model as engine
+from flexgen.engine.model import Stats
 from flexgen.flex_opt.config import OptConfig
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.places import find_weights, read_config
 from flexgen.flex_opt.policy import Policy
 from flexgen.flex_opt.timer import GENERATE, costs_of, timers
+from flexgen.results.trace import Event, Phase
 from flexgen.runtime.debug import BREAKDOWN
 from flexgen.runtime.draws import seed_from_torch
 from flexgen.runtime.request import IdRows, leading, read_rows
-from flexgen.schedule import Op
-from flexgen.trace import Event, Phase
+from flexgen.schedule.steps import Op
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import CheckpointError, ModelError, UnsupportedError, did_you_mean
+from flexgen.errors import CheckpointError, ModelError, UnsupportedError, cut, did_you_mean
 from flexgen.flex_opt.config import KNOWN, OptConfig, from_spec, get_opt_config, is_published, to_transformers
 from flexgen.models import ModelSpec, open_model
 from flexgen.models.tensor_files import NumpyCheckpoint
-from flexgen.shown import cut
 
 _log = logging.getLogger("flexgen")
 

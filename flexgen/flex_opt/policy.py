@@ -6,10 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from flexgen import policy
-from flexgen.errors import PolicyError
+from flexgen.errors import PolicyError, shown
 from flexgen.policy import Share, Split, Tier
 from flexgen.quant.codec import CODECS, Groupwise
-from flexgen.shown import shown
 
 _WEIGHT_DIMS = (0, 1)
 """Either dimension of a matrix: groups lie along its rows whichever is named."""

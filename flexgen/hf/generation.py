@@ -19,7 +19,7 @@ from transformers.generation import (
 )
 from transformers.utils.logging import get_logger
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.id_cache import CACHE_NAME, IdCache, read_cache
 from flexgen.hf.processors import RowProcessors

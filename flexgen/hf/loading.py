@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from flexgen.errors import RequestError, UnsupportedError, did_you_mean
-from flexgen.shown import shown
+from flexgen.errors import RequestError, UnsupportedError, did_you_mean, shown
 
 _NO_EFFECT = frozenset(
     {"low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "use_safetensors", "weights_only"}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrain
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.logging import is_progress_bar_enabled
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import UnsupportedError
 from flexgen.hf.generation import UNSUPPORTED, Generation, read_ids, refuse
 from flexgen.hf.id_cache import CACHE_NAME, IdCache, read_cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import UnsupportedError
 from flexgen.models import WeightSpec, build_layers
 

@@ -14,7 +14,7 @@ from flexgen.layout.topology import Topology
 from flexgen.models.spec import AttentionSpec, CacheShape
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import BLOCK, align
 
 

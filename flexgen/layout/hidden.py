@@ -12,7 +12,7 @@ from flexgen.layout.needs import Need
 from flexgen.layout.topology import Topology
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import BLOCK, align
 
 

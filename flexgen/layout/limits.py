@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen.errors import RequestError
+from flexgen.errors import RequestError, shown
 from flexgen.policy import Tier
-from flexgen.shown import shown
 from flexgen.units import parse_bytes
 
 

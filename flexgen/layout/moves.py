@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import align
 
 

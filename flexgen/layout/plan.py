@@ -22,9 +22,9 @@ from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.orders import Slots
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
+from flexgen.schedule.orders import Slots
 from flexgen.units import MIB
 from flexgen.workload import Workload
 

@@ -15,7 +15,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import ALIGNMENT, BLOCK, KIB, MIB, align
 
 _READ_ALONG = 64 * KIB

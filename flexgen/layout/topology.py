@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen.layout.pieces import PieceSizes
-from flexgen.orders import ORDERS, Order, order_for
 from flexgen.policy import Policy, Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.orders import ORDERS, Order, order_for
 
 
 @dataclass(frozen=True)

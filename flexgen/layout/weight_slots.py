@@ -19,7 +19,7 @@ from flexgen.layout.rows import travelling
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
-from flexgen.turns import Turns
+from flexgen.schedule.turns import Turns
 from flexgen.units import ALIGNMENT, BLOCK, align
 
 GAP = 4 * BLOCK

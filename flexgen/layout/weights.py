@@ -11,7 +11,7 @@ from flexgen.layout.rows import travelling
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import ALIGNMENT, BLOCK, align
 
 

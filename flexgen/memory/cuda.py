@@ -19,7 +19,7 @@ from flexgen.memory.shared_gpu import GpuUser, cublas_bytes, shared_gpu
 from flexgen.memory.store import Store
 from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import format_bytes
 
 _RESERVE = 0.05

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from flexgen import threads
+from flexgen.memory import threads
 from flexgen.memory.lanes import Cancelled, Done, HostDone, Job, ThreadLane, failure
-from flexgen.schedule import Step
-from flexgen.trace import Event, LaneName
+from flexgen.results.trace import Event, LaneName
+from flexgen.schedule.steps import Step
 
 _IN_FLIGHT = 2
 """Jobs that are on their way at once: one at its end, one that fills the threads."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.errors import RequestError
+from flexgen.errors import RequestError, shown
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import can_pack, pack
 from flexgen.layout.topology import SHARED
@@ -27,8 +27,7 @@ from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
-from flexgen.shown import shown
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import parse_bytes
 
 _log = logging.getLogger("flexgen")

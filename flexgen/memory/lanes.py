@@ -24,13 +24,13 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from flexgen import threads
 from flexgen.errors import LaneError
 from flexgen.kernels.threads import take_no_others
+from flexgen.memory import threads
 from flexgen.memory.device_errors import lane_error
 from flexgen.memory.taken import run_all
-from flexgen.schedule import Step
-from flexgen.trace import Event, LaneName
+from flexgen.results.trace import Event, LaneName
+from flexgen.schedule.steps import Step
 
 Job = Callable[[], object]
 

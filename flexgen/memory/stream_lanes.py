@@ -17,8 +17,8 @@ import torch
 
 from flexgen.memory.lanes import Cancelled, Done, HostDone, Job, Lane, ThreadLane, failure
 from flexgen.memory.store import Store
-from flexgen.schedule import Step
-from flexgen.trace import Event, LaneName
+from flexgen.results.trace import Event, LaneName
+from flexgen.schedule.steps import Step
 
 _LIVE_EVENTS = 64
 """Jobs of a lane whose events are kept before those that have ended are read."""

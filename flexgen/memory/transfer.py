@@ -8,7 +8,7 @@ from typing import NamedTuple
 from flexgen.layout.moves import Move, Routes
 from flexgen.memory.lanes import Job
 from flexgen.policy import Tier
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 
 
 class Stage(NamedTuple):

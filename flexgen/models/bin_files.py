@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CheckpointError
+from flexgen.models.plain_files import check_file, reading
 from flexgen.models.samples import archive_content
 from flexgen.models.spec import WeightSpec
 from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, TensorFiles, by_name, finite
-from flexgen.plain_files import check_file, reading
 
 
 class BinCheckpoint(TensorFiles):

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import CheckpointError, ModelError, did_you_mean
+from flexgen.errors import CheckpointError, ModelError, did_you_mean, shown
 from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
@@ -25,10 +25,9 @@ from flexgen.models.fields import token_ids
 from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Layer
+from flexgen.models.plain_files import reading
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
-from flexgen.plain_files import reading
-from flexgen.shown import shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig

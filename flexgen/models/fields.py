@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexgen.errors import ModelError
+from flexgen.errors import ModelError, shown
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.rope import KINDS, rope_spec
 from flexgen.models.spec import RopeSpec
-from flexgen.shown import shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig

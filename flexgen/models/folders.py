@@ -6,8 +6,7 @@ import json
 import logging
 from pathlib import Path, PurePosixPath
 
-from flexgen.errors import CheckpointError, ModelError
-from flexgen.shown import shown
+from flexgen.errors import CheckpointError, ModelError, shown
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.errors import CheckpointError
+from flexgen.errors import CheckpointError, shown
 from flexgen.models.layer import Layer
+from flexgen.models.plain_files import reading
 from flexgen.models.samples import sample
 from flexgen.models.spec import ModelSpec, WeightSpec
-from flexgen.plain_files import reading
-from flexgen.shown import shown
 from flexgen.units import align
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

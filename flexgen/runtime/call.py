@@ -22,8 +22,8 @@ from flexgen.memory.transfer import Chains
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.orders import Order, Slots, normal
 from flexgen.policy import Policy
+from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
@@ -31,8 +31,8 @@ from flexgen.runtime.in_use import InUse
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import Grid, Op, Step
-from flexgen.trace import LaneName, Phase, Trace
+from flexgen.schedule.orders import Order, Slots, normal
+from flexgen.schedule.steps import Grid, Op, Step
 from flexgen.workload import Workload
 
 

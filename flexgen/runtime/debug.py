@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexgen.errors import RequestError
-from flexgen.orders import normal
+from flexgen.errors import RequestError, shown
+from flexgen.results.trace import Event, LaneName, Phase
 from flexgen.runtime.call import Timing
 from flexgen.runtime.request import check_whole
-from flexgen.schedule import Op
-from flexgen.shown import shown
-from flexgen.trace import Event, LaneName, Phase
+from flexgen.schedule.orders import normal
+from flexgen.schedule.steps import Op
 from flexgen.units import format_seconds
 
 FEWER_BATCH = "fewer_batch"

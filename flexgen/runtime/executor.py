@@ -10,8 +10,8 @@ from typing import Protocol
 
 from flexgen.memory.lanes import Done, Lanes
 from flexgen.memory.transfer import Chains
-from flexgen.schedule import Grid, Op, Step, needs
-from flexgen.trace import Trace
+from flexgen.results.trace import Trace
+from flexgen.schedule.steps import Grid, Op, Step, needs
 
 _WINDOW = 256
 """Steps that may be issued ahead of what has been done: bounds memory and keeps Ctrl-C quick."""

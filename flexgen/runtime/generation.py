@@ -17,13 +17,13 @@ from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import rope_tables, token_factors
 from flexgen.models.spec import RopeSpec
+from flexgen.results.trace import LaneName
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.pages import Padding
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule import Grid, Op, Step
-from flexgen.trace import LaneName
+from flexgen.schedule.steps import Grid, Op, Step
 
 
 @dataclass(frozen=True)

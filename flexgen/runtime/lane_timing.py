@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from flexgen.policy import Tier
-from flexgen.report import timed_lanes
+from flexgen.results.report import timed_lanes
+from flexgen.results.trace import LaneName, Phase
 from flexgen.runtime.call import Call, Model
 from flexgen.runtime.choice import Sampled
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import NewTokens
-from flexgen.trace import LaneName, Phase
 from flexgen.workload import Workload
 
 

@@ -22,9 +22,9 @@ from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.mlp import MLP
 from flexgen.policy import Policy, Tier
+from flexgen.results.trace import LaneName
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import Prompts
-from flexgen.trace import LaneName
 
 
 class _Part(NamedTuple):

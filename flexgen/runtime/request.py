@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flexgen.errors import RequestError
+from flexgen.errors import RequestError, shown
 from flexgen.models import ModelSpec
-from flexgen.shown import shown
 from flexgen.units import LARGEST_COUNT
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexgen.errors import RequestError
+from flexgen.errors import RequestError, shown
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
-from flexgen.shown import shown
 
 INVALID = -1
 """In the place of an id: the row has NaN or infinite scores, so that none can be chosen.

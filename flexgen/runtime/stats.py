@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.plan import batch_sizes
 from flexgen.policy import Policy, Tier
-from flexgen.report import Report, placement_table
+from flexgen.results.report import Report, placement_table
 from flexgen.runtime.call import Timing
 from flexgen.runtime.debug import projected_decode
 

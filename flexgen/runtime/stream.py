@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
-from flexgen import threads
 from flexgen.errors import RequestError
+from flexgen.memory import threads
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig,
 
 import flexgen.runtime.choice
 from flexgen import OptLM, Policy
-from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.quant import CODECS, head_format
+from flexgen.schedule.orders import ORDERS
 
 # Head sizes of one group that fills no vector, and of two whole groups.
 CONFIGS = {

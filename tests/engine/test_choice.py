@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, LaneError
 from flexgen.layout.needs import Need
-from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.request import read_request
-from flexgen.schedule import Op
+from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.steps import Op
 
 PAD, STOP, TOKENS = 1, 2, 8
 LENGTHS = [3, 9, 1, 7, 5, 2, 8, 4, 6, 3]

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from piece_sizes import piece_sizes
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO
 from flexgen.models import Head
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy, Tier
 from flexgen.runtime import compaction
 from flexgen.runtime.kvcache import KVCache
-from flexgen.schedule import Op
+from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.steps import Op
 
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAME = "llama gqa 2"

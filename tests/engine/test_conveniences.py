@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen.demo import MODEL_DIR
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
+from flexgen.engine.scoring import log_likelihoods
 from flexgen.errors import LaneError, ModelError, RequestError
 from flexgen.models import Head
 from flexgen.policy import Policy
 from flexgen.runtime.stream import Stream
-from flexgen.scoring import log_likelihoods
 
 PATIENCE = 60.0
 LENGTHS, TOKENS, PAD = [3, 7, 5, 9, 2, 6, 4, 8], 12, 1

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.models.block import Block
 from flexgen.policy import Policy
+from flexgen.results.trace import LaneName, Phase
 from flexgen.runtime.call import Call
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.schedule import Op
-from flexgen.trace import LaneName, Phase
+from flexgen.schedule.steps import Op
 
 ORDER = "overlap_cpu_attention"
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8, 5, 3]

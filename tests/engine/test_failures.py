@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, LaneError
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
 from flexgen.memory.store import Store
 from flexgen.models import Head, InputEmbed
-from flexgen.orders import ORDERS
 from flexgen.policy import Tier
 from flexgen.runtime.executor import _Run
+from flexgen.schedule.orders import ORDERS
 
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
 

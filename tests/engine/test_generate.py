@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import RequestError
 from flexgen.policy import Policy
 

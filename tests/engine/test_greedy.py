@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.models import open_model
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy
-from flexgen.schedule import Op
+from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.steps import Op
 
 MODELS = [
     "opt",
@@ -166,7 +166,7 @@ def test_prompts_in_chunks(
         spec, checkpoint = open_model(*args)
         return replace(spec, chunk_tokens=chunk_tokens), checkpoint
 
-    monkeypatch.setattr("flexgen.engine.open_model", in_chunks)
+    monkeypatch.setattr("flexgen.engine.model.open_model", in_chunks)
     model, given = tiny(name), prompts(LENGTHS)
     ids = torch.tensor(prompts([12] * 4))
     with OptLM(model.directory, mixed(), device=device, progress=False) as lm:

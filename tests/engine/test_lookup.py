@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy
+from flexgen.schedule.orders import ORDERS
 
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
 NAMES = ["opt", "opt post-norm projected", "opt untied", "llama gqa 2", "llama gqa 1 with biases, tied"]

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from piece_sizes import piece_sizes
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import MLP, Attention, Head, InputEmbed
 from flexgen.policy import Policy
-from flexgen.schedule import Op
-from flexgen.trace import Event, LaneName, Phase
+from flexgen.results.trace import Event, LaneName, Phase
+from flexgen.schedule.steps import Op
 
 SLOW = "emulated:link=8MiB,disk=8MiB"
 TOKENS = 4

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.engine import OptLM
-from flexgen.orders import ORDERS
+from flexgen.engine.model import OptLM
 from flexgen.policy import Policy
+from flexgen.schedule.orders import ORDERS
 
 SPLITS = st.sampled_from(
     [

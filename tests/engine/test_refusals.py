@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, FlexGenError, RequestError
 from flexgen.policy import Policy
 
@@ -33,7 +33,7 @@ def refused(lm: OptLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def no_work(*args: Any) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("flexgen.engine.Call", no_work)
+    monkeypatch.setattr("flexgen.engine.model.Call", no_work)
 
     def check(use: Callable[[OptLM], object], *words: str) -> None:
         with pytest.raises(RequestError) as raised:

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from flexgen.engine import OptLM
-from flexgen.orders import ORDERS
+from flexgen.engine.model import OptLM
 from flexgen.policy import Policy
+from flexgen.schedule.orders import ORDERS
 from flexgen.units import BLOCK
 
 PAD, VOCAB, TOKENS, UNIT = 1, 96, 24, 16

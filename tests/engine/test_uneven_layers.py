@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.models import build_layers
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy, Tier
+from flexgen.schedule.orders import ORDERS
 
 MODELS = {
     "alternating": ("wide", "narrow", "wide", "narrow"),

@@ -11,9 +11,9 @@ from simulated import runtime
 
 from flexgen.kernels.heads import PlainHeads
 from flexgen.memory.machine import Machine
-from flexgen.planning.probe.arithmetic import ArithmeticProbe
-from flexgen.planning.probe.effort import Effort, Stopwatch
-from flexgen.planning.probe.elementwise import ElementwiseProbe
+from flexgen.probe.arithmetic import ArithmeticProbe
+from flexgen.probe.effort import Effort, Stopwatch
+from flexgen.probe.elementwise import ElementwiseProbe
 from flexgen.quant import CODECS
 
 LAUNCH = 5e-6

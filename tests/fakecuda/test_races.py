@@ -22,7 +22,7 @@ from flexgen.errors import LaneError
 from flexgen.memory.cuda import CudaDevice, CudaStore
 from flexgen.memory.gpu import open_device
 from flexgen.memory.stream_lanes import EventDone, StreamLane
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 
 STOPS = range(0, cases.VOCAB, 3)
 

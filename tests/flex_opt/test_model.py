@@ -13,8 +13,8 @@ import flexgen
 from flexgen.errors import RequestError
 from flexgen.flex_opt import ExecutionEnv, OptLM, TorchDevice, TorchDisk, TorchMixedDevice
 from flexgen.flex_opt.model import cost_lines
-from flexgen.schedule import Op, Step
-from flexgen.trace import Event, LaneName
+from flexgen.results.trace import Event, LaneName
+from flexgen.schedule.steps import Op, Step
 
 PAD = 1
 PROMPTS = [[PAD, PAD, 5, 6], [7, 8, 9, 10], [PAD, 11, 12, 13], [14, 15, 16, 17], [PAD, PAD, PAD, 18]]

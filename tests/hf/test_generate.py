@@ -306,7 +306,7 @@ def test_a_mask_that_is_inferred(model: Any, reference: Any, monkeypatch: Any) -
     )
     ends = dict(eos_token_id=0, pad_token_id=0)  # where the pad id ends texts, transformers infers none
     assert model.generate(inside, **ends, **options).equal(reference.generate(inside, **ends, **options))
-    monkeypatch.setattr("flexgen.engine.Call", None)
+    monkeypatch.setattr("flexgen.engine.model.Call", None)
     words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0 .*torch.ones_like\(input_ids\)"
     with pytest.raises(RequestError, match=words):
         model.generate(inside, **options)
@@ -357,7 +357,7 @@ def test_refusals(case: str, model: Any, inputs: Any, monkeypatch: Any) -> None:
     def no_work(*args: Any) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr("flexgen.engine.Call", no_work)
+    monkeypatch.setattr("flexgen.engine.model.Call", no_work)
     options, error, words = REFUSED[case]
     with pytest.raises(error, match=words) as raised:
         model.generate(**inputs([3, 5]), **dict(max_new_tokens=2) | options)
@@ -380,7 +380,7 @@ WRONG_IDS: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("case", WRONG_IDS)
 def test_wrong_ids(case: str, model: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("flexgen.engine.Call", None)
+    monkeypatch.setattr("flexgen.engine.model.Call", None)
     ids, mask, words = WRONG_IDS[case]
     for call in (lambda: model.generate(ids, attention_mask=mask), lambda: model(ids, mask)):
         with pytest.raises(RequestError, match=words):

@@ -121,7 +121,7 @@ def test_hidden_states_are_planned_before_any_work(model: Any, inputs: Any, monk
     held = model.lm._machine.limits() | {Tier.CPU: model.lm.stats.plan.on(Tier.CPU)}
     monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: held)
     model.generate(**given, **options)
-    monkeypatch.setattr("flexgen.engine.Call", None)
+    monkeypatch.setattr("flexgen.engine.model.Call", None)
     with pytest.raises(CapacityError, match="hidden states home"):
         model.generate(**given, **options, output_hidden_states=True)
 
@@ -233,18 +233,18 @@ def test_the_largest_pass_is_checked_first(
     held[Tier.CPU] = first.on(Tier.CPU)
     held[Tier.GPU] = first.on(Tier.GPU)
     with monkeypatch.context() as no_work:
-        no_work.setattr("flexgen.engine.Call", None)
+        no_work.setattr("flexgen.engine.model.Call", None)
         with pytest.raises(CapacityError):
             model.generate(**given, max_new_tokens=50, do_sample=False, **options)
     monkeypatch.undo()
     with saved("opt").open() as learned:
-        monkeypatch.setattr("flexgen.engine.Call", None)
+        monkeypatch.setattr("flexgen.engine.model.Call", None)
         with pytest.raises(RequestError, match="at most 60 new tokens"):
             learned.generate(**given, max_new_tokens=61, do_sample=False, **options)
 
 
 def test_refusals(model: Any, inputs: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("flexgen.engine.Call", None)
+    monkeypatch.setattr("flexgen.engine.model.Call", None)
     right = {name: tensor.flip(1) for name, tensor in inputs([3, 5]).items()}
     options = dict(max_new_tokens=2, do_sample=False)
     for mode in (

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, pipeline
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.hf import FlexGenForCausalLM
 from flexgen.models.families import known_families
-from flexgen.orders import ORDERS
 from flexgen.policy import Policy
+from flexgen.schedule.orders import ORDERS
 
 PAD = 0
 CHATS = [

@@ -228,7 +228,7 @@ def test_bars_are_off_where_those_of_transformers_are(
         return layers
 
     directory = saved("opt").directory
-    monkeypatch.setattr("flexgen.opening.tqdm", bar)
+    monkeypatch.setattr("flexgen.engine.opening.tqdm", bar)
     getattr(logging, switch)()
     try:
         with FlexGenForCausalLM.from_pretrained(directory, Policy(), device="cpu", dtype="float32"):

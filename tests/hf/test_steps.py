@@ -268,7 +268,7 @@ def test_a_call_too_large_for_one_block_says_how_to_split_it(
                 fits_up_to(nbytes, patch, model)
                 model.generate(**inputs(lengths), max_new_tokens=8)  # in blocks
                 with patch.context() as no_work:
-                    no_work.setattr("flexgen.engine.Call", None)
+                    no_work.setattr("flexgen.engine.model.Call", None)
                     with pytest.raises(CapacityError, match=r"All 7 rows .* at most 5 rows"):
                         model.generate(**inputs(lengths), **scores, **processors(Pull(7)))
                 planned(5)

@@ -12,8 +12,8 @@ import torch
 from flexgen.kernels import threads
 from flexgen.kernels.threads import all_threads, take_no_others
 from flexgen.memory.gpu import EmulatedDevice
-from flexgen.schedule import Op, Step
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.steps import Op, Step
 
 needs_openmp = pytest.mark.skipif(threads._setter() is None, reason="torch's OpenMP runtime is not found")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")

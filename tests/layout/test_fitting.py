@@ -17,7 +17,7 @@ from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import SlotSizes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Split, Tier
-from flexgen.turns import Turns
+from flexgen.schedule.turns import Turns
 from flexgen.units import KIB, MIB
 from flexgen.workload import Workload
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import RequestError
 from flexgen.layout.limits import read_limits
 from flexgen.policy import Tier

@@ -7,9 +7,9 @@ from flexgen.layout.cache import cache_segments
 from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.topology import LINKED
 from flexgen.models import open_model
-from flexgen.planning.hardware import Hardware
-from flexgen.planning.predict import predict
 from flexgen.policy import Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
 from flexgen.units import GIB, KIB, MIB
 from flexgen.workload import Workload
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, OPTConfig
 
-from flexgen.engine import OptLM
+from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
 from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
@@ -27,12 +27,12 @@ from flexgen.layout.weight_slots import SlotSizes
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
-from flexgen.orders import Slots
 from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.quant import CODECS
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
-from flexgen.turns import Turns
+from flexgen.schedule.orders import Slots
+from flexgen.schedule.turns import Turns
 from flexgen.units import ALIGNMENT, BLOCK, GIB, KIB, MIB
 from flexgen.workload import Workload
 

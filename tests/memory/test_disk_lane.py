@@ -16,8 +16,8 @@ from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO, Read, ReadJob
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import Cancelled, InlineLane, ThreadLane
-from flexgen.schedule import Op, Step
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.steps import Op, Step
 from flexgen.units import BLOCK
 
 PATIENCE = 60  # seconds after which a test that hangs fails instead

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexgen.errors import CapacityError, RequestError
+from flexgen.errors import CapacityError, RequestError, shown
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.cuda import CudaDevice
 from flexgen.memory.gpu import EmulatedDevice, HostDevice, Pace, choose_dtype, open_device
 from flexgen.memory.lanes import InlineLane
 from flexgen.memory.shared_gpu import shared_gpu
 from flexgen.policy import Tier
-from flexgen.shown import shown
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
 from flexgen.units import GIB, MIB
 
 

@@ -12,8 +12,8 @@ import torch
 
 from flexgen.errors import LaneError
 from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, ThreadLane
-from flexgen.schedule import Op, Step
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.steps import Op, Step
 
 STEP = Step(Op.COMPUTE, 3, 1, 2)
 LOAD = Step(Op.LOAD_WEIGHTS, 0, 1, 2)
@@ -287,8 +287,8 @@ def test_a_forgotten_lane_does_not_hold_up_the_exit():
     script = (
         "import threading\n"
         "from flexgen.memory.lanes import ThreadLane\n"
-        "from flexgen.schedule import Op, Step\n"
-        "from flexgen.trace import LaneName\n"
+        "from flexgen.schedule.steps import Op, Step\n"
+        "from flexgen.results.trace import LaneName\n"
         "begun = threading.Event()\n"
         "def forever():\n"
         "    begun.set()\n"

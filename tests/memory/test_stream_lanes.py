@@ -19,8 +19,8 @@ from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.lanes import Cancelled, Lanes, ThreadLane
 from flexgen.memory.stream_lanes import CopyLane, StreamLane
 from flexgen.policy import Policy
-from flexgen.schedule import Op, Step
-from flexgen.trace import LaneName
+from flexgen.results.trace import LaneName
+from flexgen.schedule.steps import Op, Step
 
 STEP = Step(Op.COMPUTE, 3, 1, 2)
 LOAD = Step(Op.LOAD_WEIGHTS, 0, 1, 2)

@@ -1,10 +1,10 @@
 import pytest
 
 from flexgen.errors import RequestError
+from flexgen.results.trace import Event, LaneName, Phase, Trace
 from flexgen.runtime.call import Timing
 from flexgen.runtime.debug import cost_table, projected_decode, summary, tokens_to_run
-from flexgen.schedule import Op, Step
-from flexgen.trace import Event, LaneName, Phase, Trace
+from flexgen.schedule.steps import Op, Step
 
 EVENTS = [
     Event(Step(Op.COMPUTE, 1, 0, 0), LaneName.COMPUTE, 3.0, 3.5),

@@ -15,11 +15,11 @@ from flexgen.errors import LaneError
 from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import InlineLane, Lane, Lanes, ThreadLane
 from flexgen.memory.transfer import Stage
-from flexgen.orders import ORDERS
+from flexgen.results.trace import LaneName
 from flexgen.runtime import executor
 from flexgen.runtime.executor import execute
-from flexgen.schedule import Grid, Op, Step, all_steps, check, needs
-from flexgen.trace import LaneName
+from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.steps import Grid, Op, Step, all_steps, check, needs
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention"]
 PATIENCE = 60  # seconds after which a test that hangs fails instead

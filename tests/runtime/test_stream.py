@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flexgen import threads
+from flexgen.memory import threads
 from flexgen.runtime.stream import Stream, Teller
 
 PATIENCE = 20
@@ -122,7 +122,7 @@ def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flexgen.threads.start", interrupted)
+        patch.setattr("flexgen.memory.threads.start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Stream(begun.append)
     late[0].start()

@@ -10,10 +10,9 @@ import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from flexgen.errors import ModelError
+from flexgen.errors import ModelError, shown
 from flexgen.models import fields
 from flexgen.models.spec import ModelSpec
-from flexgen.shown import shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig

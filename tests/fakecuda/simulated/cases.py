@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 from flexgen import OptLM, Policy
-from flexgen.orders import ORDERS
+from flexgen.schedule.orders import ORDERS
 
 GPU = torch.device("cuda", 0)
 WITHOUT_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)

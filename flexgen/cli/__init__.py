@@ -1,0 +1,1 @@
+"""Parts that the commands share: flags, files of prompts and answers, signals."""

@@ -1,0 +1,5 @@
+"""The engine: a model that is opened once and generates many times."""
+
+from flexgen.engine.model import OptLM, Stats
+
+__all__ = ["OptLM", "Stats"]

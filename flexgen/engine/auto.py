@@ -1,0 +1,205 @@
+"""`policy="auto"`: a policy found for the machine and the workload at hand, and kept true to the calls that come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexgen.errors import FlexGenError
+from flexgen.memory.device import ComputeDevice
+from flexgen.models import ModelSpec
+from flexgen.policy import Auto, Policy, Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.probe.measured import measured, remembered
+from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
+from flexgen.search.bounds import within
+from flexgen.search.find import Search, find_policy
+from flexgen.workload import Workload
+
+_log = logging.getLogger("flexgen")
+
+USUAL = Workload(512, 32, 256)
+"""What a model is opened for where nobody says: the paper's lengths, and prompts enough to fill large blocks."""
+
+_SPARE = 0.95
+"""Share of the measured capacity that is planned with: other processes take some before the weights are placed."""
+
+_FIXED_AT_OPENING = ("weights", "overlap", "sep_layer", "pin_weight")
+_WORTH = 20
+"""A call is planned anew if it takes so many times longer than the search did, and is unlike what was planned."""
+_UNLIKE = 2.0
+
+
+def usual_workload(spec: ModelSpec) -> Workload:
+    """`USUAL`, as far as the model's positions reach."""
+    gen_len = min(USUAL.gen_len, max(spec.max_positions // 2, 1))
+    return Workload(min(USUAL.prompt_len, max(spec.max_positions - gen_len, 1)), gen_len, USUAL.num_prompts)
+
+
+def this_machine(
+    device: str | torch.device | ComputeDevice,
+    offload_dir: str | Path | None,
+    progress: bool | None = None,
+    max_memory: Mapping[Tier, int] | None = None,
+) -> Hardware:
+    """What the machine can do, with a little less of each tier than is free now, so that what is planned still fits
+    when it is run. Measured where that was not done before, which takes a minute or two.
+
+    progress: whether to show the bar; None shows it on a terminal only. max_memory: bytes of a tier, at most.
+    """
+    with _Bar(progress) as bar:
+        hardware = measured(device, offload_dir, progress=bar)
+    most = max_memory or {}
+    capacity = {
+        tier: max(min(int(n * _SPARE), most.get(tier, n)), 1) for tier, n in hardware.capacity.items()
+    }
+    return hardware.replace(capacity=capacity)
+
+
+def known_machine(
+    device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
+) -> Hardware | None:
+    """What the machine can do, if it was measured before; None, at once, if it was not."""
+    return remembered(device, offload_dir)
+
+
+class _Bar:
+    """Shows how far the measuring is; nothing where it was done before."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self._disable = None if progress is None else not progress
+        self._bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        if self._bar is None:
+            _log.info("this machine was not measured before: measuring it once, a minute or two")
+            self._bar = tqdm(total=total, desc="measuring", disable=self._disable, leave=False)
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix_str(label)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A policy, and the name of the order to run it in (None: the one that it asks for)."""
+
+    policy: Policy
+    order: str | None
+
+
+class AutoPolicy:
+    """What `auto` means for one opened model: the policy of its opening, and those of calls that are unlike it.
+
+    Weights, and with them whatever holds them on their way, are placed once; batches, cache and hidden states belong
+    to a call and may change with it.
+    """
+
+    def __init__(
+        self,
+        auto: Auto,
+        spec: ModelSpec,
+        hardware: Hardware,
+        workload: Workload | None,
+        dtype: str | torch.dtype = "auto",
+        order: str | None = None,
+        stored: int = 0,
+    ) -> None:
+        """stored: bytes of weights on disk that take none of what is free there."""
+        self._auto = auto
+        self.once = auto.once
+        self._spec = spec
+        disk = hardware.capacity[Tier.DISK] + stored
+        self.hardware = hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
+        self.workload = workload = workload or usual_workload(spec)
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._asked_order = order
+        self.search = self._find(workload, auto, order)
+        self.opened = _chosen(self.search, order, hardware)
+        self._known: dict[Workload, Chosen] = {}
+        _log.info("%s", in_words(self.search))
+
+    def for_call(self, workload: Workload, fits: Callable[[Policy], bool]) -> Chosen:
+        """The policy of a call: that of the opening, unless it does not fit or another is worth a search."""
+        if workload not in self._known:
+            chosen = self.opened
+            if not fits(chosen.policy) or self._worth_a_search(workload):
+                chosen = self._again(workload) or chosen
+            self._known[workload] = chosen
+        return self._known[workload]
+
+    def _worth_a_search(self, workload: Workload) -> bool:
+        planned, block = self.workload, self.opened.policy.block_size
+        pairs = (
+            (workload.prompt_len, planned.prompt_len),
+            (workload.gen_len, planned.gen_len),
+            (min(workload.num_prompts, block), min(planned.num_prompts, block)),
+        )
+        if all(max(a, b) <= _UNLIKE * min(a, b) for a, b in pairs):
+            return False
+        report = self.search.best.prediction.report
+        blocks, before = (-(-w.num_prompts // block) for w in (workload, planned))
+        prefill = report.prefill_s * workload.prompt_len / planned.prompt_len
+        decode = report.decode_s * workload.gen_len / planned.gen_len
+        return (prefill + decode) * blocks / before > _WORTH * self.search.seconds
+
+    def _again(self, workload: Workload) -> Chosen | None:
+        """A policy for `workload` with the weights where they are, or None where there is none."""
+        policy = self.opened.policy
+        fixed = {name: getattr(policy, name) for name in _FIXED_AT_OPENING} | dict(self._auto.fixed)
+        # An order that wants more slots than were made cannot run: others are tried, the last of which never does.
+        asked, held = self._asked_order, self._slots(self.opened)
+        for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
+            try:
+                search = self._find(workload, Auto(fixed, self._auto.lossy), order, held)
+            except FlexGenError as error:
+                _log.info("the policy stays as it is: %s", error)
+                return None
+            chosen = _chosen(search, order, self.hardware)
+            if within(self._slots(chosen), held):
+                _log.info("%s", in_words(search))
+                return chosen
+        return None
+
+    def _slots(self, chosen: Chosen) -> Slots:
+        """Those of a full block."""
+        policy, topology = chosen.policy, self.hardware.topology
+        return topology.choose_order(chosen.order, policy, policy.num_gpu_batches).slots
+
+    def _find(self, workload: Workload, auto: Auto, order: str | None, slots: Slots | None = None) -> Search:
+        return find_policy(
+            self._spec,
+            self.hardware,
+            workload,
+            fixed=auto.fixed,
+            lossy=auto.lossy,
+            dtype=self._dtype,
+            order=order,
+            slots=slots,
+        )
+
+
+def in_words(search: Search) -> str:
+    """What was chosen, in a line."""
+    return f"policy: {search.line()} (searched {search.considered} in {search.seconds:.1f} s)"
+
+
+def own_order(policy: Policy, hardware: Hardware) -> str:
+    """The name of the order that the policy asks for, of a full block."""
+    return hardware.topology.choose_order(None, policy, policy.num_gpu_batches).name
+
+
+def _chosen(search: Search, asked: str | None, hardware: Hardware) -> Chosen:
+    """The best of a search; its order has a name only where the policy would ask for another."""
+    policy, order = search.best.policy, search.best.order
+    return Chosen(policy, asked or (None if order == own_order(policy, hardware) else order))

@@ -1,0 +1,128 @@
+"""What each call of an opened model runs under: its policy, its order, and the plan of its memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from flexgen.engine.auto import AutoPolicy, Chosen
+from flexgen.errors import CapacityError
+from flexgen.layout.fitting import fitting_plan, largest_fitting
+from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.placement import Placement
+from flexgen.layout.plan import plan_memory
+from flexgen.memory.machine import Machine
+from flexgen.models import Layer
+from flexgen.policy import Policy
+from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
+from flexgen.search.bounds import within
+from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class CallPlans:
+    """The plans of one opened model, whose weights lie where they lie.
+
+    slots: of the weights on their way, for every call. opened: what the model was opened with. auto: finds another
+    policy for calls that are unlike it; None, or one that looks `once`, keeps to that of the opening.
+    """
+
+    layers: Sequence[Layer]
+    placement: Placement
+    dtype: torch.dtype
+    machine: Machine
+    slots: Slots
+    opened: Chosen
+    auto: AutoPolicy | None
+
+    def of_weights(self) -> MemoryPlan:
+        """What the weights take, before any call. Raises CapacityError where they do not fit."""
+        return fitting_plan(self._plan_of(None), self.opened.policy, self.machine.limits())
+
+    def of_call(
+        self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
+    ) -> tuple[Chosen, MemoryPlan]:
+        """Policy and order of a call, and its plan with what its caller keeps, which fits the machine.
+
+        Raises CapacityError otherwise, with a batch shape that would fit where there is one; a policy that was
+        searched for takes that shape.
+        """
+        plan, limits, chosen = self._plan_of(workload, all_logits, kept), self.machine.limits(), self.opened
+        if self.auto is not None and not self.auto.once:
+            chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
+            chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
+        return chosen, fitting_plan(plan, chosen.policy, limits)
+
+    def of_one_block(self, workload: Workload, kept: Kept | None = None) -> tuple[Chosen, MemoryPlan]:
+        """`of_call` for a call that runs as one block, of as many GPU batches as its rows need.
+
+        A policy that was searched for takes smaller batches where that makes it fit. What is `kept` grows with the
+        rows. Raises CapacityError where they do not fit, with the most rows that do.
+        """
+        plan, limits, chosen = self._plan_of(workload, kept=kept), self.machine.limits(), self.opened
+        rows, halvings = workload.num_prompts, 1
+        if self.auto is not None and not self.auto.once:
+            chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
+            halvings = chosen.policy.gpu_batch_size.bit_length()
+        shapes = [_one_block(chosen.policy, rows, halved) for halved in range(halvings)]
+        fitting = next((policy for policy in shapes if not plan(policy).shortage(limits)), None)
+        if fitting is None:
+            most = self._most_rows(workload, kept, shapes[-1])
+            raise CapacityError(
+                f"{plan(shapes[-1]).shortage(limits)}. All {rows} rows of this call run in one block, because what "
+                "chooses their ids (a logits processor or a stopping criterion of the caller) sees every row at "
+                f"every step. Split it into calls of at most {most} rows"
+            )
+        topology, batches = self.machine.device.topology, fitting.num_gpu_batches
+        # With more batches, a policy may ask for an order with more slots than there are.
+        orders = (chosen.order, overlap_multi_batch.name, normal.name)
+        slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
+        order = next(name for name in orders if within(slots[name], self.slots))
+        return Chosen(fitting, order), plan(fitting)
+
+    def _most_rows(self, workload: Workload, kept: Kept | None, policy: Policy) -> int:
+        """The most rows of a call in one block that fit. Raises CapacityError where not even one does."""
+        limits = self.machine.limits()
+
+        def plan_of(rows: int) -> Callable[[Policy], MemoryPlan]:
+            def fewer(policy: Policy) -> list[Need]:
+                needs = kept(policy) if kept else ()
+                return [replace(need, nbytes=need.nbytes * rows // workload.num_prompts) for need in needs]
+
+            return self._plan_of(replace(workload, num_prompts=rows), kept=fewer)
+
+        def too_many(rows: int) -> bool:
+            return bool(plan_of(rows)(_one_block(policy, rows)).shortage(limits))
+
+        fitting_plan(plan_of(1), _one_block(policy, 1), limits)
+        return bisect_left(range(1, workload.num_prompts), True, key=too_many)
+
+    def _plan_of(
+        self, workload: Workload | None, all_logits: bool = False, kept: Kept | None = None
+    ) -> Callable[[Policy], MemoryPlan]:
+        device = self.machine.device
+
+        def plan(policy: Policy) -> MemoryPlan:
+            planned = plan_memory(
+                self.layers,
+                self.placement,
+                policy,
+                self.dtype,
+                device.topology,
+                workload,
+                all_logits,
+                self.slots,
+                device.workspaces,
+            )
+            return replace(planned, needs=(*planned.needs, *kept(policy))) if kept else planned
+
+        return plan
+
+
+def _one_block(policy: Policy, rows: int, halved: int = 0) -> Policy:
+    """The policy with batches enough for `rows` prompts, of a size that is `halved` so many times."""
+    size = max(policy.gpu_batch_size >> halved, 1)
+    return policy.replace(gpu_batch_size=size, num_gpu_batches=-(-rows // size))

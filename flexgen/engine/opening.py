@@ -1,0 +1,129 @@
+"""Open a model's weights on a machine, under a policy that is given or searched for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flexgen.engine.auto import AutoPolicy, Chosen, this_machine
+from flexgen.engine.calls import CallPlans
+from flexgen.errors import PolicyError, RequestError, shown
+from flexgen.layout.placement import place_weights
+from flexgen.memory.cpu import reset_peak_resident_bytes
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.gpu import choose_dtype, open_device
+from flexgen.memory.homes import Homes, stored_bytes
+from flexgen.memory.lookup import open_table
+from flexgen.memory.machine import Machine
+from flexgen.memory.weights import WeightSlots
+from flexgen.models import ModelSpec, build_layers
+from flexgen.models.checkpoint import Checkpoint
+from flexgen.policy import Auto, Policy, Tier
+from flexgen.runtime.call import Model
+from flexgen.workload import Workload
+
+_LONGEST_PATH = 4096
+"""Characters of a path, as Linux limits it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is opened: the arguments of `OptLM` that describe the machine."""
+
+    device: str | torch.device | ComputeDevice
+    dtype: str | torch.dtype
+    offload_dir: str | Path | None
+    max_memory: Mapping[Tier, int] | None
+    progress: bool | None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for values of other kinds."""
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise RequestError(f"progress is {shown(self.progress)}; it must be True, False or None")
+        given = self.offload_dir
+        path = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+        if path is not None and (not isinstance(path, str) or "\0" in path or len(path) > _LONGEST_PATH):
+            raise RequestError(f"offload_dir is {shown(given)}; it must be the path of a directory or None")
+
+
+def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
+    """A policy as `OptLM` takes it: an object, "auto" or the path of a file. Raises PolicyError."""
+    if isinstance(policy, str | Path):
+        return Auto() if policy == "auto" else Policy.load(policy)
+    if not isinstance(policy, Policy | Auto):
+        raise PolicyError(
+            f'policy is {shown(policy)}; it must be a Policy, an Auto, "auto" or the path of a TOML file'
+        )
+    return policy
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights are in their places, and the plans of its calls.
+
+    resident_before: bytes of this process in host memory before its weights were loaded.
+    """
+
+    model: Model
+    plans: CallPlans
+    resident_before: int
+
+
+def open_weights(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    policy: Policy | Auto,
+    place: Place,
+    workload: Workload | None,
+    order: str | None,
+    stack: ExitStack,
+) -> Opened:
+    """Find the policy if it is to be searched for, and place all weights. `stack` gets what is to be closed.
+
+    Raises as `OptLM` does, before any weight is read.
+    """
+    if workload is not None and not isinstance(workload, Workload):
+        raise RequestError(f"workload is {shown(workload)}; it must be a Workload or None")
+    # Before the device is opened: measuring opens it too, and frees what it took.
+    searched = isinstance(policy, Auto)
+    hardware = (
+        this_machine(place.device, place.offload_dir, place.progress, place.max_memory) if searched else None
+    )
+    compute = open_device(place.device)
+    stack.callback(compute.close)
+    dtype, auto = choose_dtype(place.dtype, spec.dtype, compute), None
+    if isinstance(policy, Auto):
+        assert hardware is not None
+        layers = build_layers(spec)
+        checkpoint.verify(layers)
+        stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
+        auto = AutoPolicy(policy, spec, hardware, workload, dtype, order, stored)
+        policy, order = auto.opened.policy, auto.opened.order
+    layers = build_layers(spec, sep_layer=policy.sep_layer)
+    checkpoint.verify(layers)
+    machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
+    stack.callback(machine.close)
+    # A block with fewer batches may run in another order; the slots of a full one are enough for all.
+    slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
+    placement = place_weights(layers, policy.weights, dtype)
+    resident_before = reset_peak_resident_bytes()
+    plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto)
+    plan = plans.of_weights()
+    homes = Homes(checkpoint, placement, dtype, machine)
+    no_bar = None if place.progress is None else not place.progress
+    with compute.active():
+        homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
+        weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
+        table = open_table(layers, homes, machine)
+        compute.settle()
+        lanes = machine.make_lanes()
+        stack.callback(lanes.close)
+    model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table)
+    return Opened(model, plans, resident_before)

@@ -1,1 +1,0 @@
-"""Tells what a run will take before it runs."""

@@ -1,6 +1,0 @@
-"""Measures a machine: each figure that a prediction needs, through the code that runs there in the engine."""
-
-from flexgen.planning.probe.effort import Effort
-from flexgen.planning.probe.machine import measure
-
-__all__ = ["Effort", "measure"]

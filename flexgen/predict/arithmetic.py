@@ -1,0 +1,143 @@
+"""What computation takes: products with weights in any form, and attention over a cache in any form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from flexgen.kernels.packed_linear import expected_fused_rows
+from flexgen.kernels.sparse_attention import most_chosen
+from flexgen.layout.cache import CacheSegment
+from flexgen.layout.placement import Placement
+from flexgen.models import Layer, WeightSpec
+from flexgen.models.layer import AttentionLayer
+from flexgen.policy import Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.results.trace import LaneName
+
+
+class Arithmetic:
+    """Seconds of a model's computations on `hardware`, with its weights kept as `placement` says."""
+
+    def __init__(self, placement: Placement, hardware: Hardware) -> None:
+        self._placement = placement
+        self._hardware = hardware
+        self._dtype = placement.dtype
+        self._name = str(placement.dtype).removeprefix("torch.")
+        self._fused = expected_fused_rows(hardware.topology.shares_host_memory, self._dtype)
+
+    # Products
+
+    def products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
+        """All of a layer's, for `new` tokens of `rows` prompts, and what is done to numbers between them and around
+        attention. `first`: of the batches of a visit, which share what is decoded."""
+        weights = [weight for weight in layer.weights if weight is not layer.table]
+        seconds = self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
+        seconds += self._hardware.elementwise_seconds(self._name, rows * new * layer_numbers(layer))
+        around = self._hardware.around_attention.get(self._name)
+        if around and isinstance(layer, AttentionLayer):
+            own = layer.layer_spec.attention
+            seconds += around * rows * new * 2 * (own.q_size + own.kv_size)
+        return seconds
+
+    def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
+        """Those before attention, for a token of `rows` prompts."""
+        weights = layer.projections
+        return self._products(weights, sum(2 * rows * weight.numel for weight in weights), rows, first)
+
+    def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
+        """`flops` with the matrices among `weights`, for an x of so many rows."""
+        hardware, name = self._hardware, self._name
+        rate = hardware.product_rate(name, rows)
+        seconds = flops / rate
+        for weight in weights:
+            plain = 2 * rows * weight.numel / rate
+            codec = self._placement.codec(weight)
+            if codec is None:
+                if self._stays(weight):
+                    seconds += (
+                        2 * rows * weight.numel / hardware.product_rate(name, rows, packed=True) - plain
+                    )
+            elif hardware.products_decode or rows > self._fused_rows(codec.name):
+                if first or hardware.products_decode:
+                    seconds += self.decoding(codec.name, weight.numel)
+            elif encoded := hardware.encoded_rate(name, codec.name, rows):
+                seconds += 2 * rows * weight.numel / encoded - plain
+            else:
+                # Multiplied as it is kept: what waits for the weight waits for fewer bytes.
+                kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
+                least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
+                seconds += max(kept, least) - plain
+        return seconds
+
+    def _stays(self, weight: WeightSpec) -> bool:
+        """Whether it is a matrix that lives in the compute device's memory."""
+        return (
+            len(weight.shape) == 2
+            and not weight.looked_up
+            and self._hardware.topology.in_place(self._placement.of(weight))
+        )
+
+    def _fused_rows(self, codec: str) -> float:
+        """Most rows for which a matrix is multiplied as `codec` keeps it."""
+        measured = self._hardware.encoded_products.get(f"{self._name} {codec}")
+        if measured is None:
+            return self._fused
+        return measured[-1][0] if measured else 0
+
+    def decoding(self, codec: str, values: int) -> float:
+        """Of encoded weights on the compute device."""
+        return values * self._dtype.itemsize / self._hardware.decoding_rate(self._name, codec)
+
+    # Attention
+
+    def prompt_attention(self, layer: Layer, rows: int, tokens: int) -> float:
+        flops = layer.attention_flops(rows, tokens, tokens)
+        return flops / self._hardware.figure("prefill_attention", self._name)
+
+    def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:
+        """For one new token of each row, which attends to `context` tokens with itself: on the compute device, and
+        beside it on the host."""
+        took = {True: 0.0, False: 0.0}
+        for segment in segments:
+            table = "device_attention" if segment.on_device else "host_attention"
+            key = self._name if segment.codec == "none" else segment.codec
+            seconds = segment.token_bytes(context) / self._hardware.figure(table, key)
+            if segment.loads_only_keys(self._hardware.topology):
+                # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
+                chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)
+                seconds *= (1 + min(chosen / context, 1)) / 2
+                seconds += self._chosen_from_disk(segment, context, chosen)
+            took[segment.on_device] += seconds
+        return took[True], took[False]
+
+    def _chosen_from_disk(self, segment: CacheSegment, context: int, chosen: int) -> float:
+        """Chosen values that are read in the midst of it, where they lie evenly in what is cached."""
+        on_disk = (context - 1) // segment.page_tokens * segment.page_tokens
+        if segment.tier is not Tier.DISK or not on_disk:
+            return 0.0
+        nbytes = segment.token_bytes(chosen - 1) / 2 * on_disk / (context - 1)
+        return self._hardware.fixed.disk_job + nbytes / self._hardware.bandwidth[LaneName.DISK_READ]
+
+
+def layer_numbers(layer: Layer) -> int:
+    """How many numbers of activations the products of a layer take and give, for each token: what goes into each of
+    its matrices and what comes out. A table has rows that are taken, and that are given."""
+    return sum(
+        2 * weight.shape[1] if weight.looked_up else sum(weight.shape)
+        for weight in layer.weights
+        if len(weight.shape) == 2
+    )
+
+
+def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
+    """For each layer the first one that costs the same: it has an equal `LayerSpec`, and weights that are kept in the
+    same way. Both ends of a model are alike to nothing. `by_tier`: matrices that stay on the device are laid out for
+    products there."""
+    seen: dict[object, int] = {}
+    first = []
+    for n, layer in enumerate(layers):
+        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, kept)
+        first.append(seen.setdefault(kind, n))
+    return first

@@ -1,0 +1,399 @@
+"""What a machine can do, as far as a prediction needs to know it.
+
+A `Hardware` is plain, immutable, validated data, and its keyword arguments are the keys of its TOML. Presets
+lie in `hardware.toml`, each figure with its source.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import math
+import numbers
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from flexgen.errors import HardwareError, cut, did_you_mean, shown
+from flexgen.layout.topology import LINKED, SHARED, Topology
+from flexgen.policy import CODECS, Tier
+from flexgen.results.trace import LaneName, Phase
+from flexgen.units import parse_bytes
+
+PRESETS = Path(__file__).with_name("hardware.toml")
+
+_LINK = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+_DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
+_HOST = (LaneName.HOST,)
+_DTYPES = ("float32", "float16", "bfloat16")
+
+Points = tuple[tuple[float, float], ...]
+"""(rows, flop/s) of matrix products, by rising rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Seconds that come on top of what bytes and flops take: of a cell that is computed, of a stage of a
+    transfer, of a job of the disk."""
+
+    cell: float = 0.0
+    stage: float = 0.0
+    disk_job: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One machine. Raises HardwareError for what cannot be meant.
+
+    name, source: which machine, and where the figures come from.
+    capacity: bytes by tier that a plan may use. Without `gpu` the compute device is the host and shares its memory.
+    installed: bytes by tier that there are in all; told, not planned with.
+    bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
+        `host` for copies within host memory.
+    products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
+        roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
+    packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
+    encoded_products: by "dtype codec", the same for matrices that are multiplied as they are kept, up to the most
+        rows for which they are; no points say that they never are. Without an entry such a product waits for as much
+        less as is kept.
+    prefill_attention: by dtype, flop/s of causal attention over a prompt, on the compute device.
+    device_attention, host_attention: bytes/s at which the cache of a token that is decoded is attended, on the
+        compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
+    decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec, or by
+        "dtype codec" where that is known.
+    elementwise: by dtype, points (numbers, seconds): what each number that a layer's products take or give needs
+        beside them, norm, bias, activation, residual and the memory it is written to, where a layer has so many
+        for the tokens it computes. Without it rates of products contain it, as they are for wide layers.
+    around_attention: by dtype, seconds of each number of queries, keys, values and answers of new tokens, for what
+        attention takes beside its flops and bytes: laying them out by head, putting them into the cache, the start
+        and end of each row's attention.
+    interference: by "lane lane", the share of the first lane's rate that is lost while the second one works, because
+        they share cores, memory or a disk.
+    prefill_interference: the same for the pairs that lose another share while prompts are computed: many rows are
+        limited by the cores, the few of a decode by memory.
+    computes_in: by a checkpoint's dtype, the one that "auto" computes in, where it is another.
+    products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
+        multiply what is kept, and what they decode serves all batches of a layer's visit.
+    disturbed: share of the processors that other programs took during the measurement, 0 if it was undisturbed.
+    fixed: see `Fixed`.
+    """
+
+    name: str
+    source: str = ""
+    capacity: Mapping[Tier, int]
+    installed: Mapping[Tier, int] = field(default_factory=dict)
+    bandwidth: Mapping[LaneName, float]
+    products: Mapping[str, Points]
+    prefill_attention: Mapping[str, float]
+    device_attention: Mapping[str, float]
+    host_attention: Mapping[str, float] = field(default_factory=dict)
+    decoding: Mapping[str, float] = field(default_factory=dict)
+    packed_products: Mapping[str, Points] = field(default_factory=dict)
+    encoded_products: Mapping[str, Points] = field(default_factory=dict)
+    elementwise: Mapping[str, Points] = field(default_factory=dict)
+    around_attention: Mapping[str, float] = field(default_factory=dict)
+    interference: Mapping[str, float] = field(default_factory=dict)
+    prefill_interference: Mapping[str, float] = field(default_factory=dict)
+    computes_in: Mapping[str, str] = field(default_factory=dict)
+    products_decode: bool = False
+    disturbed: float = 0.0
+    fixed: Fixed = Fixed()
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("name", "source"):
+            if not isinstance(text := getattr(self, name), str):
+                raise HardwareError(f"{name} is {shown(text)}; it must be a text")
+        put("disturbed", _seconds("disturbed", self.disturbed))
+        put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
+        put("installed", _table("installed", self.installed, _bytes, known=Tier))
+        lanes = (*_DISK, *_HOST, *(() if self.topology.shares_host_memory else _LINK))
+        rates = _table("bandwidth", self.bandwidth, _rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST))
+        put("bandwidth", rates)
+        put("products", _table("products", self.products, _points, known=_DTYPES))
+        if not self.products:
+            raise HardwareError("products is empty; give points for at least one dtype")
+        put("packed_products", _table("packed_products", self.packed_products, _points, known=_DTYPES))
+        forms = [f"{dtype} {codec}" for dtype in _DTYPES for codec in CODECS]
+        put(
+            "encoded_products",
+            _table("encoded_products", self.encoded_products, _points_or_none, known=forms),
+        )
+        for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
+            put(name, _table(name, getattr(self, name), _rate))
+        put("elementwise", _table("elementwise", self.elementwise, _seconds_at, known=_DTYPES))
+        put("around_attention", _table("around_attention", self.around_attention, _seconds, known=_DTYPES))
+        pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
+        for name in ("interference", "prefill_interference"):
+            put(name, _table(name, getattr(self, name), _lost, known=pairs))
+        put("computes_in", _table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
+        if not isinstance(self.products_decode, bool):
+            raise HardwareError(f"products_decode is {shown(self.products_decode)}; it must be true or false")
+        if not isinstance(self.fixed, Fixed):
+            known = tuple(f.name for f in dataclasses.fields(Fixed))
+            put("fixed", Fixed(**_table("fixed", self.fixed, _seconds, known=known)))
+
+    @property
+    def topology(self) -> Topology:
+        """The compute device is the host where no GPU tier has a capacity."""
+        return LINKED if Tier.GPU in self.capacity else SHARED
+
+    @property
+    def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:
+        """`interference` by phase and lanes; a phase in which nothing is lost is left out."""
+        shares = {
+            Phase.PREFILL: {**self.interference, **self.prefill_interference},
+            Phase.DECODE: self.interference,
+        }
+        return {
+            phase: {(LaneName(lane), LaneName(other)): share for (lane, other), share in pairs}
+            for phase, of_phase in shares.items()
+            if (pairs := [(pair.split(), share) for pair, share in of_phase.items() if share])
+        }
+
+    def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
+        """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.
+
+        Between two points it is interpolated, both axes logarithmic. Below the first a product takes as long as
+        at the first, because the weights must be read; above the last the rate stays.
+        """
+        table = "packed_products" if packed and dtype in self.packed_products else "products"
+        return interpolated(self.figure(table, dtype), rows)
+
+    def encoded_rate(self, dtype: str, codec: str, rows: float) -> float | None:
+        """`product_rate` for a matrix multiplied as `codec` keeps it; None where that was not measured."""
+        points = self.encoded_products.get(f"{dtype} {codec}")
+        return interpolated(points, rows) if points else None
+
+    def elementwise_seconds(self, dtype: str, numbers: float) -> float:
+        """What `numbers` of activations take beside products; between two points linear over their logarithm."""
+        points = self.elementwise.get(dtype)
+        return numbers * seconds_of_each(points, numbers) if points and numbers else 0.0
+
+    def decoding_rate(self, dtype: str, codec: str) -> float:
+        """Bytes/s of weights that come out of `codec` in `dtype`."""
+        exact = f"{dtype} {codec}"
+        return self.figure("decoding", exact if exact in self.decoding else codec)
+
+    def decodes(self, dtype: str, codec: str) -> bool:
+        """Whether `decoding_rate` is known."""
+        return f"{dtype} {codec}" in self.decoding or codec in self.decoding
+
+    def _dtype(self, name: str, value: object) -> str:
+        if not isinstance(value, str) or value not in self.products:
+            raise HardwareError(
+                f"{name} is {shown(value)}; it must be one of products: {', '.join(self.products)}"
+            )
+        return str(value)
+
+    def figure(self, table: str, key: str) -> Any:
+        """An entry of one of the tables by dtype or codec. Raises HardwareError where it is not known."""
+        known: Mapping[str, Any] = getattr(self, table)
+        if key not in known:
+            have = cut(", ".join(known)) or "nothing"
+            raise HardwareError(
+                f"hardware {shown(self.name)} has no figure {table}.{key}, only for {have}: add it to the hardware's "
+                f"file, or choose a dtype and codecs that it knows"
+            )
+        return known[key]
+
+    def dtype_for(self, checkpoint: str) -> str:
+        """The dtype that "auto" means: what the machine computes the checkpoint's in, its own if there are products
+        for it, else the first."""
+        wanted = self.computes_in.get(checkpoint, checkpoint)
+        return wanted if wanted in self.products else next(iter(self.products))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
+        """A machine from the keys of its TOML; the inverse of `to_dict`. `name` is for one that has none."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        fields = _table("", fields, lambda _, value: value, known=known)
+        given = {"name": name} | dict(fields) if name else dict(fields)
+        needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
+        if missing := [key for key in needed if key not in given]:
+            raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them")
+        return cls(**given)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Hardware:
+        """The machine in a TOML file. Raises HardwareError, with the path, for a missing or wrong file."""
+        try:
+            return cls.from_dict(_read(path), Path(path).stem)
+        except HardwareError as error:
+            raise HardwareError(f"{path}: {error}") from None
+
+    @classmethod
+    def preset(cls, name: str) -> Hardware:
+        """A machine of `hardware.toml`. Raises HardwareError, with the known names, for another name."""
+        presets = _read(PRESETS)
+        if name not in presets:
+            hint = did_you_mean(name, presets)
+            raise HardwareError(
+                f"hardware {shown(name)} is not known; known: {', '.join(presets)}{hint}. Give a file of "
+                "your own by its path (name.toml)"
+            )
+        return cls.from_dict(presets[name], name)
+
+    @classmethod
+    def find(cls, name: str) -> Hardware:
+        """The preset of that name, or the file at that path."""
+        return cls.load(name) if name.endswith(".toml") else cls.preset(name)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the machine as TOML; `load` gives it back."""
+        Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+    def to_toml(self) -> str:
+        """The text of its file."""
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_dict().items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the keys of the TOML."""
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for key, value in plain.items():
+            if isinstance(value, Mapping):
+                plain[key] = {str(name): entry for name, entry in value.items()}
+        for key in ("products", "packed_products", "encoded_products", "elementwise"):
+            plain[key] = {name: [list(point) for point in points] for name, points in plain[key].items()}
+        return plain | {"fixed": dataclasses.asdict(self.fixed)}
+
+    def replace(self, **changes: Any) -> Hardware:
+        """The same machine with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def interpolated(points: Points, rows: float) -> float:
+    """flop/s at `rows`, as `Hardware.product_rate` says."""
+    n = bisect.bisect_right(points, rows, key=lambda point: point[0])
+    if n == 0:
+        return points[0][1] * rows / points[0][0]
+    if n == len(points):
+        return points[-1][1]
+    (r0, f0), (r1, f1) = points[n - 1 : n + 1]
+    return f0 * (f1 / f0) ** (math.log(rows / r0) / math.log(r1 / r0))
+
+
+def seconds_of_each(points: Points, numbers: float) -> float:
+    """Seconds of one of so many `numbers`, as `Hardware.elementwise` has them; beyond its ends as there."""
+    n = bisect.bisect_right(points, numbers, key=lambda point: point[0])
+    if n in (0, len(points)):
+        return points[max(n - 1, 0)][1]
+    (n0, s0), (n1, s1) = points[n - 1 : n + 1]
+    return s0 + (s1 - s0) * math.log(numbers / n0) / math.log(n1 / n0)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + " }"
+    # JSON's texts, numbers and lists are TOML's, but that TOML wants one more character escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
+    except (ValueError, OverflowError) as error:  # dates that are none and numbers too long, as well
+        raise HardwareError(f"not valid TOML: {error}") from error
+    except RecursionError:
+        raise HardwareError("not valid TOML: it is nested too deeply") from None
+
+
+def _table(
+    name: str, given: object, convert: Any, needed: Sequence[str] = (), known: Iterable[str] | None = None
+) -> Mapping[Any, Any]:
+    """`given` with every value converted and keys as in `known` (any text if None)."""
+    if not isinstance(given, Mapping):
+        raise HardwareError(
+            f"{name or 'hardware'} is {shown(given)} ({type(given).__name__}); write a table: {{ key = number }}"
+        )
+    keys = {str(key): key for key in (given if known is None else known) if isinstance(key, str)}
+    _refuse_unknown(name, given, keys)
+    if missing := [str(key) for key in needed if key not in given]:
+        raise HardwareError(
+            f"{name} lacks {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}"
+        )
+    return MappingProxyType({keys[str(k)]: convert(f"{name}.{cut(str(k))}", v) for k, v in given.items()})
+
+
+def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) -> None:
+    for key in given:
+        if not isinstance(key, str) or str(key) not in known:
+            inside = f" in {table}" if table else ""
+            raise HardwareError(
+                f"unknown key {shown(key)}{inside}; known: {cut(', '.join(known), 800)}{did_you_mean(key, known)}"
+            )
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        raise HardwareError(
+            f"{name} is a whole number that exceeds a float's range; write at most 1e308"
+        ) from None
+    raise HardwareError(f"{name} is {shown(value)}; it must be a finite number")
+
+
+def _rate(name: str, value: object) -> float:
+    if (rate := _number(name, value)) <= 0:
+        raise HardwareError(f"{name} is {rate:g}; a rate is above 0 (per second)")
+    return rate
+
+
+def _lost(name: str, value: object) -> float:
+    if not 0 <= (share := _number(name, value)) < 1:
+        raise HardwareError(f"{name} is {share:g}; a share that is lost is at least 0 and below 1")
+    return share
+
+
+def _seconds(name: str, value: object) -> float:
+    if (seconds := _number(name, value)) < 0:
+        raise HardwareError(f"{name} is {seconds:g}; it must be at least 0 seconds")
+    return seconds
+
+
+def _bytes(name: str, value: Any) -> int:
+    try:
+        count = parse_bytes(value)
+    except (ValueError, TypeError) as error:
+        raise HardwareError(f"{name}: {error}") from None
+    if count < 1:
+        raise HardwareError(f"{name} is {shown(count)}; a tier that is there has at least 1 byte")
+    return count
+
+
+def _points_or_none(name: str, value: object) -> Points:
+    return () if isinstance(value, Sequence) and not value else _points(name, value)
+
+
+def _seconds_at(name: str, value: object) -> Points:
+    return _points(name, value, ("numbers", "seconds of each"), _seconds)
+
+
+def _points(
+    name: str,
+    value: object,
+    of: tuple[str, str] = ("rows", "flop/s"),
+    figure: Callable[[str, object], float] = _rate,
+) -> Points:
+    at, what = of
+    pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
+    if not pairs or not value:
+        raise HardwareError(f"{name} is {shown(value)}; write points: [[{at}, {what}], ...]")
+    assert isinstance(value, Sequence)
+    points = tuple((_rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
+    if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
+        given = ", ".join(f"{many:g}" for many, _ in points)
+        raise HardwareError(f"{name} has points at {at} {cut(given)}; write them by rising {at}, each once")
+    return points

@@ -1,0 +1,271 @@
+"""What a run would take on a machine that one need not have: the same plan, schedule and report as a run's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from flexgen.errors import CapacityError, RequestError, ScheduleError, shown
+from flexgen.layout.fitting import fitting_plan
+from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.plan import batch_sizes, plan_memory
+from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.policy import Policy, Tier
+from flexgen.predict.costs import StepCosts
+from flexgen.predict.hardware import Fixed, Hardware
+from flexgen.predict.numbering import numbered
+from flexgen.predict.timeline import Timeline, play_beside, works_of
+from flexgen.predict.workspaces import workspaces_on
+from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
+from flexgen.results.trace import LaneName, Phase, Trace
+from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.steps import Op
+from flexgen.units import format_bytes
+from flexgen.workload import Workload
+
+_EXACT_CELLS = 100_000
+"""A block of more cells than these is predicted from some of its tokens, unless all are asked for."""
+_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block: seconds, seconds of each lane alone, and when the `tokens` that were laid out are done, numbered
+    as they were."""
+
+    prefill: float
+    decode: float
+    phases: ByPhase
+    tokens: Sequence[int]
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A report as of a run, the memory plan behind it, and the trace."""
+
+    report: Report
+    plan: MemoryPlan
+    layer_names: tuple[str, ...]
+    _blocks: tuple[_Block, ...] = field(repr=False)
+
+    def trace(self) -> Trace:
+        """Every event of the call, block after block; of a sampled prediction, those of the sampled tokens."""
+        trace, begin = Trace(), 0.0
+        for block in self._blocks:
+            named = ((e, e.step._replace(token=block.tokens[e.step.token])) for e in block.timeline.events)
+            trace.extend((event._replace(step=step) for event, step in named), begin)
+            begin += block.prefill + block.decode
+        return trace
+
+
+def predict(
+    spec: ModelSpec,
+    policy: Policy,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    dtype: str = "auto",
+    order: str | None = None,
+    samples: int | None = None,
+) -> Prediction:
+    """What `OptLM.generate` would take on `hardware` for a workload whose prompts are all of full length.
+
+    dtype: "auto" is the checkpoint's own where the machine has products for it.
+    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one.
+        A number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
+        others. What lies between grows evenly with the context, so seconds are taken to be linear there; the tests
+        hold the result within 5% of the exact one.
+
+    Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
+    with the same words as a run.
+    """
+    name = check_request(spec, hardware, workload, dtype, order)
+    layers = build_layers(spec, policy.sep_layer)
+    placement = place_weights(layers, policy.weights, getattr(torch, name))
+    plan = _plan(layers, placement, policy, hardware, workload, order)
+    full, rest = divmod(workload.num_prompts, policy.block_size)
+    shapes = [policy.block_size] * full + ([rest] if rest else [])
+    made = {
+        prompts: _block(layers, placement, policy, hardware, workload, prompts, order, samples)
+        for prompts in set(shapes)
+    }
+    blocks = tuple(made[prompts] for prompts in shapes)
+    batches = batch_sizes(policy, workload.num_prompts)
+    laid_out = len(blocks[0].tokens)
+    report = Report(
+        model=spec.name,
+        policy=policy,
+        device=hardware.name,
+        dtype=name,
+        order=hardware.topology.choose_order(order, policy, len(batches)).name,
+        prompt_len=workload.prompt_len,
+        gen_len=workload.gen_len,
+        num_prompts=workload.num_prompts,
+        prefill_s=sum(block.prefill for block in blocks),
+        decode_s=sum(block.decode for block in blocks),
+        prompt_tokens=workload.num_prompts * workload.prompt_len,
+        phases=_summed([block.phases for block in blocks]),
+        plan_bytes=plan.by_tier,
+        peak_bytes={},
+        placement=placement_table(policy, placement.percent, batches),
+        projected_from=laid_out if laid_out < workload.gen_len else None,
+    )
+    return Prediction(report, plan, tuple(layer.name for layer in layers), blocks)
+
+
+def roofline(
+    spec: ModelSpec,
+    policy: Policy,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    dtype: str = "auto",
+    order: str | None = None,
+) -> ByPhase:
+    """Seconds of each lane for the bytes and flops of each phase alone, at the rates of `hardware`.
+
+    Launches, other fixed costs and element-wise work count for nothing, as far as `hardware` has figures for them:
+    without those its rates contain the element-wise work. Raises as `predict` does.
+    """
+    rates = hardware.replace(fixed=Fixed(), elementwise={}, around_attention={})
+    return predict(spec, policy, rates, workload, dtype=dtype, order=order).report.phases
+
+
+def check_request(
+    spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str, order: str | None
+) -> str:
+    """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
+    if order is not None and order not in ORDERS:
+        raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
+    if workload.capacity > spec.longest_text:
+        raise RequestError(
+            f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
+            f"positions of {spec.name}: shorten one of them"
+        )
+    name = hardware.dtype_for(str(spec.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
+    if name not in hardware.products:
+        known = ", ".join(hardware.products)
+        raise RequestError(
+            f"dtype {shown(name)} has no figures for {shown(hardware.name)}; it has: {known}, or use 'auto'"
+        )
+    return name
+
+
+def _plan(
+    layers: Sequence[Layer],
+    placement: Placement,
+    policy: Policy,
+    hardware: Hardware,
+    workload: Workload,
+    order: str | None,
+) -> MemoryPlan:
+    topology = hardware.topology
+    slots = topology.choose_order(order, policy, policy.num_gpu_batches).slots
+    workspaces = workspaces_on(hardware)
+    limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
+    # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
+    on_disk, disk = placement.nbytes[Tier.DISK], hardware.capacity[Tier.DISK]
+    if on_disk > disk:
+        raise CapacityError(
+            f"weights on the disk tier take {format_bytes(on_disk)}, and {hardware.name} has {format_bytes(disk)} of "
+            "it: put a smaller share of them on disk"
+        )
+    limits[Tier.DISK] = disk - on_disk
+
+    def plan(asked: Policy) -> MemoryPlan:
+        return plan_memory(
+            layers, placement, asked, placement.dtype, topology, workload, slots=slots, workspaces=workspaces
+        )
+
+    return fitting_plan(plan, policy, limits)
+
+
+def _block(
+    layers: Sequence[Layer],
+    placement: Placement,
+    policy: Policy,
+    hardware: Hardware,
+    workload: Workload,
+    prompts: int,
+    order: str | None,
+    samples: int | None,
+) -> _Block:
+    batches = len(batch_sizes(policy, prompts))
+    if samples is None and workload.gen_len * len(layers) * batches > _EXACT_CELLS:
+        samples = _SAMPLES
+    tokens, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    topology = hardware.topology
+    asked, full = (topology.choose_order(order, policy, n) for n in (batches, policy.num_gpu_batches))
+
+    def costs_of(splits_attention: bool) -> StepCosts:
+        block = layers, placement, policy, workload, hardware, prompts, tokens, flushing
+        return StepCosts(*block, splits_attention=splits_attention, serial=asked.serial)
+
+    costs = costs_of(asked.splits_attention)
+    # The buffers are those of a full block, whose batches may run in another order.
+    shape = len(tokens), len(layers), batches, costs.weight_pieces
+    grid = asked.grid(*shape, full.slots, costs.feeds_ids)
+    steps = numbered(asked, grid)
+    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
+    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
+    trailing = timeline.span - ends[-1]
+
+    def decode(seconds: Sequence[float]) -> float:
+        return decode_seconds(seconds, tokens, flushing, workload.gen_len, costs.flushes)
+
+    took = [end - before for before, end in pairwise([0.0, *ends])]
+    # As a run times its lanes: what the host attends is apart from what the device computes.
+    attends = topology.host_attends(policy)
+    apart = costs if asked.splits_attention or not attends else costs_of(splits_attention=True)
+    busy = [apart.busy(n) for n in range(len(tokens))]
+    phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
+    for lane in timed_lanes(attends):
+        per_token = [by_lane.get(lane, 0.0) for by_lane in busy]
+        for phase, alone in ((Phase.PREFILL, per_token[0]), (Phase.DECODE, decode(per_token))):
+            if alone:
+                phases[phase][lane] = alone
+    return _Block(ends[0], decode(took) + trailing, phases, tokens, timeline)
+
+
+def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """The tokens to lay out, and which of them (by place) write a page of the cache where there are `pages` on disk.
+
+    The first of the decode stands for itself, because it waits for what the prefill leaves, and so does the last,
+    beside which nothing is fetched for a next one. A page is written in the middle, and what comes after waits.
+    """
+    if samples is not None and samples < 1:
+        raise RequestError(f"samples is {samples}; it must be at least 1")
+    if samples is None or samples + 4 + 3 * pages >= gen_len:
+        return range(gen_len), ()
+    evenly = [round(token) for token in np.linspace(2, gen_len - 2, samples + 1)]
+    middle = gen_len // 2
+    tokens = sorted({0, 1, *evenly, *(range(middle, middle + 3) if pages else ()), gen_len - 1})
+    return tokens, [tokens.index(middle + 1)] if pages else []
+
+
+def decode_seconds(
+    seconds: Sequence[float], tokens: Sequence[int], flushing: Sequence[int], gen_len: int, flushes: int
+) -> float:
+    """Seconds of all tokens but the first, from those of `tokens`: linear in between, and what each of `flushes`
+    pages adds to the token that writes it and to the next."""
+    of_pages = sum(seconds[n] + seconds[n + 1] - 2 * seconds[n - 1] for n in flushing)
+    plain = [n for n in range(1, len(tokens)) if n not in flushing and n - 1 not in flushing]
+    if not plain:
+        return 0.0
+    between = np.interp(range(1, gen_len), [tokens[n] for n in plain], [seconds[n] for n in plain])
+    return float(between.sum()) + flushes * of_pages
+
+
+def _summed(blocks: Sequence[ByPhase]) -> ByPhase:
+    total: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
+    for phases in blocks:
+        for phase, lanes in phases.items():
+            for lane, seconds in lanes.items():
+                total[phase][lane] = total[phase].get(lane, 0.0) + seconds
+    return total

@@ -1,0 +1,268 @@
+"""Rates of what is computed: layers, kernels and codecs of the engine, on the device that will run them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.packed_linear import PackedMatrix, fused_rows
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.store import Store, tensor_at
+from flexgen.models import WeightSpec, open_model
+from flexgen.models.block import Block
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.layer import Context
+from flexgen.models.ops import causal_attention
+from flexgen.predict.hardware import Points
+from flexgen.probe.effort import Effort, Stopwatch
+from flexgen.quant import Codec
+
+_PAGE_TOKENS = 128
+_CACHE_ROWS = 8
+"""Of a cache on the host."""
+_PROMPT_ROWS = 4
+_LAUNCHES: dict[str, Any] = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
+"""The effort for a layer whose time on a GPU is that of its launches."""
+_LEAST_OWN = 0.5
+"""Of a time from which launches are taken off: more of it would leave noise."""
+
+
+class ArithmeticProbe:
+    """Rates in one dtype of a transformer's layers of the size that `effort` says; `layer` is one of them."""
+
+    def __init__(self, device: ComputeDevice, dtype: torch.dtype, effort: Effort, watch: Stopwatch) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._effort = effort
+        self._watch = watch
+        from transformers import OPTConfig  # takes seconds, and few processes measure
+
+        config = OPTConfig(
+            hidden_size=effort.hidden,
+            word_embed_proj_dim=effort.hidden,
+            ffn_dim=4 * effort.hidden,
+            num_attention_heads=effort.heads,
+            num_hidden_layers=1,
+        )
+        self._spec = open_model(config, "dummy")[0]
+        self.layer = Block(self._spec, 0)
+        self._checkpoint = DummyCheckpoint()
+        self._owned: list[tuple[Store, Tensor]] = []
+
+    def release(self) -> None:
+        """Give back what lies in the memory of the machine."""
+        for store, buffer in self._owned:
+            store.release(buffer)
+        self._owned.clear()
+
+    # Products
+
+    def products(self) -> Points:
+        """flop/s of layers whose matrices come to the device, by rows of activations."""
+        return self._rates(self._plain, self._effort.rows)
+
+    def packed_products(self) -> Points:
+        """The same of matrices that stay on the device, laid out as it wants them."""
+        return self._rates(self._laid_out, self._effort.rows)
+
+    def encoded_products(self, codec: Codec) -> Points:
+        """The same of matrices multiplied as they are encoded; empty where each is decoded first."""
+        weight = next(weight for weight in self.layer.weights if codec.fits(weight.shape))
+        matrix = self._encoded(codec, weight)
+        most = fused_rows(matrix.packed, self._dtype)
+        rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
+        return self._rates(partial(self._encoded, codec), rows) if most else ()
+
+    def decoding(self, codec: Codec) -> float:
+        """Bytes/s that come out."""
+        whole, least = (self._effort.hidden,) * 2, (1, self._effort.hidden)
+        seconds = self.without_launches(
+            self._decoding_seconds(codec, whole), lambda: self._decoding_seconds(codec, least)
+        )
+        return math.prod(whole) * self._dtype.itemsize / seconds
+
+    def _decoding_seconds(self, codec: Codec, shape: tuple[int, int]) -> float:
+        weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
+        encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
+        out_bytes = weight.nbytes(self._dtype)
+        count = self._count(out_bytes + encoded.nbytes)
+        # Written once: the system finds pages for memory at its first touch, which takes longer than decoding.
+        pairs = itertools.cycle(
+            [
+                (self._place(encoded), tensor_at(self._take(out_bytes), 0, shape, self._dtype).zero_())
+                for _ in range(count)
+            ]
+        )
+        seconds = self._watch.seconds(lambda: codec.decode(*next(pairs)), self._device.wait_for_compute)
+        self.release()
+        return seconds
+
+    def multiplying(self, rows: int) -> Callable[[], object]:
+        """The work of `products` at so many rows, until `release`."""
+        return partial(self._forward, self._rows(rows), self._ring(self._plain))
+
+    def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
+        weights = self._ring(form)
+        points = []
+        for tokens in rows:
+            work = partial(self._forward, self._rows(tokens), weights)
+            seconds = self._watch.seconds(work, self._device.wait_for_compute)
+            seconds = self.without_launches(seconds, self._layer_launches)
+            points.append((float(tokens), self.layer.product_flops(tokens, 1, 1) / seconds))
+        self.release()
+        return tuple(points)
+
+    def multiplying_seconds(self, rows: int) -> float:
+        """A layer's products and what is between them, with `rows` rows, without launches."""
+        seconds = self._watch.seconds(self.multiplying(rows), self._device.wait_for_compute)
+        self.release()
+        return self.without_launches(seconds, self._layer_launches)
+
+    @cached_property
+    def _tiny(self) -> ArithmeticProbe:
+        """Of layers whose time on a GPU is that of their launches."""
+        return ArithmeticProbe(self._device, self._dtype, replace(self._effort, **_LAUNCHES), self._watch)
+
+    def _layer_launches(self) -> float:
+        """Seconds of the launches of a layer's products."""
+        seconds = self._watch.seconds(self._tiny.multiplying(1), self._device.wait_for_compute)
+        self._tiny.release()
+        return seconds
+
+    def without_launches(self, seconds: float, launches: Callable[[], float]) -> float:
+        """`seconds` of work on the device without those of its `launches`, which `fixed.cell` contains.
+
+        The CPU launches nothing. At least a part of the time is left: beyond it is noise.
+        """
+        if self._device.torch_device.type == "cpu":
+            return seconds
+        return max(seconds - launches(), _LEAST_OWN * seconds)
+
+    def _rows(self, tokens: int) -> Tensor:
+        return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
+
+    def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
+        """The weights of as many layers as make a working set, over and over."""
+        one = {weight.name: form(weight) for weight in self.layer.weights}
+        count = self._count(sum(_nbytes(kept) for kept in one.values()))
+        others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
+        return itertools.cycle([one, *others])
+
+    def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
+        """A layer without attention: what is multiplied, with norms, biases and residuals."""
+        here, context = next(weights), SimpleNamespace(positions=None)
+        q, _, _ = self.layer.qkv(x, here, cast(Context, context))
+        self.layer.output(q, x, here)
+
+    def _plain(self, weight: WeightSpec) -> Tensor:
+        return self._place(self._checkpoint.read(weight, self._dtype))
+
+    def _laid_out(self, weight: WeightSpec) -> Tensor:
+        kept = self._checkpoint.read(weight, self._dtype)
+        return self._device.pack(kept) if kept.dim() == 2 else self._place(kept)
+
+    def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
+        kept = self._checkpoint.read(weight, self._dtype)
+        if not codec.fits(weight.shape):
+            return self._place(kept)
+        encoded = self._place(codec.encode(kept))
+        place, dtype = self._device.torch_device, self._dtype
+
+        def decode() -> Tensor:  # keeps nothing that is not encoded: it would be many times the working set
+            out = torch.empty(weight.shape, dtype=dtype, device=place)
+            codec.decode(encoded, out)
+            return out
+
+        return PackedMatrix(codec.packed(encoded, weight.shape), dtype, decode)
+
+    # Attention
+
+    def prompt_attention(self) -> float:
+        """flop/s of causal attention over prompts."""
+        tokens = self._effort.prompt
+        seconds = self.without_launches(
+            self._prompt_seconds(_PROMPT_ROWS, tokens), lambda: self._prompt_seconds(1, 1)
+        )
+        return self.layer.attention_flops(_PROMPT_ROWS, tokens, tokens) / seconds
+
+    def _prompt_seconds(self, rows: int, tokens: int) -> float:
+        own = self.layer.layer_spec.attention
+        shape = (rows, tokens, own.heads, own.head_dim)
+        # As layers make them: by token, seen by head.
+        q, k, v = (
+            torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
+        )
+        scale = own.head_dim**-0.5
+        return self._watch.seconds(
+            lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
+        )
+
+    def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
+        """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""
+        on_host = place.type == "cpu"
+        rows = _CACHE_ROWS if on_host else self._effort.cache_rows
+        seconds = self._attention_seconds(form, store, place, rows)
+        if not on_host:
+            # As many launches with hardly any bytes.
+            seconds = self.without_launches(seconds, lambda: self._attention_seconds(form, store, place, 1))
+        return 2 * rows * self.layer.layer_spec.attention.heads * self._effort.context * form.nbytes / seconds
+
+    def _attention_seconds(self, form: HeadFormat, store: Store, place: torch.device, rows: int) -> float:
+        attend = self.attending(form, store, place, rows)
+        seconds = self._watch.seconds(attend, self._device.wait_for_compute)
+        self.release()
+        return seconds
+
+    def attending(
+        self, form: HeadFormat, store: Store, place: torch.device, rows: int = _CACHE_ROWS
+    ) -> Callable[[], object]:
+        """The work of `token_attention` for a cache of so many rows, until `release`."""
+        own, context = self.layer.layer_spec.attention, self._effort.context
+        page_tokens = min(_PAGE_TOKENS, context)
+        pages = -(-context // page_tokens)
+        shape = (rows, own.heads, page_tokens, own.head_dim)
+        page = form.encode(torch.randn(shape).to(self._dtype))
+        count = self._count(2 * pages * page.nbytes)
+        caches = itertools.cycle(
+            [
+                [(self._place(page, store), self._place(page, store)) for _ in range(pages)]
+                for _ in range(count)
+            ]
+        )
+        q = torch.randn(rows, own.heads, 1, own.head_dim).to(place, self._dtype)
+        scale = own.head_dim**-0.5
+        return lambda: decode_attention(q, next(caches), context, None, scale, form)
+
+    # Memory
+
+    def _count(self, nbytes: int) -> int:
+        """How many things of so many bytes make a working set."""
+        return max(-(-self._effort.working_set // nbytes), 1)
+
+    def _take(self, nbytes: int, store: Store | None = None) -> Tensor:
+        store = store or self._device.memory
+        buffer = store.allocate(nbytes, "the probe's working set")
+        self._owned.append((store, buffer))
+        return buffer
+
+    def _place(self, kept: Tensor, store: Store | None = None) -> Tensor:
+        """A copy where the engine keeps such things."""
+        place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
+        return place.copy_(kept)
+
+
+def _nbytes(kept: Any) -> int:
+    if isinstance(kept, PackedMatrix):
+        parts = (kept.packed.values, kept.packed.scales, kept.packed.minimums)
+        return sum(part.nbytes for part in parts)
+    return int(kept.numel() * kept.element_size())

@@ -1,0 +1,143 @@
+"""What layers take beside products and attention's arithmetic: seconds of each number, which narrow layers show.
+
+A layer of an eighth of the width, at eight times the rows, has as many numbers of activations as a wide one and an
+eighth of its flops. So two times tell the two apart: what a flop takes and what a number takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexgen.memory.device import ComputeDevice
+from flexgen.models import Chunk
+from flexgen.models.attention import Attention
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.spec import RopeSpec
+from flexgen.predict.arithmetic import layer_numbers
+from flexgen.predict.hardware import Points, interpolated, seconds_of_each
+from flexgen.probe.arithmetic import ArithmeticProbe
+from flexgen.probe.effort import Effort, Stopwatch
+from flexgen.runtime.pages import Page, put
+
+_NARROWER = 8
+_FEWER = 32
+"""The second point is at so many times fewer numbers: they lie in a cache where the first do not."""
+_LEAST_SHARE = 0.1
+_PROMPT = 32
+"""Tokens of a prompt so short that its attention is little arithmetic."""
+_MOST = 0.5
+"""Of a wide layer's time, which is arithmetic for the most part; what is found beyond it is noise."""
+
+
+class ElementwiseProbe:
+    """Measures narrow layers beside the wide ones of `probe`, in the same dtype."""
+
+    def __init__(
+        self,
+        probe: ArithmeticProbe,
+        device: ComputeDevice,
+        dtype: torch.dtype,
+        effort: Effort,
+        watch: Stopwatch,
+    ) -> None:
+        # One layer is the working set: the weights of a small model stay in the caches.
+        narrow = replace(
+            effort,
+            hidden=effort.hidden // _NARROWER,
+            heads=max(effort.heads // _NARROWER, 1),
+            working_set=1,
+        )
+        self._narrow = ArithmeticProbe(device, dtype, narrow, watch)
+        self._wide = probe.layer
+        self._device = device
+        self._settle = device.wait_for_compute
+        self._dtype = dtype
+        self._most = effort.rows[-1]
+        self._watch = watch
+
+    def seconds_of_numbers(self, rates: Points) -> Points:
+        """(numbers of a layer, seconds of each), beside `rates` of wide layers that contain it."""
+        layer, wide, points = self._narrow.layer, self._wide, []
+        for rows in (max(self._most // _FEWER, 1), self._most):
+            tokens = rows * _NARROWER
+            took = self._narrow.multiplying_seconds(tokens)
+            rate = interpolated(rates, tokens)
+            numbers = tokens * layer_numbers(layer)
+            beside = took - layer.product_flops(tokens, 1, 1) / rate
+            # The rate has the share that these numbers are of a wide layer.
+            own = layer_numbers(wide) * layer.product_flops(1, 1, 1) / wide.product_flops(1, 1, 1)
+            each = beside / (numbers - tokens * own)
+            whole = wide.product_flops(1, 1, 1) / rate / layer_numbers(wide)
+            points.append((float(numbers), min(max(each, 0.0), _MOST * whole)))
+        return tuple(points)
+
+    def alone(self, rates: Points, seconds: Points) -> Points:
+        """`rates` of wide layers without the `seconds` of their numbers.
+
+        The two are measured at different times. On a noisy machine the numbers can seem to take longer than all of
+        it, so at least `_LEAST_SHARE` of the time is left to the products.
+        """
+        flops, numbers = self._wide.product_flops(1, 1, 1), layer_numbers(self._wide)
+        shares = ((rows, rate, seconds_of_each(seconds, rows * numbers)) for rows, rate in rates)
+        return tuple(
+            (rows, 1 / max(1 / rate - each * numbers / flops, _LEAST_SHARE / rate))
+            for rows, rate, each in shares
+        )
+
+    def around_attention(self, rate: float) -> float:
+        """Seconds of each number of queries, keys, values and answers. `rate`: flop/s of attention over prompts."""
+        spec = self._narrow.layer.spec
+        layer, checkpoint = Attention(spec, 0), DummyCheckpoint()
+        weights = {
+            weight.name: checkpoint.read(weight, self._dtype).to(self._device.torch_device)
+            for weight in layer.weights
+        }
+        own = spec.layers[0].attention
+
+        def around(rows: int) -> float:
+            context = _Attending(own.kv_heads, own.head_dim, rows, self._dtype, self._device.torch_device)
+            x = torch.randn(rows, _PROMPT, spec.hidden_size).to(self._device.torch_device, self._dtype)
+
+            def multiply() -> None:
+                q, _, _ = layer.qkv(x, weights, context)
+                layer.output(q, x, weights)
+
+            forward = partial(layer.forward, x, weights, context)
+            whole, products = (self._watch.seconds(work, self._settle) for work in (forward, multiply))
+            return max(whole - products, 0.0)
+
+        rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
+        seconds = self._narrow.without_launches(around(rows), lambda: around(1))
+        seconds -= layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
+        return max(seconds, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
+
+
+class _Attending:
+    """A layer's context in the prefill: keys and values are put into pages, and attended."""
+
+    last_only = True
+
+    def __init__(self, heads: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
+        page = torch.zeros(2, rows, heads, _PROMPT, width, dtype=dtype, device=device)
+        self._pages: Sequence[Page] = [(page[0], page[1])]
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        return token_factors(*rope_tables(rope, self.positions, dtype))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.keep_new(k, v)
+        return causal_attention(q, k, v, None, scale)
+
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
+        put(self._pages, 0, k, v)
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+        return causal_attention(q, k[seen], v[seen], None, scale)

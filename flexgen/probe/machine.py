@@ -1,0 +1,349 @@
+"""All measurements of one machine, in order, as a `Hardware`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexgen.errors import CapacityError
+from flexgen.kernels.heads import HeadFormat, PlainHeads
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.lanes import Lanes
+from flexgen.memory.machine import Machine
+from flexgen.policy import Tier
+from flexgen.predict.hardware import Fixed, Hardware
+from flexgen.probe.arithmetic import ArithmeticProbe
+from flexgen.probe.effort import FULL, Clock, Effort, Stopwatch, on_gpu
+from flexgen.probe.elementwise import ElementwiseProbe
+from flexgen.probe.links import LinkProbe
+from flexgen.probe.overheads import cell_seconds
+from flexgen.probe.together import lost_shares
+from flexgen.quant import CODECS, Codec
+from flexgen.results.trace import LaneName, Phase
+from flexgen.units import BLOCK, MIB, format_bytes
+
+Progress = Callable[[int, int, str], object]
+"""Told before each measurement: how many are done, how many there are, and which one comes."""
+
+logger = logging.getLogger(__name__)
+
+_BUSY = 0.1
+"""Share of the processors that other programs may take during a measurement."""
+_LEAST_MEMORY = 8 * MIB
+"""Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
+_BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
+_BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
+"""The table of each phase, and the rows of a product that others run beside: few take memory's bandwidth and the
+cores alike, many the cores."""
+_NOISE = 0.03
+"""A share that is lost between two measurements of the same."""
+
+
+def measure(
+    device: str | torch.device | ComputeDevice = "auto",
+    offload_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    effort: Effort = FULL,
+    clock: Clock = time.perf_counter,
+) -> Hardware:
+    """What `device` (as in `OptLM`), the host and the disk of `offload_dir` can do.
+
+    Takes less than a minute on two cores, `Effort.file` bytes of disk, and a few times `Effort.working_set` bytes of
+    memory, or less where less is free. Nothing else should run: `disturbed` says whether it did.
+    Raises RequestError for a device that is not there, CapacityError where there
+    is no room.
+    """
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        machine = Machine.open(device, offload_dir)
+        stack.callback(machine.close)
+        stack.enter_context(machine.device.active())
+        others = _Others()
+        lanes = machine.make_lanes()
+        stack.callback(lanes.close)
+        machine.device.begin_call(others)
+        stack.callback(machine.device.end_call, others)
+        hardware = _Measurement(machine, lanes, effort, clock).run(progress)
+        if (share := others.share()) > _BUSY:
+            note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"
+            hardware = hardware.replace(source=note, disturbed=share)
+    return hardware
+
+
+class _Others:
+    """The share of the processors that other programs take, from its making on."""
+
+    def __init__(self) -> None:
+        self._began = self._seconds()
+
+    def share(self) -> float:
+        (began_all, began_others), (all_, others) = self._began, self._seconds()
+        return min(max((others - began_others) / max(all_ - began_all, 1e-9), 0.0), 1.0)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float]:
+        """Seconds of all processors in all, and those in which programs other than this one ran."""
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # A guest's time is part of the user's.
+        total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return total, total - idle - own.user - own.system
+
+
+def within(effort: Effort, memory: int, where: str) -> Effort:
+    """What can be measured on a device of `memory` bytes, which are not filled to the last one.
+
+    Transfers are whole blocks, since they go to the disk too. Raises CapacityError where the device is too small.
+    """
+    if memory < _LEAST_MEMORY:
+        raise CapacityError(
+            f"{where} has {format_bytes(memory)} to measure in, of which at least "
+            f"{format_bytes(_LEAST_MEMORY)} are needed: free some, or give it more (memory=...)"
+        )
+    share = memory // 8 // BLOCK * BLOCK
+    hidden, heads = effort.hidden, effort.heads
+    # The attention and the feed-forward half of a layer have 12 matrices of hidden x hidden numbers between them.
+    while heads % 2 == 0 and 12 * hidden**2 * torch.float32.itemsize > memory // 4:
+        hidden, heads = hidden // 2, heads // 2
+    return replace(
+        effort,
+        working_set=min(effort.working_set, share),
+        transfer=min(effort.transfer, share),
+        hidden=hidden,
+        cache_rows=max(min(effort.cache_rows, share // (8 * effort.context * hidden)), 2),
+        heads=heads,
+    )
+
+
+def capacities(machine: Machine) -> dict[Tier, int]:
+    """Bytes of each tier that a plan may use now; a tier without a limit of its own has what the host has."""
+    limits = machine.limits()
+    own = {tier: limits[tier] if limits[tier] is not None else limits[Tier.CPU] for tier in Tier}
+    if machine.device.shares_host_memory:
+        del own[Tier.GPU]
+    elif limits.host is not None:  # a plan that fills both tiers fits the host
+        device = min(own[Tier.GPU] or 0, limits.host // 2)
+        own |= {Tier.GPU: device, Tier.CPU: min(own[Tier.CPU] or 0, limits.host - device)}
+    return {tier: max(count, 1) for tier, count in own.items() if count is not None}
+
+
+def installed(machine: Machine) -> dict[Tier, int]:
+    """Bytes of each tier in all, used or not."""
+    device, host = machine.device, psutil.virtual_memory().total
+    there = {Tier.CPU: host, Tier.DISK: machine.disk.total}
+    if device.torch_device.type == "cuda":
+        there[Tier.GPU] = torch.cuda.get_device_properties(device.torch_device).total_memory
+    elif not device.shares_host_memory:
+        there[Tier.GPU] = device.memory.capacity or host
+    return there
+
+
+def description(machine: Machine) -> tuple[str, str]:
+    """(name, source) of what is measured on a machine."""
+    device = machine.device
+    name = device.name
+    if device.torch_device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device.torch_device)} ({device.name})"
+    elif not device.shares_host_memory:
+        name = f"{device.name} on {processor()}"
+    else:
+        name = processor()
+    parts = [f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    parts.append(f"{format_bytes(psutil.virtual_memory().total)} of host memory")
+    if device.torch_device.type == "cuda":
+        total = torch.cuda.get_device_properties(device.torch_device).total_memory
+        parts.append(f"{format_bytes(total)} of GPU memory")
+    day = datetime.datetime.now().astimezone().date().isoformat()
+    return name, f"measured by python -m flexgen.measure on {day}: {'; '.join(parts)}"
+
+
+def processor() -> str:
+    """The model of the CPU, as the system names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+class _Measurement:
+    """The figures so far, and the work that finds each."""
+
+    def __init__(self, machine: Machine, lanes: Lanes, effort: Effort, clock: Clock) -> None:
+        self._machine = machine
+        self._device = machine.device
+        self._lanes = lanes
+        if self._device.torch_device != _CPU:
+            effort = on_gpu(effort)
+        for tier, left in machine.limits().items():
+            if left is not None and tier is not Tier.DISK:
+                where = f"device {self._device.name}" if tier is Tier.GPU else "the host"
+                effort = within(effort, left, where)
+        self._effort = effort
+        self._clock = clock
+        self._watch = Stopwatch(effort, clock)
+        self._links = LinkProbe(machine, lanes, effort, self._watch)
+        self._figures: dict[str, dict[Any, Any]] = {}
+        self._fixed: dict[str, float] = {}
+
+    def run(self, progress: Progress | None) -> Hardware:
+        work = list(self._work())
+        try:
+            for n, (label, job) in enumerate(work):
+                if progress:
+                    progress(n, len(work), label)
+                job()
+            if progress:
+                progress(len(work), len(work), "done")
+        finally:
+            self._links.close()
+        name, source = description(self._machine)
+        capacity = capacities(self._machine)
+        fields: dict[str, Any] = {"name": name, "source": source, "capacity": capacity} | self._figures
+        return Hardware(**fields, installed=installed(self._machine), fixed=Fixed(**self._fixed))
+
+    def _put(self, table: str, key: object, find: Callable[[], Any]) -> None:
+        if found := find():
+            self._figures.setdefault(table, {})[key] = found
+
+    def _work(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        shared = self._device.shares_host_memory
+        lanes = [LaneName.DISK_WRITE, LaneName.DISK_READ]
+        if not shared:
+            lanes += [LaneName.TO_DEVICE, LaneName.FROM_DEVICE]
+        for lane in lanes:
+            yield (
+                f"bandwidth {lane}",
+                partial(self._put, "bandwidth", lane, partial(self._links.bandwidth, lane)),
+            )
+        yield "bandwidth host", partial(self._put, "bandwidth", LaneName.HOST, self._links.host_copies)
+        yield "fixed costs", self._find_fixed
+        for dtype in self._dtypes():
+            yield from self._of_dtype(dtype)
+        computed = {
+            str(dtype).removeprefix("torch."): self._device.fast_dtype(dtype) for dtype in self._dtypes()
+        }
+        self._figures["computes_in"] = {
+            name: str(dtype).removeprefix("torch.")
+            for name, dtype in computed.items()
+            if str(dtype) != f"torch.{name}"
+        }
+        yield "lanes beside each other", self._find_interference
+
+    def _dtypes(self) -> list[torch.dtype]:
+        if self._device.torch_device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            return [torch.float32, torch.float16]
+        return list(_DTYPES)
+
+    def _of_dtype(self, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+        device, name = self._device, str(dtype).removeprefix("torch.")
+        probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
+        yield f"products {name}", partial(self._put, "products", name, probe.products)
+        if device.packs(dtype):
+            yield (
+                f"packed products {name}",
+                partial(self._put, "packed_products", name, probe.packed_products),
+            )
+        # Of a half type that is only kept, and computed in another, nobody needs to know it.
+        computed = device.fast_dtype(dtype) is dtype
+        brief = replace(self._effort, seconds=self._effort.seconds / 2)
+        narrow = ElementwiseProbe(probe, device, dtype, brief, Stopwatch(brief, self._clock))
+        if computed:
+            yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
+        for codec in CODECS.values():
+            key = f"{name} {codec.name}"
+            yield f"products {key}", partial(self._find_encoded, probe, narrow, key, codec)
+            yield f"decoding {key}", partial(self._put, "decoding", key, partial(probe.decoding, codec))
+        yield (
+            f"attention of a prompt, {name}",
+            partial(self._put, "prefill_attention", name, probe.prompt_attention),
+        )
+        if computed:
+            yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
+        head_dim = self._effort.hidden // self._effort.heads
+        forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
+        # Encoded, a cache is the same bytes whatever the dtype: the one that is computed in tells its rate.
+        if dtype is device.fast_dtype(torch.float16):
+            forms |= {codec.name: codec.heads(head_dim) for codec in CODECS.values()}
+        for key, form in forms.items():
+            yield f"attention of a token, {key}", partial(self._find_attention, probe, key, form)
+
+    def _find_elementwise(self, narrow: ElementwiseProbe, name: str) -> None:
+        found = narrow.seconds_of_numbers(self._figures["products"][name])
+        self._figures.setdefault("elementwise", {})[name] = found
+        for table in ("products", "packed_products"):
+            rates = self._figures.get(table, {})
+            if name in rates:
+                rates[name] = narrow.alone(rates[name], found)
+
+    def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
+        # No points say that nothing is multiplied as it is kept; without an entry that is not known.
+        found, name = probe.encoded_products(codec), key.split()[0]
+        if beside := self._figures.get("elementwise", {}).get(name):
+            found = narrow.alone(found, beside)
+        self._figures.setdefault("encoded_products", {})[key] = found
+
+    def _find_around_attention(self, narrow: ElementwiseProbe, name: str) -> None:
+        rate = self._figures["prefill_attention"][name]
+        self._figures.setdefault("around_attention", {})[name] = narrow.around_attention(rate)
+
+    def _find_attention(self, probe: ArithmeticProbe, key: str, form: Any) -> None:
+        device, host = self._device, self._machine.host
+        found = probe.token_attention(form, device.memory, device.torch_device)
+        self._figures.setdefault("device_attention", {})[key] = found
+        if not device.shares_host_memory:
+            if device.torch_device != _CPU:
+                found = probe.token_attention(form, host, _CPU)
+            self._figures.setdefault("host_attention", {})[key] = found
+
+    def _find_fixed(self) -> None:
+        shared = self._device.shares_host_memory
+        links = (LaneName.HOST,) if shared else (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
+        self._fixed["stage"] = self._links.latency(links)
+        self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
+        dtype = self._device.fast_dtype(torch.float16)
+        self._fixed["cell"] = cell_seconds(self._machine, self._lanes, dtype, self._effort)
+
+    def _find_interference(self) -> None:
+        """What each two lanes that may work at once take from each other, and of a prefill what computing does."""
+        device = self._device
+        dtype = device.fast_dtype(torch.float16)
+        probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
+        others: dict[LaneName, Callable[[], object]] = {}
+        if not device.shares_host_memory:
+            form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
+            others[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
+        lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
+        for lane in lanes:
+            others[lane] = self._links.mover(lane)
+        for phase, (table, rows) in _BESIDE_ROWS.items():
+            enqueue = probe.multiplying(rows)
+
+            def multiply(enqueue: Callable[[], object] = enqueue) -> None:
+                enqueue()
+                device.wait_for_compute()
+
+            # First: what runs beside it goes on until its last product has ended, which may take most of the time.
+            work = {LaneName.COMPUTE: multiply, **others}
+            found = self._figures.setdefault(table, {})
+            for one, other in itertools.combinations(work, 2):
+                if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
+                    continue  # the same in both phases
+                lost = lost_shares(work[one], work[other], self._effort.beside, self._clock)
+                for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
+                    found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
+        probe.release()

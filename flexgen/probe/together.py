@@ -1,0 +1,69 @@
+"""What lanes that work at the same time take from each other: cores, memory's bandwidth, a disk's one queue."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable
+
+import torch
+
+from flexgen.memory import threads
+from flexgen.probe.effort import Clock
+
+Work = Callable[[], object]
+
+_ROUNDS = 3
+"""Of each two kinds of work: alone, alone, together. A shared machine is another one from second to second."""
+
+
+def lost_shares(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+    """The shares, 0 to below 1, of its own rate that each of two kinds of work loses while the other goes on.
+
+    `here` runs in this thread, `beside` in another, both for `seconds` in all, and either alone for half as long,
+    right before; medians of what is found each time.
+    """
+    found = [_lost(here, beside, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
+    first, second = (min(max(statistics.median(shares), 0.0), 0.95) for shares in zip(*found, strict=True))
+    return first, second
+
+
+def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+    alone = _alone(here, seconds / 2, clock), _alone(beside, seconds / 2, clock)
+    counts = [0, 0]
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            with torch.inference_mode():
+                while not stop.is_set():
+                    beside()
+                    counts[1] += 1
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=serve, name="flexgen-probe")
+    began = clock()
+    threads.start(thread)
+    try:
+        while clock() - began < seconds and thread.is_alive():
+            here()
+            counts[0] += 1
+        spent = clock() - began
+    finally:
+        stop.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+    whole = clock() - began  # its last call ends after ours
+    return 1 - counts[0] * alone[0] / spent, 1 - counts[1] * alone[1] / whole
+
+
+def _alone(work: Work, seconds: float, clock: Clock) -> float:
+    """Seconds of one call."""
+    began, count = clock(), 0
+    while not count or clock() - began < seconds:
+        work()
+        count += 1
+    return (clock() - began) / count

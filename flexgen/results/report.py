@@ -1,0 +1,331 @@
+"""One result, shown as a card or written as a line of JSON; shared by runs and predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen.policy import Policy, Split, Tier
+from flexgen.results.trace import LaneName, Phase
+from flexgen.units import format_bytes, format_seconds
+
+ByTier = Mapping[Tier, int]
+ByPhase = Mapping[Phase, Mapping[LaneName, float]]
+
+_PREDICTED = (
+    "prefill_s",
+    "decode_s",
+    "total_s",
+    "prefill_tokens_s",
+    "decode_tokens_s",
+    "throughput_tokens_s",
+    "bound_s",
+    "bottleneck",
+)
+"""What a report's JSON has of its prediction, beside the phases."""
+
+_DERIVED = (
+    "total_s",
+    "prefill_tokens_s",
+    "decode_tokens_s",
+    "throughput_tokens_s",
+    "bound_s",
+    "bottleneck",
+    "bound_share",
+    "roofline_s",
+    "roofline_share",
+    "goal_share",
+)
+"""Properties of a report that its JSON has beside its fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run (or its prediction) took.
+
+    Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
+    token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
+    `roofline`: seconds of each lane for the bytes and flops of each phase, at the rates of the measured machine.
+    `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
+    `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
+    were run, where the decode was projected from fewer than `gen_len`. `new_tokens`: of all prompts, where some
+    stopped before `gen_len`. `perplexity`: of the right answers, where they are known. `predicted`: what the planner
+    says of the same run, where the machine's figures are known.
+    """
+
+    model: str
+    policy: Policy
+    device: str
+    dtype: str
+    order: str
+    prompt_len: int
+    gen_len: int
+    num_prompts: int
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    padded_share: float = 0.0
+    phases: ByPhase = field(default_factory=dict)
+    roofline: ByPhase = field(default_factory=dict)
+    plan_bytes: ByTier
+    peak_bytes: ByTier
+    placement: Mapping[str, Mapping[Tier, tuple[float, float]]]
+    projected_from: int | None = None
+    new_tokens: int | None = None
+    perplexity: float | None = None
+    predicted: Report | None = None
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
+    def prefill_tokens_s(self) -> float:
+        return _rate(self.prompt_tokens, self.prefill_s)
+
+    @property
+    def decode_tokens_s(self) -> float:
+        return _rate(self._made - self.num_prompts, self.decode_s)
+
+    @property
+    def throughput_tokens_s(self) -> float:
+        return _rate(self._made, self.total_s)
+
+    @property
+    def _made(self) -> int:
+        return self.num_prompts * self.gen_len if self.new_tokens is None else self.new_tokens
+
+    @property
+    def lanes(self) -> dict[LaneName, float]:
+        """Seconds that each lane alone would take for both phases."""
+        return {
+            lane: sum(lanes.get(lane, 0.0) for lanes in self.phases.values())
+            for lane in LaneName
+            if any(lane in lanes for lanes in self.phases.values())
+        }
+
+    @property
+    def busy(self) -> dict[LaneName, float]:
+        """The share of the time that each lane alone would need."""
+        return {lane: seconds / self.total_s for lane, seconds in self.lanes.items()} if self.total_s else {}
+
+    @property
+    def waits_for(self) -> dict[Phase, LaneName]:
+        """The lane that alone would take longest in each phase."""
+        return {
+            phase: max(lanes, key=lambda lane: lanes[lane]) for phase, lanes in self.phases.items() if lanes
+        }
+
+    @property
+    def bottleneck(self) -> LaneName | None:
+        """The lane that makes up most of the bound."""
+        parts: dict[LaneName, float] = {}
+        for phase, lane in self.waits_for.items():
+            parts[lane] = parts.get(lane, 0.0) + self.phases[phase][lane]
+        return max(parts, key=lambda lane: parts[lane]) if parts else None
+
+    @property
+    def bound_s(self) -> float | None:
+        """Seconds that orders are held against, see `bound_seconds`."""
+        return bound_seconds(self.phases) if self.waits_for else None
+
+    @property
+    def bound_share(self) -> float | None:
+        """The bound over the total: 1 is all that the hardware gives under this policy."""
+        return None if self.bound_s is None else self.bound_s / self.total_s
+
+    @property
+    def roofline_s(self) -> float | None:
+        """Seconds of the slowest lane of each phase for bytes and flops alone; None without the machine's figures."""
+        return bound_seconds(self.roofline) if any(self.roofline.values()) else None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """The roofline over the total.
+
+        The bound is measured, so a lane that waits for its next kernel counts as busy there. Here it does not.
+        """
+        return None if self.roofline_s is None else self.roofline_s / self.total_s
+
+    @property
+    def goal_share(self) -> float | None:
+        """The smaller of the two shares, or the one that is known: the number to compare with a goal."""
+        known = [share for share in (self.bound_share, self.roofline_share) if share is not None]
+        return min(known, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        placement = {
+            str(tier): {
+                what: dict(zip(("asked", "achieved"), by_tier[tier], strict=True))
+                for what, by_tier in self.placement.items()
+            }
+            for tier in Tier
+        }
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {
+            "policy": self.policy.to_dict(),
+            "lanes": _plain(self.lanes),
+            "busy": _plain(self.busy),
+            "phases": _plain_phases(self.phases),
+            "roofline": _plain_phases(self.roofline),
+            "waits_for": {str(phase): str(lane) for phase, lane in self.waits_for.items()},
+            "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
+            "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
+            "placement": placement,
+            "predicted": self.predicted and self.predicted._prediction(),
+            **{name: getattr(self, name) for name in _DERIVED},
+        }
+
+    def _prediction(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _PREDICTED} | {"phases": _plain_phases(self.phases)}
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def card(self) -> str:
+        """For people: sizes, placement, times, bytes and the share of the bound."""
+        rows = [
+            ("model", f"{self.model}, {self.dtype} on {self.device}"),
+            ("prompts", self._sizes()),
+            ("schedule", self._schedule()),
+            *self._placement_rows(),
+            ("prefill", self._prefill()),
+            ("decode", self._decode()),
+            ("throughput", self._throughput()),
+            *(
+                (f"bytes {tier}", self._bytes(tier))
+                for tier in Tier
+                if self.plan_bytes[tier] or self.peak_bytes.get(tier)
+            ),
+        ]
+        if self.waits_for:
+            rows += [(f"{phase} lanes", self._lanes(phase)) for phase in self.waits_for]
+            rows.append(("bound", self._bound()))
+        if self.roofline_share is not None:
+            rows.append(("roofline", self._roofline()))
+        if self.perplexity is not None:
+            rows.append(("perplexity", f"{self.perplexity:.4f} of the right answers"))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {text}" for name, text in rows]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([rule, *lines, rule])
+
+    def _sizes(self) -> str:
+        mean = self.prompt_tokens / self.num_prompts
+        ragged = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
+        early = f" at most, {self.new_tokens} in all" if self.new_tokens is not None else ""
+        sizes = f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each{early}"
+        return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
+
+    def _schedule(self) -> str:
+        shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"
+        return f"{self.order}, {shape}"
+
+    def _placement_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for what, by_tier in self.placement.items():
+            split: Split = getattr(self.policy, what)
+            parts = []
+            for tier, (asked, achieved) in by_tier.items():
+                if asked or achieved:
+                    codec = split[tier].codec
+                    kept = "" if codec == "none" else f" in {codec}"
+                    parts.append(f"{tier} {achieved:.1f}%{kept} (asked {asked:g})")
+            rows.append((what, ", ".join(parts)))
+        return rows
+
+    def _prefill(self) -> str:
+        took = f"{format_seconds(self.prefill_s)}, {self.prefill_tokens_s:,.1f} tokens/s"
+        return took + (f"; predicted {format_seconds(self.predicted.prefill_s)}" if self.predicted else "")
+
+    def _decode(self) -> str:
+        projected = f", projected from {self.projected_from} tokens" if self.projected_from else ""
+        took = f"{format_seconds(self.decode_s)}, {self.decode_tokens_s:,.1f} tokens/s{projected}"
+        return took + (f"; predicted {format_seconds(self.predicted.decode_s)}" if self.predicted else "")
+
+    def _throughput(self) -> str:
+        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in all)"
+        if self.predicted is None:
+            return took
+        ratio = self.predicted.throughput_tokens_s / self.throughput_tokens_s
+        return f"{took}; predicted {self.predicted.throughput_tokens_s:,.1f} tokens/s, {ratio:.0%} of it"
+
+    def _bytes(self, tier: Tier) -> str:
+        peak = f", {format_bytes(self.peak_bytes[tier])} at the peak" if tier in self.peak_bytes else ""
+        return f"{format_bytes(self.plan_bytes[tier])} planned{peak}"
+
+    def _lanes(self, phase: Phase) -> str:
+        ordered = sorted(self.phases[phase].items(), key=lambda pair: -pair[1])
+        took = self.prefill_s if phase is Phase.PREFILL else self.decode_s
+        shares = ((lane, alone, f" ({alone / took:.0%})" if took else "") for lane, alone in ordered)
+        return "alone " + ", ".join(f"{lane} {format_seconds(alone)}{share}" for lane, alone, share in shares)
+
+    def _bound(self) -> str:
+        assert self.bound_share is not None
+        (first, lane), *others = self.waits_for.items()
+        waits = f"{first} waits for {lane}" + "".join(f", {phase} for {other}" for phase, other in others)
+        if others and {lane} == {other for _, other in others}:
+            waits = f"it waits for {lane}"
+        return f"{self.bound_share:.0%} of what the hardware gives here: {waits}"
+
+    def _roofline(self) -> str:
+        assert self.roofline_s is not None and self.roofline_share is not None
+        least = format_seconds(self.roofline_s)
+        return f"{self.roofline_share:.0%}: bytes and flops alone take {least} at the measured rates"
+
+
+def timed_lanes(host_attends: bool) -> tuple[LaneName, ...]:
+    """The lanes that a bound is made of: those whose work can be run alone, on whatever lies in the buffers.
+
+    So can the host's, where it attends. What leaves the device exists only once the cell was computed.
+    """
+    lanes = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE
+    return (*lanes, LaneName.HOST) if host_attends else lanes
+
+
+def bound_seconds(phases: ByPhase) -> float:
+    """Seconds below which no order gets, but for what it prefetches from one phase for the next.
+
+    `phases`: seconds that each lane alone would take. In each phase the slowest lane is waited for, and a block's
+    decode follows its prefill: at their seam no more can overlap than the layers that the slots hold.
+    """
+    return sum(max(lanes.values()) for lanes in phases.values() if lanes)
+
+
+def _plain_phases(phases: ByPhase) -> dict[str, dict[str, float]]:
+    return {str(phase): _plain(lanes) for phase, lanes in phases.items()}
+
+
+def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:
+    return {str(lane): seconds for lane, seconds in lanes.items()}
+
+
+def placement_table(
+    policy: Policy, weights: Mapping[Tier, float], batches: Sequence[int]
+) -> dict[str, dict[Tier, tuple[float, float]]]:
+    """`Report.placement` from the percent of the weights that each tier got and the rows of each batch."""
+    got = {
+        "weights": weights,
+        "cache": _rows(policy.cache, batches),
+        "activations": _rows(policy.activations, batches),
+    }
+    return {
+        what: {tier: (getattr(policy, what).percent(tier), achieved[tier]) for tier in Tier}
+        for what, achieved in got.items()
+    }
+
+
+def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
+    """Percent of the rows of a block on each tier."""
+    rows = [split.rows(count) for count in batches]
+    return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

@@ -1,0 +1,158 @@
+"""What a policy search chooses from: shapes of blocks, where attention runs, tiers and codecs for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from flexgen.models import ModelSpec
+from flexgen.policy import CODECS, Policy, Share, Split, Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.quant import head_format
+from flexgen.search.linear import CLASSES, Column, Shares
+from flexgen.workload import Workload
+
+_MOST_BATCHES = 64
+"""More batches of a block share a load of weights so well that there is next to nothing left to share."""
+_MOST_CELLS = 6_500
+"""Cells of a token, in all layers: of more than these a prediction takes long, and a run many short steps."""
+
+
+class Choices:
+    """Everything that `settled` leaves open, whose `fixed` fields are kept."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        hardware: Hardware,
+        workload: Workload,
+        settled: Policy,
+        fixed: frozenset[str],
+        lossy: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._workload = workload
+        self._settled = settled
+        self._lossy = lossy
+        self._dtype = dtype
+        self._shared = hardware.topology.shares_host_memory
+        self.fixed = fixed
+        # A host's memory is one tier, whatever it is called.
+        self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
+
+    def forms(self) -> Iterator[Policy]:
+        """Everything but the shape and the placement: free classes are on the host."""
+        free = {what: {Tier.CPU: 100} for what in CLASSES if what not in self.fixed}
+        form = self._settled.replace(**free)
+        attending = ("gpu",) if self._shared or self._on_device else ("gpu", "cpu")
+        for attend_on in attending if "attend_on" not in self.fixed else (form.attend_on,):
+            # Whole layers give the host something to attend to beside every one of them.
+            apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
+            for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
+                yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether all of the cache is to be where the device attends to it."""
+        return "cache" in self.fixed and self._settled.cache.percent(Tier.GPU) == 100
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        columns = []
+        for what in CLASSES:
+            if what in self.fixed:
+                split: Split = getattr(self._settled, what)
+                columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
+                continue
+            for tier in self.tiers:
+                columns += [Column(what, tier, codec) for codec in CODECS if self._may(what, codec)]
+        return tuple(columns)
+
+    def _may(self, what: str, codec: str) -> bool:
+        """Whether a codec may be chosen for a class, and the machine has figures for it."""
+        if codec == "none":
+            return True
+        if not self._lossy or what == "activations":
+            return False
+        if what == "weights":
+            return self._hardware.decodes(str(self._dtype).removeprefix("torch."), codec)
+        known = codec in self._hardware.device_attention
+        known &= self._shared or codec in self._hardware.host_attention
+        return known and self._settled.attn_sparsity == 1 and _keeps_heads(codec, self._spec, self._dtype)
+
+    @cached_property
+    def given(self) -> Shares:
+        """The shares that are settled."""
+        given = {}
+        for column in self.columns:
+            if column.what in self.fixed:
+                split: Split = getattr(self._settled, column.what)
+                given[column] = split.percent(column.tier) / 100
+        return given
+
+    def shapes(self) -> dict[int, list[int]]:
+        """Numbers of batches by their size, ascending: a block more than the job has prompts for is none, and the
+        blocks of a job are about equally full."""
+        prompts, settled = self._workload.num_prompts, self._settled
+        size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
+        most = max(_MOST_CELLS // (2 * self._spec.num_layers + 2), 1)
+        sizes = [settled.gpu_batch_size] if size_fixed else _ladder(prompts)
+        numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES, most))
+        shapes: set[tuple[int, int]] = set()
+        for size in sizes:
+            for batches in numbers:
+                blocks = -(-prompts // (size * batches))
+                each = -(-prompts // blocks)
+                even = size if size_fixed else -(-each // batches)
+                shapes.add((even, batches if batches_fixed else -(-each // even)))
+        by_size: dict[int, list[int]] = {}
+        for size, batches in sorted(shapes):
+            by_size.setdefault(size, []).append(batches)
+        return by_size
+
+    def rounded(self, form: Policy, shares: Shares) -> Policy:
+        """Whole percentages, of cache and activations those of whole rows of a batch."""
+        splits = {}
+        for what in CLASSES:
+            if what in self.fixed:
+                continue
+            own = {column: share for column, share in shares.items() if column.what == what}
+            percents = np.array([own[column] for column in own])
+            if what != "weights":
+                percents = _whole(percents, form.gpu_batch_size) / form.gpu_batch_size
+            percents = _whole(percents, 100)
+            splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
+        return form.replace(**splits)
+
+
+def _keeps_heads(codec: str, spec: ModelSpec, dtype: torch.dtype) -> bool:
+    try:
+        for head_dim in {layer.attention.head_dim for layer in spec.layers}:
+            head_format(codec, head_dim, dtype)
+    except ValueError:  # a PolicyError: the head's size does not divide
+        return False
+    return True
+
+
+def _ladder(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    steps = {most}
+    power = 1
+    while power <= most:
+        steps |= {power, *([power // 2 * 3] if power > 1 else [])}
+        power *= 2
+    return sorted(step for step in steps if step <= most)
+
+
+def _whole(parts: np.ndarray, total: int) -> np.ndarray:
+    """`parts` of 1 as whole parts of `total`, the largest remainders rounded up."""
+    exact = parts / parts.sum() * total
+    whole = np.floor(exact + 1e-6)
+    for n in np.argsort(whole - exact)[: round(total - whole.sum())]:
+        whole[n] += 1
+    return whole

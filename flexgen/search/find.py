@@ -1,0 +1,358 @@
+"""The policy search: shapes and codecs are enumerated, placements solved for, and the best of them simulated.
+
+The method is that of FlexGen's paper (arXiv 2303.06865, section 4.3), with a simulation of the schedule in place of
+its cost model for the last word.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexgen.errors import CapacityError
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy, Split, Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import Prediction, check_request
+from flexgen.schedule.orders import Slots
+from flexgen.search.bounds import Bound, Bounds, by_seconds
+from flexgen.search.choices import Choices
+from flexgen.search.limits import limits_in_words
+from flexgen.search.linear import CLASSES, Solution, one_codec_each
+from flexgen.search.moves import Short, filled, moves, squeezed
+from flexgen.search.simulations import Run, Simulations
+from flexgen.units import format_bytes
+from flexgen.workload import Workload
+
+_CELLS = 25_000
+"""Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
+_LAST_CELLS = 40_000
+"""Cells that are laid out of whole models at the end, for the winner and then for as many others as that allows."""
+_REORDERED = 2
+"""Shapes, the best of all, that are tried in every order."""
+_ORDER_CELLS = 10_000
+"""Cells that are laid out for that."""
+_OWN_ORDER = 0.01
+"""By what share of its time another order must be faster than the one that the policy asks for: a file of the policy
+does not say it, so it has to be told again with every run."""
+_STEPS = 100.0, 20.0, 5.0, 1.0
+"""Percent that are moved at once to improve the winner; the first is all that a tier has."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with the order it runs in and what it would take; `limits` says why it is not faster."""
+
+    policy: Policy
+    order: str
+    prediction: Prediction
+    limits: tuple[str, ...]
+
+    @property
+    def tokens_s(self) -> float:
+        """Predicted new tokens per second."""
+        return self.prediction.report.throughput_tokens_s
+
+    def placement(self) -> str:
+        """As "weights 30% gpu, 70% cpu in int4; cache ..."."""
+        return "; ".join(f"{what} {_split(getattr(self.policy, what))}" for what in CLASSES)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found. `considered`: block shapes with attention, codecs and order that a linear program was
+    solved for; `seconds`: what all of it took."""
+
+    best: Candidate
+    runners_up: tuple[Candidate, ...]
+    considered: int
+    seconds: float
+
+    def line(self) -> str:
+        """What was chosen."""
+        best, policy = self.best, self.best.policy
+        return (
+            f"{best.placement()}; {policy.num_gpu_batches} x {policy.gpu_batch_size} prompts; {best.order}; "
+            f"predicted {best.tokens_s:.4g} tokens/s, bound by {best.prediction.report.bottleneck}"
+        )
+
+    def table(self) -> str:
+        """The candidates, best first."""
+        rows = [("tokens/s", "prompts", "order", "bound by", "placement")]
+        for candidate in (self.best, *self.runners_up):
+            policy, report = candidate.policy, candidate.prediction.report
+            shape = f"{policy.num_gpu_batches} x {policy.gpu_batch_size}"
+            bound = str(report.bottleneck)
+            rows.append((f"{candidate.tokens_s:.4g}", shape, candidate.order, bound, candidate.placement()))
+        widths = [max(len(row[n]) for row in rows) for n in range(4)]
+        return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]) for row in rows)
+
+
+def _split(split: Split) -> str:
+    parts = []
+    for tier in Tier:
+        if percent := split.percent(tier):
+            codec = "" if split[tier].codec == "none" else f" in {split[tier].codec}"
+            parts.append(f"{percent:g}% {tier}{codec}")
+    return ", ".join(parts)
+
+
+def find_policy(
+    spec: ModelSpec,
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    fixed: Mapping[str, Any] = {},
+    lossy: bool = False,
+    dtype: str = "auto",
+    order: str | None = None,
+    slots: Slots | None = None,
+    top: int = 5,
+) -> Search:
+    """The policy under which `predict` takes least for the workload, and at most `top` - 1 others.
+
+    fixed: fields of a policy that are kept as they are; the search fills in the rest.
+    lossy: whether codecs may be chosen that change what the model computes. Those in `fixed` always may.
+    dtype, order: as of `predict`; without an order all are tried that are not there for comparison only, and the
+        policy's own is preferred to one that is less than 1% faster.
+    slots: the most that another order than a policy's own may want, where they are there already.
+
+    Raises PolicyError for `fixed` that no policy has, RequestError, ScheduleError and HardwareError as `predict`
+    does, and CapacityError, with what is short, where not even the smallest policy fits.
+    """
+    began = time.perf_counter()
+    settled = Policy.from_dict(fixed)
+    name = check_request(spec, hardware, workload, dtype, order)
+    with _without_collections():
+        found = _Finder(spec, hardware, workload, settled, frozenset(fixed), lossy, name, order, slots)
+        best, *others = found.ranked(max(top, 1))
+    return Search(best, tuple(others), found.considered, time.perf_counter() - began)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A search makes millions of small objects and no cycles. For each so many of them Python would walk all that
+    the process has, torch with it, to look for cycles: a sixth of the search."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Finder:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        hardware: Hardware,
+        workload: Workload,
+        settled: Policy,
+        fixed: frozenset[str],
+        lossy: bool,
+        dtype: str,
+        order: str | None,
+        slots: Slots | None,
+    ) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._workload = workload
+        self._order = order
+        torch_dtype = getattr(torch, dtype)
+        self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, torch_dtype)
+        self._bounds = Bounds(spec, hardware, workload, self._choices, torch_dtype, order, slots)
+        self._simulations = Simulations(spec, hardware, workload, dtype)
+        self._tried: dict[Run, Bound] = {}
+        self._took: dict[Run, float] = {}
+
+    @property
+    def considered(self) -> int:
+        return self._bounds.considered
+
+    # A policy of it
+
+    def _realised(self, bound: Bound) -> Policy | None:
+        """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
+        a slot, it is solved for again with as much less of it; where that has no solution, weights make room."""
+        capacity, solution = self._bounds.capacity.copy(), bound.solution
+        first = self._choices.rounded(bound.form, solution.shares)
+        for _ in range(8):
+            policy = self._choices.rounded(bound.form, solution.shares)
+            _, short = self._simulations.plan(Run(policy, bound.order))
+            if (short <= 0).all():
+                return policy
+            capacity -= 1.05 * np.maximum(short, 0)
+            again = one_codec_each(bound.figures, capacity, self._choices.given)
+            if again is None:
+                break
+            solution = again
+        settled = "weights" in self._choices.fixed
+        return None if settled else squeezed(first, self._choices.tiers, self._short_in(bound.order))
+
+    def _short_in(self, order: str | None) -> Short:
+        return lambda policy: self._simulations.short(Run(policy, order))
+
+    def _runs(self, bound: Bound) -> Iterator[tuple[Run, Bound]]:
+        """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
+        program does not know that, so what it left over is used, and overlap tried where it saw no room."""
+        policy, choices = self._realised(bound), self._choices
+        if policy is None:
+            return
+        settled, short = "weights" in choices.fixed, self._short_in(bound.order)
+        yield Run(policy if settled else filled(policy, choices.tiers, short), bound.order), bound
+        if settled or policy.overlap or "overlap" in choices.fixed or self._order:
+            return
+        if beside := squeezed(policy.replace(overlap=True), choices.tiers, short):
+            form = bound.form.replace(overlap=True)
+            own = bound._replace(form=form, figures=self._bounds.figures(form, bound.order))
+            yield Run(filled(beside, choices.tiers, short), bound.order), own
+
+    # What the simulator says of it
+
+    def ranked(self, top: int) -> list[Candidate]:
+        """The candidates, best first."""
+        simulations = self._simulations
+        for bound in self._bounds.all():
+            beaten = self._took and bound.seconds > min(self._took.values())
+            if len(self._tried) >= top and (beaten or simulations.laid_out > _CELLS):
+                break
+            self._try(bound)
+        if not self._tried:
+            bound = self._smallest()
+            run = Run(self._choices.rounded(bound.form, bound.solution.shares), bound.order)
+            if simulations.short(run):
+                raise self._too_small(run)
+            self._add(run, bound)
+        self._try_orders()
+        first, *others = sorted(self._tried, key=self._score)
+        best = self._in_best_order(self._improved(first))
+        kept, laid_out = [best], simulations.cells(best.policy)[0]
+        for run in others:
+            if len(kept) < top and (len(kept) < 2 or laid_out < _LAST_CELLS):
+                kept.append(run)
+                laid_out += simulations.cells(run.policy)[0]
+        candidates = {run: self._candidate(run) for run in kept}
+        took = {run: made.prediction.report.total_s for run, made in candidates.items()}
+        first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
+        # One that is faster by less than its order costs is no runner-up either.
+        return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
+
+    def _try(self, bound: Bound) -> None:
+        for run, own in self._runs(bound):
+            self._add(run, own)
+
+    def _add(self, run: Run, bound: Bound) -> None:
+        if run not in self._tried:
+            self._tried[run] = bound
+            self._took[run] = self._simulations.seconds(run, bound.figures)
+
+    def _try_orders(self) -> None:
+        """The best shapes in the other orders: which one is fastest is not seen from what each lane has to do."""
+        best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
+        runs = [
+            run
+            for bound in list(best.values())[:_REORDERED]
+            for run in self._bounds.other_orders(bound.form, bound.order)
+        ]
+        bounds = [bound for run in runs if (bound := self._bounds.of(*run))]
+        until = self._simulations.laid_out + _ORDER_CELLS
+        for bound in by_seconds(bounds):
+            if bound.seconds < min(self._took.values()) and self._simulations.laid_out < until:
+                self._try(bound)
+
+    def _in_best_order(self, best: Run) -> Run:
+        """The policy, and where another order is better for it, one that is improved in that."""
+        bound = self._tried[best]
+        for run in self._bounds.other_orders(*best):
+            if self._simulations.short(run):
+                continue
+            form = bound.form.replace(overlap=run.policy.overlap)
+            figures = self._bounds.figures(form, run.order)
+            self._add(run, bound._replace(form=form, order=run.order, figures=figures))
+            if self._score(run) < self._score(best):
+                best = self._improved(run)
+        return best
+
+    def _score(self, run: Run) -> float:
+        return self._took[run] * self._handicap(run)
+
+    def _handicap(self, run: Run) -> float:
+        """By what the time counts more of a policy in an order that it does not ask for."""
+        return 1.0 if run.order in (None, self._order) else 1 + _OWN_ORDER
+
+    def _improved(self, run: Run) -> Run:
+        """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
+        whole rows and what is left of a tier are not linear."""
+        simulations, bound = self._simulations, self._tried[run]
+        until = simulations.laid_out + _CELLS
+        least = self._took[run]
+        for step in _STEPS:
+            better = True
+            while better and simulations.laid_out < until:
+                better = False
+                for policy in moves(run.policy, step, self._choices.tiers, self._choices.fixed):
+                    if simulations.laid_out >= until:
+                        break
+                    moved = run._replace(policy=policy)
+                    if simulations.short(moved):
+                        continue
+                    took = simulations.seconds(moved, bound.figures)
+                    if took < least * (1 - 1e-4):
+                        run, least, better = moved, took, True
+                        break
+        self._tried[run], self._took[run] = bound, least
+        return run
+
+    def _candidate(self, run: Run) -> Candidate:
+        prediction, bound = self._simulations.prediction(run), self._tried[run]
+        words = limits_in_words(
+            run.policy, prediction, bound.figures, bound.solution, self._hardware.capacity, self._workload
+        )
+        return Candidate(run.policy, prediction.report.order, prediction, words)
+
+    def _smallest(self) -> Bound:
+        """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
+        it leaves the tiers least short."""
+        size, numbers = next(iter(self._choices.shapes().items()))
+        form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
+        if "overlap" not in self._choices.fixed:
+            form = form.replace(overlap=False)
+        bound, short = self._bounds.least_short(form), self._short_in(self._order)
+        figures, solution = bound.figures, bound.solution
+        # What is split has buffers for each of its parts; where nothing is split there is least of them.
+        ways = [
+            [c for c in figures.columns if c.what == what]
+            for what in CLASSES
+            if what not in self._choices.fixed
+        ]
+        for way in itertools.product(*ways):
+            whole = Solution(
+                {**self._choices.given, **dict.fromkeys(way, 1.0)}, solution.seconds, solution.saved
+            )
+            if not short(self._choices.rounded(form, whole.shares)):
+                solution = whole
+        return bound._replace(solution=solution)
+
+    def _too_small(self, run: Run) -> CapacityError:
+        """What the smallest policy lacks."""
+        plan, short = self._simulations.plan(run)
+        weights_on_disk = plan.on(Tier.DISK, "weights")
+        limits: dict[Tier, int | None] = {tier: self._hardware.capacity.get(tier) for tier in Tier}
+        limits[Tier.DISK] = self._hardware.capacity[Tier.DISK] - weights_on_disk
+        missing = ", ".join(
+            f"{format_bytes(count)} of {tier}" for tier, count in zip(Tier, short, strict=True) if count > 0
+        )
+        return CapacityError(
+            f"no policy for {self._spec.name} fits {self._hardware.name}, which is short by {missing}: "
+            f"{plan.shortage(limits)}, with "
+            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight"
+        )

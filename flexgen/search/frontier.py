@@ -1,0 +1,110 @@
+"""What more throughput costs in latency: the best policy for each number of prompts that is to be done together."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.errors import CapacityError, RequestError
+from flexgen.policy import Policy, Tier
+from flexgen.search.find import Search
+from flexgen.units import format_seconds
+from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class Point:
+    """`prompts` together take `seconds`, until the last token of the last of them, and give `tokens_s` new tokens a
+    second."""
+
+    prompts: int
+    seconds: float
+    tokens_s: float
+    policy: Policy
+
+
+def find_frontier(find: Callable[[Workload], Search], workload: Workload) -> list[Point]:
+    """Points that no other beats in both, by rising latency: of 1, 2, 4, ... prompts up to the workload's.
+
+    `find` searches a policy; where nothing fits, larger numbers are not tried.
+    """
+    points = []
+    for prompts in _doubling(workload.num_prompts):
+        try:
+            best = find(Workload(workload.prompt_len, workload.gen_len, prompts)).best
+        except CapacityError:
+            break
+        report = best.prediction.report
+        points.append(Point(prompts, report.total_s, report.throughput_tokens_s, best.policy))
+    return not_dominated(points)
+
+
+def not_dominated(points: Iterable[Point]) -> list[Point]:
+    """Those than which no other is both as quick and as productive, by rising latency."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.seconds, -point.tokens_s)):
+        if not kept or point.tokens_s > kept[-1].tokens_s:
+            kept.append(point)
+    return kept
+
+
+def frontier_table(points: Sequence[Point]) -> str:
+    """A line for each point."""
+    rows = [("prompts", "latency", "tokens/s", "block", "weights")]
+    for point in points:
+        policy = point.policy
+        rows.append(
+            (
+                f"{point.prompts}",
+                format_seconds(point.seconds),
+                f"{point.tokens_s:,.3g}" if point.tokens_s < 1000 else f"{point.tokens_s:,.0f}",
+                f"{policy.num_gpu_batches} x {policy.gpu_batch_size}",
+                ", ".join(
+                    f"{tier} {policy.weights.percent(tier):.0f}%"
+                    for tier in Tier
+                    if policy.weights.percent(tier)
+                ),
+            )
+        )
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if n > 2 else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plotter() -> Any:
+    """What `draw` draws with. Raises RequestError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("to draw needs matplotlib, which is not installed: pip install 'flexgen[plot]'")
+    importlib.import_module("matplotlib").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def draw(plot: Any, points: Sequence[Point], path: str, title: str) -> None:
+    """Write the frontier as a picture."""
+    figure, axes = plot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    axes.plot([point.seconds for point in points], [point.tokens_s for point in points], "o-")
+    for point in points:
+        axes.annotate(
+            f"{point.prompts}", (point.seconds, point.tokens_s), textcoords="offset points", xytext=(5, -10)
+        )
+    axes.set(xscale="log", yscale="log", xlabel="seconds until all prompts are done", ylabel="new tokens/s")
+    axes.set_title(f"{title}\nnumbers: prompts together", fontsize="medium")
+    axes.grid(which="both", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plot.close(figure)
+
+
+def _doubling(most: int) -> list[int]:
+    counts = [1]
+    while counts[-1] * 2 < most:
+        counts.append(counts[-1] * 2)
+    return counts if most == 1 else [*counts, most]

@@ -1,0 +1,67 @@
+"""Shares of a policy moved between tiers: to make it fit, to fill a tier, and to try what is faster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+
+from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.search.linear import CLASSES
+
+Short = Callable[[Policy], Collection[Tier]]
+"""The tiers that a policy needs more of than there is."""
+
+_FILLING = 20.0, 5.0, 1.0
+"""Percent of the weights that are moved at once to fill a tier."""
+_SQUEEZING = 5.0
+
+
+def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[str]) -> Iterator[Policy]:
+    """`policy` with `step` percent of one class, or a whole row of a batch, on another of `tiers`; classes that are
+    `fixed` stay."""
+    for what in CLASSES:
+        if what in fixed:
+            continue
+        split: Split = getattr(policy, what)
+        row = 0 if what == "weights" else math.ceil(100 / policy.gpu_batch_size)
+        for source in Tier:
+            percent = min(max(step, row), split.percent(source))
+            for target in tiers:
+                if target is not source and percent:
+                    yield policy.replace(**{what: _moved(split, source, target, percent)})
+
+
+def filled(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy:
+    """`policy` with as much of its weights on faster tiers as leaves no tier `short`."""
+    ordered = [tier for tier in Tier if tier in tiers]
+    for step in _FILLING:
+        for n, target in enumerate(ordered):
+            for source in reversed(ordered[n + 1 :]):
+                while policy.weights.percent(source) >= step:
+                    moved = policy.replace(weights=_moved(policy.weights, source, target, step))
+                    if short(moved):
+                        break
+                    policy = moved
+    return policy
+
+
+def squeezed(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | None:
+    """`policy` with weights moved to slower tiers until no tier is `short`; None where that does not help."""
+    slower = dict(pairwise(tier for tier in Tier if tier in tiers))
+    while lacking := short(policy):
+        source = next(tier for tier in Tier if tier in lacking)
+        percent = min(policy.weights.percent(source), _SQUEEZING)
+        if source not in slower or not percent:
+            return None
+        policy = policy.replace(weights=_moved(policy.weights, source, slower[source], percent))
+    return policy
+
+
+def _moved(split: Split, source: Tier, target: Tier, percent: float) -> dict[Tier, Share]:
+    """`percent` of the whole from one tier to another, where it is kept as what is there already."""
+    codec = (split[target] if split.percent(target) else split[source]).codec
+    moved = {tier: split[tier] for tier in Tier if split.percent(tier)}
+    moved[source] = Share(split.percent(source) - percent, split[source].codec)
+    moved[target] = Share(min(split.percent(target) + percent, 100.0), codec)
+    return {tier: share for tier, share in moved.items() if share.percent}

@@ -1,0 +1,140 @@
+"""What the memory plan and the simulator say of a job's policies, each in an order.
+
+They are asked once, and of a large model the simulator is asked less than all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.plan import plan_memory
+from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.policy import Policy, Split, Tier
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import Prediction, predict, sampled_tokens
+from flexgen.predict.workspaces import workspaces_on
+from flexgen.schedule.orders import Order
+from flexgen.search.linear import Figures, shares_of
+from flexgen.workload import Workload
+
+_FEW_LAYERS = 6
+"""Transformer layers of the small model whose overlap stands for that of a deeper one."""
+_EXACT_CELLS = 3_000
+"""A block of more cells than these is laid out for a small model and for some of its tokens."""
+
+
+_UNLIMITED = 1 << 62
+"""Bytes of a tier that holds any model."""
+
+
+class Run(NamedTuple):
+    """A policy, and the name of the order that it runs in; None is the one that it asks for."""
+
+    policy: Policy
+    order: str | None = None
+
+
+class Simulations:
+    """Those of one model, machine and workload. `laid_out` counts the cells of all predictions so far."""
+
+    def __init__(self, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str) -> None:
+        self._spec = spec
+        self._hardware = hardware
+        self._workload = workload
+        self._dtype_name = dtype
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        # The plan of the whole model says what fits. Whole tensors make shares coarse in a model of few layers, so a
+        # tier can get more of it than there is room for.
+        self._unlimited = hardware.replace(capacity=dict.fromkeys(hardware.capacity, _UNLIMITED))
+        self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
+        self._layers = cache(self._make_layers)
+        self._placement = cache(self._place)
+        self._predictions: dict[tuple[Run, bool], Prediction] = {}
+        self.laid_out = 0
+
+    def order(self, run: Run) -> Order:
+        """What a full block runs in."""
+        policy, topology = run.policy, self._hardware.topology
+        return topology.choose_order(run.order, policy, policy.num_gpu_batches)
+
+    def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
+        """The plan, with the slots of the order, and by how many bytes each tier is short."""
+        policy, topology = run.policy, self._hardware.topology
+        layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
+        block = layers, placement, policy, self._dtype, topology, self._workload
+        workspaces = workspaces_on(self._hardware)
+        plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
+        return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
+
+    def short(self, run: Run) -> list[Tier]:
+        """The tiers that it needs more of than there is."""
+        return [tier for tier, count in zip(Tier, self.plan(run)[1], strict=True) if count > 0]
+
+    def cells(self, policy: Policy, small: bool = False) -> tuple[int, bool]:
+        """How many cells a prediction lays out, and whether these are all. `small`: for a model of few layers."""
+        layers = len(self._layers(policy.sep_layer))
+        if small:
+            layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
+        prompts = min(self._workload.num_prompts, policy.block_size)
+        cells = layers * -(-prompts // policy.gpu_batch_size)
+        if cells * self._workload.gen_len <= _EXACT_CELLS:
+            return cells * self._workload.gen_len, True
+        tokens, _ = sampled_tokens(self._workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
+        return cells * len(tokens), False
+
+    def prediction(self, run: Run, small: bool = False) -> Prediction:
+        """`small`: for a model of few layers, whatever memory it takes. Raises CapacityError as `predict`."""
+        if (run, small) not in self._predictions:
+            cells, exact = self.cells(run.policy, small)
+            self.laid_out += cells
+            self._predictions[run, small] = predict(
+                self._few_layers if small else self._spec, run.policy,
+                self._unlimited if small else self._hardware, self._workload,
+                dtype=self._dtype_name, order=run.order, samples=None if exact else 1,
+            )  # fmt: skip
+        return self._predictions[run, small]
+
+    def seconds(self, run: Run, figures: Figures) -> float:
+        """Of the workload: simulated, or for a large model what its lanes take by the `figures` of its form and
+        order, and on top what a small one loses by overlap that is not perfect."""
+        if (run, False) in self._predictions or self.cells(run.policy)[1]:
+            return self.prediction(run).report.total_s
+        small = self.prediction(run, small=True).report
+        alone = figures.seconds(shares_of(run.policy))
+        longest = sum(
+            max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
+        )
+        assert small.bound_s is not None
+        return longest * blocks(self._workload, run.policy) * small.total_s / small.bound_s
+
+    @cached_property
+    def _few_layers(self) -> ModelSpec:
+        """The model with those of its layers, one after the other, whose kinds are mixed most like those of all."""
+        layers = self._spec.layers
+        few, counts = min(len(layers), _FEW_LAYERS), Counter(layers)
+
+        def unlike(begin: int) -> float:
+            run = Counter(layers[begin : begin + few])
+            return sum(abs(run[kind] / few - count / len(layers)) for kind, count in counts.items())
+
+        begin = min(range(len(layers) - few + 1), key=unlike)
+        return replace(self._spec, layers=layers[begin : begin + few])
+
+    def _make_layers(self, sep_layer: bool) -> tuple[Layer, ...]:
+        return build_layers(self._spec, sep_layer)
+
+    def _place(self, sep_layer: bool, split: Split) -> Placement:
+        return place_weights(self._layers(sep_layer), split, self._dtype)
+
+
+def blocks(workload: Workload, policy: Policy) -> float:
+    """How many times the time of a full block the workload takes."""
+    return max(workload.num_prompts / policy.block_size, 1.0)

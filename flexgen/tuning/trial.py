@@ -1,0 +1,127 @@
+"""Runs beside what is predicted of them, and short runs that stand for long ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flexgen.engine.model import OptLM
+from flexgen.errors import FlexGenError
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict, roofline
+from flexgen.results.report import Report
+from flexgen.workload import Workload
+
+_log = logging.getLogger("flexgen")
+
+_LEAST_LAYERS, _LEAST_TOKENS = 2, 4
+
+
+def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
+    """The report of a run with its prediction and its roofline, if `hardware` has the figures for them."""
+    # Prompts of the length that was computed, which is the mean with its padding.
+    computed = report.prompt_tokens / (1 - report.padded_share)
+    workload = Workload(max(round(computed / report.num_prompts), 1), report.gen_len, report.num_prompts)
+    # What has run did fit, whatever is free now.
+    hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
+    job = spec, report.policy, hardware, workload
+    try:
+        predicted = predict(*job, dtype=report.dtype, order=report.order).report
+        least = roofline(*job, dtype=report.dtype, order=report.order)
+    except FlexGenError as error:
+        _log.info("no prediction: %s", error)
+        return report
+    return replace(report, predicted=predicted, roofline=least)
+
+
+def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: int) -> None:
+    """Run two tokens of each shape of block that a job of `prompts` and `gen_len` new tokens has.
+
+    What libraries do at the first use of a shape (compile a kernel, load a module, choose an algorithm, make threads
+    and workspaces) is then done before a measured call. The cache has the size that it has in the job, because
+    kernels are also compiled for strides.
+    """
+    block = model.policy.block_size
+    lengths = {len(prompt) for prompt in prompts}
+    # Blocks of equal prompts differ in the number of prompts only: the last one may have fewer.
+    rest = len(prompts) % block
+    kept = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
+    model.generate(kept, gen_len, stop=(), cut_gen_len=min(2, gen_len))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of a job a trial runs: one block of its prompts, through so many layers, for so many tokens."""
+
+    layers: int
+    workload: Workload
+
+    def __str__(self) -> str:
+        job = self.workload
+        return f"{self.layers} layers, {job.gen_len} new tokens of {job.num_prompts} prompts"
+
+
+def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shape]:
+    """Ever more of a job, from a few layers and tokens to one whole block."""
+    prompts = min(policy.block_size, workload.num_prompts)
+    layers, tokens = min(_LEAST_LAYERS, spec.num_layers), min(_LEAST_TOKENS, workload.gen_len)
+    while True:
+        yield Shape(layers, Workload(workload.prompt_len, tokens, prompts))
+        if (layers, tokens) == (spec.num_layers, workload.gen_len):
+            return
+        # What layers share, both ends of the model and the steps to and from a block, is outgrown first.
+        more_layers = layers < spec.num_layers and (layers <= 2 * tokens or tokens == workload.gen_len)
+        if more_layers:
+            layers = min(2 * layers, spec.num_layers)
+        else:
+            tokens = min(2 * tokens, workload.gen_len)
+
+
+def shape_for(
+    spec: ModelSpec,
+    policy: Policy,
+    order: str | None,
+    hardware: Hardware,
+    workload: Workload,
+    seconds: float,
+    dtype: str = "auto",
+) -> Shape:
+    """The most of a job that is predicted to take no longer than `seconds`; the least there is, if even that does."""
+    found = None
+    for shape in shapes(spec, policy, workload):
+        took = predicted_trial(spec, policy, order, hardware, shape, dtype).total_s
+        if found is not None and took > seconds:
+            break
+        found = shape
+    assert found is not None
+    return found
+
+
+def predicted_trial(
+    spec: ModelSpec, policy: Policy, order: str | None, hardware: Hardware, shape: Shape, dtype: str = "auto"
+) -> Report:
+    """What a trial would take."""
+    cut = spec.first_layers(shape.layers)
+    return predict(cut, policy, hardware, shape.workload, dtype=dtype, order=order).report
+
+
+def run_trial(
+    opening: Mapping[str, Any], policy: Policy, order: str | None, shape: Shape, lanes: bool, seed: int = 0
+) -> Report:
+    """Run a trial with random ids. `opening`: what `OptLM` is given beside; `lanes`: also time the lanes alone.
+
+    Raises whatever opening and running the model raise.
+    """
+    job = shape.workload
+    with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:
+        random = np.random.default_rng(seed)
+        ids = random.integers(0, model.spec.vocab_size, size=(job.num_prompts, job.prompt_len))
+        warm_up(model, list(ids), job.gen_len)
+        _, report = model.generate(ids, job.gen_len, stop=(), stats=True)
+        return replace(report, phases=model.lane_seconds(ids, job.gen_len)) if lanes else report

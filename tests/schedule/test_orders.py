@@ -1,0 +1,194 @@
+"""The orders are legal and complete, and issue what is to run beside what."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.errors import ScheduleError
+from flexgen.schedule.orders import ORDERS, Slots, check_order, order, order_for, weights_beside
+from flexgen.schedule.steps import Grid, Op, Step, all_steps, check, needed_visit
+
+SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
+OVERLAP = SHIPPED[1:4]
+
+grids = st.from_type(Grid)
+
+
+def W(i, j, piece=0):
+    return Step(Op.LOAD_WEIGHTS, i, j, piece)
+
+
+def test_the_orders_are_registered():
+    assert set(SHIPPED) <= set(ORDERS)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_orders_are_legal_on_every_small_grid(name):
+    shapes = itertools.product((1, 3), (1, 2, 3), (1, 2, 3, 4, 5))
+    for shape, *slots in itertools.product(
+        shapes, (1, 2, 5), (2, 3), (2, 3, 4), (False, True), (False, True)
+    ):
+        grid = Grid(*shape, *slots)
+        check(ORDERS[name](grid), grid)
+
+
+@given(grid=grids, name=st.sampled_from(SHIPPED))
+def test_orders_are_legal_on_any_grid(grid, name):
+    check(ORDERS[name](grid), grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "splits"),
+    [
+        ("normal", Slots(1, 1), False),
+        ("overlap_single_batch", Slots(2, 2), False),
+        ("overlap_multi_batch", Slots(2, 2), False),
+        ("overlap_cpu_attention", Slots(3, 4, decoded=2), True),
+        ("flexgen", Slots(1, 2), False),
+    ],
+)
+def test_orders_are_legal_with_the_slots_they_ask_for(name, slots, splits):
+    asked = ORDERS[name]
+    assert (asked.slots, asked.splits_attention) == (slots, splits)
+    for *shape, pieces in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4, 5, 8), (1, 2, 3)):
+        grid = asked.grid(*shape, pieces)
+        assert (grid.weight_slots, grid.cell_slots, grid.splits_attention) == (
+            slots.weights,
+            slots.cells,
+            splits,
+        )
+        check(asked(grid), grid)
+
+
+@pytest.mark.parametrize("name", OVERLAP)
+@pytest.mark.parametrize(
+    "slots", [dict(cell_slots=1), dict(weight_slots=1, weight_pieces=3), dict(weight_slots=1, cell_slots=1)]
+)
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_overlap_needs_a_second_slot(name, slots, batches):
+    if batches == 1 and "cell_slots" not in slots:
+        return  # the weights come right before the computation: no overlap, but legal
+    grid = Grid(tokens=2, layers=3, batches=batches, splits_attention=ORDERS[name].splits_attention, **slots)
+    with pytest.raises(ScheduleError, match="is issued before"):
+        check(ORDERS[name](grid), grid)
+    check(ORDERS["normal"](grid), grid)
+
+
+@given(grid=grids)
+def test_weights_are_spread_over_the_batches_earliest_first(grid):
+    """Those of each visit but the first, once: no sooner than their slot is free, no later than an even spread."""
+    beside = list(weights_beside(grid))
+    steps = [Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces)]
+    assert steps + list(itertools.chain(*beside)) == [
+        step for step in all_steps(grid) if step.op is Op.LOAD_WEIGHTS
+    ]
+    for visit in range(grid.tokens * grid.layers):
+        arriving = beside[visit * grid.batches : (visit + 1) * grid.batches]
+        assert max(map(len, arriving)) - min(map(len, arriving)) <= 1
+        for step in itertools.chain(*arriving):
+            before = needed_visit(step, grid)
+            assert before is None or before.token * grid.layers + before.layer < visit
+        whole, issued = sum(map(len, arriving)), itertools.accumulate(map(len, arriving))
+        assert all(count * grid.batches >= n * whole for n, count in enumerate(issued, 1))
+
+
+@pytest.mark.parametrize("name", ["overlap_single_batch", "overlap_multi_batch"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_weights_of_the_next_token_are_issued_before_the_head_is_computed(name, batches):
+    """Where computation blocks the thread that issues, nothing behind it is on its way meanwhile."""
+    asked = ORDERS[name]
+    grid = asked.grid(2, 6, batches, batches)
+    steps = list(asked(grid))
+    arriving = [W(1, layer, piece) for layer in (0, 1) for piece in range(batches)]
+    assert max(map(steps.index, arriving)) < steps.index(Step(Op.COMPUTE, 0, 5, batches - 1))
+
+
+def test_a_custom_order_is_a_generator_and_a_decorator(monkeypatch):
+    monkeypatch.setattr("flexgen.schedule.orders.ORDERS", registered := dict(ORDERS))
+
+    @order()
+    def weights_last(grid):
+        for i, j, k in grid.cells():
+            yield Step(Op.LOAD_HIDDEN, i, j, k)
+            yield Step(Op.LOAD_CACHE, i, j, k)
+            if k == 0:
+                yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
+            yield Step(Op.COMPUTE, i, j, k)
+            yield Step(Op.STORE_CACHE, i, j, k)
+            yield Step(Op.STORE_HIDDEN, i, j, k)
+
+    assert registered["weights_last"] is weights_last
+    assert (weights_last.name, weights_last.slots) == ("weights_last", Slots(2, 2))
+    assert "weights_last" not in ORDERS
+    grid = Grid(3, 2, 2, weight_pieces=3)
+    check(registered["weights_last"](grid), grid)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "batches", "host_attends", "name"),
+    [
+        (False, 1, False, "normal"),
+        (False, 4, True, "normal"),
+        (True, 1, False, "overlap_single_batch"),
+        (True, 1, True, "overlap_single_batch"),
+        (True, 2, False, "overlap_multi_batch"),
+        (True, 2, True, "overlap_cpu_attention"),
+    ],
+)
+def test_order_for_a_policy(overlap, batches, host_attends, name):
+    assert order_for(overlap, batches, host_attends) == name
+
+
+# What runs beside what, with cells enough
+
+
+@pytest.mark.parametrize("batches", [2, 3, 4, 8])
+def test_cpu_attention_is_issued_with_work_for_the_device_beside_it(batches):
+    """Once a cell is attended, the device has another one's halves to do before it needs the answer."""
+    slots = ORDERS["overlap_cpu_attention"].slots
+    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
+    steps = list(ORDERS["overlap_cpu_attention"](grid))
+    place = {step: n for n, step in enumerate(steps)}
+    cells = list(grid.cells())
+    for before, cell, after in zip(cells, cells[1:], cells[2:], strict=False):
+        answer = place[Step(Op.LOAD_ATTENDED, *cell)]
+        assert place[Step(Op.ATTEND, *cell)] < place[Step(Op.COMPUTE, *before)]
+        assert place[Step(Op.PROJECT, *after)] < answer
+        assert place[Step(Op.COMPUTE, *before)] < answer
+        if batches > 3:  # and the host has its next cell before it has answered this one
+            assert place[Step(Op.ATTEND, *after)] < answer
+
+
+@pytest.mark.parametrize("batches", [3, 4, 8])
+def test_cpu_attention_issues_weights_before_the_layer_before_has_ended(batches):
+    slots = ORDERS["overlap_cpu_attention"].slots
+    grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
+    place = {step: n for n, step in enumerate(ORDERS["overlap_cpu_attention"](grid))}
+    for i, j in itertools.product(range(2), range(3)):
+        if following := grid.visit(i, j, 1):
+            last = max(place[W(*following, piece)] for piece in range(batches))
+            assert last < place[Step(Op.PROJECT, i, j, batches - 1)]
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_orders_that_are_there_pass_the_check_of_an_opened_model(name):
+    check_order(name)
+
+
+def test_an_order_that_is_not_legal_is_refused_by_name():
+    with pytest.raises(ScheduleError, match=r"'norma' is not known; known: .*did you mean 'normal'"):
+        check_order("norma")
+
+    def forgets_the_last_layer(grid):
+        yield from (step for step in ORDERS["normal"](grid) if grid.layers < 5 or step.layer < 4)
+
+    order()(forgets_the_last_layer)
+    try:
+        with pytest.raises(
+            ScheduleError, match=r"'forgets_the_last_layer' with 1 tokens, 5 layers.* never issued"
+        ):
+            check_order("forgets_the_last_layer")
+    finally:
+        del ORDERS["forgets_the_last_layer"]
