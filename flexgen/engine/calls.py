@@ -10,7 +10,7 @@ import torch
 
 from flexgen.engine.auto import AutoPolicy, Chosen
 from flexgen.errors import CapacityError
-from flexgen.layout.fitting import fitting_plan, largest_fitting
+from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_chunk
 from flexgen.layout.needs import Kept, MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import plan_memory
@@ -43,9 +43,16 @@ class CallPlans:
         return fitting_plan(self._plan_of(None), self.opened.policy, self.machine.limits())
 
     def of_call(
-        self, workload: Workload, all_logits: bool = False, kept: Kept | None = None
+        self,
+        workload: Workload,
+        all_logits: bool = False,
+        kept: Kept | None = None,
+        whole_prompts: bool = False,
     ) -> tuple[Chosen, MemoryPlan]:
         """Policy and order of a call, and its plan with what its caller keeps, which fits the machine.
+
+        Where whole prompts do not fit, the policy gets a `prefill_chunk` that does, unless the caller wants results
+        of every position (`whole_prompts`).
 
         Raises CapacityError otherwise, with a batch shape that would fit where there is one; a policy that was
         searched for takes that shape.
@@ -54,7 +61,11 @@ class CallPlans:
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
-        return chosen, fitting_plan(plan, chosen.policy, limits)
+        if whole_prompts:
+            policy = chosen.policy.replace(prefill_chunk=0)
+        else:
+            policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
+        return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
     def of_one_block(self, workload: Workload, kept: Kept | None = None) -> tuple[Chosen, MemoryPlan]:
         """`of_call` for a call that runs as one block, of as many GPU batches as its rows need.
@@ -67,7 +78,8 @@ class CallPlans:
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
             halvings = chosen.policy.gpu_batch_size.bit_length()
-        shapes = [_one_block(chosen.policy, rows, halved) for halved in range(halvings)]
+        whole = [_one_block(chosen.policy, rows, halved) for halved in range(halvings)]
+        shapes = [with_fitting_chunk(plan, shape, limits, workload.prompt_len) for shape in whole]
         fitting = next((policy for policy in shapes if not plan(policy).shortage(limits)), None)
         if fitting is None:
             most = self._most_rows(workload, kept, shapes[-1])

@@ -344,7 +344,10 @@ class OptLM(Conveniences):
         workload = Workload(request.longest, 1, len(request.prompts))
         topology, cells = self._machine.device.topology, self._slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
-        return workload, *self._prepared(workload, not last_only, hidden if hidden_states else None)
+        every = hidden_states or not last_only
+        return workload, *self._prepared(
+            workload, not last_only, hidden if hidden_states else None, whole_prompts=every
+        )
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
@@ -365,13 +368,14 @@ class OptLM(Conveniences):
         all_logits: bool = False,
         kept: Kept | None = None,
         one_block: bool = False,
+        whole_prompts: bool = False,
     ) -> tuple[Model, MemoryPlan]:
         """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
         model, plans = self._opened(), self._plans
         if one_block:
             chosen, plan = plans.of_one_block(workload, kept)
         else:
-            chosen, plan = plans.of_call(workload, all_logits, kept)
+            chosen, plan = plans.of_call(workload, all_logits, kept, whole_prompts)
         return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def _measured(

@@ -136,7 +136,7 @@ def cost_lines(events: Sequence[Event], layers: int, batches: int, blocks: int, 
     seconds: dict[tuple[Op, Phase], float] = {}
     decoded = max((event.step.token for event in events), default=0)
     for event in events:
-        key = event.step.op, Phase.DECODE if event.step.token else Phase.PREFILL
+        key = event.step.op, Phase.DECODE if event.step.token > 0 else Phase.PREFILL
         seconds[key] = seconds.get(key, 0.0) + event.end - event.start
     weights = sum(seconds.get((Op.LOAD_WEIGHTS, phase), 0.0) for phase in Phase)
     lines = [

@@ -12,6 +12,9 @@ from flexgen.units import format_bytes
 Limits = Mapping[Tier, int | None]
 Plan = Callable[[Policy], MemoryPlan]
 
+_SMALLEST_CHUNK = 32
+"""Tokens of a prompt. Each part brings all weights once more: with smaller ones a prefill is as slow as a decode."""
+
 _SMALL = 32
 """Batch sizes up to here are all tried where no half, quarter, ... fits: rows are rounded to tiers."""
 
@@ -26,6 +29,22 @@ def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
     if short := asked.shortage(limits):
         raise CapacityError(f"{short}. {_advice(plan, policy, limits)}")
     return asked
+
+
+def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
+    """`policy`, with the prefill in the largest of halves, quarters ... of prompts whose plan is within `limits`.
+
+    The policy is returned as it is where whole prompts fit, where it has a `prefill_chunk`, and where no part fits.
+    """
+    chunk = prompt_len
+    if policy.prefill_chunk or not plan(policy).shortage(limits):
+        return policy
+    while chunk > _SMALLEST_CHUNK:
+        chunk = max(-(-chunk // 2), _SMALLEST_CHUNK)
+        cut = policy.replace(prefill_chunk=chunk)
+        if not plan(cut).shortage(limits):
+            return cut
+    return policy
 
 
 def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:

@@ -50,6 +50,11 @@ class Context(Protocol):
         """(batch, seq) int64 on the compute device, counted from the row's first real one; padding has 0."""
 
     @property
+    def text_length(self) -> Tensor | None:
+        """Where `positions` are a part of a prompt, the length of the batch's longest text, () int64 on the compute
+        device: what rotary frequencies that depend on the length are for. None otherwise."""
+
+    @property
     def last_only(self) -> bool:
         """The head computes logits for the last position only."""
 

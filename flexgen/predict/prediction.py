@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from flexgen.errors import CapacityError, RequestError, ScheduleError, shown
-from flexgen.layout.fitting import fitting_plan
+from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
@@ -88,7 +89,7 @@ def predict(
     name = check_request(spec, hardware, workload, dtype, order)
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, getattr(torch, name))
-    plan = _plan(layers, placement, policy, hardware, workload, order)
+    policy, plan = _plan(layers, placement, policy, hardware, workload, order)
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     made = {
@@ -97,7 +98,7 @@ def predict(
     }
     blocks = tuple(made[prompts] for prompts in shapes)
     batches = batch_sizes(policy, workload.num_prompts)
-    laid_out = len(blocks[0].tokens)
+    laid_out = sum(token >= 0 for token in blocks[0].tokens)
     report = Report(
         model=spec.name,
         policy=policy,
@@ -164,7 +165,8 @@ def _plan(
     hardware: Hardware,
     workload: Workload,
     order: str | None,
-) -> MemoryPlan:
+) -> tuple[Policy, MemoryPlan]:
+    """The policy, in parts of prompts where whole ones do not fit, and its plan."""
     topology = hardware.topology
     slots = topology.choose_order(order, policy, policy.num_gpu_batches).slots
     workspaces = workspaces_on(hardware)
@@ -183,7 +185,8 @@ def _plan(
             layers, placement, asked, placement.dtype, topology, workload, slots=slots, workspaces=workspaces
         )
 
-    return fitting_plan(plan, policy, limits)
+    policy = with_fitting_chunk(plan, policy, limits, workload.prompt_len)
+    return policy, fitting_plan(plan, policy, limits)
 
 
 def _block(
@@ -197,14 +200,18 @@ def _block(
     samples: int | None,
 ) -> _Block:
     batches = len(batch_sizes(policy, prompts))
-    if samples is None and workload.gen_len * len(layers) * batches > _EXACT_CELLS:
+    parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
+    lead = len(parts)
+    if samples is None and (workload.gen_len + lead) * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
-    tokens, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    new, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    tokens = [*parts, *new]
     topology = hardware.topology
     asked, full = (topology.choose_order(order, policy, n) for n in (batches, policy.num_gpu_batches))
 
     def costs_of(splits_attention: bool) -> StepCosts:
-        block = layers, placement, policy, workload, hardware, prompts, tokens, flushing
+        writing = [lead + n for n in flushing]
+        block = layers, placement, policy, workload, hardware, prompts, tokens, writing
         return StepCosts(*block, splits_attention=splits_attention, serial=asked.serial)
 
     costs = costs_of(asked.splits_attention)
@@ -212,12 +219,12 @@ def _block(
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
-    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
+    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
+    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)[lead:]  # when each token was known for all rows
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
-        return decode_seconds(seconds, tokens, flushing, workload.gen_len, costs.flushes)
+        return decode_seconds(seconds, new, flushing, workload.gen_len, costs.flushes)
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
@@ -226,8 +233,9 @@ def _block(
     busy = [apart.busy(n) for n in range(len(tokens))]
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
     for lane in timed_lanes(attends):
-        per_token = [by_lane.get(lane, 0.0) for by_lane in busy]
-        for phase, alone in ((Phase.PREFILL, per_token[0]), (Phase.DECODE, decode(per_token))):
+        by_pass = [by_lane.get(lane, 0.0) for by_lane in busy]
+        prefill = sum(by_pass[: lead + 1])
+        for phase, alone in ((Phase.PREFILL, prefill), (Phase.DECODE, decode(by_pass[lead:]))):
             if alone:
                 phases[phase][lane] = alone
     return _Block(ends[0], decode(took) + trailing, phases, tokens, timeline)

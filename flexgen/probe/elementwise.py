@@ -122,6 +122,7 @@ class _Attending:
     """A layer's context in the prefill: keys and values are put into pages, and attended."""
 
     last_only = True
+    text_length = None
 
     def __init__(self, heads: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)

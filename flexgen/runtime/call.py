@@ -12,6 +12,7 @@ import torch
 
 from flexgen.errors import LaneError
 from flexgen.layout.cache import cache_segments
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.lanes import Lanes
@@ -152,7 +153,8 @@ class Call:
         elif self._cache is not None and self._activations is not None:
             self._cache.reset()
             self._activations.regroup(batches)
-        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, self._model.slots.cells)
+        cells, chunk = self._model.slots.cells, self._model.policy.prefill_chunk
+        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, cells, chunk)
         self._model.machine.device.settle()
         self.positions_computed += self._prompts.positions_computed
         return self._prompts
@@ -163,7 +165,7 @@ class Call:
         It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
         are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
         """
-        generation = self._execute(prompts, tokens, output, 0)
+        generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             if generation.following != prompts.batches:
                 self._regroup(prompts, generation.following, generation.next)
@@ -173,15 +175,15 @@ class Call:
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
-        run = range(first, first + 1 if output.by_token else tokens)
+        run = range(first, max(first, 0) + 1 if output.by_token else tokens)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid))
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
         self.timing.trace.extend(events, offset)
         if output.by_token:
-            generation.finished(0)
-        if not first:
+            generation.finished(len(run) - 1)
+        if first <= 0:
             head = Op.STORE_HIDDEN, 0, len(self._model.layers) - 1
             known = [offset + event.end for event in events if event.step[:3] == head]
             now = self.timing.total + time.perf_counter() - self._began
@@ -211,22 +213,24 @@ class Call:
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
         """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
 
-        The prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
+        The whole prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
         lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
         host attends is timed apart from what the device computes, whatever the order that is in force.
         """
-        sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
-        grid = replace(self._grid(normal, prompts, tokens), splits_attention=True)
-        generation = self._generation(prompts, output, grid)
+        first = prompts.first
+        sampled = [*range(first, 1), *(sorted({1, tokens // 2, tokens - 1} - {0}) if tokens > 1 else ())]
+        grid = replace(self._grid(normal, prompts, tokens - first), splits_attention=True)
+        generation = self._generation(prompts, output, grid, first)
         grid = replace(grid, tokens=len(sampled))
-        alone = _LaneAlone(generation, lane, sampled)
+        alone = _LaneAlone(generation, lane, [token - first for token in sampled])
         trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes, sampled)
         seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
-        later = [seconds[token] for token in sampled[1:]]
+        later = [seconds[token] for token in sampled if token > 0]
         decode = sum(later) / len(later) * (tokens - 1) if later else 0.0
-        return {Phase.PREFILL: seconds[0], Phase.DECODE: decode}
+        prefill = sum(seconds[token] for token in sampled if token <= 0)
+        return {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
         model, batches = self._model, len(prompts.batches)
@@ -241,7 +245,8 @@ class Call:
         )
 
     def _make_buffers(self, batches: list[int]) -> None:
-        model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
+        model, spec = self._model, self._model.layers[0].spec
+        passes = Passes(self._workload.prompt_len, model.policy.prefill_chunk)
         topology, slots = model.machine.device.topology, model.slots.cells
         attention = {
             j: layer.layer_spec.attention
@@ -255,12 +260,12 @@ class Call:
         }
         heads = {j: own.heads for j, own in attention.items()}
         self._batches = batches
-        self._cache = KVCache(segments, heads, prompt_len, model.machine, slots)
+        self._cache = KVCache(segments, heads, passes.new, model.machine, slots, passes.extends)
         self._activations = Activations(
-            spec, model.policy, batches, prompt_len, model.dtype, model.machine, slots
+            spec, model.policy, batches, passes.new, model.dtype, model.machine, slots
         )
         if model.table is not None:
-            ids = max(batches) * prompt_len
+            ids = max(batches) * passes.new
             self._lookup = Lookup(model.table, ids, model.dtype, model.machine, slots)
 
     def _free_buffers(self) -> None:

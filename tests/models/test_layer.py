@@ -37,6 +37,7 @@ class _Context:
     """A cache of `context` tokens that is there already; the prompt is attended as one."""
 
     last_only = False
+    text_length = None
 
     def __init__(self, spec, seq, context, starts, dtype):
         self.starts, self.context = starts, context
