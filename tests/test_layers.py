@@ -121,6 +121,18 @@ def test_files_are_short_and_named_for_what_they_do(path):
     assert lines <= MAX_LINES, f"{path} has {lines} lines, at most {MAX_LINES}: split it"
 
 
+def test_the_documentation_shows_the_layers():
+    """docs/architecture.md, highest first."""
+    lines = [", ".join(sorted(rooms)) for rooms in reversed(LAYERS[:-1])]
+    table = "\n".join(["```", *lines, "```"])
+    shown = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert table in shown, f"write this into docs/architecture.md:\n{table}"
+
+
+def test_the_root_has_commands_and_what_needs_no_torch():
+    assert len(list(PACKAGE.glob("*.py"))) <= 12, "put it into a room"
+
+
 def test_every_folder_is_a_package():
     folders = {path.parent for path in SOURCES}
     missing = [str(folder) for folder in folders if folder / "__init__.py" not in SOURCES]

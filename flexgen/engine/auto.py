@@ -17,7 +17,6 @@ from flexgen.policy import Auto, Policy, Tier
 from flexgen.predict.hardware import Hardware
 from flexgen.probe.measured import measured, remembered
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
-from flexgen.search.bounds import within
 from flexgen.search.find import Search, find_policy
 from flexgen.workload import Workload
 
@@ -166,7 +165,7 @@ class AutoPolicy:
                 _log.info("the policy stays as it is: %s", error)
                 return None
             chosen = _chosen(search, order, self.hardware)
-            if within(self._slots(chosen), held):
+            if self._slots(chosen).fit(held):
                 _log.info("%s", in_words(search))
                 return chosen
         return None

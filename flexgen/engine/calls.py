@@ -18,7 +18,6 @@ from flexgen.memory.machine import Machine
 from flexgen.models import Layer
 from flexgen.policy import Policy
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
-from flexgen.search.bounds import within
 from flexgen.workload import Workload
 
 
@@ -92,7 +91,7 @@ class CallPlans:
         # With more batches, a policy may ask for an order with more slots than there are.
         orders = (chosen.order, overlap_multi_batch.name, normal.name)
         slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
-        order = next(name for name in orders if within(slots[name], self.slots))
+        order = next(name for name in orders if slots[name].fit(self.slots))
         return Chosen(fitting, order), plan(fitting)
 
     def _most_rows(self, workload: Workload, kept: Kept | None, policy: Policy) -> int:

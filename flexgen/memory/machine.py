@@ -21,7 +21,7 @@ from flexgen.memory.store import Store
 from flexgen.memory.taken import run_all
 from flexgen.policy import Tier
 
-_RESERVE = 0.95
+_USABLE = 0.95
 """Share of the host memory that is free now which a plan may use: the process itself needs some too."""
 _PINNABLE = 0.8
 """Share of it that may be pinned. The kernel can neither swap nor move that memory, and what it needs for itself it
@@ -70,7 +70,7 @@ class Machine:
             raise RequestError(
                 f"{error.filename}: the free host memory cannot be read: {error.strerror}; {fix_for(error)}"
             ) from error
-        free = int(available * _RESERVE)
+        free = int(available * _USABLE)
         held = Limits(
             {
                 Tier.GPU: None if left is None else left + self.device.memory.used,

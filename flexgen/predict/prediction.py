@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-import torch
 
-from flexgen.errors import CapacityError, RequestError, ScheduleError, shown
+from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
@@ -19,12 +18,12 @@ from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import StepCosts
 from flexgen.predict.hardware import Fixed, Hardware
+from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
 from flexgen.predict.timeline import Timeline, play_beside, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.results.trace import LaneName, Phase, Trace
-from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
@@ -86,25 +85,27 @@ def predict(
     Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
     with the same words as a run.
     """
-    name = check_request(spec, hardware, workload, dtype, order)
-    layers = build_layers(spec, policy.sep_layer)
-    placement = place_weights(layers, policy.weights, getattr(torch, name))
-    policy, plan = _plan(layers, placement, policy, hardware, workload, order)
+    return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy, samples)
+
+
+def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Prediction:
+    """`predict` for a job that was checked."""
+    workload = job.workload
+    layers = build_layers(job.spec, policy.sep_layer)
+    placement = place_weights(layers, policy.weights, job.dtype)
+    policy, plan = _plan(job, policy, layers, placement)
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
-    made = {
-        prompts: _block(layers, placement, policy, hardware, workload, prompts, order, samples)
-        for prompts in set(shapes)
-    }
+    made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
     blocks = tuple(made[prompts] for prompts in shapes)
     batches = batch_sizes(policy, workload.num_prompts)
     laid_out = sum(token >= 0 for token in blocks[0].tokens)
     report = Report(
-        model=spec.name,
+        model=job.spec.name,
         policy=policy,
-        device=hardware.name,
-        dtype=name,
-        order=hardware.topology.choose_order(order, policy, len(batches)).name,
+        device=job.hardware.name,
+        dtype=job.dtype_name,
+        order=job.order_for(policy, len(batches)).name,
         prompt_len=workload.prompt_len,
         gen_len=workload.gen_len,
         num_prompts=workload.num_prompts,
@@ -138,37 +139,11 @@ def roofline(
     return predict(spec, policy, rates, workload, dtype=dtype, order=order).report.phases
 
 
-def check_request(
-    spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str, order: str | None
-) -> str:
-    """The name of the dtype to compute in, for a request that makes sense; raises as `predict` does."""
-    if order is not None and order not in ORDERS:
-        raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
-    if workload.capacity > spec.longest_text:
-        raise RequestError(
-            f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
-            f"positions of {spec.name}: shorten one of them"
-        )
-    name = hardware.dtype_for(str(spec.dtype).removeprefix("torch.")) if dtype == "auto" else dtype
-    if name not in hardware.products:
-        known = ", ".join(hardware.products)
-        raise RequestError(
-            f"dtype {shown(name)} has no figures for {shown(hardware.name)}; it has: {known}, or use 'auto'"
-        )
-    return name
-
-
 def _plan(
-    layers: Sequence[Layer],
-    placement: Placement,
-    policy: Policy,
-    hardware: Hardware,
-    workload: Workload,
-    order: str | None,
+    job: Job, policy: Policy, layers: Sequence[Layer], placement: Placement
 ) -> tuple[Policy, MemoryPlan]:
     """The policy, in parts of prompts where whole ones do not fit, and its plan."""
-    topology = hardware.topology
-    slots = topology.choose_order(order, policy, policy.num_gpu_batches).slots
+    hardware, slots = job.hardware, job.order_for(policy).slots
     workspaces = workspaces_on(hardware)
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
     # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
@@ -181,24 +156,22 @@ def _plan(
     limits[Tier.DISK] = disk - on_disk
 
     def plan(asked: Policy) -> MemoryPlan:
-        return plan_memory(
-            layers, placement, asked, placement.dtype, topology, workload, slots=slots, workspaces=workspaces
-        )
+        block = layers, placement, asked, placement.dtype, hardware.topology, job.workload
+        return plan_memory(*block, slots=slots, workspaces=workspaces)
 
-    policy = with_fitting_chunk(plan, policy, limits, workload.prompt_len)
+    policy = with_fitting_chunk(plan, policy, limits, job.workload.prompt_len)
     return policy, fitting_plan(plan, policy, limits)
 
 
 def _block(
+    job: Job,
+    policy: Policy,
     layers: Sequence[Layer],
     placement: Placement,
-    policy: Policy,
-    hardware: Hardware,
-    workload: Workload,
     prompts: int,
-    order: str | None,
     samples: int | None,
 ) -> _Block:
+    hardware, workload = job.hardware, job.workload
     batches = len(batch_sizes(policy, prompts))
     parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
     lead = len(parts)
@@ -206,8 +179,7 @@ def _block(
         samples = _SAMPLES
     new, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
     tokens = [*parts, *new]
-    topology = hardware.topology
-    asked, full = (topology.choose_order(order, policy, n) for n in (batches, policy.num_gpu_batches))
+    asked, full = job.order_for(policy, batches), job.order_for(policy)
 
     def costs_of(splits_attention: bool) -> StepCosts:
         writing = [lead + n for n in flushing]
@@ -228,7 +200,7 @@ def _block(
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
-    attends = topology.host_attends(policy)
+    attends = hardware.topology.host_attends(policy)
     apart = costs if asked.splits_attention or not attends else costs_of(splits_attention=True)
     busy = [apart.busy(n) for n in range(len(tokens))]
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}

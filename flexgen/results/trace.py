@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from flexgen.schedule.steps import Op, Step
+from flexgen.schedule.steps import Step
 
 
 class LaneName(StrEnum):
@@ -70,14 +70,6 @@ class Trace:
         for event in self.events:
             seconds[event.lane] += event.end - event.start
         return dict(seconds)
-
-    def by_op(self) -> dict[tuple[Op, LaneName], tuple[int, float]]:
-        """(events, seconds) of each kind of step on each lane: the cost table of a run."""
-        table: dict[tuple[Op, LaneName], tuple[int, float]] = {}
-        for event in self.events:
-            count, seconds = table.get((event.step.op, event.lane), (0, 0.0))
-            table[event.step.op, event.lane] = (count + 1, seconds + event.end - event.start)
-        return table
 
     def save(self, path: str | Path, layer_names: Iterable[str] = ()) -> None:
         """Write Chrome's trace event format (JSON object form), which Perfetto reads too.

@@ -13,7 +13,7 @@ decorator. What makes an order legal is said by `schedule.needs`, and proved by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 
 from flexgen.errors import ScheduleError, did_you_mean, shown
@@ -32,6 +32,10 @@ class Slots:
     weights: int = 2
     cells: int = 2
     decoded: int = 1
+
+    def fit(self, held: Slots) -> bool:
+        """Whether `held` has at least as many of each kind."""
+        return all(getattr(self, f.name) <= getattr(held, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 
 from flexgen.models import ModelSpec
 from flexgen.policy import CODECS, Policy, Share, Split, Tier
-from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.quant import head_format
 from flexgen.search.linear import CLASSES, Column, Shares
-from flexgen.workload import Workload
 
 _MOST_BATCHES = 64
 """More batches of a block share a load of weights so well that there is next to nothing left to share."""
@@ -24,23 +23,11 @@ _MOST_CELLS = 6_500
 class Choices:
     """Everything that `settled` leaves open, whose `fixed` fields are kept."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        hardware: Hardware,
-        workload: Workload,
-        settled: Policy,
-        fixed: frozenset[str],
-        lossy: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        self._spec = spec
-        self._hardware = hardware
-        self._workload = workload
+    def __init__(self, job: Job, settled: Policy, fixed: frozenset[str], lossy: bool) -> None:
+        self._job = job
         self._settled = settled
         self._lossy = lossy
-        self._dtype = dtype
-        self._shared = hardware.topology.shares_host_memory
+        self._shared = job.hardware.topology.shares_host_memory
         self.fixed = fixed
         # A host's memory is one tier, whatever it is called.
         self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
@@ -80,10 +67,14 @@ class Choices:
         if not self._lossy or what == "activations":
             return False
         if what == "weights":
-            return self._hardware.decodes(str(self._dtype).removeprefix("torch."), codec)
-        known = codec in self._hardware.device_attention
-        known &= self._shared or codec in self._hardware.host_attention
-        return known and self._settled.attn_sparsity == 1 and _keeps_heads(codec, self._spec, self._dtype)
+            return self._job.hardware.decodes(self._job.dtype_name, codec)
+        known = codec in self._job.hardware.device_attention
+        known &= self._shared or codec in self._job.hardware.host_attention
+        return (
+            known
+            and self._settled.attn_sparsity == 1
+            and _keeps_heads(codec, self._job.spec, self._job.dtype)
+        )
 
     @cached_property
     def given(self) -> Shares:
@@ -98,9 +89,9 @@ class Choices:
     def shapes(self) -> dict[int, list[int]]:
         """Numbers of batches by their size, ascending: a block more than the job has prompts for is none, and the
         blocks of a job are about equally full."""
-        prompts, settled = self._workload.num_prompts, self._settled
+        prompts, settled = self._job.workload.num_prompts, self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
-        most = max(_MOST_CELLS // (2 * self._spec.num_layers + 2), 1)
+        most = max(_MOST_CELLS // (2 * self._job.spec.num_layers + 2), 1)
         sizes = [settled.gpu_batch_size] if size_fixed else _ladder(prompts)
         numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES, most))
         shapes: set[tuple[int, int]] = set()

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexgen.errors import CapacityError
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
 from flexgen.predict.hardware import Hardware
-from flexgen.predict.prediction import Prediction, check_request
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import Prediction
 from flexgen.schedule.orders import Slots
-from flexgen.search.bounds import Bound, Bounds, by_seconds
 from flexgen.search.choices import Choices
 from flexgen.search.limits import limits_in_words
 from flexgen.search.linear import CLASSES, Solution, one_codec_each
 from flexgen.search.moves import Short, filled, moves, squeezed
+from flexgen.search.programs import Programs, Solved, by_seconds
 from flexgen.search.simulations import Run, Simulations
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
@@ -130,9 +130,9 @@ def find_policy(
     """
     began = time.perf_counter()
     settled = Policy.from_dict(fixed)
-    name = check_request(spec, hardware, workload, dtype, order)
+    job = Job.checked(spec, hardware, workload, dtype, order)
     with _without_collections():
-        found = _Finder(spec, hardware, workload, settled, frozenset(fixed), lossy, name, order, slots)
+        found = _Finder(job, Choices(job, settled, frozenset(fixed), lossy), slots)
         best, *others = found.ranked(max(top, 1))
     return Search(best, tuple(others), found.considered, time.perf_counter() - began)
 
@@ -151,87 +151,72 @@ def _without_collections() -> Iterator[None]:
 
 
 class _Finder:
-    def __init__(
-        self,
-        spec: ModelSpec,
-        hardware: Hardware,
-        workload: Workload,
-        settled: Policy,
-        fixed: frozenset[str],
-        lossy: bool,
-        dtype: str,
-        order: str | None,
-        slots: Slots | None,
-    ) -> None:
-        self._spec = spec
-        self._hardware = hardware
-        self._workload = workload
-        self._order = order
-        torch_dtype = getattr(torch, dtype)
-        self._choices = Choices(spec, hardware, workload, settled, fixed, lossy, torch_dtype)
-        self._bounds = Bounds(spec, hardware, workload, self._choices, torch_dtype, order, slots)
-        self._simulations = Simulations(spec, hardware, workload, dtype)
-        self._tried: dict[Run, Bound] = {}
+    def __init__(self, job: Job, choices: Choices, slots: Slots | None) -> None:
+        self._job = job
+        self._choices = choices
+        self._programs = Programs(job, choices, slots)
+        self._simulations = Simulations(job)
+        self._tried: dict[Run, Solved] = {}
         self._took: dict[Run, float] = {}
 
     @property
     def considered(self) -> int:
-        return self._bounds.considered
+        return self._programs.considered
 
     # A policy of it
 
-    def _realised(self, bound: Bound) -> Policy | None:
+    def _realised(self, solved: Solved) -> Policy | None:
         """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
         a slot, it is solved for again with as much less of it; where that has no solution, weights make room."""
-        capacity, solution = self._bounds.capacity.copy(), bound.solution
-        first = self._choices.rounded(bound.form, solution.shares)
+        capacity, solution = self._programs.capacity.copy(), solved.solution
+        first = self._choices.rounded(solved.form, solution.shares)
         for _ in range(8):
-            policy = self._choices.rounded(bound.form, solution.shares)
-            _, short = self._simulations.plan(Run(policy, bound.order))
+            policy = self._choices.rounded(solved.form, solution.shares)
+            _, short = self._simulations.plan(Run(policy, solved.order))
             if (short <= 0).all():
                 return policy
             capacity -= 1.05 * np.maximum(short, 0)
-            again = one_codec_each(bound.figures, capacity, self._choices.given)
+            again = one_codec_each(solved.figures, capacity, self._choices.given)
             if again is None:
                 break
             solution = again
         settled = "weights" in self._choices.fixed
-        return None if settled else squeezed(first, self._choices.tiers, self._short_in(bound.order))
+        return None if settled else squeezed(first, self._choices.tiers, self._short_in(solved.order))
 
     def _short_in(self, order: str | None) -> Short:
         return lambda policy: self._simulations.short(Run(policy, order))
 
-    def _runs(self, bound: Bound) -> Iterator[tuple[Run, Bound]]:
+    def _runs(self, solved: Solved) -> Iterator[tuple[Run, Solved]]:
         """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
         program does not know that, so what it left over is used, and overlap tried where it saw no room."""
-        policy, choices = self._realised(bound), self._choices
+        policy, choices = self._realised(solved), self._choices
         if policy is None:
             return
-        settled, short = "weights" in choices.fixed, self._short_in(bound.order)
-        yield Run(policy if settled else filled(policy, choices.tiers, short), bound.order), bound
-        if settled or policy.overlap or "overlap" in choices.fixed or self._order:
+        settled, short = "weights" in choices.fixed, self._short_in(solved.order)
+        yield Run(policy if settled else filled(policy, choices.tiers, short), solved.order), solved
+        if settled or policy.overlap or "overlap" in choices.fixed or self._job.order:
             return
         if beside := squeezed(policy.replace(overlap=True), choices.tiers, short):
-            form = bound.form.replace(overlap=True)
-            own = bound._replace(form=form, figures=self._bounds.figures(form, bound.order))
-            yield Run(filled(beside, choices.tiers, short), bound.order), own
+            form = solved.form.replace(overlap=True)
+            own = solved._replace(form=form, figures=self._programs.figures(form, solved.order))
+            yield Run(filled(beside, choices.tiers, short), solved.order), own
 
     # What the simulator says of it
 
     def ranked(self, top: int) -> list[Candidate]:
         """The candidates, best first."""
         simulations = self._simulations
-        for bound in self._bounds.all():
-            beaten = self._took and bound.seconds > min(self._took.values())
+        for solved in self._programs.all():
+            beaten = self._took and solved.seconds > min(self._took.values())
             if len(self._tried) >= top and (beaten or simulations.laid_out > _CELLS):
                 break
-            self._try(bound)
+            self._try(solved)
         if not self._tried:
-            bound = self._smallest()
-            run = Run(self._choices.rounded(bound.form, bound.solution.shares), bound.order)
+            solved = self._smallest()
+            run = Run(self._choices.rounded(solved.form, solved.solution.shares), solved.order)
             if simulations.short(run):
                 raise self._too_small(run)
-            self._add(run, bound)
+            self._add(run, solved)
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
@@ -246,38 +231,38 @@ class _Finder:
         # One that is faster by less than its order costs is no runner-up either.
         return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
 
-    def _try(self, bound: Bound) -> None:
-        for run, own in self._runs(bound):
+    def _try(self, solved: Solved) -> None:
+        for run, own in self._runs(solved):
             self._add(run, own)
 
-    def _add(self, run: Run, bound: Bound) -> None:
+    def _add(self, run: Run, solved: Solved) -> None:
         if run not in self._tried:
-            self._tried[run] = bound
-            self._took[run] = self._simulations.seconds(run, bound.figures)
+            self._tried[run] = solved
+            self._took[run] = self._simulations.seconds(run, solved.figures)
 
     def _try_orders(self) -> None:
         """The best shapes in the other orders: which one is fastest is not seen from what each lane has to do."""
         best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
         runs = [
             run
-            for bound in list(best.values())[:_REORDERED]
-            for run in self._bounds.other_orders(bound.form, bound.order)
+            for solved in list(best.values())[:_REORDERED]
+            for run in self._programs.other_orders(solved.form, solved.order)
         ]
-        bounds = [bound for run in runs if (bound := self._bounds.of(*run))]
+        others = [solved for run in runs if (solved := self._programs.of(*run))]
         until = self._simulations.laid_out + _ORDER_CELLS
-        for bound in by_seconds(bounds):
-            if bound.seconds < min(self._took.values()) and self._simulations.laid_out < until:
-                self._try(bound)
+        for solved in by_seconds(others):
+            if solved.seconds < min(self._took.values()) and self._simulations.laid_out < until:
+                self._try(solved)
 
     def _in_best_order(self, best: Run) -> Run:
         """The policy, and where another order is better for it, one that is improved in that."""
-        bound = self._tried[best]
-        for run in self._bounds.other_orders(*best):
+        solved = self._tried[best]
+        for run in self._programs.other_orders(*best):
             if self._simulations.short(run):
                 continue
-            form = bound.form.replace(overlap=run.policy.overlap)
-            figures = self._bounds.figures(form, run.order)
-            self._add(run, bound._replace(form=form, order=run.order, figures=figures))
+            form = solved.form.replace(overlap=run.policy.overlap)
+            figures = self._programs.figures(form, run.order)
+            self._add(run, solved._replace(form=form, order=run.order, figures=figures))
             if self._score(run) < self._score(best):
                 best = self._improved(run)
         return best
@@ -287,12 +272,12 @@ class _Finder:
 
     def _handicap(self, run: Run) -> float:
         """By what the time counts more of a policy in an order that it does not ask for."""
-        return 1.0 if run.order in (None, self._order) else 1 + _OWN_ORDER
+        return 1.0 if run.order in (None, self._job.order) else 1 + _OWN_ORDER
 
     def _improved(self, run: Run) -> Run:
         """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
         whole rows and what is left of a tier are not linear."""
-        simulations, bound = self._simulations, self._tried[run]
+        simulations, solved = self._simulations, self._tried[run]
         until = simulations.laid_out + _CELLS
         least = self._took[run]
         for step in _STEPS:
@@ -305,29 +290,27 @@ class _Finder:
                     moved = run._replace(policy=policy)
                     if simulations.short(moved):
                         continue
-                    took = simulations.seconds(moved, bound.figures)
+                    took = simulations.seconds(moved, solved.figures)
                     if took < least * (1 - 1e-4):
                         run, least, better = moved, took, True
                         break
-        self._tried[run], self._took[run] = bound, least
+        self._tried[run], self._took[run] = solved, least
         return run
 
     def _candidate(self, run: Run) -> Candidate:
-        prediction, bound = self._simulations.prediction(run), self._tried[run]
-        words = limits_in_words(
-            run.policy, prediction, bound.figures, bound.solution, self._hardware.capacity, self._workload
-        )
+        prediction, solved = self._simulations.prediction(run), self._tried[run]
+        words = limits_in_words(run.policy, prediction, solved.figures, solved.solution, self._job)
         return Candidate(run.policy, prediction.report.order, prediction, words)
 
-    def _smallest(self) -> Bound:
+    def _smallest(self) -> Solved:
         """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
         it leaves the tiers least short."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
-        bound, short = self._bounds.least_short(form), self._short_in(self._order)
-        figures, solution = bound.figures, bound.solution
+        solved, short = self._programs.least_short(form), self._short_in(self._job.order)
+        figures, solution = solved.figures, solved.solution
         # What is split has buffers for each of its parts; where nothing is split there is least of them.
         ways = [
             [c for c in figures.columns if c.what == what]
@@ -340,19 +323,19 @@ class _Finder:
             )
             if not short(self._choices.rounded(form, whole.shares)):
                 solution = whole
-        return bound._replace(solution=solution)
+        return solved._replace(solution=solution)
 
     def _too_small(self, run: Run) -> CapacityError:
         """What the smallest policy lacks."""
         plan, short = self._simulations.plan(run)
         weights_on_disk = plan.on(Tier.DISK, "weights")
-        limits: dict[Tier, int | None] = {tier: self._hardware.capacity.get(tier) for tier in Tier}
-        limits[Tier.DISK] = self._hardware.capacity[Tier.DISK] - weights_on_disk
+        limits: dict[Tier, int | None] = {tier: self._job.hardware.capacity.get(tier) for tier in Tier}
+        limits[Tier.DISK] = self._job.hardware.capacity[Tier.DISK] - weights_on_disk
         missing = ", ".join(
             f"{format_bytes(count)} of {tier}" for tier, count in zip(Tier, short, strict=True) if count > 0
         )
         return CapacityError(
-            f"no policy for {self._spec.name} fits {self._hardware.name}, which is short by {missing}: "
+            f"no policy for {self._job.spec.name} fits {self._job.hardware.name}, which is short by {missing}: "
             f"{plan.shortage(limits)}, with "
             f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight"
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from flexgen.policy import Policy, Tier
+from flexgen.predict.job import Job
 from flexgen.predict.prediction import Prediction
 from flexgen.results.trace import Phase
 from flexgen.search.linear import Figures, Solution, shares_of
 from flexgen.units import GIB, format_bytes, format_seconds
-from flexgen.workload import Workload
 
 _FULL = 0.97
 """What of a tier has to be taken for it to be called full: less than that, rounding left."""
@@ -20,11 +18,11 @@ def limits_in_words(
     prediction: Prediction,
     figures: Figures,
     solution: Solution,
-    capacity: Mapping[Tier, int],
-    workload: Workload,
+    job: Job,
 ) -> tuple[str, ...]:
     """The lane that each phase waits for and what is on it, the tiers that are full and what more of them would be
     worth, and whether blocks could be larger."""
+    capacity, workload = job.hardware.capacity, job.workload
     report, shares = prediction.report, shares_of(policy)
     in_all = {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}
     words = []

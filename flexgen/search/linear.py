@@ -14,24 +14,22 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.layout.weight_slots import slot_sizes
-from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.models import Layer, build_layers
 from flexgen.models.spec import LayerSpec
 from flexgen.policy import Policy, Share, Tier
 from flexgen.predict.costs import StepCosts
-from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.predict.prediction import decode_seconds
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.trace import LaneName
 from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
-from flexgen.workload import Workload
 
 CLASSES = "weights", "cache", "activations"
 LANES = tuple(LaneName)
@@ -115,24 +113,18 @@ class Solution:
 
 
 class Corners:
-    """Figures of one model, machine and workload, for any shape of a block."""
+    """Figures of one job, for any shape of a block."""
 
-    def __init__(
-        self, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: torch.dtype, order: str | None
-    ) -> None:
-        self._spec = spec
-        self._hardware = hardware
-        self._workload = workload
-        self._dtype = dtype
-        self._order = order
-        self._counts = Counter(spec.layers)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._counts = Counter(job.spec.layers)
         self._layers = cache(self._make_layers)
         self._placement = cache(self._place)
         self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
 
     def order(self, form: Policy) -> Order:
         """What a policy of this form runs in, wherever its free shares end up."""
-        return self._hardware.topology.choose_order(self._order, form, form.num_gpu_batches)
+        return self._job.order_for(form)
 
     def figures(self, form: Policy, columns: Sequence[Column]) -> Figures:
         """Of blocks of the form's shape. Columns that the machine or the model has no figures for are left out."""
@@ -182,17 +174,17 @@ class Corners:
         kinds = tuple(self._counts)
         layers = self._layers(kinds, policy.sep_layer)
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
-        gen_len, on_disk = self._workload.gen_len, bool(policy.cache.percent(Tier.DISK))
+        gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         new, flushing = _few_tokens(gen_len, on_disk)
-        parts = range(Passes(self._workload.prompt_len, policy.prefill_chunk).first, 0)
+        parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
         costs = StepCosts(
             layers,
             self._placement(kinds, policy.sep_layer, policy.weights),
             policy,
-            self._workload,
-            self._hardware,
+            self._job.workload,
+            self._job.hardware,
             policy.block_size,
             tokens,
             [lead + n for n in flushing],
@@ -229,7 +221,7 @@ class Corners:
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
         few, step = self._few_layers(order.slots.weights), order.slots.weights
-        least = (self._spec.num_layers - 1) % step + 1
+        least = (self._job.spec.num_layers - 1) % step + 1
         batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
         planned = cache(lambda layers: np.array([self._planned(policy, order, layers, n) for n in batches]))
         deep = planned(few)
@@ -242,7 +234,7 @@ class Corners:
     def _few_layers(self, step: int) -> tuple[LayerSpec, ...]:
         """The fewest of the model's first layers that take weight slots of the same sizes as all of them, where
         `step` slots are taken by turns."""
-        layers = self._spec.layers
+        layers = self._job.spec.layers
         turns = {(kind, n % step) for n, kind in enumerate(layers)}
         for count in range((len(layers) - 1) % step + 1, len(layers), step):
             if {(kind, n % step) for n, kind in enumerate(layers[:count])} == turns:
@@ -253,10 +245,10 @@ class Corners:
         layers = self._layers(of, policy.sep_layer)
         placement = self._placement(of, policy.sep_layer, policy.weights)
         block = policy.replace(num_gpu_batches=batches)
-        workload = replace(self._workload, num_prompts=block.block_size)
-        topology = self._hardware.topology
-        block_of = layers, placement, block, self._dtype, topology, workload
-        plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._hardware))
+        workload = replace(self._job.workload, num_prompts=block.block_size)
+        topology = self._job.hardware.topology
+        block_of = layers, placement, block, self._job.dtype, topology, workload
+        plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._job.hardware))
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
         # takes where no share has is no line between the corners: the plan of the policy counts it.
         slots, between = (
@@ -269,10 +261,10 @@ class Corners:
         return list(taken.values())
 
     def _make_layers(self, layers: tuple[LayerSpec, ...], sep_layer: bool) -> tuple[Layer, ...]:
-        return build_layers(replace(self._spec, layers=layers), sep_layer)
+        return build_layers(replace(self._job.spec, layers=layers), sep_layer)
 
     def _place(self, layers: tuple[LayerSpec, ...], sep_layer: bool, split: object) -> Placement:
-        return place_weights(self._layers(layers, sep_layer), split, self._dtype)  # type: ignore[arg-type]
+        return place_weights(self._layers(layers, sep_layer), split, self._job.dtype)  # type: ignore[arg-type]
 
 
 def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:

@@ -11,15 +11,14 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
-from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.models import Layer, build_layers
 from flexgen.policy import Policy, Split, Tier
-from flexgen.predict.hardware import Hardware
-from flexgen.predict.prediction import Prediction, predict, sampled_tokens
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import Prediction, predict_job, sampled_tokens
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
 from flexgen.search.linear import Figures, shares_of
@@ -43,14 +42,11 @@ class Run(NamedTuple):
 
 
 class Simulations:
-    """Those of one model, machine and workload. `laid_out` counts the cells of all predictions so far."""
+    """Those of one job, in any order. `laid_out` counts the cells of all predictions so far."""
 
-    def __init__(self, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str) -> None:
-        self._spec = spec
-        self._hardware = hardware
-        self._workload = workload
-        self._dtype_name = dtype
-        self._dtype: torch.dtype = getattr(torch, dtype)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        hardware = job.hardware
         # The plan of the whole model says what fits. Whole tensors make shares coarse in a model of few layers, so a
         # tier can get more of it than there is room for.
         self._unlimited = hardware.replace(capacity=dict.fromkeys(hardware.capacity, _UNLIMITED))
@@ -62,15 +58,14 @@ class Simulations:
 
     def order(self, run: Run) -> Order:
         """What a full block runs in."""
-        policy, topology = run.policy, self._hardware.topology
-        return topology.choose_order(run.order, policy, policy.num_gpu_batches)
+        return replace(self._job, order=run.order).order_for(run.policy)
 
     def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
         """The plan, with the slots of the order, and by how many bytes each tier is short."""
-        policy, topology = run.policy, self._hardware.topology
+        policy, topology = run.policy, self._job.hardware.topology
         layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
-        block = layers, placement, policy, self._dtype, topology, self._workload
-        workspaces = workspaces_on(self._hardware)
+        block = layers, placement, policy, self._job.dtype, topology, self._job.workload
+        workspaces = workspaces_on(self._job.hardware)
         plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
@@ -83,11 +78,11 @@ class Simulations:
         layers = len(self._layers(policy.sep_layer))
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
-        prompts = min(self._workload.num_prompts, policy.block_size)
+        prompts = min(self._job.workload.num_prompts, policy.block_size)
         cells = layers * -(-prompts // policy.gpu_batch_size)
-        if cells * self._workload.gen_len <= _EXACT_CELLS:
-            return cells * self._workload.gen_len, True
-        tokens, _ = sampled_tokens(self._workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
+        if cells * self._job.workload.gen_len <= _EXACT_CELLS:
+            return cells * self._job.workload.gen_len, True
+        tokens, _ = sampled_tokens(self._job.workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
         return cells * len(tokens), False
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
@@ -95,11 +90,11 @@ class Simulations:
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
-            self._predictions[run, small] = predict(
-                self._few_layers if small else self._spec, run.policy,
-                self._unlimited if small else self._hardware, self._workload,
-                dtype=self._dtype_name, order=run.order, samples=None if exact else 1,
-            )  # fmt: skip
+            self._predictions[run, small] = predict_job(
+                replace(self._small if small else self._job, order=run.order),
+                run.policy,
+                None if exact else 1,
+            )
         return self._predictions[run, small]
 
     def seconds(self, run: Run, figures: Figures) -> float:
@@ -113,12 +108,13 @@ class Simulations:
             max(alone[n][lane] for lane in lanes) for n, lanes in enumerate(small.phases.values()) if lanes
         )
         assert small.bound_s is not None
-        return longest * blocks(self._workload, run.policy) * small.total_s / small.bound_s
+        return longest * blocks(self._job.workload, run.policy) * small.total_s / small.bound_s
 
     @cached_property
-    def _few_layers(self) -> ModelSpec:
-        """The model with those of its layers, one after the other, whose kinds are mixed most like those of all."""
-        layers = self._spec.layers
+    def _small(self) -> Job:
+        """The job with a few of the model's layers, on a machine whose tiers hold anything. These layers follow one
+        another, where their kinds are mixed most like those of the whole model."""
+        layers = self._job.spec.layers
         few, counts = min(len(layers), _FEW_LAYERS), Counter(layers)
 
         def unlike(begin: int) -> float:
@@ -126,13 +122,14 @@ class Simulations:
             return sum(abs(run[kind] / few - count / len(layers)) for kind, count in counts.items())
 
         begin = min(range(len(layers) - few + 1), key=unlike)
-        return replace(self._spec, layers=layers[begin : begin + few])
+        spec = replace(self._job.spec, layers=layers[begin : begin + few])
+        return replace(self._job, spec=spec, hardware=self._unlimited)
 
     def _make_layers(self, sep_layer: bool) -> tuple[Layer, ...]:
-        return build_layers(self._spec, sep_layer)
+        return build_layers(self._job.spec, sep_layer)
 
     def _place(self, sep_layer: bool, split: Split) -> Placement:
-        return place_weights(self._layers(sep_layer), split, self._dtype)
+        return place_weights(self._layers(sep_layer), split, self._job.dtype)
 
 
 def blocks(workload: Workload, policy: Policy) -> float:

@@ -19,7 +19,7 @@ EVENTS = [
 def test_an_empty_trace():
     trace = Trace()
     assert not trace
-    assert (trace.span, trace.busy(), trace.by_op()) == (0.0, {}, {})
+    assert (trace.span, trace.busy()) == (0.0, {})
 
 
 def test_span_is_from_the_first_start_to_the_last_end():
@@ -32,14 +32,6 @@ def test_busy_sums_each_lane():
         LaneName.DISK_READ: 0.5,
         LaneName.TO_DEVICE: 0.25,
         LaneName.COMPUTE: 1.5,
-    }
-
-
-def test_by_op_counts_and_sums_each_kind_of_step_by_lane():
-    assert Trace(EVENTS).by_op() == {
-        (Op.LOAD_WEIGHTS, LaneName.DISK_READ): (1, 0.5),
-        (Op.LOAD_WEIGHTS, LaneName.TO_DEVICE): (1, 0.25),
-        (Op.COMPUTE, LaneName.COMPUTE): (2, 1.5),
     }
 
 

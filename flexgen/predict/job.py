@@ -1,0 +1,61 @@
+"""What a prediction and a search are about: a model, a machine and a workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.errors import RequestError, ScheduleError, shown
+from flexgen.models import ModelSpec
+from flexgen.policy import Policy
+from flexgen.predict.hardware import Hardware
+from flexgen.schedule.orders import ORDERS, Order
+from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workload of one model on one machine. `order`: the name of the order; None leaves it to the policy."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    workload: Workload
+    dtype: torch.dtype
+    order: str | None = None
+
+    @classmethod
+    def checked(
+        cls, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str, order: str | None
+    ) -> Job:
+        """The job, if it makes sense. `dtype`: a name, or "auto", which is the checkpoint's own where the machine has
+        products for it. Raises RequestError (lengths, dtype) and ScheduleError (an unknown order).
+        """
+        if order is not None and order not in ORDERS:
+            raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
+        if workload.capacity > spec.longest_text:
+            raise RequestError(
+                f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "
+                f"positions of {spec.name}: shorten one of them"
+            )
+        name = hardware.dtype_for(_name(spec.dtype)) if dtype == "auto" else dtype
+        if name not in hardware.products:
+            known = ", ".join(hardware.products)
+            raise RequestError(
+                f"dtype {shown(name)} has no figures for {shown(hardware.name)}; it has: {known}, or use 'auto'"
+            )
+        return cls(spec, hardware, workload, getattr(torch, name), order)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as `Hardware` names it: "float16"."""
+        return _name(self.dtype)
+
+    def order_for(self, policy: Policy, batches: int | None = None) -> Order:
+        """The order in which a block of `batches` GPU batches runs; None is a full block."""
+        batches = policy.num_gpu_batches if batches is None else batches
+        return self.hardware.topology.choose_order(self.order, policy, batches)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
