@@ -19,8 +19,8 @@ from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_t
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.layout.cache import cache_segments
 from flexgen.layout.needs import MemoryPlan, Need
-from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.passes import Passes
+from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.layout.topology import LINKED, SHARED
@@ -467,7 +467,7 @@ def test_the_plan_has_what_drawing_ids_takes():
 
 
 def test_a_prompt_in_parts_takes_the_same_at_any_length():
-    """Hidden states, staging and workspace of a prefill in parts: only the cache and one mask grow with the prompt."""
+    """Hidden states, staging and workspace of a prefill in parts: the cache alone grows with the prompt."""
     spec, _ = open_model(
         LlamaConfig(
             vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
