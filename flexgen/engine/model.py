@@ -28,12 +28,13 @@ from flexgen.models import HubOptions, open_model
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.results.report import Report
 from flexgen.results.trace import LaneName, Phase
-from flexgen.runtime.call import Call, Model
+from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.in_use import InUse
 from flexgen.runtime.lane_timing import lane_seconds
+from flexgen.runtime.model import Model
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
     IdRows,

@@ -26,7 +26,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import ModelSpec, build_layers
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Auto, Policy, Tier
-from flexgen.runtime.call import Model
+from flexgen.runtime.model import Model
 from flexgen.workload import Workload
 
 _LONGEST_PATH = 4096

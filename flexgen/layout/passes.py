@@ -14,10 +14,13 @@ class Passes:
     A pass is named by the new token that it gives: 0 is the first one. With `chunk`, a pass computes at most that
     many tokens of each prompt. Passes over the parts before the last one give no token; they are numbered below 0.
     Prompts are cut from their end, so that the first new token of every batch comes from the same pass.
+
+    `cached`: tokens before the prompts that are in the cache already.
     """
 
     width: int
     chunk: int = 0
+    cached: int = 0
 
     @property
     def first(self) -> int:
@@ -39,13 +42,13 @@ class Passes:
         such prompts have fewer parts."""
         width = width or self.width
         if token > 0:
-            return Span(width + token - 1, 1)
+            return Span(self.cached + width + token - 1, 1)
         parts = self._parts(width)
         part = parts - 1 + token
         if part < 0:
-            return Span(0, 0)
+            return Span(self.cached, 0)
         begin, end = (width * n // parts for n in (part, part + 1))
-        return Span(begin, end - begin)
+        return Span(self.cached + begin, end - begin)
 
     def _parts(self, width: int) -> int:
         return -(-width // self.chunk) if self.chunk else 1

@@ -197,6 +197,19 @@ class KVCache:
             layouts[layer, batch] = CacheLayout(segments, query_bytes, self._topology)
         return layouts
 
+    def cut(self, length: int, shorter: int) -> None:
+        """Forget what follows the first `shorter` of the `length` cached tokens; no transfer may be under way.
+
+        What a part in memory has there is overwritten by what comes next. The tail of a part on disk is read back.
+        """
+        for part in itertools.chain.from_iterable(self._parts.values()):
+            page, rest = divmod(shorter, part.segment.page_tokens)
+            if part.file is None or part.tail is None or not rest:
+                continue
+            if page < length // part.segment.page_tokens:
+                path, start = part.file
+                self._io.read([Read(path, start + page * part.segment.page_bytes, part.tail)])
+
     def reset(self) -> None:
         """Back to the batches that the cache was made for, for other prompts."""
         if self._parts is not self._made:

@@ -35,7 +35,8 @@ class Prompts:
     """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
     `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
-    `chunk`: the most tokens of a prompt that a pass computes; 0 for all. `first`: the number of the first pass.
+    `chunk`: the most tokens of a prompt that a pass computes; 0 for all. `cached`: tokens before those of `prompts`
+    that the cache has of each row; prompts are of one length then. `first`: the number of the first pass.
     `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device has chosen
     last for each batch; the host may not have them yet.
     """
@@ -52,11 +53,12 @@ class Prompts:
         machine: Machine,
         slots: int = SLOTS,
         chunk: int = 0,
+        cached: int = 0,
     ) -> None:
         self._taken = Taken()
         self._device = device = machine.device
         self.lengths = [len(prompt) for prompt in prompts]
-        self._passes = Passes(max(self.lengths), chunk)
+        self._passes = Passes(max(self.lengths), chunk, cached)
         self.first = self._passes.first
         self._group([list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))])
         sizes = [rows * width for rows, width in zip(batches, self._widths, strict=True)]
@@ -72,7 +74,7 @@ class Prompts:
                 row[width - len(prompts[n]) :] = torch.from_numpy(prompts[n])
             for token in range(self.first, 1):
                 span = self.span(token, k)
-                begin, new = span.length, span.new
+                begin, new = span.length - cached, span.new
                 part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
                 self._ids[token, k] = part.copy_(ids[:, begin : begin + new])
         most = max(ids.numel() for ids in self._ids.values())
@@ -167,7 +169,8 @@ class Prompts:
         """As of `Context`: that of the prompt where the step computes a part of it."""
         if token > 0 or self.first == 0:
             return None
-        return torch.full((), self._widths[batch], device=self._device.torch_device)
+        length = self._passes.cached + self._widths[batch]
+        return torch.full((), length, device=self._device.torch_device)
 
 
 class Output(Protocol):
