@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from flexgen.engine import model as engine
-from flexgen.engine.model import Stats
 from flexgen.flex_opt.config import OptConfig
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.places import find_weights, read_config
@@ -19,6 +18,7 @@ from flexgen.results.trace import Event, Phase
 from flexgen.runtime.debug import BREAKDOWN
 from flexgen.runtime.draws import seed_from_torch
 from flexgen.runtime.request import IdRows, leading, read_rows
+from flexgen.runtime.stats import Stats
 from flexgen.schedule.steps import Op
 
 

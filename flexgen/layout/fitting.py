@@ -32,12 +32,10 @@ def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
 
 
 def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
-    """`policy`, with the prefill in the largest of halves, quarters ... of prompts whose plan is within `limits`.
-
-    The policy is returned as it is where whole prompts fit, where it has a `prefill_chunk`, and where no part fits.
-    """
-    chunk = prompt_len
-    if policy.prefill_chunk or not plan(policy).shortage(limits):
+    """`policy` if its plan is within `limits`, else with the prefill in parts: the largest of halves, quarters ... of
+    prompts, or of its `prefill_chunk`, whose plan is. The policy as it is where none of them is."""
+    chunk = policy.prefill_chunk or prompt_len
+    if not plan(policy).shortage(limits):
         return policy
     while chunk > _SMALLEST_CHUNK:
         chunk = max(-(-chunk // 2), _SMALLEST_CHUNK)
