@@ -75,7 +75,8 @@ class Conversation(Conveniences):
         ids: the whole text so far, such as `[*before, *more]`, where `before` is what the last call returned.
         sampling: do_sample, temperature, stop, top_k, top_p and seed as in `OptLM.generate`, which this raises as.
         """
-        request = read_request(self.spec, [ids], np.ones((1, len(ids))) if len(ids) else None)
+        rows: Any = [ids]
+        request = read_request(self.spec, rows, np.ones((1, len(ids))) if len(ids) else None)
         out = self.generate_with(request, max_new_tokens, self.sampled(**sampling))
         assert self.stats is not None
         made: np.ndarray = out[0, : request.width + self.stats.new_tokens]

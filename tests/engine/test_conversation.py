@@ -125,20 +125,23 @@ def test_what_is_dropped_or_left_open_is_given_back(tiny: Any, prompts: Any) -> 
 
 def test_a_text_that_outgrows_its_buffers_gets_larger_ones(tiny: Any, prompts: Any) -> None:
     model = tiny("opt")
-    with OptLM(model.directory, Policy(), device="cpu", progress=False) as lm, lm.conversation() as chat:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flexgen.engine.conversation._LEAST_ROOM", 1)
-            text = chat.generate(prompts([6])[0], 4, stop=())  # room for 20
-            more = np.concatenate([text, prompts([4], 1)[0]])
-            text = chat.generate(more, 4, stop=())
-            assert chat.stats.positions_computed == 5
-            more = np.concatenate([text, prompts([4], 2)[0]])
-            text = chat.generate(more, 4, stop=())
-            assert chat.stats.positions_computed == len(more), "once anew"
-            np.testing.assert_array_equal(text, model.greedy([more.tolist()], 4)[0])
-            more = np.concatenate([text, prompts([4], 3)[0]])
-            chat.generate(more, 4, stop=())
-            assert chat.stats.positions_computed == 5
+    with (
+        OptLM(model.directory, Policy(), device="cpu", progress=False) as lm,
+        lm.conversation() as chat,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("flexgen.engine.conversation._LEAST_ROOM", 1)
+        text = chat.generate(prompts([6])[0], 4, stop=())  # room for 20
+        more = np.concatenate([text, prompts([4], 1)[0]])
+        text = chat.generate(more, 4, stop=())
+        assert chat.stats.positions_computed == 5
+        more = np.concatenate([text, prompts([4], 2)[0]])
+        text = chat.generate(more, 4, stop=())
+        assert chat.stats.positions_computed == len(more), "once anew"
+        np.testing.assert_array_equal(text, model.greedy([more.tolist()], 4)[0])
+        more = np.concatenate([text, prompts([4], 3)[0]])
+        chat.generate(more, 4, stop=())
+        assert chat.stats.positions_computed == 5
 
 
 def test_a_call_that_fails_leaves_a_conversation_that_can_be_used(lm: Any, tiny: Any, prompts: Any) -> None:
@@ -179,14 +182,16 @@ def test_what_is_refused(lm: Any, prompts: Any) -> None:
 
 
 def test_what_does_not_fit_is_refused_and_the_rest_stays(tiny: Any, prompts: Any) -> None:
-    with OptLM(tiny("llama gqa 2").directory, Policy(), device="emulated:memory=1MiB", progress=False) as lm:
-        with lm.conversation() as chat:
-            text = chat.generate(prompts([20])[0], 4, stop=())
-            with pytest.raises(CapacityError):
-                chat.generate(np.concatenate([text, prompts([5000], 1)[0]]), 4)
-            np.testing.assert_array_equal(chat.cached, text[:-1])
-            chat.generate(np.concatenate([text, [5]]), 4, stop=())
-            assert chat.stats.positions_computed == 2
+    with (
+        OptLM(tiny("llama gqa 2").directory, Policy(), device="emulated:memory=1MiB", progress=False) as lm,
+        lm.conversation() as chat,
+    ):
+        text = chat.generate(prompts([20])[0], 4, stop=())
+        with pytest.raises(CapacityError):
+            chat.generate(np.concatenate([text, prompts([5000], 1)[0]]), 4)
+        np.testing.assert_array_equal(chat.cached, text[:-1])
+        chat.generate(np.concatenate([text, [5]]), 4, stop=())
+        assert chat.stats.positions_computed == 2
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -199,11 +204,13 @@ def test_a_text_whose_frequencies_change_is_computed_anew(kind: str, prompts: An
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
         intermediate_size=48, max_position_embeddings=16, pad_token_id=1, rope_parameters=scaling,
     )  # fmt: skip
-    with OptLM(config, Policy(prefill_chunk=4), device="cpu", weights="dummy", progress=False) as lm:
-        with lm.conversation() as chat:
-            text = np.array(prompts([5])[0])
-            for n in range(5):
-                text = chat.generate(text, 4, stop=())
-                whole = lm.generate([text[:-4]], 4, stop=())[0]
-                np.testing.assert_array_equal(text, whole)
-                text = np.concatenate([text, prompts([2], n)[0]])
+    with (
+        OptLM(config, Policy(prefill_chunk=4), device="cpu", weights="dummy", progress=False) as lm,
+        lm.conversation() as chat,
+    ):
+        text = np.array(prompts([5])[0])
+        for n in range(5):
+            text = chat.generate(text, 4, stop=())
+            whole = lm.generate([text[:-4]], 4, stop=())[0]
+            np.testing.assert_array_equal(text, whole)
+            text = np.concatenate([text, prompts([2], n)[0]])
