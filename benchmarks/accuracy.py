@@ -23,12 +23,12 @@ from transformers import AutoTokenizer
 from flexgen import OptLM, Policy, demo
 from flexgen.engine.scoring import perplexity, score
 from flexgen.errors import PolicyError
+from flexgen.quant import CODECS
 
-CODECS = ("none", "int8", "int4")
 CASES = {
-    **{f"weights {codec}": {"weights": codec} for codec in CODECS},
-    **{f"cache {codec}": {"cache": codec} for codec in CODECS[1:]},
-    **{f"weights and cache {codec}": {"weights": codec, "cache": codec} for codec in CODECS[1:]},
+    **{f"weights {codec}": {"weights": codec} for codec in ("none", *CODECS)},
+    **{f"cache {codec}": {"cache": codec} for codec in CODECS},
+    **{f"weights and cache {codec}": {"weights": codec, "cache": codec} for codec in CODECS},
 }
 NEW_TOKENS = 24
 

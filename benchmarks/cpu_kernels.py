@@ -27,7 +27,7 @@ from record import RESULTS, interleaved, kept, machine, save
 from torch import Tensor
 
 from flexgen.kernels import groupwise, sparse_attention
-from flexgen.kernels.attention import attend_in_torch, attend_natively
+from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.groupwise import quantise
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.loading import native, native_available
@@ -100,7 +100,7 @@ def attention(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any
         cases = {layout: case(memory[name], "none", DTYPES[name], group, dim, layout) for layout in LAYOUTS}
         calls = read_cases(memory[name])
         for layout, (nbytes, arguments) in cases.items():
-            calls[f"{layout}, compiled"] = partial(rate, nbytes, partial(attend_natively, *arguments))
+            calls[f"{layout}, compiled"] = partial(rate, nbytes, partial(decode_attention, *arguments))
             calls[f"{layout}, torch"] = partial(rate, nbytes, partial(attend_in_torch, *arguments))
         figures = interleaved(calls, repeats)
         read = max(median(figures["read, compiled"]), median(figures["read, torch.sum"]))
@@ -128,7 +128,7 @@ def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
             for layout in LAYOUTS:
                 for name, heads, of in ((codec, memory, codec), ("bf16", plain, "none")):
                     nbytes, arguments = case(heads, of, bf16, group, dim, layout)
-                    calls[f"{layout}, {name}"] = partial(rate, nbytes, partial(attend_natively, *arguments))
+                    calls[f"{layout}, {name}"] = partial(rate, nbytes, partial(decode_attention, *arguments))
             figures = interleaved(calls, repeats)
             read = max(median(figures["read, compiled"]), median(figures["read, torch.sum"]))
             for layout in LAYOUTS:
@@ -153,7 +153,7 @@ def sparse(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any]]:
     for name, group, layout in itertools.product(DTYPES, (1, 8), ("512", "2048")):
         dim = 128
         nbytes, arguments = case(memory[name], "none", DTYPES[name], group, dim, layout)
-        calls = {"exact": partial(rate, nbytes, partial(attend_natively, *arguments))}
+        calls = {"exact": partial(rate, nbytes, partial(decode_attention, *arguments))}
         for share, version in itertools.product(SHARES, ("natively", "in_torch")):
             call = partial(attend_sparsely, version, share, arguments)
             calls[f"{share}, {version}"] = partial(rate, nbytes, call)

@@ -60,8 +60,8 @@ def main() -> None:
         buffer = HostStore().allocate(args.file_mib * MIB, "a file").random_(0, 256)
         path = store.scratch("reads", buffer.nbytes)
         io.write([Write(path, 0, buffer)])
-        lanes: dict[str, Lane] = {"one at a time": ThreadLane(LaneName.DISK_READ)}
-        lanes |= {f"{n} in flight": DiskLane(LaneName.DISK_READ, n) for n in args.in_flight}
+        lanes: dict[str, Lane] = {"one at a time": ThreadLane(LaneName.DISK_READ).start()}
+        lanes |= {f"{n} in flight": DiskLane(LaneName.DISK_READ, n).start() for n in args.in_flight}
         for lane in lanes.values():
             stack.callback(lane.close)
         for size in args.job_mib:

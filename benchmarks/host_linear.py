@@ -2,8 +2,8 @@
 
     python benchmarks/host_linear.py
 
-What `fast_dtype` (no float16 on a CPU) and `kernels.linear` (pack bfloat16 where the CPU has products for it, widen
-it where it has none) rest on.
+`fast_dtype` (no float16 on a CPU) and `kernels.linear` (bfloat16 is laid out once where the CPU has products for it,
+and widened where it has none) rest on these figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from record import interleaved, save
 from torch import Tensor
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.linear import can_pack, linear, pack
+from flexgen.kernels.linear import has_prelayout, linear, prelayout
 
 OUT, IN = 4096, 4096
 ROWS = (1, 8, 16, 32, 128, 512)
@@ -47,7 +47,9 @@ def main() -> None:
     cases = {}
     for dtype in DTYPES:
         plain = [torch.randn(OUT, IN).to(dtype) for _ in range(COPIES)]
-        layouts = {"plain": plain} | ({"packed": [pack(w) for w in plain]} if can_pack(dtype) else {})
+        layouts = {"plain": plain} | (
+            {"packed": [prelayout(w) for w in plain]} if has_prelayout(dtype) else {}
+        )
         layouts |= {} if half_linear.has_products(dtype) else {"widened": plain}
         for rows, (layout, weights) in itertools.product(ROWS, layouts.items()):
             x = torch.randn(rows, IN).to(dtype)

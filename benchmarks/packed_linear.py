@@ -2,7 +2,7 @@
 
     python benchmarks/packed_linear.py
 
-What `fused_rows` in `kernels.packed_linear` rests on: up to how many rows of x the fused product takes no longer
+What `fused_rows` in `kernels.groupwise_linear` rests on: up to how many rows of x the fused product takes no longer
 than the product of a matrix that is decoded already. `decode` is what a visit of a layer pays once before that.
 Torch's own int4 product, with another layout and bfloat16 scales, stands beside them where this CPU has it.
 On a GPU (--device cuda) the same for the Triton kernels.
@@ -22,8 +22,8 @@ from record import interleaved, save
 from torch import Tensor
 
 from flexgen.kernels.groupwise import dequantise, quantise
+from flexgen.kernels.groupwise_linear import multiply
 from flexgen.kernels.loading import native, native_available
-from flexgen.kernels.packed_linear import multiply
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # out, in
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

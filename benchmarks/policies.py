@@ -2,7 +2,7 @@
 
     python benchmarks/policies.py [--model opt-30b]
 
-OPT-6.7B, OPT-30B and OPT-175B on `t4`, with weights and cache as they are and with int4 and int8 allowed (`-int4`);
+OPT-6.7B, OPT-30B and OPT-175B on `t4`, with weights and cache as they are and with codecs allowed (`-int4`);
 prompt 512, 32 new tokens. Nothing is measured. Then `benchmarks/paper_table.py` puts what was found beside what was
 published.
 """
@@ -37,7 +37,7 @@ def write(model: str, lossy: bool) -> None:
     job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
     comment = (
         f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/predict/hardware.toml, "
-        f"{'int4 and int8 allowed' if lossy else 'weights and cache as they are'}: the best\n"
+        f"{'codecs allowed' if lossy else 'weights and cache as they are'}: the best\n"
         f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
         f"{WORKLOAD.gen_len} new ones each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"

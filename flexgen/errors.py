@@ -69,6 +69,8 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 MOST_CHARACTERS = 200
 """Of a value, in a message."""
+MOST_OF_PATH = 4096
+"""Of a path, in a message: Linux opens none that is longer."""
 _MOST_BITS = 128
 """Of a whole number that is shown in digits. Python refuses to write more than 4300 digits of one."""
 
@@ -118,6 +120,11 @@ def shown(value: object) -> str:
         return cut(_repr.repr(value))
     except Exception:  # reprlib chooses by the name of the type, which another type can have too
         return f"<{cut(type(value).__name__)}>"
+
+
+def shown_path(path: object) -> str:
+    """A path in a message: whole, so that you can copy it, unless it is longer than a path can be."""
+    return cut(str(path), MOST_OF_PATH)
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:

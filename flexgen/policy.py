@@ -10,6 +10,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import pkgutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from typing import Any, Generic, TypeVar, overload
 from flexgen.errors import PolicyError, cut, did_you_mean, shown
 from flexgen.units import LARGEST_COUNT
 
-CODECS = ("none", "int4", "int8")
-"""Names a share's `codec` may have. A new codec is added here and in the package that implements it."""
+CODECS = ("none", *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parent}/quant/codecs"])))
+"""Names a share's `codec` may have: "none", and the names of the modules in `flexgen/quant/codecs`, which need torch
+and are not imported here."""
 
 SUM_TOLERANCE = 1e-6
 """How far the three percentages of a split may be from 100."""

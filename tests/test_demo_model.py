@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flexgen.demo import MODEL_DIR, accuracy, records
 from flexgen.engine.model import OptLM
 from flexgen.policy import Policy
+from flexgen.quant import CODECS
 
 COUNT, SEED, NEW_TOKENS = 40, 20_260, 20
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
@@ -66,7 +67,7 @@ def test_answers_are_those_of_transformers(
     assert accuracy(asked, answers) == accuracy(asked, reference)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
 def test_an_encoded_cache_costs_less_than_one_answer_in_a_hundred(codec: str, tokenizer: Any) -> None:
     assert right(codec, tokenizer) > right("none", tokenizer) - 0.01
 

@@ -4,6 +4,7 @@ import datetime
 import json
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +12,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexgen import flex_opt
+from flexgen import OptLM, flex_opt
 from flexgen.cli.flags import count
 from flexgen.errors import (
     MOST_CHARACTERS,
+    MOST_OF_PATH,
     FlexGenError,
     HardwareError,
     PolicyError,
     RequestError,
     did_you_mean,
     shown,
+    shown_path,
 )
 from flexgen.layout.limits import read_limits
 from flexgen.memory.gpu import open_device
@@ -263,3 +266,22 @@ def test_numbers_on_the_command_line_are_refused_in_few_characters(text):
 def test_numbers_of_numpy_are_shown_as_numbers():
     assert shown(np.int64(96)) == "96" and shown(np.float32(0.5)) == "0.5" and shown([np.int8(-1)]) == "[-1]"
     assert shown(np.array(3)) == "3" and shown(np.array([3])) == "array([3])"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: OptLM(path, device="cpu"),
+        lambda path: OptLM("demo", device="cpu", weights=path),
+        lambda path: OptLM("demo", device="cpu", offload_dir=path),
+        lambda path: OptLM("demo", str(path), device="cpu"),
+        Hardware.load,
+    ],
+    ids=["model", "weights", "offload_dir", "policy", "hardware"],
+)
+def test_paths_are_shown_whole_unless_no_file_can_have_them(use, tmp_path):
+    with pytest.raises(FlexGenError) as raised:
+        use(Path("/" + "x" * 100_000))
+    assert len(str(raised.value)) < 2 * MOST_OF_PATH + 500
+    missing = tmp_path / ("a" * 120) / ("b" * 120)
+    assert shown_path(missing) == str(missing)

@@ -78,11 +78,12 @@ def test_imports_of_flexgen_stand_at_the_top(path):
 
 
 # Where modules of flexgen are imported by a name that is not in the source: parts of the package that load when they
-# are asked for, commands, families of models, Triton's kernels and 0.1's module names.
+# are asked for, commands, families of models, codecs, Triton's kernels and 0.1's module names.
 BY_NAME = {
     "__init__.py",
     "__main__.py",
     "models/families/__init__.py",
+    "quant/codecs/__init__.py",
     "kernels/loading.py",
     "flex_opt/flexllmgen/__init__.py",
 }

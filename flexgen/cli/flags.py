@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.cli.interrupts import handle_as_usual
-from flexgen.errors import FlexGenError, PolicyError, shown
+from flexgen.errors import MOST_OF_PATH, FlexGenError, PolicyError, cut, shown
 from flexgen.policy import Auto, Policy
 from flexgen.schedule.orders import ORDERS
 from flexgen.units import LARGEST_COUNT
@@ -60,7 +60,7 @@ def run(
         with _freed_on_sigterm():
             command(args)
     except (FlexGenError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {cut(str(error), 2 * MOST_OF_PATH)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)

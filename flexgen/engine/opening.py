@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flexgen.engine.auto import AutoPolicy, Chosen, this_machine
 from flexgen.engine.calls import CallPlans
-from flexgen.errors import PolicyError, RequestError, shown
+from flexgen.errors import MOST_OF_PATH, PolicyError, RequestError, shown
 from flexgen.layout.placement import place_weights
 from flexgen.memory.cpu import reset_peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
@@ -29,9 +29,6 @@ from flexgen.policy import Auto, Policy, Tier
 from flexgen.runtime.in_use import InUse
 from flexgen.runtime.model import Model
 from flexgen.workload import Workload
-
-_LONGEST_PATH = 4096
-"""Characters of a path, as Linux limits it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Place:
             raise RequestError(f"progress is {shown(self.progress)}; it must be True, False or None")
         given = self.offload_dir
         path = os.fspath(given) if isinstance(given, str | os.PathLike) else given
-        if path is not None and (not isinstance(path, str) or "\0" in path or len(path) > _LONGEST_PATH):
+        if path is not None and (not isinstance(path, str) or "\0" in path or len(path) > MOST_OF_PATH):
             raise RequestError(f"offload_dir is {shown(given)}; it must be the path of a directory or None")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from flexgen import policy
 from flexgen.errors import PolicyError, shown
 from flexgen.policy import Share, Split, Tier
-from flexgen.quant.codec import CODECS, Groupwise
+from flexgen.quant import CODECS
+from flexgen.quant.groupwise import Groupwise
 
 _WEIGHT_DIMS = (0, 1)
 """Either dimension of a matrix: groups lie along its rows whichever is named."""

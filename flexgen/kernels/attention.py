@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.heads import HeadFormat, PlainHeads
-from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
 from flexgen.units import align
 
 MASK_ALIGNMENT = 16
@@ -17,12 +16,6 @@ MASK_ALIGNMENT = 16
 
 _JOINED_BYTES = 1 << 28
 """Of pages that are joined at once on a GPU. It copies them in far less time than they have taken over the link."""
-
-Pages = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
-
-A `HeadFormat` says what the `width` elements of a head are; where none is given, its head_dim values.
-"""
 
 
 def decode_attention(
@@ -43,9 +36,8 @@ def decode_attention(
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
     check_pages(q, pages, length, form)
-    if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
-        return attend_natively(q, pages, length, starts, scale, form)
-    return attend_in_torch(q, pages, length, starts, scale, form)
+    attended = form.attend(q, pages, length, starts, scale)
+    return attend_in_torch(q, pages, length, starts, scale, form) if attended is None else attended
 
 
 def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:
@@ -73,37 +65,6 @@ def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = 
         total += tokens
     if not 1 <= length <= total:
         raise ValueError(f"length {length}, but the pages hold {total} tokens")
-
-
-def attend_natively(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
-) -> Tensor:
-    """The compiled kernel: K and V are read once, where they lie, and padding is skipped."""
-    rows, heads, _, head_dim = q.shape
-    form = form or PlainHeads(head_dim, q.dtype)
-    q = q.contiguous()
-    out = torch.empty_like(q)
-    if not q.numel():
-        return out
-    if starts is not None:
-        starts = starts.to("cpu", torch.int64).contiguous()
-        if starts.shape != (rows,) or int(starts.min()) < 0:
-            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
-    native.decode_attention(
-        NUMBERS[q.dtype],
-        q.data_ptr(),
-        out.data_ptr(),
-        (rows, heads, pages[0][0].shape[1], head_dim),
-        (form.bits, form.group, form.nbytes),
-        [k.data_ptr() for k, _ in pages],
-        [v.data_ptr() for _, v in pages],
-        [k.shape[2] for k, _ in pages],
-        length,
-        0 if starts is None else starts.data_ptr(),
-        scale,
-        torch.get_num_threads(),
-    )
-    return out
 
 
 def attend_in_torch(

@@ -1,18 +1,20 @@
-"""How one head's key or value of one token lies in a page of the KV cache: as it is, or as group-wise integers.
+"""How a page of the KV cache stores one head's key or value of one token: plain, or as a codec encodes it.
 
-Encoded, a head is one run of bytes: a scale and a minimum (float16) for each group, then the codes. A page is
-an array of such runs, so it is filled token by token, moves as one block and is attended where it lies.
+Encoded, a head is one run of bytes. A page is an array of such runs, so it is filled token by token, moves as one
+block, and attention reads it in place.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
@@ -23,11 +25,15 @@ _PIECE_VALUES = 1 << 22
 _GPU_VALUES = 1 << 27
 """Decoded at once on a GPU: smaller pieces wait for their launches."""
 
-_WORKSPACE = 18
-"""Bytes a value that encoding takes meanwhile: codes, and float32 values, steps and their rounding."""
-
 _WORD = 4
 """Bytes of a scale with its minimum. Heads begin at multiples of it, so that torch can view them."""
+
+
+Pages = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
+
+A `HeadFormat` says what the `width` elements of a head are; where none is given, its head_dim values.
+"""
 
 
 class HeadFormat(ABC):
@@ -35,8 +41,6 @@ class HeadFormat(ABC):
 
     head_dim: int
     dtype: torch.dtype
-    bits: int
-    group: int
 
     @property
     @abstractmethod
@@ -79,6 +83,23 @@ class HeadFormat(ABC):
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
         """Of keys and values that a GPU has decoded at once, `heads` heads of `tokens` tokens in all."""
 
+    def attend(
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+    ) -> Tensor | None:
+        """`decode_attention` by a kernel for this format; None where there is none for the device and type of q.
+
+        Without a kernel torch decodes the pages and attends to what comes out.
+        """
+        return None
+
+    def expected_attention(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
+        """Bytes/s of pages in this format that a machine without a measurement attends to.
+
+        `plain`: the same of pages of plain values in `dtype`; `on_host`: on the cores of the host, not on a GPU.
+        None where only a measurement tells.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class PlainHeads(HeadFormat):
@@ -86,8 +107,6 @@ class PlainHeads(HeadFormat):
 
     head_dim: int
     dtype: torch.dtype
-    bits: int = 0
-    group: int = 0
 
     @property
     def width(self) -> int:
@@ -114,36 +133,40 @@ class PlainHeads(HeadFormat):
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
         return 0
 
+    def attend(
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+    ) -> Tensor | None:
+        return attend_compiled(q, pages, length, starts, scale, HeadLayout(0, 0, self.nbytes))
 
-@dataclass(frozen=True)
-class GroupwiseHeads(HeadFormat):
-    """Integers of `bits` bits (4 or 8), with a scale and a minimum for each `group` values.
 
-    `group` divides head_dim, the dimension that a query is summed over, and its codes are whole bytes.
+class EncodedHeads(HeadFormat):
+    """Each head is one run of bytes, which begins at a multiple of 4. Heads are encoded and decoded some tokens at a
+    time.
+
+    `encode_bytes`: bytes a value that encoding takes meanwhile.
     """
 
-    head_dim: int
-    bits: int
-    group: int
     dtype: torch.dtype = torch.uint8
+    encode_bytes: ClassVar[int]
 
-    @property
-    def _codes(self) -> int:
-        return self.head_dim // self.group * _WORD  # where they begin
+    @abstractmethod
+    def encode_part(self, x: Tensor, kept: Tensor) -> None:
+        """Encode x (rows, heads, tokens, head_dim) into `kept` (rows, heads, tokens, width), which is zero."""
 
-    @property
-    def width(self) -> int:
-        return align(self._codes + self.head_dim * self.bits // 8, _WORD)
+    @abstractmethod
+    def decode_part(self, kept: Tensor, out: Tensor) -> None:
+        """Decode `kept` (rows, heads, tokens, width) into `out` (rows, heads, tokens, head_dim), contiguous."""
+
+    @abstractmethod
+    def decode_workspace(self, values: int) -> int:
+        """Bytes that `decode_part` of `values` values takes on a GPU, in addition to the result."""
 
     def encode(self, x: Tensor) -> Tensor:
         # What aligns a head is zero, so that equal heads are equal bytes.
         kept = torch.zeros(*x.shape[:-1], self.width, dtype=torch.uint8, device=x.device)
         step = self._step(x.shape[0] * x.shape[1])
         for part, target in zip(x.split(step, dim=2), kept.split(step, dim=2), strict=True):
-            packed, view = quantise(part, self.bits, self.group), self._view(target)
-            view.values.copy_(packed.values)
-            view.scales.copy_(packed.scales)
-            view.minimums.copy_(packed.minimums)
+            self.encode_part(part, target)
         return kept
 
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -166,18 +189,59 @@ class GroupwiseHeads(HeadFormat):
 
     def _decoded(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(*kept.shape[:-1], self.head_dim, dtype=dtype, device=kept.device)
-        return dequantise(self._view(kept), out)
+        self.decode_part(kept, out)
+        return out
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
         at_once = min(self._step(heads), tokens)
-        return heads * (at_once * self.head_dim * _WORKSPACE + tokens * self.width)
+        return heads * (at_once * self.head_dim * self.encode_bytes + tokens * self.width)
 
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
         values = min(heads * tokens * self.head_dim, max(_GPU_VALUES, tokens * self.head_dim))
-        return 2 * values * dtype.itemsize + decode_workspace(values, self.group)
+        return 2 * values * dtype.itemsize + self.decode_workspace(values)
 
     def _step(self, heads: int, most: int | None = None) -> int:
         return max(1, (most or _PIECE_VALUES) // max(1, heads * self.head_dim))
+
+
+@dataclass(frozen=True)
+class GroupwiseHeads(EncodedHeads):
+    """Integers of `bits` bits (4 or 8), with a scale and a minimum for each `group` values.
+
+    `group` divides head_dim, the dimension that a query is summed over, and its codes are whole bytes. The scales and
+    minimums (float16) of a head come first, then its codes.
+    """
+
+    head_dim: int
+    bits: int
+    group: int
+    encode_bytes = 18  # codes, and float32 values, steps and their rounding
+
+    @property
+    def _codes(self) -> int:
+        return self.head_dim // self.group * _WORD  # where they begin
+
+    @property
+    def width(self) -> int:
+        return align(self._codes + self.head_dim * self.bits // 8, _WORD)
+
+    def encode_part(self, x: Tensor, kept: Tensor) -> None:
+        packed, view = quantise(x, self.bits, self.group), self._view(kept)
+        view.values.copy_(packed.values)
+        view.scales.copy_(packed.scales)
+        view.minimums.copy_(packed.minimums)
+
+    def decode_part(self, kept: Tensor, out: Tensor) -> None:
+        dequantise(self._view(kept), out)
+
+    def decode_workspace(self, values: int) -> int:
+        return decode_workspace(values, self.group)
+
+    def attend(
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+    ) -> Tensor | None:
+        layout = HeadLayout(self.bits, self.group, self.nbytes)
+        return attend_compiled(q, pages, length, starts, scale, layout)
 
     def _view(self, kept: Tensor) -> Packed:
         pairs = kept[..., : self._codes].view(torch.float16).unflatten(-1, (-1, 2))

@@ -1,8 +1,8 @@
 """Linear layers and embeddings, whatever form their matrix is kept in.
 
-Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight out
-anew in every product unless that was done before. Done once, bfloat16 products of few rows are 1.3 to 2 times faster
-(benchmarks/host_linear.py), and those of many rows a little.
+Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight
+out in every product unless that was done before: its prelayout. Done once, bfloat16 products of few rows are 1.3 to 2
+times faster (benchmarks/host_linear.py), and those of many rows a little.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.packed_linear import PackedMatrix, fused_rows, gather, multiply
+from flexgen.kernels.quantized import QuantizedMatrix
 
 _ROWS = 32
 """Rows of x that the layout is chosen for; the choice matters little, and every number of rows is right."""
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether `pack` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
+def has_prelayout(dtype: torch.dtype) -> bool:
+    """Whether `prelayout` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
     return (
         dtype is torch.bfloat16
         and half_linear.has_products(dtype)
@@ -28,20 +28,20 @@ def can_pack(dtype: torch.dtype) -> bool:
     )
 
 
-def pack(weight: Tensor) -> Tensor:
+def prelayout(weight: Tensor) -> Tensor:
     """The weight (out, in) in oneDNN's own layout, a copy that only `linear` can use."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
 
-def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in) transposed + bias (out).
 
-    The weight may be a tensor, what `pack` made of one, or in group-wise integers, which are decoded only where x
-    has more rows than `fused_rows`.
+    The weight may be a tensor, the `prelayout` of one, or the matrix of a codec, which is decoded only where x has
+    more rows than `QuantizedMatrix.fused_rows`.
     """
-    if isinstance(weight, PackedMatrix):
-        if x.numel() <= fused_rows(weight.packed, x.dtype) * x.shape[-1]:
-            return multiply(x, weight.packed, bias)
+    if isinstance(weight, QuantizedMatrix):
+        if x.numel() <= weight.fused_rows(x.dtype) * x.shape[-1]:
+            return weight.multiply(x, bias)
         weight = weight.decoded()
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -50,8 +50,8 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix, bias: Tensor | None = None)
     return F.linear(x, weight, bias)
 
 
-def embedding(ids: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
-    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n); of integers only these are decoded."""
-    if isinstance(weight, PackedMatrix):
-        return gather(weight.packed, ids, weight.dtype)
+def embedding(ids: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
+    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n). A codec decodes only these."""
+    if isinstance(weight, QuantizedMatrix):
+        return weight.gather(ids)
     return F.embedding(ids, weight)

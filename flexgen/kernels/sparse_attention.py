@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import Pages, check_pages, probabilities_in_torch, weigh_in_torch
+from flexgen.kernels.attention import check_pages, probabilities_in_torch, weigh_in_torch
+from flexgen.kernels.heads import Pages
 from flexgen.kernels.loading import NUMBERS, announce, native
 
 _ROUNDING = 1e-9

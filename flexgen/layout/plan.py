@@ -91,8 +91,9 @@ def plan_memory(
             for layer in layers
             # Without all logits the head takes one position of each row.
             if decodes(
+                layer,
+                placement,
                 max(batches) if layer is layers[-1] and not all_logits else positions,
-                dtype,
                 topology,
             )
         ]

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
-from flexgen.kernels.loading import native_available
-from flexgen.kernels.packed_linear import expected_fused_rows
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import travelling
 from flexgen.layout.topology import Topology
@@ -92,9 +88,9 @@ def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
     return max((codec.decode_workspace(shape) for codec, shape in encoded if codec), default=0)
 
 
-def decodes(tokens: int, dtype: torch.dtype, topology: Topology) -> bool:
-    """Whether a layer that computes `tokens` tokens may decode its matrices; few of them never need it."""
-    certain = (
-        topology.shares_host_memory and native_available()
-    )  # which kernels a GPU has shows when it computes
-    return tokens > (expected_fused_rows(True, dtype) if certain else 0)
+def decodes(layer: Layer, placement: Placement, tokens: int, topology: Topology) -> bool:
+    """Whether the layer may decode matrices when it computes `tokens` tokens; a codec with kernels for few rows does
+    not."""
+    codecs = {placement.codec(weight) for weight in encoded_products(layer, placement)}
+    on_host, dtype = topology.shares_host_memory, placement.dtype
+    return any(codec and tokens > codec.certain_fused_rows(on_host, dtype) for codec in codecs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from flexgen.errors import RequestError
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.layout.topology import LINKED
 from flexgen.memory.device_errors import named_errors
@@ -60,13 +59,10 @@ class ComputeDevice(ABC):
         """The dtype to compute in for a checkpoint's dtype, where the user has no wish."""
         return checkpoint
 
-    def packs(self, dtype: torch.dtype) -> bool:
-        """Whether matrices that live on the device and are multiplied are better off with `pack`."""
-        return False
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """A matrix (out, in) in host memory, laid out as the device's products want it."""
-        raise RequestError(f"device {self.name} computes with weights as they are")
+    def prelayout(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """Lays out a matrix (out, in) in host memory as the device's products read it fastest, for matrices in
+        `dtype` that are stored on the device; None where products read them as they are."""
+        return None
 
     def peak_bytes(self) -> int:
         """Most device memory that the model on it has taken at once."""

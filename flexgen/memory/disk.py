@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import torch
 
 from flexgen.errors import CheckpointError
 from flexgen.memory.direct_file import DirectFile
+from flexgen.memory.threads import Pool
 from flexgen.units import BLOCK, KIB, MIB, align
 
 _MAX_OPEN = 256  # idle files above this are closed, well below the usual limit of 1024 descriptors
@@ -144,7 +145,7 @@ class DiskIO:
         self._sleep = sleep
         self._idle_from = 0.0  # when the emulated disk has finished all it was given
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flexgen-disk")
+        self._pool = Pool(threads, "flexgen-disk")
         self._files: OrderedDict[tuple[Path, bool], DirectFile] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._closed = False

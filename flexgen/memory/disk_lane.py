@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from flexgen.memory import threads
 from flexgen.memory.lanes import Cancelled, Done, HostDone, Job, ThreadLane, failure
@@ -67,14 +67,24 @@ class DiskLane(ThreadLane):
         in_flight: int = _IN_FLIGHT,
         within: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
+        super().__init__(name, within=within)
         self._in_flight = in_flight
         self._flying = 0
         self._changed = threading.Condition()
         self._flights: queue.SimpleQueue[_Flight | HostDone | None] = queue.SimpleQueue()
         self._free_at = 0.0  # when the last job that has ended did so
         self._waiter = threading.Thread(target=self._land_all, name=f"flexgen-{name}-end", daemon=True)
+
+    def start(self) -> Self:
+        super().start()
         threads.start(self._waiter)
-        super().__init__(name, within=within)
+        return self
+
+    def _serve(self) -> None:
+        try:
+            super()._serve()
+        finally:  # no more flights come
+            self._flights.put(None)
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
         flight = _Flight(step, done)
@@ -134,5 +144,5 @@ class DiskLane(ThreadLane):
 
     def close(self) -> None:
         super().close()
-        self._flights.put(None)
-        self._waiter.join()
+        if self._waiter.is_alive():
+            self._waiter.join()

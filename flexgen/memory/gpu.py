@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexgen.errors import RequestError, shown
 from flexgen.kernels.half_linear import has_products
-from flexgen.kernels.linear import can_pack, pack
+from flexgen.kernels.linear import has_prelayout, prelayout
 from flexgen.layout.topology import SHARED
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.cuda import CudaDevice
@@ -57,11 +57,8 @@ class _HostArithmetic(ComputeDevice):
             return checkpoint
         return torch.bfloat16 if has_products(torch.bfloat16) else torch.float32
 
-    def packs(self, dtype: torch.dtype) -> bool:
-        return can_pack(dtype)
-
-    def pack(self, weight: Tensor) -> Tensor:
-        return pack(weight)
+    def prelayout(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        return prelayout if has_prelayout(dtype) else None
 
 
 class HostDevice(_HostArithmetic):

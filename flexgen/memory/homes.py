@@ -125,14 +125,15 @@ class Homes:
             )
 
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
-        if on_device and self._device.packs(self._dtype):
-            packed = [
+        prelayout = self._device.prelayout(self._dtype) if on_device else None
+        if prelayout is not None:
+            multiplied = [
                 w for w in weights if len(w.shape) == 2 and not w.looked_up and not self.placement.codec(w)
             ]
-            for weight in packed:
+            for weight in multiplied:
                 store.adopt(weight.nbytes(self._dtype), f"weights of {layer.name}")
-                self._by_key[weight.key] = self._device.pack(self._checkpoint.read(weight, self._dtype))
-            weights = [weight for weight in weights if weight not in packed]
+                self._by_key[weight.key] = prelayout(self._checkpoint.read(weight, self._dtype))
+            weights = [weight for weight in weights if weight not in multiplied]
         if not weights:
             return
         offsets, end = lay_out(weights, self.placement)

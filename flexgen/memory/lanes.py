@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 
@@ -67,6 +67,10 @@ class Lane(ABC):
     def __init__(self, name: LaneName) -> None:
         self.name = name
 
+    def start(self) -> Self:
+        """Start the lane's threads, if it has any. `Lanes` does; jobs are served from then on."""
+        return self
+
     @abstractmethod
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         """Queue `job` behind `after`; `step` names it in the trace and in errors. Never raises for the
@@ -82,8 +86,12 @@ class Lane(ABC):
     def drain(self) -> None:  # noqa: B027 (not every lane has something to do here)
         """Wait until the lane is idle, so that no job touches a buffer afterwards. Does not raise."""
 
+    def end(self) -> None:  # noqa: B027 (not every lane has something to do here)
+        """Have the threads end once they have served their queues, without waiting for that. Also where `start` was
+        interrupted or not called."""
+
     def close(self) -> None:  # noqa: B027 (not every lane has something to do here)
-        """Free the thread or stream."""
+        """Free the threads or the stream."""
 
 
 class HostDone:
@@ -163,7 +171,10 @@ class ThreadLane(Lane):
         self._cancelled = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"flexgen-{name}", daemon=True)
+
+    def start(self) -> Self:
         threads.start(self._thread)
+        return self
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         done = HostDone()
@@ -212,9 +223,13 @@ class ThreadLane(Lane):
         served.wait()
         self._cancelled = False
 
-    def close(self) -> None:
+    def end(self) -> None:
         self._queue.put(None)
-        self._thread.join()
+
+    def close(self) -> None:
+        self.end()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 def _end_fork(error: BaseException | None) -> NoReturn:
@@ -239,11 +254,28 @@ def _end_fork(error: BaseException | None) -> NoReturn:
 
 
 class Lanes(Mapping[LaneName, Lane]):
-    """The lanes of one compute device. Two names may share a lane where one resource serves both."""
+    """The lanes of one compute device, which it starts. Two names may share a lane where one resource serves both.
+
+    Where one cannot be started, or Ctrl-C arrives before the caller has these lanes, the threads of the others end.
+    """
 
     def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
         self._lanes = dict(lanes)
         self._process = os.getpid()
+        try:
+            for lane in self._distinct():
+                lane.start()
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        for lane in self._distinct():
+            lane.end()
+
+    def __del__(self) -> None:
+        # Ctrl-C can arrive when this is whole and its maker has not stored it yet: then nobody calls `close`.
+        self._end()
 
     def __getitem__(self, name: LaneName) -> Lane:
         return self._lanes[name]

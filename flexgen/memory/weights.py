@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen.kernels.packed_linear import PackedMatrix
+from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.layout.moves import Kind
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import travelling
@@ -194,8 +194,8 @@ class WeightSlots:
         """The layer's weights by name, on the compute device; those that travel are views of the slot. A table
         whose rows are gathered at home is not among them.
 
-        Tensors, and a `PackedMatrix` for what is encoded. A product of many rows has its matrix decoded, as part of
-        the computation, once for each `visit` of the layer: the batches of a visit share the result.
+        Tensors, and a `QuantizedMatrix` for what is encoded. A product of many rows has its matrix decoded, as part
+        of the computation, once for each `visit` of the layer: the batches of a visit share the result.
         """
         known = visit in self._decoded_for
         place = self._decoded_for.index(visit) if known else self._next_decoded
@@ -232,7 +232,7 @@ class WeightSlots:
                 shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
                 dtype = torch.uint8 if encoded else self._placement.dtype
                 kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
-        weights: dict[str, Tensor | PackedMatrix] = dict(kept)
+        weights: dict[str, Tensor | QuantizedMatrix] = dict(kept)
         decodings, end = [], 0
         room = max(self._usual, self._decoded_bytes[layer])
         for weight in self._layers[layer]:
@@ -244,8 +244,9 @@ class WeightSlots:
                     make = partial(place_in, room, end, weight.shape, self._placement.dtype)
                     end = align(end + weight.nbytes(self._placement.dtype), ALIGNMENT)
                 decodings.append(_Decoding(codec, kept[weight.name], make))
-                packed = codec.packed(kept[weight.name], weight.shape)
-                weights[weight.name] = PackedMatrix(packed, self._placement.dtype, decodings[-1])
+                weights[weight.name] = codec.matrix(
+                    kept[weight.name], weight.shape, self._placement.dtype, decodings[-1]
+                )
         return _LayerViews(weights, tuple(decodings))
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import CheckpointError, ModelError, did_you_mean, shown
+from flexgen.errors import CheckpointError, ModelError, did_you_mean, shown, shown_path
 from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
@@ -95,7 +95,10 @@ def open_model(
         raise ModelError(f"hub is {shown(hub)}; it must be HubOptions(...) or None")
     if isinstance(weights, Path):
         spec, _ = open_model(model, "dummy", hub)
-        files = _open_files(weights.expanduser())
+        directory = weights.expanduser()
+        if not os.path.isdir(directory):
+            raise CheckpointError(f"weights is {shown_path(weights)}: there is no such directory")
+        files = _open_files(directory)
         unsaid = _is_config(model) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
     if not isinstance(weights, str) or weights not in ("checkpoint", "dummy"):
@@ -126,14 +129,14 @@ def open_model(
     if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that holds it and {_CONFIG}"
-        raise ModelError(f"{name} is a file; {fix}")
+        raise ModelError(f"{shown_path(name)} is a file; {fix}")
     if (
         isinstance(model, Path)
         or directory.is_absolute()
         or name.startswith((".", "~"))
         or name.count("/") > 1
     ):
-        raise ModelError(f"{name}: there is no such directory")
+        raise ModelError(f"{shown_path(name)}: there is no such directory")
     repository = f"facebook/{size}" if size is not None else name
     if dummy:
         config = Path(_ask_hub(repository, huggingface_hub.hf_hub_download, hub, filename=_CONFIG))

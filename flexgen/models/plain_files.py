@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flexgen.errors import CheckpointError
+from flexgen.errors import CheckpointError, shown_path
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -31,7 +31,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fix = _FIXES.get(error.errno or 0, "give a file that you may read")
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; {fix}") from error
+        raise CheckpointError(
+            f"{shown_path(path)}: cannot be read: {error.strerror or error}; {fix}"
+        ) from error
 
 
 def check_file(path: Path) -> None:
@@ -49,7 +51,7 @@ def check_file(path: Path) -> None:
             ) from None
         raise CheckpointError(f"{path} is missing. Copy or download it again") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        raise CheckpointError(f"{shown_path(path)} cannot be opened: {error}") from error
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
         raise CheckpointError(f"{path} is {kind}; expected a regular file")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from flexgen.kernels.packed_linear import expected_fused_rows
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.layout.cache import CacheSegment
 from flexgen.layout.placement import Placement
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Tier
+from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.hardware import Hardware
+from flexgen.quant import Codec
 from flexgen.results.trace import LaneName
 
 
@@ -24,7 +25,6 @@ class Arithmetic:
         self._hardware = hardware
         self._dtype = placement.dtype
         self._name = str(placement.dtype).removeprefix("torch.")
-        self._fused = expected_fused_rows(hardware.topology.shares_host_memory, self._dtype)
 
     # Products
 
@@ -58,9 +58,9 @@ class Arithmetic:
                     seconds += (
                         2 * rows * weight.numel / hardware.product_rate(name, rows, packed=True) - plain
                     )
-            elif hardware.products_decode or rows > self._fused_rows(codec.name):
+            elif hardware.products_decode or rows > self._fused_rows(codec):
                 if first or hardware.products_decode:
-                    seconds += self.decoding(codec.name, weight.numel)
+                    seconds += self.decoding(codec, weight.numel)
             elif encoded := hardware.encoded_rate(name, codec.name, rows):
                 seconds += 2 * rows * weight.numel / encoded - plain
             else:
@@ -78,16 +78,16 @@ class Arithmetic:
             and self._hardware.topology.in_place(self._placement.of(weight))
         )
 
-    def _fused_rows(self, codec: str) -> float:
+    def _fused_rows(self, codec: Codec) -> float:
         """Most rows for which a matrix is multiplied as `codec` keeps it."""
-        measured = self._hardware.encoded_products.get(f"{self._name} {codec}")
+        measured = self._hardware.encoded_products.get(f"{self._name} {codec.name}")
         if measured is None:
-            return self._fused
+            return codec.expected_fused_rows(self._hardware.topology.shares_host_memory, self._dtype)
         return measured[-1][0] if measured else 0
 
-    def decoding(self, codec: str, values: int) -> float:
+    def decoding(self, codec: Codec, values: int) -> float:
         """Of encoded weights on the compute device."""
-        return values * self._dtype.itemsize / self._hardware.decoding_rate(self._name, codec)
+        return values * self._dtype.itemsize / decoding_rate(self._hardware, self._dtype, codec)
 
     # Attention
 
@@ -101,9 +101,9 @@ class Arithmetic:
         beside it on the host."""
         took = {True: 0.0, False: 0.0}
         for segment in segments:
-            table = "device_attention" if segment.on_device else "host_attention"
-            key = self._name if segment.codec == "none" else segment.codec
-            seconds = segment.token_bytes(context) / self._hardware.figure(table, key)
+            seconds = segment.token_bytes(context) / attention_rate(
+                self._hardware, self._dtype, segment.codec, segment.heads, segment.on_device
+            )
             if segment.loads_only_keys(self._hardware.topology):
                 # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
                 chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)

@@ -283,11 +283,11 @@ class StepCosts:
     def _embedded(self, index: int, tokens: int) -> float:
         """Seconds of decoding the rows of an encoded table, as many as there are ids, or as were gathered."""
         table = self._layers[index].table
-        codec = table and self._placement.codec(table)
+        codec = self._placement.codec(table) if table else None
         if table is None or codec is None:
             return 0.0
         rows = min(tokens, table.shape[0]) if self._rows is not None else tokens
-        return self._arithmetic.decoding(codec.name, rows * table.shape[1])
+        return self._arithmetic.decoding(codec, rows * table.shape[1])
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in halves."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from flexgen.errors import HardwareError, cut, did_you_mean, shown
+from flexgen.errors import HardwareError, cut, did_you_mean, shown, shown_path
 from flexgen.layout.topology import LINKED, SHARED, Topology
 from flexgen.policy import CODECS, Tier
 from flexgen.results.trace import LaneName, Phase
@@ -227,7 +227,7 @@ class Hardware:
         try:
             return cls.from_dict(_read(path), Path(path).stem)
         except HardwareError as error:
-            raise HardwareError(f"{path}: {error}") from None
+            raise HardwareError(f"{shown_path(path)}: {error}") from None
 
     @classmethod
     def preset(cls, name: str) -> Hardware:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
-from flexgen.kernels.packed_linear import PackedMatrix, fused_rows
+from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
@@ -78,8 +78,7 @@ class ArithmeticProbe:
     def encoded_products(self, codec: Codec) -> Points:
         """The same of matrices multiplied as they are encoded; empty where each is decoded first."""
         weight = next(weight for weight in self.layer.weights if codec.fits(weight.shape))
-        matrix = self._encoded(codec, weight)
-        most = fused_rows(matrix.packed, self._dtype)
+        most = self._encoded(codec, weight).fused_rows(self._dtype)
         rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
         return self._rates(partial(self._encoded, codec), rows) if most else ()
 
@@ -169,7 +168,8 @@ class ArithmeticProbe:
 
     def _laid_out(self, weight: WeightSpec) -> Tensor:
         kept = self._checkpoint.read(weight, self._dtype)
-        return self._device.pack(kept) if kept.dim() == 2 else self._place(kept)
+        prelayout = self._device.prelayout(self._dtype)
+        return prelayout(kept) if prelayout and kept.dim() == 2 else self._place(kept)
 
     def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
         kept = self._checkpoint.read(weight, self._dtype)
@@ -183,7 +183,7 @@ class ArithmeticProbe:
             codec.decode(encoded, out)
             return out
 
-        return PackedMatrix(codec.packed(encoded, weight.shape), dtype, decode)
+        return codec.matrix(encoded, weight.shape, dtype, decode)
 
     # Attention
 
@@ -262,7 +262,6 @@ class ArithmeticProbe:
 
 
 def _nbytes(kept: Any) -> int:
-    if isinstance(kept, PackedMatrix):
-        parts = (kept.packed.values, kept.packed.scales, kept.packed.minimums)
-        return sum(part.nbytes for part in parts)
+    if isinstance(kept, QuantizedMatrix):
+        return kept.nbytes
     return int(kept.numel() * kept.element_size())

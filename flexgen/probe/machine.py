@@ -253,7 +253,7 @@ class _Measurement:
         device, name = self._device, str(dtype).removeprefix("torch.")
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
         yield f"products {name}", partial(self._put, "products", name, probe.products)
-        if device.packs(dtype):
+        if device.prelayout(dtype):
             yield (
                 f"packed products {name}",
                 partial(self._put, "packed_products", name, probe.packed_products),

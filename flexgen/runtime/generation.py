@@ -191,7 +191,7 @@ class Generation:
         _, _, j, k = step
         x = self._input(step, slot, span)
         qkv = self._attention_layer(j).qkv(x, self._taken(step), self._cell(step, slot, span))
-        self._cache.host.pack(j, k, slot, *qkv)
+        self._cache.host.collect(j, k, slot, *qkv)
         self._halves[slot] = _Half(x, qkv)
 
     def _attend(self, step: Step, slot: int, span: Span) -> None:

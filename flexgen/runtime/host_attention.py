@@ -27,7 +27,7 @@ class HostAttention:
     """Where the host's rows are asked about and answered. `layers`: by number the cache's segments of each batch;
     `heads`: of each layer's queries.
 
-    A cell calls `pack`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
+    A cell calls `collect`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
     the host, the link and the compute lane.
     """
 
@@ -76,13 +76,13 @@ class HostAttention:
         """Whether the host attends to any row of the batch."""
         return bool(self._rows[layer, batch])
 
-    def pack(self, layer: int, batch: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def collect(self, layer: int, batch: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Gather what the host is asked, on the device: q (rows, heads, 1, head_dim), k, v of all rows."""
         first, last = self._rows[layer, batch][0], self._rows[layer, batch][-1]
         self._leaving[slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
 
     def send(self, layer: int, batch: int, slot: int) -> None:
-        """What was packed, to the host."""
+        """What was collected, to the host."""
         self._device.from_device(self._question(layer, batch, slot), self._leaving[slot])
 
     def attend(

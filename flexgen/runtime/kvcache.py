@@ -278,7 +278,7 @@ class KVCache:
             return self.attend_chunk(layer, batch, slot, span, whole, q, k, v, padding, scale)
         asks = self.asks_host(layer, batch, span)
         if asks:
-            self.host.pack(layer, batch, slot, q, k, v)
+            self.host.collect(layer, batch, slot, q, k, v)
             self.host.send(layer, batch, slot)
             self._device.wait_for_compute()
         # The device's rows are only enqueued: they run while the host attends to its own.

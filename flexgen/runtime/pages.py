@@ -124,12 +124,15 @@ def attend(
     """
     length, padding = span.length + span.new, padding.before(span.length)
     pages = pages[: -(-length // segment.page_tokens)]
+    starts = padding.of(segment.rows, q.device)
     if q.is_cuda and not segment.sparse:
+        attended = segment.heads.attend(q, pages, length, starts, scale)
+        if attended is not None:
+            return attended
         hidden = padding.hidden(segment.rows, segment.pages * segment.page_tokens, q.dtype)
         return attend_fused(q, pages, length, hidden, scale, segment.heads)
     if q.is_cuda:
         pages = [join(pages)]  # what is launched for each page would take longer
-    starts = padding.of(segment.rows, q.device)
     if not segment.sparse:
         return decode_attention(q, pages, length, starts, scale, segment.heads)
     choice = choose(q, pages, length, starts, scale, segment.attn_sparsity, segment.choice_tokens)

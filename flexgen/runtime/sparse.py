@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from flexgen.kernels.sparse_attention import Choice
 from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.disk import DiskIO, Read
+from flexgen.memory.threads import Pool
 
 
 def _half(segment: CacheSegment) -> int:
@@ -34,7 +35,7 @@ class ValueReader:
 
     def __init__(self, io: DiskIO) -> None:
         self._io = io
-        self._pool = ThreadPoolExecutor(io.threads, thread_name_prefix="flexgen-values")
+        self._pool = Pool(io.threads, "flexgen-values")
 
     def read(
         self, choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span

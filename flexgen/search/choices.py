@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
-import torch
 
-from flexgen.models import ModelSpec
-from flexgen.policy import CODECS, Policy, Share, Split, Tier
+from flexgen.errors import HardwareError, PolicyError
+from flexgen.policy import CODECS as NAMES
+from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.job import Job
-from flexgen.quant import head_format
+from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
 
 _MOST_BATCHES = 64
@@ -57,24 +58,32 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
-                columns += [Column(what, tier, codec) for codec in CODECS if self._may(what, codec)]
+                columns += [Column(what, tier, codec) for codec in NAMES if self._may(what, codec)]
         return tuple(columns)
 
     def _may(self, what: str, codec: str) -> bool:
-        """Whether a codec may be chosen for a class, and the machine has figures for it."""
+        """Whether a codec may be chosen for a class, and its rates on the machine are known."""
         if codec == "none":
             return True
         if not self._lossy or what == "activations":
             return False
-        if what == "weights":
-            return self._job.hardware.decodes(self._job.dtype_name, codec)
-        known = codec in self._job.hardware.device_attention
-        known &= self._shared or codec in self._job.hardware.host_attention
-        return (
-            known
-            and self._settled.attn_sparsity == 1
-            and _keeps_heads(codec, self._job.spec, self._job.dtype)
-        )
+        if what == "cache" and self._settled.attn_sparsity < 1:
+            return False
+        try:
+            if what == "weights":
+                decoding_rate(self._job.hardware, self._job.dtype, CODECS[codec])
+            else:
+                self._check_attention(codec)
+        except (HardwareError, PolicyError):  # no figures, or heads of a size that it does not take
+            return False
+        return True
+
+    def _check_attention(self, codec: str) -> None:
+        """Raises HardwareError or PolicyError where the cache cannot be kept in `codec` and attended everywhere."""
+        for head_dim in {layer.attention.head_dim for layer in self._job.spec.layers}:
+            heads = head_format(codec, head_dim, self._job.dtype)
+            for on_device in (True,) if self._shared else (True, False):
+                attention_rate(self._job.hardware, self._job.dtype, codec, heads, on_device)
 
     @cached_property
     def given(self) -> Shares:
@@ -119,15 +128,6 @@ class Choices:
             percents = _whole(percents, 100)
             splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
         return form.replace(**splits)
-
-
-def _keeps_heads(codec: str, spec: ModelSpec, dtype: torch.dtype) -> bool:
-    try:
-        for head_dim in {layer.attention.head_dim for layer in spec.layers}:
-            head_format(codec, head_dim, dtype)
-    except ValueError:  # a PolicyError: the head's size does not divide
-        return False
-    return True
 
 
 def _ladder(most: int) -> list[int]:

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from flexgen import OptLM, Policy
+from flexgen.kernels.groupwise_linear import GroupwiseMatrix
+from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.policy import Tier
 from flexgen.quant import CODECS, codec_for
 
@@ -120,7 +122,8 @@ EVERY, NONE = 10**9, 0
 
 
 def fuse_up_to(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.kernels.linear.fused_rows", lambda packed, dtype: rows)
+    monkeypatch.setattr(QuantizedMatrix, "fused_rows", lambda matrix, dtype: rows)
+    monkeypatch.setattr(GroupwiseMatrix, "fused_rows", lambda matrix, dtype: rows)
 
 
 @pytest.fixture

@@ -205,12 +205,14 @@ def test_a_text_whose_frequencies_change_is_computed_anew(kind: str, prompts: An
         intermediate_size=48, max_position_embeddings=16, pad_token_id=1, rope_parameters=scaling,
     )  # fmt: skip
     with (
+        OptLM(config, Policy(), device="cpu", weights="dummy", progress=False) as model,
         OptLM(config, Policy(prefill_chunk=4), device="cpu", weights="dummy", progress=False) as lm,
         lm.conversation() as chat,
     ):
         text = np.array(prompts([5])[0])
         for n in range(5):
             text = chat.generate(text, 4, stop=())
-            whole = lm.generate([text[:-4]], 4, stop=())[0]
-            np.testing.assert_array_equal(text, whole)
+            whole = model.generate([text[:-4]], 4, stop=())
+            np.testing.assert_array_equal(text, whole[0])
+            np.testing.assert_array_equal(lm.generate([text[:-4]], 4, stop=()), whole)
             text = np.concatenate([text, prompts([2], n)[0]])

@@ -183,7 +183,7 @@ def test_the_host_attends_while_the_device_computes_both_neighbours(
 
 @pytest.mark.parametrize(
     ("method", "op", "lane"),
-    [("pack", "project", "compute"), ("send", "project", "from_device"), ("attend", "attend", "host"),
+    [("collect", "project", "compute"), ("send", "project", "from_device"), ("attend", "attend", "host"),
      ("fetch", "load_attended", "to_device"), ("take", "compute", "compute")],
 )  # fmt: skip
 def test_an_error_of_any_part_reaches_the_caller(

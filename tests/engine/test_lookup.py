@@ -14,6 +14,7 @@ from flexgen.engine.model import OptLM
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.policy import Policy
+from flexgen.quant import CODECS
 from flexgen.schedule.orders import ORDERS
 
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
@@ -52,7 +53,7 @@ def test_logits(device: str, tier: str, tiny: Any, prompts: Any, mixed: Any) -> 
     torch.testing.assert_close(ours, model.logits(ids, torch.ones_like(ids)), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("codec", ["int4", "int8"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
 @cases
 def test_encoded_rows_give_what_the_resident_table_gives(
     device: str, tier: str, codec: str, prompts: Any

@@ -10,7 +10,7 @@ import torch
 from simulated import cases, runtime
 from transformers import LlamaConfig, OPTConfig
 
-from flexgen.kernels import groupwise, loading, packed_linear
+from flexgen.kernels import groupwise, groupwise_linear, loading
 from flexgen.kernels.attention import attend_fused
 from flexgen.kernels.groupwise import dequantise_in_torch
 from flexgen.kernels.heads import GroupwiseHeads
@@ -31,7 +31,7 @@ def llama(layers):
 @pytest.fixture(autouse=True)
 def without_triton_and_cudnn(monkeypatch):
     """Triton's launches do not come to the simulated runtime, which has no cuDNN."""
-    for module in (groupwise, packed_linear, loading):
+    for module in (groupwise, groupwise_linear, loading):
         monkeypatch.setattr(module, "triton_kernels", lambda device: None)
     was = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -64,10 +64,13 @@ BUDGETS = {
     "plain": ({}, 45, 20),
     "int4 weights": ({"weights": cases.encoded("int4", ALL)}, 65, 40),
     "int4 cache": ({"cache": cases.encoded("int4", ALL)}, 72, 55),
+    "fp8 weights": ({"weights": cases.encoded("fp8", ALL)}, 60, 36),
+    "fp8 cache": ({"cache": cases.encoded("fp8", ALL)}, 58, 38),
     "sparse": ({"attn_sparsity": 0.5}, 45, 70),
     "cache in host memory": ({"cache": IN_HOST_MEMORY}, 45, 23),
     "cache on disk": ({"cache": ON_DISK}, 45, 23),
     "int4 cache in host memory": ({"cache": cases.encoded("int4", IN_HOST_MEMORY)}, 72, 55),
+    "fp8 cache in host memory": ({"cache": cases.encoded("fp8", IN_HOST_MEMORY)}, 58, 41),
     "sparse, cache in host memory": ({"attn_sparsity": 0.5, "cache": IN_HOST_MEMORY}, 45, 73),
 }
 """Changes of a policy, and launches of a layer: in the prefill, and of a later token at any length."""

@@ -27,12 +27,16 @@ LENGTHS = [256] * 8 + [200] * 8 + [100] * 8 + [256] * 8
 PROMPTS = [[5 + n % 100 for n in range(length)] for length in LENGTHS]
 ON_GPU = {"gpu": 100}
 INT4_ON_GPU = cases.encoded("int4", ON_GPU)
+FP8_ON_GPU = cases.encoded("fp8", ON_GPU)
 CLASSES = {
     "on the GPU": dict(weights=ON_GPU, cache=ON_GPU, activations=ON_GPU),
     "thirds": {},
     "thirds, attended by the host": dict(attend_on="cpu"),
     "int4 weights": dict(weights=cases.encoded("int4")),
     "int4 cache": dict(cache=cases.encoded("int4")),
+    "fp8 weights": dict(weights=cases.encoded("fp8")),
+    "fp8 cache": dict(cache=cases.encoded("fp8")),
+    "fp8 on the GPU": dict(weights=FP8_ON_GPU, cache=FP8_ON_GPU, activations=ON_GPU),
     "int4 on the GPU": dict(weights=INT4_ON_GPU, cache=INT4_ON_GPU, activations=ON_GPU),
     "sparse": dict(attn_sparsity=0.25),
     "unpinned": dict(pin_weight=False),

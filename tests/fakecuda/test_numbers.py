@@ -16,6 +16,7 @@ from simulated.threads import in_every_thread
 from flexgen.errors import LaneError
 from flexgen.kernels import attention
 from flexgen.models.embed import InputEmbed
+from flexgen.quant import CODECS
 from flexgen.runtime.request import read_request
 from flexgen.runtime.sampler import INVALID
 
@@ -110,7 +111,7 @@ def test_no_id_that_is_invalid_is_embedded():
     assert len(read) > 3 and all((ids >= 0).all() for ids in read)
 
 
-@pytest.mark.parametrize("codec", ["int4", "int8"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
 def test_encoded_weights_and_cache(codec, attend_on):
     policy = cases.policy(weights=cases.encoded(codec), cache=cases.encoded(codec), attend_on=attend_on)

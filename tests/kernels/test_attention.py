@@ -15,7 +15,6 @@ from flexgen.kernels import heads as heads_module
 from flexgen.kernels.attention import (
     attend_fused,
     attend_in_torch,
-    attend_natively,
     decode_attention,
     hidden_positions,
 )
@@ -73,7 +72,7 @@ class Case:
 
 
 def attend(version):
-    return attend_in_torch if version == "torch" else attend_natively
+    return attend_in_torch if version == "torch" else decode_attention
 
 
 @relaxed
@@ -110,7 +109,7 @@ def test_long_caches_are_split_over_threads(
 ):
     torch.set_num_threads(threads)
     case = Case(dtype, rows, kv_heads, group, dim, [page] * -(-length // page), length, starts)
-    case.check(attend_natively(*case.arguments), variant)
+    case.check(decode_attention(*case.arguments), variant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +118,7 @@ def test_every_tail_of_a_head(variant, dtype, group):
     """Elements are widened by runs, vectors and a rest: every length of these, after none, one and some runs."""
     for dim in [*range(1, 97), *range(128, 161)]:
         case = Case(dtype, 2, 1, group, dim, [21, 16], 35, [0, 6])
-        case.check(attend_natively(*case.arguments), variant)
+        case.check(decode_attention(*case.arguments), variant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +126,7 @@ def test_of_one_token_the_value_is_the_answer(variant, dtype):
     for dim in range(1, 161):
         q = torch.zeros(1, 4, 1, dim, dtype=dtype)
         k, v = torch.randn(2, 1, 1, 1, dim).to(dtype)
-        assert torch.equal(attend_natively(q, [(k, v)], 1, None, 1.0), v.expand_as(q))
+        assert torch.equal(decode_attention(q, [(k, v)], 1, None, 1.0), v.expand_as(q))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,10 +134,10 @@ def test_of_one_token_the_value_is_the_answer(variant, dtype):
 @pytest.mark.parametrize("token", [0, 9, 99])
 def test_a_key_that_is_no_number_stays_in_its_own_answers(variant, dtype, broken, token):
     case = Case(dtype, 2, 2, 4, 80, [100], 100)
-    expected = attend_natively(*case.arguments)
+    expected = decode_attention(*case.arguments)
     case.q[1, :4, :, 5] = 1  # the sign of the score is that of the key
     case.pages[0][0][1, 0, token, 5] = broken
-    out = attend_natively(*case.arguments)
+    out = decode_attention(*case.arguments)
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1, 4:], expected[1, 4:])
     # A score of -inf is no weight; inf less inf is no number.
@@ -150,7 +149,7 @@ def test_a_key_that_is_no_number_stays_in_its_own_answers(variant, dtype, broken
 def test_what_is_not_valid_is_never_read(variant, dtype, length):
     starts = [0, 3, length - 1]
     case = Case(dtype, 3, 2, 4, 64, [400, 400, 400][: 1 + length // 400], length, starts, GARBAGE)
-    expected = attend_natively(*case.arguments)
+    expected = decode_attention(*case.arguments)
     case.check(expected, variant)
     for row, start in enumerate(starts):
         for k, v in case.pages[:1]:
@@ -158,7 +157,7 @@ def test_what_is_not_valid_is_never_read(variant, dtype, length):
     if length > 800:
         for k, v in case.pages[:2]:
             k[2] = v[2] = GARBAGE
-    assert torch.equal(attend_natively(*case.arguments), expected)
+    assert torch.equal(decode_attention(*case.arguments), expected)
 
 
 def test_scores_of_any_size_do_not_overflow(version):
@@ -169,7 +168,7 @@ def test_scores_of_any_size_do_not_overflow(version):
 
 def test_a_row_of_padding_only_is_zero(variant):
     case = Case(torch.float32, 2, 1, 1, 16, [8], 8)
-    out = attend_natively(case.q, case.pages, 8, torch.tensor([8, 0]), 1.0)
+    out = decode_attention(case.q, case.pages, 8, torch.tensor([8, 0]), 1.0)
     assert not out[0].any()
     assert out[1].any()
 
@@ -181,11 +180,11 @@ def test_callers_on_several_threads_get_what_they_get_alone(variant):
         for rows in (1, 3, 9)
     ]
     torch.set_num_threads(3)
-    alone = [attend_natively(*case.arguments) for case in cases]
+    alone = [decode_attention(*case.arguments) for case in cases]
 
     def repeat(case):
         torch.set_num_threads(3)
-        return [attend_natively(*case.arguments) for _ in range(5)]
+        return [decode_attention(*case.arguments) for _ in range(5)]
 
     with ThreadPoolExecutor(len(cases)) as callers:
         for expected, results in zip(alone, callers.map(repeat, cases), strict=True):
@@ -227,7 +226,7 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
-        attend_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0)
+        decode_attention(case.q, case.pages, 4, torch.tensor(starts), 1.0)
 
 
 @pytest.mark.parametrize("bits", [0, 4])

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels import groupwise, heads
-from flexgen.kernels.attention import attend_in_torch, attend_natively, decode_attention
+from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,7 +88,7 @@ class Case:
 
 
 def attend(version):
-    return attend_in_torch if version == "torch" else attend_natively
+    return attend_in_torch if version == "torch" else decode_attention
 
 
 @relaxed
@@ -123,16 +123,16 @@ def test_attention_is_that_over_the_values(
 def test_long_caches_are_split_over_threads(variant, form, rows, group, page, length, starts, threads):
     torch.set_num_threads(threads)
     case = Case(form, torch.float32, rows, 2, group, [page] * -(-length // page), length, starts)
-    case.check(attend_natively(*case.arguments), variant)
+    case.check(decode_attention(*case.arguments), variant)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_padding_is_never_read(variant, bits):
     case = Case(GroupwiseHeads(64, bits, 64), torch.float32, 3, 2, 4, [400, 400, 400], 900, [0, 3, 899])
-    expected = attend_natively(*case.arguments)
+    expected = decode_attention(*case.arguments)
     for k, v in case.pages[:2]:
         k[2] = v[2] = NO_NUMBER
-    assert torch.equal(attend_natively(*case.arguments), expected)
+    assert torch.equal(decode_attention(*case.arguments), expected)
 
 
 @pytest.fixture
@@ -155,9 +155,9 @@ def test_the_last_head_of_a_page_is_not_read_beyond(variant, bits, last_bytes):
         case = Case(form, torch.float32, 1, 1, 1, [3], 3)
         keys, values = case.pages[0]
         keys = last_bytes(keys.numel()).view(keys.shape).copy_(keys)
-        case.check(attend_natively(case.q, [(keys, values)], 3, None, case.scale, form), variant)
+        case.check(decode_attention(case.q, [(keys, values)], 3, None, case.scale, form), variant)
         values = last_bytes(values.numel()).view(values.shape).copy_(values)
-        attend_natively(case.q, [(case.pages[0][0], values)], 3, None, case.scale, form)
+        decode_attention(case.q, [(case.pages[0][0], values)], 3, None, case.scale, form)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

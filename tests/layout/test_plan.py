@@ -29,7 +29,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Share, Split, Tier
-from flexgen.quant import CODECS
+from flexgen.quant import CODECS, head_format
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.kvcache import KVCache
 from flexgen.schedule.orders import Slots
@@ -94,7 +94,7 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, topol
         else:
             assert 1 <= segment.page_tokens <= 128
         assert segment.codec == policy.cache[segment.tier].codec
-        head = {"none": 64 * dtype.itemsize, "int4": 64 // 2 + 4, "int8": 64 + 4}[segment.codec]
+        head = head_format(segment.codec, 64, dtype).nbytes
         width = head // dtype.itemsize if segment.codec == "none" else head
         assert segment.page_shape == (2, len(segment.rows), 12, segment.page_tokens, width)
         filled = segment.token_bytes(segment.page_tokens)

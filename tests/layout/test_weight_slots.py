@@ -13,7 +13,8 @@ from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, decodes, slot_sizes
 from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
-from flexgen.policy import Split
+from flexgen.policy import Share, Split
+from flexgen.quant import CODECS
 
 
 def test_a_vocabulary_takes_room_in_one_slot():
@@ -50,11 +51,20 @@ def test_a_vocabulary_takes_room_in_one_slot():
 
 
 def test_few_tokens_need_no_decoded_matrix(monkeypatch):
-    monkeypatch.setattr("flexgen.layout.weight_slots.native_available", lambda: True)
-    assert [decodes(n, torch.bfloat16, SHARED) for n in (1, 16, 17)] == [False, False, True]
-    assert decodes(1, torch.bfloat16, LINKED), "which kernels another device has is not known ahead"
-    monkeypatch.setattr("flexgen.layout.weight_slots.native_available", lambda: False)
-    assert decodes(1, torch.bfloat16, SHARED)
+    config = OPTConfig(
+        hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, num_attention_heads=4, num_hidden_layers=1
+    )
+    layers = build_layers(open_model(config, "dummy")[0])
+    kept = {
+        codec: place_weights(layers, Split(cpu=Share(100, codec)), torch.bfloat16)
+        for codec in ("int4", "none")
+    }
+    monkeypatch.setattr("flexgen.quant.groupwise.native_available", lambda: True)
+    assert [decodes(layers[1], kept["int4"], n, SHARED) for n in (1, 16, 17)] == [False, False, True]
+    assert decodes(layers[1], kept["int4"], 1, LINKED), "which kernels another device has is not known ahead"
+    assert not decodes(layers[1], kept["none"], 1000, LINKED)
+    monkeypatch.setattr("flexgen.quant.groupwise.native_available", lambda: False)
+    assert decodes(layers[1], kept["int4"], 1, SHARED)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -130,7 +140,7 @@ def _roomy(sizes):
     sep_layer=st.booleans(),
     batches=st.integers(1, 2),
     split=st.sampled_from([(0, 0), (0, 40), (30, 30), (0, 75)]),
-    codec=st.sampled_from(["none", "int4"]),
+    codec=st.sampled_from(["none", *CODECS]),
     device=st.sampled_from(["cpu", "emulated"]),
     order=st.sampled_from(["overlap_multi_batch", "overlap_cpu_attention", "normal"]),
 )

@@ -57,7 +57,7 @@ class Flight:
 
 @pytest.fixture
 def lane():
-    with closing(DiskLane(LaneName.DISK_READ)) as lane:
+    with closing(DiskLane(LaneName.DISK_READ).start()) as lane:
         yield lane
         land(*Flight.made)  # those of a test that failed too
         Flight.made.clear()
@@ -102,7 +102,7 @@ def test_jobs_end_in_order(lane):
 
 def test_a_job_that_needs_the_one_before_starts_after_it(lane):
     """Through another lane, as a slot that is read into again: the lane must not wait for it in its own way."""
-    with closing(ThreadLane(LaneName.COMPUTE)) as compute:
+    with closing(ThreadLane(LaneName.COMPUTE).start()) as compute:
         first, second = Flight(), Flight()
         read = lane.submit(first, (), step(0))
         computed = compute.submit(lambda: None, (read,), step(0))
@@ -180,7 +180,7 @@ def test_busy_time_counts_no_second_twice(lane):
 
 
 def test_close_ends_its_threads():
-    lane = DiskLane(LaneName.DISK_READ)
+    lane = DiskLane(LaneName.DISK_READ).start()
     threads = [t for t in threading.enumerate() if t.name.startswith("flexgen-disk_read")]
     assert len(threads) == 2 and all(t.daemon for t in threads)
     lane.close()
@@ -239,8 +239,8 @@ def test_reads_of_any_file_arrive_in_order(jobs, in_flight, slots, seed, tmp_pat
 
     with (
         DiskIO(threads=3, chunk=BLOCK) as io,
-        closing(DiskLane(LaneName.DISK_READ, in_flight)) as lane,
-        closing(ThreadLane(LaneName.COMPUTE)) as compute,
+        closing(DiskLane(LaneName.DISK_READ, in_flight).start()) as lane,
+        closing(ThreadLane(LaneName.COMPUTE).start()) as compute,
     ):
         dones = []
         for n, (start, length, plain) in enumerate(jobs):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flexgen import quant
 from flexgen.errors import CapacityError, CheckpointError
 from flexgen.layout.plan import SLOTS
 from flexgen.layout.topology import LINKED
@@ -286,7 +287,7 @@ def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path,
 
 
 WIDE = dict(hidden_size=128, ffn_dim=192, word_embed_proj_dim=128)  # of whole groups
-CODECS = ["none", "int8", "int4"]
+CODECS = ["none", *quant.CODECS]
 
 
 def kept(weight, checkpoint, placement, dtype):

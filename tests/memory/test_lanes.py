@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
 
-from flexgen.errors import LaneError
+from flexgen.errors import CapacityError, LaneError
+from flexgen.memory import threads
+from flexgen.memory.disk_lane import DiskLane
 from flexgen.memory.lanes import Cancelled, InlineLane, Lanes, ThreadLane
 from flexgen.results.trace import LaneName
 from flexgen.schedule.steps import Op, Step
@@ -44,7 +47,7 @@ def make_lane():
     lanes = []
 
     def make(name=LaneName.COMPUTE):
-        lanes.append(ThreadLane(name))
+        lanes.append(ThreadLane(name).start())
         return lanes[-1]
 
     yield make
@@ -157,7 +160,7 @@ def test_drain_does_not_raise(lane):
 
 
 def test_close_ends_the_thread():
-    lane, threads = ThreadLane(LaneName.HOST), []
+    lane, threads = ThreadLane(LaneName.HOST).start(), []
     lane.submit(lambda: threads.append(threading.current_thread()), (), STEP)
     lane.close()
     assert len(threads) == 1 and not threads[0].is_alive()
@@ -261,6 +264,50 @@ def test_lanes_stop_collect_and_close():
     assert isinstance(caught.value.__cause__, Cancelled)
 
 
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), CapacityError("no memory for a thread")], ids=repr
+)
+@pytest.mark.parametrize("begun", range(4))
+def test_lanes_that_cannot_all_be_started_leave_no_thread(begun, interrupt, monkeypatch):
+    """Whether the thread at which it comes has begun or not; and then another try works."""
+    made, start = [], threads.start
+
+    def fail_once(thread):
+        made.append(thread)
+        if len(made) == begun + 1:
+            if isinstance(interrupt, KeyboardInterrupt):
+                start(thread)
+            raise interrupt
+        start(thread)
+
+    monkeypatch.setattr(threads, "start", fail_once)
+    kinds = {LaneName.HOST: ThreadLane, LaneName.DISK_READ: DiskLane, LaneName.DISK_WRITE: ThreadLane}
+    with pytest.raises(type(interrupt)) as raised:
+        Lanes({name: kind(name) for name, kind in kinds.items()})
+    assert raised.value is interrupt and len(made) == begun + 1
+    for thread in made:
+        if thread.ident is not None:
+            thread.join(PATIENCE)
+        assert not thread.is_alive()
+    with closing(Lanes({name: kind(name) for name, kind in kinds.items()})):
+        assert len(made) == begun + 5
+
+
+def test_lanes_that_nobody_got_end_their_threads(monkeypatch):
+    """Ctrl-C arrives when they are whole and their maker has not stored them yet."""
+    made, start = [], threads.start
+    monkeypatch.setattr(threads, "start", lambda thread: (made.append(thread), start(thread)))
+    lanes = Lanes(
+        {name: kind(name) for name, kind in ((LaneName.HOST, ThreadLane), (LaneName.DISK_READ, DiskLane))}
+    )
+    assert len(made) == 3 and all(thread.is_alive() for thread in made)
+    del lanes
+    gc.collect()
+    for thread in made:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 def test_an_interrupt_does_not_cut_the_wait_for_idle_lanes_short():
     idle = []
 
@@ -293,7 +340,7 @@ def test_a_forgotten_lane_does_not_hold_up_the_exit():
         "def forever():\n"
         "    begun.set()\n"
         "    threading.Event().wait()\n"
-        "ThreadLane(LaneName.DISK_READ).submit(forever, (), Step(Op.COMPUTE, 0, 0, 0))\n"
+        "ThreadLane(LaneName.DISK_READ).start().submit(forever, (), Step(Op.COMPUTE, 0, 0, 0))\n"
         "begun.wait()\n"
         "print('leaving')\n"
     )

@@ -116,7 +116,11 @@ def gpu(monkeypatch):
 def lanes(gpu):
     """(a link, the compute lane, a thread lane), with what their jobs write to: (name, thread) of each."""
     place = torch.device("cpu")
-    made = CopyLane(LaneName.TO_DEVICE, place), StreamLane(LaneName.COMPUTE, place), ThreadLane(LaneName.HOST)
+    made = (
+        CopyLane(LaneName.TO_DEVICE, place).start(),
+        StreamLane(LaneName.COMPUTE, place),
+        ThreadLane(LaneName.HOST).start(),
+    )
     yield made
     for lane in made:
         lane.close()
@@ -271,7 +275,7 @@ def test_drain_ends_with_an_idle_stream(gpu, lanes):
 def test_copies_of_pageable_memory_are_the_threads(gpu):
     host, ran = HostStore(), []
     assert host.pageable
-    link = CopyLane(LaneName.FROM_DEVICE, torch.device("cpu"), host)
+    link = CopyLane(LaneName.FROM_DEVICE, torch.device("cpu"), host).start()
     try:
         link.submit(enqueue(gpu, "copy", ran), (), LOAD).wait()
         host.pageable = False
@@ -296,7 +300,7 @@ def test_queued_copies_run_in_inference_mode_and_leave_nothing_behind(gpu, lanes
 
 
 def test_a_closed_link_has_no_thread(gpu):
-    link = CopyLane(LaneName.TO_DEVICE, torch.device("cpu"))
+    link = CopyLane(LaneName.TO_DEVICE, torch.device("cpu")).start()
     link.close()
     assert not link._thread.is_alive()
 
@@ -389,7 +393,7 @@ def host_lane():
     lanes = []
 
     def make(name):
-        lanes.append(ThreadLane(name))
+        lanes.append(ThreadLane(name).start())
         return lanes[-1]
 
     yield make
@@ -400,7 +404,7 @@ def host_lane():
 @pytest.mark.gpu
 def test_stream_lanes_wait_for_each_other_and_for_threads(host_lane):
     device = torch.device("cuda", 0)
-    link, compute = CopyLane(LaneName.TO_DEVICE, device), StreamLane(LaneName.COMPUTE, device)
+    link, compute = CopyLane(LaneName.TO_DEVICE, device).start(), StreamLane(LaneName.COMPUTE, device)
     disk, back = host_lane(LaneName.DISK_READ), host_lane(LaneName.HOST)
     source = torch.zeros(1 << 24, pin_memory=True)
     target, result = torch.zeros(1 << 24, device=device), torch.zeros(1 << 24, device=device)

@@ -80,3 +80,33 @@ def test_an_interrupt_while_a_thread_starts_is_not_taken_for_a_limit(
     with pytest.raises(type(interrupt)) as raised:
         threads.start(threading.Thread(target=int))
     assert raised.value is interrupt
+
+
+def test_a_pool_refuses_as_a_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each thread that it may have to start; what it has started goes on serving."""
+
+    def refuse(*args: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with threads.Pool(2, "flexgen-test") as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(threads.mmap, "mmap", refuse)
+            with pytest.raises(CapacityError, match="RLIMIT_AS"):
+                pool.submit(int)
+        assert [pool.submit(int).result() for _ in range(3)] == [0, 0, 0]
+        monkeypatch.setattr(threads.mmap, "mmap", refuse)
+        assert pool.submit(int).result() == 0
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(int)
+
+
+def test_a_limit_of_threads_is_named_for_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with threads.Pool(1, "flexgen-test") as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "_start_new_thread", refuse)
+            with pytest.raises(RequestError, match="ulimit -u"):
+                pool.submit(int)
+        assert pool.submit(int).result() == 0

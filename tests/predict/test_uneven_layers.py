@@ -18,6 +18,7 @@ from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers
 from flexgen.policy import Policy, Split, Tier
 from flexgen.predict.arithmetic import alike_layers
+from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import ORDERS
@@ -110,7 +111,7 @@ def test_corners_are_the_plan_of_the_whole_model(
         gpu_batch_size=3, num_gpu_batches=batches, attend_on=attend_on, sep_layer=sep_layer, **splits
     )
     workload = Workload(20, 8, 3 * batches)
-    corners = Corners(spec, machine(), workload, torch.float32, order)
+    corners = Corners(Job(spec, machine(), workload, torch.float32, order))
     # Where only one column is asked for, nothing is put together from several corners.
     columns = [Column(what, tier) for what, tier in zip(CLASSES, at, strict=True)]
     nbytes = corners.figures(policy, columns).at(shares_of(policy))[-3:]
@@ -139,7 +140,7 @@ def test_lanes_of_a_corner_are_the_predictions(kinds, one, attend_on, sep_layer,
     spec, cpu = spec_of(uneven, kinds), {what: {"cpu": 100} for what in CLASSES}
     form = Policy(gpu_batch_size=3, num_gpu_batches=3, attend_on=attend_on, sep_layer=sep_layer, **cpu)
     policy, workload = form.replace(**{one.what: {one.tier: 100}}), Workload(20, gen_len, 9)
-    drawn = Corners(spec, machine(), workload, torch.float32, None).figures(form, PLAIN)
+    drawn = Corners(Job(spec, machine(), workload, torch.float32)).figures(form, PLAIN)
     report = predict(spec, policy, machine(), workload).report
     for (phase, lanes), seconds in zip(report.phases.items(), drawn.seconds(shares_of(policy)), strict=False):
         for lane, taken in lanes.items():

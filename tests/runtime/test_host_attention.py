@@ -63,7 +63,7 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
                 run(whole.store(*place, span))
             for batch, _ in cells:
                 run(split.load(LAYER, batch, batch, span))
-                split.host.pack(LAYER, batch, batch, *new[batch])
+                split.host.collect(LAYER, batch, batch, *new[batch])
                 split.host.send(LAYER, batch, batch)
             for batch, _ in reversed(cells):
                 split.attend_on_host(LAYER, batch, batch, span, padding[batch], scale)

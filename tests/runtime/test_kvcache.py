@@ -166,7 +166,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("device", "tier", "attend_on"), KINDS, ids=lambda value: str(value))
 @pytest.mark.parametrize("prompt", [3, 4, 5, 8])  # before, at and after the end of a page, and of two
-@pytest.mark.parametrize("codec", ["none", "int4", "int8"])
+@pytest.mark.parametrize("codec", ["none", *CODECS])
 def test_every_kind_of_segment_across_pages(
     codec: str, prompt: int, device: str, tier: Tier, attend_on: str, machine: Any, run: Any
 ) -> None:

@@ -32,7 +32,7 @@ SPEC, DUMMY = open_model(CONFIG, weights="dummy")
 LAYERS = build_layers(SPEC)
 CASES = [("cpu", "disk"), ("emulated", "disk"), ("emulated", "cpu")]
 cases = pytest.mark.parametrize(("device", "tier"), CASES)
-codecs = pytest.mark.parametrize("codec", ["none", "int4"])
+codecs = pytest.mark.parametrize("codec", ["none", "int4", "fp8"])
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
         # Of the decoded matrices, which a call makes as well.
         tokens = [4 * prompt_len] * (len(LAYERS) - 1) + [4]
         decoding = [
-            layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(n, torch.float32, topology)
+            layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(layer, placement, n, topology)
         ]
         decoded = max((decoded_bytes(layer, placement) for layer in decoding), default=0)
         promised[topology.device] -= decoded

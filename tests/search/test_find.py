@@ -21,6 +21,7 @@ from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Tier
 from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import ORDERS
@@ -73,7 +74,7 @@ def test_corners_are_the_plan_of_the_whole_model(at, size, batches, attend_on, o
     cpu = {what: {"cpu": 100} for what in CLASSES}
     form = Policy(gpu_batch_size=size, num_gpu_batches=batches, attend_on=attend_on, overlap=overlap, **cpu)
     policy, workload = form.replace(**splits), Workload(20, 8, size * batches)
-    corners = Corners(opt, machine(), workload, torch.float32, None)
+    corners = Corners(Job(opt, machine(), workload, torch.float32))
     nbytes = corners.figures(form, PLAIN).at(shares_of(policy))[-3:]
     layers = build_layers(opt, policy.sep_layer)
     slots = corners.order(form).slots
@@ -104,7 +105,7 @@ def test_lanes_of_a_corner_are_the_predictions(size, batches, one, gen_len, atte
     cpu = {what: {"cpu": 100} for what in CLASSES}
     form = Policy(gpu_batch_size=size, num_gpu_batches=batches, attend_on=attend_on, **cpu)
     policy, workload = form.replace(**corner(one.what, one.tier)), Workload(20, gen_len, size * batches)
-    seconds = Corners(opt, machine(), workload, torch.float32, None).figures(form, PLAIN)
+    seconds = Corners(Job(opt, machine(), workload, torch.float32)).figures(form, PLAIN)
     report = predict(opt, policy, machine(), workload).report
     for (phase, lanes), drawn in zip(report.phases.items(), seconds.seconds(shares_of(policy)), strict=False):
         for lane, taken in lanes.items():
@@ -197,7 +198,7 @@ def test_the_program_by_hand(opt, machine):
         capacity={"gpu": 10**9, "cpu": 10**9, "disk": 10**9}, bandwidth=rates | {"to_device": 1e6}, fixed={}
     )
     cpu = {what: {"cpu": 100} for what in CLASSES}
-    corners = Corners(opt, hardware, Workload(4, 4, 4), torch.float32, None)
+    corners = Corners(Job(opt, hardware, Workload(4, 4, 4), torch.float32))
     figures = corners.figures(Policy(gpu_batch_size=4, **cpu), PLAIN)
     on_gpu, on_cpu = ({Column("weights", tier): 1.0} for tier in (Tier.GPU, Tier.CPU))
     rest = {Column("cache", Tier.GPU): 1.0, Column("activations", Tier.GPU): 1.0}
@@ -217,7 +218,7 @@ def test_the_program_by_hand(opt, machine):
 def test_a_tier_has_one_codec(opt, machine):
     columns = (*PLAIN, Column("weights", Tier.CPU, "int4"), Column("cache", Tier.CPU, "int8"))
     cpu = {what: {"cpu": 100} for what in CLASSES}
-    corners = Corners(opt, machine(), Workload(40, 6, 8), torch.float32, None)
+    corners = Corners(Job(opt, machine(), Workload(40, 6, 8), torch.float32))
     figures = corners.figures(Policy(gpu_batch_size=4, num_gpu_batches=2, **cpu), columns)
     for room in (9e7, 1.2e8, 1.6e8, 3e8):
         solution = one_codec_each(figures, np.array([room, 1e8, 1e12]))
@@ -299,16 +300,18 @@ def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
     )
     assert lossy.tokens_s > 1.1 * exact.tokens_s
     chosen = {split[tier].codec for split in (lossy.policy.weights, lossy.policy.cache) for tier in Tier}
-    assert chosen & {"int4", "int8"}
+    assert chosen - {"none"}
     # A machine that was measured knows them by the dtype that comes out.
     by_dtype = hardware.replace(decoding={f"float32 {codec}": 1e8 for codec in ("int4", "int8")})
     assert find_policy(opt, by_dtype, workload, lossy=True, fixed=shape).best.policy == lossy.policy
     others = hardware.replace(decoding={"float16 int4": 1e8, "float16 int8": 1e8})
-    weights = find_policy(opt, others, workload, lossy=True, fixed=shape).best.policy.weights
-    assert all(weights[tier].codec == "none" for tier in Tier)
+    found = find_policy(opt, others, workload, lossy=True, fixed=shape).best.policy
+    assert not {found.weights[tier].codec for tier in Tier} & {"int4", "int8"}
     none = hardware.replace(decoding={}, device_attention={"float32": 1e8}, host_attention={"float32": 1e7})
-    without = find_policy(opt, none, workload, lossy=True, fixed=shape).best
-    assert without.policy == find_policy(opt, none, workload, fixed=shape).best.policy
+    found = find_policy(opt, none, workload, lossy=True, fixed=shape).best.policy
+    chosen = {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
+    assert not chosen & {"int4", "int8"}, "a codec that expects nothing of a machine needs its figures"
+    assert "fp8" in chosen, "fp8 expects its rates of the machine's memory"
 
 
 def test_a_host_has_two_tiers_and_nowhere_else_to_attend(opt, host):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 from flexgen import OptLM, Policy
+from flexgen.quant import CODECS
 from flexgen.schedule.orders import ORDERS
 
 GPU = torch.device("cuda", 0)
@@ -59,7 +60,7 @@ def shares(draw: st.DrawFn, codecs: tuple[str, ...] = ("none",)) -> dict[str, di
 @st.composite
 def policies(draw: st.DrawFn, exact: bool = False) -> Policy:
     """Policies of every kind; `exact` leaves out what rounds."""
-    codecs = ("none",) if exact else ("none", "int4", "int8")
+    codecs = ("none",) if exact else ("none", *CODECS)
     cache = draw(shares(codecs))
     sparse = not exact and all(share["codec"] == "none" for share in cache.values()) and draw(st.booleans())
     return Policy(

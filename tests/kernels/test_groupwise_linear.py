@@ -7,18 +7,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen.kernels import packed_linear
+from flexgen.kernels import groupwise_linear
 from flexgen.kernels.groupwise import dequantise_in_torch, quantise
-from flexgen.kernels.linear import embedding, linear
-from flexgen.kernels.packed import Packed
-from flexgen.kernels.packed_linear import (
-    PackedMatrix,
+from flexgen.kernels.groupwise_linear import (
+    GroupwiseMatrix,
     fused_rows,
     gather,
     multiply,
     multiply_in_torch,
     multiply_natively,
 )
+from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.packed import Packed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.bfloat16]
@@ -120,7 +120,7 @@ def test_a_row_depends_on_no_other(variant):
 
 def test_the_public_function_takes_what_fits(version, monkeypatch):
     if version == "torch":
-        monkeypatch.setattr(packed_linear, "announce", lambda: False)
+        monkeypatch.setattr(groupwise_linear, "announce", lambda: False)
     case = Case(torch.bfloat16, 6, 10, 2)
     expected = multiply(*case.arguments)
     case.check(expected, version)
@@ -155,7 +155,7 @@ class Decoded:
 
     def __init__(self, packed, dtype):
         self.count = 0
-        self.matrix = PackedMatrix(packed, dtype, self)
+        self.matrix = GroupwiseMatrix(packed, dtype, self)
 
     def __call__(self):
         self.count += 1
@@ -175,7 +175,7 @@ def test_few_rows_are_fused_and_many_decode(variant, dtype):
 
 
 def test_without_a_kernel_all_decode(monkeypatch):
-    monkeypatch.setattr(packed_linear, "announce", lambda: False)
+    monkeypatch.setattr(groupwise_linear, "announce", lambda: False)
     case = Case(torch.bfloat16, 1, 9, 2)
     decoded = Decoded(case.packed, torch.bfloat16)
     case.check(linear(case.x, decoded.matrix, case.bias), "torch")

@@ -17,22 +17,32 @@ from torch import Tensor
 from flexgen.kernels.groupwise import check_packed, dequantise
 from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
 from flexgen.kernels.packed import Packed
+from flexgen.kernels.quantized import QuantizedMatrix
 
 _HOST_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 16}
 _GPU_ROWS = 64
 
 
 @dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix (out, in) kept in group-wise integers: what `linear` and `embedding` take in a tensor's place.
-
-    `decoded()` gives it as a tensor in `dtype`, for products of many rows. It is called for each of them: whoever
-    makes this object decodes once for as many as it can.
-    """
+class GroupwiseMatrix(QuantizedMatrix):
+    """A matrix (out, in) in group-wise integers."""
 
     packed: Packed
     dtype: torch.dtype
     decoded: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.packed.values, self.packed.scales, self.packed.minimums))
+
+    def fused_rows(self, dtype: torch.dtype) -> int:
+        return fused_rows(self.packed, dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return multiply(x, self.packed, bias)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        return gather(self.packed, ids, self.dtype)
 
 
 def fused_rows(packed: Packed, dtype: torch.dtype) -> int:

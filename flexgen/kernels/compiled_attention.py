@@ -1,0 +1,59 @@
+"""The compiled kernel for attention of one new token per row over a cache in pages, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.loading import NUMBERS, announce, native
+
+
+class HeadLayout(NamedTuple):
+    """How a page stores a head: `bits` of a code (0 for plain values), values of a `group`, and bytes of a head."""
+
+    bits: int
+    group: int
+    nbytes: int
+
+
+def attend_compiled(
+    q: Tensor,
+    pages: Sequence[tuple[Tensor, Tensor]],
+    length: int,
+    starts: Tensor | None,
+    scale: float,
+    layout: HeadLayout,
+) -> Tensor | None:
+    """`decode_attention` over pages of this layout; None where the kernel is not there for the device or type of q.
+
+    Keys and values are read once, where they are stored, and padding is skipped.
+    """
+    if q.device.type != "cpu" or q.dtype not in NUMBERS or not announce():
+        return None
+    rows, heads, _, head_dim = q.shape
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    if not q.numel():
+        return out
+    if starts is not None:
+        starts = starts.to("cpu", torch.int64).contiguous()
+        if starts.shape != (rows,) or int(starts.min()) < 0:
+            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
+    native.decode_attention(
+        NUMBERS[q.dtype],
+        q.data_ptr(),
+        out.data_ptr(),
+        (rows, heads, pages[0][0].shape[1], head_dim),
+        layout,
+        [k.data_ptr() for k, _ in pages],
+        [v.data_ptr() for _, v in pages],
+        [k.shape[2] for k, _ in pages],
+        length,
+        0 if starts is None else starts.data_ptr(),
+        scale,
+        torch.get_num_threads(),
+    )
+    return out

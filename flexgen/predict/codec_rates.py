@@ -1,0 +1,40 @@
+"""Rates of codecs on a machine: its own figures, and where it has none what the codec expects of its memory."""
+
+from __future__ import annotations
+
+import torch
+
+from flexgen.kernels.heads import HeadFormat
+from flexgen.predict.hardware import Hardware
+from flexgen.quant import Codec
+
+
+def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: Codec) -> float:
+    """Bytes/s of weights that come out of `codec` in `dtype`. Raises HardwareError where it is not known."""
+    name = _name(dtype)
+    if not hardware.decodes(name, codec.name) and (plain := hardware.device_attention.get(name)):
+        expected = codec.expected_decoding(plain, dtype, hardware.topology.shares_host_memory)
+        if expected is not None:
+            return expected
+    return hardware.decoding_rate(name, codec.name)
+
+
+def attention_rate(
+    hardware: Hardware, dtype: torch.dtype, codec: str, heads: HeadFormat, on_device: bool
+) -> float:
+    """Bytes/s of a cache that a token attends to, on the compute device or on the host. `heads`: how `codec`, which
+    may be "none", stores it. Raises HardwareError where it is not known."""
+    table = "device_attention" if on_device else "host_attention"
+    name = _name(dtype)
+    key = name if codec == "none" else codec
+    known = hardware.device_attention if on_device else hardware.host_attention
+    if key not in known and (plain := known.get(name)):
+        on_host = hardware.topology.shares_host_memory or not on_device
+        if (expected := heads.expected_attention(plain, dtype, on_host)) is not None:
+            return expected
+    rate: float = hardware.figure(table, key)
+    return rate
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

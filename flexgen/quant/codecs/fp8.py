@@ -1,0 +1,189 @@
+"""Floats of 8 bits (e4m3: sign, 4 bits of exponent, 3 of mantissa) with one float32 scale for each row.
+
+A row is an output channel of a matrix, or one head's key or value of one token. Its scale maps its largest value to
+448, the largest e4m3. Each value has its own exponent, so a value keeps its relative precision next to one that is a
+hundred times larger, and no groups are needed. The scale of a row does not depend on other rows. So a matrix can be
+encoded and looked up by rows, and the cached tokens do not change when a token is added.
+
+A value takes 8 bits, and a row 32 more. The error of a value is at most 2 ** -4 of it, or 2 ** -10 of the scale for
+values below 2 ** -6 of the scale, which is 35 millionths of the largest value of the row.
+
+All arithmetic is torch's: a matrix is decoded for a product of any number of rows, and a page of the cache for each
+token that attends to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.heads import EncodedHeads, HeadFormat
+from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.quant.codec import ALIGNMENT, Codec
+from flexgen.units import align
+
+_E4M3 = torch.float8_e4m3fn
+_SCALE = torch.float32
+_LARGEST = torch.finfo(_E4M3).max
+
+_LEAST_SCALE = torch.finfo(_SCALE).tiny
+_MOST_SCALE = 7.59e35
+"""448 times this is still finite in float32. It is a thousandth less than the scale of the largest float32."""
+
+_PIECE = 1 << 19
+"""Values decoded at once on a CPU. Their temporaries take 6 bytes each (3 MiB), which no memory plan counts."""
+
+_FROM_HALF = 2.0**8
+"""An e4m3 divided by the float16 of the same bits: the biases of their exponents are 7 and 15."""
+
+_HOST_BYTES = 14
+"""Bytes of memory that a core reads in the time in which it decodes a value: 13 to 16, measured on an EPYC."""
+
+
+def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Rows of x (..., n), finite, into `codes` (..., n), uint8, and `scales` (...), float32."""
+    least, most = x.aminmax(dim=-1)
+    scales.copy_(torch.maximum(most, -least).to(_SCALE).div_(_LARGEST).clamp_(_LEAST_SCALE, _MOST_SCALE))
+    codes.copy_((x / scales[..., None]).to(_E4M3).view(torch.uint8))
+
+
+def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Rows of `codes` (..., n) and `scales` (...) into `out` (..., n), contiguous, of any float type."""
+    if out.numel():
+        (_decode_by_bits if out.device.type == "cpu" else _decode_by_type)(codes, scales, out)
+
+
+def _decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """By torch's conversion, without temporaries."""
+    out.copy_(codes.view(_E4M3)).mul_(scales[..., None])
+
+
+def _decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """The same values on a CPU, where torch's conversion takes ten times as long."""
+    rows = (codes.flatten(0, -2), scales.flatten(), out.flatten(0, -2))
+    step = max(_PIECE // out.shape[-1], 1)
+    for some, scale, target in zip(*(part.split(step) for part in rows), strict=True):
+        target.copy_(_halved(some).mul_((scale * _FROM_HALF)[:, None]))
+
+
+def _halved(codes: Tensor) -> Tensor:
+    """Codes (uint8) in float32, `_FROM_HALF` times too small."""
+    # Sign-extended and shifted, a code has its sign in two bits, then the exponent; the second one is cleared.
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return bits.view(torch.float16).to(torch.float32)
+
+
+def _expected_decoding(plain: float, dtype: torch.dtype, on_host: bool) -> float:
+    """Bytes/s of decoded values, where `plain` bytes/s of memory are read."""
+    if on_host:
+        return plain * dtype.itemsize / _HOST_BYTES
+    # Codes are read and values written; then these are read and written once more, for the scale.
+    return plain * dtype.itemsize / (1 + 3 * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class FP8(Codec):
+    """All codes of a tensor come first, then its scales."""
+
+    name: str
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return len(shape) > 1
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return self._scales(shape) + align(math.prod(shape[:-1]) * _SCALE.itemsize, ALIGNMENT)
+
+    def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        return (0, shape[-1]), (self._scales(shape), _SCALE.itemsize)
+
+    def encode(self, x: Tensor) -> Tensor:
+        encoded = torch.zeros(self.nbytes(x.shape), dtype=torch.uint8, device=x.device)
+        encode(x, *self._parts(encoded, x.shape))
+        return encoded
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        decode(*self._parts(encoded, out.shape), out)
+
+    def decode_workspace(self, shape: Sequence[int]) -> int:
+        return 0
+
+    def matrix(
+        self, encoded: Tensor, shape: Sequence[int], dtype: torch.dtype, decoded: Callable[[], Tensor]
+    ) -> QuantizedMatrix:
+        return FP8Matrix(*self._parts(encoded, shape), dtype, decoded)
+
+    def heads(self, head_dim: int) -> HeadFormat:
+        return FP8Heads(head_dim)
+
+    def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
+        return _expected_decoding(plain, dtype, on_host)
+
+    def _scales(self, shape: Sequence[int]) -> int:
+        """Where the scales begin, in bytes."""
+        return align(math.prod(shape), ALIGNMENT)
+
+    def _parts(self, encoded: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Codes (*shape) and scales (shape without the last dimension)."""
+        begin = self._scales(shape)
+        scales = encoded[begin : begin + math.prod(shape[:-1]) * _SCALE.itemsize].view(_SCALE)
+        return encoded[: math.prod(shape)].view(*shape), scales.view(*shape[:-1])
+
+
+@dataclass(frozen=True)
+class FP8Matrix(QuantizedMatrix):
+    """Codes (out, in), uint8, and scales (out,)."""
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    decoded: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def gather(self, ids: Tensor) -> Tensor:
+        taken = ids.flatten()
+        codes, scales = (part.index_select(0, taken) for part in (self.codes, self.scales))
+        out = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+        decode(codes, scales, out)
+        return out.unflatten(0, ids.shape)
+
+
+@dataclass(frozen=True)
+class FP8Heads(EncodedHeads):
+    """The scale of a head comes first, then its codes."""
+
+    head_dim: int
+    encode_bytes = 16  # float32 values, their quotients and codes
+
+    @property
+    def width(self) -> int:
+        return align(_SCALE.itemsize + self.head_dim, _SCALE.itemsize)
+
+    def encode_part(self, x: Tensor, kept: Tensor) -> None:
+        encode(x, *self._parts(kept))
+
+    def decode_part(self, kept: Tensor, out: Tensor) -> None:
+        decode(*self._parts(kept), out)
+
+    def decode_workspace(self, values: int) -> int:
+        return 0
+
+    def expected_attention(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
+        # A head is decoded, then its values are attended to.
+        decoded_bytes = self.head_dim * dtype.itemsize
+        seconds = decoded_bytes / _expected_decoding(plain, dtype, on_host) + decoded_bytes / plain
+        return self.nbytes / seconds
+
+    def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        scale = _SCALE.itemsize
+        codes = kept[..., scale : scale + self.head_dim]
+        return codes, kept[..., :scale].view(_SCALE).squeeze(-1)
+
+
+CODEC = FP8("fp8")
