@@ -31,18 +31,21 @@ def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
     return asked
 
 
-def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
-    """`policy` if its plan is within `limits`, else with the prefill in parts: the largest of halves, quarters ... of
-    prompts, or of its `prefill_chunk`, whose plan is. The policy as it is where none of them is."""
-    chunk = policy.prefill_chunk or prompt_len
-    if not plan(policy).shortage(limits):
-        return policy
+def parts_of(prompt_len: int) -> Iterator[int]:
+    """Numbers of tokens to compute prompts in parts of: halves, quarters ..., none smaller than `_SMALLEST_CHUNK`."""
+    chunk = prompt_len
     while chunk > _SMALLEST_CHUNK:
         chunk = max(-(-chunk // 2), _SMALLEST_CHUNK)
-        cut = policy.replace(prefill_chunk=chunk)
-        if not plan(cut).shortage(limits):
-            return cut
-    return policy
+        yield chunk
+
+
+def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
+    """`policy` if its plan is within `limits`, else with the prefill in the largest parts of prompts, or of its
+    `prefill_chunk`, whose plan is. The policy as it is where none of them is."""
+    if not plan(policy).shortage(limits):
+        return policy
+    cuts = (policy.replace(prefill_chunk=n) for n in parts_of(policy.prefill_chunk or prompt_len))
+    return next((cut for cut in cuts if not plan(cut).shortage(limits)), policy)
 
 
 def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:
