@@ -11,11 +11,15 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from flexgen.hf.processors import RowProcessors, independent_of_rows
+from flexgen.kernels.workspaces import choice_rows
 from flexgen.layout.needs import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
 from flexgen.runtime.draws import seed_from_torch, uniforms
 from flexgen.runtime.sampler import best, draw_by_scores
+
+_FEWER = 3 / 4
+"""Of the rows that `sample` draws for at once. Processors of transformers take up to 64 bytes for each score."""
 
 
 class Record:
@@ -64,8 +68,9 @@ class HFChoice:
     so far, which only listening adds.
 
     `ids` (rows, prompt_len + steps) are the caller's, left-padded as they came; what rows get is added to them.
-    Processors and criteria are called for the rows of one GPU batch, with the ids of these rows so far; for all rows
-    of the call, as transformers calls them, if one of them needs that.
+    Criteria are called for the rows of one GPU batch, with the ids of these rows so far. Processors are called for
+    fewer rows at a time where their temporaries would exceed `choice_bytes`. If one of them needs that, both are
+    called for all rows of the call, as transformers calls them.
     """
 
     def __init__(
@@ -109,6 +114,11 @@ class HFChoice:
     @_as_in_transformers()
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         self._device = logits.device
+        at_once = len(rows) if self.whole_call else max(int(choice_rows(logits.shape[1]) * _FEWER), 1)
+        parts = [slice(n, n + at_once) for n in range(0, len(rows), at_once)]
+        return torch.cat([self._choose(logits[part], rows[part], token) for part in parts])
+
+    def _choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         scores = logits.to(torch.float32, copy=True)
         if self._logits is not None:
             self._logits.keep(scores, rows, token)

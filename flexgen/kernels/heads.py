@@ -193,8 +193,9 @@ class EncodedHeads(HeadFormat):
         return out
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
-        at_once = min(self._step(heads), tokens)
-        return heads * (at_once * self.head_dim * self.encode_bytes + tokens * self.width)
+        both = 2 * heads * tokens
+        at_once = min(both * self.head_dim, max(_PIECE_VALUES, heads * self.head_dim))
+        return at_once * self.encode_bytes + both * self.width
 
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
         values = min(heads * tokens * self.head_dim, max(_GPU_VALUES, tokens * self.head_dim))
@@ -215,7 +216,7 @@ class GroupwiseHeads(EncodedHeads):
     head_dim: int
     bits: int
     group: int
-    encode_bytes = 18  # codes, and float32 values, steps and their rounding
+    encode_bytes = 13  # a copy, float32 values, and codes in float32 and bytes
 
     @property
     def _codes(self) -> int:

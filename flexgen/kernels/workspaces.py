@@ -8,13 +8,21 @@ from typing import Protocol
 import torch
 
 from flexgen.kernels import half_linear
-from flexgen.units import MIB
+from flexgen.kernels.flash_splits import split_bytes
+from flexgen.units import KIB, MIB
 
-BFLOAT16_CAPABILITY = 8, 0
+BFLOAT16_CAPABILITY = 8.0
 """The compute capability of the first NVIDIA GPUs with instructions for bfloat16. On older ones torch emulates the
 type, and its only attention for the type builds all scores."""
 
-_CUBLAS_BYTES = 32 * MIB
+_CUBLAS_BYTES = 8320 * KIB
+_LARGE_CUBLAS_BYTES = 32 * MIB
+"""What torch gives cuBLAS for each stream of a thread, unless you set CUBLAS_WORKSPACE_CONFIG."""
+_LARGE_CUBLAS_CAPABILITY = 9.0
+"""The first compute capability with the large workspace."""
+
+_HEAD_IN_REGISTERS = 128
+"""The largest head whose result attention without FlashAttention accumulates in registers."""
 
 _CHOICE_BYTES = 64 * MIB
 _CHOICE_EACH = 50
@@ -66,11 +74,13 @@ class HostWorkspaces:
 class GpuWorkspaces:
     """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread.
 
-    native_bfloat16: whether the GPU has instructions for bfloat16.
+    native_bfloat16: whether the GPU has instructions for bfloat16. Those that have them have FlashAttention too.
+    multiprocessors: how many it has. Where it is not known, of a Hopper.
     """
 
-    fixed: int = _CUBLAS_BYTES
+    fixed: int = _LARGE_CUBLAS_BYTES
     native_bfloat16: bool = True
+    multiprocessors: int = 132
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         return 0
@@ -78,13 +88,27 @@ class GpuWorkspaces:
     def attention(
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
     ) -> int:
-        if dtype is not torch.bfloat16 or self.native_bfloat16:
+        if dtype is torch.float32:
             return 0
-        # In float32: queries, keys and values, scaled copies of the first two, scores, masked scores and the mask.
-        # The probabilities are there in both types. Not all of these exist at once.
         q, k, scores = (rows * heads * n for n in (queries * head_dim, keys * head_dim, queries * keys))
-        mask = torch.float32.itemsize * queries * keys
-        return max(4 * scores + 12 * q + 16 * k, 10 * scores + 8 * q + 4 * k) + mask
+        if dtype is torch.bfloat16 and not self.native_bfloat16:
+            # In float32: queries, keys and values, scaled copies of the first two, scores, masked scores and the
+            # mask. The probabilities are there in both types. Not all of these exist at once.
+            mask = torch.float32.itemsize * queries * keys
+            return max(4 * scores + 12 * q + 16 * k, 10 * scores + 8 * q + 4 * k) + mask
+        accumulated = q * torch.float32.itemsize if head_dim > _HEAD_IN_REGISTERS else 0
+        if not self.native_bfloat16:
+            return accumulated
+        sums = rows * heads * keys * torch.float32.itemsize
+        return max(accumulated, sums + split_bytes(rows, heads, keys, head_dim, self.multiprocessors))
+
+
+def gpu_workspaces(capability: float) -> GpuWorkspaces:
+    """Of an NVIDIA GPU with that compute capability, such as 8.6."""
+    large = capability >= _LARGE_CUBLAS_CAPABILITY
+    return GpuWorkspaces(
+        _LARGE_CUBLAS_BYTES if large else _CUBLAS_BYTES, native_bfloat16=capability >= BFLOAT16_CAPABILITY
+    )
 
 
 HOST = HostWorkspaces()

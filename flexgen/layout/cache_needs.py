@@ -55,6 +55,7 @@ class BatchCache:
         `hidden_bytes`: of the hidden states of one token of one row.
         """
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
+        needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
         if asked := self.layouts[0].host_rows:
             answer = slots * max(layout.query_bytes for layout in self.layouts)
             qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
@@ -65,16 +66,18 @@ class BatchCache:
             needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
         return needs
 
+    def passing_bytes(self, passes: Passes) -> int:
+        """What encoding, joining and decoding keys and values take on the device, the tiers one after another."""
+        segments = [segment for segments in self._by_tier for segment in segments]
+        there = [s.device_bytes() for s in segments if s.on_device and self._linked]
+        there += [s.extending_bytes() for s in segments if passes.extends]
+        return max(max(s.workspace_bytes(passes.new) for s in segments), *there, 0)
+
     def _of_tier(self, segments: tuple[CacheSegment, ...], passes: Passes, slots: int) -> Iterator[Need]:
         tier, on_device = segments[0].tier, segments[0].on_device
         largest = max(segment.nbytes for segment in segments)
         if tier is Tier.DISK:
             yield Need(Tier.CPU, "cache", "slots", slots * largest)
-        workspace = max(segment.workspace_bytes(passes.new) for segment in segments)
-        there = max(segment.device_bytes() for segment in segments) if on_device and self._linked else 0
-        if passes.extends:
-            there = max(there, *(segment.extending_bytes() for segment in segments))
-        yield Need(Tier.GPU, "cache", "workspace", max(workspace, there))
         # For parts of prompts, rows that the host attends later come to the device too.
         if (on_device or passes.extends) and self._linked and not self.topology.in_place(tier):
             yield Need(Tier.GPU, "cache", "slots", slots * largest)

@@ -98,8 +98,10 @@ def plan_memory(
             )
         ]
         needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
-        if linked:  # without Triton
-            needs.append(Need(Tier.GPU, "weights", "workspace", decoding_bytes(layers, placement)))
+        if linked:  # without Triton; a product is over when keys and values are encoded
+            passing = min(of_batch.passing_bytes(passes) for of_batch in cache.values())
+            decoding = max(decoding_bytes(layers, placement) - passing, 0)
+            needs.append(Need(Tier.GPU, "weights", "workspace", decoding))
         lookup = lookup_sizes(layers, placement, topology, positions)
         needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
         needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
@@ -172,8 +174,8 @@ def _in_flight(
         others = min(slots, len(batch_sizes(policy, workload.num_prompts)) - 1)
         workspace += others * logits * prompt
     # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
-    # left, and rows that stay are put together with those that arrive.
-    moving = slots * hidden if states.resident < rows else 0
+    # left. Where some rows stay, they are copied together with those that arrive.
+    moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
     # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
     gathered = cache.gathered(workload.capacity)
     needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))

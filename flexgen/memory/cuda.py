@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError, RequestError
-from flexgen.kernels.workspaces import BFLOAT16_CAPABILITY, GpuWorkspaces
+from flexgen.kernels.workspaces import GPU, gpu_workspaces
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import named_errors, short_of_memory
 from flexgen.memory.disk_lane import DiskLane
@@ -62,13 +63,19 @@ class CudaDevice(ComputeDevice):
         self.memory = CudaStore(self.torch_device, memory)
         with self.active():
             torch.cuda.init()  # statistics of memory are not known before
-            total = torch.cuda.get_device_properties(self.torch_device).total_memory
+            properties = torch.cuda.get_device_properties(self.torch_device)
+            total = properties.total_memory
             self._reserve = int(min(memory or total, total) * _RESERVE)
-            self._native_bfloat16 = (
-                torch.version.hip is not None
-                or torch.cuda.get_device_capability(self.torch_device) >= BFLOAT16_CAPABILITY
+            if torch.version.hip is None:
+                major, minor = torch.cuda.get_device_capability(self.torch_device)
+                self.compute_capability = major + minor / 10
+            of_its_kind = gpu_workspaces(self.compute_capability) if self.compute_capability else GPU
+            self._native_bfloat16 = of_its_kind.native_bfloat16
+            self.workspaces = replace(
+                of_its_kind,
+                fixed=cublas_bytes(self.torch_device),
+                multiprocessors=properties.multi_processor_count,
             )
-            self.workspaces = GpuWorkspaces(cublas_bytes(self.torch_device), self._native_bfloat16)
             # The cap holds for torch's temporaries too, not only for what is counted here.
             self._user = GpuUser(self.memory, memory)
             self._shared = shared_gpu(self.torch_device)

@@ -30,6 +30,8 @@ class ComputeDevice(ABC):
     """Whether its links are faster from pinned host memory."""
     shares_cores = False
     """Whether it computes on the host's own cores, so that the host's arithmetic adds to its own."""
+    compute_capability = 0.0
+    """Of an NVIDIA GPU, such as 8.6; 0 of other devices."""
     workspaces: Workspaces = HOST
     """What its libraries and kernels take in addition to operands and results."""
     disk_bandwidth: float | None = None

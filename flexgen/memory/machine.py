@@ -26,6 +26,8 @@ _USABLE = 0.95
 _PINNABLE = 0.8
 """Share of it that may be pinned. The kernel can neither swap nor move that memory, and what it needs for itself it
 takes by ending processes."""
+PINNED_SHARE = _PINNABLE / _USABLE
+"""The part that may be pinned of the host memory that a plan may use."""
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ import bisect
 import dataclasses
 import json
 import math
-import numbers
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from flexgen.errors import HardwareError, cut, did_you_mean, shown, shown_path
+from flexgen.kernels.workspaces import BFLOAT16_CAPABILITY
 from flexgen.layout.topology import LINKED, SHARED, Topology
+from flexgen.memory.machine import PINNED_SHARE
 from flexgen.policy import CODECS, Tier
+from flexgen.predict import checks
+from flexgen.predict.checks import Points
 from flexgen.results.trace import LaneName, Phase
-from flexgen.units import parse_bytes
 
 PRESETS = Path(__file__).with_name("hardware.toml")
 
@@ -31,9 +32,6 @@ _LINK = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE)
 _DISK = (LaneName.DISK_READ, LaneName.DISK_WRITE)
 _HOST = (LaneName.HOST,)
 _DTYPES = ("float32", "float16", "bfloat16")
-
-Points = tuple[tuple[float, float], ...]
-"""(rows, flop/s) of matrix products, by rising rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,12 @@ class Hardware:
     name, source: which machine, and where the figures come from.
     capacity: bytes by tier that a plan may use. Without `gpu` the compute device is the host and shares its memory.
     installed: bytes by tier that there are in all; told, not planned with.
+    compute_capability: of an NVIDIA GPU, such as 8.6; 0 where it is not known. The memory that libraries take depends
+        on it. Below 8.0 a checkpoint in bfloat16 is computed in float16.
     bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
         `host` for copies within host memory.
+    pageable: bytes/s of a GPU's link, `to_device` and `from_device`, from and to host memory that is not pinned.
+        Without them it is taken to be as fast as pinned memory.
     products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
         roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
     packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
@@ -87,7 +89,9 @@ class Hardware:
     source: str = ""
     capacity: Mapping[Tier, int]
     installed: Mapping[Tier, int] = field(default_factory=dict)
+    compute_capability: float = 0.0
     bandwidth: Mapping[LaneName, float]
+    pageable: Mapping[LaneName, float] = field(default_factory=dict)
     products: Mapping[str, Points]
     prefill_attention: Mapping[str, float]
     device_attention: Mapping[str, float]
@@ -111,34 +115,47 @@ class Hardware:
         for name in ("name", "source"):
             if not isinstance(text := getattr(self, name), str):
                 raise HardwareError(f"{name} is {shown(text)}; it must be a text")
-        put("disturbed", _seconds("disturbed", self.disturbed))
-        put("capacity", _table("capacity", self.capacity, _bytes, needed=(Tier.CPU, Tier.DISK), known=Tier))
-        put("installed", _table("installed", self.installed, _bytes, known=Tier))
+        put("disturbed", checks.seconds("disturbed", self.disturbed))
+        put(
+            "capacity",
+            checks.table("capacity", self.capacity, checks.nbytes, needed=(Tier.CPU, Tier.DISK), known=Tier),
+        )
+        put("installed", checks.table("installed", self.installed, checks.nbytes, known=Tier))
+        put("compute_capability", checks.at_least_0("compute_capability", self.compute_capability))
         lanes = (*_DISK, *_HOST, *(() if self.topology.shares_host_memory else _LINK))
-        rates = _table("bandwidth", self.bandwidth, _rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST))
+        rates = checks.table(
+            "bandwidth", self.bandwidth, checks.rate, needed=lanes, known=(*_LINK, *_DISK, *_HOST)
+        )
         put("bandwidth", rates)
-        put("products", _table("products", self.products, _points, known=_DTYPES))
+        put("pageable", checks.table("pageable", self.pageable, checks.rate, known=_LINK))
+        put("products", checks.table("products", self.products, checks.points, known=_DTYPES))
         if not self.products:
             raise HardwareError("products is empty; give points for at least one dtype")
-        put("packed_products", _table("packed_products", self.packed_products, _points, known=_DTYPES))
+        put(
+            "packed_products",
+            checks.table("packed_products", self.packed_products, checks.points, known=_DTYPES),
+        )
         forms = [f"{dtype} {codec}" for dtype in _DTYPES for codec in CODECS]
         put(
             "encoded_products",
-            _table("encoded_products", self.encoded_products, _points_or_none, known=forms),
+            checks.table("encoded_products", self.encoded_products, checks.points_or_none, known=forms),
         )
         for name in ("prefill_attention", "device_attention", "host_attention", "decoding"):
-            put(name, _table(name, getattr(self, name), _rate))
-        put("elementwise", _table("elementwise", self.elementwise, _seconds_at, known=_DTYPES))
-        put("around_attention", _table("around_attention", self.around_attention, _seconds, known=_DTYPES))
+            put(name, checks.table(name, getattr(self, name), checks.rate))
+        put("elementwise", checks.table("elementwise", self.elementwise, checks.seconds_at, known=_DTYPES))
+        put(
+            "around_attention",
+            checks.table("around_attention", self.around_attention, checks.seconds, known=_DTYPES),
+        )
         pairs = [f"{lane} {other}" for lane in LaneName for other in LaneName if lane is not other]
         for name in ("interference", "prefill_interference"):
-            put(name, _table(name, getattr(self, name), _lost, known=pairs))
-        put("computes_in", _table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
+            put(name, checks.table(name, getattr(self, name), checks.lost, known=pairs))
+        put("computes_in", checks.table("computes_in", self.computes_in, self._dtype, known=_DTYPES))
         if not isinstance(self.products_decode, bool):
             raise HardwareError(f"products_decode is {shown(self.products_decode)}; it must be true or false")
         if not isinstance(self.fixed, Fixed):
             known = tuple(f.name for f in dataclasses.fields(Fixed))
-            put("fixed", Fixed(**_table("fixed", self.fixed, _seconds, known=known)))
+            put("fixed", Fixed(**checks.table("fixed", self.fixed, checks.seconds, known=known)))
 
     @property
     def topology(self) -> Topology:
@@ -157,6 +174,21 @@ class Hardware:
             for phase, of_phase in shares.items()
             if (pairs := [(pair.split(), share) for pair, share in of_phase.items() if share])
         }
+
+    def copying(self, nbytes: int, pins: bool) -> Hardware:
+        """The same machine while its link copies from and to `nbytes` of host memory, which `pins` pins if it can be.
+
+        What cannot be pinned is taken to be the same share of every transfer.
+        """
+        pinned = self.capacity[Tier.CPU] * PINNED_SHARE if pins else 0.0
+        if not self.pageable or nbytes <= pinned:
+            return self
+        share = 1 - pinned / nbytes
+        mixed = {
+            lane: 1 / ((1 - share) / self.bandwidth[lane] + share / rate)
+            for lane, rate in self.pageable.items()
+        }
+        return self.replace(bandwidth={**self.bandwidth, **mixed})
 
     def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
         """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.
@@ -204,17 +236,24 @@ class Hardware:
             )
         return known[key]
 
+    @property
+    def emulates_bfloat16(self) -> bool:
+        """Whether it has no instructions for bfloat16."""
+        return "bfloat16" in self.computes_in or 0 < self.compute_capability < BFLOAT16_CAPABILITY
+
     def dtype_for(self, checkpoint: str) -> str:
         """The dtype that "auto" means: what the machine computes the checkpoint's in, its own if there are products
         for it, else the first."""
         wanted = self.computes_in.get(checkpoint, checkpoint)
+        if wanted == "bfloat16" and self.emulates_bfloat16:
+            wanted = "float16"
         return wanted if wanted in self.products else next(iter(self.products))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
         """A machine from the keys of its TOML; the inverse of `to_dict`. `name` is for one that has none."""
         known = [f.name for f in dataclasses.fields(cls)]
-        fields = _table("", fields, lambda _, value: value, known=known)
+        fields = checks.table("", fields, lambda _, value: value, known=known)
         given = {"name": name} | dict(fields) if name else dict(fields)
         needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
         if missing := [key for key in needed if key not in given]:
@@ -306,94 +345,3 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
         raise HardwareError(f"not valid TOML: {error}") from error
     except RecursionError:
         raise HardwareError("not valid TOML: it is nested too deeply") from None
-
-
-def _table(
-    name: str, given: object, convert: Any, needed: Sequence[str] = (), known: Iterable[str] | None = None
-) -> Mapping[Any, Any]:
-    """`given` with every value converted and keys as in `known` (any text if None)."""
-    if not isinstance(given, Mapping):
-        raise HardwareError(
-            f"{name or 'hardware'} is {shown(given)} ({type(given).__name__}); write a table: {{ key = number }}"
-        )
-    keys = {str(key): key for key in (given if known is None else known) if isinstance(key, str)}
-    _refuse_unknown(name, given, keys)
-    if missing := [str(key) for key in needed if key not in given]:
-        raise HardwareError(
-            f"{name} lacks {', '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}"
-        )
-    return MappingProxyType({keys[str(k)]: convert(f"{name}.{cut(str(k))}", v) for k, v in given.items()})
-
-
-def _refuse_unknown(table: str, given: Mapping[Any, Any], known: Iterable[str]) -> None:
-    for key in given:
-        if not isinstance(key, str) or str(key) not in known:
-            inside = f" in {table}" if table else ""
-            raise HardwareError(
-                f"unknown key {shown(key)}{inside}; known: {cut(', '.join(known), 800)}{did_you_mean(key, known)}"
-            )
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:
-        raise HardwareError(
-            f"{name} is a whole number that exceeds a float's range; write at most 1e308"
-        ) from None
-    raise HardwareError(f"{name} is {shown(value)}; it must be a finite number")
-
-
-def _rate(name: str, value: object) -> float:
-    if (rate := _number(name, value)) <= 0:
-        raise HardwareError(f"{name} is {rate:g}; a rate is above 0 (per second)")
-    return rate
-
-
-def _lost(name: str, value: object) -> float:
-    if not 0 <= (share := _number(name, value)) < 1:
-        raise HardwareError(f"{name} is {share:g}; a share that is lost is at least 0 and below 1")
-    return share
-
-
-def _seconds(name: str, value: object) -> float:
-    if (seconds := _number(name, value)) < 0:
-        raise HardwareError(f"{name} is {seconds:g}; it must be at least 0 seconds")
-    return seconds
-
-
-def _bytes(name: str, value: Any) -> int:
-    try:
-        count = parse_bytes(value)
-    except (ValueError, TypeError) as error:
-        raise HardwareError(f"{name}: {error}") from None
-    if count < 1:
-        raise HardwareError(f"{name} is {shown(count)}; a tier that is there has at least 1 byte")
-    return count
-
-
-def _points_or_none(name: str, value: object) -> Points:
-    return () if isinstance(value, Sequence) and not value else _points(name, value)
-
-
-def _seconds_at(name: str, value: object) -> Points:
-    return _points(name, value, ("numbers", "seconds of each"), _seconds)
-
-
-def _points(
-    name: str,
-    value: object,
-    of: tuple[str, str] = ("rows", "flop/s"),
-    figure: Callable[[str, object], float] = _rate,
-) -> Points:
-    at, what = of
-    pairs = isinstance(value, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in value)
-    if not pairs or not value:
-        raise HardwareError(f"{name} is {shown(value)}; write points: [[{at}, {what}], ...]")
-    assert isinstance(value, Sequence)
-    points = tuple((_rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
-    if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
-        given = ", ".join(f"{many:g}" for many, _ in points)
-        raise HardwareError(f"{name} has points at {at} {cut(given)}; write them by rising {at}, each once")
-    return points

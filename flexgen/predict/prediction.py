@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -94,6 +94,7 @@ def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Predict
     layers = build_layers(job.spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, job.dtype)
     policy, plan = _plan(job, policy, layers, placement)
+    job = replace(job, hardware=job.hardware.copying(_copied(plan, job, policy), policy.pin_weight))
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
@@ -161,6 +162,20 @@ def _plan(
 
     policy = with_fitting_chunk(plan, policy, limits, job.workload.prompt_len)
     return policy, fitting_plan(plan, policy, limits)
+
+
+def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
+    """Bytes of host memory that the link copies from and to. Cache that the host attends over is among them only where
+    prompts are computed in parts."""
+    in_parts = Passes(job.workload.prompt_len, policy.prefill_chunk).extends
+    stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
+    return sum(
+        need.nbytes
+        for need in plan.needs
+        if need.tier is Tier.CPU
+        and need.role != "workspace"
+        and not (need.what == "cache" and need.role in stays)
+    )
 
 
 def _block(

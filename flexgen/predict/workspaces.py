@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexgen.kernels.workspaces import GPU, HOST, Workspaces
+from flexgen.kernels.workspaces import GPU, HOST, Workspaces, gpu_workspaces
 from flexgen.predict.hardware import Hardware
 
 
@@ -13,4 +13,7 @@ def workspaces_on(hardware: Hardware) -> Workspaces:
     # A checkpoint in float16 is computed in another type on the host's cores, and on no GPU.
     if hardware.topology.shares_host_memory or "float16" in hardware.computes_in:
         return HOST
-    return replace(GPU, native_bfloat16="bfloat16" not in hardware.computes_in)
+    capability = hardware.compute_capability
+    return replace(
+        gpu_workspaces(capability) if capability else GPU, native_bfloat16=not hardware.emulates_bfloat16
+    )

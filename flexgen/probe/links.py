@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgen.memory.cpu import HostStore
 from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.lanes import Done, Job, Lanes
 from flexgen.memory.machine import Machine
@@ -44,6 +45,8 @@ class LinkProbe:
         self._pieces = max(effort.file // effort.transfer, 1)
         # Touched before they are read: pages that nobody wrote to are one page in the cache.
         self._host = [self._take(machine.host).fill_(1) for _ in range(2)]
+        self._unpinned = HostStore()
+        self._pageable: list[Tensor] = []
         self._device = [] if machine.device.shares_host_memory else [self._take(machine.device.memory)]
         self._path: Path | None = None
         machine.device.settle()
@@ -72,14 +75,20 @@ class LinkProbe:
                 self._machine.io.write([Write(self._path, n * self.transfer, self._host[0])])
         return self._path
 
-    def jobs(self, lane: LaneName, nbytes: int | None = None) -> Callable[[int], Job]:
-        """The n-th job of a lane, which moves `nbytes` (a transfer if None)."""
+    def jobs(
+        self, lane: LaneName, nbytes: int | None = None, host: Sequence[Tensor] | None = None
+    ) -> Callable[[int], Job]:
+        """The n-th job of a lane, which moves `nbytes` (a transfer if None).
+
+        `host`: buffers that a link moves from and to, in place of the probe's own.
+        """
         size = self.transfer if nbytes is None else nbytes
+        there = host or self._host
         match lane:
             case LaneName.TO_DEVICE:
-                return lambda n: partial(self._to_device, self._host[n % 2][:size], size)
+                return lambda n: partial(self._to_device, there[n % 2][:size], size)
             case LaneName.FROM_DEVICE:
-                return lambda n: partial(self._from_device, self._host[n % 2][:size], size)
+                return lambda n: partial(self._from_device, there[n % 2][:size], size)
             case LaneName.DISK_READ:
                 return lambda n: ReadJob(
                     self._machine.io, [Read(self.file, self._place(n), self._host[n % 2][:size])]
@@ -121,9 +130,15 @@ class LinkProbe:
         put([(page[0], page[1])], 0, fresh[0], fresh[1])
         return fresh.nbytes
 
-    def bandwidth(self, lane: LaneName) -> float:
-        """Bytes/s of long transfers, one behind the other."""
-        made = self.jobs(lane)
+    def pageable_bandwidth(self, lane: LaneName) -> float:
+        """Bytes/s of long transfers of a link, from or to host memory that is not pinned."""
+        if not self._pageable:
+            self._pageable = [self._take(self._unpinned).fill_(1) for _ in range(2)]
+        return self.bandwidth(lane, self._pageable)
+
+    def bandwidth(self, lane: LaneName, host: Sequence[Tensor] | None = None) -> float:
+        """Bytes/s of long transfers, one behind the other; `host` as in `jobs`."""
+        made = self.jobs(lane, host=host)
         count = self._pieces
         seconds = self._watch.seconds(lambda: self._run([(lane, made(n), ()) for n in range(count)]))
         return count * self.transfer / seconds

@@ -214,7 +214,12 @@ class _Measurement:
         name, source = description(self._machine)
         capacity = capacities(self._machine)
         fields: dict[str, Any] = {"name": name, "source": source, "capacity": capacity} | self._figures
-        return Hardware(**fields, installed=installed(self._machine), fixed=Fixed(**self._fixed))
+        return Hardware(
+            **fields,
+            installed=installed(self._machine),
+            compute_capability=self._device.compute_capability,
+            fixed=Fixed(**self._fixed),
+        )
 
     def _put(self, table: str, key: object, find: Callable[[], Any]) -> None:
         if found := find():
@@ -230,6 +235,10 @@ class _Measurement:
                 f"bandwidth {lane}",
                 partial(self._put, "bandwidth", lane, partial(self._links.bandwidth, lane)),
             )
+        if self._device.pinnable:
+            for lane in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
+                find = partial(self._links.pageable_bandwidth, lane)
+                yield f"bandwidth {lane}, pageable memory", partial(self._put, "pageable", lane, find)
         yield "bandwidth host", partial(self._put, "bandwidth", LaneName.HOST, self._links.host_copies)
         yield "fixed costs", self._find_fixed
         for dtype in self._dtypes():

@@ -99,6 +99,7 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
     }
     return hardware.replace(
         bandwidth={lane: n * (rate(lane) if lane in moved else 1) for lane, n in hardware.bandwidth.items()},
+        pageable={lane: n * (rate(lane) if lane in moved else 1) for lane, n in hardware.pageable.items()},
         products=_products(hardware.products, products),
         packed_products=_products(hardware.packed_products, products),
         encoded_products=encoded,

@@ -27,4 +27,6 @@ def test_the_steps_run_at_toy_size(tmp_path):
     assert reports["busy"]["whole"]["seconds"] > 0 and reports["busy"]["decode"]["busy_share"] is None
     assert reports["opt-30b"]["prompt_len"] == 8 and reports["opt-30b"]["bound_share"] > 0
     assert set(json.loads((tmp_path / "comparison.json").read_text())["share of the goal"]) == set(STEPS[-2:])
+    assert reports["probe"]["pageable"].keys() == {"to_device", "from_device"}
+    assert reports["probe"]["compute_capability"] == 9.0
     assert reports["probe"]["products"]["float16"] and reports["probe"]["fixed"]["cell"] > 0

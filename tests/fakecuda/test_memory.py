@@ -1,19 +1,36 @@
 """The plan against torch's real caching allocator, and what models on one GPU share."""
 
+import contextlib
 import gc
+from unittest import mock
 
 import pytest
 
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from simulated import cases
-from transformers import LlamaConfig, OPTConfig
+from transformers import (
+    LlamaConfig,
+    LogitsProcessorList,
+    OPTConfig,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
+from flexgen.hf.processors import RowProcessors
+from flexgen.hf.steps import HFChoice
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
+from flexgen.memory.gpu import open_device
+from flexgen.models.ops import causal_attention
 from flexgen.policy import Tier
 from flexgen.runtime.sampler import sample
-from flexgen.units import GIB, MIB
+from flexgen.units import GIB, KIB, MIB
 
 OPT = OPTConfig(
     vocab_size=16384, hidden_size=1024, word_embed_proj_dim=1024, num_hidden_layers=2, num_attention_heads=16,
@@ -65,6 +82,11 @@ def t4():
 def called(gpu, config, how, prompts=PROMPTS, dtype="float16", **changes):
     """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call."""
     policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **changes)
+    return called_with(policy, gpu, config, how, prompts, dtype)
+
+
+def called_with(policy, gpu, config, how, prompts, dtype):
+    """`called` with a whole policy."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(gpu)
@@ -80,7 +102,7 @@ def called(gpu, config, how, prompts=PROMPTS, dtype="float16", **changes):
 
 def assert_planned(plan, peak, reserved):
     assert peak <= max(1.05 * plan, plan + 4 * MIB)
-    assert peak >= 0.4 * plan  # nor is it far from what is taken
+    assert plan <= 1.4 * peak
     assert reserved <= max(1.1 * plan, plan + 160 * MIB)
 
 
@@ -94,6 +116,68 @@ def test_a_call_takes_what_was_planned(name, config, gpu):
 @pytest.mark.parametrize("how", [DRAWN, FORWARD])
 def test_drawing_and_forward_take_what_was_planned(how, name, gpu):
     assert_planned(*called(gpu, OPT, how, **CLASSES[name]))
+
+
+@contextlib.contextmanager
+def counting_without_holes():
+    """Peaks of what tensors ask for. torch gives a tensor up to 1 MiB more, rather than dividing a free piece."""
+
+    def asked(which):
+        return lambda device=None: torch.cuda.memory_stats(device)[f"requested_bytes.all.{which}"]
+
+    with (
+        mock.patch.object(torch.cuda, "memory_allocated", asked("current")),
+        mock.patch.object(torch.cuda, "max_memory_allocated", asked("peak")),
+    ):
+        yield
+
+
+@settings(max_examples=30, phases=cases.WITHOUT_SHRINKING)
+@given(
+    policy=cases.policies(),
+    config=st.sampled_from([OPT, LLAMA]),
+    capability=st.sampled_from([75, 80, 89, 90]),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    how=st.sampled_from([GREEDY, DRAWN, FORWARD]),
+    prompts=st.integers(1, 18),
+)
+def test_no_call_takes_more_than_was_planned(policy, config, capability, dtype, how, prompts):
+    gpu = on_gpu_of(capability)
+    with cases.valid_ids(), counting_without_holes():
+        plan, peak, _ = called_with(policy, gpu, config, how, PROMPTS[-prompts:], dtype)
+    assert peak <= plan
+
+
+@settings(max_examples=200)
+@given(
+    capability=st.sampled_from([75, 80, 89, 90]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    rows=st.integers(1, 6),
+    heads=st.sampled_from([1, 2, 8, 12, 32]),
+    tokens=st.sampled_from([1, 64, 65, 300, 512, 1000]),
+    head_dim=st.sampled_from([32, 64, 80, 128, 160, 256]),
+    data=st.data(),
+)
+def test_attention_of_a_prompt_takes_no_more_than_planned(
+    capability, dtype, rows, heads, tokens, head_dim, data
+):
+    assume(capability > 75 or dtype is not torch.bfloat16)  # has a test of its own
+    padding = st.sampled_from([0, tokens // 2, tokens - 1])
+    starts = data.draw(st.lists(padding, min_size=rows, max_size=rows))
+    gpu = on_gpu_of(capability)
+    device = open_device(str(gpu))
+    call = object()
+    with contextlib.closing(device), device.active():
+        device.begin_call(call)  # without cuDNN
+        x = torch.empty(rows, tokens, heads, head_dim, dtype=dtype, device=gpu).transpose(1, 2)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        causal_attention(x, x, x, starts, 1.0)
+        taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        device.end_call(call)
+    results = x.nbytes * (2 if any(starts) else 1)  # of a run of rows, and of all
+    planned = device.workspaces.attention(rows, heads, tokens, tokens, head_dim, dtype)
+    assert taken <= results + planned + KIB  # seeds and counters
 
 
 def test_temporaries_of_a_wide_model_are_reserved_together(gpu):
@@ -226,3 +310,27 @@ def test_top_k_makes_the_sort_of_top_p_a_short_one():
 
     assert taken(top_k=50, top_p=0.9) == pytest.approx(taken(top_k=50), rel=0.01)
     assert taken(top_p=0.9) > 1.5 * taken(top_k=50, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        TemperatureLogitsWarper(0.7),
+        TopPLogitsWarper(0.9),
+        TypicalLogitsWarper(0.9),
+        RepetitionPenaltyLogitsProcessor(2.0),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_processors_of_transformers_take_what_is_planned_for_drawing(processor):
+    rows, vocab = 512, 32_000
+    processors = LogitsProcessorList([processor])
+    lists = RowProcessors(processors, lambda rows: processors)
+    ids = torch.ones(rows, 8, dtype=torch.int64)
+    choice = HFChoice(ids, 4, 0, lists, StoppingCriteriaList(), do_sample=True)
+    logits = torch.zeros(rows, vocab, dtype=torch.float16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    choice.choose(logits, range(rows), 0)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.2 * choice_bytes(rows, vocab) < taken <= choice_bytes(rows, vocab)

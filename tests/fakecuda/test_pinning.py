@@ -1,6 +1,8 @@
 """Which host memory is pinned, for how long, and how much of it."""
 
+import gc
 import os
+import traceback
 import warnings
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from flexgen.memory import machine as machines
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.machine import Machine
 from flexgen.policy import Tier
+from flexgen.runtime.request import read_request
 from flexgen.units import MIB
 
 
@@ -96,17 +99,60 @@ def mapped(buffer):
     return any(begin <= buffer.data_ptr() < end for begin, end in spans)
 
 
+def forked(work):
+    """The exit status of a child in which `work` returns it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+        child = os.fork()
+    if not child:
+        status = 99
+        try:
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 def test_a_forked_child_has_no_pages_of_pinned_memory():
     store = HostStore(pin_for=cases.GPU)
     pinned = store.allocate(MIB, "weights")
     pageable = store.allocate(MIB, "a cache that is never copied", copied_by_device=False).fill_(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of forks with threads; the child only reads a file
-        child = os.fork()
-    if not child:
-        os._exit(not mapped(pinned) and mapped(pageable))
-    _, status = os.waitpid(child, 0)
+    seen = forked(lambda: mapped(pinned) + 2 * mapped(pageable))
     store.close()
-    assert os.waitstatus_to_exitcode(status) == 1
+    assert seen == 2
+
+
+@pytest.mark.parametrize("where", ["in a lane's thread", "in the caller's thread"])
+def test_a_child_that_is_forked_within_a_call_leaves_the_gpu_alone(where, pinned):
+    """CUDA cannot be used in it, and it has no pages of pinned memory."""
+    found = []
+
+    def give_back():
+        nonlocal model, stream
+        before = runtime.counters()
+        if stream is not None:
+            stream.close()
+        model.close()
+        model = stream = None
+        gc.collect()  # buffers give themselves back
+        return 7 if runtime.counters() == before else 1
+
+    def told(new):
+        if where == "in a lane's thread" and not found:
+            found.append(forked(give_back))
+
+    model, stream = cases.open_on("cuda", cases.OPT, cases.policy()), None
+    with cases.valid_ids():
+        model.generate_with(
+            read_request(model.spec, cases.PROMPTS), 4, model.sampled(stop=()), listeners=[told]
+        )
+        stream = model.stream(cases.PROMPTS, 4, stop=())
+        for _ in stream:
+            if where == "in the caller's thread" and not found:
+                found.append(forked(give_back))
+    assert found == [7] and pinned() > 0
+    model.close()
+    assert pinned() == 0

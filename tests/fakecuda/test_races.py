@@ -1,7 +1,6 @@
 """No race under any policy and order; and with each kind of wait taken out, one is found."""
 
 import contextlib
-import itertools
 import threading
 import time
 
@@ -56,20 +55,6 @@ def test_a_pinned_buffer_is_watched():
     torch.cuda.synchronize()
 
 
-@contextlib.contextmanager
-def valid_ids():
-    """Without computed numbers, ids are garbage and name rows that a table does not have."""
-    made = itertools.count()
-
-    def sample(logits, *args, **options):
-        ids = torch.arange(len(logits)) * 7 + next(made)
-        return (ids % cases.VOCAB).to(logits.device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexgen.runtime.choice.sample", sample)
-        yield
-
-
 @settings(max_examples=10, phases=cases.WITHOUT_SHRINKING)
 @given(
     config=st.sampled_from([cases.OPT, cases.LLAMA]),
@@ -79,7 +64,11 @@ def valid_ids():
 )
 def test_no_policy_and_order_races(config, policy, order, dtype):
     runtime.reset()
-    with valid_ids(), watched() as races, cases.open_on("cuda", config, policy, dtype, order=order) as model:
+    with (
+        cases.valid_ids(),
+        watched() as races,
+        cases.open_on("cuda", config, policy, dtype, order=order) as model,
+    ):
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])

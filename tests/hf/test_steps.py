@@ -313,6 +313,20 @@ def test_scores_that_are_nan_name_their_row(sampling: dict[str, Any], model: Any
         )
 
 
+@pytest.mark.parametrize("sampling", [dict(do_sample=False), dict(do_sample=True, top_p=0.8)])
+def test_processors_are_called_for_some_rows_at_a_time(
+    sampling: dict[str, Any], model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = dict(encoder_repetition_penalty=1.5, return_dict_in_generate=True, output_scores=True)
+    found = []
+    for rows in (3, 100):
+        monkeypatch.setattr("flexgen.hf.steps.choice_rows", lambda vocab, rows=rows: rows)
+        torch.manual_seed(0)
+        found.append(model.generate(**inputs(LENGTHS), max_new_tokens=9, **wanted, **sampling))
+    assert found[0].sequences.equal(found[1].sequences)
+    assert all(map(torch.equal, found[0].scores, found[1].scores))
+
+
 def choice_of(*parts: Any, do_sample: bool = False) -> HFChoice:
     lists = RowProcessors(LogitsProcessorList(parts), lambda rows: LogitsProcessorList(parts))
     return HFChoice(torch.zeros(3, 2, dtype=torch.int64), 4, 0, lists, StoppingCriteriaList(), do_sample)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.workspaces import GPU, HOST, GpuWorkspaces, choice_bytes, choice_rows
+from flexgen.kernels.workspaces import GPU, HOST, GpuWorkspaces, choice_bytes, choice_rows, gpu_workspaces
 from flexgen.units import MIB
 
 OLD_GPU = GpuWorkspaces(native_bfloat16=False)
@@ -22,8 +22,31 @@ def test_only_the_host_widens_half_types(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_only_emulated_bfloat16_builds_scores(dtype):
     scores = 2 * 16 * 256 * 256 * torch.float32.itemsize
-    assert GPU.attention(*SHAPE, dtype) == HOST.attention(*SHAPE, dtype) == 0
+    assert max(GPU.attention(*SHAPE, dtype), HOST.attention(*SHAPE, dtype)) < scores
     assert (OLD_GPU.attention(*SHAPE, dtype) > 2 * scores) == (dtype is torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "taken"),
+    [
+        (GPU, torch.float32, 256, 0),
+        (GPU, torch.float16, 64, 4 * 32 * 256),  # sums alone
+        (GPU, torch.float16, 128, 4 * 32 * 256 + 2 * 32 * 256 * 129 * 4),  # the results of two parts too
+        (OLD_GPU, torch.float16, 128, 0),
+        (OLD_GPU, torch.float16, 256, 4 * 32 * 256 * 256),  # the result in float32
+    ],
+)
+def test_attention_of_a_prompt_takes(gpu, dtype, head_dim, taken):
+    assert gpu.attention(2, 16, 256, 256, head_dim, dtype) == taken
+
+
+@pytest.mark.parametrize(
+    ("capability", "mib", "native"),
+    [(7.5, 8.125, False), (8.0, 8.125, True), (8.9, 8.125, True), (9.0, 32, True), (12.0, 32, True)],
+)
+def test_a_compute_capability_says_what_libraries_take(capability, mib, native):
+    gpu = gpu_workspaces(capability)
+    assert (gpu.fixed, gpu.native_bfloat16) == (mib * MIB, native)
 
 
 def test_what_drawing_takes_is_bounded_whatever_the_rows():

@@ -209,7 +209,9 @@ def runtime(monkeypatch):
         "device_count": lambda: 1,
         "init": lambda: setattr(card, "ready", True),
         "reset_peak_memory_stats": needs_device,
-        "get_device_properties": lambda device: SimpleNamespace(total_memory=card.total),
+        "get_device_properties": lambda device: SimpleNamespace(
+            total_memory=card.total, multi_processor_count=108
+        ),
         "set_per_process_memory_fraction": lambda share, device: card.shares.append(share),
         "mem_get_info": lambda device: (card.free, card.total),
         "memory_reserved": lambda device: card.reserved,
@@ -275,7 +277,8 @@ def test_bfloat16_only_where_a_gpu_has_instructions_for_it(
     assert choose_dtype("auto", torch.float16, device) is torch.float16
     assert choose_dtype("bfloat16", torch.bfloat16, device) is torch.bfloat16
     built = device.workspaces.attention(1, 1, 64, 64, 64, torch.bfloat16)
-    assert (built > 0) == (fast is torch.float16)
+    assert (built > 64 * 64 * torch.float32.itemsize) == (fast is torch.float16)
+    assert device.compute_capability == (0.0 if hip else capability[0] + capability[1] / 10)
     device.close()
 
 

@@ -5,13 +5,16 @@ import re
 import tomllib
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import HardwareError
 from flexgen.policy import Tier
 from flexgen.predict.hardware import PRESETS, Hardware
+from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.trace import LaneName, Phase
+from flexgen.units import MIB
 
 NAMES = list(tomllib.loads(PRESETS.read_text(encoding="utf-8")))
 
@@ -31,6 +34,31 @@ def test_the_machines_that_were_asked_for_are_there():
     assert set(NAMES) >= {
         *["t4", "t4-paper", "rtx-3090", "rtx-4090", "a100-80g", "h100", "h200", "laptop-16g"],
     }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_know_what_the_libraries_of_their_gpu_take(name):
+    preset = Hardware.preset(name)
+    assert (preset.compute_capability == 0) == preset.topology.shares_host_memory
+    wanted = {
+        "t4": 8.125,
+        "t4-paper": 8.125,
+        "a100-80g": 8.125,
+        "rtx-3090": 8.125,
+        "rtx-4090": 8.125,
+        "laptop-16g": 0,
+    }
+    assert workspaces_on(preset).fixed == wanted.get(name, 32) * MIB
+
+
+def test_a_t4_computes_bfloat16_in_float16(machine):
+    points = [[8, 1e9]]
+    products = {"bfloat16": points, "float16": points}
+    for capability, computed in ((7.5, "float16"), (8.0, "bfloat16"), (0, "bfloat16")):
+        hardware = machine(products=products, computes_in={}, compute_capability=capability)
+        assert hardware.dtype_for("bfloat16") == computed and hardware.dtype_for("float16") == "float16"
+        built = workspaces_on(hardware).attention(1, 8, 512, 512, 64, torch.bfloat16) > 8 * 512 * 512 * 4
+        assert built == (capability == 7.5)
 
 
 def test_every_figure_has_its_source_beside_it():
@@ -141,6 +169,8 @@ def test_it_cannot_be_changed(machine):
         (dict(products={}), "products is empty"),
         (dict(decoding={"int4": float("nan")}), "decoding.int4 is nan; it must be a finite number"),
         (dict(decoding={"int4": True}), "decoding.int4 is True"),
+        (dict(compute_capability=-1), "compute_capability is -1; it must be at least 0"),
+        (dict(compute_capability="8.6"), "compute_capability is '8.6'; it must be a finite number"),
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (dict(fixed={"cells": 1}), "unknown key 'cells' in fixed; known: cell, stage, disk_job"),
         (dict(name=3), "name is 3; it must be a text"),

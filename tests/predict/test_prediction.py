@@ -1,5 +1,6 @@
 """Predictions: hand-computed timelines, the engine's own plan and refusals, monotone in what hardware gives."""
 
+import math
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexgen import OptLM, Policy
 from flexgen.errors import CapacityError, HardwareError, RequestError, ScheduleError
+from flexgen.memory.machine import PINNED_SHARE
 from flexgen.models import open_model
 from flexgen.policy import Tier
 from flexgen.predict.hardware import Hardware
@@ -331,3 +333,32 @@ def test_a_roofline_has_bytes_and_flops_alone(machine, opt, weights):
         assert 0 < found[phase][LaneName.COMPUTE] < slow.phases[phase][LaneName.COMPUTE] / 2
     moved = sum(found[phase].get(LaneName.TO_DEVICE, 0.0) for phase in Phase)
     assert (moved > 0.1) == (weights == {"cpu": 100})
+
+
+@pytest.mark.parametrize(("pins", "pinned"), [(True, 1.0), (True, 0.9), (False, 0.0)])
+def test_what_is_not_pinned_crosses_the_link_more_slowly(opt, machine, pins, pinned):
+    """`pinned`: the part that can be pinned of what the link copies from and to."""
+    policy, workload = Policy(gpu_batch_size=3, weights={"cpu": 100}, pin_weight=pins), Workload(5, 4, 3)
+    first = predict(opt, policy, by_hand(machine), workload)
+    copied = sum(n.nbytes for n in first.plan.needs if n.tier is Tier.CPU and n.role != "workspace")
+    capacity = by_hand(machine).capacity | {Tier.CPU: math.ceil((pinned or 1) * copied / PINNED_SHARE)}
+    slow = by_hand(machine, pageable={"to_device": 1e5}, capacity=capacity)
+    report = predict(opt, policy, slow, workload).report
+    times = pinned + 10 * (1 - pinned)
+    before = first.report.lanes[LaneName.TO_DEVICE]
+    assert report.lanes[LaneName.TO_DEVICE] == pytest.approx(times * before, rel=1e-3)
+
+
+def test_cache_that_the_host_attends_over_is_not_pinned(opt, machine):
+    """So it leaves what can be pinned to the weights."""
+    policy = Policy(gpu_batch_size=3, weights={"cpu": 100}, cache={"cpu": 100})
+    workload, lanes = Workload(5, 4, 3), {}
+    for attend_on in ("cpu", "gpu"):
+        asked = policy.replace(attend_on=attend_on)
+        taken = predict(opt, asked, by_hand(machine), workload).plan.on(Tier.CPU)
+        capacity = by_hand(machine).capacity | {Tier.CPU: taken}
+        slow = by_hand(machine, pageable={"to_device": 1e5}, capacity=capacity)
+        both = (predict(opt, asked, each, workload).report for each in (by_hand(machine), slow))
+        fast, slower = (report.lanes[LaneName.TO_DEVICE] for report in both)
+        lanes[attend_on] = slower / fast
+    assert 1 <= lanes["cpu"] < lanes["gpu"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
@@ -12,6 +16,7 @@ from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 from flexgen import OptLM, Policy
 from flexgen.quant import CODECS
+from flexgen.runtime.sampler import sample
 from flexgen.schedule.orders import ORDERS
 
 GPU = torch.device("cuda", 0)
@@ -95,3 +100,18 @@ def ids_on(
     """Greedy ids of `PROMPTS`."""
     with open_on(device, config, policy, **options) as model:
         return model.generate(PROMPTS, 6, stop=stop)
+
+
+@contextlib.contextmanager
+def valid_ids() -> Iterator[None]:
+    """Without computed numbers, ids are garbage and name rows that a table does not have."""
+    made = itertools.count()
+
+    def valid(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        sample(logits, *args, **options)
+        ids = torch.arange(len(logits)) * 7 + next(made)
+        return (ids % VOCAB).to(logits.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexgen.runtime.choice.sample", valid)
+        yield
