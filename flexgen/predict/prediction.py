@@ -165,7 +165,7 @@ def _plan(
 
 
 def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
-    """Bytes of host memory that the link copies from and to. Cache that the host attends over is among them only where
+    """Bytes of host memory that the link copies from and to. Cache that the host attends over is among them where
     prompts are computed in parts."""
     in_parts = Passes(job.workload.prompt_len, policy.prefill_chunk).extends
     stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
