@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +147,7 @@ def find_policy(
         try:
             candidates = ranked()
         except CapacityError:
-            parts = [] if settled.prefill_chunk else list(parts_of(workload.prompt_len))
+            parts = () if settled.prefill_chunk else parts_of(workload.prompt_len)
             if (found := _in_parts(ranked, parts)) is None:
                 raise
             candidates = found
@@ -155,18 +155,12 @@ def find_policy(
     return Search(best, tuple(others), considered, time.perf_counter() - began)
 
 
-def _in_parts(ranked: Callable[[int], list[Candidate]], parts: Sequence[int]) -> list[Candidate] | None:
-    """The candidates for the largest parts of prompts that fit; None where not even the last, smallest ones do."""
-    if not parts:
-        return None
-    try:
-        least = ranked(parts[-1])
-    except CapacityError:
-        return None
-    for chunk in parts[:-1]:
+def _in_parts(ranked: Callable[[int], list[Candidate]], parts: Iterable[int]) -> list[Candidate] | None:
+    """The candidates for the first of these sizes of parts that fits, None where none does."""
+    for chunk in parts:
         with suppress(CapacityError):
             return ranked(chunk)
-    return least
+    return None
 
 
 @contextmanager
