@@ -19,6 +19,10 @@ class PieceSizes:
     weight_bytes: int = 1 * MIB
     """Weights of a layer are not divided into smaller pieces: smaller reads and copies are slower."""
 
+    read_bytes: int = 16 * MIB
+    """Bytes of a weight that are read, and converted or encoded, at once while a model opens: enough for all threads,
+    and little compared with a layer."""
+
     memory_page_tokens: int = 128
     """Tokens of a page in memory: whole pages move, and compiled kernels of the CPU read page by page."""
 

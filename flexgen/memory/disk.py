@@ -25,7 +25,6 @@ from flexgen.memory.direct_file import DirectFile
 from flexgen.memory.threads import Pool
 from flexgen.units import BLOCK, KIB, MIB, align
 
-_MAX_OPEN = 256  # idle files above this are closed, well below the usual limit of 1024 descriptors
 _HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does
 _INLINE_PIECES = 4  # as many small pieces are moved one after another, more of them by several threads
 
@@ -122,7 +121,8 @@ class DiskIO:
     """Reads and writes of many pieces at once, by `threads` threads in chunks of `chunk` bytes.
 
     Safe to call from several threads. `bandwidth` (bytes/s) slows all transfers together down to that
-    of an emulated disk; it may be set at any time. `clock` and `sleep` are replaced in tests.
+    of an emulated disk; it may be set at any time. Of files that are not in use, at most `open_files` stay open: the
+    usual limit of a process is 1024. `clock` and `sleep` are replaced in tests.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class DiskIO:
         chunk: int = 8 * MIB,
         direct: bool = True,
         bandwidth: float | None = None,
+        open_files: int = 256,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -141,6 +142,7 @@ class DiskIO:
         self.chunk = chunk
         self.direct = direct
         self.bandwidth = bandwidth
+        self._open_files = open_files
         self._clock = clock
         self._sleep = sleep
         self._idle_from = 0.0  # when the emulated disk has finished all it was given
@@ -218,7 +220,8 @@ class DiskIO:
             if total <= inline and len(parts) <= _INLINE_PIECES:
                 _move_all(move, parts)
             else:
-                futures += [self._pool.submit(_move_all, move, share) for share in self._shares(parts)]
+                for share in self._shares(parts):  # an error between two must find those that have begun
+                    futures.append(self._pool.submit(_move_all, move, share))
         except BaseException:
             transfer.abandon()
             raise
@@ -263,7 +266,7 @@ class DiskIO:
                 if not file.users and self._files.get((file.path, file.writable)) is not file:
                     file.close()  # it was forgotten while in use
             idle = [key for key, file in self._files.items() if not file.users]
-            for key in idle[: max(len(self._files) - _MAX_OPEN, 0)]:
+            for key in idle[: max(len(self._files) - self._open_files, 0)]:
                 self._files.pop(key).close()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from flexgen.errors import CapacityError, FlexGenError, RequestError
+from flexgen.errors import CapacityError, FlexGenError, RequestError, shown_path
 from flexgen.memory.direct_file import fix_for
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.run_folder import RunFolder, make_partial, remove_abandoned
@@ -54,8 +54,8 @@ class DiskStore:
                 path.unlink()
             except OSError as error:
                 raise RequestError(
-                    f"offload_dir {root} cannot be written to: {error.strerror}; give your own directory, or a path "
-                    "where one can be made"
+                    f"offload_dir {shown_path(root)} cannot be written to: {error.strerror}; give your own "
+                    "directory, or a path where one can be made"
                 ) from error
 
     @property

@@ -22,13 +22,9 @@ from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
 from flexgen.models.tensor_files import make_header, read_header
 from flexgen.policy import Tier
-from flexgen.units import ALIGNMENT, MIB, format_bytes
+from flexgen.units import ALIGNMENT, format_bytes
 
 logger = logging.getLogger(__name__)
-
-_PIECE_BYTES = 16 * MIB
-"""Of a weight in the model's dtype that are read and encoded at once: enough for all threads, and little beside a
-layer."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ class Homes:
         """
         codec = self.placement.codec(weight)
         count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
-        step = max(_PIECE_BYTES // width, 1)
+        step = max(self._machine.device.topology.pieces.read_bytes // width, 1)
         for first in range(0, count, step):
             rows = range(first, min(first + step, count))
             tensor = self._checkpoint.read(weight, self._dtype, rows)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import CheckpointError, ModelError, did_you_mean, shown, shown_path
+from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
 from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
@@ -137,6 +137,10 @@ def open_model(
         or name.count("/") > 1
     ):
         raise ModelError(f"{shown_path(name)}: there is no such directory")
+    if len(name) > MOST_OF_PATH:  # the hub's own message would repeat it
+        raise ModelError(
+            f"{shown(name)}: neither a directory here nor a hub id, which has at most 96 characters"
+        )
     repository = f"facebook/{size}" if size is not None else name
     if dummy:
         config = Path(_ask_hub(repository, huggingface_hub.hf_hub_download, hub, filename=_CONFIG))

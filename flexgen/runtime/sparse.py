@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,10 @@ class ValueReader:
         """Return when `buffer` has the chosen values of a part that begins at byte `start` of its file."""
         reads = value_reads(choice, segment, path, start, buffer, span)
         parts = [reads[n :: self._io.threads] for n in range(self._io.threads)]
-        futures = [self._pool.submit(self._read_part, part) for part in parts if part]
+        futures: list[Future[None]] = []
         try:
+            for part in filter(None, parts):
+                futures.append(self._pool.submit(self._read_part, part))
             for future in futures:
                 future.result()
         finally:  # the buffer must not be written any more, after an error or an interrupt too

@@ -254,6 +254,31 @@ def test_an_interrupted_caller_leaves_nothing_in_flight(path, monkeypatch):
     assert interrupted.is_set() and running == []
 
 
+def test_an_interrupt_between_two_jobs_of_a_transfer_drops_the_first(path, monkeypatch):
+    wait, busy, jobs = disk.wait, threading.Event(), []
+
+    def wait_for_all(futures, **options):
+        busy.set()
+        return wait(futures, **options)
+
+    monkeypatch.setattr(disk, "wait", wait_for_all)
+    with DiskIO(threads=1, chunk=BLOCK) as io:
+        submit = io._pool.submit
+
+        def interrupt_the_second(*job):
+            if jobs:
+                raise KeyboardInterrupt
+            jobs.append(submit(*job))
+            return jobs[0]
+
+        submit(busy.wait, 60)
+        monkeypatch.setattr(io._pool, "submit", interrupt_the_second)
+        monkeypatch.setattr(io, "_shares", lambda parts: ([part] for part in parts))
+        with pytest.raises(KeyboardInterrupt):
+            io.read([Read(path, 0, memory(10 * BLOCK))])
+        assert len(jobs) == 1 and jobs[0].cancelled()
+
+
 def test_reads_that_were_started_end_when_they_are_waited_for(path, monkeypatch):
     preadv, release, reading = os.preadv, threading.Event(), threading.Semaphore(0)
 
@@ -394,12 +419,11 @@ def closed(fd):
     return False
 
 
-def test_idle_files_are_closed_when_many_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_MAX_OPEN", 2)
+def test_idle_files_are_closed_when_many_are_open(tmp_path):
     paths = [tmp_path / str(number) for number in range(5)]
     for path in paths:
         path.write_bytes(bytes(BLOCK))
-    with DiskIO() as io:
+    with DiskIO(open_files=2) as io:
         io.read([Read(path, 0, memory(BLOCK)) for path in paths])  # all in use at once
         for path in paths + paths:
             io.read([Read(path, 0, memory(BLOCK))])

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from flexgen.errors import CapacityError, RequestError
+from flexgen.errors import MOST_OF_PATH, CapacityError, RequestError
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.disk_store import DiskStore
 from flexgen.units import BLOCK
@@ -223,3 +224,9 @@ def test_free_space_of_a_removed_root_is_refused_with_its_name(store, root):
             ask()
     with pytest.raises(RequestError, match=f"{root} cannot be written: No such file.*open the model again"):
         store.scratch("a", BLOCK)
+
+
+def test_a_directory_longer_than_a_path_is_not_shown_whole():
+    with DiskIO() as io, pytest.raises(RequestError, match="cannot be written to") as raised:
+        DiskStore(Path("x" * 100_000), io)
+    assert len(str(raised.value)) < 2 * MOST_OF_PATH

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from piece_sizes import piece_sizes
 from safetensors.torch import load_file
 
 from flexgen import quant
@@ -15,7 +16,7 @@ from flexgen.errors import CapacityError, CheckpointError
 from flexgen.layout.plan import SLOTS
 from flexgen.layout.topology import LINKED
 from flexgen.layout.weight_slots import slot_sizes
-from flexgen.memory import conversions, homes
+from flexgen.memory import conversions
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice
 from flexgen.memory.homes import HostRegion
@@ -299,11 +300,11 @@ def kept(weight, checkpoint, placement, dtype):
 @pytest.mark.parametrize("piece_bytes", [1, 5 * 128 * 2, 1 << 30])
 @pytest.mark.parametrize("codec", CODECS)
 def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
-    stream, saved, tmp_path, monkeypatch, codec, piece_bytes
+    stream, saved, tmp_path, codec, piece_bytes
 ):
-    monkeypatch.setattr(homes, "_PIECE_BYTES", piece_bytes)
     split = Split(disk=Share(100, codec))
-    model = stream(saved("opt", **WIDE), split, dtype=torch.bfloat16, offload_dir=tmp_path)
+    with piece_sizes(read_bytes=piece_bytes):
+        model = stream(saved("opt", **WIDE), split, dtype=torch.bfloat16, offload_dir=tmp_path)
     written = [
         load_file(path) for path in converted_in(tmp_path)
     ]  # its reader refuses holes and what overlaps
@@ -318,10 +319,10 @@ def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, monkeypatch, codec, device):
-    monkeypatch.setattr(homes, "_PIECE_BYTES", 7 * 128 * 2)
+def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, codec, device):
     split = Split(gpu=Share(50, codec), cpu=Share(50, codec))
-    model = stream(saved("opt", **WIDE), split, device, dtype=torch.bfloat16)
+    with piece_sizes(read_bytes=7 * 128 * 2):
+        model = stream(saved("opt", **WIDE), split, device, dtype=torch.bfloat16)
     for layer in model.layers:
         for weight in layer.weights:
             home, expected = (
@@ -336,7 +337,6 @@ def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, monkeypat
 
 def test_no_more_than_a_piece_of_a_weight_is_held_beside_what_is_kept(stream, saved, tmp_path, monkeypatch):
     limit = 16 * 128 * 4
-    monkeypatch.setattr(homes, "_PIECE_BYTES", limit)
     read, taken, of = tensor_files.SafetensorsCheckpoint.read, [], Counter()
 
     def counting(self, weight, dtype, rows=None):
@@ -347,7 +347,8 @@ def test_no_more_than_a_piece_of_a_weight_is_held_beside_what_is_kept(stream, sa
 
     monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", counting)
     split = Split(cpu=Share(50, "int4"), disk=Share(50, "int4"))
-    model = stream(saved("opt", **WIDE), split, "emulated", offload_dir=tmp_path)
+    with piece_sizes(read_bytes=limit):
+        model = stream(saved("opt", **WIDE), split, "emulated", offload_dir=tmp_path)
     assert max(taken) <= limit < max(w.nbytes(torch.float32) for layer in model.layers for w in layer.weights)
     encoded = {w.key: w for layer in model.layers for w in layer.weights if model.placement.codec(w)}
     assert {model.placement.of(w) for w in encoded.values()} == {Tier.CPU, Tier.DISK}
@@ -355,7 +356,6 @@ def test_no_more_than_a_piece_of_a_weight_is_held_beside_what_is_kept(stream, sa
 
 
 def test_a_failure_between_pieces_leaves_no_file(stream, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(homes, "_PIECE_BYTES", 16 * 128 * 4)
     read, left = tensor_files.SafetensorsCheckpoint.read, [5]
 
     def failing(self, weight, dtype, rows=None):
@@ -365,6 +365,7 @@ def test_a_failure_between_pieces_leaves_no_file(stream, saved, tmp_path, monkey
         return read(self, weight, dtype, rows)
 
     monkeypatch.setattr(tensor_files.SafetensorsCheckpoint, "read", failing)
-    with pytest.raises(CheckpointError, match="the disk is gone"):
+    pieces = piece_sizes(read_bytes=16 * 128 * 4)
+    with pieces, pytest.raises(CheckpointError, match="the disk is gone"):
         stream(saved("opt", **WIDE), Split(disk=Share(100, "int4")), offload_dir=tmp_path)
     assert files_in(tmp_path) == {}

@@ -230,3 +230,10 @@ def test_a_name_that_is_longer_than_a_file_may_have(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     with pytest.raises(ModelError, match="there is no such directory|not a directory here"):
         open_model(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "a\nb" * 40_000])
+def test_a_hub_id_of_any_length_makes_a_short_message(name: str) -> None:
+    with pytest.raises(ModelError, match="neither a directory here nor a hub id") as raised:
+        open_model(name)
+    assert len(str(raised.value)) < 1000
