@@ -22,13 +22,10 @@ from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Choice, Listener
 from flexgen.runtime.model import Model
-from flexgen.runtime.request import Request, check_length, pad_id, read_request
+from flexgen.runtime.request import Request, check_length, check_whole, pad_id, read_request
 from flexgen.runtime.stats import Meter
 from flexgen.runtime.tokens import NewTokens
 from flexgen.workload import Workload
-
-_LEAST_ROOM = 256
-"""Tokens that the first buffers have room for, at least."""
 
 
 class Conversation(Conveniences):
@@ -43,9 +40,14 @@ class Conversation(Conveniences):
     interrupted. Closing the conversation, or the model, gives the memory back.
     """
 
-    def __init__(self, lm: Conveniences, opened: Callable[[], Model], plans: CallPlans, meter: Meter) -> None:
+    def __init__(
+        self, lm: Conveniences, opened: Callable[[], Model], plans: CallPlans, meter: Meter, room: int
+    ) -> None:
+        """room: tokens that the cache has room for, at least."""
         super().__init__()
         self.spec, self.tokenizer_dir = lm.spec, lm.tokenizer_dir
+        check_whole("room", room, 1)
+        self._least = room
         self._lm = lm
         self._opened = opened
         self._plans = plans
@@ -143,7 +145,7 @@ class Conversation(Conveniences):
         """How the text is computed, and whether that takes other buffers than there are. Raises CapacityError."""
         if self._room is not None and tokens <= self._room[1].capacity:
             return self._room, not self._buffers.batches
-        roomy = int(min(max(2 * tokens, _LEAST_ROOM), self.spec.longest_text))
+        roomy = int(min(max(2 * tokens, self._least), self.spec.longest_text))
         try:
             return self._planned(roomy), True
         except CapacityError:

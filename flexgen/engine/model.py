@@ -333,9 +333,14 @@ class OptLM(Conveniences):
             self.stats = self._meter.stats(model, call, plan, request, 0)
         return result
 
-    def conversation(self) -> Conversation:
-        """A text whose KV cache is kept from call to call, so that each computes only what is new."""
-        return Conversation(self, self._opened, self._plans, self._meter)
+    def conversation(self, room: int = 256) -> Conversation:
+        """A text whose KV cache is kept from call to call, so that each computes only what is new.
+
+        room: tokens that its cache has room for, at least. It is taken by the first call, and grows where a text
+        outgrows it.
+        """
+        self._opened()
+        return Conversation(self, self._opened, self._plans, self._meter, room)
 
     def check_forward(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> None:
         """Raise what `forward_with` raises before any work."""

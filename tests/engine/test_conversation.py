@@ -127,10 +127,8 @@ def test_a_text_that_outgrows_its_buffers_gets_larger_ones(tiny: Any, prompts: A
     model = tiny("opt")
     with (
         OptLM(model.directory, Policy(), device="cpu", progress=False) as lm,
-        lm.conversation() as chat,
-        pytest.MonkeyPatch.context() as patch,
+        lm.conversation(room=1) as chat,
     ):
-        patch.setattr("flexgen.engine.conversation._LEAST_ROOM", 1)
         text = chat.generate(prompts([6])[0], 4, stop=())  # room for 20
         more = np.concatenate([text, prompts([4], 1)[0]])
         text = chat.generate(more, 4, stop=())
@@ -176,6 +174,8 @@ def test_what_is_refused(lm: Any, prompts: Any) -> None:
     with lm.conversation() as chat:
         with pytest.raises(RequestError, match="one text"):
             chat.generate_with(read_request(lm.spec, prompts([3, 4])), 2, chat.sampled())
+        with pytest.raises(RequestError, match="room"):
+            lm.conversation(room=0)
         with pytest.raises(RequestError, match="empty"):
             chat.generate([], 2)
         assert not any(lm._plans.kept), "nothing was taken"
