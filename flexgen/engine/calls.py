@@ -85,8 +85,8 @@ class CallPlans:
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
             halvings = chosen.policy.gpu_batch_size.bit_length()
-        whole = [_one_block(chosen.policy, rows, halved) for halved in range(halvings)]
-        shapes = [with_fitting_chunk(plan, shape, limits, workload.prompt_len) for shape in whole]
+        shapes = [_one_block(chosen.policy, rows, halved) for halved in range(halvings)]
+        shapes.append(with_fitting_chunk(plan, shapes[-1], limits, workload.prompt_len))
         fitting = next((policy for policy in shapes if not plan(policy).shortage(limits)), None)
         if fitting is None:
             most = self._most_rows(workload, kept, shapes[-1])
