@@ -15,9 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexgen.engine.model import OptLM, Stats
+    from flexgen.engine.model import OptLM
     from flexgen.policy import Auto, Policy, Share, Split, Tier
     from flexgen.runtime.sampler import sample
+    from flexgen.runtime.stats import Stats
     from flexgen.workload import Workload
 
 __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]
@@ -26,7 +27,7 @@ __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Worklo
 __path__.append(f"{__path__[0]}/flex_opt/old_names")
 
 _MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
-_MODULES |= dict.fromkeys(("OptLM", "Stats"), "flexgen.engine.model")
+_MODULES |= {"OptLM": "flexgen.engine.model", "Stats": "flexgen.runtime.stats"}
 _MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"}
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from flexgen.cli.flags import add_model_flags, add_policy_flags, read_policy, run, tell
 from flexgen.cli.prompts import normalized, read_text
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
+from flexgen.engine.conveniences import Conveniences
 from flexgen.engine.model import OptLM
 from flexgen.engine.text import encode, encode_chat, load_tokenizer
 from flexgen.errors import FlexGenError, RequestError
@@ -115,7 +116,7 @@ def _fitting(args: argparse.Namespace, prompt: str | None) -> list[int] | None:
     return ids
 
 
-def _answer(model: OptLM, ids: Sequence[int], args: argparse.Namespace) -> str:
+def _answer(model: Conveniences, ids: Sequence[int], args: argparse.Namespace) -> str:
     """Write the completion of a prompt as it is made; returns it."""
     pieces = []
     with model.stream_text(
@@ -151,18 +152,19 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
         import readline  # noqa: F401 (gives `input` its editing and its history)
     prompts = _Prompts(model.tokenizer, args.special_tokens)
     tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C ends an answer, Ctrl-D leaves.")
-    for line in _lines():
-        if not line.strip():
-            continue
-        if line.strip() == _RESET:
-            tell(prompts.reset())
-            continue
-        try:
-            prompts.answered(line, _answer(model, prompts.ids(line), args))
-        except FlexGenError as error:
-            tell(f"{error}{prompts.hint}")
-        except KeyboardInterrupt:
-            tell("\nthe answer was ended; it is not part of the conversation")
+    with model.conversation() as kept:  # an answer costs what is new of the text, not all of it
+        for line in _lines():
+            if not line.strip():
+                continue
+            if line.strip() == _RESET:
+                tell(prompts.reset())
+                continue
+            try:
+                prompts.answered(line, _answer(kept, prompts.ids(line), args))
+            except FlexGenError as error:
+                tell(f"{error}{prompts.hint}")
+            except KeyboardInterrupt:
+                tell("\nthe answer was ended; it is not part of the conversation")
     tell("\nbye")
 
 

@@ -99,13 +99,13 @@ def _float(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _positive(name: str, value: object) -> int:
+def _count(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise PolicyError(
-            f"{name} is {shown(value)} ({type(value).__name__}); it must be a whole number >= 1"
+            f"{name} is {shown(value)} ({type(value).__name__}); it must be a whole number >= {least}"
         )
-    if value < 1:
-        raise PolicyError(f"{name} is {shown(value)}; it must be at least 1")
+    if value < least:
+        raise PolicyError(f"{name} is {shown(value)}; it must be at least {least}")
     if (count := operator.index(value)) > LARGEST_COUNT:
         raise PolicyError(f"{name} is {shown(count)}; it must be at most {LARGEST_COUNT}")
     return count
@@ -229,8 +229,10 @@ class Policy:
     A block is `gpu_batch_size * num_gpu_batches` prompts: each layer's weights are brought in once per
     block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
     GPU is attended. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
-    largest attention scores; 1 is exact. `sep_layer` streams attention and MLP as two units. `pin_weight`
-    pins all host memory that feeds a GPU: weights, cache, hidden states and staging.
+    largest attention scores; 1 is exact. `prefill_chunk` is the most tokens of each prompt that one pass through
+    the layers computes; 0 is for whole prompts, or for parts of them where whole prompts do not fit. `sep_layer`
+    streams attention and MLP as two units. `pin_weight` pins all host memory that feeds a GPU: weights, cache,
+    hidden states and staging.
     """
 
     gpu_batch_size: int = 1
@@ -240,13 +242,14 @@ class Policy:
     activations: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
     attend_on: str = "cpu"
     attn_sparsity: float = 1.0
+    prefill_chunk: int = 0
     overlap: bool = True
     sep_layer: bool = True
     pin_weight: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("gpu_batch_size", "num_gpu_batches"):
-            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefill_chunk", 0)):
+            object.__setattr__(self, name, _count(name, getattr(self, name), least))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')
         for tier in Tier:

@@ -154,6 +154,12 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--gpu-batch-size", type=count, help="prompts that are computed at once")
     add("--num-gpu-batches", type=count, help="such batches that share each loaded layer")
+    add(
+        "--prefill-chunk",
+        type=count,
+        metavar="TOKENS",
+        help="of each prompt that are computed at once, at most",
+    )
     add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
     for name, help in (
         ("--overlap", "move the next layers and batches while one is computed"),
@@ -186,7 +192,7 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
     if args.percent:
         given = Policy.from_percent(*args.percent)
         changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
-    for name in ("gpu_batch_size", "num_gpu_batches", "overlap", "sep_layer", "pin_weight"):
+    for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "overlap", "sep_layer", "pin_weight"):
         if (value := getattr(args, name)) is not None:
             changes[name] = value
     if args.cpu_cache_compute is not None:

@@ -27,6 +27,7 @@ from flexgen.runtime.request import (
     check_whole,
     read_request,
 )
+from flexgen.runtime.stats import Stats
 from flexgen.runtime.stream import Stream, Teller
 
 Text = str | Sequence[int] | np.ndarray | Messages
@@ -38,6 +39,8 @@ class Conveniences(ABC):
 
     spec: ModelSpec
     tokenizer_dir: Path | None
+    stats: Stats | None = None
+    """Of the last call."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()

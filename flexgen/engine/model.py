@@ -17,23 +17,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flexgen.engine.conveniences import Conveniences
+from flexgen.engine.conversation import Conversation
 from flexgen.engine.opening import Place, open_weights, read_policy
 from flexgen.errors import RequestError
 from flexgen.layout.limits import read_limits
 from flexgen.layout.needs import Kept, MemoryPlan, Need
-from flexgen.layout.plan import batch_sizes
-from flexgen.memory.cpu import peak_resident_bytes
 from flexgen.memory.device import ComputeDevice
 from flexgen.models import HubOptions, open_model
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.results.report import Report
 from flexgen.results.trace import LaneName, Phase
-from flexgen.runtime.call import Call, Model
+from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.in_use import InUse
 from flexgen.runtime.lane_timing import lane_seconds
+from flexgen.runtime.model import Model
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
     IdRows,
@@ -47,7 +47,7 @@ from flexgen.runtime.request import (
     stop_ids,
 )
 from flexgen.runtime.sampler import check_sampling, check_seed
-from flexgen.runtime.stats import Stats
+from flexgen.runtime.stats import Meter
 from flexgen.runtime.tokens import NewTokens, WholeCallTokens, whole_call_needs
 from flexgen.schedule.orders import check_order
 from flexgen.workload import Workload
@@ -101,7 +101,6 @@ class OptLM(Conveniences):
         if order is not None:
             check_order(order)
         policy = read_policy(policy)
-        self.stats: Stats | None = None
         super().__init__()
         self.spec, checkpoint = open_model(model, weights, hub)
         if num_layers is not None:
@@ -116,9 +115,10 @@ class OptLM(Conveniences):
             self.placement = opened.plans.placement
             self._layers, self._slots = opened.model.layers, opened.model.slots
             self._machine, self._plans = opened.model.machine, opened.plans
-            self._resident_before = opened.resident_before
+            self._meter = Meter(self._machine, self.placement.nbytes[Tier.DISK], opened.resident_before)
             self._model: Model | None = opened.model
             self._in_use = opened.model.in_use
+            stack.callback(self._plans.forget_all)
             stack.callback(self._in_use.close)  # first of all: what runs uses what the others free
             # Also when the user forgets to close, and at exit: files and threads must not stay behind.
             self._finalizer = weakref.finalize(self, _close_own, self._in_use, stack.pop_all())
@@ -283,7 +283,7 @@ class OptLM(Conveniences):
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
-            self.stats = self._measured(model, call, plan, request, new_tokens)
+            self.stats = self._meter.stats(model, call, plan, request, new_tokens)
         return out
 
     def sampled(
@@ -330,8 +330,17 @@ class OptLM(Conveniences):
                     result.output(prompts, numbers, self._machine, self._slots.cells)
                 ) as output:
                     call.run(prompts, 1, output)
-            self.stats = self._measured(model, call, plan, request, 0)
+            self.stats = self._meter.stats(model, call, plan, request, 0)
         return result
+
+    def conversation(self, room: int = 256) -> Conversation:
+        """A text whose KV cache is kept from call to call, so that each computes only what is new.
+
+        room: tokens that its cache has room for, at least. It is taken by the first call, and grows where a text
+        outgrows it.
+        """
+        self._opened()
+        return Conversation(self, self._opened, self._plans, self._meter, room)
 
     def check_forward(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> None:
         """Raise what `forward_with` raises before any work."""
@@ -344,7 +353,10 @@ class OptLM(Conveniences):
         workload = Workload(request.longest, 1, len(request.prompts))
         topology, cells = self._machine.device.topology, self._slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
-        return workload, *self._prepared(workload, not last_only, hidden if hidden_states else None)
+        every = hidden_states or not last_only
+        return workload, *self._prepared(
+            workload, not last_only, hidden if hidden_states else None, whole_prompts=every
+        )
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
@@ -365,27 +377,15 @@ class OptLM(Conveniences):
         all_logits: bool = False,
         kept: Kept | None = None,
         one_block: bool = False,
+        whole_prompts: bool = False,
     ) -> tuple[Model, MemoryPlan]:
         """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
         model, plans = self._opened(), self._plans
         if one_block:
             chosen, plan = plans.of_one_block(workload, kept)
         else:
-            chosen, plan = plans.of_call(workload, all_logits, kept)
+            chosen, plan = plans.of_call(workload, all_logits, kept, whole_prompts)
         return replace(model, policy=chosen.policy, order=chosen.order), plan
-
-    def _measured(
-        self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int
-    ) -> Stats:
-        machine, prompts = self._machine, request.prompts
-        peak = {
-            Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
-            Tier.CPU: max(peak_resident_bytes() - self._resident_before, 0),
-            Tier.DISK: self.placement.nbytes[Tier.DISK] + machine.disk.peak,
-        }
-        order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
-        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
-        return Stats(call.timing, model.policy, order, plan, peak, *counts)
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
         """Of the last call, which ran `tokens` of `max_new_tokens` for `request`."""

@@ -26,7 +26,8 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import ModelSpec, build_layers
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Auto, Policy, Tier
-from flexgen.runtime.call import Model
+from flexgen.runtime.in_use import InUse
+from flexgen.runtime.model import Model
 from flexgen.workload import Workload
 
 
@@ -111,7 +112,8 @@ def open_weights(
     slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
     placement = place_weights(layers, policy.weights, dtype)
     resident_before = reset_peak_resident_bytes()
-    plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto)
+    in_use = InUse()
+    plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto, in_use)
     plan = plans.of_weights()
     homes = Homes(checkpoint, placement, dtype, machine)
     no_bar = None if place.progress is None else not place.progress
@@ -122,5 +124,5 @@ def open_weights(
         compute.settle()
         lanes = machine.make_lanes()
         stack.callback(lanes.close)
-    model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table)
+    model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table, in_use)
     return Opened(model, plans, resident_before)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from flexgen.engine import model as engine
-from flexgen.engine.model import Stats
 from flexgen.flex_opt.config import OptConfig
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.places import find_weights, read_config
@@ -19,6 +18,7 @@ from flexgen.results.trace import Event, Phase
 from flexgen.runtime.debug import BREAKDOWN
 from flexgen.runtime.draws import seed_from_torch
 from flexgen.runtime.request import IdRows, leading, read_rows
+from flexgen.runtime.stats import Stats
 from flexgen.schedule.steps import Op
 
 
@@ -136,7 +136,7 @@ def cost_lines(events: Sequence[Event], layers: int, batches: int, blocks: int, 
     seconds: dict[tuple[Op, Phase], float] = {}
     decoded = max((event.step.token for event in events), default=0)
     for event in events:
-        key = event.step.op, Phase.DECODE if event.step.token else Phase.PREFILL
+        key = event.step.op, Phase.DECODE if event.step.token > 0 else Phase.PREFILL
         seconds[key] = seconds.get(key, 0.0) + event.end - event.start
     weights = sum(seconds.get((Op.LOAD_WEIGHTS, phase), 0.0) for phase in Phase)
     lines = [

@@ -79,17 +79,23 @@ class CacheSegment:
         """Bytes of the pages on disk that a step makes whole."""
         if self.tier is not Tier.DISK:
             return 0
-        before, after = span.length // self.page_tokens, (span.length + span.new) // self.page_tokens
+        before, after = span.pages(self.page_tokens)
         return (after - before) * self.page_bytes
 
     def loads_only_keys(self, topology: Topology) -> bool:
         """Whether a decode step loads the keys first, and the chosen values while it computes attention."""
         return self.sparse and (topology.shares_host_memory or not self.on_device)
 
-    def workspace_bytes(self, prompt_len: int) -> int:
-        """What encoding a prompt takes meanwhile, and decoding a page on the CPU."""
+    def workspace_bytes(self, new: int) -> int:
+        """What encoding `new` tokens of each row takes meanwhile, and decoding a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
-        return self.heads.workspace_bytes(heads, max(prompt_len, self.page_tokens))
+        return self.heads.workspace_bytes(heads, max(new, self.page_tokens))
+
+    def extending_bytes(self) -> int:
+        """What attention of several tokens after cached ones takes for one row: its pages joined, and decoded."""
+        tokens = self.pages * self.page_tokens
+        joined = 2 * self.kv_heads * tokens * self.heads.nbytes if self.pages > 1 else 0
+        return joined + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)
 
     def device_bytes(self) -> int:
         """What a GPU takes to compute attention: pages in one, and decoded."""
@@ -113,9 +119,20 @@ class Span:
     length: int
     new: int
 
-    def whole_pages(self, page_tokens: int) -> int:
-        """Pages that are whole before the one that takes the last new token."""
-        return (self.length or self.new) // page_tokens
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes one token after cached ones. Of these steps alone the host computes attention, and
+        sparse attention chooses in them: with more new tokens, attention is limited by arithmetic."""
+        return self.length > 0 and self.new == 1
+
+    @property
+    def extends(self) -> bool:
+        """Whether it computes several tokens after cached ones."""
+        return self.length > 0 and self.new > 1
+
+    def pages(self, page_tokens: int) -> tuple[int, int]:
+        """The number of the page that takes the first new token, and of the one that takes the next step's first."""
+        return self.length // page_tokens, (self.length + self.new) // page_tokens
 
 
 @dataclass(frozen=True)
@@ -129,20 +146,25 @@ class CacheLayout:
     query_bytes: int
     topology: Topology
 
-    def load(self, length: int) -> Routes:
-        """The `length` cached tokens, to where attention reads them."""
-        moving = (segment for segment in self.segments if length and not segment.resident)
-        routes = (self.inward(segment, *segment.filled(length)) for segment in moving)
+    def load(self, span: Span) -> Routes:
+        """The cached tokens, to where attention reads them."""
+        routes = (self.inward(s, span, *s.filled(span.length)) for s in self.moving(span))
         return tuple(route for route in routes if route.moves)
 
-    def inward(self, segment: CacheSegment, pages: int, tail: int) -> Route:
+    def moving(self, span: Span) -> list[CacheSegment]:
+        """The segments whose cached tokens are not where the step's attention is computed."""
+        if not span.length:
+            return []
+        return [s for s in self.segments if not s.resident or (span.extends and not s.on_device)]
+
+    def inward(self, segment: CacheSegment, span: Span, pages: int, tail: int) -> Route:
         """`pages` bytes of whole pages and `tail` bytes of the page that is being filled, which stays in memory."""
         moves: tuple[Move, ...] = ()
-        if segment.loads_only_keys(self.topology):
+        if segment.loads_only_keys(self.topology) and span.decodes:
             pages //= 2
         if segment.tier is Tier.DISK and pages:
             moves += (Move(LaneName.DISK_READ, pages, Kind.READ),)
-        if segment.on_device:
+        if segment.on_device or span.extends:
             moves += tuple(Move(lane, pages + tail) for lane in self.topology.to_device)
         return Route(segment.tier, moves)
 
@@ -180,10 +202,10 @@ class CacheLayout:
 def leaves_device(segment: CacheSegment, span: Span, topology: Topology) -> bool:
     """Whether new keys and values are on a device of its own when their attention has been computed.
 
-    The device always computes a prompt. For a later token the host that computes attention has got them already.
+    The host that computes attention over one new token has got them already.
     """
     own = not topology.shares_host_memory and segment.tier is not Tier.GPU
-    return own and (segment.on_device or not span.length)
+    return own and (segment.on_device or not span.decodes)
 
 
 def cache_layout(

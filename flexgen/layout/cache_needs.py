@@ -10,6 +10,7 @@ import torch
 from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
 from flexgen.layout.needs import Need
+from flexgen.layout.passes import Passes
 from flexgen.layout.topology import Topology
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
@@ -48,13 +49,13 @@ class BatchCache:
                 needs.append(Need(Tier.CPU, "cache", "staging", filled))
         return needs
 
-    def in_flight(self, prompt: int, slots: int, hidden_bytes: int) -> list[Need]:
+    def in_flight(self, passes: Passes, slots: int, hidden_bytes: int) -> list[Need]:
         """What `slots` cells take. A slot serves every layer: it is as large as the layer that needs most.
 
         `hidden_bytes`: of the hidden states of one token of one row.
         """
-        needs = [need for segments in self._by_tier for need in self._of_tier(segments, prompt, slots)]
-        needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(prompt)))
+        needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
+        needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
         if asked := self.layouts[0].host_rows:
             answer = slots * max(layout.query_bytes for layout in self.layouts)
             qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
@@ -65,24 +66,26 @@ class BatchCache:
             needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
         return needs
 
-    def passing_bytes(self, prompt: int) -> int:
+    def passing_bytes(self, passes: Passes) -> int:
         """What encoding, joining and decoding keys and values take on the device, the tiers one after another."""
         segments = [segment for segments in self._by_tier for segment in segments]
-        there = (s.device_bytes() for s in segments if s.on_device and self._linked)
-        return max(max(s.workspace_bytes(prompt) for s in segments), max(there, default=0))
+        there = [s.device_bytes() for s in segments if s.on_device and self._linked]
+        there += [s.extending_bytes() for s in segments if passes.extends]
+        return max(max(s.workspace_bytes(passes.new) for s in segments), *there, 0)
 
-    def _of_tier(self, segments: tuple[CacheSegment, ...], prompt: int, slots: int) -> Iterator[Need]:
+    def _of_tier(self, segments: tuple[CacheSegment, ...], passes: Passes, slots: int) -> Iterator[Need]:
         tier, on_device = segments[0].tier, segments[0].on_device
         largest = max(segment.nbytes for segment in segments)
         if tier is Tier.DISK:
             yield Need(Tier.CPU, "cache", "slots", slots * largest)
-        if on_device and not segments[0].resident and self._linked:
+        # For parts of prompts, rows that the host attends later come to the device too.
+        if (on_device or passes.extends) and self._linked and not self.topology.in_place(tier):
             yield Need(Tier.GPU, "cache", "slots", slots * largest)
         if segments[0].sparse:
             choices = (_choice_bytes(s, own.heads) for s, own in zip(segments, self.kinds, strict=True))
             yield Need(Tier.GPU if on_device else Tier.CPU, "cache", "workspace", max(choices))
         if tier is not Tier.GPU and self._linked:
-            fresh = max(segment.token_bytes(prompt) for segment in segments)
+            fresh = max(segment.token_bytes(passes.new) for segment in segments)
             yield Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK))
             yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
 

@@ -12,6 +12,9 @@ from flexgen.units import format_bytes
 Limits = Mapping[Tier, int | None]
 Plan = Callable[[Policy], MemoryPlan]
 
+_SMALLEST_CHUNK = 32
+"""Tokens of a prompt. Each part brings all weights once more: with smaller ones a prefill is as slow as a decode."""
+
 _SMALL = 32
 """Batch sizes up to here are all tried where no half, quarter, ... fits: rows are rounded to tiers."""
 
@@ -26,6 +29,23 @@ def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
     if short := asked.shortage(limits):
         raise CapacityError(f"{short}. {_advice(plan, policy, limits)}")
     return asked
+
+
+def parts_of(prompt_len: int) -> Iterator[int]:
+    """Numbers of tokens to compute prompts in parts of: halves, quarters ..., none smaller than `_SMALLEST_CHUNK`."""
+    chunk = prompt_len
+    while chunk > _SMALLEST_CHUNK:
+        chunk = max(-(-chunk // 2), _SMALLEST_CHUNK)
+        yield chunk
+
+
+def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
+    """`policy` if its plan is within `limits`, else with the prefill in the largest parts of prompts, or of its
+    `prefill_chunk`, whose plan is. The policy as it is where none of them is."""
+    if not plan(policy).shortage(limits):
+        return policy
+    cuts = (policy.replace(prefill_chunk=n) for n in parts_of(policy.prefill_chunk or prompt_len))
+    return next((cut for cut in cuts if not plan(cut).shortage(limits)), policy)
 
 
 def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:

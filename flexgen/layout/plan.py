@@ -16,6 +16,7 @@ from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.layout.cache_needs import BatchCache, batch_cache
 from flexgen.layout.hidden import activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
@@ -66,13 +67,14 @@ def plan_memory(
     needs.append(Need(Tier.CPU, "weights", "staging", sum(sizes.staging)))
     if workload is not None:
         batches = batch_sizes(policy, workload.num_prompts)
+        passes = Passes(workload.prompt_len, policy.prefill_chunk)
         cache = {
             rows: batch_cache(attention, policy, rows, workload.capacity, dtype, topology)
             for rows in set(batches)
         }
         for rows in batches:
             needs += cache[rows].homes()
-            needs += hidden_layout(spec, policy, rows, dtype, topology).homes(workload.prompt_len)
+            needs += hidden_layout(spec, policy, rows, dtype, topology).homes(passes.new)
         # One set of slots serves every batch: each as large as the batch that needs most of it.
         largest: dict[tuple[Tier, str, str], int] = {}
         for of_batch in cache.values():
@@ -83,7 +85,7 @@ def plan_memory(
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
         needs.append(Need(Tier.GPU, "libraries", "workspace", workspaces.fixed))
-        positions = max(batches) * workload.prompt_len
+        positions = max(batches) * passes.new
         decoded = [
             decoded_bytes(layer, placement)
             for layer in layers
@@ -97,7 +99,7 @@ def plan_memory(
         ]
         needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
         if linked:  # without Triton; a product is over when keys and values are encoded
-            passing = min(of_batch.passing_bytes(workload.prompt_len) for of_batch in cache.values())
+            passing = min(of_batch.passing_bytes(passes) for of_batch in cache.values())
             decoding = max(decoding_bytes(layers, placement) - passing, 0)
             needs.append(Need(Tier.GPU, "weights", "workspace", decoding))
         lookup = lookup_sizes(layers, placement, topology, positions)
@@ -148,11 +150,13 @@ def _in_flight(
 ) -> list[Need]:
     """Slots, staging and workspace while a batch is computed."""
     spec, rows, prompt = layers[0].spec, cache.rows, workload.prompt_len
+    passes = Passes(prompt, policy.prefill_chunk)
     states = hidden_layout(spec, policy, rows, dtype, cache.topology)
-    needs = cache.in_flight(prompt, slots, states.token_bytes) + states.in_flight(prompt, slots)
-    hidden = activation_bytes(spec, rows, prompt, dtype)
-    # Layers are asked about the prefill and about the last token; the head takes one position of each row.
-    steps = [(prompt, prompt), (1, workload.capacity)]
+    needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
+    hidden = activation_bytes(spec, rows, passes.new, dtype)
+    # Layers are asked about the prefill, or its last part, and about the last token; the head takes one position of
+    # each row.
+    steps = [(passes.new, prompt), (1, workload.capacity)]
     workspace = max(
         layer.workspace_bytes(
             rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype, workspaces

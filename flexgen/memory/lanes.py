@@ -57,7 +57,10 @@ def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
     """A LaneError that names the step; what comes from an earlier step keeps the name it has."""
     if isinstance(cause, LaneError):
         return cause
-    where = f"{step.op.name.lower()} of token {step.token}, layer {step.layer}, batch {step.batch}"
+    what = (
+        f"token {step.token}" if step.token >= 0 else f"a part of the prompts ({-step.token} before the last)"
+    )
+    where = f"{step.op.name.lower()} of {what}, layer {step.layer}, batch {step.batch}"
     return lane_error(f"{where} failed on lane {lane}", cause)
 
 

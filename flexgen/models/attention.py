@@ -55,7 +55,7 @@ class Attention(AttentionLayer):
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         rope = self.layer_spec.attention.rope
         if rope is None or x.shape[1] > 1:
-            q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v")
+            q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v", length=ctx.text_length)
             return q, k, v
         normed = self._before(x, weights)
         q, k, v = (self._heads(normed, weights, name) for name in ("q", "k", "v"))
@@ -86,12 +86,14 @@ class Attention(AttentionLayer):
         return made
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        """A long prompt: keys and values of all of it, then queries, attention and output chunk by chunk."""
+        """Many new tokens: keys and values of all of them, then queries, attention and output chunk by chunk."""
         own, (rows, seq) = self.layer_spec.attention, x.shape[:2]
         parts = list(chunks(rows, seq, self.spec.chunk_tokens))
         # A chunk's own largest position would stretch it otherwise than its neighbours.
         stretched = own.rope is not None and own.rope.kind in ("dynamic", "longrope")
-        length = ctx.positions.max() + 1 if stretched else None
+        length = ctx.text_length
+        if stretched and length is None:
+            length = ctx.positions.max() + 1
         # Laid out by token, as products are.
         shape = (rows, seq, own.kv_heads, own.head_dim)
         k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(2))
@@ -100,7 +102,7 @@ class Attention(AttentionLayer):
             for whole, each in zip((k, v), made, strict=True):
                 whole[part.rows, :, part.tokens] = each
             del made, each
-        ctx.keep_prompt(k, v)
+        ctx.keep_new(k, v)
         out = torch.empty_like(x)
         for part in parts:
             (q,) = self._project(x[part], weights, ctx.positions[part], "q", length=length)
@@ -140,8 +142,7 @@ class Attention(AttentionLayer):
         # part of a row.
         at_once, kv_size = min(seq, limit), self.layer_spec.attention.kv_size
         whole = rows * seq * (self.spec.hidden_size + 2 * kv_size) * dtype.itemsize
-        mask = min(at_once * seq, MASK_VALUES) * dtype.itemsize if seq > limit else 0
-        return whole + mask + self._workspace(limit // at_once, at_once, seq, dtype, workspaces)
+        return whole + self._workspace(limit // at_once, at_once, context, dtype, workspaces)
 
     def _workspace(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces
@@ -161,6 +162,7 @@ class Attention(AttentionLayer):
             attend = qkv + 2 * attended + (2 * attended if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
             attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
+            attend += queries * context * item if queries < context else 0  # the mask
         else:
             # Scores and probabilities in float32, probabilities again in `dtype`, one page of products and
             # the padding mask; the cache rounds the context up to whole pages.

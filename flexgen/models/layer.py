@@ -50,6 +50,11 @@ class Context(Protocol):
         """(batch, seq) int64 on the compute device, counted from the row's first real one; padding has 0."""
 
     @property
+    def text_length(self) -> Tensor | None:
+        """Where `positions` are a part of a prompt, the length of the batch's longest text, () int64 on the compute
+        device: what rotary frequencies that depend on the length are for. None otherwise."""
+
+    @property
     def last_only(self) -> bool:
         """The head computes logits for the last position only."""
 
@@ -63,11 +68,11 @@ class Context(Protocol):
         returns (batch, heads, seq, head_dim).
         """
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
-        """Take keys and values of a whole prompt, whose queries then come by `attend_chunk`."""
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
+        """Take keys and values of all new tokens, whose queries then come by `attend_chunk`."""
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`attend` for the part `chunk` of a prompt: its q, and k and v of the whole batch.
+        """`attend` for the part `chunk` of the new tokens: its q, and k and v of all of them.
 
         q and the result are (rows, heads, tokens, head_dim) of the chunk.
         """

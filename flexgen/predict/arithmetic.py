@@ -91,8 +91,9 @@ class Arithmetic:
 
     # Attention
 
-    def prompt_attention(self, layer: Layer, rows: int, tokens: int) -> float:
-        flops = layer.attention_flops(rows, tokens, tokens)
+    def prompt_attention(self, layer: Layer, rows: int, tokens: int, context: int) -> float:
+        """For `tokens` new tokens of each row, the last of which attends to `context` tokens."""
+        flops = layer.attention_flops(rows, tokens, context)
         return flops / self._hardware.figure("prefill_attention", self._name)
 
     def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from flexgen.layout.cache import CacheSegment, Span, cache_layout
 from flexgen.layout.hidden import HiddenLayout, IdLayout, hidden_layout
 from flexgen.layout.moves import Move, Route
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.rows import row_layout
@@ -49,8 +50,9 @@ _Key = tuple[Op, int, int, int, bool, bool]
 class StepCosts:
     """The work of every step of one block of `prompts` prompts.
 
-    `tokens`: the tokens that those of the grid stand for. Where they are not all of the workload's, a token reads
-    as much of a cache on disk as the line through its pages says, and those of the grid in `flushing` write one.
+    `tokens`: the passes that those of the grid stand for, named as in `Passes`: those up to 0 are the prefill. Where
+    they are not all of the workload's, a token reads as much of a cache on disk as the line through its pages says,
+    and those of the grid in `flushing` write one.
     `splits_attention`: as of the grid; `serial`: as of the order. `alike`: for each layer the first whose steps take
     the same as its own, but for loads of weights, which are the same for every token.
 
@@ -78,6 +80,7 @@ class StepCosts:
         self._policy = policy
         self._dtype = placement.dtype
         self._prompt = workload.prompt_len
+        self._passes = Passes(workload.prompt_len, policy.prefill_chunk)
         self._capacity = workload.capacity
         self._hardware = hardware
         self._topology = hardware.topology
@@ -87,14 +90,14 @@ class StepCosts:
         alike: dict[WeightLayout, int] = {}
         self._same_weights = [alike.setdefault(layout, n) for n, layout in enumerate(self._weights)]
         self.weight_pieces = count_pieces(self._weights, len(self._batches))
-        self._tokens = range(workload.gen_len) if tokens is None else tokens
+        self._tokens = range(self._passes.first, workload.gen_len) if tokens is None else tokens
         self._flushing = flushing
         self._splits_attention = splits_attention
         self._arithmetic = Arithmetic(placement, hardware)
-        most = max(self._batches) * workload.prompt_len
+        most = max(self._batches) * self._passes.new
         self._rows = row_layout(layers, placement, self._topology, most)
         self.feeds_ids = self._topology.keeps_ids(self._rows is not None) and not serial  # as of the grid
-        self._every_token = len(self._tokens) == workload.gen_len
+        self._every_token = len(self._tokens) == workload.gen_len - self._passes.first
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._cache = {
             (n, rows): cache_layout(
@@ -179,20 +182,22 @@ class StepCosts:
 
     def _load_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
-        new = self._new(token)
+        new = self._span(token).new
+        if layer == self._last and token < 0:
+            return ()
         if layer:
             return self._timed_routes(self._hidden(rows).load(new))
         if self._rows is not None:
             return self._timed_routes(self._rows.load(rows * new))
-        if self.feeds_ids and token:
+        if self.feeds_ids and token > 0:
             return ()
         return self._timed_routes(IdLayout(rows, self._topology).load(new))
 
     def _store_hidden(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
         if layer == self._last:
-            return self._timed_routes(IdLayout(rows, self._topology).store())
-        return self._timed_routes(self._hidden(rows).store(self._new(token)))
+            return self._timed_routes(IdLayout(rows, self._topology).store()) if token >= 0 else ()
+        return self._timed_routes(self._hidden(rows).store(self._span(token).new))
 
     def _hidden(self, rows: int) -> HiddenLayout:
         return hidden_layout(self._spec, self._policy, rows, self._dtype, self._topology)
@@ -201,25 +206,26 @@ class StepCosts:
 
     def _load_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, *_ = key
-        if not self._layers[layer].has_cache or not token:
+        if not self._layers[layer].has_cache:
             return ()
-        layout, cached = self._cache[layer, rows], self._cached(token)
-        moving = [segment for segment in layout.segments if not segment.resident]
-        return self._timed_routes(layout.inward(s, *self._pages(s, cached)) for s in moving)
+        layout, span = self._cache[layer, rows], self._span(token)
+        return self._timed_routes(
+            layout.inward(s, span, *self._pages(s, token, span.length)) for s in layout.moving(span)
+        )
 
     def _store_cache(self, key: _Key) -> Loads:
         _, layer, token, rows, _, flushes = key
         if not self._layers[layer].has_cache:
             return ()
-        layout, span = self._cache[layer, rows], Span(self._cached(token), self._new(token))
+        layout, span = self._cache[layer, rows], self._span(token)
         return self._timed_routes(
             layout.outward(segment, span, self._flushed(segment, span, flushes))
             for segment in layout.segments
         )
 
-    def _pages(self, segment: CacheSegment, cached: int) -> tuple[int, int]:
+    def _pages(self, segment: CacheSegment, token: int, cached: int) -> tuple[int, int]:
         """Bytes of the whole pages that hold `cached` tokens, and of the page that is being filled."""
-        if self._every_token or segment.tier is not Tier.DISK:
+        if self._every_token or segment.tier is not Tier.DISK or token <= 0:
             return segment.filled(cached)
         # A line with the mean of the steps, and nearly as steep.
         later = range(self._prompt, self._capacity - 1)
@@ -231,7 +237,7 @@ class StepCosts:
 
     def _flushed(self, segment: CacheSegment, span: Span, flushes: bool) -> int:
         """Bytes of the pages that became whole."""
-        if self._every_token or not span.length:
+        if self._every_token or span.length < self._prompt:
             return segment.flushed(span)
         if segment.tier is not Tier.DISK or not flushes or not self.flushes:
             return 0
@@ -251,21 +257,23 @@ class StepCosts:
 
     def _compute(self, key: _Key) -> Loads:
         _, index, token, rows, first, _ = key
-        layer, arithmetic = self._layers[index], self._arithmetic
-        new = 1 if index == self._last else self._new(token)  # the head takes the last position only
+        layer, arithmetic, span = self._layers[index], self._arithmetic, self._span(token)
+        if index == self._last and token < 0:
+            return ()
+        new = 1 if index == self._last else span.new  # the head takes the last position only
         seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
         crossed = 0
         if self._splits(index, token, rows):
             assert isinstance(layer, AttentionLayer)
             seconds -= arithmetic.projection(layer, rows, first)
             return ((Load(LaneName.COMPUTE, 0, seconds + self._hardware.fixed.cell / 2),),)
-        if layer.has_cache and not token:
-            seconds += arithmetic.prompt_attention(layer, rows, new)
+        if layer.has_cache and not span.decodes:
+            seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
         elif layer.has_cache:
             # The device attends to its rows while the host attends to its own; what the host is asked and answers
             # crosses the link within the computation.
             layout = self._cache[index, rows]
-            seconds += max(arithmetic.token_attention(layout.segments, self._cached(token) + 1))
+            seconds += max(arithmetic.token_attention(layout.segments, span.length + 1))
             if layout.host_rows:
                 for move in (layout.ask(), layout.answer()):
                     crossed += move.nbytes
@@ -283,7 +291,7 @@ class StepCosts:
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in halves."""
-        splits = self._splits_attention and self._layers[index].has_cache and token > 0
+        splits = self._splits_attention and self._layers[index].has_cache and self._span(token).decodes
         return splits and bool(self._cache[index, rows].host_rows)
 
     def _project(self, key: _Key) -> Loads:
@@ -300,7 +308,7 @@ class StepCosts:
         if not self._splits(index, token, rows):
             return ()
         segments = self._cache[index, rows].segments
-        device, host = self._arithmetic.token_attention(segments, self._cached(token) + 1)
+        device, host = self._arithmetic.token_attention(segments, self._span(token).length + 1)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
         if any(segment.on_device for segment in segments):
             chains += ((Load(LaneName.COMPUTE, 0, device),),)
@@ -314,12 +322,8 @@ class StepCosts:
 
     # Lanes
 
-    def _new(self, token: int) -> int:
-        return 1 if token else self._prompt
-
-    def _cached(self, token: int) -> int:
-        """Tokens that are cached before the step: none for the prompt."""
-        return self._prompt + token - 1 if token else 0
+    def _span(self, token: int) -> Span:
+        return self._passes.span(token)
 
     def _timed_routes(self, routes: Iterable[Route]) -> Loads:
         return tuple(tuple(map(self._load, route.moves)) for route in routes if route.moves)

@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from flexgen.errors import CapacityError, RequestError
-from flexgen.layout.fitting import fitting_plan
+from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
@@ -92,14 +93,14 @@ def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Predict
     workload = job.workload
     layers = build_layers(job.spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, job.dtype)
-    plan = _plan(job, policy, layers, placement)
-    job = replace(job, hardware=job.hardware.copying(_copied(plan, job.hardware, policy), policy.pin_weight))
+    policy, plan = _plan(job, policy, layers, placement)
+    job = replace(job, hardware=job.hardware.copying(_copied(plan, job, policy), policy.pin_weight))
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
     blocks = tuple(made[prompts] for prompts in shapes)
     batches = batch_sizes(policy, workload.num_prompts)
-    laid_out = len(blocks[0].tokens)
+    laid_out = sum(token >= 0 for token in blocks[0].tokens)
     report = Report(
         model=job.spec.name,
         policy=policy,
@@ -139,7 +140,10 @@ def roofline(
     return predict(spec, policy, rates, workload, dtype=dtype, order=order).report.phases
 
 
-def _plan(job: Job, policy: Policy, layers: Sequence[Layer], placement: Placement) -> MemoryPlan:
+def _plan(
+    job: Job, policy: Policy, layers: Sequence[Layer], placement: Placement
+) -> tuple[Policy, MemoryPlan]:
+    """The policy, in parts of prompts where whole ones do not fit, and its plan."""
     hardware, slots = job.hardware, job.order_for(policy).slots
     workspaces = workspaces_on(hardware)
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
@@ -156,12 +160,15 @@ def _plan(job: Job, policy: Policy, layers: Sequence[Layer], placement: Placemen
         block = layers, placement, asked, placement.dtype, hardware.topology, job.workload
         return plan_memory(*block, slots=slots, workspaces=workspaces)
 
-    return fitting_plan(plan, policy, limits)
+    policy = with_fitting_chunk(plan, policy, limits, job.workload.prompt_len)
+    return policy, fitting_plan(plan, policy, limits)
 
 
-def _copied(plan: MemoryPlan, hardware: Hardware, policy: Policy) -> int:
-    """Bytes of host memory that the link copies from and to. Cache that the host attends over is not among them."""
-    stays = ("home", "slots") if hardware.topology.host_attends(policy) else ()
+def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
+    """Bytes of host memory that the link copies from and to. Cache that the host attends over is among them where
+    prompts are computed in parts."""
+    in_parts = Passes(job.workload.prompt_len, policy.prefill_chunk).extends
+    stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
     return sum(
         need.nbytes
         for need in plan.needs
@@ -181,13 +188,17 @@ def _block(
 ) -> _Block:
     hardware, workload = job.hardware, job.workload
     batches = len(batch_sizes(policy, prompts))
-    if samples is None and workload.gen_len * len(layers) * batches > _EXACT_CELLS:
+    parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
+    lead = len(parts)
+    if samples is None and (workload.gen_len + lead) * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
-    tokens, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    new, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
+    tokens = [*parts, *new]
     asked, full = job.order_for(policy, batches), job.order_for(policy)
 
     def costs_of(splits_attention: bool) -> StepCosts:
-        block = layers, placement, policy, workload, hardware, prompts, tokens, flushing
+        writing = [lead + n for n in flushing]
+        block = layers, placement, policy, workload, hardware, prompts, tokens, writing
         return StepCosts(*block, splits_attention=splits_attention, serial=asked.serial)
 
     costs = costs_of(asked.splits_attention)
@@ -195,12 +206,12 @@ def _block(
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses)
-    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)  # when each token was known for all rows
+    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
+    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)[lead:]  # when each token was known for all rows
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
-        return decode_seconds(seconds, tokens, flushing, workload.gen_len, costs.flushes)
+        return decode_seconds(seconds, new, flushing, workload.gen_len, costs.flushes)
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
@@ -209,8 +220,9 @@ def _block(
     busy = [apart.busy(n) for n in range(len(tokens))]
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
     for lane in timed_lanes(attends):
-        per_token = [by_lane.get(lane, 0.0) for by_lane in busy]
-        for phase, alone in ((Phase.PREFILL, per_token[0]), (Phase.DECODE, decode(per_token))):
+        by_pass = [by_lane.get(lane, 0.0) for by_lane in busy]
+        prefill = sum(by_pass[: lead + 1])
+        for phase, alone in ((Phase.PREFILL, prefill), (Phase.DECODE, decode(by_pass[lead:]))):
             if alone:
                 phases[phase][lane] = alone
     return _Block(ends[0], decode(took) + trailing, phases, tokens, timeline)

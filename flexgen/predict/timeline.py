@@ -163,8 +163,8 @@ _SETTLED = 1e-3
 _MOST_LOST = 0.9
 
 
-def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses) -> Timeline:
-    """`play`, where lanes that work at the same time slow each other down.
+def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1) -> Timeline:
+    """`play`, where lanes that work at the same time slow each other down. `prefill`: how many passes are of it.
 
     By turns the schedule is laid out, and each stage made longer by what it loses to those it overlaps: a few rounds,
     until the end no longer moves. A stage is slowed evenly over its time.
@@ -183,7 +183,7 @@ def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses) -> Time
     for _ in range(_ROUNDS):
         before = made.span
         starts, ends = map(np.array, made.edges())
-        stretched = _stretched(lanes, tokens == 0, starts, ends, losses)
+        stretched = _stretched(lanes, tokens < prefill, starts, ends, losses)
         made = Timeline(steps, works, _lay_out(steps, works, stretched), stretched)
         if abs(made.span - before) <= _SETTLED * before:
             break

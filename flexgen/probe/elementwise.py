@@ -122,6 +122,7 @@ class _Attending:
     """A layer's context in the prefill: keys and values are put into pages, and attended."""
 
     last_only = True
+    text_length = None
 
     def __init__(self, heads: int, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.positions = torch.zeros(rows, _PROMPT, dtype=torch.int64, device=device)
@@ -132,10 +133,10 @@ class _Attending:
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self.keep_prompt(k, v)
+        self.keep_new(k, v)
         return causal_attention(q, k, v, None, scale)
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
         put(self._pages, 0, k, v)
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -17,8 +17,9 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy
 from flexgen.probe.effort import Effort
-from flexgen.runtime.call import Call, Model
+from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Sampled
+from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import NewTokens
 from flexgen.schedule.orders import Slots
 from flexgen.workload import Workload

@@ -35,11 +35,12 @@ class Activations:
         spec: ModelSpec,
         policy: Policy,
         batches: Sequence[int],
-        prompt_len: int,
+        new: int,
         dtype: torch.dtype,
         machine: Machine,
         slots: int = SLOTS,
     ) -> None:
+        """A cell has at most `new` tokens of each row."""
         self._hidden = spec.hidden_size
         self._dtype = dtype
         self._device = machine.device
@@ -52,13 +53,13 @@ class Activations:
         self._homes: dict[int, Tensor] = {}
         self._files: dict[int, Path] = {}
         for batch, layout in enumerate(self._layouts):
-            cpu, disk = (layout.home_bytes(tier, prompt_len) for tier in (Tier.CPU, Tier.DISK))
+            cpu, disk = (layout.home_bytes(tier, new) for tier in (Tier.CPU, Tier.DISK))
             if cpu and not layout.topology.in_place(Tier.CPU):
                 self._homes[batch] = self._take(machine.host, cpu)
             if disk:
                 self._files[batch] = self._taken.file(machine.disk, f"hidden-{batch}", disk)
-        from_disk = max(layout.home_bytes(Tier.DISK, prompt_len) for layout in self._layouts)
-        moved = max(layout.away_bytes(prompt_len) for layout in self._layouts)
+        from_disk = max(layout.home_bytes(Tier.DISK, new) for layout in self._layouts)
+        moved = max(layout.away_bytes(new) for layout in self._layouts)
         self._arriving = [self._take(machine.host, from_disk) for _ in range(slots)]
         self._departing = [self._take(machine.host, from_disk) for _ in range(slots)]
         # Without a link, rows on disk arrive where they are used.

@@ -8,60 +8,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from flexgen.errors import LaneError
-from flexgen.layout.cache import cache_segments
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.weights import count_pieces
-from flexgen.memory.lanes import Lanes
-from flexgen.memory.lookup import RowTable
-from flexgen.memory.machine import Machine
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
-from flexgen.memory.weights import WeightSlots
-from flexgen.models import Layer
-from flexgen.models.layer import AttentionLayer
-from flexgen.policy import Policy
 from flexgen.results.trace import LaneName, Phase, Trace
-from flexgen.runtime.activations import Activations
+from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
-from flexgen.runtime.in_use import InUse
-from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.lookup import Lookup
+from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import Output, Prompts
-from flexgen.schedule.orders import Order, Slots, normal
+from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
 from flexgen.workload import Workload
-
-
-@dataclass(frozen=True)
-class Model:
-    """An opened model, ready to run: what every call shares.
-
-    `table`: of the embedding, where its rows are gathered at home. `in_use`: held by the one call that runs.
-    """
-
-    layers: tuple[Layer, ...]
-    dtype: torch.dtype
-    policy: Policy
-    machine: Machine
-    weights: WeightSlots
-    lanes: Lanes
-    slots: Slots
-    order: str | None = None
-    table: RowTable | None = None
-    in_use: InUse = field(default_factory=InUse, compare=False)
-
-    @property
-    def feeds_ids(self) -> bool:
-        """Whether new ids feed the next token on the device, in an order that allows it."""
-        return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
-
-    def order_of(self, batches: int) -> Order:
-        """The order in which a block of so many batches runs."""
-        return self.machine.device.topology.choose_order(self.order, self.policy, batches)
 
 
 @dataclass
@@ -90,7 +51,8 @@ class Call:
     `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
     raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
 
-    `workspace`: bytes that the plan has on the compute device for temporaries.
+    `workspace`: bytes that the plan has on the compute device for temporaries. `kept`: buffers that outlive the call,
+    such as those of a text whose cache is kept.
 
     Enter it twice (`with call, call:`): Ctrl-C at the very beginning of the inner exit leaves the work to the outer
     one, which otherwise does nothing.
@@ -103,17 +65,16 @@ class Call:
         pad_id: int,
         check: Callable[[], object] | None = None,
         workspace: int = 0,
+        kept: Buffers | None = None,
     ) -> None:
         self._check = check
         self._workspace = workspace
         self._model = model
         self._workload = workload
         self._pad_id = pad_id
-        self._batches: list[int] = []
         self._prompts: Prompts | None = None
-        self._cache: KVCache | None = None
-        self._activations: Activations | None = None
-        self._lookup: Lookup | None = None
+        self._buffers = kept or Buffers()
+        self._keeps = kept is not None
         self._undo: list[Callable[[], object]] | None = None
         self._began = 0.0
         self.timing = Timing()
@@ -131,7 +92,7 @@ class Call:
                 partial(self._model.in_use.end, self),
                 partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
-                self._free_buffers,
+                *([] if self._keeps else [self._buffers.close]),
                 self._free_prompts,
             ]
         run_all(self._undo)
@@ -140,19 +101,21 @@ class Call:
         """The order in which a block of so many batches runs."""
         return self._model.order_of(batches)
 
-    def prepare(self, prompts: Sequence[np.ndarray]) -> Prompts:
-        """Take the prompts of the next block, at most the policy's block size."""
+    def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
+        """Take the prompts of the next block, at most the policy's block size. They follow `cached` tokens of each
+        row, which kept buffers have."""
         self._began = time.perf_counter()
         self._free_prompts()
         batches = batch_sizes(self._model.policy, len(prompts))
-        if batches != self._batches:
-            self._free_buffers()
-            self._make_buffers(batches)
+        buffers = self._buffers
+        if batches != buffers.batches:
+            buffers.make(self._model, self._workload, batches)
             self._model.machine.device.reserve(self._workspace)
-        elif self._cache is not None and self._activations is not None:
-            self._cache.reset()
-            self._activations.regroup(batches)
-        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, self._model.slots.cells)
+        elif buffers.cache is not None and buffers.activations is not None:
+            buffers.cache.reset()
+            buffers.activations.regroup(batches)
+        cells, chunk = self._model.slots.cells, self._model.policy.prefill_chunk
+        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, cells, chunk, cached)
         self._model.machine.device.settle()
         self.positions_computed += self._prompts.positions_computed
         return self._prompts
@@ -163,7 +126,7 @@ class Call:
         It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
         are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
         """
-        generation = self._execute(prompts, tokens, output, 0)
+        generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             if generation.following != prompts.batches:
                 self._regroup(prompts, generation.following, generation.next)
@@ -173,15 +136,15 @@ class Call:
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
-        run = range(first, first + 1 if output.by_token else tokens)
+        run = range(first, max(first, 0) + 1 if output.by_token else tokens)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid))
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
         self.timing.trace.extend(events, offset)
         if output.by_token:
-            generation.finished(0)
-        if not first:
+            generation.finished(len(run) - 1)
+        if first <= 0:
             head = Op.STORE_HIDDEN, 0, len(self._model.layers) - 1
             known = [offset + event.end for event in events if event.step[:3] == head]
             now = self.timing.total + time.perf_counter() - self._began
@@ -198,35 +161,38 @@ class Call:
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
         """From `token` on, only these rows; nothing runs meanwhile."""
-        assert self._cache is not None and self._activations is not None
+        cache, activations = self._buffers.cache, self._buffers.activations
+        assert cache is not None and activations is not None
         try:
-            self._cache.regroup(prompts.regroup(batches, token), self._model.policy.cache)
+            cache.regroup(prompts.regroup(batches, token), self._model.policy.cache)
         except OSError as error:
             raise LaneError(
                 f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
             ) from error
-        self._activations.regroup([len(rows) for rows in batches])
+        activations.regroup([len(rows) for rows in batches])
         self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
         """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
 
-        The prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
+        The whole prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
         lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
         host attends is timed apart from what the device computes, whatever the order that is in force.
         """
-        sampled = [0, *sorted({1, tokens // 2, tokens - 1} - {0})] if tokens > 1 else [0]
-        grid = replace(self._grid(normal, prompts, tokens), splits_attention=True)
-        generation = self._generation(prompts, output, grid)
+        first = prompts.first
+        sampled = [*range(first, 1), *(sorted({1, tokens // 2, tokens - 1} - {0}) if tokens > 1 else ())]
+        grid = replace(self._grid(normal, prompts, tokens - first), splits_attention=True)
+        generation = self._generation(prompts, output, grid, first)
         grid = replace(grid, tokens=len(sampled))
-        alone = _LaneAlone(generation, lane, sampled)
+        alone = _LaneAlone(generation, lane, [token - first for token in sampled])
         trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes, sampled)
         seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
-        later = [seconds[token] for token in sampled[1:]]
+        later = [seconds[token] for token in sampled if token > 0]
         decode = sum(later) / len(later) * (tokens - 1) if later else 0.0
-        return {Phase.PREFILL: seconds[0], Phase.DECODE: decode}
+        prefill = sum(seconds[token] for token in sampled if token <= 0)
+        return {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     def _grid(self, order: Order, prompts: Prompts, tokens: int) -> Grid:
         model, batches = self._model, len(prompts.batches)
@@ -234,40 +200,19 @@ class Call:
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
-        assert self._cache is not None and self._activations is not None, "prepare comes before run"
-        model, cache, activations = self._model, self._cache, self._activations
+        model, cache, activations = self._model, self._buffers.cache, self._buffers.activations
+        assert cache is not None and activations is not None, "prepare comes before run"
         return Generation(
-            grid, model.layers, model.weights, prompts, cache, activations, output, self._lookup, first
+            grid,
+            model.layers,
+            model.weights,
+            prompts,
+            cache,
+            activations,
+            output,
+            self._buffers.lookup,
+            first,
         )
-
-    def _make_buffers(self, batches: list[int]) -> None:
-        model, spec, prompt_len = self._model, self._model.layers[0].spec, self._workload.prompt_len
-        topology, slots = model.machine.device.topology, model.slots.cells
-        attention = {
-            j: layer.layer_spec.attention
-            for j, layer in enumerate(model.layers)
-            if isinstance(layer, AttentionLayer)
-        }
-        kept = self._workload.capacity, model.dtype, topology
-        segments = {
-            j: [cache_segments(own.cache, model.policy, rows, *kept) for rows in batches]
-            for j, own in attention.items()
-        }
-        heads = {j: own.heads for j, own in attention.items()}
-        self._batches = batches
-        self._cache = KVCache(segments, heads, prompt_len, model.machine, slots)
-        self._activations = Activations(
-            spec, model.policy, batches, prompt_len, model.dtype, model.machine, slots
-        )
-        if model.table is not None:
-            ids = max(batches) * prompt_len
-            self._lookup = Lookup(model.table, ids, model.dtype, model.machine, slots)
-
-    def _free_buffers(self) -> None:
-        self._batches = []
-        held = self._cache, self._activations, self._lookup
-        run_all([buffers.close for buffers in held if buffers is not None])
-        self._cache = self._activations = self._lookup = None
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

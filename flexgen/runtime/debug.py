@@ -58,7 +58,7 @@ def cost_table(events: Iterable[Event]) -> dict[tuple[Phase, Op, LaneName], tupl
     """(events, seconds) of each operation on each lane, the prefill's before the decode's."""
     table: dict[tuple[Phase, Op, LaneName], tuple[int, float]] = {}
     for event in events:
-        key = (Phase.DECODE if event.step.token else Phase.PREFILL), event.step.op, event.lane
+        key = (Phase.DECODE if event.step.token > 0 else Phase.PREFILL), event.step.op, event.lane
         count, seconds = table.get(key, (0, 0.0))
         table[key] = count + 1, seconds + event.end - event.start
     order = list(Phase)

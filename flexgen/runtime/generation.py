@@ -15,7 +15,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import Chunk, Layer, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.ops import rope_tables, token_factors
 from flexgen.models.spec import RopeSpec
 from flexgen.results.trace import LaneName
 from flexgen.runtime.activations import Activations
@@ -31,6 +31,7 @@ class _Cell:
     """The `Context` that a layer computes in."""
 
     positions: Tensor
+    text_length: Tensor | None
     last_only: bool
     cache: KVCache
     layer: int
@@ -44,18 +45,18 @@ class _Cell:
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         key = rope, dtype
         if key not in self.factors:
-            self.factors[key] = token_factors(*rope_tables(rope, self.positions, dtype))
+            self.factors[key] = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
         return self.factors[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self.cache.attend(self.layer, self.batch, self.slot, self.span, q, k, v, self.padding, scale)
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
         self.cache.keep(self.layer, self.batch, self.slot, self.span, k, v)
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], self.padding.starts[chunk.rows], scale)
+        place = self.layer, self.batch, self.slot, self.span, chunk
+        return self.cache.attend_chunk(*place, q, k, v, self.padding, scale)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Generation:
         lookup: Lookup | None = None,
         first: int = 0,
     ) -> None:
-        """`first`: the token of the text that the grid's first token is. Those before it are in the cache."""
+        """`first`: the token that the grid's first pass gives, as of `Passes`. Those before it are in the cache."""
         self.grid = grid
         self.first = first
         self.following: list[list[int]] | None = None
@@ -98,6 +99,7 @@ class Generation:
         self._output = output
         self._lookup = lookup
         self._positions: dict[int, Tensor] = {}
+        self._text_lengths: dict[int, Tensor | None] = {}
         self._factors: dict[int, dict[tuple[RopeSpec, torch.dtype], Tensor]] = {}
         self._halves: dict[int, _Half] = {}  # by slot, from PROJECT to COMPUTE
         self._run = object()  # tells this generation's visits from all others'; an id could come again
@@ -107,6 +109,8 @@ class Generation:
         return self._output.can_finish
 
     def finished(self, token: int) -> bool:
+        if self.first + token < 0:
+            return False
         self.following = self._output.following(self.first + token)
         if self.following is None:
             return False
@@ -120,9 +124,11 @@ class Generation:
             return self._weights.chains(j, self._weights.turns.slot(i, j), k, self.grid.weight_pieces)
         slot, i = self.grid.cell_slot(i, j, k), self.first + i
         span = self._prompts.span(i, k)
+        if not span.new or (j == self._last and i < 0):
+            return ()  # a batch of shorter prompts, which begin in a later pass; the head, where no token follows
         match op:
             case Op.LOAD_CACHE:
-                return self._cache.load(j, k, slot, span.length) if self._layers[j].has_cache else ()
+                return self._cache.load(j, k, slot, span) if self._layers[j].has_cache else ()
             case Op.LOAD_HIDDEN:
                 if j:
                     return self._activations.load(k, slot, span.new)
@@ -210,14 +216,15 @@ class Generation:
 
     def _fed(self, token: int) -> bool:
         """Whether the ids that the token reads are on the device, from the token before it in this run."""
-        return self.grid.feeds_ids and token > self.first
+        return self.grid.feeds_ids and token > max(self.first, 0)
 
     def _input(self, step: Step, slot: int, span: Span) -> Tensor:
         _, i, j, k = step
         if j == 0:
-            self._positions[k] = self._prompts.positions(self.first + i, k)
-            self._factors[k] = {}
             i += self.first
+            self._positions[k] = self._prompts.positions(i, k)
+            self._text_lengths[k] = self._prompts.text_length(i, k)
+            self._factors[k] = {}
             return self._prompts.fed(k) if self._fed(i) else self._prompts.take(i, k, slot)
         return self._activations.take(k, slot, span.new)
 
@@ -230,6 +237,7 @@ class Generation:
         padding = self._prompts.padding[k]
         return _Cell(
             self._positions[k],
+            self._text_lengths[k],
             self._output.last_only,
             self._cache,
             j,

@@ -6,7 +6,7 @@ it is. Each cell slot has its own buffers for that, so that a schedule may have 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.runtime.pages import Bring, Padding, Page, attend, put
+from flexgen.runtime.pages import Bring, Padding, Page, attend
+
+Put = Callable[[Tensor, Tensor], Sequence[Page]]
+"""Writes new keys and values, as they are kept, to the pages of a segment, which are returned."""
 
 
 class HostAttention:
@@ -87,7 +90,7 @@ class HostAttention:
         layer: int,
         batch: int,
         slot: int,
-        parts: Iterable[tuple[CacheSegment, Sequence[Page], Bring | None]],
+        parts: Iterable[tuple[CacheSegment, Put, Bring | None]],
         span: Span,
         padding: Padding,
         scale: float,
@@ -95,9 +98,9 @@ class HostAttention:
         """Put what was sent into the pages of its rows, in host memory, and attend to them."""
         q, k, v = self._question(layer, batch, slot).split(self._heads[layer], dim=1)
         attended, first = self._answer(self._answered[slot], layer, batch), self._rows[layer, batch][0]
-        for segment, pages, bring in parts:
+        for segment, put, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
-            put(pages, span.length, segment.heads.encode(k[here]), segment.heads.encode(v[here]))
+            pages = put(segment.heads.encode(k[here]), segment.heads.encode(v[here]))
             with all_threads():
                 attended[here] = attend(pages, span, q[here], segment, padding, scale, bring)
 

@@ -21,41 +21,47 @@ import torch
 from torch import Tensor
 
 from flexgen.layout.cache import CacheLayout, CacheSegment, Span, leaves_device
-from flexgen.layout.moves import Kind, Move
 from flexgen.layout.plan import SLOTS
-from flexgen.memory.disk import Read, ReadJob, Write
-from flexgen.memory.lanes import Job
+from flexgen.memory.disk import Read
 from flexgen.memory.machine import Machine
-from flexgen.memory.store import Store, tensor_at
+from flexgen.memory.store import Store
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
+from flexgen.models import Chunk
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
+from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.compaction import Moved, gather
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Padding, Page, attend, pages_in, put
+from flexgen.runtime.pages import Bring, Padding, Page, attend, attend_several, pages_in, put
 from flexgen.runtime.parts import Part, Slot
-from flexgen.runtime.sparse import ValueReader, key_reads
+from flexgen.runtime.sparse import ValueReader
 
 
 class KVCache:
-    """Keys and values of the `layers`: by number the segments of each batch. `heads`: of each layer's queries."""
+    """Keys and values of the `layers`: by number the segments of each batch. `heads`: of each layer's queries.
+
+    A cell computes at most `new` tokens of each row. extends: some cells compute several tokens after cached ones.
+    """
 
     @whole_or_closed
     def __init__(
         self,
         layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
         heads: Mapping[int, int],
-        prompt_len: int,
+        new: int,
         machine: Machine,
         slots: int = SLOTS,
+        extends: bool = False,
     ) -> None:
+        self._extends = extends
         self._device = machine.device
         self._topology = machine.device.topology
         self._heads = heads
         self._host = machine.host
         self._disk = machine.disk
         self._io = machine.io
+        self._jobs = CacheJobs(machine)
         self._taken = Taken()
         self._values = ValueReader(machine.io)
         self._taken.also(self._values.close)
@@ -71,7 +77,7 @@ class KVCache:
         self._layouts = self._layouts_of(self._parts)
         every = [segment for batches in layers.values() for segments in batches for segment in segments]
         self._slots = {
-            tier: [self._make_slot([s for s in every if s.tier is tier], prompt_len) for _ in range(slots)]
+            tier: [self._make_slot([s for s in every if s.tier is tier], new) for _ in range(slots)]
             for tier in {segment.tier for segment in every}
         }
         self.host = HostAttention(layers, heads, machine, slots)
@@ -88,7 +94,7 @@ class KVCache:
 
     def _make_parts(self, segments: Sequence[CacheSegment]) -> Iterator[Part]:
         """The parts of one batch on one tier, from the segment of each layer."""
-        tier, on_device = segments[0].tier, segments[0].on_device
+        tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         sizes = [segment.nbytes for segment in segments]
         if tier is Tier.DISK:
             path = self._taken.file(self._disk, f"cache-{self._files}", sum(sizes))
@@ -105,12 +111,17 @@ class KVCache:
         for segment, home in zip(segments, homes.split(sizes), strict=True):
             yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
 
-    def _make_slot(self, segments: Sequence[CacheSegment], prompt_len: int) -> Slot:
+    def _reaches_device(self, segment: CacheSegment) -> bool:
+        """Whether the compute device computes attention over it in some step."""
+        return segment.on_device or self._extends
+
+    def _make_slot(self, segments: Sequence[CacheSegment], new: int) -> Slot:
         """Buffers for the parts of one tier: each as large as the layer and batch that need most."""
         largest = max(segment.nbytes for segment in segments)
-        tier, on_device, resident = segments[0].tier, segments[0].on_device, segments[0].resident
-        in_device = on_device and not self._topology.shares_host_memory and not resident
-        fresh = max(segment.token_bytes(prompt_len) for segment in segments)
+        tier, on_device = segments[0].tier, self._reaches_device(segments[0])
+        in_device = on_device and not self._topology.in_place(tier)
+        in_device &= not self._topology.shares_host_memory
+        fresh = max(segment.token_bytes(new) for segment in segments)
         return Slot(
             device=self._take(self._device.memory, largest, "slots of the KV cache") if in_device else None,
             host=self._take(self._host, largest, "slots of the KV cache", copied_by_device=on_device)
@@ -123,80 +134,21 @@ class KVCache:
 
     # Travel
 
-    def load(self, layer: int, batch: int, slot: int, length: int) -> Chains:
-        """The work that brings the `length` cached tokens to where attention reads them."""
+    def load(self, layer: int, batch: int, slot: int, span: Span) -> Chains:
+        """The work that brings the cached tokens to where attention reads them."""
         parts = {part.segment.tier: part for part in self._parts[layer, batch]}
-        routes = self._layouts[layer, batch].load(length)
-        return bind(routes, lambda tier, move: self._load(parts[tier], slot, length, move))
-
-    def _load(self, part: Part, slot: int, length: int, move: Move) -> Job:
-        segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        whole, tail = segment.filled(length)
-        if move.kind is Kind.READ:
-            assert part.file is not None and buffers.host is not None
-            if segment.loads_only_keys(self._topology):
-                pages = whole // segment.page_bytes
-                return ReadJob(self._io, key_reads(segment, *part.file, buffers.host, pages))
-            return ReadJob(self._io, [Read(*part.file, buffers.host[:whole])])
-        assert buffers.device is not None
-        if part.home is not None:
-            sources = [part.home[: whole + tail]]
-        else:
-            assert part.tail is not None and buffers.host is not None
-            sources = [source for source in (buffers.host[:whole], part.tail[:tail]) if len(source)]
-        return partial(self._copy_in, buffers.device, sources)
-
-    def _copy_in(self, target: Tensor, sources: Sequence[Tensor]) -> None:
-        begin = 0
-        for source in sources:
-            self._device.to_device(target[begin : begin + source.nbytes], source)
-            begin += source.nbytes
+        routes = self._layouts[layer, batch].load(span)
+        return bind(
+            routes, lambda tier, move: self._jobs.load(parts[tier], self._slots[tier][slot], span, move)
+        )
 
     def store(self, layer: int, batch: int, slot: int, span: Span) -> Chains:
         """The work that brings the new keys and values home, after `attend`."""
         parts = {part.segment.tier: part for part in self._parts[layer, batch]}
         routes = self._layouts[layer, batch].store(span)
-        return bind(routes, lambda tier, move: self._store(parts[tier], slot, span, move))
-
-    def _store(self, part: Part, slot: int, span: Span, move: Move) -> Job:
-        buffers = self._slots[part.segment.tier][slot]
-        match move.kind:
-            case Kind.COPY:
-                return partial(self._copy_out, part, buffers, span)
-            case Kind.PUT:
-                return partial(self._put_fresh, part, buffers, span)
-            case _:
-                return partial(self._io.write, self._flush(part, buffers, span))
-
-    def _fresh(self, part: Part, buffers: Slot, span: Span) -> tuple[Tensor, Tensor]:
-        assert buffers.fresh is not None
-        segment = part.segment
-        shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.heads.width)
-        both = tensor_at(buffers.fresh, 0, shape, segment.heads.dtype)
-        return both[0], both[1]
-
-    def _copy_out(self, part: Part, buffers: Slot, span: Span) -> None:
-        assert buffers.new is not None
-        for target, source in zip(self._fresh(part, buffers, span), buffers.new, strict=True):
-            self._device.from_device(target, source)
-
-    def _put_fresh(self, part: Part, buffers: Slot, span: Span) -> None:
-        put(self._working_pages(part, buffers, span), span.length, *self._fresh(part, buffers, span))
-
-    def _working_pages(self, part: Part, buffers: Slot, span: Span) -> Sequence[Page]:
-        """Pages in host memory (or at home on the device) that hold the cached tokens and take the new ones."""
-        if buffers.host is None:
-            return part.pages
-        whole = span.whole_pages(part.segment.page_tokens)
-        return [*buffers.pages(buffers.host, part.segment)[:whole], *part.tail_page]
-
-    def _flush(self, part: Part, buffers: Slot, span: Span) -> list[Write]:
-        """Pages that became whole, to their file."""
-        assert part.file is not None and buffers.host is not None and part.tail is not None
-        (path, start), segment = part.file, part.segment
-        if not span.length:
-            return [Write(path, start, buffers.host[: segment.flushed(span)])]
-        return [Write(path, start + segment.filled(span.length)[0], part.tail)]
+        return bind(
+            routes, lambda tier, move: self._jobs.store(parts[tier], self._slots[tier][slot], span, move)
+        )
 
     # Regrouping
 
@@ -245,6 +197,19 @@ class KVCache:
             layouts[layer, batch] = CacheLayout(segments, query_bytes, self._topology)
         return layouts
 
+    def cut(self, length: int, shorter: int) -> None:
+        """Forget what follows the first `shorter` of the `length` cached tokens; no transfer may be under way.
+
+        What a part in memory has there is overwritten by what comes next. The tail of a part on disk is read back.
+        """
+        for part in itertools.chain.from_iterable(self._parts.values()):
+            page, rest = divmod(shorter, part.segment.page_tokens)
+            if part.file is None or part.tail is None or not rest:
+                continue
+            if page < length // part.segment.page_tokens:
+                path, start = part.file
+                self._io.read([Read(path, start + page * part.segment.page_bytes, part.tail)])
+
     def reset(self) -> None:
         """Back to the batches that the cache was made for, for other prompts."""
         if self._parts is not self._made:
@@ -259,36 +224,35 @@ class KVCache:
         for batch in sorted(moved.sources()):
             for part in self._parts[layer, batch]:
                 if moved.of(batch, part.segment.rows):
-                    span = Span(moved.lengths[batch], 1)
+                    span = Span(moved.lengths[batch], 0)
                     buffers = self._slots[part.segment.tier][0]
-                    whole = span.whole_pages(part.segment.page_tokens) * part.segment.page_bytes
+                    whole, _ = part.segment.filled(span.length)
                     if part.file is not None and buffers.host is not None and whole:
                         self._io.read([Read(*part.file, buffers.host[:whole])])
-                    yield batch, part.segment, self._working_pages(part, buffers, span)
+                    yield batch, part.segment, self._jobs.working_pages(part, buffers, span)
 
     def _refill(self, part: Part, segment: CacheSegment, k: Tensor, v: Tensor) -> Part:
         """The part with the keys and values of other rows, as many as `segment` has."""
-        span, buffers = Span(k.shape[2], 1), self._slots[segment.tier][0]
+        span, buffers = Span(0, k.shape[2]), self._slots[segment.tier][0]
         if part.home is not None:
             home = part.home[: segment.nbytes].zero_()
             part = replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
         elif part.tail is not None:
             tail = part.tail[: segment.page_bytes].zero_()
             part = replace(part, segment=segment, tail=tail, tail_page=tuple(pages_in(tail, segment)))
-        put(self._working_pages(part, buffers, span), 0, k, v)
-        whole = span.whole_pages(segment.page_tokens) * segment.page_bytes
-        if part.file is not None and buffers.host is not None and whole:
-            self._io.write([Write(*part.file, buffers.host[:whole])])
+        self._jobs.put(part, buffers, span, k, v)
+        if segment.flushed(span):
+            self._io.write(self._jobs.flush(part, buffers, span))
         return part
 
     # Attention
 
     def asks_host(self, layer: int, batch: int, span: Span) -> bool:
-        """Whether the host attends to rows of the batch; the prompt is always attended on the device."""
-        return bool(span.length) and self.host.attends(layer, batch)
+        """Whether the host computes attention for rows of the batch. It does so for one new token of each row."""
+        return span.decodes and self.host.attends(layer, batch)
 
     def asks_device(self, layer: int, batch: int) -> bool:
-        """Whether the device attends to rows of the batch once the prompt is over."""
+        """Whether the device computes attention for rows of the batch while the host does so for others."""
         return any(part.segment.on_device for part in self._parts[layer, batch])
 
     def attend(
@@ -308,9 +272,10 @@ class KVCache:
         q (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), on the compute device, as is
         the result (rows, heads, new, head_dim).
         """
-        if not span.length:
+        if not span.decodes:
             self.keep(layer, batch, slot, span, k, v)
-            return causal_attention(q, k, v, padding.starts if padding.any else None, scale)
+            whole = Chunk(slice(0, len(q)), slice(0, span.new))
+            return self.attend_chunk(layer, batch, slot, span, whole, q, k, v, padding, scale)
         asks = self.asks_host(layer, batch, span)
         if asks:
             self.host.collect(layer, batch, slot, q, k, v)
@@ -322,6 +287,40 @@ class KVCache:
             self.attend_on_host(layer, batch, slot, span, padding, scale)
             self.host.fetch(layer, batch, slot)
         return self.join(layer, batch, slot, span, attended)
+
+    def attend_chunk(
+        self,
+        layer: int,
+        batch: int,
+        slot: int,
+        span: Span,
+        chunk: Chunk,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Padding,
+        scale: float,
+    ) -> Tensor:
+        """`attend` for the part `chunk` of a cell of several tokens, after `keep`: its q, and k and v of the cell."""
+        rows = range(len(k))[chunk.rows]
+        if not span.length:
+            seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+            starts = padding.starts[chunk.rows] if padding.any else None
+            return causal_attention(q, k[seen], v[seen], starts, scale)
+        outs = []
+        for part in self._parts[layer, batch]:
+            own = part.segment.rows
+            shared = range(max(rows.start, own.start), min(rows.stop, own.stop))
+            if shared:
+                buffers = self._slots[part.segment.tier][slot]
+                if buffers.device is not None:
+                    pages: Sequence[Page] = buffers.pages(buffers.device, part.segment)
+                else:
+                    pages = self._jobs.working_pages(part, buffers, span)
+                asked = q[shared.start - rows.start : shared.stop - rows.start]
+                length = span.length + chunk.tokens.stop
+                outs.append(attend_several(pages, length, asked, part.segment, shared, padding, scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def attend_on_device(
         self,
@@ -350,7 +349,7 @@ class KVCache:
         parts = (
             (
                 part.segment,
-                self._working_pages(part, self._slots[part.segment.tier][slot], span),
+                partial(self._jobs.put, part, self._slots[part.segment.tier][slot], span),
                 self._bring(part, slot, span),
             )
             for part in self._parts[layer, batch]
@@ -367,13 +366,13 @@ class KVCache:
     def _bring(self, part: Part, slot: int, span: Span) -> Bring | None:
         """What brings chosen values of a part on disk into its pages, if they have not come with the keys."""
         segment, buffers = part.segment, self._slots[part.segment.tier][slot]
-        if not segment.sparse or part.file is None or buffers.host is None or buffers.device is not None:
+        if not segment.loads_only_keys(self._topology) or part.file is None or buffers.host is None:
             return None
         (path, start), host = part.file, buffers.host
         return lambda choice: self._values.read(choice, segment, path, start, host, span)
 
     def keep(self, layer: int, batch: int, slot: int, span: Span, k: Tensor, v: Tensor) -> None:
-        """Take the prompt's keys and values, for `store`."""
+        """Take the keys and values of a cell of several tokens, for `store`, and for attention in chunks."""
         for part in self._parts[layer, batch]:
             self._keep(part, slot, span, k, v)
 
@@ -385,8 +384,7 @@ class KVCache:
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None:
                 return ()
-            pages: Sequence[Page] = buffers.pages(buffers.device, segment)
-        else:
-            pages = self._working_pages(part, buffers, span)
-        put(pages, span.length, k, v)
-        return pages
+            pages = buffers.pages(buffers.device, segment)
+            put(pages, span.length, k, v)
+            return pages
+        return self._jobs.put(part, buffers, span, k, v)

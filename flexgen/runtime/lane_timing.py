@@ -7,8 +7,9 @@ import torch
 from flexgen.policy import Tier
 from flexgen.results.report import timed_lanes
 from flexgen.results.trace import LaneName, Phase
-from flexgen.runtime.call import Call, Model
+from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Sampled
+from flexgen.runtime.model import Model
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import NewTokens
 from flexgen.workload import Workload

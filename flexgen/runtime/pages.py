@@ -12,6 +12,7 @@ from flexgen.kernels.attention import attend_fused, decode_attention, hidden_pos
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.store import tensor_at
+from flexgen.models.ops import causal_attention
 
 Page = tuple[Tensor, Tensor]
 """Keys and values as they are kept, each (rows, kv_heads, page_tokens, heads.width): halves of one tensor."""
@@ -95,6 +96,14 @@ class Padding:
             self._hidden[key] = hidden_positions(starts, tokens, dtype)
         return self._hidden[key]
 
+    def before(self, length: int) -> Padding:
+        """The same for attention over more than `length` positions: rows that are all padding so far get one of it,
+        because attention over no position is not a number. What they get is not used."""
+        if not self.any or max(self.starts) <= length:
+            return self
+        starts = tuple(min(start, length) for start in self.starts)
+        return Padding(starts, self.on_device.clamp_max(length), self.on_host.clamp_max(length))
+
 
 Bring = Callable[[Choice], object]
 """Brings the values that were chosen into the pages."""
@@ -113,7 +122,7 @@ def attend(
 
     `bring` is for values that are not in the pages before they are chosen.
     """
-    length = span.length + span.new
+    length, padding = span.length + span.new, padding.before(span.length)
     pages = pages[: -(-length // segment.page_tokens)]
     starts = padding.of(segment.rows, q.device)
     if q.is_cuda and not segment.sparse:
@@ -130,3 +139,30 @@ def attend(
     if bring is not None:
         bring(choice)
     return attend_chosen(choice, pages)
+
+
+def attend_several(
+    pages: Sequence[Page],
+    length: int,
+    q: Tensor,
+    segment: CacheSegment,
+    rows: range,
+    padding: Padding,
+    scale: float,
+) -> Tensor:
+    """Exact causal attention of several tokens of some of the segment's rows, over pages that hold them.
+
+    q (len(rows), heads, new, head_dim) of the last of the first `length` positions, as is the result; it is zero at
+    padding.
+    Row by row, which bounds what is joined and decoded (`CacheSegment.extending_bytes`).
+    """
+    pages = pages[: -(-length // segment.page_tokens)]
+    count, heads, new, head_dim = q.shape
+    # Laid out by token, so that merging the heads afterwards is a view.
+    out = q.new_empty(count, new, heads, head_dim).transpose(1, 2)
+    for n, row in enumerate(rows):
+        place = row - segment.rows.start
+        both = join(pages, slice(place, place + 1))
+        k, v = (segment.heads.whole(x, length, q.dtype) for x in both)
+        out[n : n + 1] = causal_attention(q[n : n + 1], k, v, padding.starts[row : row + 1], scale)
+    return out

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.plan import batch_sizes
+from flexgen.memory.cpu import peak_resident_bytes
+from flexgen.memory.machine import Machine
 from flexgen.policy import Policy, Tier
 from flexgen.results.report import Report, placement_table
-from flexgen.runtime.call import Timing
+from flexgen.runtime.call import Call, Timing
 from flexgen.runtime.debug import projected_decode
+from flexgen.runtime.model import Model
+from flexgen.runtime.request import Request
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,25 @@ class Stats:
             placement=placement_table(self.policy, placed, batch_sizes(self.policy, self.num_prompts)),
             projected_from=None if projected is None else max(self.timing.ran),
         )
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures the calls of one model. weights_on_disk, resident_before: bytes, the latter of this process in host
+    memory before the weights were loaded."""
+
+    machine: Machine
+    weights_on_disk: int
+    resident_before: int
+
+    def stats(self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
+        """Of a call that has run `request`."""
+        machine, prompts = self.machine, request.prompts
+        peak = {
+            Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),
+            Tier.CPU: max(peak_resident_bytes() - self.resident_before, 0),
+            Tier.DISK: self.weights_on_disk + machine.disk.peak,
+        }
+        order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
+        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
+        return Stats(call.timing, model.policy, order, plan, peak, *counts)

@@ -17,6 +17,7 @@ from flexgen.layout.cache import Span
 from flexgen.layout.hidden import IdLayout
 from flexgen.layout.moves import Kind
 from flexgen.layout.needs import Need
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import SLOTS
 from flexgen.layout.topology import Topology
 from flexgen.memory.device import ComputeDevice
@@ -34,6 +35,8 @@ class Prompts:
     """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
     `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
+    `chunk`: the most tokens of a prompt that a pass computes; 0 for all. `cached`: tokens before those of `prompts`
+    that the cache has of each row; prompts are of one length then. `first`: the number of the first pass.
     `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device has chosen
     last for each batch; the host may not have them yet.
     """
@@ -49,10 +52,14 @@ class Prompts:
         pad_id: int,
         machine: Machine,
         slots: int = SLOTS,
+        chunk: int = 0,
+        cached: int = 0,
     ) -> None:
         self._taken = Taken()
         self._device = device = machine.device
         self.lengths = [len(prompt) for prompt in prompts]
+        self._passes = Passes(max(self.lengths), chunk, cached)
+        self.first = self._passes.first
         self._group([list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))])
         sizes = [rows * width for rows, width in zip(batches, self._widths, strict=True)]
         self.positions_computed = sum(sizes)
@@ -60,13 +67,19 @@ class Prompts:
         buffer = self._taken.buffer(machine.host, (sum(sizes) + len(prompts)) * item, "prompts")
         *flat, self.newest = buffer.view(torch.int64).split([*sizes, len(prompts)])
         self.newest.zero_()
-        self._ids = [ids.view(-1, width) for ids, width in zip(flat, self._widths, strict=True)]
-        for rows, ids in zip(self.batches, self._ids, strict=True):
-            ids.fill_(pad_id)
+        self._ids: dict[tuple[int, int], Tensor] = {}  # by pass and batch
+        for k, (rows, width, into) in enumerate(zip(self.batches, self._widths, flat, strict=True)):
+            ids = torch.full((len(rows), width), pad_id)
             for row, n in zip(ids, rows, strict=True):
-                row[len(row) - len(prompts[n]) :] = torch.from_numpy(prompts[n])
+                row[width - len(prompts[n]) :] = torch.from_numpy(prompts[n])
+            for token in range(self.first, 1):
+                span = self.span(token, k)
+                begin, new = span.length - cached, span.new
+                part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
+                self._ids[token, k] = part.copy_(ids[:, begin : begin + new])
+        most = max(ids.numel() for ids in self._ids.values())
         self._slots = [
-            torch.zeros(max(sizes), dtype=torch.int64, device=device.torch_device)
+            torch.zeros(most, dtype=torch.int64, device=device.torch_device)
             for _ in range(0 if device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
@@ -103,9 +116,8 @@ class Prompts:
         ]
 
     def span(self, token: int, batch: int) -> Span:
-        """The columns of the step: the whole prompts first, then one at a time."""
-        width = self._widths[batch]
-        return Span(width + token - 1, 1) if token else Span(0, width)
+        """The columns of the step: the prompts or their parts first, then one at a time."""
+        return self._passes.span(token, self._widths[batch])
 
     def _padding(self, starts: tuple[int, ...]) -> Padding:
         there = torch.tensor(starts, dtype=torch.int64)
@@ -115,9 +127,9 @@ class Prompts:
         self._taken.close()
 
     def source(self, token: int, batch: int) -> Tensor:
-        """(rows, seq) in host memory: the prompt for the first token, then the newest id."""
+        """(rows, seq) in host memory: of the prompt up to the first token, then the newest id."""
         rows = self._rows[batch]
-        return self.newest[rows].unsqueeze(1) if token else self._ids[batch]
+        return self.newest[rows].unsqueeze(1) if token > 0 else self._ids[token, batch]
 
     def load(self, token: int, batch: int, slot: int) -> Chains:
         """The work that brings the ids of the step to the compute device."""
@@ -152,6 +164,13 @@ class Prompts:
         span = self.span(token, batch)
         columns = torch.arange(span.length, span.length + span.new, device=self._device.torch_device)
         return (columns - self.padding[batch].on_device[:, None]).clamp_(min=0)
+
+    def text_length(self, token: int, batch: int) -> Tensor | None:
+        """As of `Context`: that of the prompt where the step computes a part of it."""
+        if token > 0 or self.first == 0:
+            return None
+        length = self._passes.cached + self._widths[batch]
+        return torch.full((), length, device=self._device.torch_device)
 
 
 class Output(Protocol):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from flexgen.errors import CapacityError
+from flexgen.layout.fitting import parts_of
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy, Split, Tier
 from flexgen.predict.hardware import Hardware
@@ -131,10 +132,35 @@ def find_policy(
     began = time.perf_counter()
     settled = Policy.from_dict(fixed)
     job = Job.checked(spec, hardware, workload, dtype, order)
+    considered = 0
+
+    def ranked(prefill_chunk: int | None = None) -> list[Candidate]:
+        given = fixed if prefill_chunk is None else {**fixed, "prefill_chunk": prefill_chunk}
+        nonlocal considered
+        finder = _Finder(job, Choices(job, Policy.from_dict(given), frozenset(given), lossy), slots)
+        try:
+            return finder.ranked(max(top, 1))
+        finally:
+            considered += finder.considered
+
     with _without_collections():
-        found = _Finder(job, Choices(job, settled, frozenset(fixed), lossy), slots)
-        best, *others = found.ranked(max(top, 1))
-    return Search(best, tuple(others), found.considered, time.perf_counter() - began)
+        try:
+            candidates = ranked()
+        except CapacityError:
+            parts = () if settled.prefill_chunk else parts_of(workload.prompt_len)
+            if (found := _in_parts(ranked, parts)) is None:
+                raise
+            candidates = found
+    best, *others = candidates
+    return Search(best, tuple(others), considered, time.perf_counter() - began)
+
+
+def _in_parts(ranked: Callable[[int], list[Candidate]], parts: Iterable[int]) -> list[Candidate] | None:
+    """The candidates for the first of these sizes of parts that fits, None where none does."""
+    for chunk in parts:
+        with suppress(CapacityError):
+            return ranked(chunk)
+    return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.layout.weight_slots import slot_sizes
@@ -174,7 +175,9 @@ class Corners:
         layers = self._layers(kinds, policy.sep_layer)
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
         gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
-        tokens, flushing = _few_tokens(gen_len, on_disk)
+        new, flushing = _few_tokens(gen_len, on_disk)
+        parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
+        lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
         costs = StepCosts(
             layers,
@@ -184,7 +187,7 @@ class Corners:
             self._job.hardware,
             policy.block_size,
             tokens,
-            flushing,
+            [lead + n for n in flushing],
             splits_attention=order.splits_attention,
             serial=order.serial,
         )
@@ -210,9 +213,10 @@ class Corners:
         if several:  # from the first and each other to the line through any number of them
             taken[0] -= taken[1]
         decode = [
-            [decode_seconds(row, tokens, flushing, gen_len, costs.flushes) for row in part] for part in taken
+            [decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes) for row in part]
+            for part in taken
         ]
-        return np.stack([taken[:, :, 0], np.array(decode)], axis=1)
+        return np.stack([taken[:, :, : lead + 1].sum(-1), np.array(decode)], axis=1)
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.models import Layer, build_layers
@@ -79,11 +80,12 @@ class Simulations:
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
         prompts = min(self._job.workload.num_prompts, policy.block_size)
-        cells = layers * -(-prompts // policy.gpu_batch_size)
-        if cells * self._job.workload.gen_len <= _EXACT_CELLS:
-            return cells * self._job.workload.gen_len, True
-        tokens, _ = sampled_tokens(self._job.workload.gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
-        return cells * len(tokens), False
+        cells, gen_len = layers * -(-prompts // policy.gpu_batch_size), self._job.workload.gen_len
+        parts = -Passes(self._job.workload.prompt_len, policy.prefill_chunk).first
+        if cells * (parts + gen_len) <= _EXACT_CELLS:
+            return cells * (parts + gen_len), True
+        tokens, _ = sampled_tokens(gen_len, 1, bool(policy.cache.percent(Tier.DISK)))
+        return cells * (parts + len(tokens)), False
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
         """`small`: for a model of few layers, whatever memory it takes. Raises CapacityError as `predict`."""

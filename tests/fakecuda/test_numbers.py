@@ -138,3 +138,21 @@ def test_drawn_ids_are_those_of_the_cpu():
             found[device] = model.generate(cases.PROMPTS, 6, stop=(), do_sample=True, top_k=9, seed=3)
     np.testing.assert_array_equal(found["cuda"], found["cpu"])
     assert runtime.counters().hazards == 0
+
+
+@pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
+@pytest.mark.parametrize("tier", ["gpu", "cpu", "disk"])
+def test_a_conversation(tier, attend_on):
+    policy = cases.policy(cache={tier: 100}, attend_on=attend_on, prefill_chunk=3)
+    with piece_sizes(page_tokens=4, memory_page_tokens=4), cases.open_on("cpu", cases.LLAMA, policy) as model:
+        first = model.generate([[5, 6, 7, 8, 9, 10, 11]], 6, stop=())[0]
+        second = model.generate([[*first, 12, 13, 14, 15, 16]], 6, stop=())[0]
+    with (
+        piece_sizes(page_tokens=4, memory_page_tokens=4),
+        in_every_thread(Numbers),
+        cases.open_on("cuda", cases.LLAMA, policy) as model,
+        model.conversation() as chat,
+    ):
+        np.testing.assert_array_equal(chat.generate(first[:7], 6, stop=()), first)
+        np.testing.assert_array_equal(chat.generate(second[:18], 6, stop=()), second)
+        assert chat.stats.positions_computed == 6

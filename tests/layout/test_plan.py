@@ -19,6 +19,7 @@ from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_t
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.layout.cache import cache_segments
 from flexgen.layout.needs import MemoryPlan, Need
+from flexgen.layout.passes import Passes
 from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
@@ -232,10 +233,11 @@ def opened(layers, policy, workload, machine, dtype, slots):
         for j, own in attention.items()
     }
     heads = {j: own.heads for j, own in attention.items()}
-    yield "cache", lambda: KVCache(cached, heads, workload.prompt_len, machine, slots)
+    passes = Passes(workload.prompt_len, policy.prefill_chunk)
+    yield "cache", lambda: KVCache(cached, heads, passes.new, machine, slots, passes.extends)
     yield (
         "activations",
-        lambda: Activations(SPEC, policy, batches, workload.prompt_len, dtype, machine, slots),
+        lambda: Activations(SPEC, policy, batches, passes.new, dtype, machine, slots),
     )
 
 
@@ -255,12 +257,13 @@ def planned(plan, tier, what, besides=()):
     device=st.sampled_from(["cpu", "emulated"]),
     slots=st.integers(1, 4),
     share=st.sampled_from([1.0, 0.1]),
+    chunk=st.sampled_from([0, 1, 4]),
 )
 def test_cache_and_hidden_states_take_what_was_planned(
-    layers, policy, prompts, prompt_len, dtype, device, slots, share
+    layers, policy, prompts, prompt_len, dtype, device, slots, share, chunk
 ):
     assume(share == 1 or all(policy.cache[tier].codec == "none" for tier in Tier))
-    policy = policy.replace(attn_sparsity=share)
+    policy = policy.replace(attn_sparsity=share, prefill_chunk=chunk)
     workload = Workload(prompt_len, 5, prompts)
     with closing(Machine.open(device)) as machine:
         placement = place_weights(layers, policy.weights, dtype)
@@ -302,11 +305,14 @@ def test_weights_take_what_was_planned(stream, saved, device, weights):
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("codec", ["none", "int8"])
-def test_a_whole_call_stays_within_the_plan(saved, device, codec, tmp_path):
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_whole_call_stays_within_the_plan(saved, device, codec, chunk, tmp_path):
     """Weights, cache, hidden states: the stores' peaks are the plan's, but for the ids of the prompts."""
     mixed = Split(gpu=30, cpu=30, disk=40)
     cache = {tier: Share(mixed.percent(tier), codec) for tier in Tier}
-    policy = Policy(gpu_batch_size=4, num_gpu_batches=2, weights=mixed, cache=cache, activations=mixed)
+    policy = Policy(
+        gpu_batch_size=4, num_gpu_batches=2, weights=mixed, cache=cache, activations=mixed, prefill_chunk=chunk
+    )  # fmt: skip
     with OptLM(saved(), policy, device=device, offload_dir=tmp_path, progress=False) as model:
         model.generate([[5, 6, 7, 8, 9]] * 8, max_new_tokens=6, stop=())
         plan, machine = model.stats.plan, model._machine
@@ -458,3 +464,36 @@ def test_the_plan_has_what_drawing_ids_takes():
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     plan = plan_memory(LAYERS, placement, policy, torch.float16, LINKED, Workload(1, 8, rows))
     assert plan.on(Tier.GPU, "activations") >= choice_bytes(rows, SPEC.vocab_size)
+
+
+def test_a_prompt_in_parts_takes_the_same_at_any_length():
+    """Hidden states, staging and workspace of a prefill in parts: the cache alone grows with the prompt."""
+    spec, _ = open_model(
+        LlamaConfig(
+            vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+            intermediate_size=96, max_position_embeddings=1 << 20,
+        ), "dummy",
+    )  # fmt: skip
+    layers = build_layers(spec)
+    policy = Policy(
+        gpu_batch_size=4, num_gpu_batches=2, activations={"cpu": 50, "disk": 50}, prefill_chunk=512
+    )
+    placement = place_weights(layers, policy.weights, torch.float16)
+
+    def taken(prompt_len, policy):
+        """Without workspace: of a long text the decode's is larger, and grows with it."""
+        workload, slots = Workload(prompt_len, 32, 8), Slots(cells=2)
+        plan = plan_memory(layers, placement, policy, torch.float16, LINKED, workload, slots=slots)
+        return {
+            (n.tier, n.what, n.role): n.nbytes
+            for n in plan.needs
+            if n.role != "workspace" and n.what != "weights" and (n.what, n.role) != ("cache", "home")
+        }
+
+    def computing(prompt_len, chunk):
+        return max(layer.workspace_bytes(4, chunk, prompt_len, torch.float16) for layer in layers[:-1])
+
+    short, long = (taken(prompt_len, policy) for prompt_len in (4096, 32768))
+    whole = taken(32768, policy.replace(prefill_chunk=0))
+    assert long == short and all(nbytes * 60 < whole[key] for key, nbytes in long.items())
+    assert computing(32768, 512) == computing(4096, 512) < computing(32768, 32768) / 8

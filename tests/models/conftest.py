@@ -92,6 +92,7 @@ class FullContext:
     """Attention over the tokens given, without a cache; `starts` are the numbers of padding positions."""
 
     last_only = False
+    text_length = None
 
     def __init__(self, seq: int, starts: list[int]) -> None:
         self.starts = starts
@@ -103,7 +104,7 @@ class FullContext:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return causal_attention(q, k, v, self.starts, scale)
 
-    def keep_prompt(self, k: Tensor, v: Tensor) -> None:
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
         pass
 
     def attend_chunk(self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -115,6 +116,7 @@ class PagedContext:
     """A cache in zero-filled pages of a few tokens. `step` says what comes next before each pass."""
 
     last_only = True
+    text_length = None
 
     def __init__(self, starts: list[int], page_tokens: int = 4) -> None:
         self.starts, self.page_tokens = torch.tensor(starts), page_tokens

@@ -37,6 +37,7 @@ class _Context:
     """A cache of `context` tokens that is there already; the prompt is attended as one."""
 
     last_only = False
+    text_length = None
 
     def __init__(self, spec, seq, context, starts, dtype):
         self.starts, self.context = starts, context
@@ -51,7 +52,7 @@ class _Context:
     def rope_factors(self, rope, dtype):
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
-    def keep_prompt(self, k, v):
+    def keep_new(self, k, v):
         pass
 
     def attend_chunk(self, chunk, q, k, v, scale):

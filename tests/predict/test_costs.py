@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from piece_sizes import piece_sizes
 
 from flexgen import OptLM, Policy
+from flexgen.layout.passes import Passes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.rows import read_bytes
@@ -47,6 +48,7 @@ SPARSE = st.builds(
     gpu_batch_size=st.integers(1, 4),
     num_gpu_batches=st.integers(1, 3),
     cache=split(),
+    prefill_chunk=st.sampled_from([0, 5]),
     attn_sparsity=st.sampled_from([0.2, 0.5]),
     attend_on=st.sampled_from(["cpu", "gpu"]),
 )
@@ -60,6 +62,7 @@ POLICIES = SPARSE | st.builds(
     attend_on=st.sampled_from(["cpu", "gpu"]),
     overlap=st.booleans(),
     sep_layer=st.booleans(),
+    prefill_chunk=st.sampled_from([0, 0, 1, 3, 4, 7]),
 )
 
 
@@ -141,7 +144,10 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     monkeypatch.setattr(
         "flexgen.runtime.choice.sample", lambda logits, *_, **__: torch.from_numpy(spread(len(logits))[:, 0])
     )
-    ids = np.concatenate([spread(rows, prompt_len) for rows in sizes])
+    passes = Passes(prompt_len, policy.prefill_chunk)
+    first = passes.first
+    parts = [passes.span(token).new for token in range(first, 1)]
+    ids = np.concatenate([np.concatenate([spread(rows, new) for new in parts], axis=1) for rows in sizes])
     unlike = uneven.UnevenConfig(("wide", "narrow", "post-norm"), VOCABULARY)
     config = unlike if name == "uneven" else configs[name]
     with OptLM(config, policy, device=device, weights="dummy", progress=False, order=order) as model:
@@ -164,24 +170,26 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         splits_attention=asked.splits_attention,
         serial=asked.serial,
     )
-    grid = asked.grid(tokens, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
+    count = tokens - first
+    grid = asked.grid(count, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
     predicted: Counter = Counter()
     stages: Counter = Counter()
     for step in all_steps(grid):
         for chain in costs.loads(step):
             for load in chain:
                 predicted[load.lane] += load.nbytes
-                stages[step, load.lane] += step.op is not Op.LOAD_WEIGHTS
+                named = step._replace(token=step.token + first)
+                stages[named, load.lane] += step.op is not Op.LOAD_WEIGHTS
     # What a read brings along before, between and behind the weights depends on the file alone.
     for cargo in itertools.chain(*files):
         own = sum(placement.kept_bytes(weight) for weight, _ in cargo.weights)
-        predicted[LaneName.DISK_READ] += tokens * (cargo.length - own)
+        predicted[LaneName.DISK_READ] += count * (cargo.length - own)
         if device != "cpu":
-            predicted[LaneName.TO_DEVICE] += tokens * (cargo.end - cargo.lead - own)
+            predicted[LaneName.TO_DEVICE] += count * (cargo.end - cargo.lead - own)
     # So does where the table begins in it.
     if table is not None and isinstance(table._home, Extent):
         for rows in sizes:
-            for ids in (spread(rows, prompt_len), *[spread(rows)] * (tokens - 1)):
+            for ids in (*(spread(rows, new) for new in parts), *[spread(rows)] * (tokens - 1)):
                 at_zero, there = (
                     read_bytes(table.weight, placement, ids.ravel(), begin, costs._rows.scratch)
                     for begin in (0, table._home.offset)

@@ -95,6 +95,24 @@ def test_without_overlap_a_run_is_the_sum(opt, machine):
     assert report.throughput_tokens_s == pytest.approx(12 / (prefill + 3 * later), rel=1e-3)
 
 
+def test_a_prefill_in_parts_brings_the_weights_for_each_part(opt, machine):
+    """Five tokens in parts of 1, 2 and 2. The head computes for the last part only."""
+    policy = Policy(gpu_batch_size=3, weights={"cpu": 100}, overlap=False, prefill_chunk=2)
+    prediction = predict(opt, policy, by_hand(machine), Workload(5, 4, 3))
+    report = prediction.report
+    ids, embedding = (8 + 4 * 64) / 1e6, 4 * 64 * (4096 + 2) / 1e6
+    link = embedding + sum(link for link, _ in layers_of(opt))
+    *body, head = [products for _, products in layers_of(opt)]
+    adding = 64 / 1e6
+    prefill = 3 * link + 3 * (5 * (sum(body) + adding + ids) + head)
+    later = link + 3 * (sum(body) + head + adding + ids)
+    assert report.prefill_s == pytest.approx(prefill, rel=1e-3)
+    assert report.decode_s == pytest.approx(3 * later, rel=1e-3)
+    assert report.phases[Phase.PREFILL][LaneName.TO_DEVICE] == pytest.approx(3 * link + 15 * ids, rel=1e-3)
+    assert {event.step.token for event in prediction.trace().events} == set(range(-2, 4))
+    assert report.projected_from is None
+
+
 def test_with_overlap_the_longer_lane_hides_the_other(opt, machine):
     policy = Policy(gpu_batch_size=2, num_gpu_batches=3, weights={"cpu": 100})
     slow_link, slow_products = (by_hand(machine, products={"float32": [[1e-6, rate]]}) for rate in (1e9, 1e4))

@@ -58,11 +58,11 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
             expected, on_device = [], []
             for batch, _ in cells:
                 place = LAYER, batch, batch
-                run(whole.load(*place, span.length))
+                run(whole.load(*place, span))
                 expected.append(whole.attend(*place, span, *new[batch], padding[batch], scale))
                 run(whole.store(*place, span))
             for batch, _ in cells:
-                run(split.load(LAYER, batch, batch, span.length))
+                run(split.load(LAYER, batch, batch, span))
                 split.host.collect(LAYER, batch, batch, *new[batch])
                 split.host.send(LAYER, batch, batch)
             for batch, _ in reversed(cells):

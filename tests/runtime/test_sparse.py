@@ -92,7 +92,7 @@ class History:
         q = 1.5 * self.random(self.heads, span.new)
         k, v = (self.random(KV_HEADS, span.new) for _ in range(2))
         self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        self.run(self.cache.load(0, 0, slot, span.length))
+        self.run(self.cache.load(0, 0, slot, span))
         out = self.cache.attend(0, 0, slot, span, q, k, v, self.padding, SCALE)
         self.run(self.cache.store(0, 0, slot, span))
         if not span.length:
@@ -210,7 +210,7 @@ def test_bytes_read_are_the_keys_and_a_share_of_the_values(
             7 * 32 * TOKEN,
         )  # bytes of keys, or of values, that are on disk by head
         with counted(monkeypatch) as made:
-            run(history.cache.load(0, 0, 1, length))
+            run(history.cache.load(0, 0, 1, Span(length, 1)))
         assert sum(read.target.numel() for read in made) == heads * whole, "keys come ahead, and nothing else"
         nbytes = read_in_a_step(history, Span(length, 1), monkeypatch)
         values = nbytes - heads * whole
@@ -226,7 +226,7 @@ def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, monkeyp
         history = History(m, run, Policy(cache={"disk": 100}), [0, 0], 4 * 32)
         history.step(Span(0, 70))
         with counted(monkeypatch) as made:
-            run(history.cache.load(0, 0, 1, 70))
+            run(history.cache.load(0, 0, 1, Span(70, 1)))
         assert [(read.offset, read.target.numel()) for read in made] == [(0, 2 * 64 * TOKEN * 2 * KV_HEADS)]
         with counted(monkeypatch) as made:
             q, k = history.random(4, 1), history.random(2, 1)
@@ -302,7 +302,7 @@ def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, monkeypatch: A
         history = History(m, run, policy, [0, 0], 150)
         with closing(history.cache):
             history.step(Span(0, 130))
-            run(history.cache.load(0, 0, 0, 130))
+            run(history.cache.load(0, 0, 0, Span(130, 1)))
 
             def broken(self: DiskIO, reads: Any) -> None:
                 raise OSError("the disk is gone")

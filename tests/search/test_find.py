@@ -374,6 +374,17 @@ def test_the_whole_models_plan_says_what_fits():
     assert all(best.prediction.plan.on(tier) <= hardware.capacity[tier] for tier in Tier)
 
 
+def test_prompts_are_computed_in_parts_where_whole_ones_do_not_fit(opt, machine):
+    workload = Workload(2000, 5, 4)
+    for gpu, chunk in (("120MiB", 0), ("100MiB", 500)):
+        hardware = small(machine, gpu)
+        best = find_policy(opt, hardware, workload, top=1).best
+        assert best.policy.prefill_chunk == chunk
+        assert all(best.prediction.plan.on(tier) <= hardware.capacity[tier] for tier in Tier)
+    with pytest.raises(CapacityError):
+        find_policy(opt, hardware, workload, fixed={"prefill_chunk": 2000})
+
+
 def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
     with pytest.raises(CapacityError) as refused:
         find_policy(opt, small(machine, "30MiB", "30MiB"), Workload(100, 5, 8))

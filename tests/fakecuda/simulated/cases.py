@@ -79,6 +79,7 @@ def policies(draw: st.DrawFn, exact: bool = False) -> Policy:
         sep_layer=draw(st.booleans()),
         pin_weight=draw(st.booleans()),
         attn_sparsity=0.5 if sparse else 1.0,
+        prefill_chunk=draw(st.sampled_from([0, 0, 3])),
     )
 
 

@@ -1,0 +1,206 @@
+"""A text whose KV cache is kept from call to call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.engine.calls import CallPlans
+from flexgen.engine.conveniences import Conveniences
+from flexgen.errors import CapacityError, RequestError
+from flexgen.layout.needs import MemoryPlan
+from flexgen.models import ModelSpec
+from flexgen.policy import Tier
+from flexgen.results.report import Report
+from flexgen.runtime.buffers import Buffers
+from flexgen.runtime.call import Call
+from flexgen.runtime.choice import Choice, Listener
+from flexgen.runtime.model import Model
+from flexgen.runtime.request import Request, check_length, check_whole, pad_id, read_request
+from flexgen.runtime.stats import Meter
+from flexgen.runtime.tokens import NewTokens
+from flexgen.workload import Workload
+
+
+class Conversation(Conveniences):
+    """One text, whose KV cache is kept between calls: a call computes only the tokens that the cache does not have.
+
+    Each call is given the whole text, and gives the ids that a call of the model would give. The cache serves as far
+    as the text begins as the one before did, with what was generated for it. `stream`, `stream_text` and
+    `generate_text` take one prompt.
+
+    Between calls the memory of the cache stays taken, and the plans of the model's other calls count it. A text that
+    outgrows it gets twice the room it needs and is computed anew once, as is a text behind a call that failed or was
+    interrupted. Closing the conversation, or the model, gives the memory back.
+    """
+
+    def __init__(
+        self, lm: Conveniences, opened: Callable[[], Model], plans: CallPlans, meter: Meter, room: int
+    ) -> None:
+        """room: tokens that the cache has room for, at least."""
+        super().__init__()
+        self.spec, self.tokenizer_dir = lm.spec, lm.tokenizer_dir
+        check_whole("room", room, 1)
+        self._least = room
+        self._lm = lm
+        self._opened = opened
+        self._plans = plans
+        self._meter = meter
+        self._buffers = Buffers()
+        self._room: tuple[Model, Workload, MemoryPlan] | None = None
+        self._cached = np.empty(0, dtype=np.int64)  # the ids whose keys and values can be used
+        self._length = 0  # of the cache, with what may follow them
+        # Also where nobody closes it: the model may be used for long after.
+        self._finalizer = weakref.finalize(self, plans.forget, self._buffers)
+
+    @property
+    def cached(self) -> np.ndarray:
+        """The ids, int64, whose keys and values are in the cache."""
+        return self._cached.copy()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self._lm.tokenizer
+
+    def generate(
+        self, ids: Sequence[int] | np.ndarray | Tensor, max_new_tokens: int = 32, **sampling: Any
+    ) -> np.ndarray:
+        """The text and what follows it, up to the stop id if one comes: int64 (tokens,).
+
+        ids: the whole text so far, such as `[*before, *more]`, where `before` is what the last call returned.
+        sampling: do_sample, temperature, stop, top_k, top_p and seed as in `OptLM.generate`, which this raises as.
+        """
+        rows: Any = [ids]
+        request = read_request(self.spec, rows, np.ones((1, len(ids))) if len(ids) else None)
+        out = self.generate_with(request, max_new_tokens, self.sampled(**sampling))
+        assert self.stats is not None
+        made: np.ndarray = out[0, : request.width + self.stats.new_tokens]
+        return made
+
+    def generate_with(
+        self,
+        request: Request,
+        max_new_tokens: int,
+        choice: Choice,
+        *,
+        tokens: int | None = None,
+        pad: int | None = None,
+        listeners: Sequence[Listener] = (),
+        check: Callable[[], object] | None = None,
+    ) -> np.ndarray:
+        """`OptLM.generate_with` for a request of one prompt. Raises RequestError for more, and once it is closed."""
+        self._check(request, choice)
+        check_length(self.spec, request, max_new_tokens)
+        prompt, tokens = request.prompts[0], max_new_tokens if tokens is None else tokens
+        pad = pad_id(self.spec) if pad is None else pad
+        self._opened()  # not closed
+        (model, workload, plan), grows = self._room_for(len(prompt) + max_new_tokens)
+        device, buffers = model.machine.device, self._buffers
+        out = np.full((1, request.width + max_new_tokens), pad, dtype=np.int64)
+        out[0, request.width - len(prompt) : request.width] = prompt
+        call = Call(model, workload, pad, check, plan.workspace(Tier.GPU), buffers)
+        with device.active(), torch.inference_mode(), call, call:
+            cached, length = self._usable(prompt), self._length
+            # Until the call has ended well it is not known what the buffers have.
+            self._cached, self._length = prompt[:0], 0
+            if grows:
+                self._plans.forget(buffers)
+                self._room = model, workload, plan
+                self._plans.remember(buffers, plan)
+                cached = 0
+            if cached and buffers.cache is not None:
+                buffers.cache.cut(length, cached)
+            prompts = call.prepare([prompt[cached:]], cached)
+            output = NewTokens(prompts, tokens, choice, pad, device, [0], listeners)
+            call.run(prompts, tokens, output)
+            ids = output.ids[0].numpy()
+            out[0, request.width : request.width + tokens] = ids
+            self._length = len(prompt) + call.timing.ran[-1] - 1  # the last id was not computed
+            self._cached = np.concatenate([prompt, ids[: output.count]])[: self._length]
+            new = replace(request, prompts=(prompt[cached:],))
+            self._lm.stats = self.stats = self._meter.stats(model, call, plan, new, output.count)
+        return out
+
+    def _check(self, request: Request, choice: Choice) -> None:
+        if not self._finalizer.alive:
+            raise RequestError("this conversation is closed; begin another one with conversation()")
+        if len(request.prompts) != 1:
+            raise RequestError(
+                f"a conversation is one text, and this call has {len(request.prompts)} prompts: pass one, or call "
+                "the model itself"
+            )
+        if choice.whole_call:
+            raise RequestError(
+                "a conversation takes no choice of ids that sees a whole call: call the model itself"
+            )
+
+    def _room_for(self, tokens: int) -> tuple[tuple[Model, Workload, MemoryPlan], bool]:
+        """How the text is computed, and whether that takes other buffers than there are. Raises CapacityError."""
+        if self._room is not None and tokens <= self._room[1].capacity:
+            return self._room, not self._buffers.batches
+        roomy = int(min(max(2 * tokens, self._least), self.spec.longest_text))
+        try:
+            return self._planned(roomy), True
+        except CapacityError:
+            return self._planned(tokens), True
+
+    def _planned(self, capacity: int) -> tuple[Model, Workload, MemoryPlan]:
+        workload = Workload(max(capacity - 1, 1), 1, 1)
+        chosen, plan = self._plans.of_text(workload, self._buffers)
+        return replace(self._opened(), policy=chosen.policy, order=chosen.order), workload, plan
+
+    def _usable(self, prompt: np.ndarray) -> int:
+        """How many tokens of a text the cache serves. The last one is always computed: its logits are wanted."""
+        shared = min(len(self._cached), len(prompt) - 1)
+        unlike = np.flatnonzero(self._cached[:shared] != prompt[:shared])
+        longest = max(self._length, len(prompt))
+        if any(longest > limit for limit in _unstretched(self.spec)):
+            return 0  # all keys of a longer text have other rotary frequencies
+        return int(unlike[0]) if len(unlike) else shared
+
+    def close(self) -> None:
+        """Give the memory back, once a stream that still runs has ended."""
+        if not self._opened_elsewhere():
+            self._end_streams()
+            self._finalizer()
+
+    def _opened_elsewhere(self) -> bool:
+        """Whether this process is a fork of the one that has the memory."""
+        return self._plans.in_use.inherited
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # What the model does in any case
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """`OptLM.forward`, without the cache."""
+        return self._lm.forward(*args, **options)
+
+    def sampled(self, *args: Any, **sampling: Any) -> Choice:
+        """`OptLM.sampled`."""
+        return self._lm.sampled(*args, **sampling)
+
+    def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
+        """`OptLM.last_report`."""
+        return self._lm.last_report(request, max_new_tokens, tokens)
+
+
+def _unstretched(spec: ModelSpec) -> set[int]:
+    """Up to which lengths of a text the rotary frequencies of its layers do not depend on the length."""
+    ropes = (layer.attention.rope for layer in spec.layers)
+    return {
+        rope.original_max_positions
+        for rope in ropes
+        if rope is not None and rope.kind in ("dynamic", "longrope")
+    }

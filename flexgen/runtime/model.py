@@ -1,0 +1,44 @@
+"""What every call of an opened model shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from flexgen.memory.lanes import Lanes
+from flexgen.memory.lookup import RowTable
+from flexgen.memory.machine import Machine
+from flexgen.memory.weights import WeightSlots
+from flexgen.models import Layer
+from flexgen.policy import Policy
+from flexgen.runtime.in_use import InUse
+from flexgen.schedule.orders import Order, Slots
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model, ready to run: what every call shares.
+
+    `table`: of the embedding, where its rows are gathered at home. `in_use`: held by the one call that runs.
+    """
+
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype
+    policy: Policy
+    machine: Machine
+    weights: WeightSlots
+    lanes: Lanes
+    slots: Slots
+    order: str | None = None
+    table: RowTable | None = None
+    in_use: InUse = field(default_factory=InUse, compare=False)
+
+    @property
+    def feeds_ids(self) -> bool:
+        """Whether new ids feed the next token on the device, in an order that allows it."""
+        return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
+
+    def order_of(self, batches: int) -> Order:
+        """The order in which a block of so many batches runs."""
+        return self.machine.device.topology.choose_order(self.order, self.policy, batches)
