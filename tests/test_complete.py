@@ -338,7 +338,7 @@ def test_at_a_terminal(completion, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(sys, "stdout", stdout)
         assert complete.main([*BEST, "--interactive"]) == 0
-        shown, expected = b"", f">>> {completion}\r\n".encode()
+        shown, expected = b"", f">>> {completion}\n".replace("\n", "\r\n").encode()
         while (
             expected not in shown and select.select([ours], [], [], 30)[0]
         ):  # a terminal passes on part after part
