@@ -31,13 +31,14 @@ from flexgen.workload import Workload
 class Conversation(Conveniences):
     """One text, whose KV cache is kept between calls: a call computes only the tokens that the cache does not have.
 
-    Each call is given the whole text, and gives the ids that a call of the model would give. The cache serves as far
-    as the text begins as the one before did, with what was generated for it. `stream`, `stream_text` and
-    `generate_text` take one prompt.
+    You pass the whole text to each call, and get the ids that a call of the model would return. The cache is used as
+    far as the text begins like the text of the call before and its answer. `stream`, `stream_text` and `generate_text`
+    take one prompt.
 
-    Between calls the memory of the cache stays taken, and the plans of the model's other calls count it. A text that
-    outgrows it gets twice the room it needs and is computed anew once, as is a text behind a call that failed or was
-    interrupted. Closing the conversation, or the model, gives the memory back.
+    Between calls the cache stays in memory, and the plans of the model's other calls count it. When a text outgrows
+    the cache, a new one is made, twice as large as the text needs, and the whole text is computed once more. The whole
+    text is also computed after a call that failed or was interrupted. Closing the conversation or the model frees the
+    memory.
     """
 
     def __init__(
