@@ -32,13 +32,13 @@ class Conversation(Conveniences):
     """One text, whose KV cache is kept between calls: a call computes only the tokens that the cache does not have.
 
     You pass the whole text to each call, and get the ids that a call of the model would return. The cache is used as
-    far as the text begins like the text of the call before and its answer. `stream`, `stream_text` and `generate_text`
-    take one prompt.
+    far as the text begins like the text of the call before and its answer. `stream`, `stream_text` and
+    `generate_text` take one prompt.
 
     Between calls the cache stays in memory, and the plans of the model's other calls count it. When a text outgrows
-    the cache, a new one is made, twice as large as the text needs, and the whole text is computed once more. The whole
-    text is also computed after a call that failed or was interrupted. Closing the conversation or the model frees the
-    memory.
+    the cache, a new one is made, twice as large as the text needs, and the whole text is computed once more.
+    The whole text is also computed after a call that failed or was interrupted. Closing the conversation or the
+    model frees the memory.
     """
 
     def __init__(
