@@ -159,7 +159,7 @@ class ArithmeticProbe:
 
     def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
         """A layer without attention: what is multiplied, with norms, biases and residuals."""
-        here, context = next(weights), SimpleNamespace(positions=None)
+        here, context = next(weights), SimpleNamespace(positions=None, text_length=None)
         q, _, _ = self.layer.qkv(x, here, cast(Context, context))
         self.layer.output(q, x, here)
 

@@ -64,8 +64,11 @@ def test_weights_of_another_directory_for_any_configuration(make_model, save):
     directory = save(model)
     spec, checkpoint = open_model(model.config, weights=directory)
     checkpoint.verify(build_layers(spec))
-    with pytest.raises(CheckpointError, match=r"looked for model\.safetensors.*decoder\.embed_tokens"):
+    with pytest.raises(CheckpointError, match="elsewhere: there is no such directory"):
         open_model(model.config, weights=directory / "elsewhere")
+    (directory / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"looked for model\.safetensors.*decoder\.embed_tokens"):
+        open_model(model.config, weights=directory / "empty")
     with pytest.raises(ModelError, match="the Path of a directory"):
         open_model(model.config, weights=str(directory))
 
