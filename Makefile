@@ -31,7 +31,7 @@ demo: .venv/.installed-run
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# For the inner loop: unit tests of every room. What is slow is listed in tests/conftest.py.
+# For the inner loop: unit tests of every package. What is slow is listed in tests/conftest.py.
 test-fast: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal
 

@@ -104,9 +104,9 @@ def test_commands_in_sentences_exist_and_know_their_flags(line, capsys):
     assert {flag for flag in flags if flag.startswith("--")} <= set(known)
 
 
-def test_the_readme_shows_each_face_in_ten_lines():
+def test_the_readme_shows_each_interface_in_ten_lines():
     faces = re.split(r"^## ", PAGES[0].read_text(encoding="utf-8"), flags=re.M)
-    (section,) = [text for text in faces if text.startswith("Three faces")]
+    (section,) = [text for text in faces if text.startswith("Three interfaces")]
     blocks = re.findall(r"^```\w+\n(.*?)^```", section, re.M | re.S)
     assert len(blocks) == 3 and max(len(block.splitlines()) for block in blocks) <= 10
 
