@@ -47,7 +47,7 @@ def complete(args: argparse.Namespace) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # `encode` refuses the line, and the next one comes
     ids = _fitting(args, given)
     with (
-        contextlib.suppress(BrokenPipeError),  # whoever read has read enough
+        contextlib.suppress(BrokenPipeError),  # the reader has closed the pipe
         OptLM(
             args.model,
             policy,

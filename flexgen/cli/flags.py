@@ -121,7 +121,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
 
 
 def tell(text: str) -> None:
-    """Show a line beside the output."""
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

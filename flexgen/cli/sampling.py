@@ -1,4 +1,4 @@
-"""How a text goes on, and where it ends: flags of the commands that continue texts, and what they may say."""
+"""Flags for sampling and stops, shared by the commands that continue texts."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from flexgen.workload import Workload
 _log = logging.getLogger("flexgen")
 
 USUAL = Workload(512, 32, 256)
-"""What a model is opened for where nobody says: the paper's lengths, and prompts enough to fill large blocks."""
+"""The workload if none is given: the paper's lengths, and prompts enough to fill large blocks."""
 
 _SPARE = 0.95
 """Share of the measured capacity that is planned with: other processes take some before the weights are placed."""

@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 
 class OptLM(Conveniences):
-    """A language model that need not fit its device.
+    """A language model that may be larger than its device's memory.
 
     model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
         config; weights="dummy" makes random weights of the right shapes and never touches the network, and a
@@ -130,7 +130,7 @@ class OptLM(Conveniences):
 
     @property
     def layer_names(self) -> list[str]:
-        """Of the streaming units, in the order of the trace's layer numbers."""
+        """Names of the streaming units, indexed like `Step.layer` in traces."""
         return [layer.name for layer in self._layers]
 
     def memory_in_use(self) -> dict[Tier, int]:

@@ -149,13 +149,13 @@ class StreamLane(Lane):
         return []
 
     def drain(self) -> None:
-        # A failed kernel is told by the Done of its job; here it only means that nothing runs any more.
+        # A failed kernel is reported by the Done of its job; here it only means that the stream is idle.
         with contextlib.suppress(RuntimeError):
             self.stream.synchronize()
 
 
 class CopyLane(ThreadLane):
-    """A link of a GPU: a CUDA stream whose jobs never hold up the one who submits them.
+    """A link of a GPU: a lane on a CUDA stream, whose `submit` never blocks the caller.
 
     While all that a job needs is on streams already, it is enqueued at once, without a thread hop. Otherwise the
     lane's thread waits for the host work and then enqueues it, and so it does with all that comes until it is idle

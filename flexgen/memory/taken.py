@@ -1,4 +1,4 @@
-"""What a part of a call has taken of the machine, given back together."""
+"""Resources that one part of a call has taken, released together."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One machine. Raises HardwareError for what cannot be meant.
+    """One machine. Raises HardwareError for invalid values.
 
     name, source: which machine, and where the figures come from.
     capacity: bytes by tier that a plan may use. Without `gpu` the compute device is the host and shares its memory.
-    installed: bytes by tier that there are in all; told, not planned with.
+    installed: bytes by tier that there are in all; reported only; plans do not use it.
     compute_capability: of an NVIDIA GPU, such as 8.6; 0 where it is not known. The memory that libraries take depends
         on it. Below 8.0 a checkpoint in bfloat16 is computed in float16.
     bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and

@@ -98,7 +98,7 @@ class Call:
         run_all(self._undo)
 
     def order_of(self, batches: int) -> Order:
-        """The order in which a block of so many batches runs."""
+        """The order of a block of `batches` batches."""
         return self._model.order_of(batches)
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:

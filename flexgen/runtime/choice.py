@@ -1,4 +1,4 @@
-"""What a call decides about each new token, and whom it tells: which id follows, which rows end."""
+"""How a call chooses each new token and ends rows, and who listens to new tokens."""
 
 from __future__ import annotations
 

@@ -40,5 +40,5 @@ class Model:
         return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
 
     def order_of(self, batches: int) -> Order:
-        """The order in which a block of so many batches runs."""
+        """The order of a block of `batches` batches."""
         return self.machine.device.topology.choose_order(self.order, self.policy, batches)

@@ -27,7 +27,7 @@ def key_reads(segment: CacheSegment, path: Path, start: int, buffer: Tensor, pag
 
 
 class ValueReader:
-    """Reads chosen values in the midst of a computation, by threads of its own.
+    """Reads the chosen values during a computation, in threads of its own.
 
     They must not queue behind what is read ahead for later cells; and as each piece is short, several must be
     under way at any time.

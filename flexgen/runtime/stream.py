@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: it runs in a thread, and whoever asked for it iterates."""
+"""Results of a run while it runs: the run has a thread, and the caller iterates over its results."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 in the shares of a policy.
 
 The figures are those of the cost model and of the memory plan, asked at the corners: policies whose weights, cache
-and activations lie on one tier each. So no formula of a size or of a time stands here a second time.
+and activations lie on one tier each. No formula of a size or of a time is repeated here.
 """
 
 from __future__ import annotations
