@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,11 +25,11 @@ from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Policy, Tier
 from flexgen.predict.arithmetic import Arithmetic, alike_layers
-from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.predict.timeline import Costs
 from flexgen.results.trace import LaneName
+from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
-from flexgen.workload import Workload
 
 
 class Load(NamedTuple):
@@ -47,14 +48,26 @@ Loads = tuple[tuple[Load, ...], ...]
 _Key = tuple[Op, int, int, int, bool, bool]
 
 
-class StepCosts:
-    """The work of every step of one block of `prompts` prompts.
+@dataclass(frozen=True)
+class CostedBlock:
+    """A block of `prompts` prompts that runs in `order`.
 
-    `tokens`: the passes that those of the grid stand for, named as in `Passes`: those up to 0 are the prefill. Where
-    they are not all of the workload's, a token reads as much of a cache on disk as the line through its pages says,
-    and those of the grid in `flushing` write one.
-    `splits_attention`: as of the grid; `serial`: as of the order. `alike`: for each layer the first whose steps take
-    the same as its own, but for loads of weights, which are the same for every token.
+    `tokens`: the passes that those of the grid stand for, named as in `Passes`: those up to 0 are the prefill. None
+    stands for all passes. Where some are left out, a token reads as much of a cache on disk as the line through its
+    pages says, and those of the grid in `flushing` write one.
+    """
+
+    prompts: int
+    order: Order
+    tokens: Sequence[int] | None = None
+    flushing: Collection[int] = ()
+
+
+class StepCosts:
+    """The work of every step of one block of a job.
+
+    `alike`: for each layer the first whose steps take the same as its own, but for loads of weights, which are the
+    same for every token.
 
     What is looked up depends on the ids. They are taken to be all different, up to the vocabulary, and to lie
     evenly in the table: few others read more.
@@ -62,17 +75,13 @@ class StepCosts:
 
     def __init__(
         self,
+        job: Job,
+        policy: Policy,
         layers: Sequence[Layer],
         placement: Placement,
-        policy: Policy,
-        workload: Workload,
-        hardware: Hardware,
-        prompts: int,
-        tokens: Sequence[int] | None = None,
-        flushing: Collection[int] = (),
-        splits_attention: bool = False,
-        serial: bool = False,
+        block: CostedBlock,
     ) -> None:
+        workload, hardware = job.workload, job.hardware
         self._layers = layers
         self._last = len(layers) - 1
         self._spec = layers[0].spec
@@ -85,18 +94,20 @@ class StepCosts:
         self._hardware = hardware
         self._topology = hardware.topology
         self._shared = hardware.topology.shares_host_memory
-        self._batches = batch_sizes(policy, prompts)
+        self._batches = batch_sizes(policy, block.prompts)
         self._weights = weight_layouts(layers, placement, self._topology)
         alike: dict[WeightLayout, int] = {}
         self._same_weights = [alike.setdefault(layout, n) for n, layout in enumerate(self._weights)]
         self.weight_pieces = count_pieces(self._weights, len(self._batches))
-        self._tokens = range(self._passes.first, workload.gen_len) if tokens is None else tokens
-        self._flushing = flushing
-        self._splits_attention = splits_attention
+        self._tokens = block.tokens or range(self._passes.first, workload.gen_len)
+        self._flushing = block.flushing
+        self._splits_attention = block.order.splits_attention
         self._arithmetic = Arithmetic(placement, hardware)
         most = max(self._batches) * self._passes.new
         self._rows = row_layout(layers, placement, self._topology, most)
-        self.feeds_ids = self._topology.keeps_ids(self._rows is not None) and not serial  # as of the grid
+        self.feeds_ids = (
+            self._topology.keeps_ids(self._rows is not None) and not block.order.serial
+        )  # as of the grid
         self._every_token = len(self._tokens) == workload.gen_len - self._passes.first
         self.alike = alike_layers(layers, placement, bool(hardware.packed_products))
         self._cache = {

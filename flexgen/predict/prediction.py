@@ -16,7 +16,7 @@ from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import batch_sizes, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.policy import Policy, Tier
-from flexgen.predict.costs import StepCosts
+from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.hardware import Fixed, Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
@@ -24,6 +24,7 @@ from flexgen.predict.timeline import Timeline, play_beside, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.results.trace import LaneName, Phase, Trace
+from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Op
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
@@ -196,12 +197,11 @@ def _block(
     tokens = [*parts, *new]
     asked, full = job.order_for(policy, batches), job.order_for(policy)
 
-    def costs_of(splits_attention: bool) -> StepCosts:
-        writing = [lead + n for n in flushing]
-        block = layers, placement, policy, workload, hardware, prompts, tokens, writing
-        return StepCosts(*block, splits_attention=splits_attention, serial=asked.serial)
+    def costs_in(order: Order) -> StepCosts:
+        block = CostedBlock(prompts, order, tokens, [lead + n for n in flushing])
+        return StepCosts(job, policy, layers, placement, block)
 
-    costs = costs_of(asked.splits_attention)
+    costs = costs_in(asked)
     # The buffers are those of a full block, whose batches may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
@@ -216,7 +216,9 @@ def _block(
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As a run times its lanes: what the host attends is apart from what the device computes.
     attends = hardware.topology.host_attends(policy)
-    apart = costs if asked.splits_attention or not attends else costs_of(splits_attention=True)
+    apart = (
+        costs if asked.splits_attention or not attends else costs_in(replace(asked, splits_attention=True))
+    )
     busy = [apart.busy(n) for n in range(len(tokens))]
     phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
     for lane in timed_lanes(attends):

@@ -23,7 +23,7 @@ from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import Layer, build_layers
 from flexgen.models.spec import LayerSpec
 from flexgen.policy import Policy, Share, Tier
-from flexgen.predict.costs import StepCosts
+from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import decode_seconds
 from flexgen.predict.workspaces import workspaces_on
@@ -179,18 +179,9 @@ class Corners:
         parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
-        costs = StepCosts(
-            layers,
-            self._placement(kinds, policy.sep_layer, policy.weights),
-            policy,
-            self._job.workload,
-            self._job.hardware,
-            policy.block_size,
-            tokens,
-            [lead + n for n in flushing],
-            splits_attention=order.splits_attention,
-            serial=order.serial,
-        )
+        placement = self._placement(kinds, policy.sep_layer, policy.weights)
+        block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
+        costs = StepCosts(self._job, policy, layers, placement, block)
         sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):

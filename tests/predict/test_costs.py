@@ -21,7 +21,8 @@ from flexgen.memory.gpu import EmulatedDevice, HostDevice
 from flexgen.models import build_layers, open_model
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
-from flexgen.predict.costs import StepCosts
+from flexgen.predict.costs import CostedBlock, StepCosts
+from flexgen.predict.job import Job
 from flexgen.results.trace import LaneName
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op, Step, all_steps
@@ -160,16 +161,8 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         ]
         layers, placement, table = model._layers, model.placement, model._model.table
     asked = hardware.topology.choose_order(order, policy, len(sizes))
-    costs = StepCosts(
-        layers,
-        placement,
-        policy,
-        workload,
-        hardware,
-        prompts,
-        splits_attention=asked.splits_attention,
-        serial=asked.serial,
-    )
+    job = Job(layers[0].spec, hardware, workload, placement.dtype, order)
+    costs = StepCosts(job, policy, layers, placement, CostedBlock(prompts, asked))
     count = tokens - first
     grid = asked.grid(count, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
     predicted: Counter = Counter()
@@ -208,7 +201,10 @@ def costs_of(config, policy, hardware, workload=None, dtype=torch.float32):
     layers = build_layers(spec, policy.sep_layer)
     workload = workload or Workload(6, 4, policy.block_size)
     placement = place_weights(layers, policy.weights, dtype)
-    return StepCosts(layers, placement, policy, workload, hardware, workload.num_prompts)
+    job = Job(spec, hardware, workload, dtype)
+    return StepCosts(
+        job, policy, layers, placement, CostedBlock(workload.num_prompts, ORDERS["overlap_multi_batch"])
+    )
 
 
 def compute(costs, token, layer, batch=0):
@@ -303,7 +299,9 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     spec, _ = open_model(configs["opt"], "dummy")
     layers = build_layers(spec, False)
     placement = place_weights(layers, policy.weights, torch.float32)
-    halves = StepCosts(layers, placement, policy, Workload(6, 4, 8), machine(), 8, splits_attention=True)
+    job = Job(spec, machine(), Workload(6, 4, 8), torch.float32)
+    block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
+    halves = StepCosts(job, policy, layers, placement, block)
     [[project, asked]], [[host], [device]], [[answered]], [[rest]] = (
         halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE)
     )
