@@ -1,9 +1,12 @@
 #include "machine.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <sstream>
 #include <thread>
 
@@ -61,8 +64,21 @@ Settings& settings() {
     return all;
 }
 
+namespace {
+
+// A child that is forked while another thread is in here has no such thread: it gets a lock that nobody holds, over
+// state that nobody was changing.
+Machine* make_machine() {
+    pthread_atfork([] { machine().lock.lock(); },
+                   [] { machine().lock.unlock(); },
+                   [] { new (&machine().lock) std::recursive_mutex; });
+    return new Machine;
+}
+
+}  // namespace
+
 Machine& machine() {
-    static Machine* one = new Machine;  // never destroyed: torch frees memory until the very end of the process
+    static Machine* one = make_machine();  // never destroyed: torch frees memory until the very end of the process
     return *one;
 }
 
