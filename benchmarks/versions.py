@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="the root of the other checkout")
     parser.add_argument("--offload-dir", required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -44,7 +45,7 @@ def main() -> None:
     record = importlib.import_module("record")
     workers = {"other": Worker(args.checkout, args.offload_dir), "this": Worker(HERE, args.offload_dir)}
     figures: dict[str, Any] = {}
-    for case in CASES:
+    for case in args.case or CASES:
         for worker in workers.values():
             worker.ask(case)  # warms up
         found = record.interleaved(
@@ -135,8 +136,8 @@ def searching(offload_dir: str) -> Any:
                 continue
         raise ModuleNotFoundError(f"none of {modules} exists")
 
-    find_policy = from_one_of("find_policy", "flexgen.search.find", "flexgen.planning.search")
-    hardware = from_one_of("Hardware", "flexgen.predict.hardware", "flexgen.planning.hardware").preset("t4")
+    find_policy = from_one_of("find_policy", "flexgen.planning.search", "flexgen.search.find")
+    hardware = from_one_of("Hardware", "flexgen.planning.hardware", "flexgen.predict.hardware").preset("t4")
     spec, _ = open_model("opt-30b", "dummy")
 
     def run() -> dict[str, float]:
