@@ -28,7 +28,9 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 WITHOUT_TORCH = {"errors", "units", "policy", "workload", "schedule", "demo", "results"}
-FLAGS = {Path("cli", name) for name in ("flags.py", "answers.py", "interrupts.py", "job.py", "prompts.py")}
+FLAGS = {
+    Path("cli", name) for name in ("flags.py", "answers.py", "interrupts.py", "job_file.py", "prompts.py")
+}
 MAX_LINES = 400
 OLD_NAMES = Path("flex_opt/old_names")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from flexgen.cli.job import JobFile, JobState, Mark, append, create
+from flexgen.cli.job_file import JobFile, JobState, Mark, append, create
 from flexgen.cli.prompts import COMPLETION
 from flexgen.errors import RequestError
 

@@ -69,9 +69,7 @@ class CallPlans:
         if whole_prompts:
             policy = chosen.policy.replace(prefill_chunk=0)
         else:
-            policy = with_fitting_chunk(
-                plan, chosen.policy, limits, chosen.policy.prefill_chunk or workload.prompt_len
-            )
+            policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
     def of_one_block(self, workload: Workload, kept: Kept | None = None) -> tuple[Chosen, MemoryPlan]:

@@ -1,5 +1,5 @@
-"""Checks of what a hardware file says. Each returns the value as it is kept, and raises HardwareError for one that
-cannot be meant: with its name, the value and what it must be."""
+"""Checks of what a hardware file says. Each returns the value in the form in which `Hardware` has it, and raises
+HardwareError for an invalid one, with its name, the value and what it must be."""
 
 from __future__ import annotations
 

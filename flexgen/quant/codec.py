@@ -1,4 +1,4 @@
-"""What a codec is: how a tensor is stored, multiplied and attended in fewer bytes, and what that takes."""
+"""The interface of codecs: how tensors are stored in fewer bytes, the arithmetic with them, and what that costs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Codec(ABC):
 
     @abstractmethod
     def heads(self, head_dim: int) -> HeadFormat:
-        """How a head's key or value is stored in the KV cache and attended. Raises PolicyError where it cannot be."""
+        """How the KV cache stores a head and computes attention over it. Raises PolicyError where it cannot."""
 
     # What a plan and a prediction know before anything is computed
 

@@ -79,7 +79,7 @@ class Choices:
         return True
 
     def _check_attention(self, codec: str) -> None:
-        """Raises HardwareError or PolicyError where the cache cannot be kept in `codec` and attended everywhere."""
+        """Raises HardwareError or PolicyError unless the rates of attention over `codec` are known everywhere."""
         for head_dim in {layer.attention.head_dim for layer in self._job.spec.layers}:
             heads = head_format(codec, head_dim, self._job.dtype)
             for on_device in (True,) if self._shared else (True, False):

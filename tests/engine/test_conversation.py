@@ -135,7 +135,7 @@ def test_a_text_that_outgrows_its_buffers_gets_larger_ones(tiny: Any, prompts: A
         assert chat.stats.positions_computed == 5
         more = np.concatenate([text, prompts([4], 2)[0]])
         text = chat.generate(more, 4, stop=())
-        assert chat.stats.positions_computed == len(more), "once anew"
+        assert chat.stats.positions_computed == len(more), "the whole text, once"
         np.testing.assert_array_equal(text, model.greedy([more.tolist()], 4)[0])
         more = np.concatenate([text, prompts([4], 3)[0]])
         chat.generate(more, 4, stop=())

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from flexgen.cli.job import JobFile, JobState, Mark
+from flexgen.cli.job_file import JobFile, JobState, Mark
 from flexgen.errors import RequestError
 
 MARKS = (Mark(2, 30, "ab"), Mark(5, 80, "cd"))
