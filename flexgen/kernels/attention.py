@@ -133,6 +133,17 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]
 
 
+def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
+    """Make `hidden` (rows, 1, 1, tokens) the mask of `attend_fused` over all of its tokens, of which `length` are there.
+
+    `attend_fused` then gives what it gives for `length` without what lies beyond it, at an extent that does not change
+    with each token. For the next token set its position to 0, which is one launch.
+    """
+    positions = torch.arange(hidden.shape[-1], device=hidden.device)
+    seen = (positions >= starts[:, None]) & (positions < length)
+    hidden.fill_(float("-inf"))[:, 0, 0].masked_fill_(seen, 0.0)
+
+
 def probabilities_in_torch(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
 ) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.layout.cache_needs import BatchCache, batch_cache
+from flexgen.layout.graphs import graph_needs, replayed
 from flexgen.layout.hidden import activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
@@ -85,6 +86,12 @@ def plan_memory(
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
         needs.append(Need(Tier.GPU, "libraries", "workspace", workspaces.fixed))
+        if not all_logits:
+            numbers = replayed(layers, placement, policy, topology, workspaces)
+            own = [cache[rows] for rows in batches]
+            needs += graph_needs(
+                [layers[j] for j in numbers], own, workload.capacity, dtype, workspaces
+            )
         positions = max(batches) * passes.new
         decoded = [
             decoded_bytes(layer, placement)

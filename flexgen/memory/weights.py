@@ -166,7 +166,7 @@ class WeightSlots:
         """`decoded`: how many layers are computed by turns, each with decoded weights of its own."""
         self.turns = sizes.turns
         self._homes = homes
-        self._placement = placement
+        self.placement = placement
         self._device = machine.device
         self._io = machine.io
         self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
@@ -228,24 +228,24 @@ class WeightSlots:
                 kept[weight.name] = home
         for cargo, offset in zip(self._cargo[layer], self._device_offsets[layer], strict=True):
             for weight, place in cargo.weights:
-                encoded = self._placement.codec(weight) is not None
-                shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
-                dtype = torch.uint8 if encoded else self._placement.dtype
+                encoded = self.placement.codec(weight) is not None
+                shape = (self.placement.kept_bytes(weight),) if encoded else weight.shape
+                dtype = torch.uint8 if encoded else self.placement.dtype
                 kept[weight.name] = tensor_at(self._slots[slot], offset + place, shape, dtype)
         weights: dict[str, Tensor | QuantizedMatrix] = dict(kept)
         decodings, end = [], 0
         room = max(self._usual, self._decoded_bytes[layer])
         for weight in self._layers[layer]:
-            if codec := self._placement.codec(weight):
+            if codec := self.placement.codec(weight):
                 # Of a table rows are read as they are kept: it is never asked for.
-                make = partial(torch.empty, weight.shape, dtype=self._placement.dtype)
+                make = partial(torch.empty, weight.shape, dtype=self.placement.dtype)
                 if weight in self._products[layer]:
                     place_in = self._rooms[decoded].place
-                    make = partial(place_in, room, end, weight.shape, self._placement.dtype)
-                    end = align(end + weight.nbytes(self._placement.dtype), ALIGNMENT)
+                    make = partial(place_in, room, end, weight.shape, self.placement.dtype)
+                    end = align(end + weight.nbytes(self.placement.dtype), ALIGNMENT)
                 decodings.append(_Decoding(codec, kept[weight.name], make))
                 weights[weight.name] = codec.matrix(
-                    kept[weight.name], weight.shape, self._placement.dtype, decodings[-1]
+                    kept[weight.name], weight.shape, self.placement.dtype, decodings[-1]
                 )
         return _LayerViews(weights, tuple(decodings))
 
@@ -297,7 +297,7 @@ class WeightSlots:
             needed = min(end, cargo.end) - begin
             reads.append(Read(path, start + begin, buffer[base + begin : base + end], max(needed, 0)))
             parts += self._plain_parts(cargo, path, start, begin, end, buffer[base:])
-        read = CheckedRead(ReadJob(self._io, reads), parts, self._placement.dtype, self._checked)
+        read = CheckedRead(ReadJob(self._io, reads), parts, self.placement.dtype, self._checked)
         jobs: dict[tuple[Tier, Kind], Job] = {
             (Tier.CPU, Kind.COPY): partial(_run_all, copies),
             (Tier.DISK, Kind.READ): read,
@@ -311,8 +311,8 @@ class WeightSlots:
         """Values between `begin` and `end` of a cargo, whose bytes from `start` of its file come into `buffer`."""
         for weight, place in cargo.weights:
             first = max(begin, cargo.lead + place)
-            last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))
-            if first < last and self._placement.codec(weight) is None:
+            last = min(end, cargo.lead + place + self.placement.kept_bytes(weight))
+            if first < last and self.placement.codec(weight) is None:
                 yield Part(weight.key, path, start + first, buffer[first:last])
 
     def _copy(self, slot: int, offset: int, source: Tensor) -> Callable[[], None]:

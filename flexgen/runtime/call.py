@@ -18,6 +18,7 @@ from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
+from flexgen.runtime.graphs import MIN_TOKENS, CellGraphs
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule.orders import Order, normal
@@ -92,7 +93,7 @@ class Call:
                 partial(self._model.in_use.end, self),
                 partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
-                *([] if self._keeps else [self._buffers.close]),
+                self._buffers.drop_graphs if self._keeps else self._buffers.close,
                 self._free_prompts,
             ]
         run_all(self._undo)
@@ -114,6 +115,7 @@ class Call:
         elif buffers.cache is not None and buffers.activations is not None:
             buffers.cache.reset()
             buffers.activations.regroup(batches)
+            buffers.drop_graphs()
         cells, chunk = self._model.slots.cells, self._model.policy.prefill_chunk
         self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, cells, chunk, cached)
         self._model.machine.device.settle()
@@ -137,7 +139,8 @@ class Call:
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
         run = range(first, max(first, 0) + 1 if output.by_token else tokens)
-        generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
+        grid, graphs = self._grid(order, prompts, len(run)), self._graphs(tokens)
+        generation = self._generation(prompts, output, grid, first, graphs)
         offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid))
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
@@ -170,6 +173,7 @@ class Call:
                 f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
             ) from error
         activations.regroup([len(rows) for rows in batches])
+        self._buffers.drop_graphs()
         self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
@@ -199,7 +203,13 @@ class Call:
         pieces = count_pieces(model.weights.layouts, batches)
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
-    def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
+    def _graphs(self, tokens: int) -> CellGraphs | None:
+        """Those of the block, if it has some and they pay for a run that gives `tokens` tokens."""
+        return self._buffers.graphs if tokens > MIN_TOKENS else None
+
+    def _generation(
+        self, prompts: Prompts, output: Output, grid: Grid, first: int = 0, graphs: CellGraphs | None = None
+    ) -> Generation:
         model, cache, activations = self._model, self._buffers.cache, self._buffers.activations
         assert cache is not None and activations is not None, "prepare comes before run"
         return Generation(
@@ -212,6 +222,7 @@ class Call:
             output,
             self._buffers.lookup,
             first,
+            graphs,
         )
 
     def _free_prompts(self) -> None:

@@ -19,6 +19,8 @@ from flexgen.models.ops import rope_tables, token_factors
 from flexgen.models.spec import RopeSpec
 from flexgen.results.trace import LaneName
 from flexgen.runtime.activations import Activations
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.graphs import CellGraphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.pages import Padding
@@ -82,6 +84,7 @@ class Generation:
         output: Output,
         lookup: Lookup | None = None,
         first: int = 0,
+        graphs: CellGraphs | None = None,
     ) -> None:
         """`first`: the token that the grid's first pass gives, as of `Passes`. Those before it are in the cache."""
         self.grid = grid
@@ -98,6 +101,7 @@ class Generation:
         self._activations = activations
         self._output = output
         self._lookup = lookup
+        self._graphs = graphs
         self._positions: dict[int, Tensor] = {}
         self._text_lengths: dict[int, Tensor | None] = {}
         self._factors: dict[int, dict[tuple[RopeSpec, torch.dtype], Tensor]] = {}
@@ -159,6 +163,12 @@ class Generation:
             x, rows = self._lookup.take(x.shape, slot)
             weights = {**weights, self._lookup.name: rows}
         layer = self._layers[j]
+        if self._graphs is not None and not self._output.wants_hidden(j):
+            bound = BoundCell(self.first + step.token, j, k, slot, span, self._prompts.padding[k])
+            if self._graphs.serves(bound):
+                context = self._cell(step, slot, span)
+                self._keep(step, slot, self._graphs.compute(bound, context, x, weights))
+                return
         if isinstance(layer, Head) and self._output.wants_hidden(j):
             self._output.keep_hidden(j, slot, layer.final(x, weights))
         self._keep(step, slot, layer.forward(x, weights, self._cell(step, slot, span)))

@@ -33,7 +33,8 @@ from flexgen.policy import Split, Tier
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.compaction import Moved, gather
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Padding, Page, attend, attend_several, pages_in, put
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.pages import Bring, Fixed, Padding, Page, attend, attend_fixed, attend_several, pages_in, put
 from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader
 
@@ -341,6 +342,17 @@ class KVCache:
                 pages, bring = self._keep(part, slot, span, k, v), self._bring(part, slot, span)
                 outs.append(attend(pages, span, part.rows_of(q), part.segment, padding, scale, bring))
         return outs
+
+    def capacity(self, cell: BoundCell) -> int:
+        """Tokens of a row that `attend_at` finds room for."""
+        (part,) = self._parts[cell.layer, cell.batch]
+        return part.segment.page_tokens
+
+    def attend_at(self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`attend` for a later token of a batch that is on the device as a whole; it can be captured in a graph."""
+        (part,) = self._parts[cell.layer, cell.batch]
+        (page,) = part.pages
+        return attend_fixed(page, at, q, k, v, part.segment.heads, scale)
 
     def attend_on_host(
         self, layer: int, batch: int, slot: int, span: Span, padding: Padding, scale: float

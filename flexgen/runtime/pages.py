@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, hidden_positions, join
+from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment, Span
 from flexgen.memory.store import tensor_at
@@ -38,6 +39,32 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
             for target, source in zip(pages[page], sources, strict=True):
                 target[:, :, begin : begin + count] = source
         done += count
+
+
+def put_at(page: Page, position: Tensor, k: Tensor, v: Tensor) -> None:
+    """`put` of one token of each row into a page, where `position` (1,) int64 on the page's device tells."""
+    _whole(page).index_copy_(2, position, torch.cat((k, v)))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One new token of each row, where tensors on the device tell, so that a CUDA graph serves any token.
+
+    `index` (1,) int64 is its position. `hidden` is the mask of `attend_fused`, of all tokens up to the new one.
+    Attention is over `extent` positions.
+    """
+
+    index: Tensor
+    hidden: Tensor
+    extent: int
+
+
+def attend_fixed(
+    page: Page, at: Fixed, q: Tensor, k: Tensor, v: Tensor, heads: HeadFormat, scale: float
+) -> Tensor:
+    """Put the new keys and values (rows, kv_heads, 1, head_dim) into the page; `attend` over it, on a GPU."""
+    put_at(page, at.index, *heads.encode_both(k, v))
+    return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
 
 
 def _whole(page: Page) -> Tensor:

@@ -1,0 +1,192 @@
+"""Decode cells as CUDA graphs: a layer of a batch is captured once and replayed for the following tokens.
+
+Whatever changes with the token has a buffer, which is filled before the token's first layer, so that each replay finds
+it at the same address. Hidden states stay in such a buffer between two layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from flexgen.errors import shown
+from flexgen.kernels.attention import hide_positions
+from flexgen.layout.graphs import StepLayout, extent, step_layout
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.store import tensor_at
+from flexgen.memory.taken import Taken
+from flexgen.models import Layer, Weights
+from flexgen.models.layer import Chunk, Context
+from flexgen.models.spec import RopeSpec
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.pages import Fixed
+
+MIN_TOKENS = 8
+"""Later tokens of a run from which on its cells are captured: the first one is computed without graphs, which has
+libraries prepare themselves, and the second one is captured, which takes as long."""
+
+_log = logging.getLogger("flexgen")
+
+
+class _Step:
+    """What the graphs of one batch read of the token, as of `StepLayout`."""
+
+    def __init__(self, buffer: Tensor, layout: StepLayout) -> None:
+        made = [
+            tensor_at(buffer, begin, shape, dtype)
+            for (begin, _), (shape, dtype) in zip(layout.places, layout.shapes, strict=True)
+        ]
+        self.hidden, self._mask, self.positions, self._index, *factors = made
+        self.factors = dict(zip(layout.ropes, factors, strict=True))
+        self._capacity = layout.capacity
+        self._length = 0  # of the token that it is filled for; 0: of none
+
+    def fill(self, cell: BoundCell, context: Context) -> None:
+        """For the token of the cell, unless another layer has done it."""
+        length = cell.span.length + 1
+        if length == self._length:
+            return
+        if length == self._length + 1:
+            self._mask[..., length - 1].zero_()
+        else:
+            hide_positions(self._mask, cell.padding.on_device, length)
+        self._index.fill_(length - 1)
+        self.positions.copy_(context.positions)
+        for rope, factors in self.factors.items():
+            factors.copy_(context.rope_factors(rope, factors.dtype))
+        self._length = length
+
+    def at(self) -> Fixed:
+        return Fixed(self._index, self._mask, extent(self._length, self._capacity))
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """The `Context` of a layer that is captured."""
+
+    step: _Step
+    cache: KVCache
+    cell: BoundCell
+    at: Fixed
+    text_length = None
+    last_only = True
+
+    @property
+    def positions(self) -> Tensor:
+        return self.step.positions
+
+    def rope_factors(self, rope: RopeSpec, dtype: object) -> Tensor:
+        return self.step.factors[rope]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self.cache.attend_at(self.cell, self.at, q, k, v, scale)
+
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
+        raise AssertionError("a decode cell computes one token")
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        raise AssertionError("a decode cell computes one token")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    extent: int
+    replay: Callable[[], None]
+
+
+class CellGraphs:
+    """Graphs of the decode cells of one block. They serve the layers with the numbers `replayed`, all of whose data
+    stays on the device (`layout.graphs.replayed`).
+
+    Where the device refuses a capture, the cells are computed without graphs from there on.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], replayed: Sequence[int], cache: KVCache, device: ComputeDevice
+    ) -> None:
+        self._layers = {j: layers[j] for j in replayed}
+        self._cache = cache
+        self._device = device
+        self._taken = Taken()
+        self._buffers: dict[int, Tensor] = {}
+        self._refused = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps: dict[int, _Step] = {}
+        self._computed: set[tuple[int, int]] = set()  # cells that have been computed without a graph
+        self._captured: dict[tuple[int, int], _Graph] = {}
+
+    def drop(self) -> None:
+        """Forget all graphs, for other batches, or at the end of a call; nothing may run meanwhile."""
+        self._clear()
+
+    def close(self) -> None:
+        """Give back all memory."""
+        self.drop()
+        self._buffers.clear()
+        self._taken.close()
+
+    def serves(self, cell: BoundCell) -> bool:
+        """Whether `compute` is for this cell."""
+        return cell.token > 0 and cell.layer in self._layers
+
+    def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
+        """The layer's result, from hidden states x (rows, 1, hidden); part of the cell's computation.
+
+        The result is overwritten by the batch's next layer. `context`: of the cell without graphs.
+        """
+        step = self._step(cell, x)
+        step.fill(cell, context)
+        if x is not step.hidden:
+            step.hidden.copy_(x)
+        at = step.at()
+        work = partial(self._layer, cell, _Replayed(step, self._cache, cell, at), weights)
+        key = cell.layer, cell.batch
+        graph = self._captured.get(key)
+        if graph is None or graph.extent != at.extent:
+            graph = self._capture(key, at.extent, work)
+        if graph is None:
+            work()
+        else:
+            graph.replay()
+        self._computed.add(key)
+        return step.hidden
+
+    def _layer(self, cell: BoundCell, context: _Replayed, weights: Weights) -> None:
+        hidden = context.step.hidden
+        hidden.copy_(self._layers[cell.layer].forward(hidden, weights, context))
+
+    def _capture(self, key: tuple[int, int], extent: int, work: Callable[[], None]) -> _Graph | None:
+        """The graph of a cell; None where the cell must be computed without one."""
+        if self._refused or key not in self._computed:
+            return None
+        try:
+            self._captured[key] = _Graph(extent, self._device.graphs.capture(work))
+        except RuntimeError as error:
+            self._refused = True
+            self._captured.clear()
+            _log.warning(
+                "%s refused to capture a CUDA graph (%s), so each kernel is launched on its own: results are the same, "
+                "and small batches take longer",
+                self._device.name,
+                shown(str(error).partition("\n")[0]),
+            )
+            return None
+        return self._captured[key]
+
+    def _step(self, cell: BoundCell, x: Tensor) -> _Step:
+        batch = cell.batch
+        if batch not in self._steps:
+            layout = step_layout(
+                [*self._layers.values()], len(x), self._cache.capacity(cell), x.dtype
+            )
+            if batch not in self._buffers:  # a batch only becomes smaller
+                self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
+            self._steps[batch] = _Step(self._buffers[batch], layout)
+        return self._steps[batch]
