@@ -134,10 +134,10 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
-    """Make `hidden` (rows, 1, 1, tokens) the mask of `attend_fused` over all of its tokens, of which `length` are there.
+    """Fill `hidden` (rows, 1, 1, tokens), a mask of `attend_fused` for more than `length` positions.
 
-    `attend_fused` then gives what it gives for `length` without what lies beyond it, at an extent that does not change
-    with each token. For the next token set its position to 0, which is one launch.
+    Attention over all of its tokens then is attention over the first `length` ones, without padding, and its extent
+    need not change with each token. For the next token, set its position to 0: that is one launch.
     """
     positions = torch.arange(hidden.shape[-1], device=hidden.device)
     seen = (positions >= starts[:, None]) & (positions < length)

@@ -77,8 +77,8 @@ class HostWorkspaces:
 
 @dataclass(frozen=True)
 class GpuWorkspaces:
-    """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread. `captured` is that of the stream that
-    graphs are captured on; None of a GPU that is not NVIDIA's, where graphs have not been tried.
+    """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread. `captured` is that of the stream
+    that captures graphs, and None for GPUs that are not NVIDIA's.
 
     native_bfloat16: whether the GPU has instructions for bfloat16. Those that have them have FlashAttention too.
     multiprocessors: how many it has. Where it is not known, of a Hopper.

@@ -27,6 +27,14 @@ _SHORTEST = 64
 _BYTES_EACH = 1024
 """Of device memory that torch takes for each graph: the seed and the offset of random numbers."""
 
+LONGEST = 8192
+"""Cached tokens of a row up to which its cells are replayed.
+
+A graph needs attention with a mask, whose kernel computes one head of a row on one multiprocessor. Without graphs,
+attention of unpadded rows divides a head over several. By estimate, at this length and with few rows, that saves as
+much time as the launches of a layer take.
+"""
+
 Shape = tuple[int, ...]
 
 

@@ -89,9 +89,7 @@ def plan_memory(
         if not all_logits:
             numbers = replayed(layers, placement, policy, topology, workspaces)
             own = [cache[rows] for rows in batches]
-            needs += graph_needs(
-                [layers[j] for j in numbers], own, workload.capacity, dtype, workspaces
-            )
+            needs += graph_needs([layers[j] for j in numbers], own, workload.capacity, dtype, workspaces)
         positions = max(batches) * passes.new
         decoded = [
             decoded_bytes(layer, placement)

@@ -7,24 +7,23 @@ from collections.abc import Callable
 import torch
 
 _PRIORITY = -1
-"""Of the stream for captures. torch gives out its 32 streams of a priority again and again, and the lanes have the
-other one: a stream of theirs could get into a graph."""
+"""Of the stream that captures. torch has 32 streams of each priority, which it gives out in turn. The lanes have the
+other priority: otherwise the stream could be that of a lane, whose work would become part of a graph."""
 
 
 class CudaGraphs:
     """`Graphs` of an NVIDIA GPU.
 
-    Captures are on a stream of their own, where nothing runs. So cuBLAS has a workspace for them in the graphs' memory:
-    torch frees that of the capture's stream whenever a graph is destroyed, and other graphs go on using it.
+    A stream of their own captures them, so that cuBLAS has a workspace for it in their memory. When a graph is
+    destroyed, torch frees the workspace of the stream that captured it, which other graphs still use.
 
-    The memory is kept until the device is closed. Raises RuntimeError where the GPU refuses to capture.
+    Their memory is kept until the device is closed. Raises RuntimeError where the GPU refuses to capture.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=_PRIORITY)
         self._pool = torch.cuda.graph_pool_handle()
-        # torch gives the memory of a pool up with its last graph, and then has no use for the pool. A `MemPool` would
-        # keep it too, but ends the process where the device has failed.
+        # A pool ends with its last graph. A `MemPool` does not, but it aborts the process if the device has failed.
         self._keeper = self._captured(lambda: torch.zeros(1, device=device))
 
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
@@ -32,7 +31,7 @@ class CudaGraphs:
 
     def _captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # `torch.cuda.graph` would empty torch's cache and wait for the device first. Other threads go on meanwhile.
+        # Not by `torch.cuda.graph`, which first empties torch's cache and waits for the device.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:

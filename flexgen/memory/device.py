@@ -18,16 +18,17 @@ from flexgen.memory.store import Store
 
 
 class Graphs(Protocol):
-    """Work of the compute lane that the device repeats at one launch each. They share the memory of their temporaries,
-    so they run one at a time, on one stream."""
+    """Graphs of work of the compute lane, each of which is one launch.
+
+    They share the memory of their temporaries, so replay them on that lane only.
+    """
 
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
-        """What does on the device, each time it is called, what `work` enqueues; `work` does nothing itself.
+        """Call `work`, and return a function that replays what it enqueued. Nothing of it runs on the device before.
 
-        `work` must neither wait for the device nor read anything that a later call finds at another address. Raises
-        RuntimeError where the device refuses.
+        `work` must not wait for the device, and tensors that it reads must keep their addresses. Raises RuntimeError
+        where the device refuses.
         """
-
 
 
 class ComputeDevice(ABC):

@@ -1,7 +1,7 @@
 """Decode cells as CUDA graphs: a layer of a batch is captured once and replayed for the following tokens.
 
-Whatever changes with the token has a buffer, which is filled before the token's first layer, so that each replay finds
-it at the same address. Hidden states stay in such a buffer between two layers.
+A replay reads the same addresses as the capture. So whatever changes with the token has a buffer, which is filled
+before the token's first layer, and the hidden states between two layers have one too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen.errors import shown
 from flexgen.kernels.attention import hide_positions
-from flexgen.layout.graphs import StepLayout, extent, step_layout
+from flexgen.layout.graphs import LONGEST, StepLayout, extent, step_layout
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import tensor_at
 from flexgen.memory.taken import Taken
@@ -27,8 +27,8 @@ from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Fixed
 
 MIN_TOKENS = 8
-"""Later tokens of a run from which on its cells are captured: the first one is computed without graphs, which has
-libraries prepare themselves, and the second one is captured, which takes as long."""
+"""A run of more tokens than these is captured. Its first token is the prompts'. Cells of the second one are computed
+without graphs, so that libraries load their kernels, and those of the third one are captured, which takes as long."""
 
 _log = logging.getLogger("flexgen")
 
@@ -134,7 +134,7 @@ class CellGraphs:
 
     def serves(self, cell: BoundCell) -> bool:
         """Whether `compute` is for this cell."""
-        return cell.token > 0 and cell.layer in self._layers
+        return cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, 1, hidden); part of the cell's computation.
@@ -172,8 +172,8 @@ class CellGraphs:
             self._refused = True
             self._captured.clear()
             _log.warning(
-                "%s refused to capture a CUDA graph (%s), so each kernel is launched on its own: results are the same, "
-                "and small batches take longer",
+                "%s refused to capture a CUDA graph (%s), so flexgen launches each kernel by itself: "
+                "results are the same, and small batches take longer",
                 self._device.name,
                 shown(str(error).partition("\n")[0]),
             )
@@ -183,9 +183,7 @@ class CellGraphs:
     def _step(self, cell: BoundCell, x: Tensor) -> _Step:
         batch = cell.batch
         if batch not in self._steps:
-            layout = step_layout(
-                [*self._layers.values()], len(x), self._cache.capacity(cell), x.dtype
-            )
+            layout = step_layout([*self._layers.values()], len(x), self._cache.capacity(cell), x.dtype)
             if batch not in self._buffers:  # a batch only becomes smaller
                 self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
             self._steps[batch] = _Step(self._buffers[batch], layout)

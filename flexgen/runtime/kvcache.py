@@ -31,10 +31,20 @@ from flexgen.models import Chunk
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Split, Tier
 from flexgen.runtime.cache_jobs import CacheJobs
+from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved, gather
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.cell import BoundCell
-from flexgen.runtime.pages import Bring, Fixed, Padding, Page, attend, attend_fixed, attend_several, pages_in, put
+from flexgen.runtime.pages import (
+    Bring,
+    Fixed,
+    Padding,
+    Page,
+    attend,
+    attend_fixed,
+    attend_several,
+    pages_in,
+    put,
+)
 from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader
 

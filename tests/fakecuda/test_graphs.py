@@ -11,7 +11,6 @@ from simulated import cases, runtime
 from simulated.numbers import Numbers, in_host_memory
 from simulated.threads import in_every_thread
 
-from flexgen.errors import DeviceError
 from flexgen.runtime.graphs import MIN_TOKENS
 
 
@@ -69,7 +68,6 @@ def test_a_capture_waits_for_no_event_of_another_stream():
 def test_a_capture_can_be_refused():
     with runtime.refusing_to_capture(), pytest.raises(RuntimeError), captured(torch.cuda.CUDAGraph()):
         pass
-
 
 
 # The engine's
@@ -167,7 +165,7 @@ def test_a_layer_of_a_batch_is_one_launch_a_token(config, sep_layer):
 
 @each_model
 def test_launches_of_a_token_do_not_grow_with_the_layers(config):
-    """What is launched in addition to graphs: the embedding, the head, the choice, and what changes with the token."""
+    """Those that are not in graphs: of the embedding, the head, the choice, and the buffers of the token."""
 
     def launched(layers, tokens):
         changed = type(config)(**config.to_dict() | {"num_hidden_layers": layers})

@@ -3,7 +3,7 @@
 Its memory is host memory, so torch's CPU kernels compute each operation once more on the same bytes. Copies between
 host and device are the simulated runtime's own: what is downloaded is there only when the host has waited for it.
 Operations take effect in the order of their issue; `races` looks for what another order would change. An operation
-that a CUDA graph captures takes effect when the graph is launched, each time, on the memory that it was captured with.
+that a CUDA graph captures takes effect at each launch of the graph, on the memory that it was captured with.
 """
 
 from __future__ import annotations
