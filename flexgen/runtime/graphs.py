@@ -96,6 +96,7 @@ class _Replayed:
 @dataclass(frozen=True)
 class _Graph:
     extent: int
+    """Positions that it attends to, 0 for a layer without a cache."""
     replay: Callable[[], None]
 
 
@@ -148,9 +149,10 @@ class CellGraphs:
         at = step.at()
         work = partial(self._layer, cell, _Replayed(step, self._cache, cell, at), weights)
         key = cell.layer, cell.batch
+        positions = at.extent if self._layers[cell.layer].has_cache else 0
         graph = self._captured.get(key)
-        if graph is None or graph.extent != at.extent:
-            graph = self._capture(key, at.extent, work)
+        if graph is None or graph.extent != positions:
+            graph = self._capture(key, positions, work)
         if graph is None:
             work()
         else:
