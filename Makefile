@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_FLAGS)
 CUDA := .venv-cuda/bin/python
 RACES := tests/fakecuda/test_races.py
 
-.PHONY: help demo test test-fast test-cuda test-marked-gpu lint format clean
+.PHONY: help demo test test-fast test-cuda test-marked-gpu lint docs format clean
 
 help:
 	@echo "make demo    set up and run the embedded model with policies/demo.toml"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast  the tests that are not marked slow, without ruff and mypy: under a minute on two cores"
 	@echo "make test-cuda  set up torch's CUDA build (2.5 GB) and run the GPU's code on a simulated GPU"
 	@echo "make lint    ruff and mypy only"
+	@echo "make docs    the documentation site, in build/site; a broken link or a wrong name fails"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove .venv, builds and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter, PIP_FLAGS=... adds options to pip install."
@@ -53,6 +54,16 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check --no-cache
 	$(BIN)/mypy flexgen
 
+# The pages are linked into one folder, where their relative links lead to the same files as in the repository.
+SITE := build/site-source
+
+docs: .venv/.installed-docs
+	mkdir -p $(SITE)
+	ln -sfn ../../docs $(SITE)/docs
+	for page in README CONTRIBUTING CHANGELOG; do ln -sfn ../../$$page.md $(SITE)/$$page.md; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -78,6 +89,10 @@ KERNELS := $(wildcard flexgen/kernels/cpp/*)
 .venv/.installed-test: setup.py constraints.txt $(KERNELS) | .venv/.created
 	$(PIP) --editable '.[test]'
 	touch $@ .venv/.installed-run
+
+.venv/.installed-docs: setup.py constraints.txt | .venv/.created
+	$(PIP) --editable '.[docs]'
+	touch $@
 
 .venv-cuda/.created:
 	$(PYTHON) -m venv .venv-cuda
