@@ -57,7 +57,7 @@ lint: .venv/.installed-test
 # The pages are linked into one folder, where their relative links lead to the same files as in the repository.
 SITE := build/site-source
 
-docs: .venv/.installed-docs
+docs: .venv/.installed-test
 	mkdir -p $(SITE)
 	ln -sfn ../../docs $(SITE)/docs
 	for page in README CONTRIBUTING CHANGELOG; do ln -sfn ../../$$page.md $(SITE)/$$page.md; done
@@ -87,12 +87,8 @@ KERNELS := $(wildcard flexgen/kernels/cpp/*)
 	touch $@
 
 .venv/.installed-test: setup.py constraints.txt $(KERNELS) | .venv/.created
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,docs]'
 	touch $@ .venv/.installed-run
-
-.venv/.installed-docs: setup.py constraints.txt | .venv/.created
-	$(PIP) --editable '.[docs]'
-	touch $@
 
 .venv-cuda/.created:
 	$(PYTHON) -m venv .venv-cuda
