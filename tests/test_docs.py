@@ -133,12 +133,15 @@ def test_links_lead_somewhere():
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+WRITTEN_BY_COMMANDS = {"benchmarks/results/gpu/"}
+
+
 def test_files_that_are_named_exist():
     """Paths such as `layout/plan.py` or `tests/layout/test_plan.py`, from the root or from the package."""
     bases = ROOT, ROOT / "flexgen"
     for page in TEXTS:
         for name in re.findall(r"`([\w.-]+/[\w./-]*)`", page.read_text(encoding="utf-8")):
-            if any((base / name.split("/")[0]).is_dir() for base in bases):
+            if name not in WRITTEN_BY_COMMANDS and any((base / name.split("/")[0]).is_dir() for base in bases):
                 assert any((base / name).exists() for base in bases), f"{page.name}: {name}"
 
 
