@@ -55,13 +55,14 @@ lint: .venv/.installed-test
 	$(BIN)/mypy flexgen
 
 # The pages are linked into one folder, where their relative links lead to the same files as in the repository.
+# mkdocs is not run with --quiet: then --strict would count no warnings.
 SITE := build/site-source
 
 docs: .venv/.installed-test
 	mkdir -p $(SITE)
 	ln -sfn ../../docs $(SITE)/docs
 	for page in README CONTRIBUTING CHANGELOG; do ln -sfn ../../$$page.md $(SITE)/$$page.md; done
-	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 format: .venv/.installed-test
