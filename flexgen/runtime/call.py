@@ -10,15 +10,15 @@ from functools import partial
 import numpy as np
 
 from flexgen.errors import LaneError
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.results.trace import LaneName, Phase, Trace
-from flexgen.runtime.buffers import Buffers
+from flexgen.runtime.buffers import BlockBuffers, Buffers
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
-from flexgen.runtime.graphs import MIN_TOKENS, CellGraphs
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import Output, Prompts
 from flexgen.schedule.orders import Order, normal
@@ -93,7 +93,7 @@ class Call:
                 partial(self._model.in_use.end, self),
                 partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
-                self._buffers.drop_graphs if self._keeps else self._buffers.close,
+                self._buffers.end_call if self._keeps else self._buffers.close,
                 self._free_prompts,
             ]
         run_all(self._undo)
@@ -112,12 +112,11 @@ class Call:
         if batches != buffers.batches:
             buffers.make(self._model, self._workload, batches)
             self._model.machine.device.reserve(self._workspace)
-        elif buffers.cache is not None and buffers.activations is not None:
-            buffers.cache.reset()
-            buffers.activations.regroup(batches)
-            buffers.drop_graphs()
-        cells, chunk = self._model.slots.cells, self._model.policy.prefill_chunk
-        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, cells, chunk, cached)
+        elif buffers.block is not None:
+            buffers.block.reset(self._model, batches)
+        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached)
+        machine, slots = self._model.machine, self._model.slots.cells
+        self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
         self.positions_computed += self._prompts.positions_computed
         return self._prompts
@@ -128,10 +127,12 @@ class Call:
         It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
         are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
         """
+        self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             if generation.following != prompts.batches:
                 self._regroup(prompts, generation.following, generation.next)
+                self._block.expect(tokens - generation.next)
             generation = self._execute(prompts, tokens, output, generation.next)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
@@ -139,8 +140,7 @@ class Call:
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         order = self._model.order_of(len(prompts.batches))
         run = range(first, max(first, 0) + 1 if output.by_token else tokens)
-        grid, graphs = self._grid(order, prompts, len(run)), self._graphs(tokens)
-        generation = self._generation(prompts, output, grid, first, graphs)
+        generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid))
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
@@ -163,25 +163,21 @@ class Call:
             yield step
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
-        """From `token` on, only these rows; nothing runs meanwhile."""
-        cache, activations = self._buffers.cache, self._buffers.activations
-        assert cache is not None and activations is not None
+        """From `token` on, run only these rows. No step may be under way."""
         try:
-            cache.regroup(prompts.regroup(batches, token), self._model.policy.cache)
+            self._block.regroup(self._model, prompts.regroup(batches, token))
         except OSError as error:
             raise LaneError(
                 f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
             ) from error
-        activations.regroup([len(rows) for rows in batches])
-        self._buffers.drop_graphs()
         self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
         """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
 
-        The whole prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
-        lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
-        host attends is timed apart from what the device computes, whatever the order that is in force.
+        It runs the whole prefill and at most three of the later tokens: the first, the middle one and the last. The
+        time of the others grows evenly between them, so their mean represents it. The results are meaningless. The
+        host's attention is timed apart from the device's computation, in any order.
         """
         first = prompts.first
         sampled = [*range(first, 1), *(sorted({1, tokens // 2, tokens - 1} - {0}) if tokens > 1 else ())]
@@ -203,27 +199,13 @@ class Call:
         pieces = count_pieces(model.weights.layouts, batches)
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
-    def _graphs(self, tokens: int) -> CellGraphs | None:
-        """Those of the block, if it has some and they pay for a run that gives `tokens` tokens."""
-        return self._buffers.graphs if tokens > MIN_TOKENS else None
+    def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
+        return Generation(grid, self._model, self._block, prompts, output, first)
 
-    def _generation(
-        self, prompts: Prompts, output: Output, grid: Grid, first: int = 0, graphs: CellGraphs | None = None
-    ) -> Generation:
-        model, cache, activations = self._model, self._buffers.cache, self._buffers.activations
-        assert cache is not None and activations is not None, "prepare comes before run"
-        return Generation(
-            grid,
-            model.layers,
-            model.weights,
-            prompts,
-            cache,
-            activations,
-            output,
-            self._buffers.lookup,
-            first,
-            graphs,
-        )
+    @property
+    def _block(self) -> BlockBuffers:
+        assert self._buffers.block is not None, "prepare comes before run"
+        return self._buffers.block
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

@@ -41,7 +41,7 @@ class _Step:
             tensor_at(buffer, begin, shape, dtype)
             for (begin, _), (shape, dtype) in zip(layout.places, layout.shapes, strict=True)
         ]
-        self.hidden, self._mask, self.positions, self._index, *factors = made
+        self.hidden, self._hidden_positions, self.positions, self._index, *factors = made
         self.factors = dict(zip(layout.ropes, factors, strict=True))
         self._capacity = layout.capacity
         self._length = 0  # of the token that it is filled for; 0: of none
@@ -52,9 +52,9 @@ class _Step:
         if length == self._length:
             return
         if length == self._length + 1:
-            self._mask[..., length - 1].zero_()
+            self._hidden_positions[..., length - 1].zero_()
         else:
-            hide_positions(self._mask, cell.padding.on_device, length)
+            hide_positions(self._hidden_positions, cell.padding.on_device, length)
         self._index.fill_(length - 1)
         self.positions.copy_(context.positions)
         for rope, factors in self.factors.items():
@@ -62,7 +62,7 @@ class _Step:
         self._length = length
 
     def at(self) -> Fixed:
-        return Fixed(self._index, self._mask, extent(self._length, self._capacity))
+        return Fixed(self._index, self._hidden_positions, extent(self._length, self._capacity))
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,18 @@ class CellGraphs:
         self._refused = False
         self._clear()
 
+    def expect(self, tokens: int) -> None:
+        """A run of `tokens` tokens comes, with the same batches to its end. Without this call none is captured."""
+        self._pays = tokens > MIN_TOKENS
+
     def _clear(self) -> None:
+        self._pays = False
         self._steps: dict[int, _Step] = {}
         self._computed: set[tuple[int, int]] = set()  # cells that have been computed without a graph
         self._captured: dict[tuple[int, int], _Graph] = {}
 
     def drop(self) -> None:
-        """Forget all graphs, for other batches, or at the end of a call; nothing may run meanwhile."""
+        """Forget all graphs, before other batches or prompts, and at the end of a call. No step may be under way."""
         self._clear()
 
     def close(self) -> None:
@@ -135,7 +140,7 @@ class CellGraphs:
 
     def serves(self, cell: BoundCell) -> bool:
         """Whether `compute` is for this cell."""
-        return cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
+        return self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, 1, hidden); part of the cell's computation.
@@ -185,7 +190,7 @@ class CellGraphs:
     def _step(self, cell: BoundCell, x: Tensor) -> _Step:
         batch = cell.batch
         if batch not in self._steps:
-            layout = step_layout([*self._layers.values()], len(x), self._cache.capacity(cell), x.dtype)
+            layout = step_layout([*self._layers.values()], len(x), self._cache.capacity, x.dtype)
             if batch not in self._buffers:  # a batch only becomes smaller
                 self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
             self._steps[batch] = _Step(self._buffers[batch], layout)

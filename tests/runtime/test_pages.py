@@ -50,7 +50,7 @@ def test_attention_of_following_tokens_over_a_fixed_extent(form, rows, kv_heads,
         k, v = (torch.randn(rows, kv_heads, 1, 32) for _ in range(2))
         mask[..., length - 1].zero_()
         at = Fixed(torch.tensor([length - 1]), mask, max(length, extents[length - 1]))
-        found = attend_fixed(page, at, q, k, v, form, 0.2)
+        found = attend_fixed(page, at, form, q, k, v, 0.2)
         put([plain], length - 1, *form.encode_both(k, v))
         expected = decode_attention(q, [plain], length, starts, 0.2, form)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
