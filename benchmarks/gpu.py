@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in steps of less than ten minutes, the most informative ones first: the tests marked
-`gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and the link; the probe; OPT-6.7B and
-OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4, and a profile of
-OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it
+`gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and the link; CUDA graphs; the probe;
+OPT-6.7B and OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4, and a
+profile of OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it
 published.
 
     pip install --target DIR --no-deps flexgen==0.1.8
@@ -51,7 +51,7 @@ MEMORY_GIB = 16
 LENGTHS = ["--prompt-len", "512", "--gen-len", "32"]
 EMULATED = ["--device", f"emulated:memory={MEMORY_GIB}GiB,link=1GiB", "--prompt-len", "32", "--gen-len", "8"]
 EMULATED_LAYERS = 4
-CHECKS = ("races", "leaks", "attention", "links")
+CHECKS = ("races", "leaks", "attention", "links", "graphs")
 STEP_SECONDS = 60
 """A step does not begin where a call has less time left."""
 
