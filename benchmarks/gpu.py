@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in steps of less than ten minutes, the most informative ones first: the tests marked
 `gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and the link; CUDA graphs; the probe;
 OPT-6.7B and OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4, and a
-profile of OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it
-published.
+profile of OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the
+policy that it published.
 
     pip install --target DIR --no-deps flexgen==0.1.8
     pip install --target DIR attrs pulp

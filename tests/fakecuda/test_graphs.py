@@ -1,6 +1,7 @@
 """CUDA graphs on the simulated GPU: what the rig does with them, and the engine's own."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 
@@ -12,6 +13,8 @@ from simulated.numbers import Numbers, in_host_memory
 from simulated.threads import in_every_thread
 
 from flexgen.runtime.graphs import MIN_TOKENS
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.request import read_request
 
 
 @contextlib.contextmanager
@@ -81,9 +84,94 @@ def resident(**changes):
     return cases.policy(**cases.RESIDENT | changes)
 
 
-def ids_on(device, config, tokens=24, stop=(), policy=None, **options):
+class Forced:
+    """Chooses each id by its row and token, so that texts differ, and keeps the logits. `last`: of rows that end."""
+
+    whole_call = False
+
+    def __init__(self, last=()):
+        self.last = dict(last)
+        self.can_end = bool(last)
+        self.logits = {}
+
+    def choose(self, logits, rows, token):
+        for row, values in zip(rows, logits.cpu(), strict=True):
+            if token <= self.last.get(row, token):
+                self.logits[row, token] = values.tolist()
+        return torch.tensor([self._id(row, token) for row in rows]).to(logits.device)
+
+    def ends(self, ids, rows, token):
+        return torch.tensor([token == self.last.get(row) for row in rows])
+
+    def _id(self, row, token):
+        return (5 + 7 * row + 11 * token + token * token) % cases.VOCAB
+
+
+class ForcedTogether(Forced):
+    whole_call = True
+
+
+def logits_on(device, config, tokens=24, policy=None, choice=None):
+    """By (row, token), and the ids."""
+    choice = choice or Forced()
     with cases.open_on(device, config, policy or resident()) as model:
-        return model.generate(LONG, tokens, stop=stop, **options)
+        ids = model.generate_with(read_request(model.spec, LONG, None), tokens, choice)
+    return choice.logits, ids.tolist()
+
+
+def assert_as_on_the_cpu(make, *arguments, launches=80):
+    """`make` gives the same logits on the GPU, with its numbers filled in, as on the CPU."""
+    expected, ids = make("cpu", *arguments)
+    with in_every_thread(Numbers):
+        runtime.reset()
+        found, same = make("cuda", *arguments)
+    assert same == ids
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+    assert runtime.counters().graph_launches > launches
+
+
+@each_model
+@pytest.mark.parametrize(
+    "policy",
+    [
+        resident(),
+        resident(num_gpu_batches=1, gpu_batch_size=9),
+        resident(num_gpu_batches=2),  # two blocks
+        resident(sep_layer=False),
+        resident(prefill_chunk=8),
+    ],
+    ids=["three batches", "one batch", "two blocks", "whole layers", "parts of prompts"],
+)
+def test_logits_are_those_of_the_cpu(config, policy):
+    assert_as_on_the_cpu(lambda device: logits_on(device, config, policy=policy))
+
+
+@each_model
+def test_graphs_end_with_the_batches_that_they_were_captured_for(config):
+    """Rows that stop leave, and the others are grouped into other batches, at other addresses."""
+    last = {0: 4, 1: 6, 2: 5, 4: 6, 5: 7, 7: 12, 8: 6}
+    regrouped = []
+
+    def make(device):
+        with mock.patch.object(KVCache, "regroup", autospec=True, side_effect=KVCache.regroup) as regroup:
+            made = logits_on(device, config, tokens=40, choice=Forced(last))
+        regrouped.append(regroup.call_count)
+        return made
+
+    assert_as_on_the_cpu(make)
+    assert regrouped[0] == regrouped[1] >= 2
+
+
+def test_a_choice_for_all_rows_at_once_has_graphs_too():
+    """Each token is a run of its own."""
+    assert_as_on_the_cpu(lambda device: logits_on(device, cases.LLAMA, choice=ForcedTogether({3: 9})))
+
+
+def ids_on(device, config, tokens=24, policy=None, **options):
+    with cases.open_on(device, config, policy or resident()) as model:
+        return model.generate(LONG, tokens, stop=(), **options)
 
 
 def on_both(config, **options):
@@ -96,33 +184,11 @@ def on_both(config, **options):
 
 
 @each_model
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        dict(do_sample=True, seed=3, top_p=0.9),
-        dict(policy=resident(num_gpu_batches=1, gpu_batch_size=9)),
-        dict(policy=resident(num_gpu_batches=2)),  # two blocks
-        dict(policy=resident(sep_layer=False)),
-        dict(policy=resident(prefill_chunk=8)),
-    ],
-    ids=["greedy", "drawn", "one batch", "two blocks", "whole layers", "parts of prompts"],
-)
-def test_ids_are_those_of_the_cpu(config, options):
-    expected, found, counted = on_both(config, **options)
+def test_ids_that_are_drawn_are_those_of_the_cpu(config):
+    expected, found, counted = on_both(config, do_sample=True, seed=3, temperature=5.0)
     assert found.tolist() == expected.tolist()
+    assert len(set(expected[:, -20:].flatten().tolist())) > 30
     assert counted.graph_launches > 80
-
-
-@each_model
-def test_graphs_end_with_the_batches_that_they_were_captured_for(config):
-    """Rows that stop leave, and the others are grouped into other batches, at other addresses."""
-    plain = ids_on("cpu", config)
-    stop = sorted({int(row[n]) for row, n in zip(plain[::2], (6, 8, 9, 11, 10), strict=True)})
-    expected, found, counted = on_both(config, stop=stop)
-    assert found.tolist() == expected.tolist()
-    assert (expected == expected[:, -1:]).sum() > 9 * 2  # rows have ended
-    assert counted.graph_launches > 20
 
 
 def test_a_stream_is_that_of_the_cpu():
@@ -232,3 +298,22 @@ def test_a_capture_that_fails_in_the_middle_is_done_without(caplog, monkeypatch)
     assert found.tolist() == expected.tolist()
     assert counted.graph_launches == 3  # the first capture keeps the memory of the graphs
     assert sum("CUDA graph" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_ctrl_c_in_a_capture_ends_the_call_and_the_capture(monkeypatch):
+    attend_at = KVCache.attend_at
+
+    def interrupted(cache, *args):
+        if runtime.capturing():
+            raise KeyboardInterrupt
+        return attend_at(cache, *args)
+
+    with in_every_thread(Numbers), cases.open_on("cuda", cases.LLAMA, resident()) as model:
+        expected = model.generate(LONG, 12, stop=())
+        with monkeypatch.context() as patch:
+            patch.setattr(KVCache, "attend_at", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(LONG, 12, stop=())
+        runtime.reset()
+        assert model.generate(LONG, 12, stop=()).tolist() == expected.tolist()
+    assert runtime.counters().graph_launches > 80
