@@ -34,7 +34,7 @@ _log = logging.getLogger("flexgen")
 
 
 class _Step:
-    """What the graphs of one batch read of the token, as of `StepLayout`."""
+    """What the graphs of one batch read of the token (see `StepLayout`)."""
 
     def __init__(self, buffer: Tensor, layout: StepLayout) -> None:
         made = [
@@ -101,10 +101,10 @@ class _Graph:
 
 
 class CellGraphs:
-    """Graphs of the decode cells of one block. They serve the layers with the numbers `replayed`, all of whose data
-    stays on the device (`layout.graphs.replayed`).
+    """Graphs of the decode cells of one block.
 
-    Where the device refuses a capture, the cells are computed without graphs from there on.
+    `replayed` are the numbers of the layers that have graphs (see `layout.graphs.replayed`). After the device has
+    refused a capture, no cell has a graph.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CellGraphs:
         self._clear()
 
     def expect(self, tokens: int) -> None:
-        """A run of `tokens` tokens comes, with the same batches to its end. Without this call none is captured."""
+        """The next run gives `tokens` tokens with the same batches. Without this call it has no graphs."""
         self._pays = tokens > MIN_TOKENS
 
     def _clear(self) -> None:

@@ -1,13 +1,16 @@
 """Graphs of decode cells on a device whose graphs are closures. Those of CUDA are tested by tests/fakecuda."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from transformers import LlamaConfig, OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.kernels.workspaces import HOST
+from flexgen.memory.cuda_graphs import CudaGraphs
 from flexgen.memory.gpu import EmulatedDevice
+from flexgen.runtime import graphs as graphs_module
 from flexgen.runtime.graphs import MIN_TOKENS
 
 SHAPE = dict(
@@ -95,3 +98,14 @@ def test_where_a_capture_is_refused_ids_are_the_same_and_one_warning_says_so(ref
 def test_a_device_without_graphs_says_so():
     with pytest.raises(NotImplementedError, match="emulated"):
         print(EmulatedDevice().graphs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+def test_ids_on_a_gpu_are_those_without_graphs(config, monkeypatch):
+    drawn = dict(do_sample=True, temperature=3.0, seed=1)
+    with mock.patch.object(CudaGraphs, "capture", autospec=True, side_effect=CudaGraphs.capture) as capture:
+        found = generated("cuda", config, 20, **drawn)
+    assert capture.call_count >= LAYERS * BATCHES
+    monkeypatch.setattr(graphs_module, "MIN_TOKENS", 20)
+    assert generated("cuda", config, 20, **drawn) == found
