@@ -44,13 +44,12 @@ def replayed(
     """The numbers of the layers whose decode cells a call may replay as CUDA graphs.
 
     A replay repeats the same kernels at the same addresses. So all rows of the cache and of the hidden states must be
-    on the GPU, and dense attention over a cache that is kept as it is computed; and all weights of the layer, as they
-    are: what is decoded is shared with other batches. The embedding and the head are left out. They are two layers of
-    many, and what they read and choose differs from call to call.
+    on the GPU, and attention must be dense. All weights of the layer must be there too, without a codec, because
+    batches share decoded weights, in buffers that layers use in turn. The embedding and the head are left out. They
+    are two layers of many, and their inputs and results differ from call to call.
     """
-    cache = policy.cache[Tier.GPU]
     resident = all(share.percent(Tier.GPU) == 100 for share in (policy.cache, policy.activations))
-    if workspaces.captured is None or not resident or cache.codec != "none" or policy.attn_sparsity < 1:
+    if workspaces.captured is None or not resident or policy.attn_sparsity < 1:
         return ()
     return tuple(
         j

@@ -60,7 +60,6 @@ def test_all_layers_of_what_is_resident_but_the_ends(config, sep_layer):
         dict(weights={"cpu": 100}),
         dict(weights=INT4),
         dict(cache={"gpu": 90, "cpu": 10}),
-        dict(cache=INT4),
         dict(activations={"gpu": 50, "cpu": 50}),
         dict(attn_sparsity=0.5),
         dict(workspaces=HOST),
