@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import ScheduleError
-from flexgen.schedule.orders import ORDERS, Slots, check_order, order, order_for, weights_beside
+from flexgen.schedule.orders import ORDERS, Slots, arriving_weights, check_order, order, order_for
 from flexgen.schedule.steps import Grid, Op, Step, all_steps, check, needed_visit
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
@@ -79,7 +79,7 @@ def test_overlap_needs_a_second_slot(name, slots, batches):
 @given(grid=grids)
 def test_weights_are_spread_over_the_batches_earliest_first(grid):
     """Those of each visit but the first, once: no sooner than their slot is free, no later than an even spread."""
-    beside = list(weights_beside(grid))
+    beside = list(arriving_weights(grid))
     steps = [Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces)]
     assert steps + list(itertools.chain(*beside)) == [
         step for step in all_steps(grid) if step.op is Op.LOAD_WEIGHTS
