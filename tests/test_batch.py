@@ -217,7 +217,7 @@ def test_a_job_that_is_done_is_left_alone(job, capsys, monkeypatch):
     before = job[1].read_bytes()
     monkeypatch.setattr(batch, "OptLM", None)
     assert start(job) == 0
-    assert "nothing left to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert job[1].read_bytes() == before
 
 
@@ -227,7 +227,7 @@ def test_another_policy_may_go_on(job, ends_in_call, capsys):
         start(job, "--temperature", "0")
     ends_in_call(100)
     assert start(job, "--temperature", "0", block=["--gpu-batch-size", "3", *BLOCK[2:]]) == 0
-    assert "the policy is another one from here on" in capsys.readouterr().err
+    assert "the policy has changed" in capsys.readouterr().err
     assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
 
 
@@ -237,10 +237,13 @@ def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
         start(job)
     before = job[1].read_bytes()
     assert start(job, "--max-tokens", "5") == 1
-    assert "answers.jsonl was begun with other --max-tokens. Name another output" in capsys.readouterr().err
+    assert (
+        "answers.jsonl was begun with a different value of: --max-tokens. Choose another output"
+        in capsys.readouterr().err
+    )
     job[0].write_text(job[0].read_text().replace("3 May", "4 May"))
     assert start(job) == 1
-    assert "was begun with other prompts, tokens of the prompts" in capsys.readouterr().err
+    assert "was begun with a different value of: prompts, tokens of the prompts" in capsys.readouterr().err
     assert job[1].read_bytes() == before
 
 
@@ -255,7 +258,10 @@ def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path,
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     assert start(job, "--model", model) == 1
-    assert "was begun with other weights or configuration of the model" in capsys.readouterr().err
+    assert (
+        "was begun with a different value of: weights or configuration of the model"
+        in capsys.readouterr().err
+    )
     assert job[1].read_bytes() == before
     weights.write_bytes(right)
     ends_in_call(100)
@@ -298,7 +304,7 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.txt", b"", "a.txt is empty; write prompts into it"),
+        ("a.txt", b"", "a.txt is empty; give a file with at least one prompt"),
         ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten the prompt"),
         ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
         ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),

@@ -291,7 +291,7 @@ def test_ctrl_c_ends_an_answer_and_the_next_line_is_answered(nothing_left, compl
     assert completion.startswith(first) and len(first) < len(completion)
     assert pressed[-1] == first + completion + "\n"
     err = capsys.readouterr().err
-    assert "the answer was ended" in err and err.endswith("\nbye\n")
+    assert "answer stopped;" in err and err.endswith("\nbye\n")
 
 
 # At a prompt
@@ -302,7 +302,7 @@ def test_lines_are_answered_one_after_another(completion, typed, capsys):
     assert complete.main([*BEST, "--interactive"]) == 0
     out, err = capsys.readouterr()
     assert out == (completion + "\n") * 2
-    assert err.count(">>> ") == 6 and "nothing to forget" in err and err.endswith("bye\n")
+    assert err.count(">>> ") == 6 and "there is no conversation" in err and err.endswith("bye\n")
 
 
 def test_a_line_that_cannot_be_served_is_told_and_the_next_one_comes(completion, typed, capsys):
@@ -328,7 +328,7 @@ def test_ctrl_c_at_a_line_drops_it_and_twice_leaves(monkeypatch, capsys):
     assert complete.main([*BEST, "--interactive"]) == 0
     assert len(answered) == 1 and next(typed) == "never read"
     err = capsys.readouterr().err
-    assert err.count("Ctrl-C again, or Ctrl-D, leaves") == 2 and err.endswith("\nbye\n")
+    assert err.count("press Ctrl-C again or Ctrl-D to exit") == 2 and err.endswith("\nbye\n")
 
 
 def test_at_a_terminal(completion, monkeypatch, capsys):
@@ -372,6 +372,6 @@ def test_a_conversation(tmp_path, typed, monkeypatch, capsys):
     assert asked[0] == first
     told = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
     assert out.startswith(told + "\n"), "the answer is a part of the second prompt"
-    assert " positions of " in err and "(/reset forgets the conversation)" in err
+    assert " positions of " in err and "(/reset clears the conversation)" in err
     assert asked[3] == "[user] ef\n[assistant]"
     assert "a new conversation" in err

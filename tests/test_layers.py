@@ -29,7 +29,8 @@ LAYERS = [
 ]
 WITHOUT_TORCH = {"errors", "units", "policy", "workload", "schedule", "demo", "results"}
 FLAGS = {
-    Path("cli", name) for name in ("flags.py", "answers.py", "interrupts.py", "job_file.py", "prompts.py")
+    Path("cli", name)
+    for name in ("flags.py", "answers.py", "help.py", "interrupts.py", "job_file.py", "prompts.py")
 }
 MAX_LINES = 400
 OLD_NAMES = Path("flex_opt/old_names")

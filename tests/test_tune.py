@@ -147,7 +147,7 @@ def test_an_order_that_is_not_the_policys_own_is_tried_and_told(tuned, trials, m
     out, found = tuned("--top 2 --rounds 1 --repeats 1")
     own, other = found["tried"]
     assert own["policy"] == other["policy"] and (own["order"] != other["order"] == "normal" == found["order"])
-    assert "# Order: normal, not its own: give --order normal with every run." in out.read_text()
+    assert "# Order: normal, not the default: add --order normal to every run." in out.read_text()
     (told,) = re.findall("Run it: python -m flexgen.bench (.*)", out.read_text())
     assert bench.make_parser().parse_args(told.split()).order == "normal"
 
@@ -216,7 +216,7 @@ def test_simulate_only_runs_nothing_and_draws_the_frontier(tmp_path, trials, cap
     ("flags", "said"),
     [
         ("--hardware t4", "add --simulate-only"),
-        ("--policy some.toml", "tune finds the policy"),
+        ("--policy some.toml", "tune searches for the policy"),
         ("--hardware t5 --simulate-only", "hardware 't5' is not known"),
     ],
 )

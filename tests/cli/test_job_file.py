@@ -73,7 +73,7 @@ def test_a_mark_that_a_crash_tore_is_left_out(file):
 )
 def test_what_is_damaged_is_refused(text, file):
     file.path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(RequestError, match="is damaged, or of another version .*remove it and answers.jsonl"):
+    with pytest.raises(RequestError, match="is damaged or of another version .*remove it and answers.jsonl"):
         file.read()
 
 

@@ -67,7 +67,7 @@ def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp
     with pytest.raises(CheckpointError, match=r"opt-1\.3b-np.*cannot be reached"):
         OptLM("facebook/opt-1.3b", env, str(tmp_path), policy())
     assert asked == ["facebook/opt-1.3b"]
-    assert "asking the hub for facebook/opt-1.3b" in caplog.text
+    assert "looking for facebook/opt-1.3b on the hub" in caplog.text
 
 
 def test_what_the_hub_gives_is_opened(tiny, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_what_the_hub_gives_is_opened(tiny, tmp_path, monkeypatch):
 
 def test_a_model_of_other_sizes_is_refused(tiny, tmp_path):
     other = dataclasses.replace(tiny.config, num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"num_hidden_layers = 2, opt-tiny has 3"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers = 2, but opt-tiny has 3"):
         find_weights(other, str(tiny.hf))
     config = tmp_path / "config.json"
     shutil.copy(tiny.hf / "opt-tiny" / "config.json", config)

@@ -23,10 +23,10 @@ def test_a_timer(monkeypatch):
 
 def test_what_a_timer_cannot_do():
     timer = Timer("mine")
-    with pytest.raises(RequestError, match="'mine' does not run"):
+    with pytest.raises(RequestError, match="'mine' is not running"):
         timer.stop()
     timer.start()
-    with pytest.raises(RequestError, match="'mine' runs already"):
+    with pytest.raises(RequestError, match="'mine' is running"):
         timer.start()
     timer.reset()
     timer.start()
