@@ -148,11 +148,13 @@ def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
         if seen[record.task] > shown:
             continue
         given = completion.partition("\n")[0].strip()
-        mark = "right" if demo.is_right(record, completion) else f"wrong, should be {record.answer.strip()!r}"
+        mark = (
+            "correct" if demo.is_right(record, completion) else f"wrong, expected {record.answer.strip()!r}"
+        )
         lines.append(f"{record.prompt} {given}    [{mark}]\n")
     right = demo.accuracy(job.records, completions)
     shares = ", ".join(f"{task} {share:.1%}" for task, share in right.items())
-    return "\n".join([*lines, f"right answers: {shares}"])
+    return "\n".join([*lines, f"correct answers: {shares}"])
 
 
 def answer_perplexity(model: OptLM, job: Job) -> float | None:

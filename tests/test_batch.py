@@ -196,7 +196,7 @@ def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path,
     for wrong in ("8", "444", "7777", "rw", "-1"):
         with pytest.raises(SystemExit):
             start(job, f"--file-mode={wrong}")
-        assert "is not a mode of three octal digits" in capsys.readouterr().err
+        assert "is not a mode; write three octal digits" in capsys.readouterr().err
 
 
 def test_what_was_drawn_and_searched_stays_without_a_seed_or_policy(job, ends_in_call, capsys):

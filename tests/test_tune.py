@@ -206,7 +206,7 @@ def test_simulate_only_runs_nothing_and_draws_the_frontier(tmp_path, trials, cap
     )
     assert tune.main([*flags.split(), "--frontier", str(png)]) == 0
     text = capsys.readouterr().out
-    assert trials.runs == [] and "Measured: nothing" in out.read_text() and "t4" in out.read_text()
+    assert trials.runs == [] and "Measured: no run" in out.read_text() and "t4" in out.read_text()
     assert "Run it: python -m flexgen.simulate --model opt-125m --policy" in out.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert text.splitlines()[0].split() == ["prompts", "latency", "tokens/s", "block", "weights"]

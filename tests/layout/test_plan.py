@@ -135,7 +135,9 @@ def test_encoded_cache_takes_the_bytes_of_its_codec():
 def test_heads_that_a_codec_cannot_keep_are_refused_at_once():
     config = OPTConfig(hidden_size=30, word_embed_proj_dim=30, num_attention_heads=6, num_hidden_layers=1)
     policy = Policy(cache={"cpu": {"percent": 100, "codec": "int4"}})
-    with pytest.raises(PolicyError, match="codec 'int4' stores heads of an even size, but this model has heads of 5"):
+    with pytest.raises(
+        PolicyError, match="codec 'int4' stores heads of an even size, but this model has heads of 5"
+    ):
         OptLM(config, policy, device="cpu", weights="dummy", progress=False)
     OptLM(config, policy.replace(cache={"cpu": 100}), device="cpu", weights="dummy", progress=False).close()
 

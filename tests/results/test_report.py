@@ -74,7 +74,7 @@ def test_json_is_one_line_with_every_key():
 def test_card_says_what_people_look_for():
     card = report().card()
     assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
-    assert "90% of what the hardware gives here: prefill waits for compute, decode for disk_read" in card
+    assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
     assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
     assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # of its phase
     assert "2 KiB planned, 1 KiB at the peak" in card
@@ -146,7 +146,7 @@ def test_one_token_has_no_decode():
     prefill = {Phase.PREFILL: {LaneName.COMPUTE: 1.0}, Phase.DECODE: {}}
     alone = report(gen_len=1, decode_s=0.0, phases=prefill)
     assert alone.bound_share == 0.5 and alone.waits_for == {Phase.PREFILL: LaneName.COMPUTE}
-    assert alone.card().rstrip("-\n").endswith("gives here: prefill waits for compute")
+    assert alone.card().rstrip("-\n").endswith("hardware allows: prefill waits for compute")
 
 
 def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
@@ -159,4 +159,4 @@ def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
     assert report(phases=phases).bottleneck is LaneName.COMPUTE
     same = {phase: {LaneName.DISK_READ: 2.0, LaneName.COMPUTE: 1.0} for phase in Phase}
     assert report(phases=same).bottleneck is LaneName.DISK_READ
-    assert "gives here: it waits for disk_read" in report(phases=same).card()
+    assert "hardware allows: it waits for disk_read" in report(phases=same).card()
