@@ -47,11 +47,11 @@ def run(
     The package's log, such as the policy that was found, goes to stderr while the command runs. An output file that
     cannot be written is rejected before any work. SIGTERM ends the command like Ctrl-C, and frees its resources.
     """
-    shown = logging.StreamHandler(sys.stderr)
-    shown.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
     log = logging.getLogger("flexgen")
     level = log.level
-    log.addHandler(shown)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         handle_as_usual()
@@ -66,7 +66,7 @@ def run(
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     finally:
-        log.removeHandler(shown)
+        log.removeHandler(handler)
         log.setLevel(level)
     return 0
 

@@ -30,9 +30,9 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path):
         assert str(path)[:50] in str(raised.value)
 
     path = tmp_path / "weights"
-    refused(path, "is missing")
+    refused(path, "does not exist")
     path.symlink_to("../blobs/0123")
-    refused(path, r"is a link to \.\./blobs/0123, which is missing.*Download the model again")
+    refused(path, r"is a link to \.\./blobs/0123, which does not exist.*Download the model again")
     path.unlink()
     os.mkfifo(path)
     refused(path, "is a FIFO")

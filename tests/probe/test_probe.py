@@ -256,7 +256,7 @@ def test_a_small_device_is_measured_in_whole_blocks(tmp_path):
 
 
 def test_a_device_that_is_too_small_is_refused(tmp_path):
-    with pytest.raises(CapacityError, match=r"device emulated has 4 MiB .* at least 8 MiB are needed"):
+    with pytest.raises(CapacityError, match=r"device emulated has 4 MiB .* at least 8 MiB"):
         measure("emulated:memory=4MiB", tmp_path, effort=TINY)
 
 
