@@ -217,7 +217,9 @@ def test_a_recomputing_mode_says_so_once(model: Any, inputs: Any, caplog: Any) -
         assert "no KV cache" not in caplog.text
         for _ in range(2):
             model.generate(**inputs([3]), max_new_tokens=2, num_beams=2, do_sample=False)
-    assert caplog.text.count("beam search has no KV cache in flexgen: each step computes all positions") == 1
+    assert (
+        caplog.text.count("beam search has no KV cache in flexgen, so each step computes all positions") == 1
+    )
 
 
 @pytest.mark.parametrize(("options", "rows"), [(dict(num_beams=2), 2), (dict(prompt_lookup_num_tokens=2), 1)])
@@ -262,5 +264,5 @@ def test_refusals(model: Any, inputs: Any, monkeypatch: Any) -> None:
         model.generate(
             **inputs([3]), **options, pad_token_id=99, return_dict_in_generate=True, output_hidden_states=True
         )
-    with pytest.raises(UnsupportedError, match="contrastive search.*never runs code of a repository"):
+    with pytest.raises(UnsupportedError, match="contrastive search.*never runs code from a repository"):
         model.generate(**inputs([3]), **options, penalty_alpha=0.6, top_k=4)

@@ -28,10 +28,10 @@ def test_a_usual_call_of_transformers_opens(saved: Any, inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ({"trust_remote_code": True}, "never runs code of a repository"),
-        ({"quantization_config": object()}, "compress_weight="),
-        ({"load_in_8bit": True}, "compress_weight="),
-        ({"attn_implementation": "flash_attention_2"}, "kernels of its own"),
+        ({"trust_remote_code": True}, "never runs code from a repository"),
+        ({"quantization_config": object()}, "codec"),
+        ({"load_in_8bit": True}, "codec"),
+        ({"attn_implementation": "flash_attention_2"}, "its own attention kernels"),
         ({"gguf_file": "model.gguf"}, "safetensors"),
         ({"state_dict": {}}, "save_pretrained"),
         ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "device_map of 2 modules.* Policy"),

@@ -38,7 +38,7 @@ def test_max_memory_is_read_as_accelerate_writes_it() -> None:
         assert read_max_memory(nothing, "cuda:1") == ("cuda:1", None)
         assert read_max_memory(nothing) == ("auto", None)
     for wrong, words in (
-        ({1: "1GiB"}, "memory of GPU 1.* here on 0"),
+        ({1: "1GiB"}, "max_memory has GPU 1.* here on 0"),
         ({-1: "1GiB"}, "key -1"),
         ({"gpu": 1}, "key 'gpu'"),
         ({True: 1}, "key True"),
@@ -66,7 +66,7 @@ def test_a_gpu_that_max_memory_leaves_out_is_not_used(given: Any, device: str, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert read_max_memory(given, "auto")[0] == device
     assert read_max_memory({"cpu": 1}, "cuda") == ("cuda", {Tier.CPU: 1})  # what is asked for stays
-    with pytest.raises(RequestError, match="memory of GPU 4"):
+    with pytest.raises(RequestError, match="max_memory has GPU 4"):
         read_max_memory({3: 1, 4: 1}, "auto")
 
 

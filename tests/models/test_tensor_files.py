@@ -117,7 +117,7 @@ def test_what_is_missing_or_of_the_wrong_shape_or_dtype_is_named(format, make_mo
     layers = build_layers(spec)
 
     _rewrite(directory, format, lambda tensors: tensors.update({fc1: tensors[fc1].long()}))
-    with pytest.raises(CheckpointError, match=rf"{fc1} has dtype .*64, which are not supported; supported: "):
+    with pytest.raises(CheckpointError, match=rf"{fc1} has dtype .*64, which is not supported; supported: "):
         open_model(directory)[1].verify(layers)
     _rewrite(directory, format, lambda tensors: tensors.update({fc1: torch.zeros(3, 32)}))
     with pytest.raises(
@@ -360,7 +360,9 @@ def test_quantized_weights_whose_config_does_not_say_so(name, dtype, method, for
         save_file(tensors, directory / "model.safetensors")
     else:
         torch.save(tensors, directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=rf"quantized \({method}\), which are not supported.*float16"):
+    with pytest.raises(
+        CheckpointError, match=rf"quantized weights \({method}\), which are not supported.*float16"
+    ):
         open_model(directory)
 
 
