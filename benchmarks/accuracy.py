@@ -58,8 +58,8 @@ def main() -> None:
         if "refused" in found:
             print(f"{name:<24}refused: {found['refused']}")
         else:
-            told = f"{found['answers_perplexity']:>24.5f}{found['texts_perplexity']:>12.4f}"
-            print(f"{name:<24}{found['right']['all']:>9.2%}{told}")
+            columns = f"{found['answers_perplexity']:>24.5f}{found['texts_perplexity']:>12.4f}"
+            print(f"{name:<24}{found['right']['all']:>9.2%}{columns}")
     settings = {key: getattr(args, key) for key in ("records", "seed", "dtype")} | {"new_tokens": NEW_TOKENS}
     print(save("accuracy", {**settings, "figures": figures}, Path(args.out) if args.out else None))
 

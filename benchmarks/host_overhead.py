@@ -73,8 +73,8 @@ def main() -> None:
     figures = interleaved(cases, args.repeats)
     for name, found in figures.items():
         found["within_limit"] = found["beside_us"]["median"] <= LIMIT_US
-        told = ", ".join(f"{key} {found[key]['median']:.1f}" for key in found if key.endswith("_us"))
-        print(f"{name:<30}{told}")
+        figures_us = ", ".join(f"{key} {found[key]['median']:.1f}" for key in found if key.endswith("_us"))
+        print(f"{name:<30}{figures_us}")
     shape = {key: value for key, value in vars(args).items() if isinstance(value, int) and key != "repeats"}
     print(
         save(

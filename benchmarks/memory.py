@@ -103,9 +103,9 @@ def main() -> None:
         found["peak_per_plan"] = sizes["peak"] / sizes["plan"]
         found["allowed_bytes"] = max(SHARE * sizes["plan"], LEAST)
         found["within_limit"] = abs(sizes["peak"] - sizes["plan"]) <= found["allowed_bytes"]
-        told = "".join(f"{size / 1e6:>10.0f}" for size in sizes.values())
-        told += f"{found['peak_per_plan']:>12.2f}{found['allowed_bytes'] / 1e6:>10.0f}"
-        print(f"{name:<36}{told}{'' if found['within_limit'] else '  OUTSIDE'}")
+        line = "".join(f"{size / 1e6:>10.0f}" for size in sizes.values())
+        line += f"{found['peak_per_plan']:>12.2f}{found['allowed_bytes'] / 1e6:>10.0f}"
+        print(f"{name:<36}{line}{'' if found['within_limit'] else '  OUTSIDE'}")
     rule = (
         f"|peak - plan| <= {SHARE:.0%} of the plan or {LEAST / 1e6:.0f} MB; peak = max(opening, call) - base"
     )

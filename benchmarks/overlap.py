@@ -97,8 +97,8 @@ def main() -> None:
     columns = [(order, what) for order in ("overlap", "normal") for what in ("share", "busy")]
     print(f"{'case':<28}" + "".join(f"{order + ', ' + what:>16}" for order, what in columns))
     for name, found in figures.items():
-        told = (found[order].get(what, {}).get("median", math.nan) for order, what in columns)
-        print(f"{name:<28}" + "".join(f"{share:>16.2f}" for share in told))
+        shares = (found[order].get(what, {}).get("median", math.nan) for order, what in columns)
+        print(f"{name:<28}" + "".join(f"{share:>16.2f}" for share in shares))
     print(path)
 
 

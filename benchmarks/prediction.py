@@ -232,14 +232,14 @@ def main() -> None:
             write(path, rounds)
     document = write(path, rounds)
     for name, found in document["figures"].items():
-        told = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
+        ratios = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
         print(
             f"{name:<44}{found['ratio']:>6.2f}  prefill {found['prefill_ratio']:.2f}  decode "
-            f"{found['decode_ratio']:.2f}  ({told})"
+            f"{found['decode_ratio']:.2f}  ({ratios})"
         )
-    told = document["summary"]
+    summary = document["summary"]
     print(
-        f"{told['cases']} policies: median error {told['median_error']:.1%}, worst {told['worst_error']:.1%}"
+        f"{summary['cases']} policies: median error {summary['median_error']:.1%}, worst {summary['worst_error']:.1%}"
     )
     print(path)
 

@@ -62,9 +62,9 @@ def simulate(machine: str, policy: dict[str, Any], order: str) -> dict[str, Any]
 def alone(work: partial[dict[str, Any]], found: dict[str, Any]) -> dict[str, float]:
     """The seconds of `work` in a new process. Its other results are added to `found`."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        told = pool.apply(work)
-    seconds = told.pop("seconds")
-    found.update(told)
+        result = pool.apply(work)
+    seconds = result.pop("seconds")
+    found.update(result)
     return {"seconds": seconds}
 
 
@@ -79,23 +79,23 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, dict[str, Any]] = {machine: {} for machine in args.case or MACHINES}
     searches = interleaved(
-        {machine: partial(alone, partial(search, machine), told) for machine, told in found.items()},
+        {machine: partial(alone, partial(search, machine), result) for machine, result in found.items()},
         args.repeats,
     )
     simulations = interleaved(
         {
-            machine: partial(alone, partial(simulate, machine, told["policy"], told["order"]), {})
-            for machine, told in found.items()
-            if "policy" in told
+            machine: partial(alone, partial(simulate, machine, result["policy"], result["order"]), {})
+            for machine, result in found.items()
+            if "policy" in result
         },
         args.repeats,
     )
-    for machine, told in found.items():
+    for machine, result in found.items():
         line = f"{machine:<12} search {searches[machine]['seconds']['median']:6.2f} s of {SEARCH_S:g}"
         if machine in simulations:
             took = simulations[machine]["seconds"]["median"]
-            line += f", simulation {took:6.2f} s of {PREDICT_S:g}, {told['tokens_s']:.4g} tokens/s"
-        print(line + (f", {told['refused']}" if "refused" in told else ""))
+            line += f", simulation {took:6.2f} s of {PREDICT_S:g}, {result['tokens_s']:.4g} tokens/s"
+        print(line + (f", {result['refused']}" if "refused" in result else ""))
     document = {
         "model": MODEL,
         "workload": [WORKLOAD.prompt_len, WORKLOAD.gen_len, WORKLOAD.num_prompts],

@@ -130,7 +130,7 @@ def _run_before(answers: Answers) -> tuple[Policy, str | None, int] | None:
             answers.run["seed"],
         )
         if order is not None and order not in ORDERS:
-            raise ValueError(f"order {order!r} is unknown")
+            raise ValueError(f"order {order!r} is not known")
         if seed is None:
             raise ValueError("it has no seed")
         check_seed(seed)

@@ -94,7 +94,7 @@ def _given(args: argparse.Namespace) -> str:
             text = ""
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"standard input is not UTF-8 text: byte {error.start} is {error.reason}"
+            f"standard input is not UTF-8 text: byte {error.start} is {error.reason}; convert it to UTF-8"
         ) from None
     text = text.removesuffix("\n")  # editors and echo append one
     if not text and args.prompt_file is not None:

@@ -39,8 +39,10 @@ def read_text(path: str | Path) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16: save it as UTF-8" if data.startswith(_UTF_16_MARKS) else ""
-        raise RequestError(f"{path} is not UTF-8 text: byte {error.start} is {error.reason}{hint}") from None
+        hint = " (it looks like UTF-16)" if data.startswith(_UTF_16_MARKS) else ""
+        raise RequestError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.reason}{hint}; save it as UTF-8"
+        ) from None
     return normalized(text)
 
 
@@ -198,7 +200,9 @@ def _checked(path: str, number: int, value: Any) -> dict[str, Any]:
     try:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise at_line(path, number, f"a text is not valid Unicode: {error.reason}") from None
+        raise at_line(
+            path, number, f"a text is not valid Unicode: {error.reason}; remove lone surrogates"
+        ) from None
     return fields
 
 

@@ -82,7 +82,7 @@ class Codec(ABC):
         return 0
 
     def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        """The rows of this machine that are certain before the device computes. Memory plans rely on it."""
+        """`fused_rows` on this machine if it is certain before the device computes, else 0. Plans rely on it."""
         return 0
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:

@@ -223,7 +223,7 @@ class Report:
     def _sizes(self) -> str:
         mean = self.prompt_tokens / self.num_prompts
         ragged = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
-        early = f" at most, {self.new_tokens} in all" if self.new_tokens is not None else ""
+        early = f" at most, {self.new_tokens} in total" if self.new_tokens is not None else ""
         sizes = f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each{early}"
         return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
 
@@ -240,7 +240,7 @@ class Report:
                 if asked or achieved:
                     codec = split[tier].codec
                     kept = "" if codec == "none" else f" in {codec}"
-                    parts.append(f"{tier} {achieved:.1f}%{kept} (asked {asked:g})")
+                    parts.append(f"{tier} {achieved:.1f}%{kept} (requested {asked:g})")
             rows.append((what, ", ".join(parts)))
         return rows
 
@@ -254,7 +254,7 @@ class Report:
         return took + (f"; predicted {format_seconds(self.predicted.decode_s)}" if self.predicted else "")
 
     def _throughput(self) -> str:
-        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in all)"
+        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in total)"
         if self.predicted is None:
             return took
         ratio = self.predicted.throughput_tokens_s / self.throughput_tokens_s

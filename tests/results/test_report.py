@@ -73,7 +73,7 @@ def test_json_is_one_line_with_every_key():
 
 def test_card_says_what_people_look_for():
     card = report().card()
-    assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
+    assert "cpu 58.5% (requested 60), disk 41.5% (requested 40)" in card
     assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
     assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
     assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # of its phase
@@ -119,8 +119,8 @@ def test_card_names_codecs():
     halves = {Tier.GPU: (50.0, 50.0), Tier.CPU: (50.0, 50.0), Tier.DISK: (0.0, 0.0)}
     weights = report().placement["weights"]
     card = report(policy=encoded, placement={"weights": weights, "cache": halves}).card()
-    assert "cpu 58.5% in int8 (asked 60), disk 41.5% (asked 40)" in card
-    assert "gpu 50.0% (asked 50), cpu 50.0% in int4 (asked 50)" in card
+    assert "cpu 58.5% in int8 (requested 60), disk 41.5% (requested 40)" in card
+    assert "gpu 50.0% (requested 50), cpu 50.0% in int4 (requested 50)" in card
 
 
 def test_without_lanes_there_is_no_bound():

@@ -37,7 +37,7 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
         fields.size(config, name, f) for f in ("num_attention_heads", "num_key_value_heads")
     )
     fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
-    fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
+    fields.multiple(name, "head_dim", head_dim, "the size of a rotary pair", 2)
     rope = fields.rope(config, name, head_dim)
     norm = NormSpec("rmsnorm", fields.number(config, name, "rms_norm_eps"))
     bias = fields.flag(config, name, "attention_bias")
