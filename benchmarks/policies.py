@@ -37,9 +37,9 @@ def write(model: str, lossy: bool) -> None:
     job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
     comment = (
         f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/predict/hardware.toml, "
-        f"{'codecs allowed' if lossy else 'weights and cache as they are'}: the best\n"
-        f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
-        f"{WORKLOAD.gen_len} new ones each.\n"
+        f"{'with codecs' if lossy else 'without codecs'}: the best\n"
+        f"policy that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
+        f"{WORKLOAD.gen_len} new tokens each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"
         f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE}{order} {job}"
     )

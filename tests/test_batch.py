@@ -1,4 +1,4 @@
-"""`python -m flexgen.batch`: an answer for each prompt, in order, whatever ends the command in between."""
+"""`python -m flexgen.batch`: an answer for each prompt, in order, after any interruption."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path,
         assert "is not a mode; write three octal digits" in capsys.readouterr().err
 
 
-def test_what_was_drawn_and_searched_stays_without_a_seed_or_policy(job, ends_in_call, capsys):
+def test_a_resumed_job_keeps_its_seed_and_policy(job, ends_in_call, capsys):
     flags = ["--device", "cpu", "--max-tokens", "6", "--gpu-batch-size", "2", "--save-every", "1"]
     ends_in_call(2)
     with pytest.raises(Ended):
@@ -221,7 +221,7 @@ def test_a_job_that_is_done_is_left_alone(job, capsys, monkeypatch):
     assert job[1].read_bytes() == before
 
 
-def test_another_policy_may_go_on(job, ends_in_call, capsys):
+def test_another_policy_may_resume(job, ends_in_call, capsys):
     ends_in_call(2)
     with pytest.raises(Ended):
         start(job, "--temperature", "0")
@@ -231,7 +231,7 @@ def test_another_policy_may_go_on(job, ends_in_call, capsys):
     assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
 
 
-def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
+def test_a_changed_job_is_refused(job, ends_in_call, capsys):
     ends_in_call(2)
     with pytest.raises(Ended):
         start(job)
@@ -311,7 +311,7 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):
+def test_an_invalid_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):
     prompts, answers = tmp_path / name, tmp_path / "answers.jsonl"
     prompts.write_bytes(text)
     assert start((prompts, answers)) == 1
@@ -319,7 +319,7 @@ def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, 
     assert list(tmp_path.iterdir()) == [prompts]
 
 
-def test_what_cannot_be_meant_leaves_no_answers(job, tmp_path, capsys):
+def test_invalid_flags_leave_no_answers(job, tmp_path, capsys):
     for flags, said in (
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--device", "tpu"], "device 'tpu' is not known"),

@@ -74,7 +74,7 @@ def test_cut_generation_is_projected(tiny_model, tmp_path, capsys):
     assert "projected from 2 tokens" in capsys.readouterr().out
 
 
-def test_demo_prints_answers_beside_the_right_ones(capsys):
+def test_demo_prints_answers_next_to_the_correct_ones(capsys):
     policy = str(ROOT / "policies" / "demo.toml")
     assert bench.main(["--policy", policy, "--device", "cpu", "--num-prompts", "20", "--no-bound"]) == 0
     out = capsys.readouterr().out

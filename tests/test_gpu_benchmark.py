@@ -1,5 +1,5 @@
-"""What `benchmarks/gpu.py` asks for fits the machine that it names, what takes too long ends whole, and the peer runs
-as itself."""
+"""`benchmarks/gpu.py`: its cases fit the named machine, steps that take too long are ended, and the peer runs its own
+code."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def load(path):
 @pytest.fixture(scope="module")
 def benchmark():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))  # as where a script lies
+        patch.syspath_prepend(str(BENCHMARKS))  # like the directory of a script
         return load(BENCHMARKS / "gpu.py")
 
 
@@ -66,7 +66,7 @@ def test_the_runs_fit(benchmark, tmp_path, run):
         assert f"take {plan[Tier.CPU] / GIB:.0f} GiB" in benchmark.__doc__
 
 
-def test_the_peer_runs_beside_each_model_and_out_of_this_package_s_sight(benchmark, tmp_path):
+def test_the_peer_runs_for_each_model_without_this_package(benchmark, tmp_path):
     found = benchmark.cases(tmp_path / "reports", tmp_path / "peer")
     assert list(found) == [
         *["tests", "races", "leaks", "attention", "links", "probe"],
@@ -200,7 +200,9 @@ def run(benchmark, monkeypatch, *flags):
     return benchmark.main()
 
 
-def test_a_later_call_continues_with_what_has_not_passed(benchmark, steps, monkeypatch, tmp_path, capsys):
+def test_a_later_call_continues_with_the_steps_that_have_not_passed(
+    benchmark, steps, monkeypatch, tmp_path, capsys
+):
     assert run(benchmark, monkeypatch, "--out", tmp_path) == 1
     assert steps == ["tests", "races", "probe"]
     assert json.loads((tmp_path / "races.json").read_text())["status"] == 1

@@ -43,7 +43,7 @@ def test_a_file(capsys, tmp_path):
     assert Hardware.load(tmp_path / "mine.toml").source == "measurement 1"
 
 
-def test_what_is_wrong_is_one_line(capsys, tmp_path):
+def test_an_error_is_one_line(capsys, tmp_path):
     assert run("--device tpu") == 1
     assert "device 'tpu' is not known" in capsys.readouterr().err
     assert run(f"--device cpu -o {tmp_path / 'nowhere' / 'mine.toml'}") == 1

@@ -1,4 +1,4 @@
-"""Policies: every field is checked, TOML round trips without loss, rows are dealt out exactly."""
+"""Policies: every field is checked, TOML round trips without loss, rows are divided exactly."""
 
 import copy
 import json
@@ -234,7 +234,7 @@ def test_rows_refuse_a_negative_count():
         ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*pin_weight$"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(fields, message):
+def test_invalid_values_are_refused(fields, message):
     with pytest.raises(PolicyError, match=message):
         Policy.from_dict(fields)
 
@@ -314,7 +314,7 @@ def test_values_beyond_all_bounds_are_refused_with_the_file(text, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [None, 3, [], "weights"])
-def test_what_is_no_mapping_is_no_policy(fields):
+def test_a_policy_must_be_a_mapping(fields):
     with pytest.raises(PolicyError, match="give a mapping"):
         Policy.from_dict(fields)
 

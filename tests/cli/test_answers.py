@@ -1,4 +1,4 @@
-"""A file of answers is whole however its process ended: nothing lost, doubled, in part, or next to another prompt."""
+"""The answers are complete after any interruption: none is lost, duplicated, truncated or at the wrong prompt."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def lines(total):
 
 
 def resume(path, total, step, saves=1 << 30):
-    """Run the job in a process that ends after so many saves; the rows that it answered."""
+    """Run the job in a process that ends after some saves, and return the rows that it answered."""
     answered = []
     with Answers(path, ABOUT, prompts(total)) as answers:
         if not answers.complete:
@@ -62,7 +62,7 @@ def job_of(path):
         st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(0, 300), st.integers(0, 300)), max_size=4
     ),
 )
-def test_whatever_a_crash_left_the_answers_are_whole(total, cuts, tmp_path_factory):
+def test_answers_are_complete_after_a_crash_at_any_point(total, cuts, tmp_path_factory):
     path = tmp_path_factory.mktemp("job") / "answers.jsonl"
     for step, saves, lost, lost_notes in cuts:
         resume(path, total, step, saves)
@@ -108,7 +108,7 @@ EDITS = {
 
 @pytest.mark.parametrize("done", [9, 12], ids=["whole", "to be resumed"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_what_was_edited_is_refused_and_left_as_it_is(edit, done, path):
+def test_edited_answers_are_refused_and_not_changed(edit, done, path):
     change, said, good = EDITS[edit]
     resume(path, done, 3, saves=3)
     before, notes = path.read_bytes(), job_of(path).read_bytes()
@@ -165,7 +165,7 @@ def test_files_of_another_job_stay_as_they_are(path):
     assert path.read_bytes() == lines(2)
 
 
-def test_what_was_not_begun_leaves_no_file(path):
+def test_a_job_that_was_not_begun_leaves_no_file(path):
     with Answers(path, ABOUT, prompts(4)):
         assert path.exists()
     assert not path.exists()
@@ -205,7 +205,7 @@ def test_a_file_that_exists_keeps_its_mode(path):
 @pytest.mark.parametrize(
     "more", [20, 20 + len(lines(4)) - len(lines(2))], ids=["in an answer", "in its note"]
 )
-def test_a_full_disk_keeps_what_was_saved(more, path, monkeypatch):
+def test_a_full_disk_keeps_the_saved_answers(more, path, monkeypatch):
     write, room = os.pwrite, [more]
 
     def as_much_as_fits(fd, data, offset):

@@ -1,4 +1,4 @@
-"""Prompts are read from the files that people have; what is not a prompt is refused with its line."""
+"""Prompts are read from all supported files; an invalid prompt is refused with its line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The record tasks have the answers they claim, and the embedded model gives them."""
+"""The tasks have correct answers, and the embedded model gives them."""
 
 import re
 from datetime import datetime

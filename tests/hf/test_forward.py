@@ -1,4 +1,4 @@
-"""`forward` against transformers': logits, loss, hidden states, under padding at either end."""
+"""`forward` compared with transformers: logits, loss and hidden states, with padding at either end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation modes that transformers' loops run, and hidden states: transformers' generate gives the right values."""
+"""Generation modes in transformers' loops, and hidden states, compared with transformers' generate."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_the_largest_pass_is_checked_first(
 ) -> None:
     given = inputs([4])
     held = dict(model.lm._machine.limits())
-    # With all logits: at least what the first pass of either mode needs.
+    # With all logits: at least the memory of the first pass of either mode.
     model(**{name: tensor.expand(rows, -1) for name, tensor in given.items()})
     first = model.lm.stats.plan
     monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: held)

@@ -1,4 +1,4 @@
-"""The cache that holds ids: its operations, and forward passes that continue from it."""
+"""The cache of ids: its operations, and forward passes that continue from it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_a_usual_call_of_transformers_opens(saved: Any, inputs: Any) -> None:
         ({"device_map": "balanced"}, "one device"),
     ],
 )
-def test_what_flexgen_does_not_have_names_the_way_to_it(argument: Any, words: str, saved: Any) -> None:
+def test_unsupported_arguments_name_the_alternative(argument: Any, words: str, saved: Any) -> None:
     with pytest.raises(UnsupportedError, match=words):
         FlexGenForCausalLM.from_pretrained(saved("llama").directory, **argument)
 

@@ -1,4 +1,4 @@
-"""What harnesses read and call of a `PreTrainedModel`."""
+"""The methods and attributes of a `PreTrainedModel` that evaluation harnesses use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that a config.json may have in its fields, whatever they are."""
+"""Arbitrary values in the fields of a config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and index files that are not what they should be."""
+"""Folders without a model, and wrong index files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of numpy files, as FlexGen 0.1 made them of OPT checkpoints."""
+"""Folders of numpy files, converted from OPT checkpoints by FlexGen 0.1."""
 
 from __future__ import annotations
 

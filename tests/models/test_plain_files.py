@@ -1,4 +1,4 @@
-"""What can stand where a file should be."""
+"""Paths that are not readable files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_files_that_can_be_read(tmp_path):
         check_file(path)
 
 
-def test_what_is_no_file_is_named_and_not_opened(tmp_path):
+def test_a_path_that_is_not_a_file_is_named_and_not_opened(tmp_path):
     def refused(path: Path, message: str) -> None:
         with pytest.raises(CheckpointError, match=message) as raised:
             check_file(path)

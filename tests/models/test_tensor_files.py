@@ -110,7 +110,7 @@ def _rewrite(directory, format, change):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_what_is_missing_or_of_the_wrong_shape_or_dtype_is_named(format, make_model, save):
+def test_missing_tensors_and_wrong_shapes_and_dtypes_are_named(format, make_model, save):
     fc1, fc2 = (f"model.decoder.layers.1.{name}.weight" for name in ("fc1", "fc2"))
     directory = save(make_model("opt"), format)
     spec, _ = open_model(directory)
@@ -328,7 +328,7 @@ def test_a_fingerprint_does_not_depend_on_shards(make_model, save, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fingerprint_tells_trained_weights_apart(kind, make_model, save):
+def test_a_fingerprint_differs_after_training(kind, make_model, save):
     format = "safetensors" if kind == "safetensors" else "bin"
     found = set()
     for change in (None, "embed_tokens.weight", "layers.1.fc1.bias"):

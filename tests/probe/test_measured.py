@@ -1,4 +1,4 @@
-"""The cache of measurements: found again where nothing has changed, measured anew where something has."""
+"""The cache of measurements: used if nothing has changed, otherwise the machine is measured again."""
 
 import logging
 import os
@@ -104,7 +104,7 @@ def test_figures_of_a_busy_machine_are_not_kept(calls, monkeypatch, tmp_path, ho
 
 
 @pytest.mark.parametrize("damage", ["", "name = ", "name = 'x'", "\0"])
-def test_a_damaged_file_is_measured_anew_with_a_warning(calls, tmp_path, caplog, damage):
+def test_a_damaged_file_is_measured_again_with_a_warning(calls, tmp_path, caplog, damage):
     cache.measured("cpu")
     [kept] = files(tmp_path)
     kept.write_text(damage)

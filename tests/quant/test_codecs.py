@@ -1,4 +1,4 @@
-"""A codec is found by its file, whose name is the codec's."""
+"""Codecs are found by their files, which have the names of the codecs."""
 
 import os
 import shutil

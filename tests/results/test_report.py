@@ -71,7 +71,7 @@ def test_json_is_one_line_with_every_key():
     assert Policy.from_dict(found["policy"]) == report().policy
 
 
-def test_card_says_what_people_look_for():
+def test_card_has_the_main_figures():
     card = report().card()
     assert "cpu 58.5% (requested 60), disk 41.5% (requested 40)" in card
     assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
@@ -93,7 +93,7 @@ def test_a_starved_lane_is_seen_by_the_roofline():
         phases={Phase.PREFILL: {LaneName.COMPUTE: 1.8}, Phase.DECODE: {LaneName.COMPUTE: 6.0}},
         roofline=ROOFLINE,
     )
-    # Of 8 s: gaps between kernels count as work in the bound.
+    # A share of 8 s: gaps between kernels count as work in the bound.
     assert starved.bound_share == pytest.approx(7.8 / 8)
     assert starved.roofline_s == pytest.approx(2.0)
     assert starved.roofline_share == starved.goal_share == pytest.approx(0.25)
@@ -130,7 +130,7 @@ def test_without_lanes_there_is_no_bound():
     assert json.loads(found.to_json())["bound_share"] is None
 
 
-def test_ragged_prompts_and_projection_are_told():
+def test_card_shows_ragged_prompts_and_projection():
     found = report(prompt_tokens=40, padded_share=0.125, projected_from=3)
     card = found.card()
     assert "8 of up to 10 tokens (5.0 on average), 5 new tokens each, 12.5% padding" in card
@@ -149,7 +149,7 @@ def test_one_token_has_no_decode():
     assert alone.card().rstrip("-\n").endswith("hardware allows: prefill waits for compute")
 
 
-def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
+def test_the_bottleneck_has_the_largest_part_of_the_bound():
     """Not the lane that is busiest in all: it may hide behind others in both phases."""
     phases = {
         Phase.PREFILL: {LaneName.COMPUTE: 5.0, LaneName.TO_DEVICE: 4.0},
