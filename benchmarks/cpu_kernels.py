@@ -37,7 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE_BYTES = 256 << 20  # keys and values of one case, far more than the processor caches
 KV_HEADS = 8
 LEAST_SECONDS = 0.1
-"""The least time of a measurement. A call takes 20 ms, so a short interruption would dominate a single call."""
+"""The minimum time of a measurement. A call takes 20 ms, so a short interruption would dominate a single call."""
 SHARES = (0.1, 0.25, 0.5)
 PARTS = ("attention", "encoded_attention", "sparse", "codecs")
 LAYOUTS = {

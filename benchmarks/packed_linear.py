@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--seconds", type=float, default=0.1, help="least time of one measurement")
+    parser.add_argument("--seconds", type=float, default=0.1, help="minimum time of one measurement")
     args = parser.parse_args()
     if args.device == "cpu" and not native_available():
         parser.error("the compiled kernels are not built or are disabled")

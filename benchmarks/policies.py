@@ -38,8 +38,8 @@ def write(model: str, lossy: bool) -> None:
     comment = (
         f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/predict/hardware.toml, "
         f"{'with codecs' if lossy else 'without codecs'}: the best\n"
-        f"policy that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
-        f"{WORKLOAD.gen_len} new tokens each.\n"
+        f"policy that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} "
+        f"tokens and {WORKLOAD.gen_len} new tokens each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"
         f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE}{order} {job}"
     )

@@ -232,7 +232,7 @@ class Policy:
     attend_on: "cpu" or "gpu", the processor that computes attention over cache that is not in GPU memory.
     attn_sparsity: the share of the cached values that a decode step uses: those with the largest attention scores.
         1 is exact.
-    prefill_chunk: the most tokens of each prompt that one pass computes. With 0, a pass computes whole prompts if
+    prefill_chunk: the maximum number of tokens per prompt in one pass. With 0, a pass computes whole prompts if
         they fit, and parts of them otherwise.
     overlap: overlap transfers with the computation.
     sep_layer: stream attention and MLP as two units.

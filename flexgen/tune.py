@@ -193,7 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="candidates to try in each round",
     )
-    add("--rounds", type=count, default=effort.rounds, metavar="N", help="most rounds of trials")
+    add("--rounds", type=count, default=effort.rounds, metavar="N", help="maximum number of rounds")
     add("--repeats", type=count, default=effort.repeats, metavar="N", help="runs of each candidate")
     add(
         "--trial-seconds",

@@ -18,7 +18,7 @@ MOST_BYTES = (1 << 63) - 1
 """The largest size that system calls and torch accept."""
 
 LARGEST_COUNT = (1 << 31) - 1
-"""The most prompts, batches or tokens of a policy or a workload. The product of two counts is below 2**63."""
+"""The maximum number of prompts, batches or tokens. The product of two counts is below 2**63."""
 
 _SCALES = {
     "": 1, "B": 1,

@@ -160,7 +160,7 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk",
         type=count,
         metavar="TOKENS",
-        help="most tokens of each prompt that one pass computes",
+        help="maximum number of tokens per prompt in one pass of the prefill",
     )
     add(
         "--attn-sparsity",

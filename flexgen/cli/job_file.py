@@ -26,8 +26,8 @@ class Mark:
 class JobState:
     """The contents of a job file.
 
-    about: what the answers depend on, as plain data by name. run: how they are generated, as plain data by name.
-    marks: one for each save.
+    about: everything that the answers depend on, as plain data by name. run: how they are generated, as plain data by
+    name. marks: one for each save.
     """
 
     about: Mapping[str, Any]

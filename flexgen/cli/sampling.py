@@ -13,7 +13,7 @@ from flexgen.runtime.sampler import check_sampling, check_seed
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags to `parser`."""
     add = parser.add_argument
-    add("--max-tokens", type=int, default=128, metavar="N", help="most new tokens of each prompt")
+    add("--max-tokens", type=int, default=128, metavar="N", help="maximum number of new tokens per prompt")
     add(
         "--temperature",
         type=float,

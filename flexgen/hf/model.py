@@ -60,7 +60,7 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
         """Open a model. See `OptLM` for `policy`, `device` and `dtype`.
 
         offload_folder: the directory of the disk tier; None for a temporary directory.
-        max_memory: the most memory that the model and its calls may use, in the form of accelerate. With
+        max_memory: the maximum memory for the model and its calls, in the form of accelerate. With
             device="auto" it also chooses the compute device: the GPU that it names, or the CPU if it names none.
         torch_dtype: the older name of `dtype`.
         device_map: "auto", or the compute device, alone or as `{"": device}`. The policy places the weights.

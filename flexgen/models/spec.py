@@ -177,9 +177,9 @@ class ModelSpec:
     """The number of rows before position 0 in a learned table of positions."""
 
     chunk_tokens: int = 4096
-    """The most tokens that a layer computes at once. It limits the memory for a long prompt. Products reach full
-    speed with a few hundred rows on a CPU (benchmarks/host_linear.py) and a few thousand on a GPU, so more tokens
-    would only use more memory."""
+    """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products
+    reach full speed with a few hundred rows on a CPU (benchmarks/host_linear.py) and a few thousand on a GPU, so more
+    tokens would only use more memory."""
 
     @property
     def num_layers(self) -> int:
@@ -187,7 +187,7 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """The most positions that can be computed: the rows of a learned table, or infinite for rotary positions."""
+        """The maximum number of positions: the rows of a learned table, or infinite for rotary positions."""
         return self.max_positions if self.positions == "learned" else math.inf
 
     @property

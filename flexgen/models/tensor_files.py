@@ -26,7 +26,7 @@ from flexgen.units import align
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
-SHOWN_CHARACTERS = 200  # the most characters of a file's contents in a message
+SHOWN_CHARACTERS = 200  # the maximum number of characters of a file's contents in a message
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
 

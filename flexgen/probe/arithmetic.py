@@ -34,7 +34,7 @@ _PROMPT_ROWS = 4
 _LAUNCHES: dict[str, Any] = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
 """The effort for a layer so small that its time on a GPU is that of its kernel launches."""
 _LEAST_OWN = 0.5
-"""The least share of a time that remains after launches are subtracted. Below it, the result would be noise."""
+"""The minimum share of a time that remains after launches are subtracted. Below it, the result would be noise."""
 
 
 class ArithmeticProbe:

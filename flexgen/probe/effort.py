@@ -13,9 +13,9 @@ from flexgen.units import MIB
 Clock = Callable[[], float]
 
 _LEAST_SAMPLE = 0.01
-"""The least seconds of one sample. Shorter work is repeated within a sample."""
+"""The minimum seconds of one sample. Shorter work is repeated within a sample."""
 _MOST_CALLS = 512
-"""The most calls within one sample."""
+"""The maximum number of calls in one sample."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Effort:
     prompt, context: the tokens of a prompt and of a KV cache for attention.
     cache_rows: the prompts of the KV cache on the device.
     file, transfer: the bytes of the file on disk and of one transfer.
-    repeats, seconds: the most samples of one figure, and the time after which three samples are enough.
+    repeats, seconds: the maximum number of samples of one figure, and the time after which three samples are enough.
     beside: the seconds for which two lanes run together; each runs alone for half as long.
     layers, tokens: the size of the small model that measures the fixed cost of a cell.
     """

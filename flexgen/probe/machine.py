@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _BUSY = 0.1
 """The share of the processors that other programs may use during a measurement."""
 _LEAST_MEMORY = 8 * MIB
-"""The least memory of a device, for long transfers and for the model that measures the fixed cost of a cell."""
+"""The minimum memory of a device, for long transfers and for the model that measures the fixed cost of a cell."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)

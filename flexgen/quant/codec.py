@@ -55,7 +55,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode_workspace(self, shape: Sequence[int]) -> int:
-        """The most bytes that decoding a tensor on a GPU allocates, in addition to the result."""
+        """The maximum memory that decoding a tensor on a GPU allocates, in addition to the result, in bytes."""
 
     # Arithmetic
 

@@ -6,7 +6,7 @@ To add one, write a generator and decorate it with `@order()`:
     def my_order(grid): ...
 
 You can then choose it by name with `OptLM(..., order="my_order")`, and with `--order my_order` if it is in this
-file. The arguments of the decorator set the number of buffers and whether attention is a step of its own.
+file. The arguments of the decorator set the number of buffers and whether attention is a separate step.
 `schedule.needs` defines which orders are legal; `schedule.check` proves that an order is.
 """
 

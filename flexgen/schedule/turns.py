@@ -26,7 +26,7 @@ class Turns:
 
     @property
     def ends_apart(self) -> bool:
-        """Whether the first and the last layer have slots of their own."""
+        """Whether the first and the last layer have separate slots."""
         return self.slots > 1 and self.layers >= max(self.slots, 3)
 
     @property
@@ -53,8 +53,9 @@ class Turns:
     def arrivals(self, tokens: int) -> Iterator[range]:
         """For each visit in order, the numbers of the visits whose weights may be loaded from then on.
 
-        These are the visits whose slot has just become free. The very first visit is not among them. Of the next
-        token only the first two layers are loaded early: its ids may have to wait for the head on the same lane.
+        These are the visits whose slot has just become free. The very first visit is not among them. Only the
+        first two layers of the next token are loaded early, because its ids may have to wait for the head on the same
+        lane.
         """
         coming = 1
         for number in range(tokens * self.layers):
@@ -70,7 +71,7 @@ class Turns:
             return [0 if slot == self.slots else self.layers - 1]
         first = int(self.ends_apart)
         last = self.layers - first
-        # The least distance that a layer's slot moves from token to token.
+        # The minimum distance that a layer's slot moves from token to token.
         apart = math.gcd(last - first, self.slots)
         return [layer for layer in range(first, last) if (slot - layer + first) % apart == 0]
 
