@@ -307,7 +307,7 @@ def test_a_mask_that_is_inferred(model: Any, reference: Any, monkeypatch: Any) -
     ends = dict(eos_token_id=0, pad_token_id=0)  # where the pad id ends texts, transformers infers none
     assert model.generate(inside, **ends, **options).equal(reference.generate(inside, **ends, **options))
     monkeypatch.setattr("flexgen.engine.model.Call", None)
-    words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0 .*torch.ones_like\(input_ids\)"
+    words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0.*torch.ones_like\(input_ids\)"
     with pytest.raises(RequestError, match=words):
         model.generate(inside, **options)
     with pytest.raises(RequestError, match="row 0 is all zero.* No mask was given"):
