@@ -19,6 +19,7 @@ from flexgen.memory.gpu import open_device
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.store import Store
 from flexgen.memory.taken import run_all
+from flexgen.memory.throttle import Throttle
 from flexgen.policy import Tier
 
 _USABLE = 0.95
@@ -55,7 +56,7 @@ class Machine:
         # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
         pin_for = compute.torch_device if pin and compute.pinnable else None
         host = compute.memory if compute.shares_host_memory else HostStore(Tier.CPU, pin_for=pin_for)
-        io = DiskIO(bandwidth=compute.disk_bandwidth)
+        io = DiskIO(throttle=Throttle(compute.disk_bandwidth))
         disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
