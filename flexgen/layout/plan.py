@@ -35,7 +35,7 @@ SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
 
 _STAGING_BYTES = 16 * MIB
-"""Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
+"""Staging of results on their way to the caller, at most. A copy of this size takes far longer than its start."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of a call: what it needs beyond the weights at home and in their slots."""
+    """One block of a call, and its needs beyond the weights at home and in their slots."""
 
     layers: Sequence[Layer]
     placement: Placement
@@ -223,7 +223,7 @@ def _summed(needs: Iterable[Need]) -> Iterable[tuple[tuple[Tier, str, str], int]
 
 
 def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
-    """Rows of each GPU batch of a block; the last batch takes what is left."""
+    """Rows of each GPU batch of a block; the last batch takes the rest."""
     prompts = min(num_prompts, policy.block_size)
     full, rest = divmod(prompts, policy.gpu_batch_size)
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])

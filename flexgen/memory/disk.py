@@ -103,7 +103,7 @@ class Transfer:
         self._io.throttle.wait(self._began, self._nbytes)
 
     def abandon(self) -> None:
-        """Drop what has not begun, wait for the rest."""
+        """Cancel the pieces that have not begun, and wait for the others."""
         for future in self._futures:
             future.cancel()
         wait(self._futures)
@@ -169,7 +169,7 @@ class DiskIO:
         self.files.forget(path)
 
     def close(self) -> None:
-        """Wait for what is under way, end the threads and close all files."""
+        """Wait for transfers that are under way, end the threads and close all files."""
         self._closed = True
         self._pool.shutdown()
         self.files.close()

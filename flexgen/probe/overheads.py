@@ -1,4 +1,4 @@
-"""What a cell takes beside its arithmetic: a small model runs through the real executor."""
+"""The time of a cell without its arithmetic: a small model runs through the real executor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RUNS = 3
 def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Effort) -> float:
     """Seconds of a cell (a layer, one token, one batch) of a model whose arithmetic and bytes are next to nothing.
 
-    Everything lies in the compute device's memory. Attention and the feed-forward half are cells of their own.
+    All data is in the compute device's memory. Attention and the feed-forward half are cells of their own.
     """
     policy = Policy(gpu_batch_size=2, num_gpu_batches=2)
     from transformers import OPTConfig  # takes seconds, and few processes measure
