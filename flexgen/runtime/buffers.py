@@ -22,8 +22,8 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """What a block's cells are computed from and written to. `lookup`: None where the table is used in place.
-    `graphs`: None where no cell is replayed."""
+    """The buffers of a block's cells. `lookup`: None where the table is used in place. `graphs`: None where no cell
+    is replayed."""
 
     cache: KVCache
     activations: Activations

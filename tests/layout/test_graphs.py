@@ -9,7 +9,7 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.kernels.workspaces import GPU, HOST, gpu_workspaces
 from flexgen.layout.graphs import extent, replayed, step_layout
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.models import build_layers, open_model
 from flexgen.models.embed import Head, InputEmbed
@@ -101,7 +101,7 @@ def test_the_plan_has_graphs_of_what_is_resident_and_only_of_that():
         layers = layers_of(LLAMA)
         placement = place_weights(layers, policy.weights, torch.float16)
         workload = Workload(100, 20, 8)
-        plan = plan_memory(layers, placement, policy, torch.float16, LINKED, workload, workspaces=HOPPER)
+        plan = plan_memory(layers, placement, policy, Target(LINKED, workspaces=HOPPER), workload)
         return plan.on(Tier.GPU, "graphs")
 
     assert HOPPER.captured < planned() < HOPPER.captured + MIB
