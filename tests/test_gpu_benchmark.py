@@ -15,7 +15,7 @@ import torch
 from flexgen import bench
 from flexgen.cli.flags import read_policy
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Tier
@@ -56,9 +56,7 @@ def test_the_runs_fit(benchmark, tmp_path, run):
     placement = place_weights(layers, policy.weights, torch.float16)
     order = LINKED.choose_order(None, policy, policy.num_gpu_batches)
     workload = Workload(args.prompt_len, args.gen_len, policy.block_size)
-    plan = plan_memory(
-        layers, placement, policy, torch.float16, LINKED, workload, False, slots=order.slots
-    ).by_tier
+    plan = plan_memory(layers, placement, policy, Target(LINKED, order.slots), workload).by_tier
     assert args.device == "cuda:0,memory=16GiB" and plan[Tier.GPU] <= 0.95 * 16 * GIB
     assert plan[Tier.CPU] <= 0.9 * 100 * GIB and not plan[Tier.DISK]
     if run == "opt-30b":

@@ -23,7 +23,7 @@ from flexgen import OptLM, Policy, Tier, Workload
 from flexgen.errors import CapacityError
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import SHARED
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
 from flexgen.models import build_layers, open_model
@@ -151,7 +151,7 @@ def _plan(spec: Any, policy: Policy, workload: Workload) -> MemoryPlan:
     layers = build_layers(spec, sep_layer=policy.sep_layer)
     placement = place_weights(layers, policy.weights, DTYPE)
     slots = ORDERS[order_for(policy.overlap, policy.num_gpu_batches)].slots
-    return plan_memory(layers, placement, policy, DTYPE, SHARED, workload, slots=slots)
+    return plan_memory(layers, placement, policy, Target(SHARED, slots), workload)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import open_table
@@ -47,10 +47,9 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     spec, checkpoint = open_model(config, "dummy")
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, dtype)
-    topology = machine.device.topology
     workload = Workload(_PROMPT, effort.tokens, policy.block_size)
-    workspaces = machine.device.workspaces
-    plan = plan_memory(layers, placement, policy, dtype, topology, workload, workspaces=workspaces)
+    target = Target(machine.device.topology, workspaces=machine.device.workspaces)
+    plan = plan_memory(layers, placement, policy, target, workload)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
     slots = Slots()

@@ -17,6 +17,7 @@ from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, Pace
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
+from flexgen.memory.throttle import Throttle
 from flexgen.models import open_model
 from flexgen.policy import Policy, Tier
 from flexgen.predict.hardware import Hardware
@@ -89,7 +90,7 @@ def limited(tmp_path):
     clock = Clock()
     device = EmulatedDevice(link=3e6, disk=2e6)
     device.pace = Pace(3e6, clock, clock.sleep)
-    io = DiskIO(bandwidth=2e6, clock=clock, sleep=clock.sleep)
+    io = DiskIO(throttle=Throttle(2e6, clock, clock.sleep))
     machine = Machine(device, HostStore(Tier.CPU), DiskStore(tmp_path, io), io)
     lanes = device.make_lanes()
     probe = LinkProbe(machine, lanes, TINY, Stopwatch(TINY, clock))
