@@ -60,7 +60,9 @@ def test_lines_of_text(name, write):
 
 def test_a_text_has_no_mark_and_one_kind_of_line_ends(write):
     assert read_text(write("a", b"\xef\xbb\xbfa\r\nb\n\r\n")) == "a\nb\n\n"
-    with pytest.raises(RequestError, match="a is not UTF-8 text: byte 1 is invalid start byte; save it as UTF-8$"):
+    with pytest.raises(
+        RequestError, match="a is not UTF-8 text: byte 1 is invalid start byte; save it as UTF-8$"
+    ):
         read_text(write("a", b"a\xff"))
     with pytest.raises(RequestError, match="it looks like UTF-16.; save it as UTF-8"):
         read_text(write("a", "Once".encode("utf-16")))
