@@ -121,7 +121,7 @@ def test_cuda_graphs_take_what_was_planned(config, cache, gpu):
     assert peak <= plan
     # Graphs keep memory for their temporaries, which torch does not count as allocated.
     assert plan <= 1.3 * reserved
-    assert reserved <= 1.1 * plan
+    assert reserved <= max(1.1 * plan, plan + 160 * MIB)
     assert runtime.counters().graph_launches > 14
 
 
