@@ -42,6 +42,12 @@ class Numbered:
             for op, ahead, number in section.entries:
                 yield None if op is None else Step(op, *divmod(visit + ahead, self.layers), number)
 
+    def visits(self) -> list[int]:
+        """The visit of each entry: token * layers + layer."""
+        return [
+            visit + ahead for visit, section in enumerate(self.sections) for _, ahead, _ in section.entries
+        ]
+
     def needs(self) -> Iterator[tuple[int, ...]]:
         """What each of them needs, see `Section`."""
         for section in self.sections:

@@ -12,15 +12,16 @@ from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
-from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.placement import Placement
 from flexgen.layout.plan import batch_sizes, plan_memory
-from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.hardware import Fixed, Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
-from flexgen.predict.timeline import Timeline, play_beside, works_of
+from flexgen.predict.placed import PlacedModel, Placements
+from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.results.trace import LaneName, Phase, Trace
@@ -89,16 +90,20 @@ def predict(
     return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy, samples)
 
 
-def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Prediction:
-    """`predict` for a job that was checked."""
+def predict_job(
+    job: Job, policy: Policy, samples: int | None = None, placements: Placements | None = None
+) -> Prediction:
+    """`predict` for a job that was checked. `placements`: those of the job's model that are known already."""
     workload = job.workload
-    layers = build_layers(job.spec, policy.sep_layer)
-    placement = place_weights(layers, policy.weights, job.dtype)
+    placements = placements or Placements(job.spec, job.dtype)
+    layers = placements.layers(policy.sep_layer)
+    placement = placements.placement(policy.sep_layer, policy.weights)
     policy, plan = _plan(job, policy, layers, placement)
     job = replace(job, hardware=job.hardware.copying(_copied(plan, job, policy), policy.pin_weight))
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
-    made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
+    model = PlacedModel(layers, placement, job.hardware)
+    made = {prompts: _block(job, policy, model, prompts, samples) for prompts in set(shapes)}
     blocks = tuple(made[prompts] for prompts in shapes)
     batches = batch_sizes(policy, workload.num_prompts)
     laid_out = sum(token >= 0 for token in blocks[0].tokens)
@@ -179,15 +184,8 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
     )
 
 
-def _block(
-    job: Job,
-    policy: Policy,
-    layers: Sequence[Layer],
-    placement: Placement,
-    prompts: int,
-    samples: int | None,
-) -> _Block:
-    hardware, workload = job.hardware, job.workload
+def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: int | None) -> _Block:
+    hardware, workload, layers = job.hardware, job.workload, model.layers
     batches = len(batch_sizes(policy, prompts))
     parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
     lead = len(parts)
@@ -199,15 +197,17 @@ def _block(
 
     def costs_in(order: Order) -> StepCosts:
         block = CostedBlock(prompts, order, tokens, [lead + n for n in flushing])
-        return StepCosts(job, policy, layers, placement, block)
+        return StepCosts(model, policy, workload, block)
 
     costs = costs_in(asked)
     # The buffers are those of a full block, whose batches may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
-    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)[lead:]  # when each token was known for all rows
+    timeline = play_with_losses(steps, works_of(steps, costs, model.alike), hardware.losses, lead + 1)
+    ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
+        lead:
+    ]  # when each token was known for all rows
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:

@@ -17,14 +17,13 @@ import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.passes import Passes
-from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import plan_memory
 from flexgen.layout.weight_slots import slot_sizes
-from flexgen.models import Layer, build_layers
 from flexgen.models.spec import LayerSpec
-from flexgen.policy import Policy, Share, Tier
+from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.job import Job
+from flexgen.predict.placed import PlacedModel, Placements
 from flexgen.predict.prediction import decode_seconds
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.trace import LaneName
@@ -41,6 +40,8 @@ _UNHIDDEN = len(LANES) + 1
 """The row of computation and of weights that it cannot hide, for want of a second slot."""
 _ROWS = len(LANES) + 2
 _TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op.STORE_HIDDEN)
+
+_Kinds = tuple[LayerSpec, ...]
 
 _OTHER_LANES = 0.01
 """What a second of a lane that nothing waits for is held to cost: of placements that are equally fast the one that
@@ -118,8 +119,8 @@ class Corners:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._counts = Counter(job.spec.layers)
-        self._layers = cache(self._make_layers)
-        self._placement = cache(self._place)
+        self._placements: dict[_Kinds, Placements] = {}
+        self._models: dict[tuple[bool, Split], PlacedModel] = {}
         self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
 
     def order(self, form: Policy) -> Order:
@@ -171,17 +172,16 @@ class Corners:
 
     def _seconds(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, phases, rows), from a model with one layer of each kind, which counts as often as the whole has it."""
-        kinds = tuple(self._counts)
-        layers = self._layers(kinds, policy.sep_layer)
+        model = self._model(policy)
+        layers = model.layers
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
         gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         new, flushing = _few_tokens(gen_len, on_disk)
         parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
-        placement = self._placement(kinds, policy.sep_layer, policy.weights)
         block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
-        costs = StepCosts(self._job, policy, layers, placement, block)
+        costs = StepCosts(model, policy, self._job.workload, block)
         sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
@@ -233,8 +233,9 @@ class Corners:
         return layers
 
     def _planned(self, policy: Policy, order: Order, of: tuple[LayerSpec, ...], batches: int) -> list[float]:
-        layers = self._layers(of, policy.sep_layer)
-        placement = self._placement(of, policy.sep_layer, policy.weights)
+        placements = self._placements_of(of)
+        layers = placements.layers(policy.sep_layer)
+        placement = placements.placement(policy.sep_layer, policy.weights)
         block = policy.replace(num_gpu_batches=batches)
         workload = replace(self._job.workload, num_prompts=block.block_size)
         topology = self._job.hardware.topology
@@ -251,11 +252,21 @@ class Corners:
         taken[Tier.CPU] -= sum(slots.staging) - sum(between.staging)
         return list(taken.values())
 
-    def _make_layers(self, layers: tuple[LayerSpec, ...], sep_layer: bool) -> tuple[Layer, ...]:
-        return build_layers(replace(self._job.spec, layers=layers), sep_layer)
+    def _model(self, policy: Policy) -> PlacedModel:
+        """One layer of each kind."""
+        key = policy.sep_layer, policy.weights
+        if key not in self._models:
+            placements = self._placements_of(tuple(self._counts))
+            layers, placement = placements.layers(policy.sep_layer), placements.placement(*key)
+            self._models[key] = PlacedModel(layers, placement, self._job.hardware)
+        return self._models[key]
 
-    def _place(self, layers: tuple[LayerSpec, ...], sep_layer: bool, split: object) -> Placement:
-        return place_weights(self._layers(layers, sep_layer), split, self._job.dtype)  # type: ignore[arg-type]
+    def _placements_of(self, kinds: _Kinds) -> Placements:
+        """Those of a model with these layers."""
+        if kinds not in self._placements:
+            spec = replace(self._job.spec, layers=kinds)
+            self._placements[kinds] = Placements(spec, self._job.dtype)
+        return self._placements[kinds]
 
 
 def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
