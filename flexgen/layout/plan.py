@@ -21,7 +21,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
-from flexgen.models import Layer
+from flexgen.models import Layer, one_of_each_kind
 from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
@@ -161,7 +161,7 @@ def _in_flight(
         layer.workspace_bytes(
             rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype, workspaces
         )
-        for layer in layers
+        for layer in one_of_each_kind(layers)
         for seq, context in steps
     )
     # Ids are chosen when the head's own workspace is free again, all but the logits.

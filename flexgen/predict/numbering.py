@@ -97,12 +97,17 @@ def number(steps: Iterable[Step], grid: Grid) -> Numbered:
                 add(visit, (None, 0, 0), [place[other] for other in visit.steps(grid)])
             needed.append(place[visit])
         add(step, (op, token * grid.layers + layer - len(sections) + 1, batch), needed)
-    return Numbered([_section(*section) for section in sections], grid.layers)
+    return Numbered(_made(sections), grid.layers)
 
 
-def _section(entries: Iterable[Entry], needs: Iterable[tuple[int, ...]]) -> Section:
-    kept = tuple(entries)
-    return Section(kept, tuple(needs), frozenset(ahead for _, ahead, _ in kept))
+def _made(sections: Iterable[tuple[Sequence[Entry], Sequence[tuple[int, ...]]]]) -> list[Section]:
+    """The same object for sections that are equal: what follows from one of them is made once."""
+    known: dict[Section, Section] = {}
+    made = (
+        Section(tuple(entries), tuple(needs), frozenset(ahead for _, ahead, _ in entries))
+        for entries, needs in sections
+    )
+    return [known.setdefault(section, section) for section in made]
 
 
 def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) -> Numbered | None:
@@ -139,6 +144,6 @@ def _farther(made: Numbered, entries: int) -> list[Section]:
     n, sections = 0, []
     for section in made.sections:
         needs = [tuple([distance(m, back) for back in needed]) for m, needed in enumerate(section.needs, n)]
-        sections.append(_section(section.entries, needs))
+        sections.append((section.entries, needs))
         n += len(needs)
-    return sections
+    return _made(sections)

@@ -69,26 +69,44 @@ class Alike(NamedTuple):
     cells: Sequence[int]
 
 
+class _Visit(dict[tuple[Op, int], Costs]):
+    """The work of the steps of a visit by op and batch or piece. `costs` is asked once for each."""
+
+    def __init__(self, costs: Callable[[Step], Costs], visit: tuple[int, int]) -> None:
+        self._costs = costs
+        self._visit = visit
+
+    def __missing__(self, key: tuple[Op, int]) -> Costs:
+        op, number = key
+        self[key] = self._costs(Step(op, *self._visit, number))
+        return self[key]
+
+
 def works_of(steps: Numbered, costs: Callable[[Step], Costs], alike: Alike | None = None) -> list[Costs]:
     """The work of every entry of a schedule; an entry that is no step has none.
 
     A deep model has very many steps and few that differ, so `costs` is asked once for visits that are alike. None: no
     layer is like another one.
     """
+    visits: dict[tuple[int, int], _Visit] = {}
     known: dict[object, list[Costs]] = {}
     works: list[Costs] = []
-    for visit, section in enumerate(steps.sections):
+    for n, section in enumerate(steps.sections):
         cells, weights = {}, {}
         for ahead in section.visits:
-            token, layer = cells[ahead] = weights[ahead] = divmod(visit + ahead, steps.layers)
+            token, layer = cells[ahead] = weights[ahead] = divmod(n + ahead, steps.layers)
             if alike:
                 cells[ahead], weights[ahead] = (token, alike.cells[layer]), (0, alike.weights[layer])
-        kind = id(section), tuple(cells.items()), tuple(weights.items())
+        kind = id(section), tuple(cells.values()), tuple(weights.values())
         if kind not in known:
+            for visit in (*kind[1], *kind[2]):
+                if visit not in visits:
+                    visits[visit] = _Visit(costs, visit)
+            of_cells, of_weights = (
+                {ahead: visits[visit] for ahead, visit in named.items()} for named in (cells, weights)
+            )
             known[kind] = [
-                ()
-                if op is None
-                else costs(Step(op, *(weights if op is Op.LOAD_WEIGHTS else cells)[ahead], number))
+                () if op is None else (of_weights if op is Op.LOAD_WEIGHTS else of_cells)[ahead][op, number]
                 for op, ahead, number in section.entries
             ]
         works += known[kind]

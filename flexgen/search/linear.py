@@ -113,6 +113,14 @@ class Solution:
     saved: Mapping[Tier, float]
 
 
+class _Addition(NamedTuple):
+    """Layers of one kind: the bytes that `times` the difference between two models of them takes."""
+
+    times: float
+    more: Placements
+    fewer: Placements
+
+
 class Corners:
     """Figures of one job, for any shape of a block."""
 
@@ -120,6 +128,8 @@ class Corners:
         self._job = job
         self._counts = Counter(job.spec.layers)
         self._placements: dict[_Kinds, Placements] = {}
+        self._small: dict[int, tuple[Placements, list[_Addition]]] = {}
+        self._workspaces = workspaces_on(job.hardware)
         self._models: dict[tuple[bool, Split], PlacedModel] = {}
         self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
 
@@ -204,27 +214,44 @@ class Corners:
         if several:  # from the first and each other to the line through any number of them
             taken[0] -= taken[1]
         decode = [
-            [decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes) for row in part]
-            for part in taken
+            [
+                decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes) if any(row) else 0.0
+                for row in part
+            ]
+            for part in taken.tolist()
         ]
         return np.stack([taken[:, :, : lead + 1].sum(-1), np.array(decode)], axis=1)
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
-        few, step = self._few_layers(order.slots.weights), order.slots.weights
-        least = (self._job.spec.num_layers - 1) % step + 1
+        few, additions = self._additions(order.slots.weights)
         batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
-        planned = cache(lambda layers: np.array([self._planned(policy, order, layers, n) for n in batches]))
+        blocks = [policy.replace(num_gpu_batches=n) for n in batches]
+        planned = cache(lambda model: np.array([self._planned(block, order, model) for block in blocks]))
         deep = planned(few)
-        for kind, count in (self._counts - Counter(few)).items():
-            # Of a model of one kind, so many layers more that each slot serves as many of them as before.
-            deep = deep + count / step * (planned((kind,) * (least + step)) - planned((kind,) * least))
+        for added in additions:
+            deep = deep + added.times * (planned(added.more) - planned(added.fewer))
         each = deep[-1] - deep[0]
         return np.stack([deep[0] - batches[0] * each, each])
 
+    def _additions(self, step: int) -> tuple[Placements, list[_Addition]]:
+        """A small model where `step` weight slots take turns, and what the other layers of the whole one add."""
+        if step not in self._small:
+            few, least = self._few_layers(step), (self._job.spec.num_layers - 1) % step + 1
+            # Each slot serves as many of the layers that are added as of those before.
+            additions = [
+                _Addition(
+                    count / step,
+                    self._placements_of((kind,) * (least + step)),
+                    self._placements_of((kind,) * least),
+                )
+                for kind, count in (self._counts - Counter(few)).items()
+            ]
+            self._small[step] = self._placements_of(few), additions
+        return self._small[step]
+
     def _few_layers(self, step: int) -> tuple[LayerSpec, ...]:
-        """The fewest of the model's first layers that take weight slots of the same sizes as all of them, where
-        `step` slots are taken by turns."""
+        """The fewest of the model's first layers that take weight slots of the same sizes as all of them."""
         layers = self._job.spec.layers
         turns = {(kind, n % step) for n, kind in enumerate(layers)}
         for count in range((len(layers) - 1) % step + 1, len(layers), step):
@@ -232,15 +259,13 @@ class Corners:
                 return layers[:count]
         return layers
 
-    def _planned(self, policy: Policy, order: Order, of: tuple[LayerSpec, ...], batches: int) -> list[float]:
-        placements = self._placements_of(of)
-        layers = placements.layers(policy.sep_layer)
-        placement = placements.placement(policy.sep_layer, policy.weights)
-        block = policy.replace(num_gpu_batches=batches)
+    def _planned(self, block: Policy, order: Order, placements: Placements) -> list[float]:
+        layers = placements.layers(block.sep_layer)
+        placement = placements.placement(block.sep_layer, block.weights)
         workload = replace(self._job.workload, num_prompts=block.block_size)
         topology = self._job.hardware.topology
         block_of = layers, placement, block, self._job.dtype, topology, workload
-        plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._job.hardware))
+        plan = plan_memory(*block_of, slots=order.slots, workspaces=self._workspaces)
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
         # takes where no share has is no line between the corners: the plan of the policy counts it.
         slots, between = (
