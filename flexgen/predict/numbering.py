@@ -71,7 +71,7 @@ def numbered(order: Order, grid: Grid) -> Numbered:
     return _drawn_out(made, few, grid, steady, steady_token) or _whole(order, grid)
 
 
-@lru_cache(maxsize=8)  # models of any depth have these few layers in common
+@lru_cache(maxsize=32)  # models of any depth have these few layers in common, and so have several searches
 def _whole(order: Order, grid: Grid) -> Numbered:
     return number(order(grid), grid)
 

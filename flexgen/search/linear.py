@@ -8,7 +8,7 @@ and activations lie on one tier each. No formula of a size or of a time is repea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -40,6 +40,16 @@ _UNHIDDEN = len(LANES) + 1
 """The row of computation and of weights that it cannot hide, for want of a second slot."""
 _ROWS = len(LANES) + 2
 _TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op.STORE_HIDDEN)
+
+_DEPENDS = {
+    Op.LOAD_WEIGHTS: ("weights",),
+    Op.LOAD_CACHE: ("cache",),
+    Op.LOAD_HIDDEN: ("activations", "weights"),  # of the first layer, rows of the embedding table
+    **dict.fromkeys((Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE), ("weights", "cache")),
+    Op.STORE_HIDDEN: ("activations",),
+    Op.STORE_CACHE: ("cache",),
+}
+"""The classes of data that the seconds of a step depend on."""
 
 _Kinds = tuple[LayerSpec, ...]
 
@@ -157,31 +167,36 @@ class Corners:
     def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[tuple[Column, np.ndarray]]:
         start = {column.what: column for column in reversed(columns)}
         order = self.order(form)
-        found, same = [], None
+
+        def at(columns: Mapping[str, Column]) -> Policy:
+            return form.replace(**{what: {c.tier: Share(100, c.codec)} for what, c in columns.items()})
+
+        base = at(start)
+        seconds = self._seconds(base, order, list(Op))
+        at_start = self._corner(base, order, seconds)
+        found = []
         for column in columns:
-            if column == start[column.what] and same is not None:
-                found.append((column, same))
-                continue
-            at = {what: {c.tier: Share(100, c.codec)} for what, c in (start | {column.what: column}).items()}
-            try:
-                lines = self._corner(form.replace(**at), order)
-            except (HardwareError, PolicyError):
-                if column == start[column.what]:
-                    raise
-                continue  # a codec without a figure, or one that cannot keep heads of this size
             if column == start[column.what]:
-                same = lines
-            found.append((column, lines))
+                found.append((column, at_start))
+                continue
+            policy = at(start | {column.what: column})
+            # Steps that do not depend on this class of data take as long as they do at the start.
+            others = [op for op in Op if column.what in _DEPENDS[op]]
+            try:
+                corner = self._corner(policy, order, seconds | self._seconds(policy, order, others))
+            except (HardwareError, PolicyError):
+                continue  # a codec without a figure, or one that cannot keep heads of this size
+            found.append((column, corner))
         return found
 
-    def _corner(self, policy: Policy, order: Order) -> np.ndarray:
+    def _corner(self, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]) -> np.ndarray:
         """(2, rows * 2 + 3): what does not depend on the number of batches, and what each of them adds."""
-        seconds = self._seconds(policy, order)
-        nbytes = self._bytes(policy, order)
-        return np.concatenate([seconds.reshape(2, -1), nbytes], axis=1)
+        taken = np.sum(list(seconds.values()), axis=0)
+        return np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
 
-    def _seconds(self, policy: Policy, order: Order) -> np.ndarray:
-        """(2, phases, rows), from a model with one layer of each kind, which counts as often as the whole has it."""
+    def _seconds(self, policy: Policy, order: Order, ops: Collection[Op]) -> dict[Op, np.ndarray]:
+        """(2, phases, rows) of the steps of each of `ops`, from a model with one layer of each kind, which counts as
+        often as the whole has it."""
         model = self._model(policy)
         layers = model.layers
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
@@ -192,12 +207,13 @@ class Corners:
         several = policy.num_gpu_batches > 1
         block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
         costs = StepCosts(model, policy, self._job.workload, block)
-        sums = [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)]
+        sums = {op: [[[0.0] * len(tokens) for _ in range(_ROWS)] for _ in range(2)] for op in ops}
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
-            times = repeated[layer]
-            loads_weights = op is Op.LOAD_WEIGHTS
-            each = sums[several and batch > 0 and not loads_weights]
+            if op not in sums:
+                continue
+            first, times = sums[op][0], repeated[layer]
+            each = sums[op][several and batch > 0 and op is not Op.LOAD_WEIGHTS]
             for n in range(len(tokens)):
                 longest = 0.0
                 for chain in costs(Step(op, n, layer, batch)):
@@ -205,22 +221,23 @@ class Corners:
                         each[_LANE_ROW[lane]][n] += times * seconds
                     longest = max(longest, sum(seconds for _, seconds in chain))
                 if op in _TURN and batch == 0:
-                    sums[0][_IN_TURN][n] += times * longest
-                if loads_weights and order.slots.weights == 1:
-                    sums[0][_UNHIDDEN][n] += times * longest
+                    first[_IN_TURN][n] += times * longest
+                if op is Op.LOAD_WEIGHTS and order.slots.weights == 1:
+                    first[_UNHIDDEN][n] += times * longest
                 if op is Op.COMPUTE:
                     each[_UNHIDDEN][n] += times * longest
-        taken = np.array(sums)
+
+        def of_phases(row: list[float]) -> tuple[float, float]:
+            if not any(row):
+                return 0.0, 0.0
+            decode = decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes)
+            return sum(row[: lead + 1]), decode
+
+        taken = {op: np.array([[*map(of_phases, rows)] for rows in both]) for op, both in sums.items()}
         if several:  # from the first and each other to the line through any number of them
-            taken[0] -= taken[1]
-        decode = [
-            [
-                decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes) if any(row) else 0.0
-                for row in part
-            ]
-            for part in taken.tolist()
-        ]
-        return np.stack([taken[:, :, : lead + 1].sum(-1), np.array(decode)], axis=1)
+            for both in taken.values():
+                both[0] -= both[1]
+        return {op: both.swapaxes(1, 2) for op, both in taken.items()}
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
         """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
