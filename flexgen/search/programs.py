@@ -13,7 +13,8 @@ from flexgen.policy import Policy, Tier
 from flexgen.predict.job import Job
 from flexgen.schedule.orders import ORDERS, Slots
 from flexgen.search.choices import Choices
-from flexgen.search.linear import Corners, Figures, Solution, one_codec_each
+from flexgen.search.corners import Corners
+from flexgen.search.linear import Figures, Solution, one_codec_each
 from flexgen.search.simulations import Run, blocks
 
 _BEST = 8

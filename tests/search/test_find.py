@@ -25,8 +25,9 @@ from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import ORDERS
+from flexgen.search.corners import Corners
 from flexgen.search.find import find_policy
-from flexgen.search.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
+from flexgen.search.linear import CLASSES, Column, one_codec_each, shares_of, solve
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
