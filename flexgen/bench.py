@@ -70,7 +70,7 @@ def bench(args: argparse.Namespace) -> Report:
         phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
         perplexity = answer_perplexity(model, job)
         report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
-        hardware = model.auto.hardware if model.auto else hardware
+        hardware = model.auto.job.hardware if model.auto else hardware
         report = beside(report, model.spec, hardware) if hardware else report
     if job.records:
         print(answers(job, ids))

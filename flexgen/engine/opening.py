@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flexgen.engine.auto import AutoPolicy, Chosen, this_machine
+from flexgen.engine.auto import AutoPolicy, Chosen, this_machine, usual_workload
 from flexgen.engine.calls import CallPlans
 from flexgen.errors import MOST_OF_PATH, PolicyError, RequestError, shown
 from flexgen.layout.placement import place_weights
@@ -26,6 +26,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import ModelSpec, build_layers
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Auto, Policy, Tier
+from flexgen.predict.job import Job
 from flexgen.runtime.in_use import InUse
 from flexgen.runtime.model import Model
 from flexgen.workload import Workload
@@ -102,7 +103,13 @@ def open_weights(
         layers = build_layers(spec)
         checkpoint.verify(layers)
         stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
-        auto = AutoPolicy(policy, spec, hardware, workload, dtype, order, stored)
+        # What is stored already takes none of the free space of the disk.
+        disk = hardware.capacity[Tier.DISK] + stored
+        hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
+        job = Job.checked(
+            spec, hardware, workload or usual_workload(spec), str(dtype).removeprefix("torch."), order
+        )
+        auto = AutoPolicy(policy, job)
         policy, order = auto.opened.policy, auto.opened.order
     layers = build_layers(spec, sep_layer=policy.sep_layer)
     checkpoint.verify(layers)

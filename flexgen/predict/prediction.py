@@ -74,26 +74,28 @@ def predict(
     *,
     dtype: str = "auto",
     order: str | None = None,
-    samples: int | None = None,
 ) -> Prediction:
     """What `OptLM.generate` would take on `hardware` for a workload whose prompts are all of full length.
 
     dtype: "auto" is the checkpoint's own where the machine has products for it.
-    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one.
-        A number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
-        others. What lies between grows evenly with the context, so seconds are taken to be linear there; the tests
-        hold the result within 5% of the exact one.
 
     Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
     with the same words as a run.
     """
-    return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy, samples)
+    return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy)
 
 
 def predict_job(
     job: Job, policy: Policy, samples: int | None = None, placements: Placements | None = None
 ) -> Prediction:
-    """`predict` for a job that was checked. `placements`: those of the job's model that are known already."""
+    """`predict` for a job that was checked.
+
+    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one. A
+        number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
+        others. Between them seconds grow evenly with the context, so they are interpolated; the tests hold the
+        result within 5% of the exact one.
+    placements: those of the job's model that are known already.
+    """
     workload = job.workload
     placements = placements or Placements(job.spec, job.dtype)
     layers = placements.layers(policy.sep_layer)
