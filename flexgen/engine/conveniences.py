@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexgen.engine import scoring
+from flexgen.engine.completion import Completion
 from flexgen.engine.text import Decoder, Messages, encode, encode_chat, is_chat, load_tokenizer, stop_strings
 from flexgen.errors import RequestError, shown
 from flexgen.models import ModelSpec
@@ -83,7 +84,9 @@ class Conveniences(ABC):
 
         def run(teller: Teller[tuple[int, np.ndarray]]) -> None:
             listeners = [_EndedRows(teller.tell)]
-            self.generate_with(request, max_new_tokens, choice, listeners=listeners, check=teller.check)
+            self.generate_with(
+                Completion(request, max_new_tokens, choice), listeners=listeners, check=teller.check
+            )
 
         return self._streaming(run)
 
@@ -108,7 +111,7 @@ class Conveniences(ABC):
                     teller.tell(piece)
 
             texts = _Texts(choice, tokenizer, request.prompts, stops, tell)
-            self.generate_with(request, max_new_tokens, texts, check=teller.check)
+            self.generate_with(Completion(request, max_new_tokens, texts), check=teller.check)
             texts.finish()
 
         return self._streaming(run)
@@ -165,13 +168,13 @@ class Conveniences(ABC):
             texts = _Texts(
                 choice, self.tokenizer, request.prompts, stops, lambda row, piece: told[row].append(piece)
             )
-            self.generate_with(request, max_new_tokens, texts)
+            self.generate_with(Completion(request, max_new_tokens, texts))
             texts.finish()
         else:
             # Decoding as ids come would take the host longer than a small model takes to make them.
             tokenizer, rows = self.tokenizer, dict[int, np.ndarray]()
             listener = _EndedRows(lambda ended: rows.update([ended]))
-            self.generate_with(request, max_new_tokens, choice, listeners=[listener])
+            self.generate_with(Completion(request, max_new_tokens, choice), listeners=[listener])
             for n, prompt in enumerate(request.prompts):
                 decoder = Decoder(tokenizer, prompt)
                 told[n] = [decoder.add(rows[n]), decoder.end()]

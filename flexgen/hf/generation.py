@@ -19,6 +19,7 @@ from transformers.generation import (
 )
 from transformers.utils.logging import get_logger
 
+from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.id_cache import CACHE_NAME, IdCache, read_cache
@@ -257,7 +258,7 @@ class Generation(GenerationMixin):
         if streamer is not None:
             listeners.append(lambda new: streamer.put(new.ids.clone()))
         kept = record_needs(wanted, rows, steps, vocab)
-        self.lm.generate_with(request, steps, choice, listeners=listeners, kept=kept)
+        self.lm.generate_with(Completion(request, steps, choice), listeners=listeners, kept=kept)
         if streamer is not None:
             streamer.end()
         sequences = choice.ids[:, : input_ids.shape[1] + choice.steps].to(input_ids.device)

@@ -14,6 +14,7 @@ from flexgen import Auto, OptLM, Policy, Workload, bench, simulate
 from flexgen.cli.flags import add_policy_flags, read_policy
 from flexgen.engine import auto
 from flexgen.engine.auto import AutoPolicy, usual_workload
+from flexgen.engine.completion import Completion
 from flexgen.errors import CapacityError, PolicyError, RequestError
 from flexgen.models import open_model
 from flexgen.policy import Tier
@@ -135,7 +136,7 @@ def test_without_a_workload_the_usual_one_as_far_as_positions_reach():
     usual = usual_workload(spec)
     assert usual.capacity == spec.max_positions and usual.gen_len == auto.USUAL.gen_len
     with opened(workload=None) as model:
-        assert model.auto.workload == usual
+        assert model.auto.job.workload == usual
     assert usual_workload(open_model("opt-125m", "dummy")[0]) == auto.USUAL
 
 
@@ -235,11 +236,11 @@ def test_a_call_in_one_block_takes_smaller_batches_where_it_must(monkeypatch):
         expected = model.generate(ids, 6, stop=())
         request, choice = read_request(model.spec, ids), model.sampled(stop=())
         choice.whole_call = True
-        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert (model.generate_with(Completion(request, 6, choice)) == expected).all()
         assert model.stats.policy == model.policy
         limits = {Tier.GPU: None, Tier.CPU: model.stats.plan.on(Tier.CPU) - 1, Tier.DISK: None}
         monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
-        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert (model.generate_with(Completion(request, 6, choice)) == expected).all()
         assert model.stats.policy == model.policy.replace(gpu_batch_size=4, num_gpu_batches=2)
         assert model.stats.plan.on(Tier.CPU) <= limits[Tier.CPU]
 
