@@ -1,4 +1,4 @@
-"""How much is measured, and how a time is taken."""
+"""The sizes of a measurement, and how a time is taken."""
 
 from __future__ import annotations
 
@@ -19,15 +19,24 @@ _MOST_CALLS = 512
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How often each time is taken: at most `repeats` samples, in about `seconds`. `together`: seconds for which two
+    lanes run at the same time, and half as long alone."""
+
+    repeats: int = 9
+    seconds: float = 0.3
+    together: float = 0.75
+
+
+@dataclass(frozen=True)
 class Effort:
-    """Sizes large enough to leave the caches, and how often each time is taken.
+    """Sizes large enough to leave the caches, and the samples of each time.
 
     `hidden`, `heads`: of the layers that are computed, whose feed-forward half is four times as wide. `working_set`:
-    bytes of matrices, or of a cache, that are gone through before the first of them comes again. `rows`: those of the
-    activations. `prompt`, `context`: tokens of a prompt that is attended, and of a cache. `cache_rows`: prompts of
-    the cache that the device attends to. `file`, `transfer`: bytes of the file on disk and of what moves at once.
-    `beside`: seconds for which two lanes run together, and half as long alone. `layers`, `tokens`: of the small model
-    that tells what a cell takes beside its arithmetic.
+    bytes of matrices, or of a cache, that are read before the first of them is read again. `rows`: those of the
+    activations. `prompt`: tokens of a prompt. `context`, `cache_rows`: tokens and prompts of the cache on the device.
+    `file`, `transfer`: bytes of the file on disk and of each move. `layers`, `tokens`: of the small model
+    that shows the time of a cell in addition to its arithmetic.
     """
 
     hidden: int = 2048
@@ -39,11 +48,9 @@ class Effort:
     cache_rows: int = 8
     file: int = 256 * MIB
     transfer: int = 32 * MIB
-    repeats: int = 9
-    seconds: float = 0.3
-    beside: float = 0.75
     layers: int = 8
     tokens: int = 24
+    sampling: Sampling = Sampling()
 
 
 def on_gpu(effort: Effort) -> Effort:
@@ -63,8 +70,8 @@ FULL = Effort()
 class Stopwatch:
     """Median times of work, on a clock that tests replace."""
 
-    def __init__(self, effort: Effort, clock: Clock = time.perf_counter) -> None:
-        self._effort = effort
+    def __init__(self, sampling: Sampling, clock: Clock = time.perf_counter) -> None:
+        self._sampling = sampling
         self.clock = clock
 
     def seconds(self, work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> float:
@@ -78,7 +85,8 @@ class Stopwatch:
         calls = min(max(math.ceil(_LEAST_SAMPLE / first), 1), _MOST_CALLS) if first > 0 else _MOST_CALLS
         samples = [first] if calls == 1 else []
         spent = first
-        while len(samples) < self._effort.repeats and (len(samples) < 3 or spent < self._effort.seconds):
+        most, seconds = self._sampling.repeats, self._sampling.seconds
+        while len(samples) < most and (len(samples) < 3 or spent < seconds):
             samples.append(self._sample(work, settle, calls))
             spent += samples[-1] * calls
         return max(statistics.median(samples), 1e-9)

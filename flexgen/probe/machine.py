@@ -195,7 +195,7 @@ class _Measurement:
                 effort = within(effort, left, where)
         self._effort = effort
         self._clock = clock
-        self._watch = Stopwatch(effort, clock)
+        self._watch = Stopwatch(effort.sampling, clock)
         self._links = LinkProbe(machine, lanes, effort, self._watch)
         self._figures: dict[str, dict[Any, Any]] = {}
         self._fixed: dict[str, float] = {}
@@ -269,8 +269,8 @@ class _Measurement:
             )
         # Of a half type that is only kept, and computed in another, nobody needs to know it.
         computed = device.fast_dtype(dtype) is dtype
-        brief = replace(self._effort, seconds=self._effort.seconds / 2)
-        narrow = ElementwiseProbe(probe, device, dtype, brief, Stopwatch(brief, self._clock))
+        brief = replace(self._effort.sampling, seconds=self._effort.sampling.seconds / 2)
+        narrow = ElementwiseProbe(probe, device, dtype, self._effort, Stopwatch(brief, self._clock))
         if computed:
             yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
         for codec in CODECS.values():
@@ -352,7 +352,7 @@ class _Measurement:
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
                     continue  # the same in both phases
-                lost = lost_shares(work[one], work[other], self._effort.beside, self._clock)
+                lost = lost_shares(work[one], work[other], self._effort.sampling.together, self._clock)
                 for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
         probe.release()
