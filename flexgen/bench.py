@@ -3,7 +3,7 @@
     python -m flexgen.bench --policy policies/demo.toml
     python -m flexgen.bench --model opt-1.3b --weights dummy --policy FILE --prompt-len 512 --gen-len 32
 
-Prints a card, on request a line of JSON and a trace; with the embedded model, answers beside the right ones.
+Prints a card, on request a line of JSON and a trace; with the embedded model, its answers next to the right ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexgen.errors import CapacityError
 from flexgen.policy import Policy
 from flexgen.results.report import Report
 from flexgen.runtime.debug import tokens_to_run
-from flexgen.tuning.trial import beside, warm_up
+from flexgen.tuning.trial import warm_up, with_prediction
 from flexgen.workload import Workload
 
 _DEMO_GEN_LEN = 24
@@ -71,7 +71,7 @@ def bench(args: argparse.Namespace) -> Report:
         perplexity = answer_perplexity(model, job)
         report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
         hardware = model.auto.job.hardware if model.auto else hardware
-        report = beside(report, model.spec, hardware) if hardware else report
+        report = with_prediction(report, model.spec, hardware) if hardware else report
     if job.records:
         print(answers(job, ids))
     print(report.card())
@@ -82,7 +82,7 @@ def bench(args: argparse.Namespace) -> Report:
 
 @dataclass(frozen=True)
 class Records:
-    """What the embedded model is asked, and its prompts as ids."""
+    """The tasks of the embedded model, and their prompts as ids."""
 
     records: Sequence[demo.Record]
     prompts: Sequence[np.ndarray]
@@ -137,7 +137,7 @@ def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) ->
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
-    """Some generated answers beside the right ones, and the share of right ones by task."""
+    """Some generated answers next to the right ones, and the share of right ones by task."""
     completions = [job.tokenizer.decode(row[job.prompt_len :], skip_special_tokens=True) for row in ids]
     lines = []
     seen: dict[str, int] = {}
@@ -173,7 +173,7 @@ def answer_perplexity(model: OptLM, job: Job) -> float | None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags; those of FlexGen's own benchmark are accepted beside a policy file and override it."""
+    """The flags; those of FlexGen's own benchmark are accepted with a policy file and override it."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.bench", description="Measure the throughput of a policy."
     )

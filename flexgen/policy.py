@@ -1,7 +1,7 @@
 """Where weights, KV cache and activations live, and in what blocks prompts are run.
 
 A `Policy` is plain, immutable, validated data with one spelling: its keyword arguments are the keys
-of its TOML file. It knows nothing of models or devices; what a policy costs is asked elsewhere.
+of its TOML file. It knows nothing of models or devices; costs of a policy are computed elsewhere.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Split:
 
 @lru_cache(maxsize=4096)  # a plan and its predictions ask for the same few over and over
 def _rows(given: tuple[float, ...], count: int) -> dict[Tier, range]:
-    # Fractions, because a float quota that lands just beside an integer could lose or invent a row.
+    # Fractions, because a float quota that is just above or below an integer could lose or invent a row.
     percents = dict(zip(Tier, map(Fraction, given), strict=True))
     total = sum(percents.values())
     quotas = {tier: count * percent / total for tier, percent in percents.items()}
@@ -227,8 +227,8 @@ class Policy:
     """One way to run a model; raises PolicyError for what cannot be meant.
 
     A block is `gpu_batch_size * num_gpu_batches` prompts: each layer's weights are brought in once per
-    block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
-    GPU is attended. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
+    block and used for every batch of it. `attend_on` ("cpu" or "gpu") computes attention over cache that
+    is off the GPU. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
     largest attention scores; 1 is exact. `prefill_chunk` is the most tokens of each prompt that one pass through
     the layers computes; 0 is for whole prompts, or for parts of them where whole prompts do not fit. `sep_layer`
     streams attention and MLP as two units. `pin_weight` pins all host memory that feeds a GPU: weights, cache,

@@ -1,4 +1,4 @@
-"""What a model opened on a machine offers beside ids in and ids out: rows as they end, text, scores of texts."""
+"""Calls of a model that are built on ids in and ids out: rows as they end, text, scores of texts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Conveniences(ABC):
         """An iterator over (number of the prompt, its new ids), in the order in which the prompts' rows end.
 
         The new ids are an int64 array that ends with the stop id, if one came. `sampling`: do_sample, temperature,
-        stop, top_k, top_p and seed, as in `generate`. The run goes on in a thread, whether rows are taken or not;
+        stop, top_k, top_p and seed, as in `generate`. The run continues in a thread, whether rows are taken or not;
         leaving the iterator early (`close`, `with`, dropping it) ends the run and frees what it held. No other call
         of this model can run meanwhile. Raises as `generate` does; what does not fit (CapacityError) or fails
         (LaneError) shows where the next row would come.
@@ -163,10 +163,10 @@ class Conveniences(ABC):
         """
         request = self._read(prompts, special_tokens)
         stops, choice = stop_strings(stop), self.sampled(**sampling)
-        told: list[list[str]] = [[] for _ in request.prompts]
+        texts_of: list[list[str]] = [[] for _ in request.prompts]
         if stops:
             texts = _Texts(
-                choice, self.tokenizer, request.prompts, stops, lambda row, piece: told[row].append(piece)
+                choice, self.tokenizer, request.prompts, stops, lambda row, piece: texts_of[row].append(piece)
             )
             self.generate_with(Completion(request, max_new_tokens, texts))
             texts.finish()
@@ -177,8 +177,8 @@ class Conveniences(ABC):
             self.generate_with(Completion(request, max_new_tokens, choice), listeners=[listener])
             for n, prompt in enumerate(request.prompts):
                 decoder = Decoder(tokenizer, prompt)
-                told[n] = [decoder.add(rows[n]), decoder.end()]
-        found = ["".join(pieces) for pieces in told]
+                texts_of[n] = [decoder.add(rows[n]), decoder.end()]
+        found = ["".join(pieces) for pieces in texts_of]
         return (found, self.last_report(request, max_new_tokens, max_new_tokens)) if stats else found
 
     def score(

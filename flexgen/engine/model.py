@@ -241,8 +241,8 @@ class OptLM(Conveniences):
         order = order_to_run(debug_mode)
         out = self.generate_with(Completion(request, max_new_tokens, choice, tokens), order=order)
         if (debug_mode or verbose) and (done := self.stats):
-            told = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
-            print(summary(*told), file=sys.stderr)
+            ran = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
+            print(summary(*ran), file=sys.stderr)
         return (out, self.last_report(request, max_new_tokens, tokens)) if stats else out
 
     def generate_with(
@@ -277,13 +277,13 @@ class OptLM(Conveniences):
         new_tokens = 0
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
-        told = [lambda new: bar.update(len(new.rows)), *listeners]
+        all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
-                output = made(prompts, tokens, choice, rows, told)
+                output = made(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -320,7 +320,7 @@ class OptLM(Conveniences):
         return self.forward_with(read_request(self.spec, input_ids, attention_mask)).logits
 
     def forward_with(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> Forward:
-        """`forward` for prompts that `read_request` has read, with the hidden states if they are asked for.
+        """`forward` for prompts that `read_request` has read, with the hidden states on request.
 
         last_only: logits of each prompt's last position alone.
         """

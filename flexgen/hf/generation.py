@@ -229,7 +229,7 @@ class Generation(GenerationMixin):
         request = read_ids(self.lm, input_ids, attention_mask)
         rows = len(input_ids)
         steps = steps_asked(stopping_criteria, input_ids.shape[1], generation_config.max_length)
-        check_length(self.lm.spec, request, steps)  # before memory is taken for so many
+        check_length(self.lm.spec, request, steps)  # before memory is taken for them
         if streamer is not None and rows > 1:
             raise UnsupportedError(
                 f"a streamer takes one row, not {rows}: blocks of rows come one after another"

@@ -154,7 +154,7 @@ def _in_flight(
     states = hidden_layout(spec, policy, rows, dtype, cache.topology)
     needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
     hidden = activation_bytes(spec, rows, passes.new, dtype)
-    # Layers are asked about the prefill, or its last part, and about the last token; the head takes one position of
+    # The prefill, or its last part, and the last token need most; the head takes one position of
     # each row.
     steps = [(passes.new, prompt), (1, workload.capacity)]
     workspace = max(

@@ -48,8 +48,8 @@ class ComputeCosts:
         if layer.has_cache and not span.decodes:
             seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
         elif layer.has_cache:
-            # Device and host compute attention of their rows at the same time. What the host is asked and what it
-            # answers crosses the link within the computation.
+            # Device and host compute attention of their rows at the same time. Queries and
+            # answers cross the link within the computation.
             layout = self._cache.layout(index, rows)
             seconds += max(arithmetic.token_attention(layout.segments, span.length + 1))
             if layout.host_rows:

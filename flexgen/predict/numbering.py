@@ -131,7 +131,7 @@ def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) ->
 
 
 def _farther(made: Numbered, entries: int) -> list[Section]:
-    """Its sections with what a step needs of its own layer, which is of the token before, so many entries farther."""
+    """Its sections, where a need of a step in its own layer, at the token before, is `entries` farther back."""
     steps: list[Step] = []
     for step in reversed(list(made.steps())):  # what stands for no step is needed by the one behind it
         steps.append(step or steps[-1])

@@ -31,7 +31,7 @@ from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _EXACT_CELLS = 100_000
-"""A block of more cells than these is predicted from some of its tokens, unless all are asked for."""
+"""A block of more cells than these is predicted from some of its tokens, unless the caller wants all."""
 _SAMPLES = 8
 
 
@@ -236,7 +236,7 @@ def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequ
     """The tokens to lay out, and which of them (by place) write a page of the cache where there are `pages` on disk.
 
     The first of the decode stands for itself, because it waits for what the prefill leaves, and so does the last,
-    beside which nothing is fetched for a next one. A page is written in the middle, and what comes after waits.
+    which fetches nothing for a next one. A page is written in the middle, and what comes after waits.
     """
     if samples is not None and samples < 1:
         raise RequestError(f"samples is {samples}; it must be at least 1")

@@ -70,7 +70,7 @@ class Alike(NamedTuple):
 
 
 class _Visit(dict[tuple[Op, int], Costs]):
-    """The work of the steps of a visit by op and batch or piece. `costs` is asked once for each."""
+    """The work of the steps of a visit by op and batch or piece. `costs` is called once for each."""
 
     def __init__(self, costs: Callable[[Step], Costs], visit: tuple[int, int]) -> None:
         self._costs = costs
@@ -85,8 +85,8 @@ class _Visit(dict[tuple[Op, int], Costs]):
 def works_of(steps: Numbered, costs: Callable[[Step], Costs], alike: Alike | None = None) -> list[Costs]:
     """The work of every entry of a schedule; an entry that is no step has none.
 
-    A deep model has very many steps and few that differ, so `costs` is asked once for visits that are alike. None: no
-    layer is like another one.
+    A deep model has very many steps and few that differ, so `costs` is called once for visits that are alike. None:
+    no layer is like another one.
     """
     visits: dict[tuple[int, int], _Visit] = {}
     known: dict[object, list[Costs]] = {}

@@ -45,10 +45,10 @@ _LEAST_MEMORY = 8 * MIB
 """Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
-_BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
-_BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
-"""The table of each phase, and the rows of a product that others run beside: few take memory's bandwidth and the
-cores alike, many the cores."""
+_OTHERS = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
+_OTHER_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
+"""The table of each phase, and the rows of the product that runs at the same time: few rows take the bandwidth of
+memory and the cores, many take the cores."""
 _NOISE = 0.03
 """A share that is lost between two measurements of the same."""
 
@@ -251,7 +251,7 @@ class _Measurement:
             for name, dtype in computed.items()
             if str(dtype) != f"torch.{name}"
         }
-        yield "lanes beside each other", self._find_interference
+        yield "lanes at the same time", self._find_interference
 
     def _dtypes(self) -> list[torch.dtype]:
         if self._device.torch_device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -302,8 +302,8 @@ class _Measurement:
     def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
         # No points say that nothing is multiplied as it is kept; without an entry that is not known.
         found, name = probe.encoded_products(codec), key.split()[0]
-        if beside := self._figures.get("elementwise", {}).get(name):
-            found = narrow.alone(found, beside)
+        if plain := self._figures.get("elementwise", {}).get(name):
+            found = narrow.alone(found, plain)
         self._figures.setdefault("encoded_products", {})[key] = found
 
     def _find_around_attention(self, narrow: ElementwiseProbe, name: str) -> None:
@@ -336,23 +336,23 @@ class _Measurement:
         if not device.shares_host_memory:
             form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
             others[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
-        lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
+        lanes = _OTHERS if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
         for lane in lanes:
             others[lane] = self._links.mover(lane)
-        for phase, (table, rows) in _BESIDE_ROWS.items():
+        for phase, (table, rows) in _OTHER_ROWS.items():
             enqueue = probe.multiplying(rows)
 
             def multiply(enqueue: Callable[[], object] = enqueue) -> None:
                 enqueue()
                 device.wait_for_compute()
 
-            # First: what runs beside it goes on until its last product has ended, which may take most of the time.
+            # First: the other lane continues until its last product has ended, which may take most of the time.
             work = {LaneName.COMPUTE: multiply, **others}
             found = self._figures.setdefault(table, {})
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
                     continue  # the same in both phases
                 lost = lost_shares(work[one], work[other], self._effort.sampling.together, self._clock)
-                for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
-                    found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
+                for lane, other_lane, share in ((one, other, lost[0]), (other, one, lost[1])):
+                    found[f"{lane} {other_lane}"] = share if share > _NOISE else 0.0
         probe.release()

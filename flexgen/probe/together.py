@@ -1,4 +1,4 @@
-"""What lanes that work at the same time take from each other: cores, memory's bandwidth, a disk's one queue."""
+"""What lanes lose while they work at the same time: cores, the bandwidth of memory, the queue of a disk."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from flexgen.probe.effort import Clock
 Work = Callable[[], object]
 
 _ROUNDS = 3
-"""Of each two kinds of work: alone, alone, together. A shared machine is another one from second to second."""
+"""Rounds of a pair: each alone, then both together. The speed of a shared machine changes from second to second."""
 
 
-def lost_shares(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
-    """The shares, 0 to below 1, of its own rate that each of two kinds of work loses while the other goes on.
+def lost_shares(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+    """The shares, 0 to below 1, of its own rate that each of two kinds of work loses while the other continues.
 
-    `here` runs in this thread, `beside` in another, both for `seconds` in all, and either alone for half as long,
-    right before; medians of what is found each time.
+    `here` runs in this thread, `there` in another, both for `seconds` in all, and each alone for half as long,
+    right before; the medians of several rounds.
     """
-    found = [_lost(here, beside, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
+    found = [_lost(here, there, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
     first, second = (min(max(statistics.median(shares), 0.0), 0.95) for shares in zip(*found, strict=True))
     return first, second
 
 
-def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
-    alone = _alone(here, seconds / 2, clock), _alone(beside, seconds / 2, clock)
+def _lost(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+    alone = _alone(here, seconds / 2, clock), _alone(there, seconds / 2, clock)
     counts = [0, 0]
     stop = threading.Event()
     failed: list[BaseException] = []
@@ -38,7 +38,7 @@ def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float
         try:
             with torch.inference_mode():
                 while not stop.is_set():
-                    beside()
+                    there()
                     counts[1] += 1
         except BaseException as error:
             failed.append(error)

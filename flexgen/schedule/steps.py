@@ -22,11 +22,11 @@ class Op(Enum):
     """What a step does for its cell."""
 
     LOAD_WEIGHTS = auto()  # one piece of a layer's weights, from their home into a slot
-    LOAD_CACHE = auto()  # the KV cache of earlier tokens, to where it is attended
+    LOAD_CACHE = auto()  # the KV cache of earlier tokens, to where attention reads it
     LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
     PROJECT = auto()  # queries, keys and values; those of rows that the host attends leave the device
     ATTEND = auto()  # attention: the host's rows on the host, the device's on the device
-    LOAD_ATTENDED = auto()  # what the host has attended, to the device
+    LOAD_ATTENDED = auto()  # the host's attention, to the device
     COMPUTE = auto()  # the layer, or what the three steps before it have left of it
     STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
     STORE_CACHE = auto()  # keys and values of the new tokens, to their home
@@ -61,8 +61,9 @@ class Grid:
     `weight_pieces`: a layer's weights travel in that many pieces, so that a long transfer does not hold
     up the short ones that queue behind it. `weight_slots` and `cell_slots`: how many layers' weights (see
     `Turns`), and how many cells' inputs and outputs, may be on their way at once. `splits_attention`: a cell
-    has the steps PROJECT, ATTEND and LOAD_ATTENDED, for whose sake the host attends beside the computation.
-    `feeds_ids`: the next token takes the ids on the compute device, and does not wait until the host has them.
+    has the steps PROJECT, ATTEND and LOAD_ATTENDED, so that the host computes attention
+    while the device computes other cells. `feeds_ids`: the next token takes the ids on the compute device, and does
+    not wait until the host has them.
     """
 
     tokens: int
@@ -142,7 +143,7 @@ class Visit(NamedTuple):
 
 
 def needed_visit(step: Step, grid: Grid) -> Visit | None:
-    """What a step needs as a whole, together with others: told apart because it is so many steps."""
+    """All steps of a visit that a step needs, if any. They are one value, because they are many."""
     op, i, j, _ = step
     if op is Op.LOAD_WEIGHTS:  # the slot is free once the layer that had it has computed every batch
         before = grid.turns.before(i, j)

@@ -132,7 +132,7 @@ def find_policy(
 def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None) -> Search:
     """`find_policy` for a job that was checked, with at most `top` candidates.
 
-    slots: the most that another order than a policy's own may want, where they are there already.
+    slots: the most that another order than a policy's own may want; None sets no limit.
     """
     began = time.perf_counter()
     # Where nothing fits, prompts are computed in parts: the first size of parts that fits is taken.
@@ -321,7 +321,7 @@ class _Finder:
         return Candidate(run.policy, prediction.report.order, prediction, words)
 
     def _smallest(self) -> Solved:
-        """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
+        """As few prompts in flight as there may be, without overlap unless that is given, with each class where
         it leaves the tiers least short."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])

@@ -50,7 +50,7 @@ class Programs:
         self.considered = 0
 
     def all(self) -> list[Solved]:
-        """Best first. Every other size of a batch, then those beside the best of them."""
+        """Best first. Every other size of a batch, then the neighbours of the best of them."""
         shapes = self._choices.shapes()
         sizes = list(shapes)
         solved: list[Solved] = []

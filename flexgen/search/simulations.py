@@ -1,6 +1,6 @@
-"""What the memory plan and the simulator say of a job's policies, each in an order.
+"""Memory plans and simulations of a job's policies, each in an order.
 
-They are asked once, and of a large model the simulator is asked less than all.
+Each is computed once. Of a large model only a part is simulated.
 """
 
 from __future__ import annotations

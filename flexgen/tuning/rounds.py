@@ -107,7 +107,7 @@ class Effort:
 class Tuning:
     """The rounds of one tuning: what was tried, and the machine's figures as far as they are corrected.
 
-    job: with the machine's figures before any correction. auto: what the search is asked for. opening: the arguments
+    job: with the machine's figures before any correction. auto: the given fields of a policy. opening: the arguments
     of `OptLM` for a trial, but for the policy and the order. Progress is logged.
     """
 

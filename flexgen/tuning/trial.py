@@ -24,7 +24,7 @@ _log = logging.getLogger("flexgen")
 _LEAST_LAYERS, _LEAST_TOKENS = 2, 4
 
 
-def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
+def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
     """The report of a run with its prediction and its roofline, if `hardware` has the figures for them."""
     # Prompts of the length that was computed, which is the mean with its padding.
     computed = report.prompt_tokens / (1 - report.padded_share)
