@@ -1,6 +1,7 @@
 """The search: its linear program against the plan and the cost model, its choice against every policy of a grid."""
 
 import contextlib
+import gc
 import itertools
 import re
 from dataclasses import replace
@@ -416,3 +417,25 @@ def test_a_codec_that_is_fixed_needs_figures(opt, machine):
     asked = {"weights": {"cpu": {"percent": 100, "codec": "int4"}}}
     with pytest.raises(HardwareError, match=r"no figure decoding\.int4"):
         find_policy(opt, machine(decoding={}), Workload(24, 4, 8), Auto(asked))
+
+
+def test_a_search_leaves_nothing_that_refers_to_itself(opt, machine):
+    """So all of it is freed at once, though Python looks for no cycles meanwhile."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 8))
+        gc.collect()
+        left = {type(each).__name__ for each in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not left & {
+        "Corners",
+        "PlacedModel",
+        "StepCosts",
+        "Simulations",
+        "Prediction",
+        "Timeline",
+        "Policy",
+    }
