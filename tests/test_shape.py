@@ -22,10 +22,6 @@ PARAMETERS = {
     "kernels/triton_groupwise.py _decode": TRITON,
     "kernels/triton_groupwise.py _add_product": TRITON,
     "kernels/triton_groupwise.py _multiply": TRITON,
-    # Still over the limit:
-    "layout/plan.py plan_memory": "not divided yet",
-    "layout/plan.py _in_flight": "not divided yet",
-    "memory/disk.py DiskIO.__init__": "not divided yet",
 }
 ATTRIBUTES = {
     "flex_opt/config.py OptConfig": PAPER,
@@ -33,9 +29,6 @@ ATTRIBUTES = {
     "models/spec.py ModelSpec": "an attribute for each property of a checkpoint that the layers do not have",
     "predict/hardware.py Hardware": "a field for each key of a hardware file",
     "results/report.py Report": "a field for each key of a report's JSON",
-    # Still over the limit:
-    "memory/disk.py DiskIO": "not divided yet",
-    "memory/weights.py WeightSlots": "not divided yet",
 }
 
 

@@ -121,7 +121,7 @@ class OptLM(Conveniences):
     @property
     def dtype(self) -> torch.dtype:
         """Of arithmetic, weights and cache."""
-        return self._plans.dtype
+        return self._plans.placement.dtype
 
     @property
     def placement(self) -> Placement:

@@ -14,7 +14,7 @@ import numpy as np
 
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.policy import Policy, Tier
 from flexgen.predict.job import Job
 from flexgen.predict.placed import Placements
@@ -64,9 +64,8 @@ class Simulations:
         policy, topology = run.policy, self._job.hardware.topology
         layers = self._placements.layers(policy.sep_layer)
         placement = self._placements.placement(policy.sep_layer, policy.weights)
-        block = layers, placement, policy, self._job.dtype, topology, self._job.workload
-        workspaces = workspaces_on(self._job.hardware)
-        plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
+        target = Target(topology, self.order(run).slots, workspaces_on(self._job.hardware))
+        plan = plan_memory(layers, placement, policy, target, self._job.workload)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def short(self, run: Run) -> list[Tier]:
