@@ -1,6 +1,5 @@
 """What a call asks of the host and of the driver, by the counters of the simulated runtime."""
 
-import dataclasses
 import threading
 
 import pytest
@@ -41,7 +40,8 @@ def of_a_call(model, tokens, **options):
     """The host's waits and the bytes copied in `generate` of so many tokens."""
     runtime.reset()
     model.generate(cases.PROMPTS, tokens, stop=(), **options)
-    return dataclasses.astuple(runtime.counters())[1:3]
+    counted = runtime.counters()
+    return counted.host_waits, counted.copied
 
 
 @pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
