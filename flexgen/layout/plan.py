@@ -22,7 +22,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
-from flexgen.models import Layer, ModelSpec
+from flexgen.models import Layer, ModelSpec, one_of_each_kind
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
@@ -211,7 +211,7 @@ class _Block:
                 dtype,
                 self.target.workspaces,
             )
-            for layer in self.layers
+            for layer in one_of_each_kind(self.layers)
             for new, context in steps
         )
         # Ids are chosen when the head's own workspace is free again, all but the logits.

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from flexgen.hf.processors import RowProcessors
-from flexgen.hf.steps import HFChoice
+from flexgen.hf.steps import HFChoice, IdsSoFar
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
 from flexgen.memory.gpu import open_device
 from flexgen.models.ops import causal_attention
@@ -354,7 +354,7 @@ def test_processors_of_transformers_take_what_is_planned_for_drawing(processor):
     processors = LogitsProcessorList([processor])
     lists = RowProcessors(processors, lambda rows: processors)
     ids = torch.ones(rows, 8, dtype=torch.int64)
-    choice = HFChoice(ids, 4, 0, lists, StoppingCriteriaList(), do_sample=True)
+    choice = HFChoice(IdsSoFar(ids, 4, 0), lists, StoppingCriteriaList(), do_sample=True)
     logits = torch.zeros(rows, vocab, dtype=torch.float16, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
