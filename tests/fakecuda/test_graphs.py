@@ -12,6 +12,7 @@ from simulated import cases, runtime
 from simulated.numbers import Numbers, in_host_memory
 from simulated.threads import in_every_thread
 
+from flexgen.engine.completion import Completion
 from flexgen.runtime import graphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.request import read_request
@@ -115,7 +116,7 @@ def logits_on(device, config, tokens=24, policy=None, choice=None):
     """By (row, token), and the ids."""
     choice = choice or Forced()
     with cases.open_on(device, config, policy or resident()) as model:
-        ids = model.generate_with(read_request(model.spec, LONG, None), tokens, choice)
+        ids = model.generate_with(Completion(read_request(model.spec, LONG, None), tokens, choice))
     return choice.logits, ids.tolist()
 
 
