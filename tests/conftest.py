@@ -1,4 +1,4 @@
-"""Which tests are slow. Fixtures are in fixtures.py and machines.py."""
+"""Which tests are slow. Fixtures are in shared_fixtures.py and machines.py."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,12 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.hookimpl(tryfirst=True)  # --hypothesis-profile chooses among the profiles that the fixtures register
+@pytest.hookimpl(tryfirst=True)  # before hypothesis looks for the profile of its option
 def pytest_configure(config: pytest.Config) -> None:
-    """Only processes that run tests load the fixtures, with torch, transformers and hypothesis.
+    """Load the fixtures, and with them torch, transformers and hypothesis.
 
-    With several workers, the process that starts them runs none.
+    Where several workers run the tests, the process that starts them does without.
     """
-    if config.getoption("dist", "no") == "no":
-        for plugin in ("machines", "fixtures"):
+    runs_tests = config.getoption("dist", "no") == "no"
+    if runs_tests or config.getoption("--hypothesis-profile"):
+        for plugin in ("machines", "shared_fixtures"):
             config.pluginmanager.import_plugin(plugin)
