@@ -132,6 +132,7 @@ def _roomy(sizes):
     return SlotSizes(sizes.turns, (device,) * sizes.turns.count, (staging,) * sizes.turns.count)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     family=st.sampled_from(sorted(CONFIGS)),

@@ -45,6 +45,7 @@ class Logged:
         self.hooks = hooks or {}
         self._stop_after = stop_after
         self._lock = threading.Lock()
+        self._needs = {step: needs(step, grid) for step in all_steps(grid)}
         shapes = random.Random(seed)
         lanes = list(LaneName)
         self.shape = {}  # lanes of each chain of each step
@@ -66,7 +67,7 @@ class Logged:
         with self._lock:
             self.running += 1
             self.started.append(step)
-            late = [need for need in needs(step, self.grid) if not self.complete(need)] if begins else []
+            late = [need for need in self._needs[step] if not self.complete(need)] if begins else []
             turns = self._spin.randrange(200)
         try:
             assert not late, f"{step} has started before the end of {late[0]}"
@@ -83,7 +84,7 @@ class Logged:
         """Whether all stages have ended; a step without work is over when what it needs is."""
         if self._left[step]:
             return False
-        return bool(self.shape[step]) or all(self.complete(need) for need in needs(step, self.grid))
+        return bool(self.shape[step]) or all(self.complete(need) for need in self._needs[step])
 
     def finished(self, token):
         heads = [Step(Op.STORE_HIDDEN, token, self.grid.layers - 1, k) for k in range(self.grid.batches)]
