@@ -34,7 +34,7 @@ _LEAST_SCALE = torch.finfo(_SCALE).tiny
 _MOST_SCALE = 7.59e35
 """448 times this is still finite in float32. It is a thousandth less than the scale of the largest float32."""
 
-_PIECE = 1 << 19
+PIECE = 1 << 19
 """Values decoded at once on a CPU. Their temporaries take 6 bytes each (3 MiB), which no memory plan counts."""
 
 _FROM_HALF = 2.0**8
@@ -54,18 +54,18 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Rows of `codes` (..., n) and `scales` (...) into `out` (..., n), contiguous, of any float type."""
     if out.numel():
-        (_decode_by_bits if out.device.type == "cpu" else _decode_by_type)(codes, scales, out)
+        (decode_by_bits if out.device.type == "cpu" else decode_by_type)(codes, scales, out)
 
 
-def _decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+def decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """By torch's conversion, without temporaries."""
     out.copy_(codes.view(_E4M3)).mul_(scales[..., None])
 
 
-def _decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """The same values on a CPU, where torch's conversion takes ten times as long."""
+def decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor, piece: int = PIECE) -> None:
+    """The same values on a CPU, where torch's conversion takes ten times as long; `piece` values at once."""
     rows = (codes.flatten(0, -2), scales.flatten(), out.flatten(0, -2))
-    step = max(_PIECE // out.shape[-1], 1)
+    step = max(piece // out.shape[-1], 1)
     for some, scale, target in zip(*(part.split(step) for part in rows), strict=True):
         target.copy_(_halved(some).mul_((scale * _FROM_HALF)[:, None]))
 
