@@ -8,13 +8,15 @@ import sys
 import pytest
 
 HEAVY = ("scipy.optimize", "transformers")
-# One process runs all stages in this order, so that torch is loaded once. After the last ones, modules that the stages
-# before must not have loaded are there.
+# One process runs all stages in this order, so that torch is loaded once. The last two load what those before must not.
 STAGES = {
     "package": "import flexgen",
     "names": "from flexgen import OptLM, Policy, Workload",
     "engine": "import flexgen.engine.model, flexgen.search.find, flexgen.probe.measured",
-    "commands": "import flexgen.bench, flexgen.complete, flexgen.batch, flexgen.simulate, flexgen.measure, flexgen.tune",
+    "commands": (
+        "import flexgen.bench, flexgen.complete, flexgen.batch; "
+        "import flexgen.simulate, flexgen.measure, flexgen.tune"
+    ),
     "model": (
         "from transformers import LlamaConfig; from flexgen.models import open_model; "
         "config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1); "
