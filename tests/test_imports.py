@@ -8,7 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("scipy.optimize", "transformers")
-# One process runs all stages in this order, so that torch is loaded once. The last two load what those before must not.
+# One process runs all stages in this order, so that torch loads once. The last two load what the others must not.
 STAGES = {
     "package": "import flexgen",
     "names": "from flexgen import OptLM, Policy, Workload",

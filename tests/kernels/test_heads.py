@@ -6,13 +6,14 @@ import ctypes
 import math
 import mmap
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen.kernels import groupwise, heads
+from flexgen.kernels import groupwise
 from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 
@@ -192,13 +193,13 @@ def test_pages_of_another_format_are_refused(change, message):
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(0, 3),
     tokens=st.integers(1, 9),
-    piece=st.sampled_from([1, 100, heads._PIECE_VALUES]),
+    piece=st.sampled_from([1, 100, 1 << 22]),
     native=st.booleans(),
 )
 def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, native):
+    form = replace(form, piece_values=piece)
     x = torch.randn(rows, 2, tokens, form.head_dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "_PIECE_VALUES", piece)
         if not native:
             patch.setattr(groupwise, "announce", lambda: False)
         kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # as a layer's heads lie

@@ -1,6 +1,7 @@
 """fp8: values against e4m3 in float64, as its bits are described; attention, lookups and costs."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -221,12 +222,12 @@ def test_attention_is_that_over_the_values(head_dim, dtype, rows, kv_heads, grou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_rows_whatever_is_encoded_together(dtype, monkeypatch):
+def test_heads_are_rows_whatever_is_encoded_together(dtype):
     form, x = head_format("fp8", 21, dtype), random(2 * 3 * 9, 21, dtype, 2.0).view(2, 3, 9, 21)
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer makes them
     whole = form.encode(x)
     assert whole.shape == (2, 3, 9, 28) and whole.dtype is torch.uint8
-    monkeypatch.setattr("flexgen.kernels.heads._PIECE_VALUES", 100)
+    form = replace(form, piece_values=100)
     assert torch.equal(form.encode(apart), whole)
     both = form.encode_both(x, x.flip(0))
     assert torch.equal(both[0], whole) and torch.equal(both[1], whole.flip(0))
