@@ -138,9 +138,9 @@ class EncodedHeads(HeadFormat):
     """Each head is one run of bytes, which begins at a multiple of 4. Heads are encoded and decoded some tokens at a
     time.
 
-    `encode_bytes`: bytes a value that encoding takes meanwhile. `piece_values`: values that torch encodes at once, and
-    decodes at once on a CPU, so that temporaries stay small. `gpu_values`: values decoded at once on a GPU, where
-    smaller pieces would wait for their launches.
+    `encode_bytes`: bytes of temporaries for each value that is encoded. `piece_values`: values that are encoded at
+    once, and decoded at once on a CPU, so that temporaries stay small. `gpu_values`: values decoded at once on a GPU,
+    where smaller pieces would wait for their launches.
     """
 
     encode_bytes: ClassVar[int]
