@@ -94,7 +94,7 @@ def attend_fused(
 
     `hidden`: `hidden_positions` in the type of q, of at least `length` positions; None for no padding. Query heads
     that share a K/V head are queries of one head, so that keys are not expanded. Several pages are joined first, for
-    as many rows at once as `joined_bytes` (`JOINED_BYTES`) allows, and encoded ones decoded for as many as `form` takes.
+    as many rows at once as `joined_bytes` (`JOINED_BYTES`) allows; `form` bounds the rows that are decoded at once.
     """
     rows, heads, _, head_dim = q.shape
     keys = pages[0][0]

@@ -26,15 +26,11 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.schedule.orders import Slots
-from flexgen.units import MIB
 from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
 SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
-
-_STAGING_BYTES = 16 * MIB
-"""Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
 
 
 def plan_memory(
@@ -110,7 +106,8 @@ def plan_memory(
             logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
             needs.append(Need(Tier.CPU, "activations", "home", logits))
             if linked:
-                staged = staging_bytes(max(batches), workload.prompt_len, spec.vocab_size, dtype)
+                most = topology.pieces.result_bytes
+                staged = staging_bytes(max(batches), workload.prompt_len, spec.vocab_size, dtype, most)
                 needs.append(Need(Tier.CPU, "activations", "staging", slots.cells * staged))
     if not linked:
         needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
@@ -132,10 +129,13 @@ def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
 
 
-def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> int:
-    """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
+def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype, most: int) -> int:
+    """Bytes of the buffer through which `size` values for each position of a batch reach the caller.
+
+    `most`: `PieceSizes.result_bytes`, which is exceeded only by a single position.
+    """
     each = size * dtype.itemsize
-    return min(max(_STAGING_BYTES, each), rows * positions * each)
+    return min(max(most, each), rows * positions * each)
 
 
 def _in_flight(
