@@ -335,9 +335,9 @@ class Auto:
     """A policy that is still to be found, by a search for the machine and the workload at hand.
 
     fixed: fields that are given already, by name, in any form that `Policy` takes. lossy: codecs, which round weights
-    and cache, may be chosen. once: the policy that is found for the opening holds for every call, also for one that is
-    unlike it. worth: without `once`, such a call is searched for if it is predicted to take more than `worth` times as
-    long as the search at the opening took. Raises PolicyError for invalid fields.
+    and cache, may be chosen. once: the policy found for the opening holds for every call, also for one that is unlike
+    it. worth: without `once`, such a call is searched for if it is predicted to take more than `worth` times as long
+    as the search at the opening took. Raises PolicyError for invalid fields.
     """
 
     fixed: Mapping[str, Any] = field(default_factory=dict)
