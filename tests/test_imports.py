@@ -47,7 +47,7 @@ def test_an_import_loads_neither_transformers_nor_scipy(stage: str, loaded: dict
     assert heavy(loaded[stage]) == []
 
 
-def test_the_check_sees_what_is_loaded(loaded: dict[str, list[str]]) -> None:
+def test_the_check_finds_loaded_modules(loaded: dict[str, list[str]]) -> None:
     assert "scipy.optimize" in heavy(loaded["scipy"])
 
 

@@ -1,4 +1,4 @@
-"""Models as streams of layers: specs, the layers' calculations, checkpoints."""
+"""Models: specs, the computation of the layers, and checkpoints."""
 
 from flexgen.models.attention import Attention
 from flexgen.models.block import Block
@@ -23,7 +23,10 @@ __all__ = [
 
 
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
-    """Input embedding, transformer layers, head: attention and MLP apart, or as one unit."""
+    """The layers of a model: input embedding, transformer layers and head.
+
+    sep_layer: attention and MLP are separate streaming units; otherwise a transformer layer is one unit.
+    """
     middle: list[Layer] = []
     for index in range(spec.num_layers):
         middle += [Attention(spec, index), MLP(spec, index)] if sep_layer else [Block(spec, index)]

@@ -1,4 +1,4 @@
-"""Self-attention with its norm and its residual add."""
+"""Self-attention with its norm and residual connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexgen.units import align
 
 
 class Attention(AttentionLayer):
-    """Norm and projections, and behind attention the output projection."""
+    """Norm, query, key and value projections, attention and output projection."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         hidden, layer = spec.hidden_size, spec.layers[index]
@@ -62,7 +62,7 @@ class Attention(AttentionLayer):
         return *rotate_token(q, k, ctx.rope_factors(rope, x.dtype)), v
 
     def _before(self, x: Tensor, weights: Weights) -> Tensor:
-        """What is projected: x, normed where the norm comes first."""
+        """The input of the projections: x, after the norm if the layer is pre-norm."""
         layer = self.layer_spec
         return normalise(layer.attention_norm, x, weights) if layer.pre_norm else x
 
@@ -74,7 +74,7 @@ class Attention(AttentionLayer):
         *names: str,
         length: Tensor | None = None,
     ) -> list[Tensor]:
-        """Those of "q", "k", "v" that are asked for; `length` as in `rope_tables`."""
+        """The projections in `names`, out of "q", "k" and "v". `length`: see `rope_tables`."""
         normed, rope = self._before(x, weights), self.layer_spec.attention.rope
         made = [self._heads(normed, weights, name) for name in names]
         if rope is not None:
@@ -86,15 +86,15 @@ class Attention(AttentionLayer):
         return made
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        """Many new tokens: keys and values of all of them, then queries, attention and output chunk by chunk."""
+        """For many new tokens: keys and values of all tokens, then queries, attention and output by chunks."""
         own, (rows, seq) = self.layer_spec.attention, x.shape[:2]
         parts = list(chunks(rows, seq, self.spec.chunk_tokens))
-        # A chunk's own largest position would stretch it otherwise than its neighbours.
+        # With its own largest position, each chunk would be scaled differently.
         stretched = own.rope is not None and own.rope.kind in ("dynamic", "longrope")
         length = ctx.text_length
         if stretched and length is None:
             length = ctx.positions.max() + 1
-        # Laid out by token, as products are.
+        # Token-major, like the results of products.
         shape = (rows, seq, own.kv_heads, own.head_dim)
         k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(2))
         for part in parts:
@@ -128,7 +128,7 @@ class Attention(AttentionLayer):
         return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
-        # Token t of the new ones attends to all that came before it: a triangle is missing at the end.
+        # Each new token attends to the tokens up to itself, so a triangle of pairs is missing.
         pairs = seq * context - seq * (seq - 1) // 2
         return 4 * rows * pairs * self.layer_spec.attention.q_size
 
@@ -138,7 +138,7 @@ class Attention(AttentionLayer):
         limit = self.spec.chunk_tokens
         if seq == 1 or rows * seq <= limit:
             return self._workspace(rows, seq, context, dtype, workspaces)
-        # Keys, values and the result are those of all tokens, all else is of one chunk, with a mask if it is
+        # Keys, values and the result have all tokens. Everything else has one chunk, plus a mask if the chunk is
         # part of a row.
         at_once, kv_size = min(seq, limit), self.layer_spec.attention.kv_size
         whole = rows * seq * (self.spec.hidden_size + 2 * kv_size) * dtype.itemsize
@@ -147,25 +147,25 @@ class Attention(AttentionLayer):
     def _workspace(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces
     ) -> int:
-        """What is computed at once takes."""
+        """The workspace of tokens that are computed at once."""
         layer, hidden = self.layer_spec, self.spec.hidden_size
         own, tokens, item = layer.attention, rows * seq, dtype.itemsize
         qkv = tokens * (own.q_size + 2 * own.kv_size) * item
         project = tokens * hidden * item + qkv
         if own.rope is not None:
-            # Angles, cos and sin in float32; then the halves and the rotated copy of the queries.
+            # Angles, cos and sin in float32; then the two halves and the rotated copy of the queries.
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
         attended = tokens * own.q_size * item
         if seq > 1:
-            # K and V are expanded to all heads, and the result of each run of rows is placed into that of
+            # K and V are expanded to all heads, and the result of each run of rows is copied into the result of
             # the batch.
             attend = qkv + 2 * attended + (2 * attended if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
             attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
             attend += queries * context * item if queries < context else 0  # the mask
         else:
-            # Scores and probabilities in float32, probabilities again in `dtype`, one page of products and
-            # the padding mask; the cache rounds the context up to whole pages.
+            # Scores and probabilities in float32, probabilities in `dtype`, one page of products and the padding
+            # mask. The cache rounds the context up to whole pages.
             scores = rows * own.heads * align(context, 256)
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
         merge = 2 * attended + 2 * tokens * hidden * item

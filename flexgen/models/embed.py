@@ -1,4 +1,4 @@
-"""Both ends of a model: ids to hidden states, hidden states to logits."""
+"""The first and the last layer of a model: ids to hidden states, and hidden states to logits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
-    """The (vocab, embed) matrix of either end; where the head is tied, both ends are one tensor."""
+    """The (vocab, embed) matrix of the embedding or the head. With a tied head, both are one tensor."""
     embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
 
 
 class InputEmbed(Layer):
-    """Token embedding, projected to the hidden size where it is narrower, plus learned positions if any."""
+    """Token embedding, projected to the hidden size if it is narrower, plus learned positions if there are any."""
 
     def __init__(self, spec: ModelSpec) -> None:
         weights: tuple[WeightSpec, ...] = (_vocabulary(spec, "embed"),)
@@ -73,9 +73,9 @@ class InputEmbed(Layer):
 
 
 class Head(Layer):
-    """Final norm, projection to the embedding's width where it differs, LM head.
+    """Final norm, projection to the width of the embedding if it differs, and LM head.
 
-    It is not computed in chunks: with logits of every position, these are most of what it takes.
+    The head is not computed in chunks, because the logits are most of its memory anyway.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -95,7 +95,7 @@ class Head(Layer):
         return linear(self.final(x, weights), weights["head.weight"], weights.get("head.bias"))
 
     def final(self, x: Tensor, weights: Weights) -> Tensor:
-        """What the LM head multiplies: (batch, seq, embed), normed and projected."""
+        """The input of the LM head, (batch, seq, embed), after the norm and the projection."""
         if self.spec.final_norm is not None:
             x = normalise(self.spec.final_norm, x, weights)
         if self.spec.projected:

@@ -1,4 +1,4 @@
-"""Reading a transformers config without passing over anything that the layers would compute wrongly."""
+"""Validation of transformers configs: every field that the layers do not support raises an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "head_dim": 65_536}
-"""Of fields by which objects and tables are made before a file is read: the largest value."""
+"""Limits of the fields that size objects and tables before any weight file is read."""
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
     **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
@@ -27,7 +27,7 @@ _DTYPES = {
 }
 
 _QUANTIZED = ("quantization_config", "compression_config")
-"""Fields by which GPTQ, AWQ, bitsandbytes, fp8 and others say how they changed the weights."""
+"""Fields in which GPTQ, AWQ, bitsandbytes, fp8 and others describe their quantization."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
@@ -44,11 +44,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-"""Fields that change the computation, with the values that leave it as the layers do it."""
+"""Fields that change the computation, with the values that the layers support."""
 
 
 def check_neutral(config: PreTrainedConfig, name: str) -> None:
-    """Raises ModelError for the first field of `_NEUTRAL` that asks for something the layers do not do."""
+    """Raises ModelError for the first field of `_NEUTRAL` with a value that the layers do not support."""
     for field in _QUANTIZED:
         check_unquantized(getattr(config, field, None), name, field)
     for field, neutral in _NEUTRAL.items():
@@ -57,7 +57,7 @@ def check_neutral(config: PreTrainedConfig, name: str) -> None:
 
 
 def check_values(values: Mapping[str, Any], name: str) -> None:
-    """Check what transformers would divide by, or fail over without naming it. Raises ModelError."""
+    """Check values on which transformers would fail without a useful message. Raises ModelError."""
     for field in _QUANTIZED:
         check_unquantized(values.get(field), name, field)
     check_layer_types(values.get("layer_types"), name)
@@ -74,18 +74,18 @@ def check_layer_types(value: Any, name: str) -> None:
 
 
 def check_unquantized(value: Any, name: str, field: str) -> None:
-    """Raises ModelError for `value`, that of a field of `_QUANTIZED`, unless it is absent."""
+    """Raises ModelError unless `value`, of a field of `_QUANTIZED`, is None."""
     if value is None:
         return
     method = value.get("quant_method") if isinstance(value, dict) else value
     raise ModelError(
-        f"{name}: {field} says that the weights are quantized ({shown(method)}), which is not supported. Give the "
-        "checkpoint in float16, bfloat16 or float32; a policy with int4 or int8 weights quantizes it on opening"
+        f"{name}: the weights are quantized ({field}: {shown(method)}), which is not supported. Use a checkpoint in "
+        "float16, bfloat16 or float32; a policy with the codec int4 or int8 quantizes it when it is opened"
     )
 
 
 def require(config: PreTrainedConfig, name: str, field: str, supported: Collection[Any]) -> Any:
-    """The value of `field` (None where it is absent), which must be one of `supported`. Raises ModelError."""
+    """The value of `field` (None if it is absent). Raises ModelError unless it is one of `supported`."""
     value = getattr(config, field, None)
     if value not in supported:
         choices = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
@@ -94,17 +94,17 @@ def require(config: PreTrainedConfig, name: str, field: str, supported: Collecti
 
 
 def activation(config: PreTrainedConfig, name: str, field: str) -> str:
-    """The name of the activation in `field`."""
+    """The name of the activation in `field`. Raises ModelError if it is not supported."""
     return str(require(config, name, field, sorted(ACTIVATIONS)))
 
 
 def size(config: PreTrainedConfig, name: str, field: str) -> int:
-    """The value of `field`. Raises ModelError unless it is an integer of 1 up to the largest that a model has."""
+    """The value of `field`. Raises ModelError unless it is an integer from 1 to the limit of the field."""
     return check_size(getattr(config, field, None), name, field)
 
 
 def check_size(value: Any, name: str, field: str) -> int:
-    """`value`, which is that of `field`. Raises ModelError as `size` does."""
+    """`value`, the value of `field`. Raises ModelError like `size`."""
     most = _MOST.get(field, _LARGEST_SIZE)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ModelError(
@@ -133,13 +133,13 @@ def multiple(name: str, field: str, value: int, of_field: str, of: int) -> None:
 
 
 def dtype_of(config: PreTrainedConfig, name: str) -> torch.dtype:
-    """The dtype of the weights; float32 where the config says nothing. Raises ModelError."""
+    """The dtype of the weights; float32 if the config has none. Raises ModelError."""
     dtype = read_dtype(config.dtype, name)
     return torch.float32 if dtype is None else dtype
 
 
 def read_dtype(value: Any, name: str) -> torch.dtype | None:
-    """The dtype that `value` names, None for "auto" and where nothing is said. Raises ModelError."""
+    """The dtype named by `value`; None for None and "auto". Raises ModelError."""
     if value is None or value == "auto":
         return None
     text = str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else ""
@@ -151,33 +151,31 @@ def read_dtype(value: Any, name: str) -> torch.dtype | None:
 
 
 def token_id(config: PreTrainedConfig, name: str, field: str) -> int | None:
-    """The id in `field`; None where there is none, or one that the vocabulary does not have.
+    """The id in `field`; None if it is absent or not in the vocabulary.
 
-    Raises ModelError for what is not an id.
+    Raises ModelError if it is not an integer.
     """
     ids = token_ids(getattr(config, field, None), name, field, size(config, name, "vocab_size"))
     return ids[0] if ids else None
 
 
 def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, ...]:
-    """The ids in `value`, which is none, one or several. Ids that the vocabulary does not have are left out.
+    """The ids in `value`: None, one id or a list. Ids outside of the vocabulary are left out.
 
-    Raises ModelError for what is not an id.
+    Raises ModelError for an id that is not an integer.
     """
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list | tuple) else (value,)
     for each in ids:
         if not isinstance(each, int) or isinstance(each, bool):
-            raise ModelError(
-                f"{name}: {field} = {shown(value)} is not a token id; give its number in the vocabulary"
-            )
+            raise ModelError(f"{name}: {field} = {shown(value)} is not a token id; it must be an integer")
     return tuple(each for each in ids if 0 <= each < vocab_size)
 
 
 def rope(config: PreTrainedConfig, name: str, head_dim: int) -> RopeSpec:
-    """The RoPE of heads of `head_dim` values. Raises ModelError for parameters that cannot be used."""
-    config = copy.deepcopy(config)  # its parameters are completed in place below
+    """The RoPE for heads of `head_dim` values. Raises ModelError for invalid parameters."""
+    config = copy.deepcopy(config)  # the parameters are completed in place below
     given = config.rope_parameters or {}
     if not isinstance(given, dict):
         raise ModelError(f"{name}: rope_parameters = {shown(given)} is not supported; expected an object")
@@ -188,10 +186,10 @@ def rope(config: PreTrainedConfig, name: str, head_dim: int) -> RopeSpec:
         part = given["partial_rotary_factor"]
         raise ModelError(f"{name}: partial_rotary_factor = {shown(part)} is not supported; supported: 1.0")
     try:
-        config.standardize_rope_params()  # lengths and theta that are stated outside of the parameters
+        config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
         return rope_spec(config.rope_parameters, head_dim, config.max_position_embeddings)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         parameters = config.rope_parameters
         raise ModelError(
-            f"{name}: rope_parameters = {shown(parameters)} cannot be used: {shown(error)}"
+            f"{name}: rope_parameters = {shown(parameters)} is invalid: {shown(error)}"
         ) from error

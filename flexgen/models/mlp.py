@@ -1,4 +1,4 @@
-"""The feed-forward half of a transformer layer, plain or gated, with its norm and its residual add."""
+"""The feed-forward half of a transformer layer, plain or gated, with its norm and residual connection."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MLP(TransformerLayer):
         return self.transform(x, weights)
 
     def transform(self, x: Tensor, weights: Weights) -> Tensor:
-        """`forward`, which needs nothing of its context."""
+        """`forward` without a context, which it does not need."""
         tokens = x.shape[0] * x.shape[1]
         if tokens <= self.spec.chunk_tokens:
             return self._transform(x, weights)
@@ -76,10 +76,10 @@ class MLP(TransformerLayer):
         norm = norm_workspace(layer.mlp_norm, spec.hidden_size, tokens, dtype)
         up = workspaces.product(tokens, mlp.size, spec.hidden_size, dtype)
         down = workspaces.product(tokens, spec.hidden_size, mlp.size, dtype)
-        # Of the inner width: gate and up, or what goes into an activation and what comes out, unless it overwrites.
+        # Tensors of the inner width: gate and up, or input and output of an activation that is not in place.
         inner = ffn if mlp.activation in IN_PLACE and not mlp.gated else 2 * ffn
         normed = hidden if layer.pre_norm else 0
         after = down if layer.pre_norm else max(down, norm)
         most = max(norm, normed + inner + up, normed + ffn + hidden + after)
-        # In chunks, the result of the whole is beside them.
+        # With chunks, the whole result is allocated too.
         return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)

@@ -1,4 +1,4 @@
-"""The calculations of the layers, in plain torch: they run on every device and know no layer."""
+"""The operations of the layers in plain torch. They run on every device."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
-"""By the names that configurations use. Each may overwrite its argument."""
+"""Activation functions by the names in configs. They may overwrite their argument."""
 
 IN_PLACE = frozenset({"relu", "silu", "swish"})
-"""Those that do overwrite it, and so take no memory."""
+"""The activations that overwrite their argument, and so allocate no memory."""
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -39,7 +39,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm over the last dimension, in float32; up to the weight as in transformers, on a GPU with it."""
+    """RMS norm over the last dimension in float32, like transformers. The product with the weight is too on a GPU."""
     if x.is_cuda:  # one launch
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = x.float()
@@ -65,9 +65,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin for `apply_rope`, each (batch, 1, seq, head_dim / 2) in `dtype`.
 
-    Where the frequencies depend on the length, it is the largest position of the batch plus one, over all rows,
-    as in transformers: `length`, which must be given where `positions` are a part of the batch's. It stays on
-    the device: no synchronisation.
+    length: for frequencies that depend on the length, the largest position of all rows of the batch plus one, as in
+    transformers. Give it if `positions` are only a part of the batch. It stays on the device, without a
+    synchronisation.
     """
     if length is None and rope.kind in ("dynamic", "longrope"):
         length = positions.max() + 1
@@ -93,7 +93,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
-    """What `rotate_token` takes, (batch, 4, 1, head_dim / 2), from `rope_tables` of one position for each row."""
+    """The factors of `rotate_token`, (batch, 4, 1, head_dim / 2), from `rope_tables` of one position per row."""
     return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
 
 
@@ -110,24 +110,24 @@ def rotate_token(q: Tensor, k: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]
 
 
 MASK_VALUES = 1 << 20
-"""Largest mask that is made where queries stand at the end of their keys: 4 MiB in float32. At 16k keys that is 64
+"""The largest attention mask, for queries at the end of their keys: 4 MiB in float32. With 16k keys, this is 64
 queries of every head at once."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scale: float) -> Tensor:
-    """Attention of the prompt's tokens, or of its last ones, over the prompt.
+    """Causal attention of the tokens of a prompt, or of its last tokens, over the prompt.
 
-    q (batch, heads, queries, head_dim), of the last of the seq tokens; k and v (batch, kv_heads, seq, head_dim);
-    `starts[row]` is the number of padding positions at the left of the row, None for none. Returns (batch, heads,
-    queries, head_dim), zero at padding positions.
+    q (batch, heads, queries, head_dim) has the last of the seq tokens; k and v are (batch, kv_heads, seq, head_dim).
+    starts[row] is the number of padding positions at the left of the row; None if there is no padding. Returns
+    (batch, heads, queries, head_dim), zero at padding positions.
 
-    Padding needs no mask: neighbouring rows with the same start run together on their slice without it. Slices
-    are views: rows sorted by length make the fewest calls. Scores (queries, seq) are never built in memory.
+    Padding needs no mask: adjacent rows with the same start run together on a slice without the padding. Slices are
+    views, so rows sorted by length need the fewest calls. The scores (queries, seq) are never stored in memory.
     """
     batch, heads, queries, head_dim = q.shape
     if starts is None or not any(starts):
         return _causal(q, k, v, scale)
-    # Laid out by token, so that merging the heads afterwards is a view.
+    # Token-major, so that merging the heads afterwards is a view.
     out = q.new_zeros(batch, queries, heads, head_dim).transpose(1, 2)
     before = k.shape[2] - queries
     begin = 0
@@ -148,22 +148,22 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _attend_last(q, k, v, scale)
     # `enable_gqa` falls back to full score matrices on CUDA in float32.
     if batch == 1:
-        # The heads of a group see one view of their K and V.
+        # The heads of a group share one view of their K and V.
         shape = (kv_heads, heads // kv_heads, keys, head_dim)
         k, v = (x.transpose(0, 1).expand(shape) for x in (k, v))
         return _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scale).flatten(0, 1).unsqueeze(0)
-    # Copies are small beside the attention, and one call serves all rows.
+    # The copies are small compared to the attention, and one call serves all rows.
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     return _attend_last(q, k, v, scale)
 
 
 def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The queries are those of the last keys, and heads of both are as many."""
+    """Causal attention with equal numbers of heads, for the queries of the last keys."""
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    # Here torch's `is_causal` would align the first query with the first key. A mask of few queries is small,
-    # whatever the length, and kernels that take one do not build scores either.
+    # `is_causal` would align the first query with the first key here, so use a mask. For few queries it is small at
+    # any length, and kernels with a mask do not store the scores either.
     out = torch.empty_like(q)
     step = max(MASK_VALUES // keys, 1)
     for begin in range(0, queries, step):

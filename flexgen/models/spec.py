@@ -1,4 +1,4 @@
-"""What a model is, as pure data: a family's function turns a configuration into a `ModelSpec`."""
+"""The description of a model as plain data. A family's `to_spec` converts a config to a `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary positions: angle of pair `j` at position `p` is `p * inv_freq[j]`.
+    """Rotary positions: the angle of pair `j` at position `p` is `p * inv_freq[j]`.
 
-    `inv_freq` holds head_dim / 2 values; cos and sin are multiplied by `scaling`. Two kinds depend on the
-    length of the sequence: `dynamic` recomputes the base beyond `original_max_positions`, `longrope`
-    switches to `long_inv_freq` beyond it.
+    `inv_freq` has head_dim / 2 values; cos and sin are multiplied by `scaling`. Two kinds depend on the length of the
+    sequence: beyond `original_max_positions`, `dynamic` recomputes the base, and `longrope` uses `long_inv_freq`.
     """
 
     kind: str
@@ -30,7 +29,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm over the hidden size. `affine`: it has a weight, and a layer norm a bias too."""
+    """A norm over the hidden size. `affine`: it has a weight and, for a layer norm, a bias."""
 
     kind: Literal["layernorm", "rmsnorm"]
     eps: float
@@ -38,7 +37,7 @@ class NormSpec:
 
 
 class CacheShape(NamedTuple):
-    """What a layer keeps of each token: a key and a value of `head_dim` values for each of `kv_heads`."""
+    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads."""
 
     kv_heads: int
     head_dim: int
@@ -46,10 +45,10 @@ class CacheShape(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention. `heads` is a multiple of `kv_heads`; without `rope` queries and keys are not rotated.
+    """Self-attention. `heads` is a multiple of `kv_heads`. Without `rope`, queries and keys are not rotated.
 
-    `window`: how many tokens a query attends to, itself included. None is all of them, and the only value that the
-    layers compute today.
+    window: the number of tokens that a query attends to, including itself. None, the only value that the layers
+    support today, is all tokens.
     """
 
     heads: int
@@ -75,7 +74,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """A feed-forward network of inner width `size`; `gated`: the activation of one product scales another."""
+    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another."""
 
     size: int
     activation: str
@@ -87,7 +86,7 @@ class MLPSpec:
 class LayerSpec:
     """One transformer layer: its attention, its MLP and the norm of each.
 
-    Two layers with equal specs have the same weight shapes, take the same memory and cost the same.
+    Two layers with equal specs have the same weight shapes, memory and cost.
     """
 
     attention: AttentionSpec
@@ -95,18 +94,18 @@ class LayerSpec:
     attention_norm: NormSpec
     mlp_norm: NormSpec
     pre_norm: bool = True
-    """True: norm before attention and MLP. False: after the residual add (opt-350m)."""
+    """True: norms before attention and MLP. False: norms after the residual connection (opt-350m)."""
 
 
 Names = Mapping[str, tuple[str, ...]]
-"""Where a family's checkpoints keep each module ("q", "mlp_norm", "head"): the names that it may have, in the order
-in which they are tried. `{i}` stands for the index of the layer."""
+"""The names in a family's checkpoints for each module ("q", "mlp_norm", "head"), in the order in which they are
+tried. `{i}` is the index of the layer."""
 
 
 def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """`Names` of modules that are stored under one of several prefixes.
+    """`Names` for modules that are stored with one of several prefixes.
 
-    Checkpoints are saved from the model with its LM head, or from the bare decoder.
+    A checkpoint can be saved from the model with its LM head or from the bare decoder.
     """
     return {module: tuple(prefix + name for prefix in prefixes) for module, name in names.items()}
 
@@ -115,8 +114,8 @@ def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tup
 class WeightSpec:
     """One tensor of one layer.
 
-    `name` is the name inside the layer ("q.weight"); `sources` are the names it may have in a checkpoint,
-    the first that is found counts.
+    `name` is the name inside the layer ("q.weight"). `sources` are the possible names in a checkpoint; the first one
+    that exists is used.
     """
 
     name: str
@@ -125,17 +124,17 @@ class WeightSpec:
 
     @property
     def encodable(self) -> bool:
-        """Whether a codec may round it: not a table of positions, whose rows are added as they are."""
+        """Whether a codec may round it. A table of positions is not encoded, because its rows are added directly."""
         return self.name != "positions.weight"
 
     @property
     def looked_up(self) -> bool:
-        """Whether it is a table whose rows are taken by number, not a matrix that is multiplied."""
+        """Whether it is a table for lookups by index, not a matrix for products."""
         return self.name in ("embed.weight", "positions.weight")
 
     @property
     def key(self) -> str:
-        """Identity over the whole model: a tied head and the embedding have the same key."""
+        """The identity of the tensor in the model. A tied head and the embedding have the same key."""
         return self.sources[0]
 
     @property
@@ -148,7 +147,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer: its layers, what is outside of them, and checkpoint names."""
+    """A decoder-only transformer: its layers, the parts outside of them, and the names in checkpoints."""
 
     name: str
     family: str
@@ -159,10 +158,10 @@ class ModelSpec:
     hidden_size: int
     vocab_size: int
     max_positions: int
-    """Length of a text that the model is made for: the rows of a learned table of positions, or the context that
-    the scaling of rotary positions gives."""
+    """The longest text that the model was made for: the rows of a learned table of positions, or the context length
+    with the scaling of the rotary positions."""
     embed_size: int
-    """Width of the token embedding and of the LM head, projected where it is not `hidden_size`."""
+    """The width of the token embedding and the LM head. They are projected if it is not `hidden_size`."""
 
     bos_token_id: int | None
     pad_token_id: int | None
@@ -175,12 +174,12 @@ class ModelSpec:
     positions: Literal["learned", "rope"] = "rope"
     """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
     position_offset: int = 0
-    """Rows of a learned position table that come before position 0."""
+    """The number of rows before position 0 in a learned table of positions."""
 
     chunk_tokens: int = 4096
-    """Tokens that a layer computes at once, which bounds what it allocates for a long prompt. Products reach
-    their full rate with some hundreds of rows on a CPU (benchmarks/host_linear.py) and with some thousands on a
-    GPU, so more would only take memory."""
+    """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products
+    reach full speed with a few hundred rows on a CPU (benchmarks/host_linear.py) and a few thousand on a GPU, so more
+    tokens would only use more memory."""
 
     @property
     def num_layers(self) -> int:
@@ -188,7 +187,7 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """Positions that can be computed: the rows of a learned table. Rotary positions have no end."""
+        """The maximum number of positions: the rows of a learned table, or infinite for rotary positions."""
         return self.max_positions if self.positions == "learned" else math.inf
 
     @property
@@ -196,9 +195,9 @@ class ModelSpec:
         return self.embed_size != self.hidden_size
 
     def first_layers(self, count: int) -> ModelSpec:
-        """The model without its layers from number `count` on."""
+        """The model with only its first `count` layers."""
         return replace(self, layers=self.layers[:count])
 
     def sources(self, module: str, index: int | None = None) -> tuple[str, ...]:
-        """Full names of `module` (of layer `index`), in the order in which they are tried."""
+        """The full names of `module` (in layer `index`), in the order in which they are tried."""
         return tuple(name.format(i=index) for name in self.names[module])

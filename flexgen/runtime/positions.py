@@ -1,4 +1,4 @@
-"""What a forward pass keeps of every position: logits, and the hidden states behind each transformer layer."""
+"""The results of a forward pass at every position: logits, and the hidden states after each transformer layer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.models.mlp import MLP
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
+from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import Prompts
 
@@ -60,10 +61,11 @@ class _Kept:
         self._staging = staging
         self._there: dict[int, Tensor] = {}  # by slot
 
-    def keep(self, slot: int, values: Tensor) -> None:
-        self._there[slot] = values
+    def keep(self, cell: BoundCell, values: Tensor) -> None:
+        self._there[cell.slot] = values
 
-    def store(self, batch: int, slot: int) -> Chains:
+    def store(self, cell: BoundCell) -> Chains:
+        batch, slot = cell.batch, cell.slot
         if self._device.shares_host_memory:
             return ((Stage(LaneName.HOST, partial(self._copy, batch, slot)),),)
         stages: list[Stage] = []
@@ -115,7 +117,7 @@ class _Kept:
         return self._target[n, columns]
 
     def _values(self, batch: int, slot: int, row: int) -> Tensor:
-        """Of a row, without its padding, on the device."""
+        """The values of a row, without its padding, on the device."""
         values = self._there[slot][row]
         return values[len(values) - len(self._kept(batch, row)) :]
 
@@ -136,21 +138,21 @@ class AllPositions:
         """Give the staging buffers back."""
         self._taken.close()
 
-    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
-        if layer in self._hidden:
-            self._hidden[layer].keep(slot, hidden)
+    def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
+        if cell.layer in self._hidden:
+            self._hidden[cell.layer].keep(cell, hidden)
 
-    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
-        return self._hidden[layer].store(batch, slot) if layer in self._hidden else ()
+    def store_hidden(self, cell: BoundCell) -> Chains:
+        return self._hidden[cell.layer].store(cell) if cell.layer in self._hidden else ()
 
     def wants_hidden(self, layer: int) -> bool:
         return layer in self._hidden
 
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._logits.keep(slot, logits)
+    def keep(self, cell: BoundCell, logits: Tensor) -> None:
+        self._logits.keep(cell, logits)
 
-    def store(self, token: int, batch: int, slot: int) -> Chains:
-        return self._logits.store(batch, slot)
+    def store(self, cell: BoundCell) -> Chains:
+        return self._logits.store(cell)
 
     def following(self, token: int) -> None:
         return None
@@ -160,9 +162,8 @@ class Forward:
     """The results of a forward pass, block by block, in host memory and in the dtype of the computation.
 
     `logits` (prompts, width, vocab), of the last position alone (prompts, 1, vocab). `hidden`: (prompts, width,
-    hidden) in transformers' order: embeddings, what each transformer layer but the last gives, and what the LM
-    head multiplies, which is the last layer's behind the final norm (and behind the projection that OPT-350m
-    has). All are zero in the padding.
+    hidden) in transformers' order: embeddings, the result of each transformer layer but the last, and the input of
+    the LM head's product, which is the last layer's result after the final norm (and the projection of OPT-350m). All are zero in the padding.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Forward:
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
-    """Of the layers whose results are hidden states in transformers' sense, by number: their width."""
+    """The width of the hidden states of each layer, by number, where transformers returns the layer's result."""
     spec, head = layers[0].spec, len(layers) - 1
     whole = [j for j, layer in enumerate(layers) if isinstance(layer, MLP)]
     if not whole:  # attention and MLP are one layer
@@ -230,7 +231,7 @@ def hidden_needs(
     topology: Topology,
     policy: Policy,
 ) -> list[Need]:
-    """What the hidden states take: in host memory, and of `cells` batches while they leave the device."""
+    """The needs of the hidden states: in host memory, and of `cells` batches while they leave the device."""
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, and the checkpoints of other houses that carry its model_type."""
+"""Llama 1, 2 and 3, and third-party checkpoints with model_type "llama"."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ NAMES = prefixed(
 
 
 def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
-    """The spec of a Llama config. Raises ModelError for what the layers do not compute."""
+    """The spec of a Llama config. Raises ModelError for a field that the layers do not support."""
     fields.check_neutral(config, name)
     hidden_size, head_dim = (fields.size(config, name, f) for f in ("hidden_size", "head_dim"))
     num_heads, num_kv_heads = (
         fields.size(config, name, f) for f in ("num_attention_heads", "num_key_value_heads")
     )
     fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
-    fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
+    fields.multiple(name, "head_dim", head_dim, "the size of a rotary pair", 2)
     rope = fields.rope(config, name, head_dim)
     norm = NormSpec("rmsnorm", fields.number(config, name, "rms_norm_eps"))
     bias = fields.flag(config, name, "attention_bias")
@@ -79,9 +79,9 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
 
 
 def _context(stated: int, rope: RopeSpec) -> int:
-    """Positions of the context that the scaling gives.
+    """The context length with the scaling of the rotary positions.
 
-    `stated` is the config's max_position_embeddings. It is the length before scaling in a config that has no
-    original_max_position_embeddings; in others it usually is the length after scaling.
+    `stated` is the config's max_position_embeddings. In a config without original_max_position_embeddings it is the
+    length before scaling; in others it is usually the length after scaling.
     """
     return max(stated, math.floor(rope.original_max_positions * rope.factor))

@@ -1,4 +1,4 @@
-"""OPT, and what was built on its shape: OPT-IML and Galactica."""
+"""OPT, and the models with the same architecture: OPT-IML and Galactica."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def known_size(model: str) -> str | None:
 
 
 def known_config(size: str) -> OPTConfig:
-    """The configuration of a key of `SIZES`, made without a network."""
-    from transformers import OPTConfig  # takes seconds, and a model on disk has a config of its own
+    """The config for a key of `SIZES`, created without network access."""
+    from transformers import OPTConfig  # takes seconds to import, and a model on disk has its own config
 
     num_layers, num_heads, hidden_size = SIZES[size]
     small = size == "opt-350m"
@@ -67,7 +67,7 @@ def known_config(size: str) -> OPTConfig:
 
 
 def to_spec(config: OPTConfig, name: str) -> ModelSpec:
-    """The spec of an OPT config. Raises ModelError for what the layers do not compute."""
+    """The spec of an OPT config. Raises ModelError for a field that the layers do not support."""
     fields.check_neutral(config, name)
     hidden_size, num_heads = (fields.size(config, name, f) for f in ("hidden_size", "num_attention_heads"))
     fields.multiple(name, "hidden_size", hidden_size, "num_attention_heads", num_heads)
@@ -105,7 +105,7 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
         bos_token_id=fields.token_id(config, name, "bos_token_id"),
         pad_token_id=fields.token_id(config, name, "pad_token_id"),
         eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
-        # The config's own field, with its underscore: checkpoints tuned before transformers 4.20.1 have none.
+        # A private field of the config: checkpoints fine-tuned before transformers 4.20.1 have no final norm.
         final_norm=norm if pre_norm and not fields.flag(config, name, "_remove_final_layer_norm") else None,
         tied_head=fields.flag(config, name, "tie_word_embeddings"),
         positions="learned",
