@@ -98,7 +98,7 @@ class CacheSegment:
         return self.heads.workspace_bytes(heads, max(new, self.page_tokens))
 
     def extending_bytes(self) -> int:
-        """Temporary bytes, for one row, of attention of several tokens after cached ones: pages joined, and decoded."""
+        """Temporary bytes of one row, for attention of several tokens after cached ones: pages joined and decoded."""
         tokens = self.pages * self.page_tokens
         joined = 2 * self.kv_heads * tokens * self.heads.nbytes if self.pages > 1 else 0
         return joined + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)

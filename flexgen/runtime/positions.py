@@ -163,7 +163,8 @@ class Forward:
 
     `logits` (prompts, width, vocab), of the last position alone (prompts, 1, vocab). `hidden`: (prompts, width,
     hidden) in transformers' order: embeddings, the result of each transformer layer but the last, and the input of
-    the LM head's product, which is the last layer's result after the final norm (and the projection of OPT-350m). All are zero in the padding.
+    the LM head's product, which is the last layer's result after the final norm (and the projection of OPT-350m). All
+    are zero in the padding.
     """
 
     def __init__(

@@ -359,7 +359,8 @@ class WholeCallTokens(NewTokens):
 def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, topology: Topology) -> list[Need]:
     """The needs of `WholeCallTokens` and a choice to choose for all rows at once.
 
-    They are the logits as the batches leave them, in one tensor, in float32, and as processed, and the memory of drawing.
+    They are the logits as the batches leave them, in one tensor, in float32 and as processed, and the memory of
+    drawing.
     """
     each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
     nbytes = rows * vocab * each + choice_bytes(rows, vocab)
