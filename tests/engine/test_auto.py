@@ -150,7 +150,7 @@ def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(sea
         expected = plain.generate(ids, 6, stop=())
         for _ in range(2):
             assert (model.generate(ids, 6, stop=()) == expected).all()
-        assert model.stats.policy.block_size > 1  # of the call, not of the opening
+        assert model.stats.policy.block_size > 1  # the policy of the call, not of the opening
         assert model.stats.policy.weights == model.policy.weights
         assert sum(model.lane_seconds(ids, 6)[phase] != {} for phase in ("prefill", "decode")) == 2
         assert model.forward(ids).shape == (8, 60, 96)
