@@ -1,4 +1,4 @@
-"""Encoded heads: what lies in a page, and attention over it against float64 over the values that it stands for."""
+"""Encoded heads: the contents of a page, and attention over it compared with float64 over the decoded values."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, n
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(groupwise, "announce", lambda: False)
-        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # as a layer's heads lie
+        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
         parts = list(form.decode(kept, tokens, torch.float32))
     assert kept.shape == (rows, 2, tokens, form.width)
     assert kept.dtype is torch.uint8 and kept.is_contiguous()
