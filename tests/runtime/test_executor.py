@@ -308,7 +308,7 @@ def test_an_interrupt_inside_an_inline_job(name):
 
 
 class OpenedByCancel(ThreadLane):
-    """Lets a job go on once the lane is told to drop what follows."""
+    """Lets a job continue once the lane is asked to drop the jobs behind it."""
 
     def __init__(self, name, opened):
         super().__init__(name)
@@ -357,7 +357,7 @@ def test_steps_are_named_by_the_tokens_of_the_call():
 
 
 def test_a_run_ends_when_all_of_its_last_token_has_been_issued():
-    """The cache of that token is gone on with, so an order that stores it late must not lose it."""
+    """A later call continues from the cache of that token, so an order that stores it late must not lose it."""
     grid = Grid(3, layers=3, batches=1, cell_slots=3)
     late, head = Step(Op.STORE_CACHE, 0, 2, 0), Step(Op.COMPUTE, 1, 0, 0)
     steps = [step for step in ORDERS["overlap_single_batch"](grid) if step != late]
