@@ -25,7 +25,7 @@ FAST = (
     "flex_opt/test_places.py", "flex_opt/test_policy.py", "hf/test_id_cache.py",
     "hf/test_max_memory.py",
 )  # fmt: skip
-"""Of these the ones that it runs."""
+"""Files that match a pattern of SLOW and are run nevertheless."""
 
 
 def is_slow(path: Path) -> bool:
