@@ -14,9 +14,6 @@ from flexgen.units import align
 MASK_ALIGNMENT = 16
 """Values between the rows of a mask: of others torch makes an aligned copy in each call."""
 
-JOINED_BYTES = 1 << 28
-"""Of pages that are joined at once on a GPU. It copies them in far less time than they have taken over the link."""
-
 
 def decode_attention(
     q: Tensor,
@@ -82,26 +79,20 @@ def attend_in_torch(
 
 
 def attend_fused(
-    q: Tensor,
-    pages: Pages,
-    length: int,
-    hidden: Tensor | None,
-    scale: float,
-    form: HeadFormat,
-    joined_bytes: int | None = None,
+    q: Tensor, pages: Pages, length: int, hidden: Tensor | None, scale: float, form: HeadFormat
 ) -> Tensor:
     """The same on a GPU, by torch's fused attention: few launches at any length.
 
     `hidden`: `hidden_positions` in the type of q, of at least `length` positions; None for no padding. Query heads
     that share a K/V head are queries of one head, so that keys are not expanded. Several pages are joined first, for
-    as many rows at once as `joined_bytes` (`JOINED_BYTES`) allows; `form` bounds the rows that are decoded at once.
+    as many rows at once as `joined_bytes` of `form` allows, and encoded ones decoded for as many as `form` takes.
     """
     rows, heads, _, head_dim = q.shape
     keys = pages[0][0]
     kv_heads = keys.shape[1]
     query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     outs = []
-    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages, joined_bytes or JOINED_BYTES)), 1)
+    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages, form.joined_bytes)), 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         mask = None if hidden is None else hidden[part, :, :, :length]
@@ -124,9 +115,9 @@ def _rows_to_join(pages: Pages, joined_bytes: int) -> int:
     return rows if len(pages) == 1 else joined_bytes * rows // max(nbytes, 1)
 
 
-def join_bytes(rows: int, nbytes: int) -> int:
-    """What `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
-    return max(min(nbytes, JOINED_BYTES), nbytes // max(rows, 1))
+def join_bytes(rows: int, nbytes: int, form: HeadFormat) -> int:
+    """Bytes that `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
+    return max(min(nbytes, form.joined_bytes), nbytes // max(rows, 1))
 
 
 def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,9 @@ class HeadFormat(ABC):
 
     head_dim: int
     dtype: torch.dtype
+    joined_bytes: ClassVar[int] = 1 << 28
+    """Bytes of pages that are joined at once on a GPU, where a copy takes far less time than the transfer over the
+    link."""
 
     @property
     @abstractmethod

@@ -229,16 +229,21 @@ def test_starts_that_do_not_fit_are_refused(variant, starts):
         decode_attention(case.q, case.pages, 4, torch.tensor(starts), 1.0)
 
 
+def joining(form, joined_bytes):
+    """A format like `form` whose pages are joined in smaller parts."""
+    return type("Joining", (form,), {"joined_bytes": joined_bytes})
+
+
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("starts", [None, [0, 5, 2]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
 def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads):
     """What a GPU runs, for two rows at once where rows have to be joined or decoded."""
-    if bits:
-        form = heads_module.GroupwiseHeads(16, bits, 16, gpu_values=2 * 2 * 21 * 16)
-    else:
-        form = heads_module.PlainHeads(16, torch.float32)
     joined = 2 * 2 * kv_heads * 30 * (16 * 4, 12)[bits > 0]
+    if bits:
+        form = joining(heads_module.GroupwiseHeads, joined)(16, bits, 16, gpu_values=2 * 2 * 21 * 16)
+    else:
+        form = joining(heads_module.PlainHeads, joined)(16, torch.float32)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(3, n, tokens, 16, generator=generator)
@@ -248,9 +253,9 @@ def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads):
     begin = None if starts is None else torch.tensor(starts)
     hidden = None if begin is None else hidden_positions(begin, 30, q.dtype)
     expected = attend_in_torch(q, [page], 21, begin, 0.25, form)
-    torch.testing.assert_close(attend_fused(q, [page], 21, hidden, 0.25, form, joined), expected)
+    torch.testing.assert_close(attend_fused(q, [page], 21, hidden, 0.25, form), expected)
     pages = list(zip(*(x.split(10, dim=2) for x in page), strict=True))
-    torch.testing.assert_close(attend_fused(q, pages, 21, hidden, 0.25, form, joined), expected)
+    torch.testing.assert_close(attend_fused(q, pages, 21, hidden, 0.25, form), expected)
 
 
 @relaxed

@@ -233,7 +233,15 @@ def assert_usable(name, grid, lanes):
 
 
 @pytest.mark.parametrize("kinds", [THREADS, INLINE], ids=["threads", "inline"])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "normal",
+        "overlap_cpu_attention",
+        pytest.param("overlap_single_batch", marks=pytest.mark.slow),
+        pytest.param("overlap_multi_batch", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("op", list(Op))
 def test_a_failure_of_any_step_reaches_the_caller(op, name, kinds):
     grid = Grid(tokens=3, layers=2, batches=2, splits_attention=True)
