@@ -32,9 +32,10 @@ demo: .venv/.installed-run
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# Unit tests of every package, to run while you change code. tests/conftest.py lists the slow files.
+# Unit tests of every package, to run while you change code. tests/conftest.py lists the slow files. The empty variable
+# lets Python keep compiled test files: to compile them takes each process some seconds.
 test-fast: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # On a simulated GPU, without a GPU or a driver: the tests marked gpu, with correct numbers, and then tests/fakecuda. Most
 # of the latter count launches, waits and bytes, and need no numbers. The tests for races run in processes of their own,

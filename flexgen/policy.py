@@ -343,6 +343,8 @@ class Auto:
     fixed: fields that the search must not change, by name, in any form that `Policy` accepts.
     lossy: allow codecs, which round weights and cache.
     once: use the policy that was found when the model was opened for all calls, even if a call is different.
+    worth: without `once`, a different call is searched for if it is predicted to take more than `worth` times as long
+    as the first search took.
 
     Raises PolicyError for invalid fields.
     """
@@ -350,6 +352,7 @@ class Auto:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     lossy: bool = False
     once: bool = False
+    worth: float = 20.0
 
     def __post_init__(self) -> None:
         policy = Policy.from_dict(self.fixed)

@@ -189,7 +189,7 @@ class Unit(Layer):
 
 @pytest.fixture(scope="session")
 def make_layers() -> Callable[..., tuple[Layer, ...]]:
-    """`make_layers([[3, 500], [7]])`: layers with one-dimensional weights of so many numbers."""
+    """`make_layers([[3, 500], [7]])`: layers with one-dimensional weights of these lengths."""
     spec, _ = open_model("opt-125m", weights="dummy")
 
     def make(sizes: list[list[int]]) -> tuple[Layer, ...]:

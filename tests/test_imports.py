@@ -1,4 +1,4 @@
-"""The cost of imports: slow libraries are loaded only when they are needed."""
+"""What an import costs: libraries that take seconds are loaded when something needs them, not before."""
 
 from __future__ import annotations
 
@@ -8,41 +8,49 @@ import sys
 import pytest
 
 HEAVY = ("scipy.optimize", "transformers")
-
-
-def loaded_by(code: str, names: tuple[str, ...]) -> list[str]:
-    """Modules of these names, or below them, that a new process has loaded after `code`."""
-    show = f"print([m for m in sys.modules if m.startswith({tuple(f'{n}.' for n in names)}) or m in {names}])"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; {show}"], capture_output=True, text=True, check=True
-    )
-    found: list[str] = eval(done.stdout.splitlines()[-1])
-    return found
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import flexgen",
-        "from flexgen import OptLM, Policy, Workload",
-        "import flexgen.engine.model, flexgen.search.find, flexgen.probe.measured",
-        "import flexgen.bench, flexgen.complete, flexgen.batch, flexgen.simulate, flexgen.measure, flexgen.tune",
-    ],
-)
-def test_an_import_loads_neither_transformers_nor_scipy(code: str) -> None:
-    assert loaded_by(code, HEAVY) == []
-
-
-def test_the_check_finds_loaded_modules() -> None:
-    assert "scipy.optimize" in loaded_by("import scipy.optimize", HEAVY)
-
-
-def test_opening_a_model_loads_no_modelling_file() -> None:
-    code = (
+# One process runs all stages in this order, so that torch loads once. The last two load what the others must not.
+STAGES = {
+    "package": "import flexgen",
+    "names": "from flexgen import OptLM, Policy, Workload",
+    "engine": "import flexgen.engine.model, flexgen.search.find, flexgen.probe.measured",
+    "commands": (
+        "import flexgen.bench, flexgen.complete, flexgen.batch; "
+        "import flexgen.simulate, flexgen.measure, flexgen.tune"
+    ),
+    "model": (
         "from transformers import LlamaConfig; from flexgen.models import open_model; "
         "config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1); "
         "spec, _ = open_model(config, 'dummy')"
+    ),
+    "scipy": "import scipy.optimize",
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The names of all modules that a new process has loaded after each stage."""
+    lines = ["import sys"]
+    for code in STAGES.values():
+        lines += [code, "print(*sys.modules)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
     )
-    loaded = loaded_by(code, ("transformers",))
-    assert "transformers.models.llama.configuration_llama" in loaded
-    assert not [name for name in loaded if "modeling_llama" in name or "modeling_opt" in name]
+    return dict(zip(STAGES, map(str.split, done.stdout.splitlines()), strict=True))
+
+
+def heavy(modules: list[str]) -> list[str]:
+    return [m for m in modules if m in HEAVY or m.startswith(tuple(f"{name}." for name in HEAVY))]
+
+
+@pytest.mark.parametrize("stage", ["package", "names", "engine", "commands"])
+def test_an_import_loads_neither_transformers_nor_scipy(stage: str, loaded: dict[str, list[str]]) -> None:
+    assert heavy(loaded[stage]) == []
+
+
+def test_the_check_finds_loaded_modules(loaded: dict[str, list[str]]) -> None:
+    assert "scipy.optimize" in heavy(loaded["scipy"])
+
+
+def test_opening_a_model_loads_no_modelling_file(loaded: dict[str, list[str]]) -> None:
+    assert "transformers.models.llama.configuration_llama" in loaded["model"]
+    assert not [name for name in loaded["model"] if "modeling_llama" in name or "modeling_opt" in name]

@@ -4,8 +4,6 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "flexgen"
 
 # Lowest first. A module imports from lower layers and from its own room (a folder is one room), never from
@@ -35,9 +33,10 @@ FLAGS = {
 MAX_LINES = 400
 OLD_NAMES = Path("flex_opt/old_names")
 
-FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in FILES}
-each_file = pytest.mark.parametrize("path", SOURCES, ids=str)
+SOURCES = {
+    path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {path: ast.parse(source) for path, source in SOURCES.items()}
 
 
 def room(path):
@@ -51,33 +50,60 @@ def layer(name):
     return found[0]
 
 
-def imported(tree):
-    """Full names of all imports below `tree`: (line, "flexgen.memory.disk.DiskIO")."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: write the import with its full name"
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+def imports(path, node):
+    """The imports anywhere below `node`: ("memory/disk.py:12", "flexgen.memory.threads.start")."""
+    for below in ast.walk(node):
+        if isinstance(below, ast.Import):
+            yield from ((f"{path}:{below.lineno}", alias.name) for alias in below.names)
+        elif isinstance(below, ast.ImportFrom):
+            # "." marks a relative import, which names no layer.
+            module = "." * below.level + (below.module or "")
+            yield from ((f"{path}:{below.lineno}", f"{module}.{alias.name}") for alias in below.names)
 
 
-def own(tree):
-    return [(line, name) for line, name in imported(tree) if name.split(".")[0] == "flexgen"]
+IMPORTS = {path: list(imports(path, tree)) for path, tree in TREES.items()}
 
 
-@each_file
-def test_imports_point_down(path):
-    for line, name in own(ast.parse(SOURCES[path])):
-        target = name.split(".")[1] if "." in name else "__init__"
-        allowed = target == room(path) or layer(target) < layer(room(path))
-        assert allowed, f"{path}:{line}: {room(path)} must not import {name}"
+def top(name):
+    return name.split(".")[0]
 
 
-@each_file
-def test_imports_of_flexgen_stand_at_the_top(path):
-    for node in ast.walk(ast.parse(SOURCES[path])):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert not own(node), f"{path}: {node.name} imports {own(node)} inside its body"
+def flexgen_imports(path):
+    return [(where, name) for where, name in IMPORTS[path] if top(name) == "flexgen"]
+
+
+def test_imports_give_full_names():
+    wrong = [where for path in TREES for where, name in IMPORTS[path] if name.startswith(".")]
+    assert wrong == [], "write these imports with their full names"
+
+
+def test_every_module_has_a_layer():
+    missing = {room(path) for path in TREES} - set().union(*LAYERS)
+    assert not missing, "add these to LAYERS"
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{where}: {room(path)} must not import {name}"
+        for path in TREES
+        for where, name in flexgen_imports(path)
+        for target in [name.split(".")[1] if "." in name else "__init__"]
+        if target != room(path) and layer(target) >= layer(room(path))
+    ]
+    assert wrong == []
+
+
+def test_imports_of_flexgen_stand_at_the_top():
+    wrong = [
+        f"{where}: {node.name} imports {name} inside its body"
+        for path, tree in TREES.items()
+        if flexgen_imports(path)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for where, name in imports(path, node)
+        if top(name) == "flexgen"
+    ]
+    assert wrong == []
 
 
 # Where modules of flexgen are imported by a name that is not in the source: parts of the package that load when they
@@ -92,37 +118,60 @@ BY_NAME = {
 }
 
 
-@each_file
-def test_few_files_import_flexgen_by_a_computed_name(path):
-    for node in ast.walk(ast.parse(SOURCES[path])):
+def imports_by_name(tree):
+    """Calls of import_module and __import__ whose module is not a constant outside flexgen."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
             "import_module",
             "__import__",
         ):
             name = node.args[0]
-            foreign = isinstance(name, ast.Constant) and name.value.split(".")[0] != "flexgen"
-            assert foreign or path.as_posix() in BY_NAME, f"{path}:{node.lineno}: import it at the top"
+            if not isinstance(name, ast.Constant) or top(name.value) == "flexgen":
+                yield node
 
 
-@each_file
-def test_low_layers_do_without_torch(path):
-    if room(path) in WITHOUT_TORCH or path in FLAGS:
-        heavy = [name for _, name in imported(ast.parse(SOURCES[path])) if name.split(".")[0] == "torch"]
-        assert not heavy, f"{path} imports {heavy}"
+def test_few_files_import_flexgen_by_a_computed_name():
+    wrong = [
+        f"{path}:{call.lineno}: import it at the top"
+        for path, tree in TREES.items()
+        if path.as_posix() not in BY_NAME and "import" in SOURCES[path]
+        for call in imports_by_name(tree)
+    ]
+    assert wrong == []
 
 
-@each_file
-def test_files_are_short_and_well_named(path):
-    if OLD_NAMES in path.parents:  # the modules of FlexGen 0.1, for its scripts: imports and no code
-        docstring, *rest = ast.parse(SOURCES[path]).body
-        assert isinstance(docstring, ast.Expr)
-        for node in rest:
-            named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-            assert named or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}: write it elsewhere"
-    else:
-        assert path.name not in ("utils.py", "util.py", "helpers.py", "misc.py")
-    lines = SOURCES[path].count("\n")
-    assert lines <= MAX_LINES, f"{path} has {lines} lines, at most {MAX_LINES}: split it"
+def test_low_layers_do_without_torch():
+    wrong = [
+        f"{where}: imports {name}"
+        for path in TREES
+        if room(path) in WITHOUT_TORCH or path in FLAGS
+        for where, name in IMPORTS[path]
+        if top(name) == "torch"
+    ]
+    assert wrong == []
+
+
+def test_old_names_hold_no_code():
+    """The modules of FlexGen 0.1, for its scripts: imports only."""
+    for path, tree in TREES.items():
+        if OLD_NAMES in path.parents:
+            docstring, *rest = tree.body
+            assert isinstance(docstring, ast.Expr), f"{path} has no docstring"
+            for node in rest:
+                named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+                assert named or isinstance(node, ast.ImportFrom), f"{path}:{node.lineno}: write it elsewhere"
+
+
+def test_files_are_well_named():
+    vague = {"utils.py", "util.py", "helpers.py", "misc.py"}
+    wrong = [str(path) for path in TREES if path.name in vague and OLD_NAMES not in path.parents]
+    assert wrong == []
+
+
+def test_files_are_short():
+    lines = {str(path): source.count("\n") for path, source in SOURCES.items()}
+    long = {path: count for path, count in lines.items() if count > MAX_LINES}
+    assert not long, f"at most {MAX_LINES} lines: split these"
 
 
 def test_the_documentation_shows_the_layers():
@@ -138,18 +187,18 @@ def test_the_root_has_only_commands_and_modules_without_torch():
 
 
 def test_every_folder_is_a_package():
-    folders = {path.parent for path in SOURCES}
-    missing = [str(folder) for folder in folders if folder / "__init__.py" not in SOURCES]
+    folders = {path.parent for path in TREES}
+    missing = [str(folder) for folder in folders if folder / "__init__.py" not in TREES]
     assert not missing, f"no __init__.py in {missing}: an installed flexgen would lack them"
 
 
 def test_no_circular_imports():
     modules = {
-        ".".join(("flexgen", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in SOURCES
+        ".".join(("flexgen", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in TREES
     }
-    graph = {}
-    for module, path in modules.items():
+    graph = {
         # `from flexgen.memory import disk` names a module, `from flexgen.policy import Policy` a part of one.
-        names = [name for _, name in own(ast.parse(SOURCES[path]))]
-        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names}
+        module: {name if name in modules else name.rpartition(".")[0] for _, name in flexgen_imports(path)}
+        for module, path in modules.items()
+    }
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle

@@ -30,10 +30,8 @@ _SPARE = 0.95
 """Share of the measured capacity that is planned with: other processes take some before the weights are placed."""
 
 _FIXED_AT_OPENING = ("weights", "overlap", "sep_layer", "pin_weight")
-_WORTH = 20
-"""A call gets a search of its own if it takes this many times longer than the search did, and if it is unlike the
-workload that was planned."""
 _UNLIKE = 2.0
+"""Lengths or numbers of prompts that differ by a larger factor make a call unlike the planned one."""
 
 
 def usual_workload(spec: ModelSpec) -> Workload:
@@ -138,7 +136,7 @@ class AutoPolicy:
         blocks, before = (-(-w.num_prompts // block) for w in (workload, planned))
         prefill = report.prefill_s * workload.prompt_len / planned.prompt_len
         decode = report.decode_s * workload.gen_len / planned.gen_len
-        return (prefill + decode) * blocks / before > _WORTH * self.search.seconds
+        return (prefill + decode) * blocks / before > self._auto.worth * self.search.seconds
 
     def _again(self, workload: Workload) -> Chosen | None:
         """A policy for `workload` with the weights where they are, or None where there is none."""

@@ -14,9 +14,6 @@ from flexgen.units import align
 MASK_ALIGNMENT = 16
 """Values between the rows of a mask: of others torch makes an aligned copy in each call."""
 
-_JOINED_BYTES = 1 << 28
-"""Of pages that are joined at once on a GPU. It copies them in far less time than they have taken over the link."""
-
 
 def decode_attention(
     q: Tensor,
@@ -88,14 +85,14 @@ def attend_fused(
 
     `hidden`: `hidden_positions` in the type of q, of at least `length` positions; None for no padding. Query heads
     that share a K/V head are queries of one head, so that keys are not expanded. Several pages are joined first, for
-    as many rows at once as `join_bytes` allows, and encoded ones decoded for as many as `form` takes.
+    as many rows at once as `joined_bytes` of `form` allows, and encoded ones decoded for as many as `form` takes.
     """
     rows, heads, _, head_dim = q.shape
     keys = pages[0][0]
     kv_heads = keys.shape[1]
     query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     outs = []
-    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages)), 1)
+    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages, form.joined_bytes)), 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         mask = None if hidden is None else hidden[part, :, :, :length]
@@ -112,15 +109,15 @@ def join(pages: Pages, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     return torch.cat([k[rows] for k, _ in pages], dim=2), torch.cat([v[rows] for _, v in pages], dim=2)
 
 
-def _rows_to_join(pages: Pages) -> int:
+def _rows_to_join(pages: Pages, joined_bytes: int) -> int:
     rows = max(len(pages[0][0]), 1)
     nbytes = sum(k.nbytes + v.nbytes for k, v in pages)
-    return rows if len(pages) == 1 else _JOINED_BYTES * rows // max(nbytes, 1)
+    return rows if len(pages) == 1 else joined_bytes * rows // max(nbytes, 1)
 
 
-def join_bytes(rows: int, nbytes: int) -> int:
-    """What `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
-    return max(min(nbytes, _JOINED_BYTES), nbytes // max(rows, 1))
+def join_bytes(rows: int, nbytes: int, form: HeadFormat) -> int:
+    """Bytes that `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
+    return max(min(nbytes, form.joined_bytes), nbytes // max(rows, 1))
 
 
 def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:

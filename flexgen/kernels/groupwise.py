@@ -19,7 +19,7 @@ _UNIT = 2.0**-24
 """The distance of the smallest numbers of float16."""
 _UNITS = (1 - 2.0**-20) / _UNIT
 """How many units are 1, a little fewer: a rounded product must not exceed the whole number that it stands for."""
-_PIECE = 1 << 19
+PIECE = 1 << 19
 """Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
 _GPU_PIECE = 1 << 28
 """Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their
@@ -143,13 +143,17 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
     packed.values.unflatten(-1, codes.shape[-2:]).copy_(codes)
 
 
-def dequantise_in_torch(packed: Packed, out: Tensor) -> Tensor:
-    """Fill `out`, on any device, with temporaries as in `decode_workspace`."""
+def dequantise_in_torch(packed: Packed, out: Tensor, piece: int | None = None) -> Tensor:
+    """Fill `out`, on any device, with temporaries as in `decode_workspace`.
+
+    `piece`: values decoded at once; by default `PIECE` on a CPU, more on a GPU.
+    """
     groups = packed.scales.shape[-1]
     if not groups:
         return out
     values, target = (x.unflatten(-1, (groups, -1)) for x in (packed.values, out))
-    piece = _PIECE if out.device.type == "cpu" else _GPU_PIECE
+    if piece is None:
+        piece = PIECE if out.device.type == "cpu" else _GPU_PIECE
     _decode_pieces(values, packed.scales, packed.minimums, target, packed.bits, piece)
     return out
 

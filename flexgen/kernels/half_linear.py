@@ -15,10 +15,10 @@ from flexgen.units import MIB, align
 
 _NATIVE_ROWS = 256
 """Rows of x up to which the compiled kernel is at least as fast as the library."""
-_ROWS = 1024
+ROWS = 1024
 """Rows of x that are widened at once."""
-_PIECE_BYTES = 4 * MIB
-"""Of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
+PIECE_BYTES = 4 * MIB
+"""Bytes of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
 _TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
 """As in cpp/tiles.h: x is laid out for whole tiles of rows, with some floats between each so many of its values."""
 
@@ -32,28 +32,32 @@ def has_products(dtype: torch.dtype) -> bool:
     return True
 
 
-_WIDENED = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not has_products(dtype))
-
-
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` is the better product of x and a plain matrix."""
-    return x.dtype in _WIDENED and x.device.type == "cpu" and weight.dtype is x.dtype
+    return x.device.type == "cpu" and weight.dtype is x.dtype and not has_products(x.dtype)
 
 
 def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
-    """Most bytes that `multiply` takes beside its result; 0 where it is not needed."""
-    if dtype not in _WIDENED:
+    """Most bytes that `multiply` takes in addition to its result; 0 where it is not needed."""
+    if has_products(dtype):
         return 0
     if rows <= _NATIVE_ROWS and native_available():
         width = in_size + _TILE_GAPS * (in_size // _TILE_DEPTH + 2)
         return torch.float32.itemsize * align(rows, _TILE_ROWS) * width
-    rows, at_once = min(rows, _ROWS), _at_once(out_size, in_size)
+    return pieces_bytes(rows, out_size, in_size)
+
+
+def pieces_bytes(
+    rows: int, out_size: int, in_size: int, rows_at_once: int = ROWS, piece_bytes: int = PIECE_BYTES
+) -> int:
+    """Bytes that `multiply_in_pieces` takes in addition to its result."""
+    rows, at_once = min(rows, rows_at_once), _at_once(out_size, in_size, piece_bytes)
     return torch.float32.itemsize * (rows * in_size + at_once * (in_size + rows) + out_size)
 
 
-def _at_once(out_size: int, in_size: int) -> int:
+def _at_once(out_size: int, in_size: int, piece_bytes: int) -> int:
     """Rows of the matrix that are widened at once."""
-    return min(max(_PIECE_BYTES // (torch.float32.itemsize * in_size), 1), out_size)
+    return min(max(piece_bytes // (torch.float32.itemsize * in_size), 1), out_size)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,12 +89,18 @@ def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return y
 
 
-def multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Products in float32 of some rows of x with some of the matrix at a time."""
+def multiply_in_pieces(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    rows_at_once: int = ROWS,
+    piece_bytes: int = PIECE_BYTES,
+) -> Tensor:
+    """Products in float32 of `rows_at_once` rows of x with `piece_bytes` of the widened matrix at a time."""
     out_size, in_size = weight.shape
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)
-    most, at_once = min(len(flat), _ROWS), _at_once(out_size, in_size)
+    most, at_once = min(len(flat), rows_at_once), _at_once(out_size, in_size, piece_bytes)
     # Taken once: a fresh tensor for each piece would be megabytes of pages that the system clears anew.
     wide_x, wide, product = (
         torch.empty(most, in_size),
@@ -98,7 +108,7 @@ def multiply_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         torch.empty(most * at_once),
     )
     wide_bias = None if bias is None else bias.float()
-    for some, result in zip(flat.split(_ROWS), y.split(_ROWS), strict=True):
+    for some, result in zip(flat.split(rows_at_once), y.split(rows_at_once), strict=True):
         rows = wide_x[: len(some)].copy_(some)
         for begin in range(0, out_size, at_once):
             end = min(begin + at_once, out_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -18,12 +18,6 @@ from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
 from flexgen.units import align
-
-_PIECE_VALUES = 1 << 22
-"""Encoded at once in torch, and on a CPU decoded, so that what it needs meanwhile stays small."""
-
-_GPU_VALUES = 1 << 27
-"""Decoded at once on a GPU: smaller pieces wait for their launches."""
 
 _WORD = 4
 """Bytes of a scale with its minimum. Heads begin at multiples of it, so that torch can view them."""
@@ -41,6 +35,9 @@ class HeadFormat(ABC):
 
     head_dim: int
     dtype: torch.dtype
+    joined_bytes: ClassVar[int] = 1 << 28
+    """Bytes of pages that are joined at once on a GPU, where a copy takes far less time than the transfer over the
+    link."""
 
     @property
     @abstractmethod
@@ -139,15 +136,20 @@ class PlainHeads(HeadFormat):
         return attend_compiled(q, pages, length, starts, scale, HeadLayout(0, 0, self.nbytes))
 
 
+@dataclass(frozen=True, kw_only=True)
 class EncodedHeads(HeadFormat):
     """Each head is one run of bytes, which begins at a multiple of 4. Heads are encoded and decoded some tokens at a
     time.
 
-    `encode_bytes`: bytes a value that encoding takes meanwhile.
+    `encode_bytes`: bytes of temporaries for each value that is encoded. `piece_values`: values that are encoded at
+    once, and decoded at once on a CPU, so that temporaries stay small. `gpu_values`: values decoded at once on a GPU,
+    where smaller pieces would wait for their launches.
     """
 
-    dtype: torch.dtype = torch.uint8
     encode_bytes: ClassVar[int]
+    dtype: torch.dtype = field(default=torch.uint8, init=False, repr=False)
+    piece_values: int = field(default=1 << 22, repr=False)
+    gpu_values: int = field(default=1 << 27, repr=False)
 
     @abstractmethod
     def encode_part(self, x: Tensor, kept: Tensor) -> None:
@@ -171,18 +173,18 @@ class EncodedHeads(HeadFormat):
 
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         # No further than `tokens`: bytes that were never written may not be numbers.
-        most = _PIECE_VALUES if kept.device.type == "cpu" else _GPU_VALUES
+        most = self.piece_values if kept.device.type == "cpu" else self.gpu_values
         for part in kept[:, :, :tokens].split(self._step(kept.shape[0] * kept.shape[1], most), dim=2):
             yield self._decoded(part, dtype)
 
     def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if k.numel() > _PIECE_VALUES // 2:
+        if k.numel() > self.piece_values // 2:
             return self.encode(k), self.encode(v)
         both = self.encode(torch.cat((k, v)))
         return both[: len(k)], both[len(k) :]
 
     def rows_at_once(self, kept: Tensor, tokens: int) -> int:
-        return max(1, _GPU_VALUES // max(1, kept.shape[1] * tokens * self.head_dim))
+        return max(1, self.gpu_values // max(1, kept.shape[1] * tokens * self.head_dim))
 
     def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         return self._decoded(kept[:, :, :tokens], dtype)
@@ -194,15 +196,15 @@ class EncodedHeads(HeadFormat):
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
         both = 2 * heads * tokens
-        at_once = min(both * self.head_dim, max(_PIECE_VALUES, heads * self.head_dim))
+        at_once = min(both * self.head_dim, max(self.piece_values, heads * self.head_dim))
         return at_once * self.encode_bytes + both * self.width
 
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
-        values = min(heads * tokens * self.head_dim, max(_GPU_VALUES, tokens * self.head_dim))
+        values = min(heads * tokens * self.head_dim, max(self.gpu_values, tokens * self.head_dim))
         return 2 * values * dtype.itemsize + self.decode_workspace(values)
 
     def _step(self, heads: int, most: int | None = None) -> int:
-        return max(1, (most or _PIECE_VALUES) // max(1, heads * self.head_dim))
+        return max(1, (most or self.piece_values) // max(1, heads * self.head_dim))
 
 
 @dataclass(frozen=True)

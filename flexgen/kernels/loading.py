@@ -20,12 +20,16 @@ NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The element types that the compiled kernels know."""
 
 _log = logging.getLogger(__name__)
-_switched_off = os.environ.get("FLEXGEN_NATIVE") == "0"
 
 
 def native_available() -> bool:
     """Whether the compiled kernels are used: they were built, and FLEXGEN_NATIVE is not 0."""
-    return native is not None and not _switched_off
+    return native is not None and not switched_off()
+
+
+def switched_off() -> bool:
+    """Whether FLEXGEN_NATIVE is 0."""
+    return os.environ.get("FLEXGEN_NATIVE") == "0"
 
 
 @functools.cache
@@ -33,7 +37,7 @@ def announce() -> bool:
     """`native_available()`; says once, at the first use, which kernels the CPU runs."""
     if native_available():
         _log.info("CPU kernels: compiled, %s", native.variant())
-    elif _switched_off:
+    elif switched_off():
         _log.info("CPU kernels: torch, since FLEXGEN_NATIVE is 0")
     else:
         _log.warning(

@@ -109,7 +109,7 @@ class CacheSegment:
         joined = 0
         if self.pages > 1:
             nbytes = self.token_bytes(tokens)
-            joined = nbytes if self.sparse else join_bytes(rows, nbytes)
+            joined = nbytes if self.sparse else join_bytes(rows, nbytes, self.heads)
         return joined + self.heads.decode_bytes(rows * self.kv_heads, tokens, self.dtype)
 
     def mask_bytes(self) -> int:

@@ -26,6 +26,10 @@ class PieceSizes:
     memory_page_tokens: int = 128
     """Tokens of a page in memory: whole pages move, and compiled kernels of the CPU read page by page."""
 
+    result_bytes: int = 16 * MIB
+    """Bytes of logits or hidden states that leave the device at once, on their way to the caller. A copy of this size
+    takes a link far longer than starting it."""
+
     page_bytes: int = 1 * MIB
     """Bytes of a page on disk, at least: it is written as one, and a disk reaches its rate with writes of this
     size."""

@@ -28,15 +28,11 @@ from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.schedule.orders import Slots
-from flexgen.units import MIB
 from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
 SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
-
-_STAGING_BYTES = 16 * MIB
-"""Staging of results on their way to the caller, at most. A copy of this size takes far longer than its start."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,8 @@ class _Block:
         positions = workload.num_prompts * workload.prompt_len
         needs = [Need(Tier.CPU, "activations", "home", positions * size * dtype.itemsize)]
         if self._linked:
-            staged = staging_bytes(max(self._batches), workload.prompt_len, size, dtype)
+            most = self.target.topology.pieces.result_bytes
+            staged = staging_bytes(max(self._batches), workload.prompt_len, size, dtype, most)
             needs.append(Need(Tier.CPU, "activations", "staging", self.target.slots.cells * staged))
         return needs
 
@@ -239,7 +236,10 @@ def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
 
 
-def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> int:
-    """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
+def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype, most: int) -> int:
+    """Bytes of the buffer through which `size` values for each position of a batch reach the caller.
+
+    `most`: `PieceSizes.result_bytes`, which is exceeded only by a single position.
+    """
     each = size * dtype.itemsize
-    return min(max(_STAGING_BYTES, each), rows * positions * each)
+    return min(max(most, each), rows * positions * each)

@@ -47,8 +47,8 @@ def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None
         piece = values[begin : begin + _PIECE]
         if np.bitwise_and(piece, kind(exponent), out=room[: len(piece)]).max() == exponent:
             raise CheckpointError(
-                f"{path}: {key} holds NaN or infinite values: the file is damaged, or its training diverged. Copy or "
-                "download it again"
+                f"{path}: {key} contains NaN or infinite values: the file is damaged, or the training diverged. Copy "
+                "or download it again"
             )
 
 

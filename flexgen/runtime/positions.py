@@ -198,8 +198,9 @@ class Forward:
             shapes = [target.shape for target in targets]
             if device.shares_host_memory or not shapes:
                 return []
-            most = max(staging_bytes(largest, positions, n, self.logits.dtype) for _, positions, n in shapes)
-            return [taken.buffer(machine.host, most, "results") for _ in range(slots)]
+            most, dtype = device.topology.pieces.result_bytes, self.logits.dtype
+            nbytes = max(staging_bytes(largest, positions, n, dtype, most) for _, positions, n in shapes)
+            return [taken.buffer(machine.host, nbytes, "results") for _ in range(slots)]
 
         columns = self._request.columns
         places = [(n, slice(int(columns[n][0]), int(columns[n][-1]) + 1)) for n in rows]
@@ -236,9 +237,9 @@ def hidden_needs(
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)
     size = max(hidden_sizes(layers).values())
-    staged = 0 if topology.shares_host_memory else cells * staging_bytes(rows, request.width, size, dtype)
+    staged = staging_bytes(rows, request.width, size, dtype, topology.pieces.result_bytes)
     return [
-        Need(Tier.CPU, "hidden states", "staging", staged),
+        Need(Tier.CPU, "hidden states", "staging", 0 if topology.shares_host_memory else cells * staged),
         Need(Tier.CPU, "hidden states", "home", len(request.prompts) * request.width * each),
         Need(topology.device, "hidden states", "workspace", leaving),
     ]

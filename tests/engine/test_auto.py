@@ -148,21 +148,15 @@ def test_calls_like_the_planned_one_are_not_searched_for(searches):
     assert len(searches) == 1
 
 
-def slow(monkeypatch):
-    """Every search takes no time, so that all that is unlike is worth one."""
-    monkeypatch.setattr(auto, "_WORTH", 0)
-
-
-def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(searches, monkeypatch):
-    slow(monkeypatch)
+def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(searches):
     ids = prompts(8, 60)
     fixed = {"weights": {"cpu": 40, "disk": 60}}
-    with opened(Auto(fixed), Workload(4, 2, 1)) as model, opened(Policy()) as plain:
+    with opened(Auto(fixed, worth=0), Workload(4, 2, 1)) as model, opened(Policy()) as plain:
         assert model.policy.block_size == 1
         expected = plain.generate(ids, 6, stop=())
         for _ in range(2):
             assert (model.generate(ids, 6, stop=()) == expected).all()
-        assert model.stats.policy.block_size > 1  # of the call, not of the opening
+        assert model.stats.policy.block_size > 1  # the policy of the call, not of the opening
         assert model.stats.policy.weights == model.policy.weights
         assert sum(model.lane_seconds(ids, 6)[phase] != {} for phase in ("prefill", "decode")) == 2
         assert model.forward(ids).shape == (8, 60, 96)
@@ -173,8 +167,7 @@ def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(sea
 
 
 def test_once_holds_for_every_call(searches, monkeypatch):
-    slow(monkeypatch)
-    with opened(Auto({"cache": {"cpu": 100}}, once=True), Workload(4, 2, 1)) as model:
+    with opened(Auto({"cache": {"cpu": 100}}, once=True, worth=0), Workload(4, 2, 1)) as model:
         model.generate(ids := prompts(8, 60), 6, stop=())
         assert model.stats.policy == model.policy and model.policy.block_size == 1
         # Nor does it take a shape that fits: what was the same every time would not be.
@@ -189,7 +182,7 @@ def test_an_order_that_wants_more_slots_is_not_taken(monkeypatch, nothing_is_mea
     """Opened with two of each, a call whose policy asks for more is given another order."""
     spec, _ = open_model(CONFIG, "dummy")
     hardware = nothing_is_measured("emulated:memory=1GiB")
-    small = Auto({"cache": {"gpu": 100}, "weights": {"cpu": 100}, "sep_layer": False})
+    small = Auto({"cache": {"gpu": 100}, "weights": {"cpu": 100}, "sep_layer": False}, worth=0)
     chooser = AutoPolicy(small, Job.checked(spec, hardware, Workload(4, 2, 1)))
     chooser.opened = auto.Chosen(chooser.opened.policy, "overlap_single_batch")
     taken = []
@@ -202,7 +195,6 @@ def test_an_order_that_wants_more_slots_is_not_taken(monkeypatch, nothing_is_mea
         return argparse.Namespace(best=candidate, line=lambda: "greedy", considered=1, seconds=0.0)
 
     monkeypatch.setattr(auto, "find_for_job", greedy)
-    slow(monkeypatch)
     chosen = chooser.for_call(Workload(60, 6, 8), lambda policy: True)
     assert taken == ["overlap_cpu_attention", "overlap_multi_batch"]
     assert chosen.order == "overlap_multi_batch" and chosen.policy.num_gpu_batches == 4

@@ -32,7 +32,7 @@ CONFIGS = {
         head_dim=128, intermediate_size=64, max_position_embeddings=64, initializer_range=0.3,
     ),
 }  # fmt: skip
-# Of models whose best token is never a near tie, with any of the codecs.
+# Models whose best token is never a near tie, with any of the codecs.
 SEEDS = {"opt": 5, "llama": 10}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [11, 12], [13, 14, 15], [16, 17, 18, 19, 20]]
 TOKENS = 9

@@ -1,4 +1,4 @@
-"""A call with a choice of its own: it knows rows by the caller's numbers, and hears of ids before it goes on."""
+"""A call with a choice of its own: it knows rows by the caller's numbers, and gets ids before the call continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = [3, 9, 1, 7, 5, 2, 8, 4, 6, 3]
 
 
 class Best:
-    """The best id, as `generate` has it, of rows whose ids so far are what the choice was told."""
+    """The best id, as in `generate`, for rows whose ids so far are those passed to the choice."""
 
     can_end = True
 
@@ -85,7 +85,7 @@ def test_rows_are_known_by_their_numbers_in_the_call(
         begin = request.width - len(text)
         assert out[row, begin : begin + len(whole)].tolist() == whole
         assert not out[row, begin + len(whole) :].any()
-    assert sorted(ended) == list(range(len(texts))), "every row is told to have ended, once"
+    assert sorted(ended) == list(range(len(texts))), "the end of every row is reported once"
     assert len({len(row) for row in streamed}) > 2, "rows end at different times, or this shows little"
 
 
@@ -99,7 +99,7 @@ def test_what_a_choice_raises_is_the_cause(tiny: Any, prompts: Any, mixed: Any) 
         with pytest.raises(LaneError) as raised:
             lm.generate_with(Completion(request, 2, Broken(request.prompts)))
         assert isinstance(raised.value.__cause__, KeyError)
-        assert lm.generate(prompts([3, 4]), 2).shape == (2, 6), "the model goes on"
+        assert lm.generate(prompts([3, 4]), 2).shape == (2, 6), "the model still works"
 
 
 def test_what_the_caller_keeps_is_planned(tiny: Any, prompts: Any, mixed: Any) -> None:
@@ -194,7 +194,7 @@ def test_a_block_with_more_batches_than_the_policy_does_with_the_slots_that_ther
     tiny: Any, prompts: Any, mixed: Any
 ) -> None:
     model, texts = tiny("opt"), prompts(LENGTHS)
-    # Of several batches it would ask for the order that attends on the host meanwhile, with more slots.
+    # With several batches it would ask for the order that attends on the host meanwhile, with more slots.
     one_batch = mixed(gpu_batch_size=3, num_gpu_batches=1, attend_on="cpu", sep_layer=False)
     with OptLM(model.directory, one_batch, device="emulated", progress=False) as lm:
         request = read_request(lm.spec, texts)

@@ -139,7 +139,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def multiplied(lm: OptLM) -> list[list[torch.Size]]:
-    """Of each layer, the shapes of the encoded matrices that are multiplied."""
+    """For each layer, the shapes of the encoded matrices that are multiplied."""
     return [
         [torch.Size(w.shape) for w in layer.weights if lm.placement.codec(w) and not w.looked_up]
         for layer in lm._layers
@@ -150,7 +150,7 @@ def multiplied(lm: OptLM) -> list[list[torch.Size]]:
 def test_decoding_happens_once_for_all_batches_of_a_visit(
     device: str, saved: tuple[Path, Any], decoded: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where two layers are computed by turns, which is so where the host attends beside the device."""
+    """Also if two layers are computed alternately, as with attention on the host."""
     directory, model = saved
     expected = greedy(rounded(model, "int4"), 4)
     decoded.clear()

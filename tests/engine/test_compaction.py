@@ -138,7 +138,7 @@ def test_encoded_caches_move_as_they_are_kept(
 def test_rows_change_their_codec_with_their_tier(
     device: str, tiny: Any, prompts: Any, mixed: Any, eager: None
 ) -> None:
-    """Rows that move to a tier with another codec are encoded anew: int8 is close enough for the same ids."""
+    """Rows that move to a tier with another codec are encoded again: int8 is close enough for the same ids."""
     model, rows = tiny(NAME), prompts(LENGTHS)
     stop, _ = staggered(model, rows)
     shares = {"gpu": 34, "cpu": {"percent": 33, "codec": "int8"}, "disk": 33}
@@ -193,7 +193,7 @@ def test_any_times_to_stop(
 def test_rows_that_are_computed(
     batches: int, order: str, tiny: Any, prompts: Any, mixed: Any, heads: list[int]
 ) -> None:
-    """At each token as many as the rule says, from the tokens at which the rows stop."""
+    """The rows of each token by the rule, from the tokens at which the rows stop."""
     model, rows = tiny(NAME), prompts(LENGTHS)
     stop, found = staggered(model, rows)
     found = [found[n] for n in sorted(range(len(rows)), key=lambda n: -LENGTHS[n])]

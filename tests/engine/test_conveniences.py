@@ -1,4 +1,4 @@
-"""Rows as they end, text, scores and reports: all of it is what `generate` and `forward` give, told otherwise."""
+"""Rows as they end, text, scores and reports: the results of `generate` and `forward` in other forms."""
 
 from __future__ import annotations
 

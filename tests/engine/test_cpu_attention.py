@@ -1,4 +1,4 @@
-"""Cache attended on the host beside the computation: the same ids, what runs beside what, and what fails."""
+"""Attention over the cache on the host, during the computation: the same ids, the overlap, and failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPLITS: list[dict[str, float]] = [
 
 @pytest.fixture
 def beside() -> Callable[..., Policy]:
-    """A policy whose cache is attended on the host while weights and hidden states come from there."""
+    """A policy with attention on the host while weights and hidden states come from there."""
 
     def make(**changes: Any) -> Policy:
         fields: dict[str, Any] = dict(
@@ -83,7 +83,7 @@ def test_rows_that_stop_early(tiny: Any, prompts: Any, beside: Any) -> None:
         ("emulated", {"cache": {"gpu": 100}}, "overlap_multi_batch"),
         ("emulated", {"attend_on": "gpu"}, "overlap_multi_batch"),
         ("emulated", {"overlap": False}, "normal"),
-        ("cpu", {}, "overlap_multi_batch"),  # there all is attended in place
+        ("cpu", {}, "overlap_multi_batch"),  # all attention is in place
     ],
 )
 def test_when_it_is_chosen(
@@ -99,7 +99,7 @@ def test_when_it_is_chosen(
 
 @pytest.mark.parametrize("cache", [{"cpu": 100}, {"gpu": 50, "cpu": 50}], ids=str)
 def test_lanes_of_a_cell(cache: Any, tiny: Any, prompts: Any, beside: Any) -> None:
-    """The prompt is attended on the device, later tokens on the host; a step starts behind what it needs."""
+    """Attention is on the device for the prompt, on the host for later tokens; a step starts after those it needs."""
     with OptLM(tiny("opt").directory, beside(cache=cache), device="emulated", progress=False) as lm:
         lm.generate(prompts(LENGTHS), 4, stop=())
         assert lm.stats is not None
@@ -150,7 +150,7 @@ class Rendezvous:
                     lambda: (last or self._begun["qkv"] > n + 1) and (first or self._begun["output"] >= n),
                     self.patience,
                 )
-            assert met, f"nothing is computed beside attention of cell {n}: {self._begun}"
+            assert met, f"nothing is computed during attention of cell {n}: {self._begun}"
             attend(*args)
 
         patch.setattr(HostAttention, "attend", held)
@@ -160,7 +160,7 @@ class Rendezvous:
 
         def counted(layer: Block, first: Any, *args: Any) -> Any:
             x = first if half == "qkv" else args[0]
-            if x.shape[1] == 1:  # the prompt is attended on the device
+            if x.shape[1] == 1:  # attention over the prompt is on the device
                 with self._changed:
                     self._begun[half] += 1
                     self._changed.notify_all()
@@ -228,7 +228,7 @@ def test_what_the_host_attends_is_a_lane_of_its_own_in_the_bound(
     monkeypatch.setattr(Call, "time_lane", timing)
     with OptLM(model.directory, beside(), device="emulated", progress=False, order=order) as lm:
         seconds = lm.lane_seconds(given, 6)
-        # The prompt is attended on the device; the table is looked up by the host, in both phases.
+        # Attention over the prompt is on the device; the table is looked up by the host, in both phases.
         for phase, lanes in seconds.items():
             of_device, of_host = timed[LaneName.COMPUTE][phase], timed[LaneName.HOST][phase]
             if shares_cores:

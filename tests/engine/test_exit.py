@@ -1,4 +1,4 @@
-"""The interpreter ends when it is told to, whatever a model is doing; each test is a process of its own."""
+"""The interpreter exits when it is asked to, whatever a model is doing; each test is a separate process."""
 
 from __future__ import annotations
 

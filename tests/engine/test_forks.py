@@ -1,4 +1,4 @@
-"""A model belongs to the process that opened it: forks, pickles and copies are told so, and hang nowhere."""
+"""A model belongs to the process that opened it: forks, pickles and copies raise an error, and never hang."""
 
 from __future__ import annotations
 

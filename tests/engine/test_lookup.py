@@ -117,7 +117,7 @@ def test_traffic_of_the_first_layer_is_rows(
         lm.generate(given, tokens, stop=())
         if tier == "disk":
             rows, block = 4 * (5 + tokens - 1), 2 * 4096
-            # Rows that lie close are one read, with what is between them.
+            # Rows that are close together are one read, with the bytes between them.
             assert tokens * layers < sum(moved) <= tokens * layers + rows * (block + 64 * 1024)
             decode = 4 * (block + 64 * 1024)
             assert decode < table

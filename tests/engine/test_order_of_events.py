@@ -1,4 +1,4 @@
-"""What runs beside what, read off the trace: no wall-clock, only which event came before which."""
+"""Which events overlap, from the trace: no wall clock, only the order of events."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def edges(events: Iterable[Event], layers: int) -> tuple[dict[int, float], dict[
 class Rendezvous:
     """Holds the last batch of each layer until the weights of the next visit have begun to arrive.
 
-    So a computation that is too quick for a loaded machine cannot hide what may run beside it. Where the
+    So a computation that is too quick for a loaded machine cannot hide what may overlap with it. Where the
     order does not let them run together, the computation fails after `patience` seconds.
     """
 
@@ -78,7 +78,9 @@ class Rendezvous:
                 token, layer = divmod(visit + 1, self._layers)
                 with self._changed:
                     if not self._changed.wait_for(lambda: self._loads[layer] > token, self.patience):
-                        raise AssertionError(f"weights of visit {visit + 1} do not come beside visit {visit}")
+                        raise AssertionError(
+                            f"weights of visit {visit + 1} are not loaded during visit {visit}"
+                        )
             return forward(*args)
 
         patch.setattr(kind, "forward", held)
@@ -118,7 +120,7 @@ def test_without_overlap_nothing_moves_while_a_cell_computes(
     assert len(computing) == TOKENS * len(lm.layer_names) * batches and moving
     for cell in computing:
         beside = [event for event in moving if event.start < cell.end and cell.start < event.end]
-        assert not beside, f"{beside[0]} runs beside {cell}"
+        assert not beside, f"{beside[0]} overlaps with {cell}"
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

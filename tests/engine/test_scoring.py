@@ -92,6 +92,7 @@ def test_texts_score_as_in_transformers(lengths, rows, family, tmp_path_factory)
         assert scores.sum().item() == pytest.approx(by_transformers(reference, ids), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bench_reports_the_perplexity_of_the_right_answers(tmp_path, capsys):
     count, out = 12, tmp_path / "out.jsonl"
     flags = f"--device cpu --dtype float32 --num-prompts {count} --gen-len 2 --no-bound --json {out}"

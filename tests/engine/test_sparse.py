@@ -45,7 +45,7 @@ EQUAL, RAGGED = [60] * 5, [60, 33, 60, 7, 41]
 def sparse_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **options: Any
 ) -> tuple[Tensor, None]:
-    """What flexgen must compute, here for all rows at once. The prompt is attended densely."""
+    """What flexgen must compute, here for all rows at once. Attention over the prompt is dense."""
     share, unit = module.config.share, module.config.unit
     rows, heads, new, dim = q.shape
     kv_heads, length = k.shape[1:3]

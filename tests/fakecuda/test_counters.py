@@ -37,7 +37,7 @@ def test_events_of_2000_tokens_are_no_more_than_those_of_100():
 
 
 def of_a_call(model, tokens, **options):
-    """The host's waits and the bytes copied in `generate` of so many tokens."""
+    """The host's waits and the bytes copied in `generate` of this number of tokens."""
     runtime.reset()
     model.generate(cases.PROMPTS, tokens, stop=(), **options)
     counted = runtime.counters()

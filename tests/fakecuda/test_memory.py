@@ -48,7 +48,7 @@ FP8_ON_GPU = cases.encoded("fp8", ON_GPU)
 CLASSES = {
     "on the GPU": dict(weights=ON_GPU, cache=ON_GPU, activations=ON_GPU),
     "thirds": {},
-    "thirds, attended by the host": dict(attend_on="cpu"),
+    "thirds, attention on the host": dict(attend_on="cpu"),
     "int4 weights": dict(weights=cases.encoded("int4")),
     "int4 cache": dict(cache=cases.encoded("int4")),
     "fp8 weights": dict(weights=cases.encoded("fp8")),
@@ -202,13 +202,13 @@ def test_attention_of_a_prompt_takes_no_more_than_planned(
         causal_attention(x, x, x, starts, 1.0)
         taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
         device.end_call(call)
-    results = x.nbytes * (2 if any(starts) else 1)  # of a run of rows, and of all
+    results = x.nbytes * (2 if any(starts) else 1)  # for a run of rows, and for all
     planned = device.workspaces.attention(rows, heads, tokens, tokens, head_dim, dtype)
     assert taken <= results + planned + KIB  # seeds and counters
 
 
 def test_temporaries_of_a_wide_model_are_reserved_together(gpu):
-    """Those of attention leave small pieces behind, and those of an MLP would each be reserved anew."""
+    """Those of attention leave small pieces behind, and those of an MLP would each be reserved again."""
     wide = LlamaConfig(
         vocab_size=1024, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=14336, max_position_embeddings=1024,

@@ -15,7 +15,7 @@ from simulated.threads import in_every_thread
 
 from flexgen.engine.completion import Completion
 from flexgen.errors import LaneError
-from flexgen.kernels import attention
+from flexgen.kernels.heads import HeadFormat
 from flexgen.models.embed import InputEmbed
 from flexgen.quant import CODECS
 from flexgen.runtime.request import read_request
@@ -44,7 +44,7 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
     ids=["plain", "int4", "sparse"],
 )
 def test_pages_that_come_over_the_link_are_attended_together(changes, monkeypatch):
-    monkeypatch.setattr(attention, "_JOINED_BYTES", 4 << 10)  # a row at a time
+    monkeypatch.setattr(HeadFormat, "joined_bytes", 4 << 10)  # a row at a time
     policy = cases.policy(**dict(cache={"cpu": 50, "disk": 50}, attend_on="gpu") | changes)
     with piece_sizes(page_tokens=4, memory_page_tokens=4):
         expected = cases.ids_on("emulated", cases.LLAMA, policy)

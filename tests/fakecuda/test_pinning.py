@@ -83,7 +83,7 @@ def test_what_is_kept_gives_way_to_what_is_needed(monkeypatch):
         machine.limits()
         machine.host.release(machine.host.allocate(40 * MIB, "a call's cache"))
         assert (machine.host.used, machine.host.spare) == (0, 40 * MIB)
-        free = 20 * MIB  # of which the kept buffer is no part; another program has taken the rest
+        free = 20 * MIB  # without the kept buffer; another program has taken the rest
         assert machine.limits()[Tier.CPU] == 59 * MIB
         buffer = machine.host.allocate(30 * MIB, "a cache that is never copied", copied_by_device=False)
         assert (machine.host.used, machine.host.spare) == (30 * MIB, 0)
@@ -103,7 +103,7 @@ def mapped(buffer):
 def forked(work):
     """The exit status of a child in which `work` returns it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # from forks with threads
         child = os.fork()
     if not child:
         status = 99

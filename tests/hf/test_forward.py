@@ -83,7 +83,7 @@ def test_hidden_states_are_planned(model: Any, monkeypatch: Any) -> None:
     model(ids, mask, output_hidden_states=True)
     after = model.lm.stats.plan.by_tier
     states = 4 * ids.numel() * 32 * 4  # layers, positions, hidden size, float32
-    leaving = 2 * 4 * 8 * 32 * 4  # of two cells of four prompts
+    leaving = 2 * 4 * 8 * 32 * 4  # two cells of four prompts
     assert after["cpu"] - before["cpu"] == states + leaving
     assert after["gpu"] > before["gpu"]
     held = model.lm._machine.limits() | {"cpu": after["cpu"] - 1}

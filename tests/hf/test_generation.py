@@ -111,7 +111,9 @@ def test_hidden_states_do_not_change_the_samples(model: Any, inputs: Any) -> Non
     expected = generated(model, given, **options)
     timing = model.lm.stats
     assert generated(model, given, **options, **ALL_OUTPUTS).sequences.equal(expected)
-    assert model.lm.stats.new_tokens == timing.new_tokens  # of generating, not of the pass for the states
+    assert (
+        model.lm.stats.new_tokens == timing.new_tokens
+    )  # those of generating, not of the pass for the states
 
 
 def test_hidden_states_are_planned_before_any_work(model: Any, inputs: Any, monkeypatch: Any) -> None:

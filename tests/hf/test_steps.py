@@ -112,7 +112,7 @@ def criteria(*parts: Any) -> dict[str, Any]:
 
 
 def by_turns() -> Callable[[int, Tensor], list[int]]:
-    """A function of allowed ids that tells steps by the calls for row 0."""
+    """A function of allowed ids that counts steps by the calls for row 0."""
     steps = [0]
 
     def allowed(row: int, ids: Tensor) -> list[int]:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen.kernels import attention as attention_module
 from flexgen.kernels import heads as heads_module
 from flexgen.kernels.attention import (
     attend_fused,
@@ -230,14 +229,21 @@ def test_starts_that_do_not_fit_are_refused(variant, starts):
         decode_attention(case.q, case.pages, 4, torch.tensor(starts), 1.0)
 
 
+def joining(form, joined_bytes):
+    """A format like `form` whose pages are joined in smaller parts."""
+    return type("Joining", (form,), {"joined_bytes": joined_bytes})
+
+
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("starts", [None, [0, 5, 2]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
-def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads, monkeypatch):
+def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads):
     """What a GPU runs, for two rows at once where rows have to be joined or decoded."""
-    monkeypatch.setattr(heads_module, "_GPU_VALUES", 2 * 2 * 21 * 16)
-    monkeypatch.setattr(attention_module, "_JOINED_BYTES", 2 * 2 * kv_heads * 30 * (16 * 4, 12)[bits > 0])
-    form = heads_module.GroupwiseHeads(16, bits, 16) if bits else heads_module.PlainHeads(16, torch.float32)
+    joined = 2 * 2 * kv_heads * 30 * (16 * 4, 12)[bits > 0]
+    if bits:
+        form = joining(heads_module.GroupwiseHeads, joined)(16, bits, 16, gpu_values=2 * 2 * 21 * 16)
+    else:
+        form = joining(heads_module.PlainHeads, joined)(16, torch.float32)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(3, n, tokens, 16, generator=generator)

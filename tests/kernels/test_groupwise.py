@@ -192,14 +192,13 @@ def decoded_whole(packed, dtype):
 @pytest.mark.parametrize("piece", [1, 64, 200, 1000, 1 << 19])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(640,), (1, 640), (7, 64), (5, 192), (2, 3, 4, 128), (0, 64), (3, 0)])
-def test_torch_decodes_piece_by_piece_to_the_same_bits(monkeypatch, piece, bits, shape):
-    monkeypatch.setattr(groupwise, "_PIECE", piece)
+def test_torch_decodes_piece_by_piece_to_the_same_bits(piece, bits, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     packed = quantise(x, bits) if x.numel() else empty_packed(shape, bits)
     for dtype in DTYPES:
         wider = torch.full((*shape[:-1], shape[-1] + 8), 7.0, dtype=dtype)
         for out in (torch.empty(shape, dtype=dtype), wider[..., : shape[-1]]):
-            assert groupwise.dequantise_in_torch(packed, out) is out
+            assert groupwise.dequantise_in_torch(packed, out, piece) is out
             assert torch.equal(out, decoded_whole(packed, dtype))
         assert (wider[..., shape[-1] :] == 7.0).all()
 

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.half_linear import multiply_in_pieces, multiply_natively, widens, workspace_bytes
+from flexgen.kernels.half_linear import (
+    multiply_in_pieces,
+    multiply_natively,
+    pieces_bytes,
+    widens,
+    workspace_bytes,
+)
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import native, native_available
 
@@ -60,11 +66,8 @@ def test_few_rows(variant, dtype, rows, out_size, in_size, biased):
     at_once=st.integers(1, 30),
 )
 def test_in_pieces(dtype, rows, out_size, in_size, biased, piece, at_once):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(half_linear, "_PIECE_BYTES", piece)
-        patch.setattr(half_linear, "_ROWS", at_once)
-        x, weight, bias = operands(dtype, (rows,), out_size, in_size, biased)
-        found = multiply_in_pieces(x, weight, bias)
+    x, weight, bias = operands(dtype, (rows,), out_size, in_size, biased)
+    found = multiply_in_pieces(x, weight, bias, at_once, piece)
     assert found.shape == (rows, out_size)
     if rows:
         assert_exact(found, x, weight, bias)
@@ -72,7 +75,7 @@ def test_in_pieces(dtype, rows, out_size, in_size, biased, piece, at_once):
 
 @pytest.mark.parametrize("rows", [(1,), (3, 2), (5, 40)])
 def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
-    monkeypatch.setattr(half_linear, "_WIDENED", frozenset(HALVES))
+    monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
     asked = []
     original = half_linear.multiply
     monkeypatch.setattr(half_linear, "multiply", lambda *args: (asked.append(1), original(*args))[1])
@@ -87,11 +90,16 @@ def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("rows", [2500, 300])
-def test_workspace_is_what_is_held_beside_the_result(rows, biased, monkeypatch, peak_bytes):
-    monkeypatch.setattr(half_linear, "_WIDENED", frozenset(HALVES))
+def test_workspace_is_what_is_held_beside_the_result(rows, biased, peak_bytes):
     x, weight, bias = operands(torch.bfloat16, (rows,), 300, 512, biased)
-    monkeypatch.setattr(half_linear, "_PIECE_BYTES", 128 * 512 * torch.float32.itemsize)  # the last is a part
+    piece = 128 * 512 * torch.float32.itemsize  # the last is a part
     result = x.new_empty(rows, 300).nbytes
-    bound = workspace_bytes(rows, 300, 512, torch.bfloat16)
-    assert 0.95 * bound <= peak_bytes(lambda: multiply_in_pieces(x, weight, bias)) - result <= bound
-    assert workspace_bytes(rows, 300, 512, torch.float32) == 0
+    bound = pieces_bytes(rows, 300, 512, piece_bytes=piece)
+    taken = peak_bytes(lambda: multiply_in_pieces(x, weight, bias, piece_bytes=piece)) - result
+    assert 0.95 * bound <= taken <= bound
+
+
+def test_the_workspace_is_that_of_the_way_a_product_is_computed(monkeypatch):
+    monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
+    assert workspace_bytes(2500, 300, 512, torch.bfloat16) == pieces_bytes(2500, 300, 512) > 0
+    assert workspace_bytes(2500, 300, 512, torch.float32) == 0

@@ -1,4 +1,4 @@
-"""Encoded heads: what lies in a page, and attention over it against float64 over the values that it stands for."""
+"""Encoded heads: the contents of a page, and attention over it compared with float64 over the decoded values."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ctypes
 import math
 import mmap
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen.kernels import groupwise, heads
+from flexgen.kernels import groupwise
 from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 
@@ -192,16 +193,16 @@ def test_pages_of_another_format_are_refused(change, message):
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(0, 3),
     tokens=st.integers(1, 9),
-    piece=st.sampled_from([1, 100, heads._PIECE_VALUES]),
+    piece=st.sampled_from([1, 100, 1 << 22]),
     native=st.booleans(),
 )
 def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, native):
+    form = replace(form, piece_values=piece)
     x = torch.randn(rows, 2, tokens, form.head_dim, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "_PIECE_VALUES", piece)
         if not native:
             patch.setattr(groupwise, "announce", lambda: False)
-        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # as a layer's heads lie
+        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
         parts = list(form.decode(kept, tokens, torch.float32))
     assert kept.shape == (rows, 2, tokens, form.width)
     assert kept.dtype is torch.uint8 and kept.is_contiguous()

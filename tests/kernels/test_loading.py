@@ -60,7 +60,7 @@ def test_the_environment_chooses_torch():
 
 @needs_native
 def test_the_variant_is_announced_once(afresh, caplog, monkeypatch):
-    monkeypatch.setattr(loading, "_switched_off", False)
+    monkeypatch.delenv("FLEXGEN_NATIVE", raising=False)
     caplog.set_level(logging.INFO)
     assert announce()
     assert announce()
@@ -69,7 +69,7 @@ def test_the_variant_is_announced_once(afresh, caplog, monkeypatch):
 
 def test_a_missing_build_is_a_warning(afresh, caplog, monkeypatch):
     monkeypatch.setattr(loading, "native", None)
-    monkeypatch.setattr(loading, "_switched_off", False)
+    monkeypatch.delenv("FLEXGEN_NATIVE", raising=False)
     assert not announce()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "install a C++17 compiler" in caplog.text

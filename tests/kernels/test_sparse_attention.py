@@ -184,7 +184,7 @@ def test_values_that_were_not_chosen_are_never_read(variant, dtype, unit):
 
 
 def test_with_one_query_head_to_each_it_is_the_choice_of_flexgen(version):
-    """softmax over all, topk of the cached ones' weights, the new one's beside them."""
+    """softmax over all, topk of the cached ones' weights, in addition to the new one's."""
     case = Case(torch.float32, 3, 4, 1, 64, [50, 50], 90)
     choose_so, attend_so = of(version)
     weights = case.probabilities()[:, :, 0]

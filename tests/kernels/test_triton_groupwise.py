@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter computes with numpy, which has no bfloat16: it multiplies the bits, and rounds to zero.
 MULTIPLIED = [torch.float32, torch.float16] if INTERPRETED else DTYPES
 
-# Of one program, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+# Limits of one program, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 90: 227}
 
 needs_triton = pytest.mark.skipif(

@@ -44,7 +44,7 @@ def test_a_vocabulary_takes_room_in_one_slot():
     attending, feeding, first, last = sizes(cpu=25, disk=75)
     assert attending <= 1.01 * attention and feeding <= 1.01 * mlp and last < 0.01 * head and first == 0
     assert sizes(cpu=100) == (0, 0, 0, 0)
-    # Whole layers, an odd number of them, take both slots by turns.
+    # Whole layers, an odd number of them, take both slots alternately.
     uneven = build_layers(spec.first_layers(7), sep_layer=False)
     whole = attention + mlp
     assert sizes(layers=uneven, disk=100) == pytest.approx([whole, whole, 0, head], rel=0.01)
@@ -132,6 +132,7 @@ def _roomy(sizes):
     return SlotSizes(sizes.turns, (device,) * sizes.turns.count, (staging,) * sizes.turns.count)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     family=st.sampled_from(sorted(CONFIGS)),

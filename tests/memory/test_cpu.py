@@ -122,7 +122,7 @@ def test_the_peak_of_resident_memory_is_seen_after_it_is_gone():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have their own rules")
 def test_memory_that_is_freed_between_what_is_kept_goes_back(tmp_path):
-    # In a process of its own: in one that has run other tests some of the tensors lie in holes of its heap.
+    # In a separate process: after other tests some of the tensors would be in holes of the heap.
     code = """
 import sys
 from pathlib import Path
@@ -165,7 +165,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
     class Kernel:
         def add_(self, _):
             launched.append(1)
-            raise RuntimeError("CUDA error: out of memory")  # of the call before it
+            raise RuntimeError("CUDA error: out of memory")  # from the call before it
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, **at: Kernel() if at else zeros(*size))

@@ -292,7 +292,7 @@ def test_reads_that_were_started_end_when_they_are_waited_for(path, monkeypatch)
     with DiskIO(threads=4, chunk=BLOCK) as io:
         first, second = memory(3 * BLOCK), memory(2 * BLOCK)
         transfers = [io.start_read([Read(path, 0, first)]), io.start_read([Read(path, 3 * BLOCK, second)])]
-        for _ in range(4):  # one of the second's chunks is read beside those of the first
+        for _ in range(4):  # one of the second's chunks is read together with those of the first
             assert reading.acquire(timeout=60)
         assert all(transfer.under_way for transfer in transfers)
         release.set()

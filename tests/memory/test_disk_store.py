@@ -72,7 +72,7 @@ def test_close_removes_the_run_and_keeps_the_root(root, io):
         assert [path.name.split("-")[:3] for path in root.iterdir()] == [["flexgen", "run", str(os.getpid())]]
         store.close()
         assert list(root.iterdir()) == [] and store.used == 0
-        store.scratch("a", BLOCK)  # a closed store begins anew
+        store.scratch("a", BLOCK)  # a closed store starts over
     assert list(root.iterdir()) == []
 
 

@@ -287,7 +287,7 @@ def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path,
     assert files_in(tmp_path / "offload") == {}
 
 
-WIDE = dict(hidden_size=128, ffn_dim=192, word_embed_proj_dim=128)  # of whole groups
+WIDE = dict(hidden_size=128, ffn_dim=192, word_embed_proj_dim=128)  # whole groups
 CODECS = ["none", *quant.CODECS]
 
 

@@ -1,4 +1,4 @@
-"""Lanes serve in order, wait for what they were told to wait for, and tell the caller of errors."""
+"""Lanes serve in order, wait for the jobs that were named, and report errors to the caller."""
 
 import gc
 import subprocess

@@ -1,4 +1,4 @@
-"""Rows of a table that lies off the compute device: the right bytes, and few more than those."""
+"""Rows of a table that is not on the compute device: the right bytes, and few others."""
 
 from contextlib import closing
 from pathlib import Path
@@ -77,7 +77,7 @@ def buffer(machine, nbytes):
 def test_rows_are_those_of_the_table(
     data, vocab, groups, width, codec, where, dtype, before, limits, tmp_path_factory
 ):
-    """Of any width, at any offset of the file, first and last among them, encoded or not."""
+    """Rows of any width, at any offset of the file, including the first and the last, encoded or not."""
     (device, tier), shape = where, (vocab, 64 * groups if codec != "none" else width)
     layers = only_table(shape)
     split = Split(**{tier: {"percent": 100, "codec": codec}})
@@ -142,7 +142,7 @@ def test_few_rows_are_few_bytes_and_all_rows_are_one_stream(tmp_path, monkeypatc
         table.gather(torch.arange(4000), target, scratch)
         assert len(reads) <= 6 and sum(r.target.numel() for r in reads) <= 4000 * 1024 + 6 * 2 * BLOCK
         reads.clear()
-        # Rows that lie apart by less than a read is worth come along; what was asked for is not streamed for it.
+        # Small gaps between rows are read too, in reads of at most 1 MiB.
         table.gather(torch.arange(0, 4000, 8), target, scratch)
         assert len(reads) <= 6
         assert max(r.target.numel() for r in reads) <= MIB

@@ -1,4 +1,4 @@
-"""Lanes of CUDA streams: on made-up streams that write down what they are told, and on a GPU where there is one."""
+"""Lanes of CUDA streams: on fake streams that record their calls, and on a GPU where there is one."""
 
 import contextlib
 import gc
@@ -253,7 +253,7 @@ def test_cancel_drops_copies_that_are_not_enqueued(gpu, lanes):
     assert jobs_of(link) == []
     link.submit(enqueue(gpu, "next"), (), LOAD).wait()
     assert jobs_of(link) == ["next"]
-    link.cancel()  # of an idle lane: what would be enqueued at once is dropped too
+    link.cancel()  # an idle lane: a job that would be enqueued at once is dropped too
     dropped = link.submit(enqueue(gpu, "dropped"), (), LOAD)
     link.drain()
     with pytest.raises(LaneError):

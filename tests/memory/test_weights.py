@@ -99,7 +99,7 @@ def test_what_is_in_place_does_not_move(stream, saved):
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_a_layer_moves_as_few_large_parts(stream, saved, device):
-    """One chain for what lies in host memory and one for what lies on disk; little is read along."""
+    """One chain for weights in host memory and one for weights on disk; few other bytes are read."""
     model = stream(saved(), SPLITS[0], device)
     for layer in range(len(model.layers)):
         assert len(model.slots.chains(layer, 0, 0, 1)) <= (1 if device == "cpu" else 2)

@@ -107,7 +107,7 @@ def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, peak_byte
             estimate = layer.workspace_bytes(ROWS, 64, 64, torch.float32)
             blocks = (
                 8 * 1024 * torch.get_num_threads()
-            )  # of the attention kernel, for itself: small chunks, small ones
+            )  # temporaries of the attention kernel: small chunks, small ones
             assert peak <= estimate + blocks and estimate <= 3 * peak + 16_384, (layer.name, peak, estimate)
 
 
@@ -124,7 +124,7 @@ def test_memory_grows_with_the_prompt_only_by_the_results_of_a_layer(config, sep
         one, two = (layer.workspace_bytes(1, n, n, torch.float32) for n in (100_000, 200_000))
         assert two - one <= 100_000 * kept * 4
         estimate = layer.workspace_bytes(ROWS, 512, 512, torch.float32)
-        blocks = 200 * 1024 * torch.get_num_threads()  # of the attention kernel, for itself
+        blocks = 200 * 1024 * torch.get_num_threads()  # temporaries of the attention kernel
         assert peak_bytes(call) <= estimate + blocks
         assert estimate < 0.7 * _whole(layer).workspace_bytes(ROWS, 512, 512, torch.float32)
 

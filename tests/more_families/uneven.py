@@ -1,4 +1,4 @@
-"""A family of which each layer is another: heads, head sizes, MLPs, norms and RoPE are given layer by layer.
+"""A family whose layers all differ: heads, head sizes, MLPs, norms and RoPE are given layer by layer.
 
 It is a family like those of flexgen/models/families, found by its file. It computes nothing of its own.
 """

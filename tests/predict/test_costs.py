@@ -139,7 +139,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     sizes = batch_sizes(policy, prompts)
 
     def spread(rows, seq=1):
-        """Ids that lie evenly in the vocabulary, as the cost model assumes."""
+        """Ids that are spread evenly over the vocabulary, as the cost model assumes."""
         return np.arange(rows * seq).reshape(rows, seq) * VOCABULARY // (rows * seq)
 
     monkeypatch.setattr(
@@ -224,7 +224,7 @@ def test_computation_by_hand(configs, machine):
 
 
 def test_what_is_done_to_each_number(configs, machine):
-    """Of two rows: four projections of 64 x 64, an MLP of 64 x 192, both ends of the model."""
+    """Two rows: four projections of 64 x 64, an MLP of 64 x 192, both ends of the model."""
     policy = Policy(gpu_batch_size=2)
     plain, counted = (
         costs_of(configs["opt"], policy, machine(**figures))

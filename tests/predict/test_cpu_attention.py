@@ -1,4 +1,4 @@
-"""Attention on the host beside a device of its own, in virtual time: what the order hides, and what it cannot."""
+"""Attention on the host of a machine with a GPU, in virtual time: what the order can hide and what it cannot."""
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +10,7 @@ from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Grid, Op
 
 LINK, DEVICE, HOST, BACK = LaneName.TO_DEVICE, LaneName.COMPUTE, LaneName.HOST, LaneName.FROM_DEVICE
-CROSSING = 0.02  # of what a batch brings over the link for a layer: hidden states, queries, an answer
+CROSSING = 0.02  # of the bytes of a batch on the link for a layer: hidden states, queries, results
 
 
 def run(name, batches, weights, project, attend, rest, layers=12, tokens=3, units=1):
@@ -81,7 +81,7 @@ def test_whatever_is_longest_hides_the_others(batches, weights, attend, device, 
 @given(weights=costs, attend=costs, device=costs)
 @settings(max_examples=20)
 def test_two_batches_are_no_worse_than_whole_cells(weights, attend, device):
-    """What is lost is that of the first layers: weights that come beside answers rather than before them."""
+    """The loss is in the first layers: their weights arrive together with results instead of before them."""
     each = dict(batches=2, weights=weights, project=device / 4, attend=attend, rest=device * 3 / 4)
     assert run("overlap_cpu_attention", **each).span <= 1.05 * run("overlap_multi_batch", **each).span
 

@@ -1,4 +1,4 @@
-"""Machines as data: presets with sources, TOML there and back, and mistakes that are told."""
+"""Machines as data: presets with sources, TOML round trips, and errors."""
 
 import math
 import re

@@ -49,9 +49,9 @@ def test_full_overlap_by_hand():
     seconds = {Op.LOAD_WEIGHTS: 2.0, Op.COMPUTE: 3.0}
     _, beside = laid_out(ORDERS["overlap_single_batch"], grid, seconds, {(COMPUTE, LINK): 0.5})
     found = {(e.step.op, e.step.layer): (e.start, e.end) for e in beside.events}
-    assert found[Op.LOAD_WEIGHTS, 0] == (0.0, 2.0)  # beside nothing
+    assert found[Op.LOAD_WEIGHTS, 0] == (0.0, 2.0)  # overlaps with nothing
     assert found[Op.LOAD_WEIGHTS, 1] == (2.0, 4.0)
-    # Of the first computation 2 seconds are beside the load, in which it does 1 second of its work.
+    # The first computation overlaps with the load for 2 seconds, in which it does 1 second of its work.
     begin, end = found[Op.COMPUTE, 0]
     assert begin == 2.0 and end == pytest.approx(6.0, rel=0.02)
     begin, end = found[Op.COMPUTE, 1]
@@ -68,7 +68,7 @@ def test_a_lane_that_is_beside_another_all_the_time():
 
 
 def test_each_phase_loses_its_own_share():
-    """Each computation is beside a load of a second and loses half of its rate there: it takes 1.5 seconds."""
+    """Each computation overlaps with a load of a second and loses half of its rate there: it takes 1.5 seconds."""
     grid = Grid(tokens=3, layers=20, batches=1)
     steps = numbered(ORDERS["overlap_single_batch"], grid)
     seconds = {Op.LOAD_WEIGHTS: (LINK, 1.0), Op.COMPUTE: (COMPUTE, 1.0)}

@@ -83,7 +83,7 @@ def layers_of(model):
 def test_without_overlap_a_run_is_the_sum(opt, machine):
     policy = Policy(gpu_batch_size=3, weights={"cpu": 100}, overlap=False)
     report = predict(opt, policy, by_hand(machine), Workload(5, 4, 3)).report
-    # Of the table only the rows of the ids travel, with the ids; positions come whole.
+    # Only the table's rows of the ids are copied, with the ids; positions come whole.
     ids, embedding = (8 + 4 * 64) / 1e6, 4 * 64 * (4096 + 2) / 1e6
     link = embedding + sum(link for link, _ in layers_of(opt))
     *body, head = [products for _, products in layers_of(opt)]

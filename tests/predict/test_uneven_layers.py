@@ -149,6 +149,7 @@ def test_lanes_of_a_corner_are_the_predictions(kinds, one, attend_on, sep_layer,
             assert seconds[lane] == pytest.approx(taken, rel=0.15, abs=2e-3), (phase, lane)
 
 
+@pytest.mark.slow
 def test_a_search_of_an_uneven_model_is_a_policy_that_fits(uneven, machine):
     spec = spec_of(uneven, [KINDS[n % 3] for n in range(30)])
     room = {"gpu": 3 << 20, "cpu": 40 << 20, "disk": 1 << 30}

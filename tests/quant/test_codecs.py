@@ -25,6 +25,7 @@ def test_every_file_is_a_codec_that_policies_know():
     assert all(Share(50, name).codec == name for name in files)
 
 
+@pytest.mark.slow
 def test_a_new_codec_is_one_file(tmp_path):
     """The package with one more file runs, predicts and searches with one more codec."""
     package = tmp_path / "flexgen"

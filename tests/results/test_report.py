@@ -76,7 +76,7 @@ def test_card_has_the_main_figures():
     assert "cpu 58.5% (requested 60), disk 41.5% (requested 40)" in card
     assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
     assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
-    assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # of its phase
+    assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # share of its phase
     assert "2 KiB planned, 1 KiB at the peak" in card
     assert "bytes gpu" not in card  # nothing is there
     assert len({len(line) for line in card.splitlines() if set(line) == {"-"}}) == 1

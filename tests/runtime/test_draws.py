@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_known_answers(counter, key, words):
     low, high = (int(word, 16) for word in key.split())
     column = np.array([[int(word, 16)] for word in counter.split()], dtype=np.uint64)
-    # Beside another counter: each column is on its own.
+    # With another counter: each column is independent.
     made = philox(np.concatenate([column, column ^ np.uint64(1)], axis=1), high << 32 | low)
     assert [f"{int(word):08x}" for word in made[:, 0]] == words.split()
     assert (made[:, 0] != made[:, 1]).all()

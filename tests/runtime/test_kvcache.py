@@ -308,7 +308,7 @@ def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any) -> No
 def test_rows_move_together_and_go_on(
     cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any
 ) -> None:
-    """Rows of three batches become two batches; `dropped` columns are padding of all rows that go on."""
+    """Rows of three batches become two batches; `dropped` columns are padding of all rows that continue."""
     policy = Policy(cache=cache)
     with machine(device) as m:
         history = History(m, run, policy, [3, 3, 3], 7, 9, 2, [dropped])

@@ -132,7 +132,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
             for workload in (Workload(prompt_len, 2, 7), None)
         )
         promised = {t: with_call.on(t, "weights") - without.on(t, "weights") for t in Tier}
-        # Of the decoded matrices, which a call makes as well.
+        # Buffers of the decoded matrices, which a call makes as well.
         tokens = [4 * prompt_len] * (len(LAYERS) - 1) + [4]
         decoding = [
             layer for layer, n in zip(LAYERS, tokens, strict=True) if decodes(layer, placement, n, topology)

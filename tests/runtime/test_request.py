@@ -1,4 +1,4 @@
-"""`read_request` and the checks beside it. What a caller sees of them: tests/engine/test_refusals.py."""
+"""`read_request` and its checks. tests/engine/test_refusals.py has the errors that a caller sees."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def drawn_ids(logits: torch.Tensor, seed: int = 0, **options: Any) -> torch.Tensor:
-    """Ids for as many rows of a job as there are logits."""
+    """Ids for one row of a job per row of logits."""
     return sample(logits, uniforms=uniforms(seed, range(len(logits)), 0, CPU), **options)
 
 
@@ -127,7 +127,7 @@ def test_top_p_counts_the_mass_strictly_before() -> None:
 
 
 def test_top_p_looks_at_what_top_k_left() -> None:
-    # Of all: 0.4 0.3 0.2 0.1. Of the best two: 0.571 0.429, so 0.5 keeps the best one only.
+    # All ids: 0.4 0.3 0.2 0.1. The best two: 0.571 0.429, so 0.5 keeps the best one only.
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
     assert (frequencies(logits, top_p=0.5) > 0).tolist() == [False, True, False, True]
     assert (frequencies(logits, top_k=2, top_p=0.5) > 0).tolist() == [False, True, False, False]
@@ -164,7 +164,7 @@ def test_rows_that_are_no_numbers_get_no_id(options: dict[str, Any], dtype: torc
     logits = torch.zeros(5, 5, dtype=dtype)
     logits[:, 2] = 60.0
     logits[1, 4] = math.nan
-    logits[2, 3] = -math.inf  # of one id alone: it cannot come
+    logits[2, 3] = -math.inf  # a single id: it cannot be drawn
     logits[3, 4] = math.inf
     infinite = 4 if options.get("temperature") == 0 else INVALID
     assert drawn_ids(logits, **options).tolist() == [2, INVALID, 2, infinite, 2]

@@ -100,7 +100,7 @@ class History:
         out = self.cache.attend(cell, q, k, v, SCALE)
         self.run(self.cache.store(cell))
         if not span.length:
-            return  # the prompt is attended as ever: test_kvcache
+            return  # attention over the prompt is dense: test_kvcache
         for segment in self.segments:
             for row in segment.rows:
                 unit = segment.choice_tokens

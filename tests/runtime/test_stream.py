@@ -1,4 +1,4 @@
-"""A stream hands on what its run tells, and ends the run when nobody waits for it."""
+"""A stream passes on the results of its run, and ends the run when its reader is gone."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from piece_sizes import piece_sizes
 from transformers import OPTConfig
 
-from flexgen.layout import plan
 from flexgen.layout.cache import Span
 from flexgen.layout.passes import Passes
 from flexgen.models import build_layers, open_model
@@ -148,16 +148,13 @@ def test_only_the_last_position_chooses(device: str, machine: Any, run: Any) -> 
 
 @pytest.mark.parametrize("piece", [0, 1, 3, 1000])
 @pytest.mark.parametrize("device", DEVICES)
-def test_all_logits_are_kept_without_their_padding(
-    device: str, piece: int, machine: Any, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_logits_are_kept_without_their_padding(device: str, piece: int, machine: Any, run: Any) -> None:
     """Whatever the positions that leave the device at once."""
-    with machine(device) as m:
+    with piece_sizes(result_bytes=piece * 16 * 4), machine(device) as m:
         prompts = prompts_on(m)
         rows = [GIVEN[n] for n in (2, 3, 0, 1)]  # the caller's order
         request = Request(tuple(map(np.array, rows)), 6, tuple(np.arange(len(r)) + 1 for r in rows))
         result = Forward(build_layers(SPEC), request, torch.float32)
-        monkeypatch.setattr(plan, "_STAGING_BYTES", piece * 16 * 4)
         used = m.host.used
         output = result.output(prompts, [2, 3, 0, 1], m)
         assert not output.last_only and not output.can_finish

@@ -24,6 +24,7 @@ def test_the_orders_are_registered():
     assert set(SHIPPED) <= set(ORDERS)
 
 
+@pytest.mark.slow  # thousands of grids; the next test draws some
 @pytest.mark.parametrize("name", SHIPPED)
 def test_orders_are_legal_on_every_small_grid(name):
     shapes = itertools.product((1, 3), (1, 2, 3), (1, 2, 3, 4, 5))

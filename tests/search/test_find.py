@@ -37,7 +37,7 @@ PLAIN = tuple(Column(what, tier) for what in CLASSES for tier in (Tier.CPU, Tier
 
 @pytest.fixture(scope="module")
 def opt(configs):
-    """216 MiB, 48 of them a layer: large beside the blocks, rows and scratch that are the same for any model."""
+    """216 MiB, 48 of them a layer: large compared with buffers that are the same for any model."""
     spec, _ = open_model(configs["opt"], "dummy")
     layer = spec.layers[0]
     wide = replace(
@@ -194,7 +194,7 @@ def test_a_head_that_is_large_beside_the_layers(capacity, opt, host):
 
 
 def test_the_program_by_hand(opt, machine):
-    """Of weights that only fit the GPU in part, as much lies there as fits, and the link takes the rest."""
+    """If only part of the weights fits the GPU, it is filled, and the rest comes over the link."""
     rates = dict.fromkeys(("to_device", "from_device", "disk_read", "disk_write", "host"), 1e15)
     hardware = machine(
         capacity={"gpu": 10**9, "cpu": 10**9, "disk": 10**9}, bandwidth=rates | {"to_device": 1e6}, fixed={}
@@ -250,7 +250,7 @@ def test_what_is_fixed_stays(fixed, opt, machine):
 
 MAY_BE_CHOSEN = [name for name, order in ORDERS.items() if not order.for_comparison]
 ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num_gpu_batches": 2}
-"""Of several batches the host attends: the policy's own order is overlap_cpu_attention."""
+"""With several batches attention is on the host: the policy's own order is overlap_cpu_attention."""
 
 
 def test_another_order_than_the_policys_own_is_found(opt, machine):
@@ -341,7 +341,7 @@ def test_it_says_what_was_chosen_and_why(opt, machine):
 
 
 def test_one_new_token_has_no_decode(opt, machine):
-    """Of so many cells that a small model stands for the whole."""
+    """A job of too many cells to simulate: a small model represents it."""
     fixed = {"gpu_batch_size": 1, "num_gpu_batches": 400}
     best = find_policy(opt, machine(), Workload(16, 1, 400), Auto(fixed)).best
     assert best.policy.block_size == 400 and best.prediction.report.decode_s == pytest.approx(0, abs=0.1)
@@ -354,7 +354,7 @@ def test_the_last_block_is_about_as_full_as_the_others(opt, machine):
 
 
 def test_the_whole_models_plan_says_what_fits():
-    """Of a model of six layers, which stands for the whole one's overlap, this needs more than the GPU has."""
+    """The model of six layers that represents the overlap of the whole one needs more than the GPU has."""
     shape = dict(hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672)
     config = LlamaConfig(
         **shape, vocab_size=128256, num_hidden_layers=80, max_position_embeddings=8192, dtype="bfloat16"

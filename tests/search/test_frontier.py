@@ -21,6 +21,7 @@ def test_only_what_nothing_beats_in_both_stays():
     assert [(p.prompts, p.seconds) for p in not_dominated(points)] == [(3, 1.0), (4, 2.5)]
 
 
+@pytest.mark.slow
 def test_more_prompts_give_more_and_take_longer(configs, machine):
     spec, _ = open_model(configs["opt"], "dummy")
     asked = []

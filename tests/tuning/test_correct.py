@@ -53,9 +53,9 @@ ONES = dict.fromkeys(
 @settings(max_examples=8)
 @given(few=st.floats(0.3, 3), many=st.floats(0.3, 3), moved=st.floats(0.3, 3), shared=st.booleans())
 def test_lanes_then_take_what_was_seen(policy, few, many, moved, shared, spec, machine, host):
-    """Of computations and transfers that are slower or faster as a whole than it was thought."""
+    """Computations and transfers that are slower or faster as a whole than predicted."""
     if policy is POLICIES["codecs"]:
-        many = few  # what is multiplied as it is kept is told from the rate at many rows, so the two are not apart
+        many = few  # products with encoded matrices are inferred from the rate at many rows, so the two are equal
     guess = scaled(host() if shared else machine(), ONES, (1, 1))
     attending = {"prefill_attention": many, "device_attention": few, "host_attention": few}
     truth = scaled(guess, {"bandwidth": moved, "decoding": 1.0} | attending, (few, many))

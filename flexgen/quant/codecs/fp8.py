@@ -34,7 +34,7 @@ _LEAST_SCALE = torch.finfo(_SCALE).tiny
 _MOST_SCALE = 7.59e35
 """The largest scale whose product with 448 is finite in float32, less a thousandth."""
 
-_PIECE = 1 << 19
+PIECE = 1 << 19
 """Values decoded at once on a CPU. The temporaries take 6 bytes a value (3 MiB); memory plans do not count them."""
 
 _FROM_HALF = 2.0**8
@@ -54,18 +54,18 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Decode the rows of `codes` (..., n) and `scales` (...) to `out` (..., n), contiguous, of any float type."""
     if out.numel():
-        (_decode_by_bits if out.device.type == "cpu" else _decode_by_type)(codes, scales, out)
+        (decode_by_bits if out.device.type == "cpu" else decode_by_type)(codes, scales, out)
 
 
-def _decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+def decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Decode with torch's conversion, without temporaries."""
     out.copy_(codes.view(_E4M3)).mul_(scales[..., None])
 
 
-def _decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Decode to the same values on a CPU, where torch's conversion takes ten times as long."""
+def decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor, piece: int = PIECE) -> None:
+    """Decode `piece` values at once to the same values on a CPU, where torch's conversion takes ten times as long."""
     rows = (codes.flatten(0, -2), scales.flatten(), out.flatten(0, -2))
-    step = max(_PIECE // out.shape[-1], 1)
+    step = max(piece // out.shape[-1], 1)
     for some, scale, target in zip(*(part.split(step) for part in rows), strict=True):
         target.copy_(_halved(some).mul_((scale * _FROM_HALF)[:, None]))
 

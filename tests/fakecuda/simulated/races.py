@@ -1,6 +1,6 @@
 """Data races between CUDA streams, found by torch's own stream sanitizer (`torch.cuda._sanitizer`).
 
-It keeps vector clocks of streams and events, and reports two accesses to the same memory of which neither is ordered
+It keeps vector clocks of streams and events, and reports two accesses to the same memory, neither of them ordered
 behind the other. Here it works by storage, since views of one buffer have many addresses, and in every thread. It
 also reports memory that is freed while another stream may still use it. It runs on a real GPU too.
 """
@@ -130,7 +130,7 @@ def _site(stack: Iterable[traceback.FrameSummary]) -> str:
 
 
 class _Watch(TorchDispatchMode):
-    """Tells the handler of each operation of one thread."""
+    """Passes each operation of one thread to the handler."""
 
     def __init__(self, handler: _Handler) -> None:
         super().__init__()

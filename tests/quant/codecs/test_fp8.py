@@ -1,6 +1,8 @@
 """fp8: values compared with e4m3 in float64, from its definition by bits; attention, lookups and costs."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_each_value_gets_the_nearest_code(rows, width, dtype, size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [2.0**-126, 3.3e-9, 0.7, 1.0, 141.0, 7.59e35])
-@pytest.mark.parametrize("decode", [fp8._decode_by_bits, fp8._decode_by_type])
+@pytest.mark.parametrize("decode", [fp8.decode_by_bits, fp8.decode_by_type])
 def test_every_code_is_its_number_rounded_once_or_twice(decode, scale, dtype):
     codes, scales = NUMBERS.repeat(3, 1), torch.tensor([scale, scale, 0.0])
     out = torch.empty(codes.shape, dtype=dtype)
@@ -107,14 +109,17 @@ def test_every_code_is_its_number_rounded_once_or_twice(decode, scale, dtype):
     assert torch.equal(out, expected)
 
 
-def test_both_ways_to_decode_work_on_parts_and_on_slices(monkeypatch):
+def test_both_ways_to_decode_work_on_parts_and_on_slices():
     codes = NUMBERS.repeat(21, 2).view(3, 7, -1)[..., 2:-3]
     scales, outs = torch.rand(3, 7), []
-    for piece in (1, 1 << 19):
-        monkeypatch.setattr(fp8, "_PIECE", piece)
-        for decode in (fp8._decode_by_bits, fp8._decode_by_type):
-            outs.append(torch.empty(codes.shape))
-            decode(codes, scales, outs[-1])
+    for decode in (
+        fp8.decode_by_type,
+        fp8.decode_by_bits,
+        partial(fp8.decode_by_bits, piece=1),
+        partial(fp8.decode_by_bits, piece=200),
+    ):
+        outs.append(torch.empty(codes.shape))
+        decode(codes, scales, outs[-1])
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -217,12 +222,12 @@ def test_attention_is_that_over_the_values(head_dim, dtype, rows, kv_heads, grou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_encoded_independently(dtype, monkeypatch):
+def test_heads_are_encoded_independently(dtype):
     form, x = head_format("fp8", 21, dtype), random(2 * 3 * 9, 21, dtype, 2.0).view(2, 3, 9, 21)
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer makes them
     whole = form.encode(x)
     assert whole.shape == (2, 3, 9, 28) and whole.dtype is torch.uint8
-    monkeypatch.setattr("flexgen.kernels.heads._PIECE_VALUES", 100)
+    form = replace(form, piece_values=100)
     assert torch.equal(form.encode(apart), whole)
     both = form.encode_both(x, x.flip(0))
     assert torch.equal(both[0], whole) and torch.equal(both[1], whole.flip(0))
