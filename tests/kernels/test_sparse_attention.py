@@ -284,7 +284,7 @@ def test_the_public_functions_take_what_fits(dtype):
 
 def test_what_does_not_fit_is_refused():
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
-    with pytest.raises(ValueError, match="length 5, but the pages hold 4 tokens"):
+    with pytest.raises(ValueError, match="length 5, but the pages have 4 tokens"):
         choose(case.q, case.pages, 5, None, 1.0, Sparsity(0.5))
     with pytest.raises(ValueError, match="a multiple of 2 heads"):
         choose(case.q[:, :3], case.pages, 4, None, 1.0, Sparsity(0.5))
@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("starts", [[-1, 0], [0]])
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
-    with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
+    with pytest.raises(ValueError, match="starts must be 2 integers of at least 0"):
         sparse_attention.choose_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0, Sparsity(0.5))
 
 
