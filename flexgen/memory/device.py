@@ -18,16 +18,16 @@ from flexgen.memory.store import Store
 
 
 class Graphs(Protocol):
-    """Graphs of work of the compute lane, each of which is one launch.
+    """Graphs of the compute lane's work. A replay of a graph is one launch.
 
-    They share the memory of their temporaries, so replay them on that lane only.
+    Graphs share the memory of their temporaries, so replay them only on the compute lane.
     """
 
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
-        """Call `work`, and return a function that replays what it enqueued. Nothing of it runs on the device before.
+        """Call `work`, and return a function that replays the operations that it enqueued. They run only in replays.
 
         `work` must not wait for the device, and tensors that it reads must keep their addresses. Raises RuntimeError
-        where the device refuses.
+        if the device refuses to capture.
         """
 
 
@@ -96,7 +96,9 @@ class ComputeDevice(ABC):
 
     @property
     def graphs(self) -> Graphs:
-        """Of a device whose `workspaces.captured` is a number. Raises RuntimeError where it refuses to capture."""
+        """The graphs of a device whose `workspaces.captured` is a number. Raises RuntimeError if it refuses to
+        capture.
+        """
         raise NotImplementedError(f"{self.name} captures no graphs")
 
     def close(self) -> None:

@@ -141,9 +141,9 @@ class CacheStorage:
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
         """Continue with these batches, with their rows on the tiers by `split`. No transfer may be in flight.
 
-        A new batch overwrites the old one of its number. The new batches up to that number have as many rows as the
-        old ones, so it overwrites only rows that have been read. The temporary memory is at most that of one batch's
-        rows in one layer (see `gather`).
+        A new batch overwrites the old one of its number. The new batches up to that number have room for all rows of
+        the old ones, so it overwrites only rows that have been read. The temporary memory is at most that of one
+        batch's rows in one layer (see `gather`).
         """
         if all(moved.whole is not None for moved in batches):
             kept = {

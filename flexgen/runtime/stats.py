@@ -46,7 +46,7 @@ class Stats:
         """The report of a call that generated tokens, without the lanes' times and the perplexity.
 
         placement: that of the weights of `model`. prompt_len: the length of the longest prompt. gen_len: the
-        requested number of new tokens, of which the call ran `tokens`. If it ran fewer, the decode is projected to
+        requested number of new tokens. The call ran `tokens` of them. If it ran fewer, the decode is projected to
         all tokens, unless every row ended with its first token and there is nothing to decode.
         """
         projected = projected_decode(self.timing, gen_len) if tokens < gen_len else None
