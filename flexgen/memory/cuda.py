@@ -96,7 +96,8 @@ class CudaDevice(ComputeDevice):
         lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: compute}
         for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
             lanes[link] = CopyLane(link, self.torch_device, host)
-        # Each thread waits for events of this GPU. In a thread on the default GPU, that creates a context on GPU 0.
+        # Each thread waits for events of this GPU. Without this context manager, that creates a CUDA context on GPU
+        # 0.
         within = partial(torch.cuda.device, self.torch_device)
         lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ, within=within)
         for name in (LaneName.HOST, LaneName.DISK_WRITE):

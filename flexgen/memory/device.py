@@ -66,11 +66,13 @@ class ComputeDevice(ABC):
 
     @abstractmethod
     def to_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy host memory to device memory on the current lane. Both are contiguous, with the same bytes."""
+        """Copy host memory to device memory on the current lane. Both are contiguous and have the same size in
+        bytes."""
 
     @abstractmethod
     def from_device(self, target: Tensor, source: Tensor) -> None:
-        """Copy device memory to host memory on the current lane. Both are contiguous, with the same bytes."""
+        """Copy device memory to host memory on the current lane. Both are contiguous and have the same size in
+        bytes."""
 
     def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         """The default dtype for computing with a checkpoint in the given dtype."""

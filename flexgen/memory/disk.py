@@ -182,7 +182,7 @@ class DiskIO:
         self.close()
 
     def _begin(self, pieces: Sequence[_Piece], move: _Move, *, writable: bool, inline: int) -> Transfer:
-        """Submit the pieces to the threads. Moves a few pieces of at most `inline` bytes in total right here."""
+        """Submit the pieces to the threads. A few pieces of at most `inline` bytes in total are moved immediately."""
         if self._closed:
             raise RuntimeError("this DiskIO is closed")
         began = self.throttle.clock()
@@ -210,7 +210,8 @@ class DiskIO:
         return transfer
 
     def _shares(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-        """Divide the parts among the threads: shares of at most a chunk and of at most an equal number of parts."""
+        """Divide the parts into shares for the threads, each of at most a chunk and at most an equal number of
+        parts."""
         most = -(-len(parts) // self.threads)
         share: list[_Part] = []
         nbytes = 0

@@ -120,7 +120,9 @@ class EmulatedDevice(_HostArithmetic):
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         if not (target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes):
-            raise ValueError(f"a link copies equal contiguous bytes, not {source.shape} to {target.shape}")
+            raise ValueError(
+                f"a link copies contiguous tensors of equal bytes, not {source.shape} to {target.shape}"
+            )
         began = self.pace.clock() if self.pace else 0.0
         # One thread without the GIL, like a DMA engine: torch's copy uses all cores.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)

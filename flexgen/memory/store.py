@@ -67,7 +67,7 @@ class Store(ABC):
         memory."""
 
     def adopt(self, nbytes: int, purpose: str) -> None:
-        """Count memory of this tier that a library allocates itself and never frees."""
+        """Count memory of this tier that a library allocates itself and keeps."""
         self._check(nbytes, purpose)
         self._count(nbytes)
 

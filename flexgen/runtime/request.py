@@ -61,14 +61,12 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
     prompts = tuple(row[columns] for row, columns in zip(rows, kept, strict=True))
     for n, prompt in enumerate(prompts):
         if not len(prompt):
-            raise RequestError(
-                f"prompt {n} is empty: give at least one id (the model's first is often its bos)"
-            )
+            raise RequestError(f"prompt {n} is empty: give at least one id, for example the model's bos id")
         worst = prompt.min() if prompt.min() < 0 else prompt.max()
         if not 0 <= worst < spec.vocab_size:
             raise RequestError(
-                f"prompt {n} has id {shown(worst)}, the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
-                "was it tokenised for another model?"
+                f"prompt {n} has id {shown(worst)}, but the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
+                "use the tokenizer of this model"
             )
     return Request(prompts, max(map(len, rows)), tuple(kept))
 
@@ -80,7 +78,7 @@ def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
     """
     if isinstance(inputs, Tensor):
         if inputs.dtype.is_floating_point:  # numpy lacks some of those
-            raise RequestError(f"prompts hold {inputs.dtype} values; ids are whole numbers")
+            raise RequestError(f"prompts contain {inputs.dtype} values; ids must be whole numbers")
         inputs = inputs.detach().cpu().numpy()
     if isinstance(inputs, np.ndarray) and inputs.ndim != 2:
         raise RequestError(f"prompts have shape {inputs.shape}; they must be (prompts, prompt_len)")
@@ -102,7 +100,7 @@ def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
                 f"prompt {n} is {shown(given)}; it must be a list of ids (wrap one prompt in a list)"
             )
         if len(row) and row.dtype.kind not in "iu":
-            raise RequestError(f"prompt {n} holds {row.dtype} values; ids are whole numbers")
+            raise RequestError(f"prompt {n} contains {row.dtype} values; ids must be whole numbers")
         rows.append(row.astype(np.int64))
     return rows, isinstance(inputs, np.ndarray) or len({len(row) for row in rows}) == 1
 
@@ -155,11 +153,11 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
             f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {shown(given)}"
         )
     if len(mask) and mask.dtype.kind not in "biuf":
-        raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
+        raise RequestError(f"attention_mask row {n} contains {mask.dtype} values; it must contain 0 and 1")
     wrong = mask[(mask != 0) & (mask != 1)]  # includes NaN
     if len(wrong):
         raise RequestError(
-            f"attention_mask row {n} holds {shown(wrong[0])}; it takes 0 for padding and 1 for ids"
+            f"attention_mask row {n} contains {shown(wrong[0])}; it must contain 0 for padding and 1 for ids"
         )
     return mask
 
@@ -208,7 +206,7 @@ def check_room(spec: ModelSpec, prompt: str, length: int, new_tokens: int) -> No
     room = spec.max_positions - length
     fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
     raise RequestError(
-        f"{prompt} has {length} ids and {shown(new_tokens)} more are asked for: {shown(total)} exceed {positions}. "
+        f"{prompt} has {length} ids and {shown(new_tokens)} more are requested: {shown(total)} exceed {positions}. "
         f"Shorten the prompt{fewer}"
     )
 
@@ -227,9 +225,7 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
     ids = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise RequestError(
-                f"stop holds {shown(value)}; it takes one id, several ids, or () to never stop"
-            )
+            raise RequestError(f"stop contains {shown(value)}; give one id, several ids, or () to never stop")
         if not 0 <= int(value) < spec.vocab_size:
             raise RequestError(
                 f"stop id {shown(value)} is outside the vocabulary, 0 to {spec.vocab_size - 1}"

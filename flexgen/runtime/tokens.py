@@ -1,4 +1,4 @@
-"""The ids of one block: the inputs of the first layer, the new ids, and which rows have stopped."""
+"""The ids of one block: the inputs of the first layer, the new ids, and the rows that have stopped."""
 
 from __future__ import annotations
 
