@@ -165,10 +165,10 @@ class CopyLane(ThreadLane):
     store that they copy from and to, has pageable memory.
 
     The data of jobs needs no lock and no `record_stream`. A job may run later than its submission. It reads and
-    changes the state of its slot on the host (`Activations._leaving`, `Slot.new`, `Lookup._there`). The next step
-    that reads or replaces this state depends on this step, and its lane waits for the Done, which follows the job.
-    The same step drops the tensors of the compute stream that a job reads. By then, that stream waits for the job's
-    event, so later work on the stream can reuse the memory.
+    changes the state of its slot on the host (`leaving` of `Activations`, `Slot.new`, `there` of `Lookup`). The next
+    step that reads or replaces this state depends on this step, and its lane waits for the Done, which follows the
+    job. The same step drops the tensors of the compute stream that a job reads. By then, that stream waits for the
+    job's event, so later work on the stream can reuse the memory.
     """
 
     def __init__(self, name: LaneName, device: torch.device, host: Store | None = None) -> None:
