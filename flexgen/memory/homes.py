@@ -116,8 +116,9 @@ class Homes:
         if room is not None and nbytes > room:
             raise CapacityError(
                 f"weights need {format_bytes(nbytes)} in the offload directory, which has {format_bytes(room)} free "
-                "or allowed: the checkpoint stores them in another form than the policy. Give another "
-                "offload_dir, a larger max_memory of the disk, a smaller disk share, or the checkpoint's own dtype"
+                "or allowed: the checkpoint does not store them in the dtype or codec of the policy. "
+                "Give another offload_dir, a larger disk limit (max_memory), a smaller disk share, or the "
+                "checkpoint's own dtype"
             )
 
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:

@@ -35,7 +35,7 @@ class Choice(Protocol):
 
     @property
     def can_end(self) -> bool:
-        """Whether a row may end before the last token. If not, the result of `ends` is not used."""
+        """Whether a row may end before the last token."""
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         """The ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
