@@ -155,7 +155,7 @@ def test_pieces_are_shown_as_they_are_made(completion, monkeypatch):
         (["--prompt", "a", "--top-p", "2"], "top_p is 2"),
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a", "--seed", str(1 << 64)], "seed is 18446744073709551616"),
-        (["--prompt", "a", "--stop", ""], "stop holds ''"),
+        (["--prompt", "a", "--stop", ""], "stop contains ''"),
         (["--prompt", "a\udcff"], "not valid Unicode at character 1"),
         (["--prompt", "a", "--device", "tpu"], "device 'tpu' is not known"),
         (["--prompt", "a", "--dtype", "int3"], "int3"),

@@ -104,12 +104,12 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     """`stop` as a tuple of strings. Raises RequestError for anything else, and for an empty string."""
     if not isinstance(stop, Iterable) or getattr(stop, "shape", None) == ():
-        raise RequestError(f"stop is {shown(stop)}; it takes a text, several, or () for none")
+        raise RequestError(f"stop is {shown(stop)}; give a text, several texts, or () for none")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for value in stops:
         if not isinstance(value, str) or not value:
             raise RequestError(
-                f"stop holds {shown(value)}; it takes a text, or several, that end a completion"
+                f"stop contains {shown(value)}; give a text or several texts that end a completion"
             )
     return stops
 

@@ -1,1 +1,1 @@
-"""Arithmetic that torch does slowly on a CPU, compiled; each with a version in torch for every device."""
+"""Compiled kernels for operations that are slow in torch on a CPU. Each also has a torch version for every device."""

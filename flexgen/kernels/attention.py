@@ -1,4 +1,4 @@
-"""Attention of one new token per row over a cache in pages, where it lies."""
+"""Attention of one new token per row over a paged cache, in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
 from flexgen.units import align
 
 MASK_ALIGNMENT = 16
-"""Values between the rows of a mask: of others torch makes an aligned copy in each call."""
+"""Values. The rows of a mask begin at multiples of it; otherwise torch makes an aligned copy of the mask in each
+call."""
 
 
 def decode_attention(
@@ -25,10 +26,10 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token per row over the first `length` positions of the cache.
 
-    q (rows, heads, 1, head_dim), in the type of the cache; a multiple of kv_heads query heads. `form` is how
-    the pages keep a head. Plain memory beyond `length` must be finite: only the compiled kernel never reads it,
-    so allocate pages zero-filled.
-    `starts` (rows,) integers below `length`: positions before a row's start are padding; None for no padding.
+    q (rows, heads, 1, head_dim): in the dtype of the cache; heads is a multiple of kv_heads. form: the format of
+    heads in the pages. Plain memory beyond `length` must be finite, because only the compiled kernel never reads it:
+    allocate pages zero-filled.
+    starts (rows,): integers below `length`. Positions before a row's start are padding; None for no padding.
     Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
@@ -38,7 +39,7 @@ def decode_attention(
 
 
 def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:
-    """Raise ValueError where q, the pages and the length do not fit each other: the compiled kernels do not look."""
+    """Raise ValueError if q, the pages and the length do not match: the compiled kernels do not check them."""
     form = form or PlainHeads(q.shape[-1], q.dtype)
     rows, heads, queries, head_dim = q.shape
     kv_heads = pages[0][0].shape[1]
@@ -47,7 +48,7 @@ def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = 
             f"q has shape {tuple(q.shape)}: expected one query and a multiple of {kv_heads} heads"
         )
     if head_dim != form.head_dim:
-        raise ValueError(f"q has shape {tuple(q.shape)}: the pages keep heads of {form.head_dim}")
+        raise ValueError(f"q has shape {tuple(q.shape)}: the pages store heads of {form.head_dim}")
     total = 0
     for page in pages:
         tokens = page[0].shape[2]
@@ -61,18 +62,18 @@ def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = 
                 raise ValueError(f"a page must be contiguous, on {q.device}")
         total += tokens
     if not 1 <= length <= total:
-        raise ValueError(f"length {length}, but the pages hold {total} tokens")
+        raise ValueError(f"length {length}, but the pages have {total} tokens")
 
 
 def attend_in_torch(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
 ) -> Tensor:
-    """The same in torch, on every device.
+    """`decode_attention` in torch, on every device.
 
-    Whole pages are multiplied because a batched product on a slice of a larger buffer is ten times slower
+    Whole pages are multiplied because a batched product with a slice of a larger buffer is ten times slower
     on a CPU. The query heads that share a K/V head are the M dimension of the product, so K and V are read
-    once. Plain memory beyond `length` is multiplied by a zero probability; encoded pages are decoded a piece at
-    a time, up to `length`.
+    once. Plain memory beyond `length` is multiplied by zero probabilities. Encoded pages are decoded in pieces, up to
+    `length`.
     """
     probabilities = probabilities_in_torch(q, pages, length, starts, scale, form).to(q.dtype)
     return weigh_in_torch(probabilities, pages, length, form).view(q.shape)
@@ -81,11 +82,11 @@ def attend_in_torch(
 def attend_fused(
     q: Tensor, pages: Pages, length: int, hidden: Tensor | None, scale: float, form: HeadFormat
 ) -> Tensor:
-    """The same on a GPU, by torch's fused attention: few launches at any length.
+    """`decode_attention` on a GPU with torch's fused attention, which needs few launches at any length.
 
-    `hidden`: `hidden_positions` in the type of q, of at least `length` positions; None for no padding. Query heads
-    that share a K/V head are queries of one head, so that keys are not expanded. Several pages are joined first, for
-    as many rows at once as `joined_bytes` of `form` allows, and encoded ones decoded for as many as `form` takes.
+    hidden: `hidden_positions` in the dtype of q, for at least `length` positions; None for no padding. Query heads
+    that share a K/V head become queries of one head, so that keys are not expanded. Several pages are first joined,
+    and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and `form.rows_at_once`.
     """
     rows, heads, _, head_dim = q.shape
     keys = pages[0][0]
@@ -103,7 +104,8 @@ def attend_fused(
 
 
 def join(pages: Pages, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Keys and values of some rows in one page: a copy in two launches, unless there is one page already."""
+    """Keys and values of some rows in one page. Several pages are copied with two launches; one page is not
+    copied."""
     if len(pages) == 1:
         return pages[0][0][rows], pages[0][1][rows]
     return torch.cat([k[rows] for k, _ in pages], dim=2), torch.cat([v[rows] for _, v in pages], dim=2)
@@ -116,14 +118,14 @@ def _rows_to_join(pages: Pages, joined_bytes: int) -> int:
 
 
 def join_bytes(rows: int, nbytes: int, form: HeadFormat) -> int:
-    """Bytes that `attend_fused` takes to join pages of `nbytes` bytes in all, of `rows` rows."""
+    """Bytes that `attend_fused` allocates to join pages of `rows` rows and `nbytes` bytes in total."""
     return max(min(nbytes, form.joined_bytes), nbytes // max(rows, 1))
 
 
 def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """The mask of `attend_fused`, (rows, 1, 1, tokens): -inf where a position is padding, otherwise 0.
+    """The mask of `attend_fused`, (rows, 1, 1, tokens): -inf for padding, otherwise 0.
 
-    `starts` (rows,) as in `decode_attention`.
+    starts (rows,): as in `decode_attention`.
     """
     padding = torch.arange(align(tokens, MASK_ALIGNMENT), device=starts.device) < starts[:, None]
     hidden = torch.zeros(padding.shape, dtype=dtype, device=starts.device)
@@ -133,8 +135,8 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
     """Fill `hidden` (rows, 1, 1, tokens), a mask of `attend_fused` for more than `length` positions.
 
-    Attention over all of its tokens then is attention over the first `length` ones, without padding, and its extent
-    need not change with each token. For the next token, set its position to 0: that is one launch.
+    With this mask, attention over all tokens equals attention over the first `length` ones without padding, so the
+    shape of the operation does not change with each token. For the next token, set its position to 0: one launch.
     """
     positions = torch.arange(hidden.shape[-1], device=hidden.device)
     seen = (positions >= starts[:, None]) & (positions < length)
@@ -144,12 +146,12 @@ def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
 def probabilities_in_torch(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
 ) -> Tensor:
-    """Softmax of the scores, (rows * kv_heads, group, tokens of all pages) in float32; zero where none is valid."""
+    """Softmax of the scores, (rows * kv_heads, group, tokens of all pages) in float32; zero if no token is valid."""
     rows, heads, _, head_dim = q.shape
     form = form or PlainHeads(head_dim, q.dtype)
     kv_heads = pages[0][0].shape[1]
     group = heads // kv_heads
-    # Scaled before the product, which in float16 could overflow.
+    # q is scaled before the product, because the product could overflow in float16.
     query = (q * scale).reshape(rows * kv_heads, group, head_dim)
     total = sum(k.shape[2] for k, _ in pages)
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
@@ -166,9 +168,9 @@ def probabilities_in_torch(
 def weigh_in_torch(
     probabilities: Tensor, pages: Pages, length: int | None = None, form: HeadFormat | None = None
 ) -> Tensor:
-    """Values summed by probabilities (rows * kv_heads, group, tokens), in their type; (..., group, head_dim).
+    """Sums of values, weighted by probabilities (rows * kv_heads, group, tokens), in the dtype of these.
 
-    Of encoded pages no more than the first `length` tokens are decoded.
+    Returns (..., group, head_dim). Decodes only the first `length` tokens of encoded pages.
     """
     items, group, tokens = probabilities.shape
     form = form or PlainHeads(pages[0][1].shape[3], probabilities.dtype)
@@ -182,7 +184,7 @@ def weigh_in_torch(
 def _decoded(
     kept: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
-    """The keys, or the values, of at least `length` tokens in runs, with the position where each begins."""
+    """The keys or the values of at least `length` tokens, in runs, with the first position of each run."""
     begin = 0
     for page in kept:
         position = begin

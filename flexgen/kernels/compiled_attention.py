@@ -1,4 +1,4 @@
-"""The compiled kernel for attention of one new token per row over a cache in pages, on the CPU."""
+"""The compiled CPU kernel for attention of one new token per row over a paged cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flexgen.kernels.loading import NUMBERS, announce, native
 
 
 class HeadLayout(NamedTuple):
-    """How a page stores a head: `bits` of a code (0 for plain values), values of a `group`, and bytes of a head."""
+    """The storage of a head in a page: `bits` per code (0 for plain values), values per `group`, and bytes per
+    head."""
 
     bits: int
     group: int
@@ -27,9 +28,9 @@ def attend_compiled(
     scale: float,
     layout: HeadLayout,
 ) -> Tensor | None:
-    """`decode_attention` over pages of this layout; None where the kernel is not there for the device or type of q.
+    """`decode_attention` over pages of this layout, or None if there is no kernel for the device or dtype of q.
 
-    Keys and values are read once, where they are stored, and padding is skipped.
+    Reads keys and values once, in place, and skips padding.
     """
     if q.device.type != "cpu" or q.dtype not in NUMBERS or not announce():
         return None
@@ -41,7 +42,7 @@ def attend_compiled(
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
         if starts.shape != (rows,) or int(starts.min()) < 0:
-            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
+            raise ValueError(f"starts must be {rows} integers of at least 0, one per row")
     native.decode_attention(
         NUMBERS[q.dtype],
         q.data_ptr(),

@@ -1,7 +1,7 @@
-"""How much memory FlashAttention takes where it divides the keys of a prompt among idle multiprocessors.
+"""The memory that FlashAttention allocates when it splits the keys of a prompt among idle multiprocessors.
 
-Each part of the keys then has a result of its own in float32. torch's `flash_api.cpp` (`num_splits_heuristic`) says
-into how many parts; these functions mirror it.
+Each split of the keys has its own result in float32. These functions mirror torch's choice of the number of splits
+(`num_splits_heuristic` in `flash_api.cpp`).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from functools import cache
 import torch
 
 _QUERIES = 64
-"""Queries of a block."""
+"""Queries per block."""
 _MOST_SPLITS = 128
 _BUSY = 0.8
-"""Share of the places for blocks from which on keys are not divided."""
+"""Keys are not split if blocks occupy at least this share of the places."""
 _EFFICIENT = 0.85
-"""Of the best use of the places: the smallest number of parts that reaches it is taken."""
+"""The smallest number of splits that reaches this share of the best use of the places is chosen."""
 
 
 @cache
 def split_bytes(rows: int, heads: int, tokens: int, head_dim: int, multiprocessors: int) -> int:
-    """The most that causal attention takes for the results of parts, with their sums, in addition to its result.
+    """The maximum bytes of the splits' results and sums in causal attention, in addition to its result.
 
-    It is called for runs of neighbouring rows with equal padding. So this is the most of all runs of up to `rows`
-    rows of up to `tokens` tokens: fewer of both leave more multiprocessors idle.
+    Attention is called for runs of adjacent rows with equal padding. So this is the maximum over all runs of up to
+    `rows` rows and up to `tokens` tokens: smaller runs leave more multiprocessors idle.
     """
     places = 2 * multiprocessors
     each = (_padded(head_dim) + 1) * torch.float32.itemsize
@@ -41,23 +41,23 @@ def split_bytes(rows: int, heads: int, tokens: int, head_dim: int, multiprocesso
 
 
 def _padded(head_dim: int) -> int:
-    """Values of a head in the results."""
+    """Values per head in the results."""
     return next((n for n in (32, 64, 96, 128, 192) if head_dim <= n), 256)
 
 
 def _keys(head_dim: int) -> int:
-    """Keys of a block."""
+    """Keys per block."""
     return 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
 
 
 @cache
 def _splits(blocks: int, key_blocks: int, places: int) -> int:
-    """Into how many parts `key_blocks` blocks of keys are divided for `blocks` blocks of queries of all heads."""
+    """The number of splits of `key_blocks` blocks of keys, for `blocks` blocks of queries of all heads."""
     if blocks >= _BUSY * places:
         return 1
 
     def used(splits: int) -> float:
-        """Share of the places that work. 0 where one part fewer has parts as long."""
+        """The share of places in use, or 0 if one split less has splits of the same length."""
         if splits > 1 and -(-key_blocks // splits) == -(-key_blocks // (splits - 1)):
             return 0.0
         full = blocks * splits

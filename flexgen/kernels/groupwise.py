@@ -1,6 +1,6 @@
 """Group-wise integers of 4 or 8 bits: x = q * scale + minimum for each group of consecutive values.
 
-The compiled kernels and torch give the same bits, in both directions.
+The compiled kernels and torch produce identical bits, in both directions.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
 from flexgen.kernels.packed import Packed
 
 _VECTOR = 16
-"""Bytes of codes that the widest compiled version takes at once; groups of fewer are left to torch."""
+"""Bytes of codes that the widest compiled version processes at once. torch processes smaller groups."""
 _UNIT = 2.0**-24
-"""The distance of the smallest numbers of float16."""
+"""The spacing of the smallest float16 numbers."""
 _UNITS = (1 - 2.0**-20) / _UNIT
-"""How many units are 1, a little fewer: a rounded product must not exceed the whole number that it stands for."""
+"""The number of units in 1, slightly reduced, so that a rounded product does not exceed the exact integer."""
 PIECE = 1 << 19
-"""Values that torch decodes at once on a CPU: their temporaries, of up to 9 bytes each, are in no memory plan."""
+"""Values that torch decodes at once on a CPU. Memory plans do not count their temporaries, of up to 9 bytes per
+value."""
 _GPU_PIECE = 1 << 28
-"""Values that torch decodes at once on a GPU: most matrices are one piece, since smaller ones wait for their
-launches. See `decode_workspace`."""
+"""Values that torch decodes at once on a GPU. Most matrices are one piece, because launches would dominate the time
+of smaller ones. See `decode_workspace`."""
 
 
 def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = torch.float16) -> Packed:
-    """Each value to the nearest of the 2 ** bits between the least and the largest of its group.
+    """Round each value to the nearest of 2 ** bits levels between the minimum and the maximum of its group.
 
-    Where the step between them is below the normal numbers of float16, which keeps it, it is rounded up to a multiple
-    of 2 ** -24. Rounded to the nearest it could be 0, which loses the group, or too small for the largest values. A
-    value is off by at most half a step, and by what the minimum was rounded by.
+    The step between levels is stored in float16. A subnormal step is rounded up to a multiple of 2 ** -24: rounded to
+    nearest, it could be 0, which loses the group, or too small for the largest values. The error of a value is at
+    most half a step plus the rounding error of the minimum.
 
-    x must be finite; its last dimension must be a multiple of `group`, whose codes are whole bytes.
+    x must be finite. Its last dimension must be a multiple of `group`, and the codes of a group must be whole bytes.
     """
     _check(bits, group, scale_dtype)
     if not x.dim() or not x.shape[-1] or x.shape[-1] % group:
-        raise ValueError(f"the last dimension of {tuple(x.shape)} is no multiple of the group, {group}")
+        raise ValueError(f"the last dimension of {tuple(x.shape)} is not a multiple of the group, {group}")
     *outer, n = x.shape
     packed = Packed(
         values=torch.empty(*outer, n * bits // 8, dtype=torch.uint8, device=x.device),
@@ -54,7 +55,7 @@ def quantise(x: Tensor, bits: int, group: int = 64, scale_dtype: torch.dtype = t
 
 
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
-    """Write what was packed to `out`, rounded to its type, and return it."""
+    """Decode `packed` to `out`, rounded to the dtype of `out`, and return it."""
     check_packed(packed)
     if out.shape != packed.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}: expected {tuple(packed.shape)}")
@@ -68,7 +69,7 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
 
 
 def check_packed(packed: Packed) -> None:
-    """Raises ValueError where the parts do not belong together."""
+    """Raise ValueError if the shapes or dtypes of the parts do not match."""
     _check(packed.bits, packed.group, packed.scales.dtype)
     *outer, n = packed.shape
     octets = torch.Size((*outer, n * packed.bits // 8))
@@ -100,7 +101,7 @@ def quantise_natively(x: Tensor, packed: Packed) -> None:
 
 
 def dequantise_natively(packed: Packed, out: Tensor) -> Tensor:
-    """Fill `out`, which is contiguous, with the compiled kernel."""
+    """Fill `out` (contiguous) with the compiled kernel."""
     native.dequantise(*_arguments(out, packed))
     return out
 
@@ -121,12 +122,12 @@ def _arguments(x: Tensor, packed: Packed) -> tuple[int, int, int, int, int, int,
 
 
 def quantise_in_torch(x: Tensor, packed: Packed) -> None:
-    """Fill `packed`, on any device."""
+    """Fill `packed` with torch, on any device."""
     levels = 2**packed.bits - 1
     groups = x.float().unflatten(-1, (-1, packed.group))
     least, most = groups.aminmax(dim=-1)
     largest = torch.finfo(packed.scales.dtype).max
-    # Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
+    # The codes are computed with the stored scale and minimum, after rounding.
     packed.minimums.copy_(least.add_(0.0).clamp_(-largest, largest))  # no negative zero
     span = most.sub_(packed.minimums).clamp_min_(0)
     scales = (span * (1 / levels)).clamp_(0, largest)
@@ -135,7 +136,7 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
         scales = torch.where(scales < torch.finfo(torch.float16).smallest_normal, rounded_up, scales)
     packed.scales.copy_(scales)
     codes = (groups - packed.minimums[..., None]).div_(packed.scales[..., None])
-    codes.nan_to_num_(0.0, 0.0, 0.0)  # where the scale is 0
+    codes.nan_to_num_(0.0, 0.0, 0.0)  # for a scale of 0
     codes.clamp_(0, levels).round_()
     if packed.bits == 4:
         low, high = codes.chunk(2, dim=-1)
@@ -144,9 +145,9 @@ def quantise_in_torch(x: Tensor, packed: Packed) -> None:
 
 
 def dequantise_in_torch(packed: Packed, out: Tensor, piece: int | None = None) -> Tensor:
-    """Fill `out`, on any device, with temporaries as in `decode_workspace`.
+    """Fill `out` with torch, on any device. `decode_workspace` is the size of the temporaries.
 
-    `piece`: values decoded at once; by default `PIECE` on a CPU, more on a GPU.
+    piece: values decoded at once; the default is `PIECE` on a CPU, and more on a GPU.
     """
     groups = packed.scales.shape[-1]
     if not groups:
@@ -159,7 +160,7 @@ def dequantise_in_torch(packed: Packed, out: Tensor, piece: int | None = None) -
 
 
 def decode_workspace(values: int, bits: int, group: int) -> int:
-    """Bytes of temporaries while torch decodes `values` values on a GPU, the largest piece: scales, and codes of 4
+    """Bytes of temporaries when torch decodes `values` values on a GPU, for the largest piece: scales, and codes of 4
     bits."""
     at_once = min(values, _GPU_PIECE)
     scales = at_once // group * (2 if bits == 4 else 1) * torch.float32.itemsize
@@ -169,7 +170,8 @@ def decode_workspace(values: int, bits: int, group: int) -> int:
 def _decode_pieces(
     values: Tensor, scales: Tensor, minimums: Tensor, out: Tensor, bits: int, piece: int
 ) -> None:
-    """Groups (..., octets) to `out` (..., group), in pieces along the first dimensions that are too long for one."""
+    """Decode groups (..., octets) to `out` (..., group), in pieces along the first dimensions if one is not
+    enough."""
     *lead, group = out.shape
     split = next((dim for dim, size in enumerate(lead) if size > 1), None)
     if split is not None and out.numel() > max(piece, group):
@@ -177,7 +179,7 @@ def _decode_pieces(
         for v, s, m, o in zip(*(x.split(most, split) for x in (values, scales, minimums, out)), strict=True):
             _decode_pieces(v, s, m, o, bits, piece)
         return
-    # As few launches as there can be. The products are exact in float32, so that it is rounded once.
+    # This needs the fewest launches. The products are exact in float32, so the result is rounded once.
     if bits == 4:
         masks, units = _nibbles(out.device)
         codes = values[..., None, :] & masks
@@ -190,6 +192,6 @@ def _decode_pieces(
 
 @functools.cache
 def _nibbles(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both (2, 1): what the codes of a byte are masked with, and what a mask's lowest bit counts, in float32."""
+    """Two tensors (2, 1): the masks of the codes in a byte, and the value of each mask's lowest bit, in float32."""
     masks = torch.tensor([[0x0F], [0xF0]], dtype=torch.uint8, device=device)
     return masks, torch.tensor([[1.0], [1 / 16]], device=device)

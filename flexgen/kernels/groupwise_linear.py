@@ -1,8 +1,8 @@
-"""Products with matrices of group-wise integers as they are kept, and rows of such a matrix.
+"""Products with encoded matrices of group-wise integers, and lookups of their rows.
 
-A product of few rows waits for the weights. Read as they are kept, they are a quarter (int4) or half (int8) of the
-bytes of a 16-bit matrix, which would have to be written and read as well. With many rows the arithmetic binds, and a
-library's product of the decoded matrix is faster.
+A product of few rows is bound by the reads of the weights. Encoded weights have a quarter (int4) or half (int8) of
+the bytes of a 16-bit matrix, and a decoded matrix must also be written and read. A product of many rows is
+compute-bound, and a library's product with the decoded matrix is faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GPU_ROWS = 64
 
 @dataclass(frozen=True)
 class GroupwiseMatrix(QuantizedMatrix):
-    """A matrix (out, in) in group-wise integers."""
+    """A matrix (out, in) of group-wise integers."""
 
     packed: Packed
     dtype: torch.dtype
@@ -46,11 +46,11 @@ class GroupwiseMatrix(QuantizedMatrix):
 
 
 def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
-    """Most rows of an x in `dtype` that are better multiplied with `packed` as it is; 0 where nothing can.
+    """The maximum rows of an x in `dtype` for which the fused product is faster; 0 if there is no kernel.
 
-    The rows of one product count, whatever the number of products that could share a decoded matrix: with more
-    than this, decoding is soon earned back, and with fewer, even a product that finds the matrix decoded takes
-    longer than the fused one (`benchmarks/packed_linear.py`).
+    The number applies to one product, regardless of how many products could share a decoded matrix. With more rows,
+    decoding pays off. With fewer rows, even a product with a matrix that is already decoded takes longer than the
+    fused one (`benchmarks/packed_linear.py`).
     """
     device = packed.values.device
     if device.type == "cpu":
@@ -59,14 +59,14 @@ def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
 
 
 def expected_fused_rows(on_host: bool, dtype: torch.dtype) -> int:
-    """`fused_rows` of a machine that has the kernels, which need not be this one."""
+    """`fused_rows` on a machine that has the kernels; it may be another machine."""
     if on_host:
         return _HOST_ROWS.get(dtype, 0)
     return _GPU_ROWS if dtype in NUMBERS else 0
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
+    """x (..., in) @ packed (out, in) transposed + bias (out), in the dtype of x, with sums in float32."""
     check_packed(packed)
     if len(packed.shape) != 2 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., in) for {tuple(packed.shape)}")
@@ -77,7 +77,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         )
     parts = (packed.values, packed.scales, packed.minimums, *(() if bias is None else (bias,)))
     if any(part.device != x.device for part in parts):
-        raise ValueError(f"x is on {x.device}, and the matrix or the bias is not")
+        raise ValueError(f"x is on {x.device}, but the matrix or the bias is on another device")
     if not x.numel() or x.dtype not in NUMBERS or not all(part.is_contiguous() for part in parts):
         return multiply_in_torch(x, packed, bias)
     if x.device.type == "cpu" and announce():
@@ -88,7 +88,8 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """The compiled kernel: each weight is read and unpacked once for some rows of x, and never written decoded."""
+    """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write
+    it."""
     x = x.contiguous()
     out_size, in_size = packed.shape
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
@@ -109,12 +110,12 @@ def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
 
 
 def multiply_in_torch(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """The same on every device: decoded to memory of its own, then multiplied."""
+    """`multiply` in torch, on every device: decodes the matrix to new memory, then multiplies."""
     return F.linear(x, dequantise(packed, torch.empty(packed.shape, dtype=x.dtype, device=x.device)), bias)
 
 
 def gather(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (any shape) of a matrix (rows, n), as (*ids.shape, n) in `dtype`; only they are decoded."""
+    """Rows `ids` (any shape) of a matrix (rows, n), as (*ids.shape, n) in `dtype`. Decodes only these rows."""
     taken = ids.flatten()
     found = replace(
         packed,

@@ -1,8 +1,9 @@
 """Products in bfloat16 and float16 on a CPU that has no instructions for them.
 
-The types are then a way to keep and to move numbers. A library multiplies them at a fraction of float32's rate, so
-here they are widened: by the compiled kernel, which keeps what it widens in registers and caches, or for many rows
-piece by piece for a library's product in float32 (benchmarks/host_linear.py). Sums are in float32 and rounded once.
+On such a CPU, these types only save storage and bandwidth. Libraries multiply them at a fraction of the rate of
+float32. So this module widens them to float32: few rows with the compiled kernel, which keeps widened values in
+registers and caches, and many rows in pieces for a library's float32 product (benchmarks/host_linear.py). Sums are in
+float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 from flexgen.units import MIB, align
 
 _NATIVE_ROWS = 256
-"""Rows of x up to which the compiled kernel is at least as fast as the library."""
+"""The maximum rows of x for which the compiled kernel is at least as fast as the library."""
 ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
-"""Bytes of the matrix that are widened at once, in float32: they stay in a cache between being written and read."""
+"""Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
 _TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
-"""As in cpp/tiles.h: x is laid out for whole tiles of rows, with some floats between each so many of its values."""
+"""The same as in cpp/tiles.h: x is stored in whole tiles of rows, with `_TILE_GAPS` floats after each
+`_TILE_DEPTH`."""
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -33,12 +35,12 @@ def has_products(dtype: torch.dtype) -> bool:
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply` is the better product of x and a plain matrix."""
+    """Whether `multiply` is the faster product of x and a plain matrix."""
     return x.device.type == "cpu" and weight.dtype is x.dtype and not has_products(x.dtype)
 
 
 def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
-    """Most bytes that `multiply` takes in addition to its result; 0 where it is not needed."""
+    """The maximum bytes that `multiply` allocates in addition to its result; 0 if `multiply` is not needed."""
     if has_products(dtype):
         return 0
     if rows <= _NATIVE_ROWS and native_available():
@@ -61,7 +63,7 @@ def _at_once(out_size: int, in_size: int, piece_bytes: int) -> int:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out), all in one half type on the CPU."""
+    """x (..., in) @ weight (out, in) transposed + bias (out), all in the same half type on the CPU."""
     few = x.numel() <= _NATIVE_ROWS * x.shape[-1]
     if few and x.numel() and weight.is_contiguous() and announce():
         return multiply_natively(x, weight, bias)
@@ -69,7 +71,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The compiled kernel: each weight is read once for some rows of x, and never written widened."""
+    """`multiply` with the compiled kernel. It reads each weight once for several rows of x and does not write it."""
     x = x.contiguous()
     out_size, in_size = weight.shape
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
@@ -101,7 +103,7 @@ def multiply_in_pieces(
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)
     most, at_once = min(len(flat), rows_at_once), _at_once(out_size, in_size, piece_bytes)
-    # Taken once: a fresh tensor for each piece would be megabytes of pages that the system clears anew.
+    # Allocated once: for a new tensor per piece, the system would clear megabytes of pages each time.
     wide_x, wide, product = (
         torch.empty(most, in_size),
         torch.empty(at_once, in_size),

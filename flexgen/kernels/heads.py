@@ -1,6 +1,6 @@
-"""How a page of the KV cache stores one head's key or value of one token: plain, or as a codec encodes it.
+"""The storage of one head's key or value of one token in a page of the KV cache: plain or encoded by a codec.
 
-Encoded, a head is one run of bytes. A page is an array of such runs, so it is filled token by token, moves as one
+An encoded head is one run of bytes. A page is an array of such runs: it is filled token by token, moves as one
 block, and attention reads it in place.
 """
 
@@ -20,18 +20,18 @@ from flexgen.kernels.packed import Packed
 from flexgen.units import align
 
 _WORD = 4
-"""Bytes of a scale with its minimum. Heads begin at multiples of it, so that torch can view them."""
+"""Bytes of a scale and its minimum. Heads begin at multiples of it, so that torch can view them."""
 
 
 Pages = Sequence[tuple[Tensor, Tensor]]
 """Keys and values, both (rows, kv_heads, page_tokens, width) and contiguous: positions 0, 1, ... in order.
 
-A `HeadFormat` says what the `width` elements of a head are; where none is given, its head_dim values.
+A `HeadFormat` defines the `width` elements of a head. Without one, they are its head_dim values.
 """
 
 
 class HeadFormat(ABC):
-    """Heads of `head_dim` values, kept as `width` elements of `dtype`."""
+    """Stores heads of `head_dim` values as `width` elements of `dtype`."""
 
     head_dim: int
     dtype: torch.dtype
@@ -45,62 +45,63 @@ class HeadFormat(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a head."""
+        """Bytes per head."""
         return self.width * self.dtype.itemsize
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """(rows, heads, tokens, width) of x (rows, heads, tokens, head_dim), which is finite; on its device."""
+        """Encode x (rows, heads, tokens, head_dim), which is finite, as (rows, heads, tokens, width) on its
+        device."""
 
     @abstractmethod
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Contiguous (rows, heads, n, head_dim) of `kept`, (rows, heads, page_tokens, width), in order of tokens.
+        """Decode `kept` (rows, heads, page_tokens, width) to contiguous (rows, heads, n, head_dim), in token order.
 
-        They hold at least the first `tokens` tokens; what lies beyond is finite if it is so in memory.
+        The results contain at least the first `tokens` tokens. Values after these are finite if the stored ones are.
         """
 
     @abstractmethod
     def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` of keys and values of one shape; few of them together, which takes half of the launches."""
+        """`encode` of keys and values of the same shape. Encodes small ones together, which halves the launches."""
 
     @abstractmethod
     def rows_at_once(self, kept: Tensor, tokens: int) -> int:
-        """How many rows of `kept` are decoded together by `whole`, within `decode_bytes`."""
+        """The number of rows of `kept` that `whole` decodes together, within `decode_bytes`."""
 
     @abstractmethod
     def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        """(rows, heads, tokens, head_dim): the first `tokens` tokens of `kept`, decoded at once."""
+        """The first `tokens` tokens of `kept`, decoded at once: (rows, heads, tokens, head_dim)."""
 
     @abstractmethod
     def workspace_bytes(self, heads: int, tokens: int) -> int:
-        """Of `encode`, and of `decode` on a CPU, for `heads` heads (rows * kv_heads) of `tokens` tokens, with the
-        result."""
+        """Bytes of the temporaries and the result of `encode`, and of `decode` on a CPU, for `heads` heads (rows *
+        kv_heads) of `tokens` tokens."""
 
     @abstractmethod
     def decode_bytes(self, heads: int, tokens: int, dtype: torch.dtype) -> int:
-        """Of keys and values that a GPU has decoded at once, `heads` heads of `tokens` tokens in all."""
+        """Bytes of the keys and values that a GPU decodes at once, for `heads` heads of `tokens` tokens in total."""
 
     def attend(
         self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
     ) -> Tensor | None:
-        """`decode_attention` by a kernel for this format; None where there is none for the device and type of q.
+        """`decode_attention` with a kernel for this format, or None if there is none for the device and dtype of q.
 
-        Without a kernel torch decodes the pages and attends to what comes out.
+        Without a kernel, torch decodes the pages and computes attention over the decoded values.
         """
         return None
 
     def expected_attention(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
-        """Bytes/s of pages in this format that a machine without a measurement attends to.
+        """The expected speed of attention over pages in this format in bytes/s, or None if it must be measured.
 
-        `plain`: the same of pages of plain values in `dtype`; `on_host`: on the cores of the host, not on a GPU.
-        None where only a measurement tells.
+        plain: the speed for pages of plain values in `dtype`. on_host: whether the cores of the host compute
+        attention, not a GPU.
         """
         return None
 
 
 @dataclass(frozen=True)
 class PlainHeads(HeadFormat):
-    """Kept as they are computed."""
+    """Stores heads without a codec."""
 
     head_dim: int
     dtype: torch.dtype
@@ -113,7 +114,7 @@ class PlainHeads(HeadFormat):
         return x
 
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        yield kept  # the whole page: a batched product on a slice is ten times slower on a CPU
+        yield kept  # the whole page: a batched product with a slice is ten times slower on a CPU
 
     def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
@@ -138,12 +139,12 @@ class PlainHeads(HeadFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedHeads(HeadFormat):
-    """Each head is one run of bytes, which begins at a multiple of 4. Heads are encoded and decoded some tokens at a
+    """Stores each head as one run of bytes that begins at a multiple of 4. Encodes and decodes a few tokens at a
     time.
 
-    `encode_bytes`: bytes of temporaries for each value that is encoded. `piece_values`: values that are encoded at
-    once, and decoded at once on a CPU, so that temporaries stay small. `gpu_values`: values decoded at once on a GPU,
-    where smaller pieces would wait for their launches.
+    encode_bytes: bytes of temporaries per value when encoding.
+    piece_values: values encoded at once, and decoded at once on a CPU, which limits the temporaries.
+    gpu_values: values decoded at once on a GPU, where launches would dominate the time of smaller pieces.
     """
 
     encode_bytes: ClassVar[int]
@@ -153,18 +154,18 @@ class EncodedHeads(HeadFormat):
 
     @abstractmethod
     def encode_part(self, x: Tensor, kept: Tensor) -> None:
-        """Encode x (rows, heads, tokens, head_dim) into `kept` (rows, heads, tokens, width), which is zero."""
+        """Encode x (rows, heads, tokens, head_dim) to `kept` (rows, heads, tokens, width), which is zero-filled."""
 
     @abstractmethod
     def decode_part(self, kept: Tensor, out: Tensor) -> None:
-        """Decode `kept` (rows, heads, tokens, width) into `out` (rows, heads, tokens, head_dim), contiguous."""
+        """Decode `kept` (rows, heads, tokens, width) to `out` (rows, heads, tokens, head_dim), contiguous."""
 
     @abstractmethod
     def decode_workspace(self, values: int) -> int:
-        """Bytes that `decode_part` of `values` values takes on a GPU, in addition to the result."""
+        """Bytes that `decode_part` allocates on a GPU for `values` values, in addition to the result."""
 
     def encode(self, x: Tensor) -> Tensor:
-        # What aligns a head is zero, so that equal heads are equal bytes.
+        # The bytes that align a head are zero, so that equal heads have equal bytes.
         kept = torch.zeros(*x.shape[:-1], self.width, dtype=torch.uint8, device=x.device)
         step = self._step(x.shape[0] * x.shape[1])
         for part, target in zip(x.split(step, dim=2), kept.split(step, dim=2), strict=True):
@@ -172,7 +173,7 @@ class EncodedHeads(HeadFormat):
         return kept
 
     def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        # No further than `tokens`: bytes that were never written may not be numbers.
+        # Decode only `tokens` tokens: bytes that were never written may decode to NaN.
         most = self.piece_values if kept.device.type == "cpu" else self.gpu_values
         for part in kept[:, :, :tokens].split(self._step(kept.shape[0] * kept.shape[1], most), dim=2):
             yield self._decoded(part, dtype)
@@ -211,8 +212,8 @@ class EncodedHeads(HeadFormat):
 class GroupwiseHeads(EncodedHeads):
     """Integers of `bits` bits (4 or 8), with a scale and a minimum for each `group` values.
 
-    `group` divides head_dim, the dimension that a query is summed over, and its codes are whole bytes. The scales and
-    minimums (float16) of a head come first, then its codes.
+    `group` divides head_dim, the dimension over which a query is summed. The codes of a group are whole bytes. A head
+    stores its scales and minimums (float16), then its codes.
     """
 
     head_dim: int
@@ -222,7 +223,7 @@ class GroupwiseHeads(EncodedHeads):
 
     @property
     def _codes(self) -> int:
-        return self.head_dim // self.group * _WORD  # where they begin
+        return self.head_dim // self.group * _WORD  # their offset
 
     @property
     def width(self) -> int:

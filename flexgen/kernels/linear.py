@@ -1,8 +1,8 @@
-"""Linear layers and embeddings, whatever form their matrix is kept in.
+"""`linear` and `embedding` with plain, oneDNN-prepacked or quantised weights.
 
-Half types that the CPU has no products for are widened (`half_linear`). Where it has them, oneDNN lays a weight
-out in every product unless that was done before: its prelayout. Done once, bfloat16 products of few rows are 1.3 to 2
-times faster (benchmarks/host_linear.py), and those of many rows a little.
+Half types without CPU instructions for products are widened (`half_linear`). With such instructions, oneDNN converts
+a weight to its own layout in every product, unless `prelayout` has converted it once. That makes bfloat16 products of
+few rows 1.3 to 2 times faster (benchmarks/host_linear.py), and those of many rows slightly faster.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from flexgen.kernels import half_linear
 from flexgen.kernels.quantized import QuantizedMatrix
 
 _ROWS = 32
-"""Rows of x that the layout is chosen for; the choice matters little, and every number of rows is right."""
+"""The rows of x for which oneDNN chooses the layout. The result is correct for any number of rows, and the speed
+depends little on it."""
 
 
 def has_prelayout(dtype: torch.dtype) -> bool:
-    """Whether `prelayout` helps matrices of this dtype: bfloat16, where the CPU and oneDNN multiply it."""
+    """Whether `prelayout` helps matrices of this dtype: bfloat16, if the CPU and oneDNN can multiply it."""
     return (
         dtype is torch.bfloat16
         and half_linear.has_products(dtype)
@@ -29,15 +30,15 @@ def has_prelayout(dtype: torch.dtype) -> bool:
 
 
 def prelayout(weight: Tensor) -> Tensor:
-    """The weight (out, in) in oneDNN's own layout, a copy that only `linear` can use."""
+    """A copy of the weight (out, in) in oneDNN's own layout, which only `linear` can use."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in) transposed + bias (out).
 
-    The weight may be a tensor, the `prelayout` of one, or the matrix of a codec, which is decoded only where x has
-    more rows than `QuantizedMatrix.fused_rows`.
+    The weight may be a tensor, the `prelayout` of one, or a codec's matrix. The latter is decoded only if x has more
+    rows than `QuantizedMatrix.fused_rows`.
     """
     if isinstance(weight, QuantizedMatrix):
         if x.numel() <= weight.fused_rows(x.dtype) * x.shape[-1]:
@@ -51,7 +52,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
 
 
 def embedding(ids: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
-    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n). A codec decodes only these."""
+    """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n). A codec decodes only these rows."""
     if isinstance(weight, QuantizedMatrix):
         return weight.gather(ids)
     return F.embedding(ids, weight)

@@ -1,4 +1,4 @@
-"""The compiled module and the GPU kernels where there are any, and which version of the kernels is in use."""
+"""Loads the compiled CPU kernels and the GPU kernels if they are available, and logs the kernels in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError:  # installed without a compiler
     native = None  # type: ignore[assignment]
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The element types that the compiled kernels know."""
+"""The element types that the compiled kernels support, with their numbers."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,30 +34,30 @@ def switched_off() -> bool:
 
 @functools.cache
 def announce() -> bool:
-    """`native_available()`; says once, at the first use, which kernels the CPU runs."""
+    """`native_available()`. Logs once, on the first use, which kernels the CPU runs."""
     if native_available():
         _log.info("CPU kernels: compiled, %s", native.variant())
     elif switched_off():
-        _log.info("CPU kernels: torch, since FLEXGEN_NATIVE is 0")
+        _log.info("CPU kernels: torch, because FLEXGEN_NATIVE is 0")
     else:
         _log.warning(
-            "CPU kernels: torch, which attends to a cache several times slower. The compiled ones were not "
-            "built: install a C++17 compiler and install flexgen again"
+            "CPU kernels: torch, whose attention over the cache is several times slower. The compiled kernels are "
+            "not built: install a C++17 compiler and install flexgen again"
         )
     return native_available()
 
 
 _LEAST_CAPABILITY = (7, 5)
-"""The oldest NVIDIA GPUs that the kernels are compiled for (`tests/kernels/test_triton_groupwise.py`)."""
+"""The lowest compute capability for which the kernels compile (`tests/kernels/test_triton_groupwise.py`)."""
 
 
 @functools.cache
 def triton_kernels(device: torch.device) -> ModuleType | None:
-    """`flexgen.kernels.triton_groupwise` for a GPU that Triton knows, None for another device and without Triton.
+    """`flexgen.kernels.triton_groupwise` for a GPU that Triton supports, or None.
 
-    Says once for each GPU which kernels it runs. The import waits until here: Triton takes a second to load, and
-    a machine without a GPU need not have it. A kernel is tried out, since Triton builds what launches one with a C
-    compiler, and only at the first launch.
+    Logs once per GPU which kernels it runs. The import happens only here: Triton takes a second to load, and machines
+    without a GPU may not have it. The function launches a kernel once, because Triton compiles its launcher with a C
+    compiler on the first launch, which may fail.
     """
     if device.type != "cuda":
         return None
@@ -67,16 +67,16 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         )
         return None
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        _log.info("kernels on %s: torch, since the kernels in Triton are not made for this GPU", device)
+        _log.info("kernels on %s: torch, because the Triton kernels do not support this GPU", device)
         return None
     try:
         kernels = importlib.import_module("flexgen.kernels.triton_groupwise")
         kernels.try_out(device)
-    except Exception as error:  # whatever it is: torch can do the same
+    except Exception as error:  # any error: torch can do the same
         reason = str(error).strip().splitlines() or [""]
         _log.warning(
-            "kernels on %s: torch, which decodes weights several times slower, since Triton cannot launch its own "
-            "(%s: %s). It needs a C compiler and the headers of Python",
+            "kernels on %s: torch, which decodes weights several times slower, because Triton cannot launch a kernel "
+            "(%s: %s). Install a C compiler and the headers of Python",
             device,
             type(error).__name__,
             reason[-1],

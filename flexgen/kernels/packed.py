@@ -1,4 +1,4 @@
-"""How group-wise integers lie in memory: what every kernel for them reads."""
+"""The memory layout of group-wise integers, which all their kernels share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class Packed:
     """Values in groups along the last dimension, which is (..., n).
 
-    In four bits the first half of a group lies in the low nibbles of the group's bytes and the second half
-    in the high ones, so that unpacking moves whole vectors.
+    With four bits, the low nibbles of a group's bytes store the first half of the group, and the high nibbles the
+    second half, so that unpacking moves whole vectors.
     """
 
     values: Tensor  # uint8 (..., n * bits / 8)
@@ -24,5 +24,5 @@ class Packed:
 
     @property
     def shape(self) -> torch.Size:
-        """Of what was packed."""
+        """The shape of the decoded tensor."""
         return torch.Size((*self.scales.shape[:-1], self.scales.shape[-1] * self.group))

@@ -1,4 +1,4 @@
-"""Matrices in the form of a codec: what `linear` and `embedding` need to know of them."""
+"""The interface of encoded matrices for `linear` and `embedding`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class QuantizedMatrix(ABC):
-    """A matrix (out, in) as a codec stores it: `linear` and `embedding` take it in place of a tensor.
+    """A matrix (out, in) that a codec has encoded. `linear` and `embedding` accept it in place of a tensor.
 
-    `decoded()` gives it as a tensor in `dtype`, for products of many rows. It is called for each such product: a
-    caller that makes this object keeps the result for as many products as it can.
+    `decoded()` returns it as a tensor in `dtype`, for products with many rows. Each such product calls it, so the
+    creator of this object should cache the result.
     """
 
     dtype: torch.dtype
@@ -23,19 +23,19 @@ class QuantizedMatrix(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the matrix as it is stored."""
+        """Bytes of the encoded matrix."""
 
     @abstractmethod
     def gather(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (any shape) as (*ids.shape, in) in `dtype`; only these rows are decoded."""
+        """Rows `ids` (any shape) as (*ids.shape, in) in `dtype`. Decodes only these rows."""
 
     def fused_rows(self, dtype: torch.dtype) -> int:
-        """Most rows of an x in `dtype` for which `multiply` is faster than a product with the decoded matrix.
+        """The maximum rows of an x in `dtype` for which `multiply` is faster than a product with the decoded matrix.
 
-        0 where it never is: `linear` then always decodes.
+        If it is 0, `linear` always decodes the matrix.
         """
         return 0
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in) @ matrix transposed + bias (out), without a decoded matrix where there is a kernel for that."""
+        """x (..., in) @ matrix transposed + bias (out). Does not decode the matrix if there is a fused kernel."""
         return F.linear(x, self.decoded(), bias)

@@ -1,11 +1,11 @@
-"""Sparse attention of one new token per row: scores over all keys, values of the best of them only.
+"""Sparse attention of one new token per row: scores over all keys, sums over a few values.
 
-FlexGen (arXiv 2303.06865, section 4.2): softmax is over all tokens, the cached ones with the largest
-probabilities are kept, the new token always is, and their probabilities are not normalised again. The query heads
-that share a K/V head choose together, by the sum of their probabilities. If each chose for itself, they would
-together read nearly all values. With one query head for each K/V head that is FlexGen's choice.
+FlexGen (arXiv 2303.06865, section 4.2): softmax is over all tokens. The cached tokens with the largest probabilities
+and the new token are chosen, and their probabilities are not normalised again. The query heads that share a K/V head
+choose the same tokens, by the sum of their probabilities. If each query head chose its own tokens, they would
+together read nearly all values. With one query head per K/V head, this is FlexGen's choice.
 
-Choosing and summing are two calls, so that a caller can bring the chosen values in between.
+Choice and sum are two calls, so that a caller can load the chosen values in between.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flexgen.kernels.heads import Pages
 from flexgen.kernels.loading import NUMBERS, announce, native
 
 _ROUNDING = 1e-9
-"""A share of a count that is above a whole number by less than this means that number: 0.1 of 30 is 3."""
+"""A share of a count is rounded down if it exceeds an integer by less than this: 0.1 of 30 is 3."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen tokens of each row and K/V head, the new one last, and each query head's probabilities of them.
+    """The chosen tokens of each row and K/V head, the new one last, and their probabilities for each query head.
 
-    `positions` (rows, kv_heads, most) int64; `weights` (rows, heads, most) float32. A row that has fewer
-    tokens than others to choose from is filled up with the new token at weight zero.
+    `positions` (rows, kv_heads, most) int64; `weights` (rows, heads, most) float32. A row with fewer tokens to choose
+    from than others is padded with the new token at weight zero.
     """
 
     positions: Tensor
@@ -38,31 +38,31 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Which of its cached tokens a row attends to.
+    """The rule that chooses cached tokens of a row.
 
-    They are chosen in blocks of `unit` consecutive positions, whose first ones are multiples of it. Of the blocks
-    that hold a token of the row, the `share` in (0, 1] with the largest sums of probabilities is taken.
+    Tokens are chosen in blocks of `unit` consecutive positions, aligned to `unit`. From the blocks that contain a
+    token of the row, it chooses the `share` in (0, 1] with the largest sums of probabilities.
     """
 
     share: float
     unit: int = 1
 
     def kept(self, blocks: int) -> int:
-        """How many of `blocks` blocks are taken: the ceiling of the share, at least one if there is any."""
+        """The number of chosen blocks from `blocks`: the ceiling of the share, and at least one if there are any."""
         return min(max(math.ceil(self.share * blocks - _ROUNDING), 1), blocks)
 
     def most(self, length: int) -> int:
-        """The most tokens that `choose` takes of `length`, the new one included."""
+        """The maximum number of tokens that `choose` chooses from `length`, including the new one."""
         return self.kept(-(-(length - 1) // self.unit)) * self.unit + 1
 
 
 def choose(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
-    """Score the keys of the first `length` positions and choose; values are not read.
+    """Score the keys of the first `length` positions and choose tokens. Does not read values.
 
-    The other arguments are those of `decode_attention`. The last position is the new token. Compiled kernels score in
-    float32, torch in the type of q.
+    The other arguments are those of `decode_attention`. The last position is the new token. Compiled kernels compute
+    scores in float32, torch in the dtype of q.
     """
     check_pages(q, pages, length)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
@@ -71,9 +71,9 @@ def choose(
 
 
 def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
-    """The sum of the chosen values, (rows, heads, 1, head_dim); the compiled kernel reads no others.
+    """The weighted sum of the chosen values, (rows, heads, 1, head_dim). The compiled kernel reads only these.
 
-    In torch whole pages are multiplied, with zeros for tokens that were not chosen: their values must be finite.
+    torch multiplies whole pages, with zeros for the other tokens, whose values must be finite.
     """
     values = pages[0][1]
     if values.device.type == "cpu" and values.dtype in NUMBERS and announce():
@@ -84,7 +84,7 @@ def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
 def choose_natively(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
-    """The compiled kernel: keys are read once, in their pages, and padding is skipped."""
+    """`choose` with the compiled kernel. It reads keys once, in their pages, and skips padding."""
     rows, heads, _, head_dim = q.shape
     kv_heads, most = pages[0][0].shape[1], sparsity.most(length)
     q = q.contiguous()
@@ -93,7 +93,7 @@ def choose_natively(
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
         if starts.shape != (rows,) or (rows and int(starts.min()) < 0):
-            raise ValueError(f"starts must be {rows} integers from 0 on, one per row")
+            raise ValueError(f"starts must be {rows} integers of at least 0, one per row")
     native.choose(
         NUMBERS[q.dtype],
         q.data_ptr(),
@@ -114,7 +114,7 @@ def choose_natively(
 
 
 def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
-    """The compiled kernel: only chosen values are read."""
+    """`attend_chosen` with the compiled kernel. It reads only the chosen values."""
     rows, heads, most = choice.weights.shape
     _, kv_heads, _, head_dim = pages[0][1].shape
     out = torch.empty(rows, heads, 1, head_dim, dtype=pages[0][1].dtype)
@@ -135,7 +135,7 @@ def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
 def choose_in_torch(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
-    """The same in torch, on every device, without a wait for it."""
+    """`choose` in torch, on every device. It does not wait for the device."""
     rows, heads = q.shape[:2]
     kv_heads, cached, device = pages[0][0].shape[1], length - 1, q.device
     unit = sparsity.unit
@@ -148,9 +148,9 @@ def choose_in_torch(
         ranked = ranked.view(rows, kv_heads, blocks, unit).sum(-1)
     first = starts // unit
     padding = torch.arange(blocks, device=device) < first[:, None]
-    ranked.masked_fill_(padding[:, None], -1.0)  # below a probability that has become zero
+    ranked.masked_fill_(padding[:, None], -1.0)  # less than a probability that was rounded to zero
     best = ranked.topk(sparsity.kept(blocks), dim=-1).indices
-    # Rows have different numbers of blocks, which are known on the device only.
+    # Rows have different numbers of blocks, which only the device knows.
     counts = torch.where(starts < cached, blocks - first, 0)
     keep = (counts.double() * sparsity.share - _ROUNDING).ceil().clamp_min(1).minimum(counts)
     chosen = torch.arange(best.shape[-1], device=device) < keep[:, None]
@@ -165,14 +165,14 @@ def choose_in_torch(
 
 
 def attend_chosen_in_torch(choice: Choice, pages: Pages) -> Tensor:
-    """The same in torch, on every device."""
+    """`attend_chosen` in torch, on every device."""
     values = pages[0][1]
     rows, kv_heads, most = choice.positions.shape
     heads, head_dim, total = choice.weights.shape[1], values.shape[3], sum(v.shape[2] for _, v in pages)
     group = heads // kv_heads
     weights = torch.zeros(rows, kv_heads, group, total, dtype=torch.float32, device=values.device)
     there = choice.positions[:, :, None].expand(-1, -1, group, -1)
-    # Added, because rows with fewer tokens are filled up with zeros for the new token.
+    # The weights are added, because rows with fewer tokens are padded with zeros for the new token.
     weights.scatter_add_(3, there, choice.weights.view(rows, kv_heads, group, most))
     probabilities = weights.flatten(0, 1).to(values.dtype)
     return weigh_in_torch(probabilities, pages).view(rows, heads, 1, head_dim)

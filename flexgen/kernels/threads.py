@@ -1,10 +1,10 @@
-"""How many threads torch's operations on the CPU take in the calling thread, apart from all others.
+"""The number of threads that torch's CPU operations use in the calling thread only.
 
-Each thread that runs such an operation gets a team of OpenMP threads of its own, which stays until that thread ends.
-Once the teams of a process have more threads than it has cores, GNU's runtime lets all of them sleep between
-operations where it had them spin. On two cores a second team, which had done next to nothing, made attention to 64
-tokens take twice as long, a product of 8 rows 1.27 times and one of 256 rows 1.04 times as long. So beside a thread
-that computes, those that only keep books are to have no team. `torch.set_num_threads` is for the whole process.
+Each thread that runs such an operation gets its own team of OpenMP threads, which stays until that thread ends. If
+the teams of a process together have more threads than there are cores, GNU's runtime lets all of them sleep between
+operations; otherwise they spin. On two cores, a second team that was almost idle made attention over 64 tokens take
+twice as long, a product of 8 rows 1.27 times and one of 256 rows 1.04 times as long. So while one thread computes,
+threads that only do bookkeeping must have no team. `torch.set_num_threads` applies to the whole process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _own = threading.local()
 
 @functools.cache
 def _setter() -> Callable[[int], object] | None:
-    """`omp_set_num_threads` of the runtime that torch uses; None where it is not found."""
+    """`omp_set_num_threads` of the runtime that torch uses, or None if it is not found."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         setter: Callable[[int], object] = library.omp_set_num_threads
@@ -32,15 +32,15 @@ def _setter() -> Callable[[int], object] | None:
 
 
 def take_no_others() -> None:
-    """From here on operations run in the calling thread alone, but within `all_threads`."""
+    """Run later operations of the calling thread without further threads, except within `all_threads`."""
     if (setter := _setter()) and not hasattr(_own, "most"):
-        _own.most = torch.get_num_threads()  # which also does what torch does once in each thread
+        _own.most = torch.get_num_threads()  # also triggers torch's initialisation of the thread
         setter(1)
 
 
 @contextlib.contextmanager
 def all_threads() -> Iterator[None]:
-    """Operations take as many threads as they would without `take_no_others`."""
+    """A context in which operations use the same threads as without `take_no_others`."""
     setter, most = _setter(), getattr(_own, "most", None)
     if setter is None or most is None:
         yield

@@ -1,7 +1,7 @@
-"""Group-wise integers on a GPU, in Triton: decoded once to memory, or multiplied with few rows as they are kept.
+"""Triton kernels for group-wise integers on a GPU: decode a matrix to memory, or multiply few rows without decoding.
 
-Imported by `loading.triton_kernels` only. Both kernels give each weight the value that `dequantise_in_torch` gives
-it, rounded to the type that it is multiplied in.
+Only `loading.triton_kernels` imports this module. Both kernels decode each weight to the value of
+`dequantise_in_torch`, rounded to the dtype of the product.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from flexgen.kernels.packed import Packed
 
 _DECODED = 1024
-"""Bytes of codes that one program decodes."""
+"""Bytes of codes that a program decodes."""
 _CODES = 64
-"""Bytes of codes of each row of W that a program multiplies at a time; a power of two."""
+"""Bytes of codes per row of W that a program multiplies at a time; a power of two."""
 _OUT = 32
-"""Rows of W of one program: enough of them to read in large parts, few enough that there are many programs."""
+"""Rows of W per program: enough for large reads, and few enough for many programs."""
 _LEAST_ROWS, _MOST_ROWS = 16, 64
-"""Rows of x of one program: matrix units take no fewer than 16."""
+"""The minimum and maximum rows of x per program. Matrix units need at least 16."""
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _decode(
 def _add_product(sums, x, rows, has_row, within, valid, weights):
     """sums (M, N) += x[rows, within] (M, K) @ weights (N, K) transposed."""
     part = tl.load(x + rows[:, None] + within[None, :], mask=has_row[:, None] & valid[None, :], other=0)
-    # Weights beyond the end have the minimum of no group, but meet zeros.
+    # Weights beyond the end are invalid, but are multiplied by zeros.
     return tl.dot(part, tl.trans(weights.to(part.dtype)), sums, input_precision="ieee")
 
 
@@ -96,7 +96,7 @@ def _multiply(
 
 
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
-    """Fill `out`, which is contiguous and of the packed shape, and return it."""
+    """Fill `out`, which is contiguous and has the shape of `packed`, and return it."""
     octets = packed.values.numel()
     if octets:
         with _on(out.device):
@@ -114,7 +114,7 @@ def dequantise(packed: Packed, out: Tensor) -> Tensor:
 
 
 def try_out(device: torch.device) -> None:
-    """Decode one group on `device`; raises what Triton raises where it cannot compile or launch."""
+    """Decode one group on `device`. Raises Triton's error if it cannot compile or launch the kernel."""
     values = torch.zeros(1, 32, dtype=torch.uint8, device=device)
     scales = torch.zeros(1, 1, dtype=torch.float16, device=device)
     dequantise(
@@ -124,7 +124,7 @@ def try_out(device: torch.device) -> None:
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ packed (out, in) transposed + bias (out), in the type of x, with sums in float32."""
+    """x (..., in) @ packed (out, in) transposed + bias (out), in the dtype of x, with sums in float32."""
     x = x.contiguous()
     out_size, in_size = packed.shape
     num_rows = x.numel() // in_size
@@ -136,7 +136,7 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
             packed.values,
             packed.scales,
             packed.minimums,
-            x if bias is None else bias,  # not read without one
+            x if bias is None else bias,  # not read if there is no bias
             y,
             num_rows,
             out_size,
@@ -152,5 +152,5 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, which need not be the tensors'. In its interpreter there is none."""
+    """A context that makes `device` the current GPU, on which Triton launches. Triton's interpreter needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,5 +1,5 @@
-"""Where everything is stored and how it travels, as data: sizes and lanes, no tensors.
+"""The storage and the moves of all data, as sizes and lanes without tensors.
 
-The memory plan sums the sizes, the predictor times the moves, and the runtime allocates the buffers and does the
-moves. None of them decides a second time what is stored or what travels.
+The memory plan sums the sizes, the predictor times the moves, and the runtime allocates the buffers and executes the
+moves. None of them makes its own decisions about storage or moves.
 """

@@ -1,4 +1,4 @@
-"""The KV cache of a batch in one layer: how its rows are divided into pages on each tier."""
+"""The KV cache of a batch in one layer: the pages of its rows on each tier."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flexgen.units import BLOCK, align
 class CacheSegment:
     """The KV cache of some rows of one batch in one layer: pages of (2, rows, kv_heads, tokens, heads.width).
 
-    A page is contiguous, whatever part of it is filled: attention reads it in place, and it moves as one block.
-    `on_device`: the compute device computes attention over it, otherwise the host does. `resident`: it is stored
-    where attention reads it, so that it never moves. `dtype` is that of the computation, `codec` names the form
-    of the heads.
-    `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`; on
-    disk these are whole disk blocks.
+    A page is contiguous even when it is partly filled: attention reads it in place, and it moves as one block.
+    `on_device`: whether the compute device computes attention over it; otherwise the host does. `resident`: whether
+    it is stored where attention reads it, so that it never moves. `dtype` is that of the computation, and `codec`
+    names the format of the heads.
+    `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`. On
+    disk, these are whole disk blocks.
     """
 
     tier: Tier
@@ -46,7 +46,7 @@ class CacheSegment:
 
     @cached_property
     def heads(self) -> HeadFormat:
-        """How a head's key or value is stored in a page."""
+        """The format of a head's key or value in a page."""
         return head_format(self.codec, self.head_dim, self.dtype)
 
     @property
@@ -55,7 +55,7 @@ class CacheSegment:
 
     @property
     def sparsity(self) -> Sparsity:
-        """Which cached tokens a decode step attends to."""
+        """The rule that chooses the cached tokens of a decode step."""
         return Sparsity(self.attn_sparsity, self.choice_tokens)
 
     @property
@@ -65,7 +65,7 @@ class CacheSegment:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes from one page to the next: whole disk blocks."""
+        """Bytes between the beginnings of adjacent pages: whole disk blocks."""
         return align(self.token_bytes(self.page_tokens), BLOCK)
 
     @property
@@ -73,38 +73,38 @@ class CacheSegment:
         return self.pages * self.page_bytes
 
     def token_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values of `tokens` tokens of all rows as they are kept, without padding."""
+        """Stored bytes of the keys and values of `tokens` tokens of all rows, without padding."""
         return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
 
     def filled(self, length: int) -> tuple[int, int]:
-        """Bytes of the whole pages that hold `length` tokens, and of the page that is being filled."""
+        """Bytes of the full pages of `length` tokens, and of the page that is being filled."""
         whole, rest = divmod(length, self.page_tokens)
         return whole * self.page_bytes, bool(rest) * self.page_bytes
 
     def flushed(self, span: Span) -> int:
-        """Bytes of the pages on disk that a step makes whole."""
+        """Bytes of the pages on disk that a step completes."""
         if self.tier is not Tier.DISK:
             return 0
         before, after = span.pages(self.page_tokens)
         return (after - before) * self.page_bytes
 
     def loads_only_keys(self, topology: Topology) -> bool:
-        """Whether a decode step loads the keys first, and the chosen values while it computes attention."""
+        """Whether a decode step loads the keys in advance, and the chosen values while it computes attention."""
         return self.sparse and (topology.shares_host_memory or not self.on_device)
 
     def workspace_bytes(self, new: int) -> int:
-        """Temporary bytes of encoding `new` tokens of each row, and of decoding a page on the CPU."""
+        """Temporary bytes to encode `new` tokens of each row, and to decode a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
         return self.heads.workspace_bytes(heads, max(new, self.page_tokens))
 
     def extending_bytes(self) -> int:
-        """Temporary bytes of one row, for attention of several tokens after cached ones: pages joined and decoded."""
+        """Temporary bytes of attention of several tokens after cached ones, for one row: joined and decoded pages."""
         tokens = self.pages * self.page_tokens
         joined = 2 * self.kv_heads * tokens * self.heads.nbytes if self.pages > 1 else 0
         return joined + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)
 
     def device_bytes(self) -> int:
-        """Temporary bytes of attention on a GPU: pages in one, and decoded."""
+        """Temporary bytes of attention on a GPU: joined and decoded pages."""
         rows, tokens = len(self.rows), self.pages * self.page_tokens
         joined = 0
         if self.pages > 1:
@@ -113,22 +113,22 @@ class CacheSegment:
         return joined + self.heads.decode_bytes(rows * self.kv_heads, tokens, self.dtype)
 
     def mask_bytes(self) -> int:
-        """Bytes of the padding mask that a GPU keeps."""
+        """Bytes of the padding mask on a GPU."""
         tokens = align(self.pages * self.page_tokens, MASK_ALIGNMENT)
         return len(self.rows) * tokens * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached ones."""
+    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached tokens."""
 
     length: int
     new: int
 
     @property
     def decodes(self) -> bool:
-        """Whether it computes one token after cached ones. Of these steps alone the host computes attention, and
-        sparse attention chooses in them: with more new tokens, attention is limited by arithmetic."""
+        """Whether it computes one token after cached ones. Only for these steps does the host compute attention, and
+        only in them is attention sparse: with more new tokens, attention is compute-bound."""
         return self.length > 0 and self.new == 1
 
     @property
@@ -137,15 +137,15 @@ class Span:
         return self.length > 0 and self.new > 1
 
     def pages(self, page_tokens: int) -> tuple[int, int]:
-        """The number of the page that takes the first new token, and of the one that takes the next step's first."""
+        """The numbers of the pages for the first new token and for the first token of the next step."""
         return self.length // page_tokens, (self.length + self.new) // page_tokens
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The KV cache of one batch in one layer: the moves of a step to where attention reads it, and home.
+    """The KV cache of one batch in one layer: the moves of a step from home to attention, and back home.
 
-    `query_bytes`: size of the queries of one token of one row, in the dtype of the computation.
+    query_bytes: the size of the queries of one token of one row, in the dtype of the computation.
     """
 
     segments: tuple[CacheSegment, ...]
@@ -153,18 +153,19 @@ class CacheLayout:
     topology: Topology
 
     def load(self, span: Span) -> Routes:
-        """The cached tokens, to where attention reads them."""
+        """The routes of the cached tokens to the memory in which attention reads them."""
         routes = (self.inward(s, span, *s.filled(span.length)) for s in self.moving(span))
         return tuple(route for route in routes if route.moves)
 
     def moving(self, span: Span) -> list[CacheSegment]:
-        """The segments whose cached tokens are not where the step's attention is computed."""
+        """The segments whose cached tokens must move for the step's attention."""
         if not span.length:
             return []
         return [s for s in self.segments if not s.resident or (span.extends and not s.on_device)]
 
     def inward(self, segment: CacheSegment, span: Span, pages: int, tail: int) -> Route:
-        """`pages` bytes of whole pages and `tail` bytes of the page that is being filled, which stays in memory."""
+        """The route of `pages` bytes of full pages and `tail` bytes of the page that is being filled, which stays in
+        memory."""
         moves: tuple[Move, ...] = ()
         if segment.loads_only_keys(self.topology) and span.decodes:
             pages //= 2
@@ -175,12 +176,12 @@ class CacheLayout:
         return Route(segment.tier, moves)
 
     def store(self, span: Span) -> Routes:
-        """The new keys and values, home."""
+        """The routes of the new keys and values to their homes."""
         routes = (self.outward(segment, span, segment.flushed(span)) for segment in self.segments)
         return tuple(route for route in routes if route.moves)
 
     def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Route:
-        """New keys and values, and `flushed` bytes of pages that have become whole."""
+        """The route of new keys and values, and of `flushed` bytes of completed pages."""
         moves: tuple[Move, ...] = ()
         if leaves_device(segment, span, self.topology):
             fresh = segment.token_bytes(span.new)
@@ -192,23 +193,23 @@ class CacheLayout:
 
     @property
     def host_rows(self) -> int:
-        """Rows whose attention the host computes."""
+        """The number of rows whose attention the host computes."""
         return sum(len(segment.rows) for segment in self.segments if not segment.on_device)
 
     def ask(self) -> Move:
-        """Queries, new keys and new values of the host's rows, from the device."""
+        """The move of the queries, new keys and new values of the host's rows from the device."""
         kv_bytes = self.segments[0].kv_heads * self.segments[0].head_dim * self.segments[0].dtype.itemsize
         return Move(LaneName.FROM_DEVICE, self.host_rows * (self.query_bytes + 2 * kv_bytes))
 
     def answer(self) -> Move:
-        """The host's attention, to the device."""
+        """The move of the host's results to the device."""
         return Move(LaneName.TO_DEVICE, self.host_rows * self.query_bytes)
 
 
 def leaves_device(segment: CacheSegment, span: Span, topology: Topology) -> bool:
-    """Whether new keys and values are on a device of its own when their attention has been computed.
+    """Whether new keys and values must leave a separate compute device after attention.
 
-    The host that computes attention over one new token has got them already.
+    If the host computes attention over one new token, it already has them.
     """
     own = not topology.shares_host_memory and segment.tier is not Tier.GPU
     return own and (segment.on_device or not span.decodes)
@@ -230,9 +231,9 @@ def cache_layout(
 def cache_segments(
     shape: CacheShape, policy: Policy, rows: int, capacity: int, dtype: torch.dtype, topology: Topology
 ) -> tuple[CacheSegment, ...]:
-    """How a layer keeps `capacity` tokens of each of a batch's `rows` prompts: a segment for each tier with rows.
+    """The segments that store `capacity` tokens of each of a batch's `rows` prompts, one for each tier with rows.
 
-    Which rows a tier has depends on the policy alone: it is the same for every layer.
+    The rows of a tier depend only on the policy, so they are the same for every layer.
     """
     segments = []
     for tier, part in policy.cache.rows(rows).items():
@@ -244,11 +245,11 @@ def cache_segments(
         form = head_format(codec, shape.head_dim, dtype)
         page_tokens = topology.pieces.memory_page_tokens
         if tier is Tier.GPU and not topology.shares_host_memory:
-            page_tokens = capacity  # it never moves, and a GPU attends to all of it at once
+            page_tokens = capacity  # it never moves, and a GPU processes all of it at once
         if tier is Tier.DISK:
             page_tokens = topology.pieces.tokens_on_disk(2 * len(part) * shape.kv_heads, form.nbytes)
         pages = -(-capacity // page_tokens)
-        page_tokens = -(-capacity // pages)  # even pages: none is mostly empty
+        page_tokens = -(-capacity // pages)  # equal pages: no page is mostly empty
         choice = 1
         if tier is Tier.DISK and policy.attn_sparsity < 1:
             choice = topology.pieces.chosen_together(shape.head_dim * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The needs of the KV cache of a batch in all layers, whose kinds of attention may differ."""
+"""The memory needs of a batch's KV cache in all layers, which may have different kinds of attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexgen.units import BLOCK, align
 
 @dataclass(frozen=True)
 class BatchCache:
-    """The cache of one batch. `kinds`: how many layers have each kind of attention; `layouts`: that of each kind."""
+    """The cache of one batch. kinds: the number of layers with each kind of attention. layouts: one for each kind."""
 
     kinds: Mapping[AttentionSpec, int]
     layouts: tuple[CacheLayout, ...]
@@ -27,7 +27,7 @@ class BatchCache:
 
     @property
     def _by_tier(self) -> Iterator[tuple[CacheSegment, ...]]:
-        """For each tier that has rows, the segments of the different kinds. Which rows it has is the same for all."""
+        """For each tier with rows, the segments of the different kinds. All kinds have the same rows on a tier."""
         return zip(*(layout.segments for layout in self.layouts), strict=True)
 
     @property
@@ -35,7 +35,7 @@ class BatchCache:
         return not self.topology.shares_host_memory
 
     def homes(self) -> list[Need]:
-        """Bytes that are allocated from the first token to the last."""
+        """Bytes that stay allocated from the first token to the last."""
         needs, counts = [], self.kinds.values()
         for segments in self._by_tier:
             tier = segments[0].tier
@@ -49,9 +49,10 @@ class BatchCache:
         return needs
 
     def in_flight(self, passes: Passes, slots: int, hidden_bytes: int) -> list[Need]:
-        """The needs of `slots` cells. A slot serves every layer: it is as large as the layer that needs most.
+        """The needs of `slots` cells. All layers use the same slots, so a slot is as large as the largest layer
+        needs.
 
-        `hidden_bytes`: size of the hidden states of one token of one row.
+        hidden_bytes: the size of the hidden states of one token of one row.
         """
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
         needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
@@ -60,13 +61,13 @@ class BatchCache:
             qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
             needs.append(Need(Tier.CPU, "cache", "staging", asked * (qkv + answer)))
             needs.append(Need(Tier.GPU, "cache", "slots", asked * answer))
-            # Between the halves of a layer: its input, queries, keys and values, and those of them that leave.
+            # Between the halves of a layer: its input, queries, keys and values, and the copies that leave.
             between = slots * hidden_bytes + qkv
             needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
         return needs
 
     def passing_bytes(self, passes: Passes) -> int:
-        """Temporary bytes of encoding, joining and decoding keys and values on the device, one tier after another."""
+        """Temporary bytes to encode, join and decode keys and values on the device, one tier after another."""
         segments = [segment for segments in self._by_tier for segment in segments]
         there = [s.device_bytes() for s in segments if s.on_device and self._linked]
         there += [s.extending_bytes() for s in segments if passes.extends]
@@ -77,7 +78,7 @@ class BatchCache:
         largest = max(segment.nbytes for segment in segments)
         if tier is Tier.DISK:
             yield Need(Tier.CPU, "cache", "slots", slots * largest)
-        # For parts of prompts, the host's rows come to the device too.
+        # Parts of prompts are computed on the device for the host's rows too.
         if (on_device or passes.extends) and self._linked and not self.topology.in_place(tier):
             yield Need(Tier.GPU, "cache", "slots", slots * largest)
         if segments[0].sparse:
@@ -89,9 +90,9 @@ class BatchCache:
             yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
 
     def gathered(self, capacity: int) -> dict[Tier, int]:
-        """Bytes, on the device and in host memory, while rows move to a batch.
+        """Temporary bytes on the device and in host memory while rows move to a batch.
 
-        They are its keys and values in one layer, and the page that is copied.
+        They consist of the batch's keys and values in one layer and of the page that is copied.
         """
         taken = {Tier.GPU: 0, Tier.CPU: 0}
         for segments in self._by_tier:
@@ -115,7 +116,7 @@ def batch_cache(
 
 
 def _choice_bytes(segment: CacheSegment, heads: int) -> int:
-    """The most bytes that choosing in torch takes beyond dense attention, at the last token."""
+    """The maximum bytes for the choice of tokens in torch, in addition to dense attention, at the last token."""
     most = segment.sparsity.most(segment.pages * segment.page_tokens)
-    # For each: the index of its block, its position before and after padding, two weights, three flags.
+    # For each token: the index of its block, its position before and after padding, two weights, three flags.
     return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)

@@ -1,4 +1,4 @@
-"""Whether a plan fits a machine, and if not, what would."""
+"""Checks whether a plan fits a machine, and finds a policy that fits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ Limits = Mapping[Tier, int | None]
 Plan = Callable[[Policy], MemoryPlan]
 
 _SMALLEST_CHUNK = 32
-"""Tokens of a prompt. Each part brings all weights once more: with smaller ones a prefill is as slow as a decode."""
+"""Tokens of a prompt. Each part loads all weights again: with smaller parts, a prefill is as slow as a decode."""
 
 _SMALL = 32
-"""Batch sizes up to here are all tried where no half, quarter, ... fits: rows are rounded to tiers."""
+"""If no half, quarter, ... of a batch fits, all batch sizes up to this one are tried: rows are rounded to tiers."""
 
 
 def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
-    """The plan of `policy`, which is within `limits` (bytes by tier, None for no limit).
+    """The plan of `policy`, if it is within `limits` (bytes by tier, None for no limit).
 
-    Raises CapacityError otherwise, with a change of the policy that `plan` accepts where there is one, and else with
-    the least that is needed.
+    Otherwise raises CapacityError, with a change of the policy that fits, or with the minimum bytes if there is none.
     """
     asked = plan(policy)
     if short := asked.shortage(limits):
@@ -32,7 +31,7 @@ def fitting_plan(plan: Plan, policy: Policy, limits: Limits) -> MemoryPlan:
 
 
 def parts_of(prompt_len: int) -> Iterator[int]:
-    """Numbers of tokens to compute prompts in parts of: halves, quarters ..., none smaller than `_SMALLEST_CHUNK`."""
+    """Sizes of prompt parts in tokens: halves, quarters ... of a prompt, down to `_SMALLEST_CHUNK`."""
     chunk = prompt_len
     while chunk > _SMALLEST_CHUNK:
         chunk = max(-(-chunk // 2), _SMALLEST_CHUNK)
@@ -40,8 +39,8 @@ def parts_of(prompt_len: int) -> Iterator[int]:
 
 
 def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
-    """`policy` if its plan is within `limits`, else with the prefill in the largest parts of prompts, or of its
-    `prefill_chunk`, whose plan is. The policy as it is where none of them is."""
+    """`policy` if its plan is within `limits`, else `policy` with the largest `prefill_chunk` whose plan is: a half,
+    a quarter ... of the prompts or of its present chunk. Returns `policy` if none of them fits."""
     if not plan(policy).shortage(limits):
         return policy
     cuts = (policy.replace(prefill_chunk=n) for n in parts_of(policy.prefill_chunk or prompt_len))
@@ -49,10 +48,10 @@ def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: i
 
 
 def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:
-    """`policy` if its plan is within `limits`, else the same with fewer prompts in flight: first with fewer batches,
-    then with smaller ones. None where not even one prompt fits.
+    """`policy` if its plan is within `limits`, else `policy` with fewer prompts in flight: first with fewer batches,
+    then with smaller ones. None if not even one prompt fits.
 
-    Takes a number of plans that grows with the logarithm of the batches and of their size.
+    The number of plans grows with the logarithm of the number of batches and of their size.
     """
 
     def fits(shape: Policy) -> bool:
@@ -81,7 +80,7 @@ def _smaller(policy: Policy) -> Iterator[int]:
 
 
 def _advice(plan: Plan, policy: Policy, limits: Limits) -> str:
-    """What to change. Shapes and splits were tried; other advice is given only where it can remove the shortage."""
+    """The fix for an error message: a shape or split that fits, or else advice that can remove the shortage."""
     if shape := largest_fitting(plan, policy, limits):
         return (
             f"It would fit with gpu_batch_size = {shape.gpu_batch_size} and "
@@ -99,7 +98,7 @@ def _advice(plan: Plan, policy: Policy, limits: Limits) -> str:
 
 
 def _remedy(short: Shortage, policy: Policy) -> str:
-    """The least that is needed where one prompt at a time is too much, and what can lower it or raise the limit."""
+    """The minimum need if not even one prompt fits, and a way to lower it or to raise the limit."""
     homes = sum(n.nbytes for n in short.needs if (n.what, n.role) == ("weights", "home"))
     if short.tiers == (Tier.DISK,):
         fix = "free space in offload_dir, choose a directory on a larger disk, or put a smaller share on disk"
@@ -108,7 +107,7 @@ def _remedy(short: Shortage, policy: Policy) -> str:
     else:
         halves = "" if policy.sep_layer else "set sep_layer = true, "
         fix = (
-            f"all but the homes of the weights exceeds {format_bytes(short.limit)}, whatever the shares of the "
+            f"the needs without the homes of the weights exceed {format_bytes(short.limit)} for all shares of the "
             f"weights: {halves}shorten the prompts or use a larger memory"
         )
     return (

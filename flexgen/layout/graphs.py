@@ -1,4 +1,4 @@
-"""Decode cells that a GPU repeats as CUDA graphs: which ones, at which lengths, and what that takes."""
+"""Decode cells that a GPU replays as CUDA graphs: their layers, their lengths, and the memory that they need."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from flexgen.units import ALIGNMENT, align
 _EXTENTS = 8
 _SHORTEST = 64
 _BYTES_EACH = 1024
-"""Of device memory that torch takes for each graph: the seed and the offset of random numbers."""
+"""Bytes of device memory that torch allocates per graph, for the seed and the offset of random numbers."""
 
 LONGEST = 8192
-"""Cached tokens of a row up to which its cells are replayed.
+"""The maximum number of cached tokens of a row for which its cells are replayed.
 
 A graph needs attention with a mask, whose kernel computes one head of a row on one multiprocessor. Without graphs,
-attention of unpadded rows divides a head over several. By estimate, at this length and with few rows, that saves as
+attention of unpadded rows divides a head among several. By estimate, at this length and with few rows, that saves as
 much time as the launches of a layer take.
 """
 
@@ -45,7 +45,7 @@ def replayed(
 
     A replay repeats the same kernels at the same addresses. So all rows of the cache and of the hidden states must be
     on the GPU, and attention must be dense. All weights of the layer must be there too, without a codec, because
-    batches share decoded weights, in buffers that layers use in turn. The embedding and the head are left out. They
+    batches share decoded weights, in buffers that layers use in turn. The embedding and the head are excluded: they
     are two layers of many, and their inputs and results differ from call to call.
     """
     resident = all(share.percent(Tier.GPU) == 100 for share in (policy.cache, policy.activations))
@@ -63,11 +63,11 @@ def replayed(
 
 
 def extent(length: int, capacity: int) -> int:
-    """The positions that a replay attends to for `length` tokens, the new one included.
+    """The number of positions over which a replay computes attention, for `length` tokens including the new one.
 
-    A graph of its own for each length would be captured as often as replayed. One for the whole capacity would read
-    all of it at every token. So there are at most eight of them, which differ by at least 64 tokens: attention reads
-    an eighth of the capacity in vain at most, and what is captured serves 64 tokens or more.
+    A separate graph for each length would be captured as often as replayed. A graph for the whole capacity would read
+    all of it for every token. So there are at most eight extents, which differ by at least 64 tokens: attention reads
+    at most an eighth of the capacity in vain, and a graph is replayed for up to 64 tokens or more.
     """
     step = align(max(-(-capacity // _EXTENTS), _SHORTEST), MASK_ALIGNMENT)
     return min(align(length, step), capacity)
@@ -75,9 +75,9 @@ def extent(length: int, capacity: int) -> int:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Where the graphs of one batch find what changes with the token, in one buffer.
+    """The layout of the buffer from which the graphs of one batch read the data of the token.
 
-    `hidden` (rows, 1, hidden) holds the hidden states between two layers. `mask` (rows, 1, 1, capacity) is that of
+    `hidden` (rows, 1, hidden) stores the hidden states between two layers. `mask` (rows, 1, 1, capacity) is that of
     `attend_fused`, `positions` (rows, 1) that of `Context`, `index` (1,) the position in the cache, and `factors` the
     `token_factors` of each of `ropes`.
     """
@@ -90,7 +90,7 @@ class StepLayout:
 
     @property
     def shapes(self) -> list[tuple[Shape, torch.dtype]]:
-        """Of hidden, mask, positions, index, and each of factors."""
+        """The shapes of hidden, mask, positions, index, and each of factors."""
         return [
             ((self.rows, 1, self.hidden_size), self.dtype),
             ((self.rows, 1, 1, align(self.capacity, MASK_ALIGNMENT)), self.dtype),
@@ -101,7 +101,7 @@ class StepLayout:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Where each of `shapes` begins and where the next one may, in bytes."""
+        """For each of `shapes`, its offset and the earliest offset of the next one, in bytes."""
         sizes = (align(torch.Size(shape).numel() * dtype.itemsize, ALIGNMENT) for shape, dtype in self.shapes)
         return list(pairwise(accumulate(sizes, initial=0)))
 
@@ -111,7 +111,7 @@ class StepLayout:
 
 
 def step_layout(layers: Sequence[Layer], rows: int, capacity: int, dtype: torch.dtype) -> StepLayout:
-    """Of a batch of `rows` rows; `layers` are those that are replayed."""
+    """The layout for a batch of `rows` rows. layers: the layers that are replayed."""
     ropes = [layer.layer_spec.attention.rope for layer in layers if isinstance(layer, AttentionLayer)]
     found = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
     return StepLayout(rows, layers[0].spec.hidden_size, capacity, dtype, found)
@@ -124,10 +124,9 @@ def graph_needs(
     dtype: torch.dtype,
     workspaces: Workspaces,
 ) -> list[Need]:
-    """What replaying these layers takes of the GPU: of each batch its step, and what all graphs share.
+    """The GPU memory for replays of these layers: the step buffer of each batch, and the memory that graphs share.
 
-    Temporaries of a graph are in memory of their own, which it keeps. All graphs have the same, because they run one
-    after another.
+    Graphs keep separate memory for their temporaries. All graphs share it, because they run one after another.
     """
     if not layers or workspaces.captured is None:
         return []

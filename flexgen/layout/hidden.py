@@ -1,4 +1,4 @@
-"""Hidden states between two layers, and the ids at both ends of the model."""
+"""The layout of hidden states between two layers, and of the ids at both ends of the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flexgen.units import BLOCK, align
 class HiddenLayout:
     """The hidden states (rows, tokens, hidden) of one batch between two layers.
 
-    Rows that the compute device uses in place stay there. The others are written home after each layer and brought
-    back before the next. `rows`: those of each tier. `token_bytes`: of one row.
+    Rows that the compute device uses in place stay there. The others are written to their home after each layer and
+    loaded before the next one. rows: the number of rows of each tier. token_bytes: bytes of one token of one row.
     """
 
     rows: Mapping[Tier, range]
@@ -30,7 +30,7 @@ class HiddenLayout:
 
     @property
     def resident(self) -> int:
-        """Rows that stay on the compute device."""
+        """The number of rows that stay on the compute device."""
         return sum(len(rows) for tier, rows in self.rows.items() if self.topology.in_place(tier))
 
     def nbytes(self, tier: Tier, tokens: int) -> int:
@@ -38,11 +38,11 @@ class HiddenLayout:
         return len(self.rows[tier]) * tokens * self.token_bytes
 
     def home_bytes(self, tier: Tier, tokens: int) -> int:
-        """The same in whole disk blocks, as they are allocated."""
+        """The allocated bytes of the tier's rows: on disk, whole disk blocks."""
         return align(self.nbytes(tier, tokens), BLOCK)
 
     def away_bytes(self, tokens: int) -> int:
-        """Bytes, in whole blocks, of the rows that cross the link."""
+        """Bytes of the rows that cross the link, in whole disk blocks."""
         away = (self.nbytes(tier, tokens) for tier in self.rows if tier is not Tier.GPU)
         return align(sum(away), BLOCK)
 
@@ -54,18 +54,18 @@ class HiddenLayout:
         ]
 
     def in_flight(self, tokens: int, slots: int) -> list[Need]:
-        """Slots and staging of `slots` batches like this one."""
+        """The slots and staging for `slots` batches like this one."""
         needs = [Need(Tier.CPU, "activations", "staging", 2 * slots * self.home_bytes(Tier.DISK, tokens))]
         if not self.topology.shares_host_memory:
             needs.append(Need(Tier.GPU, "activations", "slots", slots * self.away_bytes(tokens)))
         return needs
 
     def load(self, tokens: int) -> Routes:
-        """Home to the compute device."""
+        """The routes from home to the compute device."""
         return tuple(self._route(tier, self.topology.inward(tier), tokens) for tier in self._away)
 
     def store(self, tokens: int) -> Routes:
-        """From the compute device home."""
+        """The routes from the compute device to home."""
         return tuple(self._route(tier, self.topology.outward(tier), tokens) for tier in self._away)
 
     @property
@@ -90,18 +90,18 @@ def activation_bytes(spec: ModelSpec, rows: int, tokens: int, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class IdLayout:
-    """The ids of one batch. They are stored in host memory."""
+    """The ids of one batch, which are stored in host memory."""
 
     rows: int
     topology: Topology
 
     def load(self, tokens: int) -> Routes:
-        """`tokens` ids of each row, to the compute device."""
+        """The route of `tokens` ids of each row to the compute device."""
         lanes = self.topology.inward(Tier.CPU)
         return (along(Tier.CPU, lanes, self._nbytes(tokens), 0),) if lanes else ()
 
     def store(self) -> Routes:
-        """The next id of each row, to host memory."""
+        """The route of the next id of each row to host memory."""
         home = along(Tier.CPU, self.topology.outward(Tier.CPU), self._nbytes(1), 0)
         return (Route(Tier.CPU, (*home.moves, Move(LaneName.HOST, 0, Kind.RECORD))),)
 

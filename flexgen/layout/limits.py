@@ -1,4 +1,4 @@
-"""What the tiers of a machine can hold."""
+"""The capacity limits of a machine's tiers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from flexgen.units import parse_bytes
 
 
 class Limits(dict[Tier, int | None]):
-    """Bytes that each tier can hold, None for no limit.
+    """The capacity of each tier in bytes, or None for no limit.
 
-    host: bytes that the GPU and CPU tiers can hold together where both are host memory, None where they are not.
+    host: the common capacity of the GPU and CPU tiers if both are host memory, otherwise None.
     """
 
     host: int | None = None
 
 
 def read_limits(given: Any) -> dict[Tier, int]:
-    """Bytes by tier from what a caller gives as `max_memory`; None limits nothing.
+    """Bytes by tier from the argument `max_memory` of a caller. None means no limits.
 
-    Raises RequestError for what is not a mapping, keys that are not tiers and values that are not sizes.
+    Raises RequestError if it is not a mapping, if a key is not a tier, and if a value is not a size.
     """
     if given is None:
         return {}
@@ -33,7 +33,7 @@ def read_limits(given: Any) -> dict[Tier, int]:
     limits = {}
     for key, size in given.items():
         if key not in list(Tier):
-            raise RequestError(f"max_memory has the key {shown(key)}; it takes {', '.join(Tier)}")
+            raise RequestError(f"max_memory has the key {shown(key)}; keys must be {', '.join(Tier)}")
         try:
             limits[Tier(key)] = parse_bytes(size)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a step moves: routes, of which each move takes one lane."""
+"""The moves of a step: routes, whose moves each use one lane."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flexgen.units import align
 
 
 class Kind(Enum):
-    """What a move does; its lane says over which resource."""
+    """The operation of a move. Its lane is the resource."""
 
-    COPY = auto()  # across the link, or within host memory to where a disk can write it from
-    READ = auto()  # of whole disk blocks
+    COPY = auto()  # across the link, or within host memory to a buffer that a disk can write from
+    READ = auto()  # reads whole disk blocks
     WRITE = auto()
-    GATHER = auto()  # rows of a table, at its home
-    PUT = auto()  # keys and values that have arrived in host memory, into their pages
-    RECORD = auto()  # new ids, with the caller's bookkeeping
+    GATHER = auto()  # gathers rows of a table at its home
+    PUT = auto()  # writes keys and values that have arrived in host memory to their pages
+    RECORD = auto()  # stores new ids and does the caller's bookkeeping
 
 
 class Move(NamedTuple):
@@ -31,7 +31,7 @@ class Move(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Moves that follow one another, of what has its home on `tier`. The routes of a step are independent."""
+    """Consecutive moves of data whose home is on `tier`. The routes of a step are independent."""
 
     tier: Tier
     moves: tuple[Move, ...]
@@ -41,7 +41,7 @@ Routes = tuple[Route, ...]
 
 
 def along(tier: Tier, lanes: Sequence[LaneName], nbytes: int, blocks: int) -> Route:
-    """The same data over several lanes: `nbytes` of it, in `blocks` bytes of whole blocks for a disk."""
+    """A route of the same data over several lanes: `nbytes` bytes, or `blocks` bytes in whole blocks for a disk."""
     kinds = {LaneName.DISK_READ: Kind.READ, LaneName.DISK_WRITE: Kind.WRITE}
     return Route(
         tier,
@@ -58,9 +58,9 @@ class Range(NamedTuple):
 
 
 def cut(lengths: Sequence[int], piece: int, pieces: int, grain: int) -> list[Range]:
-    """The part of several byte items that travels as `piece` of `pieces`.
+    """The part of several byte items that moves as `piece` of `pieces`.
 
-    The pieces are of nearly equal size, cover everything once, and begin at multiples of `grain` bytes
+    The pieces have nearly equal sizes, cover all bytes once, and begin at multiples of `grain` bytes
     within each item.
     """
     total = sum(lengths)

@@ -1,4 +1,4 @@
-"""What a call takes of each tier, held against what the tiers have."""
+"""The bytes that a call needs on each tier, and their comparison with the limits of the tiers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen.units import format_bytes
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one class of data takes on a tier, and in what role."""
+    """The bytes that one class of data needs on a tier in one role."""
 
     tier: Tier
     what: str  # weights, cache, activations, libraries, logits
@@ -22,12 +22,12 @@ class Need:
 
 
 Kept = Callable[[Policy], Sequence[Need]]
-"""What the caller of a call keeps of it, under a policy."""
+"""The needs of the results that a caller keeps, under a policy."""
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """Needs of one tier, or of two together, that exceed the limit in bytes."""
+    """Needs on one tier, or on two tiers together, that exceed the limit in bytes."""
 
     tiers: tuple[Tier, ...]
     limit: int
@@ -46,17 +46,17 @@ class Shortage:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All needs of one call, and the sizes of the weight slots among them."""
+    """All needs of one call, with the sizes of the weight slots."""
 
     needs: tuple[Need, ...]
     weight_slots: SlotSizes
 
     def on(self, tier: Tier, what: str | None = None) -> int:
-        """Bytes on `tier`, of one class or of all."""
+        """Bytes on `tier`, for one class of data or for all."""
         return sum(n.nbytes for n in self.needs if n.tier is tier and what in (None, n.what))
 
     def workspace(self, tier: Tier) -> int:
-        """Bytes on `tier` that come and go during the computation."""
+        """Bytes on `tier` that are allocated only while the computation runs."""
         return sum(n.nbytes for n in self.needs if n.tier is tier and n.role == "workspace")
 
     @property
@@ -64,7 +64,7 @@ class MemoryPlan:
         return {tier: self.on(tier) for tier in Tier}
 
     def shortage(self, limits: Mapping[Tier, int | None]) -> str:
-        """Which needs exceed their limit (bytes by tier, None for no limit), by how much and for what; "" if none."""
+        """A message with the need that exceeds its limit (bytes by tier, None for no limit), or "" if all fit."""
         for short in self.shortages(limits):
             largest = sorted((n for n in short.needs if n.nbytes), key=lambda need: -need.nbytes)
             parts = ", ".join(f"{n.what} {n.role} {format_bytes(n.nbytes)}" for n in largest)
@@ -76,9 +76,9 @@ class MemoryPlan:
         return ""
 
     def shortages(self, limits: Mapping[Tier, int | None]) -> list[Shortage]:
-        """All limits that the needs exceed. `Limits` may have one of two tiers together.
+        """All limits that the needs exceed. `Limits` may have a limit for two tiers together.
 
-        Weights on disk are left out: they are files that exist already, or are checked before they are written.
+        Weights on disk are excluded: their files already exist, or are checked before they are written.
         """
         bounds: list[tuple[tuple[Tier, ...], int | None]] = [((tier,), limits.get(tier)) for tier in Tier]
         if isinstance(limits, Limits):

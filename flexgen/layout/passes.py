@@ -1,4 +1,4 @@
-"""Which tokens of its prompts a block computes in each pass through the layers."""
+"""The tokens that a block computes in each pass through the layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flexgen.layout.cache import Span
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of texts whose prompts have `width` tokens, the longest of the block's first.
+    """The passes of a block whose longest prompt has `width` tokens.
 
-    A pass is named by the new token that it gives: 0 is the first one. With `chunk`, a pass computes at most that
-    many tokens of each prompt. Passes over the parts before the last one give no token; they are numbered below 0.
-    Prompts are cut from their end, so that the first new token of every batch comes from the same pass.
+    The number of a pass is the new token that it computes; 0 is the first one. With `chunk`, a pass computes at most
+    `chunk` tokens of each prompt. Passes over the parts before the last one compute no new token and have negative
+    numbers. Prompts are divided from their end, so that the same pass computes the first new token of every batch.
 
-    `cached`: tokens before the prompts that are in the cache already.
+    cached: the number of tokens before the prompts that are already in the cache.
     """
 
     width: int
@@ -29,17 +29,17 @@ class Passes:
 
     @property
     def new(self) -> int:
-        """The most tokens of a row that a pass computes."""
+        """The maximum number of tokens of a row that a pass computes."""
         return min(self.width, self.chunk or self.width)
 
     @property
     def extends(self) -> bool:
-        """Whether passes compute several tokens after cached ones."""
+        """Whether some passes compute several tokens after cached ones."""
         return self.new < self.width
 
     def span(self, token: int, width: int | None = None) -> Span:
-        """What a pass computes of prompts of `width` tokens, which is at most that of the block; no new token where
-        such prompts have fewer parts."""
+        """The tokens that a pass computes of prompts with `width` tokens, at most the width of the block. The span
+        has no new tokens if such prompts have fewer parts."""
         width = width or self.width
         if token > 0:
             return Span(self.cached + width + token - 1, 1)

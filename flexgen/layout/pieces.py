@@ -1,4 +1,4 @@
-"""In pieces of which size weights and cache move."""
+"""The sizes of the pieces in which weights and cache move."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from flexgen.units import BLOCK, KIB, MIB
 
 @dataclass(frozen=True)
 class PieceSizes:
-    """Sizes of pieces of a layer's weights, and of the pages of a KV cache, which have some tokens of every row.
+    """Sizes of pieces of a layer's weights, and of the pages of a KV cache. A page has a few tokens of every row.
 
     The page of a cache on disk that is being filled stays in host memory, one for each batch and layer.
-    `page_bytes` and `page_head_bytes` bound what these take, whatever the number of new tokens.
+    `page_bytes` and `page_head_bytes` limit the memory of these pages, independent of the number of new tokens.
     """
 
     weight_bytes: int = 1 * MIB
-    """Weights of a layer are not divided into smaller pieces: smaller reads and copies are slower."""
+    """The minimum size of a piece of a layer's weights: smaller reads and copies are slower."""
 
     read_bytes: int = 16 * MIB
-    """Bytes of a weight that are read, and converted or encoded, at once while a model opens: enough for all threads,
-    and little compared with a layer."""
+    """Bytes of a weight that are read, and converted or encoded, at once when a model is opened. They keep all
+    threads busy and are few compared with a layer."""
 
     memory_page_tokens: int = 128
-    """Tokens of a page in memory: whole pages move, and compiled kernels of the CPU read page by page."""
+    """Tokens per page in memory. Whole pages move, and the compiled CPU kernels read page by page."""
 
     result_bytes: int = 16 * MIB
     """Bytes of logits or hidden states that leave the device at once, on their way to the caller. A copy of this size
     takes a link far longer than starting it."""
 
     page_bytes: int = 1 * MIB
-    """Bytes of a page on disk, at least: it is written as one, and a disk reaches its rate with writes of this
+    """The minimum bytes of a page on disk. A page is one write, and a disk reaches its bandwidth with writes of this
     size."""
 
     page_head_bytes: int = 1 * KIB
-    """Bytes of one head's keys in a page on disk, at least. They are contiguous in memory: attention over shorter
-    runs takes longer."""
+    """The minimum bytes of one head's keys in a page on disk. They are contiguous in memory, and attention over
+    shorter runs takes longer."""
 
     page_tokens: int = 128
-    """Tokens of a page on disk, at most."""
+    """The maximum tokens of a page on disk."""
 
     choice_bytes: int = 16 * KIB
-    """Values that sparse attention reads from disk at once, of one row and K/V head, at least. A disk serves reads of
-    one block at a small part of the rate of long ones: skipping what is between them would gain nothing."""
+    """The minimum bytes of values of one row and K/V head that sparse attention reads from disk at once. A disk reads
+    single blocks at a small fraction of its bandwidth, so skipping blocks in between would save nothing."""
 
     choice_tokens: int = 128
-    """Of these, at most, unless not even that makes whole blocks."""
+    """The maximum tokens that are chosen together, unless whole disk blocks need more."""
 
     def tokens_on_disk(self, heads: int, head_bytes: int) -> int:
-        """Tokens of a page on disk, where a token has `heads` keys and values of `head_bytes` each."""
+        """Tokens per page on disk, if a token has `heads` keys and values of `head_bytes` each."""
         wanted = max(-(-self.page_bytes // (heads * head_bytes)), -(-self.page_head_bytes // head_bytes))
         return min(wanted, self.page_tokens)
 
     def chosen_together(self, token_bytes: int) -> int:
-        """Tokens that are read from disk together, where one takes `token_bytes` in a head: whole disk blocks."""
+        """Tokens that are read from disk together, if a token has `token_bytes` per head: whole disk blocks."""
         whole = BLOCK // math.gcd(BLOCK, token_bytes)
         wanted = -(-self.choice_bytes // (whole * token_bytes))
         return whole * max(min(wanted, self.choice_tokens // whole), 1)

@@ -1,4 +1,4 @@
-"""Which tier each weight lives on, and in what form it is kept there."""
+"""The tier of each weight, and the codec with which it is stored there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flexgen.quant import Codec, codec_for
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """The tier and codec of every weight by its key, and the bytes that each tier got. One equals itself alone, so
-    that what follows from it can be kept.
+    """The tier and codec of every weight by its key, and the bytes on each tier. Compared by identity, so that
+    derived results can be cached.
 
-    `nbytes` counts what is kept, encoded; `share` what it is of the model in `dtype`, which is what a policy's
-    percentages are about.
+    `nbytes` counts stored bytes, after encoding. `share` is the share of the model in `dtype`, as in the percentages
+    of a policy.
     """
 
     dtype: torch.dtype
@@ -34,26 +34,26 @@ class Placement:
         return self.codecs.get(weight.key)
 
     def kept_bytes(self, weight: WeightSpec) -> int:
-        """Bytes of the weight as it is kept, and as it travels."""
+        """Bytes of the weight in its stored form, in which it also moves."""
         codec = self.codec(weight)
         return codec.nbytes(weight.shape) if codec else weight.nbytes(self.dtype)
 
     @property
     def percent(self) -> dict[Tier, float]:
-        """Achieved percent of the model by tier."""
+        """The achieved percentage of the model on each tier."""
         total = sum(self.share.values())
         return {tier: 100 * count / total if total else 0.0 for tier, count in self.share.items()}
 
 
 def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> Placement:
-    """Whole tensors to tiers, so that the model's percentages come as close to `split` as tensors allow.
+    """Assign whole tensors to tiers, so that the model's percentages are as close to `split` as tensors allow.
 
-    Each tensor goes to the tier that is furthest behind its share of all bytes placed so far. What one
-    layer is rounded by is thus carried to the next, every layer streams about the same bytes, and no tier
-    ends further from its share than one tensor. A tied head is the embedding's tensor: it counts once.
-    A vocabulary that is larger than any layer would set the size of the slot that it passes through, so it goes to
-    the fastest tier whose share has room for it; the other tensors make up for that.
-    A tier's codec is used for the tensors that it fits, which are all matrices but the table of positions.
+    Each tensor goes to the tier that is furthest below its share of all bytes placed so far. The rounding error of
+    one layer is thus carried to the next, every layer moves about the same bytes, and each tier ends within one
+    tensor of its share. A tied head is the embedding's tensor, which counts once.
+    A vocabulary that is larger than any layer would determine the size of its slot. So it goes to the fastest tier
+    whose share has room for it, and the other tensors compensate for that.
+    A tier's codec is used for the tensors that it fits: all matrices except the table of positions.
     """
     placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
@@ -61,7 +61,7 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
     total = 0
     for layer in layers:
-        # Large tensors first: the small ones then even out what is left.
+        # Large tensors first: the small ones then compensate for the remaining differences.
         for weight in sorted(layer.weights, key=lambda w: -w.numel):
             if weight.key in placement.tiers:
                 continue

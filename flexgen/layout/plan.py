@@ -1,7 +1,7 @@
-"""The memory plan: how many bytes each tier must hold, computed once from layers, policy and workload.
+"""The memory plan: the bytes that a call needs on each tier, computed once from layers, policy and workload.
 
-The feasibility check, the buffers that are allocated, the report and the cost model all read it, so that a call takes
-exactly the bytes of its plan.
+The feasibility check, the buffers, the report and the cost model all use it, so that a call allocates exactly the
+bytes of its plan.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from flexgen.workload import Workload
 
 _TWO_OF_EACH = Slots()
 SLOTS = _TWO_OF_EACH.cells
-"""Buffers of each kind unless an order wants another number: one in use, one on its way."""
+"""The number of buffers of each kind, unless an order needs another number: one in use and one in flight."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan is for: the links of a machine, the slots of an order, and the workspaces of the compute device."""
+    """The target of a plan: a machine's links, an order's slots, and the workspaces of the compute device."""
 
     topology: Topology
     slots: Slots = _TWO_OF_EACH
@@ -52,14 +52,14 @@ def plan_memory(
     workload: Workload | None = None,
     all_logits: bool = False,
 ) -> MemoryPlan:
-    """The plan of one call, or of the weights alone without a workload.
+    """The plan of one call, or without a workload, of the weights only.
 
-    `all_logits`: the head computes every position of the prompt, and the result is kept in host memory.
+    all_logits: whether the head computes every position of the prompt; the results are stored in host memory.
 
-    Where the compute device computes in host memory, the GPU tier's part of a policy takes bytes of the CPU tier.
-    Raises PolicyError where a codec of the cache cannot keep heads of the model's size.
+    If the compute device computes in host memory, the GPU tier's part of a policy needs bytes of the CPU tier.
+    Raises PolicyError if a codec of the cache cannot store heads of the model's size.
     """
-    for tier in Tier:  # refused before weights are loaded
+    for tier in Tier:  # raises before weights are loaded
         for attention in _kinds_of_attention(layers):
             head_format(policy.cache[tier].codec, attention.head_dim, placement.dtype)
     sizes = slot_sizes(layers, placement, target.topology, target.slots.weights)
@@ -74,13 +74,13 @@ def plan_memory(
 
 
 def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
-    """How many layers have each kind."""
+    """The number of layers with each kind of attention."""
     return Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of a call, and its needs beyond the weights at home and in their slots."""
+    """One block of a call, and its needs in addition to the homes and slots of the weights."""
 
     layers: Sequence[Layer]
     placement: Placement
@@ -116,7 +116,7 @@ class _Block:
         for rows in self._batches:
             needs += cache[rows].homes()
             needs += self._hidden(rows).homes(self._passes.new)
-        # One set of slots serves every batch: each as large as the batch that needs most of it.
+        # All batches use the same slots: each slot is as large as the largest batch needs.
         largest: dict[tuple[Tier, str, str], int] = {}
         for of_batch in cache.values():
             for key, nbytes in _summed(self._in_flight(of_batch)):
@@ -133,20 +133,20 @@ class _Block:
         return hidden_layout(self._spec, self.policy, rows, self.placement.dtype, self.target.topology)
 
     def _graphs(self, batches: Sequence[BatchCache]) -> list[Need]:
-        """What replays of decode cells take, also in a call of too few tokens to capture any."""
+        """The needs of replays of decode cells, even in a call with too few tokens for a capture."""
         placement, topology, workspaces = self.placement, self.target.topology, self.target.workspaces
         numbers = replayed(self.layers, placement, self.policy, topology, workspaces)
         layers = [self.layers[j] for j in numbers]
         return graph_needs(layers, batches, self.workload.capacity, placement.dtype, workspaces)
 
     def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
-        """Encoded matrices in the model's dtype, and the memory that decoding takes meanwhile."""
+        """The needs of decoded matrices in the model's dtype, and the temporaries of decoding."""
         placement, topology, rows = self.placement, self.target.topology, max(self._batches)
         positions = rows * self._passes.new
         nbytes = [
             decoded_bytes(layer, placement)
             for layer in self.layers
-            # Without all logits the head takes one position of each row.
+            # Without all logits, the head computes one position of each row.
             if decodes(
                 layer,
                 placement,
@@ -155,13 +155,13 @@ class _Block:
             )
         ]
         yield Need(Tier.GPU, "weights", "workspace", self.target.slots.decoded * max(nbytes, default=0))
-        if self._linked:  # without Triton; a product is over when keys and values are encoded
+        if self._linked:  # without Triton; a product has ended before keys and values are encoded
             passing = min(of_batch.passing_bytes(self._passes) for of_batch in cache)
             decoding = max(decoding_bytes(self.layers, placement) - passing, 0)
             yield Need(Tier.GPU, "weights", "workspace", decoding)
 
     def _looked_up(self) -> Iterator[Need]:
-        """Rows of the embedding table."""
+        """The needs of the rows of the embedding table."""
         positions, cells = max(self._batches) * self._passes.new, self.target.slots.cells
         lookup = lookup_sizes(self.layers, self.placement, self.target.topology, positions)
         yield Need(Tier.GPU, "weights", "slots", cells * lookup.slot)
@@ -169,7 +169,7 @@ class _Block:
         yield Need(Tier.GPU, "weights", "workspace", lookup.decoded)
 
     def _logits(self) -> list[Need]:
-        """Logits of every position, which are kept in host memory."""
+        """The needs of the logits of every position, which are stored in host memory."""
         workload, size, dtype = self.workload, self._spec.vocab_size, self.placement.dtype
         positions = workload.num_prompts * workload.prompt_len
         needs = [Need(Tier.CPU, "activations", "home", positions * size * dtype.itemsize)]
@@ -180,25 +180,25 @@ class _Block:
         return needs
 
     def _in_flight(self, cache: BatchCache) -> list[Need]:
-        """Slots, staging and workspace while a batch is computed."""
+        """The slots, staging and workspace of a batch in computation."""
         rows, passes, slots = cache.rows, self._passes, self.target.slots.cells
         states = self._hidden(rows)
         needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
         hidden = activation_bytes(self._spec, rows, passes.new, self.placement.dtype)
-        # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows
-        # have left. Where some rows stay, they are copied together with those that arrive.
+        # The result of a layer is the home of a batch that stays on the device. For other batches, a slot keeps the
+        # result until its rows have left. If some rows stay, they are copied together with those that arrive.
         moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
-        # While rows move together, nothing is computed: the gathered rows of a batch take the place of the workspace.
+        # During compaction nothing is computed, so the gathered rows of a batch use the memory of the workspace.
         gathered, workspace = cache.gathered(self.workload.capacity), self._workspace(rows)
         needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
         needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
         return needs
 
     def _workspace(self, rows: int) -> int:
-        """Bytes that computing a batch of `rows` rows takes, and choosing its ids."""
+        """Bytes of the temporaries to compute a batch of `rows` rows and to choose its ids."""
         dtype, workload = self.placement.dtype, self.workload
-        # Layers are asked about the prefill, or its last part, and about the last token; the head takes one position
-        # of each row.
+        # Layers need the most for the prefill, or its last part, or for the last token. The head computes one
+        # position of each row.
         steps = [(self._passes.new, workload.prompt_len), (1, workload.capacity)]
         workspace = max(
             layer.workspace_bytes(
@@ -211,11 +211,11 @@ class _Block:
             for layer in one_of_each_kind(self.layers)
             for new, context in steps
         )
-        # Ids are chosen when the head's own workspace is free again, all but the logits.
+        # Ids are chosen when the head's workspace, except the logits, is free again.
         logits = rows * self._spec.vocab_size * dtype.itemsize
         if not self.all_logits:
             return max(workspace, logits + choice_bytes(rows, self._spec.vocab_size))
-        if self._linked:  # logits of other batches are on their way to host memory meanwhile
+        if self._linked:  # meanwhile, logits of other batches are in flight to host memory
             others = min(self.target.slots.cells, len(self._batches) - 1)
             workspace += others * logits * workload.prompt_len
         return workspace
@@ -230,16 +230,16 @@ def _summed(needs: Iterable[Need]) -> Iterable[tuple[tuple[Tier, str, str], int]
 
 
 def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
-    """Rows of each GPU batch of a block; the last batch takes the rest."""
+    """The rows of each GPU batch of a block; the last batch has the remaining rows."""
     prompts = min(num_prompts, policy.block_size)
     full, rest = divmod(prompts, policy.gpu_batch_size)
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
 
 
 def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype, most: int) -> int:
-    """Bytes of the buffer through which `size` values for each position of a batch reach the caller.
+    """Bytes of the staging buffer for results of a batch with `size` values per position.
 
-    `most`: `PieceSizes.result_bytes`, which is exceeded only by a single position.
+    most: `PieceSizes.result_bytes`. Only a single position that is larger exceeds it.
     """
     each = size * dtype.itemsize
     return min(max(most, each), rows * positions * each)

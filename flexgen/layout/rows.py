@@ -1,4 +1,4 @@
-"""The embedding table where a cell reads a few of its rows: they are gathered at its home, and only they travel."""
+"""Lookups in an embedding table off the compute device: the rows are gathered at home, and only these rows move."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from flexgen.results.trace import LaneName
 from flexgen.units import ALIGNMENT, BLOCK, KIB, MIB, align
 
 _READ_ALONG = 64 * KIB
-"""Bytes between two rows that are read along: a read of its own would take about as long."""
+"""The maximum gap in bytes that one read covers between two rows: a separate read would take about as long."""
 _SPAN = 1 * MIB
-"""Bytes of one read at most, so that neighbouring rows are read by several threads."""
+"""The maximum bytes of one read, so that several threads read adjacent rows."""
 _SCRATCH = 16 * MIB
-"""Bytes that are read at once at most; more rows are read in rounds."""
+"""The maximum bytes that are read at once. More rows are read in rounds."""
 
 
 def gathered_table(layer: Layer, placement: Placement, topology: Topology) -> WeightSpec | None:
-    """The layer's table, unless the compute device uses it in place."""
+    """The layer's embedding table, or None if the compute device uses it in place."""
     table = layer.table
     if table is None:
         return None
@@ -35,18 +35,18 @@ def gathered_table(layer: Layer, placement: Placement, topology: Topology) -> We
 
 
 def travelling(layer: Layer, placement: Placement, topology: Topology) -> list[WeightSpec]:
-    """The layer's weights that it gets whole, wherever they live."""
+    """The layer's weights that it uses completely, on any tier."""
     table = gathered_table(layer, placement, topology)
     return [weight for weight in layer.weights if weight is not table]
 
 
 @dataclass(frozen=True)
 class LookupSizes:
-    """Bytes of the buffers for the rows that one cell looks up, `rows` of them at most.
+    """Bytes of the buffers for the rows that one cell looks up, at most `rows`.
 
-    `slot`: of what reaches the compute device, the index of `tokens` ids and, from `lead`, the rows as they are
-    kept. `staging`: of the same in host memory, before it crosses a link. `scratch`: of what is read at once.
-    `decoded`: of the rows in the model's dtype, where they are kept encoded.
+    `slot`: the buffer on the compute device for the index of `tokens` ids and, from `lead`, the rows in their stored
+    form. `staging`: the same data in host memory, before it crosses a link. `scratch`: the buffer for reads.
+    `decoded`: the rows in the model's dtype, if they are encoded.
     """
 
     rows: int = 0
@@ -60,7 +60,7 @@ class LookupSizes:
 def lookup_sizes(
     layers: Sequence[Layer], placement: Placement, topology: Topology, tokens: int
 ) -> LookupSizes:
-    """What a batch of `tokens` ids takes; nothing where the table is in place."""
+    """The sizes for a batch of `tokens` ids, or zero if the table is used in place."""
     table = gathered_table(layers[0], placement, topology)
     if table is None:
         return LookupSizes()
@@ -76,7 +76,7 @@ def lookup_sizes(
 
 
 def row_parts(table: WeightSpec, placement: Placement, rows: int) -> tuple[tuple[int, int], ...]:
-    """(where row 0 begins, bytes of a row) of each part of a table of `rows` rows, as it is kept."""
+    """(offset of row 0, bytes per row) for each part of a table with `rows` rows, in its stored form."""
     codec = placement.codec(table)
     if codec is not None:
         return codec.rows((rows, table.shape[1]))
@@ -84,15 +84,15 @@ def row_parts(table: WeightSpec, placement: Placement, rows: int) -> tuple[tuple
 
 
 def kept_bytes(table: WeightSpec, placement: Placement, rows: int) -> int:
-    """Bytes of `rows` rows of a table as they are kept."""
+    """Bytes of `rows` rows of a table in their stored form."""
     shape, codec = (rows, table.shape[1]), placement.codec(table)
     return codec.nbytes(shape) if codec else rows * table.shape[1] * placement.dtype.itemsize
 
 
 def read_bytes(table: WeightSpec, placement: Placement, rows: np.ndarray, begin: int, scratch: int) -> int:
-    """Bytes that `RowTable.gather` reads of a table on disk for these rows, ascending, each once.
+    """Bytes that `RowTable.gather` reads from a table on disk for these rows, which are ascending and unique.
 
-    The table begins `begin` bytes into its file; at most `scratch` bytes are read at once.
+    The table begins at byte `begin` of its file; at most `scratch` bytes are read at once.
     """
     return _read_bytes(row_parts(table, placement, table.shape[0]), rows, begin, scratch)
 
@@ -108,8 +108,8 @@ def _read_bytes(parts: Sequence[tuple[int, int]], rows: np.ndarray, begin: int, 
 
 
 def even_read_bytes(table: WeightSpec, placement: Placement, count: int, scratch: int) -> int:
-    """`read_bytes` of `count` rows that are spread evenly over a table at the start of its file: an estimate for
-    ids that are not known."""
+    """An estimate of `read_bytes` for unknown ids: `count` rows that are spread evenly over a table at the start of
+    its file."""
     return _even_read_bytes(
         tuple(row_parts(table, placement, table.shape[0])), table.shape[0], count, scratch
     )
@@ -121,7 +121,7 @@ def _even_read_bytes(parts: tuple[tuple[int, int], ...], rows: int, count: int, 
 
 
 class RowSpan(NamedTuple):
-    """Whole blocks of a file, and the rows (of those asked for) that are in them."""
+    """Whole blocks of a file, and the requested rows in them."""
 
     start: int
     end: int
@@ -132,8 +132,8 @@ class RowSpan(NamedTuple):
 def read_rounds(offsets: np.ndarray, width: int, room: int) -> Iterator[list[RowSpan]]:
     """Spans over rows of `width` bytes at ascending offsets, in rounds of at most `room` bytes.
 
-    Where rows are close together a span also reads what is between them. Ids that cover much of a table become
-    one long read.
+    If rows are close together, a span includes the bytes between them. Ids that cover much of a table become one long
+    read.
     """
     spans: list[RowSpan] = []
     filled = 0
@@ -146,7 +146,7 @@ def read_rounds(offsets: np.ndarray, width: int, room: int) -> Iterator[list[Row
             if start - before.end <= _READ_ALONG and end - before.start <= _SPAN and filled + more <= room:
                 spans[-1] = RowSpan(
                     before.start, end, before.first, n + 1
-                )  # of very many rows, so no _replace
+                )  # avoids _replace, which is slow for many rows
                 filled += more
                 continue
         if filled + end - start > room:
@@ -160,9 +160,9 @@ def read_rounds(offsets: np.ndarray, width: int, room: int) -> Iterator[list[Row
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The rows of a table that a cell reads, from the table's home to the compute device, and its ids with them.
+    """The layout of the rows that a cell looks up, and of its ids, from the table's home to the compute device.
 
-    `scratch`: bytes that are read from a disk at once.
+    scratch: bytes that are read from a disk at once.
     """
 
     table: WeightSpec
@@ -172,11 +172,11 @@ class RowLayout:
 
     @property
     def lane(self) -> LaneName:
-        """The lane that gathers."""
+        """The lane that gathers the rows."""
         return LaneName.DISK_READ if self.placement.of(self.table) is Tier.DISK else LaneName.HOST
 
     def load(self, tokens: int) -> Routes:
-        """The rows of `tokens` ids. They are not known yet: taken to be all different, and spread evenly."""
+        """The routes of the rows of `tokens` ids. It assumes that the ids are all different and spread evenly."""
         found = min(tokens, self.table.shape[0])
         kept = kept_bytes(self.table, self.placement, found)
         gathered = kept
@@ -190,7 +190,7 @@ class RowLayout:
 def row_layout(
     layers: Sequence[Layer], placement: Placement, topology: Topology, tokens: int
 ) -> RowLayout | None:
-    """The layout of a batch of at most `tokens` ids; None where the table is used in place."""
+    """The layout for a batch of at most `tokens` ids, or None if the table is used in place."""
     table = gathered_table(layers[0], placement, topology)
     if table is None:
         return None

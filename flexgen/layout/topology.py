@@ -1,4 +1,4 @@
-"""Which lanes lead from each tier to the compute device and back."""
+"""The lanes from each tier to the compute device and back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flexgen.schedule.orders import ORDERS, Order, order_for
 
 @dataclass(frozen=True)
 class Topology:
-    """The link between host memory and the compute device's memory, each way: () where they are the same memory.
+    """The link between host memory and device memory in each direction, or () if they are the same memory.
 
-    `pieces`: sizes of what moves over it, and from and to the disk.
+    pieces: the sizes of the pieces that move over the link and the disk.
     """
 
     to_device: tuple[LaneName, ...]
@@ -23,16 +23,16 @@ class Topology:
 
     @property
     def shares_host_memory(self) -> bool:
-        """Whether the compute device computes in host memory. What a policy puts on the GPU tier is stored there."""
+        """Whether the compute device computes in host memory. The GPU tier of a policy is stored there too."""
         return not self.to_device
 
     @property
     def device(self) -> Tier:
-        """The tier that the compute device's memory belongs to."""
+        """The tier of the compute device's memory."""
         return Tier.CPU if self.shares_host_memory else Tier.GPU
 
     def inward(self, tier: Tier) -> tuple[LaneName, ...]:
-        """The lanes from `tier` to the compute device, in order; () for what is used in place."""
+        """The lanes from `tier` to the compute device, in order, or () if the device uses its data in place."""
         match tier:
             case Tier.GPU:
                 return ()
@@ -49,15 +49,15 @@ class Topology:
             case Tier.CPU:
                 return self.from_device
             case Tier.DISK:
-                # Without a link the host copies: the disk wants whole, aligned blocks.
+                # Without a link, the host copies the data, because the disk needs whole, aligned blocks.
                 return (*(self.from_device or (LaneName.HOST,)), LaneName.DISK_WRITE)
 
     def in_place(self, tier: Tier) -> bool:
-        """Whether the compute device uses what is on `tier` where it is stored."""
+        """Whether the compute device uses the data on `tier` in place."""
         return not self.inward(tier)
 
     def host_attends(self, policy: Policy) -> bool:
-        """Whether the host computes attention over some rows for a compute device with memory of its own."""
+        """Whether the host computes attention over some rows for a compute device with separate memory."""
         return (
             not self.shares_host_memory and policy.attend_on == "cpu" and policy.cache.percent(Tier.GPU) < 100
         )
@@ -65,17 +65,17 @@ class Topology:
     def keeps_ids(self, table_is_gathered: bool) -> bool:
         """Whether ids chosen on the compute device feed its next token without a copy to the host.
 
-        `table_is_gathered`: the host gathers the rows of the embedding table that ids name.
+        table_is_gathered: whether the host gathers the rows of the embedding table.
         """
         return not (self.shares_host_memory or table_is_gathered)
 
     def choose_order(self, name: str | None, policy: Policy, batches: int) -> Order:
-        """The order of that name. Without a name, the one that the policy asks for, of `batches` batches."""
+        """The order of that name, or without a name, the policy's order for `batches` batches."""
         return ORDERS[name or order_for(policy.overlap, batches, self.host_attends(policy))]
 
 
 SHARED = Topology((), ())
-"""The processor computes in host memory."""
+"""A compute device that computes in host memory."""
 
 LINKED = Topology((LaneName.TO_DEVICE,), (LaneName.FROM_DEVICE,))
-"""A device with memory of its own behind a link."""
+"""A compute device with separate memory behind a link."""

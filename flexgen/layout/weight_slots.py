@@ -1,7 +1,7 @@
-"""How large each weight slot is: what buffers, plan and placement agree on.
+"""The sizes of the weight slots, for buffers, plan and placement.
 
-A model's layers are of different sizes: its vocabulary may be ten times as large as any other layer. Since it is
-known which slot serves a layer (`Turns`), a slot is as large as the layers that it serves, and no larger.
+The layers of a model have different sizes: the vocabulary may be ten times as large as any other layer. The slot of
+each layer is known (`Turns`), so a slot is only as large as the layers that use it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from flexgen.schedule.turns import Turns
 from flexgen.units import ALIGNMENT, BLOCK, align
 
 GAP = 4 * BLOCK
-"""Bytes of a file between two weights that are read along rather than skipped."""
+"""The maximum gap in bytes between two weights of a file that one read covers."""
 
 
 @dataclass(frozen=True)
 class SlotSizes:
-    """Upper bounds, in bytes, of the buffers of each slot: known before anything is loaded.
+    """Upper bounds in bytes of the buffers of each slot, which are known before anything is loaded.
 
-    `device`: of the slot itself, `staging`: of what passes through host memory on the way there.
+    `device`: the slot itself. `staging`: its staging buffer in host memory.
     """
 
     turns: Turns
@@ -37,16 +37,16 @@ class SlotSizes:
 def slot_sizes(
     layers: Sequence[Layer], placement: Placement, topology: Topology, slots: int, ends: bool = True
 ) -> SlotSizes:
-    """What each slot must hold so that all layers that it serves fit; `slots` of them are taken by turns.
+    """The sizes of `slots` slots, which the layers use in turn: each slot is large enough for all of its layers.
 
-    On a device that computes in host memory only disk weights move, straight into the slot. Elsewhere they pass
-    through a staging buffer in host memory. A table whose rows are gathered at home never comes whole. Without
-    `ends` what the first layer and the last one need is left out.
+    On a device that computes in host memory, only disk weights move, directly to the slot. On other devices, they
+    pass through a staging buffer in host memory. A table whose rows are gathered at home never moves as a whole.
+    Without `ends`, the sizes exclude the first layer and the last one.
     """
     return _slot_sizes(tuple(layers), placement, topology, slots, ends)
 
 
-@lru_cache(maxsize=128)  # a policy search asks for the plans of many policies that place weights alike
+@lru_cache(maxsize=128)  # a policy search plans many policies with the same placement of weights
 def _slot_sizes(
     layers: tuple[Layer, ...], placement: Placement, topology: Topology, slots: int, ends: bool
 ) -> SlotSizes:
@@ -69,7 +69,7 @@ def _slot_sizes(
 
 
 def encoded_products(layer: Layer, placement: Placement) -> list[WeightSpec]:
-    """Weights that are kept encoded and multiplied with; of a table rows are read, as they are kept."""
+    """Encoded weights that the layer multiplies with. Not a table, whose rows are read in their stored form."""
     if not placement.codecs:
         return []
     return [weight for weight in layer.weights if weight is not layer.table and placement.codec(weight)]
@@ -81,7 +81,7 @@ def decoded_bytes(layer: Layer, placement: Placement) -> int:
 
 
 def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
-    """Bytes that a GPU takes while it decodes the largest encoded matrix of all layers, in addition to the result."""
+    """Temporary bytes to decode the largest encoded matrix of all layers on a GPU, in addition to the result."""
     if not placement.codecs:
         return 0
     encoded = ((placement.codec(w), w.shape) for layer in layers for w in encoded_products(layer, placement))
@@ -89,8 +89,8 @@ def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
 
 
 def decodes(layer: Layer, placement: Placement, tokens: int, topology: Topology) -> bool:
-    """Whether the layer may decode matrices when it computes `tokens` tokens; a codec with kernels for few rows does
-    not."""
+    """Whether the layer may decode matrices to compute `tokens` tokens. A codec with a fused kernel does not decode
+    for few rows."""
     codecs = {placement.codec(weight) for weight in encoded_products(layer, placement)}
     on_host, dtype = topology.shares_host_memory, placement.dtype
     return any(codec and tokens > codec.certain_fused_rows(on_host, dtype) for codec in codecs)

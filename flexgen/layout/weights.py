@@ -1,4 +1,4 @@
-"""The weights of a layer that are not stored on the compute device: what brings them there on each visit."""
+"""The moves of a layer's weights that are not stored on the compute device, for each visit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexgen.units import ALIGNMENT, BLOCK, align
 
 @dataclass(frozen=True)
 class Run:
-    """Bytes that are stored together and travel together: `length` of them, with weights from `lead` to `end`.
+    """Bytes that are stored together and move together: `length` bytes, with weights from `lead` to `end`.
 
-    What is outside `lead` to `end` is read along, since a disk reads whole blocks.
+    The bytes outside `lead` to `end` are read only because a disk reads whole blocks.
     """
 
     tier: Tier
@@ -30,22 +30,22 @@ class Run:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """The runs of one layer, in the order in which they travel."""
+    """The runs of one layer, in the order in which they move."""
 
     runs: tuple[Run, ...]
     topology: Topology
 
     @property
     def nbytes(self) -> int:
-        """Bytes that move on each visit of the layer."""
+        """Bytes that move for each visit of the layer."""
         return sum(run.length for run in self.runs)
 
     def parts(self, piece: int, pieces: int) -> list[Range]:
-        """The parts of the runs that travel as `piece` of `pieces`."""
+        """The parts of the runs that move as `piece` of `pieces`."""
         return cut([run.length for run in self.runs], piece, pieces, BLOCK)
 
     def load(self, piece: int, pieces: int) -> Routes:
-        """Home to a slot."""
+        """The routes from home to a slot."""
         routes = []
         for tier in (Tier.CPU, Tier.DISK):
             parts = [part for part in self.parts(piece, pieces) if self.runs[part.item].tier is tier]
@@ -69,12 +69,12 @@ class WeightLayout:
 
 
 def weight_layouts(layers: Sequence[Layer], placement: Placement, topology: Topology) -> list[WeightLayout]:
-    """The layout of each layer, known before anything is loaded.
+    """The layout of each layer, which is known before anything is loaded.
 
-    Exact for what is stored in host memory. For a file, runs are the weights' own bytes. A read has up to two blocks
-    more, and a checkpoint's own file may divide a run, or have other tensors in between.
+    It is exact for weights in host memory. In a file, the runs consist of the weights' own bytes. A read may have up
+    to two more blocks, and a checkpoint's own file may divide a run or have other tensors in between.
     """
-    at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer it is loaded with, from where to where
+    at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer that it is loaded with, begin, end
     for layer in layers:
         for tier in Tier:
             new = [w for w in layer.weights if placement.of(w) is tier and w.key not in at_home]
@@ -103,7 +103,7 @@ def _run(tier: Tier, spans: Sequence[tuple[int, int]]) -> Run:
 
 
 def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[int], int]:
-    """Where weights that are loaded together begin in their buffer, and how long it is, in bytes."""
+    """The offsets of weights that are loaded together to one buffer, and the length of the buffer, in bytes."""
     offsets, end = [], 0
     for weight in weights:
         offsets.append(end)
@@ -112,7 +112,7 @@ def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[i
 
 
 def count_pieces(layouts: Iterable[WeightLayout], batches: int) -> int:
-    """In how many pieces a layer's weights travel, so that transfers of each of `batches` come in between."""
+    """The number of pieces in which a layer's weights move, so that other transfers of `batches` run in between."""
     return max(
         1, min(batches, max(layout.nbytes // layout.topology.pieces.weight_bytes for layout in layouts))
     )

@@ -1,1 +1,1 @@
-"""Memory tiers, lanes and transfers: where bytes live and how they move."""
+"""Memory tiers, lanes and transfers: where bytes are stored and how they move."""

@@ -1,4 +1,4 @@
-"""Weights that are away from the compute device, as the parts in which they travel."""
+"""Groups of weights that are not stored on the compute device and move in one copy."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from flexgen.policy import Tier
 
 @dataclass(frozen=True)
 class Cargo:
-    """Bytes that travel together: `source[lead:]` holds weights, each at its offset from `lead`.
+    """Bytes that move in one copy: `source[lead:]` holds weights, each at its offset from `lead`.
 
-    The source is host memory, or an aligned span of a file whose first `lead` bytes are only read along.
+    The source is host memory or an aligned span of a file. The first `lead` bytes are read only for the alignment.
     """
 
     source: Tensor | tuple[Path, int]
     length: int
     lead: int
     end: int
-    """Where the last weight ends, in bytes from the start of the source."""
+    """The end of the last weight, in bytes from the start of the source."""
     weights: tuple[tuple[WeightSpec, int], ...]
 
     @property
@@ -38,7 +38,7 @@ class Cargo:
 
 
 def cargo_of(weights: Sequence[WeightSpec], homes: Homes) -> list[Cargo]:
-    """What has to move each time the layer of these weights is visited."""
+    """The cargo to move for each visit of the layer that has these weights."""
     in_host: dict[int, list[tuple[WeightSpec, HostRegion]]] = {}
     in_files: list[tuple[WeightSpec, Extent]] = []
     for weight in weights:

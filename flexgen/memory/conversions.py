@@ -1,7 +1,7 @@
-"""Weights in another form than the checkpoint's, in files that are written once and that later runs use again.
+"""A cache of converted weights: files in the offload directory that are written once and reused by later runs.
 
-The offload directory has a folder for each model, in it one for each state of the checkpoint's files, and in it the
-converted files. Next to each is a record with a digest of its content.
+The offload directory has a folder for each model. It contains a folder for each state of the checkpoint's files,
+which contains the converted files. Each file has a record with a digest of its content.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _STATE = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 class Conversions:
     """The converted files of one checkpoint.
 
-    A file is used again if it begins as expected and its content has the digest that was recorded when it was
-    written. The digest is computed again only if the file's size, times or inode differ from those in the record:
-    every write changes at least the ctime, which no program can set. (A write within the same tick of the file
-    system's clock, some milliseconds after the file was made, would go unnoticed.)
+    A file is reused if it has the expected header and its content has the recorded digest. The digest is computed
+    again only if the size, times or inode of the file differ from the record: every write changes at least the ctime,
+    which no program can set. (A write within the same tick of the file system's clock, some milliseconds after the
+    file was made, is not detected.)
 
     While the store is open, no other process removes the files.
     """
 
     def __init__(self, disk: DiskStore, model: str, checkpoint: Checkpoint) -> None:
-        """model: the name of the model, for the folder."""
+        """model: the name of the model, used to name its folder."""
         self._disk = disk
         self._model, self._state = _model_folder(model, checkpoint), _state_folder(checkpoint)
         self._found: dict[str, Path | None] = {}
 
     def find(self, name: str, header: bytes, nbytes: int) -> Path | None:
-        """The file `name` that an earlier run wrote, or None if there is none or its content is not what was written.
+        """The file `name` that an earlier run wrote, or None if it is missing or damaged.
 
-        header, nbytes: how the file must begin, and its size.
+        header, nbytes: the first bytes that the file must have, and its size.
         """
         name = f"{self._model}/{self._state}/{name}"
         if name not in self._found:
@@ -58,7 +58,7 @@ class Conversions:
         return self._found[name]
 
     def write(self, name: str, nbytes: int, write: Callable[[BinaryIO], None]) -> Path:
-        """Write the file `name` of `nbytes`: complete, or not at all. Raises as `DiskStore.publish` does."""
+        """Write the file `name` of `nbytes` bytes atomically. Raises the errors of `DiskStore.publish`."""
         self._disk.use(f"{self._model}/{self._state}", make=True)
         name, digest = f"{self._model}/{self._state}/{name}", ""
 
@@ -74,13 +74,13 @@ class Conversions:
         return path
 
     def remove_stale(self) -> None:
-        """Remove what was converted from the same files in an earlier state: these states cannot come back.
+        """Remove files that were converted from an earlier state of the checkpoint's files.
 
-        What another process uses stays; a later run removes it.
+        Files that another process uses stay; a later run removes them.
         """
         for path in self._disk.kept_folders(self._model, _STATE):
             if path.name != self._state and self._disk.remove_unused(path):
-                logger.info("removed %s: the checkpoint that it was converted from has changed", path)
+                logger.info("removed %s: its checkpoint has changed since the conversion", path)
 
     def _verified(self, name: str, header: bytes, nbytes: int) -> Path | None:
         if not self._disk.use(f"{self._model}/{self._state}", make=False):
@@ -96,12 +96,13 @@ class Conversions:
                 record = self._read_record(name)
                 digest = record.get("sha256")
                 if digest is None or record.get("stamp") != stamp and _digest(file) != digest:
-                    logger.warning("%s is not what was written; it is written again", path)
+                    logger.warning("%s does not have its recorded digest; it is written again", path)
                     return None
         except OSError:
             return None
-        if record.get("stamp") != stamp:  # a copy, for example
-            with contextlib.suppress(FlexGenError):  # without a new record the next run reads the file again
+        if record.get("stamp") != stamp:  # the file was copied, for example
+            # Without a new record, the next run computes the digest again.
+            with contextlib.suppress(FlexGenError):
                 self._record(name, path, digest)
         return path
 
@@ -124,19 +125,19 @@ class Conversions:
 
 
 def converted_bytes(model: str, checkpoint: Checkpoint, offload_dir: str | Path) -> int:
-    """Bytes of the files that earlier runs converted from the checkpoint as it is now."""
+    """Bytes of the files that earlier runs converted from the current state of the checkpoint."""
     folder = Path(offload_dir, _model_folder(model, checkpoint), _state_folder(checkpoint))
     return sum(path.stat().st_size for path in folder.glob("*" + SUFFIX))
 
 
 def _model_folder(model: str, checkpoint: Checkpoint) -> str:
-    """The name is for people: of a long path its end, and never "..". The digits tell apart models of one name."""
+    """A readable folder name: the end of the model's name, never "..". The digits distinguish models of one name."""
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "--", model)[-_NAME_LIMIT:].strip(".-") or "model"
     return f"{readable}-{_short(chr(0).join(map(str, checkpoint.sources)))}"
 
 
 def _state_folder(checkpoint: Checkpoint) -> str:
-    """The state of the checkpoint and of the codecs, so that what neither has any more is stale."""
+    """The folder for the present state of the checkpoint and the codecs. The other folders of the model are stale."""
     return _short(f"{checkpoint.identity} encoding {ENCODING}")
 
 

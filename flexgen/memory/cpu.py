@@ -1,4 +1,4 @@
-"""The CPU tier: host memory, pinned when there is a device to feed."""
+"""The CPU tier: host memory, pinned if a GPU copies from it."""
 
 from __future__ import annotations
 
@@ -22,40 +22,39 @@ from flexgen.units import MIB, format_bytes
 
 try:
     import resource
-except ImportError:  # of Unix only
+except ImportError:  # only on Unix
     resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _HUGE = 4 * MIB
-"""Buffers from here on are worth huge pages."""
+"""Bytes. Buffers of at least this size use huge pages."""
 _LARGE = 2 * MIB
-"""Temporaries from here on get a mapping of their own: a decode step makes few of them, a prefill nothing else, the
-pieces of 3 and 4 MB that products widen included (`kernels.half_linear`)."""
+"""Bytes. Temporaries of at least this size get their own mapping. A decode step makes few of them. All temporaries
+of a prefill are larger, including the pieces of 3 and 4 MB that products widen (`kernels.half_linear`)."""
 
 
 class HostStore(Store):
     """Page-aligned anonymous memory.
 
-    Mapped by ourselves, not by torch: its pinned allocator rounds up to powers of two, and memory that is
-    mapped, touched by several threads and then registered is pinned several times faster than
-    `cudaHostAlloc` does it. Large buffers ask for huge pages. Where the driver refuses to register
-    (limits, some virtual machines), or more would be pinned than `allow` has allowed, a warning says so, and the
-    buffer is used as it is: the store is `pageable`.
+    The store maps its memory itself. torch's pinned allocator rounds sizes up to powers of two, and pinning with
+    `cudaHostAlloc` is several times slower than to map memory, touch it with several threads and register it. Large
+    buffers use huge pages. If the driver refuses the registration (limits, some virtual machines), or the buffer
+    exceeds the limit of `allow`, the store logs a warning and uses the buffer unpinned: the store is `pageable`.
 
-    Pinning takes longer than filling, so a pinned buffer that is released is kept for the next one of its size, as
-    far as that was allowed. `spare` counts the bytes kept so, which are not among those `used`.
+    Pinning a buffer takes longer than filling it, so the store keeps released pinned buffers for later buffers of the
+    same size, within the limits of `allow`. `spare` counts the bytes of these buffers; `used` excludes them.
     """
 
     def __init__(
         self, tier: Tier = Tier.CPU, capacity: int | None = None, pin_for: torch.device | None = None
     ) -> None:
-        """`pin_for`: the GPU that memory is pinned for; None leaves all of it pageable."""
+        """pin_for: the GPU for which memory is pinned, or None for pageable memory."""
         super().__init__(tier, capacity)
         self._pinning = Pinning(pin_for) if pin_for is not None and torch.cuda.is_available() else None
         self.pageable = self._pinning is None
-        self._spare: dict[int, int] = {}  # bytes by address, the oldest first
+        self._spare: dict[int, int] = {}  # address to bytes, oldest first
         self._most_held: float = 0
         self._most_pinned: float = math.inf
 
@@ -68,7 +67,7 @@ class HostStore(Store):
         return self._pinning.nbytes if self._pinning is not None else 0
 
     def allow(self, held: int, pinned: int) -> None:
-        """As `Store.allow`. Before the first call it keeps no spare ones, and pins all."""
+        """See `Store.allow`. Before the first call, the store keeps no spare buffers and pins all buffers."""
         self._most_held, self._most_pinned = held, pinned
 
     def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
@@ -87,12 +86,12 @@ class HostStore(Store):
         mapping = self._map(nbytes, purpose)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         if pinning is not None:
-            buffer.zero_()  # touched by all threads: registering untouched pages takes one
+            buffer.zero_()  # all threads touch it: the registration touches pages with only one thread
             self._pin(pinning, buffer.data_ptr(), mapping, purpose)
         return buffer
 
     def _drop_spare(self, most: float) -> None:
-        """Give spare buffers back, the oldest first, until they have at most `most` bytes."""
+        """Free spare buffers, oldest first, until at most `most` bytes remain."""
         while self._pinning is not None and self._spare and self.spare > most:
             address = next(iter(self._spare))
             self._pinning.unpin(address)
@@ -103,8 +102,8 @@ class HostStore(Store):
             mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise CapacityError(
-                f"{purpose} needs {format_bytes(nbytes)} of host memory, which the system does not give: "
-                f"{error.strerror}. Raise the limit of the process's address space (ulimit -v), put a smaller share "
+                f"{purpose} needs {format_bytes(nbytes)} of host memory, but the system cannot allocate it: "
+                f"{error.strerror}. Raise the address space limit of the process (ulimit -v), put a smaller share "
                 "on the cpu tier, or use smaller batches"
             ) from error
         if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -116,8 +115,8 @@ class HostStore(Store):
         if pinning.nbytes + len(mapping) > self._most_pinned:
             self.pageable = True
             logger.warning(
-                "%s: cannot pin %s; %s. %s of the %s that may be pinned are: pinned memory cannot be swapped, "
-                "so some must be left to the system. Put a smaller share on the cpu tier, or use smaller batches",
+                "%s: cannot pin %s; %s. %s of at most %s are pinned: pinned memory cannot be swapped, "
+                "so the system needs the rest. Put a smaller share on the cpu tier, or use smaller batches",
                 purpose,
                 size,
                 slow,
@@ -139,9 +138,7 @@ class HostStore(Store):
         address = buffer.data_ptr()
         if self._pinning is not None and self._pinning.has(address):
             self._spare[address] = buffer.nbytes
-            self._drop_spare(
-                max(self._most_held - self.used + buffer.nbytes, 0)
-            )  # it is still among those used
+            self._drop_spare(max(self._most_held - self.used + buffer.nbytes, 0))  # `used` still includes it
 
     def close(self) -> None:
         self._spare.clear()
@@ -151,30 +148,30 @@ class HostStore(Store):
 
 
 def return_large_memory() -> None:
-    """From here on, what is freed of at least 2 MiB goes back to the system at once, in the whole process.
+    """Make the process return freed memory to the system immediately, for allocations of at least 2 MiB.
 
-    glibc raises that size with each large tensor that is freed, up to 32 MiB (mallopt(3)): the tensors of a prefill
-    then lie in its heap, whose holes it keeps, hundreds of megabytes that no plan knows of. From 4 MiB on it would
-    still keep 60 MB of holes, in some runs and not in others.
+    By default, glibc raises this size with each large tensor that is freed, up to 32 MiB (mallopt(3)). The tensors
+    of a prefill are then allocated in its heap, which keeps holes of hundreds of megabytes that no memory plan
+    counts. With 4 MiB, some runs still keep 60 MB of holes.
     """
-    with contextlib.suppress(AttributeError):  # of glibc only
+    with contextlib.suppress(AttributeError):  # only in glibc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def available_bytes() -> int:
-    """Host memory that can be taken now: what the system has free, and at most what a cgroup and the limit of the
-    process's address space leave.
+    """Host memory in bytes that this process can allocate now: the free memory of the system, limited by the cgroup
+    and by the address space limit.
 
-    What this process has freed counts as free: the C library would keep some of it as its own.
+    Memory that this process has freed counts as free, including memory that the C library still holds.
     """
-    with contextlib.suppress(AttributeError):  # of glibc only
+    with contextlib.suppress(AttributeError):  # only in glibc
         ctypes.CDLL(None).malloc_trim(0)
     left = (int(psutil.virtual_memory().available), _cgroup_left(), _address_space_left())
     return min(count for count in left if count is not None)
 
 
 def _address_space_left() -> int | None:
-    """Bytes up to the limit of this process's address space (RLIMIT_AS, `ulimit -v`), or None without one."""
+    """Bytes left within the address space limit (RLIMIT_AS, `ulimit -v`), or None without a limit."""
     if resource is None:
         return None
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -184,9 +181,9 @@ def _address_space_left() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    """Bytes up to the memory limit of this process's control group (v2 or v1), or None without one.
+    """Bytes left within the memory limit of this process's control group (v2 or v1), or None without a limit.
 
-    The limits of the groups around it count too: some systems set them there only.
+    The limits of its parent groups apply too: some systems set limits only there.
     """
     groups = Path("/proc/self/cgroup")
     if not groups.exists():
@@ -200,7 +197,7 @@ def _cgroup_left() -> int | None:
             root, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        own = Path(root + path)  # inside a container it may not be visible; the root's limit is then its own
+        own = Path(root + path)  # may be invisible in a container; then the root has the container's limit
         for folder in (own, *own.parents):
             try:
                 most = (folder / limit).read_text().strip()
@@ -214,23 +211,24 @@ def _cgroup_left() -> int | None:
 
 
 def _page_cache(folder: Path) -> int:
-    """Bytes of page cache charged to a control group and those in it: the kernel gives them up when asked.
+    """Bytes of page cache that a control group and its children use. The kernel reclaims them when memory is short.
 
-    Active or not: a file that is read twice is active, and no less reclaimable. Memory of a tmpfs is not among them.
+    They include the active pages: a file that is read twice is active, but the kernel can reclaim it. They exclude
+    tmpfs.
     """
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     kinds = "inactive_file", "active_file"
-    # Of the first version `total_` counts the groups within, as the usage and the limit do.
+    # In version 1, the `total_` fields include the child groups, like the usage and the limit.
     return sum(int(stat.get(f"total_{kind}", stat.get(kind, 0))) for kind in kinds)
 
 
 def resident_bytes() -> int:
-    """Resident set of this process now."""
+    """The present resident set of this process, in bytes."""
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far, by the kernel's account (0 where it keeps none)."""
+    """The peak resident set of this process in bytes, from the kernel (0 if the kernel does not count it)."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -242,7 +240,7 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_resident_bytes() -> int:
-    """Begin a new account of the largest resident set, where the kernel allows it; returns the present one."""
+    """Reset the peak resident set, if the kernel allows it. Returns the present resident set, in bytes."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     return resident_bytes()

@@ -25,7 +25,7 @@ from flexgen.results.trace import LaneName
 from flexgen.units import format_bytes
 
 _RESERVE = 0.05
-"""Share of a GPU's memory, or of its cap, that no plan may use: for kernels that are loaded, and holes."""
+"""The share of a GPU's memory, or of its cap, that memory plans leave free for loaded kernels and for holes."""
 
 
 class CudaStore(Store):
@@ -40,7 +40,7 @@ class CudaStore(Store):
             return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"{purpose} needs {format_bytes(nbytes)} of {self.device}, where less is free now "
+                f"{purpose} needs {format_bytes(nbytes)} of {self.device}, but less is free "
                 f"({short_of_memory(error)}): end other programs that use this GPU, put a smaller share on gpu, or "
                 "use smaller batches"
             ) from error
@@ -64,7 +64,7 @@ class CudaDevice(ComputeDevice):
         self._graphs: CudaGraphs | None = None
         self.memory = CudaStore(self.torch_device, memory)
         with self.active():
-            torch.cuda.init()  # statistics of memory are not known before
+            torch.cuda.init()  # memory statistics are not available before
             properties = torch.cuda.get_device_properties(self.torch_device)
             total = properties.total_memory
             self._reserve = int(min(memory or total, total) * _RESERVE)
@@ -80,7 +80,7 @@ class CudaDevice(ComputeDevice):
                 captured=None if of_its_kind.captured is None else cublas,
                 multiprocessors=properties.multi_processor_count,
             )
-            # The cap holds for torch's temporaries too, not only for what is counted here.
+            # The cap applies to torch's temporaries too, not only to the buffers counted here.
             self._user = GpuUser(self.memory, memory)
             self._shared = shared_gpu(self.torch_device)
             self._shared.join(self._user)
@@ -96,7 +96,8 @@ class CudaDevice(ComputeDevice):
         lanes: dict[LaneName, Lane] = {LaneName.COMPUTE: compute}
         for link in (LaneName.TO_DEVICE, LaneName.FROM_DEVICE):
             lanes[link] = CopyLane(link, self.torch_device, host)
-        # Each thread waits for events of this GPU. Where it has not said so, that makes a context on GPU 0.
+        # Each thread waits for events of this GPU. Without this context manager, that creates a CUDA context on GPU
+        # 0.
         within = partial(torch.cuda.device, self.torch_device)
         lanes[LaneName.DISK_READ] = DiskLane(LaneName.DISK_READ, within=within)
         for name in (LaneName.HOST, LaneName.DISK_WRITE):
@@ -124,8 +125,8 @@ class CudaDevice(ComputeDevice):
         self._shared.end(call)
 
     def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        """float16 for a checkpoint in bfloat16 where the GPU has no instructions for it. torch emulates them, without
-        attention that needs no scores; `torch.cuda.is_bf16_supported` is true there."""
+        """float16 for a bfloat16 checkpoint if the GPU has no bfloat16 instructions. torch emulates bfloat16 there,
+        but without fused attention; `torch.cuda.is_bf16_supported` returns True."""
         if checkpoint is torch.bfloat16 and not self._native_bfloat16:
             return torch.float16
         return checkpoint
@@ -141,7 +142,7 @@ class CudaDevice(ComputeDevice):
         torch.cuda.default_stream(self.torch_device).synchronize()
 
     def wait_for_compute(self) -> None:
-        # Asleep, where a stream's own `synchronize` would spin: the cores are for the host's arithmetic.
+        # Sleeps, whereas `synchronize` of a stream spins: host arithmetic needs the cores.
         end = torch.cuda.Event(blocking=True)
         end.record(torch.cuda.current_stream(self.torch_device))
         end.synchronize()
@@ -150,7 +151,7 @@ class CudaDevice(ComputeDevice):
         device = self.torch_device
         with self.active():
             free, _ = torch.cuda.mem_get_info(device)
-        # What torch has freed it keeps, and gives again.
+        # torch keeps freed memory for later allocations.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         left = super().available_bytes()
         return max((free if left is None else min(free, left)) - self._reserve, 0)

@@ -7,17 +7,18 @@ from collections.abc import Callable
 import torch
 
 _PRIORITY = -1
-"""Of the stream that captures. torch has 32 streams of each priority, which it gives out in turn. The lanes have the
-other priority: otherwise the stream could be that of a lane, whose work would become part of a graph."""
+"""The priority of the stream that captures. torch has 32 streams of each priority, which it returns in turn. The
+lanes use the other priority: otherwise the stream could be that of a lane, whose work would become part of a
+graph."""
 
 
 class CudaGraphs:
     """`Graphs` of an NVIDIA GPU.
 
-    A stream of their own captures them, so that cuBLAS has a workspace for it in their memory. When a graph is
-    destroyed, torch frees the workspace of the stream that captured it, which other graphs still use.
+    A separate stream captures them, so that the workspace of cuBLAS for this stream is in their memory. When a graph
+    is destroyed, torch frees the workspace of the stream that captured it, which other graphs still use.
 
-    Their memory is kept until the device is closed. Raises RuntimeError where the GPU refuses to capture.
+    Their memory stays allocated until the device is closed. Raises RuntimeError if the GPU refuses to capture.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +32,7 @@ class CudaGraphs:
 
     def _captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Not by `torch.cuda.graph`, which first empties torch's cache and waits for the device.
+        # `torch.cuda.graph` is not used, because it first empties torch's cache and waits for the device.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:

@@ -1,4 +1,4 @@
-"""Encoded matrices in the model's dtype: decoded for the visits of layers that multiply many rows with them."""
+"""Decoded copies of encoded matrices, in the model's dtype, for visits that multiply many rows with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexgen.quant import Codec
 
 
 class Decoding:
-    """An encoded weight in the model's dtype: decoded when a visit first asks for it."""
+    """An encoded weight in the model's dtype, decoded on its first use in a visit."""
 
     def __init__(self, codec: Codec, kept: Tensor, make: Callable[[], Tensor]) -> None:
         self._codec = codec
@@ -28,35 +28,35 @@ class Decoding:
         return self._out
 
     def forget(self) -> None:
-        """The decoded matrix may be overwritten, or the slot holds other bytes."""
+        """Mark the decoded matrix as invalid: its buffer may be overwritten, or the slot holds other bytes."""
         self._out = None
 
 
 class DecodingRoom:
-    """A buffer for the decoded matrices of one visit. A call allocates it when it first decodes."""
+    """A buffer for the decoded matrices of one visit. A call allocates it on its first decoding."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._buffer: Tensor | None = None
         self._decodings: Sequence[Decoding] = ()
         self.visit: object = None
-        """The visit that it serves."""
+        """The visit that uses the buffer."""
 
     def serve(self, visit: object, decodings: Sequence[Decoding]) -> None:
-        """Hold the matrices of this visit from here on. Nothing changes where it serves the visit already."""
+        """Assign the buffer to this visit. Does nothing if the visit already has it."""
         if self.visit != visit:
             self._forget()
             self.visit, self._decodings = visit, decodings
 
     def place(self, nbytes: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Where a matrix goes in a buffer of at least `nbytes`. Matrices of an earlier visit may be lost."""
+        """The place of a matrix in a buffer of at least `nbytes`. May overwrite matrices of an earlier visit."""
         if self._buffer is None or self._buffer.nbytes < nbytes:
             self._release()
             self._buffer = self._store.allocate(nbytes, "decoded weights")
         return tensor_at(self._buffer, offset, shape, dtype)
 
     def close(self) -> None:
-        """Give the buffer back; `place` allocates another one."""
+        """Release the buffer; `place` allocates a new one."""
         self._forget()
         self._release()
 
@@ -72,14 +72,14 @@ class DecodingRoom:
 
 
 class DecodingRooms:
-    """A room for each layer whose cells are computed alternately with those of another layer."""
+    """One room for each of the layers whose cells are computed alternately."""
 
     def __init__(self, store: Store, count: int) -> None:
         self._rooms = [DecodingRoom(store) for _ in range(count)]
         self._next = 0
 
     def number(self, visit: object) -> int:
-        """Which room serves the visit: the one that does already, or else the next one."""
+        """The number of the visit's room: its present room, or else the next one."""
         for number, room in enumerate(self._rooms):
             if room.visit == visit:
                 return number
@@ -90,6 +90,6 @@ class DecodingRooms:
         return self._rooms[number]
 
     def close(self) -> None:
-        """Give all buffers back, once nothing computes."""
+        """Release all buffers. Call it only while nothing computes."""
         for room in self._rooms:
             room.close()

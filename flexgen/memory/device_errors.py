@@ -11,13 +11,13 @@ import torch
 
 from flexgen.errors import CapacityError, DeviceError, FlexGenError, LaneError, StepCapacityError
 
-_DEVICE_IS_FULL = "out of memory", "ALLOC_FAILED"  # CUDA's and cuBLAS's words
+_DEVICE_IS_FULL = "out of memory", "ALLOC_FAILED"  # messages of CUDA and cuBLAS
 _HOST_IS_FULL = "DefaultCPUAllocator"
 _OF_THE_DEVICE = "CUDA error", "CUDA driver error", "HIP error", "CUBLAS_STATUS", "CUDNN_STATUS"
 
 
 def named(error: BaseException) -> BaseException:
-    """The flexgen error that stands for an error of torch, which is its `__cause__`; any other error as it is."""
+    """The flexgen error for an error of torch, which becomes its `__cause__`. Returns other errors unchanged."""
     if isinstance(error, FlexGenError) or not isinstance(error, RuntimeError):
         return error
     told = str(error)
@@ -30,19 +30,18 @@ def named(error: BaseException) -> BaseException:
         found = CapacityError(f"the GPU's memory is full ({short_of_memory(error)}). {_SMALLER}")
     else:
         found = DeviceError(
-            f"the GPU has failed ({_first_line(told)}). Such an error stays until the process ends, and may come "
-            "from an earlier step than the one that reports it: start a new process, with CUDA_LAUNCH_BLOCKING=1 to "
-            "find the step"
+            f"the GPU has failed ({_first_line(told)}). The error lasts until the process ends, and a step before "
+            "the reported one may have caused it: start a new process, with CUDA_LAUNCH_BLOCKING=1 to find the step"
         )
     found.__cause__ = error
     return found
 
 
-_SMALLER = "Use smaller batches or shorter prompts, or end other programs that take this memory"
+_SMALLER = "Use smaller batches or shorter prompts, or end other programs that use this memory"
 
 
 def short_of_memory(error: BaseException) -> str:
-    """What torch says of memory that it did not get: how much was asked for, and how much is there."""
+    """The part of torch's message about a failed allocation with the requested and the free memory."""
     return ". ".join(_first_line(str(error)).split(". ")[:3])
 
 
@@ -51,7 +50,7 @@ def _first_line(told: str) -> str:
 
 
 def lane_error(what: str, cause: BaseException) -> LaneError:
-    """The error for `what` ("... failed"): of the class that fits its cause, which becomes its `__cause__`."""
+    """The error for `what` ("... failed"), of the class for its cause, which becomes its `__cause__`."""
     cause = named(cause)
     kind = LaneError
     if isinstance(cause, DeviceError):
@@ -65,10 +64,10 @@ def lane_error(what: str, cause: BaseException) -> LaneError:
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """Within it, errors of torch are raised as flexgen's.
+    """A context in which torch's errors are raised as flexgen's.
 
-    Where memory ran out, the frames that have ended are cleared: they hold buffers of the call that failed, which
-    would otherwise stay for as long as the caller keeps the error, and be missing in the next call.
+    After an out-of-memory error, it clears the frames that have ended. They refer to buffers of the failed call,
+    which would otherwise stay allocated as long as the caller keeps the error.
     """
     try:
         yield
@@ -85,8 +84,8 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         for raised_in, _ in traceback.walk_tb(error.__traceback__):
             frame: FrameType | None = raised_in
-            with contextlib.suppress(RuntimeError):  # of a frame that still runs, as do all that called it
-                while frame is not None:  # a frame keeps its callers, whose callers may have caught the error
+            with contextlib.suppress(RuntimeError):  # the frame still runs, and so do all its callers
+                while frame is not None:  # a frame refers to its callers, which may have caught the error
                     frame.clear()
                     frame = frame.f_back
         error = error.__cause__

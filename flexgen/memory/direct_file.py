@@ -1,4 +1,4 @@
-"""An open file whose transfers bypass the page cache where the file system allows it."""
+"""An open file whose transfers bypass the page cache if the file system supports it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import NamedTuple
 
 from flexgen.units import BLOCK
 
-_O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on every system
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # not available on every system
 
 
 def fix_for(error: OSError, writable: bool = True) -> str:
-    """What a user can do about an error of the file system.
+    """The fix that an error message gives for an error of the file system.
 
-    writable: whether the file is one of the offload directory. Others, such as those of a checkpoint, are only read.
+    writable: whether the file is in the offload directory. Other files, such as those of a checkpoint, are only read.
     """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many files are open: close some, or raise the limit (ulimit -n)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, or give an offload_dir with more room"
     if error.errno == errno.EFBIG:
-        return "raise the limit of a file's size (ulimit -f), or give an offload_dir on another file system"
+        return "raise the file size limit (ulimit -f), or give an offload_dir on another file system"
     if error.errno == errno.EIO:
         other = "give another offload_dir" if writable else "copy or download the file again, to another disk"
-        return f"the disk reports a failure: read the system's log, and {other}"
+        return f"the disk reports a failure: read the system log, and {other}"
     if error.errno == errno.ENOENT and not writable:
-        return "it was removed while the model is open: copy or download it again, and open the model again"
+        return "it was removed while the model was open: copy or download it again, and open the model again"
     if error.errno == errno.ENOENT:
-        return "it was removed while the model is open: open the model again"
+        return "it was removed while the model was open: open the model again"
     if not writable:
-        return "give a file that you may read"
-    return "give an offload_dir that exists and that you may write to"
+        return "give a file that you have permission to read"
+    return "give an existing offload_dir that you have permission to write to"
 
 
 class _Handle(NamedTuple):
@@ -43,10 +43,10 @@ class _Handle(NamedTuple):
 
 
 class DirectFile:
-    """An open file that turns to buffered transfers, for good, when direct ones are refused.
+    """An open file that uses direct transfers, and permanently falls back to buffered ones if these are refused.
 
-    A refusal is EINVAL, at open (tmpfs and others) or at the first transfer (some network and stacked
-    file systems, devices with larger blocks). Interrupted calls are resumed by Python itself.
+    A refusal is EINVAL, from open (tmpfs and others) or from the first transfer (some network and stacked
+    file systems, devices with larger blocks). Python itself resumes interrupted calls.
     """
 
     def __init__(self, path: Path, writable: bool, direct: bool) -> None:
@@ -55,7 +55,7 @@ class DirectFile:
         self.users = 0
         self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         self._lock = threading.Lock()
-        self._retired: list[int] = []  # descriptors another thread may still be using
+        self._retired: list[int] = []  # descriptors that another thread may still use
         self._handle = self._open(direct and _O_DIRECT != 0)
 
     @property
@@ -67,14 +67,14 @@ class DirectFile:
         return os.fstat(self._handle.fd).st_size
 
     def read(self, view: memoryview, offset: int) -> int:
-        """Fill `view` and return its length, or less where the file ends."""
+        """Fill `view`. Returns the number of bytes read, which is less than its length if the file ends."""
         done = 0
         while done < len(view):
             count = self._call(os.preadv, view[done:], offset + done)
             done += count
             if count == 0 or (done % BLOCK and offset + done >= self.size):
                 break
-            if done % BLOCK:  # cut short inside a block, where a direct read cannot go on
+            if done % BLOCK:  # a short read ended inside a block: a direct read cannot continue there
                 self._turn_buffered(self._handle)
         self._leave_cache(offset, done)
         return done
@@ -130,7 +130,7 @@ class DirectFile:
             raise OSError(error.errno, message, str(self.path)) from error
 
     def _leave_cache(self, offset: int, nbytes: int) -> None:
-        # What streams past is not read again soon: it must not push out what others keep in the cache.
+        # Streamed bytes are not read again soon: they must not evict pages that other programs use.
         handle = self._handle
         if nbytes and not handle.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

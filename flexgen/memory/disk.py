@@ -1,9 +1,8 @@
 """The disk tier: transfers that bypass the page cache.
 
 Streaming weights through the page cache would copy every byte once more, on the CPU that the arithmetic needs, and
-evict pages that other programs use. So files are opened with O_DIRECT and moved in large
-aligned chunks, several in flight, by a few threads; where a file system refuses, the same calls run
-buffered.
+evict pages that other programs use. So files are opened with O_DIRECT, and a few threads move them in large
+aligned chunks, several in flight. If a file system refuses O_DIRECT, the same calls are buffered.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from flexgen.memory.threads import pool
 from flexgen.memory.throttle import Throttle
 from flexgen.units import BLOCK, KIB, MIB, align
 
-_HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does
-_INLINE_PIECES = 4  # as many small pieces are moved one after another, more of them by several threads
+_HOP_BYTES = 512 * KIB  # a smaller transfer takes less time than a thread switch
+_INLINE_PIECES = 4  # the calling thread moves up to 4 small pieces; several threads move more of them
 
 
 @dataclass(frozen=True)
 class Read:
     """Fill `target`, a 1-D uint8 view of host memory, from byte `offset` of a file.
 
-    `target` may reach past the end of the file, so that an aligned superset can be asked for; only its
-    first `needed` bytes must be there (None: all).
+    `target` may extend past the end of the file, so that a read can be aligned. The file must have its first `needed`
+    bytes (None: all).
     """
 
     path: Path
@@ -44,7 +43,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Write:
-    """Put `source`, a 1-D uint8 view of host memory, at byte `offset` of an existing file."""
+    """Write `source`, a 1-D uint8 view of host memory, at byte `offset` of an existing file."""
 
     path: Path
     offset: int
@@ -53,7 +52,7 @@ class Write:
 
 @dataclass(frozen=True)
 class ReadJob:
-    """Reads as the job of a lane: called, it returns when they are done; a `DiskLane` starts them ahead."""
+    """Reads as the job of a lane. A call returns when they are done; a `DiskLane` starts them early."""
 
     io: DiskIO
     reads: Sequence[Read]
@@ -70,7 +69,7 @@ class ReadJob:
 
 
 class Transfer:
-    """Pieces that are on their way. Whoever gets one calls `wait`, once."""
+    """Pieces in flight. The caller that starts a transfer must call `wait` once."""
 
     def __init__(
         self,
@@ -88,11 +87,11 @@ class Transfer:
 
     @property
     def under_way(self) -> bool:
-        """Whether threads are busy with it: few small pieces are moved by whoever starts them."""
+        """Whether threads move it. The calling thread moves a few small pieces itself."""
         return bool(self._futures)
 
     def wait(self) -> None:
-        """Return when all is done. After an error nothing touches the memory any more."""
+        """Block until all pieces are moved. After an error, no thread accesses the memory."""
         try:
             wait(self._futures, return_when=FIRST_EXCEPTION)
         finally:  # also on an interrupt: the caller may free the memory as soon as this returns
@@ -103,7 +102,7 @@ class Transfer:
         self._io.throttle.wait(self._began, self._nbytes)
 
     def abandon(self) -> None:
-        """Cancel the pieces that have not begun, and wait for the others."""
+        """Cancel the pieces that have not begun and wait for the others."""
         for future in self._futures:
             future.cancel()
         wait(self._futures)
@@ -111,16 +110,16 @@ class Transfer:
 
 
 def aligned_span(offset: int, nbytes: int) -> tuple[int, int, int]:
-    """(start, length, lead) of the smallest aligned span over `nbytes` at `offset`, which begin `lead` in."""
+    """(start, length, lead) of the smallest aligned span with `nbytes` at `offset`; they begin after `lead` bytes."""
     lead = offset % BLOCK
     return offset - lead, align(lead + nbytes, BLOCK), lead
 
 
 class DiskIO:
-    """Reads and writes of many pieces at once, by `threads` threads in chunks of `chunk` bytes.
+    """Reads and writes many pieces in parallel, with `threads` threads and chunks of `chunk` bytes.
 
-    Safe to call from several threads. Of files that are not in use, at most `open_files` stay open. `throttle` slows
-    transfers down to an emulated disk.
+    Safe to call from several threads. At most `open_files` unused files stay open. `throttle` limits the bandwidth to
+    that of an emulated disk.
     """
 
     def __init__(
@@ -141,35 +140,35 @@ class DiskIO:
         self._closed = False
 
     def read(self, reads: Sequence[Read]) -> None:
-        """Return when every target is filled.
+        """Fill all targets, then return.
 
-        Raises CheckpointError for a file that ends before the needed bytes, OSError with the path for
-        everything else. After an error nothing writes into the targets any more.
+        Raises CheckpointError if a file ends before the needed bytes, and OSError with the path for
+        all other failures. After an error, no thread writes to the targets.
         """
         self._begin(_read_pieces(reads), _read_chunk, writable=False, inline=self.chunk).wait()
 
     def start_read(self, reads: Sequence[Read]) -> Transfer:
-        """`read` in two halves: this one returns while the threads are busy, `wait` of its result ends it.
+        """Start a `read`. Returns while the threads are busy; `wait` of the result ends the read.
 
-        Reads that are started one after another keep all threads busy where each would leave some idle at its
-        end. Raises as `read` does, here or in `wait`.
+        Reads in flight at the same time keep all threads busy. With one read after the other, some threads would be
+        idle at the end of each. Raises the errors of `read`, here or in `wait`.
         """
         inline = min(self.chunk, _HOP_BYTES)
         return self._begin(_read_pieces(reads), _read_chunk, writable=False, inline=inline)
 
     def write(self, writes: Sequence[Write]) -> None:
-        """Return when every source has been handed to the disk. Raises OSError with the path."""
+        """Write all sources to the disk, then return. Raises OSError with the path."""
         for write in writes:
             _check(write.path, write.offset, write.source)
         pieces: list[_Piece] = [(write.path, write.offset, write.source, None) for write in writes]
         self._begin(pieces, _write_chunk, writable=True, inline=self.chunk).wait()
 
     def forget(self, path: Path) -> None:
-        """Close `path`, as before it is removed or replaced."""
+        """Close `path`. Call it before the file is removed or replaced."""
         self.files.forget(path)
 
     def close(self) -> None:
-        """Wait for transfers that are under way, end the threads and close all files."""
+        """Wait for the transfers in flight, end the threads and close all files."""
         self._closed = True
         self._pool.shutdown()
         self.files.close()
@@ -183,7 +182,7 @@ class DiskIO:
         self.close()
 
     def _begin(self, pieces: Sequence[_Piece], move: _Move, *, writable: bool, inline: int) -> Transfer:
-        """Hand pieces to the threads; few of at most `inline` bytes in all are moved here and now."""
+        """Submit the pieces to the threads. A few pieces of at most `inline` bytes in total are moved immediately."""
         if self._closed:
             raise RuntimeError("this DiskIO is closed")
         began = self.throttle.clock()
@@ -203,7 +202,7 @@ class DiskIO:
             if total <= inline and len(parts) <= _INLINE_PIECES:
                 _move_all(move, parts)
             else:
-                for share in self._shares(parts):  # an error between two must find those that have begun
+                for share in self._shares(parts):  # after an error, `abandon` must find the submitted ones
                     futures.append(self._pool.submit(_move_all, move, share))
         except BaseException:
             transfer.abandon()
@@ -211,7 +210,8 @@ class DiskIO:
         return transfer
 
     def _shares(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-        """Parts in the shares of the threads: at most a chunk each, and as many parts for each thread."""
+        """Divide the parts into shares for the threads, each of at most a chunk and at most an equal number of
+        parts."""
         most = -(-len(parts) // self.threads)
         share: list[_Part] = []
         nbytes = 0
@@ -248,8 +248,8 @@ def _read_chunk(file: DirectFile, view: memoryview, offset: int, needed: int) ->
     got = file.read(view, offset)
     if got < needed:
         raise CheckpointError(
-            f"{file.path}: wanted {needed} bytes at offset {offset}, got {got}: the file ends at "
-            f"{file.size}; it is truncated or was changed, fetch or write it again"
+            f"{file.path}: needs {needed} bytes at offset {offset}, got {got}: the file ends at "
+            f"{file.size}; it was truncated or changed, download or write it again"
         )
 
 
@@ -261,7 +261,7 @@ def _check(path: Path, offset: int, memory: torch.Tensor) -> None:
     flat = memory.dim() == 1 and memory.is_contiguous()
     if not flat or memory.dtype != torch.uint8 or memory.device.type != "cpu":
         raise ValueError(
-            f"{path}: a transfer wants contiguous 1-D uint8 host memory, not "
+            f"{path}: a transfer needs contiguous 1-D uint8 host memory, not "
             f"{memory.dtype} {tuple(memory.shape)} on {memory.device}"
         )
     for name, value in (("offset", offset), ("length", memory.numel()), ("address", memory.data_ptr())):

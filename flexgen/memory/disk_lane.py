@@ -1,7 +1,7 @@
-"""The lane of disk reads, which starts what comes next while the last chunks of a read are still on their way.
+"""The lane of disk reads, which starts the next read while the last chunks of the present one are in flight.
 
-A read is cut into chunks for several threads. If each read were waited for before the next one starts, the
-threads would idle while its last chunk comes in.
+A read is divided into chunks for several threads. If the lane waited for each read before it started the next one,
+threads would be idle during the last chunks.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from flexgen.results.trace import Event, LaneName
 from flexgen.schedule.steps import Step
 
 _IN_FLIGHT = 2
-"""Jobs that are on their way at once: one at its end, one that fills the threads."""
+"""The maximum number of jobs in flight: one that ends, and one that keeps the threads busy."""
 
 
 class Pending(Protocol):
-    """The second half of a job."""
+    """A job that has been started."""
 
     def wait(self) -> None:
-        """Block until it is done; afterwards, failed or not, it touches no buffer. Called once."""
+        """Block until the job has ended or failed; then it accesses no buffer. Called once."""
 
 
 @runtime_checkable
 class Startable(Protocol):
-    """A job that can be done in two halves; called, it does both."""
+    """A job that can be started and waited for separately. A call does both."""
 
     def __call__(self) -> object: ...
 
     def start(self) -> Pending | None:
-        """Begin, and return while the work goes on; None says that it is done already."""
+        """Start the job and return while it runs, or return None if it is already done."""
 
 
 @dataclass
 class _Flight:
-    """A job that has been started, done or failed."""
+    """A job that has been started and is in flight, done or failed."""
 
     step: Step
     done: HostDone
@@ -54,11 +54,11 @@ class _Flight:
 
 
 class DiskLane(ThreadLane):
-    """Starts jobs in order, each when what it needs is done, and ends them in the same order.
+    """Starts jobs in order, each when the jobs that it needs are done, and ends them in the same order.
 
-    One thread starts jobs and does those that are no `Startable`; a second one waits for their ends, since the
-    first may be waiting for what the next job needs. A job's event covers the time in which no earlier one was on
-    its way, so that the lane's busy time counts no second twice.
+    One thread starts the jobs, and runs those that are not `Startable`. A second thread waits for their ends, because
+    the first one may wait for a job of another lane. The event of a job covers only the time in which no earlier job
+    was in flight, so that the busy time of the lane counts no second twice.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DiskLane(ThreadLane):
         self._flying = 0
         self._changed = threading.Condition()
         self._flights: queue.SimpleQueue[_Flight | HostDone | None] = queue.SimpleQueue()
-        self._free_at = 0.0  # when the last job that has ended did so
+        self._free_at = 0.0  # the end of the last job that has ended
         self._waiter = threading.Thread(target=self._land_all, name=f"flexgen-{name}-end", daemon=True)
 
     def start(self) -> Self:
@@ -83,7 +83,7 @@ class DiskLane(ThreadLane):
     def _serve(self) -> None:
         try:
             super()._serve()
-        finally:  # no more flights come
+        finally:  # there are no more flights
             self._flights.put(None)
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
@@ -101,13 +101,13 @@ class DiskLane(ThreadLane):
             else:
                 job()
             flight.end = time.perf_counter()
-        except BaseException as error:  # whatever it is, the one who waits must hear of it
+        except BaseException as error:  # every error is reported through the Done
             flight.error = error
         with self._changed:
             alone = not self._flying
             self._flying += 1
         if alone and flight.pending is None:
-            self._land(flight)  # without a hop to the other thread
+            self._land(flight)  # without a thread switch
         else:
             self._flights.put(flight)
 
@@ -117,7 +117,7 @@ class DiskLane(ThreadLane):
                 flight.finish()
             else:
                 self._land(flight)
-            del flight  # no buffer is held while the lane is idle
+            del flight  # an idle lane must not refer to a buffer
 
     def _land(self, flight: _Flight) -> None:
         error = flight.error

@@ -1,4 +1,4 @@
-"""The offload directory: scratch files of a run, and published files that later runs find again."""
+"""The offload directory: scratch files of a run, and published files that later runs reuse."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from flexgen.units import BLOCK, align, format_bytes
 
 
 class DiskStore:
-    """The offload directory: scratch files of this run, and published files that later runs find again.
+    """The offload directory: scratch files of this run, and published files that later runs reuse.
 
-    Scratch lives in one folder per run, `flexgen-run-<pid>-<random>`, which `close` (or the end of the
-    process) removes; a start removes what crashed runs left. Without a `root`, everything is scratch, in
+    Each run stores its scratch files in a folder `flexgen-run-<pid>-<random>`, which `close` (or the end of the
+    process) removes. A new run removes the folders of crashed runs. Without a `root`, all files are scratch files in
     the system's temporary directory. `used` and `peak` count the bytes of live scratch files, `written` those of
-    the files that this run has published. Raises RequestError for a `root` that cannot be made, listed or written to.
+    the files that this run has published. Raises RequestError if `root` cannot be created, listed or written to.
     """
 
     def __init__(self, root: Path | None, io: DiskIO) -> None:
@@ -43,7 +43,7 @@ class DiskStore:
         self._sizes: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._in_use: dict[Path, int] = {}  # folders of published files, and the descriptors that lock them
+        self._in_use: dict[Path, int] = {}  # folders of published files, with the descriptors that lock them
         self._process = os.getpid()
         if root is not None:
             try:
@@ -54,19 +54,19 @@ class DiskStore:
                 path.unlink()
             except OSError as error:
                 raise RequestError(
-                    f"offload_dir {shown_path(root)} cannot be written to: {error.strerror}; give your own "
-                    "directory, or a path where one can be made"
+                    f"offload_dir {shown_path(root)} cannot be written to: {error.strerror}; give a directory "
+                    "that you can write to, or a path where one can be created"
                 ) from error
 
     @property
     def free(self) -> int:
-        """Bytes this process may still write to the file system of the offload directory. Raises RequestError where
-        the directory has been removed."""
+        """Bytes that this process can still write to the file system of the offload directory. Raises RequestError if
+        the directory was removed."""
         return self._usage().free
 
     @property
     def total(self) -> int:
-        """Bytes of that file system in all. Raises as `free` does."""
+        """The size of that file system in bytes. Raises the errors of `free`."""
         return self._usage().total
 
     def _usage(self) -> shutil._ntuple_diskusage:
@@ -74,24 +74,24 @@ class DiskStore:
             return shutil.disk_usage(self._base)
         except OSError as error:
             raise RequestError(
-                f"offload_dir {self._base} cannot be used: {error.strerror}. If it was removed while the model is "
-                "open, make it again, or open the model again with another offload_dir"
+                f"offload_dir {self._base} cannot be used: {error.strerror}. If it was removed while the model was "
+                "open, create it again, or open the model again with another offload_dir"
             ) from error
 
     def scratch(self, name: str, nbytes: int) -> Path:
-        """A new file of `nbytes` zero bytes, rounded up to whole blocks, its space reserved.
+        """Create a file of `nbytes` zero bytes, rounded up to whole blocks, and reserve its space.
 
-        Its name begins with `name` and is never used twice. Raises CapacityError when the file system has less, and
-        RequestError where the directory cannot be written to.
+        Its name begins with `name` and is never used twice. Raises CapacityError if the file system has less space,
+        and RequestError if the directory cannot be written to.
         """
         return self.make(self.scratch_path(name), nbytes)
 
     def scratch_path(self, name: str) -> Path:
-        """A path for `make` that no other scratch file has or had."""
+        """A path for `make` that no other scratch file has ever had."""
         return _inside(self._run_folder(), f"{name}-{next(self._numbers)}" if name else name)
 
     def make(self, path: Path, nbytes: int) -> Path:
-        """Make the file of a `scratch_path`; as `scratch`."""
+        """Create the file of a `scratch_path`, like `scratch`."""
         nbytes = align(nbytes, BLOCK)
         if nbytes > self.free:
             raise CapacityError(self._full(path, nbytes))
@@ -99,7 +99,7 @@ class DiskStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             _make(path, nbytes)
             self._count(path, nbytes)
-        except BaseException as error:  # Ctrl-C, too, must not leave a file that nobody knows of
+        except BaseException as error:  # Ctrl-C must not leave an unknown file either
             self.release(path)
             if isinstance(error, OSError):
                 raise self._refused(error, path, nbytes) from error
@@ -108,14 +108,15 @@ class DiskStore:
 
     def _count(self, path: Path, nbytes: int) -> None:
         peak = max(self.peak, self.used + nbytes)
-        # No calls from here on: Python handles signals only at calls and jumps, so all of it happens or nothing.
+        # No calls below: Python handles signals only at calls and jumps, so these statements run together or not at
+        # all.
         self._sizes[path] = nbytes
         self.used += nbytes
         self.peak = peak
 
     def release(self, path: Path) -> None:
-        """Remove a scratch file, if it is there, of which no transfer may be under way."""
-        if os.getpid() != self._process:  # a forked child must not take the files from its parent
+        """Remove a scratch file if it exists. No transfer may use it."""
+        if os.getpid() != self._process:  # a forked child must not remove the files of its parent
             return
         try:
             self.io.forget(path)
@@ -133,21 +134,22 @@ class DiskStore:
             del self._sizes[path]
 
     def published(self, name: str) -> Path | None:
-        """The regular file of this user published as `name`, by this run or an earlier one, if there is one."""
+        """The file that this run or an earlier one published as `name`, or None. It is a regular file of this
+        user."""
         path = _inside(self._kept(), name)
         try:
             status = os.lstat(path)
         except OSError:
             return None
-        # A link, or what another user put there, is not what an earlier run wrote.
+        # Earlier runs did not write links, nor files of other users.
         return path if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() else None
 
     def publish(self, name: str, write: Callable[[BinaryIO], None], expected: int = 0) -> Path:
-        """Keep what `write` puts into the file it is given as `name`: complete, or not at all.
+        """Publish the file that `write` writes as `name`, atomically.
 
-        An existing file of that name is replaced. After an error in `write` nothing is left of it. expected: bytes
-        that `write` will write, for the message if they cannot be. Raises CapacityError and RequestError for what
-        the file system refuses; an OSError of `write` counts as such.
+        Replaces an existing file of that name. After an error in `write`, the new file is removed. expected: the
+        bytes that `write` will write, for the error message. Raises CapacityError and RequestError for errors of the
+        file system, including an OSError of `write`.
         """
         folder = self._kept()
         path = _inside(folder, name)
@@ -174,9 +176,9 @@ class DiskStore:
         return path
 
     def use(self, name: str, make: bool) -> bool:
-        """Keep the folder `name` of published files from the `remove_unused` of other processes, until `close`.
+        """Protect the folder `name` of published files from `remove_unused` in other processes, until `close`.
 
-        Returns whether it is there; with `make` it is made. Raises as `publish` does.
+        Returns whether the folder exists; `make` creates it. Raises the errors of `publish`.
         """
         path = _inside(self._kept(), name)
         if path not in self._in_use:
@@ -198,11 +200,11 @@ class DiskStore:
             return []
 
     def remove_unused(self, path: Path) -> bool:
-        """Remove one of `kept_folders`, unless another process uses it. Returns whether it was removed."""
+        """Remove one of the `kept_folders` unless another process uses it. Returns whether it was removed."""
         return path not in self._in_use and remove_unused(path)
 
     def close(self) -> None:
-        """Remove this run's scratch files and their folder."""
+        """Remove the scratch files of this run and their folder."""
         while self._in_use:
             os.close(self._in_use.popitem()[1])
         for path in list(self._sizes):
@@ -226,7 +228,7 @@ class DiskStore:
 
     def _run_folder(self) -> Path:
         with self._lock:
-            if self._run is not None and not self._run.path.is_dir():  # somebody removed it
+            if self._run is not None and not self._run.path.is_dir():  # another program removed it
                 self._run.remove()
                 self._run = None
             if self._run is None:
@@ -239,13 +241,13 @@ class DiskStore:
             return self._run.path
 
     def _refused(self, error: OSError, path: Path, nbytes: int) -> FlexGenError:
-        """What a file system that will not take a file is to the user: a cause, and what to do about it."""
+        """The error to raise when the file system refuses a file, with its cause and fix."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return CapacityError(self._full(path, nbytes))
         if error.errno == errno.EFBIG:
             return CapacityError(
-                f"{path}: {format_bytes(nbytes)} ({nbytes} bytes) in one file are more than the file system or the "
-                "process may write (ulimit -f): raise the limit, put a smaller share on disk, or choose another "
+                f"{path}: {format_bytes(nbytes)} ({nbytes} bytes) in one file exceed the limit of the file system or "
+                "the process (ulimit -f): raise the limit, put a smaller share on disk, or choose another "
                 "offload directory"
             )
         return RequestError(f"{path} cannot be written: {error.strerror}; {fix_for(error)}")
@@ -260,7 +262,7 @@ class DiskStore:
 
 def _inside(folder: Path, name: str) -> Path:
     if not name or name.startswith("/") or ".." in Path(name).parts:
-        raise ValueError(f"{name!r} is no name for a file in {folder}: it must stay inside")
+        raise ValueError(f"{name!r} is not a valid file name in {folder}: the path must stay inside it")
     return folder / name
 
 
@@ -276,14 +278,14 @@ def _reserve(fd: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
-        # Not every file system can reserve; nor is there anything to reserve for an empty file.
+        # Not every file system can reserve space, and an empty file needs none.
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         os.ftruncate(fd, nbytes)
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name itself must reach the disk, or a power failure could undo it.
+    # The new directory entry must reach the disk too, or a power failure could undo it.
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
-"""Weights used from a checkpoint's own file are checked for NaN and infinite values when they are first read.
+"""Checks weights that are read from a checkpoint's own file for NaN and infinite values on their first read.
 
-Nothing is read twice. The check is done by the thread that ends the read, in numpy: torch would give that thread a
-team of OpenMP threads of its own (`kernels/threads.py`).
+Nothing is read twice. The thread that ends the read does the check, in numpy: torch would start another team of
+OpenMP threads for this thread (`kernels/threads.py`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from flexgen.errors import CheckpointError
 from flexgen.memory.disk import ReadJob, Transfer
 
 _PIECE = 1 << 16
-"""Values that are checked at once: they stay in a core's own cache."""
+"""Values per piece of the check. A piece fits in the cache of a core."""
 
 _EXPONENTS: dict[torch.dtype, tuple[type[np.uint16] | type[np.uint32], int]] = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float16: (np.uint16, 0x7C00),
     torch.bfloat16: (np.uint16, 0x7F80),
 }
-"""Bits of a value that are all ones in NaN and infinite values only."""
+"""The exponent bits of a value, which are all ones only in NaN and infinite values."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Values of the weight `key` that come from byte `offset` of a file into `data`, uint8 in host memory."""
+    """Values of the weight `key`, read from byte `offset` of a file to `data`, uint8 in host memory."""
 
     key: str
     path: Path
@@ -39,7 +39,7 @@ class Part:
 
 
 def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None:
-    """Raises CheckpointError if `data`, the bytes of values in `dtype`, holds NaN or infinite ones."""
+    """Raise CheckpointError if `data`, the bytes of values in `dtype`, contains NaN or infinite values."""
     kind, exponent = _EXPONENTS[dtype]
     values = data.numpy().view(kind)
     room = np.empty(min(_PIECE, len(values)), kind)
@@ -53,7 +53,7 @@ def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None
 
 
 class CheckedRead:
-    """A `ReadJob` after which those of `parts` that are not in `checked` yet are checked, and put there."""
+    """A `ReadJob` that then checks the `parts` that are not in `checked`, and adds them to `checked`."""
 
     def __init__(
         self, job: ReadJob, parts: Sequence[Part], dtype: torch.dtype, checked: set[tuple[str, int, int]]
@@ -75,7 +75,7 @@ class CheckedRead:
         return None
 
     def check(self) -> None:
-        """Raises CheckpointError with the name of the tensor that holds NaN or infinite values."""
+        """Raise CheckpointError with the name of the tensor that contains NaN or infinite values."""
         for part in self._parts:
             key = part.key, part.offset, part.data.nbytes
             if key not in self._checked:

@@ -1,8 +1,8 @@
-"""Compute devices: where layers run, the memory they run in, and the links that feed it.
+"""Opens compute devices, and implements those that compute on the CPU.
 
-Three machines behind one face. `cuda` is a GPU. `cpu` computes in host memory, so what lives in the GPU
-or CPU tier is used in place. `emulated` is a separate arena of host memory behind links of a given
-bandwidth: every move is a real copy, so that a machine without a GPU exercises all three tiers.
+`cuda` is a GPU. `cpu` computes in host memory and uses the data of the GPU tier and the CPU tier in place. `emulated`
+has a separate part of host memory as device memory, behind links of a given bandwidth. Its moves are real copies, so
+that a machine without a GPU exercises all three tiers.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from flexgen.units import parse_bytes
 _log = logging.getLogger("flexgen")
 
 _GPU_NUMBERS = 128
-"""torch.device keeps the number in 8 bits, signed."""
+"""torch.device stores the number as a signed integer of 8 bits."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class _HostArithmetic(ComputeDevice):
     """Computes on the CPU, in the thread that issues the steps.
 
-    An order issues what a cell may overlap with before the cell computes, so nothing is lost by computing
-    there, and a thread for it would take turns with the issuing one at Python's lock.
+    An order issues the work that a cell overlaps with before the cell computes, so computing in this thread delays
+    nothing. A thread of its own would compete with the issuing thread for Python's lock.
     """
 
     shares_cores = True
@@ -51,8 +51,8 @@ class _HostArithmetic(ComputeDevice):
         self.memory = memory
 
     def fast_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
-        """float16 products are several times slower than others on a CPU: bfloat16 where it has instructions
-        for it, float32 elsewhere (benchmarks/host_linear.py measures them)."""
+        """bfloat16 if the CPU has instructions for it, otherwise float32. On a CPU, float16 products are several
+        times slower (benchmarks/host_linear.py measures them)."""
         if checkpoint is not torch.float16:
             return checkpoint
         return torch.bfloat16 if has_products(torch.bfloat16) else torch.float32
@@ -62,7 +62,7 @@ class _HostArithmetic(ComputeDevice):
 
 
 class HostDevice(_HostArithmetic):
-    """The CPU. The GPU tier is host memory too, so a policy written for a GPU runs here as it is."""
+    """The CPU. Its GPU tier is host memory too, so a policy for a GPU runs here unchanged."""
 
     name = "cpu"
     topology = SHARED
@@ -83,7 +83,7 @@ class HostDevice(_HostArithmetic):
 
 @dataclass
 class Pace:
-    """Holds a link at a bandwidth: `wait` returns no earlier than the bytes would have taken."""
+    """Limits the bandwidth of a link."""
 
     bandwidth: float
     clock: Callable[[], float] = time.perf_counter
@@ -98,7 +98,7 @@ class Pace:
 class EmulatedDevice(_HostArithmetic):
     """A device of `memory` bytes behind a full-duplex link of `link` bytes/s and a disk of `disk` bytes/s.
 
-    None means not limited. Arithmetic runs on the CPU.
+    None means no limit. Arithmetic runs on the CPU.
     """
 
     name = "emulated"
@@ -120,9 +120,11 @@ class EmulatedDevice(_HostArithmetic):
 
     def to_device(self, target: Tensor, source: Tensor) -> None:
         if not (target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes):
-            raise ValueError(f"a link carries equal contiguous bytes, not {source.shape} to {target.shape}")
+            raise ValueError(
+                f"a link copies contiguous tensors of equal bytes, not {source.shape} to {target.shape}"
+            )
         began = self.pace.clock() if self.pace else 0.0
-        # One thread and no GIL, as a DMA engine would: torch's own copy takes every core.
+        # One thread without the GIL, like a DMA engine: torch's copy uses all cores.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
         if self.pace:
             self.pace.wait(began, source.nbytes)
@@ -131,11 +133,11 @@ class EmulatedDevice(_HostArithmetic):
 
 
 def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
-    """A compute device from its name.
+    """Open a compute device by its name.
 
-    "auto" (a GPU where there is one, else "cpu"), "cpu", "cuda", "cuda:1", "emulated", or with limits:
+    device: "auto" (a GPU if there is one, else "cpu"), "cpu", "cuda", "cuda:1", "emulated", or with limits:
     "emulated:memory=1GiB,link=8GiB,disk=2GiB" (bytes, bytes/s, bytes/s) and "cuda:0,memory=16GiB".
-    Raises RequestError for anything else.
+    Raises RequestError for any other value.
     """
     if isinstance(device, ComputeDevice):
         return device
@@ -152,7 +154,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
     try:
         limits = {k: parse_bytes(v) for k, _, v in (w.partition("=") for w in words if w not in index)}
         if 0 in limits.values():
-            raise RequestError(f"device {shown(device)}: a limit must be more than 0")
+            raise RequestError(f"device {shown(device)}: a limit must be greater than 0")
         if kind == "emulated" and limits.keys() <= {"memory", "link", "disk"} and not index:
             return EmulatedDevice(**limits)
         if kind == "cuda" and limits.keys() <= {"memory"} and len(index) <= 1:
@@ -168,7 +170,7 @@ def open_device(device: str | torch.device | ComputeDevice) -> ComputeDevice:
 
 
 def _gpu_number(word: str) -> int:
-    """Raises ValueError for a number that torch would not take, or would take for another."""
+    """Raises ValueError for a number that torch would reject or wrap around."""
     number = int(word) if len(word) <= 20 else _GPU_NUMBERS
     if number >= _GPU_NUMBERS:
         raise ValueError(f"a GPU's number is below {_GPU_NUMBERS}; use 'cuda:0' for the first")
@@ -176,7 +178,7 @@ def _gpu_number(word: str) -> int:
 
 
 def choose_dtype(asked: str | torch.dtype, checkpoint: torch.dtype, device: ComputeDevice) -> torch.dtype:
-    """What to compute in: what is asked for, or for "auto" the device's choice. Raises RequestError for others."""
+    """The dtype to compute in: `asked`, or the device's choice for "auto". Raises RequestError for other dtypes."""
     if isinstance(asked, str) and asked == "auto":
         fast = device.fast_dtype(checkpoint)
         if checkpoint is torch.bfloat16 and fast is torch.float16:

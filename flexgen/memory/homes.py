@@ -1,4 +1,4 @@
-"""Where each weight lives: loaded to its tier once, when a model is opened."""
+"""The homes of weights: each weight is loaded to its tier once, when a model is opened."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HostRegion:
-    """A weight in host memory that is not the compute device's: `nbytes` from `offset` of `buffer`."""
+    """A weight in host memory, on a compute device with separate memory: `nbytes` from `offset` of `buffer`."""
 
     buffer: Tensor
     offset: int
@@ -39,17 +39,17 @@ class HostRegion:
 Home = Tensor | HostRegion | Extent
 """A tensor in the compute device's memory, a region of host memory, or bytes of a file.
 
-An encoded weight is its codec's bytes in all three.
+An encoded weight is stored as the bytes of its codec in all three.
 """
 
 
 class Homes:
-    """Gives every weight its home. Weights of one layer and tier lie side by side in one buffer.
+    """Loads every weight to its home. Weights of one layer and tier are contiguous in one buffer.
 
-    Disk weights stay in the checkpoint's own files where those hold them in the right dtype. Otherwise they are
-    written once to the offload directory, in the same format, and later runs use them again (`Conversions`).
+    Weights on disk stay in the checkpoint's own files if these have the right dtype. Otherwise they are written once
+    to the offload directory, in the same format, and later runs reuse them (`Conversions`).
 
-    Raises CheckpointError for what cannot be read and CapacityError where a store is too small.
+    Raises CheckpointError if a file cannot be read, and CapacityError if a store is too small.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class Homes:
     def load(
         self, layers: Sequence[Layer], shown: Callable[[Sequence[Layer]], Iterable[Layer]] = iter
     ) -> None:
-        """Bring every weight home. A tied head finds the embedding's tensor, laid out as a table, at home.
+        """Load every weight to its home. A tied head uses the embedding's tensor, in the layout of a table.
 
-        shown: what the layers are taken through one by one, such as a progress bar.
+        shown: a wrapper around the sequence of layers, such as a progress bar.
         """
         by_layer = self._by_tier(layers)
         conversions = Conversions(self._disk, layers[0].spec.name, self._checkpoint)
@@ -87,7 +87,7 @@ class Homes:
             self._to_disk(layer, new[Tier.DISK], conversions)
 
     def _by_tier(self, layers: Sequence[Layer]) -> list[dict[Tier, list[WeightSpec]]]:
-        """The weights of each layer that no layer before it has."""
+        """The weights of each layer that no earlier layer has."""
         seen, found = set(self._by_key), []
         for layer in layers:
             new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
@@ -104,7 +104,7 @@ class Homes:
         by_layer: Sequence[dict[Tier, list[WeightSpec]]],
         conversions: Conversions,
     ) -> None:
-        """Raise CapacityError if all that is to be written is more than the disk may take."""
+        """Raise CapacityError if the weights to write exceed the limit of the disk."""
         nbytes = 0
         for layer, new in zip(layers, by_layer, strict=True):
             elsewhere = [weight for weight in new[Tier.DISK] if not self._in_place(weight)]
@@ -116,8 +116,9 @@ class Homes:
         if room is not None and nbytes > room:
             raise CapacityError(
                 f"weights need {format_bytes(nbytes)} in the offload directory, which has {format_bytes(room)} free "
-                "or allowed: the checkpoint does not hold them as the policy wants them on disk. Give another "
-                "offload_dir, a larger max_memory of the disk, a smaller disk share, or the checkpoint's own dtype"
+                "or allowed: the checkpoint does not store them in the dtype or codec of the policy. "
+                "Give another offload_dir, a larger disk limit (max_memory), a smaller disk share, or the "
+                "checkpoint's own dtype"
             )
 
     def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
@@ -141,16 +142,16 @@ class Homes:
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
 
     def _form(self, weight: WeightSpec) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of the weight as its tier keeps it: in the model's dtype, or the bytes of its codec."""
+        """Shape and dtype in which the tier stores the weight: the model's dtype, or the bytes of its codec."""
         if self.placement.codec(weight):
             return (self.placement.kept_bytes(weight),), torch.uint8
         return weight.shape, self._dtype
 
     def _pieces(self, weight: WeightSpec) -> Iterator[tuple[int, Tensor]]:
-        """The weight as its tier keeps it, in bytes: where each piece of it begins, and the piece (uint8).
+        """The bytes that the tier stores for the weight, in pieces: the offset of each piece, and the piece (uint8).
 
-        Some rows at a time are read and encoded, so that a large vocabulary is never held beside what is kept of it.
-        What lies between the pieces is zero.
+        A piece is read and encoded from a few rows at a time, so that a large vocabulary is never in memory in both
+        forms. The bytes between the pieces are zero.
         """
         codec = self.placement.codec(weight)
         count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
@@ -162,7 +163,7 @@ class Homes:
                 yield first * width, tensor.flatten().view(torch.uint8)
                 continue
             encoded = codec.encode(tensor)
-            # Rows of each of the codec's parts follow one another.
+            # The rows of each of the codec's parts are contiguous.
             for (place, row), (begin, _) in zip(
                 codec.rows(weight.shape), codec.rows(tensor.shape), strict=True
             ):
@@ -179,14 +180,14 @@ class Homes:
             self._by_key |= self._write(layer, elsewhere, conversions)
 
     def _in_place(self, weight: WeightSpec) -> Extent | None:
-        """Where a file of the checkpoint holds the weight as it is needed."""
+        """The extent of the weight in a file of the checkpoint, if it is stored there in the needed form."""
         return None if self.placement.codec(weight) else _in_place(self._checkpoint, weight, self._dtype)
 
     def _file_layout(
         self, weights: Sequence[WeightSpec]
     ) -> tuple[list[WeightSpec], bytes, dict[str, int], int]:
-        """The weights as a file has them in order, its header, where each begins, and the bytes of the file."""
-        # What is encoded comes first: it is as long as the alignment of its parts.
+        """The weights in the order of the file, its header, the offset of each weight, and the bytes of the file."""
+        # Encoded weights come first: their size is a multiple of the alignment of their parts.
         ordered = sorted(weights, key=lambda weight: self.placement.codec(weight) is None)
         forms = {weight.key: self._form(weight)[::-1] for weight in ordered}
         header, offsets = make_header(forms, ALIGNMENT)
@@ -200,13 +201,13 @@ class Homes:
     def _write(
         self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions
     ) -> dict[str, Extent]:
-        """Extents of weights that no file of the checkpoint holds as they are needed."""
+        """Extents of the weights that no file of the checkpoint stores in the needed form."""
         path = self._written(layer, weights, conversions)
         if path is None:
             ordered, header, offsets, nbytes = self._file_layout(weights)
             if self._disk.free < nbytes:
                 raise CapacityError(
-                    f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, which has "
+                    f"weights of {layer.name} need {format_bytes(nbytes)} in the offload directory, but it has "
                     f"{format_bytes(self._disk.free)} free: give another offload_dir or a smaller disk share"
                 )
 
@@ -228,12 +229,12 @@ class Homes:
         return extents
 
     def _written(self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions) -> Path | None:
-        """The file with these weights that an earlier run wrote, if there is one and it is undamaged."""
+        """The undamaged file with these weights that an earlier run wrote, or None."""
         _, header, _, nbytes = self._file_layout(weights)
         return conversions.find(self._file_name(layer, weights), header, nbytes)
 
     def _file_name(self, layer: Layer, weights: Sequence[WeightSpec]) -> str:
-        """Another dtype, codec or choice of weights makes another file."""
+        """A file name that depends on the dtype, the codec and the set of weights."""
         parts = [str(self._dtype)]
         parts += [f"{weight.key} {weight.shape} {self.placement.codec(weight)}" for weight in weights]
         return f"{layer.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}{SUFFIX}"
@@ -242,8 +243,8 @@ class Homes:
 def stored_bytes(
     checkpoint: Checkpoint, layers: Sequence[Layer], dtype: torch.dtype, offload_dir: str | Path | None
 ) -> int:
-    """Bytes of weights that would take no more of the disk if they were kept there: those that the checkpoint's files
-    hold in `dtype`, and what earlier runs converted into `offload_dir`."""
+    """Bytes of weights that the disk already stores: those in the checkpoint's files in `dtype`, and those that
+    earlier runs converted to `offload_dir`."""
     weights = {weight.key: weight for layer in layers for weight in layer.weights}
     extents = (_in_place(checkpoint, weight, dtype) for weight in weights.values())
     stored = sum(extent.nbytes for extent in extents if extent)
@@ -253,7 +254,7 @@ def stored_bytes(
 
 
 def _in_place(checkpoint: Checkpoint, weight: WeightSpec, dtype: torch.dtype) -> Extent | None:
-    """Where a file of the checkpoint holds the weight in `dtype`."""
+    """The extent of the weight in a file of the checkpoint that stores it in `dtype`, or None."""
     extent = checkpoint.extent(weight)
-    # Data at an odd offset could not be viewed as its dtype; writers align, the format does not ask.
+    # torch cannot view data at an odd offset as its dtype. Writers align it, but the format does not require that.
     return extent if extent and extent.dtype == dtype and extent.offset % dtype.itemsize == 0 else None

@@ -1,9 +1,9 @@
-"""Lanes: what is submitted to one runs in order, and each submission hands back a `Done`.
+"""Lanes. A lane runs its jobs in submission order; `submit` returns a `Done`.
 
-Where work only enqueues on a GPU (kernels, copies) a lane is a CUDA stream with events between lanes
-(`stream_lanes`). Where work blocks the host (disk, host arithmetic, the links of an emulated device) it is a
-thread. Where nothing runs beside it, it is the caller itself. There is no device-wide synchronisation: a job waits
-for the jobs it was told to wait for, and for nothing else.
+If work only enqueues on a GPU (kernels, copies), a lane is a CUDA stream with events between lanes
+(`stream_lanes`). If work blocks the host (disk, host arithmetic, the links of an emulated device), a lane is a
+thread. If nothing runs at the same time, a lane is the calling thread. There is no device-wide synchronisation: a job
+waits only for the jobs that its submission names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Job = Callable[[], object]
 
 
 class Cancelled(Exception):
-    """A job was dropped because an earlier one failed or the caller gave up."""
+    """A job was dropped because an earlier one failed or the caller cancelled the call."""
 
 
 class Done(Protocol):
@@ -44,17 +44,17 @@ class Done(Protocol):
 
     @property
     def enqueued(self) -> bool:
-        """Whether `precede` returns at once: the job is over, or on a stream where an event stands for its end."""
+        """Whether `precede` returns immediately: the job has ended, or it is on a stream with an event at its end."""
 
     def wait(self) -> None:
-        """Block the host until the job has ended. Raises LaneError if it (or what it needed) failed."""
+        """Block the host until the job has ended. Raises LaneError if it or a job that it needs failed."""
 
     def precede(self, stream: Any) -> None:
-        """Make a CUDA stream wait for the job. Blocks the host until the job is `enqueued`; raises as `wait` does."""
+        """Make a CUDA stream wait for the job. Blocks the host until the job is `enqueued`. Raises like `wait`."""
 
 
 def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
-    """A LaneError that names the step; what comes from an earlier step keeps the name it has."""
+    """A LaneError that names the step. An error of an earlier step keeps its name."""
     if isinstance(cause, LaneError):
         return cause
     what = (
@@ -65,32 +65,32 @@ def failure(step: Step, lane: LaneName, cause: BaseException) -> LaneError:
 
 
 class Lane(ABC):
-    """One resource that serves its jobs in the order of their submission."""
+    """One resource that runs its jobs in submission order."""
 
     def __init__(self, name: LaneName) -> None:
         self.name = name
 
     def start(self) -> Self:
-        """Start the lane's threads, if it has any. `Lanes` does; jobs are served from then on."""
+        """Start the lane's threads, if it has any. `Lanes` calls it; jobs run from then on."""
         return self
 
     @abstractmethod
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
-        """Queue `job` behind `after`; `step` names it in the trace and in errors. Never raises for the
-        job: its failure is told by the Done."""
+        """Queue `job`, to run after the jobs `after`. `step` names it in the trace and in errors. Never raises the
+        job's errors: the Done reports them."""
 
     @abstractmethod
     def take_events(self, origin: float) -> list[Event]:
-        """The events since the last call, once idle; seconds count from `origin` (time.perf_counter)."""
+        """The events since the last call, in seconds since `origin` (time.perf_counter). The lane must be idle."""
 
     def cancel(self) -> None:  # noqa: B027 (not every lane has something to do here)
-        """From now on, drop queued jobs instead of running them (until `drain`)."""
+        """Drop queued and further jobs instead of running them, until `drain`."""
 
     def drain(self) -> None:  # noqa: B027 (not every lane has something to do here)
-        """Wait until the lane is idle, so that no job touches a buffer afterwards. Does not raise."""
+        """Wait until the lane is idle. Afterwards no job accesses a buffer. Does not raise."""
 
     def end(self) -> None:  # noqa: B027 (not every lane has something to do here)
-        """Have the threads end once they have served their queues, without waiting for that. Also where `start` was
+        """Make the threads end after the jobs in their queues, without waiting for it. May be called if `start` was
         interrupted or not called."""
 
     def close(self) -> None:  # noqa: B027 (not every lane has something to do here)
@@ -98,7 +98,7 @@ class Lane(ABC):
 
 
 class HostDone:
-    """The end of a job that a host thread runs. A bare lock: thousands are made per generated token."""
+    """The end of a job that a host thread runs. It is only a lock, because a token needs thousands of them."""
 
     __slots__ = ("_error", "_lock")
 
@@ -113,10 +113,10 @@ class HostDone:
 
     @property
     def enqueued(self) -> bool:
-        return not self._lock.locked()  # locked for a moment by those who wait, too: then not known yet
+        return not self._lock.locked()  # may be False for a moment while another thread waits
 
     def wait(self) -> None:
-        with self._lock:  # taken and given back: free for the next one who waits
+        with self._lock:  # acquired and released, so that other threads can wait too
             pass
         if self._error is not None:
             raise self._error
@@ -126,7 +126,7 @@ class HostDone:
 
 
 class InlineLane(Lane):
-    """Runs each job at once, in the thread that submits it: no thread hop where nothing runs beside it."""
+    """Runs each job immediately in the submitting thread. Saves a thread switch if nothing runs at the same time."""
 
     def __init__(self, name: LaneName) -> None:
         super().__init__(name)
@@ -152,10 +152,10 @@ class InlineLane(Lane):
 
 
 class ThreadLane(Lane):
-    """A host thread with a queue. The thread is a daemon: a forgotten lane never blocks the exit.
+    """A host thread with a queue. The thread is a daemon, so an unclosed lane never blocks the exit.
 
-    beside_compute: the compute lane needs the same cores; what the lane does takes one of them (`kernels.threads`).
-    within: makes the context that the thread runs in, such as that of a GPU whose events its jobs wait for.
+    beside_compute: whether the compute lane uses the same cores; then the lane uses one of them (`kernels.threads`).
+    within: makes the context in which the thread runs, such as that of a GPU whose events its jobs wait for.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class ThreadLane(Lane):
         self._beside_compute = beside_compute
         self._within = within
         self._events: list[Event] = []
-        # A job with its waits, a mark that tells when the queue has been served, or the end.
+        # A job with the jobs to wait for, a mark for `drain`, or None at the end.
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
         self._queue = queue.SimpleQueue()
         self._cancelled = False
@@ -187,13 +187,13 @@ class ThreadLane(Lane):
     def _serve(self) -> None:
         if self._beside_compute:
             take_no_others()
-        with self._within(), torch.inference_mode():  # both belong to a thread, not to the process
+        with self._within(), torch.inference_mode():  # both apply to a thread, not to the process
             while (item := self._queue.get()) is not None:
                 if isinstance(item, HostDone):
                     item.finish()
                 else:
                     self._run(*item)
-                del item  # no buffer is held while the lane is idle
+                del item  # an idle lane must not refer to a buffer
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
         try:
@@ -208,7 +208,7 @@ class ThreadLane(Lane):
                 if os.getpid() != self._process:
                     _end_fork(sys.exception())
             self._events.append(Event(step, self.name, start, time.perf_counter()))
-        except BaseException as error:  # whatever it is, the one who waits must hear of it
+        except BaseException as error:  # every error is reported through the Done
             done.finish(failure(step, self.name, error))
         else:
             done.finish()
@@ -236,10 +236,10 @@ class ThreadLane(Lane):
 
 
 def _end_fork(error: BaseException | None) -> NoReturn:
-    """End a process that a job forked in a lane's thread, with the status that `error` asks for.
+    """End a process that a job forked in a lane's thread, with the exit status of `error`.
 
-    The fork has copied no thread that could take the error, or that waits for the job. So it ends here, without exit
-    handlers, as the children of `multiprocessing` do.
+    The fork has no thread that waits for the job or handles its error. So the process ends here without exit
+    handlers, like the children of `multiprocessing`.
     """
     status = 1
     if isinstance(error, SystemExit):
@@ -257,9 +257,9 @@ def _end_fork(error: BaseException | None) -> NoReturn:
 
 
 class Lanes(Mapping[LaneName, Lane]):
-    """The lanes of one compute device, which it starts. Two names may share a lane where one resource serves both.
+    """Starts the lanes of one compute device. Two names may share a lane if one resource serves both.
 
-    Where one cannot be started, or Ctrl-C arrives before the caller has these lanes, the threads of the others end.
+    If a lane cannot be started, or Ctrl-C arrives before the caller has this object, the threads of the others end.
     """
 
     def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
@@ -277,7 +277,7 @@ class Lanes(Mapping[LaneName, Lane]):
             lane.end()
 
     def __del__(self) -> None:
-        # Ctrl-C can arrive when this is whole and its maker has not stored it yet: then nobody calls `close`.
+        # Ctrl-C can arrive after `__init__`, before the caller has stored the object. Then nothing calls `close`.
         self._end()
 
     def __getitem__(self, name: LaneName) -> Lane:
@@ -293,11 +293,11 @@ class Lanes(Mapping[LaneName, Lane]):
         return {id(lane): lane for lane in self._lanes.values()}.values()
 
     def stop(self, cancel: bool) -> None:
-        """Wait until every lane is idle; with `cancel`, what has not begun is dropped.
+        """Wait until every lane is idle. `cancel` drops the jobs that have not begun.
 
-        Ctrl-C does not end the wait, but is raised behind it: memory that a job still fills must not be given back,
-        nor the next call be dropped with what is cancelled now. In a child that was forked from within a call it does
-        nothing: a fork does not copy the threads that it would wait for.
+        Ctrl-C is raised after the wait and does not end it: the caller must not release memory that a job still
+        fills, and the cancellation must not drop jobs of the next call. In a child that was forked from within a
+        call, this does nothing: a fork does not copy the threads to wait for.
         """
         if os.getpid() != self._process:
             return
@@ -310,13 +310,13 @@ class Lanes(Mapping[LaneName, Lane]):
                 try:
                     lane.drain()
                     break
-                except BaseException as error:  # lanes raise none of their own: it is a signal's
+                except BaseException as error:  # lanes raise no errors here: it comes from a signal handler
                     raised = error
         if raised is not None:
             raise raised
 
     def take_events(self, origin: float) -> list[Event]:
-        """Events of all lanes since the last call, by their start."""
+        """Events of all lanes since the last call, sorted by start."""
         events = [event for lane in self._distinct() for event in lane.take_events(origin)]
         return sorted(events, key=lambda event: event.start)
 

@@ -1,4 +1,4 @@
-"""An embedding table at home, off the compute device: gathers the rows that a cell reads."""
+"""An embedding table that is stored off the compute device: gathers the rows that a cell reads."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from flexgen.models.checkpoint import Extent
 
 
 class RowTable:
-    """A table at home, off the compute device."""
+    """An embedding table that is stored off the compute device."""
 
     def __init__(self, weight: WeightSpec, layers: Sequence[Layer], homes: Homes, machine: Machine) -> None:
         home = homes[weight]
-        assert not isinstance(home, Tensor), "what is on the device is used in place"
+        assert not isinstance(home, Tensor), "a table on the device is used in place"
         self.weight = weight
         self.codec = homes.placement.codec(weight)
         self._layers = layers
@@ -41,21 +41,21 @@ class RowTable:
         self._io = machine.io
 
     def sizes(self, tokens: int) -> LookupSizes:
-        """Of the buffers for a batch of `tokens` ids."""
+        """The sizes of the buffers for a batch of `tokens` ids."""
         return lookup_sizes(self._layers, self._placement, self._topology, tokens)
 
     def layout(self, tokens: int) -> RowLayout:
-        """How the rows for a batch of `tokens` ids travel."""
+        """The layout of the moves of the rows for a batch of `tokens` ids."""
         return RowLayout(self.weight, self._placement, self._topology, self.sizes(tokens).scratch)
 
     def nbytes(self, rows: int) -> int:
-        """Bytes of `rows` rows as they are kept."""
+        """Bytes of `rows` rows in their stored form."""
         return kept_bytes(self.weight, self._placement, rows)
 
     def gather(self, rows: Tensor, target: Tensor, scratch: Tensor) -> None:
-        """Fill the first `nbytes(len(rows))` bytes of `target` (uint8) with these rows, a table of their own.
+        """Write these rows as a smaller table to the first `nbytes(len(rows))` bytes of `target` (uint8).
 
-        rows (n,) int64: ascending, each once. `scratch` (uint8, at least `LookupSizes.scratch`) is written to.
+        rows (n,) int64: ascending and unique. scratch (uint8, at least `LookupSizes.scratch`): overwritten.
         """
         there = row_parts(self.weight, self._placement, self.weight.shape[0])
         here = row_parts(self.weight, self._placement, len(rows))
@@ -71,7 +71,7 @@ class RowTable:
                 torch.index_select(part, 0, rows, out=out)
 
     def _read(self, rows: np.ndarray, begin: int, out: np.ndarray, scratch: Tensor) -> None:
-        """Rows of `out.shape[1]` bytes, of which row 0 begins `begin` bytes into the file."""
+        """Read rows of `out.shape[1]` bytes. Row 0 begins at byte `begin` of the file."""
         assert isinstance(self._home, Extent)
         width = out.shape[1]
         offsets = begin + rows * width
@@ -95,6 +95,6 @@ class RowTable:
 
 
 def open_table(layers: Sequence[Layer], homes: Homes, machine: Machine) -> RowTable | None:
-    """The first layer's table, where its rows are gathered at home."""
+    """The first layer's table, or None if its rows are not gathered off the device."""
     weight = gathered_table(layers[0], homes.placement, machine.device.topology)
     return None if weight is None else RowTable(weight, layers, homes, machine)

@@ -1,4 +1,4 @@
-"""The machine a model is opened on: its compute device and the stores of the three tiers."""
+"""The machine that runs a model: its compute device and the stores of the three tiers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from flexgen.memory.throttle import Throttle
 from flexgen.policy import Tier
 
 _USABLE = 0.95
-"""Share of the host memory that is free now which a plan may use: the process itself needs some too."""
+"""The share of the free host memory that a memory plan may use. The process itself needs the rest."""
 _PINNABLE = 0.8
-"""Share of it that may be pinned. The kernel can neither swap nor move that memory. When it needs memory itself, it
-ends processes."""
+"""The share of the free host memory that may be pinned. The kernel can neither swap nor move pinned memory, and kills
+processes when memory is short."""
 PINNED_SHARE = _PINNABLE / _USABLE
-"""The part that may be pinned of the host memory that a plan may use."""
+"""The share that may be pinned of the host memory that a memory plan may use."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Every part of a call takes its memory from here. Closing it frees files, threads and pinned memory."""
+    """Provides the memory of every part of a call. `close` frees files, threads and pinned memory."""
 
     device: ComputeDevice
     host: Store
     disk: DiskStore
     io: DiskIO
     max_memory: Mapping[Tier, int] = field(default_factory=dict)
-    """Bytes of a tier that may be taken, at most; a tier that it does not name is not limited by it."""
+    """The maximum bytes of each tier. It does not limit tiers that it does not name."""
 
     @classmethod
     def open(
@@ -50,10 +50,11 @@ class Machine:
         pin: bool = True,
         max_memory: Mapping[Tier, int] | None = None,
     ) -> Machine:
-        """`offload_dir` holds the files of the disk tier; without one a temporary directory is made when needed."""
+        """offload_dir: the directory for the files of the disk tier. None creates a temporary directory when
+        needed."""
         return_large_memory()
         compute = open_device(device)
-        # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
+        # If the device computes in host memory, both tiers use one store, and its bytes count once.
         pin_for = compute.torch_device if pin and compute.pinnable else None
         host = compute.memory if compute.shares_host_memory else HostStore(Tier.CPU, pin_for=pin_for)
         io = DiskIO(throttle=Throttle(compute.disk_bandwidth))
@@ -61,10 +62,10 @@ class Machine:
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> Limits:
-        """Bytes that each tier can hold, the bytes that this machine has taken included; None for no limit.
+        """Bytes that each tier can store, including the bytes in use by this machine; None for no limit.
 
-        Until it is called again, the memory that the host keeps for later buffers is within these limits too. Raises
-        RequestError where the system does not say, such as for an offload directory that was removed.
+        Until the next call of this method, the spare buffers of the host stay within these limits too. Raises
+        RequestError if the system reports no limit, for example because the offload directory was removed.
         """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
         try:
@@ -85,19 +86,19 @@ class Machine:
             held.host = free + self.host.used + self.device.memory.used
         for tier, most in self.max_memory.items():
             there = held[tier]
-            if tier is Tier.DISK:  # published files stay on the disk next to those of calls
+            if tier is Tier.DISK:  # published files stay on the disk, in addition to the files of calls
                 most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
         self.host.allow(held[Tier.CPU] or 0, int(available * _PINNABLE) + self.host.pinned)
         return held
 
     def in_use(self) -> dict[Tier, int]:
-        """Bytes of the live buffers of each tier, and of the files of calls; weights on disk are not counted."""
+        """Bytes of the live buffers of each tier and of the files of calls, without weights on disk."""
         device = 0 if self.device.shares_host_memory else self.device.memory.used
         return {Tier.GPU: device, Tier.CPU: self.host.used, Tier.DISK: self.disk.used}
 
     def make_lanes(self) -> Lanes:
-        """Lanes of its resources, one for every name. The caller closes them, before the machine."""
+        """Lanes of its resources, one for every name. The caller must close them before the machine."""
         return self.device.make_lanes(self.host)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Files that transfers share: opened when first used, and closed when too many others are open."""
+"""A cache of open files that transfers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen.memory.direct_file import DirectFile
 
 
 class OpenFiles:
-    """Files by path and mode. At most `most` that are not in use stay open: the usual limit of a process is 1024.
+    """Open files by path and mode. At most `most` unused files stay open: a process can usually open 1024.
 
     Safe to call from several threads.
     """
@@ -23,7 +23,7 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def acquire(self, path: Path, writable: bool) -> DirectFile:
-        """The open file, in use until it is released. Raises OSError."""
+        """The open file, which is in use until `release`. Raises OSError."""
         with self._lock:
             key = (path, writable)
             if key not in self._files:
@@ -37,13 +37,13 @@ class OpenFiles:
             for file in files:
                 file.users -= 1
                 if not file.users and self._files.get((file.path, file.writable)) is not file:
-                    file.close()  # it was forgotten while in use
+                    file.close()  # `forget` was called while it was in use
             idle = [key for key, file in self._files.items() if not file.users]
             for key in idle[: max(len(self._files) - self._most, 0)]:
                 self._files.pop(key).close()
 
     def forget(self, path: Path) -> None:
-        """Close `path`, as before it is removed or replaced."""
+        """Close `path`. Call it before the file is removed or replaced."""
         with self._lock:
             for writable in (False, True):
                 file = self._files.pop((path, writable), None)
@@ -51,7 +51,7 @@ class OpenFiles:
                     file.close()
 
     def in_use(self) -> list[DirectFile]:
-        """Files that some transfer uses."""
+        """Files that a transfer uses."""
         with self._lock:
             return [file for file in self._files.values() if file.users]
 

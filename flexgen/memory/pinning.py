@@ -1,4 +1,4 @@
-"""Host memory that a GPU's copy engines reach: registered with the driver, in the context of that GPU."""
+"""Pinned host memory: registered with the driver in the context of a GPU, so that its copy engines can access it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class Pinning:
-    """What is registered for one GPU.
+    """The memory that is registered for one GPU.
 
-    A failed call of the CUDA runtime leaves its error in the calling thread, where torch's check behind the next
-    kernel launch finds it and blames that kernel. So each status is read here, and the error is taken back.
+    A failed call of the CUDA runtime leaves its error in the calling thread. torch's check after the next kernel
+    launch would report it as an error of that kernel. So this class reads each status and clears the error.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,12 +45,12 @@ class Pinning:
                 return status
         self._registered[address] = mapping
         if hasattr(mmap, "MADV_DONTFORK"):
-            # A page that a child shares is copied when the parent writes to it, and the GPU keeps the old one.
+            # After a fork, a write of the parent copies a shared page, and the GPU would keep the old one.
             mapping.madvise(mmap.MADV_DONTFORK)
         return 0
 
     def unpin(self, address: int) -> None:
-        """Take back the registration at `address`, if there is one."""
+        """Remove the registration at `address`, if there is one."""
         mapping = self._registered.pop(address, None)
         if mapping is None:
             return
@@ -66,11 +66,11 @@ class Pinning:
             )
 
     def close(self) -> None:
-        """Take back every registration."""
+        """Remove every registration."""
         for address in list(self._registered):
             self.unpin(address)
 
     def _forget_error(self) -> None:
-        # torch's `cudart` has no cudaGetLastError. Its check behind this launch finds the error and clears it.
+        # torch's `cudart` has no cudaGetLastError. torch's check after this launch finds the error and clears it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device).add_(1)

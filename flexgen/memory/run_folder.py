@@ -17,7 +17,7 @@ _NAME = re.compile(r"flexgen-(run|part)-(\d+)-\w+")
 
 
 class RunFolder:
-    """The scratch folder of one run, locked as long as the run lives."""
+    """The scratch folder of one run, locked until the run ends."""
 
     def __init__(self, base: Path) -> None:
         while True:
@@ -30,7 +30,7 @@ class RunFolder:
             except BaseException:
                 self.path.rmdir()
                 raise
-            # A finalizer also runs at exit, so that a store nobody closed leaves nothing behind.
+            # A finalizer also runs at exit, so that an unclosed store leaves no files behind.
             self.remove = weakref.finalize(self, _remove_run, self.path, fd, os.getpid())
             if _lock(fd, self.path):
                 return
@@ -38,13 +38,13 @@ class RunFolder:
 
 
 def _remove_run(path: Path, fd: int, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not take the files from its parent
+    if os.getpid() == owner:  # a forked child must not remove the files of its parent
         shutil.rmtree(path, ignore_errors=True)
         os.close(fd)
 
 
 def make_partial(folder: Path) -> tuple[int, Path]:
-    """A new file in `folder`, open for writing and locked: a crash leaves one that `remove_abandoned` removes."""
+    """Create a file in `folder`, open for writing and locked. After a crash, `remove_abandoned` removes it."""
     while True:
         fd, name = tempfile.mkstemp(prefix=f"flexgen-part-{os.getpid()}-", dir=folder)
         if _lock(fd, Path(name)):
@@ -54,10 +54,10 @@ def make_partial(folder: Path) -> tuple[int, Path]:
 
 
 def _lock(fd: int, path: Path) -> bool:
-    """Lock what was just made. False where a starting process took it for abandoned before it was locked.
+    """Lock a new file or folder. Returns False if a starting process removed it as abandoned before the lock.
 
-    The lock says what the process id cannot: ids are used again, and mean nothing in a container that shares the
-    directory. It ends with the process. Where a file system has no locks, the process id decides.
+    A process id is not enough: ids are reused, and are meaningless to a container that shares the directory. The lock
+    ends with the process. On a file system without locks, the process id decides.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,14 +74,14 @@ def _lock(fd: int, path: Path) -> bool:
 def remove_abandoned(base: Path) -> None:
     """Remove this user's run folders and partial files in `base` whose process has ended.
 
-    Anything else of such a name (a FIFO, a link, a file of another user) is left alone and never opened, so
-    nobody can delay a start through a shared directory. Raises OSError where `base` cannot be listed.
+    Other entries with such a name (a FIFO, a link, a file of another user) are ignored and never opened, so
+    other users cannot delay a start through a shared directory. Raises OSError if `base` cannot be listed.
     """
     with os.scandir(base) as entries:
         found = [(Path(entry.path), match) for entry in entries if (match := _NAME.fullmatch(entry.name))]
     for path, match in found:
         kind = stat.S_IFDIR if match[1] == "run" else stat.S_IFREG
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+        with contextlib.suppress(OSError):  # already removed, or without permission
             _remove_if_abandoned(path, kind, int(match[2]))
 
 

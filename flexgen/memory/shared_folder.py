@@ -1,4 +1,4 @@
-"""Folders that several processes use, and that one may remove when no other uses them."""
+"""Folders that several processes use. A process may remove a folder that no other process uses."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def use_folder(path: Path, make: bool) -> int | None:
-    """A descriptor that keeps `path` from `remove_unused` until it is closed, or until the process ends.
+    """A descriptor that protects `path` from `remove_unused` until it is closed or the process ends.
 
-    make: create the folder if there is none; otherwise the result is None then. Raises OSError.
+    make: whether to create a missing folder. Without it, the result is None for a missing folder. Raises OSError.
     """
     while True:
         if make:
@@ -26,7 +26,7 @@ def use_folder(path: Path, make: bool) -> int | None:
                 continue
             return None
         try:
-            # Where a file system has no locks, `remove_unused` removes nothing, so none is needed here.
+            # On a file system without locks, `remove_unused` removes nothing, so no lock is needed.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_SH)
             if _is_at(fd, path):
@@ -38,7 +38,7 @@ def use_folder(path: Path, make: bool) -> int | None:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove this user's folder and all in it, unless a process uses it. Returns whether it was removed."""
+    """Remove this user's folder with its contents unless a process uses it. Returns whether it was removed."""
     try:
         fd = os.open(path, _FLAGS)
     except OSError:
@@ -49,7 +49,7 @@ def remove_unused(path: Path) -> bool:
             return False
         shutil.rmtree(path)
         return True
-    except OSError:  # in use, no locks on this file system, or not to be removed
+    except OSError:  # in use, no locks on this file system, or no permission
         return False
     finally:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""What all models on one GPU share, because torch keeps it for the whole process.
+"""The state of a GPU that torch keeps per process, shared by all models on the GPU.
 
-These are the cap on the allocator, its peak, the workspaces of cuBLAS, and the backends of attention. Each model on a
-GPU is a `GpuUser`. A `SharedGpu` sets the cap from the caps of all users, and measures a peak for each of them.
+It consists of the allocator's cap and peak, the workspaces of cuBLAS, and the attention backends. Each model on a GPU
+is a `GpuUser`. A `SharedGpu` computes the cap from the caps of all users, and measures the peak of each of them.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from flexgen.kernels.workspaces import GPU
 from flexgen.memory.store import Store
 
 _HOLES = 1 / 8
-"""Share of a computation's temporaries that is added for the holes between them."""
+"""The space for holes between a computation's temporaries, as a share of their bytes."""
 
 
 @dataclass(eq=False)
 class GpuUser:
-    """One model on a GPU. `memory` is where its buffers come from, `cap` the most bytes that it may take."""
+    """One model on a GPU. `memory` allocates its buffers; `cap` is the maximum bytes that it may allocate."""
 
     memory: Store
     cap: int | None = None
     others: int = 0
-    """Bytes that belonged to others when the model began to compute."""
+    """Bytes that other users had when the model began to compute."""
     most: int = 0
-    """Most bytes that it had while it computed, temporaries included."""
+    """The peak of its bytes while it computed, including temporaries."""
 
 
 class _CudnnAttention:
-    """Takes cuDNN out of the backends of attention while at least one call computes on a GPU.
+    """Disables the cuDNN attention backend while at least one call computes on a GPU.
 
     On Hopper and later, torch prefers cuDNN for prompts. cuDNN builds a plan for each new shape, and each run of rows
-    with equal padding is a new shape. torch keeps the flag for the process, so your own attention does without cuDNN
-    during a call, and only then.
+    with equal padding is a new shape. torch's flag is per process, so your own attention does not use cuDNN during a
+    call either.
     """
 
     def __init__(self) -> None:
@@ -71,34 +71,34 @@ class SharedGpu:
         self._device = device
         self._lock = threading.RLock()
         self._users: weakref.WeakSet[GpuUser] = weakref.WeakSet()
-        """Those that are open. One that was forgotten without being closed has no cap either."""
+        """The open models. A model that was deleted without being closed has no cap any more."""
         self._calls: dict[Hashable, GpuUser] = {}
         self._fraction: float | None = None
         """The share of the GPU that the process had before the first cap; None while there is no cap."""
         self._taken_before = 0
-        """Bytes that torch had for others then."""
+        """Bytes that torch had allocated for others before the first cap."""
 
     def join(self, user: GpuUser) -> None:
-        """A model is opened: its cap counts from now on."""
+        """Add a model: its cap counts until `leave`."""
         with self._lock:
             self._users.add(user)
             self._set_cap()
 
     def leave(self, user: GpuUser) -> None:
-        """The model is closed: give back what nobody uses, and end its cap. May be called again."""
+        """Remove a closed model: free unused memory and end its cap. May be called again."""
         with self._lock:
             if user in self._users:
                 self._users.discard(user)
                 self._set_cap()
-            # The error of a device that has failed was raised before.
+            # The error of a failed device was already raised.
             with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
                 self._free_workspaces()
-                torch.cuda.empty_cache()  # torch keeps what is freed until then
+                torch.cuda.empty_cache()  # torch keeps freed memory until then
 
     def begin(self, user: GpuUser, call: Hashable) -> None:
-        """The model begins to compute `call`: its peak counts from here, and attention does without cuDNN.
+        """The model begins to compute `call`: measure its peak from now on, and disable cuDNN attention.
 
-        A call that has begun is not begun again.
+        Does nothing for a call that has already begun.
         """
         with self._lock:
             if call in self._calls:
@@ -111,7 +111,7 @@ class SharedGpu:
             self._calls[call] = user
 
     def end(self, call: Hashable) -> None:
-        """The call is over. Does nothing for one that has not begun."""
+        """The call has ended. Does nothing for a call that has not begun."""
         with self._lock:
             if call not in self._calls:
                 return
@@ -121,11 +121,11 @@ class SharedGpu:
             self._free_workspaces()
 
     def reserve(self, stream: torch.cuda.Stream, nbytes: int) -> None:
-        """Have torch keep a free piece for `nbytes` of tensors that are made on `stream`, and for holes between them.
+        """Make torch keep a free segment for `nbytes` of tensors on `stream` and for the holes between them.
 
-        torch divides a free piece, but never joins what it has from several allocations of the driver. Tensors of
-        growing sizes would leave behind smaller pieces, which nothing fits in later. Does nothing where there is not
-        so much memory in one piece.
+        torch splits a free segment, but never joins segments from several allocations of the driver. Tensors of
+        growing sizes would leave smaller segments that later tensors do not fit in. Does nothing if there is not
+        enough contiguous memory.
         """
         with self._lock:
             self._measure()
@@ -134,17 +134,17 @@ class SharedGpu:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self, user: GpuUser) -> int:
-        """Most bytes that the model has had at once.
+        """The peak of the model's bytes.
 
-        What others had when it began to compute is not counted. Models that compute at the same time, in several
-        threads, count the temporaries of each other.
+        It excludes bytes that others had when the model began to compute. Models that compute at the same time in
+        several threads count each other's temporaries.
         """
         with self._lock:
             self._measure()
             return max(user.most, user.memory.peak)
 
     def _measure(self) -> None:
-        """Note the peak since the last time for the models that compute, and reset it."""
+        """Record the peak since the last measurement for the computing models, and reset it."""
         if self._calls:
             most = torch.cuda.max_memory_allocated(self._device)
             for user in self._calls.values():
@@ -152,13 +152,13 @@ class SharedGpu:
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def _free_workspaces(self) -> None:
-        """Free the workspaces of cuBLAS. torch has one for each thread and stream, and keeps them until the process
-        ends; each model has streams of its own."""
+        """Free the workspaces of cuBLAS. torch keeps one for each thread and stream until the process ends, and each
+        model has its own streams."""
         if not self._calls:
             torch._C._cuda_clearCublasWorkspaces()
 
     def _set_cap(self) -> None:
-        """The process may take what all models together may take, on top of what others had before."""
+        """Set the cap of the process: the sum of all models' caps, plus the bytes that others had before."""
         caps = [user.cap for user in self._users if user.cap is not None]
         if caps and self._fraction is None:
             torch.cuda.empty_cache()
@@ -176,9 +176,9 @@ class SharedGpu:
 
 
 def cublas_bytes(device: torch.device) -> int:
-    """Bytes of the workspace that torch gives cuBLAS for each stream that a thread computes on."""
+    """Bytes of the workspace that torch allocates for cuBLAS for each stream on which a thread computes."""
     find = getattr(torch._C, "_cuda_getCublasWorkspaceSize", None)
-    if find is None:  # an older torch, which has 32 MiB at most
+    if find is None:  # older torch versions allocate at most 32 MiB
         return GPU.fixed
     with torch.cuda.device(device):
         return find()

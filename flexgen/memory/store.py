@@ -1,4 +1,4 @@
-"""Stores: the memory of one tier, handed out as flat byte buffers and counted."""
+"""Stores: allocate the memory of one tier as flat byte buffers, and count it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Store(ABC):
     """The memory of one tier. `used` and `peak` count the bytes of live buffers."""
 
     pageable = False
-    """Whether a GPU copies host memory of it that is not pinned: that blocks whoever enqueues the copy."""
+    """Whether a GPU copies host memory of it that is not pinned. Such a copy blocks the thread that enqueues it."""
 
     def __init__(self, tier: Tier, capacity: int | None = None) -> None:
         self.tier = tier
@@ -34,17 +34,18 @@ class Store(ABC):
         keep: Callable[[Tensor], object] | None = None,
         copied_by_device: bool = True,
     ) -> Tensor:
-        """A zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit.
+        """Allocate a zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit.
 
-        keep: given the buffer before it is counted, so that whoever releases it knows it if Ctrl-C arrives.
-        copied_by_device: whether a device's copy engines use the buffer; host memory is pinned for them only.
+        keep: called with the buffer before it is counted, so that its owner can release it if Ctrl-C arrives.
+        copied_by_device: whether a device's copy engines use the buffer. Only then is host memory pinned.
         """
         self._check(nbytes, purpose)
         buffer = self._make(nbytes, purpose, copied_by_device)
         if keep is not None:
             keep(buffer)
         address, peak = buffer.data_ptr(), max(self.peak, self.used + nbytes)
-        # No calls from here on: Python handles signals only at calls and jumps, so all of it happens or nothing.
+        # No calls below: Python handles signals only at calls and jumps, so these statements run together or not at
+        # all.
         before = self._live[address] if address in self._live else 0  # noqa: SIM401
         self._live[address] = before + nbytes
         self.used += nbytes
@@ -53,7 +54,7 @@ class Store(ABC):
 
     @property
     def spare(self) -> int:
-        """Bytes that are kept for later buffers, beyond those `used`."""
+        """Bytes that are kept for later buffers, in addition to `used`."""
         return 0
 
     @property
@@ -62,10 +63,11 @@ class Store(ABC):
         return 0
 
     def allow(self, held: int, pinned: int) -> None:  # noqa: B027 (only a store that pins has to)
-        """From here on it may hold `held` bytes, spare ones included, and pin `pinned` of them."""
+        """Set the limits for later allocations: `held` bytes, including spare ones, and `pinned` bytes of pinned
+        memory."""
 
     def adopt(self, nbytes: int, purpose: str) -> None:
-        """Count memory of this tier that a library allocates for itself and keeps until the end."""
+        """Count memory of this tier that a library allocates itself and keeps."""
         self._check(nbytes, purpose)
         self._count(nbytes)
 
@@ -77,15 +79,15 @@ class Store(ABC):
         if self.capacity is not None and self.used + nbytes > self.capacity:
             raise CapacityError(
                 f"{purpose} needs {format_bytes(nbytes)} on the {self.tier} tier, where "
-                f"{format_bytes(self.used)} of {format_bytes(self.capacity)} are taken: "
+                f"{format_bytes(self.used)} of {format_bytes(self.capacity)} are in use: "
                 f"put a smaller share on {self.tier} or use smaller batches"
             )
 
     def release(self, buffer: Tensor) -> None:
-        """Give a buffer back, unless it has been already. The caller drops its last reference."""
+        """Release a buffer, unless it was already released. The caller must drop its last reference."""
         self._free(buffer)
         address = buffer.data_ptr()
-        if address in self._live:  # no calls from here on, as in `allocate`
+        if address in self._live:  # no calls below, as in `allocate`
             self.used -= self._live[address]
             del self._live[address]
 
@@ -96,12 +98,12 @@ class Store(ABC):
         pass
 
     def close(self) -> None:
-        """Forget every buffer."""
+        """Release every buffer."""
         self._live.clear()
         self.used = 0
 
 
 def tensor_at(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A typed view of `buffer` (uint8) that begins `offset` bytes in."""
+    """A typed view of `buffer` (uint8) from byte `offset`."""
     nbytes = math.prod(shape) * dtype.itemsize
     return buffer[offset : offset + nbytes].view(dtype).view(tuple(shape))

@@ -1,7 +1,7 @@
 """The lanes of a GPU: CUDA streams. A job only enqueues, and events order the lanes on the device.
 
-`StreamLane` is issued from the thread that submits. `CopyLane` serves a link and never blocks that thread: what has
-to wait for host work first, such as a disk read, is enqueued by a thread of its own.
+`StreamLane` enqueues jobs in the submitting thread. `CopyLane` serves a link and never blocks that thread: its own
+thread enqueues the jobs that must first wait for host work, such as a disk read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flexgen.results.trace import Event, LaneName
 from flexgen.schedule.steps import Step
 
 _LIVE_EVENTS = 64
-"""Jobs of a lane whose events are kept before those that have ended are read."""
+"""The number of jobs of a lane whose events are kept before the events of ended jobs are read."""
 
 
 class EventDone:
@@ -46,13 +46,13 @@ class EventDone:
 
 
 class QueuedDone(HostDone):
-    """The end of a job that a thread has yet to put on a CUDA stream; its lock tells that it is there."""
+    """The end of a job that a thread will enqueue on a CUDA stream. Its lock is released when the job is enqueued."""
 
     __slots__ = ("_on_stream",)
     _on_stream: Done
 
     def enqueue_as(self, done: Done) -> None:
-        """The job is on its stream, where `done` stands for it."""
+        """The job is on its stream, and `done` is its end."""
         self._on_stream = done
         self.finish()
 
@@ -66,23 +66,24 @@ class QueuedDone(HostDone):
 
 
 class _Times:
-    """When the jobs of one stream ran, from the two events of each.
+    """The times of the jobs of one stream, from two events for each job.
 
-    Events of jobs that have ended are read on the way, so that a long call has no more of them than a short one. CUDA
-    counts in milliseconds of 24 bits, 62 us apart after a quarter of an hour. So a start is measured from the start
-    before it, and what a job took between its own two events; at the end, the last start is counted back from now.
+    Events of ended jobs are read while the call runs, so that a long call keeps no more events than a short one. CUDA
+    returns milliseconds as float32, whose values are 62 us apart after a quarter of an hour. So a start is measured
+    from the previous start, and the time of a job between its own two events. At the end, the last start is measured
+    back from the present time.
     """
 
     def __init__(self) -> None:
         self._live: deque[tuple[Step, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._read: list[tuple[Step, float, float]] = []  # seconds from the first start, and that it took
+        self._read: list[tuple[Step, float, float]] = []  # start since the first one, and duration (s)
         self._last: tuple[float, torch.cuda.Event] | None = None  # the last start that was read
 
     def add(self, step: Step, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """The events of the next job, both recorded."""
         self._live.append((step, start, end))
         if len(self._live) >= _LIVE_EVENTS:
-            # A device that has failed answers no query, which the Done of a job tells.
+            # A failed device answers no query. The Done of a job reports the failure.
             with contextlib.suppress(RuntimeError):
                 while self._live and self._live[0][2].query():
                     self._read_next()
@@ -113,9 +114,9 @@ class _Times:
 
 
 class StreamLane(Lane):
-    """A CUDA stream. Jobs only enqueue, so they are issued inline; events order lanes on the device.
+    """A CUDA stream. Jobs only enqueue work, so the submitting thread runs them. Events order lanes on the device.
 
-    The host blocks only for what has not been enqueued yet: a job of a thread, which has no event to wait for.
+    The host blocks only for jobs of a thread that are not enqueued yet, because they have no event.
     """
 
     def __init__(self, name: LaneName, device: torch.device) -> None:
@@ -128,7 +129,7 @@ class StreamLane(Lane):
             for other in after:
                 other.precede(self.stream)
             start = torch.cuda.Event(enable_timing=True)
-            # Host threads wait for it: asleep, since the cores are for the host's arithmetic.
+            # Host threads wait for it. Blocking events let them sleep, because host arithmetic needs the cores.
             end = torch.cuda.Event(enable_timing=True, blocking=True)
             with torch.cuda.stream(self.stream):
                 start.record(self.stream)
@@ -143,13 +144,13 @@ class StreamLane(Lane):
 
     def take_events(self, origin: float) -> list[Event]:
         taken, self._times = self._times, _Times()
-        # After an error of the device no event can be read. The Done of the job that failed tells of it.
+        # After an error of the device, no event can be read. The Done of the failed job reports the error.
         with contextlib.suppress(RuntimeError):
             return taken.read(self.name, self.stream, origin)
         return []
 
     def drain(self) -> None:
-        # A failed kernel is reported by the Done of its job; here it only means that the stream is idle.
+        # The Done of its job reports a failed kernel. Here it only means that the stream is idle.
         with contextlib.suppress(RuntimeError):
             self.stream.synchronize()
 
@@ -157,22 +158,23 @@ class StreamLane(Lane):
 class CopyLane(ThreadLane):
     """A link of a GPU: a lane on a CUDA stream, whose `submit` never blocks the caller.
 
-    While all that a job needs is on streams already, it is enqueued at once, without a thread hop. Otherwise the
-    lane's thread waits for the host work and then enqueues it, and so it does with all that comes until it is idle
-    again: jobs reach the stream in the order of their submission. Copies between the device and pageable memory
-    block whoever enqueues them, so while `host`, the store that they move from and to, has any, all are the thread's.
+    If all jobs that a job needs are already on streams, it is enqueued immediately, without a thread switch.
+    Otherwise the lane's thread waits for the host work and then enqueues the job. The thread also enqueues all
+    further jobs until it is idle, so that jobs reach the stream in submission order. Copies between the device and
+    pageable memory block the thread that enqueues them. So the lane's thread enqueues all jobs while `host`, the
+    store that they copy from and to, has pageable memory.
 
-    No lock and no `record_stream` is needed for what jobs use. A job may run later than its submission, and reads
-    and changes what its slot holds on the host (`Activations._leaving`, `Slot.new`, `Lookup._there`): whoever reads
-    or replaces that next is a step that needs this one, and its lane waits for the Done, which follows the job. The
-    same step drops the tensors of the compute stream that a job reads, and by then that stream waits for the job's
-    event: the memory is used again by what comes behind it on the stream.
+    The data of jobs needs no lock and no `record_stream`. A job may run later than its submission. It reads and
+    changes the state of its slot on the host (`leaving` of `Activations`, `Slot.new`, `there` of `Lookup`). The next
+    step that reads or replaces this state depends on this step, and its lane waits for the Done, which follows the
+    job. The same step drops the tensors of the compute stream that a job reads. By then, that stream waits for the
+    job's event, so later work on the stream can reuse the memory.
     """
 
     def __init__(self, name: LaneName, device: torch.device, host: Store | None = None) -> None:
         self._on_stream = StreamLane(name, device)
         self._host = host
-        self._last: QueuedDone | None = None  # of the queue, unless that is known to be empty
+        self._last: QueuedDone | None = None  # of the queue; None if it is known to be empty
         super().__init__(name, within=partial(torch.cuda.device, device))
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
@@ -194,7 +196,7 @@ class CopyLane(ThreadLane):
             if self._cancelled:
                 raise Cancelled("an earlier step failed, or the caller gave up")
             done.enqueue_as(self._on_stream.submit(job, (), step))
-        except BaseException as error:  # whatever it is, the one who waits must hear of it
+        except BaseException as error:  # every error is reported through the Done
             done.finish(failure(step, self.name, error))
 
     def take_events(self, origin: float) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Resources that one part of a call has taken, released together."""
+"""Resources that one part of a call owns, released together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.store import Store
 
 _ATTEMPTS = 3
-"""Of giving one thing back while Ctrl-C is pressed."""
+"""The maximum number of attempts to release one resource when Ctrl-C interrupts the release."""
 
 
 def run_all(steps: list[Callable[[], object]]) -> None:
-    """Call and remove every step, the last one first, whatever another one raises; then raise the first error.
+    """Call and remove every step, last one first, even if another one raises; then raise the first error.
 
-    A step that a signal interrupts is called again, so each must do nothing where its work is done. What is still
-    in the list after a second interrupt is run by the next call.
+    A step that a signal interrupts is called again, so a step must do nothing if its work is already done. After a
+    second interrupt, the next call runs the remaining steps.
     """
     raised: BaseException | None = None
     attempts = 0
@@ -40,11 +40,11 @@ def run_all(steps: list[Callable[[], object]]) -> None:
 
 
 class Taken:
-    """Buffers and scratch files, and whatever else is to be undone with them.
+    """Owns buffers, scratch files and other resources with an undo function.
 
-    `close` gives all of it back, the last one first, and leaves an empty object. Where one cannot be given back, or
-    Ctrl-C arrives meanwhile, the others are, and then the error is raised. How each thing is given back is noted
-    before it is taken, so an interrupt between the two loses nothing.
+    `close` releases all of them, last one first, and leaves an empty object. If a release fails or Ctrl-C interrupts
+    it, `close` releases the others and then raises the error. The release of each resource is registered before the
+    resource is acquired, so an interrupt between the two loses nothing.
     """
 
     def __init__(self) -> None:
@@ -63,14 +63,14 @@ class Taken:
         return disk.make(path, nbytes)
 
     def also(self, undo: Callable[[], object]) -> None:
-        """Have `undo` called with the rest; it must do nothing when it is called again."""
+        """Register `undo` to run on `close`. It must do nothing when it is called again."""
         self._back.append(undo)
 
     def close(self) -> None:
         run_all(self._back)
 
     def __del__(self) -> None:
-        # Ctrl-C can arrive when an owner is whole and its maker has not stored it yet: then nobody calls `close`.
+        # Ctrl-C can arrive after an owner's `__init__`, before its caller has stored it. Then nothing calls `close`.
         self.close()
 
 
@@ -90,10 +90,10 @@ Arguments = ParamSpec("Arguments")
 def whole_or_closed(
     make: Callable[Concatenate[Owner, Arguments], None],
 ) -> Callable[Concatenate[Owner, Arguments], None]:
-    """Has an `__init__` that fails, or that Ctrl-C ends, give back what it took: nobody else could.
+    """Make an `__init__` that fails, or that Ctrl-C interrupts, release its resources by a call of `close`.
 
-    `close` is called for an object that is not whole, once it has a `Taken` as `_taken`; it may rely on what
-    `__init__` does before that.
+    `close` is called for the incomplete object if `__init__` has set `_taken` to a `Taken`. It may depend only on
+    attributes that `__init__` sets before that.
     """
 
     @wraps(make)
@@ -101,7 +101,7 @@ def whole_or_closed(
         try:
             make(self, *args, **options)
         except BaseException:
-            if hasattr(self, "_taken"):  # before that nothing was taken
+            if hasattr(self, "_taken"):  # before that, the object owns nothing
                 self.close()
             raise
 

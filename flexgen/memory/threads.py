@@ -1,4 +1,4 @@
-"""Starting threads: `Thread.start` waits for ever where the new thread has no memory for its first objects."""
+"""Starts threads safely: `Thread.start` blocks forever if the new thread has no memory for its first objects."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from flexgen.units import MIB
 _ROOM = 16 * MIB
 """Bytes that must be free before a thread is started: a stack, usually of 8 MiB, and the first objects."""
 
-# Made in advance, since there may be no memory to make them when they are needed.
+# Created in advance, because there may be no memory to create them when they are needed.
 _NO_MEMORY = (
-    "no thread can be started, because this process may not take 16 MiB more of memory. Raise the limit of its "
-    "address space (ulimit -v, RLIMIT_AS), or free memory"
+    "no thread can be started, because this process cannot allocate another 16 MiB of memory. Raise its "
+    "address space limit (ulimit -v, RLIMIT_AS), or free memory"
 )
 _NO_THREADS = (
-    "the system starts no further thread. End other programs, raise the limit of processes (ulimit -u, or pids of "
-    "the cgroup), or lower the size of a thread's stack (ulimit -s)"
+    "the system cannot start another thread. End other programs, raise the process limit (ulimit -u, or pids of "
+    "the cgroup), or reduce the stack size of threads (ulimit -s)"
 )
 
 
 def start(thread: threading.Thread) -> None:
-    """Start `thread`. Raises CapacityError where there is no memory for it, RequestError where there are too many.
+    """Start `thread`. Raises CapacityError if there is no memory for it, and RequestError if there are too many.
 
-    Ctrl-C raises KeyboardInterrupt; the thread may have begun then.
+    Ctrl-C raises KeyboardInterrupt; the thread may have started by then.
     """
     with _named_errors():
         thread.start()
 
 
 def pool(count: int, name: str) -> ThreadPoolExecutor:
-    """A pool whose `count` threads have all started, so that `submit` has nothing to start and does not fail for it.
+    """A pool whose `count` threads have all started, so that `submit` never fails because a thread cannot start.
 
-    Raises as `start` does, and leaves no thread then.
+    Raises like `start`, and then leaves no thread running.
     """
     made = ThreadPoolExecutor(count, thread_name_prefix=name)
     gate = threading.Barrier(count)
@@ -45,7 +45,7 @@ def pool(count: int, name: str) -> ThreadPoolExecutor:
         started = []
         for _ in range(count):
             with _named_errors():
-                started.append(made.submit(gate.wait))  # each in a thread of its own, until all have started
+                started.append(made.submit(gate.wait))  # each occupies one thread until all have started
         for future in started:
             future.result()
     except BaseException:
@@ -57,7 +57,7 @@ def pool(count: int, name: str) -> ThreadPoolExecutor:
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """Around the start of one thread."""
+    """A context for the start of one thread, which raises flexgen's errors."""
     try:
         mmap.mmap(-1, _ROOM).close()
     except (OSError, MemoryError) as error:
@@ -67,6 +67,6 @@ def _named_errors() -> Iterator[None]:
     except RuntimeError as error:
         interrupt = error.__context__
         if interrupt is not None and not isinstance(interrupt, Exception):
-            # A signal arrived while Thread.start waited: the condition that it uses then fails to release its lock.
+            # A signal arrived while Thread.start waited: its condition then fails to release its lock.
             raise interrupt from None
         raise RequestError(_NO_THREADS) from error

@@ -1,4 +1,4 @@
-"""Slows transfers that overlap down to a common bandwidth, that of an emulated disk."""
+"""Limits overlapping transfers to a common bandwidth, that of an emulated disk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 
 class Throttle:
-    """Delays the ends of transfers so that they keep to `bandwidth` bytes/s; None for no limit.
+    """Delays the ends of transfers so that they do not exceed `bandwidth` bytes/s; None for no limit.
 
     Transfers that overlap share the bandwidth. `bandwidth` may be changed at any time. Safe to call from several
-    threads. `clock` and `sleep` are replaced in tests.
+    threads. Tests replace `clock` and `sleep`.
     """
 
     def __init__(
@@ -24,10 +24,10 @@ class Throttle:
         self.clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._idle_from = 0.0  # when the emulated disk has finished all transfers so far
+        self._idle_from = 0.0  # the time at which the emulated disk has finished all transfers so far
 
     def wait(self, began: float, nbytes: int) -> None:
-        """Return when a transfer of `nbytes`, which began at this time of `clock`, may end."""
+        """Block until a transfer of `nbytes` that began at `began` (by `clock`) may end."""
         if self.bandwidth is None:
             return
         with self._lock:

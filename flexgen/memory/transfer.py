@@ -1,4 +1,4 @@
-"""How the work of a step is handed to lanes."""
+"""The work of a step as jobs for lanes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Stage(NamedTuple):
 
 
 Chain = tuple[Stage, ...]
-"""Stages that follow one another, such as disk to host memory, then host memory to the device.
+"""Consecutive stages, such as disk to host memory, then host memory to the device.
 
-The work of a step is a tuple of chains that are independent of each other; none means that what the step
-is for is already where it is needed.
+The work of a step is a tuple of independent chains. An empty tuple means that the data of the step is already where
+it is needed.
 """
 
 Chains = tuple[Chain, ...]
 
 
 def bind(routes: Routes, job: Callable[[Tier, Move], Job]) -> Chains:
-    """The routes of a layout as jobs: `job` gives that of a move, of what has its home on a tier."""
+    """The routes of a layout as jobs. `job` returns the job of a move, for data whose home is on a tier."""
     return tuple(tuple(Stage(m.lane, job(route.tier, m)) for m in route.moves) for route in routes)

@@ -1,7 +1,7 @@
-"""Brings layers that are not stored on the compute device into slots there.
+"""Loads layers that are not stored on the compute device into slots there.
 
-A layer travels as a few large copies: weights that are neighbours at home move as one `Cargo`, into one of a few
-preallocated slots, each large enough for the layers that it serves.
+A layer moves in a few large copies: weights that are adjacent at home move as one `Cargo` into one of a few
+preallocated slots. Each slot is large enough for the layers that use it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from flexgen.units import ALIGNMENT, align
 
 
 class WeightTransfers:
-    """The slots, and for each layer the work that brings it into one.
+    """The slots, and for each layer the work that loads it into a slot.
 
-    `layers`: the weights that each layer gets whole.
+    layers: the weights of each layer that are loaded completely.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class WeightTransfers:
         self._checked: set[tuple[str, int, int]] = set()
 
     def arrived(self, layer: int, slot: int) -> Iterator[tuple[WeightSpec, Tensor]]:
-        """The layer's weights that travel, as views of the slot: an encoded one as its bytes."""
+        """The layer's weights that are loaded, as views of the slot. An encoded weight is a view of its bytes."""
         for cargo, offset in zip(self._cargo[layer], self._offsets[layer], strict=True):
             for weight, place in cargo.weights:
                 encoded = self._placement.codec(weight) is not None
@@ -68,7 +68,7 @@ class WeightTransfers:
                 yield weight, tensor_at(self.slots[slot], offset + place, shape, dtype)
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
-        """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""
+        """The work that loads `piece` of `pieces` of the layer into the slot. Made once and used for every visit."""
         if not self._cargo[layer]:
             return ()
         key = (layer, slot, piece, pieces)
@@ -77,7 +77,7 @@ class WeightTransfers:
         return self._chains[key]
 
     def _lay_out(self, all_cargo: Sequence[Cargo]) -> list[int]:
-        """Where in a slot the weights of each cargo begin, in bytes."""
+        """The offset of the weights of each cargo in a slot, in bytes."""
         offsets, end = [], 0
         for cargo in all_cargo:
             if self._device.shares_host_memory:  # the disk writes the whole aligned span into the slot
@@ -126,7 +126,7 @@ class WeightTransfers:
     def _plain_parts(
         self, cargo: Cargo, path: Path, start: int, begin: int, end: int, buffer: Tensor
     ) -> Iterator[Part]:
-        """Values between `begin` and `end` of a cargo, whose bytes from `start` of its file come into `buffer`."""
+        """Values between `begin` and `end` of a cargo. `buffer` receives the bytes from `start` of its file."""
         for weight, place in cargo.weights:
             first = max(begin, cargo.lead + place)
             last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))

@@ -1,4 +1,4 @@
-"""The weights of a layer where it is computed: in place, or in the slot that they were brought into."""
+"""The weights of a layer on the compute device: in place, or in the slot into which they were loaded."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from flexgen.units import ALIGNMENT, align
 
 @dataclass(frozen=True)
 class _LayerViews:
-    """A layer's weights as `WeightSlots.weights` gives them, and the decodings of the encoded ones."""
+    """A layer's weights as `WeightSlots.weights` returns them, and the decodings of the encoded ones."""
 
     weights: Weights
     decodings: tuple[Decoding, ...]
 
 
 class WeightSlots:
-    """For each layer the work that brings it into a slot, and the tensors found there.
+    """For each layer, the work that loads it into a slot, and its tensors in the slot.
 
-    Nothing in it refers back to it: slots and weights are freed with the last reference from outside, and need not
-    wait for Python's collector.
+    The object has no reference cycles: its slots and weights are freed with the last outside reference, without
+    Python's garbage collector.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class WeightSlots:
         machine: Machine,
         decoded: int = 1,
     ) -> None:
-        """`decoded`: how many layers are computed alternately, each with decoded weights of its own."""
+        """decoded: the number of layers that are computed alternately, each with its own decoded weights."""
         self.turns = sizes.turns
         self._homes = homes
         self.placement = placement
         self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
         self._transfers = WeightTransfers(self._layers, homes, sizes, placement, machine)
         self._products = [encoded_products(layer, placement) for layer in layers]
-        # Room for any layer but the last one, which computes so few tokens that it mostly decodes nothing.
+        # Room for any layer except the last one, which computes so few tokens that it usually decodes nothing.
         nbytes = [decoded_bytes(layer, placement) for layer in layers]
         usual = max(nbytes[:-1], default=0)
         self._room_bytes = [max(usual, own) for own in nbytes]
@@ -63,19 +63,19 @@ class WeightSlots:
 
     @property
     def layouts(self) -> Sequence[WeightLayout]:
-        """What of each layer travels on each visit."""
+        """The layout of each layer's moves in each visit."""
         return self._transfers.layouts
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
-        """The work that brings `piece` of `pieces` of the layer into the slot; made once, used every visit."""
+        """The work that loads `piece` of `pieces` of the layer into the slot. Made once and used for every visit."""
         return self._transfers.chains(layer, slot, piece, pieces)
 
     def weights(self, layer: int, slot: int, visit: object) -> Weights:
-        """The layer's weights by name, on the compute device; those that travel are views of the slot. A table
-        whose rows are gathered at home is not among them.
+        """The layer's weights on the compute device, by name. Loaded weights are views of the slot. The result does
+        not include a table whose rows are gathered off the device.
 
-        Tensors, and a `QuantizedMatrix` for each encoded one. A product of many rows has its matrix decoded, as part
-        of the computation, once for each `visit` of the layer: the batches of a visit share the result.
+        A weight is a tensor, or a `QuantizedMatrix` if it is encoded. A product with many rows decodes the matrix as
+        part of the computation, once per `visit` of the layer: the batches of a visit share the result.
         """
         room = self._rooms.number(visit)
         key = (layer, slot, room)
@@ -86,7 +86,7 @@ class WeightSlots:
         return views.weights
 
     def release_decoded(self) -> None:
-        """Give back the memory of decoded matrices, once nothing computes."""
+        """Release the memory of decoded matrices. Call it only while nothing computes."""
         self._rooms.close()
 
     def _view(self, layer: int, slot: int, room: int) -> _LayerViews:
@@ -100,7 +100,7 @@ class WeightSlots:
         dtype, decodings, end = self.placement.dtype, [], 0
         for weight in self._layers[layer]:
             if codec := self.placement.codec(weight):
-                # Rows of a table are read as they are kept: its decoding is never used.
+                # Rows of a table are read in their stored form: the decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
                 if weight in self._products[layer]:
                     place = self._rooms[room].place

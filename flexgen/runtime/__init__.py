@@ -1,1 +1,1 @@
-"""Runs a schedule: the executor, and the state of one call that its steps work on."""
+"""Runs a schedule: the executor, and the state of the call that its steps change."""

@@ -1,7 +1,7 @@
-"""Hidden states between layers: where each batch's rows wait, and how they travel.
+"""The homes and moves of hidden states between layers.
 
-Rows of the GPU tier stay on the compute device (on the CPU, those of the CPU tier too: nothing moves).
-The others are written home after each layer and brought back before the next.
+Rows of the GPU tier stay on the compute device. On the CPU, rows of the CPU tier stay there too, and do not move.
+The other rows are written to their home after each layer and loaded before the next one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from flexgen.runtime.cell import BoundCell
 
 @dataclass
 class _Slot:
-    """Buffers of a cell for rows that travel: `arriving` and `departing` in host memory, between disk and link."""
+    """Buffers of a cell for rows that move. `arriving` and `departing` are in host memory, between disk and link."""
 
     arriving: Tensor
     departing: Tensor
     device: Tensor
     leaving: Tensor | None = None
-    """The layer's result, until its rows have left."""
+    """The layer's result until its rows have left."""
 
 
 class Activations:
@@ -50,7 +50,7 @@ class Activations:
         machine: Machine,
         slots: int = SLOTS,
     ) -> None:
-        """A cell has at most `new` tokens of each row."""
+        """new: the maximum number of tokens of a row in a cell."""
         self._dtype = dtype
         self._device = machine.device
         self._io = machine.io
@@ -70,7 +70,7 @@ class Activations:
 
     def _make_slot(self, from_disk: int, moved: int, machine: Machine) -> _Slot:
         arriving, departing = (self._take(machine.host, from_disk) for _ in range(2))
-        # Without a link, rows on disk arrive where they are used.
+        # Without a link, rows on disk are read to the memory in which they are used.
         shared = machine.device.shares_host_memory
         return _Slot(arriving, departing, arriving if shared else self._take(machine.device.memory, moved))
 
@@ -78,19 +78,19 @@ class Activations:
         return self._taken.buffer(store, nbytes, "hidden states")
 
     def regroup(self, batches: Sequence[HiddenLayout]) -> None:
-        """From here on, these batches, none larger than the one of its number was at first.
+        """Continue with these batches. None may be larger than the first batch of its number.
 
-        It forgets the hidden states between two layers, so it is for the time between two tokens.
+        Call it only between two tokens, because it discards the hidden states between two layers.
         """
         self._layouts = batches
         self._kept: list[Tensor | None] = [None] * len(batches)
 
     def close(self) -> None:
-        """Give back all memory and files."""
+        """Release all memory and files."""
         self._taken.close()
 
     def load(self, cell: BoundCell) -> Chains:
-        """The work that brings the batch's rows that are away into the cell's slot."""
+        """The work that loads the batch's rows that are not on the device to the cell's slot."""
         return bind(self._layouts[cell.batch].load(cell.span.new), partial(self._arrive, cell))
 
     def _arrive(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
@@ -106,7 +106,7 @@ class Activations:
         )
 
     def take(self, cell: BoundCell) -> Tensor:
-        """The batch's hidden states on the compute device, once `load` is done. Not to be written to."""
+        """The batch's hidden states on the compute device, after `load`. The caller must not write to them."""
         kept, layout = self._kept[cell.batch], self._layouts[cell.batch]
         rows_away = sum(map(len, layout.rows.values())) - layout.resident
         if not rows_away:
@@ -117,17 +117,17 @@ class Activations:
         return away if kept is None else torch.cat([kept, away])
 
     def keep(self, cell: BoundCell, hidden: Tensor) -> None:
-        """Accept a layer's result; rows that must leave do so by the chains of `store`."""
+        """Accept a layer's result. The chains of `store` move the rows that must leave."""
         resident = self._layouts[cell.batch].resident
         if resident == len(hidden):
             self._kept[cell.batch] = hidden
             return
-        # Until its rows have left, the slot holds the result: the same slot's next user waits for that.
+        # The slot keeps the result until its rows have left. The next user of the slot waits for that.
         self._slots[cell.slot].leaving = hidden
         self._kept[cell.batch] = hidden[:resident].clone() if resident else None
 
     def store(self, cell: BoundCell) -> Chains:
-        """The work that brings the rows that leave home."""
+        """The work that moves the leaving rows to their home."""
         return bind(self._layouts[cell.batch].store(cell.span.new), partial(self._depart, cell))
 
     def _depart(self, cell: BoundCell, tier: Tier, move: Move) -> Job:

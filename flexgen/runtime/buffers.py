@@ -1,4 +1,4 @@
-"""Buffers of one block: its KV cache, its hidden states, the table rows that it looks up, and its CUDA graphs."""
+"""The buffers of one block: its KV cache, its hidden states, the table rows that it looks up, and its CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """The buffers of a block's cells. `lookup`: None where the table is used in place. `graphs`: None where no cell
-    is replayed."""
+    """The buffers of a block's cells. `lookup`: None if the table is used in place. `graphs`: None if no cell is
+    replayed."""
 
     cache: KVCache
     activations: Activations
@@ -31,32 +31,32 @@ class BlockBuffers:
     graphs: CellGraphs | None
 
     def expect(self, tokens: int) -> None:
-        """The next run gives `tokens` tokens with the batches that the buffers are for now."""
+        """Announce that the next run computes `tokens` tokens with the present batches."""
         if self.graphs is not None:
             self.graphs.expect(tokens)
 
     def end_run(self) -> None:
-        """Forget what is only for these batches; no step may be under way."""
+        """Discard the state of these batches. No step may be in flight."""
         if self.graphs is not None:
             self.graphs.drop()
 
     def reset(self, model: Model, batches: Sequence[int]) -> None:
-        """Continue with the batches that the buffers were made for, for other prompts."""
+        """Continue with the batches for which the buffers were made, for other prompts."""
         self.end_run()
         self.cache.reset()
         self.activations.regroup(_hidden_layouts(model, batches))
 
     def regroup(self, model: Model, batches: Sequence[Moved]) -> None:
-        """Continue with these batches; no transfer may be under way."""
+        """Continue with these batches. No transfer may be in flight."""
         self.end_run()
         self.cache.regroup(batches, model.policy.cache)
         self.activations.regroup(_hidden_layouts(model, [len(moved.rows) for moved in batches]))
 
 
 class Buffers:
-    """Those of blocks of one shape. `batches`: rows of each GPU batch, [] while nothing is held.
+    """The buffers for blocks of one shape. `batches`: the rows of each GPU batch, or [] while there are no buffers.
 
-    They are made with `make` and given back with `close`, any number of times. A call has its own; those of a text
+    `make` allocates them and `close` releases them, any number of times. A call has its own buffers. Those of a text
     whose cache is kept outlive its calls.
     """
 
@@ -66,7 +66,7 @@ class Buffers:
         self._close: list[Callable[[], object]] = []
 
     def make(self, model: Model, workload: Workload, batches: Sequence[int]) -> None:
-        """Take the memory of a block with these batches."""
+        """Allocate the memory of a block with these batches."""
         self.close()
         machine, slots, dtype = model.machine, model.slots.cells, model.dtype
         passes = Passes(workload.prompt_len, model.policy.prefill_chunk)
@@ -100,12 +100,12 @@ class Buffers:
         self.block = BlockBuffers(cache, activations, lookup, graphs)
 
     def end_call(self) -> None:
-        """Forget what buffers that outlive a call have for it alone."""
+        """Discard the state of a call in buffers that outlive it."""
         if self.block is not None:
             self.block.end_run()
 
     def close(self) -> None:
-        """Give back all memory and files."""
+        """Release all memory and files."""
         self.batches, self.block = [], None
         run_all(self._close)
 

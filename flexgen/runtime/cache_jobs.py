@@ -1,4 +1,4 @@
-"""Jobs that bring one part of a KV cache to where attention reads it, and its new keys and values home."""
+"""Jobs that load one part of a KV cache for attention, and store its new keys and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexgen.runtime.sparse import key_reads
 
 
 class CacheJobs:
-    """Jobs of the lanes of a machine for a part, with the buffers of a cell."""
+    """Jobs for a part of the cache and the buffers of a cell, on a machine's lanes."""
 
     def __init__(self, machine: Machine) -> None:
         self._device = machine.device
@@ -27,7 +27,7 @@ class CacheJobs:
         self._io = machine.io
 
     def load(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
-        """A move of the cached tokens to where attention reads them."""
+        """The job of a move of the cached tokens to the memory in which attention reads them."""
         segment = part.segment
         whole, tail = segment.filled(span.length)
         if move.kind is Kind.READ:
@@ -51,7 +51,7 @@ class CacheJobs:
             begin += source.nbytes
 
     def store(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
-        """A move of the new keys and values home."""
+        """The job of a move of the new keys and values to their home."""
         match move.kind:
             case Kind.COPY:
                 return partial(self._copy_out, part, buffers, span)
@@ -76,10 +76,10 @@ class CacheJobs:
         self.put(part, buffers, span, *self._fresh(part, buffers, span))
 
     def put(self, part: Part, buffers: Slot, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
-        """Write new keys and values, as they are kept, to the working pages, which are returned.
+        """Write new keys and values, in their stored form, to the working pages, and return these.
 
-        Once for each step: a tail that the step fills moves into the slot, where the other whole pages are, and what
-        follows it begins a new tail.
+        Call it once per step: a tail that the step fills moves to the slot, which has the other full pages, and later
+        tokens begin a new tail.
         """
         first, last = span.pages(part.segment.page_tokens)
         if buffers.host is not None and last > first and span.length % part.segment.page_tokens:
@@ -91,14 +91,14 @@ class CacheJobs:
         return pages
 
     def working_pages(self, part: Part, buffers: Slot, span: Span) -> Sequence[Page]:
-        """Pages in host memory (or at home on the device) that hold the cached tokens and take the new ones."""
+        """Pages with the cached tokens and room for the new ones, in host memory or in a home on the device."""
         if buffers.host is None:
             return part.pages
         _, last = span.pages(part.segment.page_tokens)
         return [*buffers.pages(buffers.host, part.segment)[:last], *part.tail_page]
 
     def flush(self, part: Part, buffers: Slot, span: Span) -> list[Write]:
-        """Pages that became whole, to their file."""
+        """The writes of completed pages to their file."""
         assert part.file is not None and buffers.host is not None
         (path, start), segment = part.file, part.segment
         first, last = (page * segment.page_bytes for page in span.pages(segment.page_tokens))

@@ -1,7 +1,7 @@
-"""The memory and files of a KV cache: a part for each tier of each batch and layer, and the slots that cells use.
+"""The memory and files of a KV cache: a part for each tier of each batch and layer, and the slots of cells.
 
-Layers may keep different things of a token; which rows a tier has is the same for all. A part on disk grows through
-its tail, the page that is being filled, which stays in host memory: the file has whole pages only.
+Layers may store tokens in different sizes, but the rows of a tier are the same for all layers. A part on disk has a
+tail in host memory, the page that is being filled. The file has only full pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flexgen.runtime.parts import Part, Slot
 
 
 class CacheStorage:
-    """Parts of the cache by layer and batch, and slots by tier. It takes the arguments of `KVCache`."""
+    """Parts of the cache by layer and batch, and slots by tier. Its arguments are those of `KVCache`."""
 
     @whole_or_closed
     def __init__(
@@ -60,7 +60,7 @@ class CacheStorage:
         }
 
     def close(self) -> None:
-        """Give back all memory and files."""
+        """Release all memory and files."""
         self._taken.close()
 
     def parts(self, cell: BoundCell) -> Sequence[Part]:
@@ -68,7 +68,7 @@ class CacheStorage:
         return self._parts[cell.layer, cell.batch]
 
     def layout(self, cell: BoundCell) -> CacheLayout:
-        """Which moves bring the cell's cache to where attention reads it, and take it home."""
+        """The layout of the cell's cache, with the moves for attention and back home."""
         return self._layouts[cell.layer, cell.batch]
 
     def slot(self, tier: Tier, cell: BoundCell) -> Slot:
@@ -76,7 +76,7 @@ class CacheStorage:
         return self._slots[tier][cell.slot]
 
     def segments(self) -> dict[tuple[int, int], list[CacheSegment]]:
-        """By layer and batch."""
+        """The segments by layer and batch."""
         return {key: [part.segment for part in parts] for key, parts in self._parts.items()}
 
     # Buffers
@@ -85,7 +85,7 @@ class CacheStorage:
         return self._taken.buffer(store, nbytes, purpose, copied_by_device)
 
     def _make_parts(self, segments: Sequence[CacheSegment]) -> Iterator[Part]:
-        """The parts of one batch on one tier, from the segment of each layer."""
+        """The parts of one batch on one tier, one for each layer's segment."""
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         sizes = [segment.nbytes for segment in segments]
         if tier is Tier.DISK:
@@ -103,11 +103,11 @@ class CacheStorage:
             yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
 
     def _reaches_device(self, segment: CacheSegment) -> bool:
-        """Whether the compute device computes attention over it in some step."""
+        """Whether the compute device computes attention over the segment in some step."""
         return segment.on_device or self._extends
 
     def _make_slot(self, segments: Sequence[CacheSegment], new: int) -> Slot:
-        """Buffers for the parts of one tier: each as large as the layer and batch that need most."""
+        """Buffers for the parts of one tier, each large enough for all layers and batches."""
         largest = max(segment.nbytes for segment in segments)
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         topology = self._machine.device.topology
@@ -128,7 +128,7 @@ class CacheStorage:
     def _layouts_of(
         self, parts: Mapping[tuple[int, int], Sequence[Part]]
     ) -> dict[tuple[int, int], CacheLayout]:
-        """By layer and batch."""
+        """The layouts by layer and batch."""
         layouts = {}
         for (layer, batch), some in parts.items():
             segments = tuple(part.segment for part in some)
@@ -139,10 +139,10 @@ class CacheStorage:
     # Rows that leave or move
 
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
-        """Continue with these batches, their rows on the tiers by `split`; no transfer may be under way.
+        """Continue with these batches, with their rows on the tiers by `split`. No transfer may be in flight.
 
-        A new batch takes the place of the old one of its number. As many rows fit into the new batches up to that
-        one as into the old ones, so only what has been read is overwritten. So this takes no more memory than one
+        A new batch overwrites the old one of its number. The new batches up to that number have room for all rows of
+        the old ones, so it overwrites only rows that have been read. The temporary memory is at most that of one
         batch's rows in one layer (see `gather`).
         """
         if all(moved.whole is not None for moved in batches):
@@ -172,21 +172,19 @@ class CacheStorage:
         self._layouts = self._layouts_of(parts)
 
     def reset(self) -> None:
-        """Continue with the batches that the cache was made for, for other prompts."""
+        """Continue with the batches for which the cache was made, for other prompts."""
         if self._parts is self._made:
             return
         self._continue_with(self._made)
         for part in itertools.chain.from_iterable(self._made.values()):
             for memory in (part.home, part.tail):
-                if (
-                    memory is not None
-                ):  # it was used with other shapes: bytes that are not filled must be finite
+                if memory is not None:  # it had other shapes: values that are not filled must be finite
                     memory.zero_()
 
     def cut(self, length: int, shorter: int) -> None:
-        """Keep the first `shorter` of the `length` cached tokens; no transfer may be under way.
+        """Keep the first `shorter` of the `length` cached tokens. No transfer may be in flight.
 
-        Later tokens overwrite the rest of a part in memory. The tail of a part on disk is read back.
+        Later tokens overwrite the rest of a part in memory. The tail of a part on disk is read from the file.
         """
         for part in itertools.chain.from_iterable(self._parts.values()):
             page, rest = divmod(shorter, part.segment.page_tokens)
@@ -197,7 +195,7 @@ class CacheStorage:
                 self._machine.io.read([Read(path, start + page * part.segment.page_bytes, part.tail)])
 
     def _histories(self, layer: int, moved: Moved) -> Iterator[tuple[int, CacheSegment, Sequence[Page]]]:
-        """The parts that rows move from, with their pages in memory."""
+        """The parts from which rows move, with their pages in memory."""
         for batch in sorted(moved.sources()):
             for part in self._parts[layer, batch]:
                 if moved.of(batch, part.segment.rows):
@@ -209,7 +207,7 @@ class CacheStorage:
                     yield batch, part.segment, self._jobs.working_pages(part, buffers, span)
 
     def _refill(self, part: Part, segment: CacheSegment, k: Tensor, v: Tensor) -> Part:
-        """The part with the keys and values of other rows, as many as `segment` has."""
+        """The part, filled with the keys and values of the rows of `segment`."""
         span, buffers = Span(0, k.shape[2]), self._slots[segment.tier][0]
         if part.home is not None:
             home = part.home[: segment.nbytes].zero_()

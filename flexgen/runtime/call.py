@@ -1,4 +1,4 @@
-"""One call: its blocks of prompts, one after another, through the same buffers."""
+"""One call: runs its blocks of prompts one after another, with the same buffers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from flexgen.workload import Workload
 
 @dataclass
 class Timing:
-    """Seconds and events of a call. Prefill ends, for each block, when its last first token is known.
+    """Seconds and events of a call. The prefill of a block ends when the first new token of all its rows is known.
 
-    `ran`: tokens that each block ran, fewer than it was asked for where all of its rows stopped before.
+    `ran`: the number of tokens that each block ran, fewer than requested if all of its rows stopped earlier.
     """
 
     prefill: float = 0.0
@@ -44,19 +44,19 @@ class Timing:
 
 
 class Call:
-    """The blocks of one call, one after another.
+    """Runs the blocks of one call, one after another.
 
-    For each block: `prepare` its prompts, make an output for them, `run`. Buffers of the cache and of the
-    hidden states are made for the first block and kept for all of its shape.
+    For each block, `prepare` its prompts, make an output for them, and `run`. The buffers of the cache and of the
+    hidden states are allocated for the first block and reused for all blocks of the same shape.
 
-    `check` is called before each step; its exception ends the call and is raised unchanged. Entering the call
-    raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
+    check: called before each step. Its exception ends the call and is raised unchanged. Entering the call raises
+    RequestError while another call runs, and so does the call if the model is closed while it runs.
 
-    `workspace`: bytes of the plan for temporaries on the compute device. `kept`: buffers that outlive the call,
-    such as those of a text whose cache is kept.
+    workspace: bytes of the plan for temporaries on the compute device. kept: buffers that outlive the call, such as
+    those of a text whose cache is kept.
 
-    Enter it twice (`with call, call:`): Ctrl-C at the very beginning of the inner exit leaves the work to the outer
-    one, which otherwise does nothing.
+    Enter it twice (`with call, call:`). If Ctrl-C interrupts the beginning of the inner exit, the outer exit does its
+    work. Otherwise the outer exit does nothing.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Call:
         self._began = 0.0
         self.timing = Timing()
         self.positions_computed = 0
-        """Positions of the prompts of all blocks, the padding of their batches included."""
+        """Positions of the prompts of all blocks, including the padding of their batches."""
 
     def __enter__(self) -> Call:
         self._model.in_use.begin(self)
@@ -99,12 +99,12 @@ class Call:
         run_all(self._undo)
 
     def order_of(self, batches: int) -> Order:
-        """The order of a block of `batches` batches."""
+        """The order for a block of `batches` batches."""
         return self._model.order_of(batches)
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
-        """Take the prompts of the next block, at most the policy's block size. They follow `cached` tokens of each
-        row, which kept buffers have."""
+        """Accept the prompts of the next block, at most the policy's block size. `cached`: the number of tokens of
+        each row before them, which kept buffers have."""
         self._began = time.perf_counter()
         self._free_prompts()
         batches = batch_sizes(self._model.policy, len(prompts))
@@ -122,10 +122,11 @@ class Call:
         return self._prompts
 
     def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
-        """Generate `tokens` tokens for the prepared prompts, fewer if all rows stop; `output` has the result.
+        """Generate `tokens` tokens for the prepared prompts, or fewer if all rows stop. `output` receives the result.
 
-        It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
-        are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
+        One run continues as long as the batches are the same. When rows that have stopped leave, the others are
+        regrouped, and a new run continues with the next token. With an output that is `by_token`, each token is a
+        run.
         """
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
@@ -163,7 +164,7 @@ class Call:
             yield step
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
-        """From `token` on, run only these rows. No step may be under way."""
+        """Run only these rows from `token` on. No step may be in flight."""
         try:
             self._block.regroup(self._model, prompts.regroup(batches, token))
         except OSError as error:
@@ -173,11 +174,11 @@ class Call:
         self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
-        """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
+        """Seconds that `lane` is busy in each phase of the prepared block when nothing else runs.
 
-        It runs the whole prefill and at most three of the later tokens: the first, the middle one and the last. The
-        time of the others grows evenly between them, so their mean represents it. The results are meaningless. The
-        host's attention is timed apart from the device's computation, in any order.
+        Runs the whole prefill and at most three later tokens: the first, the middle and the last one. The time of a
+        token grows linearly, so the mean of these represents all. The results are meaningless. In every order, host
+        attention is timed separately from the device's computation.
         """
         first = prompts.first
         sampled = [*range(first, 1), *(sorted({1, tokens // 2, tokens - 1} - {0}) if tokens > 1 else ())]
@@ -214,7 +215,7 @@ class Call:
 
 
 class _LaneAlone:
-    """The part of a generation that one lane does, at some of its tokens."""
+    """The part of a generation that runs on one lane, for some of its tokens."""
 
     can_finish = False
 

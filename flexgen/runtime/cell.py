@@ -1,4 +1,4 @@
-"""A cell as the runtime computes it: one layer of one batch in one pass, with its tokens, buffers and padding."""
+"""The runtime's cells: one layer of one batch in one pass, with its tokens, buffers and padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen.layout.cache import Span
 
 @dataclass(frozen=True)
 class Padding:
-    """Left padding of a batch: how many positions precede each row's first token."""
+    """Left padding of a batch: the number of positions before each row's first token."""
 
     starts: tuple[int, ...]
     on_device: Tensor
@@ -33,7 +33,7 @@ class Padding:
         return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
 
     def hidden(self, rows: range, tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """The mask of `attend_fused` for attention on the device, or None without padding. It is made once."""
+        """The mask of `attend_fused` for attention on the device, or None without padding. Made once."""
         if not self.any:
             return None
         key = rows, tokens, dtype
@@ -43,9 +43,9 @@ class Padding:
         return self._hidden[key]
 
     def before(self, length: int) -> Padding:
-        """The same for attention over more than `length` positions.
+        """The padding for attention over more than `length` positions.
 
-        A row may be all padding so far. It gets one position, because attention over no position is not a number.
+        A row may have only padding so far. It gets one position, because attention over no position results in NaN.
         Its result is not used.
         """
         if not self.any or max(self.starts) <= length:
@@ -56,10 +56,10 @@ class Padding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundCell:
-    """A cell of the schedule, bound to a slot and to the tokens of its pass. All parts of a block take it.
+    """A cell of the schedule, bound to a slot and to the tokens of its pass. All parts of a block use it.
 
-    `token`: the new token that the pass gives, as in `Passes`. `slot`: the number of its buffers. `span`: the tokens
-    of each row that it computes. `padding`: of the batch.
+    `token`: the new token that the pass computes, as in `Passes`. `slot`: the number of its buffers. `span`: the
+    tokens of each row that it computes. `padding`: the padding of the batch.
     """
 
     token: int

@@ -1,4 +1,4 @@
-"""How a call chooses each new token and ends rows, and who listens to new tokens."""
+"""The interfaces for the choice of new tokens, the end of rows, and listeners to new tokens."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from flexgen.runtime.draws import MAX_SEED, uniforms
 from flexgen.runtime.sampler import sample
 
 Rows = Sequence[int]
-"""Numbers of prompts in the order of the caller. Those of a GPU batch are in any order, and others after rows have
-left it."""
+"""Numbers of prompts in the order of the caller. The rows of a GPU batch are in any order and change with
+compaction."""
 
 
 class Choice(Protocol):
-    """Which id follows each row, and which rows end with it.
+    """Chooses the next id of each row, and the rows that end with it.
 
-    It is asked for one GPU batch at a time. `ends` has returned for a row's token before `choose` is asked for the
-    row's next one; another batch's calls may come between, and `ends` comes from another thread.
+    Its methods are called for one GPU batch at a time. `ends` returns for a token of a row before `choose` is called
+    for the row's next token. Calls for other batches may be in between, and another thread calls `ends`.
     """
 
     @property
     def whole_call(self) -> bool:
-        """Whether it is asked for all rows of the call at once instead, in their order, once for each token.
+        """Whether its methods are called for all rows of the call together, in order, once for each token.
 
-        Such a call runs as one block. Rows that have ended stay, with the pad id as their next one, until all
-        have. The lanes are idle while it is asked, in the thread of the call.
+        Such a call runs as one block. Rows that have ended stay, with the pad id as their next id, until all rows
+        have ended. The lanes are idle during the calls, which run in the thread of the call.
         """
 
     @property
     def can_end(self) -> bool:
-        """Whether a row may end before the last token. If not, `ends` is not asked to say so."""
+        """Whether a row may end before the last token."""
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
-        """Ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
-        whose logits are NaN or infinite, so that none can be chosen.
+        """The ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
+        whose logits are NaN or infinite.
 
-        Both are on the compute device: this is a part of the computation. What it returns for a row that has ended
-        is not used. The logits may be written to, but are not to be kept.
+        Both are on the compute device: the choice is part of the computation. The id of a row that has ended is not
+        used. The method may write to the logits, but must not keep them.
         """
 
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
         """Whether each row ends with the token, (rows,) bool.
 
-        ids (rows,) int64 in host memory: what was chosen, the pad id for a row that had ended before.
+        ids (rows,) int64 in host memory: the chosen ids, or the pad id for a row that has already ended.
         """
 
 
 class Sampled:
-    """The id that `sample` draws (temperature 0 takes the best one); a stop id ends its row.
+    """Chooses the id that `sample` draws (the best one at temperature 0). A stop id ends its row.
 
-    A draw depends on the seed (a random one if None), the token, and the row's number in the job: `first_row` plus
-    its number in the call, or `first_row[number]` where the rows of the job do not follow one another.
+    A draw depends on the seed (a random one if None), the token, and the row's number in the job. This number is
+    `first_row` plus the number in the call, or `first_row[number]` if the rows are not consecutive in the job.
     """
 
     whole_call = False
@@ -94,8 +94,8 @@ class Sampled:
 class NewIds:
     """One new token of each row of a GPU batch.
 
-    `ids` (rows,) int64, of new token `token`, counted from 0. `live` (rows,) bool: not of a row that had ended
-    before, whose id is the pad id. `ended` (rows,) bool: live, and its row's last one.
+    `ids` (rows,) int64: the ids of new token `token`, counted from 0. `live` (rows,) bool: False for rows that ended
+    before, whose id is the pad id. `ended` (rows,) bool: live and the last token of the row.
     """
 
     rows: Rows
@@ -106,5 +106,6 @@ class NewIds:
 
 
 Listener = Callable[[NewIds], object]
-"""Told of new ids as they come to host memory, in the thread that brings them there. A row's come in order, those
-of different batches as they are computed. Rows that have ended may be left out. The tensors are not to be kept."""
+"""Called with new ids when they arrive in host memory, in the thread that copies them. The ids of a row arrive in
+order, and those of different batches as they are computed. Rows that have ended may be omitted. The listener must not
+keep the tensors."""

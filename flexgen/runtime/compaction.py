@@ -1,4 +1,4 @@
-"""Rows that have stopped leave their batches: when that pays, and how the cache of the others moves together."""
+"""Compaction: rows that have stopped leave their batches, and the cache of the others moves together."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from flexgen.policy import Tier
 from flexgen.runtime.pages import Page, pick
 
 _PAID_BACK = 2
-"""Tokens after which a move is paid back. It reads and writes the cache of the remaining rows once; with at most
-half of the rows left, each later token reads at least as many bytes less."""
+"""The number of tokens after which compaction pays off. It reads and writes the cache of the remaining rows once.
+With at most half of the rows left, each later token reads at least the same number of bytes less."""
 
 
 def regrouped(
     batches: Sequence[Sequence[int]], stopped: Sequence[bool], tokens_left: int
 ) -> list[list[int]] | None:
-    """The rows of each batch for the tokens to come; [] if every row has stopped, None to continue as before.
+    """The rows of each batch for later tokens: [] if every row has stopped, None to continue without a change.
 
-    `batches` hold numbers of rows, `stopped` is by that number. When at most half of the rows that are computed
-    still run, these move together into full batches. So a move is of at most half as many rows as the one
-    before, and all of them cost no more than one of the whole block. Batches stay as large as they were, so
-    that weights serve as many rows at once. A batch without a row that still runs is left out at any time: that
-    moves nothing.
+    batches: the numbers of the rows of each batch. stopped: indexed by these numbers. If at most half of the computed
+    rows still generate, they move together into full batches. So each compaction moves at most half the rows of the
+    one before, and all of them together cost at most one move of the whole block. The size of the batches stays the
+    same, so that weights are used for many rows. A batch without a row that still generates is always dropped,
+    because that moves nothing.
     """
     live = [[row for row in batch if not stopped[row]] for batch in batches]
     rows = [row for batch in live for row in batch]
@@ -41,11 +41,11 @@ def regrouped(
 
 @dataclass(frozen=True)
 class Moved:
-    """A batch that is put together from rows of the batches before.
+    """A batch that consists of rows of the previous batches.
 
-    `rows`: (batch, row in it) of each, in that order. `lengths`: cached columns of each of those batches, and
-    `length` of this one. All rows of a batch end in the same column, so they all move by the same number of
-    columns. `whole`: the batch that this one has been, if it has all of its rows.
+    `rows`: the previous (batch, row in the batch) of each row. `lengths`: the cached columns of each previous batch.
+    `length`: the cached columns of this one. All rows of a batch end in the same column, so they all move by the same
+    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -54,11 +54,11 @@ class Moved:
     whole: int | None
 
     def sources(self) -> set[int]:
-        """The batches that rows come from."""
+        """The previous batches of the rows."""
         return {batch for batch, _ in self.rows}
 
     def of(self, batch: int, within: range) -> list[int]:
-        """The rows of `batch` that move, of those in `within`."""
+        """The rows of `batch` that move, if they are in `within`."""
         return [row for source, row in self.rows if source == batch and row in within]
 
 
@@ -68,16 +68,16 @@ def gather(
     sources: Iterable[tuple[int, CacheSegment, Sequence[Page]]],
     device: ComputeDevice,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values, as they are kept, (rows, kv_heads, length, width), of each of the new batch's `segments`.
+    """Stored keys and values (rows, kv_heads, length, width) for each of the new batch's `segments`.
 
-    They are in the memory of the segment's tier, for disk in host memory. `sources` are the parts of the old
-    batches, their pages in memory; a part may be gone when the next one is asked for. Columns that a row did not
-    have are zero.
+    They are in the memory of the segment's tier; for the disk tier, in host memory. sources: the parts of the
+    previous batches, with their pages in memory. A part may become invalid when the next one is requested. Columns
+    that a row does not have are zero.
     """
     held = [_zeros(segment, moved.length, device) for segment in segments]
     for batch, old, pages in sources:
         shift = moved.length - moved.lengths[batch]
-        first = max(-shift, 0)  # columns before it were padding of rows that have gone
+        first = max(-shift, 0)  # the columns before it were padding for rows that have left
         for segment, both in zip(segments, held, strict=True):
             here = [moved.rows[n] for n in segment.rows]
             places = [n for n, (source, row) in enumerate(here) if source == batch and row in old.rows]
@@ -105,7 +105,7 @@ def _zeros(segment: CacheSegment, tokens: int, device: ComputeDevice) -> tuple[T
 
 
 def _recoded(kept: Tensor, old: CacheSegment, new: CacheSegment) -> Tensor:
-    """Keys or values as the new segment keeps them; rows that change their codec are decoded and encoded."""
+    """Keys or values in the stored form of the new segment. If the codec changes, they are decoded and encoded."""
     if old.heads == new.heads:
         return kept
     return new.heads.encode(torch.cat(list(old.heads.decode(kept, kept.shape[2], old.dtype)), dim=2))
@@ -114,7 +114,7 @@ def _recoded(kept: Tensor, old: CacheSegment, new: CacheSegment) -> Tensor:
 def _carrier(
     old: CacheSegment, new: CacheSegment, device: ComputeDevice
 ) -> Callable[[Tensor, Tensor], object]:
-    """Copies (target, source) from the memory of one segment to that of another, over the link if it must."""
+    """A function that copies (target, source) from one segment's memory to another's, over the link if needed."""
 
     def over_the_link(target: Tensor, source: Tensor) -> None:
         staged = torch.empty(target.shape, dtype=target.dtype, device=target.device)

@@ -1,4 +1,4 @@
-"""Debug modes of `generate`: times projected from a few tokens, and what each operation takes."""
+"""Debug modes of `generate`: times projected from a few tokens, and the cost of each operation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ BREAKDOWN = "breakdown"
 _MODES = (None, BREAKDOWN, FEWER_BATCH)
 
 _FEW_TOKENS = 4
-"""The prefill, a first later token, which may find caches cold, and two more."""
+"""The prefill, a first decode token, whose caches may be cold, and two more."""
 
 
 def tokens_to_run(
     max_new_tokens: int, cut_gen_len: int | None, debug_mode: str | None, projected: bool = False
 ) -> int:
-    """How many of the new tokens a call runs.
+    """The number of new tokens that a call runs.
 
-    projected: figures of all of them are wanted. Raises RequestError for a mode or a cut that cannot be meant.
+    projected: whether figures for all tokens are needed. Raises RequestError for an invalid mode or `cut_gen_len`.
     """
     if not isinstance(debug_mode, str | None) or debug_mode not in _MODES:
         raise RequestError(
@@ -37,25 +37,25 @@ def tokens_to_run(
     if projected and cut_gen_len == 1 < max_new_tokens:
         raise RequestError(
             f"cut_gen_len is 1: the decode of {shown(max_new_tokens)} new tokens cannot be projected from a prefill "
-            "alone. Give at least 2, or ask for 1 new token where only the prefill is of interest"
+            "alone. Give at least 2, or ask for 1 new token if you need only the prefill"
         )
     return min(cut_gen_len, max_new_tokens)
 
 
 def order_to_run(debug_mode: str | None) -> str | None:
-    """For a breakdown the order that overlaps nothing, so that no operation slows another down; else None."""
+    """For a breakdown, the order without overlap, in which no operation slows another one down; otherwise None."""
     return normal.name if debug_mode == BREAKDOWN else None
 
 
 def projected_decode(timing: Timing, asked: int) -> float | None:
-    """Seconds that the decode of `asked` new tokens of each block would take, by those that ran; None where no
-    block ran more than its first one."""
+    """The projected seconds of the decode for `asked` new tokens of each block, or None if no block ran more than its
+    first token."""
     later = sum(ran - 1 for ran in timing.ran)
     return timing.decode * len(timing.ran) * (asked - 1) / later if later else None
 
 
 def cost_table(events: Iterable[Event]) -> dict[tuple[Phase, Op, LaneName], tuple[int, float]]:
-    """(events, seconds) of each operation on each lane, the prefill's before the decode's."""
+    """(events, seconds) of each operation on each lane, prefill before decode."""
     table: dict[tuple[Phase, Op, LaneName], tuple[int, float]] = {}
     for event in events:
         key = (Phase.DECODE if event.step.token > 0 else Phase.PREFILL), event.step.op, event.lane
@@ -68,14 +68,14 @@ def cost_table(events: Iterable[Event]) -> dict[tuple[Phase, Op, LaneName], tupl
 def summary(
     timing: Timing, num_prompts: int, new_tokens: int, tokens: int, asked: int, debug_mode: str | None
 ) -> str:
-    """For people: what a call took that ran `tokens` of the `asked` tokens; a breakdown has the cost table."""
+    """A readable summary of a call that ran `tokens` of the `asked` tokens. A breakdown includes the cost table."""
     decode = f"decode {format_seconds(timing.decode)}"
     if tokens < asked:
         seconds = projected_decode(timing, asked)
         projected = (
             seconds is not None and f"{format_seconds(seconds)} (projected from {max(timing.ran)} tokens)"
         )
-        decode = f"decode {projected or 'unknown: one token has none to project from'}"
+        decode = f"decode {projected or 'unknown: one token is not enough for a projection'}"
     lines = [
         f"{num_prompts} prompts, {new_tokens} new tokens: prefill {format_seconds(timing.prefill)}, {decode}"
     ]

@@ -1,7 +1,7 @@
-"""Random numbers that depend on a seed, a row and a token alone.
+"""Random numbers that depend only on a seed, a row and a token.
 
-They come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11), which is
-counter-based: it has no state, so the order in which numbers are asked for does not matter.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11). It is
+counter-based: it has no state, so the order of the draws does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TORCH_SEEDS = 1 << 62
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:
-    """Random words (4, n) for counters (4, n) and a key of 64 bits. A word is a uint64 below 2**32."""
+    """Random words (4, n) for counters (4, n) and a key of 64 bits. Each word is a uint64 below 2**32."""
     low, high = key & int(_WORD), key >> 32
     a, b, c, d = counter
     for n in range(_ROUNDS):
@@ -37,24 +37,24 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
 
 
 def uniforms(seed: int, rows: Sequence[int], token: int, device: torch.device) -> Tensor:
-    """One number for each row, float64 (rows,) in [0, 1) with 53 random bits, on `device`.
+    """One number per row, float64 (rows,) in [0, 1) with 53 random bits, on `device`.
 
-    seed, rows and token are below 2**64. The host does not wait for the device.
+    seed, rows and token must be below 2**64. The host does not wait for the device.
     """
     numbers = np.array(rows, dtype=np.uint64)
     tokens = np.full_like(numbers, token)
     counter = [numbers & _WORD, numbers >> _WORD_BITS, tokens & _WORD, tokens >> _WORD_BITS]
     words = philox(np.stack(counter), seed)
     bits = (words[0] << _WORD_BITS | words[1]) >> np.uint64(11)
-    # Some tens of bytes: made on the host, they cost one copy, where a device would run a hundred tiny kernels.
+    # A few tens of bytes. The host computes them, which costs one copy; a device would run a hundred tiny kernels.
     made = torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
     if device.type == "cuda":
-        # torch keeps pinned memory of this size, and uses it again once a copy from it has ended.
-        with contextlib.suppress(RuntimeError):  # where it cannot be pinned, a copy waits for the device
+        # torch caches pinned memory of this size and reuses it after a copy from it has ended.
+        with contextlib.suppress(RuntimeError):  # without pinned memory, the copy waits for the device
             made = made.pin_memory()
     return made.to(device, non_blocking=True)
 
 
 def seed_from_torch() -> int:
-    """A seed drawn from torch's global generator, so that `torch.manual_seed` makes what follows repeatable."""
+    """A seed from torch's global generator, so that `torch.manual_seed` makes later draws reproducible."""
     return int(torch.randint(_TORCH_SEEDS, ()))

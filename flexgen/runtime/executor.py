@@ -1,4 +1,4 @@
-"""The only loop: issues the steps of a schedule to lanes, in order, each behind what it needs."""
+"""The only loop: issues the steps of a schedule to lanes, in order, each after the steps that it needs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from flexgen.results.trace import Trace
 from flexgen.schedule.steps import Grid, Op, Step, needs
 
 _WINDOW = 256
-"""Steps that may be issued ahead of what has been done: bounds memory and keeps Ctrl-C quick."""
+"""The maximum number of issued steps that are not done. It limits memory and the delay of Ctrl-C."""
 
 
 class Work(Protocol):
-    """What the steps of a schedule do."""
+    """The work of the steps of a schedule."""
 
     def chains(self, step: Step) -> Chains:
-        """The work of a step; nothing where what it is for is already in place."""
+        """The work of a step, or () if its data is already in place."""
 
     @property
     def can_finish(self) -> bool:
-        """Whether generation may end before the last token, so that each token's end is worth a wait."""
+        """Whether generation may end before the last token. Only then does the loop wait for the end of each
+        token."""
 
     def finished(self, token: int) -> bool:
         """Whether the run ends with token `token`, which is known for every row of the block.
 
-        All steps of the token are issued by then, and done when `execute` returns.
+        All steps of the token have been issued by then, and are done when `execute` returns.
         """
 
 
@@ -39,12 +40,12 @@ def execute(
 ) -> Trace:
     """Run a schedule and return its trace, in seconds since the call.
 
-    tokens: of the call, one for each token of the grid, by which the trace and errors name steps; the grid's own
-        if None.
+    tokens: the tokens of the call, one for each token of the grid, which name steps in the trace and in errors. None
+        uses the tokens of the grid.
 
-    Steps go to their lanes in the order of the schedule, and lanes serve in order, so a schedule that
-    `schedule.check` accepts cannot deadlock. Raises LaneError, with its cause, if a step fails; by then no
-    lane touches a buffer any more, which holds for Ctrl-C too.
+    Steps go to their lanes in the order of the schedule, and lanes run jobs in order, so a schedule that
+    `schedule.check` accepts cannot deadlock. Raises LaneError, with its cause, if a step fails. By then, no lane
+    accesses a buffer; this is also true after Ctrl-C.
     """
     origin = time.perf_counter()
     run = _Run(grid, work, lanes, tokens)
@@ -59,13 +60,13 @@ def execute(
     finally:
         try:
             lanes.stop(cancel=not completed)
-        finally:  # those of a failed run too: they must not show up in the next
+        finally:  # also those of a failed run, which must not appear in the next one
             events = lanes.take_events(origin)
     return Trace(events)
 
 
 class _Run:
-    """What has been issued so far."""
+    """The steps that have been issued so far."""
 
     def __init__(self, grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int] | None = None) -> None:
         self._tokens = range(grid.tokens) if tokens is None else tokens
@@ -74,7 +75,7 @@ class _Run:
         self._lanes = lanes
         self._done: dict[Step, tuple[Done, ...]] = {}
         self._pending: deque[tuple[Done, ...]] = deque()
-        self._token = 0  # the latest token whose predecessors are over
+        self._token = 0  # the latest token whose predecessors have ended
 
     def issue(self, step: Step) -> None:
         after = tuple({id(d): d for needed in needs(step, self._grid) for d in self._done[needed]}.values())
@@ -85,7 +86,7 @@ class _Run:
             for lane, job in chain:
                 waits = (self._lanes[lane].submit(job, waits, named),)
             ends += waits
-        # A step without work is done when what it needs is done.
+        # A step without work is done when the steps that it needs are done.
         self._done[step] = tuple(ends) or after
         if ends:
             self._pending.append(tuple(ends))
@@ -93,16 +94,16 @@ class _Run:
                 _wait_all(self._pending.popleft())
 
     def at_end(self, step: Step) -> bool:
-        """At the first computation of a token: whether the token before it was the last."""
+        """Whether the run has ended with the previous token. Checked at the first computation of a token."""
         if step.op is not Op.COMPUTE or step.token <= self._token:
             return False
         before, head = step.token - 1, self._grid.layers - 1
         stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
         kept = (Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells())
         if any(store not in self._done for store in (*stores, *kept)):
-            return False  # an order that is still busy with the token before: ask again later
+            return False  # the order has not issued all of the previous token: check again later
         self._token = step.token
-        # No step needs what is further back than its slots.
+        # No step needs a step that is more slots behind.
         oldest = before - max(self._grid.weight_slots, self._grid.cell_slots)
         self._done = {old: done for old, done in self._done.items() if old.token >= oldest}
         if not self._work.can_finish:

@@ -15,7 +15,7 @@ from flexgen.schedule.steps import Grid, Op, Step
 
 
 class Generation:
-    """The state of one block, and the work of each step on it. The executor calls it."""
+    """The state of one block and the work of its steps, for the executor."""
 
     def __init__(
         self,
@@ -26,19 +26,19 @@ class Generation:
         output: Output,
         first: int = 0,
     ) -> None:
-        """`first`: the token that the grid's first pass gives, as in `Passes`. Those before it are in the cache."""
+        """first: the token that the grid's first pass computes, as in `Passes`. Earlier tokens are in the cache."""
         self.grid = grid
         self.first = first
         self.following: list[list[int]] | None = None
-        """Where the run has ended early: the rows of each batch that continue, [] if none does."""
+        """The rows of each batch that continue after a run that has ended early, or [] if none does."""
         self.next = first + grid.tokens
-        """The token of the text that comes after this run."""
+        """The first token of the text after this run."""
         self._model = model
         self._buffers = buffers
         self._prompts = prompts
         self._output = output
         self._runner = LayerRunner(grid, model, buffers, prompts, output, first)
-        self._cells: dict[int, BoundCell] = {}  # by slot: the latest
+        self._cells: dict[int, BoundCell] = {}  # the latest cell by slot
 
     @property
     def can_finish(self) -> bool:
@@ -54,14 +54,14 @@ class Generation:
         return True
 
     def chains(self, step: Step) -> Chains:
-        """The work of a step; empty where nothing has to move."""
+        """The work of a step, or () if no data must move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
             weights = self._model.weights
             return weights.chains(j, weights.turns.slot(i, j), k, self.grid.weight_pieces)
         cell, last = self._cell(step), j == self.grid.layers - 1
         if not cell.span.new or (last and cell.token < 0):
-            return ()  # a batch of shorter prompts, which begin in a later pass; the head, where no token follows
+            return ()  # shorter prompts begin in a later pass, or the head has no new token to compute
         match op:
             case Op.LOAD_CACHE:
                 return self._buffers.cache.load(cell) if self._model.layers[j].has_cache else ()
@@ -79,7 +79,7 @@ class Generation:
                 return ((Stage(LaneName.COMPUTE, partial(work, cell)),),)
 
     def _cell(self, step: Step) -> BoundCell:
-        """The cell of a step, the same for all steps of a cell that follow one another in its slot."""
+        """The cell of a step: one object for all consecutive steps of a cell in its slot."""
         _, i, j, k = step
         slot, token = self.grid.cell_slot(i, j, k), self.first + i
         cell = self._cells.get(slot)
@@ -88,7 +88,7 @@ class Generation:
         return cell
 
     def _load_ids(self, cell: BoundCell) -> Chains:
-        """The ids that the first layer reads, with the rows of the table if they are gathered."""
+        """The work that loads the ids of the first layer, and the rows of the table if they are gathered."""
         if self._buffers.lookup is not None:
             return self._buffers.lookup.load(self._prompts.source(cell), cell.slot)
         return () if self._runner.feeds(cell.token) else self._prompts.load(cell)

@@ -1,7 +1,7 @@
-"""Decode cells as CUDA graphs: a layer of a batch is captured once and replayed for the following tokens.
+"""Decode cells as CUDA graphs: a layer of a batch is captured once and replayed for later tokens.
 
-A replay reads the same addresses as the capture. So whatever changes with the token has a buffer, which is filled
-before the token's first layer, and the hidden states between two layers have one too.
+A replay reads the same addresses as the capture. So all data that changes with the token has a buffer, which is
+filled before the token's first layer. The hidden states between two layers have a buffer too.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Fixed
 
 MIN_TOKENS = 8
-"""A run of more tokens than these is captured. Its first token is the prompts'. Cells of the second one are computed
-without graphs, so that libraries load their kernels, and those of the third one are captured, which takes as long."""
+"""A run of more than this number of tokens is captured. Its first token is that of the prompts. Cells of the second
+token are computed without graphs, so that libraries load their kernels. Those of the third one are captured, which
+takes as long as a computation."""
 
 _log = logging.getLogger("flexgen")
 
 
 class _Step:
-    """What the graphs of one batch read of the token (see `StepLayout`)."""
+    """The data of the token that the graphs of one batch read (see `StepLayout`)."""
 
     def __init__(self, buffer: Tensor, layout: StepLayout) -> None:
         made = [
@@ -44,10 +45,10 @@ class _Step:
         self.hidden, self._hidden_positions, self.positions, self._index, *factors = made
         self.factors = dict(zip(layout.ropes, factors, strict=True))
         self._capacity = layout.capacity
-        self._length = 0  # of the token that it is filled for; 0: of none
+        self._length = 0  # of the token in the buffer; 0 for none
 
     def fill(self, cell: BoundCell, context: Context) -> None:
-        """For the token of the cell, unless another layer has done it."""
+        """Fill the buffer for the token of the cell, unless another layer has already done it."""
         length = cell.span.length + 1
         if length == self._length:
             return
@@ -67,7 +68,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Replayed:
-    """The `Context` of a layer that is captured."""
+    """The `Context` of a captured layer."""
 
     step: _Step
     cache: KVCache
@@ -96,15 +97,15 @@ class _Replayed:
 @dataclass(frozen=True)
 class _Graph:
     extent: int
-    """Positions that it attends to, 0 for a layer without a cache."""
+    """The number of positions in its attention, or 0 for a layer without a cache."""
     replay: Callable[[], None]
 
 
 class CellGraphs:
     """Graphs of the decode cells of one block.
 
-    `replayed` are the numbers of the layers that have graphs (see `layout.graphs.replayed`). After the device has
-    refused a capture, no cell has a graph.
+    replayed: the numbers of the layers that have graphs (see `layout.graphs.replayed`). After the device has refused
+    a capture, no cell has a graph.
     """
 
     def __init__(
@@ -119,7 +120,8 @@ class CellGraphs:
         self._clear()
 
     def expect(self, tokens: int) -> None:
-        """The next run gives `tokens` tokens with the same batches. Without this call it has no graphs."""
+        """Announce that the next run computes `tokens` tokens with the same batches. Without this, it has no
+        graphs."""
         self._pays = tokens > MIN_TOKENS
 
     def _clear(self) -> None:
@@ -129,23 +131,23 @@ class CellGraphs:
         self._captured: dict[tuple[int, int], _Graph] = {}
 
     def drop(self) -> None:
-        """Forget all graphs, before other batches or prompts, and at the end of a call. No step may be under way."""
+        """Drop all graphs, before other batches or prompts, and at the end of a call. No step may be in flight."""
         self._clear()
 
     def close(self) -> None:
-        """Give back all memory."""
+        """Release all memory."""
         self.drop()
         self._buffers.clear()
         self._taken.close()
 
     def serves(self, cell: BoundCell) -> bool:
-        """Whether `compute` is for this cell."""
+        """Whether `compute` computes this cell."""
         return self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
-        """The layer's result, from hidden states x (rows, 1, hidden); part of the cell's computation.
+        """The layer's result, from hidden states x (rows, 1, hidden). Part of the cell's computation.
 
-        The result is overwritten by the batch's next layer. `context`: of the cell without graphs.
+        The batch's next layer overwrites the result. context: the context of the cell without graphs.
         """
         step = self._step(cell, x)
         step.fill(cell, context)
@@ -170,7 +172,7 @@ class CellGraphs:
         hidden.copy_(self._layers[cell.layer].forward(hidden, weights, context))
 
     def _capture(self, key: tuple[int, int], extent: int, work: Callable[[], None]) -> _Graph | None:
-        """The graph of a cell; None where the cell must be computed without one."""
+        """The graph of a cell, or None if the cell must be computed without one."""
         if self._refused or key not in self._computed:
             return None
         try:
@@ -179,8 +181,8 @@ class CellGraphs:
             self._refused = True
             self._captured.clear()
             _log.warning(
-                "%s refused to capture a CUDA graph (%s), so flexgen launches each kernel by itself: "
-                "results are the same, and small batches take longer",
+                "%s refused to capture a CUDA graph (%s), so flexgen launches each kernel separately: "
+                "results are the same, but small batches take longer",
                 self._device.name,
                 shown(str(error).partition("\n")[0]),
             )
@@ -191,7 +193,7 @@ class CellGraphs:
         batch = cell.batch
         if batch not in self._steps:
             layout = step_layout([*self._layers.values()], len(x), self._cache.capacity, x.dtype)
-            if batch not in self._buffers:  # a batch only becomes smaller
+            if batch not in self._buffers:  # batches never grow
                 self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
             self._steps[batch] = _Step(self._buffers[batch], layout)
         return self._steps[batch]

@@ -1,7 +1,7 @@
-"""Attention by the host, for rows whose cache it holds, next to a compute device with memory of its own.
+"""Attention on the host for rows whose cache is in host memory, for a compute device with separate memory.
 
-Queries and the new keys and values cross the link, and the result comes back; the cache stays where it is. Each cell
-slot has its own buffers for that, so that a schedule may have several cells under way.
+Queries and the new keys and values cross the link to the host, and the result returns. The cache does not move. Each
+cell slot has its own buffers for that, so that a schedule may have several cells in flight.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.pages import Bring, Page, attend
 
 Put = Callable[[Tensor, Tensor], Sequence[Page]]
-"""Writes new keys and values, as they are kept, to the pages of a segment, which are returned."""
+"""Writes new keys and values in their stored form to the pages of a segment, and returns the pages."""
 
 
 class HostAttention:
-    """Attention over the host's rows, and its buffers. It takes the arguments of `KVCache`.
+    """Computes attention for the host's rows, and owns the buffers for it. Its arguments are those of `KVCache`.
 
     A cell calls `collect`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
     the host, the link and the compute lane.
@@ -42,12 +42,12 @@ class HostAttention:
         self._device = machine.device
         self._taken = Taken()
         self.regroup({(j, k): some for j, batches in layers.items() for k, some in enumerate(batches)})
-        self._leaving: dict[int, Tensor] = {}  # by slot: on the device until the link has taken it
+        self._leaving: dict[int, Tensor] = {}  # by slot: on the device until it has crossed the link
         if not any(self._rows.values()):
             return
         first = {j: batches[0][0] for j, batches in layers.items()}
         self._dtype = next(iter(first.values())).dtype
-        # Of each layer: heads of queries, keys and values, and values of a head.
+        # For each layer: heads of queries, keys and values, and values per head.
         self._heads = {j: (heads[j], s.kv_heads, s.kv_heads) for j, s in first.items()}
         self._head_dim = {j: segment.head_dim for j, segment in first.items()}
         row = max(map(len, self._rows.values())) * self._dtype.itemsize
@@ -61,7 +61,7 @@ class HostAttention:
     def regroup(self, cache: Mapping[tuple[int, int], Sequence[CacheSegment]]) -> None:
         """Continue with these segments of each (layer, batch).
 
-        None has more rows for the host than the largest had at first.
+        None may have more rows for the host than the largest one had at first.
         """
         self._rows = {
             key: [row for s in some if not s.on_device for row in s.rows] for key, some in cache.items()
@@ -71,7 +71,7 @@ class HostAttention:
         return self._taken.buffer(store, nbytes, "staging of attention on the host")
 
     def close(self) -> None:
-        """Give back all memory."""
+        """Release all memory."""
         self._taken.close()
 
     def attends(self, cell: BoundCell) -> bool:
@@ -79,12 +79,12 @@ class HostAttention:
         return bool(self._rows[cell.layer, cell.batch])
 
     def collect(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Gather the host's rows, on the device: of q (rows, heads, 1, head_dim), k, v of all rows."""
+        """Gather the host's rows on the device, from q (rows, heads, 1, head_dim), k and v of all rows."""
         first, last = self._rows[cell.layer, cell.batch][0], self._rows[cell.layer, cell.batch][-1]
         self._leaving[cell.slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
 
     def send(self, cell: BoundCell) -> None:
-        """Copy them to the host."""
+        """Copy the gathered rows to the host."""
         self._device.from_device(self._question(cell), self._leaving[cell.slot])
 
     def attend(
@@ -93,7 +93,7 @@ class HostAttention:
         parts: Iterable[tuple[CacheSegment, Put, Bring | None]],
         scale: float,
     ) -> None:
-        """Put the new keys and values into the pages of their rows, in host memory, and compute attention."""
+        """Write the new keys and values to the pages of their rows in host memory, and compute attention."""
         q, k, v = self._question(cell).split(self._heads[cell.layer], dim=1)
         answer, first = self._answer(self._answered, cell), self._rows[cell.layer, cell.batch][0]
         for segment, put, bring in parts:
@@ -107,7 +107,7 @@ class HostAttention:
         self._device.to_device(self._answer(self._arrived, cell), self._answer(self._answered, cell))
 
     def take(self, cell: BoundCell) -> Tensor:
-        """The result, (the host's rows, heads, 1, head_dim), on the device; valid until the slot's next cell."""
+        """The result (host rows, heads, 1, head_dim) on the device. It is valid until the slot's next cell."""
         return self._answer(self._arrived, cell)
 
     def _question(self, cell: BoundCell) -> Tensor:

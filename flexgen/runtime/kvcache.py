@@ -1,11 +1,10 @@
-"""The KV cache of one block: how keys and values travel, and attention over them.
+"""The KV cache of one block: the moves of keys and values, and attention over them.
 
 Each batch of each attention layer has one `Part` for every `CacheSegment` of its rows (`CacheStorage`). Attention
-reads a resident part at its home. The others come, page by page, into one of a few slots: in device memory, or in
-host memory for rows on disk. New keys and values leave by the chains of `store`, so that a later token finds them.
+reads a resident part at its home. The other parts are loaded page by page to one of a few slots, in device memory, or
+in host memory for rows on disk. The chains of `store` move new keys and values home for later tokens.
 
-With sparse attention only the keys of a part on disk come ahead. The cell reads those of its values that it has
-chosen.
+With sparse attention, only the keys of a part on disk are prefetched. The cell reads the values that it has chosen.
 """
 
 from __future__ import annotations
@@ -35,9 +34,11 @@ from flexgen.runtime.sparse import ValueReader
 
 
 class KVCache:
-    """Keys and values of the `layers`: by number the segments of each batch. `heads`: of each layer's queries.
+    """Keys and values of layers. layers: the segments of each batch, by number of the layer. heads: the number of
+    query heads of each layer.
 
-    A cell computes at most `new` tokens of each row. extends: some cells compute several tokens after cached ones.
+    new: the maximum number of tokens of a row in a cell. extends: whether some cells compute several tokens after
+    cached ones.
     """
 
     @whole_or_closed
@@ -61,13 +62,13 @@ class KVCache:
         self._taken.also(self.host.close)
 
     def close(self) -> None:
-        """Give back all memory and files."""
+        """Release all memory and files."""
         self._taken.close()
 
-    # Travel
+    # Moves
 
     def load(self, cell: BoundCell) -> Chains:
-        """The work that brings the cached tokens to where attention reads them."""
+        """The work that loads the cached tokens for attention."""
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
         return bind(
@@ -76,7 +77,7 @@ class KVCache:
         )
 
     def store(self, cell: BoundCell) -> Chains:
-        """The work that brings the new keys and values home, after `attend`."""
+        """The work that moves the new keys and values home, after `attend`."""
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
         return bind(
@@ -92,29 +93,29 @@ class KVCache:
         self.host.regroup(self._storage.segments())
 
     def reset(self) -> None:
-        """Continue with the batches that the cache was made for, for other prompts."""
+        """Continue with the batches for which the cache was made, for other prompts."""
         self._storage.reset()
         self.host.regroup(self._storage.segments())
 
     def cut(self, length: int, shorter: int) -> None:
-        """Keep the first `shorter` of the `length` cached tokens; no transfer may be under way."""
+        """Keep the first `shorter` of the `length` cached tokens. No transfer may be in flight."""
         self._storage.cut(length, shorter)
 
     # Attention
 
     def asks_host(self, cell: BoundCell) -> bool:
-        """Whether the host computes attention for rows of the batch. It does so for one new token of each row."""
+        """Whether the host computes attention for rows of the batch, which it does for one new token per row."""
         return cell.span.decodes and self.host.attends(cell)
 
     def asks_device(self, cell: BoundCell) -> bool:
-        """Whether the device computes attention for rows of the batch while the host does so for others."""
+        """Whether the device computes attention for rows of the batch while the host does it for others."""
         return any(part.segment.on_device for part in self._storage.parts(cell))
 
     def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of the new tokens, whose keys and values are kept; part of the cell's computation.
+        """Attention of the new tokens, whose keys and values are stored. Part of the cell's computation.
 
-        q (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), on the compute device, as is
-        the result (rows, heads, new, head_dim).
+        q and the result are (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), all on the compute
+        device.
         """
         if not cell.span.decodes:
             self.keep(cell, k, v)
@@ -124,7 +125,7 @@ class KVCache:
             self.host.collect(cell, q, k, v)
             self.host.send(cell)
             self._device.wait_for_compute()
-        # The device's rows are only enqueued: they run while the host computes its own.
+        # The work of the device's rows is only enqueued: it runs while the host computes its own rows.
         on_device = self.attend_on_device(cell, q, k, v, scale)
         if asks:
             self.attend_on_host(cell, scale)
@@ -153,7 +154,7 @@ class KVCache:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _pages(self, part: Part, cell: BoundCell) -> Sequence[Page]:
-        """Pages that hold all tokens of the cell where the device computes attention."""
+        """Pages with all tokens of the cell, in the memory in which the device computes attention."""
         buffers = self._storage.slot(part.segment.tier, cell)
         if buffers.device is not None:
             return buffers.pages(buffers.device, part.segment)
@@ -162,7 +163,7 @@ class KVCache:
     def attend_on_device(
         self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> list[Tensor]:
-        """`attend` in a decode step, for the rows of the device: one result for each part."""
+        """`attend` in a decode step for the rows of the device. Returns one result per part."""
         outs = []
         for part in self._storage.parts(cell):
             if part.segment.on_device:
@@ -172,12 +173,13 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a row that the cache has room for, at least."""
+        """The minimum number of tokens of a row for which the cache has room."""
         segment = next(segment for segments in self._storage.segments().values() for segment in segments)
         return segment.pages * segment.page_tokens
 
     def attend_at(self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`attend` in a decode step, as a CUDA graph can capture it. All rows are in one page on the device."""
+        """`attend` in a decode step, in a form that a CUDA graph can capture. All rows are in one page on the
+        device."""
         (part,) = self._storage.parts(cell)
         (page,) = part.pages
         heads = part.segment.heads
@@ -185,7 +187,7 @@ class KVCache:
         return attend_fixed(page, at, heads, q, scale)
 
     def attend_on_host(self, cell: BoundCell, scale: float) -> None:
-        """`attend` for the rows of the host, after `host.send`; `host.fetch` gets the result."""
+        """`attend` for the rows of the host, after `host.send`. `host.fetch` returns the result."""
         parts = (
             (
                 part.segment,
@@ -198,12 +200,12 @@ class KVCache:
         self.host.attend(cell, parts, scale)
 
     def join(self, cell: BoundCell, on_device: Sequence[Tensor]) -> Tensor:
-        """All rows: the results of the device, followed by that of the host if it computed any."""
+        """The results of all rows: those of the device, followed by that of the host if it computed any."""
         outs = [*on_device, self.host.take(cell)] if self.asks_host(cell) else on_device
         return outs[0] if len(outs) == 1 else torch.cat(list(outs))
 
     def _bring(self, part: Part, cell: BoundCell) -> Bring | None:
-        """Reads chosen values of a part on disk into its pages, if they have not come with the keys."""
+        """A function that reads chosen values of a part on disk to its pages, or None if they came with the keys."""
         segment, buffers = part.segment, self._storage.slot(part.segment.tier, cell)
         keys_only = segment.loads_only_keys(self._device.topology)
         if not keys_only or part.file is None or buffers.host is None:
@@ -212,12 +214,12 @@ class KVCache:
         return lambda choice: self._values.read(choice, segment, path, start, host, cell.span)
 
     def keep(self, cell: BoundCell, k: Tensor, v: Tensor) -> None:
-        """Take the keys and values of a cell of several tokens, for `store`, and for attention in chunks."""
+        """Accept the keys and values of a cell of several tokens, for `store` and for attention in chunks."""
         for part in self._storage.parts(cell):
             self._keep(part, cell, k, v)
 
     def _keep(self, part: Part, cell: BoundCell, k: Tensor, v: Tensor) -> Sequence[Page]:
-        """Take the new keys and values of a part; returns the pages on the device that now hold all tokens."""
+        """Accept the new keys and values of a part. Returns the pages on the device that now have all tokens."""
         segment, buffers, span = part.segment, self._storage.slot(part.segment.tier, cell), cell.span
         k, v = segment.heads.encode_both(part.rows_of(k), part.rows_of(v))
         if leaves_device(segment, span, self._device.topology):

@@ -1,4 +1,4 @@
-"""What each lane alone would take for a call."""
+"""Measures the time that a call needs on each lane alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexgen.workload import Workload
 
 
 def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Phase, dict[LaneName, float]]:
-    """Seconds of each lane that can be timed, for both phases of all blocks, see `OptLM.lane_seconds`."""
+    """Seconds of each lane that can be timed, for both phases of all blocks. See `OptLM.lane_seconds`."""
     lanes = timed_lanes(model.machine.device.topology.host_attends(model.policy))
     on_disk = any(split.percent(Tier.DISK) for split in (model.policy.cache, model.policy.activations))
     tokens = workload.gen_len
@@ -29,13 +29,13 @@ def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Pha
             if lengths not in timed:
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, Sampled())
-                # What was never written is read without touching the disk, and no rows were looked up yet.
+                # Reads of bytes that were never written do not access the disk, and no rows have been looked up yet.
                 if on_disk or model.table is not None:
                     call.run(prompts, 1, output)
                 timed[lengths] = {lane: call.time_lane(lane, prompts, tokens, output) for lane in lanes}
             for lane, alone in timed[lengths].items():
                 if lane is LaneName.HOST and model.machine.device.shares_cores:
-                    lane = LaneName.COMPUTE  # one resource: what cannot be beaten is their sum
+                    lane = LaneName.COMPUTE  # one resource: the lower bound is their sum
                 for phase, taken in alone.items():
                     if taken:
                         seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken

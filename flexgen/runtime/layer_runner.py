@@ -1,4 +1,4 @@
-"""Runs the layers: gives each cell its inputs and weights, and takes its result."""
+"""Computes cells: provides the inputs and weights of a layer, and stores its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flexgen.schedule.steps import Grid
 
 @dataclass(frozen=True)
 class _Positions:
-    """The positions of a batch in one pass, and the RoPE factors for them, which all layers share."""
+    """The positions of a batch in one pass and their RoPE factors, which all layers share."""
 
     positions: Tensor
     text_length: Tensor | None
@@ -38,7 +38,7 @@ class _Positions:
 
 @dataclass(frozen=True)
 class _CellContext:
-    """The `Context` that a layer computes a cell in."""
+    """The `Context` in which a layer computes a cell."""
 
     cell: BoundCell
     cache: KVCache
@@ -68,7 +68,7 @@ class _CellContext:
 
 @dataclass(frozen=True)
 class _Half:
-    """The result of a layer's first half, on the compute device. `attention`: that of the device's rows."""
+    """The result of a layer's first half, on the compute device. `attention`: the attention of the device's rows."""
 
     x: Tensor
     qkv: tuple[Tensor, Tensor, Tensor]
@@ -76,9 +76,9 @@ class _Half:
 
 
 class LayerRunner:
-    """Computes the cells of one run: a layer as a whole, or in halves with the host's attention between them.
+    """Computes the cells of one run: a whole layer, or two halves with host attention between them.
 
-    `first`: the token of the grid's first pass. All methods but `feeds` are jobs of the compute lane.
+    first: the token of the grid's first pass. All methods except `feeds` are jobs of the compute lane.
     """
 
     def __init__(
@@ -91,17 +91,17 @@ class LayerRunner:
         self._output = output
         self._first = first
         self._positions: dict[int, _Positions] = {}  # by batch
-        self._halves: dict[int, _Half] = {}  # by slot, from `project` to `finish`
-        self._run = object()  # distinguishes this run's visits from all others'; an id could be used again
+        self._halves: dict[int, _Half] = {}  # by slot, between `project` and `finish`
+        self._run = object()  # distinguishes the visits of this run from all others; an id could be reused
 
     def feeds(self, token: int) -> bool:
-        """Whether the ids that the token reads are on the device, from the token before it in this run."""
+        """Whether the ids that the token reads are on the device, from the previous token in this run."""
         return self._grid.feeds_ids and token > max(self._first, 0)
 
     # A whole layer
 
     def compute(self, cell: BoundCell) -> None:
-        """The layer's result for the cell."""
+        """Compute the cell with the whole layer."""
         x, weights, lookup = self._input(cell), self._weights(cell), self._buffers.lookup
         if cell.layer == 0 and lookup is not None:
             x, rows = lookup.take(x.shape, cell.slot)
@@ -118,24 +118,24 @@ class LayerRunner:
     # A layer in halves
 
     def project(self, cell: BoundCell) -> None:
-        """The first half: queries, keys and values; those of the host's rows are ready to be sent."""
+        """Compute the first half: queries, keys and values, and gather those of the host's rows for `send`."""
         x = self._input(cell)
         qkv = self._attention(cell).qkv(x, self._weights(cell), self._context(cell))
         self._buffers.cache.host.collect(cell, *qkv)
         self._halves[cell.slot] = _Half(x, qkv)
 
     def attend(self, cell: BoundCell) -> None:
-        """Attention of the device's rows."""
+        """Compute attention for the device's rows."""
         half = self._halves[cell.slot]
         attention = self._buffers.cache.attend_on_device(cell, *half.qkv, self._attention(cell).scale)
         self._halves[cell.slot] = replace(half, attention=attention)
 
     def attend_on_host(self, cell: BoundCell) -> None:
-        """Attention of the host's rows; a job of the host's lane."""
+        """Compute attention for the host's rows. A job of the host lane."""
         self._buffers.cache.attend_on_host(cell, self._attention(cell).scale)
 
     def finish(self, cell: BoundCell) -> None:
-        """The second half, from the attention of all rows."""
+        """Compute the second half, from the attention of all rows."""
         half = self._halves.pop(cell.slot)
         attention = self._buffers.cache.join(cell, half.attention)
         self._keep(cell, self._attention(cell).output(attention, half.x, self._weights(cell)))

@@ -1,4 +1,4 @@
-"""Rows of the embedding table for the ids of each cell of the first layer, gathered at the table's home."""
+"""Looks up rows of an embedding table for the cells of the first layer, and gathers them at the table's home."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flexgen.memory.transfer import Chains, bind
 
 @dataclass
 class _Slot:
-    """Buffers of the rows that one cell looks up, the same buffer twice where nothing crosses a link.
+    """Buffers for the rows that one cell looks up. Without a link, `staging` and `device` are the same buffer.
 
-    `table`: their rows in the model's dtype. `gathered`: how many rows `staging` has, `there`: `device`.
+    `table`: the rows in the model's dtype. `gathered`: the number of rows in `staging`. `there`: that in `device`.
     """
 
     staging: Tensor
@@ -33,9 +33,9 @@ class _Slot:
 
 
 class Lookup:
-    """The rows that the cells on their way look up, each row once, and for each id its row among them.
+    """The unique rows that the cells in flight look up, and for each id the index of its row.
 
-    To the layer they are a smaller table, and the ids count in it. `tokens`: ids of the largest batch.
+    The layer uses them as a smaller table, with these indices as ids. tokens: the number of ids of the largest batch.
     """
 
     @whole_or_closed
@@ -68,11 +68,11 @@ class Lookup:
         return self._table.weight.name
 
     def close(self) -> None:
-        """Give back all memory."""
+        """Release all memory."""
         self._taken.close()
 
     def load(self, ids: Tensor, slot: int) -> Chains:
-        """The work that brings the rows of `ids` to the device. The ids are in host memory when it begins."""
+        """The work that loads the rows of `ids` to the device. The ids must be in host memory when it begins."""
         gather, bring = partial(self._gather, ids, slot), partial(self._bring, ids.numel(), slot)
         return bind(self._layout.load(ids.numel()), lambda _, m: gather if m.kind is Kind.GATHER else bring)
 
@@ -87,7 +87,7 @@ class Lookup:
 
     def _bring(self, ids: int, number: int) -> None:
         slot = self._slots[number]
-        # At most as many rows as ids, whatever was gathered: a lane that is timed alone brings old ones.
+        # At most one row per id, even if more were gathered: a lane that is timed alone copies old rows.
         count, lead = min(slot.gathered, ids), self._sizes.lead
         for begin, nbytes in ((0, ids * torch.int64.itemsize), (lead, self._table.nbytes(count))):
             part = slice(begin, begin + nbytes)
@@ -95,7 +95,7 @@ class Lookup:
         slot.there = count
 
     def take(self, shape: Sequence[int], slot: int) -> tuple[Tensor, Tensor]:
-        """(x of `shape`, table) on the compute device, once `load` is done; x counts in the table's rows.
+        """(x of `shape`, table) on the compute device, after `load`. The values of x are rows of the table.
 
         Encoded rows are decoded here, as part of the computation.
         """

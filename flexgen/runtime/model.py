@@ -1,4 +1,4 @@
-"""What every call of an opened model shares."""
+"""The state of an opened model that all its calls share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flexgen.schedule.orders import Order, Slots
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model, ready to run: what every call shares.
+    """An opened model, shared by all calls.
 
-    `table`: of the embedding, where its rows are gathered at home. `in_use`: held by the one call that runs.
+    `table`: the embedding table, if its rows are gathered at home. `in_use`: the lock of the running call.
     """
 
     layers: tuple[Layer, ...]
@@ -36,9 +36,9 @@ class Model:
 
     @property
     def feeds_ids(self) -> bool:
-        """Whether new ids feed the next token on the device, in an order that allows it."""
+        """Whether new ids feed the next token on the device, if the order allows it."""
         return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
 
     def order_of(self, batches: int) -> Order:
-        """The order of a block of `batches` batches."""
+        """The order for a block of `batches` batches."""
         return self.machine.device.topology.choose_order(self.order, self.policy, batches)

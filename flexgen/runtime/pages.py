@@ -1,4 +1,4 @@
-"""Pages of the KV cache as tensors: where a token's keys and values are stored in them, and attention over them."""
+"""Pages of the KV cache as tensors: writes and reads of tokens' keys and values, and attention over them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexgen.models.ops import causal_attention
 from flexgen.runtime.cell import BoundCell
 
 Page = tuple[Tensor, Tensor]
-"""Keys and values as they are kept, each (rows, kv_heads, page_tokens, heads.width): halves of one tensor."""
+"""Stored keys and values, each (rows, kv_heads, page_tokens, heads.width): the halves of one tensor."""
 
 
 def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
@@ -28,7 +28,7 @@ def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
 
 
 def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
-    """Write k and v, as they are kept, (rows, kv_heads, tokens, width), into the pages from token `position` on."""
+    """Write k and v (rows, kv_heads, tokens, width), in their stored form, to the pages from token `position` on."""
     page_tokens, tokens, done = pages[0][0].shape[2], k.shape[2], 0
     while done < tokens:
         page, begin = divmod(position + done, page_tokens)
@@ -43,7 +43,7 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
 
 
 def put_at(page: Page, position: Tensor, k: Tensor, v: Tensor) -> None:
-    """`put` of one token of each row into a page, where `position` (1,) int64 on the page's device tells."""
+    """`put` for one token of each row of a page, at `position` (1,) int64 on the page's device."""
     _whole(page).index_copy_(2, position, torch.cat((k, v)))
 
 
@@ -58,9 +58,9 @@ def _whole(page: Page) -> Tensor:
 def pick(
     pages: Sequence[Page], rows: Sequence[int], begin: int, end: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Copies of k and v (rows, kv_heads, tokens, width), as they are kept, of some rows; from token `begin` to `end`.
+    """Copies of stored k and v (rows, kv_heads, tokens, width) for some rows, from token `begin` to `end`.
 
-    Page by page, each with the number of its first token.
+    Yields them page by page, each with the number of its first token.
     """
     page_tokens = pages[0][0].shape[2]
     index = torch.tensor(rows, device=pages[0][0].device)
@@ -73,7 +73,7 @@ def pick(
 
 
 Bring = Callable[[Choice], object]
-"""Reads the chosen values into the pages."""
+"""Reads the chosen values to the pages."""
 
 
 def attend(
@@ -84,10 +84,10 @@ def attend(
     scale: float,
     bring: Bring | None = None,
 ) -> Tensor:
-    """Attention of the one new token of the segment's rows, over pages that hold it.
+    """Attention of one new token of the segment's rows, over pages that include this token.
 
-    q (rows, heads, 1, head_dim) of these rows, as is the result. `bring` reads values that are not in the pages
-    before they are chosen.
+    q and the result are (rows, heads, 1, head_dim), for these rows. bring: reads chosen values that are not in the
+    pages yet.
     """
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
     pages = pages[: -(-length // segment.page_tokens)]
@@ -99,7 +99,7 @@ def attend(
         hidden = padding.hidden(segment.rows, segment.pages * segment.page_tokens, q.dtype)
         return attend_fused(q, pages, length, hidden, scale, segment.heads)
     if q.is_cuda:
-        pages = [join(pages)]  # launches for each page would take longer
+        pages = [join(pages)]  # launches per page would take longer
     if not segment.sparse:
         return decode_attention(q, pages, length, starts, scale, segment.heads)
     choice = choose(q, pages, length, starts, scale, segment.sparsity)
@@ -110,9 +110,9 @@ def attend(
 
 @dataclass(frozen=True)
 class Fixed:
-    """One new token of each row, for attention in a CUDA graph: tensors on the device say where the token is.
+    """The position of one new token of each row in tensors on the device, for attention in a CUDA graph.
 
-    `index` (1,) int64 is its position. `hidden` is the mask of `attend_fused` for all positions up to it. Attention
+    `index` (1,) int64 is the position. `hidden` is the mask of `attend_fused` for all positions up to it. Attention
     is over `extent` positions.
     """
 
@@ -122,22 +122,22 @@ class Fixed:
 
 
 def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scale: float) -> Tensor:
-    """`attend` of the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
+    """`attend` for the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
     return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
 
 
 def attend_several(
     pages: Sequence[Page], segment: CacheSegment, q: Tensor, starts: Sequence[int], length: int, scale: float
 ) -> Tensor:
-    """Exact causal attention of several tokens of some rows, over pages that hold these rows and tokens.
+    """Exact causal attention of several tokens of some rows, over pages with these rows and tokens.
 
-    q (rows, heads, new, head_dim) of the last of the first `length` positions, as is the result; it is zero at
-    padding. `starts`: each row's first position that is not padding.
-    It computes row by row, which bounds what is joined and decoded (`CacheSegment.extending_bytes`).
+    q and the result are (rows, heads, new, head_dim), for the last `new` of the first `length` positions. The result
+    is zero for padding. starts: each row's first position that is not padding.
+    It computes row by row, which limits the joined and decoded pages (`CacheSegment.extending_bytes`).
     """
     pages = pages[: -(-length // segment.page_tokens)]
     count, heads, new, head_dim = q.shape
-    # Laid out by token, so that merging the heads afterwards is a view.
+    # Stored by token, so that merging the heads afterwards is a view.
     out = q.new_empty(count, new, heads, head_dim).transpose(1, 2)
     for n, start in enumerate(starts):
         row = slice(n, n + 1)

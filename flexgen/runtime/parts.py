@@ -1,4 +1,4 @@
-"""Parts of the KV cache, each a batch's rows of one tier in one layer, and the slots that they pass through."""
+"""Parts of the KV cache (a batch's rows of one tier in one layer), and their slots."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from flexgen.runtime.pages import Page, pages_in
 
 @dataclass(frozen=True)
 class Part:
-    """The cache of one segment of one batch in one layer, at home."""
+    """The home of one segment of the cache: one batch in one layer on one tier."""
 
     segment: CacheSegment
-    home: Tensor | None = None  # bytes, in the GPU or CPU tier
+    home: Tensor | None = None  # bytes, on the GPU or CPU tier
     pages: tuple[Page, ...] = ()
-    file: tuple[Path, int] | None = None  # in the disk tier: the file, and where the part begins
+    file: tuple[Path, int] | None = None  # on the disk tier: the file and the offset of the part
     tail: Tensor | None = None
     tail_page: tuple[Page, ...] = ()
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The rows of the part, from x with all rows of the batch."""
+        """The rows of the part, from an x with all rows of the batch."""
         return x[self.segment.rows.start : self.segment.rows.stop]
 
 
 class Slot:
-    """Buffers of one cell for a cache that travels; views depend on the segment."""
+    """Buffers of one cell for a cache that moves. Their views depend on the segment."""
 
     def __init__(self, device: Tensor | None, host: Tensor | None, fresh: Tensor | None) -> None:
         self.device = device
         self.host = host
         self.fresh = fresh
-        self.new: tuple[Tensor, Tensor] | None = None  # k, v as they are kept, on the device, until stored
+        self.new: tuple[Tensor, Tensor] | None = None  # stored form of k and v on the device, until `store`
         self._pages: dict[tuple[int, CacheSegment], list[Page]] = {}
 
     def pages(self, buffer: Tensor, segment: CacheSegment) -> list[Page]:

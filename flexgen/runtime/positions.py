@@ -29,7 +29,7 @@ from flexgen.runtime.tokens import Prompts
 
 
 class _Part(NamedTuple):
-    """Positions `begin` to `end` of one row of a batch, counted without its padding, `offset` bytes into a buffer."""
+    """Positions `begin` to `end` of one row of a batch, counted without its padding, at byte `offset` of a buffer."""
 
     row: int
     begin: int
@@ -38,10 +38,11 @@ class _Part(NamedTuple):
 
 
 class _Kept:
-    """Values of one kind on their way from a block's batches to `target` (prompts of the call, width, size).
+    """Moves values of one kind from a block's batches to `target` (prompts of the call, width, size).
 
-    `target` is the caller's and pageable: a GPU's copy to it would block the thread that issues the steps. So values
-    cross the link to `staging`, a buffer of each cell slot, a piece at a time, and the host copies the piece on.
+    `target` is pageable memory for the caller: a GPU's copy to it would block the thread that issues the steps. So
+    values cross the link in pieces to `staging`, a buffer of each cell slot, and the host copies each piece to
+    `target`.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class _Kept:
         device: ComputeDevice,
         staging: Sequence[Tensor],
     ) -> None:
-        """`places`: of each row of the block, its number in `target` and its columns there.
-        `staging`: of at least one position each; none where the device shares host memory."""
+        """places: for each row of the block, its number and its columns in `target`.
+        staging: buffers for at least one position each; none if the device computes in host memory."""
         self._target = target
         self._prompts = prompts
         self._places = places
@@ -75,7 +76,7 @@ class _Kept:
         return (tuple(stages),)
 
     def _pieces(self, batch: int, room: int) -> Iterator[list[_Part]]:
-        """The positions of a batch in pieces of at most `room` bytes."""
+        """Divide the positions of a batch into pieces of at most `room` bytes."""
         piece: list[_Part] = []
         taken, each = 0, self._target[0, 0].nbytes
         for row, n in enumerate(self._prompts.batches[batch]):
@@ -112,7 +113,7 @@ class _Kept:
         del self._there[slot]
 
     def _kept(self, batch: int, row: int) -> Tensor:
-        """Where the values of a row go, (its positions, size)."""
+        """The part of `target` for a row, (its positions, size)."""
         n, columns = self._places[self._prompts.batches[batch][row]]
         return self._target[n, columns]
 
@@ -123,7 +124,7 @@ class _Kept:
 
 
 class AllPositions:
-    """The output of one block: its logits and hidden states come to host memory. To be closed when it has run."""
+    """The output of one block, which moves logits and hidden states to host memory. Close it after the run."""
 
     by_token = False
     can_finish = False
@@ -135,7 +136,7 @@ class AllPositions:
         self._taken = taken
 
     def close(self) -> None:
-        """Give the staging buffers back."""
+        """Release the staging buffers."""
         self._taken.close()
 
     def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
@@ -161,10 +162,10 @@ class AllPositions:
 class Forward:
     """The results of a forward pass, block by block, in host memory and in the dtype of the computation.
 
-    `logits` (prompts, width, vocab), of the last position alone (prompts, 1, vocab). `hidden`: (prompts, width,
-    hidden) in transformers' order: embeddings, the result of each transformer layer but the last, and the input of
+    `logits`: (prompts, width, vocab), or (prompts, 1, vocab) for only the last position. `hidden`: (prompts, width,
+    hidden) in transformers' order: embeddings, the result of each transformer layer except the last, and the input of
     the LM head's product, which is the last layer's result after the final norm (and the projection of OPT-350m). All
-    are zero in the padding.
+    are zero for padding.
     """
 
     def __init__(
@@ -189,12 +190,12 @@ class Forward:
     def output(
         self, prompts: Prompts, rows: Sequence[int], machine: Machine, slots: int = SLOTS
     ) -> AllPositions:
-        """The output of the block that has these rows of the request; `slots`: those of cells."""
+        """The output of the block with these rows of the request. slots: the number of cell slots."""
         taken, device = Taken(), machine.device
         largest = max(map(len, prompts.batches))
 
         def staging(targets: Iterable[Tensor]) -> list[Tensor]:
-            """For kinds of values that leave one after another."""
+            """Staging buffers for kinds of values that leave one after another."""
             shapes = [target.shape for target in targets]
             if device.shares_host_memory or not shapes:
                 return []
@@ -204,7 +205,7 @@ class Forward:
 
         columns = self._request.columns
         places = [(n, slice(int(columns[n][0]), int(columns[n][-1]) + 1)) for n in rows]
-        # A slot's next cell waits until hidden states have left. Logits leave at the same time as the last of them.
+        # A slot's next cell waits until hidden states have left. Logits leave together with the last hidden states.
         staged = staging(self._hidden.values())
         hidden = {
             layer: _Kept(target, prompts, places, device, staged) for layer, target in self._hidden.items()
@@ -216,10 +217,10 @@ class Forward:
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
-    """The width of the hidden states of each layer, by number, where transformers returns the layer's result."""
+    """The width of the hidden states by number of the layer, for the layers whose result transformers returns."""
     spec, head = layers[0].spec, len(layers) - 1
     whole = [j for j, layer in enumerate(layers) if isinstance(layer, MLP)]
-    if not whole:  # attention and MLP are one layer
+    if not whole:  # attention and MLP form one layer
         whole = [j for j, layer in enumerate(layers) if isinstance(layer, AttentionLayer)]
     return dict.fromkeys([0, *whole[:-1]], spec.hidden_size) | {head: spec.embed_size}
 
@@ -232,7 +233,7 @@ def hidden_needs(
     topology: Topology,
     policy: Policy,
 ) -> list[Need]:
-    """The needs of the hidden states: in host memory, and of `cells` batches while they leave the device."""
+    """The needs of the hidden states in host memory, and of `cells` batches that leave the device."""
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)

@@ -1,4 +1,4 @@
-"""What a caller asks for, checked before any work is done."""
+"""Checks the arguments of a call before any work is done."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ IdRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts without padding, and the width of the array they came in."""
+    """Prompts without padding, and the width of the caller's array."""
 
     prompts: tuple[np.ndarray, ...]
     width: int
     columns: tuple[np.ndarray, ...]
-    """Where each prompt's ids were in its row."""
+    """The columns of each prompt's ids in the caller's array."""
 
     @property
     def longest(self) -> int:
         return max(map(len, self.prompts))
 
     def blocks(self, size: int) -> list[list[int]]:
-        """The prompts' numbers in blocks of `size`, longest first: neighbours are of like length, so that rows
-        of one batch need little padding, and what is too large for the machine shows at once."""
+        """The prompts' numbers in blocks of `size`, longest first. Adjacent prompts have similar lengths, so that the
+        rows of a batch need little padding, and the most memory is needed first."""
         order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n]))
         return [order[n : n + size] for n in range(0, len(order), size)]
 
 
 def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) -> Request:
-    """Check prompts and free them of their padding.
+    """Check prompts and remove their padding.
 
-    Padding is what `attention_mask` (prompts, prompt_len) marks with 0, at either end of a row; without a mask
-    it is what a row of a rectangular array begins with of the model's pad id, unless that id also ends texts.
+    `attention_mask` (prompts, prompt_len) marks padding at either end of a row with 0. Without a mask, the pad ids at
+    the beginning of the rows of a rectangular array are padding, unless the model's pad id also ends texts.
 
-    Raises RequestError for no prompts, an empty prompt, ids outside the vocabulary, ids that are not whole
-    numbers, and a mask of another shape, with holes, or with an empty row.
+    Raises RequestError for no prompts, an empty prompt, ids outside the vocabulary, ids that are not integers, and a
+    mask with another shape, with holes, or with an empty row.
     """
     rows, rectangular = read_rows(inputs)
     if attention_mask is not None:
@@ -61,26 +61,24 @@ def read_request(spec: ModelSpec, inputs: IdRows, attention_mask: Any = None) ->
     prompts = tuple(row[columns] for row, columns in zip(rows, kept, strict=True))
     for n, prompt in enumerate(prompts):
         if not len(prompt):
-            raise RequestError(
-                f"prompt {n} is empty: give at least one id (the model's first is often its bos)"
-            )
+            raise RequestError(f"prompt {n} is empty: give at least one id, for example the model's bos id")
         worst = prompt.min() if prompt.min() < 0 else prompt.max()
         if not 0 <= worst < spec.vocab_size:
             raise RequestError(
-                f"prompt {n} has id {shown(worst)}, the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
-                "was it tokenised for another model?"
+                f"prompt {n} has id {shown(worst)}, but the vocabulary of {spec.name} is 0 to {spec.vocab_size - 1}: "
+                "use the tokenizer of this model"
             )
     return Request(prompts, max(map(len, rows)), tuple(kept))
 
 
 def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
-    """Prompts as they came, int64 each, padding and all, and whether they are of one width.
+    """The prompts as int64 rows, including padding, and whether they come from a rectangular array.
 
-    Raises RequestError for no prompts and for what is no row of whole numbers.
+    Raises RequestError if there are no prompts, or if a row does not consist of integers.
     """
     if isinstance(inputs, Tensor):
         if inputs.dtype.is_floating_point:  # numpy lacks some of those
-            raise RequestError(f"prompts hold {inputs.dtype} values; ids are whole numbers")
+            raise RequestError(f"prompts contain {inputs.dtype} values; ids must be whole numbers")
         inputs = inputs.detach().cpu().numpy()
     if isinstance(inputs, np.ndarray) and inputs.ndim != 2:
         raise RequestError(f"prompts have shape {inputs.shape}; they must be (prompts, prompt_len)")
@@ -96,19 +94,19 @@ def read_rows(inputs: IdRows) -> tuple[list[np.ndarray], bool]:
         try:
             row = np.asarray(given if not isinstance(given, Tensor) else given.cpu())
         except (TypeError, ValueError) as error:
-            raise RequestError(f"prompt {n} is no list of ids: {shown(error)}") from None
+            raise RequestError(f"prompt {n} is not a list of ids: {shown(error)}") from None
         if row.ndim != 1:
             raise RequestError(
                 f"prompt {n} is {shown(given)}; it must be a list of ids (wrap one prompt in a list)"
             )
         if len(row) and row.dtype.kind not in "iu":
-            raise RequestError(f"prompt {n} holds {row.dtype} values; ids are whole numbers")
+            raise RequestError(f"prompt {n} contains {row.dtype} values; ids must be whole numbers")
         rows.append(row.astype(np.int64))
     return rows, isinstance(inputs, np.ndarray) or len({len(row) for row in rows}) == 1
 
 
 def leading(row: np.ndarray, pad_id: int) -> int:
-    """How many pad ids a row begins with."""
+    """The number of pad ids at the beginning of a row."""
     other = np.flatnonzero(row != pad_id)
     return int(other[0]) if len(other) else len(row)
 
@@ -143,7 +141,7 @@ def _unmasked(rows: Sequence[np.ndarray], attention_mask: Any) -> list[np.ndarra
 
 
 def _mask_row(n: int, given: Any) -> np.ndarray:
-    """One row of a mask. Raises RequestError for anything but 0 and 1 (of any numeric type, or booleans)."""
+    """One row of a mask. Raises RequestError for values other than 0 and 1 (of any numeric type, or booleans)."""
     if isinstance(given, Tensor):
         given = given.detach().cpu().tolist()
     try:
@@ -155,17 +153,17 @@ def _mask_row(n: int, given: Any) -> np.ndarray:
             f"attention_mask must have one row of 0 and 1 for each prompt; row {n} is {shown(given)}"
         )
     if len(mask) and mask.dtype.kind not in "biuf":
-        raise RequestError(f"attention_mask row {n} holds {mask.dtype} values; it takes 0 and 1")
-    wrong = mask[(mask != 0) & (mask != 1)]  # NaN is among them
+        raise RequestError(f"attention_mask row {n} contains {mask.dtype} values; it must contain 0 and 1")
+    wrong = mask[(mask != 0) & (mask != 1)]  # includes NaN
     if len(wrong):
         raise RequestError(
-            f"attention_mask row {n} holds {shown(wrong[0])}; it takes 0 for padding and 1 for ids"
+            f"attention_mask row {n} contains {shown(wrong[0])}; it must contain 0 for padding and 1 for ids"
         )
     return mask
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise RequestError unless `value` is a whole number (numpy's too) of at least `least`, and at most `most`."""
+    """Raise RequestError unless `value` is an integer (Python or numpy) of at least `least` and at most `most`."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         limit = "" if most is None else f" and <= {most}"
@@ -179,36 +177,36 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:
-    """Raise RequestError unless `max_new_tokens` is a count and fits behind every prompt."""
+    """Raise RequestError unless `max_new_tokens` is a valid number and fits after every prompt."""
     check_whole("max_new_tokens", max_new_tokens, 1, LARGEST_COUNT)
     check_positions(spec, request, max_new_tokens)
 
 
 def check_positions(spec: ModelSpec, request: Request, new_tokens: int) -> None:
-    """Raise RequestError unless every prompt and `new_tokens` more fit the model's positions."""
+    """Raise RequestError unless every prompt with `new_tokens` more tokens fits the model's positions."""
     row = max(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
     check_room(spec, f"prompt {row}", request.longest, new_tokens)
 
 
 def check_room(spec: ModelSpec, prompt: str, length: int, new_tokens: int) -> None:
-    """Raise RequestError where `length` ids and `new_tokens` more exceed a learned table of positions.
+    """Raise RequestError if `length` ids and `new_tokens` more exceed a learned table of positions.
 
-    Rotary positions have no end. Beyond the context that the model is made for, a warning is logged once and the
-    text continues, as in transformers. `prompt` names the prompt in messages.
+    Rotary positions have no limit. Beyond the context length of the model, a warning is logged once and the text
+    continues, as in transformers. prompt: the name of the prompt in messages.
     """
     total = length + new_tokens
     if total <= spec.max_positions:
         return
     positions = f"the {spec.max_positions} positions of {spec.name}"
     if total <= spec.longest_text:
-        _warn_once(f"a text exceeds {positions}: beyond them it may become poor")
+        _warn_once(f"a text exceeds {positions}: its quality may degrade beyond them")
         return
     if not new_tokens:
         raise RequestError(f"{prompt} has {length} ids, which exceed {positions}. Shorten it")
     room = spec.max_positions - length
     fewer = f" or ask for at most {room} new tokens" if room > 0 else ""
     raise RequestError(
-        f"{prompt} has {length} ids and {shown(new_tokens)} more are asked for: {shown(total)} exceed {positions}. "
+        f"{prompt} has {length} ids and {shown(new_tokens)} more are requested: {shown(total)} exceed {positions}. "
         f"Shorten the prompt{fewer}"
     )
 
@@ -219,7 +217,7 @@ def _warn_once(message: str) -> None:
 
 
 def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ...]:
-    """The ids that end a row: `stop`, or the model's own end ids for None; an empty one never stops."""
+    """The ids that end a row: `stop`, or the model's end ids for None. With an empty `stop`, rows never end early."""
     if stop is None:
         return spec.eos_token_ids
     if isinstance(stop, np.ndarray | Tensor):
@@ -227,9 +225,7 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
     ids = tuple(stop) if isinstance(stop, Iterable) else (stop,)
     for value in ids:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise RequestError(
-                f"stop holds {shown(value)}; it takes one id, several ids, or () to never stop"
-            )
+            raise RequestError(f"stop contains {shown(value)}; give one id, several ids, or () to never stop")
         if not 0 <= int(value) < spec.vocab_size:
             raise RequestError(
                 f"stop id {shown(value)} is outside the vocabulary, 0 to {spec.vocab_size - 1}"
@@ -238,7 +234,7 @@ def stop_ids(spec: ModelSpec, stop: int | Iterable[int] | None) -> tuple[int, ..
 
 
 def pad_id(spec: ModelSpec) -> int:
-    """What follows a row that has stopped: the model's pad id, else what ends texts, else 0."""
+    """The id after the end of a row: the model's pad id, else an id that ends texts, else 0."""
     if spec.pad_token_id is not None:
         return spec.pad_token_id
     return spec.eos_token_ids[0] if spec.eos_token_ids else 0

@@ -1,4 +1,4 @@
-"""From logits to token ids."""
+"""Chooses token ids from logits."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
 
 INVALID = -1
-"""In the place of an id: the row has NaN or infinite scores, so that none can be chosen.
+"""Replaces the id of a row with NaN or infinite scores, for which no id can be chosen.
 
-Ids come to host memory anyway, so that this check costs no wait for a GPU.
+Ids are copied to host memory anyway, so this check does not wait for a GPU.
 """
 _UNITS = 2.0**52
-"""Of probability, in which `draw` counts. Their sum is below 2**53, so float64 holds it exactly."""
+"""The units of probability per 1 in which `draw` counts. Their sum is below 2**53, which float64 represents
+exactly."""
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise RequestError for values that cannot be meant."""
+    """Raise RequestError for invalid values."""
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise RequestError(f"{name} is {shown(value)}; it must be a number")
         try:
             float(value)
         except OverflowError:
-            raise RequestError(f"{name} is beyond the range of a float; it must be finite") from None
+            raise RequestError(f"{name} exceeds the range of a float; it must be finite") from None
     if not 0 <= temperature < math.inf:  # NaN fails too
         raise RequestError(
-            f"temperature is {shown(temperature)}; it must be finite and >= 0 (0 takes the best token)"
+            f"temperature is {shown(temperature)}; it must be finite and >= 0 (0 chooses the best token)"
         )
     check_whole("top_k", top_k, 0)
     if not 0 < top_p <= 1:
@@ -58,13 +59,13 @@ def sample(
 ) -> Tensor:
     """Token ids (batch,) int64 for logits (batch, vocab).
 
-    Temperature 0 is argmax, and no filter runs. Otherwise, in this order: logits / temperature; top-k keeps
-    the k largest, and what ties with the k-th; top-p keeps a token while the mass strictly before it, by
-    falling probability, is below `top_p` (so the best one always); then `draw` with `uniforms`, which come from
-    `generator` (torch's global one if None) where they are not given. `INVALID` for a row that has a NaN, and for
-    one that has infinity where a draw is made.
+    Temperature 0 is argmax without filters. Otherwise, the steps are: divide the logits by the temperature; top-k
+    keeps the k largest logits, including ties with the k-th; top-p keeps a token while the mass strictly before it,
+    by decreasing probability, is below `top_p` (so it always keeps the best one); `draw` with `uniforms`, which come
+    from `generator` (torch's global one if None) if they are not given. The id is `INVALID` for a row with a NaN,
+    and for a row with infinity if an id is drawn.
 
-    Raises RequestError for a negative or NaN temperature, a negative top_k, top_p outside (0, 1].
+    Raises RequestError for a negative or NaN temperature, a negative top_k, and top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -76,12 +77,12 @@ def sample(
 
 
 def draw_by_scores(scores: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (batch,) int64 drawn by `draw` from the softmax of scores (batch, vocab), which are float32."""
+    """Ids (batch,) int64 that `draw` draws from the softmax of scores (batch, vocab), in float32."""
     return _in_parts(lambda some, shares: draw(some.softmax(dim=-1), shares), scores, uniforms)
 
 
 def _in_parts(choose: Callable[[Tensor, Tensor], Tensor], scores: Tensor, uniforms: Tensor) -> Tensor:
-    """`choose(scores, uniforms)` for some rows at a time, so that it takes no more than `choice_bytes`."""
+    """`choose(scores, uniforms)` for a few rows at a time, so that it allocates at most `choice_bytes`."""
     at_once = choice_rows(scores.shape[-1])
     if len(scores) <= at_once:
         return choose(scores, uniforms)
@@ -103,16 +104,16 @@ def _draw_filtered(logits: Tensor, uniforms: Tensor, temperature: float, top_k: 
 
 
 def _keep_mass(scaled: Tensor, best: Tensor, top_p: float) -> None:
-    """Remove from `scaled` (batch, vocab) what top-p does not keep; a token that is kept has its value unchanged.
+    """Remove the tokens that top-p does not keep from `scaled` (batch, vocab). Values of kept tokens do not change.
 
-    `best` (batch, n) are the largest of each row, in falling order. Others are -inf, or equal to the last of these.
-    The largest of each row is 0, as `_divided` leaves it.
+    best (batch, n): the largest values of each row, in decreasing order. The others are -inf or equal to the last of
+    these. The largest value of each row is 0, from `_divided`.
     """
     mass = best.exp().div_(_total(scaled))
     kept = mass.cumsum(dim=-1).sub_(mass) < top_p
-    kept[:, 0] = True  # nothing is before it; rounding of the sum must not remove it
+    kept[:, 0] = True  # no mass is before it; rounding of the sum must not remove it
     least = best.masked_fill(~kept, math.inf).amin(dim=-1, keepdim=True)
-    # Of tokens that tie with the least one, those with the lowest ids are kept, while the mass before them allows it.
+    # If tokens tie with the smallest kept one, those with the lowest ids are kept, while the mass before them allows.
     greater = mass.masked_fill(best <= least, 0.0).sum(dim=-1, keepdim=True)
     each = mass.masked_fill(best != least, 0.0).amax(dim=-1, keepdim=True)
     allowed = ((top_p - greater) / each).ceil_().clamp_min_(1.0)
@@ -122,35 +123,35 @@ def _keep_mass(scaled: Tensor, best: Tensor, top_p: float) -> None:
 
 
 def _total(scaled: Tensor) -> Tensor:
-    """Sum (batch, 1) of the exponentials of each row."""
+    """The sums (batch, 1) of the exponentials of each row."""
     return scaled.exp().sum(dim=-1, keepdim=True)
 
 
 def best(scores: Tensor) -> Tensor:
-    """Ids (batch,) int64 of the largest of each row of scores (batch, vocab); `INVALID` for a row that has a NaN."""
+    """Ids (batch,) int64 of the largest value of each row of scores (batch, vocab); `INVALID` for rows with a NaN."""
     ids = scores.argmax(dim=-1)  # NaN counts as the largest
     return torch.where(scores.gather(-1, ids[:, None]).squeeze(-1).isnan(), INVALID, ids)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (batch,) int64 drawn from probabilities (batch, vocab), of which `uniforms` (batch,), float64 in [0, 1),
-    choose: the first id up to which the probabilities sum to more than that share of the whole.
+    """Draw ids (batch,) int64 from probabilities (batch, vocab) with `uniforms` (batch,), float64 in [0, 1).
 
-    An id of probability 0 is never drawn, and one below 2**-52 is taken for that. `INVALID` for a row that is NaN:
-    the softmax of a row that has one NaN or +inf, or nothing but -inf, is NaN throughout.
+    The id is the first one up to which the probabilities sum to more than that share of the total. Ids with
+    probability 0 are never drawn, and probabilities below 2**-52 count as 0. The id is `INVALID` for a row of NaN:
+    the softmax of a row with a NaN or +inf, or with only -inf, consists of NaN.
     """
     valid = ~probabilities[:, 0].isnan()
-    # Whole numbers sum to the same on every device, in whatever order it adds, and the sums never fall.
+    # Sums of integers are the same on every device in any order of addition, and the sums never decrease.
     parts = probabilities.to(torch.float64, copy=True).nan_to_num_(nan=1.0).mul_(_UNITS).long()
     sums = torch.cumsum(parts, dim=-1, out=parts)
-    # Below the last sum: float64 holds both exactly, and uniforms end at 1 - 2**-53.
+    # It is below the last sum: float64 represents both exactly, and uniforms are at most 1 - 2**-53.
     chosen = (uniforms * sums[:, -1]).long()
     ids = torch.searchsorted(sums, chosen[:, None], right=True).squeeze(-1)
     return torch.where(valid, ids, INVALID)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in float32, a copy, less the largest of each row, so that no temperature overflows."""
+    """A copy of logits / temperature in float32, minus the largest of each row, so that no temperature overflows."""
     logits = logits.to(torch.float32, copy=True)
-    smallest = torch.finfo(logits.dtype).tiny  # below it, a temperature would be 0 in this type
+    smallest = torch.finfo(logits.dtype).tiny  # a smaller temperature would be 0 in this dtype
     return logits.sub_(logits.max(dim=-1, keepdim=True).values).div_(max(temperature, smallest))

@@ -1,4 +1,4 @@
-"""Reads of sparse attention from a cache on disk: all keys ahead, and only the chosen blocks of the values."""
+"""Reads of sparse attention from a cache on disk: all keys in advance, and only the chosen blocks of the values."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from flexgen.memory.threads import pool
 
 
 def _half(segment: CacheSegment) -> int:
-    """Bytes of the keys of a page, and of its values, which follow. A page has no others: see `choice_tokens`."""
+    """Bytes of the keys of a page, and of the values after them. A page has no other bytes: see `choice_tokens`."""
     return segment.page_bytes // 2
 
 
 def key_reads(segment: CacheSegment, path: Path, start: int, buffer: Tensor, pages: int) -> list[Read]:
-    """The keys of the first `pages` pages of a part that begins at byte `start` of its file, to their places."""
+    """Reads of the keys of the first `pages` pages of a part that begins at byte `start` of its file."""
     begins = range(0, pages * segment.page_bytes, segment.page_bytes)
     return [Read(path, start + begin, buffer[begin : begin + _half(segment)]) for begin in begins]
 
 
 class ValueReader:
-    """Reads the chosen values during a computation, in threads of its own.
+    """Reads the chosen values during a computation, with its own threads.
 
-    They must not queue behind what is read ahead for later cells; and as each piece is short, several must be
-    under way at any time.
+    The reads must not queue behind the prefetches of later cells. The pieces are short, so several must be in flight
+    at any time.
     """
 
     def __init__(self, io: DiskIO) -> None:
         self._io = io
-        self._pool: ThreadPoolExecutor | None = None  # made for the first read: most caches need none
+        self._pool: ThreadPoolExecutor | None = None  # created for the first read: most caches need none
 
     def read(
         self, choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span
     ) -> None:
-        """Return when `buffer` has the chosen values of a part that begins at byte `start` of its file."""
+        """Read the chosen values of a part that begins at byte `start` of its file to `buffer`, then return."""
         reads = value_reads(choice, segment, path, start, buffer, span)
         parts = [reads[n :: self._io.threads] for n in range(self._io.threads)]
         self._pool = self._pool or pool(self._io.threads, "flexgen-values")
@@ -50,7 +50,7 @@ class ValueReader:
                 futures.append(self._pool.submit(self._read_part, part))
             for future in futures:
                 future.result()
-        finally:  # the buffer must not be written any more, after an error or an interrupt too
+        finally:  # after an error or an interrupt too, no thread may write to the buffer
             for future in futures:
                 future.cancel()
             wait(futures)
@@ -61,7 +61,7 @@ class ValueReader:
             self._pool.shutdown()
 
     def _read_part(self, reads: Sequence[Read]) -> None:
-        # Reads of more than a chunk would be given to the threads that read ahead.
+        # The prefetch threads would do reads of more than a chunk.
         batch: list[Read] = []
         nbytes = 0
         for read in reads:
@@ -76,16 +76,16 @@ class ValueReader:
 def value_reads(
     choice: Choice, segment: CacheSegment, path: Path, start: int, buffer: Tensor, span: Span
 ) -> list[Read]:
-    """The blocks of values that hold chosen tokens, to their places; neighbours in the file in one read.
+    """Reads of the blocks of values with chosen tokens. Adjacent blocks of the file are one read.
 
-    The page that is being filled is in host memory already.
+    The page that is being filled is already in host memory.
     """
     pages, unit = span.length // segment.page_tokens, segment.choice_tokens
     items, per_page = len(segment.rows) * segment.kv_heads, segment.page_tokens // unit
     positions = choice.positions.view(items, -1).numpy()
     item, nth = np.nonzero(positions < pages * segment.page_tokens)
     page, block = np.divmod(positions[item, nth] // unit, per_page)
-    # One more than there is in each page, and one before the first: no run continues from page to page.
+    # One more entry than blocks in each page, and one before the first page, so that no run spans two pages.
     wanted = np.zeros((pages + 1, items * per_page + 1), dtype=np.int8)
     wanted[page + 1, item * per_page + block] = 1
     width, edges = wanted.shape[1], np.flatnonzero(np.diff(wanted.ravel())) + 1

@@ -1,4 +1,4 @@
-"""Times, tokens and bytes of a call, and the report of them."""
+"""The times, tokens and bytes of a call, and their report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flexgen.runtime.request import Request
 
 @dataclass(frozen=True)
 class Stats:
-    """The last call: times and events, its policy, the order of a full block, tokens, and bytes by tier, planned and
-    measured.
+    """Figures of the last call: times and events, its policy, the order of a full block, tokens, and planned and
+    measured bytes by tier.
 
-    `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
+    `prompt_tokens` excludes padding; `positions_computed` includes the padding of the batches.
     """
 
     timing: Timing
@@ -37,17 +37,17 @@ class Stats:
 
     @property
     def padded_share(self) -> float:
-        """Share of the positions that the prefill computed which are padding, 0 to 1."""
+        """The share of padding in the positions that the prefill computed, from 0 to 1."""
         return 1 - self.prompt_tokens / self.positions_computed
 
     def report(
         self, model: str, device: str, placement: Placement, prompt_len: int, gen_len: int, tokens: int
     ) -> Report:
-        """The report of a call that made new tokens, without the lanes' times and the perplexity.
+        """The report of a call that generated tokens, without the lanes' times and the perplexity.
 
-        placement: of the weights of `model`. prompt_len: of the longest prompt. gen_len: the requested number of new
-        tokens. The call ran `tokens` of them. If these are fewer, the decode is projected to all, unless every row
-        ended with its first token: then there is no more to decode.
+        placement: that of the weights of `model`. prompt_len: the length of the longest prompt. gen_len: the
+        requested number of new tokens. The call ran `tokens` of them. If it ran fewer, the decode is projected to
+        all tokens, unless every row ended with its first token and there is nothing to decode.
         """
         projected = projected_decode(self.timing, gen_len) if tokens < gen_len else None
         early = projected is None and self.new_tokens < self.num_prompts * gen_len
@@ -76,15 +76,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures the calls of one model. weights_on_disk, resident_before: bytes, the latter of this process in host
-    memory before the weights were loaded."""
+    """Measures the calls of one model. weights_on_disk: bytes. resident_before: bytes of this process in host memory
+    before the weights were loaded."""
 
     machine: Machine
     weights_on_disk: int
     resident_before: int
 
     def stats(self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
-        """The figures of a call that has run `request`."""
+        """The figures of a call after it has run `request`."""
         machine, prompts = self.machine, request.prompts
         peak = {
             Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),

@@ -1,4 +1,4 @@
-"""Results of a run while it runs: the run has a thread, and the caller iterates over its results."""
+"""Streams the results of a run in a background thread: the caller iterates over them."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _OWN_THREADS = "flexgen-"
 
 
 class Abandoned(Exception):
-    """Ends a run that nobody waits for any more."""
+    """Ends a run whose stream was closed."""
 
 
 class Teller(Generic[T]):
-    """A run's side of a stream."""
+    """The run's end of a stream."""
 
     def __init__(self) -> None:
-        # An item, or the end: with the error of the run, or None.
+        # An item, or at the end, the error of the run or None.
         self.queue: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
         self.abandoned = False
 
     def tell(self, item: T) -> None:
-        """Hand an item to the stream. Never waits: the run goes on, whether the item is taken or not."""
+        """Add an item to the stream. Never blocks: the run continues even if nobody reads the item."""
         self.queue.put((item,))
 
     def check(self) -> None:
-        """Raise Abandoned once the stream was closed. A run calls it now and then."""
+        """Raise Abandoned if the stream was closed. A run must call it regularly."""
         if self.abandoned:
             raise Abandoned
 
 
 class Stream(Iterator[T]):
-    """The items that `run` tells, in their order; it runs in a thread, from now on.
+    """Iterates over the items that `run` adds, in order. `run` starts immediately in a thread.
 
-    An error of the run is raised where the next item would come. Closing the stream, leaving it as a context
-    manager, dropping the last reference to it or leaving the interpreter ends the run at its next `check` and
-    waits for that; so does Ctrl-C while waiting for an item. What was told and not taken is gone then.
+    An error of the run is raised in place of the next item. To end the run at its next `check` and wait for that,
+    close the stream, leave it as a context manager, drop the last reference to it, or exit the interpreter. Ctrl-C
+    while waiting for an item does the same. Items that were not read are then discarded.
     """
 
     def __init__(self, run: Callable[[Teller[T]], object]) -> None:
@@ -52,20 +52,20 @@ class Stream(Iterator[T]):
         thread = threading.Thread(
             target=_serve, args=(run, self._teller), name=f"{_OWN_THREADS}stream", daemon=True
         )
-        # The thread must not refer to the stream, or it would never be dropped.
+        # The thread must not refer to the stream, or the stream would never be freed.
         self._finalizer = weakref.finalize(self, _stop, self._teller, thread)
         self._process = os.getpid()
         try:
             threads.start(thread)
-        except BaseException:  # Ctrl-C: the run may have begun, and nobody gets the stream
+        except BaseException:  # Ctrl-C: the run may have begun, and no caller has the stream
             self.close()
             raise
 
     def __next__(self) -> T:
         if os.getpid() != self._process:
             raise RequestError(
-                "this stream was begun by another process, of which this one is a fork: its run is not copied by a "
-                "fork. Iterate in the parent, or open the model in the child"
+                "this stream belongs to another process, and this process is a fork of it: a fork does not copy the "
+                "run. Iterate in the parent, or open the model in the child"
             )
         if not self._finalizer.alive:
             raise StopIteration
@@ -82,7 +82,7 @@ class Stream(Iterator[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the run, if it still goes on."""
+        """End the run, if it is still running."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -94,11 +94,11 @@ class Stream(Iterator[T]):
 
 def _serve(run: Callable[[Teller[T]], object], teller: Teller[T]) -> None:
     try:
-        teller.check()  # Ctrl-C came while the thread was started: `_stop` does not wait for a run that has not begun
+        teller.check()  # Ctrl-C came during the thread's start: `_stop` does not wait for a run that has not begun
         run(teller)
     except Abandoned:
         teller.queue.put(None)
-    except BaseException as error:  # whatever it is, the one who waits must hear of it
+    except BaseException as error:  # every error is raised in the caller's iteration
         teller.queue.put(error)
     else:
         teller.queue.put(None)
@@ -109,7 +109,7 @@ def _stop(teller: Teller[T], thread: threading.Thread) -> None:
     # The garbage collector may call this in a thread that the run itself waits for.
     if not threading.current_thread().name.startswith(_OWN_THREADS):
         raised: BaseException | None = None
-        while thread.is_alive():  # a thread that never began, or that a fork has not copied, is not
+        while thread.is_alive():  # False for a thread that never began or that a fork has not copied
             try:
                 thread.join()
             except BaseException as error:  # Ctrl-C: the run uses the model until it has ended

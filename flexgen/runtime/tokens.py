@@ -1,4 +1,4 @@
-"""The ids of one block: the inputs of the first layer, the new ids, and which rows have stopped."""
+"""The ids of one block: the inputs of the first layer, the new ids, and the rows that have stopped."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from flexgen.runtime.sampler import INVALID
 
 
 class _Grouping:
-    """Which rows of a block each GPU batch has, and how their prompts are padded.
+    """The rows of each GPU batch of a block, and the padding of their prompts.
 
-    `batches`: numbers of the rows. `places`: of each batch, where its rows are in `Prompts.newest`. `widths`: of the
-    longest prompt of each.
+    `batches`: the numbers of the rows. `places`: the rows of each batch in `Prompts.newest`. `widths`: the length of
+    the longest prompt of each batch.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class _Grouping:
 
 
 class Prompts:
-    """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
+    """The prompts of one block, left-padded to one width per batch, and the newest id of every row.
 
-    `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
-    `passes`: of the block's longest prompt. Where the cache has tokens before those of `prompts`, prompts are of one
-    length. `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device
-    has chosen last for each batch; the host may not have them yet.
+    batches: the number of rows of each GPU batch, in order. `self.batches` are the numbers of these rows in the
+    block. passes: the passes for the block's longest prompt. If the cache has tokens before `prompts`, all prompts
+    must have the same length. `positions_computed`: the positions of all prompts, including padding. `made`: the
+    newest ids (rows,) that the compute device has chosen for each batch, which the host may not have yet.
     """
 
     @whole_or_closed
@@ -82,7 +82,7 @@ class Prompts:
         buffer = self._taken.buffer(machine.host, (sum(sizes) + len(prompts)) * item, "prompts")
         *flat, self.newest = buffer.view(torch.int64).split([*sizes, len(prompts)])
         self.newest.zero_()
-        self._ids: dict[tuple[int, int], Tensor] = {}  # by pass and batch
+        self._ids: dict[tuple[int, int], Tensor] = {}  # by (pass, batch)
         for k, (rows, width, into) in enumerate(zip(self.batches, widths, flat, strict=True)):
             ids = torch.full((len(rows), width), pad_id)
             for row, n in zip(ids, rows, strict=True):
@@ -104,7 +104,7 @@ class Prompts:
 
     @property
     def batches(self) -> Sequence[Sequence[int]]:
-        """The rows of the block that each batch has."""
+        """The rows of the block in each batch."""
         return self._grouping.batches
 
     @property
@@ -113,8 +113,8 @@ class Prompts:
         return self._passes.first
 
     def cell(self, token: int, layer: int, batch: int, slot: int) -> BoundCell:
-        """A cell of the pass that gives `token`, with its tokens: the prompts or their parts first, then one at a
-        time."""
+        """A cell of the pass that computes `token`, with its tokens: first the prompts or their parts, then one token
+        per pass."""
         span, padding = self._span(token, batch), self._grouping.padding[batch]
         return BoundCell(token, layer, batch, slot, span, padding)
 
@@ -122,9 +122,9 @@ class Prompts:
         return self._passes.span(token, self._grouping.widths[batch])
 
     def regroup(self, batches: Sequence[Sequence[int]], token: int) -> list[Moved]:
-        """From `token` (not the first) on, only these rows of the block, which must be among those before.
+        """Continue from `token` (not the first one) with only these rows of the block, a subset of the previous ones.
 
-        A batch is padded to the longest of its own prompts. Returns where the rows of each batch come from.
+        A batch is padded to the longest of its own prompts. Returns the origin of the rows of each batch.
         """
         places = {row: (k, n) for k, rows in enumerate(self.batches) for n, row in enumerate(rows)}
         order = {row: n for n, row in enumerate(chain.from_iterable(self.batches))}
@@ -147,13 +147,13 @@ class Prompts:
         self._taken.close()
 
     def source(self, cell: BoundCell) -> Tensor:
-        """(rows, new) in host memory: of the prompt up to the first token, then the newest id."""
+        """(rows, new) in host memory: ids of the prompt for the first token, later the newest id."""
         if cell.token > 0:
             return self.newest[self.rows(cell.batch)].unsqueeze(1)
         return self._ids[cell.token, cell.batch]
 
     def load(self, cell: BoundCell) -> Chains:
-        """The work that brings the ids of the cell to the compute device."""
+        """The work that loads the ids of the cell to the compute device."""
         source, layout = self.source(cell), IdLayout(len(self.batches[cell.batch]), self.device.topology)
         routes = layout.load(cell.span.new)
         if not routes:
@@ -162,32 +162,32 @@ class Prompts:
         return bind(routes, lambda _, move: partial(self.device.to_device, target, source))
 
     def take(self, cell: BoundCell) -> Tensor:
-        """(rows, new) on the compute device, once `load` is done."""
+        """The ids (rows, new) on the compute device, after `load`."""
         source = self.source(cell)
         if self.device.shares_host_memory:
             return source
         return self._slots[cell.slot][: source.numel()].view(source.shape)
 
     def fed(self, batch: int) -> Tensor:
-        """(rows, 1) on the compute device: the ids of the next token, from `made`, not from the host.
+        """The ids (rows, 1) for the next token on the compute device, from `made`, not from the host.
 
-        A row that has ended continues with the id that was chosen for it, and one without a valid id with id 0. The
-        host uses no result of them.
+        A row that has ended continues with its chosen id, and a row without a valid id with id 0. The host does not
+        use their results.
         """
         return self.made[batch].clamp_min(0).unsqueeze(1)
 
     def rows(self, batch: int) -> slice:
-        """Where the rows of `batch` are in `newest`."""
+        """The rows of `batch` in `newest`."""
         return self._grouping.places[batch]
 
     def positions(self, cell: BoundCell) -> Tensor:
-        """(rows, new) on the compute device: counted from the row's first token, 0 in the padding."""
+        """(rows, new) on the compute device, counted from the row's first token; 0 for padding."""
         span = cell.span
         columns = torch.arange(span.length, span.length + span.new, device=self.device.torch_device)
         return (columns - cell.padding.on_device[:, None]).clamp_(min=0)
 
     def text_length(self, cell: BoundCell) -> Tensor | None:
-        """As in `Context`: that of the prompt where the cell computes a part of it."""
+        """See `Context`. It is the length of the prompt if the cell computes a part of the prompt."""
         if cell.token > 0 or self.first == 0:
             return None
         length = self._passes.cached + self._grouping.widths[cell.batch]
@@ -195,40 +195,41 @@ class Prompts:
 
 
 class Output(Protocol):
-    """Takes the last layer's logits, and hidden states of the layers before it."""
+    """Receives the last layer's logits, and hidden states of earlier layers."""
 
     last_only: bool
-    """Whether only the last position's logits are wanted."""
+    """Whether only the logits of the last position are needed."""
 
     by_token: bool
-    """Whether each token is a run of its own: its ids are chosen by `following`, while the lanes are idle."""
+    """Whether each token is a separate run, whose ids `following` chooses while the lanes are idle."""
 
     can_finish: bool
 
     def keep(self, cell: BoundCell, logits: Tensor) -> None:
-        """Accept logits (rows, seq or 1, vocab) on the compute device; part of the computation."""
+        """Accept logits (rows, seq or 1, vocab) on the compute device. Part of the computation."""
 
     def store(self, cell: BoundCell) -> Chains:
-        """The work that brings the result to host memory."""
+        """The work that moves the result to host memory."""
 
     def wants_hidden(self, layer: int) -> bool:
-        """Whether this layer's result is kept; of the last layer, the hidden states that its matrix multiplies."""
+        """Whether this layer's result is kept. For the last layer, these are the hidden states that its matrix
+        multiplies."""
 
     def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
-        """Accept hidden states (rows, seq, hidden) that are wanted, on the compute device. Not to be written to."""
+        """Accept kept hidden states (rows, seq, hidden) on the compute device. The method must not write to them."""
 
     def store_hidden(self, cell: BoundCell) -> Chains:
-        """The work that brings them to host memory."""
+        """The work that moves the hidden states to host memory."""
 
     def following(self, token: int) -> list[list[int]] | None:
-        """The rows of each batch after `token`: [] if every row has stopped, None to continue as before."""
+        """The rows of each batch after `token`: [] if every row has stopped, None to continue without a change."""
 
 
 class NewTokens:
-    """Has the next id of every row chosen, and keeps them until the row ends.
+    """Chooses the next id of every row with `choice`, and stores the ids until the row ends.
 
-    `ids` (rows of the block, tokens): the pad id of `prompts` after a row has ended. `count`: tokens made before
-    that. `names` are the caller's numbers of the block's rows, by which `choice` and `listeners` know them.
+    `ids` (rows of the block, tokens): contains the pad id of `prompts` after the end of a row. `count`: the number of
+    tokens before that. names: the caller's numbers of the block's rows, which `choice` and `listeners` receive.
     """
 
     last_only = True
@@ -286,7 +287,7 @@ class NewTokens:
         self._accept(token, self._prompts.batches[batch], newest)
 
     def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:
-        """Keep the ids chosen for these rows of the block; rows that had ended before get the pad id in `ids`."""
+        """Store the ids chosen for these rows of the block. In `ids`, rows that ended before get the pad id."""
         names = [self._names[row] for row in rows]
         before = self._ended[rows]
         ids.masked_fill_(before, self._prompts.pad_id)
@@ -294,7 +295,7 @@ class NewTokens:
             row = names[ids.tolist().index(INVALID)]
             raise LaneError(
                 f"row {row} has logits that are NaN or infinite at new token {token}, so no id can be chosen. "
-                "Weights that are NaN or infinite cause this, and so do values beyond float16: check the checkpoint, "
+                "NaN or infinite weights, or values beyond the range of float16, cause this: check the checkpoint, "
                 'or open the model with dtype="bfloat16" or "float32"'
             )
         self.ids[rows, token] = ids
@@ -314,7 +315,7 @@ class NewTokens:
 
 
 class WholeCallTokens(NewTokens):
-    """`NewTokens` of a call that is one block, by a choice that sees the whole call."""
+    """`NewTokens` for a call that is one block, with a choice that is made for the whole call."""
 
     by_token = True
 
@@ -330,9 +331,9 @@ class WholeCallTokens(NewTokens):
         return ()
 
     def following(self, token: int) -> list[list[int]]:
-        """Chooses the ids of `token`, which the next run reads.
+        """Choose the ids of `token`, which the next run reads.
 
-        Raises LaneError, whose cause is the error of a choice or a listener.
+        Raises LaneError, whose cause is the error of the choice or of a listener.
         """
         rows = self._rows
         try:
@@ -357,10 +358,10 @@ class WholeCallTokens(NewTokens):
 
 
 def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, topology: Topology) -> list[Need]:
-    """The needs of `WholeCallTokens` and a choice to choose for all rows at once.
+    """The needs of `WholeCallTokens` and its choice for all rows together.
 
-    They are the logits as the batches leave them, in one tensor, in float32 and as processed, and the memory of
-    drawing.
+    They consist of the logits of the batches, in one tensor, in float32 and after processing, and of the memory to
+    draw ids.
     """
     each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
     nbytes = rows * vocab * each + choice_bytes(rows, vocab)

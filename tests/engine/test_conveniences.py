@@ -353,7 +353,7 @@ def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:
         demo.generate_text("a text")
     with pytest.raises(RequestError, match="prompt 1 is empty"):
         demo.generate_text([[5], []])
-    with pytest.raises(RequestError, match="stop holds 5"):
+    with pytest.raises(RequestError, match="stop contains 5"):
         demo.generate_text(TEXTS, stop=[5])  # type: ignore[list-item]
     for rows in (0, -1, 1.5):
         with pytest.raises(RequestError, match=f"rows is {rows}"):

@@ -132,7 +132,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a seed below zero": ({"seed": -1}, ("seed is -1",)),
     "a row below zero": ({"first_row": -1}, ("first_row is -1",)),
     "a row that is no number": ({"first_row": "a"}, ("first_row is 'a'",)),
-    "a temperature beyond floats": ({"temperature": 10**400}, ("temperature is beyond the range",)),
+    "a temperature beyond floats": ({"temperature": 10**400}, ("temperature exceeds the range",)),
     "cut to nothing": ({"cut_gen_len": 0}, ("cut_gen_len", "0")),
     "cut to a float": ({"cut_gen_len": 2.0}, ("cut_gen_len", "2.0")),
 }

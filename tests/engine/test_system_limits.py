@@ -108,7 +108,7 @@ def test_an_offload_directory_that_is_deleted_is_named(opened: Any) -> None:
     lm, root, expected = opened
     for _ in range(2):
         shutil.rmtree(root)
-        with pytest.raises(RequestError, match=rf"offload_dir {root} cannot be used: .*make it again"):
+        with pytest.raises(RequestError, match=rf"offload_dir {root} cannot be used: .*create it again"):
             lm.generate(PROMPTS, 6, stop=())
         assert not root.exists()
         root.mkdir()
@@ -127,8 +127,8 @@ def test_a_run_folder_that_is_deleted_is_made_again(opened: Any) -> None:
 
 
 CREATING = {
-    errno.EROFS: (RequestError, "give an offload_dir that exists and that you may write to"),
-    errno.EACCES: (RequestError, "give an offload_dir that exists and that you may write to"),
+    errno.EROFS: (RequestError, "give an existing offload_dir that you have permission to write to"),
+    errno.EACCES: (RequestError, "give an existing offload_dir that you have permission to write to"),
     errno.EIO: (RequestError, "the disk reports a failure"),
     errno.ENOSPC: (CapacityError, "put a smaller share on disk"),
     errno.EDQUOT: (CapacityError, "put a smaller share on disk"),

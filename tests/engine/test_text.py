@@ -83,7 +83,7 @@ def test_encoding() -> None:
 def test_stop_strings() -> None:
     assert stop_strings("ab") == ("ab",) and stop_strings(["a", "b"]) == ("a", "b") and stop_strings(()) == ()
     for wrong in ("", ["a", ""], [3], b"a", 3, None):
-        with pytest.raises(RequestError, match="stop (holds|is)"):
+        with pytest.raises(RequestError, match="stop (contains|is)"):
             stop_strings(wrong)  # type: ignore[arg-type]
 
 

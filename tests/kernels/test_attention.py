@@ -209,7 +209,7 @@ def test_no_rows():
     ("change", "message"),
     [
         (lambda q, pages: (q[:, :3], pages, 4, None), "a multiple of 2 heads"),
-        (lambda q, pages: (q, pages, 5, None), "length 5, but the pages hold 4 tokens"),
+        (lambda q, pages: (q, pages, 5, None), "length 5, but the pages have 4 tokens"),
         (lambda q, pages: (q, pages, 0, None), "length 0"),
         (lambda q, pages: (q.half(), pages, 4, None), "expected .* torch.float16"),
         (lambda q, pages: (q[..., :4], pages, 4, None), "a page has shape"),
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize("starts", [[-1, 0], [0]])
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
-    with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
+    with pytest.raises(ValueError, match="starts must be 2 integers of at least 0"):
         decode_attention(case.q, case.pages, 4, torch.tensor(starts), 1.0)
 
 

@@ -162,7 +162,7 @@ def test_what_is_not_contiguous_works():
         (torch.ones(64), 3, 64, torch.float16, "3 bits: expected 4 or 8"),
         (torch.ones(66), 4, 33, torch.float16, "group 33: expected .* whole bytes"),
         (torch.ones(64), 4, 0, torch.float16, "group 0: expected"),
-        (torch.ones(65), 4, 64, torch.float16, "no multiple of the group, 64"),
+        (torch.ones(65), 4, 64, torch.float16, "not a multiple of the group, 64"),
         (torch.ones(64), 4, 64, torch.float32, "scales in torch.float32"),
     ],
 )

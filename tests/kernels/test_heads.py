@@ -172,7 +172,7 @@ def test_the_public_function_takes_encoded_pages(dtype, bits):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, pages, form: (q[..., :32], pages, form), "the pages keep heads of 64"),
+        (lambda q, pages, form: (q[..., :32], pages, form), "the pages store heads of 64"),
         (lambda q, pages, form: (q, pages, None), "expected .* torch.float32"),
         (lambda q, pages, form: (q, pages, GroupwiseHeads(64, 8, 64)), r"expected \(1, 2, 4, 68\)"),
     ],

@@ -55,7 +55,7 @@ def test_the_environment_chooses_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False"]
-    assert done.stderr.count("CPU kernels: torch, since FLEXGEN_NATIVE is 0") == 1
+    assert done.stderr.count("CPU kernels: torch, because FLEXGEN_NATIVE is 0") == 1
 
 
 @needs_native

@@ -105,7 +105,7 @@ def test_the_largest_shape_is_found_in_few_steps():
     ("tier", "what", "role", "advice"),
     [
         (Tier.DISK, "cache", "home", "offload_dir"),
-        (Tier.GPU, "weights", "slots", "all but the homes of the weights exceeds 1 KiB"),
+        (Tier.GPU, "weights", "slots", "the needs without the homes of the weights exceed 1 KiB"),
         (Tier.GPU, "weights", "home", "larger share of the weights on a slower tier"),
     ],
 )

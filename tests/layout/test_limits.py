@@ -16,7 +16,7 @@ def test_sizes_and_texts_by_tier():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"vram": 5}, "'vram'; it takes gpu, cpu, disk"),
+        ({"vram": 5}, "'vram'; keys must be gpu, cpu, disk"),
         ({0: 5}, "the key 0"),
         ({"gpu": None}, "max_memory\\['gpu'\\]: None is not a size"),
         ({"cpu": float("nan")}, "nan is not a size"),

@@ -34,7 +34,7 @@ def test_a_failing_disk_names_the_fix_of_the_file(
     file = DirectFile(path, writable, direct=False)
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(
-        OSError, match=f"the disk reports a failure: read the system's log, and .*{fix}"
+        OSError, match=f"the disk reports a failure: read the system log, and .*{fix}"
     ) as caught:
         file.read(memoryview(bytearray(4096)), 0)
     assert ("offload_dir" in str(caught.value)) == writable

@@ -90,9 +90,9 @@ def test_truncated_file(io, path):
         io.read([Read(path, 8 * BLOCK, memory(2 * BLOCK)), Read(path, 10 * BLOCK, memory(BLOCK), needed=101)])
     message = str(caught.value)
     assert str(path) in message
-    assert f"wanted 101 bytes at offset {10 * BLOCK}, got 100" in message
+    assert f"needs 101 bytes at offset {10 * BLOCK}, got 100" in message
     assert f"ends at {10 * BLOCK + 100}" in message
-    with pytest.raises(CheckpointError, match=f"wanted {BLOCK} bytes at offset {30 * BLOCK}, got 0"):
+    with pytest.raises(CheckpointError, match=f"needs {BLOCK} bytes at offset {30 * BLOCK}, got 0"):
         io.read([Read(path, 30 * BLOCK, memory(BLOCK))])
 
 

@@ -139,7 +139,7 @@ def test_an_emulated_link_moves_bytes_whatever_they_mean():
     ],
 )
 def test_an_emulated_link_refuses_what_it_cannot_carry(target, source):
-    with pytest.raises(ValueError, match="a link carries equal contiguous bytes"):
+    with pytest.raises(ValueError, match="a link copies contiguous tensors of equal bytes"):
         EmulatedDevice().to_device(target, source)
 
 

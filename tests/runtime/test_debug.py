@@ -65,7 +65,9 @@ def test_a_summary_has_the_table_only_where_it_is_asked_for():
     (line,) = summary(timing, 2, 6, 3, 5, "fewer_batch").splitlines()
     assert line == "2 prompts, 6 new tokens: prefill 3 s, decode 4 s (projected from 3 tokens)"
     alone = Timing(prefill=3.0, total=3.0, ran=[1])
-    assert summary(alone, 2, 2, 1, 5, None).endswith("decode unknown: one token has none to project from")
+    assert summary(alone, 2, 2, 1, 5, None).endswith(
+        "decode unknown: one token is not enough for a projection"
+    )
     told, *rows = summary(timing, 2, 6, 3, 3, "breakdown").splitlines()
     assert "projected" not in told and "decode 2 s" in told
     assert [row.split()[:3] for row in rows] == [

@@ -100,7 +100,7 @@ def test_a_prompt_alone_may_fill_the_positions(spec: ModelSpec) -> None:
     check_positions(spec, read_request(spec, [[5] * 48]), 0)
     with pytest.raises(RequestError, match=r"^prompt 1 has 49 ids, which exceed the 48 .*Shorten it$"):
         check_positions(spec, read_request(spec, [[5], [5] * 49]), 0)
-    with pytest.raises(RequestError, match=r"1 more are asked for: 49 exceed .*Shorten the prompt$"):
+    with pytest.raises(RequestError, match=r"1 more are requested: 49 exceed .*Shorten the prompt$"):
         check_positions(spec, read_request(spec, [[5] * 48]), 1)
 
 

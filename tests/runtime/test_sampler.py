@@ -228,7 +228,7 @@ def test_a_seed_repeats() -> None:
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
         ({"temperature": True}, "temperature is True"),
-        ({"temperature": 10**400}, "temperature is beyond the range of a float"),
+        ({"temperature": 10**400}, "temperature exceeds the range of a float"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"top_k": True}, "top_k is True"),
