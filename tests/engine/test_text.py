@@ -91,7 +91,7 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="mine has no tokenizer .* put its tokenizer files"):
         load_tokenizer(tmp_path, "mine")
-    with pytest.raises(ModelError, match="mine comes without files"):
+    with pytest.raises(ModelError, match="mine has no files"):
         load_tokenizer(None, "mine")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="the tokenizer cannot be read") as raised:
