@@ -57,7 +57,7 @@ def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     Raises RequestError if it is not a string, or cannot be encoded as UTF-8.
     """
     if not isinstance(text, str):
-        raise RequestError(f"a text is of type {type(text).__name__}; it must be a string")
+        raise RequestError(f"a text is {shown(text)} ({type(text).__name__}); it must be a string")
     if not isinstance(special, bool):
         raise RequestError(f"special_tokens is {shown(special)}; it must be True or False")
     try:
