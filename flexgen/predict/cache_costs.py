@@ -50,7 +50,7 @@ class CacheCosts:
         )
 
     def store(self, layer: int, token: int, rows: int, flushes: bool) -> Loads:
-        """The loads that store new keys and values. `flushes`: whether the token stands for those that write pages."""
+        """The loads that store new keys and values. `flushes`: the token represents those that write pages."""
         if (layer, rows) not in self._layouts:
             return ()
         layout, span = self._layouts[layer, rows], self._passes.span(token)
