@@ -48,7 +48,12 @@ class _Block:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A report in the form of a run's report, its memory plan, and the trace."""
+    """The prediction of a run.
+
+    report: the report, in the form of a run's report.
+    plan: the memory plan of a full block.
+    layer_names: the names of the layers, indexed by `Step.layer` of the trace.
+    """
 
     report: Report
     plan: MemoryPlan

@@ -51,7 +51,13 @@ _STEPS = 100.0, 20.0, 5.0, 1.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy with its order and its prediction. `limits` explains why it is not faster."""
+    """A policy that the search found.
+
+    policy: the policy.
+    order: the name of its order.
+    prediction: its prediction for the whole workload.
+    limits: sentences that explain why it is not faster.
+    """
 
     policy: Policy
     order: str

@@ -156,8 +156,8 @@ class Tuning:
                 return
             new = new[: effort.top]
             _log.info(
-                f"round {n + 1} of at most {effort.rounds}: {len(new)} candidates, each with {effort.repeats} runs of "
-                f"a part of the job, about {effort.trial_seconds:g} s per run"
+                f"round {n + 1} of at most {effort.rounds}: {len(new)} candidates, each with {effort.repeats} runs "
+                f"of a part of the job, about {effort.trial_seconds:g} s per run"
             )
             self._try(new)
             if not any(tried.runs for tried in self.tried):
