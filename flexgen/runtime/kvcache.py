@@ -29,7 +29,7 @@ from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put
+from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put, put_at
 from flexgen.runtime.parts import Part
 from flexgen.runtime.sparse import ValueReader
 
@@ -180,7 +180,9 @@ class KVCache:
         """`attend` in a decode step, as a CUDA graph can capture it. All rows are in one page on the device."""
         (part,) = self._storage.parts(cell)
         (page,) = part.pages
-        return attend_fixed(page, at, part.segment.heads, q, k, v, scale)
+        heads = part.segment.heads
+        put_at(page, at.index, *heads.encode_both(k, v))
+        return attend_fixed(page, at, heads, q, scale)
 
     def attend_on_host(self, cell: BoundCell, scale: float) -> None:
         """`attend` for the rows of the host, after `host.send`; `host.fetch` gets the result."""

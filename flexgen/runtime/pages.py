@@ -121,14 +121,8 @@ class Fixed:
     extent: int
 
 
-def attend_fixed(
-    page: Page, at: Fixed, heads: HeadFormat, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Tensor:
-    """`attend` of the new token, q (rows, heads, 1, head_dim), after writing its keys and values into the page.
-
-    k and v (rows, kv_heads, 1, head_dim) of all rows of the page.
-    """
-    put_at(page, at.index, *heads.encode_both(k, v))
+def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scale: float) -> Tensor:
+    """`attend` of the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
     return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
 
 
