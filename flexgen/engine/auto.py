@@ -31,8 +31,8 @@ _SPARE = 0.95
 
 _FIXED_AT_OPENING = ("weights", "overlap", "sep_layer", "pin_weight")
 _WORTH = 20
-"""A call gets a search of its own if it takes this many times longer than the search did, and if its workload differs
-from the planned one by the factor `_UNLIKE`."""
+"""A call gets a search of its own if it takes this many times longer than the search did, and if its lengths or its
+block differ from the planned ones by more than the factor `_UNLIKE`."""
 _UNLIKE = 2.0
 
 

@@ -170,8 +170,7 @@ class Conveniences(ABC):
         stats: whether to return the call's `Report` too.
         sampling: do_sample, temperature, top_k, top_p and seed, as in `generate`.
 
-        Raises ModelError if the model has no tokenizer, or no chat template for a chat. Otherwise raises as
-        `generate` does.
+        Raises ModelError if the model has no tokenizer, or no chat template for a chat, and as `generate` does.
         """
         request = self._read(prompts, special_tokens)
         stops, choice = stop_strings(stop), self.sampled(**sampling)

@@ -57,5 +57,5 @@ def perplexity(scores: Iterable[Tensor]) -> float:
     # In float64, because a sum over many texts would lose precision in float32.
     every = torch.cat([score.double() for score in scores] or [torch.empty(0)])
     if not len(every):
-        raise ValueError("scores hold no token; give texts of at least two tokens")
+        raise ValueError("scores have no tokens; give texts of at least two tokens")
     return float(torch.exp(-every.mean()))

@@ -199,9 +199,7 @@ class Decoder:
     def _decode_pending(self) -> str:
         """The text of the pending ids, after the context."""
         both = self._text(self._context + self._pending)
-        if self._begun and both.startswith(
-            self._begun
-        ):  # the prompt's last bytes are not part of a character
+        if self._begun and both.startswith(self._begun):  # the prompt's last bytes are not a character's
             return both[len(self._begun) :]
         if both.startswith(self._before):
             return both[len(self._before) :]

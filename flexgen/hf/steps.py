@@ -50,8 +50,7 @@ def record_needs(what: Sequence[str], rows: int, steps: int, vocab: int) -> list
 def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int) -> int:
     """The maximum number of new tokens of a call, at least one.
 
-    It is set by the smallest length among the criteria. A length criterion of the caller replaces the one for
-    `max_length`.
+    The smallest length among the criteria sets it. A length criterion of the caller replaces that for `max_length`.
     """
     lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
     return max(min(lengths, default=max_length) - prompt_len, 1)

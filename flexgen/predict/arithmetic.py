@@ -115,8 +115,7 @@ class Arithmetic:
                 self._hardware, self._dtype, segment.codec, segment.heads, segment.on_device
             )
             if segment.loads_only_keys(self._hardware.topology):
-                # The compiled kernel reads all keys and only the chosen values. The torch code multiplies whole
-                # pages.
+                # The compiled kernel reads all keys and only the chosen values. In torch, whole pages are multiplied.
                 chosen = segment.sparsity.most(context)
                 seconds *= (1 + min(chosen / context, 1)) / 2
                 seconds += self._chosen_from_disk(segment, context, chosen)
@@ -135,8 +134,7 @@ class Arithmetic:
 def layer_numbers(layer: Layer) -> int:
     """The number of activation values per token that the products of a layer read and write.
 
-    These are the inputs and outputs of each matrix. For a table they are the row that is read and the same row as
-    output.
+    These are the inputs and outputs of each matrix. For a table, they are the row that is read, and its copy.
     """
     return sum(
         2 * weight.shape[1] if weight.looked_up else sum(weight.shape)

@@ -13,8 +13,7 @@ from flexgen.results.trace import LaneName
 class ComputeCosts:
     """The computation of cells, whole or in the steps of an order that `splits_attention`.
 
-    A layer is identified by the first of the equal layers. `first`: whether the batch is the first of a layer's
-    visit.
+    A layer is identified by the first of the equal layers. `first`: whether the batch is the first of a visit.
 
     gathers_rows: whether the rows of an encoded table were gathered, each once.
     """

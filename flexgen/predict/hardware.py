@@ -54,8 +54,7 @@ class Hardware:
 
     name: the name of the machine.
     source: the origin of the figures.
-    capacity: by tier, the bytes that a plan may use. Without `gpu`, the compute device is the host and uses its
-        memory.
+    capacity: by tier, the bytes that a plan may use. Without `gpu`, the compute device is the host.
     installed: by tier, the total bytes. It is only reported; plans do not use it.
     compute_capability: of an NVIDIA GPU, such as 8.6; 0 if it is unknown. The workspaces of libraries depend on it.
         Below 8.0, "auto" computes a bfloat16 checkpoint in float16.
@@ -185,8 +184,7 @@ class Hardware:
     def copying(self, nbytes: int, pins: bool) -> Hardware:
         """The same machine with the link's bandwidth for copies from and to `nbytes` of host memory.
 
-        pins: whether the memory is pinned, as far as possible. The rest is assumed to be an equal share of each
-            transfer.
+        pins: whether the memory is pinned, as far as possible. The rest is an equal share of each transfer.
         """
         pinned = self.capacity[Tier.CPU] * PINNED_SHARE if pins else 0.0
         if not self.pageable or nbytes <= pinned:
@@ -270,9 +268,7 @@ class Hardware:
         given = {"name": name} | dict(fields) if name else dict(fields)
         needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
         if missing := [key for key in needed if key not in given]:
-            raise HardwareError(
-                f"{', '.join(missing)} missing; add them, because a machine needs all of them"
-            )
+            raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them: add them")
         return cls(**given)
 
     @classmethod

@@ -14,8 +14,7 @@ class Load(NamedTuple):
     """One stage of a step: the work of its lane.
 
     nbytes: the bytes that cross the link or that the disk reads or writes. For a computation, those of the queries
-        and attention outputs of the host's rows. Values that sparse attention reads while it computes are not
-        counted.
+        and attention outputs of the host's rows, without the values that sparse attention reads.
     seconds: the time of the stage. It includes the reads of sparse attention.
     """
 

@@ -15,8 +15,7 @@ from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, Visit, needed_steps, needed_visit
 
 Entry = tuple[Op | None, int, int]
-"""A step: its op, its visit relative to that of its section, and its batch or piece. An entry with the op None is not
-a
+"""A step: its op, its visit relative to that of its section, and its batch or piece. An entry without an op is not a
 step: it collects the needs that many steps share."""
 
 

@@ -51,7 +51,7 @@ class Prediction:
     """The prediction of a run.
 
     report: the report, in the form of a run's report.
-    plan: the memory plan of a full block.
+    plan: the memory plan of the run.
     layer_names: the names of the layers, indexed by `Step.layer` of the trace.
     """
 
@@ -246,8 +246,7 @@ def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequ
     """The tokens to simulate, and the indices of those that write a page of the cache, if there are `pages` on disk.
 
     The first token of the decode represents only itself, because it waits for the rest of the prefill, and so does
-    the last one, which loads nothing for a next token. A token in the middle writes a page, and the token after it
-    waits.
+    the last one, which loads nothing for a next token. A middle token writes a page, and the token after it waits.
     """
     if samples is not None and samples < 1:
         raise RequestError(f"samples is {samples}; it must be at least 1")
@@ -264,8 +263,7 @@ def decode_seconds(
 ) -> float:
     """Seconds of all tokens but the first, from the `seconds` of `tokens`.
 
-    They are linear between these tokens. Each of `flushes` pages adds time to the token that writes it and to the
-    next.
+    They are linear between these tokens. Each of `flushes` pages adds time to the token that writes it and the next.
     """
     of_pages = sum(seconds[n] + seconds[n + 1] - 2 * seconds[n - 1] for n in flushing)
     plain = [n for n in range(1, len(tokens)) if n not in flushing and n - 1 not in flushing]

@@ -48,7 +48,7 @@ def measured(
     again: whether to measure again, even if there is a cached measurement.
     progress: called before each measurement, with the number done, the total number and the name of the next one.
 
-    A measurement takes one or two minutes. Capacities are the bytes that are free now. If other programs used the
+    A measurement takes less than two minutes. Capacities are the bytes that are free now. If other programs used the
     processors during the measurement, the figures are returned but not cached. If the cache cannot be read, the
     machine is measured again; if it cannot be written, a warning is logged.
 
