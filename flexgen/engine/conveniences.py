@@ -107,8 +107,12 @@ class Conveniences(ABC):
     ) -> Stream[str]:
         """Return an iterator over the pieces of one prompt's completion, as they are generated.
 
-        The joined pieces are the text that `generate_text` returns, and the arguments are the same. The stream ends
-        and raises as that of `stream` does.
+        The joined pieces are the text that `generate_text` returns.
+
+        prompt: a string, an id list or a chat.
+        max_new_tokens, stop, special_tokens, sampling: as in `generate_text`.
+
+        The stream runs, ends and raises as that of `stream` does.
         """
         request = self._read([prompt], special_tokens)
         check_length(self.spec, request, max_new_tokens)
@@ -164,7 +168,7 @@ class Conveniences(ABC):
         prompts: a list of strings, id lists or chats.
         max_new_tokens: the number of tokens to generate for each prompt.
         stop: a string or several. The first one that appears ends the completion, which does not contain it. A
-            special token ("<|im_end|>") can be a stop string. The model's end ids end a completion too.
+            special token (`"<|im_end|>"`) can be a stop string. The model's end ids end a completion too.
         special_tokens: whether to start each text with the special tokens that the tokenizer adds, such as BOS. A
             text that starts with BOS does not get a second one, and a chat has the special tokens of its template.
         stats: whether to return the call's `Report` too.

@@ -62,8 +62,9 @@ class OptLM(Conveniences):
 
     model: "demo", a Hugging Face model directory, a hub id, a known OPT name ("opt-30b") or a transformers config.
     policy: a `Policy`, the path of its TOML file, "auto", or `Auto(...)` with some fields given. "auto" measures the
-        machine once and searches for the fastest policy for `workload` (None: `engine.auto.USUAL`). A call of another
-        workload may get another policy, with the weights in the same places.
+        machine once and searches for the fastest policy. A call of another workload may get another policy, with the
+        weights in the same places.
+    workload: the workload of that search; None is `engine.auto.USUAL`.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
     dtype: of arithmetic, weights and cache: "auto" (the checkpoint's dtype), "float32", "bfloat16" or "float16".
     offload_dir: the directory for cache and hidden states on disk, and for converted weights, which are reused if
