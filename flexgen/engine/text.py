@@ -46,7 +46,9 @@ def load_tokenizer(directory: Path | None, model: str) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # of any class: transformers reads these files with code of many authors
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+        raise ModelError(
+            f"{directory}: the tokenizer cannot be read: {reason}. Replace its files, or give ids"
+        ) from error
 
 
 def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:

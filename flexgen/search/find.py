@@ -378,5 +378,6 @@ class _Finder:
         return CapacityError(
             f"no policy for {self._job.spec.name} fits {self._job.hardware.name}, which is short by {missing}: "
             f"{plan.shortage(limits)}, with "
-            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight"
+            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight. Use a smaller model, "
+            "shorter prompts, codecs (lossy), or a machine with more memory"
         )
