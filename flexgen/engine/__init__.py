@@ -1,4 +1,4 @@
-"""The engine: a model that is opened once and generates many times."""
+"""The engine: `OptLM`, a model that is opened once and called many times."""
 
 from flexgen.engine.model import OptLM
 from flexgen.runtime.stats import Stats

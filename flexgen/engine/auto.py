@@ -1,4 +1,4 @@
-"""`policy="auto"`: a policy found for the machine and the workload, and others for calls that differ from it."""
+"""`policy="auto"`: searches for a policy for the machine and the workload, and for calls of other workloads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from flexgen.workload import Workload
 _log = logging.getLogger("flexgen")
 
 USUAL = Workload(512, 32, 256)
-"""The workload if none is given: the paper's lengths, and prompts enough to fill large blocks."""
+"""The workload if none is given: the lengths of FlexGen's paper, and enough prompts to fill large blocks."""
 
 _SPARE = 0.95
-"""Share of the measured capacity that is planned with: other processes take some before the weights are placed."""
+"""The share of measured capacity that plans use: other processes may take memory before the weights are loaded."""
 
 _FIXED_AT_OPENING = ("weights", "overlap", "sep_layer", "pin_weight")
 _UNLIKE = 2.0
@@ -35,7 +35,7 @@ _UNLIKE = 2.0
 
 
 def usual_workload(spec: ModelSpec) -> Workload:
-    """`USUAL`, as far as the model's positions reach."""
+    """`USUAL`, with lengths cut to the model's positions."""
     gen_len = min(USUAL.gen_len, max(spec.max_positions // 2, 1))
     return Workload(min(USUAL.prompt_len, max(spec.max_positions - gen_len, 1)), gen_len, USUAL.num_prompts)
 
@@ -46,10 +46,12 @@ def this_machine(
     progress: bool | None = None,
     max_memory: Mapping[Tier, int] | None = None,
 ) -> Hardware:
-    """What the machine can do, with a little less of each tier than is free now, so that what is planned still fits
-    when it is run. Measured where that was not done before, which takes a minute or two.
+    """The figures of this machine, which is measured first if it was not measured before (one or two minutes).
 
-    progress: whether to show the bar; None shows it on a terminal only. max_memory: bytes of a tier, at most.
+    The capacity of each tier is a little less than the free memory, so that plans still fit when they run.
+
+    progress: whether to show a progress bar; None shows it on a terminal only.
+    max_memory: the maximum bytes by tier.
     """
     with _Bar(progress) as bar:
         hardware = measured(device, offload_dir, progress=bar)
@@ -63,12 +65,12 @@ def this_machine(
 def known_machine(
     device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
 ) -> Hardware | None:
-    """What the machine can do, if it was measured before; None, at once, if it was not."""
+    """The figures of this machine if it was measured before, else None. It measures nothing."""
     return remembered(device, offload_dir)
 
 
 class _Bar:
-    """Shows how far the measuring is; nothing where it was done before."""
+    """A progress bar for the measurement. It stays hidden if the machine was measured before."""
 
     def __init__(self, progress: bool | None) -> None:
         self._disable = None if progress is None else not progress
@@ -76,7 +78,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, label: str) -> None:
         if self._bar is None:
-            _log.info("this machine was not measured before: measuring it once, a minute or two")
+            _log.info("this machine was not measured before: measuring it once takes one or two minutes")
             self._bar = tqdm(total=total, desc="measuring", disable=self._disable, leave=False)
         self._bar.update(done - self._bar.n)
         self._bar.set_postfix_str(label)
@@ -91,21 +93,20 @@ class _Bar:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A policy, and the name of the order to run it in (None: the one that it asks for)."""
+    """A policy, and the name of its order (None: the policy's own order)."""
 
     policy: Policy
     order: str | None
 
 
 class AutoPolicy:
-    """The policies of one opened model: that of its opening, and those of calls that are unlike it.
+    """The policies of one opened model: the policy that it was opened with, and those of calls of other workloads.
 
-    Weights, and the buffers through which they travel, are placed once; batches, cache and hidden states belong
-    to a call and may change with it.
+    Weights and their slots are placed once. Batches, cache and hidden states belong to a call and may change with it.
     """
 
     def __init__(self, auto: Auto, job: Job) -> None:
-        """job: the model is opened for it."""
+        """job: the job that the model is opened for."""
         self.once = auto.once
         self._auto = auto
         self.job = job
@@ -115,7 +116,7 @@ class AutoPolicy:
         _log.info("%s", in_words(self.search))
 
     def for_call(self, workload: Workload, fits: Callable[[Policy], bool]) -> Chosen:
-        """The policy of a call: that of the opening, unless it does not fit or another is worth a search."""
+        """The policy of a call: the opening's policy, unless it does not fit or the call is worth a search."""
         if workload not in self._known:
             chosen = self.opened
             if not fits(chosen.policy) or self._worth_a_search(workload):
@@ -139,17 +140,17 @@ class AutoPolicy:
         return (prefill + decode) * blocks / before > self._auto.worth * self.search.seconds
 
     def _again(self, workload: Workload) -> Chosen | None:
-        """A policy for `workload` with the weights where they are, or None where there is none."""
+        """A policy for `workload` that leaves the weights in place, or None if none is found."""
         policy = self.opened.policy
         fixed = {name: getattr(policy, name) for name in _FIXED_AT_OPENING} | dict(self._auto.fixed)
-        # An order that wants more slots than were made cannot run: others are tried, the last of which never does.
+        # An order that needs more slots than there are cannot run, so others are tried. The last one always fits.
         asked, held = self.job.order, self._slots(self.opened)
         for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
             try:
                 job = replace(self.job, order=order).for_workload(workload)
                 search = find_for_job(job, Auto(fixed, self._auto.lossy), slots=held)
             except FlexGenError as error:
-                _log.info("the policy stays as it is: %s", error)
+                _log.info("this call keeps the policy of the opening: %s", error)
                 return None
             chosen = _chosen(search, job)
             if self._slots(chosen).fit(held):
@@ -158,21 +159,21 @@ class AutoPolicy:
         return None
 
     def _slots(self, chosen: Chosen) -> Slots:
-        """Those of a full block."""
+        """The slots of a full block."""
         return replace(self.job, order=chosen.order).order_for(chosen.policy).slots
 
 
 def in_words(search: Search) -> str:
-    """What was chosen, in a line."""
+    """The chosen policy in one line."""
     return f"policy: {search.line()} (searched {search.considered} in {search.seconds:.1f} s)"
 
 
 def own_order(policy: Policy, hardware: Hardware) -> str:
-    """The name of the order that the policy asks for, of a full block."""
+    """The name of the policy's own order for a full block."""
     return hardware.topology.choose_order(None, policy, policy.num_gpu_batches).name
 
 
 def _chosen(search: Search, job: Job) -> Chosen:
-    """The best of a search; its order has a name only where the policy would ask for another."""
+    """The best of a search. Its order is None if it is the policy's own."""
     policy, order = search.best.policy, search.best.order
     return Chosen(policy, job.order or (None if order == own_order(policy, job.hardware) else order))

@@ -1,4 +1,4 @@
-"""What each call of an opened model runs under: its policy, its order, and the plan of its memory."""
+"""Chooses the policy, the order and the memory plan of each call of an opened model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class CallPlans:
-    """The plans of one opened model, whose weights lie where they lie.
+    """The plans of one opened model, whose weights stay in place.
 
-    slots: of the weights on their way, for every call. opened: what the model was opened with. auto: finds another
-    policy for calls that are unlike it; None, or one that looks `once`, keeps to that of the opening.
+    slots: the slots that the model was opened with; all calls use them.
+    opened: the policy and the order that the model was opened with.
+    auto: finds policies for calls of other workloads. None, or an `AutoPolicy` with `once`, keeps the opening's.
+    kept: buffers that stay allocated between calls, and their needs. The plans of other calls count them.
     """
 
     layers: Sequence[Layer]
@@ -38,10 +40,9 @@ class CallPlans:
     auto: AutoPolicy | None
     in_use: InUse
     kept: dict[Buffers, tuple[Need, ...]] = field(default_factory=dict)
-    """Buffers that outlive calls, and what they need: the plans of other calls count it."""
 
     def of_weights(self) -> MemoryPlan:
-        """What the weights take, before any call. Raises CapacityError where they do not fit."""
+        """The plan of the weights alone, before any call. Raises CapacityError if they do not fit."""
         return fitting_plan(self._plan_of(None), self.opened.policy, self.machine.limits())
 
     def of_call(
@@ -51,13 +52,12 @@ class CallPlans:
         kept: Kept | None = None,
         whole_prompts: bool = False,
     ) -> tuple[Chosen, MemoryPlan]:
-        """Policy and order of a call, and its plan with what its caller keeps, which fits the machine.
+        """The policy and the order of a call, and its plan, which fits the machine and counts the caller's needs.
 
-        Where whole prompts do not fit, the policy gets a `prefill_chunk` that does, unless the caller wants results
-        of every position (`whole_prompts`).
+        If whole prompts do not fit, the policy gets a `prefill_chunk` that fits, unless the caller needs the results
+        of all positions (`whole_prompts`). A policy that was searched for gets a smaller batch shape if it has to.
 
-        Raises CapacityError otherwise, with a batch shape that would fit where there is one; a policy that was
-        searched for takes that shape.
+        Raises CapacityError if the call does not fit, with a batch shape that fits if there is one.
         """
         plan, limits, chosen = self._plan_of(workload, all_logits, kept), self.machine.limits(), self.opened
         if self.auto is not None and not self.auto.once:
@@ -70,10 +70,11 @@ class CallPlans:
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
     def of_one_block(self, workload: Workload, kept: Kept | None = None) -> tuple[Chosen, MemoryPlan]:
-        """`of_call` for a call that runs as one block, of as many GPU batches as its rows need.
+        """`of_call` for a call that runs as one block; its rows set the number of GPU batches.
 
-        A policy that was searched for takes smaller batches where that makes it fit. What is `kept` grows with the
-        rows. Raises CapacityError where they do not fit, with the most rows that do.
+        A policy that was searched for gets smaller batches if it has to. The `kept` memory grows with the rows.
+
+        Raises CapacityError if the rows do not fit, with the maximum number of rows that fit.
         """
         plan, limits, chosen = self._plan_of(workload, kept=kept), self.machine.limits(), self.opened
         rows, halvings = workload.num_prompts, 1
@@ -86,47 +87,47 @@ class CallPlans:
         if fitting is None:
             most = self._most_rows(workload, kept, shapes[-1])
             raise CapacityError(
-                f"{plan(shapes[-1]).shortage(limits)}. All {rows} rows of this call run in one block, because what "
-                "chooses their ids (a logits processor or a stopping criterion of the caller) sees every row at "
+                f"{plan(shapes[-1]).shortage(limits)}. All {rows} rows of this call run in one block, because its "
+                "choice of ids (a logits processor or a stopping criterion of the caller) sees every row at "
                 f"every step. Split it into calls of at most {most} rows"
             )
         topology, batches = self.machine.device.topology, fitting.num_gpu_batches
-        # With more batches, a policy may ask for an order with more slots than there are.
+        # With more batches, the policy's own order may need more slots than there are.
         orders = (chosen.order, overlap_multi_batch.name, normal.name)
         slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
         order = next(name for name in orders if slots[name].fit(self.slots))
         return Chosen(fitting, order), plan(fitting)
 
     def of_text(self, workload: Workload, buffers: Buffers) -> tuple[Chosen, MemoryPlan]:
-        """`of_call` for calls that add to one text, in `buffers`: parts of it are computed after what is cached."""
+        """`of_call` for calls that extend one text, whose cache is in `buffers`."""
         plan, limits, chosen = self._plan_of(workload, but=buffers), self.machine.limits(), self.opened
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
-        # A part is shorter than the text: buffers are made for parts that follow others.
+        # Chunks are shorter than the text, so that the buffers are made for chunks that follow cached tokens.
         most = max(min(self.layers[0].spec.chunk_tokens, workload.prompt_len - 1), 1)
         cut = chosen.policy.replace(prefill_chunk=min(chosen.policy.prefill_chunk or most, most))
         policy = with_fitting_chunk(plan, cut, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
     def remember(self, buffers: Buffers, plan: MemoryPlan) -> None:
-        """Count what buffers need that were planned for; nothing is taken yet."""
+        """Count the needs of buffers that `plan` was made for. It allocates nothing."""
         weights = Counter({(n.tier, n.what, n.role): n.nbytes for n in self.of_weights().needs})
         needs = (replace(n, nbytes=n.nbytes - weights[n.tier, n.what, n.role]) for n in plan.needs)
         self.kept[buffers] = tuple(need for need in needs if need.nbytes > 0)
 
     def forget(self, buffers: Buffers) -> None:
-        """Give kept buffers back, unless they belong to the process that this one is a fork of."""
+        """Free kept buffers, unless they belong to the parent of this forked process."""
         if not self.in_use.inherited:
             self.kept.pop(buffers, None)
             buffers.close()
 
     def forget_all(self) -> None:
-        """Give all kept buffers back."""
+        """Free all kept buffers."""
         for buffers in list(self.kept):
             self.forget(buffers)
 
     def _most_rows(self, workload: Workload, kept: Kept | None, policy: Policy) -> int:
-        """The most rows of a call in one block that fit. Raises CapacityError where not even one does."""
+        """The maximum number of rows that fit in one block. Raises CapacityError if not even one row fits."""
         limits = self.machine.limits()
 
         def plan_of(rows: int) -> Callable[[Policy], MemoryPlan]:
@@ -149,7 +150,7 @@ class CallPlans:
         kept: Kept | None = None,
         but: Buffers | None = None,
     ) -> Callable[[Policy], MemoryPlan]:
-        """Plans by policy, with what is kept of other calls; `but`: those buffers are what is planned."""
+        """A function from a policy to its plan, which counts the kept buffers of other calls, except `but`."""
         device = self.machine.device
         target = Target(device.topology, self.slots, device.workspaces)
         others = [need for buffers, needs in self.kept.items() if buffers is not but for need in needs]
@@ -163,6 +164,6 @@ class CallPlans:
 
 
 def _one_block(policy: Policy, rows: int, halved: int = 0) -> Policy:
-    """The policy with batches enough for `rows` prompts, of a size that is `halved` so many times."""
+    """The policy with enough batches for `rows` prompts, and a batch size that is halved `halved` times."""
     size = max(policy.gpu_batch_size >> halved, 1)
     return policy.replace(gpu_batch_size=size, num_gpu_batches=-(-rows // size))

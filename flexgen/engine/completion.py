@@ -1,4 +1,4 @@
-"""What a call generates."""
+"""The request of one call: prompts, a number of new tokens and a choice of ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flexgen.runtime.request import Request, check_length, pad_id
 class Completion:
     """New tokens for prompts that `read_request` has read.
 
-    choice: chooses each of them. It knows a prompt by its number in the request.
-    tokens: how many of `max_new_tokens` are run; the rest of the result is pad ids. None runs all.
-    pad: the id after a row that has ended; None is the model's pad id.
+    choice: chooses each token. It identifies a prompt by its number in the request.
+    tokens: the number of tokens to run; the rest of the `max_new_tokens` are pad ids. None runs all.
+    pad: the id that follows the end of a row; None is the model's pad id.
     """
 
     request: Request
@@ -27,12 +27,12 @@ class Completion:
     pad: int | None = None
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises RequestError for a length that the model does not have."""
+        """Raises RequestError if the text is longer than the model's positions."""
         check_length(spec, self.request, self.max_new_tokens)
 
     @property
     def run(self) -> int:
-        """How many new tokens are run."""
+        """The number of new tokens to run."""
         return self.max_new_tokens if self.tokens is None else self.tokens
 
     def pad_id(self, spec: ModelSpec) -> int:

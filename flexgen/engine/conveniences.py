@@ -1,4 +1,4 @@
-"""Calls of a model that are built on ids in and ids out: rows as they end, text, scores of texts."""
+"""Streams, text and scores, built on a model's calls that take and return ids."""
 
 from __future__ import annotations
 
@@ -32,51 +32,57 @@ from flexgen.runtime.stats import Stats
 from flexgen.runtime.stream import Stream, Teller
 
 Text = str | Sequence[int] | np.ndarray | Messages
-"""A text, its ids, or a chat: a list of messages, which the tokenizer's template renders."""
+"""A string, the ids of a text, or a chat. A chat is a list of messages, which the tokenizer's template renders."""
 
 
 class Conveniences(ABC):
-    """Built on a model's `generate_with` and `forward` alone; all of it runs under the model's policy."""
+    """Methods built only on a model's `generate_with` and `forward`, so they run with the model's policy."""
 
     spec: ModelSpec
     tokenizer_dir: Path | None
     stats: Stats | None = None
-    """Of the last call."""
+    """The statistics of the last call."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
 
     @abstractmethod
     def generate_with(self, *args: Any, **options: Any) -> np.ndarray:
-        """New ids for prompts that were read, by any choice of the next id."""
+        """Generate for prompts that were read, with any choice of the next id."""
 
     @abstractmethod
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """Logits of every position."""
+        """The logits of every position."""
 
     @abstractmethod
     def sampled(self, *args: Any, **sampling: Any) -> Choice:
-        """The choice that sampling arguments ask for."""
+        """The choice of the next id for sampling arguments."""
 
     @abstractmethod
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
-        """What the last call took."""
+        """The report of the last call."""
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the model's directory. Raises ModelError where there is none."""
+        """The tokenizer in the model's directory. Raises ModelError if there is none."""
         return load_tokenizer(self.tokenizer_dir, self.spec.name)
 
     def stream(
         self, inputs: IdRows, max_new_tokens: int = 32, *, attention_mask: Any = None, **sampling: Any
     ) -> Stream[tuple[int, np.ndarray]]:
-        """An iterator over (number of the prompt, its new ids), in the order in which the prompts' rows end.
+        """Return an iterator over (number of the prompt, its new ids), in the order in which rows end.
 
-        The new ids are an int64 array that ends with the stop id, if one came. `sampling`: do_sample, temperature,
-        stop, top_k, top_p and seed, as in `generate`. The run continues in a thread, whether rows are taken or not;
-        leaving the iterator early (`close`, `with`, dropping it) ends the run and frees what it held. No other call
-        of this model can run meanwhile. Raises as `generate` does; what does not fit (CapacityError) or fails
-        (LaneError) shows where the next row would come.
+        The new ids are an int64 array. It ends with the stop id, if the row has one.
+
+        inputs: the prompts, as in `generate`.
+        max_new_tokens: the number of tokens to generate for each prompt.
+        attention_mask: as in `generate`.
+        sampling: do_sample, temperature, stop, top_k, top_p and seed, as in `generate`.
+
+        The model runs in a thread and does not wait for the reader. To end the run early, close the iterator (`close`
+        or `with`) or drop it. No other call of this model can run until the stream has ended.
+
+        Raises as `generate` does. CapacityError and LaneError are raised by the iterator.
         """
         request = read_request(self.spec, inputs, attention_mask)
         check_length(self.spec, request, max_new_tokens)
@@ -99,8 +105,15 @@ class Conveniences(ABC):
         special_tokens: bool = True,
         **sampling: Any,
     ) -> Stream[str]:
-        """An iterator over the pieces of one prompt's completion as they are made; joined, they are what
-        `generate_text` gives. Ends and raises as `stream` does."""
+        """Return an iterator over the pieces of one prompt's completion, as they are generated.
+
+        The joined pieces are the text that `generate_text` returns.
+
+        prompt: a string, an id list or a chat.
+        max_new_tokens, stop, special_tokens, sampling: as in `generate_text`.
+
+        The stream runs, ends and raises as that of `stream` does.
+        """
         request = self._read([prompt], special_tokens)
         check_length(self.spec, request, max_new_tokens)
         choice, stops, tokenizer = self.sampled(**sampling), stop_strings(stop), self.tokenizer
@@ -150,16 +163,18 @@ class Conveniences(ABC):
         stats: bool = False,
         **sampling: Any,
     ) -> list[str] | tuple[list[str], Report]:
-        """The completion of each prompt (a text, ids, or a chat), as text without special tokens.
+        """Return the completion of each prompt, as text without special tokens.
 
-        stop: texts of which the first to come ends a completion, and is not part of it; the model's own end ids
-            end it too. A special token ("<|im_end|>") can be one.
-        special_tokens: begin each text with the special tokens that the tokenizer adds, such as BOS, unless the
-            text begins with it already. A chat has those of its template.
-        stats: also return the call's `Report`. sampling: do_sample, temperature, top_k, top_p and seed, as in
-            `generate`.
+        prompts: a list of strings, id lists or chats.
+        max_new_tokens: the number of tokens to generate for each prompt.
+        stop: a string or several. The first one that appears ends the completion, which does not contain it. A
+            special token (`"<|im_end|>"`) can be a stop string. The model's end ids end a completion too.
+        special_tokens: whether to start each text with the special tokens that the tokenizer adds, such as BOS. A
+            text that starts with BOS does not get a second one, and a chat has the special tokens of its template.
+        stats: whether to return the call's `Report` too.
+        sampling: do_sample, temperature, top_k, top_p and seed, as in `generate`.
 
-        Raises ModelError where the model has no tokenizer, or no chat template for a chat, and as `generate` does.
+        Raises ModelError if the model has no tokenizer, or no chat template for a chat, and as `generate` does.
         """
         request = self._read(prompts, special_tokens)
         stops, choice = stop_strings(stop), self.sampled(**sampling)
@@ -171,7 +186,7 @@ class Conveniences(ABC):
             self.generate_with(Completion(request, max_new_tokens, texts))
             texts.finish()
         else:
-            # Decoding as ids come would take the host longer than a small model takes to make them.
+            # To decode ids as they arrive would take the host longer than a small model takes to generate them.
             tokenizer, rows = self.tokenizer, dict[int, np.ndarray]()
             listener = _EndedRows(lambda ended: rows.update([ended]))
             self.generate_with(Completion(request, max_new_tokens, choice), listeners=[listener])
@@ -184,16 +199,19 @@ class Conveniences(ABC):
     def score(
         self, texts: Sequence[Text], rows: int = scoring.ROWS, *, special_tokens: bool = True
     ) -> list[Tensor]:
-        """Log-likelihood of every token of each text (or ids) given those before it: float32 (tokens - 1) each.
+        """Return the log-likelihood of every token, given the tokens before it: for each text float32 (tokens - 1).
 
-        The first token has none; a text's is what its tokenizer begins texts with, where it does and unless
-        `special_tokens` is False. At most `rows`
-        texts run at a time: their logits (rows, longest, vocabulary) are held in host memory. Raises as
-        `forward` does.
+        The first token has no log-likelihood. It is the special token that the tokenizer adds, if it adds one.
+
+        texts: a list of strings, id lists or chats.
+        rows: the maximum number of texts that run at a time. Their logits (rows, longest, vocab) are in host memory.
+        special_tokens: as in `generate_text`.
+
+        Raises as `forward` does.
         """
         check_whole("rows", rows, 1)
         request = self._read(texts, special_tokens)
-        check_positions(self.spec, request, 0)  # here, where a text has its number among all of them
+        check_positions(self.spec, request, 0)  # checked here, where errors can name a text by its number
 
         def forward(ids: Sequence[Sequence[int]]) -> Tensor:
             return self.forward(ids, _all(ids))
@@ -202,11 +220,11 @@ class Conveniences(ABC):
 
     def _read(self, texts: Sequence[Text], special_tokens: bool) -> Request:
         if isinstance(texts, str):
-            raise RequestError(f"texts are the one text {shown(texts)}; give a list of texts")
+            raise RequestError(f"texts is the string {shown(texts)}; it must be a list of texts: pass [text]")
         if not isinstance(texts, Iterable) or getattr(texts, "shape", None) == ():
-            raise RequestError(f"texts are {shown(texts)}; give a list of texts")
+            raise RequestError(f"texts is {shown(texts)}; it must be a list of texts")
         if is_chat(texts):
-            raise RequestError("texts are the messages of one chat; give a list of chats: [messages]")
+            raise RequestError("texts is one chat; it must be a list of chats: pass [messages]")
         ids: list[Any] = [self._encoded(text, special_tokens) for text in texts]
         whole = all(_is_row(row) for row in ids)
         return read_request(self.spec, ids, _all(ids) if whole and ids else None)
@@ -222,7 +240,7 @@ class Conveniences(ABC):
             stream = Stream(run)
             self._streams.add(stream)
             return stream
-        except BaseException:  # Ctrl-C: nobody gets the stream
+        except BaseException:  # Ctrl-C: no caller gets the stream
             if stream is not None:
                 stream.close()
             raise
@@ -233,19 +251,19 @@ class Conveniences(ABC):
 
 
 def _is_row(row: object) -> bool:
-    """Whether it can be the ids of one text, and is not empty."""
+    """Whether it is not empty and can be the ids of one text."""
     if isinstance(row, np.ndarray):
         return row.ndim == 1 and bool(row.size)
     return isinstance(row, Sequence) and bool(row)
 
 
 def _all(ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The mask of prompts without padding: a tokenizer may begin texts with what is also the pad id."""
+    """The mask of prompts without padding. A tokenizer may start texts with an id that is also the pad id."""
     return [np.ones(len(row), dtype=np.int64) for row in ids]
 
 
 class _EndedRows:
-    """A listener that tells (row, its new ids) when a row has ended."""
+    """A listener that passes (row, its new ids) on when a row has ended."""
 
     def __init__(self, tell: Callable[[tuple[int, np.ndarray]], object]) -> None:
         self._tell = tell
@@ -261,7 +279,7 @@ class _EndedRows:
 
 
 class _Texts:
-    """A choice that decodes each row as its ids come, tells the pieces, and ends a row at a stop string."""
+    """A choice that decodes each row as its ids arrive, passes the pieces on, and ends a row at a stop string."""
 
     can_end = True
     whole_call = False
@@ -296,7 +314,7 @@ class _Texts:
         return ended
 
     def finish(self) -> None:
-        """Tell what still waits, after the last token."""
+        """Pass on the text that is still held, after the last token."""
         for row in list(self._open):
             self._end(row)
 

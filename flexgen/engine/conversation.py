@@ -1,4 +1,4 @@
-"""A text whose KV cache is kept from call to call."""
+"""A text whose KV cache is kept between calls."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class CachedText:
-    """The text that a cache has. `ids`, int64: those whose keys and values can be used. `length`: tokens of the
-    cache, with those that may follow them."""
+    """The text whose keys and values are in a cache.
+
+    ids: the ids whose keys and values are valid, int64.
+    length: the tokens in the cache, which may have invalid ones after the ids.
+    """
 
     ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
     length: int = 0
@@ -42,20 +45,20 @@ class CachedText:
 class Conversation(Conveniences):
     """One text, whose KV cache is kept between calls: a call computes only the tokens that the cache does not have.
 
-    You pass the whole text to each call, and get the ids that a call of the model would return. The cache is used as
-    far as the text begins like the text of the call before and its answer. `stream`, `stream_text` and
-    `generate_text` take one prompt.
+    You pass the whole text to each call, and get the ids that a call of the model would return. A call reuses the
+    cache for the tokens that the text has in common, from its start, with the last call's text and completion.
+    `stream`, `stream_text` and `generate_text` take one prompt.
 
-    Between calls the cache stays in memory, and the plans of the model's other calls count it. When a text outgrows
-    the cache, a new one is made, twice as large as the text needs, and the whole text is computed once more.
-    The whole text is also computed after a call that failed or was interrupted. Closing the conversation or the
-    model frees the memory.
+    Between calls the cache stays in memory, and the plans of the model's other calls count it. If a text exceeds the
+    cache, a new cache of twice the size of the text is made, and the whole text is computed again. The whole text is
+    also computed again after a call that failed or was interrupted. Close the conversation or the model to free the
+    memory.
     """
 
     def __init__(
         self, lm: Conveniences, opened: Callable[[], Model], plans: CallPlans, meter: Meter, room: int
     ) -> None:
-        """room: tokens that the cache has room for, at least."""
+        """room: the minimum number of tokens that the cache has room for."""
         super().__init__()
         self.spec, self.tokenizer_dir = lm.spec, lm.tokenizer_dir
         check_whole("room", room, 1)
@@ -67,7 +70,7 @@ class Conversation(Conveniences):
         self._buffers = Buffers()
         self._room: tuple[Model, Workload, MemoryPlan] | None = None
         self._text = CachedText()
-        # Also where nobody closes it: the model may be used for long after.
+        # Frees the memory of a conversation that is dropped without `close`, while the model is still in use.
         self._finalizer = weakref.finalize(self, plans.forget, self._buffers)
 
     @property
@@ -77,16 +80,19 @@ class Conversation(Conveniences):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's."""
+        """The model's tokenizer."""
         return self._lm.tokenizer
 
     def generate(
         self, ids: Sequence[int] | np.ndarray | Tensor, max_new_tokens: int = 32, **sampling: Any
     ) -> np.ndarray:
-        """The text and what follows it, up to the stop id if one comes: int64 (tokens,).
+        """Return the text and its completion, which ends with the stop id if there is one: int64 (tokens,).
 
-        ids: the whole text so far, such as `[*before, *more]`, where `before` is what the last call returned.
-        sampling: do_sample, temperature, stop, top_k, top_p and seed as in `OptLM.generate`, which this raises as.
+        ids: the whole text so far, such as `[*before, *more]`, where the last call returned `before`.
+        max_new_tokens: the number of tokens to generate.
+        sampling: do_sample, temperature, stop, top_k, top_p and seed, as in `OptLM.generate`.
+
+        Raises as `OptLM.generate` does.
         """
         rows: Any = [ids]
         request = read_request(self.spec, rows, np.ones((1, len(ids))) if len(ids) else None)
@@ -102,19 +108,22 @@ class Conversation(Conveniences):
         listeners: Sequence[Listener] = (),
         check: Callable[[], object] | None = None,
     ) -> np.ndarray:
-        """`OptLM.generate_with` for a request of one prompt. Raises RequestError for more, and once it is closed."""
+        """`OptLM.generate_with` for a request of one prompt.
+
+        Raises RequestError for more prompts, or if the conversation is closed.
+        """
         request, choice, tokens = completion.request, completion.choice, completion.run
         self._check(request, choice)
         completion.check(self.spec)
         prompt, pad = request.prompts[0], completion.pad_id(self.spec)
-        self._opened()  # not closed
+        self._opened()  # raises if the model is closed
         (model, workload, plan), grows = self._room_for(len(prompt) + completion.max_new_tokens)
         device, buffers = model.machine.device, self._buffers
         out = completion.blank(pad)
         call = Call(model, workload, pad, check, plan.workspace(Tier.GPU), buffers)
         with device.active(), torch.inference_mode(), call, call:
             cached, length = self._usable(prompt), self._text.length
-            # Until the call has ended well it is not known what the buffers have.
+            # The contents of the buffers are unknown until the call has succeeded.
             self._text = CachedText()
             if grows:
                 self._plans.forget(buffers)
@@ -128,7 +137,7 @@ class Conversation(Conveniences):
             call.run(prompts, tokens, output)
             ids = output.ids[0].numpy()
             out[0, request.width : request.width + tokens] = ids
-            length = len(prompt) + call.timing.ran[-1] - 1  # the last id was not computed
+            length = len(prompt) + call.timing.ran[-1] - 1  # the last id has no keys and values
             self._text = CachedText(np.concatenate([prompt, ids[: output.count]])[:length], length)
             new = replace(request, prompts=(prompt[cached:],))
             self._lm.stats = self.stats = self._meter.stats(model, call, plan, new, output.count)
@@ -136,19 +145,19 @@ class Conversation(Conveniences):
 
     def _check(self, request: Request, choice: Choice) -> None:
         if not self._finalizer.alive:
-            raise RequestError("this conversation is closed; begin another one with conversation()")
+            raise RequestError("this conversation is closed; start another one with conversation()")
         if len(request.prompts) != 1:
             raise RequestError(
-                f"a conversation is one text, and this call has {len(request.prompts)} prompts: pass one, or call "
-                "the model itself"
+                f"this call of a conversation has {len(request.prompts)} prompts; it takes 1: pass one, or call the "
+                "model instead"
             )
         if choice.whole_call:
             raise RequestError(
-                "a conversation takes no choice of ids that sees a whole call: call the model itself"
+                "a conversation does not support a choice of ids that sees a whole call: call the model instead"
             )
 
     def _room_for(self, tokens: int) -> tuple[tuple[Model, Workload, MemoryPlan], bool]:
-        """How the text is computed, and whether that takes other buffers than there are. Raises CapacityError."""
+        """The model, workload and plan of a text, and whether it needs new buffers. Raises CapacityError."""
         if self._room is not None and tokens <= self._room[1].capacity:
             return self._room, not self._buffers.batches
         roomy = int(min(max(2 * tokens, self._least), self.spec.longest_text))
@@ -163,23 +172,23 @@ class Conversation(Conveniences):
         return replace(self._opened(), policy=chosen.policy, order=chosen.order), workload, plan
 
     def _usable(self, prompt: np.ndarray) -> int:
-        """How many tokens of a text the cache serves. The last one is always computed: its logits are wanted."""
+        """The number of tokens of a text to take from the cache. The last one is always computed, for its logits."""
         before = self._text.ids
         shared = min(len(before), len(prompt) - 1)
         unlike = np.flatnonzero(before[:shared] != prompt[:shared])
         longest = max(self._text.length, len(prompt))
         if any(longest > limit for limit in _unstretched(self.spec)):
-            return 0  # all keys of a longer text have other rotary frequencies
+            return 0  # the rotary frequencies of all keys change with the length of the text
         return int(unlike[0]) if len(unlike) else shared
 
     def close(self) -> None:
-        """Give the memory back, once a stream that still runs has ended."""
+        """End a running stream and free the memory."""
         if not self._opened_elsewhere():
             self._end_streams()
             self._finalizer()
 
     def _opened_elsewhere(self) -> bool:
-        """Whether this process is a fork of the one that has the memory."""
+        """Whether this process is a fork of the one that owns the memory."""
         return self._plans.in_use.inherited
 
     def __enter__(self) -> Self:
@@ -188,7 +197,7 @@ class Conversation(Conveniences):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # As of the model
+    # Delegated to the model
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """`OptLM.forward`, without the cache."""
@@ -204,7 +213,7 @@ class Conversation(Conveniences):
 
 
 def _unstretched(spec: ModelSpec) -> set[int]:
-    """Up to which lengths of a text the rotary frequencies of its layers do not depend on the length."""
+    """The lengths up to which the rotary frequencies of the layers do not depend on the length of the text."""
     ropes = (layer.attention.rope for layer in spec.layers)
     return {
         rope.original_max_positions

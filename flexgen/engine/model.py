@@ -1,4 +1,4 @@
-"""`OptLM`: a model opened on a machine under a policy, and its calls."""
+"""`OptLM`: a model opened on a machine with a policy, and its calls."""
 
 from __future__ import annotations
 
@@ -60,27 +60,27 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 class OptLM(Conveniences):
     """A language model that may be larger than its device's memory.
 
-    model: "demo", a directory in Hugging Face's layout, a hub id, a known OPT name ("opt-30b") or a transformers
-        config; weights="dummy" makes random weights of the right shapes and never touches the network, and a
-        `Path` as `weights` is a directory that holds them in place of the model's own.
-    policy: a `Policy`, the path of its TOML file, or "auto" (`Auto(...)` with fields that are given): found by a
-        search for this machine, which is measured once, and `workload`. A call that is unlike it may get another
-        one, with the weights where they are.
-    workload: for which "auto" searches; `engine.auto.USUAL` if None.
+    model: "demo", a Hugging Face model directory, a hub id, a known OPT name ("opt-30b") or a transformers config.
+    policy: a `Policy`, the path of its TOML file, "auto", or `Auto(...)` with some fields given. "auto" measures the
+        machine once and searches for the fastest policy. A call of another workload may get another policy, with the
+        weights in the same places.
+    workload: the workload of that search; None is `engine.auto.USUAL`.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
-    dtype: of arithmetic, weights and cache: "auto" (the checkpoint's own), "float32", "bfloat16", "float16".
-    offload_dir: where cache and hidden states on disk, and weights that are in no file as they are needed, are
-        kept; a temporary directory if None. Weights already written there are used again.
-    progress: bars for loading and generation; None shows them on a terminal only.
-    order: the name of a schedule, instead of the one that the policy asks for.
-    num_layers: only the first layers of the model, for trials; what it generates means nothing then.
-    max_memory: bytes that the model and its calls may take of a tier, at most; what is not named is not limited.
-    hub: how a model that is not on this machine is downloaded: revision, token, cache, local files only.
+    dtype: of arithmetic, weights and cache: "auto" (the checkpoint's dtype), "float32", "bfloat16" or "float16".
+    offload_dir: the directory for cache and hidden states on disk, and for converted weights, which are reused if
+        they are already in it. None makes a temporary directory.
+    weights: "checkpoint" loads the model's weights; a `Path` loads them from that directory instead. "dummy" makes
+        random weights of the same shapes and does not use the network.
+    progress: whether to show progress bars for loading and generation; None shows them on a terminal only.
+    order: the name of an order that replaces the policy's own.
+    num_layers: the number of layers to open, from the first; for trials only, because the output is meaningless.
+    max_memory: by tier, the maximum bytes that the model and its calls may use. Other tiers are not limited.
+    hub: the options for downloading a model: revision, token, cache, local files only.
 
-    Opening places all weights. It is a context manager: leaving it frees files, threads and pinned memory.
-    Raises PolicyError, ModelError, CheckpointError, ScheduleError (an order that is unknown or not legal),
-    RequestError (an unknown device or dtype, a wrong max_memory) and CapacityError (what does not fit, before a
-    byte moves).
+    `OptLM` loads all weights. It is a context manager: its exit frees files, threads and pinned memory.
+
+    Raises, before any data moves, PolicyError, ModelError, CheckpointError, ScheduleError (unknown or illegal order),
+    RequestError (unknown device or dtype, invalid max_memory) and CapacityError (the weights do not fit).
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class OptLM(Conveniences):
         place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
         self._no_bar = None if progress is None else not progress
         opened = open_weights(self.spec, checkpoint, policy, place, workload, order)
-        # Also when the user forgets to close, and at exit: files and threads must not stay behind.
+        # Frees files and threads also at exit, or if the user forgets to close the model.
         self._finalizer = opened.closed_with(self)
         self.policy, self.auto = opened.model.policy, opened.plans.auto
         self._plans = opened.plans
@@ -120,7 +120,7 @@ class OptLM(Conveniences):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of arithmetic, weights and cache."""
+        """The dtype of arithmetic, weights and cache."""
         return self._plans.placement.dtype
 
     @property
@@ -138,31 +138,33 @@ class OptLM(Conveniences):
 
     @property
     def device(self) -> str:
-        """Name of the compute device."""
+        """The name of the compute device."""
         return self._machine.device.name
 
     @property
     def layer_names(self) -> list[str]:
-        """Names of the streaming units, indexed like `Step.layer` in traces."""
+        """The names of the layers, indexed by `Step.layer` of traces."""
         return [layer.name for layer in self._layers]
 
     def memory_in_use(self) -> dict[Tier, int]:
-        """Bytes by tier: weights, and while a call runs its buffers and files. Weights on disk are not counted."""
+        """Bytes in use by tier: weights, except those on disk, and the buffers and files of a running call."""
         return self._machine.in_use()
 
     def close(self) -> None:
-        """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
-        so is a call in another thread, by RequestError; from within a call it raises one itself. In a process that
-        was forked after the model was opened it does nothing: all of it belongs to the parent."""
+        """Free files, threads and memory. The model cannot be used afterwards.
+
+        Running streams end, and a call in another thread raises RequestError there. In a fork of the process, `close`
+        does nothing, because the parent owns the resources. Raises RequestError if a call of the model calls it.
+        """
         if self._plans.in_use.inherited:
             return
         self._plans.in_use.refuse_inside()
         self._end_streams()
         try:
             self._finalizer()
-        finally:  # Ctrl-C too comes out behind it
-            self._model = None  # and with it the last references to weights and slots:
-            self._machine.device.close()  # a GPU's memory can be given back only now
+        finally:  # also after Ctrl-C
+            self._model = None  # drops the last references to weights and slots,
+            self._machine.device.close()  # so that a GPU's memory can be freed here
 
     def _opened(self) -> Model:
         self._plans.in_use.refuse_closed()
@@ -170,10 +172,10 @@ class OptLM(Conveniences):
         return self._model
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Pickling and copying raise RequestError: threads, open files and memory go into no pickle."""
+        """Raise RequestError: threads, open files and memory can be neither pickled nor copied."""
         raise RequestError(
-            "an OptLM can be neither pickled nor copied, it holds threads, open files and memory: pass the arguments "
-            "(the model's name and the Policy, which pickles) and call OptLM(...) in the worker"
+            "an OptLM can be neither pickled nor copied, it holds threads, open files and memory: pass its arguments "
+            "(the model's name and the Policy, which can be pickled) and call OptLM(...) in the worker"
         )
 
     def __enter__(self) -> Self:
@@ -182,7 +184,7 @@ class OptLM(Conveniences):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # Their other arguments are those of the method itself.
+    # The other arguments are those of the implementation.
     @overload
     def generate(self, *args: Any, stats: Literal[False] = False, **options: Any) -> np.ndarray: ...
 
@@ -207,28 +209,26 @@ class OptLM(Conveniences):
         first_row: int | Sequence[int] = 0,
         stats: bool = False,
     ) -> np.ndarray | tuple[np.ndarray, Report]:
-        """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int64.
+        """Return the prompts and their completions: (prompts, prompt_len + max_new_tokens) int64.
 
-        inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. Shorter
-            prompts are padded on the left, in the result too; there may be any number of them.
-        do_sample: draw with `temperature`, `top_k` and `top_p` (see `sample`), from `seed`, or a random one if it is
-            None; otherwise take the most probable token.
-        first_row: number of the first prompt in a job that several calls share, or of each prompt. A draw depends on
-            the seed, the prompt's number in the job and the token alone, so that the job gets the same samples
-            however it is split into calls, and under every policy, order and device, but for what rounding of
-            logits decides.
-        stop: the id or ids that end a row, the model's end ids if None; `()` never stops. What follows a stop
-            is the pad id.
-        attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
-            begin a row of a rectangular input are padding.
-        cut_gen_len: generate only this many tokens, the rest of the result is pad ids (for benchmarks). A report
-            (`stats`) projects from them and takes at least 2.
-        debug_mode: both run a few tokens only, as `cut_gen_len` does, and print the times projected from them.
-            "breakdown" also prints what each operation took, with nothing else running (order "normal").
-        verbose: above 0, prints a summary of the call (to stderr).
-        stats: also return the call's `Report`: what it took, and what was stored where.
+        inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. The number of
+            prompts is not limited. Shorter prompts are padded on the left, also in the result.
+        max_new_tokens: the number of tokens to generate for each prompt.
+        do_sample: True draws each token; False takes the most probable token.
+        temperature, top_k, top_p: the distribution of the draws, see `sample`.
+        stop: the id or ids that end a row. None is the model's end ids; `()` never stops. Pad ids follow the stop id.
+        debug_mode: "fewer_batch" generates a few tokens only and prints projected times. "breakdown" also runs one
+            step at a time (order "normal") and prints the time of each operation.
+        cut_gen_len: the tokens to generate in a benchmark, at least 2 with `stats`; pad ids replace the others.
+        verbose: a value above 0 prints a summary of the call to stderr.
+        attention_mask: (prompts, prompt_len), with 0 for padding at either end of a row. Without a mask, pad ids at
+            the start of a row of a rectangular input are padding.
+        seed: None chooses a random one. A draw depends only on the seed and on the numbers of prompt and token.
+            Calls, policies, orders and devices do not change the samples of a job, except by rounding of the logits.
+        first_row: the number of the first prompt in a job of several calls, or the numbers of all prompts.
+        stats: whether to return the call's `Report` too, with its times and the placement of its data.
 
-        Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
+        Raises RequestError (invalid arguments) and CapacityError (the call does not fit) before any work, and
         LaneError, with its cause, if a step fails.
         """
         request = read_request(self.spec, inputs, attention_mask)
@@ -254,14 +254,15 @@ class OptLM(Conveniences):
         check: Callable[[], object] | None = None,
         order: str | None = None,
     ) -> np.ndarray:
-        """`generate` for any choice of the next id.
+        """`generate` with any choice of the next id.
 
-        listeners: called with the new ids as they come. kept: what the caller keeps of the call, in addition to what
-            the plan counts. check: called before each step; what it raises ends the call and comes out as it is. Such
-            a call shows no bar. order: replaces the policy's own; it must do with the slots of the model.
+        listeners: called with the new ids as they arrive.
+        kept: memory that the caller keeps for the call, in addition to the plan.
+        check: called before each step; its exceptions end the call, unchanged. It disables the progress bar.
+        order: the name of an order that replaces the policy's own; the model's slots must be enough for it.
 
-        What the choice and the listeners raise comes as the cause of a LaneError. A choice that sees the `whole_call`
-        runs all prompts in one block, and what does not fit so is a CapacityError. Raises as `generate` does.
+        A choice with `whole_call` runs all prompts in one block. Raises as `generate` does; an exception of the
+        choice or of a listener is the cause of a LaneError.
         """
         completion.check(self.spec)
         request, choice, tokens = completion.request, completion.choice, completion.run
@@ -301,7 +302,7 @@ class OptLM(Conveniences):
         seed: int | None = None,
         first_row: int | Sequence[int] = 0,
     ) -> Choice:
-        """The choice of the next id that `generate` makes with these arguments. Raises RequestError."""
+        """The choice of the next id that `generate` uses with these arguments. Raises RequestError."""
         self._opened()
         check_bool("do_sample", do_sample)
         check_sampling(temperature, top_k, top_p)
@@ -312,17 +313,16 @@ class OptLM(Conveniences):
         return Sampled(drawn, top_k, top_p, stop_ids(self.spec, stop), seed, first_row)
 
     def forward(self, input_ids: IdRows, attention_mask: Any = None) -> Tensor:
-        """Logits (prompts, prompt_len, vocab) of every position, in host memory; zero in the padding.
+        """Return the logits of every position: (prompts, prompt_len, vocab) in host memory, 0 at padding.
 
-        Prompts as in `generate`, of any number and, as lists, of any lengths; each row's logits stand where
-        its ids stood. Raises as `generate` does.
+        input_ids, attention_mask: the prompts, as in `generate`. Raises as `generate` does.
         """
         return self.forward_with(read_request(self.spec, input_ids, attention_mask)).logits
 
     def forward_with(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> Forward:
-        """`forward` for prompts that `read_request` has read, with the hidden states on request.
+        """`forward` for prompts that `read_request` has read, with hidden states if `hidden_states`.
 
-        last_only: logits of each prompt's last position alone.
+        last_only: whether to compute only the logits of each prompt's last position.
         """
         workload, model, plan = self._prepared_forward(request, last_only, hidden_states)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
@@ -338,16 +338,15 @@ class OptLM(Conveniences):
         return result
 
     def conversation(self, room: int = 256) -> Conversation:
-        """A text whose KV cache is kept from call to call, so that each computes only what is new.
+        """Return a text whose KV cache is kept between calls, so that a call computes only the new tokens.
 
-        room: tokens that its cache has room for, at least. It is taken by the first call, and grows where a text
-        outgrows it.
+        room: the minimum number of tokens in the cache. The first call allocates it, and it grows with the text.
         """
         self._opened()
         return Conversation(self, self._opened, self._plans, self._meter, room)
 
     def check_forward(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> None:
-        """Raise what `forward_with` raises before any work."""
+        """Raise the errors that `forward_with` raises before any work."""
         self._prepared_forward(request, last_only, hidden_states)
 
     def _prepared_forward(
@@ -363,11 +362,13 @@ class OptLM(Conveniences):
         )
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
-        """Seconds that each lane alone would take for `generate` on these prompts, without stopping early.
+        """Return the seconds that each lane, running alone, takes for `generate` on these prompts.
 
-        The largest of each phase, summed (`report.bound_seconds`), is the bound that orders are held against: a
-        block's decode cannot begin before its prefill is done. Each lane runs its part of each block with the
-        others idle (some tokens of it, see `Call.time_lane`); a block of lengths that were timed is not run again.
+        inputs, max_new_tokens: as in `generate`; rows do not stop early.
+
+        The longest lane of the prefill plus the longest lane of the decode (`report.bound_seconds`) is a lower bound
+        of the run's time, because a block's decode starts after its prefill. Each lane runs its steps of each block,
+        for some tokens, while the others are idle. Blocks of equal lengths are timed once. Raises as `generate` does.
         """
         request = read_request(self.spec, inputs)
         check_length(self.spec, request, max_new_tokens)
@@ -383,7 +384,7 @@ class OptLM(Conveniences):
         one_block: bool = False,
         whole_prompts: bool = False,
     ) -> tuple[Model, MemoryPlan]:
-        """The model under the policy and in the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
+        """The model with the policy and the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
         model, plans = self._opened(), self._plans
         if one_block:
             chosen, plan = plans.of_one_block(workload, kept)
@@ -392,7 +393,7 @@ class OptLM(Conveniences):
         return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
-        """Of the last call, which ran `tokens` of `max_new_tokens` for `request`."""
+        """The report of the last call, which ran `tokens` of `max_new_tokens` for `request`."""
         assert self.stats is not None
         lengths = request.longest, max_new_tokens, tokens
         return self.stats.report(self.spec.name, self.device, self.placement, *lengths)

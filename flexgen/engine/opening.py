@@ -1,4 +1,4 @@
-"""Open a model's weights on a machine, under a policy that is given or searched for."""
+"""Opens a model's weights on a machine, with a given policy or one that is searched for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is opened: the arguments of `OptLM` that describe the machine."""
+    """The arguments of `OptLM` that describe the machine."""
 
     device: str | torch.device | ComputeDevice
     dtype: str | torch.dtype
@@ -44,7 +44,7 @@ class Place:
     progress: bool | None
 
     def __post_init__(self) -> None:
-        """Raises RequestError for values of other kinds."""
+        """Raises RequestError for invalid values."""
         if self.progress is not None and not isinstance(self.progress, bool):
             raise RequestError(f"progress is {shown(self.progress)}; it must be True, False or None")
         given = self.offload_dir
@@ -54,7 +54,7 @@ class Place:
 
 
 def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
-    """A policy as `OptLM` takes it: an object, "auto" or the path of a file. Raises PolicyError."""
+    """The policy argument of `OptLM` (an object, "auto" or a path) as an object. Raises PolicyError."""
     if isinstance(policy, str | Path):
         return Auto() if policy == "auto" else Policy.load(policy)
     if not isinstance(policy, Policy | Auto):
@@ -66,10 +66,10 @@ def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model whose weights are in their places, and the plans of its calls.
+    """A model whose weights are loaded, and the plans of its calls.
 
-    resident_before: bytes of this process in host memory before its weights were loaded. resources: closes all that
-    the model holds, what runs first.
+    resident_before: bytes of host memory that this process had in use before the weights were loaded.
+    resources: closes everything that the model holds, running calls first.
     """
 
     model: Model
@@ -78,8 +78,10 @@ class Opened:
     resources: ExitStack
 
     def closed_with(self, owner: object) -> weakref.finalize[..., object]:
-        """Close all when `owner` is gone, at exit, or when the result is called. A forked child closes nothing: all
-        of it belongs to the parent."""
+        """Close the resources when `owner` is deleted, at exit, or when the result is called.
+
+        A forked child closes nothing, because the parent owns the resources.
+        """
         return weakref.finalize(owner, _close_own, self.plans.in_use, self.resources)
 
 
@@ -96,13 +98,13 @@ def open_weights(
     workload: Workload | None,
     order: str | None,
 ) -> Opened:
-    """Find the policy if it is to be searched for, and place all weights.
+    """Search for a policy if it is "auto", and load all weights.
 
     Raises as `OptLM` does, before any weight is read.
     """
     if workload is not None and not isinstance(workload, Workload):
         raise RequestError(f"workload is {shown(workload)}; it must be a Workload or None")
-    # Before the device is opened: measuring opens it too, and frees what it took.
+    # This comes before the device is opened, because a measurement opens and closes it too.
     searched = isinstance(policy, Auto)
     hardware = (
         this_machine(place.device, place.offload_dir, place.progress, place.max_memory) if searched else None
@@ -116,7 +118,7 @@ def open_weights(
             layers = build_layers(spec)
             checkpoint.verify(layers)
             stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
-            # What is stored already takes none of the free space of the disk.
+            # Weights that are already stored need no free space on the disk.
             disk = hardware.capacity[Tier.DISK] + stored
             hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
             job = Job.checked(
@@ -128,7 +130,7 @@ def open_weights(
         checkpoint.verify(layers)
         machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
         stack.callback(machine.close)
-        # A block with fewer batches may run in another order; the slots of a full one are enough for all.
+        # A block with fewer batches may run in another order. The slots of a full block are enough for it.
         slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
         placement = place_weights(layers, policy.weights, dtype)
         resident_before = reset_peak_resident_bytes()
@@ -146,5 +148,5 @@ def open_weights(
             stack.callback(lanes.close)
         model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table, in_use)
         stack.callback(plans.forget_all)
-        stack.callback(in_use.close)  # the first to be closed: what runs uses what the others free
+        stack.callback(in_use.close)  # closed first: a running call uses the resources that the others free
         return Opened(model, plans, resident_before, stack.pop_all())

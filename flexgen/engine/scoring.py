@@ -1,4 +1,4 @@
-"""How probable a model finds texts: log-likelihoods from its logits, and perplexity."""
+"""Log-likelihoods of texts, from a model's logits, and perplexity."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 ROWS = 32
-"""Texts whose logits are held at once: they take far more memory than the texts."""
+"""The number of texts whose logits are in memory at a time. Logits take far more memory than texts."""
 
 
 def log_likelihoods(logits: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
-    """(tokens - 1) float32: the natural logarithm of each id's probability, given the ids before it.
+    """The natural logarithm of each id's probability, given the ids before it: (tokens - 1) float32.
 
-    logits (tokens, vocab) in any floating dtype, as the model gives them for `ids` (tokens). The first id has no
-    probability: nothing comes before it. ValueError unless there is one row of logits for each id.
+    The first id has no probability, because no id comes before it.
+
+    logits: (tokens, vocab) in any floating dtype, the model's output for `ids`.
+    ids: (tokens).
+
+    Raises ValueError unless there is one row of logits for each id.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64)
     if logits.dim() != 2 or ids.shape != logits.shape[:1]:
@@ -31,8 +35,8 @@ def score(
 ) -> list[Tensor]:
     """`log_likelihoods` of every text (ids), in the order of `texts`.
 
-    `forward` gives logits (texts, longest, vocab) for texts of any lengths, each text's from the beginning
-    of its row, as `OptLM.forward` does for lists. It is called with at most `rows` texts of like length at a time.
+    forward: returns the logits (texts, longest, vocab) of texts of any lengths, from the start of each row, as
+        `OptLM.forward` does for lists. It is called with at most `rows` texts at a time, of similar lengths.
     """
     found: list[Tensor] = [torch.empty(0)] * len(texts)
     longest_first = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
@@ -44,12 +48,14 @@ def score(
 
 
 def perplexity(scores: Iterable[Tensor]) -> float:
-    """The reciprocal of the geometric mean of the probabilities of all tokens, each counting once.
+    """The reciprocal of the geometric mean of the probabilities of all tokens.
 
-    `scores` are log-likelihoods (tokens) of texts or of parts of them. ValueError if there is no token.
+    scores: log-likelihoods (tokens) of texts or of parts of texts.
+
+    Raises ValueError if there is no token.
     """
-    # float64: a sum over many texts would round away in float32.
+    # In float64, because a sum over many texts would lose precision in float32.
     every = torch.cat([score.double() for score in scores] or [torch.empty(0)])
     if not len(every):
-        raise ValueError("perplexity of no tokens: give texts of at least two")
+        raise ValueError("scores have no tokens; give texts of at least two tokens")
     return float(torch.exp(-every.mean()))

@@ -1,4 +1,4 @@
-"""Text in and out: a model's tokenizer, text from ids as they come, and where a text stops."""
+"""Text: a model's tokenizer, decoding of ids as they arrive, and stop strings."""
 
 from __future__ import annotations
 
@@ -13,59 +13,60 @@ from flexgen.errors import ModelError, RequestError, shown
 from flexgen.models.plain_files import check_file
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-"""Files of which a tokenizer needs one: without any transformers would make an empty one for some models."""
+"""A tokenizer needs one of these files. Without any, transformers makes an empty tokenizer for some models."""
 _CONTEXT = 5
-"""Ids before a text that are decoded with it: some tokenizers drop the space that a text begins with."""
+"""The number of ids before a text to decode with it, because some tokenizers drop a text's leading space."""
 _MOST_CONTEXT = 16
-"""Ids before a text that are tried, so that decoding does not begin inside a character."""
+"""The number of ids before a text in which to look for the start of a character."""
 _MOST_PENDING = 4
-"""Ids that a character has at most: each stands for at least one of its bytes."""
+"""The maximum number of ids of a character: each is at least one of its bytes, and it has at most 4."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 Messages = Sequence[Mapping[str, str]]
-"""A conversation: messages with a `role` and a `content` each."""
+"""A chat: messages, each with a `role` and a `content`."""
 
 
 def load_tokenizer(directory: Path | None, model: str) -> Any:
-    """The tokenizer in `directory`, where `model` was found; the network is not asked.
+    """The tokenizer in `directory`, the directory of `model`. It does not use the network.
 
-    Raises ModelError where there is none, or none that transformers can read, and CheckpointError where one of its
-    files is a Git LFS pointer or a link to nothing.
+    Raises ModelError if there is none or transformers cannot read it, and CheckpointError if one of its files is a
+    Git LFS pointer or a broken link.
     """
     if directory is None or not any(file for name in _VOCABULARIES for file in directory.glob(name)):
-        where = (
-            f"{model} comes without files" if directory is None else f"no {_VOCABULARIES[0]} in {directory}"
-        )
+        where = f"{model} has no files" if directory is None else f"no {_VOCABULARIES[0]} in {directory}"
         raise ModelError(
-            f"{model} has no tokenizer ({where}): put its tokenizer files beside its config, or give ids"
+            f"{model} has no tokenizer ({where}): put its tokenizer files next to its config, or give ids"
         )
     for name in (*_VOCABULARIES, "tokenizer_config.json", "merges.txt"):
         for file in directory.glob(name):
             check_file(file)
-    from transformers import AutoTokenizer  # takes seconds, and ids need no tokenizer
+    from transformers import AutoTokenizer  # takes seconds to import, and ids need no tokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of whatever kind: files of any origin are read by code of many authors
+    except Exception as error:  # of any class: transformers reads these files with code of many authors
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+        raise ModelError(
+            f"{directory}: the tokenizer cannot be read: {reason}. Replace its files, or give ids"
+        ) from error
 
 
 def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """The ids of a text, with those that the tokenizer begins texts with if `special`.
+    """The ids of a text, with the special tokens that the tokenizer adds if `special`.
 
-    A text that begins with the tokenizer's BOS token, as a rendered chat does, does not get a second one.
-    Raises RequestError for what is not a text, and for one that cannot be encoded as UTF-8.
+    A text that starts with the tokenizer's BOS token, such as a rendered chat, does not get a second one.
+
+    Raises RequestError if it is not a string, or cannot be encoded as UTF-8.
     """
     if not isinstance(text, str):
-        raise RequestError(f"a text is a {type(text).__name__}; it must be a string")
+        raise RequestError(f"a text is {shown(text)} ({type(text).__name__}); it must be a string")
     if not isinstance(special, bool):
         raise RequestError(f"special_tokens is {shown(special)}; it must be True or False")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"a text is not valid Unicode at character {error.start}: {error.reason}"
+            f"a text is not valid Unicode at character {error.start}: {error.reason}; remove that character"
         ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
     bos = getattr(tokenizer, "bos_token", None)
@@ -75,15 +76,15 @@ def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages, neither a text nor ids."""
+    """Whether a prompt is a list of messages, not a text or ids."""
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
-    """The ids of a conversation up to where the model answers.
+    """The ids of a chat, up to the start of the model's answer.
 
     Raises RequestError for a message without `role` and `content`, and ModelError if the tokenizer has no chat
-    template or its template refuses the messages.
+    template or its template raises an error.
     """
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -92,13 +93,13 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
             )
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            "the tokenizer has no chat template; give texts or ids in the format that the model was trained with"
+            "the tokenizer has no chat template; give texts or ids in the format of the model's training"
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program in files of any origin
+    except Exception as error:  # a template is a program and may raise anything
         raise ModelError(f"the tokenizer's chat template failed: {error}") from error
-    return encode(tokenizer, text, special=False)  # the template wrote the special tokens
+    return encode(tokenizer, text, special=False)  # the template has added the special tokens
 
 
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
@@ -115,14 +116,15 @@ def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
 
 
 class Decoder:
-    """The text of one completion, piece by piece as its ids come, up to the first stop string.
+    """Decodes one completion in pieces, as its ids arrive, up to the first stop string.
 
-    tokenizer: its special tokens are not shown. prompt: the ids before the completion. stop: strings of which the
-    first to be complete ends the text, which does not contain it. They are looked for in the text with its special
-    tokens, so that a special token can be a stop string, and none matches across one that is not shown.
+    tokenizer: special tokens are left out of the text.
+    prompt: the ids before the completion.
+    stop: the first of these strings to be complete ends the text, which does not contain it. The search covers
+        special tokens too, so a special token can be a stop string, and no match spans one that is left out.
 
-    However the ids are divided among calls, the text is the same, that of ids that come one by one. It holds whole
-    characters; where it ends inside one, a single replacement character stands for it.
+    The text does not depend on the division of the ids among calls. It consists of whole characters; if it ends
+    inside a character, it has a single replacement character there.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] | np.ndarray, stop: Sequence[str] = ()) -> None:
@@ -131,21 +133,20 @@ class Decoder:
         self._pending: list[int]
         self._begin_behind([int(id) for id in prompt[-_MOST_CONTEXT:]])
         self._stop = stop
-        self._held = ""  # made, and not yet sure to be no stop string
-        self._shown: list[bool] = []  # of each character of `_held`
+        self._held = ""  # decoded, but possibly the start of a stop string
+        self._shown: list[bool] = []  # for each character of `_held`, whether it belongs to the text
         self.stopped = False
-        """Whether a stop string came."""
+        """Whether a stop string was found."""
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that is sure now. A character whose bytes are not all there waits, and so does what may be
-        the beginning of a stop string."""
+        """Add ids and return the text that is final. Incomplete characters and possible stop strings are held."""
         new = [int(id) for id in ids]
         if (text := self._at_once(new)) is not None:
             return text
         return "".join(map(self._add, new))
 
     def end(self) -> str:
-        """What was waiting."""
+        """Return the held text."""
         if self.stopped:
             return ""
         text = self._up_to_stop(self._rest(), shown=True)
@@ -153,7 +154,7 @@ class Decoder:
         return text
 
     def _at_once(self, ids: Sequence[int]) -> str | None:
-        """The text of many ids in one step, None where going one by one may give another one."""
+        """The text of many ids in one step, or None if decoding one by one may return another text."""
         if self._stop or self._pending or len(ids) <= _MOST_PENDING:
             return None
         ids = [id for id in ids if id not in self._special]
@@ -167,7 +168,7 @@ class Decoder:
     def _add(self, id: int) -> str:
         if self.stopped:
             return ""
-        if id in self._special:  # no character goes on across one
+        if id in self._special:  # no character spans one
             text = self._up_to_stop(self._rest(), shown=True)
             return text + self._up_to_stop(self._special[id], shown=False)
         self._pending.append(id)
@@ -177,7 +178,7 @@ class Decoder:
             return self._up_to_stop(text, shown=True)
         if len(self._pending) < _MOST_PENDING:
             return ""
-        # No character has so many ids: the first is none, but the others may begin one.
+        # No character has this many ids: the first id is not part of one, but the others may start one.
         first, *others = self._pending
         self._pending = [first]
         text = self._rest()
@@ -185,9 +186,9 @@ class Decoder:
         return self._up_to_stop(text, shown=True)
 
     def _begin_behind(self, prompt: list[int]) -> None:
-        """Choose the ids of the prompt that are the first context: they decode to whole characters.
+        """Choose the ids of the prompt that are the first context, which decode to whole characters.
 
-        A character that the prompt leaves unfinished belongs to the completion.
+        An incomplete character at the end of the prompt belongs to the completion.
         """
         prompt = [id for id in prompt if id not in self._special]
         self._context, self._before, self._pending, self._begun = [], "", [], ""
@@ -200,13 +201,13 @@ class Decoder:
                     return
 
     def _decode_pending(self) -> str:
-        """The text of the pending ids, behind that of the context."""
+        """The text of the pending ids, after the context."""
         both = self._text(self._context + self._pending)
-        if self._begun and both.startswith(self._begun):  # the prompt's last bytes are no part of a character
+        if self._begun and both.startswith(self._begun):  # the prompt's last bytes are not a character's
             return both[len(self._begun) :]
         if both.startswith(self._before):
             return both[len(self._before) :]
-        # Bytes that are no character can spoil those before them, in tokenizers that fall back to bytes.
+        # With byte fallback, invalid bytes can change the decoding of those before them.
         return self._text(self._pending)
 
     def _keep_as_context(self, text: str) -> None:
@@ -217,7 +218,7 @@ class Decoder:
         self._pending, self._begun = [], ""
 
     def _rest(self) -> str:
-        """The text of what is pending, when nothing can complete it any more."""
+        """The text of the pending ids, which no other id can complete."""
         if not self._pending:
             return ""
         text = self._decode_pending()
@@ -230,7 +231,7 @@ class Decoder:
         return text
 
     def _up_to_stop(self, text: str, shown: bool) -> str:
-        """Take `text` as made; returns what is sure now of the text that is shown."""
+        """Add decoded `text` and return the visible text that is final. `shown`: whether `text` is visible."""
         if self.stopped:
             return ""
         self._held += text
@@ -238,14 +239,14 @@ class Decoder:
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            _, sure = min(found)  # the one that is complete first, as if characters came one by one
+            _, sure = min(found)  # the stop string that is complete first
             text = self._take(sure)
             self._held, self._shown = "", []
             return text
         return self._take(min((_begins(self._held, stop) for stop in self._stop), default=len(self._held)))
 
     def _take(self, count: int) -> str:
-        """Remove so much of what is held; returns what is shown of it."""
+        """Remove `count` characters of the held text and return the visible ones."""
         taken = "".join(c for c, shown in zip(self._held[:count], self._shown, strict=False) if shown)
         self._held, self._shown = self._held[count:], self._shown[count:]
         return taken
@@ -255,7 +256,7 @@ _special: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """The special tokens of a tokenizer, which decoding leaves out: texts by id."""
+    """The texts of a tokenizer's special tokens, by id. Decoding leaves them out."""
     count = len(tokenizer)  # it grows with each token that is added
     if tokenizer not in _special or _special[tokenizer][0] != count:
         added = tokenizer.added_tokens_decoder.items()
@@ -264,6 +265,6 @@ def _special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def _begins(text: str, stop: str) -> int:
-    """Where the longest end of `text` begins that is the beginning of `stop`; its length if there is none."""
+    """The start of the longest suffix of `text` that is a prefix of `stop`; the length of `text` if there is none."""
     first = max(len(text) - len(stop) + 1, 0)
     return next((at for at in range(first, len(text)) if stop.startswith(text[at:])), len(text))

@@ -48,8 +48,10 @@ def record_needs(what: Sequence[str], rows: int, steps: int, vocab: int) -> list
 
 
 def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int) -> int:
-    """The maximum number of new tokens of a call, at least one: up to the smallest length among the criteria. A
-    length criterion of the caller replaces the one for `max_length`."""
+    """The maximum number of new tokens of a call, at least one.
+
+    The smallest length among the criteria sets it. A length criterion of the caller replaces that for `max_length`.
+    """
     lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
     return max(min(lengths, default=max_length) - prompt_len, 1)
 
@@ -62,24 +64,26 @@ def _as_in_transformers() -> Iterator[None]:
 
 
 class IdsSoFar:
-    """The ids of a call, (rows, prompt_len + steps) int64 in host memory: the caller's, left-padded as they came, and
-    what the rows have got since, followed by `pad_id`."""
+    """The ids of a call: (rows, prompt_len + steps) int64 in host memory.
+
+    A row has the caller's ids, with their padding on the left, the new ids, and then `pad_id`.
+    """
 
     def __init__(self, input_ids: Tensor, steps: int, pad_id: int) -> None:
         self._given = input_ids, steps, pad_id
         self.rows, self.prompt_len = input_ids.shape
         self.steps = 0
-        """New tokens of the row that got most."""
+        """The number of new tokens of the longest row."""
 
     @cached_property
     def _ids(self) -> Tensor:
-        """Made at the first use: by then the call has been refused if it does not fit."""
+        """The ids, allocated at the first use. A call that does not fit is refused before that."""
         input_ids, steps, pad_id = self._given
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         return torch.cat([input_ids.cpu(), padding], dim=1)
 
     def before(self, rows: Rows, token: int) -> Tensor:
-        """Ids (rows, prompt_len + token) of some rows, before new token `token`."""
+        """The ids (rows, prompt_len + token) of some rows, before new token `token`."""
         return self._ids[list(rows), : self.prompt_len + token]
 
     def add(self, new: NewIds) -> None:
@@ -90,7 +94,7 @@ class IdsSoFar:
         self._ids[rows, self.prompt_len + new.token] = new.ids[new.live]
 
     def sequences(self) -> Tensor:
-        """All rows, as long as the longest."""
+        """The ids of all rows, up to the end of the longest row."""
         return self._ids[:, : self.prompt_len + self.steps]
 
 
@@ -99,8 +103,8 @@ class HFChoice:
 
     Processors and criteria see the ids so far, so `ids.add` must be among the listeners of the call. Criteria are
     called for the rows of one GPU batch, with the ids of these rows so far. Processors are called for fewer rows at a
-    time where their temporaries would exceed `choice_bytes`. If one of them needs that, both are called for all rows
-    of the call, as transformers calls them.
+    time if their temporaries would exceed `choice_bytes`. If a processor or criterion needs all rows at every step,
+    all of them are called with all rows of the call, as in transformers.
     """
 
     def __init__(

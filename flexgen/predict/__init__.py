@@ -1,4 +1,4 @@
-"""What a policy takes on a described machine, before anything runs."""
+"""Predicts the time and the memory of a policy on a described machine, without a run."""
 
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict

@@ -1,4 +1,4 @@
-"""What computation takes: products with weights in any form, and attention over a cache in any form."""
+"""The time of computation: products with plain or encoded weights, and attention over plain or encoded cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexgen.results.trace import LaneName
 
 
 class Arithmetic:
-    """Seconds of a model's computations on `hardware`, with its weights kept as `placement` says."""
+    """The seconds of a model's computations on `hardware`, with its weights stored as in `placement`."""
 
     def __init__(self, placement: Placement, hardware: Hardware) -> None:
         self._placement = placement
@@ -29,8 +29,10 @@ class Arithmetic:
     # Products
 
     def products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
-        """All products of a layer, for `new` tokens of `rows` prompts, with the element-wise work between them and
-        around attention. `first`: of the batches of a visit, which share the decoded weights."""
+        """Seconds of the products of a layer for `new` tokens of `rows` prompts, with element-wise work.
+
+        first: whether the batch is the first of its visit. The batches of a visit share the decoded weights.
+        """
         key = layer, rows, new, first
         if key not in self._known:
             self._known[key] = self._layer_products(*key)
@@ -47,12 +49,12 @@ class Arithmetic:
         return seconds
 
     def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
-        """The products before attention, for a token of `rows` prompts."""
+        """Seconds of the products before attention, for one token of `rows` prompts."""
         weights = layer.projections
         return self._products(weights, sum(2 * rows * weight.numel for weight in weights), rows, first)
 
     def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
-        """`flops` with the matrices among `weights`, for an input of `rows` rows."""
+        """Seconds of `flops` of products with the matrices among `weights`, for an input of `rows` rows."""
         hardware, name = self._hardware, self._name
         rate = hardware.product_rate(name, rows)
         seconds = flops / rate
@@ -70,7 +72,7 @@ class Arithmetic:
             elif encoded := hardware.encoded_rate(name, codec.name, rows):
                 seconds += 2 * rows * weight.numel / encoded - plain
             else:
-                # Multiplied as it is kept: fewer bytes of the weight are read.
+                # The product uses the encoded matrix, so it reads fewer bytes.
                 kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
                 least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
                 seconds += max(kept, least) - plain
@@ -85,33 +87,35 @@ class Arithmetic:
         )
 
     def _fused_rows(self, codec: Codec) -> float:
-        """Most rows for which a matrix is multiplied as `codec` keeps it."""
+        """The maximum number of rows for which a product uses the encoded matrix without decoding it."""
         measured = self._hardware.encoded_products.get(f"{self._name} {codec.name}")
         if measured is None:
             return codec.expected_fused_rows(self._hardware.topology.shares_host_memory, self._dtype)
         return measured[-1][0] if measured else 0
 
     def decoding(self, codec: Codec, values: int) -> float:
-        """Of encoded weights on the compute device."""
+        """Seconds of decoding `values` weights on the compute device."""
         return values * self._dtype.itemsize / decoding_rate(self._hardware, self._dtype, codec)
 
     # Attention
 
     def prompt_attention(self, layer: Layer, rows: int, tokens: int, context: int) -> float:
-        """For `tokens` new tokens of each row, the last of which attends to `context` tokens."""
+        """Seconds of attention for `tokens` new tokens of each row, the last of them with `context` tokens."""
         flops = layer.attention_flops(rows, tokens, context)
         return flops / self._hardware.figure("prefill_attention", self._name)
 
     def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:
-        """For one new token of each row, which attends to `context` tokens, itself included: on the compute device
-        and on the host, at the same time."""
+        """Seconds of attention for one new token of each row, on the compute device and on the host, in parallel.
+
+        context: the tokens of the context, including the new one.
+        """
         took = {True: 0.0, False: 0.0}
         for segment in segments:
             seconds = segment.token_bytes(context) / attention_rate(
                 self._hardware, self._dtype, segment.codec, segment.heads, segment.on_device
             )
             if segment.loads_only_keys(self._hardware.topology):
-                # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
+                # The compiled kernel reads all keys and only the chosen values. In torch, whole pages are multiplied.
                 chosen = segment.sparsity.most(context)
                 seconds *= (1 + min(chosen / context, 1)) / 2
                 seconds += self._chosen_from_disk(segment, context, chosen)
@@ -119,7 +123,7 @@ class Arithmetic:
         return took[True], took[False]
 
     def _chosen_from_disk(self, segment: CacheSegment, context: int, chosen: int) -> float:
-        """Reads of chosen values during attention, if these are spread evenly over the cached tokens."""
+        """Seconds of reading the chosen values during attention, if they are spread evenly over the cached tokens."""
         on_disk = (context - 1) // segment.page_tokens * segment.page_tokens
         if segment.tier is not Tier.DISK or not on_disk:
             return 0.0
@@ -128,8 +132,10 @@ class Arithmetic:
 
 
 def layer_numbers(layer: Layer) -> int:
-    """How many numbers of activations the products of a layer take and give, for each token: the inputs and the
-    outputs of each of its matrices. Of a table they are the rows that are read, and the same rows as output."""
+    """The number of activation values per token that the products of a layer read and write.
+
+    These are the inputs and outputs of each matrix. For a table, they are the row that is read, and its copy.
+    """
     return sum(
         2 * weight.shape[1] if weight.looked_up else sum(weight.shape)
         for weight in layer.weights
@@ -138,9 +144,13 @@ def layer_numbers(layer: Layer) -> int:
 
 
 def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -> list[int]:
-    """For each layer the first one that costs the same: it has an equal `LayerSpec`, and weights that are kept in the
-    same way. Both ends of a model are alike to nothing. `by_tier`: matrices that stay on the device are laid out for
-    products there."""
+    """For each layer, the first layer with the same cost: with an equal `LayerSpec` and weights in the same codecs.
+
+    The first and the last layer of a model are equal to no other.
+
+    by_tier: whether the tiers of the weights must be equal too, because matrices that stay on the device are stored
+        in its preferred layout.
+    """
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):

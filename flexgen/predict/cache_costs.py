@@ -1,4 +1,4 @@
-"""What the KV cache of a block moves."""
+"""The moves of a block's KV cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flexgen.workload import Workload
 class CacheCosts:
     """The cache of batches of the given `sizes`.
 
-    `every_token`: each token of the block has a pass of its own. Where some are left out, a token reads as much of a
-    cache on disk as the line through its pages says.
+    every_token: whether all tokens of the block are timed. Otherwise the bytes that a token reads of a cache on disk
+        are interpolated linearly, without the steps of whole pages.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class CacheCosts:
         }
 
     def layout(self, layer: int, rows: int) -> CacheLayout:
-        """That of a batch of `rows` rows; `layer` is the first of those alike."""
+        """The layout of a batch of `rows` rows. `layer` is the first of the equal layers."""
         return self._layouts[layer, rows]
 
     def load(self, layer: int, token: int, rows: int) -> Loads:
-        """The cached tokens, to where attention reads them."""
+        """The loads that bring cached tokens to the place of attention."""
         if (layer, rows) not in self._layouts:
             return ()
         layout, span = self._layouts[layer, rows], self._passes.span(token)
@@ -50,7 +50,7 @@ class CacheCosts:
         )
 
     def store(self, layer: int, token: int, rows: int, flushes: bool) -> Loads:
-        """The new keys and values, home. `flushes`: the token stands for those that write pages."""
+        """The loads that store new keys and values. `flushes`: the token represents those that write pages."""
         if (layer, rows) not in self._layouts:
             return ()
         layout, span = self._layouts[layer, rows], self._passes.span(token)
@@ -61,15 +61,15 @@ class CacheCosts:
 
     @property
     def flushes(self) -> int:
-        """How many tokens of the decode write pages of a cache on disk."""
+        """The number of tokens of the decode that write pages of a cache on disk."""
         on_disk = (s for layout in self._layouts.values() for s in layout.segments if s.tier is Tier.DISK)
         return max(map(self._flushes_of, on_disk), default=0)
 
     def _pages(self, segment: CacheSegment, token: int, cached: int) -> tuple[int, int]:
-        """Bytes of the whole pages that hold `cached` tokens, and of the page that is being filled."""
+        """The bytes of the whole pages of `cached` tokens, and of the page that is being filled."""
         if self._every_token or segment.tier is not Tier.DISK or token <= 0:
             return segment.filled(cached)
-        # A line with the mean of the steps, and nearly as steep.
+        # A line with the mean of the steps and nearly the same slope.
         later = range(self._prompt, self._capacity - 1)
         both = [divmod(tokens, segment.page_tokens) for tokens in later]
         mean = sum(whole for whole, _ in both) / len(both)
@@ -78,12 +78,12 @@ class CacheCosts:
         return int((mean + grown) * segment.page_bytes), int(filled * segment.page_bytes)
 
     def _flushed(self, segment: CacheSegment, span: Span, flushes: bool) -> int:
-        """Bytes of the pages that became whole."""
+        """The bytes of the pages that became whole."""
         if self._every_token or span.length < self._prompt:
             return segment.flushed(span)
         if segment.tier is not Tier.DISK or not flushes or not self.flushes:
             return 0
-        # One token stands for all that write pages; a cache with larger pages writes fewer of them.
+        # One token represents all that write pages. A cache with larger pages writes fewer of them.
         return segment.page_bytes * self._flushes_of(segment) // self.flushes
 
     def _flushes_of(self, segment: CacheSegment) -> int:

@@ -1,5 +1,5 @@
-"""Checks of what a hardware file says. Each returns the value in the form in which `Hardware` has it, and raises
-HardwareError for an invalid one, with its name, the value and what it must be."""
+"""Checks of the values in a hardware file. Each returns the value in the form that `Hardware` stores, or raises
+HardwareError with the name of the field, the value and the valid values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flexgen.errors import HardwareError, cut, did_you_mean, shown
 from flexgen.units import parse_bytes
 
 Points = tuple[tuple[float, float], ...]
-"""(rows, flop/s) of matrix products, by rising rows."""
+"""(rows, flop/s) of matrix products, in ascending order of rows."""
 
 
 def table(
     name: str, given: object, convert: Any, needed: Sequence[str] = (), known: Iterable[str] | None = None
 ) -> Mapping[Any, Any]:
-    """`given` with every value converted and keys as in `known` (any text if None)."""
+    """`given` with all values converted. The keys must be in `known`, or any strings if it is None."""
     if not isinstance(given, Mapping):
         raise HardwareError(
             f"{name or 'hardware'} is {shown(given)} ({type(given).__name__}); write a table: {{ key = number }}"
@@ -48,20 +48,20 @@ def number(name: str, value: object) -> float:
             return float(value)
     except OverflowError:
         raise HardwareError(
-            f"{name} is a whole number that exceeds a float's range; write at most 1e308"
+            f"{name} is a whole number outside the range of a float; it must be at most 1e308"
         ) from None
     raise HardwareError(f"{name} is {shown(value)}; it must be a finite number")
 
 
 def rate(name: str, value: object) -> float:
     if (given := number(name, value)) <= 0:
-        raise HardwareError(f"{name} is {given:g}; a rate is above 0 (per second)")
+        raise HardwareError(f"{name} is {given:g}; a rate must be above 0 (per second)")
     return given
 
 
 def lost(name: str, value: object) -> float:
     if not 0 <= (share := number(name, value)) < 1:
-        raise HardwareError(f"{name} is {share:g}; a share that is lost is at least 0 and below 1")
+        raise HardwareError(f"{name} is {share:g}; a lost share must be at least 0 and below 1")
     return share
 
 
@@ -83,7 +83,7 @@ def nbytes(name: str, value: Any) -> int:
     except (ValueError, TypeError) as error:
         raise HardwareError(f"{name}: {error}") from None
     if count < 1:
-        raise HardwareError(f"{name} is {shown(count)}; a tier that is there has at least 1 byte")
+        raise HardwareError(f"{name} is {shown(count)}; the capacity of a tier must be at least 1 byte")
     return count
 
 
@@ -109,5 +109,7 @@ def points(
     made = tuple((rate(f"{name} {at}", many), figure(name, found)) for many, found in value)
     if any(a[0] >= b[0] for a, b in zip(made, made[1:], strict=False)):
         given = ", ".join(f"{many:g}" for many, _ in made)
-        raise HardwareError(f"{name} has points at {at} {cut(given)}; write them by rising {at}, each once")
+        raise HardwareError(
+            f"{name} has points at {at} {cut(given)}; write them in ascending order of {at}, without duplicates"
+        )
     return made

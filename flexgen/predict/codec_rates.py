@@ -1,4 +1,4 @@
-"""Rates of codecs on a machine: its own figures, and where it has none what the codec expects of its memory."""
+"""Rates of codecs on a machine: measured figures, or estimates of the codec from the machine's memory rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexgen.quant import Codec
 
 
 def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: Codec) -> float:
-    """Bytes/s of weights that come out of `codec` in `dtype`. Raises HardwareError where it is not known."""
+    """The output bytes/s of decoding weights from `codec` to `dtype`. Raises HardwareError if it is unknown."""
     name = _name(dtype)
     if not hardware.decodes(name, codec.name) and (plain := hardware.device_attention.get(name)):
         expected = codec.expected_decoding(plain, dtype, hardware.topology.shares_host_memory)
@@ -22,8 +22,12 @@ def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: Codec) -> float
 def attention_rate(
     hardware: Hardware, dtype: torch.dtype, codec: str, heads: HeadFormat, on_device: bool
 ) -> float:
-    """Bytes/s of a cache that a token attends to, on the compute device or on the host. `heads`: how `codec`, which
-    may be "none", stores it. Raises HardwareError where it is not known."""
+    """Bytes/s of cache at which the compute device or the host computes attention of new tokens.
+
+    heads: the format of `codec`, which may be "none".
+
+    Raises HardwareError if the rate is unknown.
+    """
     table = "device_attention" if on_device else "host_attention"
     name = _name(dtype)
     key = name if codec == "none" else codec

@@ -1,4 +1,4 @@
-"""What the cells of a block compute, on the device and on the host."""
+"""The computation of a block's cells, on the device and on the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from flexgen.results.trace import LaneName
 
 
 class ComputeCosts:
-    """The computation of cells, whole or in the halves of an order that `splits_attention`.
+    """The computation of cells, whole or in the steps of an order that `splits_attention`.
 
-    Layers are named by the first of those alike. `first`: the batch is the first of a layer's visit. `gathers_rows`:
-    the rows of an encoded table were gathered, each once.
+    A layer is identified by the first of the equal layers. `first`: whether the batch is the first of a visit.
+
+    gathers_rows: whether the rows of an encoded table were gathered, each once.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class ComputeCosts:
         self._cell = model.hardware.fixed.cell
 
     def compute(self, index: int, token: int, rows: int, first: bool) -> Loads:
-        """The layer, or what the steps of attention have left of it."""
+        """The computation of the layer, without the parts that PROJECT and ATTEND have computed."""
         model, span = self._model, self._passes.span(token)
         layer, arithmetic = model.layers[index], model.arithmetic
         if index == model.last and token < 0:
             return ()
-        new = 1 if index == model.last else span.new  # the head takes the last position only
+        new = 1 if index == model.last else span.new  # the head computes the last position only
         seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
         crossed = 0
         if self._splits(index, token, rows):
@@ -48,8 +49,8 @@ class ComputeCosts:
         if layer.has_cache and not span.decodes:
             seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
         elif layer.has_cache:
-            # Device and host compute attention of their rows at the same time. Queries and
-            # answers cross the link within the computation.
+            # Device and host compute attention of their rows in parallel. Queries and attention outputs cross the
+            # link within the computation.
             layout = self._cache.layout(index, rows)
             seconds += max(arithmetic.token_attention(layout.segments, span.length + 1))
             if layout.host_rows:
@@ -59,7 +60,7 @@ class ComputeCosts:
         return ((Load(LaneName.COMPUTE, crossed, seconds + self._cell),),)
 
     def project(self, index: int, token: int, rows: int, first: bool) -> Loads:
-        """Queries, keys and values, and those of the host's rows to the host."""
+        """Compute queries, keys and values, and copy those of the host's rows to the host."""
         if not self._splits(index, token, rows):
             return ()
         layer = self._model.layers[index]
@@ -69,7 +70,7 @@ class ComputeCosts:
         return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
 
     def attend(self, index: int, token: int, rows: int) -> Loads:
-        """Attention over the host's rows on the host, and over the device's on the device."""
+        """Compute attention of the host's rows on the host, and of the other rows on the device."""
         if not self._splits(index, token, rows):
             return ()
         segments = self._cache.layout(index, rows).segments
@@ -81,19 +82,19 @@ class ComputeCosts:
         return chains
 
     def load_attended(self, index: int, token: int, rows: int) -> Loads:
-        """The host's attention, to the device."""
+        """Copy the host's attention output to the device."""
         if not self._splits(index, token, rows):
             return ()
         return ((self._model.lanes.load(self._cache.layout(index, rows).answer()),),)
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
-        """Whether a cell is computed in halves."""
+        """Whether a cell is computed in two steps, with attention on the host between them."""
         if not (self._splits_attention and self._model.layers[index].has_cache):
             return False
         return self._passes.span(token).decodes and bool(self._cache.layout(index, rows).host_rows)
 
     def _embedded(self, index: int, tokens: int) -> float:
-        """Seconds of decoding the rows of an encoded table, as many as there are ids, or as were gathered."""
+        """Seconds of decoding the rows of an encoded table: one for each id, or each gathered row once."""
         model = self._model
         table = model.layers[index].table
         codec = model.placement.codec(table) if table else None

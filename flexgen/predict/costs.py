@@ -1,8 +1,8 @@
-"""What each step of a schedule moves and takes: the cost model.
+"""The cost model: the bytes and the seconds of each step of a schedule.
 
-Every step's work is laid out in the chains and on the lanes that the runtime gives it, with the bytes that cross
-each lane; `Hardware` turns bytes and flops into seconds. Layers, placement and the layouts of the cache know their
-own sizes. A test runs the engine and counts, so that the two cannot drift apart.
+A step has the chains and the lanes that the runtime gives it, with the bytes that cross each lane. `Hardware`
+converts bytes and flops to seconds. Sizes come from layers, placement and layouts. A test compares the bytes with
+those that the engine moves.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _Key = tuple[Op, int, int, int, bool]
 class CostedBlock:
     """A block of `prompts` prompts that runs in `order`.
 
-    `tokens`: the passes that those of the grid stand for, named as in `Passes`: those up to 0 are the prefill. None
-    stands for all passes. Where some are left out, a token reads as much of a cache on disk as the line through its
-    pages says, and those of the grid in `flushing` write one.
+    tokens: the passes of the grid, numbered as in `Passes` (up to 0: the prefill). None is all passes. If some are
+        missing, the bytes that a token reads of a cache on disk are interpolated linearly.
+    flushing: the indices of the tokens that write a page.
     """
 
     prompts: int
@@ -46,7 +46,7 @@ class CostedBlock:
 
 
 class StepCosts:
-    """The work of every step of one block of a workload. Loads of weights are the same for every token."""
+    """The work of each step of one block of a workload. Loads of weights are equal for all tokens."""
 
     def __init__(self, model: PlacedModel, policy: Policy, workload: Workload, block: CostedBlock) -> None:
         passes = Passes(workload.prompt_len, policy.prefill_chunk)
@@ -67,12 +67,12 @@ class StepCosts:
 
     @property
     def feeds_ids(self) -> bool:
-        """As of the grid."""
+        """As `Grid.feeds_ids`."""
         return self._hidden.feeds_ids
 
     @property
     def flushes(self) -> int:
-        """How many tokens of the decode write pages of a cache on disk."""
+        """The number of tokens of the decode that write pages of a cache on disk."""
         return self._cache.flushes
 
     def __call__(self, step: Step) -> Costs:
@@ -87,7 +87,7 @@ class StepCosts:
         return self._loads(self._key(step))
 
     def busy(self, token: int) -> dict[LaneName, float]:
-        """Seconds that each lane works on a token of the grid."""
+        """The seconds of work of each lane for a token of the grid."""
         total: dict[LaneName, float] = {}
         for step, count in self._kinds:
             for chain in self(step._replace(token=token)):
@@ -97,7 +97,7 @@ class StepCosts:
 
     @cached_property
     def _kinds(self) -> list[tuple[Step, int]]:
-        """The steps of a token but for those that are alike, and how many of each there are."""
+        """One step of each kind in a token, with the number of steps of that kind."""
         layers, alike = range(len(self._model.layers)), Counter(self._model.alike.cells)
         counts: Counter[_Key] = Counter()
         steps: dict[_Key, Step] = {}
@@ -112,13 +112,16 @@ class StepCosts:
         return [(step, counts[key]) for key, step in steps.items()]
 
     def _key(self, step: Step) -> _Key:
-        """What a step's work depends on: (op, layer, token or piece, rows, and a flag of the op: the batch is the
-        visit's first, or writes pages of the cache that it would not)."""
+        """The values that a step's work depends on: (op, layer, token or piece, rows, flag).
+
+        flag: for computation, whether the batch is the first of its visit; for a store of cache, whether the token
+            represents those that write pages.
+        """
         op, i, j, k = step
         match op:
             case Op.LOAD_WEIGHTS:
                 return op, self._model.alike.weights[j], k, 0, False
-            case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # the same between any two layers
+            case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
                 return op, layer, self._tokens[i], self._batches[k], False
             case Op.COMPUTE | Op.PROJECT:

@@ -1,7 +1,7 @@
-"""What a machine can do, as far as a prediction needs to know it.
+"""The figures of a machine that a prediction needs.
 
-A `Hardware` is plain, immutable, validated data, and its keyword arguments are the keys of its TOML. Presets
-lie in `hardware.toml`, each figure with its source.
+A `Hardware` is plain, immutable, validated data. Its keyword arguments are the keys of its TOML file. Presets are
+stored in `hardware.toml`, each figure with its source.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Seconds that come on top of what bytes and flops take: of a cell that is computed, of a stage of a
-    transfer, of a job of the disk."""
+    """Seconds in addition to the time of bytes and flops.
+
+    cell: for each cell.
+    stage: for each stage of a transfer.
+    disk_job: for each job of the disk.
+    """
 
     cell: float = 0.0
     stage: float = 0.0
@@ -46,43 +50,45 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One machine. Raises HardwareError for invalid values.
+    """The figures of one machine.
 
-    name, source: which machine, and where the figures come from.
-    capacity: bytes by tier that a plan may use. Without `gpu` the compute device is the host and shares its memory.
-    installed: bytes by tier that there are in all; reported only; plans do not use it.
-    compute_capability: of an NVIDIA GPU, such as 8.6; 0 where it is not known. The memory that libraries take depends
-        on it. Below 8.0 a checkpoint in bfloat16 is computed in float16.
-    bandwidth: bytes/s by lane: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and
-        `host` for copies within host memory.
-    pageable: bytes/s of a GPU's link, `to_device` and `from_device`, from and to host memory that is not pinned.
-        Without them it is taken to be as fast as pinned memory.
-    products: by dtype, flop/s of matrix products on the compute device at some numbers of rows. One point is a
-        roofline: its rows are peak * itemsize / (2 * memory bandwidth), its rate is the peak.
-    packed_products: the same for matrices that stay on the device, where it lays those out in its own way.
-    encoded_products: by "dtype codec", the same for matrices that are multiplied as they are kept, up to the most
-        rows for which they are; no points say that they never are. Without an entry such a product waits for as much
-        less as is kept.
-    prefill_attention: by dtype, flop/s of causal attention over a prompt, on the compute device.
-    device_attention, host_attention: bytes/s at which the cache of a token that is decoded is attended, on the
-        compute device and (where that is a GPU) on the host; by what it is kept as, a dtype or a codec.
-    decoding: bytes/s, counted in what comes out, at which the compute device decodes weights; by codec, or by
-        "dtype codec" where that is known.
-    elementwise: by dtype, points (numbers, seconds): what each number that a layer's products take or give needs
-        beside them, norm, bias, activation, residual and the memory it is written to, where a layer has so many
-        for the tokens it computes. Without it rates of products contain it, as they are for wide layers.
-    around_attention: by dtype, seconds of each number of queries, keys, values and answers of new tokens, for what
-        attention takes beside its flops and bytes: laying them out by head, putting them into the cache, the start
-        and end of each row's attention.
-    interference: by "lane lane", the share of the first lane's rate that is lost while the second one works, because
+    name: the name of the machine.
+    source: the origin of the figures.
+    capacity: by tier, the bytes that a plan may use. Without `gpu`, the compute device is the host.
+    installed: by tier, the total bytes. It is only reported; plans do not use it.
+    compute_capability: of an NVIDIA GPU, such as 8.6; 0 if it is unknown. The workspaces of libraries depend on it.
+        Below 8.0, "auto" computes a bfloat16 checkpoint in float16.
+    bandwidth: by lane, bytes/s: `to_device` and `from_device` (a GPU's link), `disk_read`, `disk_write`, and `host`
+        for copies within host memory.
+    pageable: bytes/s of a GPU's link, `to_device` and `from_device`, for host memory that is not pinned. Without
+        them, it is as fast as pinned memory.
+    products: by dtype, points (rows, flop/s) of matrix products on the compute device. A single point is a roofline:
+        its rows are peak * itemsize / (2 * memory bandwidth), and its rate is the peak.
+    packed_products: the same for matrices that stay on the device, if it stores them in a layout of its own.
+    encoded_products: by "dtype codec", the same for products that use the encoded matrix without decoding it, up to
+        the maximum rows of such a product. An empty list means that there is no such product. Without an entry, the
+        time is that of a plain product in proportion to the bytes of the matrix.
+    prefill_attention: by dtype, flop/s of causal attention over a prompt on the compute device.
+    device_attention: by the format of the cache (a dtype or a codec), bytes/s of cache at which the compute device
+        computes attention of a new token.
+    host_attention: the same for the host, if the compute device is a GPU.
+    decoding: by codec or by "dtype codec", the output bytes/s of decoding weights on the compute device.
+    elementwise: by dtype, points (values, seconds): the time of element-wise work (norm, bias, activation, residual
+        connection, first writes to memory) per input or output value of a layer's products, if the layer has that
+        many values. Without it, the rates of products include this work, as those of wide layers do.
+    around_attention: by dtype, seconds per value of queries, keys, values and attention outputs of new tokens, in
+        addition to flops and bytes: transposing by head, storing to the cache, and the fixed cost of each row.
+    interference: by "lane lane", the share of its rate that the first lane loses while the second one works, because
         they share cores, memory or a disk.
-    prefill_interference: the same for the pairs that lose another share while prompts are computed: many rows are
-        limited by the cores, the few of a decode by memory.
-    computes_in: by a checkpoint's dtype, the one that "auto" computes in, where it is another.
-    products_decode: every product decodes its matrix, whatever its rows. This engine's do not: with few rows they
-        multiply what is kept, and what they decode serves all batches of a layer's visit.
-    disturbed: share of the processors that other programs took during the measurement, 0 if it was undisturbed.
-    fixed: see `Fixed`.
+    prefill_interference: the same in the prefill, for pairs that lose another share there. Products with many rows
+        are limited by the cores, those of the decode by memory.
+    computes_in: by the dtype of a checkpoint, the dtype that "auto" selects, if it differs.
+    products_decode: whether each product decodes its matrix. This engine's products do not: with few rows they use
+        the encoded matrix, and otherwise all batches of a visit share the decoded one.
+    disturbed: the share of the processors that other programs used during the measurement.
+    fixed: fixed costs, see `Fixed`.
+
+    Raises HardwareError for invalid values.
     """
 
     name: str
@@ -114,7 +120,7 @@ class Hardware:
 
         for name in ("name", "source"):
             if not isinstance(text := getattr(self, name), str):
-                raise HardwareError(f"{name} is {shown(text)}; it must be a text")
+                raise HardwareError(f"{name} is {shown(text)}; it must be a string")
         put("disturbed", checks.seconds("disturbed", self.disturbed))
         put(
             "capacity",
@@ -159,12 +165,12 @@ class Hardware:
 
     @property
     def topology(self) -> Topology:
-        """The compute device is the host where no GPU tier has a capacity."""
+        """How the compute device is connected. Without a capacity for the GPU tier, it is the host."""
         return LINKED if Tier.GPU in self.capacity else SHARED
 
     @property
     def losses(self) -> dict[Phase, dict[tuple[LaneName, LaneName], float]]:
-        """`interference` by phase and lanes; a phase in which nothing is lost is left out."""
+        """`interference` by phase and lanes. Phases without losses are left out."""
         shares = {
             Phase.PREFILL: {**self.interference, **self.prefill_interference},
             Phase.DECODE: self.interference,
@@ -176,9 +182,9 @@ class Hardware:
         }
 
     def copying(self, nbytes: int, pins: bool) -> Hardware:
-        """The same machine while its link copies from and to `nbytes` of host memory, which `pins` pins if it can be.
+        """The same machine with the link's bandwidth for copies from and to `nbytes` of host memory.
 
-        What cannot be pinned is taken to be the same share of every transfer.
+        pins: whether the memory is pinned, as far as possible. The rest is an equal share of each transfer.
         """
         pinned = self.capacity[Tier.CPU] * PINNED_SHARE if pins else 0.0
         if not self.pageable or nbytes <= pinned:
@@ -191,26 +197,28 @@ class Hardware:
         return self.replace(bandwidth={**self.bandwidth, **mixed})
 
     def product_rate(self, dtype: str, rows: float, packed: bool = False) -> float:
-        """flop/s of a product with `rows` rows of activations; `packed`: with a matrix as the device lays it out.
+        """flop/s of a product with `rows` rows of activations.
 
-        Between two points it is interpolated, both axes logarithmic. Below the first a product takes as long as
-        at the first, because the weights must be read; above the last the rate stays.
+        Between two points, the rate is interpolated with both axes logarithmic. Below the first point, a product
+        takes as long as there, because it reads the same weights. Above the last point, the rate is constant.
+
+        packed: whether the matrix is in the device's own layout.
         """
         table = "packed_products" if packed and dtype in self.packed_products else "products"
         return interpolated(self.figure(table, dtype), rows)
 
     def encoded_rate(self, dtype: str, codec: str, rows: float) -> float | None:
-        """`product_rate` for a matrix multiplied as `codec` keeps it; None where that was not measured."""
+        """`product_rate` with a matrix encoded by `codec`, without decoding it; None if it was not measured."""
         points = self.encoded_products.get(f"{dtype} {codec}")
         return interpolated(points, rows) if points else None
 
     def elementwise_seconds(self, dtype: str, numbers: float) -> float:
-        """What `numbers` of activations take beside products; between two points linear over their logarithm."""
+        """Seconds of element-wise work on `numbers` values; between two points, linear in their logarithm."""
         points = self.elementwise.get(dtype)
         return numbers * seconds_of_each(points, numbers) if points and numbers else 0.0
 
     def decoding_rate(self, dtype: str, codec: str) -> float:
-        """Bytes/s of weights that come out of `codec` in `dtype`."""
+        """The output bytes/s of decoding weights from `codec` to `dtype`."""
         exact = f"{dtype} {codec}"
         return self.figure("decoding", exact if exact in self.decoding else codec)
 
@@ -226,24 +234,27 @@ class Hardware:
         return str(value)
 
     def figure(self, table: str, key: str) -> Any:
-        """An entry of one of the tables by dtype or codec. Raises HardwareError where it is not known."""
+        """An entry of one of the tables by dtype or codec. Raises HardwareError if there is none."""
         known: Mapping[str, Any] = getattr(self, table)
         if key not in known:
             have = cut(", ".join(known)) or "nothing"
             raise HardwareError(
-                f"hardware {shown(self.name)} has no figure {table}.{key}, only for {have}: add it to the hardware's "
-                f"file, or choose a dtype and codecs that it knows"
+                f"hardware {shown(self.name)} has no figure {table}.{key}, only for {have}: add it to the hardware "
+                f"file, or choose a dtype and codecs that the file has"
             )
         return known[key]
 
     @property
     def emulates_bfloat16(self) -> bool:
-        """Whether it has no instructions for bfloat16."""
+        """Whether the compute device has no instructions for bfloat16."""
         return "bfloat16" in self.computes_in or 0 < self.compute_capability < BFLOAT16_CAPABILITY
 
     def dtype_for(self, checkpoint: str) -> str:
-        """The dtype that "auto" means: what the machine computes the checkpoint's in, its own if there are products
-        for it, else the first."""
+        """The dtype that "auto" selects for a checkpoint of that dtype.
+
+        It is that of `computes_in`, or the checkpoint's own. If the machine has no products for it, it is the first
+        dtype of `products`.
+        """
         wanted = self.computes_in.get(checkpoint, checkpoint)
         if wanted == "bfloat16" and self.emulates_bfloat16:
             wanted = "float16"
@@ -251,18 +262,18 @@ class Hardware:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], name: str | None = None) -> Hardware:
-        """A machine from the keys of its TOML; the inverse of `to_dict`. `name` is for one that has none."""
+        """A machine from the keys of its TOML; the inverse of `to_dict`. `name`: used if the keys have none."""
         known = [f.name for f in dataclasses.fields(cls)]
         fields = checks.table("", fields, lambda _, value: value, known=known)
         given = {"name": name} | dict(fields) if name else dict(fields)
         needed = ("name", "capacity", "bandwidth", "products", "prefill_attention", "device_attention")
         if missing := [key for key in needed if key not in given]:
-            raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them")
+            raise HardwareError(f"{', '.join(missing)} missing; a machine needs all of them: add them")
         return cls(**given)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Hardware:
-        """The machine in a TOML file. Raises HardwareError, with the path, for a missing or wrong file."""
+        """The machine in a TOML file. Raises HardwareError, with the path, if it is missing or invalid."""
         try:
             return cls.from_dict(_read(path), Path(path).stem)
         except HardwareError as error:
@@ -270,13 +281,13 @@ class Hardware:
 
     @classmethod
     def preset(cls, name: str) -> Hardware:
-        """A machine of `hardware.toml`. Raises HardwareError, with the known names, for another name."""
+        """A machine of `hardware.toml`. Raises HardwareError, with the known names, for an unknown name."""
         presets = _read(PRESETS)
         if name not in presets:
             hint = did_you_mean(name, presets)
             raise HardwareError(
-                f"hardware {shown(name)} is not known; known: {', '.join(presets)}{hint}. Give a file of "
-                "your own by its path (name.toml)"
+                f"hardware {shown(name)} is not known; known: {', '.join(presets)}{hint}. For a file of "
+                "your own, give its path (name.toml)"
             )
         return cls.from_dict(presets[name], name)
 
@@ -286,15 +297,15 @@ class Hardware:
         return cls.load(name) if name.endswith(".toml") else cls.preset(name)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the machine as TOML; `load` gives it back."""
+        """Write the machine as TOML, for `load`."""
         Path(path).write_text(self.to_toml(), encoding="utf-8")
 
     def to_toml(self) -> str:
-        """The text of its file."""
+        """The text of the machine's TOML file."""
         return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_dict().items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the keys of the TOML."""
+        """The machine as plain data, with the keys of the TOML file."""
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for key, value in plain.items():
             if isinstance(value, Mapping):
@@ -309,7 +320,7 @@ class Hardware:
 
 
 def interpolated(points: Points, rows: float) -> float:
-    """flop/s at `rows`, as `Hardware.product_rate` says."""
+    """flop/s at `rows`, interpolated as in `Hardware.product_rate`."""
     n = bisect.bisect_right(points, rows, key=lambda point: point[0])
     if n == 0:
         return points[0][1] * rows / points[0][0]
@@ -320,7 +331,7 @@ def interpolated(points: Points, rows: float) -> float:
 
 
 def seconds_of_each(points: Points, numbers: float) -> float:
-    """Seconds of one of so many `numbers`, as `Hardware.elementwise` has them; beyond its ends as there."""
+    """Seconds per value for `numbers` values, from points of `Hardware.elementwise`; constant beyond both ends."""
     n = bisect.bisect_right(points, numbers, key=lambda point: point[0])
     if n in (0, len(points)):
         return points[max(n - 1, 0)][1]
@@ -331,7 +342,7 @@ def seconds_of_each(points: Points, numbers: float) -> float:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + " }"
-    # JSON's texts, numbers and lists are TOML's, but that TOML wants one more character escaped.
+    # Strings, numbers and lists in JSON are valid TOML, except that TOML escapes one more character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -341,7 +352,7 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
-    except (ValueError, OverflowError) as error:  # dates that are none and numbers too long, as well
+    except (ValueError, OverflowError) as error:  # including invalid dates and numbers that are too long
         raise HardwareError(f"not valid TOML: {error}") from error
     except RecursionError:
         raise HardwareError("not valid TOML: it is nested too deeply") from None

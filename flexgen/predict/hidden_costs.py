@@ -1,4 +1,4 @@
-"""What hidden states move between layers, and ids at both ends of the model."""
+"""The moves of hidden states between layers, and of ids at both ends of the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flexgen.predict.placed import PlacedModel
 class HiddenCosts:
     """The hidden states and ids of batches of the given `sizes`.
 
-    The rows of a table that are gathered depend on the ids. These are taken to be all different, up to the
-    vocabulary, and to be spread evenly over the table: few others read more.
+    The gathered rows of a table depend on the ids. The model assumes that all ids differ, up to the size of the
+    vocabulary, and are spread evenly over the table. Few real prompts read more.
     """
 
     def __init__(
@@ -28,15 +28,15 @@ class HiddenCosts:
         topology = model.hardware.topology
         self._layouts = {rows: hidden_layout(spec, policy, rows, dtype, topology) for rows in sizes}
         self._table = row_layout(model.layers, model.placement, topology, max(sizes) * passes.new)
-        self.feeds_ids = topology.keeps_ids(self.gathers_rows) and not serial  # as of the grid
+        self.feeds_ids = topology.keeps_ids(self.gathers_rows) and not serial  # see `Grid`
 
     @property
     def gathers_rows(self) -> bool:
-        """Whether the rows of the embedding table that the ids name are gathered at its home."""
+        """Whether the rows of the embedding table for the ids are gathered at the table's home."""
         return self._table is not None
 
     def load(self, layer: int, token: int, rows: int) -> Loads:
-        """Ids or their rows of the table for the first layer, hidden states for the others."""
+        """The loads of ids, or of their rows of the table, for the first layer; for others, of hidden states."""
         new = self._passes.span(token).new
         if layer == self._model.last and token < 0:
             return ()
@@ -49,7 +49,7 @@ class HiddenCosts:
         return self._model.lanes.loads(self._ids(rows).load(new))
 
     def store(self, layer: int, token: int, rows: int) -> Loads:
-        """Hidden states, or the next ids from the last layer."""
+        """The loads that store hidden states, or the next ids from the last layer."""
         if layer == self._model.last:
             return self._model.lanes.loads(self._ids(rows).store()) if token >= 0 else ()
         return self._model.lanes.loads(self._layouts[rows].store(self._passes.span(token).new))

@@ -1,4 +1,4 @@
-"""What a prediction and a search are about: a model, a machine and a workload."""
+"""The subject of a prediction or a search: a model, a machine and a workload."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class Job:
-    """A workload of one model on one machine. `order`: the name of the order; None leaves it to the policy."""
+    """A workload of one model on one machine. `order`: the name of the order; None is the policy's own."""
 
     spec: ModelSpec
     hardware: Hardware
@@ -33,8 +33,12 @@ class Job:
         dtype: str = "auto",
         order: str | None = None,
     ) -> Job:
-        """The job, if it makes sense. `dtype`: a name, or "auto", which is the checkpoint's own where the machine has
-        products for it. Raises RequestError (lengths, dtype) and ScheduleError (an unknown order).
+        """The job, after checks.
+
+        dtype: a name, or "auto", which is the checkpoint's dtype if the machine has products for it.
+        order: the name of the order; None is the policy's own.
+
+        Raises RequestError (invalid lengths or dtype) and ScheduleError (an unknown order).
         """
         if order is not None and order not in ORDERS:
             raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
@@ -47,13 +51,13 @@ class Job:
         if name not in hardware.products:
             known = ", ".join(hardware.products)
             raise RequestError(
-                f"dtype {shown(name)} has no figures for {shown(hardware.name)}; it has: {known}, or use 'auto'"
+                f"dtype {shown(name)} has no figures for {shown(hardware.name)}; use one of {known}, or 'auto'"
             )
         return cls(spec, hardware, workload, getattr(torch, name), order)
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as `Hardware` names it: "float16"."""
+        """The name of the dtype in `Hardware`, such as "float16"."""
         return _name(self.dtype)
 
     def for_workload(self, workload: Workload) -> Job:

@@ -1,4 +1,4 @@
-"""What a step asks of each lane, and how long the lanes of a machine take for it."""
+"""The work of a step on each lane, and its time on the lanes of a machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from flexgen.results.trace import LaneName
 
 
 class Load(NamedTuple):
-    """One stage of a step: what it asks of its lane. `nbytes` cross a link or reach a disk. For a computation they
-    are the queries and answers of the rows whose attention the host computes. Values that sparse attention reads
-    while it computes are in the seconds alone."""
+    """One stage of a step: the work of its lane.
+
+    nbytes: the bytes that cross the link or that the disk reads or writes. For a computation, those of the queries
+        and attention outputs of the host's rows, without the values that sparse attention reads.
+    seconds: the time of the stage. It includes the reads of sparse attention.
+    """
 
     lane: LaneName
     nbytes: int
@@ -30,7 +33,7 @@ class LaneTimes:
     def __init__(self, hardware: Hardware) -> None:
         self._bandwidth = hardware.bandwidth
         self._fixed = hardware.fixed
-        # What the host does for a device that shares its memory is done by the thread that computes.
+        # If the compute device is the host, the computing thread also makes the host's copies.
         self._host = LaneName.COMPUTE if hardware.topology.shares_host_memory else LaneName.HOST
 
     def seconds(self, move: Move) -> float:

@@ -1,7 +1,7 @@
-"""Schedules as the simulator reads them: each step with how far before it those stand that it needs.
+"""Schedules as the simulator reads them: each step with the distances to the earlier steps that it needs.
 
-An order does the same in every visit of a layer, but for the first visits and the last. So a few visits are
-numbered, and the schedule of a deep model or of many tokens is put together from their sections.
+An order repeats the same steps in each visit of a layer, except for the first and the last visits. So only a few
+visits are numbered, and the schedule of a deep model or of many tokens is composed of their sections.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, Visit, needed_steps, needed_visit
 
 Entry = tuple[Op | None, int, int]
-"""A step: its op, its visit counted from that of its section, and its batch or piece. None in place of an op stands
-for no step, but for all that it needs: many steps wait for the same many."""
+"""A step: its op, its visit relative to that of its section, and its batch or piece. An entry without an op is not a
+step: it collects the needs that many steps share."""
 
 
 class Section(NamedTuple):
-    """What is issued from the first computation of a visit to that of the next one."""
+    """The steps issued from the first computation of a visit up to that of the next visit."""
 
     entries: tuple[Entry, ...]
     needs: tuple[tuple[int, ...], ...]
-    """For each entry those that must be done before it: -1 is the entry right before it."""
+    """For each entry, the entries that must be done before it, relative to it: -1 is the previous entry."""
     visits: frozenset[int]
-    """Those that its entries belong to, counted from its own."""
+    """The visits of its entries, relative to its own visit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Numbered:
-    """The steps of a schedule in their order: a section for each visit of a layer, the same one for those alike."""
+    """The steps of a schedule in order, with a section for each visit. Equal sections are one object."""
 
     sections: Sequence[Section]
     layers: int
 
     def steps(self) -> Iterator[Step | None]:
-        """What its entries stand for."""
+        """The step of each entry; None for an entry that is not a step."""
         for visit, section in enumerate(self.sections):
             for op, ahead, number in section.entries:
                 yield None if op is None else Step(op, *divmod(visit + ahead, self.layers), number)
@@ -49,7 +49,7 @@ class Numbered:
         ]
 
     def needs(self) -> Iterator[tuple[int, ...]]:
-        """What each of them needs, see `Section`."""
+        """The needs of each entry, see `Section`."""
         for section in self.sections:
             yield from section.needs
 
@@ -57,10 +57,10 @@ class Numbered:
 @lru_cache(maxsize=8)
 def numbered(order: Order, grid: Grid) -> Numbered:
     """The steps of an order. Cached, because a search times many policies on one grid."""
-    # Visits that an order issues steps ahead of the computation, across the ends too, or leaves them behind it.
+    # The number of visits by which an order issues steps before or after the computation, also across both ends.
     ahead = grid.weight_slots + 2
-    # From that visit on every one finds slots that others have used, and the last ones have less and less to fetch.
-    # Tokens likewise: the first has none before it, two show that they are alike, and the last prepares none.
+    # From visit `steady` on, all slots have been used before, and only the last visits have less to load. The same
+    # holds for tokens: the first has no predecessor, two equal ones show the repetition, and the last prepares none.
     steady = max(grid.weight_slots, -(-grid.cell_slots // grid.batches)) + ahead
     layers = min(grid.layers, steady + 2 + ahead)
     steady_token = 1 + -(-steady // layers)
@@ -71,13 +71,13 @@ def numbered(order: Order, grid: Grid) -> Numbered:
     return _drawn_out(made, few, grid, steady, steady_token) or _whole(order, grid)
 
 
-@lru_cache(maxsize=32)  # models of any depth have these few layers in common, and so have several searches
+@lru_cache(maxsize=32)  # models of any depth, and several searches, share these few layers
 def _whole(order: Order, grid: Grid) -> Numbered:
     return number(order(grid), grid)
 
 
 def number(steps: Iterable[Step], grid: Grid) -> Numbered:
-    """Any steps, one by one. Raises KeyError for a step that stands before one that it needs."""
+    """Number any steps, one by one. Raises KeyError for a step that comes before one that it needs."""
     place: dict[Step | Visit, int] = {}
     sections: list[tuple[list[Entry], list[tuple[int, ...]]]] = [([], [])]
 
@@ -101,7 +101,7 @@ def number(steps: Iterable[Step], grid: Grid) -> Numbered:
 
 
 def _made(sections: Iterable[tuple[Sequence[Entry], Sequence[tuple[int, ...]]]]) -> list[Section]:
-    """The same object for sections that are equal: what follows from one of them is made once."""
+    """The sections, with one object for equal ones, so that values derived from a section are computed once."""
     known: dict[Section, Section] = {}
     made = (
         Section(tuple(entries), tuple(needs), frozenset(ahead for _, ahead, _ in entries))
@@ -111,8 +111,10 @@ def _made(sections: Iterable[tuple[Sequence[Entry], Sequence[tuple[int, ...]]]])
 
 
 def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) -> Numbered | None:
-    """The schedule of `grid` from that of `few` layers and tokens, with copies of a layer and of a token; None for an
-    order that does not repeat itself."""
+    """The schedule of `grid`, made from that of `few` by copies of a layer and of a token.
+
+    It is None for an order that does not repeat itself.
+    """
     more_layers, more_tokens = grid.layers - few.layers, grid.tokens - few.tokens
     if len(made.sections) != few.tokens * few.layers:
         return None
@@ -131,9 +133,9 @@ def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) ->
 
 
 def _farther(made: Numbered, entries: int) -> list[Section]:
-    """Its sections, where a need of a step in its own layer, at the token before, is `entries` farther back."""
+    """The sections with needs in the same layer at the previous token moved back by `entries`."""
     steps: list[Step] = []
-    for step in reversed(list(made.steps())):  # what stands for no step is needed by the one behind it
+    for step in reversed(list(made.steps())):  # an entry that is not a step belongs to the step after it
         steps.append(step or steps[-1])
     steps.reverse()
 

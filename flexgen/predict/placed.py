@@ -1,4 +1,4 @@
-"""Models whose weights have their places."""
+"""Models with the placement of their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexgen.predict.timeline import Alike
 
 
 class Placements:
-    """The layers of a model, and the places that policies give to their weights. Each is made once."""
+    """The layers of a model, and the placements of their weights by policy. Each is computed once."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         self._spec = spec
@@ -38,10 +38,10 @@ class Placements:
 
 
 class PlacedModel:
-    """A model with the places of its weights on a machine. The policies of a search that differ in the shares of
-    cache and activations have it in common.
+    """A model with the placement of its weights on a machine.
 
-    `alike`: which layers take the same.
+    Policies that differ only in the shares of cache and activations share one object. `alike` identifies the layers
+    of equal cost.
     """
 
     def __init__(self, layers: Sequence[Layer], placement: Placement, hardware: Hardware) -> None:

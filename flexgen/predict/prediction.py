@@ -1,4 +1,4 @@
-"""What a run would take on a machine that one need not have: the same plan, schedule and report as a run's."""
+"""Predicts a run on a machine from its figures, with the plan, the schedule and the report of a real run."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _EXACT_CELLS = 100_000
-"""A block of more cells than these is predicted from some of its tokens, unless the caller wants all."""
+"""Blocks with more cells than this are predicted from some of their tokens, unless the caller asks for all."""
 _SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block: seconds, seconds of each lane alone, and when the `tokens` that were laid out are done, numbered
-    as they were."""
+    """One block: seconds by phase, seconds of each lane alone, and the timeline of the simulated `tokens`."""
 
     prefill: float
     decode: float
@@ -49,7 +48,12 @@ class _Block:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A report as of a run, the memory plan behind it, and the trace."""
+    """The prediction of a run.
+
+    report: the report, in the form of a run's report.
+    plan: the memory plan of the run.
+    layer_names: the names of the layers, indexed by `Step.layer` of the trace.
+    """
 
     report: Report
     plan: MemoryPlan
@@ -57,7 +61,7 @@ class Prediction:
     _blocks: tuple[_Block, ...] = field(repr=False)
 
     def trace(self) -> Trace:
-        """Every event of the call, block after block; of a sampled prediction, those of the sampled tokens."""
+        """The events of the call, block after block. A sampled prediction has those of the sampled tokens only."""
         trace, begin = Trace(), 0.0
         for block in self._blocks:
             named = ((e, e.step._replace(token=block.tokens[e.step.token])) for e in block.timeline.events)
@@ -75,12 +79,17 @@ def predict(
     dtype: str = "auto",
     order: str | None = None,
 ) -> Prediction:
-    """What `OptLM.generate` would take on `hardware` for a workload whose prompts are all of full length.
+    """Predict the time and the memory of `OptLM.generate` on `hardware`, without a run.
 
-    dtype: "auto" is the checkpoint's own where the machine has products for it.
+    spec: the model.
+    policy: the policy of the run.
+    hardware: the figures of the machine.
+    workload: the prompts and lengths; all prompts have the full length.
+    dtype: the name of a dtype, or "auto", which is the checkpoint's dtype if the machine has products for it.
+    order: the name of the order; None is the policy's own.
 
-    Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
-    with the same words as a run.
+    Raises RequestError (invalid lengths or dtype), ScheduleError (an unknown order), HardwareError (a missing figure)
+    and CapacityError (the plan does not fit), with the messages of a run.
     """
     return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy)
 
@@ -90,11 +99,11 @@ def predict_job(
 ) -> Prediction:
     """`predict` for a job that was checked.
 
-    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one. A
-        number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
-        others. Between them seconds grow evenly with the context, so they are interpolated; the tests hold the
-        result within 5% of the exact one.
-    placements: those of the job's model that are known already.
+    samples: None simulates all tokens of a block of up to 100,000 cells, which is exact, and 8 samples of a larger
+        one. A number simulates the prefill, three tokens of the decode (six with a cache on disk) and that number of
+        other tokens. Seconds grow linearly with the context, so those of the tokens between are interpolated. Tests
+        check that the result is within 5% of the exact one.
+    placements: the placements of the job's model, if the caller has them.
     """
     workload = job.workload
     placements = placements or Placements(job.spec, job.dtype)
@@ -139,10 +148,10 @@ def roofline(
     dtype: str = "auto",
     order: str | None = None,
 ) -> ByPhase:
-    """Seconds of each lane for the bytes and flops of each phase alone, at the rates of `hardware`.
+    """Seconds of each lane for the bytes and flops alone of each phase, at the rates of `hardware`.
 
-    Launches, other fixed costs and element-wise work count for nothing, as far as `hardware` has figures for them:
-    without those its rates contain the element-wise work. Raises as `predict` does.
+    Fixed costs, such as launches, and element-wise work are not counted, unless the rates of `hardware` include them.
+    Raises as `predict` does.
     """
     rates = hardware.replace(fixed=Fixed(), elementwise={}, around_attention={})
     return predict(spec, policy, rates, workload, dtype=dtype, order=order).report.phases
@@ -151,16 +160,16 @@ def roofline(
 def _plan(
     job: Job, policy: Policy, layers: Sequence[Layer], placement: Placement
 ) -> tuple[Policy, MemoryPlan]:
-    """The policy, in parts of prompts where whole ones do not fit, and its plan."""
+    """The policy, with a `prefill_chunk` if whole prompts do not fit, and its plan."""
     hardware = job.hardware
     target = Target(hardware.topology, job.order_for(policy).slots, workspaces_on(hardware))
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
-    # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
+    # A plan does not count weights on disk, because a run finds them there. They reduce the free space of the disk.
     on_disk, disk = placement.nbytes[Tier.DISK], hardware.capacity[Tier.DISK]
     if on_disk > disk:
         raise CapacityError(
-            f"weights on the disk tier take {format_bytes(on_disk)}, and {hardware.name} has {format_bytes(disk)} of "
-            "it: put a smaller share of them on disk"
+            f"weights on the disk tier take {format_bytes(on_disk)}, but {hardware.name} has {format_bytes(disk)}: "
+            "put a smaller share of the weights on disk"
         )
     limits[Tier.DISK] = disk - on_disk
 
@@ -172,8 +181,10 @@ def _plan(
 
 
 def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
-    """Bytes of host memory that the link copies from and to. Cache that the host attends over is among them where
-    prompts are computed in parts."""
+    """Bytes of host memory that the link copies from and to.
+
+    Cache over which the host computes attention counts only if prompts are computed in chunks.
+    """
     in_parts = Passes(job.workload.prompt_len, policy.prefill_chunk).extends
     stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
     return sum(
@@ -188,7 +199,7 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
 def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: int | None) -> _Block:
     hardware, workload, layers = job.hardware, job.workload, model.layers
     batches = len(batch_sizes(policy, prompts))
-    parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
+    parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that generate no token
     lead = len(parts)
     if samples is None and (workload.gen_len + lead) * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
@@ -201,21 +212,21 @@ def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: 
         return StepCosts(model, policy, workload, block)
 
     costs = costs_in(asked)
-    # The buffers are those of a full block, whose batches may run in another order.
+    # The slots are those of a full block, which may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked, grid)
     timeline = play_with_losses(steps, works_of(steps, costs, model.alike), hardware.losses, lead + 1)
     ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
         lead:
-    ]  # when each token was known for all rows
+    ]  # the times at which each token is known for all rows
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
         return decode_seconds(seconds, new, flushing, workload.gen_len, costs.flushes)
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
-    # As a run times its lanes: what the host attends is apart from what the device computes.
+    # As in a run's lane times, attention on the host is separate from computation on the device.
     attends = hardware.topology.host_attends(policy)
     apart = (
         costs if asked.splits_attention or not attends else costs_in(replace(asked, splits_attention=True))
@@ -232,10 +243,10 @@ def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: 
 
 
 def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """The tokens to lay out, and which of them (by place) write a page of the cache where there are `pages` on disk.
+    """The tokens to simulate, and the indices of those that write a page of the cache, if there are `pages` on disk.
 
-    The first of the decode stands for itself, because it waits for what the prefill leaves, and so does the last,
-    which fetches nothing for a next one. A page is written in the middle, and what comes after waits.
+    The first token of the decode represents only itself, because it waits for the rest of the prefill, and so does
+    the last one, which loads nothing for a next token. A middle token writes a page, and the token after it waits.
     """
     if samples is not None and samples < 1:
         raise RequestError(f"samples is {samples}; it must be at least 1")
@@ -250,8 +261,10 @@ def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequ
 def decode_seconds(
     seconds: Sequence[float], tokens: Sequence[int], flushing: Sequence[int], gen_len: int, flushes: int
 ) -> float:
-    """Seconds of all tokens but the first, from those of `tokens`: linear in between, and what each of `flushes`
-    pages adds to the token that writes it and to the next."""
+    """Seconds of all tokens but the first, from the `seconds` of `tokens`.
+
+    They are linear between these tokens. Each of `flushes` pages adds time to the token that writes it and the next.
+    """
     of_pages = sum(seconds[n] + seconds[n + 1] - 2 * seconds[n - 1] for n in flushing)
     plain = [n for n in range(1, len(tokens)) if n not in flushing and n - 1 not in flushing]
     if not plain:

@@ -1,4 +1,4 @@
-"""The simulator: times a schedule in virtual time, with the same lanes and the same trace as a run."""
+"""The simulator: it times a schedule in virtual time, with the lanes and the trace of a run."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from flexgen.results.trace import Event, LaneName, Phase, Trace
 from flexgen.schedule.steps import Grid, Op, Step
 
 Costs = Sequence[Sequence[tuple[LaneName, float]]]
-"""The work of a step as the executor sees it, in seconds: chains of stages, each (lane, seconds)."""
+"""The work of a step in seconds: chains of stages, each (lane, seconds)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When every step of a schedule is done. Events are many objects, so they are made only where they are read."""
+    """The times of the steps of a schedule. Events are many objects, so they are made only when they are read."""
 
     steps: Numbered
     works: Sequence[Costs]
     """The work of each entry of `steps`."""
     done: Sequence[float]
-    """Seconds at which each entry was done."""
+    """The time in seconds at which each entry is done."""
     starts: Sequence[float]
-    """Seconds at which each stage started, in the order of issue."""
+    """The time in seconds at which each stage starts, in the order of issue."""
     ends: Sequence[float]
-    """Seconds at which each stage ended."""
+    """The time in seconds at which each stage ends."""
 
     @property
     def span(self) -> float:
-        """Seconds until all was done."""
+        """Seconds until all steps are done."""
         return max(self.done, default=0.0)
 
     def last_ends(self, op: Op, layer: int) -> list[float]:
-        """When the last step of an op in a layer was done, by token."""
+        """By token, the time at which the last step of `op` in a layer is done."""
         ends = [0.0] * (len(self.steps.sections) // self.steps.layers)
         n = 0
         for visit, section in enumerate(self.steps.sections):
@@ -50,7 +50,7 @@ class Timeline:
 
     @property
     def events(self) -> list[Event]:
-        """As of a trace."""
+        """The events, in the form of a trace."""
         lanes = [
             (step, lane)
             for step, work in zip(self.steps.steps(), self.works, strict=True)
@@ -62,15 +62,18 @@ class Timeline:
 
 
 class Alike(NamedTuple):
-    """For each layer the first one that takes the same: of `weights` to load, which are also the same for every
-    token, and of all other steps of its cells."""
+    """For each layer, the first layer of equal cost.
+
+    weights: for loads of weights, which are equal for all tokens too.
+    cells: for all other steps.
+    """
 
     weights: Sequence[int]
     cells: Sequence[int]
 
 
 class _Visit(dict[tuple[Op, int], Costs]):
-    """The work of the steps of a visit by op and batch or piece. `costs` is called once for each."""
+    """The work of the steps of a visit, by op and batch or piece. `costs` is called once for each key."""
 
     def __init__(self, costs: Callable[[Step], Costs], visit: tuple[int, int]) -> None:
         self._costs = costs
@@ -83,10 +86,11 @@ class _Visit(dict[tuple[Op, int], Costs]):
 
 
 def works_of(steps: Numbered, costs: Callable[[Step], Costs], alike: Alike | None = None) -> list[Costs]:
-    """The work of every entry of a schedule; an entry that is no step has none.
+    """The work of each entry of a schedule. Entries that are not steps have no work.
 
-    A deep model has very many steps and few that differ, so `costs` is called once for visits that are alike. None:
-    no layer is like another one.
+    A deep model has many steps but few different ones, so `costs` is called once for equal visits.
+
+    alike: the layers of equal cost; None means that all layers differ.
     """
     visits: dict[tuple[int, int], _Visit] = {}
     known: dict[object, list[Costs]] = {}
@@ -114,19 +118,19 @@ def works_of(steps: Numbered, costs: Callable[[Step], Costs], alike: Alike | Non
 
 
 def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) -> Trace:
-    """When each stage would start and end if lanes served in the order of issue and nothing else interfered.
+    """The trace of steps, with lanes that serve in the order of issue and do not slow each other down.
 
-    A stage starts when its lane is free and the stage before it, or for the first one all that the step needs,
-    is done: the executor's own rules. Raises KeyError for an order that `schedule.check` refuses.
+    As in the executor, a stage starts when its lane is free and the stage before it is done. The first stage waits
+    for all needs of the step. Raises KeyError for an order that `schedule.check` rejects.
     """
     made = number(steps, grid)
     return Trace(play(made, works_of(made, costs)).events)
 
 
 def play(steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | None = None) -> Timeline:
-    """`simulate`, for steps that are numbered already, and the work of each of them.
+    """`simulate` for numbered steps and the work of each entry. Predictions spend most of their time here.
 
-    factors: by how much the seconds of each stage are multiplied. A prediction spends its time here.
+    factors: for each stage, the factor of its seconds; None is 1.
     """
     free = dict.fromkeys(LaneName, 0.0)
     factor = repeat(1.0) if factors is None else iter(factors)
@@ -155,7 +159,7 @@ def play(steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | Non
 
 
 Losses = Mapping[Phase, Mapping[tuple[LaneName, LaneName], float]]
-"""The share of the first lane's rate, in steps of that phase, that is lost while the second one works."""
+"""By phase and lanes, the share of its rate that the first lane loses while the second one works."""
 
 _ROUNDS = 5
 _SETTLED = 1e-3
@@ -163,11 +167,12 @@ _MOST_LOST = 0.9
 
 
 def play_with_losses(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1) -> Timeline:
-    """`play`, where lanes that work at the same time slow each other down. `prefill`: how many passes belong to the
-    prefill.
+    """`play` with lanes that slow each other down while they work at the same time.
 
-    The schedule is laid out, and each stage made longer by what it loses to those that it overlaps. This is repeated
-    for a few rounds, until the end no longer moves. A stage is slowed evenly over its time.
+    The schedule is timed, and each stage is lengthened by its losses to the stages that it overlaps. This repeats for
+    a few rounds, until the end of the schedule no longer changes. Losses are spread evenly over a stage.
+
+    prefill: the number of passes of the prefill.
     """
     made = play(steps, works)
     if not losses:
@@ -187,7 +192,7 @@ def play_with_losses(steps: Numbered, works: Sequence[Costs], losses: Losses, pr
 def _stretched(
     lanes: np.ndarray, prefill: np.ndarray, begin: np.ndarray, end: np.ndarray, losses: Losses
 ) -> list[float]:
-    """By how much each stage is longer where others overlap it. `prefill`: whether it belongs to that phase."""
+    """The factor by which overlap lengthens each stage. `prefill`: for each stage, whether it is in the prefill."""
     lost = np.zeros(len(lanes))
     of_phase = {Phase.PREFILL: prefill, Phase.DECODE: ~prefill}
     shares = ((phase, pair, share) for phase, pairs in losses.items() for pair, share in pairs.items())
@@ -195,7 +200,7 @@ def _stretched(
         mine, theirs = of_phase[phase] & (lanes == _NUMBER[lane]), lanes == _NUMBER[other]
         if not mine.any() or not theirs.any():
             continue
-        # Seconds that the other has worked until any time: it serves one stage after another.
+        # The seconds of work of the other lane until a given time. It serves one stage after another.
         edges = np.stack([begin[theirs], end[theirs]], axis=1).ravel()
         worked = np.repeat(np.cumsum(end[theirs] - begin[theirs]), 2)
         worked[::2] -= end[theirs] - begin[theirs]

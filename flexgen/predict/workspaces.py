@@ -1,4 +1,4 @@
-"""What the compute device of a `Hardware` takes in addition to operands and results."""
+"""The workspaces of the compute device of a `Hardware`, in addition to operands and results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from flexgen.predict.hardware import Hardware
 
 
 def workspaces_on(hardware: Hardware) -> Workspaces:
-    """Those of its compute device, as `ComputeDevice.workspaces` has them."""
-    # A checkpoint in float16 is computed in another type on the host's cores, and on no GPU.
+    """The workspaces of the compute device, in the form of `ComputeDevice.workspaces`."""
+    # Only the host computes a float16 checkpoint in another dtype; no GPU does.
     if hardware.topology.shares_host_memory or "float16" in hardware.computes_in:
         return HOST
     capability = hardware.compute_capability

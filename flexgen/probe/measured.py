@@ -41,12 +41,18 @@ def measured(
     again: bool = False,
     progress: Progress | None = None,
 ) -> Hardware:
-    """This machine with `device` and the disk of `offload_dir` (both as in `OptLM`).
+    """Return the figures of this machine. It is measured at the first use.
 
-    It is measured at the first use and with `again`; see `measure` for the duration and the exceptions. Capacities
-    are the bytes that are free now. If other programs used the processors during the measurement, the figures are
-    returned but not cached. If the cache cannot be read, the machine is measured again; if it cannot be written, a
-    warning is logged.
+    device: the compute device, as in `OptLM`.
+    offload_dir: a directory on the disk to measure, as in `OptLM`.
+    again: whether to measure again, even if there is a cached measurement.
+    progress: called before each measurement, with the number done, the total number and the name of the next one.
+
+    A measurement takes less than two minutes. Capacities are the bytes that are free now. If other programs used the
+    processors during the measurement, the figures are returned but not cached. If the cache cannot be read, the
+    machine is measured again; if it cannot be written, a warning is logged.
+
+    Raises RequestError for a device that does not exist, and CapacityError if there is not enough memory.
     """
     path, capacity = _place(device, offload_dir)
     hardware = None if again else _kept(path)

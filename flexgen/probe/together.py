@@ -56,7 +56,7 @@ def _lost(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float,
         thread.join()
     if failed:
         raise failed[0]
-    whole = clock() - began  # the last call of `beside` ends after ours
+    whole = clock() - began  # the last call of `there` ends after ours
     return 1 - counts[0] * alone[0] / spent, 1 - counts[1] * alone[1] / whole
 
 

@@ -1,4 +1,4 @@
-"""The best policy for a job on a described machine."""
+"""The policy search: finds the best policy for a job on a described machine."""
 
 from flexgen.search.find import find_policy
 

@@ -1,4 +1,4 @@
-"""What a policy search chooses from: shapes of blocks, where attention runs, tiers and codecs for each class."""
+"""The choices of a policy search: block shapes, the device of attention, tiers and codecs for each class of data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flexgen.quant import CODECS, head_format
 from flexgen.search.linear import CLASSES, Column, Shares
 
 _MOST_BATCHES = 64
-"""More batches of a block share a load of weights so well that there is next to nothing left to share."""
+"""The maximum number of batches. Beyond it, sharing a load of weights among more batches saves almost nothing."""
 _MOST_CELLS = 6_500
-"""Cells of a token, in all layers: of more than these a prediction takes long, and a run many short steps."""
+"""The maximum number of cells per token, in all layers. With more, predictions are slow and runs have short steps."""
 
 
 class Choices:
-    """All policies that have the fields which are given. `fixed`: the names of these."""
+    """All policies with the given fields. `fixed`: the names of the given fields."""
 
     def __init__(self, job: Job, auto: Auto) -> None:
         self._job = job
@@ -30,23 +30,24 @@ class Choices:
         self._lossy = auto.lossy
         self._shared = job.hardware.topology.shares_host_memory
         self.fixed = frozenset(auto.fixed)
-        # A host's memory is one tier, whatever it is called.
+        # If the compute device is the host, its memory is the one tier CPU.
         self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
 
     def forms(self) -> Iterator[Policy]:
-        """Everything but the shape and the placement: free classes are on the host."""
+        """Policies with every choice except shape and placement; free classes of data are on the host."""
         free = {what: {Tier.CPU: 100} for what in CLASSES if what not in self.fixed}
         form = self._settled.replace(**free)
         attending = ("gpu",) if self._shared or self._on_device else ("gpu", "cpu")
         for attend_on in attending if "attend_on" not in self.fixed else (form.attend_on,):
-            # In whole layers the host computes attention while the device computes another batch, in each of them.
+            # With whole layers (`sep_layer = false`), the host computes attention of one batch while the device
+            # computes another batch of the same layer.
             apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
 
     @property
     def _on_device(self) -> bool:
-        """Whether all of the cache is to be where the device attends to it."""
+        """Whether the given fields put the whole cache in GPU memory."""
         return "cache" in self.fixed and self._settled.cache.percent(Tier.GPU) == 100
 
     @cached_property
@@ -62,7 +63,7 @@ class Choices:
         return tuple(columns)
 
     def _may(self, what: str, codec: str) -> bool:
-        """Whether a codec may be chosen for a class, and its rates on the machine are known."""
+        """Whether a codec may be chosen for a class of data and the machine has its rates."""
         if codec == "none":
             return True
         if not self._lossy or what == "activations":
@@ -74,12 +75,12 @@ class Choices:
                 decoding_rate(self._job.hardware, self._job.dtype, CODECS[codec])
             else:
                 self._check_attention(codec)
-        except (HardwareError, PolicyError):  # no figures, or heads of a size that it does not take
+        except (HardwareError, PolicyError):  # no figures, or an unsupported head size
             return False
         return True
 
     def _check_attention(self, codec: str) -> None:
-        """Raises HardwareError or PolicyError unless the rates of attention over `codec` are known everywhere."""
+        """Raise HardwareError or PolicyError unless all rates of attention over `codec` are known."""
         for head_dim in {layer.attention.head_dim for layer in self._job.spec.layers}:
             heads = head_format(codec, head_dim, self._job.dtype)
             for on_device in (True,) if self._shared else (True, False):
@@ -87,7 +88,7 @@ class Choices:
 
     @cached_property
     def given(self) -> Shares:
-        """The shares that are settled."""
+        """The shares that the given fields set."""
         given = {}
         for column in self.columns:
             if column.what in self.fixed:
@@ -96,8 +97,10 @@ class Choices:
         return given
 
     def shapes(self) -> dict[int, list[int]]:
-        """Numbers of batches by their size, ascending: a block more than the job has prompts for is none, and the
-        blocks of a job are about equally full."""
+        """Numbers of batches by batch size, in ascending order.
+
+        No block is larger than the job, and the blocks of a job are about equally full.
+        """
         prompts, settled = self._job.workload.num_prompts, self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
         most = max(_MOST_CELLS // (2 * self._job.spec.num_layers + 2), 1)
@@ -116,7 +119,7 @@ class Choices:
         return by_size
 
     def rounded(self, form: Policy, shares: Shares) -> Policy:
-        """Whole percentages, of cache and activations those of whole rows of a batch."""
+        """`form` with `shares` as whole percentages; those of cache and activations match whole rows of a batch."""
         splits = {}
         for what in CLASSES:
             if what in self.fixed:
@@ -131,7 +134,7 @@ class Choices:
 
 
 def _ladder(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, and `most`."""
     steps = {most}
     power = 1
     while power <= most:
@@ -141,7 +144,7 @@ def _ladder(most: int) -> list[int]:
 
 
 def _whole(parts: np.ndarray, total: int) -> np.ndarray:
-    """`parts` of 1 as whole parts of `total`, the largest remainders rounded up."""
+    """`parts`, scaled to the sum `total` and rounded to whole numbers; the largest remainders are rounded up."""
     exact = parts / parts.sum() * total
     whole = np.floor(exact + 1e-6)
     for n in np.argsort(whole - exact)[: round(total - whole.sum())]:

@@ -1,7 +1,7 @@
-"""The figures of a linear program, from the cost model and the memory plan.
+"""The coefficients of a linear program, from the cost model and the memory plan.
 
-Both are asked at the corners: policies with all weights on one tier, all cache on one and all activations on one. No
-formula of a size or of a time is repeated here.
+Both are evaluated at the corners: policies with all weights on one tier, the whole cache on one tier, and all
+activations on one tier. No formula of a size or of a time is duplicated here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op
 _DEPENDS = {
     Op.LOAD_WEIGHTS: ("weights",),
     Op.LOAD_CACHE: ("cache",),
-    Op.LOAD_HIDDEN: ("activations", "weights"),  # of the first layer, rows of the embedding table
+    Op.LOAD_HIDDEN: ("activations", "weights"),  # for the first layer, rows of the embedding table
     **dict.fromkeys((Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE), ("weights", "cache")),
     Op.STORE_HIDDEN: ("activations",),
     Op.STORE_CACHE: ("cache",),
@@ -45,7 +45,7 @@ _Kinds = tuple[LayerSpec, ...]
 
 
 class _Addition(NamedTuple):
-    """Layers of one kind: the bytes that `times` the difference between two models of them takes."""
+    """The bytes of layers of one kind: `times` the difference between two models of that kind."""
 
     times: float
     more: Placements
@@ -53,7 +53,7 @@ class _Addition(NamedTuple):
 
 
 class Corners:
-    """Figures of one job, for any shape of a block."""
+    """The figures of one job, for any block shape."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -65,13 +65,13 @@ class Corners:
         self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
 
     def order(self, form: Policy) -> Order:
-        """What a policy of this form runs in, wherever its free shares end up."""
+        """The order of policies of this form, which does not depend on their free shares."""
         return self._job.order_for(form)
 
     def figures(self, form: Policy, columns: Sequence[Column]) -> Figures:
-        """Of blocks of the form's shape. Columns that the machine or the model has no figures for are left out."""
+        """The figures of blocks of the form's shape. Columns without rates on the machine are left out."""
         several = form.num_gpu_batches > 1
-        # What several batches take grows by the same with each.
+        # Times and bytes of several batches are linear in their number.
         first = form.replace(num_gpu_batches=2 if several else 1)
         key = first, tuple(columns)
         if key not in self._known:
@@ -101,23 +101,25 @@ class Corners:
                 found.append((column, at_start))
                 continue
             policy = at(start | {column.what: column})
-            # Steps that do not depend on this class of data take as long as they do at the start.
+            # Steps that do not depend on this class of data have the same times as at the start.
             others = [op for op in Op if column.what in _DEPENDS[op]]
             try:
                 corner = self._corner(policy, order, seconds | self._seconds(policy, order, others))
             except (HardwareError, PolicyError):
-                continue  # a codec without a figure, or one that cannot keep heads of this size
+                continue  # the codec has no figures, or does not support the head size
             found.append((column, corner))
         return found
 
     def _corner(self, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]) -> np.ndarray:
-        """(2, rows * 2 + 3): what does not depend on the number of batches, and what each of them adds."""
+        """(2, rows * 2 + 3): the part that does not depend on the number of batches, and the part of each batch."""
         taken = np.sum(list(seconds.values()), axis=0)
         return np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
 
     def _seconds(self, policy: Policy, order: Order, ops: Collection[Op]) -> dict[Op, np.ndarray]:
-        """(2, phases, rows) of the steps of each of `ops`, from a model with one layer of each kind, which counts as
-        often as the whole has it."""
+        """The seconds (2, phases, rows) of the steps of each of `ops`.
+
+        They come from a model with one layer of each kind, which counts as often as the whole model has it.
+        """
         model = self._model(policy)
         layers = model.layers
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
@@ -155,13 +157,13 @@ class Corners:
             return sum(row[: lead + 1]), decode
 
         taken = {op: np.array([[*map(of_phases, rows)] for rows in both]) for op, both in sums.items()}
-        if several:  # from the first and each other to the line through any number of them
+        if several:  # from the first batch and each further one to a line in their number
             for both in taken.values():
                 both[0] -= both[1]
         return {op: both.swapaxes(1, 2) for op, both in taken.items()}
 
     def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
-        """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
+        """The bytes (2, tiers): from the plans of small models with few batches, plus those of the other layers."""
         few, additions = self._additions(order.slots.weights)
         batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
         blocks = [policy.replace(num_gpu_batches=n) for n in batches]
@@ -173,10 +175,10 @@ class Corners:
         return np.stack([deep[0] - batches[0] * each, each])
 
     def _additions(self, step: int) -> tuple[Placements, list[_Addition]]:
-        """A small model where `step` weight slots take turns, and what the other layers of the whole one add."""
+        """A small model with `step` weight slots, and the additions of the whole model's other layers."""
         if step not in self._small:
             few, least = self._few_layers(step), (self._job.spec.num_layers - 1) % step + 1
-            # Each slot serves as many of the layers that are added as of those before.
+            # The layers that are added use all slots equally often.
             additions = [
                 _Addition(
                     count / step,
@@ -189,7 +191,7 @@ class Corners:
         return self._small[step]
 
     def _few_layers(self, step: int) -> tuple[LayerSpec, ...]:
-        """The fewest of the model's first layers that take weight slots of the same sizes as all of them."""
+        """The fewest first layers of the model whose weight slots have the same sizes as those of all layers."""
         layers = self._job.spec.layers
         turns = {(kind, n % step) for n, kind in enumerate(layers)}
         for count in range((len(layers) - 1) % step + 1, len(layers), step):
@@ -204,8 +206,8 @@ class Corners:
         topology = self._job.hardware.topology
         target = Target(topology, order.slots, self._workspaces)
         plan = plan_memory(layers, placement, block, target, workload)
-        # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
-        # takes where no share has is no line between the corners: the plan of the policy counts it.
+        # A head that is larger than any layer needs no slot if a share has room for it. Its slot is not linear
+        # between the corners, so it is left out here; the plan of each policy counts it.
         slots, between = (
             plan.weight_slots,
             slot_sizes(layers, placement, topology, order.slots.weights, False),
@@ -216,7 +218,7 @@ class Corners:
         return list(taken.values())
 
     def _model(self, policy: Policy) -> PlacedModel:
-        """One layer of each kind."""
+        """A model with one layer of each kind."""
         key = policy.sep_layer, policy.weights
         if key not in self._models:
             placements = self._placements_of(tuple(self._counts))
@@ -225,7 +227,7 @@ class Corners:
         return self._models[key]
 
     def _placements_of(self, kinds: _Kinds) -> Placements:
-        """Those of a model with these layers."""
+        """The placements of a model with these layers."""
         if kinds not in self._placements:
             spec = replace(self._job.spec, layers=kinds)
             self._placements[kinds] = Placements(spec, self._job.dtype)
@@ -233,8 +235,11 @@ class Corners:
 
 
 def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
-    """The prefill and a token that stands for the decode, whose seconds grow evenly; with `pages` on disk also one
-    that writes a page, and the next. Which of them (by place) writes."""
+    """The tokens to time, and the indices of those that write a page.
+
+    The tokens are the prefill's and one that represents the decode, whose seconds grow linearly. With `pages` on
+    disk, there are also a token that writes a page and the token after it.
+    """
     if gen_len < 5:
         return range(gen_len), ()
     middle = gen_len // 2

@@ -1,7 +1,7 @@
-"""The policy search: shapes and codecs are enumerated, placements solved for, and the best of them simulated.
+"""The policy search: it enumerates shapes and codecs, solves for placements, and simulates the best of them.
 
-The method is that of FlexGen's paper (arXiv 2303.06865, section 4.3), with a simulation of the schedule in place of
-its cost model for the last word.
+The method is that of FlexGen's paper (arXiv 2303.06865, section 4.3), but the final ranking simulates the schedule
+instead of using the paper's cost model.
 """
 
 from __future__ import annotations
@@ -33,25 +33,31 @@ from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _ALL_OPEN = Auto()
-"""No field of the policy is given, and no codec may be chosen."""
+"""No field of the policy is given, and the search may not choose codecs."""
 _CELLS = 25_000
-"""Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
+"""The maximum number of cells to simulate for the ranking of solutions, and again to improve the winner."""
 _LAST_CELLS = 40_000
-"""Cells that are laid out of whole models at the end, for the winner and then for as many others as that allows."""
+"""The maximum number of cells of whole models to simulate at the end, for the winner and some others."""
 _REORDERED = 2
-"""Shapes, the best of all, that are tried in every order."""
+"""The number of best shapes to try in every order."""
 _ORDER_CELLS = 10_000
-"""Cells that are laid out for that."""
+"""The maximum number of cells to simulate for these orders."""
 _OWN_ORDER = 0.01
-"""By what share of its time another order must be faster than the one that the policy asks for: a file of the policy
-does not say it, so you have to give it with every run."""
+"""The share of the time by which another order must be faster than the policy's own order. A policy file does not
+store an order, so you have to pass it to every run."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
-"""Percent that are moved at once to improve the winner; the first is all that a tier has."""
+"""The percentages to move in one step to improve the winner. The first moves everything on a tier."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy with the order it runs in and what it would take; `limits` says why it is not faster."""
+    """A policy that the search found.
+
+    policy: the policy.
+    order: the name of its order.
+    prediction: its prediction for the whole workload.
+    limits: sentences that explain why it is not faster.
+    """
 
     policy: Policy
     order: str
@@ -64,14 +70,19 @@ class Candidate:
         return self.prediction.report.throughput_tokens_s
 
     def placement(self) -> str:
-        """As "weights 30% gpu, 70% cpu in int4; cache ..."."""
+        """The placement as text, such as "weights 30% gpu, 70% cpu in int4; cache ..."."""
         return "; ".join(f"{what} {_split(getattr(self.policy, what))}" for what in CLASSES)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found. `considered`: block shapes with attention, codecs and order that a linear program was
-    solved for; `seconds`: what all of it took."""
+    """The result of a search.
+
+    best: the fastest candidate.
+    runners_up: the next candidates, best first.
+    considered: the number of linear programs that were solved, for block shapes, devices of attention and orders.
+    seconds: the time of the search.
+    """
 
     best: Candidate
     runners_up: tuple[Candidate, ...]
@@ -79,7 +90,7 @@ class Search:
     seconds: float
 
     def line(self) -> str:
-        """What was chosen."""
+        """The best candidate in one line."""
         best, policy = self.best, self.best.policy
         return (
             f"{best.placement()}; {policy.num_gpu_batches} x {policy.gpu_batch_size} prompts; {best.order}; "
@@ -87,7 +98,7 @@ class Search:
         )
 
     def table(self) -> str:
-        """The candidates, best first."""
+        """A table of the candidates, best first."""
         rows = [("tokens/s", "prompts", "order", "bound by", "placement")]
         for candidate in (self.best, *self.runners_up):
             policy, report = candidate.policy, candidate.prediction.report
@@ -116,15 +127,17 @@ def find_policy(
     dtype: str = "auto",
     order: str | None = None,
 ) -> Search:
-    """The policy under which `predict` takes least for the workload, and some others.
+    """Search for the policy with the shortest predicted time for the workload, and for the next best ones.
 
-    auto: the fields of the policy that are given, and whether codecs may be chosen that change what the model
-        computes. Codecs in given fields always may.
-    dtype, order: as of `predict`. Without an order all are tried that are not there for comparison only, and the
-        policy's own is preferred to one that is less than 1% faster.
+    spec, hardware, workload: the model, the machine, and the prompts and lengths.
+    auto: the given fields of the policy, and whether the search may choose codecs, which change the model's results.
+        Given fields may always have codecs.
+    dtype: as in `predict`.
+    order: the name of the order. None tries all orders except those that exist for comparison only, and prefers the
+        policy's own order to one that is less than 1% faster.
 
-    Raises PolicyError for given fields that no policy has, RequestError, ScheduleError and HardwareError as
-    `predict` does, and CapacityError, with what is short, where not even the smallest policy fits.
+    Raises PolicyError for invalid given fields; RequestError, ScheduleError and HardwareError as `predict` does; and
+    CapacityError, with the shortage of each tier, if not even the smallest policy fits.
     """
     return find_for_job(Job.checked(spec, hardware, workload, dtype, order), auto)
 
@@ -132,10 +145,10 @@ def find_policy(
 def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None) -> Search:
     """`find_policy` for a job that was checked, with at most `top` candidates.
 
-    slots: the most that another order than a policy's own may want; None sets no limit.
+    slots: the maximum slots of an order that is not the policy's own; None sets no limit.
     """
     began = time.perf_counter()
-    # Where nothing fits, prompts are computed in parts: the first size of parts that fits is taken.
+    # If nothing fits, prompts are computed in chunks, of the first chunk size that fits.
     given = [auto.fixed]
     if not Policy.from_dict(auto.fixed).prefill_chunk:
         given += [{**auto.fixed, "prefill_chunk": n} for n in parts_of(job.workload.prompt_len)]
@@ -157,8 +170,11 @@ def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None)
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Python does not look for cycles meanwhile. A search makes millions of small objects and no cycles, and Python
-    would examine all objects of the process again and again, those of torch too: a sixth of the search."""
+    """Disable Python's collection of reference cycles.
+
+    A search makes millions of small objects but no cycles. Collections would examine all objects of the process,
+    those of torch too, and take a sixth of the search's time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -181,11 +197,14 @@ class _Finder:
     def considered(self) -> int:
         return self._programs.considered
 
-    # A policy of it
+    # From solutions to policies
 
     def _realised(self, solved: Solved) -> Policy | None:
-        """The solution as a policy that fits. Where it took too much of a tier, by rounding or for a head that needs
-        a slot, it is solved for again with as much less of it; where that has no solution, weights make room."""
+        """The solution as a policy that fits, or None.
+
+        If the policy exceeds a tier, by rounding or by a head that needs a slot, the program is solved again with a
+        capacity that is smaller by the excess. If that has no solution, weights are moved to slower tiers.
+        """
         capacity, solution = self._programs.capacity.copy(), solved.solution
         first = self._choices.rounded(solved.form, solution.shares)
         for _ in range(8):
@@ -205,8 +224,11 @@ class _Finder:
         return lambda policy: self._simulations.short(Run(policy, order))
 
     def _runs(self, solved: Solved) -> Iterator[tuple[Run, Solved]]:
-        """The solution as policies that fit. Buffers are as large as the largest unit that moves, a head perhaps. The
-        program does not know that, so what it left over is used, and overlap tried where it saw no room."""
+        """The solution as policies that fit.
+
+        Slots have the size of the largest layer, which may be a head. The program does not know that, so the free
+        memory that it leaves is filled, and overlap is tried even if the program found no room for it.
+        """
         policy, choices = self._realised(solved), self._choices
         if policy is None:
             return
@@ -219,7 +241,7 @@ class _Finder:
             own = solved._replace(form=form, figures=self._programs.figures(form, solved.order))
             yield Run(filled(overlapped, choices.tiers, short), solved.order), own
 
-    # What the simulator says of it
+    # Ranking by simulation
 
     def ranked(self, top: int) -> list[Candidate]:
         """The candidates, best first."""
@@ -246,7 +268,7 @@ class _Finder:
         candidates = {run: self._candidate(run) for run in kept}
         took = {run: made.prediction.report.total_s for run, made in candidates.items()}
         first, *others = sorted(kept, key=lambda run: took[run] * self._handicap(run))
-        # One that is faster by less than its order costs is no runner-up either.
+        # A candidate that is faster only without the handicap of its order is not a runner-up.
         return [candidates[run] for run in (first, *others) if took[run] >= took[first]]
 
     def _try(self, solved: Solved) -> None:
@@ -259,7 +281,7 @@ class _Finder:
             self._took[run] = self._simulations.seconds(run, solved.figures)
 
     def _try_orders(self) -> None:
-        """The best shapes in the other orders: which one is fastest is not seen from what each lane has to do."""
+        """Try the best shapes in the other orders. The work of each lane does not show which order is fastest."""
         best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
         runs = [
             run
@@ -273,7 +295,7 @@ class _Finder:
                 self._try(solved)
 
     def _in_best_order(self, best: Run) -> Run:
-        """The policy, and where another order is better for it, one that is improved in that."""
+        """The policy, or an improved one in another order if that is better."""
         solved = self._tried[best]
         for run in self._programs.other_orders(*best):
             if self._simulations.short(run):
@@ -289,12 +311,14 @@ class _Finder:
         return self._took[run] * self._handicap(run)
 
     def _handicap(self, run: Run) -> float:
-        """By what the time counts more of a policy in an order that it does not ask for."""
+        """The factor of a run's time in the ranking: above 1 if the order is not the policy's own."""
         return 1.0 if run.order in (None, self._job.order) else 1 + _OWN_ORDER
 
     def _improved(self, run: Run) -> Run:
-        """The policy with shares moved between tiers as long as the simulator says that it helps: fixed costs,
-        whole rows and what is left of a tier are not linear."""
+        """The policy with shares moved between tiers while the simulated time improves.
+
+        Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
+        """
         simulations, solved = self._simulations, self._tried[run]
         until = simulations.laid_out + _CELLS
         least = self._took[run]
@@ -321,15 +345,14 @@ class _Finder:
         return Candidate(run.policy, prediction.report.order, prediction, words)
 
     def _smallest(self) -> Solved:
-        """As few prompts in flight as there may be, without overlap unless that is given, with each class where
-        it leaves the tiers least short."""
+        """The smallest block, without overlap unless it is given, with the placement that exceeds the tiers least."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])
         if "overlap" not in self._choices.fixed:
             form = form.replace(overlap=False)
         solved, short = self._programs.least_short(form), self._short_in(self._job.order)
         figures, solution = solved.figures, solved.solution
-        # What is split has buffers for each of its parts; where nothing is split there is least of them.
+        # Split data needs buffers for each of its parts, so placements without a split need the fewest.
         ways = [
             [c for c in figures.columns if c.what == what]
             for what in CLASSES
@@ -344,7 +367,7 @@ class _Finder:
         return solved._replace(solution=solution)
 
     def _too_small(self, run: Run) -> CapacityError:
-        """What the smallest policy lacks."""
+        """The error with the shortage of the smallest policy."""
         plan, short = self._simulations.plan(run)
         weights_on_disk = plan.on(Tier.DISK, "weights")
         limits: dict[Tier, int | None] = {tier: self._job.hardware.capacity.get(tier) for tier in Tier}
@@ -355,5 +378,6 @@ class _Finder:
         return CapacityError(
             f"no policy for {self._job.spec.name} fits {self._job.hardware.name}, which is short by {missing}: "
             f"{plan.shortage(limits)}, with "
-            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight"
+            f"{run.policy.num_gpu_batches} x {run.policy.gpu_batch_size} prompts in flight. Use a smaller model, "
+            "shorter prompts, codecs (lossy), or a machine with more memory"
         )

@@ -1,4 +1,4 @@
-"""What more throughput costs in latency: the best policy for each number of prompts that is to be done together."""
+"""The trade-off between throughput and latency: the best policy for each number of prompts that run together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class Point:
-    """`prompts` together take `seconds`, until the last token of the last of them, and give `tokens_s` new tokens a
-    second."""
+    """The best policy for `prompts` prompts that run together.
+
+    seconds: the time until the last token of the last prompt.
+    tokens_s: new tokens per second.
+    """
 
     prompts: int
     seconds: float
@@ -27,9 +30,10 @@ class Point:
 
 
 def find_frontier(find: Callable[[Workload], Search], workload: Workload) -> list[Point]:
-    """Points that no other beats in both, by rising latency: of 1, 2, 4, ... prompts up to the workload's.
+    """The points for 1, 2, 4, ... prompts, up to the workload's number, that no other point beats in both figures.
 
-    `find` searches a policy; where nothing fits, larger numbers are not tried.
+    They are sorted by rising latency. `find` searches for a policy; after the first number of prompts that does not
+    fit, no larger ones are tried.
     """
     points = []
     for prompts in _doubling(workload.num_prompts):
@@ -43,7 +47,7 @@ def find_frontier(find: Callable[[Workload], Search], workload: Workload) -> lis
 
 
 def not_dominated(points: Iterable[Point]) -> list[Point]:
-    """Those than which no other is both as quick and as productive, by rising latency."""
+    """The points that no other point beats in latency and throughput, by rising latency."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: (point.seconds, -point.tokens_s)):
         if not kept or point.tokens_s > kept[-1].tokens_s:
@@ -52,7 +56,7 @@ def not_dominated(points: Iterable[Point]) -> list[Point]:
 
 
 def frontier_table(points: Sequence[Point]) -> str:
-    """A line for each point."""
+    """A table with a line for each point."""
     rows = [("prompts", "latency", "tokens/s", "block", "weights")]
     for point in points:
         policy = point.policy
@@ -81,15 +85,15 @@ def frontier_table(points: Sequence[Point]) -> str:
 
 
 def plotter() -> Any:
-    """What `draw` draws with. Raises RequestError where matplotlib is missing."""
+    """matplotlib's pyplot, for `draw`. Raises RequestError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("to draw needs matplotlib, which is not installed: pip install 'flexgen[plot]'")
+        raise RequestError("matplotlib is not installed, but the plot needs it: pip install 'flexgen[plot]'")
     importlib.import_module("matplotlib").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 
 
 def draw(plot: Any, points: Sequence[Point], path: str, title: str) -> None:
-    """Write the frontier as a picture."""
+    """Write a plot of the frontier to `path`."""
     figure, axes = plot.subplots(figsize=(6.4, 4.4), layout="constrained")
     axes.plot([point.seconds for point in points], [point.tokens_s for point in points], "o-")
     for point in points:

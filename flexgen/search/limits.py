@@ -1,4 +1,4 @@
-"""Why a policy is not faster, in words."""
+"""Explains in words why a policy is not faster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexgen.search.linear import Figures, Solution, shares_of
 from flexgen.units import GIB, format_bytes, format_seconds
 
 _FULL = 0.97
-"""What of a tier has to be taken for it to be called full: less than that, rounding left."""
+"""The share of a tier in use above which it is called full. Below it, the rest may be due to rounding."""
 
 
 def limits_in_words(
@@ -20,8 +20,8 @@ def limits_in_words(
     solution: Solution,
     job: Job,
 ) -> tuple[str, ...]:
-    """The lane that each phase waits for and what is on it, the tiers that are full and what more of them would be
-    worth, and whether blocks could be larger."""
+    """The longest lane of each phase with its data, the full tiers with the savings of more memory, and whether
+    blocks could be larger."""
     capacity, workload = job.hardware.capacity, job.workload
     report, shares = prediction.report, shares_of(policy)
     in_all = {Phase.PREFILL: report.prefill_s, Phase.DECODE: report.decode_s}

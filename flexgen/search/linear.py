@@ -1,7 +1,7 @@
-"""Placement as a linear program: the seconds of every lane and the bytes of every tier are, up to rounding, affine
-in the shares of a policy.
+"""Placement as a linear program. Up to rounding, the seconds of each lane and the bytes of each tier are affine in
+the shares of a policy.
 
-`corners` makes the figures.
+`corners` computes the coefficients.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ LANES = tuple(LaneName)
 LANE_ROW = {lane: row for row, lane in enumerate(LANES)}
 
 IN_TURN = len(LANES)
-"""The row of what a batch has to do one after the other: its hidden states in, its computation, and out again."""
+"""The row of a batch's serial work: its hidden states in, its computation, and its hidden states out."""
 UNHIDDEN = len(LANES) + 1
-"""The row of computation and of weights that it cannot hide, for want of a second slot."""
+"""The row of the computation and of the weight loads that it cannot hide, because there is no second slot."""
 ROWS = len(LANES) + 2
 _OTHER_LANES = 0.01
-"""What a second of a lane that nothing waits for is held to cost: of placements that are equally fast the one that
-moves less is taken, because no order overlaps perfectly."""
+"""The weight of the seconds of lanes that are not the longest. It selects, among equally fast placements, the one
+that moves less data, because no order overlaps perfectly."""
 
 
 class Column(NamedTuple):
-    """One way to keep all of a class of data."""
+    """One way to store all of a class of data."""
 
     what: str  # weights, cache, activations
     tier: Tier
@@ -38,11 +38,11 @@ class Column(NamedTuple):
 
 
 Shares = Mapping[Column, float]
-"""What part of its class each column has, 0 to 1."""
+"""The share of its class that each column stores, 0 to 1."""
 
 
 def shares_of(policy: Policy) -> Shares:
-    """The shares of a policy's classes, by where and in what form they are kept."""
+    """The shares of a policy's classes, by tier and codec."""
     splits = {"weights": policy.weights, "cache": policy.cache, "activations": policy.activations}
     return {
         Column(what, tier, split[tier].codec): split.percent(tier) / 100
@@ -54,26 +54,27 @@ def shares_of(policy: Policy) -> Shares:
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds by phase and row (2, rows) and bytes by tier (3,) of a block, affine in the shares.
+    """The seconds by phase and row (2, rows) and the bytes by tier (3,) of a block, affine in the shares.
 
-    `base`: where each class is on its first column. `change`: by column, what it adds if it has all of its class.
+    base: the values if each class is stored by its first column.
+    change: by column, the change of the values if the column stores all of its class.
     """
 
     columns: tuple[Column, ...]
     base: np.ndarray
     change: np.ndarray  # (columns, 2 * rows + 3)
-    serial: bool  # steps wait for one another, whatever their lane
+    serial: bool  # no steps overlap, even on different lanes
 
     def at(self, shares: Shares) -> np.ndarray:
         part = np.array([shares.get(column, 0.0) for column in self.columns])
         return np.asarray(self.base + part @ self.change)
 
     def seconds(self, shares: Shares) -> list[dict[LaneName, float]]:
-        """Of prefill and decode, by lane alone."""
+        """The seconds of prefill and decode, by lane."""
         return [dict(zip(LANES, row.tolist(), strict=False)) for row in self.at(shares)[:-3].reshape(2, ROWS)]
 
     def of_lane(self, phase: int, lane: LaneName, shares: Shares) -> dict[str, float]:
-        """The seconds that each class puts on a lane beyond what it would on the tier where it asks least of it."""
+        """The seconds of a lane due to each class, beyond those if the class were on the tier with the fewest."""
         row = phase * ROWS + LANES.index(lane)
         asks = dict(zip(self.columns, self.change[:, row], strict=True))
         return {
@@ -85,7 +86,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Solution:
-    """`seconds` of prefill and decode together, and what a byte more of each tier would save."""
+    """Shares, the `seconds` of prefill plus decode, and the seconds that one more byte of each tier would save."""
 
     shares: Shares
     seconds: float
@@ -99,12 +100,14 @@ def solve(
     without: Iterable[Column] = (),
     elastic: bool = False,
 ) -> Solution | None:
-    """The shares with the shortest prefill and decode, within `capacity` (bytes by tier); None if nothing fits.
+    """The shares with the shortest prefill plus decode, or None if nothing fits.
 
-    given: shares that are settled. without: columns that get nothing. elastic: capacities may be exceeded, by as
-    few bytes as can be.
+    capacity: bytes by tier.
+    given: the shares that are fixed.
+    without: the columns whose shares are 0.
+    elastic: whether the capacities may be exceeded, by the fewest bytes possible.
     """
-    from scipy.optimize import linprog  # takes a while to import, and only a search solves programs
+    from scipy.optimize import linprog  # slow to import, and only a search solves programs
 
     n, without = len(figures.columns), set(without)
     seconds = figures.base[:-3].reshape(2, ROWS)
@@ -116,7 +119,7 @@ def solve(
         limits_seconds, limits_rows = seconds, rows
     unit = max(float(np.abs(figures.base[:-3]).max()), float(np.abs(figures.change[:, :-3]).max()), 1e-12)
     width = limits_seconds.shape[1]
-    # Variables: the shares, then the seconds of prefill and decode, in `unit`, then what is too much on each tier.
+    # Variables: the shares, the seconds of prefill and decode in `unit`, and the excess of each tier.
     longest = np.zeros((2 * width, n + 5))
     longest[:, :n] = limits_rows.transpose(1, 2, 0).reshape(2 * width, n) / unit
     longest[:width, n] = longest[width:, n + 1] = -1
@@ -154,7 +157,7 @@ def solve(
 def one_codec_each(
     figures: Figures, capacity: np.ndarray, given: Shares | None = None, elastic: bool = False
 ) -> Solution | None:
-    """As `solve`, with one codec for each class and tier, as a policy has: that which had most of it."""
+    """As `solve`, with one codec for each class and tier, as a policy has: the one with the largest share."""
     without: set[Column] = set()
     while (solution := solve(figures, capacity, given, without, elastic)) is not None:
         most: dict[tuple[str, Tier], Column] = {}

@@ -1,4 +1,4 @@
-"""Shares of a policy moved between tiers: to make it fit, to fill a tier, and to try what is faster."""
+"""Moves shares of a policy between tiers: to make it fit, to fill a tier, and to try faster placements."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.search.linear import CLASSES
 
 Short = Callable[[Policy], Collection[Tier]]
-"""The tiers that a policy needs more of than there is."""
+"""The tiers whose capacity a policy exceeds."""
 
 _FILLING = 20.0, 5.0, 1.0
-"""Percent of the weights that are moved at once to fill a tier."""
+"""The percentages of the weights to move in one step to fill a tier."""
 _SQUEEZING = 5.0
 
 
 def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[str]) -> Iterator[Policy]:
-    """`policy` with `step` percent of one class, or a whole row of a batch, on another of `tiers`; classes that are
-    `fixed` stay."""
+    """Policies that differ from `policy` by one move to one of `tiers`, of `step` percent of a class or of one row of
+    a batch. Classes that are `fixed` do not move."""
     for what in CLASSES:
         if what in fixed:
             continue
@@ -33,7 +33,7 @@ def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[
 
 
 def filled(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy:
-    """`policy` with as much of its weights on faster tiers as leaves no tier `short`."""
+    """`policy` with as many weights moved to faster tiers as fit, so that no tier is `short`."""
     ordered = [tier for tier in Tier if tier in tiers]
     for step in _FILLING:
         for n, target in enumerate(ordered):
@@ -47,7 +47,7 @@ def filled(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy:
 
 
 def squeezed(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | None:
-    """`policy` with weights moved to slower tiers until no tier is `short`; None where that does not help."""
+    """`policy` with weights moved to slower tiers until no tier is `short`, or None if that is impossible."""
     slower = dict(pairwise(tier for tier in Tier if tier in tiers))
     while lacking := short(policy):
         source = next(tier for tier in Tier if tier in lacking)
@@ -59,7 +59,7 @@ def squeezed(policy: Policy, tiers: Collection[Tier], short: Short) -> Policy | 
 
 
 def _moved(split: Split, source: Tier, target: Tier, percent: float) -> dict[Tier, Share]:
-    """`percent` of the whole from one tier to another, where it is kept as what is there already."""
+    """`split` with `percent` moved from one tier to another, in the codec of the data that is already there."""
     codec = (split[target] if split.percent(target) else split[source]).codec
     moved = {tier: split[tier] for tier in Tier if split.percent(tier)}
     moved[source] = Share(split.percent(source) - percent, split[source].codec)

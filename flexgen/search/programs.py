@@ -1,4 +1,4 @@
-"""What the linear programs say of every shape of a block: seconds that no placement in it gets below, and where."""
+"""Solves the linear program of each block shape: the minimum seconds, and the placement that reaches them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from flexgen.search.linear import Figures, Solution, one_codec_each
 from flexgen.search.simulations import Run, blocks
 
 _BEST = 8
-"""Shapes, the best of a form, whose batches are tried a little smaller and a little larger too."""
+"""The number of best shapes of a form whose next smaller and next larger batch sizes are tried too."""
 
 
 class Solved(NamedTuple):
-    """The program of blocks of a form in an order (None: the one that the form asks for), and its solution: no
-    placement takes fewer `seconds` for the whole workload."""
+    """A solved program: blocks of a form in an order (None: the form's own), and the best placement.
+
+    seconds: the minimum time of the whole workload.
+    """
 
     seconds: float
     form: Policy
@@ -33,13 +35,15 @@ class Solved(NamedTuple):
 
 
 def by_seconds(solved: list[Solved]) -> list[Solved]:
-    """Best first."""
+    """Sorted, best first."""
     return sorted(solved, key=lambda one: one.seconds)
 
 
 class Programs:
-    """The linear programs of a job. `slots`: the most that an order other than a policy's own may want; None sets no
-    limit. `considered` counts the programs that were solved."""
+    """The linear programs of a job. `considered` counts the solved programs.
+
+    slots: the maximum slots of an order that is not the policy's own; None sets no limit.
+    """
 
     def __init__(self, job: Job, choices: Choices, slots: Slots | None) -> None:
         self._job = job
@@ -50,7 +54,7 @@ class Programs:
         self.considered = 0
 
     def all(self) -> list[Solved]:
-        """Best first. Every other size of a batch, then the neighbours of the best of them."""
+        """All solutions, best first: of every second batch size, then of the neighbours of the best sizes."""
         shapes = self._choices.shapes()
         sizes = list(shapes)
         solved: list[Solved] = []
@@ -58,7 +62,7 @@ class Programs:
             found = self._of_shapes(form, {size: shapes[size] for size in sizes[::2]})
             best = {one.form.gpu_batch_size for one in by_seconds(found)[:_BEST]}
             near = {n + side for n, size in enumerate(sizes) if size in best for side in (-1, 1)}
-            # Where no size of the first half fits, a smaller one was among them: the first.
+            # The smallest size is in the first half, so no other size can fit if none of that half does.
             found += self._of_shapes(form, {sizes[n]: shapes[sizes[n]] for n in near if 0 <= n < len(sizes)})
             solved += found
         return by_seconds(solved)
@@ -70,21 +74,21 @@ class Programs:
             for batches in numbers:
                 one = self._overlapped(form.replace(gpu_batch_size=size, num_gpu_batches=batches))
                 if one is None:
-                    break  # more of them need more
+                    break  # more batches need more memory
                 fitted = True
                 solved.append(one)
             if not fitted and numbers[0] == 1:
-                break  # and so do larger ones
+                break  # so do larger batches
         return solved
 
     def _overlapped(self, form: Policy) -> Solved | None:
-        """Without overlap only where its buffers leave no room."""
+        """The solution with overlap, or without it if there is no room for the buffers of overlap."""
         if "overlap" in self._choices.fixed or self._job.order:
             return self.of(form, self._job.order)
         return self.of(form.replace(overlap=True), None) or self.of(form.replace(overlap=False), None)
 
     def of(self, form: Policy, order: str | None) -> Solved | None:
-        """None where nothing of the form fits."""
+        """The solution of a form, or None if no placement fits."""
         figures = self.figures(form, order)
         self.considered += 1
         if solution := one_codec_each(figures, self.capacity, self._choices.given):
@@ -92,7 +96,7 @@ class Programs:
         return None
 
     def least_short(self, form: Policy) -> Solved:
-        """The placement of a form of which nothing fits that takes fewest bytes too much."""
+        """The solution of a form with no placement that fits, with the smallest excess in bytes."""
         figures = self.figures(form, self._job.order)
         solution = one_codec_each(figures, self.capacity, self._choices.given, elastic=True)
         assert solution is not None
@@ -102,11 +106,11 @@ class Programs:
         return Solved(solution.seconds * blocks(self._job.workload, form), form, order, figures, solution)
 
     def figures(self, form: Policy, order: str | None) -> Figures:
-        """The coefficients of its program."""
+        """The coefficients of a form's program."""
         return self._corners(order).figures(form, self._choices.columns)
 
     def other_orders(self, policy: Policy, order: str | None) -> Iterator[Run]:
-        """The policy in every other order that may be chosen; in all but one of them it overlaps."""
+        """The policy in each other order that the search may choose. `overlap` is set to match the order."""
         if self._job.order:
             return
         topology, batches = self._job.hardware.topology, policy.num_gpu_batches

@@ -1,6 +1,6 @@
-"""Memory plans and simulations of a job's policies, each in an order.
+"""Memory plans and simulations of a job's policies and orders.
 
-Each is computed once. Of a large model only a part is simulated.
+Each is computed once. Only a part of a large model is simulated.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from flexgen.search.linear import Figures, shares_of
 from flexgen.workload import Workload
 
 _FEW_LAYERS = 6
-"""Transformer layers of the small model whose overlap stands for that of a deeper one."""
+"""The transformer layers of the small model whose overlap represents that of deeper models."""
 _EXACT_CELLS = 3_000
-"""A block of more cells than these is laid out for a small model and for some of its tokens."""
+"""Blocks with more cells than this are simulated for a small model and for some of the tokens."""
 
 
 _UNLIMITED = 1 << 62
-"""Bytes of a tier that holds any model."""
+"""The capacity of a tier without a limit, in bytes."""
 
 
 class Run(NamedTuple):
-    """A policy, and the name of the order that it runs in; None is the one that it asks for."""
+    """A policy, and the name of its order; None is the policy's own order."""
 
     policy: Policy
     order: str | None = None
 
 
 class Simulations:
-    """Those of one job, in any order. `laid_out` counts the cells of all predictions so far."""
+    """The simulations of one job, in any order. `laid_out` counts the cells of all predictions so far."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         hardware = job.hardware
-        # The plan of the whole model says what fits. Whole tensors make shares coarse in a model of few layers, so a
-        # tier can get more of it than there is room for.
+        # The plan of the whole model decides whether a policy fits. In a model of few layers, shares are coarse,
+        # because tensors are not divided, so a tier may exceed its capacity.
         self._unlimited = hardware.replace(capacity=dict.fromkeys(hardware.capacity, _UNLIMITED))
         self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
         self._placements = Placements(job.spec, job.dtype)
@@ -56,11 +56,11 @@ class Simulations:
         self.laid_out = 0
 
     def order(self, run: Run) -> Order:
-        """What a full block runs in."""
+        """The order of a full block."""
         return replace(self._job, order=run.order).order_for(run.policy)
 
     def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
-        """The plan, with the slots of the order, and by how many bytes each tier is short."""
+        """The plan, with the slots of the order, and the shortage of each tier in bytes (negative: free bytes)."""
         policy, topology = run.policy, self._job.hardware.topology
         layers = self._placements.layers(policy.sep_layer)
         placement = self._placements.placement(policy.sep_layer, policy.weights)
@@ -69,11 +69,11 @@ class Simulations:
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def short(self, run: Run) -> list[Tier]:
-        """The tiers that it needs more of than there is."""
+        """The tiers whose capacity the run exceeds."""
         return [tier for tier, count in zip(Tier, self.plan(run)[1], strict=True) if count > 0]
 
     def cells(self, policy: Policy, small: bool = False) -> tuple[int, bool]:
-        """How many cells a prediction lays out, and whether these are all. `small`: for a model of few layers."""
+        """The number of cells that a prediction simulates, and whether these are all. `small`: of the small model."""
         layers = len(self._placements.layers(policy.sep_layer))
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
@@ -86,7 +86,7 @@ class Simulations:
         return cells * (parts + len(tokens)), False
 
     def prediction(self, run: Run, small: bool = False) -> Prediction:
-        """`small`: for a model of few layers, whatever memory it takes. Raises CapacityError as `predict`."""
+        """The prediction of a run. `small`: of the small model, with unlimited memory. Raises as `predict` does."""
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
@@ -96,8 +96,11 @@ class Simulations:
         return self._predictions[run, small]
 
     def seconds(self, run: Run, figures: Figures) -> float:
-        """Of the workload: simulated, or for a large model what its lanes take by the `figures` of its form and
-        order, and on top what a small one loses by overlap that is not perfect."""
+        """The seconds of the workload.
+
+        A small workload is simulated. For a large one, the longest lanes by the `figures` of its form and order are
+        multiplied by the simulated time of the small model over its bound, because overlap is not perfect.
+        """
         if (run, False) in self._predictions or self.cells(run.policy)[1]:
             return self.prediction(run).report.total_s
         small = self.prediction(run, small=True).report
@@ -110,8 +113,10 @@ class Simulations:
 
     @cached_property
     def _small(self) -> tuple[Job, Placements]:
-        """The job with a few of the model's layers, on a machine whose tiers hold anything. These layers follow one
-        another, where their kinds are mixed most like those of the whole model."""
+        """The job with a few of the model's layers, on a machine with unlimited memory.
+
+        The layers are consecutive, from the place where their kinds are mixed most like those of the whole model.
+        """
         layers = self._job.spec.layers
         few, counts = min(len(layers), _FEW_LAYERS), Counter(layers)
 
@@ -125,5 +130,5 @@ class Simulations:
 
 
 def blocks(workload: Workload, policy: Policy) -> float:
-    """How many times the time of a full block the workload takes."""
+    """The workload's time as a multiple of the time of a full block."""
     return max(workload.num_prompts / policy.block_size, 1.0)

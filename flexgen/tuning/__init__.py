@@ -1,1 +1,1 @@
-"""Finding a policy by trial runs: the best predictions run, and the figures are corrected by what they show."""
+"""Tuning: runs trials of the best predicted policies, and corrects the machine's figures with their times."""

@@ -1,4 +1,4 @@
-"""A machine's figures, corrected by what runs took on it."""
+"""Corrects a machine's figures with the times of runs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from flexgen.results.report import ByPhase
 from flexgen.results.trace import LaneName, Phase
 
 MOST = 4.0
-"""No figure is changed by more than this factor at once: a run that was held up says little about the machine."""
+"""The maximum factor of one correction, because a run that was disturbed says little about the machine."""
 
 _COUNTS_FROM = 0.05
-"""A lane is believed where it takes this share of its phase's longest: a few short jobs say nothing about a rate."""
+"""The minimum time of a lane, as a share of the phase's longest lane. A few short jobs say nothing about a rate."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A run whose lanes were timed alone, and what was predicted of the very same run.
+    """A run whose lanes were timed alone, with the prediction of the same run.
 
-    `measured` and `predicted`: seconds by phase and lane, as `OptLM.lane_seconds` and `Report.phases` have them.
+    measured: seconds by phase and lane, as in `OptLM.lane_seconds`.
+    predicted: seconds by phase and lane, as in `Report.phases`.
     """
 
     policy: Policy
@@ -37,18 +38,20 @@ class Seen:
 
     @property
     def together(self) -> bool:
-        """Whether host and device are one resource, as on `emulated`: a run counts what the host attends as computed,
-        a prediction does not."""
+        """Whether host and device are one resource, as on `emulated`.
+
+        Then a run counts attention on the host as computation, but a prediction does not.
+        """
         apart = {lane for lanes in self.measured.values() for lane in lanes}
         return LaneName.HOST not in apart and any(LaneName.HOST in lanes for lanes in self.predicted.values())
 
     def rows(self, phase: Phase) -> int:
-        """Rows of activations that a product of the phase has."""
+        """The rows of activations in a product of the phase."""
         return self.policy.gpu_batch_size * (self.prompt_len if phase is Phase.PREFILL else 1)
 
 
 class _Ratio:
-    """Predicted over measured seconds: what a rate is to be multiplied with."""
+    """The ratio of predicted to measured seconds, which is the correction factor of a rate."""
 
     def __init__(self) -> None:
         self.predicted = self.measured = 0.0
@@ -65,11 +68,12 @@ class _Ratio:
 
 
 def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
-    """`hardware` with each figure multiplied so that the lanes it is part of take as long as they did.
+    """`hardware` with figures multiplied so that the predicted times of its lanes match the measured ones.
 
-    A lane's time does not say which of its figures was wrong, so all of them are changed alike: of a transfer the
-    bandwidth and the fixed time, of a computation its products at that number of rows, its attention, and (from the
-    decode, which has most cells) the fixed time of a cell. Between rows that were seen the factor is interpolated.
+    The time of a lane does not show which of its figures is wrong, so all of them get the same factor. For a
+    transfer, these are the bandwidth and the fixed time. For a computation, they are the products at that number of
+    rows, the attention, and the fixed time of a cell (from the decode, which has the most cells). Between measured
+    numbers of rows, the factor is interpolated.
     """
     runs = list(seen)
     lanes: defaultdict[tuple[LaneName, Phase], _Ratio] = defaultdict(_Ratio)
@@ -127,7 +131,7 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
 
 
 def _believed(run: Seen) -> Iterable[tuple[Phase, LaneName, float, float]]:
-    """(phase, lane, predicted, measured) of what took long enough in both."""
+    """(phase, lane, predicted, measured) of the lanes whose times are long enough in both."""
     for phase, measured in run.measured.items():
         predicted = dict(run.predicted.get(phase, {}))
         if run.together:
@@ -148,8 +152,11 @@ def _products(tables: Mapping[str, Points], seen: Mapping[str, Mapping[int, _Rat
 
 
 def _at_rows(points: Points, seen: Mapping[int, _Ratio], add: bool = True) -> Points:
-    """The points of products, each with the factor that holds at its rows. `add`: and one at each number of rows that
-    was seen; where the last point says up to which rows a product is of a kind, none is added."""
+    """The points of products, each multiplied by the factor at its rows.
+
+    add: whether to add a point at each measured number of rows. It is False if the last point limits the rows of a
+        kind of product.
+    """
     rows = sorted(seen)
     factors = [math.log(seen[n].rate) for n in rows]
     at = sorted({float(n) for n in rows if add} | {n for n, _ in points})
@@ -158,7 +165,7 @@ def _at_rows(points: Points, seen: Mapping[int, _Ratio], add: bool = True) -> Po
 
 
 def _attended(hardware: Hardware, runs: Sequence[Seen]) -> tuple[set[str], set[str]]:
-    """The forms of cache that the device attended to in these runs, and those that the host did."""
+    """The formats of cache over which the device computed attention in these runs, and those of the host."""
     on_device: set[str] = set()
     on_host: set[str] = set()
     for run in runs:

@@ -1,6 +1,6 @@
-"""Search, try, correct the machine's figures by what the trials took, and search again.
+"""Rounds of tuning: search, run trials, correct the machine's figures with the trials' times, and search again.
 
-`python -m flexgen.tune` is the command around it.
+`python -m flexgen.tune` is the command for it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from flexgen.workload import Workload
 _log = logging.getLogger("flexgen")
 
 _STEADY = 0.1
-"""Repeats whose totals are within this share of their median are a stable figure."""
+"""The maximum spread of repeats, as a share of their median. With a larger spread, there are more repeats."""
 
 
 @dataclass
 class Tried:
     """A candidate of the search and its trials.
 
-    `full` is predicted of the whole job before any correction, `predicted` of the trial. The whole job is taken to
-    be as many times longer than predicted as the trial was, prefill and decode each.
+    The measured time of the whole job is projected: its predicted prefill and decode are multiplied by the ratio of
+    measured to predicted time of the trial.
+
+    shape: the part of the job that a trial runs.
+    full: the prediction of the whole job, with uncorrected figures.
+    predicted: the prediction of the trial, with uncorrected figures.
+    runs: the reports of the trials.
+    failure: the error of a trial; empty if none failed.
     """
 
     candidate: Candidate
@@ -44,13 +50,13 @@ class Tried:
 
     @property
     def spread(self) -> float:
-        """Largest difference between the repeats, as a share of their median."""
+        """The largest difference between the repeats, as a share of their median."""
         totals = [report.total_s for report in self.runs]
         return (max(totals) - min(totals)) / statistics.median(totals)
 
     @property
     def measured(self) -> Report:
-        """The whole job, projected from the median of the trials."""
+        """The report of the whole job, projected from the median of the trials."""
         prefill = statistics.median(report.prefill_s for report in self.runs)
         decode = statistics.median(report.decode_s for report in self.runs)
         return replace(
@@ -61,7 +67,7 @@ class Tried:
         )
 
     def seen(self) -> Seen:
-        """For the correction of the machine's figures."""
+        """The run and its prediction, for the correction of the machine's figures."""
         (timed,) = (report for report in self.runs if report.phases)
         return Seen(
             self.candidate.policy,
@@ -72,7 +78,7 @@ class Tried:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """The candidate and its trials as plain data for JSON."""
         figures: dict[str, Any] = {
             "policy": self.candidate.policy.to_dict(),
             "order": self.candidate.order,
@@ -91,10 +97,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is tried.
+    """The effort of a tuning.
 
-    top: candidates of a round. rounds: at most. repeats: runs of each candidate, twice as many where they differ.
-    trial_seconds: of one run, about. seed: of the ids.
+    top: the number of candidates in a round.
+    rounds: the maximum number of rounds.
+    repeats: the number of runs of each candidate; it is doubled if their times differ.
+    trial_seconds: the approximate time of one run.
+    seed: the seed of the random ids.
     """
 
     top: int = 3
@@ -105,10 +114,12 @@ class Effort:
 
 
 class Tuning:
-    """The rounds of one tuning: what was tried, and the machine's figures as far as they are corrected.
+    """The rounds of one tuning: the tried candidates, and the corrected figures of the machine. Progress is logged.
 
-    job: with the machine's figures before any correction. auto: the given fields of a policy. opening: the arguments
-    of `OptLM` for a trial, but for the policy and the order. Progress is logged.
+    job: the job, with the machine's uncorrected figures.
+    auto: the given fields of a policy.
+    effort: the number and the length of the trials.
+    opening: the arguments of `OptLM` for a trial, except policy and order.
     """
 
     def __init__(self, job: Job, auto: Auto, effort: Effort, opening: Mapping[str, Any]) -> None:
@@ -123,18 +134,21 @@ class Tuning:
         _log.info("%s", in_words(self.search))
 
     def find(self, workload: Workload) -> Search:
-        """Search with the figures as they are now."""
+        """Search with the current figures."""
         job = replace(self._job, hardware=self.hardware).for_workload(workload)
         return find_for_job(job, self._auto, self._effort.top)
 
     @property
     def best(self) -> Tried | None:
-        """The fastest of those that ran."""
+        """The fastest candidate that ran, or None."""
         ran = [tried for tried in self.tried if tried.runs]
         return max(ran, key=lambda tried: tried.measured.throughput_tokens_s, default=None)
 
     def run(self) -> None:
-        """Try, correct and search again until the search finds nothing better that was not tried."""
+        """Try candidates, correct the figures and search again, until the best candidate is one that was tried.
+
+        Raises RequestError if no candidate runs.
+        """
         effort = self._effort
         for n in range(effort.rounds):
             new = [candidate for candidate in self._candidates() if self._is_new(candidate)]
@@ -142,8 +156,8 @@ class Tuning:
                 return
             new = new[: effort.top]
             _log.info(
-                f"round {n + 1} of at most {effort.rounds}: {len(new)} candidates, {effort.repeats} runs each of "
-                f"about {effort.trial_seconds:g} s, a part of the job"
+                f"round {n + 1} of at most {effort.rounds}: {len(new)} candidates, each with {effort.repeats} runs "
+                f"of a part of the job, about {effort.trial_seconds:g} s per run"
             )
             self._try(new)
             if not any(tried.runs for tried in self.tried):
@@ -153,7 +167,7 @@ class Tuning:
                 self._job.hardware, [tried.seen() for tried in self.tried if tried.runs]
             )
             self.search = self.find(self.workload)
-            _log.info(f"with the figures corrected, {in_words(self.search)}")
+            _log.info(f"with corrected figures, {in_words(self.search)}")
 
     def _candidates(self) -> list[Candidate]:
         return [self.search.best, *self.search.runners_up]
@@ -163,7 +177,7 @@ class Tuning:
         return all((tried.candidate.policy, tried.candidate.order) != asked for tried in self.tried)
 
     def _try(self, candidates: Sequence[Candidate]) -> None:
-        """Run every candidate once, and again, so that a drift of the machine meets all of them alike."""
+        """Run all candidates in turn, repeatedly, so that a drift of the machine affects all of them equally."""
         new = [self._planned(candidate) for candidate in candidates]
         self.tried += new
         repeats = self._effort.repeats
@@ -179,7 +193,7 @@ class Tuning:
         policy, job = candidate.policy, replace(self._job, order=candidate.order)
         shape = shape_for(job, policy, self._effort.trial_seconds)
         predicted = predicted_trial(job, policy, shape)
-        # The whole job, with the figures that the trial is predicted with.
+        # The prediction of the whole job uses the same figures as that of the trial.
         whole = predicted_trial(job, policy, Shape(job.spec.num_layers, self.workload))
         return Tried(candidate, shape, whole, predicted)
 
@@ -204,7 +218,7 @@ class Tuning:
 
 
 def words(candidate: Candidate) -> str:
-    """A policy and its order in a few words."""
+    """A policy and its order in one line."""
     policy = candidate.policy
     parts = [f"{policy.num_gpu_batches} x {policy.gpu_batch_size}", candidate.order]
     for name in ("weights", "cache", "activations"):
@@ -217,7 +231,7 @@ def words(candidate: Candidate) -> str:
 
 
 def trials_table(tried: Sequence[Tried]) -> str:
-    """A line for each candidate, the fastest first."""
+    """A table with a line for each candidate, the fastest first."""
     rows = []
     for one in sorted(tried, key=lambda t: -t.measured.throughput_tokens_s if t.runs else 0.0):
         measured = (

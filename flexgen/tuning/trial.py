@@ -1,4 +1,4 @@
-"""Runs with their predictions, and short runs that stand for long ones."""
+"""Runs with their predictions, and trials: short runs that represent a long job."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LEAST_LAYERS, _LEAST_TOKENS = 2, 4
 
 
 def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
-    """The report of a run with its prediction and its roofline, if `hardware` has the figures for them."""
-    # Prompts of the length that was computed, which is the mean with its padding.
+    """The report of a run, with its prediction and its roofline if `hardware` has the figures for them."""
+    # The length of the prompts is the mean of the computed lengths, with padding.
     computed = report.prompt_tokens / (1 - report.padded_share)
     workload = Workload(max(round(computed / report.num_prompts), 1), report.gen_len, report.num_prompts)
-    # What has run did fit, whatever is free now.
+    # The run did fit, so the memory that is free now does not matter.
     hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
     job = spec, report.policy, hardware, workload
     try:
@@ -42,15 +42,15 @@ def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Repo
 
 
 def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: int) -> None:
-    """Run two tokens of each shape of block that a job of `prompts` and `gen_len` new tokens has.
+    """Run two tokens of each block shape of a job of `prompts` and `gen_len` new tokens.
 
-    What libraries do at the first use of a shape (compile a kernel, load a module, choose an algorithm, make threads
-    and workspaces) is then done before a measured call. The cache has the size that it has in the job, because
-    kernels are also compiled for strides.
+    At the first use of a shape, libraries compile kernels, load modules, choose algorithms, and make threads and
+    workspaces. After the warm-up, a measured call does not include this work. The cache has the same size as in the
+    job, because kernels are also compiled for strides.
     """
     block = model.policy.block_size
     lengths = {len(prompt) for prompt in prompts}
-    # Blocks of equal prompts differ in the number of prompts only: the last one may have fewer.
+    # If all prompts have the same length, only the last block may differ, by fewer prompts.
     rest = len(prompts) % block
     kept = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
     model.generate(kept, gen_len, stop=(), cut_gen_len=min(2, gen_len))
@@ -58,7 +58,7 @@ def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: i
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a job a trial runs: one block of its prompts, through its first `layers`, for fewer tokens."""
+    """The part of a job that a trial runs: one block of prompts, the first `layers` layers, and fewer tokens."""
 
     layers: int
     workload: Workload
@@ -76,7 +76,7 @@ def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shap
         yield Shape(layers, Workload(workload.prompt_len, tokens, prompts))
         if (layers, tokens) == (spec.num_layers, workload.gen_len):
             return
-        # What layers share, both ends of the model and the steps to and from a block, is outgrown first.
+        # Layers grow first, so that both ends of the model and of a block are a small part of the time.
         more_layers = layers < spec.num_layers and (layers <= 2 * tokens or tokens == workload.gen_len)
         if more_layers:
             layers = min(2 * layers, spec.num_layers)
@@ -85,7 +85,7 @@ def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shap
 
 
 def shape_for(job: Job, policy: Policy, seconds: float) -> Shape:
-    """The most of a job that is predicted to take no longer than `seconds`; the least there is, if even that does."""
+    """The largest part of a job with a predicted time of at most `seconds`, or the smallest part if none has."""
     found = None
     for shape in shapes(job.spec, policy, job.workload):
         took = predicted_trial(job, policy, shape).total_s
@@ -105,9 +105,12 @@ def predicted_trial(job: Job, policy: Policy, shape: Shape) -> Report:
 def run_trial(
     opening: Mapping[str, Any], policy: Policy, order: str | None, shape: Shape, lanes: bool, seed: int = 0
 ) -> Report:
-    """Run a trial with random ids. `opening`: the other arguments of `OptLM`; `lanes`: also time the lanes alone.
+    """Run a trial with random ids.
 
-    Raises whatever opening and running the model raise.
+    opening: the other arguments of `OptLM`.
+    lanes: whether to time each lane alone too.
+
+    Raises the errors of `OptLM` and of `OptLM.generate`.
     """
     job = shape.workload
     with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:

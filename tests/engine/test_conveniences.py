@@ -318,7 +318,7 @@ def test_a_chat_is_a_prompt(chatting: OptLM, completions: list[str]) -> None:
     assert "".join(chatting.stream_text(chats[0], tokens)) == expected[0]
     for ours, theirs in zip(chatting.score(chats), chatting.score(TEXTS), strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(RequestError, match="the messages of one chat"):
+    with pytest.raises(RequestError, match="texts is one chat"):
         chatting.generate_text(chats[0])
 
 
@@ -349,7 +349,7 @@ def test_ids_that_begin_with_the_pad_id_are_scored_whole(lm: OptLM) -> None:
 def test_refusals_of_texts(lm: OptLM, demo: OptLM) -> None:
     with pytest.raises(ModelError, match="no tokenizer"):
         lm.generate_text(["a text"])
-    with pytest.raises(RequestError, match="give a list of texts"):
+    with pytest.raises(RequestError, match="must be a list of texts"):
         demo.generate_text("a text")
     with pytest.raises(RequestError, match="prompt 1 is empty"):
         demo.generate_text([[5], []])

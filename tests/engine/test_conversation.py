@@ -173,7 +173,7 @@ def one_text(lm: Any, text: np.ndarray) -> Request:
 
 def test_what_is_refused(lm: Any, prompts: Any) -> None:
     with lm.conversation() as chat:
-        with pytest.raises(RequestError, match="one text"):
+        with pytest.raises(RequestError, match="2 prompts; it takes 1"):
             chat.generate_with(Completion(read_request(lm.spec, prompts([3, 4])), 2, chat.sampled()))
         with pytest.raises(RequestError, match="room"):
             lm.conversation(room=0)

@@ -163,8 +163,8 @@ def test_it_cannot_be_changed(machine):
         (dict(capacity={"cpu": 0, "disk": 1}), "capacity.cpu is 0"),
         (dict(capacity={"cpu": 1}), "capacity lacks disk"),
         (dict(products={"float32": []}), "products.float32 is []; write points"),
-        (dict(products={"float32": [[8, 1e9], [8, 2e9]]}), "rising rows"),
-        (dict(products={"float32": [[8, -1]]}), "products.float32 is -1; a rate is above 0"),
+        (dict(products={"float32": [[8, 1e9], [8, 2e9]]}), "ascending order of rows"),
+        (dict(products={"float32": [[8, -1]]}), "products.float32 is -1; a rate must be above 0"),
         (dict(products={"float8": [[8, 1]]}), "unknown key 'float8' in products; known: float32"),
         (dict(products={}), "products is empty"),
         (dict(decoding={"int4": float("nan")}), "decoding.int4 is nan; it must be a finite number"),
@@ -173,7 +173,7 @@ def test_it_cannot_be_changed(machine):
         (dict(compute_capability="8.6"), "compute_capability is '8.6'; it must be a finite number"),
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
         (dict(fixed={"cells": 1}), "unknown key 'cells' in fixed; known: cell, stage, disk_job"),
-        (dict(name=3), "name is 3; it must be a text"),
+        (dict(name=3), "name is 3; it must be a string"),
     ],
 )
 def test_mistakes_are_told(changes, said, machine):

@@ -219,7 +219,7 @@ def test_the_plan_is_the_engines(policy, device, order, prompts, configs, specs,
 def test_weights_that_the_disk_cannot_hold_are_refused_by_their_size(opt, machine):
     full = machine(capacity={"gpu": "1GiB", "cpu": "1GiB", "disk": "1KiB"})
     with pytest.raises(
-        CapacityError, match=r"weights on the disk tier take [\d.]+ \wiB, and round has 1 KiB of it"
+        CapacityError, match=r"weights on the disk tier take [\d.]+ \wiB, but round has 1 KiB: "
     ):
         predict(opt, Policy(weights={"disk": 100}), full, Workload(10, 4, 1))
     assert predict(
@@ -255,7 +255,7 @@ def test_weights_on_disk_take_of_the_disk(opt, machine):
     ("asked", "error", "said"),
     [
         (dict(order="zigzag"), ScheduleError, "order 'zigzag' is not known; known: flexgen, normal"),
-        (dict(dtype="bfloat16"), RequestError, "dtype 'bfloat16' has no figures for 'round'; it has: float32"),
+        (dict(dtype="bfloat16"), RequestError, "dtype 'bfloat16' has no figures for 'round'; use one of float32"),
         (dict(workload=Workload(4000, 97, 1)), RequestError, "exceed the 4096 positions"),
         (dict(hardware=dict(decoding={}), policy=Policy(weights={"gpu": {"percent": 100, "codec": "int4"}})),
          HardwareError, "no figure decoding.int4, only for nothing"),
