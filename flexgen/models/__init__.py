@@ -23,8 +23,12 @@ __all__ = [
 
 
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
-    """Input embedding, transformer layers, head: attention and MLP apart, or as one unit."""
+    """Input embedding, transformer layers, head: attention and MLP apart, or as one unit.
+
+    A layer with a parallel residual is always one unit: its MLP takes the layer's input, and not what attention leaves.
+    """
     middle: list[Layer] = []
-    for index in range(spec.num_layers):
-        middle += [Attention(spec, index), MLP(spec, index)] if sep_layer else [Block(spec, index)]
+    for index, layer in enumerate(spec.layers):
+        apart = sep_layer and layer.residual != "parallel"
+        middle += [Attention(spec, index), MLP(spec, index)] if apart else [Block(spec, index)]
     return InputEmbed(spec), *middle, Head(spec)

@@ -6,7 +6,16 @@ import math
 from typing import TYPE_CHECKING
 
 from flexgen.models import fields
-from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec, prefixed
+from flexgen.models.spec import (
+    AttentionSpec,
+    LayerNorms,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+    prefixed,
+)
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import LlamaConfig
@@ -15,12 +24,12 @@ NAMES = prefixed(
     ("model.", ""),
     {
         "embed": "embed_tokens",
-        "attention_norm": "layers.{i}.input_layernorm",
+        "attention_in": "layers.{i}.input_layernorm",
         "q": "layers.{i}.self_attn.q_proj",
         "k": "layers.{i}.self_attn.k_proj",
         "v": "layers.{i}.self_attn.v_proj",
         "out": "layers.{i}.self_attn.o_proj",
-        "mlp_norm": "layers.{i}.post_attention_layernorm",
+        "mlp_in": "layers.{i}.post_attention_layernorm",
         "gate": "layers.{i}.mlp.gate_proj",
         "up": "layers.{i}.mlp.up_proj",
         "down": "layers.{i}.mlp.down_proj",
@@ -39,7 +48,7 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
     fields.multiple(name, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
     fields.multiple(name, "head_dim", head_dim, "the two of a rotating pair", 2)
     rope = fields.rope(config, name, head_dim)
-    norm = NormSpec("rmsnorm", fields.number(config, name, "rms_norm_eps"))
+    norm = NormSpec("rms", fields.number(config, name, "rms_norm_eps"))
     bias = fields.flag(config, name, "attention_bias")
     layer = LayerSpec(
         attention=AttentionSpec(
@@ -56,8 +65,7 @@ def to_spec(config: LlamaConfig, name: str) -> ModelSpec:
             gated=True,
             bias=fields.flag(config, name, "mlp_bias"),
         ),
-        attention_norm=norm,
-        mlp_norm=norm,
+        norms=LayerNorms(attention_in=norm, mlp_in=norm),
     )
     vocab_size = fields.size(config, name, "vocab_size")
     return ModelSpec(

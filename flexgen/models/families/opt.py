@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexgen.models import fields
-from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import OPTConfig
@@ -17,12 +17,14 @@ NAMES = prefixed(
         "positions": "embed_positions",
         "project_in": "project_in",
         "project_out": "project_out",
-        "attention_norm": "layers.{i}.self_attn_layer_norm",
+        "attention_in": "layers.{i}.self_attn_layer_norm",
+        "attention_out": "layers.{i}.self_attn_layer_norm",
         "q": "layers.{i}.self_attn.q_proj",
         "k": "layers.{i}.self_attn.k_proj",
         "v": "layers.{i}.self_attn.v_proj",
         "out": "layers.{i}.self_attn.out_proj",
-        "mlp_norm": "layers.{i}.final_layer_norm",
+        "mlp_in": "layers.{i}.final_layer_norm",
+        "mlp_out": "layers.{i}.final_layer_norm",
         "up": "layers.{i}.fc1",
         "down": "layers.{i}.fc2",
         "final_norm": "final_layer_norm",
@@ -74,7 +76,8 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
     vocab_size = fields.size(config, name, "vocab_size")
     pre_norm = fields.flag(config, name, "do_layer_norm_before")
     bias = fields.flag(config, name, "enable_bias")
-    norm = NormSpec("layernorm", 1e-5, fields.flag(config, name, "layer_norm_elementwise_affine"))
+    affine = fields.flag(config, name, "layer_norm_elementwise_affine")
+    norm = NormSpec("layer", 1e-5, weight=affine, bias=affine)
     layer = LayerSpec(
         attention=AttentionSpec(
             heads=num_heads,
@@ -88,9 +91,10 @@ def to_spec(config: OPTConfig, name: str) -> ModelSpec:
             activation=fields.activation(config, name, "activation_function"),
             bias=bias,
         ),
-        attention_norm=norm,
-        mlp_norm=norm,
-        pre_norm=pre_norm,
+        norms=LayerNorms(attention_in=norm, mlp_in=norm)
+        if pre_norm
+        else LayerNorms(attention_out=norm, mlp_out=norm),
+        residual="serial" if pre_norm else "post",
     )
     return ModelSpec(
         name=name,
