@@ -25,7 +25,7 @@ __all__ = [
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
     """Input embedding, transformer layers, head: attention and MLP apart, or as one unit.
 
-    A layer with a parallel residual is always one unit: its MLP takes the layer's input, and not what attention leaves.
+    A layer with a parallel residual is always one unit: its MLP takes the layer's input, not attention's result.
     """
     middle: list[Layer] = []
     for index, layer in enumerate(spec.layers):

@@ -45,8 +45,8 @@ def norm_weights(
     name: str = "norm",
     size: int | None = None,
 ) -> tuple[WeightSpec, ...]:
-    """The weights that `norm` has of "<name>.weight" and "<name>.bias", from `module`. `size`: how many values each has,
-    None for the hidden size."""
+    """The weights that `norm` has of "<name>.weight" and "<name>.bias", from `module`, with `size` values each (None:
+    the hidden size)."""
     if norm is None:
         return ()
     parts = [part for part, there in (("weight", norm.weight), ("bias", norm.bias)) if there]

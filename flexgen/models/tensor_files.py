@@ -143,8 +143,8 @@ class TensorFiles:
             source = self._source(weight)
             if source is None:
                 missing.append(weight.key)
-            elif self._tensors[source].shape != weight.shape:
-                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.shape}")
+            elif self._tensors[source].shape != weight.stored_shape:
+                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.stored_shape}")
         if missing:
             raise CheckpointError(f"{self.directory}: {_count(missing, 'tensor')} missing: {_some(missing)}")
         if wrong:
@@ -300,15 +300,19 @@ class _PlainFiles(TensorFiles):
                 digest.update(sample(stored.path, stored.offset, stored.nbytes))
         return digest.hexdigest()
 
-    def extent(self, weight: WeightSpec) -> Extent:
-        """Raises CheckpointError where the tensor is missing or its dtype is not a floating one."""
+    def extent(self, weight: WeightSpec) -> Extent | None:
+        """None for a matrix that is stored transposed. Raises CheckpointError where the tensor is missing or no float."""
+        return None if weight.transposed else self._extent(weight)
+
+    def _extent(self, weight: WeightSpec) -> Extent:
+        """Of the tensor as it is stored."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
         return Extent(stored.path, stored.offset, stored.nbytes, dtype, stored.shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A host tensor of its own in `dtype`; plain reads, so no file stays mapped."""
-        extent = self.extent(weight)
-        if rows is not None:
+        extent = self._extent(weight)
+        if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
@@ -322,6 +326,10 @@ class _PlainFiles(TensorFiles):
                     raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
                 done += count
         stored = buffer.view(extent.dtype).view(extent.shape)
+        if weight.transposed:
+            stored = stored.T[slice(None) if rows is None else slice(rows.start, rows.stop)].contiguous()
+        elif rows is None:
+            stored = stored.view(weight.shape)
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 

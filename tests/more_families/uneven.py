@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.models import fields
+from flexgen.models.fields import Fields
 from flexgen.models.spec import (
     AttentionSpec,
     LayerNorms,
@@ -74,15 +74,15 @@ class UnevenConfig(PreTrainedConfig):
         super().__init__(**fields)
 
 
-def to_spec(config: UnevenConfig, name: str) -> ModelSpec:
+def to_spec(fields: Fields) -> ModelSpec:
     return ModelSpec(
-        name=name,
+        name=fields.name,
         family="uneven",
         names=NAMES,
-        dtype=fields.dtype_of(config, name),
-        layers=tuple(KINDS[kind] for kind in config.kinds),
+        dtype=fields.dtype(),
+        layers=tuple(KINDS[kind] for kind in fields.get("kinds")),
         hidden_size=32,
-        vocab_size=config.vocab_size,
+        vocab_size=fields.size("vocab_size"),
         max_positions=4096,
         embed_size=32,
         bos_token_id=None,

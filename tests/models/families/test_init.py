@@ -51,7 +51,9 @@ def test_what_is_no_family_is_refused(model_type: Any) -> None:
 
 def test_a_hyphen_is_written_as_an_underscore(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in transformers' own modules: "gpt-sw3" is gpt_sw3."""
-    (tmp_path / "made_up.py").write_text("def to_spec(config, name):\n    return name, config.model_type\n")
+    (tmp_path / "made_up.py").write_text(
+        "def to_spec(fields):\n    return fields.name, fields.get('model_type')\n"
+    )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
 
     class MadeUp(PreTrainedConfig):
