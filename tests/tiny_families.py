@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
 _SIZES: dict[str, Any] = dict(
     vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=40, max_position_embeddings=40, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -22,6 +25,10 @@ _GPT: dict[str, Any] = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+_OPT: dict[str, Any] = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=40, max_position_embeddings=40,
+    word_embed_proj_dim=32,
+)  # fmt: skip
 _NEOX = {field: value for field, value in _SIZES.items() if field != "num_key_value_heads"}
 _FALCON = {field: value for field, value in _NEOX.items() if field != "intermediate_size"}
 _KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -45,7 +52,10 @@ _LONG = dict(
 TINY: dict[str, list[dict[str, Any]]] = {
     "arcee": [_WIDE, _WIDE | dict(attention_bias=True, mlp_bias=True)],
     "codegen": [_GPT | dict(rotary_dim=4)],
-    "cohere": [_SIZES | dict(logit_scale=0.3), _SIZES | dict(use_qk_norm=True, attention_bias=True)],
+    "cohere": [
+        _SIZES | dict(logit_scale=0.3),
+        _SIZES | dict(use_qk_norm=True, attention_bias=True, logit_scale=2.0),
+    ],
     "cohere2": [_SIZES | dict(layer_types=_KINDS, sliding_window=40, logit_scale=0.3)],
     "exaone4": [
         _SIZES | dict(sliding_window=None, layer_types=["full_attention"] * 3),
@@ -71,6 +81,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
         ),
         _SIZES | dict(attention_bias=True, mlp_bias=True),
     ],
+    "llama": [_WIDE | dict(rope_parameters=_YARN), _SIZES | dict(attention_bias=True, mlp_bias=True)],
     "mistral": [_WIDE | dict(sliding_window=None), _SIZES | dict(sliding_window=40)],
     "nemotron": [_WIDE | dict(attention_bias=True, mlp_bias=True), _WIDE],
     "olmo2": [_SIZES, _SIZES | dict(attention_bias=True)],
@@ -86,6 +97,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
             ),
         ),
     ],
+    "opt": [_OPT, _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=24)],
     "phi": [_SIZES, _SIZES | dict(qk_layernorm=True) | _partial(0.25)],
     "phi3": [_SIZES, _SIZES | _partial(0.75), _SIZES | _LONG],
     "qwen2": [_SIZES, _SIZES | dict(tie_word_embeddings=True) | dict(rope_parameters=_YARN)],
@@ -98,3 +110,19 @@ TINY: dict[str, list[dict[str, Any]]] = {
     ],
     "starcoder2": [_SIZES, _SIZES | dict(use_bias=False, sliding_window=40)],
 }
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in the config's dtype with random weights, such that every one of them matters to the logits."""
+    torch.manual_seed(0)
+    dtype = config.dtype or torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.15)
+            if parameter.ndim == 1 or "norm" in name:
+                parameter.add_(0.5)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None  # a row stops where a test says so
+    model.config.dtype = dtype
+    return model.eval().to(dtype)

@@ -36,7 +36,7 @@ _UNRELATED = {
     # What a call of transformers returns, and how.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
     "chunk_size_feed_forward",
-    # Training: initial values, memory, and how matrices were divided. Dropout is in `_unrelated`.
+    # Training: initial values, memory, and how matrices were divided. Dropout is in `unrelated`.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
     # Heads for other tasks than text.
     "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
@@ -46,10 +46,11 @@ _UNRELATED = {
     # Other names for the length that max_position_embeddings gives.
     "n_ctx", "seq_length", "model_max_length",
 }  # fmt: skip
-"""Fields of any config that do not change a decoder's numbers."""
+"""Fields that change no number that a decoder computes."""
 
 
-def _unrelated(field: str) -> bool:
+def unrelated(field: str) -> bool:
+    """Whether a field of any config changes no number that a decoder computes."""
     return (
         field in _UNRELATED
         or field.startswith(("_", "transformers."))
@@ -87,7 +88,7 @@ class Fields:
         """
         default = vars(type(self._config)())
         for field, value in vars(self._config).items():
-            if field in self._read or _unrelated(field):
+            if field in self._read or unrelated(field):
                 continue
             off = (default[field],) if field in default else (None, False)
             if not any(value is each or (type(value) is type(each) and value == each) for each in off):

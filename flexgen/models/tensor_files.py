@@ -301,7 +301,7 @@ class _PlainFiles(TensorFiles):
         return digest.hexdigest()
 
     def extent(self, weight: WeightSpec) -> Extent | None:
-        """None for a matrix that is stored transposed. Raises CheckpointError where the tensor is missing or no float."""
+        """None for a transposed matrix. Raises CheckpointError where the tensor is missing or not of floats."""
         return None if weight.transposed else self._extent(weight)
 
     def _extent(self, weight: WeightSpec) -> Extent:
