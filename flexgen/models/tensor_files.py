@@ -305,9 +305,10 @@ class _PlainFiles(TensorFiles):
         return None if weight.transposed else self._extent(weight)
 
     def _extent(self, weight: WeightSpec) -> Extent:
-        """Of the tensor as it is stored."""
+        """Of the tensor as it is stored, in the weight's shape where that has the same values row by row."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
-        return Extent(stored.path, stored.offset, stored.nbytes, dtype, stored.shape)
+        shape = weight.shape if weight.unflattened else stored.shape
+        return Extent(stored.path, stored.offset, stored.nbytes, dtype, shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A host tensor of its own in `dtype`; plain reads, so no file stays mapped."""
@@ -328,8 +329,6 @@ class _PlainFiles(TensorFiles):
         stored = buffer.view(extent.dtype).view(extent.shape)
         if weight.transposed:
             stored = stored.T[slice(None) if rows is None else slice(rows.start, rows.stop)].contiguous()
-        elif rows is None:
-            stored = stored.view(weight.shape)
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 
