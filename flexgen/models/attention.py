@@ -173,6 +173,8 @@ class Attention(AttentionLayer):
         if own.rope is not None:
             # Angles, cos and sin in float32; then the halves and the rotated copy of the queries.
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
+            if 2 * len(own.rope.inv_freq) < own.head_dim:
+                project += tokens * own.q_size * item  # what is rotated, next to what is not
         attended = tokens * own.q_size * item
         if seq > 1:
             # K and V are expanded to all heads, and the result of each run of rows is placed into that of
@@ -186,11 +188,14 @@ class Attention(AttentionLayer):
             # the padding mask; the cache rounds the context up to whole pages.
             scores = rows * own.heads * align(context, 256)
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
+        if own.qkv != "separate":
+            attend += tokens * (own.q_size + own.kv_size) * item  # values are a view of the whole product
         merge = 2 * attended + 2 * tokens * hidden * item
         norm_in, norm_out = (
             norm_workspace(norm, hidden, tokens, dtype)
             for norm in (layer.norms.attention_in, layer.norms.attention_out)
         )
-        shapes = (own.q_size, hidden), (hidden, own.q_size)
+        first = own.q_size if own.qkv == "separate" else own.q_size + 2 * own.kv_size
+        shapes = (first, hidden), (hidden, own.q_size)
         products = max(workspaces.product(tokens, *shape, dtype) for shape in shapes)
         return max(norm_in, project + products, attend, merge + products + norm_out)

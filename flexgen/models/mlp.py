@@ -65,6 +65,7 @@ class MLP(TransformerLayer):
         else:
             inner = activation(linear(normed, weights["up.weight"], weights.get("up.bias")))
         out = linear(inner, weights["down.weight"], weights.get("down.bias"))
+        del normed, inner
         return self.joined(out, layer.norms.mlp_out, onto, weights)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
@@ -91,6 +92,6 @@ class MLP(TransformerLayer):
         if mlp.fused:  # both halves, their product, and what comes out of the activation
             inner = 3 * ffn if in_place else 4 * ffn
         normed = 0 if self.norm_in is None else hidden
-        most = max(norm_in, normed + inner + up, normed + ffn + hidden + max(down, norm_out))
+        most = max(norm_in, normed + inner + up, normed + ffn + hidden + down, hidden + norm_out)
         # In chunks, the result of the whole is beside them.
         return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)
