@@ -7,6 +7,9 @@ PLOT = ["matplotlib>=3.8"]
 GPU = ['triton>=3.3; platform_system == "Linux"']
 TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT, *GPU]
 
+# ruff formats the signatures of the API reference.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29", "ruff>=0.9"]
+
 SOURCES = Path("flexgen/kernels/cpp")
 
 # Only baseline flags: each file asks for its instruction set function by function, and the module chooses
@@ -50,7 +53,7 @@ setup(
         "sentencepiece",
         "protobuf",
     ],
-    extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "dev": [*TEST, "build"]},
+    extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, "build"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

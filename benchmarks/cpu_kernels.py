@@ -146,7 +146,7 @@ def attend_sparsely(version: str, share: float, arguments: Arguments) -> Tensor:
         getattr(sparse_attention, f"{half}_{version}") for half in ("choose", "attend_chosen")
     )
     *exact, _ = arguments  # what is chosen from is not encoded
-    return attend_chosen(choose(*exact, share, 1), arguments[1])
+    return attend_chosen(choose(*exact, sparse_attention.Sparsity(share)), arguments[1])
 
 
 def sparse(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any]]:

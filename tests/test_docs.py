@@ -1,6 +1,7 @@
 """What README and docs show is run: commands, Python, policies."""
 
 import importlib
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from flexgen.schedule.orders import ORDERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def fenced(language):
@@ -117,7 +119,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_links_into_pages_lead_to_headings():
-    for page in PAGES:
+    for page in TEXTS:
         for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
             text = (page.parent / target if target else page).read_text(encoding="utf-8")
             headings = re.findall(r"^#+ (.*)$", text, re.M)
@@ -126,9 +128,35 @@ def test_links_into_pages_lead_to_headings():
 
 
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in TEXTS:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+WRITTEN_BY_COMMANDS = {"benchmarks/results/gpu/"}
+
+
+def test_files_that_are_named_exist():
+    """Paths such as `layout/plan.py` or `tests/layout/test_plan.py`, from the root or from the package."""
+    bases = ROOT, ROOT / "flexgen"
+    for page in TEXTS:
+        for name in re.findall(r"`([\w.-]+/[\w./-]*)`", page.read_text(encoding="utf-8")):
+            ours = any((base / name.split("/")[0]).is_dir() for base in bases)
+            exists = any((base / name).exists() for base in bases)
+            assert exists or not ours or name in WRITTEN_BY_COMMANDS, f"{page.name}: {name}"
+
+
+OF_OTHER_VERSIONS = {"from-flexgen.md", "CHANGELOG.md"}
+"""They also name modules that are not there, or no longer."""
+
+
+def test_names_in_the_package_exist():
+    """Names such as `flexgen.search.find_policy`."""
+    for page in TEXTS:
+        if page.name not in OF_OTHER_VERSIONS:
+            text = page.read_text(encoding="utf-8")
+            for name in re.findall(r"(?:`|::: )(flexgen(?:\.[A-Za-z_]\w*)+)", text):
+                pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "policies").glob("*.toml")), ids=lambda path: path.name)

@@ -116,10 +116,10 @@ class Conversation(Conveniences):
                 self._room = model, workload, plan
                 self._plans.remember(buffers, plan)
                 cached = 0
-            if cached and buffers.cache is not None:
-                buffers.cache.cut(length, cached)
+            if cached and buffers.block is not None:
+                buffers.block.cache.cut(length, cached)
             prompts = call.prepare([prompt[cached:]], cached)
-            output = NewTokens(prompts, tokens, choice, pad, device, [0], listeners)
+            output = NewTokens(prompts, tokens, choice, [0], listeners)
             call.run(prompts, tokens, output)
             ids = output.ids[0].numpy()
             out[0, request.width : request.width + tokens] = ids

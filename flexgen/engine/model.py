@@ -279,7 +279,7 @@ class OptLM(Conveniences):
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
-                output = made(prompts, tokens, choice, pad, self._machine.device, rows, told)
+                output = made(prompts, tokens, choice, rows, told)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -390,9 +390,8 @@ class OptLM(Conveniences):
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
         """Of the last call, which ran `tokens` of `max_new_tokens` for `request`."""
         assert self.stats is not None
-        names, dtype = (self.spec.name, self.device), str(self.dtype).removeprefix("torch.")
         lengths = request.longest, max_new_tokens, tokens
-        return self.stats.report(*names, dtype, self.placement.percent, *lengths)
+        return self.stats.report(self.spec.name, self.device, self.placement, *lengths)
 
 
 def _close_own(in_use: InUse, stack: contextlib.ExitStack) -> None:

@@ -1,9 +1,9 @@
 """Sparse attention of one new token per row: scores over all keys, values of the best of them only.
 
 FlexGen (arXiv 2303.06865, section 4.2): softmax is over all tokens, the cached ones with the largest
-probabilities are kept, the new token always is, and what is kept is not normalised again. The query heads that
-share a K/V head choose together, by the sum of their probabilities: each choosing for itself, they would
-together read nearly all values. With one query head to each K/V head that is FlexGen's choice.
+probabilities are kept, the new token always is, and their probabilities are not normalised again. The query heads
+that share a K/V head choose together, by the sum of their probabilities. If each chose for itself, they would
+together read nearly all values. With one query head for each K/V head that is FlexGen's choice.
 
 Choosing and summing are two calls, so that a caller can bring the chosen values in between.
 """
@@ -21,7 +21,7 @@ from flexgen.kernels.heads import Pages
 from flexgen.kernels.loading import NUMBERS, announce, native
 
 _ROUNDING = 1e-9
-"""A share of a count that lies this little above a whole number means that number: 0.1 of 30 is 3."""
+"""A share of a count that is above a whole number by less than this means that number: 0.1 of 30 is 3."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,38 @@ class Choice:
     weights: Tensor
 
 
-def kept(share: float, count: int) -> int:
-    """How many of `count` blocks a share in (0, 1] keeps: its ceiling, at least one if there is any."""
-    return min(max(math.ceil(share * count - _ROUNDING), 1), count)
+@dataclass(frozen=True)
+class Sparsity:
+    """Which of its cached tokens a row attends to.
 
+    They are chosen in blocks of `unit` consecutive positions, whose first ones are multiples of it. Of the blocks
+    that hold a token of the row, the `share` in (0, 1] with the largest sums of probabilities is taken.
+    """
 
-def most_chosen(share: float, unit: int, length: int) -> int:
-    """The most tokens that `choose` takes of `length`, the new one included."""
-    return kept(share, -(-(length - 1) // unit)) * unit + 1
+    share: float
+    unit: int = 1
+
+    def kept(self, blocks: int) -> int:
+        """How many of `blocks` blocks are taken: the ceiling of the share, at least one if there is any."""
+        return min(max(math.ceil(self.share * blocks - _ROUNDING), 1), blocks)
+
+    def most(self, length: int) -> int:
+        """The most tokens that `choose` takes of `length`, the new one included."""
+        return self.kept(-(-(length - 1) // self.unit)) * self.unit + 1
 
 
 def choose(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int = 1
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
     """Score the keys of the first `length` positions and choose; values are not read.
 
-    Arguments as of `decode_attention`. The last position is the new token. Cached tokens are chosen in blocks of
-    `unit` consecutive positions (multiples of it): of the blocks that hold a token of the row, the `kept(share,
-    ...)` with the largest sums of probabilities. Compiled kernels score in float32, torch in the type of q.
+    The other arguments are those of `decode_attention`. The last position is the new token. Compiled kernels score in
+    float32, torch in the type of q.
     """
     check_pages(q, pages, length)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
-        return choose_natively(q, pages, length, starts, scale, share, unit)
-    return choose_in_torch(q, pages, length, starts, scale, share, unit)
+        return choose_natively(q, pages, length, starts, scale, sparsity)
+    return choose_in_torch(q, pages, length, starts, scale, sparsity)
 
 
 def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
@@ -73,11 +82,11 @@ def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_natively(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
-    """The compiled kernel: keys are read once, where they lie, and padding is skipped."""
+    """The compiled kernel: keys are read once, in their pages, and padding is skipped."""
     rows, heads, _, head_dim = q.shape
-    kv_heads, most = pages[0][0].shape[1], most_chosen(share, unit, length)
+    kv_heads, most = pages[0][0].shape[1], sparsity.most(length)
     q = q.contiguous()
     positions = torch.empty(rows, kv_heads, most, dtype=torch.int64)
     weights = torch.empty(rows, heads, most, dtype=torch.float32)
@@ -94,8 +103,8 @@ def choose_natively(
         length,
         0 if starts is None else starts.data_ptr(),
         scale,
-        share,
-        unit,
+        sparsity.share,
+        sparsity.unit,
         most,
         positions.data_ptr(),
         weights.data_ptr(),
@@ -124,11 +133,12 @@ def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_in_torch(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, share: float, unit: int
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
 ) -> Choice:
     """The same in torch, on every device, without a wait for it."""
     rows, heads = q.shape[:2]
     kv_heads, cached, device = pages[0][0].shape[1], length - 1, q.device
+    unit = sparsity.unit
     group, blocks = heads // kv_heads, -(-cached // unit)
     probabilities = probabilities_in_torch(q, pages, length, starts, scale).unflatten(0, (rows, kv_heads))
     starts = torch.zeros(rows, dtype=torch.int64, device=device) if starts is None else starts.to(device)
@@ -139,10 +149,10 @@ def choose_in_torch(
     first = starts // unit
     padding = torch.arange(blocks, device=device) < first[:, None]
     ranked.masked_fill_(padding[:, None], -1.0)  # below a probability that has become zero
-    best = ranked.topk(kept(share, blocks), dim=-1).indices
+    best = ranked.topk(sparsity.kept(blocks), dim=-1).indices
     # Rows have different numbers of blocks, which are known on the device only.
     counts = torch.where(starts < cached, blocks - first, 0)
-    keep = (counts.double() * share - _ROUNDING).ceil().clamp_min(1).minimum(counts)
+    keep = (counts.double() * sparsity.share - _ROUNDING).ceil().clamp_min(1).minimum(counts)
     chosen = torch.arange(best.shape[-1], device=device) < keep[:, None]
     positions = (best[..., None] * unit + torch.arange(unit, device=device)).flatten(2)
     real = chosen[:, None].expand_as(best).repeat_interleave(unit, dim=-1)

@@ -9,6 +9,7 @@ import torch
 
 from flexgen.kernels.attention import MASK_ALIGNMENT, join_bytes
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.sparse_attention import Sparsity
 from flexgen.layout.moves import Kind, Move, Route, Routes
 from flexgen.layout.topology import Topology
 from flexgen.models.spec import AttentionSpec, CacheShape
@@ -51,6 +52,11 @@ class CacheSegment:
     @property
     def sparse(self) -> bool:
         return self.attn_sparsity < 1
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """Which cached tokens a decode step attends to."""
+        return Sparsity(self.attn_sparsity, self.choice_tokens)
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:

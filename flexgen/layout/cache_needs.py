@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
@@ -115,6 +114,6 @@ def batch_cache(
 
 def _choice_bytes(segment: CacheSegment, heads: int) -> int:
     """What choosing in torch takes at most beyond dense attention, at the last token."""
-    most = most_chosen(segment.attn_sparsity, segment.choice_tokens, segment.pages * segment.page_tokens)
+    most = segment.sparsity.most(segment.pages * segment.page_tokens)
     # For each: an index of what is best, its position before and after padding, two weights, three flags.
     return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)

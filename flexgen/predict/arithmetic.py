@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from flexgen.kernels.sparse_attention import most_chosen
 from flexgen.layout.cache import CacheSegment
 from flexgen.layout.placement import Placement
 from flexgen.models import Layer, WeightSpec
@@ -106,7 +105,7 @@ class Arithmetic:
             )
             if segment.loads_only_keys(self._hardware.topology):
                 # The compiled kernel reads all keys and the chosen values; in torch whole pages are multiplied.
-                chosen = most_chosen(segment.attn_sparsity, segment.choice_tokens, context)
+                chosen = segment.sparsity.most(context)
                 seconds *= (1 + min(chosen / context, 1)) / 2
                 seconds += self._chosen_from_disk(segment, context, chosen)
             took[segment.on_device] += seconds

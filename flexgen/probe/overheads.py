@@ -65,7 +65,7 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
         for _ in range(1 + _RUNS):
             with (call := Call(model, workload, 0)), call:
                 prompts = call.prepare(list(ids))
-                output = NewTokens(prompts, effort.tokens, Sampled(), 0, machine.device)
+                output = NewTokens(prompts, effort.tokens, Sampled())
                 call.run(prompts, effort.tokens, output)
                 took.append(call.timing.decode / cells)
     return statistics.median(took[1:])

@@ -7,13 +7,14 @@ The others are written home after each layer and brought back before the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flexgen.layout.hidden import hidden_layout
+from flexgen.layout.hidden import HiddenLayout
 from flexgen.layout.moves import Kind, Move
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.disk import Read, ReadJob, Write
@@ -22,8 +23,19 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
-from flexgen.models import ModelSpec
-from flexgen.policy import Policy, Tier
+from flexgen.policy import Tier
+from flexgen.runtime.cell import BoundCell
+
+
+@dataclass
+class _Slot:
+    """Buffers of a cell for rows that travel: `arriving` and `departing` in host memory, between disk and link."""
+
+    arriving: Tensor
+    departing: Tensor
+    device: Tensor
+    leaving: Tensor | None = None
+    """The layer's result, until its rows have left."""
 
 
 class Activations:
@@ -32,109 +44,101 @@ class Activations:
     @whole_or_closed
     def __init__(
         self,
-        spec: ModelSpec,
-        policy: Policy,
-        batches: Sequence[int],
+        batches: Sequence[HiddenLayout],
         new: int,
         dtype: torch.dtype,
         machine: Machine,
         slots: int = SLOTS,
     ) -> None:
         """A cell has at most `new` tokens of each row."""
-        self._hidden = spec.hidden_size
         self._dtype = dtype
         self._device = machine.device
         self._io = machine.io
         self._taken = Taken()
-        self._layout_of = partial(hidden_layout, spec, policy, dtype=dtype, topology=machine.device.topology)
         self.regroup(batches)
-        self._leaving: dict[int, Tensor] = {}  # by slot
-
         self._homes: dict[int, Tensor] = {}
         self._files: dict[int, Path] = {}
-        for batch, layout in enumerate(self._layouts):
+        for batch, layout in enumerate(batches):
             cpu, disk = (layout.home_bytes(tier, new) for tier in (Tier.CPU, Tier.DISK))
             if cpu and not layout.topology.in_place(Tier.CPU):
                 self._homes[batch] = self._take(machine.host, cpu)
             if disk:
                 self._files[batch] = self._taken.file(machine.disk, f"hidden-{batch}", disk)
-        from_disk = max(layout.home_bytes(Tier.DISK, new) for layout in self._layouts)
-        moved = max(layout.away_bytes(new) for layout in self._layouts)
-        self._arriving = [self._take(machine.host, from_disk) for _ in range(slots)]
-        self._departing = [self._take(machine.host, from_disk) for _ in range(slots)]
+        from_disk = max(layout.home_bytes(Tier.DISK, new) for layout in batches)
+        moved = max(layout.away_bytes(new) for layout in batches)
+        self._slots = [self._make_slot(from_disk, moved, machine) for _ in range(slots)]
+
+    def _make_slot(self, from_disk: int, moved: int, machine: Machine) -> _Slot:
+        arriving, departing = (self._take(machine.host, from_disk) for _ in range(2))
         # Without a link, rows on disk arrive where they are used.
         shared = machine.device.shares_host_memory
-        self._slots = [
-            self._arriving[n] if shared else self._take(machine.device.memory, moved) for n in range(slots)
-        ]
+        return _Slot(arriving, departing, arriving if shared else self._take(machine.device.memory, moved))
 
     def _take(self, store: Store, nbytes: int) -> Tensor:
         return self._taken.buffer(store, nbytes, "hidden states")
 
-    def regroup(self, batches: Sequence[int]) -> None:
-        """From here on, batches of these numbers of rows, none larger than the one of its number was at first.
+    def regroup(self, batches: Sequence[HiddenLayout]) -> None:
+        """From here on, these batches, none larger than the one of its number was at first.
 
-        What is kept between two layers is forgotten, so this is for the time between two tokens.
+        It forgets the hidden states between two layers, so it is for the time between two tokens.
         """
-        self._layouts = [self._layout_of(rows) for rows in batches]
+        self._layouts = batches
         self._kept: list[Tensor | None] = [None] * len(batches)
 
     def close(self) -> None:
         """Give back all memory and files."""
         self._taken.close()
 
-    def load(self, batch: int, slot: int, tokens: int) -> Chains:
-        """The work that brings the batch's rows that are away into `slot`."""
-        return bind(self._layouts[batch].load(tokens), partial(self._arrive, batch, slot))
+    def load(self, cell: BoundCell) -> Chains:
+        """The work that brings the batch's rows that are away into the cell's slot."""
+        return bind(self._layouts[cell.batch].load(cell.span.new), partial(self._arrive, cell))
 
-    def _arrive(self, batch: int, slot: int, tier: Tier, move: Move) -> Job:
-        arriving, target = self._arriving[slot], self._slots[slot]
+    def _arrive(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
+        slot, begin = self._slots[cell.slot], 0
         if move.kind is Kind.READ:
-            return ReadJob(self._io, [Read(self._files[batch], 0, arriving[: move.nbytes])])
-        if tier is Tier.CPU:
-            source, begin = self._homes[batch], 0
-        else:
-            source, begin = (
-                arriving,
-                move.nbytes // self._count(batch, Tier.DISK) * self._count(batch, Tier.CPU),
-            )
-        return partial(self._device.to_device, target[begin : begin + move.nbytes], source[: move.nbytes])
+            return ReadJob(self._io, [Read(self._files[cell.batch], 0, slot.arriving[: move.nbytes])])
+        source = self._homes[cell.batch] if tier is Tier.CPU else slot.arriving
+        if tier is Tier.DISK:  # after the rows of the CPU tier
+            rows = self._layouts[cell.batch].rows
+            begin = move.nbytes // len(rows[Tier.DISK]) * len(rows[Tier.CPU])
+        return partial(
+            self._device.to_device, slot.device[begin : begin + move.nbytes], source[: move.nbytes]
+        )
 
-    def take(self, batch: int, slot: int, tokens: int) -> Tensor:
+    def take(self, cell: BoundCell) -> Tensor:
         """The batch's hidden states on the compute device, once `load` is done. Not to be written to."""
-        kept, layout = self._kept[batch], self._layouts[batch]
+        kept, layout = self._kept[cell.batch], self._layouts[cell.batch]
         rows_away = sum(map(len, layout.rows.values())) - layout.resident
         if not rows_away:
             assert kept is not None
             return kept
-        away = tensor_at(self._slots[slot], 0, (rows_away, tokens, self._hidden), self._dtype)
+        shape = rows_away, cell.span.new, layout.token_bytes // self._dtype.itemsize
+        away = tensor_at(self._slots[cell.slot].device, 0, shape, self._dtype)
         return away if kept is None else torch.cat([kept, away])
 
-    def keep(self, batch: int, slot: int, hidden: Tensor) -> None:
+    def keep(self, cell: BoundCell, hidden: Tensor) -> None:
         """Accept a layer's result; rows that must leave do so by the chains of `store`."""
-        resident = self._layouts[batch].resident
+        resident = self._layouts[cell.batch].resident
         if resident == len(hidden):
-            self._kept[batch] = hidden
+            self._kept[cell.batch] = hidden
             return
         # Until its rows have left, the slot holds the result: the same slot's next user waits for that.
-        self._leaving[slot] = hidden
-        self._kept[batch] = hidden[:resident].clone() if resident else None
+        self._slots[cell.slot].leaving = hidden
+        self._kept[cell.batch] = hidden[:resident].clone() if resident else None
 
-    def store(self, batch: int, slot: int, tokens: int) -> Chains:
+    def store(self, cell: BoundCell) -> Chains:
         """The work that brings the rows that leave home."""
-        return bind(self._layouts[batch].store(tokens), partial(self._depart, batch, slot))
+        return bind(self._layouts[cell.batch].store(cell.span.new), partial(self._depart, cell))
 
-    def _depart(self, batch: int, slot: int, tier: Tier, move: Move) -> Job:
-        departing = self._departing[slot]
+    def _depart(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
+        departing = self._slots[cell.slot].departing
         if move.kind is Kind.WRITE:
-            return partial(self._io.write, [Write(self._files[batch], 0, departing[: move.nbytes])])
-        home = self._homes[batch] if tier is Tier.CPU else departing
-        return partial(self._leave, batch, tier, slot, home[: move.nbytes])
+            return partial(self._io.write, [Write(self._files[cell.batch], 0, departing[: move.nbytes])])
+        home = self._homes[cell.batch] if tier is Tier.CPU else departing
+        return partial(self._leave, cell, tier, home[: move.nbytes])
 
-    def _leave(self, batch: int, tier: Tier, slot: int, target: Tensor) -> None:
-        part = self._layouts[batch].rows[tier]
-        rows = self._leaving[slot][part.start : part.stop]
+    def _leave(self, cell: BoundCell, tier: Tier, target: Tensor) -> None:
+        part, hidden = self._layouts[cell.batch].rows[tier], self._slots[cell.slot].leaving
+        assert hidden is not None
+        rows = hidden[part.start : part.stop]
         self._device.from_device(target.view(self._dtype).view(rows.shape), rows.contiguous())
-
-    def _count(self, batch: int, tier: Tier) -> int:
-        return len(self._layouts[batch].rows[tier])

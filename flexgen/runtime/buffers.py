@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from flexgen.layout.cache import cache_segments
+from flexgen.layout.hidden import HiddenLayout, hidden_layout
 from flexgen.layout.passes import Passes
 from flexgen.memory.taken import run_all
 from flexgen.models.layer import AttentionLayer
 from flexgen.runtime.activations import Activations
+from flexgen.runtime.compaction import Moved
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.model import Model
 from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class BlockBuffers:
+    """What a block's cells are computed from and written to. `lookup`: None where the table is used in place."""
+
+    cache: KVCache
+    activations: Activations
+    lookup: Lookup | None
+
+    def reset(self, model: Model, batches: Sequence[int]) -> None:
+        """Continue with the batches that the buffers were made for, for other prompts."""
+        self.cache.reset()
+        self.activations.regroup(_hidden_layouts(model, batches))
+
+    def regroup(self, model: Model, batches: Sequence[Moved]) -> None:
+        """Continue with these batches; no transfer may be under way."""
+        self.cache.regroup(batches, model.policy.cache)
+        self.activations.regroup(_hidden_layouts(model, [len(moved.rows) for moved in batches]))
 
 
 class Buffers:
@@ -24,39 +46,42 @@ class Buffers:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.cache: KVCache | None = None
-        self.activations: Activations | None = None
-        self.lookup: Lookup | None = None
+        self.block: BlockBuffers | None = None
+        self._close: list[Callable[[], object]] = []
 
     def make(self, model: Model, workload: Workload, batches: Sequence[int]) -> None:
         """Take the memory of a block with these batches."""
         self.close()
-        spec, slots = model.layers[0].spec, model.slots.cells
+        machine, slots, dtype = model.machine, model.slots.cells, model.dtype
         passes = Passes(workload.prompt_len, model.policy.prefill_chunk)
         attention = {
             j: layer.layer_spec.attention
             for j, layer in enumerate(model.layers)
             if isinstance(layer, AttentionLayer)
         }
-        kept = workload.capacity, model.dtype, model.machine.device.topology
+        kept = workload.capacity, dtype, machine.device.topology
         segments = {
             j: [cache_segments(own.cache, model.policy, rows, *kept) for rows in batches]
             for j, own in attention.items()
         }
         heads = {j: own.heads for j, own in attention.items()}
         self.batches = list(batches)
-        self.cache = KVCache(segments, heads, passes.new, model.machine, slots, passes.extends)
-        self.activations = Activations(
-            spec, model.policy, batches, passes.new, model.dtype, model.machine, slots
-        )
+        cache = KVCache(segments, heads, passes.new, machine, slots, passes.extends)
+        self._close.append(cache.close)
+        activations = Activations(_hidden_layouts(model, batches), passes.new, dtype, machine, slots)
+        self._close.append(activations.close)
+        lookup = None
         if model.table is not None:
-            ids = max(batches) * passes.new
-            self.lookup = Lookup(model.table, ids, model.dtype, model.machine, slots)
+            lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
+            self._close.append(lookup.close)
+        self.block = BlockBuffers(cache, activations, lookup)
 
     def close(self) -> None:
         """Give back all memory and files."""
-        self.batches = []
-        held = self.cache, self.activations, self.lookup
-        steps: list[Callable[[], object]] = [buffers.close for buffers in held if buffers is not None]
-        run_all(steps)
-        self.cache = self.activations = self.lookup = None
+        self.batches, self.block = [], None
+        run_all(self._close)
+
+
+def _hidden_layouts(model: Model, batches: Sequence[int]) -> list[HiddenLayout]:
+    spec, topology = model.layers[0].spec, model.machine.device.topology
+    return [hidden_layout(spec, model.policy, rows, model.dtype, topology) for rows in batches]

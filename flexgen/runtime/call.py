@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from flexgen.errors import LaneError
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
@@ -111,11 +112,11 @@ class Call:
         if batches != buffers.batches:
             buffers.make(self._model, self._workload, batches)
             self._model.machine.device.reserve(self._workspace)
-        elif buffers.cache is not None and buffers.activations is not None:
-            buffers.cache.reset()
-            buffers.activations.regroup(batches)
-        cells, chunk = self._model.slots.cells, self._model.policy.prefill_chunk
-        self._prompts = Prompts(prompts, batches, self._pad_id, self._model.machine, cells, chunk, cached)
+        elif buffers.block is not None:
+            buffers.block.reset(self._model, batches)
+        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached)
+        machine, slots = self._model.machine, self._model.slots.cells
+        self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
         self.positions_computed += self._prompts.positions_computed
         return self._prompts
@@ -160,24 +161,22 @@ class Call:
             yield step
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
-        """From `token` on, only these rows; nothing runs meanwhile."""
-        cache, activations = self._buffers.cache, self._buffers.activations
-        assert cache is not None and activations is not None
+        """From `token` on, run only these rows. No step may be under way."""
+        assert self._buffers.block is not None
         try:
-            cache.regroup(prompts.regroup(batches, token), self._model.policy.cache)
+            self._buffers.block.regroup(self._model, prompts.regroup(batches, token))
         except OSError as error:
             raise LaneError(
                 f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
             ) from error
-        activations.regroup([len(rows) for rows in batches])
         self._model.machine.device.settle()
 
     def time_lane(self, lane: LaneName, prompts: Prompts, tokens: int, output: Output) -> dict[Phase, float]:
         """Seconds that `lane` works on each phase of the prepared block when nothing else runs.
 
-        The whole prefill and at most three of the later tokens (the first, the middle one, the last) are run; what
-        lies between them grows evenly, so that their mean stands for it. The results are meaningless. What the
-        host attends is timed apart from what the device computes, whatever the order that is in force.
+        It runs the whole prefill and at most three of the later tokens: the first, the middle one and the last. The
+        time of the others grows evenly between them, so their mean represents it. The results are meaningless. The
+        host's attention is timed apart from the device's computation, in any order.
         """
         first = prompts.first
         sampled = [*range(first, 1), *(sorted({1, tokens // 2, tokens - 1} - {0}) if tokens > 1 else ())]
@@ -200,19 +199,8 @@ class Call:
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
-        model, cache, activations = self._model, self._buffers.cache, self._buffers.activations
-        assert cache is not None and activations is not None, "prepare comes before run"
-        return Generation(
-            grid,
-            model.layers,
-            model.weights,
-            prompts,
-            cache,
-            activations,
-            output,
-            self._buffers.lookup,
-            first,
-        )
+        assert self._buffers.block is not None, "prepare comes before run"
+        return Generation(grid, self._model, self._buffers.block, prompts, output, first)
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

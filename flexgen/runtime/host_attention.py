@@ -1,7 +1,7 @@
-"""Attention by the host: for rows whose cache it holds, beside a compute device with memory of its own.
+"""Attention by the host, for rows whose cache it holds, next to a compute device with memory of its own.
 
-Queries and the new keys and values cross the link, and what was attended comes back; the cache stays where
-it is. Each cell slot has its own buffers for that, so that a schedule may have several cells under way.
+Queries and the new keys and values cross the link, and the result comes back; the cache stays where it is. Each cell
+slot has its own buffers for that, so that a schedule may have several cells under way.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.threads import all_threads
-from flexgen.layout.cache import CacheSegment, Span
+from flexgen.layout.cache import CacheSegment
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.runtime.pages import Bring, Padding, Page, attend
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.pages import Bring, Page, attend
 
 Put = Callable[[Tensor, Tensor], Sequence[Page]]
 """Writes new keys and values, as they are kept, to the pages of a segment, which are returned."""
 
 
 class HostAttention:
-    """Where the host's rows are asked about and answered. `layers`: by number the cache's segments of each batch;
-    `heads`: of each layer's queries.
+    """Attention over the host's rows, and its buffers. It takes the arguments of `KVCache`.
 
     A cell calls `collect`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
     the host, the link and the compute lane.
@@ -59,8 +59,10 @@ class HostAttention:
         self._arrived = [self._take(device, answered) for _ in range(slots)]
 
     def regroup(self, cache: Mapping[tuple[int, int], Sequence[CacheSegment]]) -> None:
-        """Continue with these segments of each (layer, batch), none with more rows for the host than the largest had
-        at first."""
+        """Continue with these segments of each (layer, batch).
+
+        None has more rows for the host than the largest had at first.
+        """
         self._rows = {
             key: [row for s in some if not s.on_device for row in s.rows] for key, some in cache.items()
         }
@@ -72,51 +74,48 @@ class HostAttention:
         """Give back all memory."""
         self._taken.close()
 
-    def attends(self, layer: int, batch: int) -> bool:
-        """Whether the host attends to any row of the batch."""
-        return bool(self._rows[layer, batch])
+    def attends(self, cell: BoundCell) -> bool:
+        """Whether the host computes attention for any row of the batch."""
+        return bool(self._rows[cell.layer, cell.batch])
 
-    def collect(self, layer: int, batch: int, slot: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Gather what the host is asked, on the device: q (rows, heads, 1, head_dim), k, v of all rows."""
-        first, last = self._rows[layer, batch][0], self._rows[layer, batch][-1]
-        self._leaving[slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
+    def collect(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Gather the host's rows, on the device: of q (rows, heads, 1, head_dim), k, v of all rows."""
+        first, last = self._rows[cell.layer, cell.batch][0], self._rows[cell.layer, cell.batch][-1]
+        self._leaving[cell.slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
 
-    def send(self, layer: int, batch: int, slot: int) -> None:
-        """What was collected, to the host."""
-        self._device.from_device(self._question(layer, batch, slot), self._leaving[slot])
+    def send(self, cell: BoundCell) -> None:
+        """Copy them to the host."""
+        self._device.from_device(self._question(cell), self._leaving[cell.slot])
 
     def attend(
         self,
-        layer: int,
-        batch: int,
-        slot: int,
+        cell: BoundCell,
         parts: Iterable[tuple[CacheSegment, Put, Bring | None]],
-        span: Span,
-        padding: Padding,
         scale: float,
     ) -> None:
-        """Put what was sent into the pages of its rows, in host memory, and attend to them."""
-        q, k, v = self._question(layer, batch, slot).split(self._heads[layer], dim=1)
-        attended, first = self._answer(self._answered[slot], layer, batch), self._rows[layer, batch][0]
+        """Put the new keys and values into the pages of their rows, in host memory, and compute attention."""
+        q, k, v = self._question(cell).split(self._heads[cell.layer], dim=1)
+        answer, first = self._answer(self._answered, cell), self._rows[cell.layer, cell.batch][0]
         for segment, put, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             pages = put(segment.heads.encode(k[here]), segment.heads.encode(v[here]))
             with all_threads():
-                attended[here] = attend(pages, span, q[here], segment, padding, scale, bring)
+                answer[here] = attend(pages, cell, segment, q[here], scale, bring)
 
-    def fetch(self, layer: int, batch: int, slot: int) -> None:
-        """What was attended, to the device."""
-        arrived, answered = (self._answer(at[slot], layer, batch) for at in (self._arrived, self._answered))
-        self._device.to_device(arrived, answered)
+    def fetch(self, cell: BoundCell) -> None:
+        """Copy the result to the device."""
+        self._device.to_device(self._answer(self._arrived, cell), self._answer(self._answered, cell))
 
-    def take(self, layer: int, batch: int, slot: int) -> Tensor:
-        """What was attended, (the host's rows, heads, 1, head_dim) on the device; good until the slot's next cell."""
-        return self._answer(self._arrived[slot], layer, batch)
+    def take(self, cell: BoundCell) -> Tensor:
+        """The result, (the host's rows, heads, 1, head_dim), on the device; valid until the slot's next cell."""
+        return self._answer(self._arrived, cell)
 
-    def _question(self, layer: int, batch: int, slot: int) -> Tensor:
-        shape = (len(self._rows[layer, batch]), sum(self._heads[layer]), 1, self._head_dim[layer])
-        return tensor_at(self._asked[slot], 0, shape, self._dtype)
+    def _question(self, cell: BoundCell) -> Tensor:
+        rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
+        shape = rows, sum(self._heads[layer]), 1, self._head_dim[layer]
+        return tensor_at(self._asked[cell.slot], 0, shape, self._dtype)
 
-    def _answer(self, buffer: Tensor, layer: int, batch: int) -> Tensor:
-        shape = (len(self._rows[layer, batch]), self._heads[layer][0], 1, self._head_dim[layer])
-        return tensor_at(buffer, 0, shape, self._dtype)
+    def _answer(self, buffers: Sequence[Tensor], cell: BoundCell) -> Tensor:
+        rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
+        shape = rows, self._heads[layer][0], 1, self._head_dim[layer]
+        return tensor_at(buffers[cell.slot], 0, shape, self._dtype)

@@ -28,7 +28,7 @@ def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Pha
             lengths = tuple(len(request.prompts[n]) for n in rows)
             if lengths not in timed:
                 prompts = call.prepare([request.prompts[n] for n in rows])
-                output = NewTokens(prompts, tokens, Sampled(), 0, model.machine.device)
+                output = NewTokens(prompts, tokens, Sampled())
                 # What was never written is read without touching the disk, and no rows were looked up yet.
                 if on_disk or model.table is not None:
                     call.run(prompts, 1, output)

@@ -23,6 +23,7 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.models.mlp import MLP
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
+from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import Prompts
 
@@ -60,10 +61,11 @@ class _Kept:
         self._staging = staging
         self._there: dict[int, Tensor] = {}  # by slot
 
-    def keep(self, slot: int, values: Tensor) -> None:
-        self._there[slot] = values
+    def keep(self, cell: BoundCell, values: Tensor) -> None:
+        self._there[cell.slot] = values
 
-    def store(self, batch: int, slot: int) -> Chains:
+    def store(self, cell: BoundCell) -> Chains:
+        batch, slot = cell.batch, cell.slot
         if self._device.shares_host_memory:
             return ((Stage(LaneName.HOST, partial(self._copy, batch, slot)),),)
         stages: list[Stage] = []
@@ -136,21 +138,21 @@ class AllPositions:
         """Give the staging buffers back."""
         self._taken.close()
 
-    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
-        if layer in self._hidden:
-            self._hidden[layer].keep(slot, hidden)
+    def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
+        if cell.layer in self._hidden:
+            self._hidden[cell.layer].keep(cell, hidden)
 
-    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
-        return self._hidden[layer].store(batch, slot) if layer in self._hidden else ()
+    def store_hidden(self, cell: BoundCell) -> Chains:
+        return self._hidden[cell.layer].store(cell) if cell.layer in self._hidden else ()
 
     def wants_hidden(self, layer: int) -> bool:
         return layer in self._hidden
 
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._logits.keep(slot, logits)
+    def keep(self, cell: BoundCell, logits: Tensor) -> None:
+        self._logits.keep(cell, logits)
 
-    def store(self, token: int, batch: int, slot: int) -> Chains:
-        return self._logits.store(batch, slot)
+    def store(self, cell: BoundCell) -> Chains:
+        return self._logits.store(cell)
 
     def following(self, token: int) -> None:
         return None

@@ -1,11 +1,11 @@
-"""What a call took: measured by the engine, told as a report."""
+"""Times, tokens and bytes of a call, and the report of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexgen.layout.needs import MemoryPlan
+from flexgen.layout.placement import Placement
 from flexgen.layout.plan import batch_sizes
 from flexgen.memory.cpu import peak_resident_bytes
 from flexgen.memory.machine import Machine
@@ -41,20 +41,13 @@ class Stats:
         return 1 - self.prompt_tokens / self.positions_computed
 
     def report(
-        self,
-        model: str,
-        device: str,
-        dtype: str,
-        placed: Mapping[Tier, float],
-        prompt_len: int,
-        gen_len: int,
-        tokens: int,
+        self, model: str, device: str, placement: Placement, prompt_len: int, gen_len: int, tokens: int
     ) -> Report:
         """The report of a call that made new tokens, without the lanes' times and the perplexity.
 
-        placed: percent of the weights on each tier. prompt_len: of the longest prompt. gen_len: new tokens that
-        were asked for, of which `tokens` were run; the decode of fewer is projected to all, unless every row
-        ended with its first one: then that is all there is.
+        placement: of the weights of `model`. prompt_len: of the longest prompt. gen_len: the requested number of new
+        tokens. The call ran `tokens` of them. If these are fewer, the decode is projected to all, unless every row
+        ended with its first token: then there is no more to decode.
         """
         projected = projected_decode(self.timing, gen_len) if tokens < gen_len else None
         early = projected is None and self.new_tokens < self.num_prompts * gen_len
@@ -62,7 +55,7 @@ class Stats:
             model=model,
             policy=self.policy,
             device=device,
-            dtype=dtype,
+            dtype=str(placement.dtype).removeprefix("torch."),
             order=self.order,
             prompt_len=prompt_len,
             gen_len=gen_len,
@@ -74,7 +67,9 @@ class Stats:
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,
-            placement=placement_table(self.policy, placed, batch_sizes(self.policy, self.num_prompts)),
+            placement=placement_table(
+                self.policy, placement.percent, batch_sizes(self.policy, self.num_prompts)
+            ),
             projected_from=None if projected is None else max(self.timing.ran),
         )
 

@@ -20,78 +20,106 @@ from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import SLOTS
 from flexgen.layout.topology import Topology
-from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
+from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
 from flexgen.runtime.compaction import Moved, regrouped
-from flexgen.runtime.pages import Padding
 from flexgen.runtime.sampler import INVALID
+
+
+class _Grouping:
+    """Which rows of a block each GPU batch has, and how their prompts are padded.
+
+    `batches`: numbers of the rows. `places`: of each batch, where its rows are in `Prompts.newest`. `widths`: of the
+    longest prompt of each.
+    """
+
+    def __init__(
+        self, batches: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device
+    ) -> None:
+        self.batches = batches
+        self.places = [slice(a, b) for a, b in pairwise(accumulate(map(len, batches), initial=0))]
+        self.widths = [max(lengths[row] for row in rows) for rows in batches]
+        self.padding = []
+        for rows, width in zip(batches, self.widths, strict=True):
+            starts = tuple(width - lengths[row] for row in rows)
+            there = torch.tensor(starts, dtype=torch.int64)
+            self.padding.append(Padding(starts, there.to(device), there))
 
 
 class Prompts:
     """Prompts of one block, those of each batch left-padded to one width, and the newest id of every row.
 
     `batches` count the rows of each GPU batch, in order. `self.batches` are the numbers of those rows in the block.
-    `chunk`: the most tokens of a prompt that a pass computes; 0 for all. `cached`: tokens before those of `prompts`
-    that the cache has of each row; prompts are of one length then. `first`: the number of the first pass.
-    `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device has chosen
-    last for each batch; the host may not have them yet.
+    `passes`: of the block's longest prompt. Where the cache has tokens before those of `prompts`, prompts are of one
+    length. `positions_computed`: of all prompts, padding included. `made`: the ids (rows,) that the compute device
+    has chosen last for each batch; the host may not have them yet.
     """
-
-    batches: Sequence[Sequence[int]]
-    padding: list[Padding]
 
     @whole_or_closed
     def __init__(
         self,
         prompts: Sequence[np.ndarray],
         batches: Sequence[int],
+        passes: Passes,
         pad_id: int,
         machine: Machine,
         slots: int = SLOTS,
-        chunk: int = 0,
-        cached: int = 0,
     ) -> None:
         self._taken = Taken()
-        self._device = device = machine.device
+        self.device = machine.device
+        self.pad_id = pad_id
         self.lengths = [len(prompt) for prompt in prompts]
-        self._passes = Passes(max(self.lengths), chunk, cached)
-        self.first = self._passes.first
+        self._passes = passes
         self._group([list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))])
-        sizes = [rows * width for rows, width in zip(batches, self._widths, strict=True)]
+        widths = self._grouping.widths
+        sizes = [rows * width for rows, width in zip(batches, widths, strict=True)]
         self.positions_computed = sum(sizes)
         item = torch.int64.itemsize
         buffer = self._taken.buffer(machine.host, (sum(sizes) + len(prompts)) * item, "prompts")
         *flat, self.newest = buffer.view(torch.int64).split([*sizes, len(prompts)])
         self.newest.zero_()
         self._ids: dict[tuple[int, int], Tensor] = {}  # by pass and batch
-        for k, (rows, width, into) in enumerate(zip(self.batches, self._widths, flat, strict=True)):
+        for k, (rows, width, into) in enumerate(zip(self.batches, widths, flat, strict=True)):
             ids = torch.full((len(rows), width), pad_id)
             for row, n in zip(ids, rows, strict=True):
                 row[width - len(prompts[n]) :] = torch.from_numpy(prompts[n])
             for token in range(self.first, 1):
-                span = self.span(token, k)
-                begin, new = span.length - cached, span.new
+                span = self._span(token, k)
+                begin, new = span.length - passes.cached, span.new
                 part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
                 self._ids[token, k] = part.copy_(ids[:, begin : begin + new])
         most = max(ids.numel() for ids in self._ids.values())
         self._slots = [
-            torch.zeros(most, dtype=torch.int64, device=device.torch_device)
-            for _ in range(0 if device.shares_host_memory else slots)
+            torch.zeros(most, dtype=torch.int64, device=self.device.torch_device)
+            for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
 
     def _group(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = batches
-        self._rows = [slice(a, b) for a, b in pairwise(accumulate(map(len, batches), initial=0))]
-        self._widths = [max(self.lengths[row] for row in rows) for rows in batches]
-        self.padding = [
-            self._padding(tuple(width - self.lengths[row] for row in rows))
-            for rows, width in zip(batches, self._widths, strict=True)
-        ]
+        self._grouping = _Grouping(batches, self.lengths, self.device.torch_device)
+
+    @property
+    def batches(self) -> Sequence[Sequence[int]]:
+        """The rows of the block that each batch has."""
+        return self._grouping.batches
+
+    @property
+    def first(self) -> int:
+        """The number of the first pass."""
+        return self._passes.first
+
+    def cell(self, token: int, layer: int, batch: int, slot: int) -> BoundCell:
+        """A cell of the pass that gives `token`, with its tokens: the prompts or their parts first, then one at a
+        time."""
+        span, padding = self._span(token, batch), self._grouping.padding[batch]
+        return BoundCell(token, layer, batch, slot, span, padding)
+
+    def _span(self, token: int, batch: int) -> Span:
+        return self._passes.span(token, self._grouping.widths[batch])
 
     def regroup(self, batches: Sequence[Sequence[int]], token: int) -> list[Moved]:
         """From `token` (not the first) on, only these rows of the block, which must be among those before.
@@ -100,7 +128,7 @@ class Prompts:
         """
         places = {row: (k, n) for k, rows in enumerate(self.batches) for n, row in enumerate(rows)}
         order = {row: n for n, row in enumerate(chain.from_iterable(self.batches))}
-        lengths = tuple(self.span(token, k).length for k in range(len(self.batches)))
+        lengths = tuple(self._span(token, k).length for k in range(len(self.batches)))
         before = {tuple(rows): k for k, rows in enumerate(self.batches)}
         self._group(batches)
         newest = [order[row] for row in chain.from_iterable(batches)]
@@ -109,72 +137,65 @@ class Prompts:
             Moved(
                 tuple(places[row] for row in rows),
                 lengths,
-                self.span(token, k).length,
+                self._span(token, k).length,
                 before.get(tuple(rows)),
             )
             for k, rows in enumerate(batches)
         ]
 
-    def span(self, token: int, batch: int) -> Span:
-        """The columns of the step: the prompts or their parts first, then one at a time."""
-        return self._passes.span(token, self._widths[batch])
-
-    def _padding(self, starts: tuple[int, ...]) -> Padding:
-        there = torch.tensor(starts, dtype=torch.int64)
-        return Padding(starts, there.to(self._device.torch_device), there)
-
     def close(self) -> None:
         self._taken.close()
 
-    def source(self, token: int, batch: int) -> Tensor:
-        """(rows, seq) in host memory: of the prompt up to the first token, then the newest id."""
-        rows = self._rows[batch]
-        return self.newest[rows].unsqueeze(1) if token > 0 else self._ids[token, batch]
+    def source(self, cell: BoundCell) -> Tensor:
+        """(rows, new) in host memory: of the prompt up to the first token, then the newest id."""
+        if cell.token > 0:
+            return self.newest[self.rows(cell.batch)].unsqueeze(1)
+        return self._ids[cell.token, cell.batch]
 
-    def load(self, token: int, batch: int, slot: int) -> Chains:
-        """The work that brings the ids of the step to the compute device."""
-        source, layout = self.source(token, batch), IdLayout(len(self.batches[batch]), self._device.topology)
-        routes = layout.load(source.shape[1])
+    def load(self, cell: BoundCell) -> Chains:
+        """The work that brings the ids of the cell to the compute device."""
+        source, layout = self.source(cell), IdLayout(len(self.batches[cell.batch]), self.device.topology)
+        routes = layout.load(cell.span.new)
         if not routes:
             return ()
-        target = self._slots[slot][: source.numel()].view(source.shape)
-        return bind(routes, lambda _, move: partial(self._device.to_device, target, source))
+        target = self._slots[cell.slot][: source.numel()].view(source.shape)
+        return bind(routes, lambda _, move: partial(self.device.to_device, target, source))
 
-    def take(self, token: int, batch: int, slot: int) -> Tensor:
-        """(rows, seq) on the compute device, once `load` is done."""
-        source = self.source(token, batch)
-        if self._device.shares_host_memory:
+    def take(self, cell: BoundCell) -> Tensor:
+        """(rows, new) on the compute device, once `load` is done."""
+        source = self.source(cell)
+        if self.device.shares_host_memory:
             return source
-        return self._slots[slot][: source.numel()].view(source.shape)
+        return self._slots[cell.slot][: source.numel()].view(source.shape)
 
     def fed(self, batch: int) -> Tensor:
         """(rows, 1) on the compute device: the ids of the next token, from `made`, not from the host.
 
         A row that has ended continues with the id that was chosen for it, and one without a valid id with id 0. The
-        host uses nothing that follows.
+        host uses no result of them.
         """
         return self.made[batch].clamp_min(0).unsqueeze(1)
 
     def rows(self, batch: int) -> slice:
         """Where the rows of `batch` are in `newest`."""
-        return self._rows[batch]
+        return self._grouping.places[batch]
 
-    def positions(self, token: int, batch: int) -> Tensor:
-        """(rows, seq) on the compute device: counted from the row's first token, 0 in the padding."""
-        span = self.span(token, batch)
-        columns = torch.arange(span.length, span.length + span.new, device=self._device.torch_device)
-        return (columns - self.padding[batch].on_device[:, None]).clamp_(min=0)
+    def positions(self, cell: BoundCell) -> Tensor:
+        """(rows, new) on the compute device: counted from the row's first token, 0 in the padding."""
+        span = cell.span
+        columns = torch.arange(span.length, span.length + span.new, device=self.device.torch_device)
+        return (columns - cell.padding.on_device[:, None]).clamp_(min=0)
 
-    def text_length(self, token: int, batch: int) -> Tensor | None:
-        """As of `Context`: that of the prompt where the step computes a part of it."""
-        if token > 0 or self.first == 0:
+    def text_length(self, cell: BoundCell) -> Tensor | None:
+        """As of `Context`: that of the prompt where the cell computes a part of it."""
+        if cell.token > 0 or self.first == 0:
             return None
-        length = self._passes.cached + self._widths[batch]
-        return torch.full((), length, device=self._device.torch_device)
+        length = self._passes.cached + self._grouping.widths[cell.batch]
+        return torch.full((), length, device=self.device.torch_device)
 
 
 class Output(Protocol):
-    """What becomes of the last layer's logits, and of the hidden states before it."""
+    """Takes the last layer's logits, and hidden states of the layers before it."""
 
     last_only: bool
     """Whether only the last position's logits are wanted."""
@@ -184,30 +205,30 @@ class Output(Protocol):
 
     can_finish: bool
 
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
+    def keep(self, cell: BoundCell, logits: Tensor) -> None:
         """Accept logits (rows, seq or 1, vocab) on the compute device; part of the computation."""
 
-    def store(self, token: int, batch: int, slot: int) -> Chains:
-        """The work that brings what was made of them to host memory."""
+    def store(self, cell: BoundCell) -> Chains:
+        """The work that brings the result to host memory."""
 
     def wants_hidden(self, layer: int) -> bool:
-        """Whether what this layer computes is kept; of the last one, what its matrix multiplies."""
+        """Whether this layer's result is kept; of the last layer, the hidden states that its matrix multiplies."""
 
-    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
+    def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
         """Accept hidden states (rows, seq, hidden) that are wanted, on the compute device. Not to be written to."""
 
-    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
+    def store_hidden(self, cell: BoundCell) -> Chains:
         """The work that brings them to host memory."""
 
     def following(self, token: int) -> list[list[int]] | None:
-        """The rows of each batch after `token`: [] if every row has stopped, None to go on as before."""
+        """The rows of each batch after `token`: [] if every row has stopped, None to continue as before."""
 
 
 class NewTokens:
     """Has the next id of every row chosen, and keeps them until the row ends.
 
-    `ids` (rows of the block, tokens): pad id after a row has ended. `count`: tokens made before that.
-    `names` are the caller's numbers of the block's rows, by which `choice` and `listeners` know them.
+    `ids` (rows of the block, tokens): the pad id of `prompts` after a row has ended. `count`: tokens made before
+    that. `names` are the caller's numbers of the block's rows, by which `choice` and `listeners` know them.
     """
 
     last_only = True
@@ -218,8 +239,6 @@ class NewTokens:
         prompts: Prompts,
         tokens: int,
         choice: Choice,
-        pad_id: int,
-        device: ComputeDevice,
         names: Rows | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -227,48 +246,50 @@ class NewTokens:
         self._choice = choice
         self._listeners = listeners
         self.count = 0
-        self._pad_id = pad_id
-        self._device = device
         count = len(prompts.lengths)
         self._names = range(count) if names is None else names
-        self.ids = torch.full((count, tokens), pad_id, dtype=torch.int64)
+        self.ids = torch.full((count, tokens), prompts.pad_id, dtype=torch.int64)
         self._ended = torch.zeros(count, dtype=torch.bool)
         self.can_finish = choice.can_end
 
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._prompts.made[batch] = self._choice.choose(logits[:, -1], self._named(batch), token)
+    def keep(self, cell: BoundCell, logits: Tensor) -> None:
+        self._prompts.made[cell.batch] = self._choice.choose(
+            logits[:, -1], self._named(cell.batch), cell.token
+        )
 
-    def store(self, token: int, batch: int, slot: int) -> Chains:
-        layout = IdLayout(len(self._prompts.batches[batch]), self._device.topology)
-        fetch, record = partial(self._fetch, batch), partial(self._record, token, batch)
+    def store(self, cell: BoundCell) -> Chains:
+        layout = IdLayout(len(self._prompts.batches[cell.batch]), self._prompts.device.topology)
+        fetch, record = partial(self._fetch, cell.batch), partial(self._record, cell.token, cell.batch)
         return bind(layout.store(), lambda _, move: record if move.kind is Kind.RECORD else fetch)
 
     def wants_hidden(self, layer: int) -> bool:
         return False
 
-    def keep_hidden(self, layer: int, slot: int, hidden: Tensor) -> None:
+    def keep_hidden(self, cell: BoundCell, hidden: Tensor) -> None:
         raise AssertionError("not wanted")
 
-    def store_hidden(self, layer: int, batch: int, slot: int) -> Chains:
+    def store_hidden(self, cell: BoundCell) -> Chains:
         return ()
 
     def _named(self, batch: int) -> Rows:
         return [self._names[row] for row in self._prompts.batches[batch]]
 
     def _fetch(self, batch: int) -> None:
-        self._device.from_device(self._prompts.newest[self._prompts.rows(batch)], self._prompts.made[batch])
+        self._prompts.device.from_device(
+            self._prompts.newest[self._prompts.rows(batch)], self._prompts.made[batch]
+        )
 
     def _record(self, token: int, batch: int) -> None:
         newest = self._prompts.newest[self._prompts.rows(batch)]
-        if self._device.shares_host_memory:
+        if self._prompts.device.shares_host_memory:
             newest.copy_(self._prompts.made[batch])
         self._accept(token, self._prompts.batches[batch], newest)
 
     def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:
-        """Keep what was chosen for these rows of the block; those that had ended before get the pad id in `ids`."""
+        """Keep the ids chosen for these rows of the block; rows that had ended before get the pad id in `ids`."""
         names = [self._names[row] for row in rows]
         before = self._ended[rows]
-        ids.masked_fill_(before, self._pad_id)
+        ids.masked_fill_(before, self._prompts.pad_id)
         if (ids == INVALID).any():
             row = names[ids.tolist().index(INVALID)]
             raise LaneError(
@@ -302,15 +323,17 @@ class WholeCallTokens(NewTokens):
         self._logits: dict[int, Tensor] = {}  # (rows, vocab) of each batch
         self._rows = sorted(range(len(self._names)), key=self._names.__getitem__)
 
-    def keep(self, token: int, batch: int, slot: int, logits: Tensor) -> None:
-        self._logits[batch] = logits[:, -1]
+    def keep(self, cell: BoundCell, logits: Tensor) -> None:
+        self._logits[cell.batch] = logits[:, -1]
 
-    def store(self, token: int, batch: int, slot: int) -> Chains:
+    def store(self, cell: BoundCell) -> Chains:
         return ()
 
     def following(self, token: int) -> list[list[int]]:
-        """Chooses the ids of `token`, which the next run reads. Raises LaneError, with what a choice or a listener
-        has raised as its cause."""
+        """Chooses the ids of `token`, which the next run reads.
+
+        Raises LaneError, whose cause is the error of a choice or a listener.
+        """
         rows = self._rows
         try:
             ids = self._choice.choose(self._together(), range(len(rows)), token).cpu()

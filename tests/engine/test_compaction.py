@@ -229,7 +229,7 @@ def test_a_batch_that_has_stopped_is_left_out_and_nothing_moves(
     def gather(*args: Any) -> Any:
         raise AssertionError("rows move")
 
-    monkeypatch.setattr("flexgen.runtime.kvcache.gather", gather)
+    monkeypatch.setattr("flexgen.runtime.cache_storage.gather", gather)
     model = tiny(NAME)
     one, *others = prompts([6] * 30)
     first = model.greedy([one], 1)[0, -1]
@@ -291,7 +291,7 @@ def test_what_is_gathered_is_in_the_plan(
         return held
 
     now: dict[Tier, int] = {}
-    monkeypatch.setattr("flexgen.runtime.kvcache.gather", counted)
+    monkeypatch.setattr("flexgen.runtime.cache_storage.gather", counted)
     model, rows = tiny(NAME), prompts(LENGTHS)
     stop, _ = staggered(model, rows)
     policy = mixed(gpu_batch_size=12, num_gpu_batches=1)

@@ -14,7 +14,7 @@ from transformers import OPTConfig
 
 from flexgen import Policy
 from flexgen.runtime.choice import Sampled
-from flexgen.runtime.generation import Generation
+from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.request import read_request
 
 ONE_LAYER = OPTConfig(
@@ -76,18 +76,18 @@ def test_ids_do_not_come_back_to_the_device_that_has_chosen_them():
 def test_the_next_token_is_issued_while_the_host_takes_the_ids(monkeypatch):
     """A listener of the first ids waits until the second token's last layer but the head has been issued."""
     issued, waited = threading.Event(), []
-    compute = Generation._compute
+    compute = LayerRunner.compute
 
-    def watched(generation, step, slot, span):
-        compute(generation, step, slot, span)
-        if (step.token, step.layer) == (1, len(generation._layers) - 2):
+    def watched(runner, cell):
+        compute(runner, cell)
+        if (cell.token, cell.layer) == (1, len(runner._model.layers) - 2):
             issued.set()
 
     def listen(new):
         if new.token == 0:
             waited.append(issued.wait(20))
 
-    monkeypatch.setattr(Generation, "_compute", watched)
+    monkeypatch.setattr(LayerRunner, "compute", watched)
     policy = cases.policy(**cases.RESIDENT, num_gpu_batches=1)
     with cases.open_on("cuda", cases.OPT, policy) as model:
         request = read_request(model.spec, cases.PROMPTS[:3], None)

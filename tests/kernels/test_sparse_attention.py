@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen.kernels import sparse_attention
 from flexgen.kernels.attention import attend_in_torch
-from flexgen.kernels.sparse_attention import attend_chosen, choose, kept, most_chosen
+from flexgen.kernels.sparse_attention import Sparsity, attend_chosen, choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = float("nan")
@@ -64,7 +64,7 @@ class Case:
         """The chosen are blocks of the largest probabilities, in the right number, and the new token."""
         exact, cached, near = self.probabilities(), self.length - 1, 1 + self.tolerance(version)
         rows, kv_heads, most = choice.positions.shape
-        assert most == most_chosen(share, unit, self.length)
+        assert most == Sparsity(share, unit).most(self.length)
         weights = choice.weights.view(rows, kv_heads, self.group, most)
         for row in range(rows):
             start = 0 if self.starts is None else int(self.starts[row])
@@ -132,7 +132,7 @@ def test_every_shape(version, dtype, rows, kv_heads, group, dim, pages, unused, 
     length = sum(pages) - min(unused, pages[-1] - 1)
     case = Case(dtype, rows, kv_heads, group, dim, pages, length, starts)
     choose_so, attend_so = of(version)
-    choice = choose_so(*case.arguments, share, unit)
+    choice = choose_so(*case.arguments, Sparsity(share, unit))
     case.check(choice, share, unit, version)
     out = attend_so(choice, case.pages)
     assert out.dtype is dtype and out.shape == case.q.shape and out.is_contiguous()
@@ -154,7 +154,7 @@ def test_long_caches_on_several_threads(variant, dtype, rows, group, page, lengt
     torch.set_num_threads(threads)
     case = Case(dtype, rows, 2, group, 64, [page] * -(-length // page), length, starts)
     choose_so, attend_so = of(variant)
-    choice = choose_so(*case.arguments, 0.1, unit)
+    choice = choose_so(*case.arguments, Sparsity(0.1, unit))
     case.check(choice, 0.1, unit, variant)
     close(attend_so(choice, case.pages), case.expected(choice), variant)
 
@@ -166,7 +166,7 @@ def test_values_that_were_not_chosen_are_never_read(variant, dtype, unit):
     starts = [0, 3, 700]
     case = Case(dtype, 3, 2, 4, 64, [400, 400], 777, starts, GARBAGE)
     choose_so, attend_so = of(variant)
-    choice = choose_so(*case.arguments, 0.1, unit)
+    choice = choose_so(*case.arguments, Sparsity(0.1, unit))
     expected = attend_so(choice, case.pages)
     close(expected, case.expected(choice), variant)
     for row, start in enumerate(starts):
@@ -178,7 +178,7 @@ def test_values_that_were_not_chosen_are_never_read(variant, dtype, unit):
                 unread[mine[(mine >= 0) & (mine < 400)]] = False
                 assert unread.sum() > 300
                 v[row, head, unread] = GARBAGE
-    again = choose_so(*case.arguments, 0.1, unit)
+    again = choose_so(*case.arguments, Sparsity(0.1, unit))
     assert again.positions.equal(choice.positions) and again.weights.equal(choice.weights)
     assert attend_so(again, case.pages).equal(expected)
 
@@ -189,7 +189,7 @@ def test_with_one_query_head_to_each_it_is_the_choice_of_flexgen(version):
     choose_so, attend_so = of(version)
     weights = case.probabilities()[:, :, 0]
     top = weights[..., :-1].topk(9)  # a tenth of 89, rounded up
-    choice = choose_so(*case.arguments, 0.1, 1)
+    choice = choose_so(*case.arguments, Sparsity(0.1))
     assert choice.positions[..., :9].sort().values.equal(top.indices.sort().values)
     values = case.v.double().gather(2, top.indices[..., None].expand(-1, -1, -1, 64))
     expected = (top.values[..., None] * values).sum(2) + weights[..., -1:] * case.v[:, :, 89].double()
@@ -210,7 +210,7 @@ def test_query_heads_of_a_group_choose_together(version):
 def test_all_but_nothing_is_dense(version):
     case = Case(torch.float32, 2, 2, 2, 32, [30, 30], 55, [0, 7])
     choose_so, attend_so = of(version)
-    out = attend_so(choose_so(*case.arguments, 0.9999, 1), case.pages)
+    out = attend_so(choose_so(*case.arguments, Sparsity(0.9999)), case.pages)
     torch.testing.assert_close(out, attend_in_torch(*case.arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_all_but_nothing_is_dense(version):
 def test_the_first_token_has_only_itself(version, unit):
     case = Case(torch.float32, 2, 2, 3, 16, [8], 1)
     choose_so, attend_so = of(version)
-    choice = choose_so(*case.arguments, 0.5, unit)
+    choice = choose_so(*case.arguments, Sparsity(0.5, unit))
     assert choice.positions.tolist() == [[[0], [0]]] * 2 and choice.weights.eq(1).all()
     close(attend_so(choice, case.pages), case.v[:, :, :1].double().repeat_interleave(3, 1), version)
 
@@ -227,7 +227,7 @@ def test_equal_scores_are_no_reason_to_choose_twice_or_never(version):
     case = Case(torch.float32, 1, 2, 2, 16, [64], 41)
     case.pages[0][0].zero_()
     choose_so, _ = of(version)
-    choice = choose_so(*case.arguments, 0.25, 1)
+    choice = choose_so(*case.arguments, Sparsity(0.25))
     for mine in choice.positions[0].tolist():
         assert len(set(mine)) == 11 and mine[-1] == 40
     torch.testing.assert_close(choice.weights, torch.full((1, 4, 11), 1 / 41))
@@ -237,7 +237,7 @@ def test_scores_of_any_size_do_not_overflow(version):
     case = Case(torch.float32, 1, 1, 2, 16, [64, 64], 100)
     case.q *= 1e4
     choose_so, attend_so = of(version)
-    choice = choose_so(*case.arguments, 0.1, 1)
+    choice = choose_so(*case.arguments, Sparsity(0.1))
     close(attend_so(choice, case.pages), case.expected(choice), version)
 
 
@@ -254,7 +254,7 @@ def test_nan_stays_in_its_row(version):
     case = Case(torch.float32, 2, 1, 2, 16, [64], 50)
     case.pages[0][0][0, 0, 7] = GARBAGE
     choose_so, attend_so = of(version)
-    out = attend_so(choose_so(*case.arguments, 0.1, 1), case.pages)
+    out = attend_so(choose_so(*case.arguments, Sparsity(0.1)), case.pages)
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
@@ -276,7 +276,7 @@ def test_no_rows(version):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_the_public_functions_take_what_fits(dtype):
     case = Case(dtype, 2, 2, 2, 32, [16, 16], 20, [0, 4])
-    choice = choose(*case.arguments, 0.5)
+    choice = choose(*case.arguments, Sparsity(0.5))
     out = attend_chosen(choice, case.pages)
     assert out.dtype is dtype
     torch.testing.assert_close(out.double(), case.expected(choice), rtol=0, atol=0.1)
@@ -285,19 +285,19 @@ def test_the_public_functions_take_what_fits(dtype):
 def test_what_does_not_fit_is_refused():
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="length 5, but the pages hold 4 tokens"):
-        choose(case.q, case.pages, 5, None, 1.0, 0.5)
+        choose(case.q, case.pages, 5, None, 1.0, Sparsity(0.5))
     with pytest.raises(ValueError, match="a multiple of 2 heads"):
-        choose(case.q[:, :3], case.pages, 4, None, 1.0, 0.5)
+        choose(case.q[:, :3], case.pages, 4, None, 1.0, Sparsity(0.5))
 
 
 @pytest.mark.parametrize("starts", [[-1, 0], [0]])
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="starts must be 2 integers from 0 on"):
-        sparse_attention.choose_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0, 0.5, 1)
+        sparse_attention.choose_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0, Sparsity(0.5))
 
 
 @given(share=st.integers(1, 1000), count=st.integers(0, 5000))
 def test_kept_is_the_exact_ceiling_of_a_decimal_share(share, count):
     exact = min(max(math.ceil(Fraction(share, 1000) * count), 1), count)
-    assert kept(share / 1000, count) == exact
+    assert Sparsity(share / 1000).kept(count) == exact

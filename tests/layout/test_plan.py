@@ -15,9 +15,10 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
-from flexgen.kernels.sparse_attention import attend_chosen_in_torch, choose_in_torch
+from flexgen.kernels.sparse_attention import Sparsity, attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.layout.cache import cache_segments
+from flexgen.layout.hidden import hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.pieces import PieceSizes
@@ -201,7 +202,7 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
     starts = torch.tensor([0, 5, 300])
 
     def attend():
-        choice = choose_in_torch(q, [(page, page)] * 8, length, starts, 0.25, share, 1)
+        choice = choose_in_torch(q, [(page, page)] * 8, length, starts, 0.25, Sparsity(share))
         attend_chosen_in_torch(choice, [(page, page)] * 8)
 
     attend()
@@ -234,10 +235,11 @@ def opened(layers, policy, workload, machine, dtype, slots):
     }
     heads = {j: own.heads for j, own in attention.items()}
     passes = Passes(workload.prompt_len, policy.prefill_chunk)
+    hidden = [hidden_layout(SPEC, policy, rows, dtype, topology) for rows in batches]
     yield "cache", lambda: KVCache(cached, heads, passes.new, machine, slots, passes.extends)
     yield (
         "activations",
-        lambda: Activations(SPEC, policy, batches, passes.new, dtype, machine, slots),
+        lambda: Activations(hidden, passes.new, dtype, machine, slots),
     )
 
 

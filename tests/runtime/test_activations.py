@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen.layout.cache import Span
+from flexgen.layout.hidden import hidden_layout
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.activations import Activations
+from flexgen.runtime.cell import BoundCell, Padding
 
 SPLITS = [
     {"gpu": 100},
@@ -24,6 +27,10 @@ SPLITS = [
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def cell_of(batch: int, slot: int, tokens: int) -> BoundCell:
+    return BoundCell(0, 1, batch, slot, Span(0, tokens), Padding((), torch.empty(0), torch.empty(0)))
+
+
 def assert_round_trips(
     device: str,
     split: dict[str, int],
@@ -35,10 +42,12 @@ def assert_round_trips(
     run: Any,
     spec: Any,
 ) -> None:
-    """Each visit keeps every batch's hidden states of so many tokens; the next one must find them."""
+    """Each visit keeps hidden states of `tokens` tokens of every batch; the next one must find them."""
     generator = torch.Generator().manual_seed(0)
     with machine(device) as m:
-        activations = Activations(spec, Policy(activations=split), batches, prompt, dtype, m)
+        policy, topology = Policy(activations=split), m.device.topology
+        layouts = [hidden_layout(spec, policy, rows, dtype, topology) for rows in batches]
+        activations = Activations(layouts, prompt, dtype, m)
         cells = 0
         for tokens in visits:
             made = []
@@ -46,12 +55,14 @@ def assert_round_trips(
                 slot, cells = cells % 2, cells + 1
                 hidden = torch.randn(rows, tokens, spec.hidden_size, generator=generator).to(dtype)
                 made.append(hidden.clone())
-                activations.keep(batch, slot, hidden)
-                run(activations.store(batch, slot, tokens))
+                cell = cell_of(batch, slot, tokens)
+                activations.keep(cell, hidden)
+                run(activations.store(cell))
             for batch in range(len(batches)):
                 slot, cells = cells % 2, cells + 1
-                run(activations.load(batch, slot, tokens))
-                assert activations.take(batch, slot, tokens).equal(made[batch])
+                cell = cell_of(batch, slot, tokens)
+                run(activations.load(cell))
+                assert activations.take(cell).equal(made[batch])
         activations.close()
 
 
@@ -93,9 +104,10 @@ def test_any_shape(
 def test_only_what_is_away_moves(device: str, tier: Tier, machine: Any, spec: Any) -> None:
     with machine(device) as m:
         policy = Policy(activations={str(tier): 100})
-        activations = Activations(spec, policy, [2], 5, torch.float32, m)
+        layout = hidden_layout(spec, policy, 2, torch.float32, m.device.topology)
+        activations = Activations([layout], 5, torch.float32, m)
         stays = tier is Tier.GPU or (tier is Tier.CPU and device == "cpu")
-        activations.keep(0, 0, torch.ones(2, 5, spec.hidden_size))
-        assert bool(activations.store(0, 0, 5)) != stays
-        assert bool(activations.load(0, 1, 5)) != stays
+        activations.keep(cell_of(0, 0, 5), torch.ones(2, 5, spec.hidden_size))
+        assert bool(activations.store(cell_of(0, 0, 5))) != stays
+        assert bool(activations.load(cell_of(0, 1, 5))) != stays
         activations.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy
+from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding
 
 LAYER, PROMPT, BATCHES = 1, 3, [3, 4, 2]
 
@@ -40,43 +41,32 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
             stack.enter_context(closing(KVCache({LAYER: segments}, {LAYER: own.heads}, PROMPT, m, slots=3)))
             for m in (one, other)
         )
-        for batch, rows in enumerate(BATCHES):
+        prompt = [BoundCell(0, LAYER, k, k, Span(0, PROMPT), padding[k]) for k in range(len(BATCHES))]
+        for cell, rows in zip(prompt, BATCHES, strict=True):
             for kv in (whole, split):
-                kv.attend(
-                    LAYER,
-                    batch,
-                    batch,
-                    Span(0, PROMPT),
-                    *random(own, rows, PROMPT, batch),
-                    padding[batch],
-                    scale,
-                )
-                run(kv.store(LAYER, batch, batch, Span(0, PROMPT)))
+                kv.attend(cell, *random(own, rows, PROMPT, cell.batch), scale)
+                run(kv.store(cell))
         for step in range(4):
-            span, cells = Span(PROMPT + step, 1), list(enumerate(BATCHES))
-            new = [random(own, rows, 1, 10 * step + batch + 5) for batch, rows in cells]
+            cells = [replace(cell, token=step + 1, span=Span(PROMPT + step, 1)) for cell in prompt]
+            new = [random(own, rows, 1, 10 * step + batch + 5) for batch, rows in enumerate(BATCHES)]
             expected, on_device = [], []
-            for batch, _ in cells:
-                place = LAYER, batch, batch
-                run(whole.load(*place, span))
-                expected.append(whole.attend(*place, span, *new[batch], padding[batch], scale))
-                run(whole.store(*place, span))
-            for batch, _ in cells:
-                run(split.load(LAYER, batch, batch, span))
-                split.host.collect(LAYER, batch, batch, *new[batch])
-                split.host.send(LAYER, batch, batch)
-            for batch, _ in reversed(cells):
-                split.attend_on_host(LAYER, batch, batch, span, padding[batch], scale)
-            for batch, _ in cells:
-                split.host.fetch(LAYER, batch, batch)
-                on_device.append(
-                    split.attend_on_device(LAYER, batch, batch, span, *new[batch], padding[batch], scale)
-                )
-            for batch, _ in cells:
-                torch.testing.assert_close(
-                    split.join(LAYER, batch, batch, span, on_device[batch]), expected[batch], rtol=0, atol=0
-                )
-                run(split.store(LAYER, batch, batch, span))
+            for cell in cells:
+                run(whole.load(cell))
+                expected.append(whole.attend(cell, *new[cell.batch], scale))
+                run(whole.store(cell))
+            for cell in cells:
+                run(split.load(cell))
+                split.host.collect(cell, *new[cell.batch])
+                split.host.send(cell)
+            for cell in reversed(cells):
+                split.attend_on_host(cell, scale)
+            for cell in cells:
+                split.host.fetch(cell)
+                on_device.append(split.attend_on_device(cell, *new[cell.batch], scale))
+            for cell in cells:
+                joined = split.join(cell, on_device[cell.batch])
+                torch.testing.assert_close(joined, expected[cell.batch], rtol=0, atol=0)
+                run(split.store(cell))
 
 
 def test_nothing_is_taken_where_the_host_attends_to_nothing(machine: Any, spec: Any) -> None:
@@ -85,7 +75,9 @@ def test_nothing_is_taken_where_the_host_attends_to_nothing(machine: Any, spec: 
         for policy in (Policy(cache={"gpu": 100}), Policy(cache={"cpu": 100}, attend_on="gpu")):
             segments = {LAYER: [cache_segments(own.cache, policy, 2, 8, torch.float32, LINKED)]}
             with closing(KVCache(segments, {LAYER: own.heads}, 4, m)) as cache:
-                assert not cache.host.attends(LAYER, 0) and not cache.asks_host(LAYER, 0, Span(4, 1))
+                none = Padding((0, 0), torch.zeros(2), torch.zeros(2))
+                cell = BoundCell(1, LAYER, 0, 0, Span(4, 1), none)
+                assert not cache.host.attends(cell) and not cache.asks_host(cell)
                 taken = m.host.used, m.device.memory.used
                 cache.host.close()
                 assert (m.host.used, m.device.memory.used) == taken

@@ -19,9 +19,10 @@ from flexgen.models.layer import chunks
 from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
+from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding, put
+from flexgen.runtime.pages import put
 
 HEAD_DIM = 8
 LAYERS = [1, 3]  # those of the model that have a cache
@@ -92,6 +93,10 @@ class History:
         ]
         return torch.cat(rounded)
 
+    def cell(self, span: Span) -> BoundCell:
+        """A cell of the first batch in the first slot."""
+        return BoundCell(0, LAYERS[0], 0, 0, span, self.padding[0])
+
     def step(self, span: Span, atol: float) -> None:
         """One token (or the prompt) of every layer and batch."""
         scale = HEAD_DIM**-0.5
@@ -108,9 +113,10 @@ class History:
                     seen.append(torch.cat([history[layer, batch], kept if span.length else new], dim=2))
                     history[layer, batch] = torch.cat([history[layer, batch], kept], dim=2)
                 padding = self.padding[batch]
-                self.run(self.cache.load(layer, batch, slot, span))
-                ours = self.attend(layer, batch, slot, span, q, k, v, padding, scale)
-                self.run(self.cache.store(layer, batch, slot, span))
+                cell = BoundCell(0, layer, batch, slot, span, padding)
+                self.run(self.cache.load(cell))
+                ours = self.attend(cell, q, k, v, scale)
+                self.run(self.cache.store(cell))
                 theirs = reference(q, *seen, list(padding.starts), scale)
                 # What a row gets where it is padding is not used: it need only be a number.
                 real = (
@@ -120,27 +126,16 @@ class History:
                 assert ours.isfinite().all()
                 torch.testing.assert_close(ours.double()[real], theirs[real], rtol=0, atol=atol)
 
-    def attend(
-        self,
-        layer: int,
-        batch: int,
-        slot: int,
-        span: Span,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        padding: Padding,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """At once, or of several tokens in every second cell, by rows and tokens."""
-        if span.new == 1 or self.cells % 2:
-            return self.cache.attend(layer, batch, slot, span, q, k, v, padding, scale)
-        self.cache.keep(layer, batch, slot, span, k, v)
+        new = cell.span.new
+        if new == 1 or self.cells % 2:
+            return self.cache.attend(cell, q, k, v, scale)
+        self.cache.keep(cell, k, v)
         out = torch.empty_like(q)
-        for part in chunks(len(q), span.new, max(span.new - 1, 1)):
-            place = layer, batch, slot, span, part
+        for part in chunks(len(q), new, max(new - 1, 1)):
             asked = q[part.rows, :, part.tokens]
-            out[part.rows, :, part.tokens] = self.cache.attend_chunk(*place, asked, k, v, padding, scale)
+            out[part.rows, :, part.tokens] = self.cache.attend_chunk(cell, part, asked, k, v, scale)
         return out
 
     def check_cells(self, news: list[int], atol: float = 1e-5) -> None:
@@ -272,14 +267,14 @@ def test_several_tokens_are_attended_by_the_device(
     with machine(device) as m:
         history = History(m, run, policy, [2], 12, 0, 1, [0], extends=True)
         history.check_cells([5])
-        cache, span = history.cache, Span(5, 4)
-        assert not cache.asks_host(1, 0, span)
-        lanes = [stage.lane for chain in cache.load(1, 0, 0, span) for stage in chain]
+        cache, cell = history.cache, history.cell(Span(5, 4))
+        assert not cache.asks_host(cell)
+        lanes = [stage.lane for chain in cache.load(cell) for stage in chain]
         assert lanes == [
             *(["disk_read"] if tier is Tier.DISK else []),
             *(["to_device"] if tier is not Tier.GPU and device == "emulated" else []),
         ]
-        lanes = [stage.lane for chain in cache.store(1, 0, 0, span) for stage in chain]
+        lanes = [stage.lane for chain in cache.store(cell) for stage in chain]
         assert ("from_device" in lanes) == (tier is not Tier.GPU and device == "emulated")
         assert ("disk_write" in lanes) == (tier is Tier.DISK)
         cache.close()
@@ -333,7 +328,7 @@ def test_rows_move_together_and_go_on(
                     kept[layer, batch] = torch.stack(picked)
         history.batches = [3, 1]
         history.padding = [Padding((0,) * n, torch.zeros(n), torch.zeros(n)) for n in history.batches]
-        for parts in history.cache._parts.values():
+        for parts in history.cache._storage._parts.values():
             for part in parts:  # as in a new cache: kernels in torch multiply what is not filled
                 pages = part.pages or part.tail_page
                 filled = new % 4 if part.tail_page else new
@@ -359,14 +354,14 @@ def test_what_moves(device: str, tier: Tier, machine: Any, run: Any) -> None:
         cache, (segment,) = history.cache, history.segments[0]
         history.step(Span(0, 5), 1e-5)
         for length in range(5, 12):
-            lanes = [stage.lane for chain in cache.load(1, 0, 0, Span(length, 1)) for stage in chain]
+            lanes = [stage.lane for chain in cache.load(history.cell(Span(length, 1))) for stage in chain]
             assert bool(lanes) != segment.resident
             assert ("disk_read" in lanes) == (tier is Tier.DISK)
             assert ("to_device" in lanes) == (tier is not Tier.GPU and device == "emulated")
-            stored = [stage.lane for chain in cache.store(1, 0, 0, Span(length, 1)) for stage in chain]
+            stored = [stage.lane for chain in cache.store(history.cell(Span(length, 1))) for stage in chain]
             assert ("disk_write" in stored) == (tier is Tier.DISK and (length + 1) % 4 == 0)
             history.step(Span(length, 1), 1e-5)
-        assert not cache.load(1, 0, 0, Span(0, 5)), "before the prompt there is nothing to load"
+        assert not cache.load(history.cell(Span(0, 5))), "before the prompt there is nothing to load"
         cache.close()
 
 

@@ -20,8 +20,8 @@ from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
 from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Tier
+from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.kvcache import KVCache
-from flexgen.runtime.pages import Padding
 from flexgen.runtime.sparse import key_reads, value_reads
 from flexgen.units import BLOCK
 
@@ -86,15 +86,19 @@ class History:
     def random(self, heads: int, tokens: int) -> Tensor:
         return torch.randn(len(self.starts), heads, tokens, HEAD_DIM, generator=self.generator)
 
+    def cell(self, slot: int, span: Span) -> BoundCell:
+        return BoundCell(0, 0, 0, slot, span, self.padding)
+
     def step(self, span: Span) -> None:
         """The prompt or one token, compared with the reference."""
         slot = span.length % 2
         q = 1.5 * self.random(self.heads, span.new)
         k, v = (self.random(KV_HEADS, span.new) for _ in range(2))
         self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        self.run(self.cache.load(0, 0, slot, span))
-        out = self.cache.attend(0, 0, slot, span, q, k, v, self.padding, SCALE)
-        self.run(self.cache.store(0, 0, slot, span))
+        cell = self.cell(slot, span)
+        self.run(self.cache.load(cell))
+        out = self.cache.attend(cell, q, k, v, SCALE)
+        self.run(self.cache.store(cell))
         if not span.length:
             return  # the prompt is attended as ever: test_kvcache
         for segment in self.segments:
@@ -210,7 +214,7 @@ def test_bytes_read_are_the_keys_and_a_share_of_the_values(
             7 * 32 * TOKEN,
         )  # bytes of keys, or of values, that are on disk by head
         with counted(monkeypatch) as made:
-            run(history.cache.load(0, 0, 1, Span(length, 1)))
+            run(history.cache.load(history.cell(1, Span(length, 1))))
         assert sum(read.target.numel() for read in made) == heads * whole, "keys come ahead, and nothing else"
         nbytes = read_in_a_step(history, Span(length, 1), monkeypatch)
         values = nbytes - heads * whole
@@ -226,11 +230,11 @@ def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, monkeyp
         history = History(m, run, Policy(cache={"disk": 100}), [0, 0], 4 * 32)
         history.step(Span(0, 70))
         with counted(monkeypatch) as made:
-            run(history.cache.load(0, 0, 1, Span(70, 1)))
+            run(history.cache.load(history.cell(1, Span(70, 1))))
         assert [(read.offset, read.target.numel()) for read in made] == [(0, 2 * 64 * TOKEN * 2 * KV_HEADS)]
         with counted(monkeypatch) as made:
             q, k = history.random(4, 1), history.random(2, 1)
-            history.cache.attend(0, 0, 1, Span(70, 1), q, k, k, history.padding, SCALE)
+            history.cache.attend(history.cell(1, Span(70, 1)), q, k, k, SCALE)
         assert not made
         history.cache.close()
 
@@ -302,7 +306,7 @@ def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, monkeypatch: A
         history = History(m, run, policy, [0, 0], 150)
         with closing(history.cache):
             history.step(Span(0, 130))
-            run(history.cache.load(0, 0, 0, Span(130, 1)))
+            run(history.cache.load(history.cell(0, Span(130, 1))))
 
             def broken(self: DiskIO, reads: Any) -> None:
                 raise OSError("the disk is gone")
@@ -310,7 +314,7 @@ def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, monkeypatch: A
             monkeypatch.setattr(DiskIO, "read", broken)
             q, k = history.random(4, 1), history.random(2, 1)
             with pytest.raises(OSError, match="the disk is gone"):
-                history.cache.attend(0, 0, 0, Span(130, 1), q, k, k, history.padding, SCALE)
+                history.cache.attend(history.cell(0, Span(130, 1)), q, k, k, SCALE)
 
 
 def test_parts_larger_than_a_chunk_are_read_in_several(machine: Any, run: Any, monkeypatch: Any) -> None:

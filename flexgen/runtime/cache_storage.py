@@ -1,0 +1,223 @@
+"""The memory and files of a KV cache: a part for each tier of each batch and layer, and the slots that cells use.
+
+Layers may keep different things of a token; which rows a tier has is the same for all. A part on disk grows through
+its tail, the page that is being filled, which stays in host memory: the file has whole pages only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from flexgen.layout.cache import CacheLayout, CacheSegment, Span
+from flexgen.memory.disk import Read
+from flexgen.memory.machine import Machine
+from flexgen.memory.store import Store
+from flexgen.memory.taken import Taken, whole_or_closed
+from flexgen.policy import Split, Tier
+from flexgen.runtime.cache_jobs import CacheJobs
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.compaction import Moved, gather
+from flexgen.runtime.pages import Page, pages_in
+from flexgen.runtime.parts import Part, Slot
+
+
+class CacheStorage:
+    """Parts of the cache by layer and batch, and slots by tier. It takes the arguments of `KVCache`."""
+
+    @whole_or_closed
+    def __init__(
+        self,
+        layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
+        heads: Mapping[int, int],
+        new: int,
+        machine: Machine,
+        slots: int,
+        extends: bool,
+    ) -> None:
+        self._machine = machine
+        self._heads = heads
+        self._extends = extends
+        self._jobs = CacheJobs(machine)
+        self._taken = Taken()
+        self._files = itertools.count()
+        self._parts: dict[tuple[int, int], list[Part]] = {
+            (j, k): [] for j, batches in layers.items() for k in range(len(batches))
+        }
+        for batch, of_layers in enumerate(zip(*layers.values(), strict=True)):
+            for of_tier in zip(*of_layers, strict=True):
+                for layer, part in zip(layers, self._make_parts(of_tier), strict=True):
+                    self._parts[layer, batch].append(part)
+        self._made = self._parts
+        self._layouts = self._layouts_of(self._parts)
+        every = [segment for batches in layers.values() for segments in batches for segment in segments]
+        self._slots = {
+            tier: [self._make_slot([s for s in every if s.tier is tier], new) for _ in range(slots)]
+            for tier in {segment.tier for segment in every}
+        }
+
+    def close(self) -> None:
+        """Give back all memory and files."""
+        self._taken.close()
+
+    def parts(self, cell: BoundCell) -> Sequence[Part]:
+        """The parts of the cell's layer and batch."""
+        return self._parts[cell.layer, cell.batch]
+
+    def layout(self, cell: BoundCell) -> CacheLayout:
+        """Which moves bring the cell's cache to where attention reads it, and take it home."""
+        return self._layouts[cell.layer, cell.batch]
+
+    def slot(self, tier: Tier, cell: BoundCell) -> Slot:
+        """The cell's buffers for the part of a tier."""
+        return self._slots[tier][cell.slot]
+
+    def segments(self) -> dict[tuple[int, int], list[CacheSegment]]:
+        """By layer and batch."""
+        return {key: [part.segment for part in parts] for key, parts in self._parts.items()}
+
+    # Buffers
+
+    def _take(self, store: Store, nbytes: int, purpose: str, copied_by_device: bool = True) -> Tensor:
+        return self._taken.buffer(store, nbytes, purpose, copied_by_device)
+
+    def _make_parts(self, segments: Sequence[CacheSegment]) -> Iterator[Part]:
+        """The parts of one batch on one tier, from the segment of each layer."""
+        tier, on_device = segments[0].tier, self._reaches_device(segments[0])
+        sizes = [segment.nbytes for segment in segments]
+        if tier is Tier.DISK:
+            path = self._taken.file(self._machine.disk, f"cache-{next(self._files)}", sum(sizes))
+            pages, purpose = [s.page_bytes for s in segments], "tails of the KV cache on disk"
+            tails = self._take(self._machine.host, sum(pages), purpose, copied_by_device=on_device)
+            starts = itertools.accumulate(sizes, initial=0)
+            for segment, start, tail in zip(segments, starts, tails.split(pages), strict=False):
+                page = tuple(pages_in(tail, segment))
+                yield Part(segment, file=(path, start), tail=tail, tail_page=page)
+            return
+        store = self._machine.device.memory if tier is Tier.GPU else self._machine.host
+        homes = self._take(store, sum(sizes), "KV cache", copied_by_device=on_device)
+        for segment, home in zip(segments, homes.split(sizes), strict=True):
+            yield Part(segment, home=home, pages=tuple(pages_in(home, segment)))
+
+    def _reaches_device(self, segment: CacheSegment) -> bool:
+        """Whether the compute device computes attention over it in some step."""
+        return segment.on_device or self._extends
+
+    def _make_slot(self, segments: Sequence[CacheSegment], new: int) -> Slot:
+        """Buffers for the parts of one tier: each as large as the layer and batch that need most."""
+        largest = max(segment.nbytes for segment in segments)
+        tier, on_device = segments[0].tier, self._reaches_device(segments[0])
+        topology = self._machine.device.topology
+        in_device = on_device and not topology.in_place(tier) and not topology.shares_host_memory
+        fresh = max(segment.token_bytes(new) for segment in segments)
+        return Slot(
+            device=self._take(self._machine.device.memory, largest, "slots of the KV cache")
+            if in_device
+            else None,
+            host=self._take(self._machine.host, largest, "slots of the KV cache", copied_by_device=on_device)
+            if tier is Tier.DISK
+            else None,
+            fresh=None
+            if topology.shares_host_memory or tier is Tier.GPU
+            else self._take(self._machine.host, fresh, "staging of the KV cache"),
+        )
+
+    def _layouts_of(
+        self, parts: Mapping[tuple[int, int], Sequence[Part]]
+    ) -> dict[tuple[int, int], CacheLayout]:
+        """By layer and batch."""
+        layouts = {}
+        for (layer, batch), some in parts.items():
+            segments = tuple(part.segment for part in some)
+            query_bytes = self._heads[layer] * segments[0].head_dim * segments[0].dtype.itemsize
+            layouts[layer, batch] = CacheLayout(segments, query_bytes, self._machine.device.topology)
+        return layouts
+
+    # Rows that leave or move
+
+    def regroup(self, batches: Sequence[Moved], split: Split) -> None:
+        """Continue with these batches, their rows on the tiers by `split`; no transfer may be under way.
+
+        A new batch takes the place of the old one of its number. As many rows fit into the new batches up to that
+        one as into the old ones, so only what has been read is overwritten. So this takes no more memory than one
+        batch's rows in one layer (see `gather`).
+        """
+        if all(moved.whole is not None for moved in batches):
+            kept = {
+                (j, k): self._parts[j, moved.whole]
+                for j in {layer for layer, _ in self._parts}
+                for k, moved in enumerate(batches)
+                if moved.whole is not None
+            }
+            self._continue_with(kept)
+            return
+        parts: dict[tuple[int, int], list[Part]] = {}
+        for j in {layer for layer, _ in self._parts}:
+            for k, moved in enumerate(batches):
+                tiers = split.rows(len(moved.rows))
+                places = [part for part in self._parts[j, k] if tiers[part.segment.tier]]
+                segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in places]
+                held = gather(moved, segments, self._histories(j, moved), self._machine.device)
+                parts[j, k] = [
+                    self._refill(part, segment, *both)
+                    for part, segment, both in zip(places, segments, held, strict=True)
+                ]
+        self._continue_with(parts)
+
+    def _continue_with(self, parts: dict[tuple[int, int], list[Part]]) -> None:
+        self._parts = parts
+        self._layouts = self._layouts_of(parts)
+
+    def reset(self) -> None:
+        """Continue with the batches that the cache was made for, for other prompts."""
+        if self._parts is self._made:
+            return
+        self._continue_with(self._made)
+        for part in itertools.chain.from_iterable(self._made.values()):
+            for memory in (part.home, part.tail):
+                if (
+                    memory is not None
+                ):  # it was used with other shapes: bytes that are not filled must be finite
+                    memory.zero_()
+
+    def cut(self, length: int, shorter: int) -> None:
+        """Keep the first `shorter` of the `length` cached tokens; no transfer may be under way.
+
+        Later tokens overwrite the rest of a part in memory. The tail of a part on disk is read back.
+        """
+        for part in itertools.chain.from_iterable(self._parts.values()):
+            page, rest = divmod(shorter, part.segment.page_tokens)
+            if part.file is None or part.tail is None or not rest:
+                continue
+            if page < length // part.segment.page_tokens:
+                path, start = part.file
+                self._machine.io.read([Read(path, start + page * part.segment.page_bytes, part.tail)])
+
+    def _histories(self, layer: int, moved: Moved) -> Iterator[tuple[int, CacheSegment, Sequence[Page]]]:
+        """The parts that rows move from, with their pages in memory."""
+        for batch in sorted(moved.sources()):
+            for part in self._parts[layer, batch]:
+                if moved.of(batch, part.segment.rows):
+                    span = Span(moved.lengths[batch], 0)
+                    buffers = self._slots[part.segment.tier][0]
+                    whole, _ = part.segment.filled(span.length)
+                    if part.file is not None and buffers.host is not None and whole:
+                        self._machine.io.read([Read(*part.file, buffers.host[:whole])])
+                    yield batch, part.segment, self._jobs.working_pages(part, buffers, span)
+
+    def _refill(self, part: Part, segment: CacheSegment, k: Tensor, v: Tensor) -> Part:
+        """The part with the keys and values of other rows, as many as `segment` has."""
+        span, buffers = Span(0, k.shape[2]), self._slots[segment.tier][0]
+        if part.home is not None:
+            home = part.home[: segment.nbytes].zero_()
+            part = replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
+        elif part.tail is not None:
+            tail = part.tail[: segment.page_bytes].zero_()
+            part = replace(part, segment=segment, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+        self._jobs.put(part, buffers, span, k, v)
+        if segment.flushed(span):
+            self._machine.io.write(self._jobs.flush(part, buffers, span))
+        return part

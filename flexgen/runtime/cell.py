@@ -1,0 +1,70 @@
+"""A cell as the runtime computes it: one layer of one batch in one pass, with its tokens, buffers and padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.attention import hidden_positions
+from flexgen.layout.cache import Span
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Left padding of a batch: how many positions precede each row's first token."""
+
+    starts: tuple[int, ...]
+    on_device: Tensor
+    on_host: Tensor
+    _hidden: dict[tuple[range, int, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def any(self) -> bool:
+        return any(self.starts)
+
+    def of(self, rows: range, device: torch.device) -> Tensor | None:
+        """(rows,) for attention on `device`, or None without padding."""
+        if not self.any:
+            return None
+        return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+
+    def hidden(self, rows: range, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask of `attend_fused` for attention on the device, or None without padding. It is made once."""
+        if not self.any:
+            return None
+        key = rows, tokens, dtype
+        if key not in self._hidden:
+            starts = self.on_device[rows.start : rows.stop]
+            self._hidden[key] = hidden_positions(starts, tokens, dtype)
+        return self._hidden[key]
+
+    def before(self, length: int) -> Padding:
+        """The same for attention over more than `length` positions.
+
+        A row may be all padding so far. It gets one position, because attention over no position is not a number.
+        Its result is not used.
+        """
+        if not self.any or max(self.starts) <= length:
+            return self
+        starts = tuple(min(start, length) for start in self.starts)
+        return Padding(starts, self.on_device.clamp_max(length), self.on_host.clamp_max(length))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundCell:
+    """A cell of the schedule, bound to a slot and to the tokens of its pass. All parts of a block take it.
+
+    `token`: the new token that the pass gives, as in `Passes`. `slot`: the number of its buffers. `span`: the tokens
+    of each row that it computes. `padding`: of the batch.
+    """
+
+    token: int
+    layer: int
+    batch: int
+    slot: int
+    span: Span
+    padding: Padding

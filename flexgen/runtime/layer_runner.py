@@ -1,0 +1,168 @@
+"""Runs the layers: what a cell's computation takes, and where its result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from flexgen.models import Chunk, Weights
+from flexgen.models.embed import Head
+from flexgen.models.layer import AttentionLayer
+from flexgen.models.ops import rope_tables, token_factors
+from flexgen.models.spec import RopeSpec
+from flexgen.runtime.buffers import BlockBuffers
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.model import Model
+from flexgen.runtime.tokens import Output, Prompts
+from flexgen.schedule.steps import Grid
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The positions of a batch in one pass, and the RoPE factors for them, which all layers share."""
+
+    positions: Tensor
+    text_length: Tensor | None
+    _factors: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        key = rope, dtype
+        if key not in self._factors:
+            self._factors[key] = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
+        return self._factors[key]
+
+
+@dataclass(frozen=True)
+class _CellContext:
+    """The `Context` that a layer computes a cell in."""
+
+    cell: BoundCell
+    cache: KVCache
+    last_only: bool
+    _positions: _Positions
+
+    @property
+    def positions(self) -> Tensor:
+        return self._positions.positions
+
+    @property
+    def text_length(self) -> Tensor | None:
+        return self._positions.text_length
+
+    def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
+        return self._positions.rope_factors(rope, dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self.cache.attend(self.cell, q, k, v, scale)
+
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
+        self.cache.keep(self.cell, k, v)
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self.cache.attend_chunk(self.cell, chunk, q, k, v, scale)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The result of a layer's first half, on the compute device. `attention`: that of the device's rows."""
+
+    x: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor]
+    attention: Sequence[Tensor] = ()
+
+
+class LayerRunner:
+    """Computes the cells of one run: a layer as a whole, or in halves with the host's attention between them.
+
+    `first`: the token of the grid's first pass. All methods but `feeds` are jobs of the compute lane.
+    """
+
+    def __init__(
+        self, grid: Grid, model: Model, buffers: BlockBuffers, prompts: Prompts, output: Output, first: int
+    ) -> None:
+        self._grid = grid
+        self._model = model
+        self._buffers = buffers
+        self._prompts = prompts
+        self._output = output
+        self._first = first
+        self._positions: dict[int, _Positions] = {}  # by batch
+        self._halves: dict[int, _Half] = {}  # by slot, from `project` to `finish`
+        self._run = object()  # distinguishes this run's visits from all others'; an id could be used again
+
+    def feeds(self, token: int) -> bool:
+        """Whether the ids that the token reads are on the device, from the token before it in this run."""
+        return self._grid.feeds_ids and token > max(self._first, 0)
+
+    # A whole layer
+
+    def compute(self, cell: BoundCell) -> None:
+        """The layer's result for the cell."""
+        x, weights, lookup = self._input(cell), self._weights(cell), self._buffers.lookup
+        if cell.layer == 0 and lookup is not None:
+            x, rows = lookup.take(x.shape, cell.slot)
+            weights = {**weights, lookup.name: rows}
+        layer = self._model.layers[cell.layer]
+        if isinstance(layer, Head) and self._output.wants_hidden(cell.layer):
+            self._output.keep_hidden(cell, layer.final(x, weights))
+        self._keep(cell, layer.forward(x, weights, self._context(cell)))
+
+    # A layer in halves
+
+    def project(self, cell: BoundCell) -> None:
+        """The first half: queries, keys and values; those of the host's rows are ready to be sent."""
+        x = self._input(cell)
+        qkv = self._attention(cell).qkv(x, self._weights(cell), self._context(cell))
+        self._buffers.cache.host.collect(cell, *qkv)
+        self._halves[cell.slot] = _Half(x, qkv)
+
+    def attend(self, cell: BoundCell) -> None:
+        """Attention of the device's rows."""
+        half = self._halves[cell.slot]
+        attention = self._buffers.cache.attend_on_device(cell, *half.qkv, self._attention(cell).scale)
+        self._halves[cell.slot] = replace(half, attention=attention)
+
+    def attend_on_host(self, cell: BoundCell) -> None:
+        """Attention of the host's rows; a job of the host's lane."""
+        self._buffers.cache.attend_on_host(cell, self._attention(cell).scale)
+
+    def finish(self, cell: BoundCell) -> None:
+        """The second half, from the attention of all rows."""
+        half = self._halves.pop(cell.slot)
+        attention = self._buffers.cache.join(cell, half.attention)
+        self._keep(cell, self._attention(cell).output(attention, half.x, self._weights(cell)))
+
+    def _attention(self, cell: BoundCell) -> AttentionLayer:
+        layer = self._model.layers[cell.layer]
+        assert isinstance(layer, AttentionLayer)
+        return layer
+
+    # Inputs and results
+
+    def _input(self, cell: BoundCell) -> Tensor:
+        if cell.layer:
+            return self._buffers.activations.take(cell)
+        self._positions[cell.batch] = _Positions(
+            self._prompts.positions(cell), self._prompts.text_length(cell)
+        )
+        return self._prompts.fed(cell.batch) if self.feeds(cell.token) else self._prompts.take(cell)
+
+    def _weights(self, cell: BoundCell) -> Weights:
+        weights, token = self._model.weights, cell.token - self._first
+        slot = weights.turns.slot(token, cell.layer)
+        return weights.weights(cell.layer, slot, visit=(self._run, token, cell.layer))
+
+    def _context(self, cell: BoundCell) -> _CellContext:
+        return _CellContext(cell, self._buffers.cache, self._output.last_only, self._positions[cell.batch])
+
+    def _keep(self, cell: BoundCell, y: Tensor) -> None:
+        if cell.layer == len(self._model.layers) - 1:
+            self._output.keep(cell, y)
+        else:
+            self._buffers.activations.keep(cell, y)
+            if self._output.wants_hidden(cell.layer):
+                self._output.keep_hidden(cell, y)
