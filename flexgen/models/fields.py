@@ -35,8 +35,8 @@ _UNRELATED = {
     "tokenizer_class", "torch_dtype",
     # What a call of transformers returns, and how.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
-    "chunk_size_feed_forward",
-    # Training: initial values, memory, and how matrices were divided. Dropout is in `unrelated`.
+    "chunk_size_feed_forward", "output_past",
+    # Training: initial values, memory, and how matrices were divided. `unrelated` knows those of dropout.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
     # Heads for other tasks than text.
     "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
@@ -44,18 +44,15 @@ _UNRELATED = {
     # Ids that encoders, decoders of encoders and pipelines use, and a text that those put before a prompt.
     "decoder_start_token_id", "sep_token_id", "cls_token_id", "prefix",
     # Other names for the length that max_position_embeddings gives.
-    "n_ctx", "seq_length", "model_max_length",
+    "n_ctx", "seq_length", "model_max_length", "max_sequence_length",
 }  # fmt: skip
 """Fields that change no number that a decoder computes."""
 
 
 def unrelated(field: str) -> bool:
     """Whether a field of any config changes no number that a decoder computes."""
-    return (
-        field in _UNRELATED
-        or field.startswith(("_", "transformers."))
-        or field.endswith(("dropout", "drop", "pdrop", "layerdrop"))
-    )
+    training = "dropout" in field or field.endswith(("_pdrop", "layerdrop")) or field.startswith("unsloth_")
+    return training or field in _UNRELATED or field.startswith(("_", "transformers."))
 
 
 class Fields:

@@ -10,6 +10,7 @@ from flexgen.models.tables import attention, both_in, gated_mlp, head_dim, llama
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a Gemma config."""
     bias, norm = fields.flag("attention_bias"), rms(fields, plus=1.0, cast="after")
+    fields.one_of("hidden_activation", (None, "gelu_pytorch_tanh"))
     fields.one_of("use_bidirectional_attention", (None, False))
     layer = LayerSpec(
         attention(fields, qkv_bias=bias, out_bias=bias, rope=fields.rope(head_dim(fields))),

@@ -22,5 +22,7 @@ def to_spec(fields: Fields) -> ModelSpec:
         )
         for rotated, window in zip(rotates, fields.windows(), strict=True)
     ]
-    fields.skip("no_rope_layer_interval", "use_sliding_window")  # the config's class has made lists of them
+    fields.skip(
+        "no_rope_layer_interval", "use_sliding_window", "max_window_layers"
+    )  # the config's class has made lists of them
     return model(fields, llama_names(), layers, norm)

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.errors import ModelError
 from flexgen.models import fields
-from flexgen.models.families import known_families, spec_from_config
+from flexgen.models.families import config_from_dict, known_families, spec_from_config
 from flexgen.models.spec import LayerSpec, ModelSpec
 
 VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
@@ -222,6 +222,39 @@ def test_a_window_that_binds_is_refused_and_one_that_never_does_is_kept(family: 
     spec = spec_from_config(_config(family, sliding_window=50, **kinds), "mine")
     assert [layer.attention.window for layer in spec.layers] == [50] * 3
     assert spec.longest_text == 50, "rotary positions have no end, windows that are not computed have"
+
+
+ALSO_PUBLISHED: dict[str, dict[str, Any]] = {
+    "codegen": dict(n_ctx=2048, rotary=True, scale_attn_weights=True, summary_type="cls_index"),
+    "cohere": dict(model_max_length=131072, pretraining_tp=1),
+    "falcon": dict(apply_residual_connection_post_layernorm=False, auto_map={"AutoConfig": "x.y"}),
+    "gemma": dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"),
+    "glm": dict(partial_rotary_factor=0.5, rope_theta=10000.0),
+    "gpt2": dict(n_ctx=1024, output_past=True, task_specific_params={"text-generation": {"do_sample": True}}),
+    "gpt_bigcode": dict(
+        inference_runner=0, pad_key_length=True, validate_runner_input=True, max_batch_size=None
+    ),
+    "gpt_neox": dict(rotary_pct=0.25, rotary_emb_base=10000, attention_probs_dropout_prob=0),
+    "gptj": dict(
+        rotary=True, gradient_checkpointing=False, scale_attn_weights=True, tokenizer_class="GPT2Tokenizer"
+    ),
+    "llama": dict(pretraining_tp=1, max_sequence_length=2048, rope_scaling=None, unsloth_version="2025.1"),
+    "nemotron": dict(rope_theta=10000.0, partial_rotary_factor=0.5),
+    "opt": dict(prefix="</s>", learned_embeddings=True, scale_embeddings=False, activation_dropout=0.0),
+    "phi3": dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False),
+    "qwen2": dict(use_mrope=False, use_sliding_window=False, sliding_window=131072, max_window_layers=28),
+    "smollm3": dict(max_window_layers=28, use_sliding_window=False, pretraining_tp=2),
+    "starcoder2": dict(norm_type="layer_norm", mlp_type="default", residual_dropout=0.1),
+}
+"""Of families, fields that configs on the hub have in addition, and that change nothing."""
+
+
+@pytest.mark.parametrize("family", ALSO_PUBLISHED)
+def test_fields_of_published_configs_are_no_obstacle(family: str) -> None:
+    fields = {name: value for name, value in TINY[family][0].items() if name != "rope_parameters"}
+    values = fields | dict(model_type=family, architectures=["X"], torch_dtype="bfloat16", use_cache=True)
+    plain = spec_from_config(config_from_dict(copy.deepcopy(values), "mine"), "mine")
+    assert spec_from_config(config_from_dict(values | ALSO_PUBLISHED[family], "mine"), "mine") == plain
 
 
 def test_alibi_is_refused() -> None:
