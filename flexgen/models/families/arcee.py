@@ -1,4 +1,4 @@
-"""AFM 4.5B of Arcee."""
+"""Arcee AFM 4.5B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms of what attention and MLP give; with windows, layers without one do not rotate."""
+"""EXAONE 4: norms after attention and MLP; with windows, layers without one do not rotate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Falcon 7B, 40B, 180B and 11B; those with ALiBi (RW) are refused."""
+"""Falcon 7B, 11B, 40B and 180B, not those with ALiBi (RW)."""
 
 from __future__ import annotations
 

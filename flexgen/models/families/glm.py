@@ -1,4 +1,4 @@
-"""GLM-4 9B as transformers has it."""
+"""GLM-4 9B in the layout of transformers (`-hf`)."""
 
 from __future__ import annotations
 

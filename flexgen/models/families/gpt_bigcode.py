@@ -1,4 +1,4 @@
-"""SantaCoder and StarCoder: GPT-2 with one head of keys and values for all queries."""
+"""SantaCoder and StarCoder: GPT-2 with one key and value head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, and the checkpoints of other houses that carry its model_type."""
+"""Llama 1, 2 and 3, and other models with its architecture."""
 
 from __future__ import annotations
 

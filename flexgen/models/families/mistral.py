@@ -1,4 +1,4 @@
-"""Mistral 7B and what has its shape: Nemo, Small, Codestral."""
+"""Mistral 7B, Nemo, Small and Codestral."""
 
 from __future__ import annotations
 

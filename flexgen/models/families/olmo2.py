@@ -1,4 +1,4 @@
-"""OLMo 2: norms of what attention and MLP give, and of all queries and all keys."""
+"""OLMo 2: norms after attention and MLP, and of all queries and all keys."""
 
 from __future__ import annotations
 

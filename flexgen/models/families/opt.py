@@ -1,4 +1,4 @@
-"""OPT, and what was built on its shape: OPT-IML and Galactica."""
+"""OPT in all sizes, OPT-IML and Galactica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: every few layers one whose queries and keys are not rotated."""
+"""SmolLM3, which has layers without rotary positions."""
 
 from __future__ import annotations
 
