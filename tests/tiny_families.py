@@ -82,6 +82,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
         _SIZES | dict(attention_bias=True, mlp_bias=True),
     ],
     "llama": [_WIDE | dict(rope_parameters=_YARN), _SIZES | dict(attention_bias=True, mlp_bias=True)],
+    "ministral3": [_WIDE | dict(rope_parameters=_YARN | dict(llama_4_scaling_beta=0.5))],
     "mistral": [_WIDE | dict(sliding_window=None), _SIZES | dict(sliding_window=40)],
     "nemotron": [_WIDE | dict(attention_bias=True, mlp_bias=True), _WIDE],
     "olmo2": [_SIZES, _SIZES | dict(attention_bias=True)],

@@ -9,7 +9,7 @@ from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import AttentionLayer, Context, Weights, chunks, linear_weights
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
-from flexgen.models.ops import MASK_VALUES, apply_rope, rope_tables, rotate_token
+from flexgen.models.ops import MASK_VALUES, apply_rope, rope_tables, rotate_token, scale_queries
 from flexgen.models.qkv import head_norm_weights, normalised_heads, split_qkv
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
@@ -56,7 +56,8 @@ class Attention(AttentionLayer):
             q, k, v = self._rotated(x, weights, ctx.positions, "qkv", ctx.text_length)
             return q, k, v
         q, k, v = self._projected(x, weights, "qkv")
-        return *rotate_token(q, k, ctx.rope_factors(rope, x.dtype), rope.interleaved), v
+        q, k = rotate_token(q, k, ctx.rope_factors(rope, x.dtype), rope.interleaved)
+        return self._scaled(q, ctx.positions), k, v
 
     def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
         """Those of queries, keys and values that `names` has a letter for, (batch, heads, seq, head_dim) each. Of a
@@ -85,13 +86,20 @@ class Attention(AttentionLayer):
     ) -> list[Tensor]:
         """`_projected` with positions; `length` as in `rope_tables`."""
         made, rope = self._projected(x, weights, names), self.layer_spec.attention.rope
-        if rope is None:
-            return made
-        cos, sin = rope_tables(rope, positions, x.dtype, length)
+        if rope is not None:
+            cos, sin = rope_tables(rope, positions, x.dtype, length)
+            made = [
+                each if name == "v" else apply_rope(each, cos, sin, rope.interleaved)
+                for name, each in zip(names, made, strict=True)
+            ]
         return [
-            each if name == "v" else apply_rope(each, cos, sin, rope.interleaved)
+            self._scaled(each, positions) if name == "q" else each
             for name, each in zip(names, made, strict=True)
         ]
+
+    def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
+        form = self.layer_spec.attention.query_scaling
+        return q if form is None else scale_queries(q, positions, form)
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """Many new tokens: keys and values of all of them, then queries, attention and output chunk by chunk."""

@@ -76,7 +76,7 @@ class Fields:
 
     def skip(self, *fields: str) -> None:
         """Fields that change no result, or whose values the config's class has put into others."""
-        self._read.update(fields)
+        self._read.update(self._config.attribute_map.get(field, field) for field in fields)
 
     def check_all_read(self) -> None:
         """Raise for the first field that was not read and that is not as its class has it by default.
@@ -205,12 +205,18 @@ class Fields:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(
-        self, head_dim: int, partial: bool = False, interleaved: bool = False, kind: str | None = None
+        self,
+        head_dim: int,
+        partial: bool = False,
+        interleaved: bool = False,
+        kind: str | None = None,
+        besides: Sequence[str] = (),
     ) -> RopeSpec:
         """The RoPE of heads of `head_dim` values.
 
         partial: whether the family may rotate a part of each head, as partial_rotary_factor says. interleaved: as in
         `RopeSpec`. kind: the layers' kind of attention, where rope_parameters may have one object for each kind.
+        besides: parameters that are not of the rotation, which the family reads.
         """
         self._read |= {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
         self.get("partial_rotary_factor") if partial else self.one_of("partial_rotary_factor", (None, 1.0))
@@ -218,7 +224,7 @@ class Fields:
         self._rope_type(self.get("rope_parameters"), kind)
         try:
             config.standardize_rope_params()  # lengths and theta that are stated outside of the parameters
-            parameters = _Parameters(_of_kind(config.rope_parameters, kind))
+            parameters = _Parameters(_of_kind(config.rope_parameters, kind), besides)
             share = parameters.get("partial_rotary_factor")
             rotated = head_dim if share is None else int(head_dim * share)
             spec = rope_spec(parameters, rotated, config.max_position_embeddings)
@@ -267,10 +273,10 @@ def _of_kind(parameters: Any, kind: str | None) -> Any:
 class _Parameters(Mapping[str, Any]):
     """The parameters of a RoPE, which remember those that were read."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
         self._values = values
         # Another name for rope_type, and a note on how a model was trained.
-        self._read = {"rope_type", "type", "finetuned"}
+        self._read = {"rope_type", "type", "finetuned", *read}
 
     def __getitem__(self, field: str) -> Any:
         self._read.add(field)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.models.spec import RopeSpec
+from flexgen.models.spec import QueryScaling, RopeSpec
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -110,6 +110,12 @@ def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = Fals
         rest = torch.cat((q[..., 2 * half :], k[..., 2 * half :]), dim=1)
         rotated = torch.cat((rotated, rest), dim=-1)
     return rotated[:, :heads], rotated[:, heads:]
+
+
+def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:
+    """q (batch, heads, seq, head_dim), multiplied in place as `form` says for `positions` (batch, seq)."""
+    factors = 1 + form.beta * torch.log(1 + torch.floor(positions / form.length))
+    return q.mul_(factors[:, None, :, None].to(q.dtype))
 
 
 MASK_VALUES = 1 << 20

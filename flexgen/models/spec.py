@@ -70,6 +70,14 @@ class QKNormSpec:
     over: Literal["head", "all", "each"] = "head"
 
 
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor(p / length))."""
+
+    beta: float
+    length: int
+
+
 class CacheShape(NamedTuple):
     """What a layer keeps of each token: a key and a value of `head_dim` values for each of `kv_heads`."""
 
@@ -101,6 +109,7 @@ class AttentionSpec:
 
     qk_norm: QKNormSpec | None = None
     rope: RopeSpec | None = None
+    query_scaling: QueryScaling | None = None
 
     score_scale: float | None = None
     """What scores are multiplied by. None: head_dim ** -0.5."""

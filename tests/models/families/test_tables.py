@@ -99,6 +99,7 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "part of a head": ("phi3", 1, _rope(inv_freq=(1.0, 0.5))),
     "layers without rope": ("smollm3", 0, _rotates_all),
     "rope of a kind of layer": ("olmo3", 1, _rope(inv_freq=(1.0, 0.3, 0.1, 0.03))),
+    "queries scaled by position": ("ministral3", 0, _part("attention", query_scaling=None)),
     "scale of scores": ("granite", 0, _part("attention", score_scale=None)),
     "form of a fused matrix": ("gpt_neox", 0, _part("attention", qkv="rows")),
     "form of four parts": ("codegen", 0, _part("attention", qkv="heads")),
