@@ -60,8 +60,8 @@ class Attention(AttentionLayer):
         return self._scaled(q, ctx.positions), k, v
 
     def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
-        """Those of queries, keys and values that `names` has a letter for, (batch, heads, seq, head_dim) each. Of a
-        fused matrix all three."""
+        """Those of queries, keys and values that `names` has a letter for, in the order of "qkv", each (batch, heads,
+        seq, head_dim). Of a fused matrix all three."""
         layer = self.layer_spec
         own, normed = layer.attention, normalise(layer.norms.attention_in, x, weights)
         if own.qkv == "separate":
@@ -92,10 +92,9 @@ class Attention(AttentionLayer):
                 each if name == "v" else apply_rope(each, cos, sin, rope.interleaved)
                 for name, each in zip(names, made, strict=True)
             ]
-        return [
-            self._scaled(each, positions) if name == "q" else each
-            for name, each in zip(names, made, strict=True)
-        ]
+        if "q" in names:
+            made[0] = self._scaled(made[0], positions)
+        return made
 
     def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
         form = self.layer_spec.attention.query_scaling
