@@ -70,9 +70,9 @@ def both_in(norm: NormSpec) -> LayerNorms:
 
 
 def attention(fields: Fields, **others: Any) -> AttentionSpec:
-    """Attention with as many heads, of such a size, as the usual fields say.
+    """Attention with the numbers and the size of heads from the usual fields.
 
-    A config without num_key_value_heads has as many as heads, one without head_dim heads that divide the hidden size.
+    num_key_value_heads defaults to num_attention_heads, and head_dim to hidden_size / num_attention_heads.
     """
     heads = fields.size("num_attention_heads")
     kv_heads = fields.size_or("num_key_value_heads", heads)
@@ -81,7 +81,7 @@ def attention(fields: Fields, **others: Any) -> AttentionSpec:
 
 
 def head_dim(fields: Fields) -> int:
-    """head_dim, or where it is absent what each head has of the hidden size."""
+    """head_dim, or hidden_size / num_attention_heads where it is absent."""
     if fields.get("head_dim") is None:
         hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
         fields.multiple("hidden_size", hidden, "num_attention_heads", heads)
@@ -91,14 +91,14 @@ def head_dim(fields: Fields) -> int:
     return size
 
 
-def mlp(fields: Fields, activation: str = "hidden_act", **others: Any) -> MLPSpec:
-    """An MLP of the width intermediate_size, with the activation that a field names."""
-    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(activation), **others)
+def mlp(fields: Fields, **others: Any) -> MLPSpec:
+    """An MLP of the width intermediate_size, with the activation hidden_act."""
+    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(), **others)
 
 
-def gated_mlp(fields: Fields, activation: str = "hidden_act", **others: Any) -> MLPSpec:
+def gated_mlp(fields: Fields, **others: Any) -> MLPSpec:
     """The same, gated."""
-    return mlp(fields, activation, gated=True, **others)
+    return mlp(fields, gated=True, **others)
 
 
 def gpt_mlp(fields: Fields) -> MLPSpec:
