@@ -1,19 +1,19 @@
-"""Against accelerate's disk offload: the same weights on the same disk, each side with half the model's bytes.
+"""Compare flexgen with accelerate's disk offload: same weights, same disk, and memory for half of the model.
 
     python benchmarks/accelerate_offload.py --peer-python PATH --work-dir DIR
 
-PATH is a Python that has torch, transformers and accelerate, in an environment of its own. DIR should lie on a
-real disk; random weights in bfloat16 are written there once. Every measurement is a process of its own in a
-memory control group (Linux, as root) of half the model's bytes, so that neither side lives off the page cache.
+PATH is a Python with torch, transformers and accelerate, in a separate environment. DIR should be on a real disk;
+random weights in bfloat16 are written there once. Each measurement is a separate process in a memory control group
+(Linux, as root) of half the model's size, so that neither side can use the page cache for the whole model.
 
-decode     both at batch 4 and 16, 128 tokens in and 32 out; what a step takes
-int4       flexgen with its weights in int4, against itself in bfloat16 at the same batches
+decode     the time of a step, at batch 4 and 16, with 128 prompt tokens and 32 new tokens
+int4       flexgen with weights in int4, against flexgen in bfloat16 at the same batches
 128/32, 32/128
            each side's best throughput over a list of batches; the first repeat tries them all
 
-A total is the prefill and (out - 1) times the median of a few steps, timed behind the prompt (128/32) or in the
-middle of the answer (32/128); --full runs all of them instead. Results are saved after each measurement, and
---resume goes on with them.
+A total is the prefill plus (new tokens - 1) times the median of a few steps, timed right after the prompt (128/32) or
+in the middle of the generated text (32/128). With --full, all steps run. Results are saved after each measurement,
+and --resume continues with them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ VARIANTS = ("safetensors", "folder", "split")
 
 
 class Run(NamedTuple):
-    """One measurement. `context`: tokens behind which steps are timed."""
+    """One measurement. `context`: the number of tokens after which steps are timed."""
 
     model: str
     engine: str
@@ -83,7 +83,9 @@ class Run(NamedTuple):
 
 def main() -> None:
     args = make_parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: the process under way ends too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that the running process ends too
     bench = Bench(args)
     models = args.model or MODELS
     for model in models:
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 class Bench:
-    """The measurements so far, and how one is made."""
+    """The measurements so far, and the code that makes them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -107,17 +109,17 @@ class Bench:
         self.document: dict[str, Any] = {
             "about": "totals are prefill_s + (gen_len - 1) * step_s, step_s the median of a repeat's steps"
             if not args.full
-            else "everything was run to the end",
+            else "all steps were run",
             "limits": old.get("limits", {}),
             "variants": old.get("variants", {}),
             "figures": {},
             "runs": old.get("runs", {}),
         }
 
-    # What is run
+    # The list of measurements
 
     def runs(self, model: str, repeat: int) -> Iterator[Run]:
-        """The measurements of a repeat, the sides taking turns; none twice."""
+        """The measurements of a repeat, alternating between the sides, without duplicates."""
         args, seen = self.args, set()
         for case in args.case or CASES:
             for run in self._case(model, case):
@@ -144,7 +146,7 @@ class Bench:
         return sorted(runs, key=lambda run: (run.rows, run.engine))
 
     def _best(self, model: str, case: str) -> dict[str, Run]:
-        """Each side's run of the highest throughput (median so far)."""
+        """The run of each side with the highest throughput (median so far)."""
         best: dict[str, tuple[float, Run]] = {}
         for run in self._case(model, case):
             if figures := self._figures(run):
@@ -156,7 +158,7 @@ class Bench:
     # One measurement
 
     def prepare(self, model: str) -> None:
-        """Weights, the limit, and which variant is accelerate's fastest."""
+        """Prepare the weights and the memory limit, and find accelerate's fastest variant."""
         folder = self.work / model
         if not folder.exists():
             write_model(model, folder)
@@ -167,7 +169,9 @@ class Bench:
             self.document["variants"][model] = {"chosen": self.args.variant}
         if "chosen" in self.document["variants"].get(model, {}) or not self._with_peer():
             return
-        if not (self._numpy(model) / "index.json").exists():  # made without a limit: it takes the whole model
+        if not (
+            self._numpy(model) / "index.json"
+        ).exists():  # written without a limit: it needs the whole model
             say(f"{model}: writing accelerate's own offload files")
             run_worker(self._peer(model, 1, 4, 4, "folder"), None, self.args.timeout, self.work / "peer.log")
         found: dict[str, Any] = {}
@@ -181,12 +185,12 @@ class Bench:
         save(NAME, self.document, self.path)
 
     def measure(self, run: Run, repeat: int) -> None:
-        """Make the measurement unless it is there, or cannot be made; keep it and save all."""
+        """Make a measurement unless it exists or is known to fail, and save all results."""
         found = self.document["runs"].setdefault(run.key, [])
         if len(found) > repeat or (found and "failed" in found[-1]) or (not self._with_peer(run)):
             return
         if smaller := self._failed_smaller(run):
-            say(f"{run.key}: skipped, as {smaller} failed")
+            say(f"{run.key}: skipped, because {smaller} failed")
             return
         began = time.perf_counter()
         job = self._job(run)
@@ -239,7 +243,7 @@ class Bench:
         return bool(self.args.peer_python) or (run is not None and run.engine == "flexgen")
 
     def _failed_smaller(self, run: Run) -> str | None:
-        """A run that differs by fewer prompts alone and was too large: this one is too."""
+        """A run that was too large and differs only by fewer prompts. `run` is then too large as well."""
         for other in self._case(run.model, f"{run.prompt_len}/{run.gen_len}"):
             same = other._replace(batch=0, batches=run.batches) == run._replace(batch=0)
             if same and other.batch < run.batch:
@@ -248,7 +252,7 @@ class Bench:
                     return other.key
         return None
 
-    # What it comes to
+    # Results
 
     def _figures(self, run: Run) -> dict[str, float]:
         good = [r for r in self.document["runs"].get(run.key, []) if "failed" not in r]
@@ -256,7 +260,7 @@ class Bench:
         return {name: statistics.median(r[name] for r in good) for name in names} if good else {}
 
     def figures(self) -> dict[str, Any]:
-        """Medians of the repeats' ratios: above 1 flexgen (or int4) is faster."""
+        """The medians of the ratios of all repeats. Above 1, flexgen (or int4) is faster."""
         figures: dict[str, Any] = {}
         for model in self.document["limits"]:
             for batch in self.args.equal_batches:
@@ -274,7 +278,7 @@ class Bench:
         return figures
 
     def _put(self, figures: dict[str, Any], name: str, slow: Run, fast: Run, parts: tuple[str, ...]) -> None:
-        """Ratios of two runs, part by part: of times slow / fast, of throughputs fast / slow."""
+        """The ratios of two runs by part: slow / fast for times, fast / slow for throughputs."""
         sides = [
             [r for r in self.document["runs"].get(run.key, []) if "failed" not in r] for run in (slow, fast)
         ]
@@ -295,9 +299,9 @@ class Bench:
 
 
 def run_worker(words: list[str], group: MemoryGroup | None, timeout: float, log: Path) -> dict[str, Any]:
-    """The JSON that a worker prints last, or {"failed": reason} where it did not come so far."""
+    """The JSON on a worker's last line, or {"failed": reason} if it failed before that."""
     dropped = drop_caches()
-    # The peer's Python has packages of its own; and nothing is asked of the network.
+    # The peer's Python has its own packages. No process may use the network.
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if words[0] != sys.executable:
         env.pop("PYTHONPATH", None)
@@ -308,10 +312,13 @@ def run_worker(words: list[str], group: MemoryGroup | None, timeout: float, log:
                 stdout=subprocess.PIPE, stderr=errors, env=env, timeout=timeout, text=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            # Short of memory a process may also crawl: the kernel drops the pages of its code and reads them again.
+            # With too little memory, a process may also slow down: the kernel drops and rereads its code pages.
             return {"failed": f"stopped after {timeout:g} s", "too_large": True}
     if group and group.kills:
-        return {"failed": f"killed for its memory, limit {format_bytes(group.limit)}", "too_large": True}
+        return {
+            "failed": f"killed, out of memory at the limit of {format_bytes(group.limit)}",
+            "too_large": True,
+        }
     if done.returncode:
         said = [line for line in log.read_text().splitlines() if line.strip()]
         return {"failed": f"exit status {done.returncode}: {said[-1] if said else ''}"}
@@ -324,7 +331,7 @@ def run_worker(words: list[str], group: MemoryGroup | None, timeout: float, log:
 
 
 def write_model(name: str, folder: Path) -> None:
-    """Random weights of a shape, in one safetensors file; complete or absent."""
+    """Write random weights of a shape to one safetensors file, atomically."""
     say(f"{name}: writing random weights to {folder}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
@@ -339,7 +346,7 @@ def brief(result: dict[str, Any]) -> str:
         return f"FAILED: {result['failed']}"
     times = f"prefill {result['prefill_s']:.2f} s, step {result['step_s']:.3f} s"
     memory = f"peak RSS {format_bytes(result['peak_rss_bytes'])} (baseline {format_bytes(result['baseline_bytes'])})"
-    return f"{times}, {result['tokens_per_s']:.2f} tokens/s, {memory}, {result['wall_s']:.0f} s in all"
+    return f"{times}, {result['tokens_per_s']:.2f} tokens/s, {memory}, {result['wall_s']:.0f} s in total"
 
 
 def say(text: str) -> None:
@@ -351,26 +358,36 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add: Callable[..., Any] = parser.add_argument
-    add("--peer-python", help="Python that has accelerate; without it only flexgen is measured")
+    add("--peer-python", help="Python with accelerate; without it, only flexgen is measured")
     add("--work-dir", required=True)
     add("--repeats", type=int, default=5)
-    add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
-    add("--model", choices=SHAPES, action="append", help=f"only this one (default: {' and '.join(MODELS)})")
-    add("--batches", type=int, nargs="+", default=[4, 16, 32, 64], help="that accelerate tries")
+    add("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
+    add(
+        "--model",
+        choices=SHAPES,
+        action="append",
+        help=f"run only this model (default: {' and '.join(MODELS)})",
+    )
+    add("--batches", type=int, nargs="+", default=[4, 16, 32, 64], help="batches for accelerate")
     add(
         "--blocks",
         nargs="+",
         default=["16x1", "32x1", "64x1", "32x4"],
-        help="batch x batches that flexgen tries",
+        help="batch x number of batches, for flexgen",
     )
     add("--equal-batches", type=int, nargs="+", default=list(EQUAL_BATCHES))
-    add("--variant", choices=("auto", *VARIANTS), default="auto", help="of accelerate; auto: the fastest")
+    add(
+        "--variant",
+        choices=("auto", *VARIANTS),
+        default="auto",
+        help="variant of accelerate; auto: the fastest",
+    )
     add("--steps", type=int, default=4, help="decode steps that are timed")
-    add("--full", action="store_true", help="run all tokens instead of projecting")
-    add("--limit", type=parse_bytes, help="bytes of each process (default: half the model's)")
+    add("--full", action="store_true", help="run all tokens instead of extrapolating")
+    add("--limit", type=parse_bytes, help="memory limit of each process (default: half of the model)")
     add("--timeout", type=float, default=180, help="seconds after which a process is stopped")
-    add("--resume", action="store_true", help="go on with the results that are there")
-    add("--out", help="another file for the results")
+    add("--resume", action="store_true", help="continue with the existing results")
+    add("--out", help="write the results to this file")
     return parser
 
 

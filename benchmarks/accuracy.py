@@ -1,11 +1,12 @@
-"""What codecs cost in accuracy: right answers and perplexity of the embedded model, codec by codec.
+"""The effect of codecs on accuracy: correct answers and perplexity of the embedded model with each codec.
 
     python benchmarks/accuracy.py
 
-Held-out records, greedy, in float32 on the CPU: the share of exact answers by task, the perplexity of the right
-answers after their prompts, and that of all texts of the records. A codec that the policy refuses is reported
-as refused. Perplexity comes from prefills, which attend to keys and values as they were computed: what a codec of
-the cache costs shows in the answers only. The result does not depend on the machine's speed; once is enough.
+Runs held-out records with greedy decoding in float32 on the CPU. Reports the share of exact answers by task, the
+perplexity of the correct answers given their prompts, and the perplexity of the whole texts. A codec that the policy
+does not support is reported as refused. Perplexity is measured with prefills, where attention uses keys and values
+before they are encoded. So a codec of the cache affects only the answers. The result does not depend on the speed of
+the machine; one run is enough.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument(
-        "--seed", type=int, default=20_260, help="of the records (default: that of the tests)"
+        "--seed", type=int, default=20_260, help="seed of the records (default: the seed of the tests)"
     )
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", help="another file for the results")
+    parser.add_argument("--out", help="write the results to this file")
     args = parser.parse_args()
     records = demo.records(args.records, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
@@ -57,8 +58,8 @@ def main() -> None:
         if "refused" in found:
             print(f"{name:<24}refused: {found['refused']}")
         else:
-            told = f"{found['answers_perplexity']:>24.5f}{found['texts_perplexity']:>12.4f}"
-            print(f"{name:<24}{found['right']['all']:>9.2%}{told}")
+            columns = f"{found['answers_perplexity']:>24.5f}{found['texts_perplexity']:>12.4f}"
+            print(f"{name:<24}{found['right']['all']:>9.2%}{columns}")
     settings = {key: getattr(args, key) for key in ("records", "seed", "dtype")} | {"new_tokens": NEW_TOKENS}
     print(save("accuracy", {**settings, "figures": figures}, Path(args.out) if args.out else None))
 
@@ -66,7 +67,7 @@ def main() -> None:
 def measure(
     codecs: dict[str, str], records: Sequence[demo.Record], tokenizer: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Shares of right answers by task and both perplexities, or why the policy is refused."""
+    """The shares of correct answers by task and both perplexities, or the reason why the policy is invalid."""
     splits = {
         what: {"cpu": {"percent": 100, "codec": codecs.get(what, "none")}} for what in ("weights", "cache")
     }
@@ -82,7 +83,7 @@ def measure(
         scores = score(model.forward, texts)
     width = max(map(len, prompts))
     answers = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in ids]
-    # The ids of a prompt begin those of its text; the first of a text has no score.
+    # The ids of a text begin with those of its prompt; the first id of a text has no score.
     of_answers = [found[len(prompt) - 1 :] for found, prompt in zip(scores, prompts, strict=True)]
     return {
         "right": demo.accuracy(records, answers),

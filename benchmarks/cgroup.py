@@ -1,4 +1,4 @@
-"""A memory limit that the page cache counts towards: processes of one control group, v1 or v2 (Linux, as root)."""
+"""A memory limit that includes the page cache: a control group for processes, v1 or v2 (Linux, as root)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True)
 class _Files:
-    """What a version of the interface calls its files."""
+    """The file names of one version of the interface."""
 
     limit: str
     peak: str
     events: str
     swap: tuple[tuple[str, str], ...]
-    """Files that keep processes from the swap, and what is written there."""
+    """Files that disable swap for the processes, with the values to write."""
 
 
 _V1 = _Files(
@@ -32,10 +32,10 @@ _V2 = _Files("memory.max", "memory.peak", "memory.events", (("memory.swap.max", 
 
 
 class MemoryGroup:
-    """A control group that holds its processes, and what they read through the page cache, to `limit` bytes.
+    """A control group that limits its processes, including their page cache, to `limit` bytes.
 
-    A context manager: leaving it removes the group, whose processes must be over. OSError, with the reason,
-    where none can be made.
+    It is a context manager. At the exit, it removes the group, and all processes of the group must have ended. Raises
+    OSError, with the reason, if the group cannot be created.
     """
 
     def __init__(self, limit: int, name: str = "flexgen-benchmark") -> None:
@@ -48,7 +48,7 @@ class MemoryGroup:
         try:
             (self.path / self._files.limit).write_text(str(self.limit))
             for name, value in self._files.swap:
-                with contextlib.suppress(OSError):  # a kernel without swap accounting
+                with contextlib.suppress(OSError):  # the kernel has no swap accounting
                     (self.path / name).write_text(value)
             with contextlib.suppress(OSError):  # v1 counts memory and swap together
                 (self.path / "memory.memsw.limit_in_bytes").write_text(str(self.limit))
@@ -60,22 +60,22 @@ class MemoryGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _ in range(50):  # a process that was killed takes a moment to leave
+        for _ in range(50):  # a killed process leaves the group after a short time
             try:
                 self.path.rmdir()
             except OSError:
                 time.sleep(0.1)
             else:
                 return
-        print(f"{self.path}: cannot be removed, a process is still in it", file=sys.stderr)
+        print(f"{self.path}: cannot be removed, because a process is still in it", file=sys.stderr)
 
     def command(self, words: list[str]) -> list[str]:
-        """The command that runs `words` as a process of the group from its first instruction on."""
+        """A command that runs `words` in the group from its first instruction on."""
         return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.path), *words]
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most that was charged at once, page cache included; None where the kernel does not say."""
+        """The peak memory of the group, including page cache; None if the kernel does not report it."""
         try:
             return int((self.path / self._files.peak).read_text())
         except OSError:
@@ -83,7 +83,7 @@ class MemoryGroup:
 
     @property
     def kills(self) -> int:
-        """Processes that the kernel killed because the group was full."""
+        """The number of processes that the kernel killed because the group was out of memory."""
         try:
             lines = (self.path / self._files.events).read_text().splitlines()
         except OSError:
@@ -92,7 +92,7 @@ class MemoryGroup:
 
 
 def drop_caches() -> bool:
-    """Empty the system's page cache, so that files are read from the disk; whether that was allowed."""
+    """Empty the system's page cache, so that files are read from disk. Returns whether this was permitted."""
     os.sync()
     try:
         _CACHES.write_text("1")
@@ -102,7 +102,7 @@ def drop_caches() -> bool:
 
 
 def _hierarchy() -> tuple[Path, _Files]:
-    """The folder in which a memory group can be made, and what its files are called."""
+    """The folder in which a memory group can be created, and the names of its files."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     for _, folder, kind, options, *_ in mounts:
         if kind == "cgroup" and "memory" in options.split(","):
@@ -112,4 +112,4 @@ def _hierarchy() -> tuple[Path, _Files]:
         if kind == "cgroup2" and "memory" in (root / "cgroup.controllers").read_text().split():
             (root / "cgroup.subtree_control").write_text("+memory")
             return root, _V2
-    raise OSError("no control groups of memory are mounted")
+    raise OSError("no memory control groups are mounted")

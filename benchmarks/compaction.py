@@ -1,11 +1,12 @@
-"""What it is worth that rows which have stopped leave their batches: tokens/s with and without, same ids.
+"""The benefit of compaction, which removes finished rows from their batches: tokens/s with and without it.
 
     python benchmarks/compaction.py
 
-Rows stop at times drawn uniformly from 1 to --gen-len: a stand-in for texts of different lengths, made by choosing a
-stop id at that time instead of the best id. Both sides draw the same times, run the same policy and stop when the
-last row has; the other one computes all rows until then. Eight layers of the OPT-1.3B shape with random weights in
-bfloat16 on the CPU, with the cache in memory, and with it on disk in DIR (--offload-dir, a temporary one without it).
+Rows stop at times drawn uniformly from 1 to --gen-len, in place of texts of different lengths: at that time, a stop
+id is chosen instead of the best id. Both sides have the same times, the same policy and the same ids, and stop with
+the last row; without compaction, all rows are computed until then. The model has eight layers of the OPT-1.3B shape
+with random weights in bfloat16, on the CPU, with the cache in memory and on disk (in --offload-dir, by default a
+temporary directory).
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ CASES = {
 
 
 def all_or_nothing(batches: list[list[int]], stopped: list[bool], tokens_left: int) -> list[list[int]] | None:
-    """As before there was compaction: a block ends when its last row has stopped."""
+    """The rule without compaction: a block ends when its last row has stopped."""
     return [] if all(stopped) else None
 
 
 class TimedStops(tokens.NewTokens):
-    """Row n of the block stops with token `times[n]`."""
+    """Stops row n of the block with token `times[n]`."""
 
     times: np.ndarray
 
     def _record(self, token: int, batch: int, slot: int) -> None:
         chosen = self._chosen[slot]
         due = torch.from_numpy(self.times[self._prompts.batches[batch]] == token)
-        # No other id may stop a row.
+        # Only the chosen id may stop a row.
         chosen.masked_fill_(chosen == STOP, STOP + 1).masked_fill_(due.to(chosen.device), STOP)
         super()._record(token, batch, slot)
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--gen-len", type=int, default=64)
-    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     config = OPTConfig(
@@ -106,7 +107,7 @@ def main() -> None:
                 "without": partial(run, model, prompts, args.gen_len, times, all_or_nothing),
             }
             figures[name] = interleaved(cases, args.repeats)
-        if not args.no_save:  # what comes later may be cut off
+        if not args.no_save:  # later cases may be interrupted
             model_name = f"{args.layers} layers of the OPT-1.3B shape, bfloat16"
             print(save("compaction", {"model": model_name, "figures": figures}))
     print(f"{'case':<20}{'tokens/s, with over without':>28}")

@@ -1,12 +1,12 @@
-"""Attention on the host beside the device: decode seconds of each order, over the lanes alone.
+"""Attention on the host, overlapped with the device: the decode time of each order, relative to the lanes alone.
 
     python benchmarks/cpu_attention.py
 
-Weights stream from the CPU tier over a limited link and the cache is attended on the host, on the emulated device,
-which computes on the same cores: what no order can beat there is the larger of the link alone and of all
-arithmetic, products and attention. Layers of the OPT shape with random weights in bfloat16. The vocabulary is cut
-so that the head is a few percent of so few layers, as it is of a whole model: a unit that is several times as
-long as the others is not hidden behind the two or three that the slots hold.
+Weights are streamed from the CPU tier over a limited link, and the host computes attention. The emulated device
+computes on the same cores, so the lower bound of all orders is the larger one of the link alone and of all arithmetic
+(products and attention). The layers have the OPT shape with random weights in bfloat16. The vocabulary is reduced, so
+that the head is a few percent of these few layers, as in a whole model. Two or three slots could not hide a layer
+that takes several times as long as the others.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ORDERS = ("overlap_cpu_attention", "overlap_multi_batch", "normal")
 
 
 def decode(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
-    """Seconds of all new tokens but the first."""
+    """The seconds of all new tokens but the first."""
     model.generate(prompts, tokens, stop=())
     assert model.stats is not None
     return {"decode": model.stats.timing.decode}
 
 
 def alone(model: OptLM, prompts: np.ndarray, tokens: int) -> dict[str, float]:
-    """Seconds of the decode that the link and all arithmetic would take alone."""
+    """The seconds of the decode for the link alone and for all arithmetic alone."""
     lanes = model.lane_seconds(prompts, tokens)[Phase.DECODE]
     return {"loading": lanes[LaneName.TO_DEVICE], "arithmetic": lanes[LaneName.COMPUTE]}
 
@@ -50,12 +50,12 @@ def main() -> None:
         "--links",
         nargs="+",
         default=["256MiB", "512MiB", "1GiB"],
-        help="of the emulated device, bytes/s each",
+        help="bandwidths of the emulated link, in bytes/s",
     )
     add("--layers", type=int, default=8)
-    add("--hidden", type=int, default=1024, help="a multiple of 64 (default: 1024)")
+    add("--hidden", type=int, default=1024, help="hidden size, a multiple of 64 (default: 1024)")
     add("--vocab", type=int, default=4096)
-    add("--batch", type=int, default=32, help="prompts of a batch (default: 32)")
+    add("--batch", type=int, default=32, help="prompts in a batch (default: 32)")
     add("--batches", type=int, default=4)
     add("--prompt-len", type=int, default=32)
     add("--gen-len", type=int, default=6)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def compare(found: dict[str, Any]) -> dict[str, Any]:
-    """The figures with the medians of each order's ratio, in its own repeat, to the lanes alone."""
+    """The figures, with the median ratio of each order to the lanes alone in the same repeat."""
     alone = list(zip(*(found["alone"][lane]["all"] for lane in LANES), strict=True))
     for order in ORDERS:
         taken = found[order]["decode"]["all"]
@@ -102,7 +102,7 @@ def policy_of(args: argparse.Namespace) -> Policy:
 
 
 def measure(link: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every order behind a link, and the lanes alone, by turns."""
+    """All orders with one link and the lanes alone, interleaved."""
     config = OPTConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,

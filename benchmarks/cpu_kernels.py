@@ -1,14 +1,14 @@
-"""The CPU kernels against the memory: decode attention as a share of the read bandwidth, and codecs in GB/s.
+"""The speed of the CPU kernels: decode attention as a share of the memory bandwidth, and codecs in GB/s.
 
     python benchmarks/cpu_kernels.py
 
-Attention is counted in bytes of valid keys and values, dequantisation in bytes of output. The read bandwidth
-is measured between the cases, over the same memory with as many threads: the better of a plain compiled loop
-and torch.sum. The versions in torch are measured beside the compiled ones. Encoded caches are counted in the
-bytes that they take, and in tokens against a bfloat16 cache of the same size that is measured beside them.
+Attention is measured in bytes of valid keys and values, dequantisation in bytes of output. The read bandwidth is
+measured between the cases, over the same memory with the same number of threads: the better one of a plain compiled
+loop and torch.sum. The torch versions are measured interleaved with the compiled ones. Encoded caches are measured in
+their own bytes, and in tokens/s relative to a bfloat16 cache of the same size.
 
-Sparse attention is held against exact attention over the same cache: how many times as fast, beside what the
-bytes alone would give, which is 2 / (1 + share).
+Sparse attention is compared with exact attention over the same cache. The bytes alone would give a speedup of
+2 / (1 + share).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from flexgen.kernels.loading import native, native_available
 from flexgen.quant import CODECS, head_format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CACHE_BYTES = 256 << 20  # keys and values of one case, far more than a cache holds
+CACHE_BYTES = 256 << 20  # keys and values of one case, far more than the processor caches
 KV_HEADS = 8
 LEAST_SECONDS = 0.1
-"""One call takes 20 ms. Whoever else has a core of the machine for a moment would be most of what is seen."""
+"""The minimum time of a measurement. A call takes 20 ms, so a short interruption would dominate a single call."""
 SHARES = (0.1, 0.25, 0.5)
 PARTS = ("attention", "encoded_attention", "sparse", "codecs")
 LAYOUTS = {
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, layout: str) -> Case:
-    """A cache in one page that fills `memory`, which holds heads of this codec, type and size."""
+    """A KV cache in one page that fills `memory`, with heads of this codec, type and size."""
     length, capacity, padding = LAYOUTS[layout]
     form = head_format(codec, dim, dtype)
     row_bytes = KV_HEADS * capacity * form.nbytes
@@ -73,7 +73,7 @@ def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, l
 
 
 def rate(nbytes: int, call: Callable[[], object]) -> dict[str, float]:
-    """Of as many calls as fill `LEAST_SECONDS`."""
+    """GB/s, from enough calls for `LEAST_SECONDS`."""
     began, calls = time.perf_counter(), 0
     while (seconds := time.perf_counter() - began) < LEAST_SECONDS:
         call()
@@ -113,7 +113,7 @@ def attention(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any
 
 
 def encoded_heads(form: HeadFormat) -> Tensor:
-    """CACHE_BYTES of encoded heads."""
+    """Encoded heads with `CACHE_BYTES` bytes."""
     some = form.encode(torch.randn(1, 1, 4096, form.head_dim)).flatten()
     return some.repeat(-(-CACHE_BYTES // some.nbytes))[: CACHE_BYTES // 1024 * 1024]
 
@@ -141,11 +141,11 @@ def encoded_attention(plain: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def attend_sparsely(version: str, share: float, arguments: Arguments) -> Tensor:
-    """Both halves, in one version."""
+    """Both halves of sparse attention, in one version."""
     choose, attend_chosen = (
         getattr(sparse_attention, f"{half}_{version}") for half in ("choose", "attend_chosen")
     )
-    *exact, _ = arguments  # what is chosen from is not encoded
+    *exact, _ = arguments  # the cache of sparse attention is not encoded
     return attend_chosen(choose(*exact, sparse_attention.Sparsity(share)), arguments[1])
 
 
@@ -207,16 +207,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=PARTS, action="append", help="only this part (may be repeated)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part (may be repeated)")
     parser.add_argument(
         "--out",
         type=Path,
-        help="another file for the results; parts that this machine measured before stay in it",
+        help="write the results to this file; it keeps the parts that were measured before on this machine",
     )
     args = parser.parse_args()
     if not native_available():
-        parser.error("the compiled kernels are not built, or switched off")
-    load = os.getloadavg()[0]  # of other work: what is measured is only right on a quiet machine
+        parser.error("the compiled kernels are not built or are disabled")
+    load = os.getloadavg()[0]  # the load of other programs: the figures are valid only on an idle machine
     torch.manual_seed(0)
     memory = {
         name: torch.randn(CACHE_BYTES // dtype.itemsize).to(dtype).view(torch.uint8)

@@ -2,8 +2,8 @@
 
     python benchmarks/disk_lane.py --offload-dir DIR
 
-A scratch file in DIR, which should lie on a real disk, is read from end to end with O_DIRECT in jobs of 4 to 32
-MiB, as layers and pieces of layers are. `plain`: the raw transfer in one call, which is all that the disk gives.
+Reads a scratch file in DIR, which should be on a real disk, completely with O_DIRECT, in jobs of 4 to 32 MiB, like
+layers and pieces of layers. `plain` is the raw transfer in one call: the full bandwidth of the disk.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--offload-dir", required=True, type=Path)
     parser.add_argument("--file-mib", type=int, default=768)
     parser.add_argument("--job-mib", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[2, 3], help="jobs started ahead")
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[2, 3], help="numbers of jobs in flight")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     figures = {}

@@ -1,24 +1,25 @@
-"""Everything that needs a GPU, in steps of less than ten minutes, the most informative ones first: the tests marked
-`gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and the link; the probe; OPT-6.7B and
-OPT-30B with random weights under a cap of 16 GiB of device memory, the size of the paper's T4, and a profile of
-OPT-6.7B; last, where `--peer` names it, the package flexgen 0.1.8, the paper's own code, with the policy that it
-published.
+"""All checks and benchmarks that need a GPU, in steps of less than ten minutes, the most informative steps first.
+
+The steps are: the tests marked `gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and
+the link; the probe; OPT-6.7B and OPT-30B with random weights and a limit of 16 GiB of device memory, like the paper's
+T4; a profile of OPT-6.7B; and with `--peer`, the package flexgen 0.1.8, which is the paper's own code, with its
+published policy.
 
     pip install --target DIR --no-deps flexgen==0.1.8
     pip install --target DIR attrs pulp
-    python benchmarks/gpu.py                   # repeat it until it says that all steps are done
-    python benchmarks/gpu.py --peer DIR        # the same with the peer, or the peer alone where the rest is done
+    python benchmarks/gpu.py                   # repeat until it reports that all steps are done
+    python benchmarks/gpu.py --peer DIR        # with the peer; only the peer if all other steps are done
 
 One call takes less than ten minutes (`--seconds`). Each step writes its own JSON to `benchmarks/results/gpu`: the
-command, the exit status, the end of its output and its figures. The next call skips the steps that passed (`--again`
-does not) and tries those again that failed or ran out of time.
+command, the exit status, the end of its output and its figures. The next call skips the steps that passed (unless
+`--again`) and repeats those that failed or ran out of time.
 
-Needs 100 GiB of host memory: OPT-30B runs 48 prompts, as 3 batches of 16, whose cache and weights take 89 GiB there;
-with the peer, whose pinned memory rounds each tensor up to a power of two, 112 GiB. Both sides generate every token.
+It needs 100 GiB of host memory: OPT-30B runs 48 prompts in 3 batches of 16, whose cache and weights take 89 GiB. The
+peer needs 112 GiB, because its pinned memory rounds each tensor up to a power of two. Both sides generate all tokens.
 
-`--toy` runs all steps on tiny models, to try the steps themselves. Without a GPU, `--emulated` runs the same policies
-on the emulated device, on a few layers of the same shape and short prompts, in 24 GiB: what the schedules lose shows
-there too, what the kernels and the link give does not.
+`--toy` runs all steps on tiny models, to test the steps themselves. Without a GPU, `--emulated` runs the same
+policies on the emulated device, with a few layers of the same shape and short prompts, in 24 GiB. It shows the losses
+of the schedules, but not the speed of kernels and link.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ EMULATED = ["--device", f"emulated:memory={MEMORY_GIB}GiB,link=1GiB", "--prompt-
 EMULATED_LAYERS = 4
 CHECKS = ("races", "leaks", "attention", "links")
 STEP_SECONDS = 60
-"""A step does not begin where a call has less time left."""
+"""A step does not begin if a call has less time left than this."""
 
 # Weights, cache, activations on gpu and cpu; prompts per batch, batches.
 OURS: dict[str, list[str]] = {
-    # What the search finds for one H100 of 16 GiB: everything on it.
+    # The search's result for an H100 with 16 GiB: all data on the GPU.
     "opt-6.7b": [
         *["--model", "opt-6.7b", "--percent", "100", "0", "100", "0", "100", "0"],
         *["--gpu-batch-size", "6", "--num-gpu-batches", "1"],
@@ -66,15 +67,15 @@ OURS: dict[str, list[str]] = {
         *["--model", "opt-6.7b", "--percent", "40", "60", "100", "0", "100", "0"],
         *["--gpu-batch-size", "16", "--num-gpu-batches", "1"],
     ],
-    # Attends on the CPU, which wants whole layers (docs/policies.md).
+    # CPU attention, which needs whole layers (docs/policies.md).
     "opt-30b": [
         *["--model", "opt-30b", "--percent", "5", "95", "0", "100", "0", "100"],
         *["--gpu-batch-size", "16", "--num-gpu-batches", "3", "--cpu-cache-compute", "--sep-layer", "no"],
     ],
 }
 
-# Suites 6b7_1x1 and 30b_1x1 of benchmark/flexllmgen/bench_suite.py of FlexLLMGen at commit 004ffef (policies/), the
-# latter with 16 prompts in a batch where it has 48, which this memory does not hold.
+# Suites 6b7_1x1 and 30b_1x1 of benchmark/flexllmgen/bench_suite.py of FlexLLMGen at commit 004ffef (policies/). The
+# second one has 16 prompts in a batch instead of 48, which do not fit in this memory.
 PEERS: dict[str, list[str]] = {
     "opt-6.7b": [
         *["--model", "facebook/opt-6.7b", "--percent", "100", "0", "100", "0", "100", "0"],
@@ -90,11 +91,11 @@ PEERS: dict[str, list[str]] = {
 def call(
     command: list[str], seconds: float, cwd: Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a command for at most `seconds`, with `environment` added to this one, and show what it says; its exit
-    status (None: out of time), seconds and last lines."""
+    """Run a command for at most `seconds`, with `environment` added to this process's, and show its output. Returns
+    its exit status (None: out of time), its seconds and its last lines."""
     began = time.perf_counter()
     lines: list[str] = []
-    # A group of its own, so that what it has started ends with it.
+    # A separate process group, so that its child processes end with it.
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -129,7 +130,7 @@ def call(
 
 
 def cases(reports: Path, peer: Path | None, toy: bool = False) -> dict[str, dict[str, Any]]:
-    """What to `call`, by name. Steps write their figures to `reports`, to the name of the case."""
+    """The steps by name, as arguments of `call`. Steps write their figures to `reports`, by the name of the case."""
     python = [sys.executable, "-u"]
     tests = ["tests/memory/test_gpu.py"] if toy else []
     found: dict[str, dict[str, Any]] = {
@@ -149,19 +150,19 @@ def cases(reports: Path, peer: Path | None, toy: bool = False) -> dict[str, dict
             found["busy"] = _check("busy", reports, toy)
     if toy:
         found |= {name: _toy(found[name]["command"], reports) for name in OURS}
-    # Last: they need a package that may not be there.
+    # Last, because they need a package that may not be installed.
     for name in PEERS if peer is not None else ():
         assert peer is not None
         theirs = f"{name}, flexgen 0.1.8"
         memory = ["--gpu-memory-gib", str(MEMORY_GIB)]
         figures = ["--json", str(reports / theirs)]
         flags = [*LENGTHS, *memory, *PEERS[name]]
-        if toy:  # the smallest model that it knows
+        if toy:  # the smallest model that it supports
             for flag, value in ("--model", "facebook/opt-125m"), ("--prompt-len", "8"), ("--gen-len", "4"):
                 flags[flags.index(flag) + 1] = value
         found[theirs] = {
             "command": [*python, str(WORKER), *flags, *figures],
-            # Both packages are called flexgen: here the peer's comes first, and this one is out of sight.
+            # Both packages are named flexgen: the peer's must be first on the path.
             "cwd": reports,
             "environment": {"PYTHONPATH": str(peer.resolve())},
         }
@@ -197,7 +198,7 @@ def _toy(command: list[str], reports: Path) -> dict[str, Any]:
 
 
 def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
-    """The same for `OURS` on the emulated device."""
+    """The steps of `OURS` on the emulated device."""
     found = {}
     for name, (_, model, *flags) in OURS.items():
         spec = open_model(model, "dummy")[0]
@@ -226,7 +227,7 @@ def emulated_cases(reports: Path) -> dict[str, dict[str, Any]]:
 
 
 def compare(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each run with a report: the smaller share of bound and roofline, and decode tokens/s over the peer's."""
+    """For each run with a report: the smaller share of bound and roofline, and decode tokens/s over the peer's."""
     runs = {name: run["report"] for name, run in results.items() if isinstance(run, dict) and "report" in run}
     peers = {name: runs.get(f"{name}, flexgen 0.1.8") for name in OURS}
     return {
@@ -244,21 +245,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="another folder for the results than benchmarks/results/gpu")
-    add("--emulated", action="store_true", help="without a GPU; writes to gpu_emulated")
-    add("--toy", action="store_true", help="tiny sizes, to try the steps; writes to gpu_toy")
-    add("--peer", type=Path, metavar="DIR", help="where flexgen 0.1.8 is installed")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (default: benchmarks/results/gpu)")
+    add("--emulated", action="store_true", help="run without a GPU; writes to gpu_emulated")
+    add("--toy", action="store_true", help="use tiny sizes, to test the steps; writes to gpu_toy")
+    add("--peer", type=Path, metavar="DIR", help="directory in which flexgen 0.1.8 is installed")
     add(
         "--only",
         metavar="STEP",
         nargs="+",
-        help="these steps: tests, a check, a model, `MODEL, flexgen 0.1.8`",
+        help="run only these steps: tests, a check, a model, `MODEL, flexgen 0.1.8`",
     )
-    add("--again", action="store_true", help="run steps that have passed too")
-    add("--seconds", type=float, default=0.95 * TEN_MINUTES, help="for this call")
+    add("--again", action="store_true", help="also run steps that have passed")
+    add("--seconds", type=float, default=0.95 * TEN_MINUTES, help="time limit of this call")
     args = parser.parse_args()
     if not args.emulated and not torch.cuda.is_available():
-        print("no GPU is visible to torch: nothing to measure (see --emulated)", file=sys.stderr)
+        print("torch finds no GPU, so there is nothing to measure; see --emulated", file=sys.stderr)
         return 1
     if args.peer is not None and not (args.peer / "flexgen" / "flex_opt.py").exists():
         parser.error(f"--peer {args.peer}: there is no flexgen/flex_opt.py in it; see the top of --help")
@@ -276,7 +277,7 @@ def main() -> int:
         left = [name for name in steps if args.again or kept(_path(out, name)).get("status") != 0]
         for n, name in enumerate(left):
             seconds = deadline - time.perf_counter()
-            # The first one begins in any case: it may need all of a call.
+            # The first step always begins: it may need the whole call.
             if n and seconds < min(STEP_SECONDS, args.seconds / 2):
                 break
             print(f"== {n + 1} of {len(left)}: {name}, {seconds:.0f} s at most", flush=True)

@@ -1,13 +1,13 @@
-"""Where greedy ids part from transformers' in bfloat16, and which side is nearer to float64.
+"""The first difference to the greedy ids of transformers in bfloat16, and which side is closer to float64.
 
     python benchmarks/greedy_ids.py
 
-Many tiny random models of each family, prompts alone and in a left-padded batch of two, 10 new tokens each, by
-`flexgen.hf` and by transformers from the same files. In float32 every id must be the same. In bfloat16 a sum that is
-rounded at another place may turn a near tie: for each row whose ids part, the gap between the two ids in float64 is
-given in units of the largest logit's last place, which is what one rounding costs. Beside it: how often transformers'
-own ids part between a prompt in the batch and the same prompt alone, and how far the logits of each side are from
-float64 over the tokens that both sides have before they part.
+Runs many tiny random models of each family with `flexgen.hf` and with transformers, from the same files: single
+prompts and left-padded batches of two, with 10 new tokens. In float32 all ids must be equal. In bfloat16, a sum that
+is rounded at another place may change the order of nearly equal logits. For each row with different ids, it reports
+the gap between the two ids in float64, in units of the last place of the largest logit, which is the error of one
+rounding. It also reports how often transformers' own ids differ between a prompt in a batch and the same prompt
+alone, and the distance of each side's logits from float64 over the common tokens.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }
 Answers = tuple[Tensor, Tensor]
-"""Ids (rows, NEW) and logits (rows, NEW, vocab), or those of one row."""
+"""Ids (rows, NEW) and logits (rows, NEW, vocab), or the same for one row."""
 
 
 def made(name: str, seed: int, directory: Path) -> None:
-    """Weights wide enough that the ids vary, in bfloat16."""
+    """Random weights in bfloat16, with a variance large enough that the ids vary."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     with torch.no_grad():
@@ -76,13 +76,13 @@ def row_of(all_: Answers, n: int) -> Answers:
 
 
 def parted(one: Tensor, other: Tensor) -> int:
-    """The first place at which two rows of ids differ; NEW for none."""
+    """The first index at which two rows of ids differ; NEW if they are equal."""
     differ = (one != other).nonzero()
     return int(differ[0]) if len(differ) else NEW
 
 
 class Tally:
-    """What was seen of a family in one dtype."""
+    """The results of a family in one dtype."""
 
     def __init__(self) -> None:
         self.rows = dict.fromkeys(("alone", "batch of 2"), 0)
@@ -92,7 +92,7 @@ class Tally:
         self.errors: dict[str, list[float]] = {"flexgen": [], "transformers": []}
 
     def add(self, kind: str, prompt: Tensor, ours: Answers, theirs: Answers, exact: PreTrainedModel) -> None:
-        """One row: `prompt` (tokens without padding), both sides' ids (NEW,) and logits (NEW, vocab)."""
+        """Add a row: `prompt` (tokens without padding), and ids (NEW,) and logits (NEW, vocab) of both sides."""
         place = parted(ours[0], theirs[0])
         self.rows[kind] += 1
         self.parted[kind] += place < NEW
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=int, default=20, help="of each family and dtype")
+    parser.add_argument("--models", type=int, default=20, help="models of each family and dtype")
     parser.add_argument("--trials", type=int, default=4, help="pairs of prompts for each model")
     args = parser.parse_args()
     logging.set_verbosity_error()

@@ -1,9 +1,9 @@
-"""How fast a CPU multiplies: by dtype, by number of rows, and with weights laid out before or in every product.
+"""The speed of products on a CPU by dtype and rows, with the weight layout prepared once or in every product.
 
     python benchmarks/host_linear.py
 
-`fast_dtype` (no float16 on a CPU) and `kernels.linear` (bfloat16 is laid out once where the CPU has products for it,
-and widened where it has none) rest on these figures.
+These figures are the reason for `fast_dtype` (no float16 on a CPU) and `kernels.linear` (bfloat16 weights are laid
+out once if the CPU has bfloat16 products, and widened otherwise).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexgen.kernels.linear import has_prelayout, linear, prelayout
 OUT, IN = 4096, 4096
 ROWS = (1, 8, 16, 32, 128, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COPIES = 4  # weights in turn, so that none stays in a cache
+COPIES = 4  # weights in rotation, so that none stays in a processor cache
 
 
 def rate(multiply: partial[Tensor], weights: list[Tensor], x: Tensor) -> dict[str, float]:
@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="another file for the results")
+    parser.add_argument("--out", type=Path, help="write the results to this file")
     args = parser.parse_args()
     cases = {}
     for dtype in DTYPES:

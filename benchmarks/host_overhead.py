@@ -1,12 +1,12 @@
-"""What the host spends on a cell (one layer of one batch) beside the layer's own arithmetic, in microseconds.
+"""The overhead of the host for a cell (one layer of one batch), in addition to the layer's arithmetic, in us.
 
     python benchmarks/host_overhead.py
 
-A tiny model whose every byte lies in the compute tier, so that nothing has to move: what a decode takes beyond
-`Layer.forward` is the loop, the lanes, the cache and the ids. The forwards of one token are taken down and run
-again in a plain loop, without the engine, on the same inputs; attention there only reads keys and values of the
-same length. `beside_us` is the decode less those. `beside_forward_us` is the decode less the time inside
-`Layer.forward` where it ran, in which the cache's own work counts as the layer's. Limit: 150 us.
+All data of a tiny model is in device memory, so nothing has to move. The time of a decode beyond `Layer.forward` is
+the loop, the lanes, the cache and the ids. The forward calls of one token are recorded and repeated in a plain loop
+on the same inputs, without the engine; attention there only reads keys and values of the same length. `beside_us` is
+the time of the decode minus that loop. `beside_forward_us` is the time of the decode minus the time inside
+`Layer.forward` during the decode, which includes the work of the cache. Limit: 150 us.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DECODES, PLAIN_LOOPS = 3, 21
 
 
 class Forward(NamedTuple):
-    """One call of `Layer.forward` as the engine made it, and its seconds."""
+    """A call of `Layer.forward` by the engine, and its seconds."""
 
     layer: Layer
     x: Tensor
@@ -53,16 +53,16 @@ def main() -> None:
     )
     add: Callable[..., Any] = parser.add_argument
     add("--repeats", type=int, default=5)
-    add("--case", choices=sorted(ORDERS), action="append", help="only this order (may be repeated)")
-    add("--device", action="append", help="cpu, cuda, ... (default: cpu, and cuda where there is one)")
+    add("--case", choices=sorted(ORDERS), action="append", help="run only this order (may be repeated)")
+    add("--device", action="append", help="cpu, cuda, ... (default: cpu, and cuda if available)")
     add("--layers", type=int, default=12)
     add("--hidden", type=int, default=64)
     add("--heads", type=int, default=2)
     add("--batch", type=int, default=4)
-    add("--batches", type=int, default=4, help="where the order takes several")
+    add("--batches", type=int, default=4, help="batches in a block, for orders with several")
     add("--prompt-len", type=int, default=16)
     add("--tokens", type=int, default=33)
-    add("--out", help="another file for the results")
+    add("--out", help="write the results to this file")
     args = parser.parse_args()
     devices = args.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     cases = {
@@ -73,8 +73,8 @@ def main() -> None:
     figures = interleaved(cases, args.repeats)
     for name, found in figures.items():
         found["within_limit"] = found["beside_us"]["median"] <= LIMIT_US
-        told = ", ".join(f"{key} {found[key]['median']:.1f}" for key in found if key.endswith("_us"))
-        print(f"{name:<30}{told}")
+        figures_us = ", ".join(f"{key} {found[key]['median']:.1f}" for key in found if key.endswith("_us"))
+        print(f"{name:<30}{figures_us}")
     shape = {key: value for key, value in vars(args).items() if isinstance(value, int) and key != "repeats"}
     print(
         save(
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def measure(device: str, order: str, args: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a cell of one decode: in all, of the same forwards alone, and what is left."""
+    """Microseconds per cell of one decode: in total, for the same forward calls alone, and the difference."""
     batches = 1 if order == "overlap_single_batch" else args.batches
     policy = Policy(gpu_batch_size=args.batch, num_gpu_batches=batches, **ALL_ON_GPU)
     config = OPTConfig(
@@ -94,7 +94,7 @@ def measure(device: str, order: str, args: argparse.Namespace) -> dict[str, floa
         num_hidden_layers=args.layers, num_attention_heads=args.heads,
     )  # fmt: skip
     prompts = np.random.default_rng(0).integers(4, 256, size=(policy.block_size, args.prompt_len))
-    # float16, as CUDA attends it fastest; a CPU has no instructions for it.
+    # float16 has the fastest attention on CUDA; a CPU has no instructions for it.
     dtype = "float32" if device == "cpu" else "float16"
     with OptLM(
         config, policy, device=device, dtype=dtype, weights="dummy", order=order, progress=False
@@ -125,13 +125,13 @@ def measure(device: str, order: str, args: argparse.Namespace) -> dict[str, floa
 
 @contextmanager
 def noted_forwards() -> Iterator[list[Forward]]:
-    """Every call of any layer's forward in this block, in order."""
+    """Record all calls of `forward` of all layers in the body, in order."""
     calls: list[Forward] = []
     originals = {kind: kind.forward for kind in kinds(Layer) if "forward" in vars(kind)}
 
     def noting(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(layer: Layer, x: Tensor, weights: Mapping[str, Tensor], ctx: Any) -> Tensor:
-            # Before the clock: a copy, as the buffer behind x is used again.
+            # Copy x before the clock starts, because its buffer is reused.
             mine, positions = x.clone(), ctx.positions.clone()
             began = time.perf_counter()
             y = original(layer, x, weights, ctx)
@@ -157,7 +157,7 @@ def kinds(base: type) -> Iterator[type]:
 
 
 class Alone:
-    """The context of a layer outside of any engine: keys and values of a fixed length that nobody wrote."""
+    """A context for a layer without an engine, with uninitialised keys and values of a fixed length."""
 
     last_only = True
 
@@ -176,7 +176,7 @@ class Alone:
 
 @torch.inference_mode()
 def in_plain_loop(calls: list[Forward], length: int) -> float:
-    """Seconds of these forwards one after another: the median of some loops."""
+    """The seconds of these forward calls one after another: the median of several loops."""
     contexts = [Alone(call, length) for call in calls]
     synchronize = torch.cuda.synchronize if calls[0].x.is_cuda else lambda: None
     seconds = []

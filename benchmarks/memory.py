@@ -1,14 +1,13 @@
-"""Measured memory against the plan: the peak of the resident set in a fresh process, beyond what it had before.
+"""Compare measured memory with the plan: the peak resident set of a new process, minus its initial size.
 
     python benchmarks/memory.py --work-dir DIR
 
-Each case is a process of its own, which imports torch and flexgen, runs the case "tiny" once (threads, and what
-libraries set up at their first call, belong to no model) and notes its resident set. Then it opens a model with
-random weights in bfloat16 and runs one call. The kernel's peak beyond that base, the larger of opening (weights are
-written to disk for the first time then) and of the call, is to lie within a tenth of the plan on either side, or
-within 20 MB where that is more: what the plan lacks may end the process, and what it has too much of is memory that
-nothing uses.
-DIR holds what lies on disk during a case, at most 2 GB.
+Each case is a separate process. It imports torch and flexgen, runs the case "tiny" once (threads and the one-time
+setup of libraries do not belong to a model) and records its resident set as the base. Then it opens a model with
+random weights in bfloat16 and runs one call. The peak beyond the base is the larger one of opening, which writes the
+weights to disk, and of the call. It must be within a tenth of the plan, or within 20 MB if that is more. If the plan
+is too small, the system may kill the process; if it is too large, memory is wasted. DIR contains the files of a case,
+at most 2 GB.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ def main() -> None:
     )
     parser.add_argument("--work-dir", required=True)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--out", help="another file for the results")
+    parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
+    parser.add_argument("--out", help="write the results to this file")
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     Path(args.work_dir).mkdir(parents=True, exist_ok=True)
@@ -104,9 +103,9 @@ def main() -> None:
         found["peak_per_plan"] = sizes["peak"] / sizes["plan"]
         found["allowed_bytes"] = max(SHARE * sizes["plan"], LEAST)
         found["within_limit"] = abs(sizes["peak"] - sizes["plan"]) <= found["allowed_bytes"]
-        told = "".join(f"{size / 1e6:>10.0f}" for size in sizes.values())
-        told += f"{found['peak_per_plan']:>12.2f}{found['allowed_bytes'] / 1e6:>10.0f}"
-        print(f"{name:<36}{told}{'' if found['within_limit'] else '  OUTSIDE'}")
+        line = "".join(f"{size / 1e6:>10.0f}" for size in sizes.values())
+        line += f"{found['peak_per_plan']:>12.2f}{found['allowed_bytes'] / 1e6:>10.0f}"
+        print(f"{name:<36}{line}{'' if found['within_limit'] else '  OUTSIDE'}")
     rule = (
         f"|peak - plan| <= {SHARE:.0%} of the plan or {LEAST / 1e6:.0f} MB; peak = max(opening, call) - base"
     )
@@ -114,8 +113,8 @@ def main() -> None:
 
 
 def in_process(name: str, work_dir: str) -> dict[str, float]:
-    """The case in a process of its own."""
-    with tempfile.TemporaryDirectory(dir=work_dir) as folder:  # without weights of an earlier process
+    """Run the case in a separate process."""
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:  # without the weights of earlier processes
         words = [sys.executable, __file__, "--work-dir", folder, "--worker", name]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -125,7 +124,7 @@ def in_process(name: str, work_dir: str) -> dict[str, float]:
 
 
 def measure(case: Case, folder: str) -> dict[str, float]:
-    """Bytes before the model is opened, planned, and at the peaks of opening it and of a call."""
+    """Bytes before the model is opened, in the plan, and at the peaks of opening it and of a call."""
     ids = np.random.default_rng(0).integers(4, 30_000, size=(case.policy.block_size, case.prompt_len))
     opening: dict[str, Any] = dict(
         device="cpu", dtype="bfloat16", weights="dummy", offload_dir=folder, progress=False

@@ -1,14 +1,14 @@
-"""Share of the bound that each order reaches: the longest lane of each phase, alone, over the measured time.
+"""The share of the bound that each order reaches: the slowest lane of each phase, alone, over the measured time.
 
     python benchmarks/overlap.py --offload-dir DIR
 
-Weights 100% on disk with large and with small batches, and the KV cache on disk, for eight layers of the
-OPT-1.3B shape with random weights in bfloat16 on the CPU. The vocabulary is cut with the layers, to a third, so
-that the head is as large a part as it is of the whole model. `normal` is measured beside the overlap orders. DIR
-should lie on a real disk; the model's 0.9 GB are written there once.
+The cases are: all weights on disk with large and with small batches, and the KV cache on disk. The model has eight
+layers of the OPT-1.3B shape with random weights in bfloat16, on the CPU. Its vocabulary is reduced to a third, so
+that the head is as large a part as in the whole model. The order `normal` is measured too, for comparison. DIR should
+be on a real disk; the model's 0.9 GB are written there once.
 
-Beside it: for which share of a run the lane that each phase waits for was busy in that run. It does not count what a
-lane is slower beside others, and not what the machine changes between the run and the lanes alone.
+It also reports the share of a run in which the slowest lane of each phase was busy. This share does not depend on the
+slowdown of a lane by others, nor on changes of the machine between the run and the measurement of the lanes alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Policy, int, int]] = {
 
 
 def busiest(events: list[Event]) -> float:
-    """Seconds in which the lane that each phase waits for worked, in the run itself."""
+    """The busy seconds of the slowest lane of each phase, in the run itself."""
     seconds: Counter[tuple[Phase, LaneName]] = Counter()
     for event in events:
         phase = Phase.DECODE if event.step.token else Phase.PREFILL
@@ -66,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--offload-dir", required=True)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
     parser.add_argument("--resume", action="store_true", help="keep the results of the other cases")
     args = parser.parse_args()
     figures = kept(RESULTS / "overlap.json").get("figures", {}) if args.resume else {}
@@ -93,12 +93,12 @@ def main() -> None:
             "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
             "figures": figures,
         }
-        path = save("overlap", document)  # what comes later may be cut off
+        path = save("overlap", document)  # later cases may be interrupted
     columns = [(order, what) for order in ("overlap", "normal") for what in ("share", "busy")]
     print(f"{'case':<28}" + "".join(f"{order + ', ' + what:>16}" for order, what in columns))
     for name, found in figures.items():
-        told = (found[order].get(what, {}).get("median", math.nan) for order, what in columns)
-        print(f"{name:<28}" + "".join(f"{share:>16.2f}" for share in told))
+        shares = (found[order].get(what, {}).get("median", math.nan) for order, what in columns)
+        print(f"{name:<28}" + "".join(f"{share:>16.2f}" for share in shares))
     print(path)
 
 

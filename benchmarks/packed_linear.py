@@ -1,11 +1,11 @@
-"""Products with int4 and int8 weights as they are kept, against decoding them and against products of the matrix.
+"""Fused products with int4 and int8 weights, compared with decoding and with products of the plain matrix.
 
     python benchmarks/packed_linear.py
 
-What `fused_rows` in `kernels.groupwise_linear` rests on: up to how many rows of x the fused product takes no longer
-than the product of a matrix that is decoded already. `decode` is what a visit of a layer pays once before that.
-Torch's own int4 product, with another layout and bfloat16 scales, stands beside them where this CPU has it.
-On a GPU (--device cuda) the same for the Triton kernels.
+These figures are the reason for `fused_rows` in `kernels.groupwise_linear`: the most rows of x for which the fused
+product is at least as fast as the product with an already decoded matrix. `decode` is the cost of decoding, once for
+each visit of a layer. If the CPU supports it, torch's own int4 product, with another layout and bfloat16 scales, is
+measured too. On a GPU (--device cuda), the Triton kernels are measured.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BITS = (4, 8)
 GROUP = 64
-MEMORY = 192 << 20  # bytes of weights in turn, so that none stays in a cache
+MEMORY = 192 << 20  # bytes of weights in rotation, so that none stays in a processor cache
 
 
 def rate(call: Callable[[Tensor], object], weights: Sequence[Tensor], seconds: float) -> dict[str, float]:
-    """Milliseconds of one call, with one weight after another."""
+    """The milliseconds of one call, with the weights in rotation."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     call(weights[-1])
     if on_gpu:
@@ -89,10 +89,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--seconds", type=float, default=0.1, help="least time of one measurement")
+    parser.add_argument("--seconds", type=float, default=0.1, help="minimum time of one measurement")
     args = parser.parse_args()
     if args.device == "cpu" and not native_available():
-        parser.error("the compiled kernels are not built, or switched off")
+        parser.error("the compiled kernels are not built or are disabled")
     results = []
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         found = interleaved(cases_of(shape, dtype, args.rows, args.device, args.seconds), args.repeats)

@@ -1,9 +1,9 @@
-"""FlexGen's published throughput beside what the simulator says of its policies, in its order and ours, and of ours.
+"""FlexGen's published throughput, compared with simulations of its policies (in its order and ours) and of ours.
 
     python benchmarks/paper_table.py
 
 Prompt 512, 32 new tokens, one T4 (arXiv 2303.06865; README of FlexLLMGen at commit 004ffef). The policies are the
-files of `policies/`; each says in its first lines which command simulates it, and that command is what is run here.
+files of `policies/`. The first lines of each contain the command that simulates it, and this script runs the command.
 Nothing is measured, so the figures are the same on any machine.
 """
 
@@ -23,15 +23,15 @@ from flexgen.simulate import make_parser, simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {
-    # model: tokens/s as it is, with compression. The paper has 8.70 for OPT-30B with compression.
+    # model: tokens/s without and with compression. The paper has 8.70 for OPT-30B with compression.
     "opt-6.7b": (25.26, 29.12),
     "opt-30b": (7.32, 8.38),
     "opt-175b": (0.69, 1.12),
 }
 OUR_ORDER = "--order overlap_multi_batch"
 COLUMNS = {
-    # column: policy, what is changed in its command. `overlap_cpu_attention` would need a policy that leaves its
-    # slots room on the GPU.
+    # column: policy, changes of its command. `overlap_cpu_attention` would need a policy that leaves space for its
+    # slots on the GPU.
     "original": ("{model}-t4-paper{codec}", ""),
     "our order": ("{model}-t4-paper{codec}", OUR_ORDER),
     "our order on t4": ("{model}-t4-paper{codec}", f"{OUR_ORDER} --hardware t4"),
@@ -40,13 +40,13 @@ COLUMNS = {
 
 
 def command(policy: Path) -> str:
-    """The command in the comment of a policy that simulates it."""
+    """The command in a policy's comment that simulates the policy."""
     lines = (line.removeprefix("# ") for line in policy.read_text(encoding="utf-8").splitlines())
     return next(line for line in lines if line.startswith("python -m flexgen.simulate "))
 
 
 def simulated(policy: str, changes: str) -> dict[str, Any]:
-    """The report of the policy's command with `changes`, or why it is refused."""
+    """The report of the policy's command with `changes`, or the reason why the policy is refused."""
     flags = shlex.split(f"{command(ROOT / policy)} {changes} --json -")[3:]
     out = io.StringIO()
     try:
@@ -79,7 +79,7 @@ def main() -> None:
                 said = found.get("refused") or f"{speed} tokens/s, {found['of_published']} of the published"
                 print(f"{name}, {column}: {said}", flush=True)
             rows.append(row)
-    # No machine and no versions are noted: they have no part in these figures.
+    # Machine and versions are not recorded, because the figures do not depend on them.
     document = {
         "command": "python benchmarks/paper_table.py",
         "prompt_len": 512,

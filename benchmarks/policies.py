@@ -1,10 +1,10 @@
-"""Searches a policy for each model of FlexGen's paper on its machine and writes it to `policies/`.
+"""Search a policy for each model of FlexGen's paper on the paper's machine, and write it to `policies/`.
 
     python benchmarks/policies.py [--model opt-30b]
 
-OPT-6.7B, OPT-30B and OPT-175B on `t4`, with weights and cache as they are and with codecs allowed (`-int4`);
-prompt 512, 32 new tokens. Nothing is measured. Then `benchmarks/paper_table.py` puts what was found beside what was
-published.
+The models are OPT-6.7B, OPT-30B and OPT-175B on `t4`, without codecs and with them (`-int4`), for prompts of 512
+tokens and 32 new tokens. Nothing is measured. `benchmarks/paper_table.py` compares the results with the published
+figures.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ WORKLOAD = Workload(prompt_len=512, gen_len=32, num_prompts=768)  # the paper's 
 
 
 def write(model: str, lossy: bool) -> None:
-    """Search, and save the best policy with what it is for and the command that predicts it."""
+    """Search, and save the best policy with its purpose and the command that predicts it."""
     spec, _ = open_model(model, "dummy")
     machine = Hardware.preset(MACHINE)
     best = find_policy(spec, machine, WORKLOAD, fixed={"attn_sparsity": 1.0}, lossy=lossy).best
     path = POLICIES / f"{model}-{MACHINE}{'-int4' if lossy else ''}.toml"
-    # The search samples tokens; what is promised is what the command says.
+    # The search samples tokens, so the comment contains the prediction of the command.
     speed = predict(spec, best.policy, machine, WORKLOAD, order=best.order).report.throughput_tokens_s
     order = "" if best.order == own_order(best.policy, machine) else f" --order {best.order}"
     job = f"--prompt-len {WORKLOAD.prompt_len} --gen-len {WORKLOAD.gen_len} --num-prompts {WORKLOAD.num_prompts}"
     comment = (
         f"{spec.name.upper()} on the machine {MACHINE!r} of flexgen/predict/hardware.toml, "
-        f"{'codecs allowed' if lossy else 'weights and cache as they are'}: the best\n"
-        f"that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} tokens and "
-        f"{WORKLOAD.gen_len} new ones each.\n"
+        f"{'with codecs' if lossy else 'without codecs'}: the best\n"
+        f"policy that benchmarks/policies.py found for {WORKLOAD.num_prompts} prompts of {WORKLOAD.prompt_len} "
+        f"tokens and {WORKLOAD.gen_len} new tokens each.\n"
         f"Predicted: {speed:.4g} tokens/s\n"
         f"python -m flexgen.simulate --model {model} --policy policies/{path.name} --hardware {MACHINE}{order} {job}"
     )
@@ -49,7 +49,7 @@ def write(model: str, lossy: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search the policies of policies/ for the paper's machine.")
-    parser.add_argument("--model", choices=MODELS, action="append", help="this one only; may be repeated")
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this model (may be repeated)")
     for model in parser.parse_args().model or MODELS:
         for lossy in (False, True):
             write(model, lossy)

@@ -1,13 +1,13 @@
-"""Predicted over measured throughput on the machine at hand.
+"""Compare predicted with measured throughput on this machine.
 
     python benchmarks/prediction.py --offload-dir DIR
 
-In a round the machine is measured (as by `python -m flexgen.measure`), every policy runs once, and the machine is
-measured again; the policies are predicted from those two measurements alone, as the mean of what each says. A shared
-machine is another one from minute to minute, so the rounds count one by one, and a policy's figure is the median of
-measured over predicted seconds of its rounds. Four layers of the OPT-1.3B shape with random weights, on the CPU and
-on an emulated device behind limited links. Target: predictions off by at most 10% in the median and 25% at worst. DIR
-should lie on a real disk; it holds up to 2 GB. A round takes about four minutes for each device.
+A round measures the machine (like `python -m flexgen.measure`), runs every policy once, and measures the machine
+again. The policies are predicted from these two measurements, as the mean of both predictions. The speed of a shared
+machine changes every minute, so each round is evaluated on its own: the figure of a policy is the median over its
+rounds of measured over predicted seconds. The model has four layers of the OPT-1.3B shape with random weights; it
+runs on the CPU and on an emulated device with limited links. Target: an error of at most 10% in the median and 25% in
+the worst case. DIR should be on a real disk; it needs up to 2 GB. A round takes about four minutes for each device.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ PHASES = ("seconds", "prefill_s", "decode_s")
 
 
 def run(name: str, folder: str) -> dict[str, Any]:
-    """What a policy takes, once."""
+    """Run a policy once."""
     case, policy = CASES[name], CASES[name].policy
     prompts = np.random.default_rng(0).integers(4, 50_000, size=(policy.block_size, case.prompt_len))
     with OptLM(
         MODEL, policy, device=case.device, dtype=case.dtype, weights="dummy", offload_dir=folder, order=case.order,
         progress=False,
     ) as model:  # fmt: skip
-        model.generate(prompts[: policy.gpu_batch_size], 2, stop=())  # makes threads and touches pages
+        model.generate(prompts[: policy.gpu_batch_size], 2, stop=())  # creates threads and touches pages
         before = psutil.cpu_times()
         model.generate(prompts, case.new_tokens, stop=())
         after = psutil.cpu_times()
@@ -115,7 +115,7 @@ def run(name: str, folder: str) -> dict[str, Any]:
 
 
 def stolen(before: Any, after: Any) -> float:
-    """The share of the processors' time that other guests of the same host took; 0 where that is not told."""
+    """The share of the processor time that other guests of the same host used; 0 if it is not reported."""
     took = sum(after) - sum(before)
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / took if took else 0.0
 
@@ -123,7 +123,7 @@ def stolen(before: Any, after: Any) -> float:
 def a_round(
     device: str, names: Sequence[str], folder: str, before: Hardware
 ) -> tuple[dict[str, Any], Hardware]:
-    """What each policy takes after the machine measured as `before`; and what it measures as behind them."""
+    """Run each policy, then measure the machine again. `before`: the measurement before the runs."""
     runs = {}
     for name in names:
         runs[name] = run(name, folder)
@@ -139,7 +139,7 @@ def a_round(
 
 
 def foresee(case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
-    """The mean of what each measurement of the machine says, on a policy's run."""
+    """The mean of the predictions from each measurement of the machine, for one run of a policy."""
     spec, _ = open_model(MODEL, "dummy")
     workload = Workload(case.prompt_len, case.new_tokens, case.policy.block_size)
     predictions = [
@@ -157,7 +157,7 @@ def foresee(case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
 
 
 def compare(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A policy's measured over predicted seconds: medians over the rounds that it is in."""
+    """Measured over predicted seconds of a policy: medians over its rounds."""
     case, pairs = CASES[name], []
     for each in rounds:
         if name in each["runs"]:
@@ -192,7 +192,7 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All figures anew from the rounds."""
+    """Compute all figures from the rounds."""
     figures = {name: compare(name, rounds) for name in CASES if any(name in each["runs"] for each in rounds)}
     document = {
         "model": "4 layers of the OPT-1.3B shape, random weights",
@@ -212,12 +212,14 @@ def main() -> None:
     add = parser.add_argument
     add("--offload-dir", required=True)
     add("--rounds", type=int, default=5)
-    add("--case", choices=CASES, action="append", help="only this one (may be repeated)")
-    add("--device", choices=("cpu", "emulated"), help="only cases of this device")
+    add("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
+    add("--device", choices=("cpu", "emulated"), help="run only the cases of this device")
     add(
-        "--resume", action="store_true", help="beside the rounds that the results have; all is predicted anew"
+        "--resume",
+        action="store_true",
+        help="add rounds to those in the results, and predict all of them again",
     )
-    add("--out", help="another file for the results")
+    add("--out", help="write the results to this file")
     args = parser.parse_args()
     path = Path(args.out) if args.out else RESULTS / "prediction.json"
     rounds: list[dict[str, Any]] = kept(path).get("rounds", []) if args.resume else []
@@ -230,14 +232,14 @@ def main() -> None:
             write(path, rounds)
     document = write(path, rounds)
     for name, found in document["figures"].items():
-        told = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
+        ratios = " ".join(f"{each['ratio']:.2f}" for each in found["by_round"])
         print(
             f"{name:<44}{found['ratio']:>6.2f}  prefill {found['prefill_ratio']:.2f}  decode "
-            f"{found['decode_ratio']:.2f}  ({told})"
+            f"{found['decode_ratio']:.2f}  ({ratios})"
         )
-    told = document["summary"]
+    summary = document["summary"]
     print(
-        f"{told['cases']} policies: median error {told['median_error']:.1%}, worst {told['worst_error']:.1%}"
+        f"{summary['cases']} policies: median error {summary['median_error']:.1%}, worst {summary['worst_error']:.1%}"
     )
     print(path)
 

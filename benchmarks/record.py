@@ -1,4 +1,4 @@
-"""How figures are kept: one JSON per benchmark, with the command and the machine, from interleaved repeats."""
+"""Interleaved measurements, and their results: one JSON per benchmark, with the command and the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -38,9 +38,9 @@ def machine() -> dict[str, Any]:
 def interleaved(
     cases: Mapping[str, Callable[[], dict[str, float]]], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Run every case once, `repeats` times over, so that a drift of the machine meets all of them alike.
+    """Run every case once, and repeat this `repeats` times, so that a drift of the machine affects all cases equally.
 
-    Each case returns figures by name; the result has, by case and figure, the median and all values.
+    Each case returns figures by name. The result has the median and all values for each case and figure.
     """
     values: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
     for n in range(repeats):
@@ -55,7 +55,7 @@ def interleaved(
 
 
 def anywhere(word: str) -> str:
-    """A path of this machine says nothing on another."""
+    """Remove paths, which have no meaning on other machines."""
     path = Path(word)
     return word if not path.is_absolute() else "DIR" if path.is_dir() else "PATH"
 
@@ -65,7 +65,7 @@ def _last(figures: Mapping[str, list[float]]) -> str:
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """What `save` wrote to `path`; empty where there is nothing yet."""
+    """The contents that `save` wrote to `path`; empty if there is no file."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return document
 
@@ -81,7 +81,7 @@ def save(name: str, figures: Mapping[str, Any], path: Path | None = None) -> Pat
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whenever the process is killed."""
+    """Write a file atomically, even if the process is killed."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

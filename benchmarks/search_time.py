@@ -1,11 +1,11 @@
-"""How long the planner itself takes, for the largest model that it knows.
+"""The time of searches and predictions for OPT-175B, the largest known model.
 
     python benchmarks/search_time.py
 
-`find_policy` for OPT-175B, 768 prompts of 512 tokens and 32 new ones, on three presets: the paper's T4, a laptop and
-an H100; and the prediction, token by token, of the policy that each finds (`python -m flexgen.simulate`). Each in
-its own process, as a command would, so that nothing is known beforehand. The laptop's disk is too small: to say so
-may not take longer either. Targets: 20 s for a search, 10 s for a prediction. Nothing else should run.
+Runs `find_policy` for 768 prompts of 512 tokens with 32 new tokens, on three presets: the paper's T4, a laptop and an
+H100. Then it predicts each policy token by token (`python -m flexgen.simulate`). Each runs in its own process, like a
+command, with empty caches. The laptop's disk is too small, and the error must not take longer either. Targets: 20 s
+for a search, 10 s for a prediction. Keep the machine idle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEARCH_S, PREDICT_S = 20.0, 10.0
 
 
 def search(machine: str) -> dict[str, Any]:
-    """Seconds of a search, and what it found."""
+    """The seconds of a search, and its result."""
     spec, _ = open_model(MODEL, "dummy")
     began = time.perf_counter()
     try:
@@ -50,7 +50,7 @@ def search(machine: str) -> dict[str, Any]:
 
 
 def simulate(machine: str, policy: dict[str, Any], order: str) -> dict[str, Any]:
-    """Seconds of a prediction in which every token of a block is laid out, as `flexgen.simulate` does it."""
+    """The seconds of a prediction that simulates every token of a block, like `flexgen.simulate`."""
     spec, _ = open_model(MODEL, "dummy")
     asked = Policy.from_dict(policy)
     block = Workload(WORKLOAD.prompt_len, WORKLOAD.gen_len, asked.block_size)
@@ -60,11 +60,11 @@ def simulate(machine: str, policy: dict[str, Any], order: str) -> dict[str, Any]
 
 
 def alone(work: partial[dict[str, Any]], found: dict[str, Any]) -> dict[str, float]:
-    """The seconds of `work` in a new process; `found` takes the rest of what it says."""
+    """The seconds of `work` in a new process. Its other results are added to `found`."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        told = pool.apply(work)
-    seconds = told.pop("seconds")
-    found.update(told)
+        result = pool.apply(work)
+    seconds = result.pop("seconds")
+    found.update(result)
     return {"seconds": seconds}
 
 
@@ -73,27 +73,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--case", choices=MACHINES, action="append", help="only this one (may be repeated)")
+    parser.add_argument(
+        "--case", choices=MACHINES, action="append", help="run only this machine (may be repeated)"
+    )
     args = parser.parse_args()
     found: dict[str, dict[str, Any]] = {machine: {} for machine in args.case or MACHINES}
     searches = interleaved(
-        {machine: partial(alone, partial(search, machine), told) for machine, told in found.items()},
+        {machine: partial(alone, partial(search, machine), result) for machine, result in found.items()},
         args.repeats,
     )
     simulations = interleaved(
         {
-            machine: partial(alone, partial(simulate, machine, told["policy"], told["order"]), {})
-            for machine, told in found.items()
-            if "policy" in told
+            machine: partial(alone, partial(simulate, machine, result["policy"], result["order"]), {})
+            for machine, result in found.items()
+            if "policy" in result
         },
         args.repeats,
     )
-    for machine, told in found.items():
+    for machine, result in found.items():
         line = f"{machine:<12} search {searches[machine]['seconds']['median']:6.2f} s of {SEARCH_S:g}"
         if machine in simulations:
             took = simulations[machine]["seconds"]["median"]
-            line += f", simulation {took:6.2f} s of {PREDICT_S:g}, {told['tokens_s']:.4g} tokens/s"
-        print(line + (f", {told['refused']}" if "refused" in told else ""))
+            line += f", simulation {took:6.2f} s of {PREDICT_S:g}, {result['tokens_s']:.4g} tokens/s"
+        print(line + (f", {result['refused']}" if "refused" in result else ""))
     document = {
         "model": MODEL,
         "workload": [WORKLOAD.prompt_len, WORKLOAD.gen_len, WORKLOAD.num_prompts],

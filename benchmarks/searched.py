@@ -1,11 +1,11 @@
-"""The searched policy against hand-made ones: throughput of the same job on the machine at hand.
+"""Compare the searched policy with policies written by hand: throughput of the same job on this machine.
 
     python benchmarks/searched.py --offload-dir DIR
 
-Each setting has a model that does not fit its memory, one job, and twelve policies as an experienced user would write
-them, all without codecs. The machine is measured first (as by `python -m flexgen.measure`), `find_policy` picks a
-thirteenth from those figures, and all of them do the whole job, interleaved. Target: the searched policy reaches at
-least 90% of the throughput of the best hand-made one. DIR should lie on a real disk; it holds a few GB.
+Each setting has a model that does not fit in memory, one job, and twelve policies that an experienced user might
+write, all without codecs. The machine is measured first (like `python -m flexgen.measure`), `find_policy` chooses a
+policy from these figures, and all thirteen policies run the whole job, interleaved. Target: the searched policy has
+at least 90% of the throughput of the best hand-made policy. DIR should be on a real disk; it needs a few GB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEARCHED = "searched"
 DTYPE = "bfloat16"
 MODEL = OPTConfig(
     hidden_size=2048, ffn_dim=8192, num_hidden_layers=6, num_attention_heads=32, word_embed_proj_dim=2048,
-    vocab_size=8192,  # OPT's own would be a third of so few layers' bytes, and of the buffers that hold one unit more
+    vocab_size=8192,  # OPT's own vocabulary would be a third of the bytes of these few layers, and of their buffers
 )  # fmt: skip
 JOB = Workload(prompt_len=16, gen_len=8, num_prompts=32)
 
@@ -54,13 +54,13 @@ class Setting(NamedTuple):
 
 
 def _host(batch: int, batches: int, cpu: int, **fields: Any) -> Run:
-    """Weights `cpu` percent in memory, the rest on disk; all else in memory."""
+    """A policy with `cpu` percent of the weights in memory, the rest on disk, and all other data in memory."""
     given = {"weights": {"cpu": cpu, "disk": 100 - cpu}, "cache": {"cpu": 100}, "activations": {"cpu": 100}}
     return Run(Policy(gpu_batch_size=batch, num_gpu_batches=batches, **given | fields))
 
 
 def _device(batch: int, batches: int, gpu: int, cpu: int, **fields: Any) -> Run:
-    """Weights in percent, the rest on disk; cache in host memory, hidden states on the device."""
+    """A policy with weights by percent, the rest on disk, cache in host memory and hidden states on the device."""
     weights = {"gpu": gpu, "cpu": cpu, "disk": 100 - gpu - cpu}
     given = {"weights": weights, "cache": {"cpu": 100}, "activations": {"gpu": 100}}
     return Run(Policy(gpu_batch_size=batch, num_gpu_batches=batches, **given | fields))
@@ -99,7 +99,7 @@ EMULATED = {
 }
 SETTINGS = {
     "cpu": Setting("cpu", {Tier.CPU: 420 * MIB}, CPU),
-    # A device of its own size is measured; the limit says what a policy may take of it.
+    # The device is measured with its full size; the limit is for policies only.
     "emulated": Setting(
         "emulated:memory=3GiB,link=2GiB,disk=1GiB", {Tier.GPU: 320 * MIB, Tier.CPU: 520 * MIB}, EMULATED
     ),
@@ -107,14 +107,14 @@ SETTINGS = {
 
 
 def foretell(hardware: Hardware, run: Run) -> dict[str, float]:
-    """What a run is predicted to take."""
+    """The prediction of a run."""
     spec, _ = open_model(MODEL, "dummy")
     report = predict(spec, run.policy, hardware, JOB, dtype=DTYPE, order=run.order).report
     return {"seconds": report.total_s, "prefill_s": report.prefill_s, "decode_s": report.decode_s}
 
 
 def search(hardware: Hardware) -> Run:
-    """What the planner picks, without codecs."""
+    """The policy that the search finds without codecs."""
     spec, _ = open_model(MODEL, "dummy")
     found = find_policy(spec, hardware, JOB, dtype=DTYPE)
     print(
@@ -133,7 +133,7 @@ def do_job(model: OptLM, prompts: np.ndarray) -> dict[str, float]:
 def measure(
     setting: Setting, runs: Mapping[str, Run], folder: str, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """What each run takes: all are open at once, so that their repeats can be interleaved."""
+    """Measure all runs. All models are open at the same time, so that the repeats can be interleaved."""
     prompts = np.random.default_rng(0).integers(4, MODEL.vocab_size, size=(JOB.num_prompts, JOB.prompt_len))
     with contextlib.ExitStack() as stack:
         cases = {}
@@ -144,18 +144,20 @@ def measure(
                     order=order, max_memory=setting.max_memory, progress=False,
                 )
             )  # fmt: skip
-            model.generate(prompts[:, :1], 2, stop=())  # makes threads and touches pages
+            model.generate(prompts[:, :1], 2, stop=())  # creates threads and touches pages
             cases[name] = partial(do_job, model, prompts)
         return interleaved(cases, repeats)
 
 
 def compare(setting: Setting, folder: str, repeats: int, again: bool) -> dict[str, Any]:
-    """One setting: what is searched for there, what every run takes, and what it was predicted to take."""
+    """Run one setting: the search, all runs, and their predictions."""
     if again:
         measured(setting.device, folder, again=True)
     hardware = this_machine(setting.device, folder, max_memory=setting.max_memory)
     runs = {SEARCHED: search(hardware), **setting.hand_made}
-    foretold = {name: foretell(hardware, run) for name, run in runs.items()}  # refuses what does not fit
+    foretold = {
+        name: foretell(hardware, run) for name, run in runs.items()
+    }  # raises if a policy does not fit
     found = measure(setting, runs, folder, repeats)
     seconds = {name: figures["seconds"]["median"] for name, figures in found.items()}
     best = min(setting.hand_made, key=seconds.__getitem__)
@@ -180,7 +182,7 @@ def compare(setting: Setting, folder: str, repeats: int, again: bool) -> dict[st
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """A line for each policy, the fastest first."""
+    """One line per policy, with the fastest first."""
     rows = [f"{'tokens/s':>10}{'predicted':>11}"]
     for name, one in sorted(found["figures"].items(), key=lambda item: -item[1]["tokens_s"]):
         rows.append(f"{one['tokens_s']:>10.2f}{one['predicted_tokens_s']:>11.2f}  {name}")
@@ -195,9 +197,9 @@ def main() -> None:
     add = parser.add_argument
     add("--offload-dir", required=True)
     add("--repeats", type=int, default=3)
-    add("--case", choices=SETTINGS, action="append", help="only this setting (may be repeated)")
+    add("--case", choices=SETTINGS, action="append", help="run only this setting (may be repeated)")
     add("--again", action="store_true", help="measure the machine again")
-    add("--resume", action="store_true", help="keep the settings that the results have")
+    add("--resume", action="store_true", help="keep the other settings in the results")
     args = parser.parse_args()
     path = RESULTS / "searched.json"
     before = kept(path) if args.resume else {}

@@ -1,13 +1,13 @@
-"""Train the embedded model `demo` from scratch, or measure the one that is there.
+"""Train the embedded model `demo` from scratch, or evaluate an existing one.
 
     python benchmarks/train_demo.py --out flexgen/demo/model --steps 2800 --seed 0
     python benchmarks/train_demo.py --evaluate flexgen/demo/model --records 2000
 
-The text is what every Python installation carries: the docstrings of its standard library. The record tasks
-are generated (`flexgen.demo.tasks`), and none of the held-out ones that are evaluated is ever trained on.
-The script trains the tokenizer, then a small OPT on one CPU thread, saving as it goes. Given `--steps`, one
-seed gives one model on one machine; given `--minutes`, the schedule follows the clock and the card says how
-many steps that came to.
+The training text is part of every Python installation: the docstrings of the standard library. The records are
+generated (`flexgen.demo.tasks`); the held-out records for the evaluation are never used in training. The script
+trains the tokenizer, then a small OPT on one CPU thread, and saves it regularly. With `--steps`, the result depends
+only on the seed and the machine. With `--minutes`, the schedule follows the clock, and the card has the number of
+steps.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from flexgen.demo.tasks import TASKS, Record, accuracy, records
 SCRIPT = "benchmarks/train_demo.py"
 VOCAB_SIZE = 1536
 POSITIONS = 512
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # the ids OPT gives them: 0, 1, 2, 3
-PAD, EOS = 1, 2  # as in OPT, </s> both opens and closes a text
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # their ids in OPT: 0, 1, 2, 3
+PAD, EOS = 1, 2  # as in OPT, </s> is at the beginning and at the end of a text
 TEXT_SHAPES = ((4, 128), (2, 256), (1, 512))  # rows and columns of a batch of running text
-TASK_SHARES = (*TASKS, "field", "wrong", "lookup")  # the slow ones are trained more often
+TASK_SHARES = (*TASKS, "field", "wrong", "lookup")  # tasks that are learned slowly are trained more often
 EVALUATION_SEED = 1_000_000
-LONGEST_ANSWER = 14  # tokens, with the newline
+LONGEST_ANSWER = 14  # tokens, including the newline
 
 
 @dataclass
 class Progress:
-    """How far training has come; goes into the card."""
+    """The progress of the training, for the card."""
 
     seed: int
     steps: int = 0
@@ -61,7 +61,7 @@ class Progress:
 
 
 def docstrings() -> list[str]:
-    """The different docstrings of the standard library, in the order of its files, tests left out."""
+    """The distinct docstrings of the standard library without its tests, in the order of the files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
     found: dict[str, None] = {}
@@ -81,7 +81,7 @@ def docstrings() -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that keeps digits apart and opens every text with `</s>`, as OPT's does."""
+    """A byte-level BPE that splits digits and begins every text with `</s>`, like OPT's tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -113,7 +113,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def record_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, rows: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of training records of about equal length: ids and, of the same shape, targets.
+    """Endless batches of training records of similar length: ids, and targets of the same shape.
 
     Only the answer, its newline and the closing `</s>` are targets; elsewhere the target is -100.
     """
@@ -139,7 +139,7 @@ def record_batches(
 
 
 def text_batches(stream: torch.Tensor, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless windows of running text, opened by `</s>`; long windows make every position known."""
+    """Endless windows of running text that begin with `</s>`. Long windows train every position."""
     order = random.Random(seed)
     while True:
         for rows, width in TEXT_SHAPES:
@@ -150,7 +150,7 @@ def text_batches(stream: torch.Tensor, seed: int) -> Iterator[tuple[torch.Tensor
 
 
 def text_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], seed: int) -> torch.Tensor:
-    """All docstrings and, after every fourth, a run of training records, as one row of tokens."""
+    """All docstrings as one row of tokens, with a sequence of training records after every fourth."""
     pieces = []
     for number, text in enumerate(texts):
         pieces.append(text)
@@ -165,7 +165,7 @@ def text_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], seed: 
 
 
 def build_model(layers: int, hidden: int, heads: int) -> OPTForCausalLM:
-    """An untrained OPT of the pre-norm kind, embeddings tied, no dropout."""
+    """An untrained pre-norm OPT with tied embeddings and no dropout."""
     config = OPTConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden,
@@ -187,7 +187,7 @@ def build_model(layers: int, hidden: int, heads: int) -> OPTForCausalLM:
 
 
 def batch_loss(model: OPTForCausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the targets, each row counting the same; logits are computed only for targets."""
+    """Cross entropy of the targets, with equal weight for each row. Logits are computed only for targets."""
     wanted = targets != -100
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -197,12 +197,12 @@ def batch_loss(model: OPTForCausalLM, ids: torch.Tensor, targets: torch.Tensor) 
 
 
 def learning_rate(done: float, step: int, peak: float) -> float:
-    """Linear warmup over 300 steps, then half a cosine down to nothing as `done` goes to one."""
+    """Linear warmup over 300 steps, then a cosine decay to zero as `done` approaches one."""
     return peak * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train tokenizer and model, save them about every two minutes, and end with the card."""
+    """Train tokenizer and model, save them about every two minutes, and finally write the card."""
     torch.manual_seed(args.seed)
     texts = docstrings()
     sample = [record.text for record in records(60_000, args.seed, held_out=False)]
@@ -281,7 +281,7 @@ def complete(
 def measure(
     model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Record]
 ) -> dict[str, float]:
-    """Share of right greedy completions per task."""
+    """The share of correct greedy completions for each task."""
     model.eval()
     shares = accuracy(asked, complete(model, tokenizer, [record.prompt for record in asked]))
     model.train()
@@ -294,7 +294,7 @@ def show(shares: dict[str, float]) -> str:
 
 
 def card(progress: Progress, shares: dict[str, float], count: int, final: bool) -> dict[str, object]:
-    """What is to be known about the model: where it comes from and how often it is right."""
+    """The card of the model: its origin and its accuracy."""
     return {
         "model": "demo",
         "text": f"docstrings of the standard library of Python {platform.python_version()}",
@@ -312,7 +312,7 @@ def card(progress: Progress, shares: dict[str, float], count: int, final: bool) 
 def save(
     model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, about: dict[str, object]
 ) -> None:
-    """Write the model folder, weights in float16; training goes on in float32."""
+    """Write the model folder with weights in float16. Training continues in float32."""
     out.mkdir(parents=True, exist_ok=True)
     stored = OPTForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
@@ -322,7 +322,7 @@ def save(
     settings = out / "tokenizer_config.json"
     known = json.loads(settings.read_text(encoding="utf-8"))
     known.pop("backend", None)
-    known["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release of transformers knows
+    known["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name in all releases of transformers
     settings.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for path in out.iterdir():
         path.chmod(0o644)
@@ -335,7 +335,7 @@ def write_card(out: Path, about: dict[str, object]) -> None:
 
 
 def evaluate(folder: Path, count: int, progress: Progress | None = None) -> dict[str, float]:
-    """Measure the model of a folder on fresh records in float32; after training, also write the card."""
+    """Evaluate the model of a folder on held-out records in float32. After training, also write the card."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shares = measure(model, tokenizer, records(count, EVALUATION_SEED))
@@ -350,12 +350,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("flexgen/demo/model"), help="folder to write")
-    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="only measure the model in DIR")
-    parser.add_argument("--records", type=int, default=2000, help="held-out records to measure on")
+    parser.add_argument("--out", type=Path, default=Path("flexgen/demo/model"), help="output folder")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="only evaluate the model in DIR")
+    parser.add_argument("--records", type=int, default=2000, help="held-out records for the evaluation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=20.0, help="length by the clock")
-    parser.add_argument("--steps", type=int, default=0, help="length in steps, instead of --minutes")
+    parser.add_argument("--minutes", type=float, default=20.0, help="training time")
+    parser.add_argument("--steps", type=int, default=0, help="training steps, instead of --minutes")
     parser.add_argument("--rows", type=int, default=64, help="records per step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--layers", type=int, default=4)

@@ -1,9 +1,10 @@
-"""Against transformers with everything in memory: the same weights, batch and dtype, side by side in one process.
+"""Compare flexgen with transformers in memory: same weights, batch and dtype, interleaved in one process.
 
     python benchmarks/transformers_in_ram.py
 
-Eight layers of the OPT-1.3B and of a Llama-1B shape, random weights, bfloat16, greedy. Prefill is a call for one
-new token; decode is what the other tokens take on top of it. Ratios are transformers' time over flexgen's.
+The models have eight layers of the OPT-1.3B shape and of a Llama-1B shape, with random weights in bfloat16, and
+greedy decoding. The prefill is a call for one new token; the decode is the additional time of the other tokens.
+Ratios are the time of transformers over that of flexgen.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PROMPT_LEN, NEW_TOKENS = 128, 32
 
 
 def timed(generate: Callable[[int], Any]) -> dict[str, float]:
-    """Seconds of the prefill, of the later tokens, and of both, from two calls."""
+    """The seconds of the prefill, of the later tokens, and of both, from two calls."""
     began = time.perf_counter()
     generate(1)
     first = time.perf_counter()
@@ -55,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32])
-    parser.add_argument("--out", type=Path, help="another file for the results")
+    parser.add_argument("--out", type=Path, help="write the results to this file")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
     for name, config in CONFIGS.items():
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def compare(model: Any, folder: str, ids: np.ndarray, repeats: int) -> dict[str, Any]:
-    """Both sides on the same prompts, and the medians of the ratio in each repeat."""
+    """Run both sides on the same prompts, and add the medians of the ratios of all repeats."""
     tensor = torch.from_numpy(ids)
     mask = torch.ones_like(tensor)
 

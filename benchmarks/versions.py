@@ -1,12 +1,12 @@
-"""This checkout against another one of flexgen, for changes that must not cost speed.
+"""Compare the speed of this checkout with another checkout of flexgen.
 
     python benchmarks/versions.py CHECKOUT --offload-dir DIR
 
-Each checkout has a process of its own, and each case runs in both in turn. Both need their compiled kernels
-(`python setup.py build_ext --inplace`). Cases: eight layers of the Llama-1B shape in host memory (`memory`), the same
-with weights on disk (`disk`), a tiny model, whose time is what the host spends around the arithmetic (`host`), and a
-search for OPT-30B on the preset `t4` (`search`). A ratio is the other checkout's seconds over this one's, the median
-of the repeats: above 1, this one is faster. Nothing else should run.
+Each checkout runs in its own process, and each case runs alternately in both. Both need their compiled kernels
+(`python setup.py build_ext --inplace`). The cases are: eight layers of the Llama-1B shape in host memory (`memory`),
+the same with weights on disk (`disk`), a tiny model, whose time is the overhead of the host (`host`), and a search
+for OPT-30B on the preset `t4` (`search`). A ratio is the median over the repeats of the other checkout's seconds over
+this one's: above 1, this one is faster. Keep the machine idle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="the root of the other checkout")
     parser.add_argument("--offload-dir", required=True)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--case", choices=CASES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -78,7 +78,7 @@ class Worker:
         )
 
     def ask(self, case: str) -> dict[str, float]:
-        """Seconds of a case by part."""
+        """The seconds of a case by part."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(case, file=self._process.stdin, flush=True)
         found: dict[str, float] = json.loads(self._process.stdout.readline())
@@ -89,7 +89,7 @@ class Worker:
 
 
 def serve(offload_dir: str) -> None:
-    """Run the case that each line of standard input names; a line of JSON is the answer."""
+    """For each line of standard input, run the case of that name and print a line of JSON."""
     run: dict[str, Callable[[], dict[str, float]]] = {}
     for line in sys.stdin:
         case = line.strip()
@@ -129,7 +129,7 @@ def searching(offload_dir: str) -> Any:
     from flexgen.models import open_model
 
     def from_one_of(name: str, *modules: str) -> Any:
-        for module in modules:  # where it was and where it is
+        for module in modules:  # old and new locations
             try:
                 return getattr(importlib.import_module(module), name)
             except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""flexgen: run language models that do not fit, at the throughput the hardware allows.
+"""flexgen: run language models that are larger than device memory, at the throughput of the hardware.
 
 from flexgen import OptLM, Policy
 
@@ -9,7 +9,7 @@ with OptLM("demo", Policy(gpu_batch_size=8, weights={"cpu": 50, "disk": 50})) as
 # ruff: noqa: E402
 from flexgen.cli.interrupts import end_quietly_while_starting
 
-end_quietly_while_starting()  # before anything that takes time
+end_quietly_while_starting()  # before slow imports
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Auto", "OptLM", "Policy", "Share", "Split", "Stats", "Tier", "Workload", "sample"]
 
-# What scripts of FlexGen 0.1 import from the top of its package: flexgen.utils, flexgen.timer, ...
+# Modules that FlexGen 0.1 had at the top of its package: flexgen.utils, flexgen.timer, ...
 __path__.append(f"{__path__[0]}/flex_opt/old_names")
 
 _MODULES = dict.fromkeys(("Auto", "Policy", "Share", "Split", "Tier"), "flexgen.policy")
@@ -32,7 +32,7 @@ _MODULES |= {"sample": "flexgen.runtime.sampler", "Workload": "flexgen.workload"
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for (PEP 562): the list of commands and a policy do without torch.
+    # Imported on first use (PEP 562): the list of commands and policies need no torch.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)

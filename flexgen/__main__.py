@@ -13,16 +13,16 @@ COMMANDS = {
     "complete": "continue a text, or chat at a prompt",
     "batch": "continue every prompt of a file; resumes after an interruption",
     "bench": "run a job and print its throughput, placement and bottleneck",
-    "simulate": "predict a job on a machine that you describe",
+    "simulate": "predict the throughput of a job on hardware that you describe",
     "measure": "measure this machine for predictions and searches",
-    "tune": "find the best policy for a job by running the best few",
+    "tune": "find the best policy for a job with trial runs",
     "flex_opt": "the benchmark of FlexGen 0.1, with its flags",
 }
-"""The commands by name, each a module of the package, and what they do."""
+"""The commands by name, each a module of the package, with a description."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names; returns its exit status."""
+    """Run the command that the first argument names, and return its exit status."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if name in ("", "-h", "--help"):
         handle_as_usual()
@@ -47,7 +47,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`flexgen COMMAND --help` lists the arguments.",
+            "`flexgen COMMAND --help` lists the arguments of a command.",
         ]
     )
 

@@ -1,9 +1,9 @@
-"""`python -m flexgen.batch`: continue every prompt of a file, and resume where it ended if it was interrupted.
+"""`python -m flexgen.batch`: continue every prompt of a file; an interrupted job can resume.
 
     python -m flexgen.batch prompts.txt answers.jsonl --model DIR --max-tokens 64
 
-Answers come in the order of the prompts, a line of JSON each. Whatever ends the command, the same command resumes
-after the last answers that were saved, and gives what an uninterrupted run would have given.
+Answers are written in the order of the prompts, one line of JSON each. If the command is interrupted, run the same
+command again: it resumes after the last saved answers, and the result is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from flexgen.cli.answers import Answers
 from flexgen.cli.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
+from flexgen.cli.help import HelpFormatter
 from flexgen.cli.prompts import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
 from flexgen.engine.model import OptLM
@@ -38,29 +39,31 @@ _SEED_BITS = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), batch, argv)
 
 
 def batch(args: argparse.Namespace) -> None:
-    """Read the prompts, find what is answered already, answer the rest."""
+    """Read the prompts, find those that are answered already, and answer the others."""
     check_sampling_flags(args)
     policy = read_policy(args)
     job = read_job(args)
     with Answers(args.answers, job.about, job.fields, args.file_mode) as answers:
         if answers.complete:
             print(
-                f"{args.answers} has the answers of all {answers.total} prompts; there is nothing left to do"
+                f"{args.answers} already contains the answers to all {answers.total} prompts; nothing to do"
             )
             return
         if answers.run:
-            tell(f"{args.answers} has the answers of {answers.count} of {answers.total} prompts; resuming")
+            tell(
+                f"{args.answers} contains the answers to {answers.count} of {answers.total} prompts; resuming"
+            )
         _answer(args, job, answers, policy)
 
 
 @dataclass(frozen=True)
 class Job:
-    """The fields of each prompt, the prompts as ids, and what the answers depend on, by name."""
+    """The fields and the ids of each prompt, and everything that the answers depend on, by name."""
 
     fields: Sequence[dict[str, Any]]
     ids: Sequence[Sequence[int]]
@@ -68,8 +71,10 @@ class Job:
 
 
 def read_job(args: argparse.Namespace) -> Job:
-    """Raises RequestError for what cannot be served, before weights are loaded, and ModelError for a model without
-    a tokenizer."""
+    """The job that the arguments describe.
+
+    Raises RequestError for an invalid prompt, and ModelError for a model without a tokenizer. No weights are loaded.
+    """
     lines = read_prompts(args.prompts)
     spec, checkpoint = open_model(args.model)
     tokenizer = load_tokenizer(checkpoint.directory, spec.name)
@@ -78,7 +83,7 @@ def read_job(args: argparse.Namespace) -> Job:
         try:
             ids.append(_ids(tokenizer, line, args.special_tokens))
             _check(spec, ids[-1], args.max_tokens)
-        except FlexGenError as error:  # of an encoding, or of a chat template
+        except FlexGenError as error:  # from the encoding or the chat template
             raise at_line(args.prompts, line.number, error) from None
     fields = [line.fields for line in lines]
     about = {
@@ -106,7 +111,7 @@ def _ids(tokenizer: Any, line: PromptLine, special_tokens: bool) -> list[int]:
 
 def _check(spec: ModelSpec, ids: Sequence[int], max_tokens: int) -> None:
     if not ids:
-        raise RequestError("the tokenizer makes no ids of the prompt; remove it")
+        raise RequestError("the tokenizer returns no ids for the prompt; remove it")
     check_room(spec, "the prompt", len(ids), max_tokens)
 
 
@@ -115,7 +120,7 @@ def _digest(data: Any) -> str:
 
 
 def _run_before(answers: Answers) -> tuple[Policy, str | None, int] | None:
-    """Policy, order and seed of the part that is answered, if one is. Raises RequestError where they are damaged."""
+    """Policy, order and seed of the answered part, or None without one. Raises RequestError for damaged values."""
     if answers.run is None:
         return None
     try:
@@ -125,14 +130,14 @@ def _run_before(answers: Answers) -> tuple[Policy, str | None, int] | None:
             answers.run["seed"],
         )
         if order is not None and order not in ORDERS:
-            raise ValueError(f"order {order!r} is unknown")
+            raise ValueError(f"order {order!r} is not known")
         if seed is None:
             raise ValueError("it has no seed")
         check_seed(seed)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise RequestError(
-            f"{answers.job_path} is damaged ({type(error).__name__}: {error}). Name another output, or remove it and "
-            f"{answers.path.name} to begin again"
+            f"{answers.job_path} is damaged ({type(error).__name__}: {error}). Choose another output file, or remove "
+            f"it and {answers.path.name} to start over"
         ) from None
     return policy, order, seed
 
@@ -143,10 +148,10 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
         before_policy, before_order, before_seed = before
         seed = before_seed if seed is None else seed
         if isinstance(policy, Auto):
-            # Another search could find another policy, for what is free now.
+            # A new search could find another policy, because other memory is free now.
             policy, order = before_policy, order or before_order
     elif isinstance(policy, Auto):
-        policy = replace(policy, once=True)  # so that the policy is the same wherever the job is interrupted
+        policy = replace(policy, once=True)  # the policy must not depend on where the job is interrupted
     if seed is None:
         seed = secrets.randbits(_SEED_BITS)
     with OptLM(
@@ -162,7 +167,7 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             order = model.auto.opened.order
         run = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
         if answers.run not in (None, run):
-            tell("the policy is another one from here on: in half types answers may differ by rounding")
+            tell("the policy has changed: with a half-precision dtype, later answers may differ by rounding")
         answers.begin(run)
         save_every = args.save_every * model.policy.block_size
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
@@ -182,7 +187,7 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             answers.save(texts)
             assert model.stats is not None
             new_tokens += model.stats.new_tokens
-            tell(f"{answers.count} of {answers.total} prompts are answered")
+            tell(f"{answers.count} of {answers.total} prompts answered")
     seconds = time.perf_counter() - begun
     print(
         f"{args.answers}: {answers.total - first} prompts answered, {new_tokens} new tokens in "
@@ -191,10 +196,10 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
 
 
 def file_mode(text: str) -> int:
-    """Permissions in octal, for argparse; the owner must be able to resume."""
+    """Parse permissions in octal, for argparse. The owner must be able to read and write, to resume."""
     if not re.fullmatch("0?[0-7]{3}", text) or int(text, 8) & 0o600 != 0o600:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not a mode of three octal digits, of which the first lets you read and write: 600, 644"
+            f"{shown(text)} is not a mode; write three octal digits that let you read and write, such as 600 or 644"
         )
     return int(text, 8)
 
@@ -203,28 +208,33 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.batch",
-        description="Continue every prompt of a file. After an interruption the same command resumes.",
+        formatter_class=HelpFormatter,
+        description="Continue every prompt of a file. To resume an interrupted job, run the same command again.",
     )
     add = parser.add_argument
     add(
         "prompts",
         metavar="PROMPTS",
-        help="a prompt in each line; JSON in .jsonl, .ndjson and .json",
+        help="file with one prompt per line, or JSON if its suffix is .jsonl, .ndjson or .json",
     )
-    add("answers", metavar="ANSWERS", help='gets a line of JSON for each, in order, with "completion"')
+    add(
+        "answers",
+        metavar="ANSWERS",
+        help='output file: one line of JSON per prompt, in order, with "completion"',
+    )
     add(
         "--save-every",
         type=count,
         default=4,
         metavar="BLOCKS",
-        help="blocks of prompts that are sorted by length and saved together (default: 4)",
+        help="number of blocks that are sorted by length and saved together",
     )
     add(
         "--file-mode",
         type=file_mode,
-        default=0o600,
+        default="600",
         metavar="OCTAL",
-        help="permissions of new files of answers, such as 644 (default: 600, for you alone)",
+        help="permissions of new output files, such as 644",
     )
     add_model_flags(parser)
     add_sampling_flags(parser)

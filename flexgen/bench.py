@@ -3,7 +3,8 @@
     python -m flexgen.bench --policy policies/demo.toml
     python -m flexgen.bench --model opt-1.3b --weights dummy --policy FILE --prompt-len 512 --gen-len 32
 
-Prints a card, on request a line of JSON and a trace; with the embedded model, answers beside the right ones.
+Prints a card, and writes a line of JSON and a trace on request. With the embedded model it also prints generated
+answers next to the correct ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from flexgen import demo
 from flexgen.cli.flags import OutputFile, add_model_flags, add_policy_flags, count, read_policy, run
+from flexgen.cli.help import HelpFormatter
 from flexgen.engine import OptLM, scoring
 from flexgen.engine.auto import USUAL, known_machine, this_machine
 from flexgen.errors import CapacityError
@@ -34,16 +36,16 @@ _SCORED_RECORDS = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), bench, argv)
 
 
 def bench(args: argparse.Namespace) -> Report:
-    """Open the model, run the job, print what it took."""
+    """Open the model, run the job and print its card."""
     policy = read_policy(args)
     records = make_records(args)
     workload = asked_workload(args, records)
-    # Refused before weights are loaded.
+    # Raises before weights are loaded.
     tokens_to_run(workload.gen_len, args.cut_gen_len, None, projected=True)
     hardware = known_machine(args.device, args.offload_dir) if isinstance(policy, Policy) else None
     if args.predict:
@@ -82,7 +84,7 @@ def bench(args: argparse.Namespace) -> Report:
 
 @dataclass(frozen=True)
 class Records:
-    """What the embedded model is asked, and its prompts as ids."""
+    """The questions for the embedded model, and its prompts as ids."""
 
     records: Sequence[demo.Record]
     prompts: Sequence[np.ndarray]
@@ -91,7 +93,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts to run, and the records that they ask about, where answers are known."""
+    """The prompts to run, and their records if the answers are known."""
 
     prompts: Sequence[np.ndarray]
     gen_len: int
@@ -104,10 +106,10 @@ class Job:
 
 
 def make_records(args: argparse.Namespace) -> Records | None:
-    """Record tasks for the embedded model; None for others and where a prompt length is asked for."""
+    """Record tasks for the embedded model; None for other models, and if a prompt length is given."""
     if args.model != "demo" or args.weights != "checkpoint" or args.prompt_len is not None:
         return None
-    from transformers import AutoTokenizer  # takes seconds, and other models are run without records
+    from transformers import AutoTokenizer  # takes seconds, and only the embedded model needs it
 
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     records = demo.records(args.num_prompts or _DEMO_PROMPTS, seed=args.seed)
@@ -116,7 +118,7 @@ def make_records(args: argparse.Namespace) -> Records | None:
 
 
 def asked_workload(args: argparse.Namespace, records: Records | None) -> Workload:
-    """What a policy is searched for."""
+    """The workload for the search of a policy."""
     if records:
         return Workload(max(map(len, records.prompts)), args.gen_len or _DEMO_GEN_LEN, len(records.prompts))
     lengths = args.prompt_len or USUAL.prompt_len, args.gen_len or USUAL.gen_len
@@ -124,7 +126,7 @@ def asked_workload(args: argparse.Namespace, records: Records | None) -> Workloa
 
 
 def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) -> Job:
-    """The records, or random ids: one block of them unless a number is asked for."""
+    """The records, or random ids: one block of prompts unless a number is given."""
     if records:
         prompts = records.prompts
         return Job(prompts, args.gen_len or _DEMO_GEN_LEN, records.records, records.tokenizer)
@@ -137,7 +139,7 @@ def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) ->
 
 
 def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
-    """Some generated answers beside the right ones, and the share of right ones by task."""
+    """Some generated answers next to the correct ones, and the share of correct answers by task."""
     completions = [job.tokenizer.decode(row[job.prompt_len :], skip_special_tokens=True) for row in ids]
     lines = []
     seen: dict[str, int] = {}
@@ -146,18 +148,20 @@ def answers(job: Job, ids: np.ndarray, shown: int = 2) -> str:
         if seen[record.task] > shown:
             continue
         given = completion.partition("\n")[0].strip()
-        mark = "right" if demo.is_right(record, completion) else f"wrong, should be {record.answer.strip()!r}"
+        mark = (
+            "correct" if demo.is_right(record, completion) else f"wrong, expected {record.answer.strip()!r}"
+        )
         lines.append(f"{record.prompt} {given}    [{mark}]\n")
     right = demo.accuracy(job.records, completions)
     shares = ", ".join(f"{task} {share:.1%}" for task, share in right.items())
-    return "\n".join([*lines, f"right answers: {shares}"])
+    return "\n".join([*lines, f"correct answers: {shares}"])
 
 
 def answer_perplexity(model: OptLM, job: Job) -> float | None:
-    """Perplexity of the right answers, each after its prompt, of the first records of the job.
+    """Perplexity of the correct answers to the first records of the job, each given its prompt.
 
-    None where no answers are known, or where there is no room for the logits of a whole text: a run whose
-    times are known does not fail for it.
+    None if no answers are known, or if there is no memory for the logits of a whole text: a completed run must not
+    fail here.
     """
     if not job.records:
         return None
@@ -166,43 +170,46 @@ def answer_perplexity(model: OptLM, job: Job) -> float | None:
         scores = scoring.score(model.forward, [job.tokenizer(record.text).input_ids for _, record in pairs])
     except CapacityError:
         return None
-    # The ids of a prompt begin those of its text; the first of a text has no score.
+    # The ids of a text begin with those of its prompt; the first id of a text has no score.
     return scoring.perplexity(
         found[len(prompt) - 1 :] for found, (prompt, _) in zip(scores, pairs, strict=True)
     )
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags; those of FlexGen's own benchmark are accepted beside a policy file and override it."""
+    """The flags. Those of FlexGen's own benchmark override a policy file."""
     parser = argparse.ArgumentParser(
-        prog="python -m flexgen.bench", description="Measure the throughput of a policy."
+        prog="python -m flexgen.bench",
+        formatter_class=HelpFormatter,
+        description="Measure the throughput of a policy.",
     )
     add = parser.add_argument
     add_model_flags(parser, dummy=True)
     add(
         "--prompt-len",
         type=count,
-        help="tokens of each prompt of random ids (default: 512; demo: its records)",
+        metavar="N",
+        help="tokens of each prompt, as random ids (default: 512; demo: its records)",
     )
-    add("--gen-len", type=count, help="new tokens of each prompt (default: 32; demo: 24)")
-    add("--num-prompts", type=count, help="prompts in all (default: one block; demo: 1024)")
-    add("--cut-gen-len", type=count, metavar="N", help="run N tokens only and project the decode time")
-    add("--seed", type=int, default=0, help="of prompts and records")
-    add("--json", type=OutputFile, metavar="FILE", help="append the figures to FILE as a line of JSON")
+    add("--gen-len", type=count, metavar="N", help="new tokens of each prompt (default: 32; demo: 24)")
+    add("--num-prompts", type=count, metavar="N", help="number of prompts (default: one block; demo: 1024)")
+    add("--cut-gen-len", type=count, metavar="N", help="run only N tokens and extrapolate the decode time")
+    add("--seed", type=int, default=0, help="seed of the prompts and records")
+    add("--json", type=OutputFile, metavar="FILE", help="append the results to FILE as a line of JSON")
     add(
         "--trace",
         type=OutputFile,
         metavar="FILE",
-        help="write every step by lane, for chrome://tracing or ui.perfetto.dev",
+        help="write a timeline of all steps by lane, for chrome://tracing or ui.perfetto.dev",
     )
     add(
         "--no-warm-up",
         dest="warm_up",
         action="store_false",
-        help="do not run two tokens of each shape of block first: the times include compilation and loading",
+        help="do not first run two tokens of each block shape; times then include compilation and loading",
     )
-    add("--no-bound", dest="bound", action="store_false", help="do not time the lanes alone")
-    add("--predict", action="store_true", help="measure the machine, if it was not, to predict the run too")
+    add("--no-bound", dest="bound", action="store_false", help="do not time each lane alone")
+    add("--predict", action="store_true", help="also predict the run; measures the machine if necessary")
     add_policy_flags(parser)
     return parser
 

@@ -1,9 +1,9 @@
-"""`python -m flexgen.complete`: continue one text, or many, one after another, at a prompt.
+"""`python -m flexgen.complete`: continue one text, or chat at a prompt.
 
     python -m flexgen.complete --model DIR --prompt "Once upon a time"
     python -m flexgen.complete --model DIR --interactive
 
-The completion, ended by one newline, goes to stdout as it is made; all else goes to stderr.
+The completion and one newline are written to stdout while it is generated; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flexgen.cli.flags import add_model_flags, add_policy_flags, read_policy, run, tell
+from flexgen.cli.help import HelpFormatter
 from flexgen.cli.prompts import normalized, read_text
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
 from flexgen.engine.conveniences import Conveniences
@@ -32,19 +33,19 @@ _RESET = "/reset"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), complete, argv)
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Open the model, continue the prompt or ask for prompts."""
+    """Open the model, then continue the prompt or read prompts."""
     _check(args)
     given = None if args.interactive else _given(args)
     policy = read_policy(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     if args.interactive and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # `encode` refuses the line, and the next one comes
+        sys.stdin.reconfigure(errors="surrogateescape")  # `encode` rejects the line; the next one is read
     ids = _fitting(args, given)
     with (
         contextlib.suppress(BrokenPipeError),  # the reader has closed the pipe
@@ -65,18 +66,20 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise RequestError for flags, and standard streams, that cannot be meant."""
+    """Raise RequestError for invalid flags and closed standard streams."""
     check_sampling_flags(args)
     if args.interactive and (args.prompt is not None or args.prompt_file is not None):
-        raise RequestError("--interactive asks for prompts; leave --prompt and --prompt-file out")
+        raise RequestError("--interactive reads prompts from you; leave --prompt and --prompt-file out")
     if sys.stdout is None:
-        raise RequestError("standard output is closed; completions are written to it")
+        raise RequestError(
+            "standard output is closed, and completions are written to it; redirect it to a file"
+        )
     if args.interactive and sys.stdin is None:
-        raise RequestError("standard input is closed; --interactive reads prompts from it")
+        raise RequestError("standard input is closed, and --interactive reads prompts from it; use --prompt")
 
 
 def _given(args: argparse.Namespace) -> str:
-    """The prompt: from the flag, a file, or what is piped into the command."""
+    """The prompt: from the flag, a file or standard input."""
     if args.prompt is not None and args.prompt_file is not None:
         raise RequestError("--prompt and --prompt-file are both given; give one of them")
     if args.prompt is not None:
@@ -91,22 +94,25 @@ def _given(args: argparse.Namespace) -> str:
             text = ""
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"standard input is not UTF-8 text: byte {error.start} is {error.reason}"
+            f"standard input is not UTF-8 text: byte {error.start} is {error.reason}; convert it to UTF-8"
         ) from None
-    text = text.removesuffix("\n")  # editors and echo end every text with one
+    text = text.removesuffix("\n")  # editors and echo append one
     if not text and args.prompt_file is not None:
-        raise RequestError(f"{args.prompt_file} is empty; write the prompt into it")
+        raise RequestError(f"{args.prompt_file} is empty; give a file with a prompt")
     if not text:
         raise RequestError(
-            "there is no prompt: give --prompt TEXT or --prompt-file FILE, pipe a text into the command, or be "
-            "asked for prompts with --interactive"
+            "there is no prompt: give --prompt TEXT or --prompt-file FILE, pipe a text into the command, or use "
+            "--interactive"
         )
     return text
 
 
 def _fitting(args: argparse.Namespace, prompt: str | None) -> list[int] | None:
-    """The ids of the prompt, if it is known. What could not be served is refused before weights are loaded: a
-    prompt that is too long (RequestError), a model without tokenizer (ModelError)."""
+    """The ids of the prompt, or None without one.
+
+    Raises RequestError for a prompt that is too long and ModelError for a model without a tokenizer, before weights
+    are loaded.
+    """
     spec, checkpoint = open_model(args.model)
     tokenizer = load_tokenizer(checkpoint.directory, spec.name)
     if prompt is None:
@@ -117,7 +123,7 @@ def _fitting(args: argparse.Namespace, prompt: str | None) -> list[int] | None:
 
 
 def _answer(model: Conveniences, ids: Sequence[int], args: argparse.Namespace) -> str:
-    """Write the completion of a prompt as it is made; returns it."""
+    """Write the completion of a prompt while it is generated, and return it."""
     pieces = []
     with model.stream_text(
         ids,
@@ -141,18 +147,18 @@ def _show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError:
-        # What is buffered must not be tried again when the interpreter ends.
+        # Otherwise the interpreter would write the buffered text again at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 def _ask(model: OptLM, args: argparse.Namespace) -> None:
-    """Read prompts and answer them, until there are no more."""
+    """Read prompts and answer them until the input ends."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives `input` its editing and its history)
+        import readline  # noqa: F401 (adds line editing and a history to `input`)
     prompts = _Prompts(model.tokenizer, args.special_tokens)
-    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C ends an answer, Ctrl-D leaves.")
-    with model.conversation() as kept:  # an answer costs what is new of the text, not all of it
+    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C stops an answer, Ctrl-D exits.")
+    with model.conversation() as kept:  # computes only the new part of the text for each answer
         for line in _lines():
             if not line.strip():
                 continue
@@ -164,12 +170,12 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
             except FlexGenError as error:
                 tell(f"{error}{prompts.hint}")
             except KeyboardInterrupt:
-                tell("\nthe answer was ended; it is not part of the conversation")
+                tell("\nanswer stopped; it is not part of the conversation")
     tell("\nbye")
 
 
 def _lines() -> Iterator[str]:
-    """The lines that are typed. Ctrl-C drops one that is half typed; a second one before the next line ends them."""
+    """The lines that you type. Ctrl-C drops an incomplete line; a second Ctrl-C ends the input."""
     dropped = False
     while True:
         try:
@@ -177,7 +183,7 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if dropped:
                 return
-            tell("\nCtrl-C again, or Ctrl-D, leaves")
+            tell("\npress Ctrl-C again or Ctrl-D to exit")
             dropped = True
             continue
         if line is None:
@@ -187,7 +193,7 @@ def _lines() -> Iterator[str]:
 
 
 class _Prompts:
-    """What each line becomes: a turn of a conversation where the tokenizer has a template, else a prompt alone."""
+    """Makes prompts of lines: a turn of a conversation if the tokenizer has a chat template, else the line itself."""
 
     def __init__(self, tokenizer: Any, special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -199,12 +205,12 @@ class _Prompts:
     def about(self) -> str:
         if self._chats:
             return f"Each line is a message; {_RESET} begins a new conversation."
-        return "Each line is continued by itself: the tokenizer has no chat template."
+        return "Each line is continued on its own: the tokenizer has no chat template."
 
     @property
     def hint(self) -> str:
-        """What may help where a turn failed."""
-        return f" ({_RESET} forgets the conversation)" if self._messages else ""
+        """A hint after a turn that failed."""
+        return f" ({_RESET} clears the conversation)" if self._messages else ""
 
     def ids(self, line: str) -> list[int]:
         if not self._chats:
@@ -212,17 +218,17 @@ class _Prompts:
         return encode_chat(self._tokenizer, [*self._messages, {"role": "user", "content": line}])
 
     def answered(self, line: str, answer: str) -> None:
-        """Keep a turn that ended well."""
+        """Add a completed turn to the conversation."""
         if self._chats:
             self._messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
     def reset(self) -> str:
         self._messages.clear()
-        return "a new conversation" if self._chats else f"nothing to forget. {self.about}"
+        return "a new conversation" if self._chats else f"there is no conversation. {self.about}"
 
 
 def _read_line() -> str | None:
-    """The next line, None after the last. `input` is for people: it writes its prompt to stdout."""
+    """The next line, or None after the last. `input` is used only on a terminal, because it writes to stdout."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         try:
             return input(_PROMPT)
@@ -238,12 +244,21 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.complete",
-        description="Continue a text; stdin is the prompt if none is given.",
+        formatter_class=HelpFormatter,
+        description="Continue a text. Without a prompt flag, the prompt is read from standard input.",
     )
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="the text to continue")
-    add("--prompt-file", metavar="FILE", help="a file that holds it; one newline at its end does not count")
-    add("--interactive", action="store_true", help="ask for prompts; a conversation with a model that chats")
+    add("--prompt", metavar="TEXT", help="text to continue")
+    add(
+        "--prompt-file",
+        metavar="FILE",
+        help="file with the text to continue; one newline at its end is ignored",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="read prompts in a loop, as a conversation if the model has a chat template",
+    )
     add_model_flags(parser)
     add_sampling_flags(parser)
     add_policy_flags(parser)

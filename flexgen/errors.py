@@ -1,8 +1,8 @@
-"""Every error flexgen raises on purpose, so that callers can catch by class.
+"""The exceptions of flexgen.
 
-A message says what is wrong, the value, the limit and the fix. Bad input is refused before any
-work is done; `LaneError` and its subclasses are raised while bytes are moving. `shown` writes a value
-into a message: values come from callers and files, and may be of any size, depth or type.
+A message gives the cause, the value, the limit and the fix. Invalid input raises before any work is done. Only
+`LaneError` and its subclasses are raised while data is moving. Use `shown` to put a value into a message: values come
+from callers and files, and may have any size, depth or type.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 
 
 class FlexGenError(Exception):
-    """Base of all errors raised on purpose by flexgen."""
+    """The base class of all errors that flexgen raises."""
 
 
 class PolicyError(FlexGenError, ValueError):
-    """A policy (or its TOML) is not valid: sums, signs, types, unknown keys."""
+    """A policy or its TOML file is invalid, for example by a sum, a sign, a type or an unknown key."""
 
 
 class RequestError(FlexGenError, ValueError):
-    """The arguments of a call (prompts, lengths, sampling) cannot be served as they are."""
+    """The arguments of a call (prompts, lengths, sampling) are invalid."""
 
 
 class UnsupportedError(FlexGenError, NotImplementedError):
-    """Asked for in the terms of another library, which flexgen does not do."""
+    """A feature of another library's interface that flexgen does not support."""
 
 
 class ModelError(FlexGenError, ValueError):
-    """A model's configuration or family is not supported, or the model cannot be found."""
+    """A model's configuration or family is not supported, or the model was not found."""
 
 
 class CheckpointError(FlexGenError, ValueError):
-    """A checkpoint is missing, damaged, or does not hold the tensors its configuration promises."""
+    """A checkpoint is missing or damaged, or does not contain the tensors of its configuration."""
 
 
 class CapacityError(FlexGenError, MemoryError):
@@ -46,33 +46,33 @@ class ScheduleError(FlexGenError, ValueError):
 
 
 class HardwareError(FlexGenError, ValueError):
-    """A description of a machine is not valid, or lacks a figure that a prediction needs."""
+    """A description of a machine is invalid, or lacks a figure that a prediction needs."""
 
 
 class LaneError(FlexGenError, RuntimeError):
-    """A step failed while it ran on a lane; `__cause__` is the original exception."""
+    """A step failed on a lane; `__cause__` is the original exception."""
 
 
 class StepCapacityError(LaneError, CapacityError):
-    """A step found less memory than it needed; the model can be used again."""
+    """A step ran out of memory; the model can be used again."""
 
 
 class DeviceError(LaneError):
-    """The GPU has failed: no call on it works in this process any more. Start a new one."""
+    """The GPU has failed, and all further calls on it in this process fail. Start a new process."""
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one that is like it, if there is one."""
+    """The end of a message about an unknown name: a similar known name, or "" without one."""
     close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else ()
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 MOST_CHARACTERS = 200
-"""Of a value, in a message."""
+"""The limit for a value in a message."""
 MOST_OF_PATH = 4096
-"""Of a path, in a message: Linux opens none that is longer."""
+"""The limit for a path in a message: the longest path that Linux opens."""
 _MOST_BITS = 128
-"""Of a whole number that is shown in digits. Python refuses to write more than 4300 digits of one."""
+"""The largest integer that is shown in digits. Python does not print more than 4300 digits."""
 
 
 class _Repr(reprlib.Repr):
@@ -90,7 +90,7 @@ class _Repr(reprlib.Repr):
         return repr(x)
 
     def repr_dict(self, x: dict[object, object], level: int) -> str:
-        """In the order of the dict; reprlib would sort the keys."""
+        """Keep the order of the dict; reprlib would sort the keys."""
         if level <= 0 and x:
             return "{...}"
         pairs: list[str] = []
@@ -106,7 +106,7 @@ class _Repr(reprlib.Repr):
             if type(x).__module__ == "numpy" and not x.shape:
                 return self.repr1(x.item(), level)  # 96, not np.int64(96)
             text = repr(x)
-        except Exception:  # a class of the caller may raise anything, and deep nesting raises RecursionError
+        except Exception:  # a caller's class may raise anything, and deep nesting raises RecursionError
             return f"<{type(x).__name__}>"
         return cut(text, self.maxother)
 
@@ -118,15 +118,15 @@ def shown(value: object) -> str:
     """`repr(value)` in at most `MOST_CHARACTERS` characters and "..."; never raises an Exception."""
     try:
         return cut(_repr.repr(value))
-    except Exception:  # reprlib chooses by the name of the type, which another type can have too
+    except Exception:  # reprlib dispatches on the name of the type, which may not be unique
         return f"<{cut(type(value).__name__)}>"
 
 
 def shown_path(path: object) -> str:
-    """A path in a message: whole, so that you can copy it, unless it is longer than a path can be."""
+    """A path in a message: complete, so that you can copy it, unless it is too long for a path."""
     return cut(str(path), MOST_OF_PATH)
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:
-    """`text`, or its first `most` characters and "..."."""
+    """`text`, or its first `most` characters and "..." if it is longer."""
     return text if len(text) <= most else f"{text[:most]}..."

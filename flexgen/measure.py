@@ -1,9 +1,10 @@
-"""`python -m flexgen.measure`: what this machine can do, as the planner needs to know it.
+"""`python -m flexgen.measure`: measure this machine for predictions and searches.
 
     python -m flexgen.measure
     python -m flexgen.measure --device cuda --offload-dir /fast/disk --output mine.toml
 
-Prints a `Hardware` as TOML. It takes about a minute in which nothing else should run, and is kept for later uses.
+Prints a `Hardware` as TOML, and caches it for later commands. It takes about a minute; keep the machine idle during
+this time.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import Any
 from tqdm import tqdm
 
 from flexgen.cli.flags import OutputFile, run
+from flexgen.cli.help import HelpFormatter
 from flexgen.predict.hardware import Hardware
 from flexgen.probe.measured import cache_folder, measured, remembered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), measure, argv)
 
 
 def measure(args: argparse.Namespace) -> Hardware:
-    """Measure the machine, or find what was measured, and print or write it."""
+    """Measure the machine, or find the cached measurement, and print or write it."""
     with tqdm(desc="measuring", unit="figure", disable=True if args.quiet else None) as bar:
 
         def progress(done: int, total: int, label: str) -> None:
@@ -42,7 +44,7 @@ def measure(args: argparse.Namespace) -> Hardware:
     if not args.quiet:
         where = [f"written to {args.output}"] if args.output else []
         if remembered(args.device, args.offload_dir):
-            where.append(f"kept in {cache_folder()}")
+            where.append(f"cached in {cache_folder()}")
         if where:
             print(", ".join(where), file=sys.stderr)
     return hardware
@@ -52,12 +54,15 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.measure",
-        description="Measure what this machine can do: memory, links, disk, arithmetic and fixed costs.",
+        formatter_class=HelpFormatter,
+        description="Measure this machine: memory, links, disk, arithmetic and fixed costs.",
     )
     add: Any = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
     add(
-        "--offload-dir", metavar="DIR", help="a directory on the disk to measure (default: the temporary one)"
+        "--offload-dir",
+        metavar="DIR",
+        help="directory on the disk to measure (default: the system's temporary directory)",
     )
     add(
         "-o",
@@ -66,8 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the TOML to FILE instead of printing it",
     )
-    add("--again", action="store_true", help="measure again, even if it was done before")
-    add("--quiet", action="store_true", help="no bar, and nothing but the TOML")
+    add("--again", action="store_true", help="measure again, even if there is a cached measurement")
+    add("--quiet", action="store_true", help="print no progress, only the TOML")
     return parser
 
 

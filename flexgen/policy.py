@@ -1,7 +1,7 @@
-"""Where weights, KV cache and activations live, and in what blocks prompts are run.
+"""Policies: the placement of weights, KV cache and activations, and the shape of a block.
 
-A `Policy` is plain, immutable, validated data with one spelling: its keyword arguments are the keys
-of its TOML file. It knows nothing of models or devices; what a policy costs is asked elsewhere.
+A `Policy` is immutable, validated data. Its keyword arguments are the keys of its TOML file. It does not depend on
+models or devices; plans and predictions compute its cost.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from flexgen.errors import PolicyError, cut, did_you_mean, shown
 from flexgen.units import LARGEST_COUNT
 
 CODECS = ("none", *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parent}/quant/codecs"])))
-"""Names a share's `codec` may have: "none", and the names of the modules in `flexgen/quant/codecs`, which need torch
-and are not imported here."""
+"""The valid names of a codec: "none" and the names of the modules in `flexgen/quant/codecs`. These modules need
+torch, so they are not imported here."""
 
 SUM_TOLERANCE = 1e-6
-"""How far the three percentages of a split may be from 100."""
+"""The tolerance for the sum of the three percentages of a split."""
 
 
 class Tier(StrEnum):
-    """A kind of memory, fastest first: of the compute device, of the host, files."""
+    """A kind of memory, fastest first: device memory, host memory, files on disk."""
 
     GPU = "gpu"
     CPU = "cpu"
@@ -45,7 +45,7 @@ Held = TypeVar("Held")
 
 
 class _Converted(Generic[Given, Held]):
-    """A dataclass field that may be given in short form (20, {"gpu": 20}) and is held in full form."""
+    """A dataclass field that accepts a short form (20, {"gpu": 20}) and stores the full form."""
 
     def __init__(self, convert: Callable[[Given], Held], default: Held) -> None:
         self.convert = convert
@@ -83,7 +83,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
 def _percent(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise PolicyError(
-            f"{shown(value)} ({type(value).__name__}) is no percentage; write a number, 0 to 100"
+            f"{shown(value)} ({type(value).__name__}) is not a percentage; write a number from 0 to 100"
         )
     percent = _float(value)
     if not 0 <= percent <= 100:  # NaN fails this too
@@ -92,7 +92,7 @@ def _percent(value: object) -> float:
 
 
 def _float(value: Any) -> float:
-    """A float, infinite where the number is too large for one."""
+    """The value as a float; infinite if it is too large for one."""
     try:
         return float(value)
     except OverflowError:
@@ -123,7 +123,7 @@ def _fraction(name: str, value: object) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """One tier's part of a split: `percent` (0 to 100), kept with `codec`."""
+    """The part of a split on one tier: `percent` (0 to 100), stored with `codec`."""
 
     percent: float
     codec: str = "none"
@@ -132,11 +132,11 @@ class Share:
         object.__setattr__(self, "percent", _percent(self.percent))
         if not isinstance(self.codec, str) or self.codec not in CODECS:
             hint = did_you_mean(self.codec, CODECS)
-            raise PolicyError(f"codec {shown(self.codec)} is unknown; known: {', '.join(CODECS)}{hint}")
+            raise PolicyError(f"codec {shown(self.codec)} is not known; known: {', '.join(CODECS)}{hint}")
 
     @classmethod
     def of(cls, given: ShareLike) -> Share:
-        """A share from a number of percent, a mapping with `percent` and perhaps `codec`, or a share."""
+        """A share from a percentage, a mapping with `percent` and optionally `codec`, or a share."""
         if isinstance(given, Share):
             return given
         if not isinstance(given, Mapping):
@@ -154,7 +154,7 @@ ShareLike = Share | float | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Split:
-    """How one class of bytes is spread over the tiers; the three percentages sum to 100."""
+    """The distribution of one kind of data over the tiers. The three percentages sum to 100."""
 
     gpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
     cpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
@@ -165,7 +165,7 @@ class Split:
         if abs(total - 100) > SUM_TOLERANCE:
             parts = " + ".join(f"{tier} {_number(self.percent(tier))}" for tier in Tier)
             change = f"add {100 - total:g} to" if total < 100 else f"take {total - 100:g} from"
-            raise PolicyError(f"{parts} is {total:g} percent, must be 100; {change} one of them")
+            raise PolicyError(f"{parts} is {total:g} percent; the sum must be 100: {change} one of them")
 
     @classmethod
     def of(cls, given: SplitLike) -> Split:
@@ -175,7 +175,7 @@ class Split:
         if not isinstance(given, Mapping):
             kind = type(given).__name__
             raise PolicyError(
-                f"{shown(given)} ({kind}) is no split; write percent by tier: {{ gpu = 20, cpu = 80 }}"
+                f"{shown(given)} ({kind}) is not a split; write percentages by tier: {{ gpu = 20, cpu = 80 }}"
             )
         _refuse_unknown(given, tuple(Tier))
         return cls(**given)
@@ -189,25 +189,25 @@ class Split:
         return self[tier].percent
 
     def rows(self, count: int) -> dict[Tier, range]:
-        """Contiguous row ranges in the order gpu, cpu, disk; their lengths sum to `count` exactly.
+        """Divide `count` rows into contiguous ranges in the order gpu, cpu, disk.
 
-        By Webster's method: each tier is within one row of its exact part (true of three tiers, not of more),
-        a tier of 0 percent gets none, and a smaller count never gets more rows on any tier, so that what was
-        made for a batch serves a smaller one. Ties go to the faster tier.
+        Uses Webster's method. Each tier is within one row of its exact share (this holds for three tiers, not for
+        more), a tier of 0 percent gets no rows, and a smaller count gets no more rows on any tier. So buffers for a
+        batch also fit a smaller batch. Ties go to the faster tier.
         """
         if count < 0:
             raise ValueError(f"cannot split {count} rows; the count must be >= 0")
         return dict(_rows(tuple(self.percent(tier) for tier in Tier), count))
 
 
-@lru_cache(maxsize=4096)  # a plan and its predictions ask for the same few over and over
+@lru_cache(maxsize=4096)  # a plan and its predictions repeat the same few arguments
 def _rows(given: tuple[float, ...], count: int) -> dict[Tier, range]:
-    # Fractions, because a float quota that lands just beside an integer could lose or invent a row.
+    # Fractions, because a float quota close to an integer could lose or add a row.
     percents = dict(zip(Tier, map(Fraction, given), strict=True))
     total = sum(percents.values())
     quotas = {tier: count * percent / total for tier, percent in percents.items()}
     lengths = {tier: math.floor(quota) for tier, quota in quotas.items()}
-    # The next row of a tier with n rows is worth its percentage / (2n + 1).
+    # The priority of a tier with n rows for the next row is its percentage / (2n + 1).
     by_worth = sorted(Tier, key=lambda tier: -percents[tier] / (2 * lengths[tier] + 1))
     for tier in by_worth[: count - sum(lengths.values())]:
         lengths[tier] += 1
@@ -224,15 +224,19 @@ _ALL_GPU = Split(gpu=100.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """One way to run a model; raises PolicyError for what cannot be meant.
+    """A policy: the placement of the data, and the shape of a block. Raises PolicyError for invalid values.
 
-    A block is `gpu_batch_size * num_gpu_batches` prompts: each layer's weights are brought in once per
-    block and used for every batch of it. `attend_on` ("cpu" or "gpu") is where cache that is off the
-    GPU is attended. `attn_sparsity` is the share of the cached values that a decode step uses, those with the
-    largest attention scores; 1 is exact. `prefill_chunk` is the most tokens of each prompt that one pass through
-    the layers computes; 0 is for whole prompts, or for parts of them where whole prompts do not fit. `sep_layer`
-    streams attention and MLP as two units. `pin_weight` pins all host memory that feeds a GPU: weights, cache,
-    hidden states and staging.
+    gpu_batch_size, num_gpu_batches: a block has `gpu_batch_size * num_gpu_batches` prompts. The weights of each layer
+        are loaded once for all batches of a block.
+    weights, cache, activations: percentages by tier, with an optional codec for weights and cache.
+    attend_on: "cpu" or "gpu", the processor that computes attention over cache that is not in GPU memory.
+    attn_sparsity: the share of the cached values that a decode step uses: those with the largest attention scores.
+        1 is exact.
+    prefill_chunk: the maximum number of tokens per prompt in one pass. With 0, a pass computes whole prompts if
+        they fit, and parts of them otherwise.
+    overlap: overlap transfers with the computation.
+    sep_layer: stream attention and MLP as two units.
+    pin_weight: pin all host memory that a GPU reads: weights, cache, hidden states and staging.
     """
 
     gpu_batch_size: int = 1
@@ -255,15 +259,15 @@ class Policy:
         for tier in Tier:
             if (codec := self.activations[tier].codec) != "none":
                 raise PolicyError(
-                    f"activations: codec {codec!r} on {tier}; only weights and cache can be encoded, "
-                    "leave activations as they are"
+                    f"activations: codec {codec!r} on {tier}; only weights and cache can have a codec, "
+                    "leave it out here"
                 )
         object.__setattr__(self, "attn_sparsity", _fraction("attn_sparsity", self.attn_sparsity))
         for tier in Tier:
             if self.attn_sparsity < 1 and (codec := self.cache[tier].codec) != "none":
                 raise PolicyError(
                     f"attn_sparsity is {self.attn_sparsity:g} with codec {codec!r} for the cache on {tier}; "
-                    "values are chosen of a cache that is not encoded: leave out one of the two"
+                    "sparse attention needs a cache without a codec: leave out one of the two"
                 )
         for name in ("overlap", "sep_layer", "pin_weight"):
             if not isinstance(value := getattr(self, name), bool):
@@ -280,7 +284,7 @@ class Policy:
     def from_dict(cls, fields: Mapping[str, Any]) -> Policy:
         """A policy from the keys of its TOML; the inverse of `to_dict`."""
         if not isinstance(fields, Mapping):
-            raise PolicyError(f"a policy is a {type(fields).__name__}; give a mapping of its fields")
+            raise PolicyError(f"the policy is a {type(fields).__name__}; give a mapping of its fields")
         _refuse_unknown(fields, tuple(field.name for field in dataclasses.fields(cls)))
         return cls(**fields)
 
@@ -288,13 +292,13 @@ class Policy:
     def from_percent(
         cls, w_gpu: float, w_cpu: float, c_gpu: float, c_cpu: float, a_gpu: float, a_cpu: float, **fields: Any
     ) -> Policy:
-        """FlexGen's six numbers: percent of weights, cache, activations on gpu and cpu; the rest is disk."""
+        """A policy from FlexGen's six percentages of weights, cache and activations; the rest of each is on disk."""
         given = {"weights": (w_gpu, w_cpu), "cache": (c_gpu, c_cpu), "activations": (a_gpu, a_cpu)}
         return cls.from_dict(fields | {name: _rest_on_disk(name, *pair) for name, pair in given.items()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Policy:
-        """The policy in a TOML file. Raises PolicyError, with the path, for a missing or wrong file."""
+        """Read a policy from a TOML file. Raises PolicyError, with the path, for a missing or invalid file."""
         name = cut(str(path))
         try:
             with open(path, "rb") as file:
@@ -306,14 +310,16 @@ class Policy:
         except ValueError as error:  # not UTF-8, not TOML, a number of thousands of digits, a NUL in the path
             raise PolicyError(f"{name}: not valid TOML: {error}") from error
         except RecursionError:
-            raise PolicyError(f"{name}: not valid TOML: values are nested too deeply") from None
+            raise PolicyError(
+                f"{name}: not valid TOML: values are nested too deeply; a policy needs two levels"
+            ) from None
         try:
             return cls.from_dict(fields)
         except PolicyError as error:
             raise PolicyError(f"{name}: {error}") from None
 
     def save(self, path: str | PathLike[str], comment: str | None = None) -> None:
-        """Write the policy as TOML, with `comment` (where it came from) above it; `load` gives it back."""
+        """Write the policy as a TOML file that `load` reads, with `comment` (such as its origin) at the top."""
         lines = [f"# {line}".rstrip() for line in _printable(comment or "").splitlines()]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         width = max(map(len, fields))
@@ -321,22 +327,24 @@ class Policy:
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (for JSON): every key of the TOML, splits as {tier: {percent, codec}}."""
+        """The policy as plain data for JSON: all keys of the TOML file, with splits as {tier: {percent, codec}}."""
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> Policy:
-        """The same policy with some fields changed."""
+        """A copy of the policy with some fields changed."""
         current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return self.from_dict(current | changes)
 
 
 @dataclass(frozen=True)
 class Auto:
-    """A policy that is still to be found, by a search for the machine and the workload at hand.
+    """A request to search for the best policy for the machine and the workload.
 
-    fixed: fields that are given already, by name, in any form that `Policy` takes. lossy: codecs may be chosen,
-    which round weights and cache. once: what is found for the opening holds for every call, also for one that is
-    unlike it. Raises PolicyError for fields that cannot be meant.
+    fixed: fields that the search must not change, by name, in any form that `Policy` accepts.
+    lossy: allow codecs, which round weights and cache.
+    once: use the policy that was found when the model was opened for all calls, even if a call is different.
+
+    Raises PolicyError for invalid fields.
     """
 
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -356,8 +364,10 @@ def _rest_on_disk(name: str, gpu: float, cpu: float) -> Split:
             percents = " + ".join(
                 f"{tier} {share.percent:g}" for tier, share in zip(Tier, shares, strict=False)
             )
-            raise PolicyError(f"{percents} is {100 - rest:g} percent; the most is 100 together")
-        # A rest of 1e-14 is rounding, not a wish to use the disk.
+            raise PolicyError(
+                f"{percents} is {100 - rest:g} percent; the sum must be at most 100: lower one of them"
+            )
+        # A rest of 1e-14 is a rounding error, not a share for the disk.
         return Split(*shares, disk=rest if rest > SUM_TOLERANCE else 0.0)
     except PolicyError as error:
         raise PolicyError(f"{name}: {error}") from None

@@ -1,9 +1,9 @@
-"""`python -m flexgen.simulate`: what a policy would take on a machine that one need not have.
+"""`python -m flexgen.simulate`: predict the throughput of a policy on hardware that you may not own.
 
     python -m flexgen.simulate --model opt-30b --policy FILE --hardware t4 --prompt-len 512 --gen-len 32
 
-Prints the card of `flexgen.bench`, on request its line of JSON and a trace, from the schedule laid out in virtual
-time. No weights are read; a model that is not known by name or not on this machine needs its config.json.
+It simulates the schedule in virtual time. Prints the card of `flexgen.bench`, and writes its line of JSON and a trace
+on request. No weights are read. If the model is not known by name, its config.json is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from flexgen.cli.flags import OutputFile, add_policy_flags, count, read_policy, run
+from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, AutoPolicy
 from flexgen.models import open_model
 from flexgen.policy import Auto
@@ -23,12 +24,12 @@ from flexgen.workload import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), simulate, argv)
 
 
 def simulate(args: argparse.Namespace) -> Report:
-    """Predict the job and print what it would take."""
+    """Predict the job and print its card."""
     policy, order = read_policy(args), args.order
     spec, _ = open_model(args.model, "dummy")
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
@@ -53,50 +54,52 @@ def simulate(args: argparse.Namespace) -> Report:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags: those of `flexgen.bench` that mean something without a machine."""
+    """The flags: those of `flexgen.bench` that apply without a machine."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.simulate",
-        description="Predict the throughput of a policy on a machine that one need not have.",
+        formatter_class=HelpFormatter,
+        description="Predict the throughput of a policy on hardware that you may not own.",
     )
     add = parser.add_argument
     add(
         "--hardware",
         required=True,
         metavar="NAME",
-        help="a preset (t4, a100-80g, ...), a file NAME.toml, or `measured`: this machine (see flexgen.measure)",
+        help="preset (t4, a100-80g, ...), file NAME.toml, or `measured` for this machine (see flexgen.measure)",
     )
-    add("--device", default="auto", help="of the measured machine (default: auto)")
-    add("--offload-dir", metavar="DIR", help="of the measured machine: a directory on its disk")
-    add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
+    add("--device", default="auto", help="device, with --hardware measured")
+    add("--offload-dir", metavar="DIR", help="directory on the disk, with --hardware measured")
+    add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
     add(
         "--dtype",
         default="auto",
-        help="auto, float32, bfloat16 or float16, as far as the machine has figures",
+        help="auto, float32, bfloat16 or float16, if the machine has figures for it",
     )
-    add("--prompt-len", type=count, default=512, help="tokens of each prompt (default: 512)")
-    add("--gen-len", type=count, default=32, help="new tokens of each prompt (default: 32)")
+    add("--prompt-len", type=count, default=512, metavar="N", help="tokens of each prompt")
+    add("--gen-len", type=count, default=32, metavar="N", help="new tokens of each prompt")
     add(
         "--num-prompts",
         type=count,
-        help=f"prompts in all (default: one block, by auto at most {USUAL.num_prompts})",
+        metavar="N",
+        help=f"number of prompts (default: one block; with --policy auto at most {USUAL.num_prompts})",
     )
     add(
         "--samples",
         type=count,
         metavar="N",
-        help="lay out N tokens of the decode instead of all; much faster, and close",
+        help="simulate only N tokens of the decode; much faster, and almost as exact",
     )
     add(
         "--json",
         type=OutputFile,
         metavar="FILE",
-        help="append the figures to FILE as a line of JSON; - prints that line only",
+        help="append the results to FILE as a line of JSON; - prints only this line",
     )
     add(
         "--trace",
         type=OutputFile,
         metavar="FILE",
-        help="write every step by lane, for chrome://tracing or ui.perfetto.dev",
+        help="write a timeline of all steps by lane, for chrome://tracing or ui.perfetto.dev",
     )
     add_policy_flags(parser)
     return parser

@@ -1,10 +1,10 @@
-"""`python -m flexgen.tune`: find the best policy for a job on this machine, with trials, and write it to a file.
+"""`python -m flexgen.tune`: find the best policy for a job on this machine with trial runs, and write it to a file.
 
     python -m flexgen.tune --model opt-30b --weights dummy --prompt-len 512 --gen-len 32 -o policies/opt-30b.toml
     python -m flexgen.tune --model opt-30b --hardware t4 --simulate-only --frontier frontier.png
 
-Searches, runs the best few for real on a part of the job, corrects the machine's figures by what they took, and
-searches again, until what the search likes best has been tried.
+It searches, runs the best candidates on a part of the job, corrects the machine's figures by the measured times, and
+searches again, until the best candidate of the search has been tried.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen.cli.flags import AUTO, OutputFile, add_model_flags, add_policy_flags, count, fixed_fields, run
+from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, own_order, this_machine
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec, open_model
@@ -31,19 +32,20 @@ from flexgen.workload import Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     return run(make_parser(), tune, argv)
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Find the best policy, and say and write what was found; an interrupt keeps the best so far."""
+    """Find the best policy, then print and write it. After an interrupt, the best one so far is written."""
     if args.policy != AUTO:
         raise RequestError(
-            f"--policy {args.policy}: tune finds the policy; give single fields to keep, such as --gpu-batch-size"
+            f"--policy {args.policy}: tune searches for the policy; to fix single fields, give flags such as "
+            "--gpu-batch-size"
         )
     if args.hardware and not args.simulate_only:
         raise RequestError(
-            "--hardware is another machine, on which nothing can be tried: add --simulate-only"
+            "--hardware describes another machine, where no trials can run; add --simulate-only"
         )
     plot = plotter() if args.frontier else None
     spec, _ = open_model(args.model, "dummy" if args.simulate_only else args.weights)
@@ -103,8 +105,10 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[Policy, str, str]:
-    """The best policy, its order, and where it came from: machine, workload, predicted and measured. A file of the
-    policy does not say an order, so what came from where says it, and how to ask for it."""
+    """The best policy, its order, and a comment for the file: machine, workload, predicted and measured speed.
+
+    A policy file contains no order, so the comment names the order and the command that uses it.
+    """
     best = tuning.best
     candidate = best.candidate if best else tuning.search.best
     predicted = best.full if best else candidate.prediction.report
@@ -115,7 +119,7 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
         f"Found by python -m flexgen.tune on {datetime.date.today().isoformat()}.",
         f"Model: {spec.name}, {predicted.dtype}. Machine: {machine}",
         f"Workload: {args.num_prompts} prompts of {args.prompt_len} tokens, {args.gen_len} new tokens each.",
-        f"Order: {predicted.order}{f', not its own: give --order {named} with every run' if named else ''}.",
+        f"Order: {predicted.order}{f', not the default: add --order {named} to every run' if named else ''}.",
         f"Predicted: {figures(predicted)}.",
     ]
     if best:
@@ -124,12 +128,12 @@ def result(args: argparse.Namespace, spec: ModelSpec, tuning: Tuning) -> tuple[P
             f"{best.shape}, which differ by {best.spread:.0%}."
         )
     else:
-        lines.append("Measured: nothing, it was not run.")
+        lines.append("Measured: no run.")
     return candidate.policy, predicted.order, "\n".join([*lines, f"Run it: {command(args, named)}"])
 
 
 def command(args: argparse.Namespace, order: str | None) -> str:
-    """The command that does the whole job with the policy; `order` where it would not run in it by itself."""
+    """The command that runs the whole job with the policy. `order`: set if it is not the default order."""
     module, machine = ("simulate", args.hardware) if args.hardware else ("bench", None)
     given = {
         "model": args.model,
@@ -149,7 +153,7 @@ def command(args: argparse.Namespace, order: str | None) -> str:
 
 
 def figures(report: Report) -> str:
-    """The three figures of a report."""
+    """The three speeds of a report."""
     return (
         f"{report.throughput_tokens_s:,.2f} tokens/s (prefill {report.prefill_tokens_s:,.1f}, "
         f"decode {report.decode_tokens_s:,.2f})"
@@ -157,7 +161,7 @@ def figures(report: Report) -> str:
 
 
 def save_policy(policy: Policy, path: str, comment: str) -> None:
-    """Write it whole or not at all."""
+    """Write the file atomically."""
     target = Path(path)
     part = target.with_name(f".{target.name}.part")
     try:
@@ -168,49 +172,57 @@ def save_policy(policy: Policy, path: str, comment: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags; those of a policy are fields that stay as they are."""
+    """The flags. The flags of a policy fix single fields of it."""
     parser = argparse.ArgumentParser(
         prog="python -m flexgen.tune",
-        description="Find the best policy for a job, with trials, and write it.",
+        formatter_class=HelpFormatter,
+        description="Find the best policy for a job with trial runs, and write it to a file.",
     )
     add, effort = parser.add_argument, Effort()
     add_model_flags(parser, dummy=True)
-    for name in ("prompt_len", "gen_len", "num_prompts"):
-        usual, what = getattr(USUAL, name), name.replace("_", "-")
-        add(f"--{what}", type=count, default=usual, help=f"of the job (default: {usual})")
+    for name, what in (
+        ("prompt_len", "tokens of each prompt of the job"),
+        ("gen_len", "new tokens of each prompt"),
+        ("num_prompts", "prompts of the job"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=count, default=getattr(USUAL, name), metavar="N", help=what)
     add(
         "--top",
         type=count,
         default=effort.top,
         metavar="N",
-        help="candidates to try in a round (default: %(default)s)",
+        help="candidates to try in each round",
     )
-    add("--rounds", type=count, default=effort.rounds, help="rounds of trials at most (default: %(default)s)")
-    add("--repeats", type=count, default=effort.repeats, help="runs of each candidate (default: %(default)s)")
+    add("--rounds", type=count, default=effort.rounds, metavar="N", help="maximum number of rounds")
+    add("--repeats", type=count, default=effort.repeats, metavar="N", help="runs of each candidate")
     add(
         "--trial-seconds",
         type=float,
         default=effort.trial_seconds,
         metavar="S",
-        help="of one run, about (default: %(default)g)",
+        help="approximate time of one run, in seconds",
     )
-    add("--seed", type=int, default=effort.seed, help="of the ids")
+    add("--seed", type=int, default=effort.seed, help="seed of the random ids")
     add("-o", "--output", type=OutputFile, metavar="FILE", help="write the best policy to FILE")
-    add("--hardware", metavar="NAME", help="another machine: a preset or a file NAME.toml; --simulate-only")
-    add("--simulate-only", action="store_true", help="search only, and run nothing")
+    add(
+        "--hardware",
+        metavar="NAME",
+        help="another machine: a preset or a file NAME.toml; needs --simulate-only",
+    )
+    add("--simulate-only", action="store_true", help="search without trial runs")
     add(
         "--save-hardware",
         type=OutputFile,
         metavar="FILE",
-        help="write the machine's figures, as corrected, to FILE",
+        help="write the corrected description of the machine to FILE",
     )
     add(
         "--frontier",
         type=OutputFile,
         metavar="FILE.png",
-        help="draw throughput over latency (needs matplotlib)",
+        help="plot throughput over latency (needs matplotlib)",
     )
-    add("--json", type=OutputFile, metavar="FILE", help="append what was found to FILE as a line of JSON")
+    add("--json", type=OutputFile, metavar="FILE", help="append the results to FILE as a line of JSON")
     add_policy_flags(parser)
     return parser
 

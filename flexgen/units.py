@@ -1,4 +1,4 @@
-"""Bytes and seconds, read from and written for people."""
+"""Parsing and formatting of bytes and seconds for people."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from flexgen.errors import shown
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 BLOCK = 4096
-"""Bytes. Direct transfers of a disk want file offset, length and memory address to be multiples of it."""
+"""In bytes. Direct disk I/O needs file offset, length and memory address to be multiples of it."""
 
 ALIGNMENT = 256
-"""Bytes. Tensors inside a buffer begin at multiples of it, as CUDA's own allocator does."""
+"""In bytes. Tensors in a buffer begin at multiples of it, like those of CUDA's own allocator."""
 
 MOST_BYTES = (1 << 63) - 1
-"""The largest size that system calls and torch take."""
+"""The largest size that system calls and torch accept."""
 
 LARGEST_COUNT = (1 << 31) - 1
-"""The most prompts, batches or tokens that a policy or a workload asks for: products of two stay below 2**63."""
+"""The maximum number of prompts, batches or tokens. The product of two counts is below 2**63."""
 
 _SCALES = {
     "": 1, "B": 1,
@@ -29,7 +29,7 @@ _SCALES = {
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """Bytes from "10GiB", "1.5 GB", "4096" or a number. Raises ValueError for anything else."""
+    """Parse a size such as "10GiB", "1.5 GB", "4096" or a number, in bytes. Raises ValueError for anything else."""
     if isinstance(text, bool):
         raise ValueError(f"{shown(text)} is not a size: write a number of bytes or a text such as '10GiB'")
     if isinstance(text, int | float):
@@ -54,9 +54,9 @@ def _too_large(given: object) -> ValueError:
 
 
 def format_bytes(count: int | float) -> str:
-    """`1536 -> "1.5 KiB"`: three significant digits, binary units.
+    """Format bytes with three significant digits and a binary unit: `1536 -> "1.5 KiB"`.
 
-    Counts that no float holds are written as a power of two.
+    Counts too large for a float are written as a power of two.
     """
     if isinstance(count, int) and count.bit_length() > 1000:
         return f"{'-' if count < 0 else ''}2**{count.bit_length() - 41} TiB"
@@ -69,15 +69,15 @@ def format_bytes(count: int | float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    # `.3g` turns to exponents from 1000 on, which binary units reach.
+    # `.3g` writes an exponent from 1000 on, and binary units go up to 1023.
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.0123 -> "12.3 ms"`, `75 -> "1 min 15 s"`."""
+    """Format seconds: `0.0123 -> "12.3 ms"`, `75 -> "1 min 15 s"`."""
     if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} us"
-    if seconds < 0.9995:  # what rounds to a whole second is told as one
+    if seconds < 0.9995:  # larger values round to a whole second
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"

@@ -1,4 +1,4 @@
-"""How much is asked of a run: the sizes from which memory and time are planned."""
+"""The workload of a run: the sizes from which its memory and time are computed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flexgen.units import LARGEST_COUNT
 
 @dataclass(frozen=True)
 class Workload:
-    """`num_prompts` prompts of `prompt_len` tokens, each continued by `gen_len` tokens.
+    """`num_prompts` prompts of `prompt_len` tokens, with `gen_len` new tokens for each.
 
-    Shorter prompts are padded to `prompt_len`. Raises RequestError unless all three are whole numbers from 1 to
+    Shorter prompts are padded to `prompt_len`. Raises RequestError unless all three are integers from 1 to
     `LARGEST_COUNT`.
     """
 
@@ -37,5 +37,5 @@ class Workload:
 
     @property
     def capacity(self) -> int:
-        """Tokens of KV cache one prompt can fill: the prompt and all that is generated."""
+        """The largest length of one row in the KV cache: the prompt and all its new tokens."""
         return self.prompt_len + self.gen_len

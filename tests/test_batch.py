@@ -1,4 +1,4 @@
-"""`python -m flexgen.batch`: an answer for each prompt, in order, whatever ends the command in between."""
+"""`python -m flexgen.batch`: an answer for each prompt, in order, after any interruption."""
 
 import json
 import shutil
@@ -196,10 +196,10 @@ def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path,
     for wrong in ("8", "444", "7777", "rw", "-1"):
         with pytest.raises(SystemExit):
             start(job, f"--file-mode={wrong}")
-        assert "is not a mode of three octal digits" in capsys.readouterr().err
+        assert "is not a mode; write three octal digits" in capsys.readouterr().err
 
 
-def test_what_was_drawn_and_searched_stays_without_a_seed_or_policy(job, ends_in_call, capsys):
+def test_a_resumed_job_keeps_its_seed_and_policy(job, ends_in_call, capsys):
     flags = ["--device", "cpu", "--max-tokens", "6", "--gpu-batch-size", "2", "--save-every", "1"]
     ends_in_call(2)
     with pytest.raises(Ended):
@@ -217,30 +217,33 @@ def test_a_job_that_is_done_is_left_alone(job, capsys, monkeypatch):
     before = job[1].read_bytes()
     monkeypatch.setattr(batch, "OptLM", None)
     assert start(job) == 0
-    assert "nothing left to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert job[1].read_bytes() == before
 
 
-def test_another_policy_may_go_on(job, ends_in_call, capsys):
+def test_another_policy_may_resume(job, ends_in_call, capsys):
     ends_in_call(2)
     with pytest.raises(Ended):
         start(job, "--temperature", "0")
     ends_in_call(100)
     assert start(job, "--temperature", "0", block=["--gpu-batch-size", "3", *BLOCK[2:]]) == 0
-    assert "the policy is another one from here on" in capsys.readouterr().err
+    assert "the policy has changed" in capsys.readouterr().err
     assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
 
 
-def test_what_changed_meanwhile_is_refused(job, ends_in_call, capsys):
+def test_a_changed_job_is_refused(job, ends_in_call, capsys):
     ends_in_call(2)
     with pytest.raises(Ended):
         start(job)
     before = job[1].read_bytes()
     assert start(job, "--max-tokens", "5") == 1
-    assert "answers.jsonl was begun with other --max-tokens. Name another output" in capsys.readouterr().err
+    assert (
+        "answers.jsonl was begun with a different value of: --max-tokens. Choose another output"
+        in capsys.readouterr().err
+    )
     job[0].write_text(job[0].read_text().replace("3 May", "4 May"))
     assert start(job) == 1
-    assert "was begun with other prompts, tokens of the prompts" in capsys.readouterr().err
+    assert "was begun with a different value of: prompts, tokens of the prompts" in capsys.readouterr().err
     assert job[1].read_bytes() == before
 
 
@@ -255,7 +258,10 @@ def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path,
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     assert start(job, "--model", model) == 1
-    assert "was begun with other weights or configuration of the model" in capsys.readouterr().err
+    assert (
+        "was begun with a different value of: weights or configuration of the model"
+        in capsys.readouterr().err
+    )
     assert job[1].read_bytes() == before
     weights.write_bytes(right)
     ends_in_call(100)
@@ -298,14 +304,14 @@ def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.txt", b"", "a.txt is empty; write prompts into it"),
+        ("a.txt", b"", "a.txt is empty; give a file with at least one prompt"),
         ("a.txt", b"one\n" + b"word " * 600, "exceed the 512 positions of demo. Shorten the prompt"),
         ("a.json", b'["a",\n' + b'"word' + b" word" * 600 + b'"]', "a.json, line 2: the prompt has"),
         ("a.jsonl", b'{"prompt": "a"}\n\n', "a.jsonl, line 2: the line is blank"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0 of a chat is"),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):
+def test_an_invalid_prompt_is_refused_with_its_line(name, text, said, tmp_path, capsys):
     prompts, answers = tmp_path / name, tmp_path / "answers.jsonl"
     prompts.write_bytes(text)
     assert start((prompts, answers)) == 1
@@ -313,7 +319,7 @@ def test_what_is_no_prompt_is_refused_with_its_line(name, text, said, tmp_path, 
     assert list(tmp_path.iterdir()) == [prompts]
 
 
-def test_what_cannot_be_meant_leaves_no_answers(job, tmp_path, capsys):
+def test_invalid_flags_leave_no_answers(job, tmp_path, capsys):
     for flags, said in (
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--device", "tpu"], "device 'tpu' is not known"),

@@ -74,17 +74,17 @@ def test_cut_generation_is_projected(tiny_model, tmp_path, capsys):
     assert "projected from 2 tokens" in capsys.readouterr().out
 
 
-def test_demo_prints_answers_beside_the_right_ones(capsys):
+def test_demo_prints_answers_next_to_the_correct_ones(capsys):
     policy = str(ROOT / "policies" / "demo.toml")
     assert bench.main(["--policy", policy, "--device", "cpu", "--num-prompts", "20", "--no-bound"]) == 0
     out = capsys.readouterr().out
-    assert "[right]" in out and "right answers: " in out
+    assert "[correct]" in out and "correct answers: " in out
 
 
 def test_demo_may_be_timed_on_random_ids(capsys):
     flags = "--device cpu --prompt-len 8 --gen-len 2 --num-prompts 2 --no-bound"
     assert bench.main(flags.split()) == 0
-    assert "right answers" not in capsys.readouterr().out
+    assert "correct answers" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

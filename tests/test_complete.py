@@ -1,4 +1,4 @@
-"""`python -m flexgen.complete`: the completion alone on stdout, the rest on stderr, one line for what is wrong."""
+"""`python -m flexgen.complete`: only the completion on stdout, the rest on stderr, one line for an error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def nothing_left(model):
 
 
 class Watched(io.TextIOWrapper):
-    """A standard output of bytes, of which `seen` is told each time that something was shown."""
+    """A standard output of bytes that calls `seen` after each write."""
 
     def __init__(self, seen, file=None, encoding="utf-8"):
         super().__init__(file or io.BytesIO(), encoding=encoding)
@@ -100,7 +100,7 @@ def test_a_prompt_file_of_another_editor_means_the_same(tmp_path, typed, capsys)
     assert len(set(made)) == 1
 
 
-def test_so_many_tokens_are_made(model, capsys):
+def test_the_number_of_tokens_is_max_tokens(model, capsys):
     assert complete.main([*BEST, "--prompt", PROMPT, "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out == model.generate_text([PROMPT], 3)[0] + "\n"
 
@@ -111,7 +111,7 @@ def test_a_stop_ends_it(completion, capsys):
     assert capsys.readouterr().out == completion.partition(stop)[0] + "\n"
 
 
-def test_a_seed_repeats_what_was_drawn(model, capsys):
+def test_a_seed_repeats_the_sampling(model, capsys):
     flags = ["--prompt", PROMPT, "--temperature", "1.3", "--top-k", "40", "--top-p", "0.9", "--seed", "5"]
     drawn = dict(do_sample=True, temperature=1.3, top_k=40, top_p=0.9, seed=5)
     assert complete.main([*FLAGS, *flags]) == 0
@@ -187,7 +187,7 @@ def test_prompts_that_are_no_text(tmp_path, typed, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_what_is_too_long_is_refused_before_weights_are_loaded(monkeypatch, capsys):
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_loaded(monkeypatch, capsys):
     monkeypatch.setattr(OptLM, "__init__", lambda *args, **options: pytest.fail("it was opened"))
     assert complete.main([*FLAGS, "--prompt", "word " * 600]) == 1
     assert "positions" in capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_a_model_without_tokenizer_is_refused_before_weights_are_loaded(flags, t
     assert "bare has no tokenizer" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
 
 
-def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+def test_characters_that_a_terminal_cannot_show_are_replaced(monkeypatch):
     pieces = "caf", "é", " 日本"
     told = Stream(lambda teller: [teller.tell(piece) for piece in pieces])
     monkeypatch.setattr(OptLM, "stream_text", lambda *args, **options: told)
@@ -259,7 +259,7 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
 
 @pytest.fixture
 def press(monkeypatch):
-    """`press()`: Ctrl-C comes once, after three pieces. Returns what standard output had got each time."""
+    """`press()` sends Ctrl-C once, after three pieces. Returns the contents of standard output after each piece."""
 
     def start():
         shown = []
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_an_answer_and_the_next_line_is_answered(nothing_left, compl
     assert completion.startswith(first) and len(first) < len(completion)
     assert pressed[-1] == first + completion + "\n"
     err = capsys.readouterr().err
-    assert "the answer was ended" in err and err.endswith("\nbye\n")
+    assert "answer stopped;" in err and err.endswith("\nbye\n")
 
 
 # At a prompt
@@ -302,10 +302,10 @@ def test_lines_are_answered_one_after_another(completion, typed, capsys):
     assert complete.main([*BEST, "--interactive"]) == 0
     out, err = capsys.readouterr()
     assert out == (completion + "\n") * 2
-    assert err.count(">>> ") == 6 and "nothing to forget" in err and err.endswith("bye\n")
+    assert err.count(">>> ") == 6 and "there is no conversation" in err and err.endswith("bye\n")
 
 
-def test_a_line_that_cannot_be_served_is_told_and_the_next_one_comes(completion, typed, capsys):
+def test_an_invalid_line_is_reported_and_the_next_one_is_read(completion, typed, capsys):
     typed(b"word " * 600 + b"\ncaf\xe9\n" + PROMPT.encode())
     assert complete.main([*BEST, "--interactive"]) == 0
     out, err = capsys.readouterr()
@@ -328,7 +328,7 @@ def test_ctrl_c_at_a_line_drops_it_and_twice_leaves(monkeypatch, capsys):
     assert complete.main([*BEST, "--interactive"]) == 0
     assert len(answered) == 1 and next(typed) == "never read"
     err = capsys.readouterr().err
-    assert err.count("Ctrl-C again, or Ctrl-D, leaves") == 2 and err.endswith("\nbye\n")
+    assert err.count("press Ctrl-C again or Ctrl-D to exit") == 2 and err.endswith("\nbye\n")
 
 
 def test_at_a_terminal(completion, monkeypatch, capsys):
@@ -372,6 +372,6 @@ def test_a_conversation(tmp_path, typed, monkeypatch, capsys):
     assert asked[0] == first
     told = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
     assert out.startswith(told + "\n"), "the answer is a part of the second prompt"
-    assert " positions of " in err and "(/reset forgets the conversation)" in err
+    assert " positions of " in err and "(/reset clears the conversation)" in err
     assert asked[3] == "[user] ef\n[assistant]"
     assert "a new conversation" in err

@@ -1,4 +1,4 @@
-"""Values of any size, depth and type are shown in few characters, and each error that repeats one has its class."""
+"""Values of any size, depth and type are shown in few characters, and each error has its class."""
 
 import datetime
 import json

@@ -1,5 +1,5 @@
-"""What `benchmarks/gpu.py` asks for fits the machine that it names, what takes too long ends whole, and the peer runs
-as itself."""
+"""`benchmarks/gpu.py`: its cases fit the named machine, steps that take too long are ended, and the peer runs its own
+code."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ import torch
 from flexgen import bench
 from flexgen.cli.flags import read_policy
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Tier
@@ -36,7 +36,7 @@ def load(path):
 @pytest.fixture(scope="module")
 def benchmark():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))  # as where a script lies
+        patch.syspath_prepend(str(BENCHMARKS))  # like the directory of a script
         return load(BENCHMARKS / "gpu.py")
 
 
@@ -56,17 +56,15 @@ def test_the_runs_fit(benchmark, tmp_path, run):
     placement = place_weights(layers, policy.weights, torch.float16)
     order = LINKED.choose_order(None, policy, policy.num_gpu_batches)
     workload = Workload(args.prompt_len, args.gen_len, policy.block_size)
-    plan = plan_memory(
-        layers, placement, policy, torch.float16, LINKED, workload, False, slots=order.slots
-    ).by_tier
+    plan = plan_memory(layers, placement, policy, Target(LINKED, order.slots), workload).by_tier
     assert args.device == "cuda:0,memory=16GiB" and plan[Tier.GPU] <= 0.95 * 16 * GIB
     assert plan[Tier.CPU] <= 0.9 * 100 * GIB and not plan[Tier.DISK]
     if run == "opt-30b":
         assert order.name == "overlap_cpu_attention"
-        assert f"take {plan[Tier.CPU] / GIB:.0f} GiB there" in benchmark.__doc__
+        assert f"take {plan[Tier.CPU] / GIB:.0f} GiB" in benchmark.__doc__
 
 
-def test_the_peer_runs_beside_each_model_and_out_of_this_package_s_sight(benchmark, tmp_path):
+def test_the_peer_runs_for_each_model_without_this_package(benchmark, tmp_path):
     found = benchmark.cases(tmp_path / "reports", tmp_path / "peer")
     assert list(found) == [
         *["tests", "races", "leaks", "attention", "links", "probe"],
@@ -200,7 +198,9 @@ def run(benchmark, monkeypatch, *flags):
     return benchmark.main()
 
 
-def test_a_later_call_continues_with_what_has_not_passed(benchmark, steps, monkeypatch, tmp_path, capsys):
+def test_a_later_call_continues_with_the_steps_that_have_not_passed(
+    benchmark, steps, monkeypatch, tmp_path, capsys
+):
     assert run(benchmark, monkeypatch, "--out", tmp_path) == 1
     assert steps == ["tests", "races", "probe"]
     assert json.loads((tmp_path / "races.json").read_text())["status"] == 1

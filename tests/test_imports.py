@@ -1,4 +1,4 @@
-"""What an import costs: libraries that take seconds are loaded when something needs them, not before."""
+"""The cost of imports: slow libraries are loaded only when they are needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_import_loads_neither_transformers_nor_scipy(code: str) -> None:
     assert loaded_by(code, HEAVY) == []
 
 
-def test_the_check_sees_what_is_loaded() -> None:
+def test_the_check_finds_loaded_modules() -> None:
     assert "scipy.optimize" in loaded_by("import scipy.optimize", HEAVY)
 
 

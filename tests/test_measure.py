@@ -32,7 +32,7 @@ def test_it_prints_a_machine_and_says_where_it_is_kept(capsys, tmp_path, calls):
     out, err = capsys.readouterr()
     (tmp_path / "printed.toml").write_text(out)
     assert Hardware.load(tmp_path / "printed.toml").source == "measurement 1"
-    assert f"kept in {tmp_path / 'cache'}" in err
+    assert f"cached in {tmp_path / 'cache'}" in err
     assert run("--device cpu") == 0 and calls == ["cpu"]
     assert run("--device cpu --again") == 0 and calls == ["cpu", "cpu"]
 
@@ -43,7 +43,7 @@ def test_a_file(capsys, tmp_path):
     assert Hardware.load(tmp_path / "mine.toml").source == "measurement 1"
 
 
-def test_what_is_wrong_is_one_line(capsys, tmp_path):
+def test_an_error_is_one_line(capsys, tmp_path):
     assert run("--device tpu") == 1
     assert "device 'tpu' is not known" in capsys.readouterr().err
     assert run(f"--device cpu -o {tmp_path / 'nowhere' / 'mine.toml'}") == 1

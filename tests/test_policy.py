@@ -1,4 +1,4 @@
-"""Policies: every field is checked, TOML round trips without loss, rows are dealt out exactly."""
+"""Policies: every field is checked, TOML round trips without loss, rows are divided exactly."""
 
 import copy
 import json
@@ -207,21 +207,21 @@ def test_rows_refuse_a_negative_count():
     ("fields", "message"),
     [
         ({"weights": {"gpu": 20, "cpu": 50}}, r"weights: gpu 20 \+ cpu 50 \+ disk 0 is 70 percent.*add 30"),
-        ({"cache": {"gpu": 60, "disk": 50}}, "cache: .* is 110 percent, must be 100; take 10"),
+        ({"cache": {"gpu": 60, "disk": 50}}, "cache: .* is 110 percent; the sum must be 100: take 10"),
         ({"cache": {}}, "cache: .* is 0 percent"),
         ({"weights": {"gpu": 100.00001}}, "outside 0 to 100"),
         ({"weights": {"gpu": 99.999}}, "add 0.001"),
         ({"weights": {"gpu": -5, "cpu": 105}}, "weights: gpu: -5 percent is outside 0 to 100"),
         ({"weights": {"gpu": math.nan, "cpu": 100}}, "gpu: nan percent is outside"),
         ({"weights": {"gpu": math.inf}}, "inf percent is outside"),
-        ({"weights": {"gpu": True, "cpu": 99}}, r"gpu: True \(bool\) is no percentage"),
-        ({"weights": {"gpu": "100"}}, r"'100' \(str\) is no percentage"),
-        ({"weights": 100}, r"weights: 100 \(int\) is no split"),
+        ({"weights": {"gpu": True, "cpu": 99}}, r"gpu: True \(bool\) is not a percentage"),
+        ({"weights": {"gpu": "100"}}, r"'100' \(str\) is not a percentage"),
+        ({"weights": 100}, r"weights: 100 \(int\) is not a split"),
         ({"weights": {"gpu": 50, "dsk": 50}}, "weights: unknown key 'dsk'.*did you mean 'disk'"),
         ({"weights": {"gpu": {"percent": 100, "codek": "none"}}}, "gpu: unknown key 'codek'.*'codec'"),
         ({"weights": {"gpu": {"codec": "none"}}}, "gpu: .* has no percent"),
-        ({"weights": {"gpu": {"percent": 100, "codec": "nine"}}}, "codec 'nine' is unknown.*'none'"),
-        ({"weights": {"gpu": {"percent": 100, "codec": 4}}}, "codec 4 is unknown"),
+        ({"weights": {"gpu": {"percent": 100, "codec": "nine"}}}, "codec 'nine' is not known.*'none'"),
+        ({"weights": {"gpu": {"percent": 100, "codec": 4}}}, "codec 4 is not known"),
         ({"gpu_batch_size": 0}, "gpu_batch_size is 0; it must be at least 1"),
         ({"num_gpu_batches": -3}, "num_gpu_batches is -3"),
         ({"gpu_batch_size": True}, r"gpu_batch_size is True \(bool\)"),
@@ -234,7 +234,7 @@ def test_rows_refuse_a_negative_count():
         ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*pin_weight$"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(fields, message):
+def test_invalid_values_are_refused(fields, message):
     with pytest.raises(PolicyError, match=message):
         Policy.from_dict(fields)
 
@@ -314,7 +314,7 @@ def test_values_beyond_all_bounds_are_refused_with_the_file(text, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [None, 3, [], "weights"])
-def test_what_is_no_mapping_is_no_policy(fields):
+def test_a_policy_must_be_a_mapping(fields):
     with pytest.raises(PolicyError, match="give a mapping"):
         Policy.from_dict(fields)
 

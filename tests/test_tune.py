@@ -1,4 +1,4 @@
-"""Tuning: candidates are tried, the machine's figures corrected by them, and the best is written."""
+"""Tuning: candidates are tried, they correct the machine's figures, and the best one is written."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def trials(monkeypatch):
 
 @pytest.fixture
 def tuned(tiny, trials, nothing_is_measured, tmp_path):
-    """Runs the command; the exit status, the policy file, and what --json wrote."""
+    """Run the command; returns the exit status, the policy file and the contents of --json."""
     trials.hardware = nothing_is_measured
 
     def run(more="", status=0):
@@ -107,7 +107,7 @@ def test_the_best_is_written_with_where_it_came_from(tuned, trials, capsys):
     assert [lanes for _, _, lanes in trials.runs] == [True, True, False, False, False, False]
 
 
-def test_figures_are_corrected_by_what_was_seen(tuned, nothing_is_measured, tmp_path):
+def test_figures_are_corrected_by_measured_times(tuned, nothing_is_measured, tmp_path):
     _, found = tuned(f"--top 1 --rounds 1 --repeats 1 --save-hardware {tmp_path / 'machine.toml'}")
     before, after = nothing_is_measured("cpu"), Hardware.load(tmp_path / "machine.toml")
     assert after.to_dict() == found["hardware"]
@@ -133,7 +133,7 @@ def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
     assert [lanes for _, _, lanes in trials.runs] == [True, True]
 
 
-def test_an_order_that_is_not_the_policys_own_is_tried_and_told(tuned, trials, monkeypatch):
+def test_another_order_than_the_default_is_tried_and_reported(tuned, trials, monkeypatch):
     """The same policy in two orders is two candidates, and a file alone would run in its own."""
     find = tuning.find_policy
 
@@ -147,12 +147,12 @@ def test_an_order_that_is_not_the_policys_own_is_tried_and_told(tuned, trials, m
     out, found = tuned("--top 2 --rounds 1 --repeats 1")
     own, other = found["tried"]
     assert own["policy"] == other["policy"] and (own["order"] != other["order"] == "normal" == found["order"])
-    assert "# Order: normal, not its own: give --order normal with every run." in out.read_text()
+    assert "# Order: normal, not the default: add --order normal to every run." in out.read_text()
     (told,) = re.findall("Run it: python -m flexgen.bench (.*)", out.read_text())
     assert bench.make_parser().parse_args(told.split()).order == "normal"
 
 
-def test_what_fails_is_told_and_left_out(tuned, trials, capsys):
+def test_failing_candidates_are_reported_and_left_out(tuned, trials, capsys):
     seen = []
     trials.fails = lambda policy: not seen.append(policy) and policy == seen[0]
     _, found = tuned("--top 2 --rounds 1 --repeats 2")
@@ -206,7 +206,7 @@ def test_simulate_only_runs_nothing_and_draws_the_frontier(tmp_path, trials, cap
     )
     assert tune.main([*flags.split(), "--frontier", str(png)]) == 0
     text = capsys.readouterr().out
-    assert trials.runs == [] and "Measured: nothing" in out.read_text() and "t4" in out.read_text()
+    assert trials.runs == [] and "Measured: no run" in out.read_text() and "t4" in out.read_text()
     assert "Run it: python -m flexgen.simulate --model opt-125m --policy" in out.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert text.splitlines()[0].split() == ["prompts", "latency", "tokens/s", "block", "weights"]
@@ -216,17 +216,17 @@ def test_simulate_only_runs_nothing_and_draws_the_frontier(tmp_path, trials, cap
     ("flags", "said"),
     [
         ("--hardware t4", "add --simulate-only"),
-        ("--policy some.toml", "tune finds the policy"),
+        ("--policy some.toml", "tune searches for the policy"),
         ("--hardware t5 --simulate-only", "hardware 't5' is not known"),
     ],
 )
-def test_what_makes_no_sense_is_one_clear_line(flags, said, capsys):
+def test_invalid_arguments_are_one_clear_line(flags, said, capsys):
     assert tune.main(flags.split()) == 1
     err = capsys.readouterr().err
     assert said in err and len(err.strip().splitlines()) == 1
 
 
-def test_a_missing_matplotlib_is_told_before_any_work(monkeypatch, capsys):
+def test_a_missing_matplotlib_is_reported_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(tuning, "find_policy", lambda *args, **kwargs: pytest.fail("worked"))
     assert tune.main(["--hardware", "t4", "--simulate-only", "--frontier", "x.png"]) == 1

@@ -32,7 +32,7 @@ def test_parse_bytes(text, count):
     "wrong",
     ["", "GiB", "-1", "1 2", "1e3", "10 GiBs", "ten", "1.", ".5", -1, -0.5, True, float("nan"), float("inf")],
 )
-def test_what_is_no_size_is_refused_by_name(wrong):
+def test_an_invalid_size_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match="is not a size") as caught:
         parse_bytes(wrong)
     assert repr(wrong) in str(caught.value)
@@ -107,7 +107,7 @@ def test_align_is_the_next_multiple(count, to):
     ],
     ids=lambda wrong: type(wrong).__name__,
 )
-def test_what_no_machine_has_is_refused(wrong):
+def test_impossible_values_are_refused(wrong):
     with pytest.raises(ValueError, match="is not a size") as caught:
         parse_bytes(wrong)
     assert len(str(caught.value)) < 250

@@ -9,15 +9,15 @@ from typing import Any
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """The flags that all checks have."""
+    """The flags of all checks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--toy", action="store_true", help="sizes that take seconds, to try the check itself")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file for the figures")
+    parser.add_argument("--toy", action="store_true", help="small sizes, to test the check itself in seconds")
     return parser.parse_args()
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures so far, and show them."""
+    """Write and print the figures so far."""
     text = json.dumps(figures, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     print(text)

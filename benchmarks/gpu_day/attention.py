@@ -1,4 +1,4 @@
-"""First and second call of each attention backend for each shape: what a backend takes to prepare for a new shape."""
+"""The first and the second call of each attention backend for each shape: the setup time for a new shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKENDS = (
 
 
 def seconds(q: torch.Tensor, k: torch.Tensor, causal: bool) -> float:
-    """Of one call, to its end on the device."""
+    """Seconds of one call, until it ends on the device."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     scaled_dot_product_attention(q, k, k, is_causal=causal)
@@ -42,7 +42,7 @@ def main() -> int:
                     with sdpa_kernel(backend):
                         for call in ("first", "second"):
                             result[call] = seconds(q, k, causal=new > 1)
-                except RuntimeError as error:  # not for this GPU, dtype or shape
+                except RuntimeError as error:  # not supported for this GPU, dtype or shape
                     result["refused"] = str(error).splitlines()[0]
                 key = f"{backend.name.lower()} {str(dtype).removeprefix('torch.')}"
                 found.setdefault(key, {})[name] = result

@@ -1,4 +1,4 @@
-"""OPT-6.7B on the GPU under torch's profiler: the share of a decode in which a kernel runs, and kernels a token."""
+"""OPT-6.7B on the GPU with torch's profiler: the share of a decode in which a kernel runs, and kernels per token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpu_day import arguments, write
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of spans (begin, end)."""
+    """The length of the union of the spans (begin, end)."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(end - max(begin, reached), 0.0)
@@ -41,7 +41,7 @@ def main() -> int:
         ids = np.random.default_rng(0).integers(4, opened.spec.vocab_size, size=(rows, prompt))
         warm_up(opened, list(ids), tokens)
         found = {}
-        # What the decode takes is what more tokens add.
+        # The decode is the difference between two numbers of tokens.
         for name, count in (("prefill", 1), ("whole", tokens)):
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
                 began = time.perf_counter()
@@ -57,7 +57,9 @@ def main() -> int:
         decode["kernels_per_token_and_layer"] = decode["kernels"] / (tokens - 1) / opened.spec.num_layers
     else:
         decode["busy_share"] = None
-        decode["why"] = "the profiler saw no kernel: this machine has no CUPTI, or its user may not use it"
+        decode["why"] = (
+            "the profiler found no kernels: CUPTI is missing here, or you have no permission to use it"
+        )
     write(args.json, {**found, "decode": decode})
     return 0
 

@@ -1,4 +1,4 @@
-"""Models that are opened, run and closed one after another: what stays of each in the memory of the device."""
+"""Open, run and close models one after another, and measure the device memory that remains in use after each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexgen import OptLM, Policy
 from gpu_day import arguments, write
 
 ALLOWED = 4 << 20
-"""Bytes that may come on top after the third model. One leaked cuBLAS workspace is 8 or 32 MiB."""
+"""The most bytes of growth after the third model. A leaked cuBLAS workspace has 8 or 32 MiB."""
 
 
 def main() -> int:

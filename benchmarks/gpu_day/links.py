@@ -1,4 +1,4 @@
-"""Rates of host memory and the link, in bytes/s: pinning, releasing, and copies from pinned and pageable memory."""
+"""The speed of host memory and the link in bytes/s: pinning, releasing, copies from pinned and pageable memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_day import arguments, write
 
 
 def rate(nbytes: int, work: Callable[[], object], calls: int = 1) -> float:
-    """Bytes/s of `calls` calls that treat `nbytes` each."""
+    """Bytes/s of `calls` calls that process `nbytes` each."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(calls):

@@ -1,4 +1,4 @@
-"""The figures of the probe at sizes that take seconds. The real ones are those of `python -m flexgen.measure`."""
+"""The figures of the probe with small sizes, in seconds. `python -m flexgen.measure` returns the real figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOY = Effort(
 def main() -> int:
     args = arguments(__doc__)
     if not args.toy:
-        sys.exit("--toy is missing: the real figures are those of python -m flexgen.measure --device cuda:0")
+        sys.exit("--toy is missing; for the real figures, run python -m flexgen.measure --device cuda:0")
     write(args.json, tomllib.loads(measure("cuda:0", effort=TOY).to_toml()))
     return 0
 

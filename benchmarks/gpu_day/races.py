@@ -1,4 +1,4 @@
-"""Policies of all tiers, attention sides and codecs under torch's stream sanitizer, which must find no race."""
+"""Policies with all tiers, attention devices and codecs with torch's stream sanitizer, which must find no races."""
 
 from __future__ import annotations
 

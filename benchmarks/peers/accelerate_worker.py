@@ -2,15 +2,15 @@
 
     python accelerate_worker.py '{"model": DIR, "batch": 4, ...}'
 
-Started by accelerate_offload.py; needs torch, transformers and accelerate, and knows nothing of flexgen. The job:
+accelerate_offload.py starts it. It needs torch, transformers and accelerate, but not flexgen. The job:
 
-model       folder of config.json and model.safetensors
-folder      where the variant that keeps weights as numpy files has them
-variant     safetensors: weights are read in place from model.safetensors, all of them on "disk"
+model       folder with config.json and model.safetensors
+folder      folder of the variant that stores weights as numpy files
+variant     safetensors: weights are read in place from model.safetensors, all on "disk"
             folder: `disk_offload`'s own files in `folder`, all on "disk"
-            split: as safetensors, but as many blocks as leave `_MARGIN` of `limit` free stay in memory
+            split: like safetensors, but with blocks in memory, as long as `_MARGIN` of `limit` stays free
 batch, prompt_len, gen_len, context, steps
-            prefill of prompt_len, then `steps` steps behind `context` tokens (0: all gen_len - 1, no cut)
+            prefill of prompt_len, then `steps` steps after `context` tokens (0: all gen_len - 1 steps)
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def main() -> None:
     began = time.perf_counter()
     baseline = _resident()
     model, in_memory = open_model(job)
-    # The last positions of a batch are strided, and for such torch's product copies the head once per row.
+    # The last positions of a batch are strided, and torch's product would then copy the head once per row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     opened = time.perf_counter()
     random = np.random.default_rng(0)
     ids = torch.from_numpy(random.integers(4, 30_000, size=(job["batch"], job["context"])))
     with torch.inference_mode():
-        run(model, ids[:1, :4], 0)  # makes threads and what libraries set up once
+        run(model, ids[:1, :4], 0)  # creates threads, and runs the one-time setup of libraries
         print("opened and warm", file=sys.stderr, flush=True)
         prefill, times, tokens = run(model, ids[:, : job["prompt_len"]], _steps_behind_prompt(job))
         print(f"prefill {prefill:.2f} s, steps {times}", file=sys.stderr, flush=True)
@@ -72,11 +72,11 @@ def _steps_behind_prompt(job: dict[str, Any]) -> int:
 
 
 def run(model: Any, ids: torch.Tensor, steps: int) -> tuple[float, list[float], list[int]]:
-    """Seconds of the prefill and of each step, and the first row's new ids (greedy)."""
+    """The seconds of the prefill and of each step, and the new ids of the first row (greedy)."""
     times, tokens, past = [], [], None
     for _ in range(1 + steps):
         began = time.perf_counter()
-        # One position's logits, as `generate` asks for: those of a whole prompt would take more than its cache.
+        # Logits of one position, as in `generate`: those of a whole prompt would take more memory than its cache.
         out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
         past, ids = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
         times.append(time.perf_counter() - began)
@@ -85,7 +85,7 @@ def run(model: Any, ids: torch.Tensor, steps: int) -> tuple[float, list[float], 
 
 
 def open_model(job: dict[str, Any]) -> tuple[Any, int]:
-    """The model with its hooks, and how many of its blocks stay in memory."""
+    """The model with its hooks, and the number of its blocks in memory."""
     folder = Path(job["model"])
     weights = folder / "model.safetensors"
     with init_empty_weights():
@@ -103,7 +103,7 @@ def open_model(job: dict[str, Any]) -> tuple[Any, int]:
             index[name] = {"safetensors_file": str(weights), "weight_name": name, "dtype": "bfloat16"}
             if any(name.startswith(f"{block}.") for block in kept):
                 set_module_tensor_to_device(model, name, "cpu", value=file.get_tensor(name).clone())
-    for name in model.state_dict():  # a tied head has no tensor of its own in the file
+    for name in model.state_dict():  # a tied head has no separate tensor in the file
         index.setdefault(name, index[_embedding(index)])
     device_map = dict.fromkeys(_outside(model, blocks), "disk")
     device_map |= {block: "cpu" if block in kept else "disk" for block in blocks}
@@ -113,7 +113,7 @@ def open_model(job: dict[str, Any]) -> tuple[Any, int]:
 
 
 def _in_folder(model: Any, weights: Path, folder: Path) -> Any:
-    """`disk_offload`, whose files are made from the checkpoint the first time."""
+    """Call `disk_offload`, which creates its files from the checkpoint the first time."""
     if not (folder / "index.json").exists():
         with safe_open(weights, framework="pt") as file:
             names = set(file.keys())
@@ -129,12 +129,12 @@ def _is_block(name: str, module: Any) -> bool:
 
 
 def _fitting(model: Any, blocks: list[str], job: dict[str, Any]) -> int:
-    """Blocks that may stay in memory beside what the process and this job's cache take."""
+    """The number of blocks that fit in memory together with the process and the cache of this job."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tokens = job["prompt_len"] + job["gen_len"]
-    # A layer's keys and values are there twice while a token is appended to them.
+    # While a token is appended, a layer's keys and values are in memory twice.
     cache = 2 * 2 * job["batch"] * tokens * heads * head_dim * (config.num_hidden_layers + 1)
     embedding = model.get_input_embeddings().weight.numel() * 2  # read for each use, then dropped
     hidden = job["batch"] * job["context"] * config.hidden_size * 2 * 12
@@ -144,7 +144,7 @@ def _fitting(model: Any, blocks: list[str], job: dict[str, Any]) -> int:
 
 
 def _outside(model: Any, blocks: list[str]) -> list[str]:
-    """Modules with weights that are in no block."""
+    """The modules with weights outside of the blocks."""
     owners = {name.rpartition(".")[0] for name in model.state_dict()}
     return sorted(owner for owner in owners if not any(owner.startswith(f"{block}.") for block in blocks))
 

@@ -2,8 +2,8 @@
 
     PYTHONPATH=DIR python flexgen01_worker.py --model facebook/opt-30b --percent 20 80 0 100 0 100 ... --json FILE
 
-Started by gpu.py, with DIR where `pip install --target DIR` put the package, so that its `flexgen` is found first.
-Takes the flags of its `python -m flexgen.flex_opt`, and writes the seconds of its own timer to FILE.
+gpu.py starts it, with the DIR of `pip install --target DIR`, so that the package's `flexgen` is found first. It takes
+the flags of the package's `python -m flexgen.flex_opt`, and writes the seconds of the package's timer to FILE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PADDING = 1
 
 
 class Tokenizer:
-    """Stands in for OPT's, which would come from the network: prompts of ids that mean nothing, like the weights."""
+    """A replacement for OPT's tokenizer, which would need the network. It returns arbitrary ids."""
 
     pad_token_id = PADDING
 
@@ -37,13 +37,17 @@ class Tokenizer:
 
 def main() -> None:
     if (found := version("flexgen")) != EXPECTED:
-        raise SystemExit(f"the flexgen that is found first is {found}, not {EXPECTED}: set PYTHONPATH to it")
+        raise SystemExit(
+            f"the first flexgen on the path is {found}, not {EXPECTED}: set PYTHONPATH to its directory"
+        )
     from flexgen import flex_opt  # the peer's
     from flexgen.timer import timers
 
     parser = argparse.ArgumentParser(description=__doc__)
     flex_opt.add_parser_arguments(parser)
-    parser.add_argument("--gpu-memory-gib", type=float, required=True, help="what torch may take of the GPU")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, required=True, help="memory limit of torch on the GPU"
+    )
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     args.path, args.no_log, args.log_file = flex_opt.DUMMY_WEIGHT, True, "/dev/null"
@@ -52,7 +56,7 @@ def main() -> None:
     flex_opt.AutoTokenizer = Tokenizer
 
     flex_opt.run_flexgen(args)
-    # By token: the first is the prefill. A wait for the GPU ends each.
+    # One entry per token; the first is the prefill. Each ends with a wait for the GPU.
     prefill_s, *decode_s = timers("generate").costs
     prompts = args.gpu_batch_size * args.num_gpu_batches
     report = {

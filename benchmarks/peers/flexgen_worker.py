@@ -2,9 +2,9 @@
 
     python flexgen_worker.py '{"model": DIR, "batch": 16, "batches": 1, "codec": "none", ...}'
 
-Started by accelerate_offload.py. Of the policies on a grid (weights and cache between CPU and disk, with and without
-overlap) it takes the one that moves least and whose plan, on top of what the process takes before a model is
-opened, leaves `MARGIN` of `limit` free; where the engine then finds less memory left, the next smaller one.
+accelerate_offload.py starts it. It tries policies on a grid (weights and cache on CPU and disk, with and without
+overlap), and chooses the one with the fewest transfers whose plan, together with the memory of the process before a
+model is opened, leaves `MARGIN` of `limit` free. If the engine then finds less memory, it tries the next smaller one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flexgen import OptLM, Policy, Tier, Workload
 from flexgen.errors import CapacityError
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import SHARED
 from flexgen.memory.cpu import peak_resident_bytes, resident_bytes
 from flexgen.models import build_layers, open_model
@@ -31,7 +31,7 @@ from flexgen.schedule.orders import ORDERS, order_for
 from flexgen.schedule.steps import Op
 
 MARGIN = 0.06
-"""Peaks were up to 62 MB beyond plans of this size (`benchmarks/memory.py`), 15 MB in the one of llama-1b."""
+"""Peaks were up to 62 MB above plans of this size (`benchmarks/memory.py`), and 15 MB above that of llama-1b."""
 ATTEMPTS, SMALLER = 4, 0.15
 DTYPE = torch.bfloat16
 
@@ -50,7 +50,7 @@ def main() -> None:
         if refused == ATTEMPTS:
             raise
         print(error, file=sys.stderr, flush=True)
-        # From the start: what this attempt has left behind would count against the next.
+        # Start again in a new process: memory that this attempt left behind would count against the next one.
         job |= {"room": (1 - SMALLER) * planned, "refused": refused}
         os.execv(sys.executable, [sys.executable, __file__, json.dumps(job)])
     settings = {"policy": policy.to_dict(), "refused_before": job.get("refused", 0)}
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def measure(job: dict[str, Any], policy: Policy) -> dict[str, Any]:
-    """Seconds and bytes of opening the model and running the job under a policy."""
+    """The seconds and bytes of opening the model and running the job with a policy."""
     ids = np.random.default_rng(0).integers(4, 30_000, size=(policy.block_size, job["context"]))
     began = time.perf_counter()
     with OptLM(
         job["model"], policy, device="cpu", dtype=DTYPE, offload_dir=job["folder"], progress=False
     ) as model:
         opened, open_peak = time.perf_counter() - began, peak_resident_bytes()
-        model.generate(ids[:1, :4], 2, stop=())  # makes threads and what libraries set up once
+        model.generate(ids[:1, :4], 2, stop=())  # creates threads, and runs the one-time setup of libraries
         prefill, times, tokens = run(model, ids[:, : job["prompt_len"]], job, _steps_behind_prompt(job))
         print(f"prefill {prefill:.2f} s, steps {times}", file=sys.stderr, flush=True)
         if not times and job["gen_len"] > 1:
@@ -88,7 +88,7 @@ def measure(job: dict[str, Any], policy: Policy) -> dict[str, Any]:
 def run(
     model: OptLM, ids: np.ndarray, job: dict[str, Any], steps: int
 ) -> tuple[float, list[float], list[int]]:
-    """Seconds of the prefill and of each step, and the first row's new ids (greedy)."""
+    """The seconds of the prefill and of each step, and the new ids of the first row (greedy)."""
     left = job["prompt_len"] + job["gen_len"] - ids.shape[1]
     out = model.generate(ids, left, cut_gen_len=1 + steps, stop=())
     assert model.stats is not None
@@ -108,9 +108,9 @@ def _steps_behind_prompt(job: dict[str, Any]) -> int:
 
 
 def choose(job: dict[str, Any], room: float) -> tuple[Policy, int]:
-    """The policy that reads least from the disk for each token, and the bytes that it plans in memory.
+    """The policy that reads the fewest bytes from disk for each token, and its planned bytes in memory.
 
-    CapacityError if none plans at most `room` bytes there.
+    Raises CapacityError if no policy fits in `room` bytes.
     """
     spec, _ = open_model(job["model"])
     prompt_len = max(job["prompt_len"], job["context"])
@@ -121,19 +121,17 @@ def choose(job: dict[str, Any], room: float) -> tuple[Policy, int]:
     for policy in policies(job):
         plan = _plan(spec, policy, workload)
         found.append(plan.on(Tier.CPU))
-        # Without overlap reading and computing add up: only where nothing else fits.
+        # Without overlap, the times of reads and computation add up, so try it only if nothing else fits.
         cost = plan.on(Tier.DISK) * (1 if policy.overlap else 100)
         if plan.on(Tier.CPU) <= room and cost < least:
             least, best = cost, (policy, plan.on(Tier.CPU))
     if best is None:
-        raise CapacityError(
-            f"the least that a policy needs is {min(found)} bytes, {int(room)} are left for it"
-        )
+        raise CapacityError(f"the smallest policy needs {min(found)} bytes, but only {int(room)} are free")
     return best
 
 
 def policies(job: dict[str, Any]) -> Iterator[Policy]:
-    """Shares of the weights in fiftieths and of the cache in quarters; the rest lies on disk."""
+    """Shares of the weights in steps of 2% and of the cache in steps of 25%; the rest is on disk."""
     for overlap in (True, False):
         for cache in (100, 75, 50, 25, 0):
             for weights in range(100, -2, -2):
@@ -153,7 +151,7 @@ def _plan(spec: Any, policy: Policy, workload: Workload) -> MemoryPlan:
     layers = build_layers(spec, sep_layer=policy.sep_layer)
     placement = place_weights(layers, policy.weights, DTYPE)
     slots = ORDERS[order_for(policy.overlap, policy.num_gpu_batches)].slots
-    return plan_memory(layers, placement, policy, DTYPE, SHARED, workload, slots=slots)
+    return plan_memory(layers, placement, policy, Target(SHARED, slots), workload)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Parts that the commands share: flags, files of prompts and answers, signals."""
+"""Parts shared by the commands: flags, help texts, files of prompts and answers, signals."""

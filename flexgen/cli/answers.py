@@ -1,4 +1,4 @@
-"""A file of answers that grows while a long job runs, from which the job continues however its process ended."""
+"""The output file of a batch job: append-only and crash-safe, so that an interrupted job can resume from it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _CHUNK = 1 << 20
 
 
 class Answers:
-    """One line of JSON for each prompt, in order: its fields and `completion`. `save` appends some of them at a time.
+    """A file with one line of JSON for each prompt, in order: its fields and `completion`. `save` appends lines.
 
-    about: plain data by name, whatever the answers depend on. prompts: the fields of each. mode: permissions of the
-    files, where they do not exist yet.
+    about: everything that the answers depend on, as plain data by name.
+    prompts: the fields of each prompt.
+    mode: the permissions of new files.
 
-    `<path>.job` keeps `about`, `run` (how the job is run), and a digest of the answers after each save. One process
-    at a time opens the file. What a crash left after the last save is removed when the job continues.
+    `<path>.job` stores `about`, `run` (how the job runs) and a digest of the answers after each save. Only one
+    process at a time can open the file. When a job resumes, partial output after the last save is removed.
 
-    Raises RequestError where the file belongs to another job or to a process that runs, was edited, or is not a
-    regular file; nothing is changed then.
+    Raises RequestError if the file belongs to another job, is open in another process, was edited, or is not a
+    regular file. No file is changed in that case.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Answers:
         self._about = dict(about)
         self._job_file = JobFile(self.path.with_name(self.path.name + ".job"), mode)
         if self.path.exists() and not self.path.is_file():
-            raise RequestError(f"{path} is not a regular file; name another output")
+            raise RequestError(f"{path} is not a regular file; choose another output file")
         self._made = not self.path.exists()
         self._fd = create(self.path, mode)
         try:
@@ -56,35 +57,35 @@ class Answers:
 
     @property
     def run(self) -> Mapping[str, Any] | None:
-        """How the job was run until now, plain data; None for a new one."""
+        """How the job has run so far, as plain data; None for a new job."""
         return None if self._job is None else self._job.run
 
     @property
     def job_path(self) -> Path:
-        """The file that keeps `run`."""
+        """The file that stores `run`."""
         return self._job_file.path
 
     @property
     def count(self) -> int:
-        """How many answers are saved."""
+        """The number of saved answers."""
         return self._saved.answers
 
     @property
     def complete(self) -> bool:
-        """Whether every prompt has its answer."""
+        """Whether every prompt has an answer."""
         return self.count == self.total
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Note how the job runs from here on, plain data; what follows the last save is removed."""
+        """Record how the job runs from now on, as plain data, and remove partial output after the last save."""
         before = JobState(self._about, run) if self._job is None else self._job
         self._job = JobState(self._about, dict(run), before.up_to(self.count).marks)
         os.ftruncate(self._fd, self._saved.nbytes)
         self._job_file.write(self._job)
 
     def save(self, completions: Sequence[str]) -> None:
-        """Append the next answers; they are on the disk when this returns.
+        """Append the next answers; they are on disk when this returns.
 
-        Raises OSError, with what is kept, where they cannot be written.
+        Raises OSError, with the number of saved answers, if they cannot be written.
         """
         prompts = self._prompts[self.count : self.count + len(completions)]
         lines = b"".join(
@@ -102,13 +103,13 @@ class Answers:
                 raise
         except OSError as error:
             raise OSError(
-                f"{self.path}: answers cannot be written: {error.strerror}. {self.count} of {self.total} are kept: "
-                "make room, and give the same command again"
+                f"{self.path}: cannot write answers: {error.strerror}. {self.count} of {self.total} answers are "
+                "saved; free some space, then run the same command again to resume"
             ) from error
         self._saved, self._digest = mark, digest
 
     def close(self) -> None:
-        """Let others open it. A file that nothing was begun in is removed."""
+        """Release the file. If no job was begun in it, remove it."""
         if self._made and self._job is None:
             self.path.unlink(missing_ok=True)
         self._job_file.close()
@@ -121,18 +122,18 @@ class Answers:
         self.close()
 
     def _lock(self) -> None:
-        """The lock ends with the process. Some file systems have none."""
+        """Lock the file until the process ends. Some file systems have no locks."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RequestError(
-                f"{self.path} is being written by another process; wait for it, or name another output"
+                f"{self.path} is in use by another process; wait for it to end, or choose another output file"
             ) from None
         except OSError:
             return
         here = os.stat(self.path) if self.path.exists() else None
         if here is None or not os.path.samestat(here, os.fstat(self._fd)):
-            raise RequestError(f"{self.path} was removed while it was opened; give the command again")
+            raise RequestError(f"{self.path} was removed while it was being opened; run the command again")
 
     def _read_job(self) -> JobState | None:
         name = self._job_file.path.name
@@ -141,27 +142,27 @@ class Answers:
             if os.fstat(self._fd).st_size == 0:
                 return None
             raise RequestError(
-                f"{self.path} exists, and {name}, which says what its answers belong to, does not; "
-                "name another output"
+                f"{self.path} exists, but {name}, which records its job, does not; choose another output file"
             )
         names = [*job.about, *(name for name in self._about if name not in job.about)]
         if changed := [name for name in names if job.about.get(name) != self._about.get(name)]:
             raise RequestError(
-                f"{self.path} was begun with other {', '.join(changed)}. Name another output, or remove it and "
-                f"{name} to begin again"
+                f"{self.path} was begun with a different value of: {', '.join(changed)}. Choose another output file, "
+                f"or remove it and {name} to start over"
             )
         if job.marks and job.marks[-1].answers > self.total:
             raise RequestError(
                 f"{self._job_file.path} is damaged: it counts {job.marks[-1].answers} answers for {self.total} "
-                f"prompts. Name another output, or remove it and {self.path.name} to begin again"
+                f"prompts. Choose another output file, or remove it and {self.path.name} to start over"
             )
         return job
 
     def _kept(self) -> tuple[Mark, Any]:
-        """The last save that is still as it was written, and the digest up to it.
+        """The last save whose answers are unchanged, and the digest up to it.
 
-        The file may end before later saves: someone cut it, and what is missing is made again. It may have more
-        lines, or a part of one, than the last mark counts: a crash came between the two. Anything else was edited.
+        The file may be shorter than a later save: it was truncated, and the missing answers are generated again. It
+        may have whole or partial lines after the last mark: the process crashed before it wrote the mark. Any other
+        difference is an edit.
         """
         size = os.fstat(self._fd).st_size
         digest = hashlib.sha256()
@@ -182,15 +183,15 @@ class Answers:
         return kept, digest
 
     def _check_lines(self, kept: Mark, size: int) -> None:
-        """Raise RequestError unless each line after `kept` begins as the answer of its prompt does; the last may be
-        torn."""
+        """Raise RequestError unless each line after `kept` begins with the fields of its prompt. The last line may be
+        incomplete."""
         row = kept.answers
         for line in self._lines(kept.nbytes, size):
             if row == self.total:
                 self._refuse(f"line {row + 1} is text after the answers of all {row} prompts", row)
             whole = line.endswith(b"\n")
             if not whole:
-                line = line.rstrip(b"\0")  # where a power failure left a length without the data
+                line = line.rstrip(b"\0")  # a power failure can leave a length without the data
             expected = _line({**self._prompts[row], COMPLETION: ""})[: -len('"}\n')]
             if not line.startswith(expected if whole else expected[: len(line)]):
                 self._refuse(f"line {row + 1} is not the answer of its prompt", row)
@@ -198,8 +199,8 @@ class Answers:
 
     def _refuse(self, what: str, good: int) -> NoReturn:
         raise RequestError(
-            f"{self.path} was changed after it was written: {what}. Bring back the file as it was, name another "
-            f"output, or keep the first {good} lines only: the same command then answers the other prompts again"
+            f"{self.path} was edited: {what}. Restore the file, choose another output file, or keep only its first "
+            f"{good} lines: the same command then answers the other prompts again"
         )
 
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
@@ -208,7 +209,7 @@ class Answers:
             begin += len(chunk)
 
     def _lines(self, begin: int, end: int) -> Iterator[bytes]:
-        """With their ends, which the last may lack."""
+        """Lines with their line ends; the last line may lack one."""
         rest = b""
         for chunk in self._chunks(begin, end):
             *whole, rest = (rest + chunk).split(b"\n")

@@ -1,4 +1,4 @@
-"""What several commands share: how one runs, and the flags for a policy, FlexGen's own among them."""
+"""How a command runs, and the flags that several commands share."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from flexgen.schedule.orders import ORDERS
 from flexgen.units import LARGEST_COUNT
 
 AUTO = "auto"
-"""What `--policy` is without a file."""
+"""The value of `--policy` that asks for a search."""
 
 
 class OutputFile(str):
-    """The name of a file that a command writes when all is done: the `type` of its flag, by which `run` knows what to
-    try before."""
+    """The name of a file that a command writes at its end. Use it as the `type` of a flag: `run` then checks that the
+    file can be written before the command starts."""
 
     def append(self, line: str) -> None:
-        """Write one more line, `-` shows it."""
+        """Append a line to the file. `-` is standard output."""
         if self == "-":
             print(line)
             return
@@ -42,16 +42,16 @@ def run(
     command: Callable[[argparse.Namespace], object],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run `command` with the arguments; returns the exit status, 1 after one line that says what was wrong.
+    """Run `command` with the arguments and return the exit status. An expected error prints one line and returns 1.
 
-    What the package logs, such as the policy that was found, is shown on stderr meanwhile. A file that could not be
-    written at the end is refused before any work. SIGTERM ends the command as Ctrl-C does: what it holds is freed.
+    The package's log, such as the policy that was found, goes to stderr while the command runs. An output file that
+    cannot be written is rejected before any work. SIGTERM ends the command like Ctrl-C, and frees its resources.
     """
-    told = logging.StreamHandler(sys.stderr)
-    told.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name == "flexgen" or record.levelno >= logging.WARNING)
     log = logging.getLogger("flexgen")
     level = log.level
-    log.addHandler(told)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
         handle_as_usual()
@@ -66,34 +66,36 @@ def run(
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     finally:
-        log.removeHandler(told)
+        log.removeHandler(handler)
         log.setLevel(level)
     return 0
 
 
 def _check_written(args: argparse.Namespace) -> None:
-    """Raise OSError for a file that cannot be written. Leaves none behind that was not there."""
+    """Raise OSError for a file that cannot be written. Leaves no new file behind."""
     for name, path in vars(args).items():
         if not isinstance(path, OutputFile) or path == "-":
             continue
         flag, new = f"--{name.replace('_', '-')}", not Path(path).exists()
         if not new and not stat.S_ISREG(os.stat(path).st_mode):
             if Path(path).is_dir():
-                raise IsADirectoryError(f"{flag} {path} is a directory; name a file")
-            continue  # a device or a pipe, which may have its reader later
+                raise IsADirectoryError(f"{flag} {path} is a directory; give the name of a file")
+            continue  # a device or a pipe; its reader may come later
         try:
             with open(path, "ab"):
                 pass
         except OSError as error:
-            raise OSError(f"{flag} {path} cannot be written: {error.strerror}; name another file") from error
+            raise OSError(
+                f"{flag} {path} cannot be written: {error.strerror}; choose another file"
+            ) from error
         if new:
             os.unlink(path)
 
 
 @contextmanager
 def _freed_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit with the status that a shell gives it."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """SIGTERM raises SystemExit with the exit status that shells use for it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
 
@@ -108,16 +110,16 @@ def _freed_on_sigterm() -> Iterator[None]:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> None:
-    """Which model runs, and on what. dummy: what it says may mean nothing."""
+    """Add the flags that choose the model and the device. dummy: also offer random weights."""
     add = parser.add_argument
     if dummy:
-        add("--model", default="demo", help="demo, a directory, a hub id or a known OPT name (default: demo)")
-        add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random ones")
+        add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
+        add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random weights")
     else:
-        add("--model", default="demo", help="demo, a directory or a hub id (default: demo)")
+        add("--model", default="demo", help="`demo`, a directory or a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--offload-dir", metavar="DIR", help="where the disk tier lives (default: a temporary directory)")
+    add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")
 
 
 def tell(text: str) -> None:
@@ -126,23 +128,23 @@ def tell(text: str) -> None:
 
 
 def add_policy_flags(parser: argparse.ArgumentParser) -> None:
-    """`--policy`, `--order`, and the flags of FlexGen's own benchmark; `read_policy` reads all but the order."""
+    """Add `--policy`, `--order` and the flags of FlexGen's own benchmark. `read_policy` reads all but the order."""
     add = parser.add_argument
     add(
         "--policy",
         metavar="FILE",
         default=AUTO,
-        help="TOML file of the policy; auto (the default) searches for the best one here",
+        help="TOML file of a policy; auto: search for the best one on this machine",
     )
-    add("--lossy", action="store_true", help="let auto choose codecs too, which round weights and cache")
+    add("--lossy", action="store_true", help="let the search use codecs, which round weights and cache")
     orders = ", ".join(sorted(ORDERS))
     add(
         "--order",
         choices=sorted(ORDERS),
         metavar="ORDER",
-        help=f"{orders} (default: the one the policy asks for)",
+        help=f"{orders} (default: chosen by the policy)",
     )
-    flexgen = parser.add_argument_group("flags of FlexGen's benchmark, which override the policy file")
+    flexgen = parser.add_argument_group("flags of FlexGen's benchmark; they override the policy")
     add = flexgen.add_argument
     names = ("WG", "WC", "CG", "CC", "AG", "AC")
     add(
@@ -150,30 +152,35 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         nargs=6,
         type=float,
         metavar=names,
-        help="of weights, cache and activations, each on GPU and CPU; the rest is on disk",
+        help="percent of weights (GPU, CPU), cache (GPU, CPU) and activations (GPU, CPU); the rest is on disk",
     )
-    add("--gpu-batch-size", type=count, help="prompts that are computed at once")
-    add("--num-gpu-batches", type=count, help="such batches that share each loaded layer")
+    add("--gpu-batch-size", type=count, metavar="N", help="prompts in a batch")
+    add("--num-gpu-batches", type=count, metavar="N", help="batches in a block; they share each loaded layer")
     add(
         "--prefill-chunk",
         type=count,
         metavar="TOKENS",
-        help="of each prompt that are computed at once, at most",
+        help="maximum number of tokens per prompt in one pass of the prefill",
     )
-    add("--attn-sparsity", type=float, metavar="SHARE", help="of the cached values, above 0 to 1 (exact)")
+    add(
+        "--attn-sparsity",
+        type=float,
+        metavar="SHARE",
+        help="share of the cached values that decoding uses, above 0, at most 1 (exact)",
+    )
     for name, help in (
-        ("--overlap", "move the next layers and batches while one is computed"),
-        ("--sep-layer", "attention and MLP are layers of their own, each with its weights"),
-        ("--pin-weight", "weights in host memory lie in pages that a GPU reads directly"),
-        ("--cpu-cache-compute", "the CPU attends to the cache that lies there, instead of sending it"),
+        ("--overlap", "overlap transfers with the computation"),
+        ("--sep-layer", "stream attention and MLP as separate layers"),
+        ("--pin-weight", "pin host memory, so that a GPU can read it directly"),
+        ("--cpu-cache-compute", "compute attention on the CPU over cache that is off the GPU"),
     ):
         add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL", help=help)
 
 
 def read_policy(args: argparse.Namespace) -> Policy | Auto:
-    """The policy file, changed by the flags that were given; without a file, what is to be searched for.
+    """The policy file with the changes of the flags; without a file, the request for a search.
 
-    Where the flags say how weights, cache and activations lie and what a block is, nothing is searched for.
+    If the flags set the placement and the shape of a block, there is no search.
     """
     fixed = fixed_fields(args)
     searched = args.policy == AUTO and not fixed.keys() >= {"weights", "gpu_batch_size", "num_gpu_batches"}
@@ -181,13 +188,14 @@ def read_policy(args: argparse.Namespace) -> Policy | Auto:
         return Auto(fixed, args.lossy)
     if args.lossy:
         raise PolicyError(
-            "--lossy lets a search choose codecs, and all is given here: write them into a policy file"
+            "--lossy lets the search choose codecs, but these flags leave nothing to search for: leave --lossy out, "
+            "and set the codecs in a policy file"
         )
     return Policy(**fixed) if args.policy == AUTO else Policy.load(args.policy).replace(**fixed)
 
 
 def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a policy, from the flags that were given."""
+    """The fields of a policy that the flags set."""
     changes: dict[str, Any] = {}
     if args.percent:
         given = Policy.from_percent(*args.percent)
@@ -203,8 +211,8 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 to `LARGEST_COUNT`, for argparse."""
-    digits = len(str(LARGEST_COUNT))  # Python reads no more than 4300
+    """Parse a whole number from 1 to `LARGEST_COUNT`, for argparse."""
+    digits = len(str(LARGEST_COUNT))  # Python parses at most 4300
     number = int(text) if text.isdecimal() and len(text) <= digits else 0
     if not 1 <= number <= LARGEST_COUNT:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 to {LARGEST_COUNT}")
@@ -214,5 +222,5 @@ def count(text: str) -> int:
 def _yes_or_no(text: str) -> bool:
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a boolean; write true or false")
     return known[text.lower()]

@@ -1,8 +1,8 @@
-"""Ctrl-C while a command is still importing its modules: it ends with the status of an interrupt and no traceback."""
+"""Handling of Ctrl-C while a command still imports its modules: exit with status 130 and no traceback."""
 
 from __future__ import annotations
 
-# Little is imported here: until the handler is set, Ctrl-C ends in a traceback.
+# Import as little as possible here: until the handler is set, Ctrl-C prints a traceback.
 import os
 import signal
 import sys
@@ -10,14 +10,14 @@ import sys
 _PACKAGES = ("flexgen", "flexllmgen")
 _SCRIPTS = ("flexgen",)
 _WITH_VALUE = "WX"
-"""Options of the interpreter that take a value, in the same word or the next one."""
+"""Options of the interpreter that take a value, in the same argument or the next one."""
 
 
 def end_quietly_while_starting() -> None:
-    """If this process is one of flexgen's commands, SIGINT ends it at once with status 130.
+    """If this process is one of flexgen's commands, make SIGINT exit at once with status 130.
 
-    Imports take seconds and hold nothing that has to be freed. Does nothing in other programs, in other threads, and
-    where the program that started this one has SIGINT ignored. `handle_as_usual` ends it.
+    Imports take seconds and hold no resources that must be freed. Has no effect in other programs, in other threads,
+    or if the parent process set SIGINT to be ignored. `handle_as_usual` restores the default handler.
     """
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not usual or not _is_command(sys.orig_argv):
@@ -29,7 +29,7 @@ def end_quietly_while_starting() -> None:
 
 
 def handle_as_usual() -> None:
-    """From here on SIGINT raises KeyboardInterrupt: the command has begun."""
+    """Make SIGINT raise KeyboardInterrupt again, because the command has begun."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -47,7 +47,7 @@ def _is_command(argv: list[str]) -> bool:
         elif not word.startswith("-"):
             return os.path.basename(word) in _SCRIPTS
         elif not word.startswith("--"):
-            # Letters may share a word, such as `-um`; a letter with a value ends it.
+            # Letters may share an argument, such as `-um`; a letter that takes a value is the last.
             for place, letter in enumerate(word[1:], start=2):
                 if letter not in "cm" + _WITH_VALUE:
                     continue

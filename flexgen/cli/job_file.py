@@ -1,4 +1,4 @@
-"""What is known about a file of answers: the job that it belongs to, how that is run, digests of what was saved."""
+"""The state of a batch job: what its answers depend on, how it runs, and digests of the saved answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexgen.errors import RequestError
 
 @dataclass(frozen=True)
 class Mark:
-    """What a save left: how many answers, in how many bytes, and the SHA-256 of all these bytes, in hex."""
+    """The state after a save: the number of answers, their bytes, and the SHA-256 of these bytes in hex."""
 
     answers: int
     nbytes: int
@@ -24,21 +24,25 @@ class Mark:
 
 @dataclass(frozen=True)
 class JobState:
-    """`about` is what the answers depend on and `run` how they are made, plain data by name both; `marks` grow."""
+    """The contents of a job file.
+
+    about: everything that the answers depend on, as plain data by name. run: how they are generated, as plain data by
+    name. marks: one for each save.
+    """
 
     about: Mapping[str, Any]
     run: Mapping[str, Any]
     marks: tuple[Mark, ...] = ()
 
     def up_to(self, answers: int) -> Self:
-        """The job as it was when so many answers were saved."""
+        """The job as it was when `answers` answers were saved."""
         return replace(self, marks=tuple(mark for mark in self.marks if mark.answers <= answers))
 
 
 class JobFile:
-    """Lines of JSON: one with `about` and `run`, then one for each mark.
+    """A file with lines of JSON: one with `about` and `run`, then one for each mark.
 
-    A mark is appended with each save. One that a crash tore is left out, as if its save had not been.
+    Each save appends a mark. An incomplete mark, left by a crash, is ignored together with its save.
     """
 
     def __init__(self, path: Path, mode: int) -> None:
@@ -47,27 +51,27 @@ class JobFile:
         self._fd: int | None = None
 
     def read(self) -> JobState | None:
-        """The job, None if there is no file. Raises RequestError for a file that is damaged or of another kind."""
+        """The job, or None if there is no file. Raises RequestError if the file is damaged or not a regular file."""
         if not self.path.exists():
             return None
         if not self.path.is_file():
-            raise RequestError(f"{self.path} is not a regular file; name another output")
+            raise RequestError(f"{self.path} is not a regular file; choose another output file")
         *lines, _ = self.path.read_bytes().split(b"\n")
         try:
             if not lines:
-                raise ValueError("it has no whole line")
+                raise ValueError("it has no complete line")
             head, *marks = [json.loads(line) for line in lines]
             return JobState(_mapping(head, "about"), _mapping(head, "run"), _marks(marks))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             answers = self.path.name.removesuffix(self.path.suffix)
             raise RequestError(
-                f"{self.path} is damaged, or of another version ({reason}). Name another output, or remove it and "
-                f"{answers} to begin again"
+                f"{self.path} is damaged or of another version ({reason}). Choose another output file, or remove it "
+                f"and {answers} to start over"
             ) from None
 
     def write(self, job: JobState) -> None:
-        """Replace the file with one that holds `job`; later marks are appended to it."""
+        """Replace the file with `job`; `add` appends later marks to it."""
         self.close()
         new = self.path.with_name(self.path.name + ".new")
         lines = [{"about": job.about, "run": job.run}, *map(asdict, job.marks)]
@@ -83,8 +87,8 @@ class JobFile:
         self._fd = fd
 
     def add(self, mark: Mark) -> None:
-        """Append a mark; it is on the disk when this returns. Raises OSError, and then the file is as before."""
-        assert self._fd is not None, "write comes first"
+        """Append a mark; it is on disk when this returns. If it raises OSError, the file is unchanged."""
+        assert self._fd is not None, "call write first"
         append(self._fd, (json.dumps(asdict(mark)) + "\n").encode())
 
     def close(self) -> None:
@@ -94,7 +98,7 @@ class JobFile:
 
 
 def create(path: Path, mode: int) -> int:
-    """A descriptor of the file, to read and write. A file that did not exist gets `mode`, whatever the umask is."""
+    """Open the file to read and write and return its descriptor. A new file gets `mode`, regardless of the umask."""
     new = not path.exists()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
     if new:
@@ -104,7 +108,7 @@ def create(path: Path, mode: int) -> int:
 
 
 def append(fd: int, data: bytes) -> None:
-    """Append to a file; the data is on the disk when this returns. Raises OSError, and then the file is as before."""
+    """Append to a file; the data is on disk when this returns. If it raises OSError, the file is unchanged."""
     end = os.fstat(fd).st_size
     try:
         written = 0
@@ -118,7 +122,7 @@ def append(fd: int, data: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power failure, on file systems that can."""
+    """Flush the names in a folder to disk, so that they survive a power failure, if the file system supports it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):

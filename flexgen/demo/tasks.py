@@ -1,19 +1,18 @@
-"""Record tasks with exact answers, of the kind people run overnight over a table.
+"""Tasks with exact answers, of the kind that you might run overnight over a table.
 
-Each record is a prompt and the one text that must follow it on the same line:
+Each record is a prompt and the only correct continuation on the same line:
 
 =========  ==================================================================================
-`field`    pull a field out of a sentence about an order
+`field`    extract a field from a sentence about an order
 `date`     write a date as year-month-day
 `unit`     convert a quantity to a smaller metric unit
 `wrong`    name the one record of three or four that breaks an obvious rule
-`lookup`   read a value off a small table
+`lookup`   read a value from a small table
 =========  ==================================================================================
 
-The records are generated, and every prompt belongs to one of two parts by its own checksum: one prompt in
-eight is *held out*. Training draws from the other seven eighths only, so a held-out record is unseen whatever
-the seeds were, and however long training ran. `records` gives held-out records unless told otherwise, and
-never the same prompt twice in one call.
+The records are generated. The checksum of a prompt decides whether it is *held out*, which is one prompt in eight.
+Training uses only the others, so a held-out record is unseen for any seed and any length of training. By default,
+`records` returns held-out records, and never the same prompt twice in one call.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ UNITS: tuple[tuple[str, str, str, int], ...] = (
     ("Weight", "kg", "g", 3),
     ("Volume", "l", "ml", 3),
 )
-"""Quantity, unit given, unit asked for, and the power of ten between them."""
+"""Quantity, given unit, requested unit, and the power of ten between them."""
 
 HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
 class Record:
-    """One job: the prompt as the model gets it and the exact text it should continue with."""
+    """A prompt and its exact continuation."""
 
     task: str
     prompt: str
@@ -72,12 +71,12 @@ class Record:
 
     @property
     def text(self) -> str:
-        """Prompt and answer as one text, the way the model was trained on it."""
+        """Prompt and answer as one text, as in the training data."""
         return f"{self.prompt} {self.answer}\n"
 
 
 def _field(rng: random.Random) -> tuple[str, str]:
-    """A sentence about an order, and one of the things it says."""
+    """A sentence about an order, and one of its fields."""
     values = {
         "name": f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
         "city": rng.choice(CITIES),
@@ -97,7 +96,7 @@ def _field(rng: random.Random) -> tuple[str, str]:
 
 
 def _date(rng: random.Random) -> tuple[str, str]:
-    """A date in one of the customary spellings, and the same as year-month-day."""
+    """A date in one of several common formats, and the same date as year-month-day."""
     year, month, day = rng.randint(1950, 2049), rng.randint(1, 12), rng.randint(1, 28)
     name = MONTHS[month - 1]
     written = rng.choice(
@@ -107,7 +106,7 @@ def _date(rng: random.Random) -> tuple[str, str]:
 
 
 def _unit(rng: random.Random) -> tuple[str, str]:
-    """A decimal quantity, and the same as a whole number of a smaller unit."""
+    """A decimal quantity, and the same quantity as a whole number of a smaller unit."""
     quantity, given, asked, power = rng.choice(UNITS)
     whole, places = rng.randint(1, 99), rng.randint(1, min(2, power))
     decimals = f"{rng.randrange(10**places):0{places}d}"
@@ -116,7 +115,7 @@ def _unit(rng: random.Random) -> tuple[str, str]:
 
 
 def _wrong(rng: random.Random) -> tuple[str, str]:
-    """Three or four records of one sort, exactly one of which breaks the obvious rule, and its letter."""
+    """Three or four records of one kind, and the letter of the only one that breaks an obvious rule."""
     kind = rng.choice(("age", "month", "missing", "hours"))
     letters = "ABCD"[: rng.randint(3, 4)]
     wrong = rng.choice(letters)
@@ -139,7 +138,7 @@ def _wrong(rng: random.Random) -> tuple[str, str]:
 
 
 def _lookup(rng: random.Random) -> tuple[str, str]:
-    """The plan of a working week in one line, one of its days, and what stands behind that day."""
+    """The plan of a working week in one line with a question about one day, and the entry of that day."""
     head, asking, values = rng.choice(
         (("Shifts", "Shift on", FIRST_NAMES), ("Visits", "Visit on", CITIES), ("Sales", "Sale on", ITEMS))
     )
@@ -162,15 +161,14 @@ TASKS: tuple[str, ...] = tuple(_MAKERS)
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the part that training never draws from."""
+    """Whether a prompt is held out, that is, never used in training."""
     return zlib.crc32(prompt.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def records(count: int, seed: int, tasks: Sequence[str] = TASKS, *, held_out: bool = True) -> list[Record]:
-    """`count` different records, the tasks taking turns; the same arguments give the same records.
+    """Return `count` different records, with the tasks in rotation. The same arguments return the same records.
 
-    With `held_out=False` they come from the part that the model was trained on. `ValueError` if a task has
-    no further record to give.
+    With `held_out=False`, the records are from the training part. Raises ValueError if a task has no more records.
     """
     rng = random.Random(seed)
     found: list[Record] = []
@@ -184,17 +182,19 @@ def records(count: int, seed: int, tasks: Sequence[str] = TASKS, *, held_out: bo
             found.append(Record(task, prompt, answer))
             misses = 0
         elif (misses := misses + 1) > 10_000:
-            raise ValueError(f"only {len(found)} of {count} records: no further one of task {task!r}")
+            raise ValueError(
+                f"only {len(found)} of {count} records exist: task {task!r} has no more; ask for fewer"
+            )
     return found
 
 
 def is_right(record: Record, completion: str) -> bool:
-    """Whether the first line of a completion, without the space around it, is the answer."""
+    """Whether the first line of a completion, without surrounding spaces, is the answer."""
     return completion.split("\n", 1)[0].strip() == record.answer
 
 
 def accuracy(records: Sequence[Record], completions: Sequence[str]) -> dict[str, float]:
-    """Share of right completions for each task present, and under `all` for all of them together."""
+    """The share of correct completions for each task, and for all records as `all`."""
     if len(records) != len(completions):
         raise ValueError(f"{len(records)} records but {len(completions)} completions")
     right: dict[str, list[bool]] = {}

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from flexgen.engine.auto import AutoPolicy, Chosen
 from flexgen.errors import CapacityError
 from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_chunk
 from flexgen.layout.needs import Kept, MemoryPlan, Need
 from flexgen.layout.placement import Placement
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer
 from flexgen.policy import Policy
@@ -34,7 +32,6 @@ class CallPlans:
 
     layers: Sequence[Layer]
     placement: Placement
-    dtype: torch.dtype
     machine: Machine
     slots: Slots
     opened: Chosen
@@ -154,20 +151,11 @@ class CallPlans:
     ) -> Callable[[Policy], MemoryPlan]:
         """Plans by policy, with what is kept of other calls; `but`: those buffers are what is planned."""
         device = self.machine.device
+        target = Target(device.topology, self.slots, device.workspaces)
         others = [need for buffers, needs in self.kept.items() if buffers is not but for need in needs]
 
         def plan(policy: Policy) -> MemoryPlan:
-            planned = plan_memory(
-                self.layers,
-                self.placement,
-                policy,
-                self.dtype,
-                device.topology,
-                workload,
-                all_logits,
-                self.slots,
-                device.workspaces,
-            )
+            planned = plan_memory(self.layers, self.placement, policy, target, workload, all_logits)
             more = (*(kept(policy) if kept else ()), *(others if workload is not None else ()))
             return replace(planned, needs=(*planned.needs, *more)) if more else planned
 

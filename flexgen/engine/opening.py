@@ -113,7 +113,7 @@ def open_weights(
     placement = place_weights(layers, policy.weights, dtype)
     resident_before = reset_peak_resident_bytes()
     in_use = InUse()
-    plans = CallPlans(layers, placement, dtype, machine, slots, Chosen(policy, order), auto, in_use)
+    plans = CallPlans(layers, placement, machine, slots, Chosen(policy, order), auto, in_use)
     plan = plans.of_weights()
     homes = Homes(checkpoint, placement, dtype, machine)
     no_bar = None if place.progress is None else not place.progress

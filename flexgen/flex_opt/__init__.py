@@ -1,10 +1,10 @@
-"""The interface of FlexGen 0.1.x, for scripts that were written against it; the engine below is this one.
+"""The interface of FlexGen 0.1.x on top of this engine, for existing scripts.
 
     from flexgen.flex_opt import CompressionConfig, ExecutionEnv, OptLM, Policy
     python -m flexgen.flex_opt --model facebook/opt-1.3b --path _DUMMY_ --percent 0 100 100 0 100 0
 
-docs/from-flexgen.md says what is kept, what is not, and how to move on. Importing it warns once that there is a
-newer interface.
+docs/from-flexgen.md lists what is supported and what is not, and how to migrate. The import warns once that there is
+a newer interface.
 """
 
 import sys
@@ -67,10 +67,10 @@ __all__ = [
 
 
 def _warn() -> None:
-    """Say of the line outside of flexgen that imports this that there is a newer interface.
+    """Warn about the newer interface, at the line outside of flexgen that imports this module.
 
-    `stacklevel` would name the module of 0.1 through which it may come, and what is no line of the script that was
-    started is not shown.
+    `stacklevel` could name one of the modules with old names instead, and Python shows a DeprecationWarning only for
+    lines of the script itself.
     """
     frame: FrameType | None = sys._getframe()
     passed_through = "flexgen", "flexllmgen", "importlib"
@@ -79,8 +79,8 @@ def _warn() -> None:
     if frame is None:
         return
     warnings.warn_explicit(
-        "flexgen.flex_opt keeps scripts of FlexGen 0.1 running; new ones use flexgen.OptLM and flexgen.Policy "
-        "(docs/from-flexgen.md says how to move)",
+        "flexgen.flex_opt is the interface of FlexGen 0.1; use flexgen.OptLM and flexgen.Policy instead "
+        "(see docs/from-flexgen.md)",
         DeprecationWarning,
         frame.f_code.co_filename,
         frame.f_lineno,
@@ -88,4 +88,4 @@ def _warn() -> None:
     )
 
 
-_warn()  # a module is imported once in a process
+_warn()  # once per process, because the module is imported once

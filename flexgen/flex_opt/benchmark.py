@@ -1,4 +1,4 @@
-"""The benchmark of FlexGen 0.1: its flags, what it prints, and its log.
+"""The benchmark of FlexGen 0.1, with its flags, output and log.
 
 python -m flexgen.flex_opt --model facebook/opt-1.3b --path _DUMMY_ --percent 0 100 100 0 100 0
 """
@@ -17,6 +17,7 @@ import numpy as np
 import transformers
 
 from flexgen.cli.flags import run
+from flexgen.cli.help import HelpFormatter
 from flexgen.errors import RequestError, shown
 from flexgen.flex_opt.environment import ExecutionEnv
 from flexgen.flex_opt.model import OptLM
@@ -27,9 +28,9 @@ from flexgen.runtime.debug import BREAKDOWN, FEWER_BATCH, projected_decode, toke
 from flexgen.units import GIB, KIB, MIB
 
 KB, MB, GB = KIB, MIB, GIB
-"""What 0.1 calls a KB, a MB and a GB in its prints and logs."""
+"""The units of 0.1's output and logs."""
 T = 1e12
-"""0.1's name for a million millions: of flops, mostly."""
+"""0.1's name for 10 ** 12, mostly for flops."""
 
 _PROMPT = "The largest planet of the solar system is"
 _WARM_UP_LEN = 32
@@ -41,7 +42,7 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What a log says: seconds, and tokens a second."""
+    """The figures of a log: seconds, and tokens per second."""
 
     prefill_latency: float
     prefill_throughput: float
@@ -58,22 +59,22 @@ def run_cmd(cmd: str) -> None:
 
 
 def str2bool(value: str | bool) -> bool:
-    """The truth of "yes", "true", "t", "y", "1" and their opposites, for argparse."""
+    """Parse "yes", "true", "t", "y", "1" and their opposites as a boolean, for argparse."""
     if isinstance(value, bool):
         return value
     if value.lower() not in _TRUE + _FALSE:
-        raise argparse.ArgumentTypeError(f"{shown(value)} is neither true nor false")
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not a boolean; write true or false")
     return value.lower() in _TRUE
 
 
 def get_test_inputs(prompt_len: int, num_prompts: int, tokenizer: Any) -> tuple[list[int], ...]:
-    """One sentence as ids, padded to `prompt_len` by the tokenizer, `num_prompts` times."""
+    """The ids of one sentence, padded to `prompt_len` by the tokenizer, repeated `num_prompts` times."""
     ids = tokenizer([_PROMPT], padding="max_length", max_length=prompt_len).input_ids[0]
     return (ids,) * num_prompts
 
 
 def get_filename(args: argparse.Namespace) -> str:
-    """The name of a run's log, without ".log": from size, batches, lengths, percentages, what is switched on."""
+    """The name of a run's log, without ".log": model size, batches, lengths, percentages and enabled options."""
     percent = "".join(f"{value}-" for value in args.percent)
     parts = [
         f"fo-{args.model.split('-')[-1]}-gbs{args.gpu_batch_size}-ngbs{args.num_gpu_batches}-",
@@ -99,7 +100,7 @@ def write_benchmark_log(
     total_latency: float,
     total_throughput: float,
 ) -> str:
-    """Append a run to a log (to none for None) and return its lines. Sizes in bytes, times in seconds."""
+    """Append a run to a log, if `filename` is given, and return its lines. Sizes in bytes, times in seconds."""
     rows = [
         [f"model size: {model_size / GB:.3f} GB", f"cache size: {cache_size / GB:.3f} GB"],
         [f"peak gpu mem: {gpu_peak_mem / GB:.3f} GB", f"projected: {projected}"],
@@ -129,44 +130,66 @@ def read_benchmark_log(filename: str | Path) -> BenchmarkResult:
 
 
 def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of 0.1's benchmark, which `run_flexgen` reads."""
+    """Add the flags of 0.1's benchmark. `run_flexgen` reads them."""
     add = parser.add_argument
-    add("--model", default="facebook/opt-6.7b", help="name of an OPT model, or of a directory in --path")
-    add("--path", default="~/opt_weights", help=f"where its weights lie; {DUMMY_WEIGHT}: random ones")
-    add("--offload-dir", default="~/flexgen_offload_dir", help="where the disk tier lives")
-    add("--prompt-len", type=int, default=512, help="tokens of each prompt")
-    add("--gen-len", type=int, default=32, help="new tokens of each prompt")
-    add("--cut-gen-len", type=int, help="run so many tokens only and project the decode time")
-    add("--debug-mode", choices=[FEWER_BATCH, BREAKDOWN], help="project from a few tokens; table of costs")
-    add("--gpu-batch-size", type=int, default=4)
-    add("--num-gpu-batches", type=int, default=1)
+    add("--model", default="facebook/opt-6.7b", help="name of an OPT model or of a directory in --path")
+    add("--path", default="~/opt_weights", help=f"directory of the weights; {DUMMY_WEIGHT}: random weights")
+    add("--offload-dir", default="~/flexgen_offload_dir", help="directory of the disk tier")
+    add("--prompt-len", type=int, default=512, metavar="N", help="tokens of each prompt")
+    add("--gen-len", type=int, default=32, metavar="N", help="new tokens of each prompt")
+    add("--cut-gen-len", type=int, metavar="N", help="run only N tokens and extrapolate the decode time")
+    add(
+        "--debug-mode",
+        choices=[FEWER_BATCH, BREAKDOWN],
+        help=f"{FEWER_BATCH}: extrapolate from a few tokens; {BREAKDOWN}: also print a table of costs",
+    )
+    add("--gpu-batch-size", type=int, default=4, metavar="N", help="prompts in a batch")
+    add("--num-gpu-batches", type=int, default=1, metavar="N", help="batches in a block")
     add(
         "--percent",
         nargs="+",
         type=int,
         default=[100, 0, 100, 0, 100, 0],
-        help="six numbers: weights on GPU and CPU, cache on GPU and CPU, activations on GPU and CPU; "
-        "the rest of each is on disk",
+        help="percent of weights (GPU, CPU), cache (GPU, CPU) and activations (GPU, CPU); the rest is on disk",
     )
-    for name in ("--sep-layer", "--pin-weight", "--overlap"):
-        add(name, type=str2bool, nargs="?", const=True, default=True, metavar="BOOL")
-    add("--cpu-cache-compute", action="store_true", help="attend on the CPU to cache that is off the GPU")
-    add("--attn-sparsity", type=float, default=1.0, help="share of the cached values that is used")
-    add("--compress-weight", action="store_true", help="keep weights in 4 bits")
-    add("--compress-cache", action="store_true", help="keep the cache in 4 bits")
-    add("--log-file", default="auto", help="append the figures to it (default: a name made of the flags)")
+    for name, what in (
+        ("--sep-layer", "stream attention and MLP as separate layers"),
+        ("--pin-weight", "pin host memory, so that a GPU can read it directly"),
+        ("--overlap", "overlap transfers with the computation"),
+    ):
+        add(name, type=str2bool, nargs="?", const=True, default=True, metavar="BOOL", help=what)
+    add(
+        "--cpu-cache-compute",
+        action="store_true",
+        help="compute attention on the CPU over cache that is off the GPU",
+    )
+    add(
+        "--attn-sparsity",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the cached values that decoding uses, above 0, at most 1 (exact)",
+    )
+    add("--compress-weight", action="store_true", help="store weights in 4 bits")
+    add("--compress-cache", action="store_true", help="store the cache in 4 bits")
+    add(
+        "--log-file",
+        default="auto",
+        metavar="FILE",
+        help="append the figures to FILE (default: a name made from the flags)",
+    )
     add("--no-log", action="store_true", help="write no log")
-    add("--verbose", type=int, default=2, help="1: print the log, 2: and some of the text")
+    add("--verbose", type=int, default=2, help="0: print no log; 1: print the log; 2: also some of the text")
 
 
 def run_flexgen(args: argparse.Namespace) -> None:
-    """Run the benchmark that the flags describe; print, and append to a log, what it took.
+    """Run the benchmark that the flags describe, print the measured times and append them to a log.
 
-    The prompts have no padding, which would not be computed: `prompt_len` tokens of each are worked on.
+    The prompts have no padding, because padding is not computed: every prompt has `prompt_len` real tokens.
     """
     print(f"<run_flexgen>: args.model: {args.model}")
     if len(args.percent) != 6:
-        raise RequestError(f"--percent has {len(args.percent)} numbers; it takes six")
+        raise RequestError(f"--percent has {len(args.percent)} numbers; give six")
     config = read_config(args.model, args.path)
     w_gpu, w_cpu, cache_gpu, cache_cpu, act_gpu, act_cpu = args.percent
     policy = Policy(
@@ -194,7 +217,7 @@ def run_flexgen(args: argparse.Namespace) -> None:
         if value < 1:
             raise RequestError(f"{name} is {value}; it must be at least 1")
     cut = args.cut_gen_len or None
-    tokens_to_run(gen_len, cut, args.debug_mode, projected=True)  # refused before weights are loaded
+    tokens_to_run(gen_len, cut, args.debug_mode, projected=True)  # raises before weights are loaded
     sizes = (
         config.model_bytes(),
         config.cache_bytes(num_prompts, prompt_len + gen_len),
@@ -205,7 +228,7 @@ def run_flexgen(args: argparse.Namespace) -> None:
     log = None if args.no_log else get_filename(args) + ".log" if args.log_file == "auto" else args.log_file
     if log is not None and not Path(log).parent.is_dir():
         raise RequestError(
-            f"--log-file {log}: there is no directory {Path(log).parent}; make it, or give another"
+            f"--log-file {log}: there is no directory {Path(log).parent}; create it or choose another file"
         )
     env = ExecutionEnv.create(args.offload_dir)
     try:
@@ -232,7 +255,9 @@ def run_flexgen(args: argparse.Namespace) -> None:
     finally:
         env.close_copy_threads()
     prefill = timing.prefill
-    decode = projected_decode(timing, gen_len) or 0.0  # as it was where all tokens ran: nothing stops them
+    decode = (
+        projected_decode(timing, gen_len) or 0.0
+    )  # no projection is needed if all tokens ran: nothing stops them
     text = write_benchmark_log(
         log,
         *sizes,
@@ -250,18 +275,19 @@ def run_flexgen(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {_started_as()}",
+        formatter_class=HelpFormatter,
         description="The benchmark of FlexGen 0.1, with its flags and its log. `python -m flexgen.bench` is newer: "
-        "it knows more models and says what the hardware could give.",
+        "it supports more models and reports how close a run is to the limit of the hardware.",
     )
     add_parser_arguments(parser)
     return run(parser, run_flexgen, argv)
 
 
 def _started_as() -> str:
-    """The module that `python -m` was given: `flexllmgen.flex_opt` is the same command."""
+    """The module name given to `python -m`; `flexllmgen.flex_opt` is the same command."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     names = {f"{package}.flex_opt" for package in ("flexgen", "flexllmgen")}
     name = spec.name.removesuffix(".__main__") if spec else ""
@@ -269,7 +295,7 @@ def _started_as() -> str:
 
 
 def _tokenizer(model: OptLM) -> Any | None:
-    """The model's own, or that of OPT if it is on this machine already; None where there is neither."""
+    """The model's own tokenizer, or OPT's if it is on this machine already, or None."""
     directory = model.engine.tokenizer_dir
     own = directory is not None and any((directory / name).exists() for name in _TOKENIZER_FILES)
     try:
@@ -277,12 +303,12 @@ def _tokenizer(model: OptLM) -> Any | None:
             directory if own else _TOKENIZER, padding_side="left", local_files_only=True
         )
     except (OSError, ValueError):
-        print(f"no tokenizer in {directory}, and that of {_TOKENIZER} is not on this machine: random prompts")
+        print(f"no tokenizer in {directory}, and {_TOKENIZER}'s is not on this machine: using random prompts")
         return None
 
 
 def _full_prompt(model: OptLM, tokenizer: Any | None, prompt_len: int) -> list[int]:
-    """`prompt_len` ids without padding: a sentence over and over, or random ones."""
+    """`prompt_len` ids without padding: a repeated sentence, or random ids."""
     config = model.config
     if tokenizer is not None:
         first, *rest = tokenizer(_PROMPT).input_ids

@@ -1,4 +1,4 @@
-"""OPT's sizes as FlexGen 0.1 describes them, and as transformers does."""
+"""The sizes of OPT models, under the names of FlexGen 0.1 and of transformers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flexgen.errors import ModelError, cut, did_you_mean
 from flexgen.models import ModelSpec
 from flexgen.models.families.opt import SIZES, known_config
 
-_HALF_BYTES = 2  # sizes are printed for float16, whatever the run computes in
+_HALF_BYTES = 2  # printed sizes are for float16, regardless of the dtype of the run
 _GALACTICA = "galactica-30b"
 _STAGE = "opt-175b-stage"
 KNOWN = (*SIZES, _GALACTICA, _STAGE)
-"""Names that `get_opt_config` knows, next to OPT-IML's."""
+"""Names that `get_opt_config` accepts, in addition to OPT-IML's."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,30 @@ class OptConfig:
     dtype: type = np.float16
 
     def model_bytes(self) -> int:
-        """Of the weights in float16, counted as 0.1 counts them, so that its logs and these compare."""
+        """Bytes of the weights in float16, counted like 0.1, so that logs can be compared."""
         h = self.input_dim
         layer = 12 * h * h + 11 * h
         return _HALF_BYTES * (self.num_hidden_layers * layer + self.vocab_size * (h + 1))
 
     def cache_bytes(self, batch_size: int, seq_len: int) -> int:
-        """Of keys and values in float16, of `batch_size` prompts with `seq_len` tokens each."""
+        """Bytes of keys and values in float16, for `batch_size` prompts of `seq_len` tokens each."""
         return 2 * self.num_hidden_layers * self.hidden_bytes(batch_size, seq_len)
 
     def hidden_bytes(self, batch_size: int, seq_len: int) -> int:
-        """Of the hidden states of one layer in float16."""
+        """Bytes of the hidden states of one layer in float16."""
         return batch_size * seq_len * self.input_dim * _HALF_BYTES
 
 
 def get_opt_config(name: str, **changes: Any) -> OptConfig:
     """The sizes of "opt-30b", "facebook/opt-30b", an OPT-IML, "galactica-30b" or "opt-175b-stage".
 
-    changes: fields to set to something else. Raises ModelError for a name that is not known.
+    changes: fields to replace. Raises ModelError for an unknown name.
     """
     short = name.rpartition("/")[2].lower()
     size = _size(short)
     if size is None:
         raise ModelError(
-            f"{cut(name)}: no OPT model of this name; known: {', '.join(KNOWN)}{did_you_mean(short, KNOWN)}"
+            f"{cut(name)}: there is no OPT model of this name; known: {', '.join(KNOWN)}{did_you_mean(short, KNOWN)}"
         )
     num_layers, num_heads, hidden_size = SIZES[size]
     config = OptConfig(
@@ -81,12 +81,12 @@ def get_opt_config(name: str, **changes: Any) -> OptConfig:
 
 
 def is_published(config: OptConfig) -> bool:
-    """Whether these are the sizes of a model that the hub has under `config.name`."""
+    """Whether these are the sizes of the model that the hub has under `config.name`."""
     return config.name != _STAGE and _size(config.name) is not None and config == get_opt_config(config.name)
 
 
 def to_transformers(config: OptConfig) -> OPTConfig:
-    """The configuration that transformers would have for it. Raises ModelError for fields that do not agree."""
+    """The transformers configuration of the same model. Raises ModelError for an unsupported layer_norm_eps."""
     if config.layer_norm_eps != OptConfig.layer_norm_eps:
         raise ModelError(
             f"{config.name}: layer_norm_eps = {config.layer_norm_eps} is not supported; "
@@ -113,7 +113,7 @@ def to_transformers(config: OptConfig) -> OPTConfig:
 
 
 def from_spec(spec: ModelSpec, name: str) -> OptConfig:
-    """What 0.1 would have called the sizes of an OPT model's own configuration."""
+    """The sizes of an OPT model, under the names of 0.1."""
     layer = spec.layers[0]
     return OptConfig(
         name=name,
@@ -130,7 +130,7 @@ def from_spec(spec: ModelSpec, name: str) -> OptConfig:
 
 
 def _size(name: str) -> str | None:
-    """The key in `SIZES` of the architecture that a model of 0.1 has."""
+    """The key in `SIZES` of the architecture of a model of 0.1, or None."""
     if name == _GALACTICA:
         return "opt-30b"
     if name == _STAGE:

@@ -1,4 +1,4 @@
-"""The devices of FlexGen 0.1: names for what the engine opens, and what was opened with them."""
+"""The devices of FlexGen 0.1, and the models that were opened on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexgen.units import GIB
 
 
 class TorchDevice:
-    """A processor by its name, "cuda:0" or "cpu"; where there is no CUDA, the CPU stands for a GPU."""
+    """A processor by name, "cuda:0" or "cpu". Without CUDA, the CPU takes the place of a GPU."""
 
     def __init__(self, name: str, mem_capacity: int | None = None, flops: float | None = None) -> None:
         self.name = name
@@ -25,21 +25,21 @@ class TorchDevice:
         self.flops = flops
         without = name.startswith("cuda") and not torch.cuda.is_available()
         self.device = "cpu" if without else name
-        """What the engine calls it; its other devices ("emulated:...") may be named too."""
+        """The engine's name of the device. Its other devices ("emulated:...") are allowed too."""
 
     @property
     def dev(self) -> torch.device:
-        """The device of torch."""
+        """The torch device."""
         return torch.device(self.device if self.device.startswith("cuda") else "cpu")
 
     def mem_stats(self) -> tuple[int, int]:
-        """(bytes now, most bytes) of the device's memory; for the CPU, of this process in host memory."""
+        """(current, peak) bytes of device memory in use; for the CPU, of this process in host memory."""
         if self.dev.type == "cuda":
             return torch.cuda.memory_allocated(self.dev), torch.cuda.max_memory_allocated(self.dev)
         return psutil.Process().memory_info().rss, peak_resident_bytes()
 
     def print_stats(self, output_file: str | None = None) -> tuple[int, int]:
-        """Print `mem_stats`, or write them to a file; returns them."""
+        """Print `mem_stats` or write them to a file, and return them."""
         now, peak = self.mem_stats()
         text = f"TorchDevice: {self.name}\n  cur_mem: {now / GIB:.4f} GB,  peak_mem: {peak / GIB:.4f} GB"
         if output_file is None:
@@ -49,14 +49,14 @@ class TorchDevice:
         return now, peak
 
     def synchronize(self) -> None:
-        """Nothing is left to wait for: a call of `generate` ends when its work has."""
+        """Do nothing: `generate` returns only when its work is done."""
 
     def __str__(self) -> str:
         return f"TorchDevice(name={self.name})"
 
 
 class TorchDisk:
-    """The directory of what is offloaded, made if it is missing; the engine reads it with threads of its own."""
+    """The offload directory, created if it is missing. `num_copy_threads` is unused: the engine has own threads."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class TorchMixedDevice:
 
 @dataclass(frozen=True)
 class ExecutionEnv:
-    """The devices that models are opened on. Without a `gpu` the engine chooses, without a `disk` it makes a
-    temporary directory where it needs one."""
+    """The devices on which models are opened. Without a `gpu` the engine chooses the device; without a `disk` it
+    creates a temporary directory if it needs one."""
 
     gpu: Any = None
     cpu: Any = None
@@ -95,17 +95,17 @@ class ExecutionEnv:
 
     @classmethod
     def create(cls, offload_dir: str) -> ExecutionEnv:
-        """The first GPU, or the CPU where there is no CUDA; the host; and `offload_dir`."""
+        """The first GPU (the CPU without CUDA), the host and `offload_dir`."""
         gpu = TorchDevice("cuda:0" if torch.cuda.is_available() else "cpu")
         cpu, disk = TorchDevice("cpu"), TorchDisk(offload_dir)
         return cls(gpu, cpu, disk, TorchMixedDevice([gpu, cpu, disk]))
 
     def adopt(self, model: OptLM) -> None:
-        """Let `close_copy_threads` close this model too."""
+        """Make `close_copy_threads` close this model too."""
         self._opened.add(model)
 
     def close_copy_threads(self) -> None:
-        """Close the models that were opened here, if they still are: files, threads and memory are free then."""
+        """Close all models opened here, and free their files, threads and memory."""
         for model in list(self._opened):
             model.close()
         self._opened.clear()

@@ -1,4 +1,4 @@
-"""`OptLM` as FlexGen 0.1 has it: its arguments, its conventions, this engine."""
+"""`OptLM` with the arguments and conventions of FlexGen 0.1, on top of this engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexgen.schedule.steps import Op
 
 @dataclass(frozen=True)
 class Task:
-    """What one call of `generate` was asked for."""
+    """The arguments of a call of `generate`."""
 
     inputs: Any
     prompt_len: int
@@ -36,12 +36,13 @@ class Task:
 
 
 class OptLM:
-    """An OPT model on the devices of `env`, its weights under `path` (see `find_weights`).
+    """An OPT model on the devices of `env`, with its weights under `path` (see `find_weights`).
 
-    config: an `OptConfig`, a name that `get_opt_config` knows, or that of a directory in Hugging Face's layout
-        under `path`. `close_copy_threads` of `env` closes it.
+    config: an `OptConfig`, a name that `get_opt_config` accepts, or the name of a directory in Hugging Face's layout
+        under `path`.
 
-    Raises what `flexgen.OptLM` raises; it is there as `engine`.
+    `close_copy_threads` of `env` closes the model. The attribute `engine` is the `flexgen.OptLM` that does the work;
+    its exceptions are raised unchanged.
     """
 
     def __init__(self, config: str | OptConfig, env: ExecutionEnv, path: str, policy: Policy) -> None:
@@ -64,7 +65,7 @@ class OptLM:
 
     @property
     def stats(self) -> Stats | None:
-        """What the last call took."""
+        """The statistics of the last call."""
         return self.engine.stats
 
     def generate(
@@ -78,25 +79,27 @@ class OptLM:
         cut_gen_len: int | None = None,
         verbose: int = 0,
     ) -> np.ndarray:
-        """Prompts and what follows them, (prompts, prompt_len + max_new_tokens) int32.
+        """The prompts with their continuations, (prompts, prompt_len + max_new_tokens) int32.
 
-        inputs: as `flexgen.OptLM.generate` takes them, of any number. Pad ids that begin a row are not computed,
-            in lists of any lengths. Nor are rows of them alone, with which scripts fill up a block: pad ids follow.
-        do_sample: draws from a seed that torch's global generator gives, so `torch.manual_seed` decides.
-        stop: the id that ends a row. None, 0 and texts end none, as in 0.1, one of whose scripts gives a text.
-        debug_mode: "fewer_batch" and "breakdown" run a few tokens and project the times; "breakdown" also prints
+        inputs: any number of prompts, in the forms that `flexgen.OptLM.generate` accepts. Pad ids at the beginning
+            of a row are not computed. Rows of pad ids alone, with which scripts fill up a block, are not computed
+            either; their continuation is pad ids.
+        do_sample: sample with a seed from torch's global generator, so `torch.manual_seed` makes it repeatable.
+        stop: the id that ends a row. As in 0.1, None, 0 and texts end no row (one of its scripts passes a text).
+        debug_mode: "fewer_batch" and "breakdown" run a few tokens and extrapolate the times; "breakdown" also prints
             0.1's table of costs.
 
-        Adds to `timers("generate").costs` the seconds of the prefill, then for each later token the mean of them.
+        Appends to `timers("generate").costs` the seconds of the prefill, then the mean decode time for each later
+        token.
 
-        Raises as `flexgen.OptLM.generate` does.
+        Raises the exceptions of `flexgen.OptLM.generate`.
         """
         rows, _ = read_rows(inputs)
         prompt_len, pad_id = max(map(len, rows)), self.config.pad_token_id
         cut_gen_len = cut_gen_len or None
         self.task = Task(inputs, prompt_len, max_new_tokens, cut_gen_len, do_sample, temperature, stop)
         prompts = [row[leading(row, pad_id) :] for row in rows]
-        # An empty row is no padding, but a mistake, which the engine refuses.
+        # An empty row is a mistake, not padding: the engine rejects it.
         kept = [n for n, row in enumerate(rows) if len(prompts[n]) or not len(row)]
         if not kept:
             return np.full((len(rows), prompt_len + max_new_tokens), pad_id, np.int32)
@@ -114,7 +117,7 @@ class OptLM:
         )
         assert self.stats is not None
         timing = self.stats.timing
-        # 0.1 filled the timer with what a debug mode projects.
+        # Like 0.1, fill the timer with the extrapolated times of a debug mode.
         timers(GENERATE).costs += costs_of(timing, (cut_gen_len or max_new_tokens) if debug_mode else None)
         if debug_mode == BREAKDOWN:
             batches = -(-len(kept) // self.policy.gpu_batch_size)
@@ -129,9 +132,10 @@ class OptLM:
 
 
 def cost_lines(events: Sequence[Event], layers: int, batches: int, blocks: int, gen_len: int) -> list[str]:
-    """0.1's table of costs: mean seconds of loading a layer, and of what is done for a layer and a batch.
+    """0.1's table of costs: mean seconds to load a layer, and of each operation for a layer and a batch.
 
-    events: of a run that overlaps nothing; batches: of all blocks; gen_len: new tokens that were asked for.
+    events: the events of a run without overlap. batches: the batches of all blocks. gen_len: the requested number of
+    new tokens.
     """
     seconds: dict[tuple[Op, Phase], float] = {}
     decoded = max((event.step.token for event in events), default=0)

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie under the `path` that FlexGen 0.1 is given."""
+"""The search for the weights of a model under the `path` argument of FlexGen 0.1."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from flexgen.models.tensor_files import NumpyCheckpoint
 _log = logging.getLogger("flexgen")
 
 DUMMY_WEIGHT = "_DUMMY_"
-"""In a path: random weights."""
+"""A path with this word in it asks for random weights."""
 _DEMO = "demo"
-"""The embedded model, as in flexgen's other commands. It needs no path."""
+"""The name of the embedded model, as in flexgen's other commands. It needs no path."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What `flexgen.OptLM` is asked to open: its `model` and its `weights`."""
+    """The arguments `model` and `weights` of `flexgen.OptLM`."""
 
     model: str | Path | PreTrainedConfig
     weights: Literal["checkpoint", "dummy"] | Path
 
 
 def read_config(config: str | OptConfig, path: str) -> OptConfig:
-    """The sizes of a model by name: OPT's own, the embedded "demo", or of the directory of that name, in Hugging
-    Face's layout, that is `path` or is in it. Raises ModelError, with a similar name that is known."""
+    """The sizes of a model by name: a published OPT, the embedded "demo", or a directory of that name in Hugging
+    Face's layout, which is `path` itself or is in it. Raises ModelError, with a similar name, for an unknown one."""
     if isinstance(config, OptConfig):
         return config
     try:
@@ -49,28 +49,33 @@ def read_config(config: str | OptConfig, path: str) -> OptConfig:
 
 def _named_directory(name: str, path: str) -> Path | None:
     directory = None if DUMMY_WEIGHT in path else _hf_directory(name, path)
-    # A model that `path` holds under another name is not what a mistyped name meant.
+    # A mistyped name must not open a model with another name in `path`.
     if directory is not None and directory.name == name:
         return directory
     return MODEL_DIR if name == _DEMO else None
 
 
 def _unknown(name: str, path: str) -> str:
-    """The message for a name that is neither a known one nor that of a directory in `path`."""
+    """The message for a name that is neither a known name nor a directory in `path`."""
     found = () if DUMMY_WEIGHT in path else sorted(p.parent.name for p in _base(path).glob("*/config.json"))
     similar = did_you_mean(name.rpartition("/")[2].lower(), (_DEMO, *KNOWN, *found))
     here = f"; in {path}: {cut(', '.join(found))}" if found else ""
-    return f"{cut(name)}: no OPT model of this name; known: {', '.join((_DEMO, *KNOWN))}{here}{similar}"
+    return (
+        f"{cut(name)}: there is no OPT model of this name; known: {', '.join((_DEMO, *KNOWN))}{here}{similar}"
+    )
 
 
 def find_weights(config: OptConfig, path: str) -> Found:
-    """The weights of `config`, looked for in this order:
+    """Find the weights of `config`. The places are searched in this order:
 
-    `path` with _DUMMY_ in it (random ones), `path/<name>-np` (0.1's folder of numpy files), `path/<name>` and
-    `path` (directories in Hugging Face's layout), for "demo" the embedded model. A published model that is in none
-    of them is asked of the hub, which is logged as a warning.
+    1. `path` with _DUMMY_ in it: random weights
+    2. `path/<name>-np`: 0.1's folder of numpy files
+    3. `path/<name>`, then `path`: directories in Hugging Face's layout
+    4. for "demo", the embedded model
+    5. for a published model, the hub; this is logged as a warning
 
-    Raises CheckpointError with what was looked for, ModelError where a directory holds a model of other sizes.
+    Raises CheckpointError, with the searched places, if there are none, and ModelError if a directory contains a
+    model of other sizes.
     """
     if DUMMY_WEIGHT in path:
         return Found(to_transformers(config), "dummy")
@@ -82,13 +87,13 @@ def find_weights(config: OptConfig, path: str) -> Found:
         _check_sizes(config, directory)
         return Found(directory, "checkpoint")
     looked_for = (
-        f"{config.name}: no weights under {path}: looked for {folder / NumpyCheckpoint.MARK}, "
+        f"{config.name}: there are no weights under {path}: looked for {folder / NumpyCheckpoint.MARK}, "
         f"{_base(path) / config.name / 'config.json'} and {_base(path) / 'config.json'}"
     )
     if not is_published(config):
-        raise CheckpointError(f"{looked_for}; the path {DUMMY_WEIGHT} runs the model with random weights")
+        raise CheckpointError(f"{looked_for}; use the path {DUMMY_WEIGHT} for random weights")
     repository = f"facebook/{config.name}"
-    _log.warning("%s; asking the hub for %s", looked_for, repository)
+    _log.warning("%s; looking for %s on the hub", looked_for, repository)
     try:
         _, checkpoint = open_model(repository)
     except ModelError as error:
@@ -97,12 +102,12 @@ def find_weights(config: OptConfig, path: str) -> Found:
 
 
 def download_opt_weights(model_name: str, path: str) -> None:
-    """0.1 wrote a model of the hub to `path` as numpy files. Raises UnsupportedError: there is nothing to convert."""
+    """Raises UnsupportedError. 0.1 converted a model of the hub to numpy files under `path`, which is not needed."""
     name = model_name.rpartition("/")[2]
     raise UnsupportedError(
-        "weights are not converted to numpy files: a checkpoint is read as it is. "
-        f"Run: hf download facebook/{name} --local-dir {_base(path) / name}; or open the model without it, which "
-        "downloads to the hub's own cache"
+        "weights need no conversion to numpy files: flexgen reads checkpoints directly. "
+        f"Run: hf download facebook/{name} --local-dir {_base(path) / name}; or just open the model, which downloads "
+        "it to the hub's cache"
     )
 
 
@@ -112,7 +117,7 @@ def _base(path: str) -> Path:
 
 def _hf_directory(name: str, path: str) -> Path | None:
     base = _base(path)
-    # Unlike Path.exists, False for a name that is longer than a file may have.
+    # Unlike Path.exists, os.path.exists returns False for a name that is too long.
     return next((d for d in (base / name, base) if os.path.exists(d / "config.json")), None)
 
 
@@ -122,8 +127,8 @@ def _check_sizes(config: OptConfig, directory: Path) -> None:
         ours, theirs = getattr(config, field), getattr(found, field)
         if ours != theirs:
             raise ModelError(
-                f"{directory} holds a model with {field} = {theirs}, {config.name} has {ours}; "
-                "give the path of its own directory"
+                f"{directory} contains a model with {field} = {theirs}, but {config.name} has {ours}; "
+                f"give the path of {config.name}"
             )
 
 
@@ -131,7 +136,7 @@ def _opt_spec(directory: Path) -> ModelSpec:
     spec, _ = open_model(directory, "dummy")
     if spec.family != "opt":
         raise ModelError(
-            f"{directory} holds a model of family {spec.family}; this interface knows OPT only: "
-            "open others with flexgen.OptLM"
+            f"{directory} contains a model of family {spec.family}; this interface supports only OPT: "
+            "open the model with flexgen.OptLM"
         )
     return spec

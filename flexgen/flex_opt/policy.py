@@ -1,4 +1,4 @@
-"""The policy of FlexGen 0.1, field by field, and what it means to this engine."""
+"""The policy of FlexGen 0.1, and its translation to a policy of this engine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flexgen.quant import CODECS
 from flexgen.quant.groupwise import Groupwise
 
 _WEIGHT_DIMS = (0, 1)
-"""Either dimension of a matrix: groups lie along its rows whichever is named."""
+"""Both dimensions of a matrix are accepted; groups are always along its rows."""
 _CACHE_DIMS = (2,)
-"""The dimension of a head, in a cache that 0.1 laid out as (tokens, rows * heads, head_dim)."""
+"""The dimension of a head in the cache of 0.1, which has the shape (tokens, rows * heads, head_dim)."""
 
 
 @dataclass
 class CompressionConfig:
-    """Integers of `num_bits` in groups of `group_size` along `group_dim`; not `enabled` is not compressed."""
+    """Integers of `num_bits` bits in groups of `group_size` along `group_dim`; no compression unless `enabled`."""
 
     num_bits: int
     group_size: int
@@ -30,9 +30,9 @@ class CompressionConfig:
 
 @dataclass(frozen=True)
 class Policy:
-    """FlexGen 0.1's fields in their order; percentages are 0 to 100, what is left of each pair lies on disk.
+    """The fields of FlexGen 0.1 in their order. Percentages are 0 to 100; the rest of each pair is on disk.
 
-    Raises PolicyError for what this engine cannot mean, when it is made.
+    The constructor raises PolicyError for a policy that this engine does not support.
     """
 
     gpu_batch_size: int
@@ -69,7 +69,7 @@ class Policy:
         return 100 - self.act_gpu_percent - self.act_cpu_percent
 
     def to_policy(self) -> policy.Policy:
-        """The same as a `flexgen.Policy`, which can be saved as TOML. Raises PolicyError."""
+        """The same policy as a `flexgen.Policy`, which can be saved as TOML. Raises PolicyError."""
         weights, cache = "none", "none"
         if self.compress_weight:
             weights = _codec("comp_weight_config", self.comp_weight_config, _WEIGHT_DIMS)
@@ -91,19 +91,19 @@ class Policy:
 
 
 def _percent(value: float) -> float:
-    """The value, or 0 or 100 where it misses them by rounding, as -1e-10 of 0.1's cost model does."""
+    """The value, or 0 or 100 if it differs from them by rounding, like the -1e-10 of 0.1's cost model."""
     try:
         nearest = min(max(value, 0), 100)
         return nearest if abs(value - nearest) <= policy.SUM_TOLERANCE else value
     except (TypeError, ValueError):
-        return value  # not a number; the policy says so
+        return value  # not a number; `flexgen.Policy` raises for it
 
 
 def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) -> str:
-    """The name of the codec that stands for a configuration: never coarser than what was asked for."""
+    """The name of the codec for a configuration, at least as exact as the configuration."""
     if not isinstance(config, CompressionConfig):
         raise PolicyError(
-            f"{field} is {shown(config)}, and is asked to compress; give CompressionConfig(num_bits=4, "
+            f"{field} is {shown(config)}, but compression is enabled; give CompressionConfig(num_bits=4, "
             f"group_size=64, group_dim={next(iter(dims))}, symmetric=False)"
         )
     if not config.enabled:
@@ -115,8 +115,8 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
         raise PolicyError(f"{field}: num_bits is {shown(config.num_bits)}; supported: {known}")
     if not isinstance(config.group_size, int) or config.group_size < (least := min(groups)):
         raise PolicyError(
-            f"{field}: group_size is {shown(config.group_size)}; groups have {least} values here, so that "
-            f"smaller ones would be kept less exactly than asked: give {least} or more"
+            f"{field}: group_size is {shown(config.group_size)}; supported groups have {least} values and would be "
+            f"less exact than smaller ones: give {least} or more"
         )
     codec = groups[max(size for size in groups if size <= config.group_size)]
     if config.group_dim not in dims:
@@ -130,6 +130,6 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
 
 
 def _kept_as(split: Split, codec: str) -> Split:
-    """The same percentages, each in `codec`."""
+    """The same percentages, each with `codec`."""
     shares = {tier: split.percent(tier) for tier in Tier}
     return Split(**{str(tier): Share(percent, codec) for tier, percent in shares.items() if percent})

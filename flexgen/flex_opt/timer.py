@@ -1,4 +1,4 @@
-"""The timers of FlexGen 0.1: `timers("generate").costs` holds seconds, of the prefill and of each later token."""
+"""The timers of FlexGen 0.1: `timers("generate").costs` has the seconds of the prefill and of each later token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen.runtime.call import Timing
 GENERATE = "generate"
 """The timer that `OptLM.generate` adds to."""
 _COLD = 2
-"""Later tokens that do not stand for those after them."""
+"""The number of later tokens that are not representative of the following ones."""
 
 
 class Timer:
@@ -27,29 +27,29 @@ class Timer:
         return self._since is not None
 
     def start(self, sync_func: Callable[[], object] | None = None) -> None:
-        """Begin, after `sync_func`. Raises RequestError if it runs already."""
+        """Call `sync_func`, then start. Raises RequestError if the timer is running."""
         if self._since is not None:
-            raise RequestError(f"timer {self.name!r} runs already; stop it first")
+            raise RequestError(f"timer {self.name!r} is running; stop it first")
         if sync_func is not None:
             sync_func()
         self._since = time.perf_counter()
 
     def stop(self, sync_func: Callable[[], object] | None = None) -> None:
-        """End, after `sync_func`. Raises RequestError if it does not run."""
+        """Call `sync_func`, then stop. Raises RequestError if the timer is not running."""
         if self._since is None:
-            raise RequestError(f"timer {self.name!r} does not run; start it first")
+            raise RequestError(f"timer {self.name!r} is not running; start it first")
         if sync_func is not None:
             sync_func()
         self.costs.append(time.perf_counter() - self._since)
         self._since = None
 
     def reset(self) -> None:
-        """Forget all costs."""
+        """Remove all costs."""
         self.costs = []
         self._since = None
 
     def elapsed(self, mode: str = "average") -> float:
-        """The mean of `costs`, or their "sum"; 0 without any."""
+        """The mean of `costs`, or their sum with `mode="sum"`; 0 if there are none."""
         if mode not in ("average", "sum"):
             raise RequestError(f"mode is {mode!r}; it must be 'average' or 'sum'")
         total = sum(self.costs)
@@ -57,7 +57,7 @@ class Timer:
 
 
 class Timers:
-    """Timers by name, made when they are first asked for."""
+    """Timers by name, created on first use."""
 
     def __init__(self) -> None:
         self.timers: dict[str, Timer] = {}
@@ -70,22 +70,24 @@ class Timers:
 
 
 timers = Timers()
-"""Of the process, as in 0.1."""
+"""The timers of the process, as in 0.1."""
 
 
 def costs_of(timing: Timing, projected_to: int | None = None) -> list[float]:
-    """Seconds of a call's prefill, then for each later token that ran the mean of them; as many as if
-    `projected_to` tokens had run, if that is given."""
+    """The seconds of a call's prefill, then the mean decode time for each later token.
+
+    projected_to: the number of tokens to return costs for, if not the number that ran.
+    """
     ran = 1 + max(event.step.token for event in timing.trace.events)
     mean = timing.decode / max(ran - 1, 1)
     return [timing.prefill, *[mean] * ((projected_to or ran) - 1)]
 
 
 def project_decode_latency(costs: Sequence[float], prompt_len: int, gen_len: int) -> float:
-    """Seconds for the decode of `gen_len` new tokens, from the `costs` of the first few.
+    """The decode time of `gen_len` new tokens in seconds, extrapolated from the `costs` of the first few.
 
-    Of the later tokens the first two count as they are; those that were not run take the mean of the others.
-    `prompt_len` is not used, as in 0.1.
+    A token that did not run gets the mean of the later tokens without the first two. `prompt_len` is unused, as in
+    0.1.
     """
     later = list(costs[1:gen_len])
     if not later:

@@ -1,4 +1,4 @@
-"""The face of transformers' models: `FlexGenForCausalLM` stands where an `AutoModelForCausalLM` stood."""
+"""The interface of transformers: `FlexGenForCausalLM` is a drop-in replacement for `AutoModelForCausalLM`."""
 
 from flexgen.hf.model import FlexGenForCausalLM
 

@@ -1,4 +1,4 @@
-"""The cache of generation that recomputes: the ids of the positions so far, in place of their keys and values."""
+"""The cache for generation modes that recompute: it stores ids in place of keys and values."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flexgen.errors import RequestError, UnsupportedError
 CACHE_NAME = (
     "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 )
-"""The name of arguments and results for a cache: older versions of transformers have the second."""
+"""The name of the cache in arguments and results. Older versions of transformers use the second name."""
 
 
 class IdCache(Cache):
-    """Implements the `Cache` operations of transformers' generation loops on ids.
+    """A `Cache` for the generation loops of transformers that stores only ids.
 
-    A loop passes only new ids with the cache. `forward` puts the cached ids in front of them and computes all
-    positions again, so it needs no memory between two steps beyond the ids.
+    A loop passes the cache and the new ids. `forward` prepends the cached ids and computes all positions again, so
+    the ids are the only memory between two steps.
 
-    `ids`: int64 (rows, positions) in host memory, padding included; None before the first forward pass.
+    ids: int64 (rows, positions) in host memory, including padding; None before the first forward pass.
     """
 
     def __init__(self, ids: Tensor | None = None) -> None:
@@ -35,12 +35,12 @@ class IdCache(Cache):
         return f"{type(self).__name__}(positions={self.get_seq_length()})"
 
     def with_new(self, new: Tensor) -> Tensor:
-        """The cached ids and `new` (rows, positions) after them. Raises RequestError for another number of rows."""
+        """The cached ids followed by `new` (rows, positions). Raises RequestError if the numbers of rows differ."""
         if self.ids is None:
             return new
         if new.shape[0] != len(self.ids):
             raise RequestError(
-                f"the cache has {len(self.ids)} rows and input_ids {new.shape[0]}; pass the rows it was made with"
+                f"the cache has {len(self.ids)} rows and input_ids have {new.shape[0]}; pass the rows of the cache"
             )
         return torch.cat([self.ids, new.to("cpu", torch.int64)], dim=1)
 
@@ -53,7 +53,7 @@ class IdCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` positions.
 
-        A positive number is the length to keep, as older versions of transformers call it.
+        A positive number is the length to keep, as in older versions of transformers.
         """
         if self.ids is not None and tokens_to_remove:
             self.ids = self.ids[:, :tokens_to_remove]
@@ -78,12 +78,12 @@ class IdCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # One entry, although there is no layer: all() of none would count as a linear cache, which has no positions.
+        # One entry although there are no layers: all([]) would mean a linear cache, which has no positions.
         return [False]
 
 
 def read_cache(**named: Any) -> IdCache | None:
-    """The cache that is given by one of its names, None if there is none.
+    """The cache, passed under one of its names; None if there is none.
 
     Raises UnsupportedError for a cache of keys and values.
     """
@@ -92,7 +92,8 @@ def read_cache(**named: Any) -> IdCache | None:
             return cache
         if cache is not None:
             raise UnsupportedError(
-                f"{name}: a {type(cache).__name__} is not supported, because keys and values are on the tiers of the "
-                "policy, for one call. Pass the cache that forward(..., use_cache=True) returned"
+                f"{name}: a {type(cache).__name__} is not supported, because flexgen stores keys and values on the "
+                "tiers of the policy, and only during a call. Pass the cache that forward(..., use_cache=True) "
+                "returned"
             )
     return None

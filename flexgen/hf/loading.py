@@ -1,4 +1,4 @@
-"""Arguments of transformers' `from_pretrained`, in terms of `OptLM`."""
+"""The arguments of transformers' `from_pretrained`, converted to those of `OptLM`."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from flexgen.errors import RequestError, UnsupportedError, did_you_mean, shown
 _NO_EFFECT = frozenset(
     {"low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "use_safetensors", "weights_only"}
 )
-"""Accepted with any value: tensors are always read in place, and pickles never run code."""
+"""Arguments that are accepted and ignored: tensors are always read in place, and pickles never run code."""
 
-_ATTENTION = "flexgen has attention kernels of its own; attend_on= of a Policy says where they run"
-_BITS = "a Policy has codecs for weights and cache: compress_weight=, compress_cache="
-_CONFIG = "the config is read from the model's directory; write what you need to its config.json"
+_ATTENTION = "flexgen has its own attention kernels; use Policy(attend_on=...) to choose where they run"
+_BITS = "use a Policy with codecs, such as weights={'gpu': {'percent': 100, 'codec': 'int4'}}"
+_CONFIG = "the config is read from the model's directory; edit its config.json"
 _FILES = "give the path of a directory with config.json and safetensors or .bin files"
 _PARALLEL = "flexgen computes on one device"
-_WEIGHTS = "weights are read from files; save the model with save_pretrained and give its directory"
+_WEIGHTS = "weights are read from files; call save_pretrained on the model and give the directory"
 
 _UNSUPPORTED = {
     "adapter_kwargs": "merge the adapter into the model first (peft's merge_and_unload) and save the result",
     "adapter_name": "merge the adapter into the model first (peft's merge_and_unload) and save the result",
     "attn_implementation": _ATTENTION,
-    "code_revision": "flexgen runs no code of a repository",
+    "code_revision": "flexgen runs no code from a repository",
     "config": _CONFIG,
     "device_mesh": _PARALLEL,
     "distributed_config": _PARALLEL,
-    "experts_implementation": "flexgen has layers of its own",
+    "experts_implementation": "flexgen has its own layers",
     "force_download": "delete the model from the cache (`hf cache rm`), then open it again",
     "from_flax": _FILES,
     "from_tf": _FILES,
     "generation_config": "pass it to generate, or assign it to model.generation_config",
     "gguf_file": _FILES,
-    "ignore_mismatched_sizes": "every weight must have the shape that the config gives",
+    "ignore_mismatched_sizes": "every weight must have the shape in the config",
     "key_mapping": "the names of a family's weights are fixed; rename them in the files",
-    "kernel_config": "flexgen has kernels of its own",
+    "kernel_config": "flexgen has its own kernels",
     "load_in_4bit": _BITS,
     "load_in_8bit": _BITS,
     "mirror": "set the environment variable HF_ENDPOINT",
-    "output_loading_info": "a weight that is missing or has another shape is an error here",
+    "output_loading_info": "missing weights and wrong shapes are errors",
     "proxies": "set the environment variable HTTPS_PROXY",
     "quantization_config": _BITS,
     "state_dict": _WEIGHTS,
     "subfolder": "download the repository and give the path of the folder",
     "tp_plan": _PARALLEL,
     "tp_size": _PARALLEL,
-    "use_kernels": "flexgen has kernels of its own",
+    "use_kernels": "flexgen has its own kernels",
     "variant": _FILES,
 }
-"""Arguments of transformers that are refused, and what to do instead."""
+"""Unsupported arguments of transformers, with the alternatives."""
 
 
 def refuse_arguments(others: Mapping[str, Any], method: Callable[..., Any]) -> None:
-    """Check the arguments that `method` does not name. None and False count as not given.
+    """Check the arguments that are not in the signature of `method`. None and False count as not given.
 
-    Raises UnsupportedError for an argument of transformers that flexgen does not have, TypeError for an unknown one.
+    Raises UnsupportedError for an unsupported argument of transformers, and TypeError for an unknown argument.
     """
     for name, value in others.items():
         if name in _NO_EFFECT:
@@ -72,32 +72,32 @@ def refuse_arguments(others: Mapping[str, Any], method: Callable[..., Any]) -> N
 
 
 def refuse_remote_code(trust_remote_code: bool | None) -> None:
-    """Raise UnsupportedError if code of the repository is asked for."""
+    """Raise UnsupportedError if the caller asks for code from the repository."""
     if trust_remote_code:
         raise UnsupportedError(
-            "trust_remote_code=True is not supported: flexgen computes with its own layers and never runs code of a "
-            "repository; leave it out. A family that flexgen knows opens without it"
+            "trust_remote_code=True is not supported: flexgen has its own layers and never runs code from a "
+            "repository; leave it out. All supported families open without it"
         )
 
 
 def read_dtype(dtype: str | torch.dtype | None, torch_dtype: str | torch.dtype | None) -> str | torch.dtype:
-    """The dtype from `dtype` and its older name. Raises RequestError if both are given and differ."""
+    """The dtype from `dtype` or its older name `torch_dtype`. Raises RequestError if they differ."""
     given = [value for value in (dtype, torch_dtype) if value is not None and value != "auto"]
     if len({str(value).removeprefix("torch.") for value in given}) > 1:
         raise RequestError(
-            f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are two names of one argument, give one"
+            f"dtype={dtype} and torch_dtype={torch_dtype} differ; they are names of one argument: give one of them"
         )
     return given[0] if given else "auto"
 
 
 def read_device_map(device_map: Any, device: str | torch.device) -> str:
-    """The device to compute on, from accelerate's `device_map` and flexgen's `device`.
+    """The compute device, from accelerate's `device_map` and flexgen's `device`.
 
-    "auto", "sequential" and None choose nothing: `device` counts. A device, or `{"": device}`, is the one to compute
-    on. Where the weights are stored is always said by the policy.
+    With "auto", "sequential" or None, `device` is used. Otherwise the map is a device or `{"": device}`. The policy
+    always decides where the weights are stored.
 
-    Raises UnsupportedError for a map of modules, several devices and the disk, RequestError for what is no map and
-    for a map and a `device` that differ.
+    Raises UnsupportedError for a map of modules, several devices or the disk, and RequestError for an invalid map or
+    if the map and `device` differ.
     """
     asked = str(device)
     if device_map is None or (isinstance(device_map, str) and device_map in ("auto", "sequential")):
@@ -106,9 +106,9 @@ def read_device_map(device_map: Any, device: str | torch.device) -> str:
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
             raise UnsupportedError(
-                f"a device_map of {len(device_map)} modules is not supported: a Policy gives each tier's share of "
-                "the weights in percent, for example Policy(weights={'gpu': 40, 'cpu': 30, 'disk': 30}), and flexgen "
-                "chooses the tensors. Pass policy= and leave device_map out"
+                f"a device_map of {len(device_map)} modules is not supported: flexgen places weights by the "
+                "percentages of a Policy. Leave device_map out, and pass for example "
+                "policy=Policy(weights={'gpu': 40, 'cpu': 30, 'disk': 30})"
             )
         value = device_map[""]
     if value in ("balanced", "balanced_low_0"):
@@ -117,14 +117,14 @@ def read_device_map(device_map: Any, device: str | torch.device) -> str:
         )
     if value == "disk":
         raise UnsupportedError(
-            "device_map='disk' is not supported: nothing computes on a disk. "
+            "device_map='disk' is not supported: a disk is not a compute device. "
             "Pass policy=Policy(weights={'disk': 100})"
         )
     mapped = _device(value)
     if mapped is None:
         raise RequestError(
-            f"device_map={shown(device_map)} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0', the number of a GPU, "
-            "or {'': device}, and a policy for shares of the weights"
+            f"device_map={shown(device_map)} is not known; use 'auto', 'cpu', 'cuda', 'cuda:0', the number of a GPU "
+            "or {'': device}, and a policy to place the weights"
         )
     if asked != "auto" and _device(asked) != mapped:
         raise RequestError(
@@ -134,7 +134,7 @@ def read_device_map(device_map: Any, device: str | torch.device) -> str:
 
 
 def _device(value: Any) -> str | None:
-    """A device's name with the number of a GPU; None for anything else."""
+    """The name of a device, with a number for a GPU; None for any other value."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"cuda:{value}"
     if isinstance(value, torch.device):

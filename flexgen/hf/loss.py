@@ -1,4 +1,4 @@
-"""transformers' loss of a causal LM."""
+"""The loss of a causal LM, as in transformers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ IGNORED_LABEL = -100
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], vocab: int) -> None:
-    """Raise RequestError unless labels have this shape and are ids or -100."""
+    """Raise RequestError unless labels have this shape and each is an id or -100."""
     if tuple(labels.shape) != shape:
         raise RequestError(
-            f"labels have shape {tuple(labels.shape)}; they must be those of input_ids, {shape}"
+            f"labels have shape {tuple(labels.shape)}; they must have the shape of input_ids, {shape}"
         )
     wrong = labels[(labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab))]
     if len(wrong):
         raise RequestError(
-            f"labels have the id {int(wrong[0])}; the vocabulary is 0 to {vocab - 1}, and {IGNORED_LABEL} is for "
+            f"labels contain the id {int(wrong[0])}; the vocabulary is 0 to {vocab - 1}: use {IGNORED_LABEL} for "
             "positions without a label"
         )
 
 
 def loss_of(logits: Tensor, labels: Tensor, request: Request) -> Tensor:
-    """transformers' loss of a causal LM, one row's logits in float32 at a time.
+    """The loss of a causal LM, as in transformers. It converts the logits of one row at a time to float32.
 
-    Of the padding there are no logits, so that labels count where both their own position and the one before, which
-    tells them, are in the row.
+    Padding has no logits. So a label counts only if its position and the one before it, which predicts it, are both
+    in the row.
     """
     targets = torch.full_like(labels, IGNORED_LABEL)
     for target, label, columns in zip(targets, labels, request.columns, strict=True):

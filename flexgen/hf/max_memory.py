@@ -1,4 +1,4 @@
-"""accelerate's `max_memory`: which device and which tier each of its keys means."""
+"""Conversion of accelerate's `max_memory` to a device and limits by tier."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from flexgen.units import parse_bytes
 def read_max_memory(
     given: Mapping[int | str, int | str] | None, device: str = "auto"
 ) -> tuple[str, dict[Tier, int] | None]:
-    """The device to compute on and bytes by tier, from `{0: "10GiB", "cpu": "64GiB", "disk": "1TB"}`.
+    """The compute device and bytes by tier, from a dict such as `{0: "10GiB", "cpu": "64GiB", "disk": "1TB"}`.
 
-    A number is that of a GPU. One that is not named, or has 0, is not used: with "auto" the device becomes the GPU
-    that is named, or the CPU. A device that is given stays; without a GPU a GPU's limit is of no account.
+    A number is a GPU. With device="auto", the device is the GPU with a limit above 0, or the CPU if there is none.
+    Another `device` is not changed. On a machine without a GPU, the limit of a GPU is ignored. None and an empty dict
+    set no limits.
 
-    None and an empty dict limit nothing.
-
-    Raises RequestError for other keys, for another GPU than the one that computes, and for what is no size.
+    Raises RequestError for other keys, for a GPU that is not the compute device, and for invalid sizes.
     """
     if given is None:
         return device, None
@@ -55,8 +54,8 @@ def read_max_memory(
         in_use = int(number[0]) if number else 0
     if device != "cpu" and (others := set(named) - {in_use}):
         raise RequestError(
-            f"max_memory gives memory of GPU {', '.join(map(str, sorted(others)))}; flexgen computes on one, here on "
-            f"{in_use}: leave the others out, or choose another with device="
+            f"max_memory has GPU {', '.join(map(str, sorted(others)))}; flexgen computes on one GPU, here on "
+            f"{in_use}: leave the others out, or choose the GPU with device="
         )
     if in_use in gpus:
         limits[Tier.GPU] = gpus[in_use]
@@ -69,12 +68,12 @@ def _gpu_number(key: object) -> int:
     if isinstance(key, str) and (number := re.fullmatch(r"cuda:(\d{1,4})", key, re.ASCII)):
         return int(number[1])
     raise RequestError(
-        f"max_memory has the key {reprlib.repr(key)}; it knows the number of a GPU, 'cpu' and 'disk'"
+        f"max_memory has the key {reprlib.repr(key)}; it must be the number of a GPU, 'cpu' or 'disk'"
     )
 
 
 def _bytes(size: int | str) -> int:
-    """accelerate takes a small b for bits: "8Gb" is a gigabyte."""
+    """Parse a size like accelerate, where a lower-case b means bits: "8Gb" is one gigabyte."""
     bits = isinstance(size, str) and re.search("[kKmMgG]b$", size.strip()) is not None
     if not isinstance(size, str | int | float):
         raise TypeError(

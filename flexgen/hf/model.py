@@ -1,4 +1,4 @@
-"""`FlexGenForCausalLM`: an `OptLM` with the methods that users of transformers call."""
+"""`FlexGenForCausalLM`: an `OptLM` with the interface of a transformers model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from flexgen.policy import Policy
 
 
 class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
-    """A model that need not fit its device, with the face of a transformers model.
+    """A causal LM with the interface of a transformers model, which may be larger than device memory.
 
-    `generate` is `GenerationMixin.generate`, which reads arguments and generation configs and makes processors and
-    criteria; flexgen computes for it, see `Generation`. `lm` is the `OptLM` underneath, with its policy
-    and the statistics of the last call. Use it as a context manager, or `close` it.
+    `generate` is `GenerationMixin.generate`: transformers reads the arguments and the generation config and creates
+    processors and criteria, and flexgen computes (see `Generation`). `lm` is the `OptLM` below it, with the policy
+    and the statistics of the last call. Use the model as a context manager, or call `close`.
     """
 
     def __init__(self, lm: OptLM, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
@@ -57,26 +57,26 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
         trust_remote_code: bool | None = False,
         **others: Any,
     ) -> Self:
-        """Open a model; see `OptLM` for `policy`, `device` and `dtype`.
+        """Open a model. See `OptLM` for `policy`, `device` and `dtype`.
 
-        offload_folder: where weights, cache and hidden states of the disk tier are kept; a temporary directory if
-            None.
-        max_memory: the most that the model and its calls may take, as accelerate writes it. With device="auto" it
-            also says which GPU computes: the one that it names, none if it names none.
+        offload_folder: the directory of the disk tier; None for a temporary directory.
+        max_memory: the maximum memory for the model and its calls, in the form of accelerate. With
+            device="auto" it also chooses the compute device: the GPU that it names, or the CPU if it names none.
         torch_dtype: the older name of `dtype`.
-        device_map: "auto", or the device to compute on, alone or as `{"": device}`. The policy places weights.
-        revision, token, cache_dir, local_files_only: of a download, see `HubOptions`.
-        trust_remote_code: False; code of a repository is never run.
+        device_map: "auto", or the compute device, alone or as `{"": device}`. The policy places the weights.
+        revision, token, cache_dir, local_files_only: options of a download; see `HubOptions`.
+        trust_remote_code: must be false; code from a repository is never run.
 
-        Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError, before a byte moves;
-        UnsupportedError for other arguments of transformers, with what to do instead, TypeError for unknown ones.
+        Raises PolicyError, ModelError, CheckpointError, RequestError and CapacityError before any data is moved.
+        Raises UnsupportedError, with an alternative, for other arguments of transformers, and TypeError for unknown
+        ones.
         """
         refuse_arguments(others, cls.from_pretrained)
         refuse_remote_code(trust_remote_code)
         dtype = read_dtype(dtype, torch_dtype)
         device, limits = read_max_memory(max_memory, read_device_map(device_map, device))
         hub = HubOptions(revision, token, cache_dir, local_files_only)
-        # Bars are shown as transformers shows its own: on a terminal, unless they are switched off there.
+        # Show progress bars like transformers: on a terminal, unless they are disabled there.
         progress = None if is_progress_bar_enabled() else False
         lm = OptLM(
             path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits,
@@ -87,7 +87,7 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
         config.name_or_path = str(path_or_id)
         try:
             generation_config = GenerationConfig.from_pretrained(directory)
-        except OSError:  # it has no file of its own
+        except OSError:  # the model has no generation config
             generation_config = GenerationConfig.from_model_config(config)
         return cls(lm, config, generation_config)
 
@@ -118,40 +118,42 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
         cache_position: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (batch, seq, vocab) of every position, of the last `logits_to_keep` or of those it indexes.
+        """Compute logits (batch, seq, vocab).
 
-        attention_mask: (batch, seq), 0 for padding at either end of a row; all positions count without it.
-        labels: (batch, seq) ids, -100 for positions without one; the loss is the mean over the tokens of a row
-            that follow another one, padding left out.
-        output_hidden_states: embeddings, what each layer gives, the last one's behind the final norm.
-        use_cache: also return a `cache`, which holds ids in place of keys and values.
-        cache: what an earlier pass returned. `input_ids` follow its ids, `attention_mask` is of both together, and
-            results are those of `input_ids`. All positions are computed again.
+        attention_mask: (batch, seq), 0 for padding at either end of a row. Without it, all positions count.
+        labels: (batch, seq) ids, -100 for positions without a label. The loss is the mean over all labels that follow
+            another token of their row, without padding.
+        logits_to_keep: the number of last positions to return, or the indices of the positions; 0 for all.
+        output_hidden_states: also return the embeddings and the output of each layer, the last one after the final
+            norm.
+        use_cache: also return a `cache`, which contains ids in place of keys and values.
+        cache: the cache of an earlier pass. `input_ids` follow its ids, `attention_mask` covers both, and the results
+            are those of `input_ids`. All positions are computed again.
         past_key_values: the older name of `cache`.
-        cache_position: (seq,), which must number the positions that follow those of the cache.
+        cache_position: (seq,), the numbers of the positions after those of the cache.
 
-        Logits and hidden states are 0 in the padding. Raises UnsupportedError, RequestError (a row number with a
-        mask that is all zero or has a hole) and CapacityError before any work.
+        Logits and hidden states of padding are 0. Raises before any work: UnsupportedError, CapacityError, and
+        RequestError, with the number of the row, for a mask that is all zero or has a hole.
         """
         refuse(others, UNSUPPORTED)
         if unknown := others.keys() - UNSUPPORTED.keys():
-            raise TypeError(f"forward got unexpected arguments: {', '.join(sorted(unknown))}")
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(unknown))}")
         cache = read_cache(cache=cache, past_key_values=past_key_values)
         ids = input_ids if cache is None else cache.with_new(input_ids)
         request = read_ids(self.lm, ids, attention_mask)
         new, past = input_ids.shape[1], ids.shape[1] - input_ids.shape[1]
         if cache_position is not None and cache_position.tolist() != list(range(past, past + new)):
             raise UnsupportedError(
-                f"cache_position must number the positions from {past} to {past + new - 1}: they are counted from "
-                "the cache"
+                f"cache_position must be the numbers from {past} to {past + new - 1}, which follow the cache; leave "
+                "it out"
             )
         if labels is not None:
             if past:
-                raise UnsupportedError("labels are not supported with a cache: pass all ids and their labels")
+                raise UnsupportedError("labels are not supported with a cache: pass all ids and all labels")
             check_labels(labels, tuple(input_ids.shape), self.lm.spec.vocab_size)
         whole = attention_mask is None or bool(torch.as_tensor(attention_mask)[:, -1].all())
         one = isinstance(logits_to_keep, int) and (logits_to_keep == 1 or new == 1)
-        # A right-padded row's last logits are not those of the last column.
+        # The last logits of a right-padded row are not in the last column.
         last_only = one and whole and labels is None
         result = self.lm.forward_with(request, last_only, bool(output_hidden_states))
         back = input_ids.device

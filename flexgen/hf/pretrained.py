@@ -1,4 +1,4 @@
-"""Methods and attributes of transformers' `PreTrainedModel`, for a model whose weights the policy places."""
+"""The methods and attributes of transformers' `PreTrainedModel`, for a model whose weights a policy places."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexgen.models import WeightSpec, build_layers
 
 
 class Pretrained:
-    """What programs that take a `PreTrainedModel` read and call.
+    """The interface for programs that expect a `PreTrainedModel`.
 
-    A method of `PreTrainedModel` or `torch.nn.Module` that is not here raises UnsupportedError with the reason.
+    All other methods of `PreTrainedModel` and `torch.nn.Module` raise UnsupportedError with the reason.
     """
 
     lm: OptLM
@@ -55,7 +55,7 @@ class Pretrained:
 
     @property
     def device(self) -> torch.device:
-        """The device of the computation. Inputs may be on any device; results return to the device of the inputs."""
+        """The compute device. Inputs may be on any device; results are on the device of the inputs."""
         return torch.device(self.lm.device if self.lm.device.startswith("cuda") else "cpu")
 
     @property
@@ -69,7 +69,7 @@ class Pretrained:
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """Nothing to switch while generating: transformers' kernels for experts are not used."""
+        """Always empty: transformers' kernels for experts are not used."""
         return {}
 
     def eval(self) -> Self:
@@ -77,15 +77,15 @@ class Pretrained:
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            raise UnsupportedError("flexgen runs models, it does not train them")
+            raise UnsupportedError("training is not supported: flexgen only runs models")
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """The model for False. Raises UnsupportedError for True."""
+        """Return the model for False. Raises UnsupportedError for True."""
         return self.train(requires_grad)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The model, if it is there already. Raises UnsupportedError otherwise: the policy places weights."""
+        """Return the model if it has this device and dtype. Raises UnsupportedError otherwise: no weight is moved."""
         for asked in (*args, *kwargs.values()):
             if isinstance(asked, torch.dtype):
                 there = asked == self.dtype
@@ -96,8 +96,8 @@ class Pretrained:
                 continue
             if not there:
                 raise UnsupportedError(
-                    f"to({asked}): the model computes on {self.device} in {self.dtype}, and the policy says where "
-                    "its weights are stored; open it again with device=, dtype= or policy=, or give a pipeline "
+                    f"to({asked}) is not supported: the model computes on {self.device} in {self.dtype}, and the "
+                    "policy places its weights. Open it again with device=, dtype= or policy=; for a pipeline, pass "
                     f"device={str(self.device)!r}"
                 )
         return self
@@ -121,13 +121,13 @@ class Pretrained:
         return self.to(torch.float64)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: a tied head is tied since the model was opened."""
+        """Do nothing: a tied head is tied when the model is opened."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Names in the checkpoint, and tensors of their shapes and dtype on the compute device, full of NaN.
+        """The names in the checkpoint, each with a tensor of its shape and dtype on the compute device, full of NaN.
 
-        The values are on the tiers of the policy. Programs place inputs on the device of the first parameter, so it
-        is the one that computes. All elements of a tensor share the memory of one.
+        The real values are on the tiers of the policy. Programs move inputs to the device of the first parameter, so
+        this is the compute device. All elements of a tensor share the memory of one element.
         """
         unknown = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
         for weight in self._weights():
@@ -138,15 +138,15 @@ class Pretrained:
         return (tensor for _, tensor in self.named_parameters())
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """None: there are no buffers."""
+        """Always empty: there are no buffers."""
         return iter(())
 
     def buffers(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
-        """None: there are no buffers."""
+        """Always empty: there are no buffers."""
         return iter(())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Weights in numbers, a tied head once. None of them is trainable."""
+        """The number of weights, with a tied head counted once. None are trainable."""
         if only_trainable:
             return 0
         return sum(
@@ -154,23 +154,21 @@ class Pretrained:
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights in `dtype`, on all tiers together and before a codec."""
+        """Bytes of the weights in `dtype`, on all tiers together and without codecs."""
         return sum(weight.nbytes(self.dtype) for weight in self._weights())
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **others: Any) -> None:
-        """Write the config and the generation config, and warn that the weights stay in the files they came from.
+        """Write the config and the generation config, and warn that the weights are not written.
 
         Raises UnsupportedError for `push_to_hub`.
         """
         if push_to_hub:
-            raise UnsupportedError(
-                "push_to_hub is not supported: upload the model's own files with `hf upload`"
-            )
+            raise UnsupportedError("push_to_hub is not supported: upload the model's files with `hf upload`")
         self.config.save_pretrained(save_directory)
         self.generation_config.save_pretrained(save_directory)
         warnings.warn(
-            f"{save_directory}: the config and the generation config are written, the weights are not. flexgen does "
-            f"not change them: copy their files from {self.lm.tokenizer_dir}",
+            f"{save_directory}: wrote the config and the generation config, but not the weights, which flexgen does "
+            f"not change; copy their files from {self.lm.tokenizer_dir}",
             stacklevel=2,
         )
 
@@ -180,7 +178,7 @@ class Pretrained:
 
 
 _REASONS = {
-    "flexgen's layers are not modules of torch": """
+    "flexgen's layers are not torch modules": """
         add_module apply children get_buffer get_decoder get_encoder get_extra_state get_input_embeddings
         get_output_embeddings get_parameter get_parameter_or_buffer get_position_embeddings get_submodule modules
         named_children named_modules named_non_persistent_buffers register_backward_hook register_buffer
@@ -199,11 +197,11 @@ _REASONS = {
         active_adapters add_adapter delete_adapter disable_adapters enable_adapters enable_peft_hotswap
         get_adapter_state_dict load_adapter set_adapter
     """,
-    "flexgen runs models, it does not train them": """
+    "flexgen only runs models, without training": """
         activation_checkpointing_disable activation_checkpointing_enable disable_input_require_grads
         enable_input_require_grads gradient_checkpointing_disable gradient_checkpointing_enable zero_grad
     """,
-    "flexgen has kernels of its own": """
+    "flexgen has its own kernels": """
         compile get_compiled_call get_correct_attn_implementation get_correct_experts_implementation
         set_attn_implementation set_experts_implementation set_use_kernels
     """,
@@ -212,12 +210,12 @@ _REASONS = {
         barrier_after_gathered_checkpoint_save init_parallel_plans maybe_distribute_model prepare_distribute_model
         should_save_on_this_rank
     """,
-    "it describes classes of transformers, and this is none": """
+    "it describes classes of transformers, and this class is not one of them": """
         add_model_tags extra_repr get_init_context is_backend_compatible is_custom_code register_for_auto_class
         warn_if_padding_and_no_attention_mask
     """,
 }
-"""Reasons, and the methods that are refused for each."""
+"""Reasons, and the methods that are not supported for each."""
 
 
 def _refused(name: str, reason: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""For which rows of a call transformers' processors and criteria can be called, and processors made for them."""
+"""Calls of transformers' processors and criteria for some rows of a call, and processors for these rows."""
 
 from __future__ import annotations
 
@@ -65,31 +65,31 @@ _WITHOUT_STATE = {
     TypicalLogitsWarper,
     WatermarkLogitsProcessor,
 }
-"""What gives a row the same result whatever other rows it is called with, and whatever it was called with before.
-These very classes: a subclass may do anything."""
+"""Processors and criteria whose result for a row depends neither on other rows nor on earlier calls. Subclasses do
+not count, because they may do anything."""
 
 _OF_PROMPTS = {
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 }
-"""What holds a value for each row, and is right for any rows whose prompts it was made for."""
+"""Processors with a value for each row. They are valid for the rows whose prompts they were created with."""
 
 
 def independent_of_rows(parts: Iterable[object]) -> bool:
-    """Whether processors or criteria can be called for some rows of a call at a time, in any order."""
+    """Whether processors or criteria can be called for some rows at a time, in any order."""
     return all(type(part) in _WITHOUT_STATE for part in parts)
 
 
 class RowProcessors(LogitsProcessorList):
-    """A call's logits processors: a list as transformers makes it, and lists for some rows of the call at a time.
+    """The logits processors of a call: a list for all rows, and lists for some rows.
 
-    As a list it is `made`, which generation loops of transformers use. `of` gives the list for the rows of one GPU
-    batch, because some processors hold a value for each row: `build` makes it, with `given`, the caller's own
-    processors, among them.
+    As a list it is `made`, for the generation loops of transformers. `of` returns the list for the rows of one batch,
+    which is needed because some processors have a value for each row. `build` creates it, including `given`, the
+    caller's own processors.
 
-    `whole_call`: whether some must see all rows at every step, because they may keep state: those of the caller, a
-    caller's function of allowed ids, the SynthID watermark.
+    whole_call: whether some processors need all rows at every step, because they may keep state: the caller's own
+    processors, the caller's function of allowed ids, and the SynthID watermark.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The choice of ids by transformers' processors and criteria, and what they saw and gave."""
+"""The choice of ids by transformers' processors and criteria, and records of scores and logits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from flexgen.runtime.draws import seed_from_torch, uniforms
 from flexgen.runtime.sampler import best, draw_by_scores
 
 _FEWER = 3 / 4
-"""Of the rows that `sample` draws for at once. Processors of transformers take up to 64 bytes for each score."""
+"""The share of `choice_rows` to process at once. Processors of transformers use up to 64 bytes for each score."""
 
 
 class Record:
-    """What `output_scores` or `output_logits` asks for: float32 (rows, vocab) of each step, in host memory.
+    """The result of `output_scores` or `output_logits`: float32 (rows, vocab) for each step, in host memory.
 
-    Zero where a row had ended and was not computed any more. Memory is taken when the first values come.
+    Rows that were not computed because they had finished are zero. The memory is allocated with the first values.
     """
 
     def __init__(self, rows: int, steps: int, vocab: int) -> None:
@@ -34,7 +34,7 @@ class Record:
 
     def keep(self, values: Tensor, rows: Rows, step: int) -> None:
         if self._steps is None:
-            with torch.inference_mode(False):  # the caller's tensors are as any others
+            with torch.inference_mode(False):  # the caller gets ordinary tensors
                 self._steps = torch.zeros(self._shape)
         self._steps[step, list(rows)] = values.to("cpu", torch.float32)
 
@@ -43,34 +43,35 @@ class Record:
 
 
 def record_needs(what: Sequence[str], rows: int, steps: int, vocab: int) -> list[Need]:
-    """Bytes of one `Record` for each name in `what`."""
+    """The memory of one `Record` for each name in `what`."""
     return [Need(Tier.CPU, name, "home", rows * steps * vocab * torch.float32.itemsize) for name in what]
 
 
 def steps_asked(criteria: StoppingCriteriaList, prompt_len: int, max_length: int) -> int:
-    """New tokens that a call makes at most, at least one: up to the least length among the criteria, where one of the
-    caller's own takes the place of the one that stands for `max_length`."""
+    """The maximum number of new tokens of a call, at least one: up to the smallest length among the criteria. A
+    length criterion of the caller replaces the one for `max_length`."""
     lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
     return max(min(lengths, default=max_length) - prompt_len, 1)
 
 
 @contextmanager
 def _as_in_transformers() -> Iterator[None]:
-    """What a caller's code makes of tensors and keeps can be used as any others, in another call too."""
+    """Run the caller's code so that it creates ordinary tensors, which it can keep and use in other calls."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class HFChoice:
-    """Chooses as `GenerationMixin` does, with its processors and criteria.
+    """Chooses ids like `GenerationMixin`, with its processors and criteria.
 
-    It is passed twice, as the choice and its `listen` among the listeners: processors and criteria are given the ids
-    so far, which only listening adds.
+    Pass it as the choice, and its `listen` as a listener: processors and criteria need the ids so far, and only
+    `listen` adds new ids to them.
 
-    `ids` (rows, prompt_len + steps) are the caller's, left-padded as they came; what rows get is added to them.
-    Criteria are called for the rows of one GPU batch, with the ids of these rows so far. Processors are called for
-    fewer rows at a time where their temporaries would exceed `choice_bytes`. If one of them needs that, both are
-    called for all rows of the call, as transformers calls them.
+    ids: (rows, prompt_len + steps), the caller's ids, left-padded, followed by the new ids.
+
+    Criteria are called for the rows of one batch, with the ids of these rows so far. Processors are called for fewer
+    rows at a time if their temporaries would exceed `choice_bytes`. If a processor or a criterion needs all rows of
+    the call, all are called with all rows, as in transformers.
     """
 
     def __init__(
@@ -88,27 +89,27 @@ class HFChoice:
         self._prompt_len = input_ids.shape[1]
         self._given = input_ids, steps, pad_id
         self.steps = 0
-        """Tokens of the row that got most."""
+        """The largest number of new tokens of a row."""
         self._processors = processors
         self._criteria = criteria
         self._seed = seed_from_torch() if do_sample else None
         self._scores = scores
         self._logits = logits
-        # transformers pads a row that has ended only then. Without it all rows continue until the last one ends.
+        # Like transformers, pad finished rows only with an EOS criterion. Otherwise all rows continue to the end.
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._ended = torch.zeros(len(input_ids), dtype=torch.bool)
         self._device = torch.device("cpu")
 
     @cached_property
     def ids(self) -> Tensor:
-        """Made at the first use: by then the call has been refused if it does not fit."""
+        """Created on first use: before that, a call that does not fit has already failed."""
         input_ids, steps, pad_id = self._given
         padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
         return torch.cat([input_ids.cpu(), padding], dim=1)
 
     @property
     def can_end(self) -> bool:
-        # `steps` has the lengths; a subclass may do anything.
+        # `steps` includes the length criteria; a subclass may do anything.
         return any(type(criterion) is not MaxLengthCriteria for criterion in self._criteria)
 
     @_as_in_transformers()

@@ -73,7 +73,7 @@ def choose(
 def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
     """The sum of the chosen values, (rows, heads, 1, head_dim); the compiled kernel reads no others.
 
-    In torch whole pages are multiplied, with zeros for what was not chosen: what they hold must be finite.
+    In torch whole pages are multiplied, with zeros for tokens that were not chosen: their values must be finite.
     """
     values = pages[0][1]
     if values.device.type == "cpu" and values.dtype in NUMBERS and announce():
@@ -172,7 +172,7 @@ def attend_chosen_in_torch(choice: Choice, pages: Pages) -> Tensor:
     group = heads // kv_heads
     weights = torch.zeros(rows, kv_heads, group, total, dtype=torch.float32, device=values.device)
     there = choice.positions[:, :, None].expand(-1, -1, group, -1)
-    # Added, because what fills a row up is a zero for the new token.
+    # Added, because rows with fewer tokens are filled up with zeros for the new token.
     weights.scatter_add_(3, there, choice.weights.view(rows, kv_heads, group, most))
     probabilities = weights.flatten(0, 1).to(values.dtype)
     return weigh_in_torch(probabilities, pages).view(rows, heads, 1, head_dim)

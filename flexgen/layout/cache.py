@@ -25,8 +25,8 @@ class CacheSegment:
 
     A page is contiguous, whatever part of it is filled: attention reads it in place, and it moves as one block.
     `on_device`: the compute device computes attention over it, otherwise the host does. `resident`: it is stored
-    where attention reads it, so that it never moves. `dtype` is that of the computation, `codec` names what keeps
-    the heads.
+    where attention reads it, so that it never moves. `dtype` is that of the computation, `codec` names the form
+    of the heads.
     `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`; on
     disk these are whole disk blocks.
     """
@@ -60,7 +60,7 @@ class CacheSegment:
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
-        """Of elements of `heads.dtype`."""
+        """The shape of a page, in elements of `heads.dtype`."""
         return 2, len(self.rows), self.kv_heads, self.page_tokens, self.heads.width
 
     @property
@@ -93,18 +93,18 @@ class CacheSegment:
         return self.sparse and (topology.shares_host_memory or not self.on_device)
 
     def workspace_bytes(self, new: int) -> int:
-        """What encoding `new` tokens of each row takes meanwhile, and decoding a page on the CPU."""
+        """Temporary bytes of encoding `new` tokens of each row, and of decoding a page on the CPU."""
         heads = len(self.rows) * self.kv_heads
         return self.heads.workspace_bytes(heads, max(new, self.page_tokens))
 
     def extending_bytes(self) -> int:
-        """What attention of several tokens after cached ones takes for one row: its pages joined, and decoded."""
+        """Temporary bytes of one row, for attention of several tokens after cached ones: pages joined and decoded."""
         tokens = self.pages * self.page_tokens
         joined = 2 * self.kv_heads * tokens * self.heads.nbytes if self.pages > 1 else 0
         return joined + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)
 
     def device_bytes(self) -> int:
-        """What a GPU takes to compute attention: pages in one, and decoded."""
+        """Temporary bytes of attention on a GPU: pages in one, and decoded."""
         rows, tokens = len(self.rows), self.pages * self.page_tokens
         joined = 0
         if self.pages > 1:
@@ -113,7 +113,7 @@ class CacheSegment:
         return joined + self.heads.decode_bytes(rows * self.kv_heads, tokens, self.dtype)
 
     def mask_bytes(self) -> int:
-        """Of the padding mask that a GPU keeps."""
+        """Bytes of the padding mask that a GPU keeps."""
         tokens = align(self.pages * self.page_tokens, MASK_ALIGNMENT)
         return len(self.rows) * tokens * self.dtype.itemsize
 
@@ -143,9 +143,9 @@ class Span:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The KV cache of one batch in one layer: what a step brings to where attention reads it, and takes home.
+    """The KV cache of one batch in one layer: the moves of a step to where attention reads it, and home.
 
-    `query_bytes`: of the queries of one token of one row, in the dtype of the computation.
+    `query_bytes`: size of the queries of one token of one row, in the dtype of the computation.
     """
 
     segments: tuple[CacheSegment, ...]

@@ -1,4 +1,4 @@
-"""What the KV cache of a batch takes in all layers, whose kinds of attention may differ."""
+"""The needs of the KV cache of a batch in all layers, whose kinds of attention may differ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BatchCache:
         return not self.topology.shares_host_memory
 
     def homes(self) -> list[Need]:
-        """What is taken from the first token to the last."""
+        """Bytes that are allocated from the first token to the last."""
         needs, counts = [], self.kinds.values()
         for segments in self._by_tier:
             tier = segments[0].tier
@@ -49,9 +49,9 @@ class BatchCache:
         return needs
 
     def in_flight(self, passes: Passes, slots: int, hidden_bytes: int) -> list[Need]:
-        """What `slots` cells take. A slot serves every layer: it is as large as the layer that needs most.
+        """The needs of `slots` cells. A slot serves every layer: it is as large as the layer that needs most.
 
-        `hidden_bytes`: of the hidden states of one token of one row.
+        `hidden_bytes`: size of the hidden states of one token of one row.
         """
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
         needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
@@ -66,7 +66,7 @@ class BatchCache:
         return needs
 
     def passing_bytes(self, passes: Passes) -> int:
-        """What encoding, joining and decoding keys and values take on the device, the tiers one after another."""
+        """Temporary bytes of encoding, joining and decoding keys and values on the device, one tier after another."""
         segments = [segment for segments in self._by_tier for segment in segments]
         there = [s.device_bytes() for s in segments if s.on_device and self._linked]
         there += [s.extending_bytes() for s in segments if passes.extends]
@@ -77,7 +77,7 @@ class BatchCache:
         largest = max(segment.nbytes for segment in segments)
         if tier is Tier.DISK:
             yield Need(Tier.CPU, "cache", "slots", slots * largest)
-        # For parts of prompts, rows that the host attends later come to the device too.
+        # For parts of prompts, the host's rows come to the device too.
         if (on_device or passes.extends) and self._linked and not self.topology.in_place(tier):
             yield Need(Tier.GPU, "cache", "slots", slots * largest)
         if segments[0].sparse:
@@ -89,8 +89,10 @@ class BatchCache:
             yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
 
     def gathered(self, capacity: int) -> dict[Tier, int]:
-        """Bytes, on the device and in host memory, while rows move to a batch: its keys and values in one layer, and
-        of the page that is copied."""
+        """Bytes, on the device and in host memory, while rows move to a batch.
+
+        They are its keys and values in one layer, and the page that is copied.
+        """
         taken = {Tier.GPU: 0, Tier.CPU: 0}
         for segments in self._by_tier:
             on = Tier.CPU if self._linked and segments[0].tier is not Tier.GPU else Tier.GPU
@@ -113,7 +115,7 @@ def batch_cache(
 
 
 def _choice_bytes(segment: CacheSegment, heads: int) -> int:
-    """What choosing in torch takes at most beyond dense attention, at the last token."""
+    """The most bytes that choosing in torch takes beyond dense attention, at the last token."""
     most = segment.sparsity.most(segment.pages * segment.page_tokens)
-    # For each: an index of what is best, its position before and after padding, two weights, three flags.
+    # For each: the index of its block, its position before and after padding, two weights, three flags.
     return len(segment.rows) * heads * most * (3 * torch.int64.itemsize + 2 * torch.float32.itemsize + 3)

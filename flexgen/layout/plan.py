@@ -1,28 +1,29 @@
 """The memory plan: how many bytes each tier must hold, computed once from layers, policy and workload.
 
-The feasibility check, the buffers that are allocated, the report and the cost model all read it, so what was
-promised is what is taken.
+The feasibility check, the buffers that are allocated, the report and the cost model all read it, so that a call takes
+exactly the bytes of its plan.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.layout.cache_needs import BatchCache, batch_cache
-from flexgen.layout.hidden import activation_bytes, hidden_layout
+from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
-from flexgen.models import Layer
+from flexgen.models import Layer, ModelSpec
 from flexgen.models.layer import AttentionLayer
+from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
 from flexgen.quant import head_format
 from flexgen.schedule.orders import Slots
@@ -34,87 +35,183 @@ SLOTS = _TWO_OF_EACH.cells
 """Buffers of each kind unless an order wants another number: one in use, one on its way."""
 
 _STAGING_BYTES = 16 * MIB
-"""Of results on their way to the caller, at most: a copy of this size takes a link far longer than starting it."""
+"""Staging of results on their way to the caller, at most. A copy of this size takes far longer than its start."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for: the links of a machine, the slots of an order, and the workspaces of the compute device."""
+
+    topology: Topology
+    slots: Slots = _TWO_OF_EACH
+    workspaces: Workspaces = HOST
 
 
 def plan_memory(
     layers: Sequence[Layer],
     placement: Placement,
     policy: Policy,
-    dtype: torch.dtype,
-    topology: Topology,
+    target: Target,
     workload: Workload | None = None,
     all_logits: bool = False,
-    slots: Slots = _TWO_OF_EACH,
-    workspaces: Workspaces = HOST,
 ) -> MemoryPlan:
     """The plan of one call, or of the weights alone without a workload.
 
     `all_logits`: the head computes every position of the prompt, and the result is kept in host memory.
-    `workspaces` are those of the compute device.
 
-    Where the compute device computes in host memory, what a policy puts on the GPU tier takes bytes of the CPU tier.
+    Where the compute device computes in host memory, the GPU tier's part of a policy takes bytes of the CPU tier.
     Raises PolicyError where a codec of the cache cannot keep heads of the model's size.
     """
-    spec, linked = layers[0].spec, not topology.shares_host_memory
-    attention = Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
     for tier in Tier:  # refused before weights are loaded
-        for each in attention:
-            head_format(policy.cache[tier].codec, each.head_dim, dtype)
-    sizes = slot_sizes(layers, placement, topology, slots.weights)
+        for attention in _kinds_of_attention(layers):
+            head_format(policy.cache[tier].codec, attention.head_dim, placement.dtype)
+    sizes = slot_sizes(layers, placement, target.topology, target.slots.weights)
     needs = [Need(tier, "weights", "home", count) for tier, count in placement.nbytes.items()]
     needs.append(Need(Tier.GPU, "weights", "slots", sum(sizes.device)))
     needs.append(Need(Tier.CPU, "weights", "staging", sum(sizes.staging)))
     if workload is not None:
-        batches = batch_sizes(policy, workload.num_prompts)
-        passes = Passes(workload.prompt_len, policy.prefill_chunk)
+        needs += _Block(layers, placement, policy, target, workload, all_logits).needs()
+    if target.topology.shares_host_memory:
+        needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
+    return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
+
+
+def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
+    """How many layers have each kind."""
+    return Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of a call, and its needs beyond the weights at home and in their slots."""
+
+    layers: Sequence[Layer]
+    placement: Placement
+    policy: Policy
+    target: Target
+    workload: Workload
+    all_logits: bool
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return self.layers[0].spec
+
+    @property
+    def _linked(self) -> bool:
+        return not self.target.topology.shares_host_memory
+
+    @property
+    def _passes(self) -> Passes:
+        return Passes(self.workload.prompt_len, self.policy.prefill_chunk)
+
+    @property
+    def _batches(self) -> list[int]:
+        return batch_sizes(self.policy, self.workload.num_prompts)
+
+    def needs(self) -> list[Need]:
+        kinds, capacity = _kinds_of_attention(self.layers), self.workload.capacity
+        dtype, topology = self.placement.dtype, self.target.topology
         cache = {
-            rows: batch_cache(attention, policy, rows, workload.capacity, dtype, topology)
-            for rows in set(batches)
+            rows: batch_cache(kinds, self.policy, rows, capacity, dtype, topology)
+            for rows in set(self._batches)
         }
-        for rows in batches:
+        needs = []
+        for rows in self._batches:
             needs += cache[rows].homes()
-            needs += hidden_layout(spec, policy, rows, dtype, topology).homes(passes.new)
+            needs += self._hidden(rows).homes(self._passes.new)
         # One set of slots serves every batch: each as large as the batch that needs most of it.
         largest: dict[tuple[Tier, str, str], int] = {}
         for of_batch in cache.values():
-            in_flight = _in_flight(
-                layers, of_batch, policy, workload, dtype, all_logits, slots.cells, workspaces
-            )
-            for key, nbytes in _summed(in_flight):
+            for key, nbytes in _summed(self._in_flight(of_batch)):
                 largest[key] = max(largest.get(key, 0), nbytes)
         needs += [Need(*key, nbytes) for key, nbytes in largest.items()]
-        needs.append(Need(Tier.GPU, "libraries", "workspace", workspaces.fixed))
-        positions = max(batches) * passes.new
-        decoded = [
+        needs.append(Need(Tier.GPU, "libraries", "workspace", self.target.workspaces.fixed))
+        needs += self._decoded(cache.values())
+        needs += self._looked_up()
+        return needs + self._logits() if self.all_logits else needs
+
+    def _hidden(self, rows: int) -> HiddenLayout:
+        return hidden_layout(self._spec, self.policy, rows, self.placement.dtype, self.target.topology)
+
+    def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
+        """Encoded matrices in the model's dtype, and the memory that decoding takes meanwhile."""
+        placement, topology, rows = self.placement, self.target.topology, max(self._batches)
+        positions = rows * self._passes.new
+        nbytes = [
             decoded_bytes(layer, placement)
-            for layer in layers
+            for layer in self.layers
             # Without all logits the head takes one position of each row.
             if decodes(
                 layer,
                 placement,
-                max(batches) if layer is layers[-1] and not all_logits else positions,
+                rows if layer is self.layers[-1] and not self.all_logits else positions,
                 topology,
             )
         ]
-        needs.append(Need(Tier.GPU, "weights", "workspace", slots.decoded * max(decoded, default=0)))
-        if linked:  # without Triton; a product is over when keys and values are encoded
-            passing = min(of_batch.passing_bytes(passes) for of_batch in cache.values())
-            decoding = max(decoding_bytes(layers, placement) - passing, 0)
-            needs.append(Need(Tier.GPU, "weights", "workspace", decoding))
-        lookup = lookup_sizes(layers, placement, topology, positions)
-        needs.append(Need(Tier.GPU, "weights", "slots", slots.cells * lookup.slot))
-        needs.append(Need(Tier.CPU, "weights", "staging", slots.cells * lookup.staging + lookup.scratch))
-        needs.append(Need(Tier.GPU, "weights", "workspace", lookup.decoded))
-        if all_logits:
-            logits = workload.num_prompts * workload.prompt_len * spec.vocab_size * dtype.itemsize
-            needs.append(Need(Tier.CPU, "activations", "home", logits))
-            if linked:
-                staged = staging_bytes(max(batches), workload.prompt_len, spec.vocab_size, dtype)
-                needs.append(Need(Tier.CPU, "activations", "staging", slots.cells * staged))
-    if not linked:
-        needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
-    return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
+        yield Need(Tier.GPU, "weights", "workspace", self.target.slots.decoded * max(nbytes, default=0))
+        if self._linked:  # without Triton; a product is over when keys and values are encoded
+            passing = min(of_batch.passing_bytes(self._passes) for of_batch in cache)
+            decoding = max(decoding_bytes(self.layers, placement) - passing, 0)
+            yield Need(Tier.GPU, "weights", "workspace", decoding)
+
+    def _looked_up(self) -> Iterator[Need]:
+        """Rows of the embedding table."""
+        positions, cells = max(self._batches) * self._passes.new, self.target.slots.cells
+        lookup = lookup_sizes(self.layers, self.placement, self.target.topology, positions)
+        yield Need(Tier.GPU, "weights", "slots", cells * lookup.slot)
+        yield Need(Tier.CPU, "weights", "staging", cells * lookup.staging + lookup.scratch)
+        yield Need(Tier.GPU, "weights", "workspace", lookup.decoded)
+
+    def _logits(self) -> list[Need]:
+        """Logits of every position, which are kept in host memory."""
+        workload, size, dtype = self.workload, self._spec.vocab_size, self.placement.dtype
+        positions = workload.num_prompts * workload.prompt_len
+        needs = [Need(Tier.CPU, "activations", "home", positions * size * dtype.itemsize)]
+        if self._linked:
+            staged = staging_bytes(max(self._batches), workload.prompt_len, size, dtype)
+            needs.append(Need(Tier.CPU, "activations", "staging", self.target.slots.cells * staged))
+        return needs
+
+    def _in_flight(self, cache: BatchCache) -> list[Need]:
+        """Slots, staging and workspace while a batch is computed."""
+        rows, passes, slots = cache.rows, self._passes, self.target.slots.cells
+        states = self._hidden(rows)
+        needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
+        hidden = activation_bytes(self._spec, rows, passes.new, self.placement.dtype)
+        # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows
+        # have left. Where some rows stay, they are copied together with those that arrive.
+        moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
+        # While rows move together, nothing is computed: the gathered rows of a batch take the place of the workspace.
+        gathered, workspace = cache.gathered(self.workload.capacity), self._workspace(rows)
+        needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
+        needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
+        return needs
+
+    def _workspace(self, rows: int) -> int:
+        """Bytes that computing a batch of `rows` rows takes, and choosing its ids."""
+        dtype, workload = self.placement.dtype, self.workload
+        # Layers are asked about the prefill, or its last part, and about the last token; the head takes one position
+        # of each row.
+        steps = [(self._passes.new, workload.prompt_len), (1, workload.capacity)]
+        workspace = max(
+            layer.workspace_bytes(
+                rows,
+                1 if layer is self.layers[-1] and not self.all_logits else new,
+                context,
+                dtype,
+                self.target.workspaces,
+            )
+            for layer in self.layers
+            for new, context in steps
+        )
+        # Ids are chosen when the head's own workspace is free again, all but the logits.
+        logits = rows * self._spec.vocab_size * dtype.itemsize
+        if not self.all_logits:
+            return max(workspace, logits + choice_bytes(rows, self._spec.vocab_size))
+        if self._linked:  # logits of other batches are on their way to host memory meanwhile
+            others = min(self.target.slots.cells, len(self._batches) - 1)
+            workspace += others * logits * workload.prompt_len
+        return workspace
 
 
 def _summed(needs: Iterable[Need]) -> Iterable[tuple[tuple[Tier, str, str], int]]:
@@ -126,7 +223,7 @@ def _summed(needs: Iterable[Need]) -> Iterable[tuple[tuple[Tier, str, str], int]
 
 
 def batch_sizes(policy: Policy, num_prompts: int) -> list[int]:
-    """Rows of each GPU batch of a block; the last batch takes what is left."""
+    """Rows of each GPU batch of a block; the last batch takes the rest."""
     prompts = min(num_prompts, policy.block_size)
     full, rest = divmod(prompts, policy.gpu_batch_size)
     return [policy.gpu_batch_size] * full + ([rest] if rest else [])
@@ -136,48 +233,3 @@ def staging_bytes(rows: int, positions: int, size: int, dtype: torch.dtype) -> i
     """Bytes of the buffer through which `size` values for each position of a batch reach the caller."""
     each = size * dtype.itemsize
     return min(max(_STAGING_BYTES, each), rows * positions * each)
-
-
-def _in_flight(
-    layers: Sequence[Layer],
-    cache: BatchCache,
-    policy: Policy,
-    workload: Workload,
-    dtype: torch.dtype,
-    all_logits: bool,
-    slots: int,
-    workspaces: Workspaces,
-) -> list[Need]:
-    """Slots, staging and workspace while a batch is computed."""
-    spec, rows, prompt = layers[0].spec, cache.rows, workload.prompt_len
-    passes = Passes(prompt, policy.prefill_chunk)
-    states = hidden_layout(spec, policy, rows, dtype, cache.topology)
-    needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
-    hidden = activation_bytes(spec, rows, passes.new, dtype)
-    # Layers are asked about the prefill, or its last part, and about the last token; the head takes one position of
-    # each row.
-    steps = [(passes.new, prompt), (1, workload.capacity)]
-    workspace = max(
-        layer.workspace_bytes(
-            rows, 1 if layer is layers[-1] and not all_logits else seq, context, dtype, workspaces
-        )
-        for layer in layers
-        for seq, context in steps
-    )
-    # Ids are chosen when the head's own workspace is free again, all but the logits.
-    logits = rows * spec.vocab_size * dtype.itemsize
-    if not all_logits:
-        workspace = max(workspace, logits + choice_bytes(rows, spec.vocab_size))
-    elif (
-        not cache.topology.shares_host_memory
-    ):  # those of other batches are on their way to host memory meanwhile
-        others = min(slots, len(batch_sizes(policy, workload.num_prompts)) - 1)
-        workspace += others * logits * prompt
-    # A batch that stays is kept as its layer's result, at home. Of others a slot keeps the result until its rows have
-    # left. Where some rows stay, they are copied together with those that arrive.
-    moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
-    # While rows move together, nothing is computed: what is gathered of a batch takes the place of the workspace.
-    gathered = cache.gathered(workload.capacity)
-    needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
-    needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
-    return needs

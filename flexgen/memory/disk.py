@@ -1,16 +1,13 @@
 """The disk tier: transfers that bypass the page cache.
 
-Streaming weights through the page cache would copy every byte once more, on the CPU that the arithmetic
-wants, and push out pages that other programs need. So files are opened with O_DIRECT and moved in large
+Streaming weights through the page cache would copy every byte once more, on the CPU that the arithmetic needs, and
+evict pages that other programs use. So files are opened with O_DIRECT and moved in large
 aligned chunks, several in flight, by a few threads; where a file system refuses, the same calls run
 buffered.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
@@ -22,7 +19,9 @@ import torch
 
 from flexgen.errors import CheckpointError
 from flexgen.memory.direct_file import DirectFile
+from flexgen.memory.open_files import OpenFiles
 from flexgen.memory.threads import pool
+from flexgen.memory.throttle import Throttle
 from flexgen.units import BLOCK, KIB, MIB, align
 
 _HOP_BYTES = 512 * KIB  # a hop to another thread takes longer than a smaller transfer does
@@ -101,14 +100,14 @@ class Transfer:
         for future in self._futures:
             if not future.cancelled():
                 future.result()
-        self._io._keep_pace(self._began, self._nbytes)
+        self._io.throttle.wait(self._began, self._nbytes)
 
     def abandon(self) -> None:
-        """Drop what has not begun, wait for the rest."""
+        """Cancel the pieces that have not begun, and wait for the others."""
         for future in self._futures:
             future.cancel()
         wait(self._futures)
-        self._io._release(self._files)
+        self._io.files.release(self._files)
 
 
 def aligned_span(offset: int, nbytes: int) -> tuple[int, int, int]:
@@ -120,9 +119,8 @@ def aligned_span(offset: int, nbytes: int) -> tuple[int, int, int]:
 class DiskIO:
     """Reads and writes of many pieces at once, by `threads` threads in chunks of `chunk` bytes.
 
-    Safe to call from several threads. `bandwidth` (bytes/s) slows all transfers together down to that
-    of an emulated disk; it may be set at any time. Of files that are not in use, at most `open_files` stay open: the
-    usual limit of a process is 1024. `clock` and `sleep` are replaced in tests.
+    Safe to call from several threads. Of files that are not in use, at most `open_files` stay open. `throttle` slows
+    transfers down to an emulated disk.
     """
 
     def __init__(
@@ -130,26 +128,16 @@ class DiskIO:
         threads: int = 6,
         chunk: int = 8 * MIB,
         direct: bool = True,
-        bandwidth: float | None = None,
         open_files: int = 256,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        throttle: Throttle | None = None,
     ) -> None:
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk is {chunk} bytes; it must be a multiple of {BLOCK}")
         self.threads = threads
         self.chunk = chunk
-        self.direct = direct
-        self.bandwidth = bandwidth
-        self._open_files = open_files
-        self._clock = clock
-        self._sleep = sleep
-        self._idle_from = 0.0  # when the emulated disk has finished all it was given
-        self._threads = threads
+        self.files = OpenFiles(direct, open_files)
+        self.throttle = throttle or Throttle()
         self._pool = pool(threads, "flexgen-disk")
-        self._files: OrderedDict[tuple[Path, bool], DirectFile] = OrderedDict()  # least recently used first
-        self._lock = threading.Lock()
         self._closed = False
 
     def read(self, reads: Sequence[Read]) -> None:
@@ -178,18 +166,13 @@ class DiskIO:
 
     def forget(self, path: Path) -> None:
         """Close `path`, as before it is removed or replaced."""
-        with self._lock:
-            for writable in (False, True):
-                file = self._files.pop((path, writable), None)
-                if file is not None and not file.users:
-                    file.close()
+        self.files.forget(path)
 
     def close(self) -> None:
-        """Wait for what is under way, end the threads and close all files."""
+        """Wait for transfers that are under way, end the threads and close all files."""
         self._closed = True
         self._pool.shutdown()
-        while self._files:
-            self._files.popitem()[1].close()
+        self.files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +186,7 @@ class DiskIO:
         """Hand pieces to the threads; few of at most `inline` bytes in all are moved here and now."""
         if self._closed:
             raise RuntimeError("this DiskIO is closed")
-        began = self._clock()
+        began = self.throttle.clock()
         total = sum(tensor.numel() for _, _, tensor, _ in pieces)
         files: list[DirectFile] = []
         futures: list[Future[None]] = []
@@ -211,7 +194,7 @@ class DiskIO:
         try:
             parts: list[_Part] = []
             for path, offset, tensor, needed in pieces:
-                files.append(file := self._acquire(path, writable))
+                files.append(file := self.files.acquire(path, writable))
                 view = tensor.numpy().data
                 needed = len(view) if needed is None else needed
                 for at in range(0, len(view), self.chunk):
@@ -228,8 +211,8 @@ class DiskIO:
         return transfer
 
     def _shares(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-        """Parts as they are dealt to the threads: one chunk at a time, or so many that each thread has as many."""
-        most = -(-len(parts) // self._threads)
+        """Parts in the shares of the threads: at most a chunk each, and as many parts for each thread."""
+        most = -(-len(parts) // self.threads)
         share: list[_Part] = []
         nbytes = 0
         for part in parts:
@@ -240,34 +223,6 @@ class DiskIO:
             nbytes += len(part[1])
         if share:
             yield share
-
-    def _keep_pace(self, started: float, nbytes: int) -> None:
-        if self.bandwidth is None:
-            return
-        with self._lock:
-            self._idle_from = max(self._idle_from, started) + nbytes / self.bandwidth
-            due = self._idle_from
-        if (left := due - self._clock()) > 0:
-            self._sleep(left)
-
-    def _acquire(self, path: Path, writable: bool) -> DirectFile:
-        with self._lock:
-            key = (path, writable)
-            if key not in self._files:
-                self._files[key] = DirectFile(path, writable, self.direct)
-            self._files.move_to_end(key)
-            self._files[key].users += 1
-            return self._files[key]
-
-    def _release(self, files: Iterable[DirectFile]) -> None:
-        with self._lock:
-            for file in files:
-                file.users -= 1
-                if not file.users and self._files.get((file.path, file.writable)) is not file:
-                    file.close()  # it was forgotten while in use
-            idle = [key for key, file in self._files.items() if not file.users]
-            for key in idle[: max(len(self._files) - self._open_files, 0)]:
-                self._files.pop(key).close()
 
 
 _Piece = tuple[Path, int, torch.Tensor, int | None]

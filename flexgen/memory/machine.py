@@ -19,20 +19,21 @@ from flexgen.memory.gpu import open_device
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.store import Store
 from flexgen.memory.taken import run_all
+from flexgen.memory.throttle import Throttle
 from flexgen.policy import Tier
 
 _USABLE = 0.95
 """Share of the host memory that is free now which a plan may use: the process itself needs some too."""
 _PINNABLE = 0.8
-"""Share of it that may be pinned. The kernel can neither swap nor move that memory, and what it needs for itself it
-takes by ending processes."""
+"""Share of it that may be pinned. The kernel can neither swap nor move that memory. When it needs memory itself, it
+ends processes."""
 PINNED_SHARE = _PINNABLE / _USABLE
 """The part that may be pinned of the host memory that a plan may use."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What every part of a call draws its memory from. Closing it frees files, threads and pinned memory."""
+    """Every part of a call takes its memory from here. Closing it frees files, threads and pinned memory."""
 
     device: ComputeDevice
     host: Store
@@ -49,20 +50,20 @@ class Machine:
         pin: bool = True,
         max_memory: Mapping[Tier, int] | None = None,
     ) -> Machine:
-        """`offload_dir` holds what is kept on disk; without one a temporary directory is made when needed."""
+        """`offload_dir` holds the files of the disk tier; without one a temporary directory is made when needed."""
         return_large_memory()
         compute = open_device(device)
         # Where the device computes in host memory, both tiers draw from one store and its bytes count once.
         pin_for = compute.torch_device if pin and compute.pinnable else None
         host = compute.memory if compute.shares_host_memory else HostStore(Tier.CPU, pin_for=pin_for)
-        io = DiskIO(bandwidth=compute.disk_bandwidth)
+        io = DiskIO(throttle=Throttle(compute.disk_bandwidth))
         disk = DiskStore(Path(offload_dir) if offload_dir else None, io)
         return cls(compute, host, disk, io, dict(max_memory or {}))
 
     def limits(self) -> Limits:
-        """Bytes that each tier can hold, with what this machine has taken already; None for no limit.
+        """Bytes that each tier can hold, the bytes that this machine has taken included; None for no limit.
 
-        Until it is called again, what host memory keeps for later buffers is within these limits too. Raises
+        Until it is called again, the memory that the host keeps for later buffers is within these limits too. Raises
         RequestError where the system does not say, such as for an offload directory that was removed.
         """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
@@ -84,7 +85,7 @@ class Machine:
             held.host = free + self.host.used + self.device.memory.used
         for tier, most in self.max_memory.items():
             there = held[tier]
-            if tier is Tier.DISK:  # files that were published stay beside what calls write
+            if tier is Tier.DISK:  # published files stay on the disk next to those of calls
                 most = max(most - self.disk.written, 0)
             held[tier] = most if there is None else min(most, there)
         self.host.allow(held[Tier.CPU] or 0, int(available * _PINNABLE) + self.host.pinned)

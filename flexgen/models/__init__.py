@@ -1,4 +1,4 @@
-"""Models as streams of layers: specs, the layers' calculations, checkpoints."""
+"""Models: specs, the computation of the layers, and checkpoints."""
 
 from flexgen.models.attention import Attention
 from flexgen.models.block import Block
@@ -23,9 +23,11 @@ __all__ = [
 
 
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
-    """Input embedding, transformer layers, head: attention and MLP apart, or as one unit.
+    """The layers of a model: input embedding, transformer layers and head.
 
-    A layer with a parallel residual is always one unit: its MLP takes the layer's input, not attention's result.
+    sep_layer: attention and MLP are separate streaming units; otherwise a transformer layer is one unit. A layer
+    with a parallel residual is always one unit, because its MLP needs the layer's input and not the result of
+    attention.
     """
     middle: list[Layer] = []
     for index, layer in enumerate(spec.layers):

@@ -1,4 +1,4 @@
-"""Self-attention with its norm and its residual add."""
+"""Self-attention with its norm and residual connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROJECTIONS = ("q", "k", "v", "qkv")
 
 
 class Attention(AttentionLayer):
-    """Norm and projections, and after attention the output projection."""
+    """Norms, query, key and value projections, attention and output projection."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         hidden, layer = spec.hidden_size, spec.layers[index]
@@ -60,8 +60,8 @@ class Attention(AttentionLayer):
         return self._scaled(q, ctx.positions), k, v
 
     def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
-        """Those of queries, keys and values that `names` has a letter for, in the order of "qkv", each (batch, heads,
-        seq, head_dim). Of a fused matrix all three."""
+        """The projections whose letters are in `names`, in the order of "qkv": each (batch, heads, seq, head_dim).
+        For a fused matrix, `names` must be "qkv"."""
         layer = self.layer_spec
         own, normed = layer.attention, normalise(layer.norms.attention_in, x, weights)
         if own.qkv == "separate":
@@ -84,7 +84,7 @@ class Attention(AttentionLayer):
     def _rotated(
         self, x: Tensor, weights: Weights, positions: Tensor, names: str, length: Tensor | None
     ) -> list[Tensor]:
-        """`_projected` with positions; `length` as in `rope_tables`."""
+        """`_projected` with rotary positions. `length`: see `rope_tables`."""
         made, rope = self._projected(x, weights, names), self.layer_spec.attention.rope
         if rope is not None:
             cos, sin = rope_tables(rope, positions, x.dtype, length)
@@ -101,18 +101,18 @@ class Attention(AttentionLayer):
         return q if form is None else scale_queries(q, positions, form)
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        """Many new tokens: keys and values of all of them, then queries, attention and output chunk by chunk."""
+        """For many new tokens: keys and values of all tokens, then queries, attention and output by chunks."""
         own, (rows, seq) = self.layer_spec.attention, x.shape[:2]
         parts = list(chunks(rows, seq, self.spec.chunk_tokens))
-        # A chunk's own largest position would stretch it otherwise than its neighbours.
+        # With its own largest position, each chunk would be scaled differently.
         stretched = own.rope is not None and own.rope.kind in ("dynamic", "longrope")
         length = ctx.text_length
         if stretched and length is None:
             length = ctx.positions.max() + 1
-        # One product makes all of a fused matrix's rows, so queries are kept too.
+        # The product of a fused matrix contains the queries too, so they are kept.
         first = "kv" if own.qkv == "separate" else "qkv"
         heads = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
-        # Laid out by token, as products are.
+        # Token-major, like the results of products.
         kept = {name: x.new_empty(rows, seq, heads[name], own.head_dim).transpose(1, 2) for name in first}
         for part in parts:
             made = self._rotated(x[part], weights, ctx.positions[part], first, length)
@@ -144,7 +144,7 @@ class Attention(AttentionLayer):
         return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
-        # Token t of the new ones attends to all that came before it: a triangle is missing at the end.
+        # Each new token attends to the tokens up to itself, so a triangle of pairs is missing.
         pairs = seq * context - seq * (seq - 1) // 2
         return 4 * rows * pairs * self.layer_spec.attention.q_size
 
@@ -154,8 +154,8 @@ class Attention(AttentionLayer):
         limit = self.spec.chunk_tokens
         if seq == 1 or rows * seq <= limit:
             return self._workspace(rows, seq, context, dtype, workspaces)
-        # Keys, values, of a fused matrix the queries too, and the result are those of all tokens; all else is of one
-        # chunk, with a mask if it is part of a row.
+        # Keys, values and the result have all tokens, and so do the queries of a fused matrix. Everything else has
+        # one chunk, plus a mask if the chunk is part of a row.
         at_once, own = min(seq, limit), self.layer_spec.attention
         kept = 2 * own.kv_size + (0 if own.qkv == "separate" else own.q_size)
         whole = rows * seq * (self.spec.hidden_size + kept) * dtype.itemsize
@@ -164,13 +164,13 @@ class Attention(AttentionLayer):
     def _workspace(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces
     ) -> int:
-        """What is computed at once takes."""
+        """The workspace of tokens that are computed at once."""
         layer, hidden = self.layer_spec, self.spec.hidden_size
         own, tokens, item = layer.attention, rows * seq, dtype.itemsize
         qkv = tokens * (own.q_size + 2 * own.kv_size) * item
         project = tokens * hidden * item + qkv
         if own.qkv == "groups":
-            project += tokens * own.q_size * item  # queries of all groups, one after another
+            project += tokens * own.q_size * item  # a contiguous copy of the queries
         if own.qkv == "mp4":
             project += qkv
         if own.qk_norm is not None:
@@ -178,25 +178,25 @@ class Attention(AttentionLayer):
                 own.qk_norm.norm, own.q_size, tokens, dtype
             )
         if own.rope is not None:
-            # Angles, cos and sin in float32; then the halves and the rotated copy of the queries.
+            # Angles, cos and sin in float32; then the two halves and the rotated copy of the queries.
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
             if 2 * len(own.rope.inv_freq) < own.head_dim:
-                project += tokens * own.q_size * item  # what is rotated, next to what is not
+                project += tokens * own.q_size * item  # the rotated part is copied twice
         attended = tokens * own.q_size * item
         if seq > 1:
-            # K and V are expanded to all heads, and the result of each run of rows is placed into that of
+            # K and V are expanded to all heads, and the result of each run of rows is copied into the result of
             # the batch.
             attend = qkv + 2 * attended + (2 * attended if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
             attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
             attend += queries * context * item if queries < context else 0  # the mask
         else:
-            # Scores and probabilities in float32, probabilities again in `dtype`, one page of products and
-            # the padding mask; the cache rounds the context up to whole pages.
+            # Scores and probabilities in float32, probabilities in `dtype`, one page of products and the padding
+            # mask. The cache rounds the context up to whole pages.
             scores = rows * own.heads * align(context, 256)
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
-        if own.qkv != "separate":
-            attend += tokens * (own.q_size + own.kv_size) * item  # values are a view of the whole product
+        if own.qkv != "separate":  # the values are a view, which keeps the whole product
+            attend += tokens * (own.q_size + own.kv_size) * item
         merge = 2 * attended + 2 * tokens * hidden * item
         norm_in, norm_out = (
             norm_workspace(norm, hidden, tokens, dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints that torch.save wrote: `.bin` files, of which tensors are loaded and no code is run."""
+"""Checkpoints in torch's `.bin` format. Only tensors are loaded; no code of a file runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, 
 
 
 class BinCheckpoint(TensorFiles):
-    """One or several `.bin` files of one directory, read with `weights_only`: no code of a file ever runs."""
+    """One or more `.bin` files of one directory, read with `weights_only`, so that no code of a file runs."""
 
     def __init__(self, directory: Path, files: Sequence[Path]) -> None:
         self._legacy: tuple[Path, dict[str, Any]] | None = None
@@ -34,7 +34,7 @@ class BinCheckpoint(TensorFiles):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the files' names and their content, as `archive_content` finds it. Not of paths or times."""
+        """A digest of the files' names and contents (see `archive_content`), but not of their paths and times."""
         paths = sorted({stored.path for stored in self._tensors.values()})
         content = []
         for path in paths:
@@ -43,10 +43,10 @@ class BinCheckpoint(TensorFiles):
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def extent(self, weight: WeightSpec) -> None:
-        """Always None: a pickle is no place to read bytes from."""
+        """Always None: tensors in a pickle cannot be read in place."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A host tensor of its own in `dtype`. The file is mapped for the time of this call only."""
+        """A new host tensor in `dtype`. The file is mapped only during this call."""
         self.dtype_of(weight)
         source, stored = self._find(weight)
         tensor = self._load(stored.path)[source]
@@ -64,19 +64,19 @@ class BinCheckpoint(TensorFiles):
             mappable = zipfile.is_zipfile(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
         except pickle.UnpicklingError as error:
-            # Its message advises to let the file's code run.
+            # Its own message advises to allow code of the file to run.
             raise CheckpointError(
-                f"{path}: cannot be read as a checkpoint of tensors: it is damaged, or holds Python objects, which "
-                "are never loaded. Save the model's state_dict, best as safetensors"
+                f"{path}: cannot be read as a checkpoint of tensors: it is damaged or contains Python objects, which "
+                "are never loaded. Save the model's state_dict, preferably as safetensors"
             ) from error
-        except Exception as error:  # of whatever kind: a damaged file can fail anywhere
+        except Exception as error:  # a damaged file can raise any exception
             reason = str(error).partition("\n")[0][:SHOWN_CHARACTERS]
             raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from error
         if not isinstance(tensors, dict):
             raise CheckpointError(
-                f"{path}: holds {type(tensors).__name__}, expected a dict of tensors by name"
+                f"{path}: contains a {type(tensors).__name__}; expected a dict of tensors by name"
             )
         if not mappable:
-            # The format before torch 1.6 is only read whole: keep the last file, weights come in its order.
+            # The format before torch 1.6 can only be read whole. Keep the last file: weights are read in its order.
             self._legacy = (path, tensors)
         return tensors

@@ -15,7 +15,7 @@ from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 class Block(AttentionLayer):
-    """Weights carry their half in the name: "attention.q.weight", "mlp.up.weight"."""
+    """A transformer layer. The names of its weights begin with their half: "attention.q.weight", "mlp.up.weight"."""
 
     attention: Attention
     mlp: MLP
@@ -68,7 +68,7 @@ class Block(AttentionLayer):
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
-        # While the MLP runs, the layer's middle and, with the halves apart, what was attended are kept.
+        # While the MLP runs, its input stays allocated, and with split attention the attention output too.
         attended = min(rows * seq, self.spec.chunk_tokens) * self.layer_spec.attention.q_size
         between = (rows * seq * self.spec.hidden_size + attended) * dtype.itemsize
         return max(

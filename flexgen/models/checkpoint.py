@@ -1,4 +1,4 @@
-"""Find a model by name or place, and open what holds its weights."""
+"""Find a model by name, path or hub id, and open its checkpoint."""
 
 from __future__ import annotations
 
@@ -40,40 +40,44 @@ _TEXT_FILES = [_CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_to
 _SUBDIRECTORIES = ["*/*"]
 
 _NUMPY_SUFFIX = "-np"
-"""Of the folder that FlexGen 0.1 made for a model, after the model's name."""
+"""The end of the name of FlexGen 0.1's folder for a model, after the name of the model."""
 
 _Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint
 
 
 class Checkpoint(Protocol):
-    """Where weights come from."""
+    """A source of weights."""
 
     @property
     def directory(self) -> Path | None:
-        """Where the tokenizer lies; None for a model that has none."""
+        """The directory of the tokenizer; None for a model without one."""
 
     @property
     def sources(self) -> Sequence[Path]:
-        """The files that hold weights, sorted; none where no file does."""
+        """The files of the weights, sorted; empty if there are no files."""
 
     @property
     def identity(self) -> str:
-        """Names the state of these files: what was derived from them is valid while it is the same."""
+        """A key for the state of the files. Data derived from them is valid as long as it is the same."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells models apart: equal for copies of the same weights. From headers and samples of the values, so that
-        it takes about as long as opening the files."""
+        """A digest that differs between models and is equal for copies of the same weights.
+
+        It is computed from headers and samples of the values, and takes about as long as opening the files.
+        """
 
     def extent(self, weight: WeightSpec) -> Extent | None:
-        """Where the weight's bytes can be read in place; None where they cannot (`.bin`, dummy)."""
+        """The place of the weight's bytes in a file; None if they cannot be read in place (`.bin`, dummy)."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A contiguous host tensor of its own in `dtype`: all of the weight, or some rows of its first dimension,
-        one after another. Raises CheckpointError, also for values that are not finite."""
+        """A new contiguous host tensor in `dtype`: the whole weight, or a range of rows of its first dimension.
+
+        Raises CheckpointError, also for values that are not finite.
+        """
 
     def verify(self, layers: Sequence[Layer]) -> None:
-        """Raises CheckpointError unless every weight is there, with its shape and a floating dtype."""
+        """Raises CheckpointError unless every weight exists, with its shape and a floating-point dtype."""
 
 
 def open_model(
@@ -81,14 +85,17 @@ def open_model(
     weights: Literal["checkpoint", "dummy"] | Path = "checkpoint",
     hub: HubOptions | None = None,
 ) -> tuple[ModelSpec, Checkpoint]:
-    """The spec of a model and its checkpoint.
+    """Open a model and return its spec and its checkpoint.
 
-    `model` is "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), the id of a
-    repository on the hub, or a transformers config. A directory of known name may also be one of FlexGen 0.1's
-    ("opt-30b-np"). Only a hub id asks the network; with "dummy", at most for its config.json. A `Path` as
-    `weights` is the directory that holds the weights of `model`. `hub` says how to download. Headers
-    are read; weights only where a file has both an embedding and a head that its config calls one. Raises
-    ModelError and CheckpointError.
+    model: "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), a hub id or a transformers
+        config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if it has a known name.
+    weights: "checkpoint", "dummy" for random weights, or the `Path` of the directory with the weights of `model`.
+    hub: options of downloads.
+
+    Only a hub id uses the network; with "dummy", only for its config.json. The function reads headers but no weights,
+    with one exception: if a file has both an embedding and a head that the config calls tied, it compares the two.
+
+    Raises ModelError and CheckpointError.
     """
     hub = HubOptions() if hub is None else hub
     if not isinstance(hub, HubOptions):
@@ -103,24 +110,24 @@ def open_model(
         return _as_stored(spec, files, unsaid), files
     if not isinstance(weights, str) or weights not in ("checkpoint", "dummy"):
         raise ModelError(
-            f"weights = {shown(weights)} is not supported; supported: 'checkpoint', 'dummy', the Path of a directory"
+            f"weights = {shown(weights)} is not supported; supported: 'checkpoint', 'dummy', a Path of a directory"
         )
     dummy = weights == "dummy"
     if _is_config(model):
         if not dummy:
             raise ModelError(
-                "a config has no weights: give the directory or hub id that has them, weights=Path(directory) "
-                "or weights='dummy'"
+                "a config has no weights: give the directory or hub id of the model, weights=Path(directory) or "
+                "weights='dummy'"
             )
         return spec_from_config(model, model.name_or_path or model.model_type), DummyCheckpoint()
     if not isinstance(model, str | Path):
         raise ModelError(
-            f"model is a {type(model).__name__}; expected a name, a directory or a transformers config"
+            f"model is a {type(model).__name__}; give a name, a directory or a transformers config"
         )
     name, directory = str(model), Path(model).expanduser()
     if name == "demo":
         return _open_directory(MODEL_DIR, name, dummy)
-    # Unlike Path's own methods, these are False for a name that is longer than a file may have.
+    # Unlike the methods of Path, these functions return False for a name that is too long.
     if os.path.isdir(directory):
         return _open_directory(directory, name, dummy)
     size = known_size(name)
@@ -128,7 +135,7 @@ def open_model(
         return spec_from_config(known_config(size), size), DummyCheckpoint()
     if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
-        fix = other or f"give the directory that holds it and {_CONFIG}"
+        fix = other or f"give the directory that contains it and {_CONFIG}"
         raise ModelError(f"{shown_path(name)} is a file; {fix}")
     if (
         isinstance(model, Path)
@@ -137,9 +144,9 @@ def open_model(
         or name.count("/") > 1
     ):
         raise ModelError(f"{shown_path(name)}: there is no such directory")
-    if len(name) > MOST_OF_PATH:  # the hub's own message would repeat it
+    if len(name) > MOST_OF_PATH:  # the hub's own message would contain all of it
         raise ModelError(
-            f"{shown(name)}: neither a directory here nor a hub id, which has at most 96 characters"
+            f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"
         )
     repository = f"facebook/{size}" if size is not None else name
     if dummy:
@@ -151,7 +158,7 @@ def open_model(
 def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
     if isinstance(model, str | Path):
         return False
-    from transformers import PreTrainedConfig  # loaded already where a config was made
+    from transformers import PreTrainedConfig  # already imported if the caller has a config
 
     return isinstance(model, PreTrainedConfig)
 
@@ -177,7 +184,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
 
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
-    """The spec with what only the files know: the dtype where the config says none, and a head of its own."""
+    """The spec, completed from the files: the dtype if the config has none, and whether the head is tied."""
     files.check_unquantized()
     files.check_depth(spec)
     embed, head = _vocabulary(spec)
@@ -189,7 +196,7 @@ def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
 
 
 def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
-    """The embedding and the LM head under the names that each has of its own."""
+    """The embedding and the LM head, each with its own names."""
     untied = replace(spec, tied_head=False)
     ends = (InputEmbed(untied), "embed.weight"), (Head(untied), "head.weight")
     embed, head = (next(w for w in layer.weights if w.name == name) for layer, name in ends)
@@ -197,14 +204,14 @@ def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
 
 
 def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
-    """Whether a head called tied has values of its own: those count, as in transformers."""
+    """Whether a head that the config calls tied has its own values. Like transformers, these are used."""
     dtype = files.dtype_of(embed)
     return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
 
 def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
-        raise ModelError(f"{path.parent}: no {path.name} in this directory")
+        raise ModelError(f"{path.parent}: there is no {path.name} in this directory")
     with reading(path):
         data = path.read_bytes()
     try:
@@ -212,7 +219,7 @@ def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = Mod
     except (ValueError, RecursionError) as error:
         raise error_class(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise error_class(f"{path} holds a {type(values).__name__}, expected an object")
+        raise error_class(f"{path} contains a {type(values).__name__}; expected an object")
     return values
 
 
@@ -231,28 +238,28 @@ def _open_files(directory: Path) -> _Files:
         if index.exists() or index.is_symlink():
             return checkpoint(directory, _shards(index))
         looked_for += [single, index.name]
-    fix = other_format(directory) or "weights='dummy' runs the model with random weights"
+    fix = other_format(directory) or "Use weights='dummy' for random weights"
     raise CheckpointError(
-        f"{directory}: no weight files; looked for {', '.join(looked_for)}, {NumpyCheckpoint.MARK}. {fix}"
+        f"{directory}: there are no weight files; looked for {', '.join(looked_for)}, {NumpyCheckpoint.MARK}. {fix}"
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. Which tensor lies in which is read from their headers."""
+    """The files named by an index. Their headers tell which tensors they contain."""
     names = _read_json(index, CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index} has no weight_map")
+        raise CheckpointError(f"{index} has no weight_map: it is damaged; download it again")
     files = sorted({shard_path(index, name) for name in names.values()})
     missing = [file.name for file in files if not file.exists() and not file.is_symlink()]
     if missing:
         raise CheckpointError(
-            f"{index.parent}: {index.name} names files that are missing: {', '.join(missing)}"
+            f"{index.parent}: files in {index.name} are missing: {', '.join(missing)}; download them again"
         )
     return files
 
 
 def _download(repository: str, hub: HubOptions) -> Path:
-    """The directory of a repository's snapshot with config, tokenizer and one format of weights."""
+    """Download a repository and return the directory with its config, tokenizer and weights in one format."""
     for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
         patterns = [*_TEXT_FILES, weights]
         snapshot = _ask_hub(
@@ -268,17 +275,17 @@ def _download(repository: str, hub: HubOptions) -> Path:
 
 
 def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) -> str:
-    """One call to the hub, or to its cache on this machine. Raises ModelError with what the hub said."""
+    """One request to the hub or its local cache. Raises ModelError, with the hub's own message."""
     try:
         return str(download(repository, **hub.arguments(), **options))
     except HFValidationError as error:
-        reason = "neither a directory here nor a hub id"
+        reason = "neither a local directory nor a hub id"
         raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
     except LocalEntryNotFoundError as error:
-        reason = "not a directory here, and the hub cannot be reached"
+        reason = "not a local directory, and the hub cannot be reached"
         raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = "not a directory here, and the hub says"
+        reason = "not a local directory, and the hub reports"
         raise ModelError(f"{repository}{_similar(repository)}: {reason}: {error}") from error
 
 

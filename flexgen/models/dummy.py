@@ -26,19 +26,19 @@ def _pool(dtype: torch.dtype) -> Tensor:
 
 
 class DummyCheckpoint:
-    """Values depend on the weight's key alone: normal with deviation 0.02, scales of norms are 1.
+    """Random weights that depend only on the weight's key: normal with standard deviation 0.02; norm scales are 1.
 
-    They are cut from one fixed pool, so that a model of tens of GB is made at the speed of a copy.
+    The values are copied from one fixed pool, so even a model of tens of GB is generated at the speed of a copy.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
 
     sources: Sequence[Path] = ()
-    """There is no file."""
+    """There are no files."""
 
     identity = f"dummy {_STD} {_POOL}"
-    """Names the values, with a weight's key and shape."""
+    """With the key and shape of a weight, it identifies the values."""
 
     fingerprint = identity
 
@@ -46,13 +46,13 @@ class DummyCheckpoint:
         """Always None: there is no file."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A new host tensor in `dtype`; the same weight has the same values up to the rounding of `dtype`."""
+        """A new host tensor in `dtype`. The same weight always has the same values, rounded to `dtype`."""
         rows = range(weight.shape[0]) if rows is None else rows
         shape = (len(rows), *weight.shape[1:])
         if weight.name.endswith("norm.weight"):
             return torch.ones(shape, dtype=dtype)
         flat = torch.empty(math.prod(shape), dtype=dtype)
-        # Through numpy each piece is one memcpy; torch would wake its threads for every one.
+        # In numpy each piece is one memcpy; torch would wake its threads for each piece.
         pool, out = (tensor.view(torch.uint8).numpy() for tensor in (_pool(dtype), flat))
         first = zlib.crc32(weight.key.encode()) + rows.start * math.prod(weight.shape[1:])
         begin, done = first % _POOL * dtype.itemsize, 0
@@ -63,4 +63,4 @@ class DummyCheckpoint:
         return flat.view(shape)
 
     def verify(self, layers: Sequence[Layer]) -> None:
-        """Nothing can be missing."""
+        """Always succeeds: no weight can be missing."""

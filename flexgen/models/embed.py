@@ -1,4 +1,4 @@
-"""Both ends of a model: ids to hidden states, hidden states to logits."""
+"""The first and the last layer of a model: ids to hidden states, and hidden states to logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
-    """The (vocab, embed) matrix of either end; where the head is tied, both ends are one tensor."""
+    """The (vocab, embed) matrix of the embedding or the head. With a tied head, both are one tensor."""
     embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
@@ -28,7 +28,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 class InputEmbed(Layer):
-    """Token embedding, projected to the hidden size where it is narrower, plus learned positions if any."""
+    """Token embedding, projected to the hidden size if it is narrower, plus learned positions if there are any."""
 
     def __init__(self, spec: ModelSpec) -> None:
         weights: tuple[WeightSpec, ...] = (_vocabulary(spec, "embed"),)
@@ -82,9 +82,9 @@ class InputEmbed(Layer):
 
 
 class Head(Layer):
-    """Final norm, projection to the embedding's width where it differs, LM head.
+    """Final norm, projection to the width of the embedding if it differs, and LM head.
 
-    It is not computed in chunks: with logits of every position, these are most of what it takes.
+    The head is not computed in chunks, because the logits are most of its memory anyway.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -104,7 +104,7 @@ class Head(Layer):
         return logits if self.spec.logit_scale == 1 else logits.mul_(self.spec.logit_scale)
 
     def final(self, x: Tensor, weights: Weights) -> Tensor:
-        """What the LM head multiplies: (batch, seq, embed), normed and projected."""
+        """The input of the LM head, (batch, seq, embed), after the norm and the projection."""
         x = normalise(self.spec.final_norm, x, weights)
         if self.spec.projected:
             x = linear(x, weights["project_out.weight"])

@@ -1,4 +1,4 @@
-"""Reading a transformers config: each field with a check, and no field passed over."""
+"""Validation of transformers configs: every field that no layer supports raises an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 _LARGEST_SIZE = 2**31 - 1
 _MOST = {"num_hidden_layers": 10_000, "head_dim": 65_536}
-"""Of fields by which objects and tables are made before a file is read: the largest value."""
+"""Limits of the fields that size objects and tables before any weight file is read."""
 _DTYPES = {
     **dict.fromkeys(("float32", "float", "fp32"), torch.float32),
     **dict.fromkeys(("float16", "half", "fp16"), torch.float16),
@@ -28,38 +28,38 @@ _DTYPES = {
 }
 
 _QUANTIZED = ("quantization_config", "compression_config")
-"""Fields by which GPTQ, AWQ, bitsandbytes, fp8 and others say how they changed the weights."""
+"""Fields in which GPTQ, AWQ, bitsandbytes, fp8 and others describe their quantization."""
 
 _UNRELATED = {
     "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
     "tokenizer_class", "torch_dtype",
-    # What a call of transformers returns, and how.
+    # The outputs of transformers' forward.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
     "chunk_size_feed_forward", "output_past",
-    # Training: initial values, memory, and how matrices were divided. `unrelated` knows those of dropout.
+    # Training: initialisation, memory and parallelism. `unrelated` adds dropout.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
-    # Heads for other tasks than text.
+    # Heads for other tasks.
     "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    # Ids that encoders, decoders of encoders and pipelines use, and a text that those put before a prompt.
+    # Special ids of encoder-decoder models and classifiers, and a text that pipelines add to prompts.
     "decoder_start_token_id", "sep_token_id", "cls_token_id", "prefix",
-    # Other names for the length that max_position_embeddings gives.
+    # Other names for max_position_embeddings.
     "n_ctx", "seq_length", "model_max_length", "max_sequence_length",
 }  # fmt: skip
-"""Fields that change no number that a decoder computes."""
+"""Fields that do not change the results of a decoder."""
 
 
 def unrelated(field: str) -> bool:
-    """Whether a field of any config changes no number that a decoder computes."""
+    """Whether a field, in the config of any family, does not change the results of a decoder."""
     training = "dropout" in field or field.endswith(("_pdrop", "layerdrop")) or field.startswith("unsloth_")
     return training or field in _UNRELATED or field.startswith(("_", "transformers."))
 
 
 class Fields:
-    """A transformers config as a family reads it. `name` is the model's, for messages.
+    """The fields of a transformers config, with a check of each. `name` is the name of the model for messages.
 
-    It remembers which fields were read: `check_all_read` refuses a config that asks for anything else. All methods
-    raise ModelError, with the field, its value and what is supported.
+    The object records which fields were read, and `check_all_read` raises an error if any other field differs from
+    its default. All methods raise ModelError with the field, its value and the supported values.
     """
 
     def __init__(self, config: PreTrainedConfig, name: str) -> None:
@@ -70,18 +70,19 @@ class Fields:
         self.name = name
 
     def get(self, field: str) -> Any:
-        """The value of `field`, None where it is absent."""
+        """The value of `field`; None if it is absent."""
         self._read.add(self._config.attribute_map.get(field, field))
         return getattr(self._config, field, None)
 
     def skip(self, *fields: str) -> None:
-        """Fields that change no result, or whose values the config's class has put into others."""
+        """Mark fields as read that do not change the results, or that the config's class has converted to other
+        fields."""
         self._read.update(self._config.attribute_map.get(field, field) for field in fields)
 
     def check_all_read(self) -> None:
-        """Raise for the first field that was not read and that is not as its class has it by default.
+        """Raise ModelError for the first field that was not read and differs from the default of the config's class.
 
-        A field that the class does not know is off where it is None or False.
+        The default of a field that the class does not have is None or False.
         """
         default = vars(type(self._config)())
         for field, value in vars(self._config).items():
@@ -91,14 +92,14 @@ class Fields:
             if not any(value is each or (type(value) is type(each) and value == each) for each in off):
                 usual = f"; supported: {shown(default[field])}" if field in default else ""
                 raise ModelError(
-                    f"{self.name}: {field} = {shown(value)} is not supported: no layer of this family computes it"
+                    f"{self.name}: {field} = {shown(value)} is not supported: no layer of this family uses it"
                     f"{usual}. If it does not change the model's results, remove it from the config"
                 )
 
     # One field
 
     def one_of(self, field: str, supported: Collection[Any]) -> Any:
-        """The value of `field` (None where it is absent), which must be one of `supported`."""
+        """The value of `field` (None if it is absent), which must be one of `supported`."""
         value = self.get(field)
         if value not in supported:
             choices = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
@@ -110,7 +111,7 @@ class Fields:
         return str(self.one_of(field, sorted(ACTIVATIONS)))
 
     def size(self, field: str) -> int:
-        """The value of `field`, an integer of 1 up to the largest that a model has."""
+        """The value of `field`, an integer from 1 to the limit of the field."""
         return check_size(self.get(field), self.name, field)
 
     def size_or(self, field: str, default: int) -> int:
@@ -125,7 +126,7 @@ class Fields:
         return float(value)
 
     def positive(self, field: str) -> float:
-        """`number` of a field that must exceed 0."""
+        """The value of `field`, a finite number > 0."""
         value = self.number(field)
         if not value:
             raise ModelError(f"{self.name}: {field} = 0 is not supported; it must exceed 0")
@@ -136,7 +137,7 @@ class Fields:
         return bool(self.one_of(field, (True, False)))
 
     def flags(self, field: str) -> tuple[bool, ...]:
-        """The value of `field`, a list with true or false, 1 or 0, for each layer."""
+        """The value of `field`, a list with 0 or 1 for each layer."""
         values, count = self.get(field), self.size("num_hidden_layers")
         if (
             not isinstance(values, list | tuple)
@@ -154,25 +155,25 @@ class Fields:
             raise ModelError(f"{self.name}: {field} = {value} is not a multiple of {of_field} = {of}")
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; float32 where the config says nothing."""
+        """The dtype of the weights; float32 if the config has none."""
         dtype = read_dtype(self.get("dtype"), self.name)
         return torch.float32 if dtype is None else dtype
 
     def token_id(self, field: str) -> int | None:
-        """The id in `field`; None where there is none, or one that the vocabulary does not have."""
+        """The id in `field`; None if it is absent or not in the vocabulary."""
         ids = self.token_ids(field)
         return ids[0] if ids else None
 
     def token_ids(self, field: str) -> tuple[int, ...]:
-        """The ids in `field`, without those that the vocabulary does not have."""
+        """The ids in `field`, without ids outside of the vocabulary."""
         return token_ids(self.get(field), self.name, field, self.size("vocab_size"))
 
-    # What several fields say
+    # Several fields
 
     def layer_kinds(
         self, supported: Sequence[str] = ("full_attention", "sliding_attention")
     ) -> tuple[str, ...]:
-        """The kind of attention of each layer, from layer_types; "full_attention" for all where it is absent."""
+        """The kind of attention of each layer, from layer_types; "full_attention" for all layers if it is absent."""
         count, kinds = self.size("num_hidden_layers"), self.get("layer_types")
         if kinds is None:
             return ("full_attention",) * count
@@ -188,7 +189,7 @@ class Fields:
         """The window of each layer's attention, None for all tokens.
 
         Layers of the kind "sliding_attention" have the window sliding_window; without layer_types all layers have it.
-        No window may be shorter than max_position_embeddings: it is not computed.
+        A window must not be shorter than max_position_embeddings, because no layer computes it.
         """
         kinds, size = self.layer_kinds(), self.get("sliding_window")
         if self.get("layer_types") is None:
@@ -210,28 +211,28 @@ class Fields:
         partial: bool = False,
         interleaved: bool = False,
         kind: str | None = None,
-        besides: Sequence[str] = (),
+        others: Sequence[str] = (),
     ) -> RopeSpec:
-        """The RoPE of heads of `head_dim` values.
+        """The RoPE for heads of `head_dim` values.
 
-        partial: whether the family may rotate a part of each head, as partial_rotary_factor says. interleaved: as in
-        `RopeSpec`. kind: the layers' kind of attention, where rope_parameters may have one object for each kind.
-        besides: parameters that are not of the rotation, which the family reads.
+        partial: whether the family supports partial_rotary_factor. interleaved: see `RopeSpec`. kind: the kind of
+        attention, if rope_parameters can have one object for each kind. others: names in rope_parameters that the
+        family reads itself.
         """
         self._read |= {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
         self.get("partial_rotary_factor") if partial else self.one_of("partial_rotary_factor", (None, 1.0))
-        config = copy.deepcopy(self._config)  # its parameters are completed in place below
+        config = copy.deepcopy(self._config)  # the parameters are completed in place below
         self._rope_type(self.get("rope_parameters"), kind)
         try:
-            config.standardize_rope_params()  # lengths and theta that are stated outside of the parameters
-            parameters = _Parameters(_of_kind(config.rope_parameters, kind), besides)
+            config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
+            parameters = _Parameters(_of_kind(config.rope_parameters, kind), others)
             share = parameters.get("partial_rotary_factor")
             rotated = head_dim if share is None else int(head_dim * share)
             spec = rope_spec(parameters, rotated, config.max_position_embeddings)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             parameters = config.rope_parameters
             raise ModelError(
-                f"{self.name}: rope_parameters = {shown(parameters)} cannot be used: {shown(error)}"
+                f"{self.name}: rope_parameters = {shown(parameters)} is invalid: {shown(error)}"
             ) from error
         if not partial and rotated != head_dim:
             raise ModelError(
@@ -244,13 +245,13 @@ class Fields:
             )
         for field in parameters.unread():
             raise ModelError(
-                f"{self.name}: {field} = {shown(parameters[field])} in rope_parameters is not supported: RoPE of the "
-                f"type {spec.kind!r} does not compute it"
+                f"{self.name}: {field} = {shown(parameters[field])} in rope_parameters is not supported for "
+                f"rope_type {spec.kind!r}"
             )
         return replace(spec, interleaved=interleaved)
 
     def _rope_type(self, given: Any, kind: str | None) -> None:
-        """Raise for rope_parameters of a type that is not computed."""
+        """Raise ModelError unless rope_parameters have a supported type."""
         given = _of_kind(given or {}, kind)
         if not isinstance(given, dict):
             raise ModelError(
@@ -264,18 +265,18 @@ class Fields:
 
 
 def _of_kind(parameters: Any, kind: str | None) -> Any:
-    """Those of the layers of a kind, where `parameters` has one object for each kind."""
+    """The parameters for layers of a kind, if `parameters` has one object for each kind."""
     if kind is not None and isinstance(parameters, dict) and isinstance(parameters.get(kind), dict):
         return parameters[kind]
     return parameters
 
 
 class _Parameters(Mapping[str, Any]):
-    """The parameters of a RoPE, which remember those that were read."""
+    """The parameters of a RoPE. The object records which ones were read."""
 
     def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
         self._values = values
-        # Another name for rope_type, and a note on how a model was trained.
+        # "type" is the old name of rope_type; "finetuned" does not change the frequencies.
         self._read = {"rope_type", "type", "finetuned", *read}
 
     def __getitem__(self, field: str) -> Any:
@@ -289,14 +290,14 @@ class _Parameters(Mapping[str, Any]):
         return len(self._values)
 
     def unread(self) -> list[str]:
-        """Names of those that were not read and that have a value."""
+        """The names that were not read and have a value."""
         return [
             field for field, value in self._values.items() if field not in self._read and value is not None
         ]
 
 
 def check_values(values: Mapping[str, Any], name: str) -> None:
-    """Check what transformers would divide by, or fail over without naming it. Raises ModelError."""
+    """Check values on which transformers would fail without a useful message. Raises ModelError."""
     for field in _QUANTIZED:
         check_unquantized(values.get(field), name, field)
     kinds = values.get("layer_types")
@@ -308,18 +309,18 @@ def check_values(values: Mapping[str, Any], name: str) -> None:
 
 
 def check_unquantized(value: Any, name: str, field: str) -> None:
-    """Raises ModelError for `value`, that of a field of `_QUANTIZED`, unless it is absent."""
+    """Raises ModelError unless `value`, of a field of `_QUANTIZED`, is None."""
     if value is None:
         return
     method = value.get("quant_method") if isinstance(value, dict) else value
     raise ModelError(
-        f"{name}: {field} says that the weights are quantized ({shown(method)}), which is not supported. Give the "
-        "checkpoint in float16, bfloat16 or float32; a policy with int4 or int8 weights quantizes it on opening"
+        f"{name}: the weights are quantized ({field}: {shown(method)}), which is not supported. Use a checkpoint in "
+        "float16, bfloat16 or float32; a policy with the codec int4 or int8 quantizes it when it is opened"
     )
 
 
 def check_size(value: Any, name: str, field: str) -> int:
-    """`value`, which is that of `field`. Raises ModelError unless it is an integer from 1 to the most a model has."""
+    """`value`, the value of `field`. Raises ModelError unless it is an integer from 1 to the limit of the field."""
     most = _MOST.get(field, _LARGEST_SIZE)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ModelError(
@@ -329,7 +330,7 @@ def check_size(value: Any, name: str, field: str) -> int:
 
 
 def read_dtype(value: Any, name: str) -> torch.dtype | None:
-    """The dtype that `value` names, None for "auto" and where nothing is said. Raises ModelError."""
+    """The dtype named by `value`; None for None and "auto". Raises ModelError."""
     if value is None or value == "auto":
         return None
     text = str(value).removeprefix("torch.") if isinstance(value, str | torch.dtype) else ""
@@ -341,16 +342,14 @@ def read_dtype(value: Any, name: str) -> torch.dtype | None:
 
 
 def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, ...]:
-    """The ids in `value`, which is none, one or several. Ids that the vocabulary does not have are left out.
+    """The ids in `value`: None, one id or a list. Ids outside of the vocabulary are left out.
 
-    Raises ModelError for what is not an id.
+    Raises ModelError for an id that is not an integer.
     """
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list | tuple) else (value,)
     for each in ids:
         if not isinstance(each, int) or isinstance(each, bool):
-            raise ModelError(
-                f"{name}: {field} = {shown(value)} is not a token id; give its number in the vocabulary"
-            )
+            raise ModelError(f"{name}: {field} = {shown(value)} is not a token id; it must be an integer")
     return tuple(each for each in ids if 0 <= each < vocab_size)

@@ -1,4 +1,4 @@
-"""Folders of other kinds where a model is expected, and the files that an index names."""
+"""Checks of model directories: folders with something else, and the file names in an index."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
 _CACHED = "models--"
-"""How the hub's cache begins the name of a model's folder."""
+"""The prefix of a model's folder in the hub's cache."""
 
 
-_HUB_FORMAT = "the repository that it was made from mostly has the model in Hugging Face's layout"
+_HUB_FORMAT = "the repository of the original model usually has it in Hugging Face's layout"
 _OTHER_FORMATS = {
     "*.gguf": (
         "llama.cpp's GGUF format",
-        f"{_HUB_FORMAT}. Otherwise load it with transformers' from_pretrained(gguf_file=...) and save_pretrained it",
+        f"{_HUB_FORMAT}. Otherwise load it with transformers' from_pretrained(gguf_file=...), then save_pretrained",
     ),
     "consolidated*.pth": (
         "Meta's own layout",
         "convert it with transformers' convert_llama_weights_to_hf script, or download the -hf repository",
     ),
     "*.onnx": ("the ONNX format", _HUB_FORMAT),
-    "tf_model.h5": ("TensorFlow's format", "load it with transformers and save_pretrained it as safetensors"),
+    "tf_model.h5": ("TensorFlow's format", "load it with transformers and call save_pretrained"),
     "flax_model.msgpack": (
         "Flax's format",
-        "load it with transformers and save_pretrained it as safetensors",
+        "load it with transformers and call save_pretrained",
     ),
 }
-"""Weights of other programs, by the pattern of their files' names."""
+"""Weights in formats of other programs, by the pattern of their file names."""
 
 
 def shard_path(index: Path, name: object) -> Path:
-    """The file that `index` calls `name`, next to it or in a folder below. Raises CheckpointError.
+    """The file `name` of `index`, in its directory or in a folder below it.
 
-    The name is judged, not where it leads: files of the hub's cache are links out of their folder.
+    Raises CheckpointError for a name that leaves the directory. Links are not followed, because files in the hub's
+    cache are links out of their folder.
     """
     pure = PurePosixPath(name) if isinstance(name, str) else None
     if pure is None or not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in str(pure):
         raise CheckpointError(
-            f"{index}: weight_map names {shown(name)}; expected the name of a file in {index.parent}"
+            f"{index}: weight_map contains {shown(name)}; expected the name of a file in {index.parent}"
         )
     return index.parent / pure
 
 
 def other_format(directory: Path) -> str:
-    """For weights in a format that flexgen does not open: which, and what to do. "" where there are none."""
+    """A message for weights in a format that flexgen does not support, with the fix; "" if there are none."""
     for pattern, (kind, fix) in _OTHER_FORMATS.items():
         if found := sorted(path.name for path in directory.glob(pattern)):
             return f"{found[0]} is in {kind}, which is not supported: {fix}"
@@ -57,36 +58,36 @@ def other_format(directory: Path) -> str:
 
 
 def check_folder(directory: Path, config: str) -> None:
-    """Raises ModelError for a folder of another kind, which has no file `config`: a LoRA adapter, an entry of the
-    hub's cache, or weights of another program. Warns about an adapter next to a model, which is not applied."""
+    """Raises ModelError for a folder without a file `config` that is a LoRA adapter, an entry of the hub's cache or
+    has weights of another program. Warns if there is an adapter next to a model, because it is not applied."""
     has_config = (directory / config).exists()
     if (directory / _ADAPTER).exists():
         if has_config:
             logger.warning(
-                "%s also holds a LoRA adapter (%s), which is not applied: the model runs without it. Merge it with "
-                "peft's merge_and_unload() to use it",
+                "%s also contains a LoRA adapter (%s), which is not applied. To use it, merge it into the model with "
+                "peft's merge_and_unload()",
                 directory,
                 _ADAPTER,
             )
             return
         raise ModelError(
-            f"{directory} holds a LoRA adapter{_base(directory / _ADAPTER)}, not a model. Merge it into its base "
-            "model with peft's merge_and_unload(), save the result, and give that directory"
+            f"{directory} contains a LoRA adapter{_base(directory / _ADAPTER)}, not a model. Merge it into its base "
+            "model with peft's merge_and_unload(), save the result, and give the directory of the result"
         )
     if not has_config and (other := other_format(directory)):
-        raise ModelError(f"{directory}: no {config} in this directory. {other}")
+        raise ModelError(f"{directory}: there is no {config} in this directory. {other}")
     if not has_config and directory.name.startswith(_CACHED) and (directory / "snapshots").is_dir():
         model = directory.name.removeprefix(_CACHED).replace("--", "/")
         found = sorted(str(each) for each in (directory / "snapshots").iterdir() if (each / config).exists())
         snapshots = f" or one of its snapshots: {', '.join(found)}" if found else ""
         raise ModelError(
-            f"{directory} is an entry of the hub's cache, not a model's directory. Give the model's id, {model!r},"
+            f"{directory} is an entry of the hub's cache, not a model directory. Give the model's id, {model!r},"
             f"{snapshots}".rstrip(",")
         )
 
 
 def _base(path: Path) -> str:
-    """Of what an adapter's config says its base model is, as messages add it."""
+    """ " for <base model>", from an adapter's config; "" if it names none."""
     try:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

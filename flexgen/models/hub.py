@@ -1,4 +1,4 @@
-"""How a model's files are downloaded from the hub."""
+"""Options for downloads from the hub."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Options of a download. A model in a local directory does not use them.
+    """Options for downloads. They have no effect on a model in a local directory.
 
-    revision: a branch, a tag or a commit of the repository; None is its main branch.
-    token: an access token, True for the one that is stored on this machine, False for none; None sends the stored
-        one where there is one.
-    cache_dir: the folder of downloaded files; None is the cache of huggingface_hub.
-    local_files_only: use the cache only and send no request.
+    revision: a branch, a tag or a commit of the repository. None: the main branch.
+    token: an access token. True: the token stored on this machine. False: no token. None: the stored token if there
+        is one.
+    cache_dir: the folder for downloaded files. None: the cache of huggingface_hub.
+    local_files_only: use only the cache and send no request.
     """
 
     revision: str | None = None
@@ -24,7 +24,7 @@ class HubOptions:
     local_files_only: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of huggingface_hub's downloads: the options that are given."""
+        """The options that are set, as keyword arguments of huggingface_hub's download functions."""
         options = {
             field.name: getattr(self, field.name)
             for field in fields(self)

@@ -1,4 +1,4 @@
-"""What every streaming unit of a model answers: its weights, its bytes, its flops, its forward."""
+"""The interface of layers, which are the streaming units of a model: weights, memory, flops and forward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from flexgen.models.norms import normalise
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
-"""A layer's weights by name: tensors, and for an encoded matrix what `linear` and `embedding` take in its place."""
+"""The weights of a layer by name: tensors, or for encoded matrices objects that `linear` and `embedding` accept."""
 
 
 class Chunk(NamedTuple):
-    """Part of a batch: these rows and, of each, these tokens."""
+    """Part of a batch: a range of rows, and a range of tokens in each of them."""
 
     rows: slice
     tokens: slice
 
 
 def chunks(rows: int, seq: int, limit: int) -> Iterator[Chunk]:
-    """Parts of (rows, seq) of at most `limit` tokens, in order: whole rows, or pieces of one row that is longer.
+    """Divide (rows, seq) into parts of at most `limit` tokens, in order: whole rows, or pieces of one longer row.
 
-    They are of nearly equal size, so that none is too small for a product at full rate.
+    The parts have nearly equal sizes, so that none is too small for products at full speed.
     """
     if seq <= limit:
         yield from (Chunk(part, slice(0, seq)) for part in slices(rows, limit // seq))
@@ -38,29 +38,29 @@ def chunks(rows: int, seq: int, limit: int) -> Iterator[Chunk]:
 
 
 def slices(count: int, limit: int) -> Iterator[slice]:
-    """`count` things in as few nearly equal parts of at most `limit` as there can be."""
+    """Divide range(count) into as few parts of at most `limit` as possible, of nearly equal size."""
     parts = -(-count // limit)
     return (slice(count * n // parts, count * (n + 1) // parts) for n in range(parts))
 
 
 class Context(Protocol):
-    """What a layer is given about the call it runs in. The runtime implements it with its KV cache."""
+    """The data of a call for its layers. The runtime implements it with its KV cache."""
 
     @property
     def positions(self) -> Tensor:
-        """(batch, seq) int64 on the compute device, counted from the row's first real one; padding has 0."""
+        """(batch, seq) int64 on the compute device, counted from the first real token of each row; 0 for padding."""
 
     @property
     def text_length(self) -> Tensor | None:
-        """Where `positions` are a part of a prompt, the length of the batch's longest text, () int64 on the compute
-        device: what rotary frequencies that depend on the length are for. None otherwise."""
+        """The length of the longest text of the batch, () int64 on the compute device, if `positions` are only a
+        part of a prompt; otherwise None. Rotary frequencies that depend on the length need it."""
 
     @property
     def last_only(self) -> bool:
-        """The head computes logits for the last position only."""
+        """Whether the head computes logits for the last position only."""
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
-        """`token_factors` of `positions`, of one token for each row: the same for all layers."""
+        """`token_factors` of `positions`, for one token per row. They are the same for all layers."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention of the new tokens over themselves and all tokens before them.
@@ -70,18 +70,19 @@ class Context(Protocol):
         """
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
-        """Take keys and values of all new tokens, whose queries then come by `attend_chunk`."""
+        """Store the keys and values of all new tokens. Their queries follow in calls of `attend_chunk`."""
 
     def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`attend` for the part `chunk` of the new tokens: its q, and k and v of all of them.
+        """`attend` for a part of the new tokens.
 
-        q and the result are (rows, heads, tokens, head_dim) of the chunk.
+        q and the result have the rows and tokens of `chunk`, (rows, heads, tokens, head_dim). k and v have all new
+        tokens.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Layer(ABC):
-    """One streaming unit: immutable and stateless, weights come with every call."""
+    """One streaming unit. It is immutable and stateless: weights are arguments of each call."""
 
     spec: ModelSpec
     name: str
@@ -91,52 +92,53 @@ class Layer(ABC):
 
     @property
     def layer_spec(self) -> LayerSpec | None:
-        """The transformer layer that it computes, or half of; None for both ends of the model."""
+        """The spec of its transformer layer; None for the embedding and the head."""
         return None
 
     @property
     def table(self) -> WeightSpec | None:
-        """The weight of which `forward` reads nothing but the rows that the ids in x name, if there is one.
+        """The weight of which `forward` reads only the rows given by the ids in x; None if there is none.
 
-        `forward` works as well with some of its rows and with x counting among those.
+        `forward` also accepts a table with some of the rows, and x as indices into them.
         """
         return None
 
     @abstractmethod
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        """x: ids (batch, seq) int64 for the input embedding, else hidden states (batch, seq, hidden).
+        """Compute the layer.
 
-        Returns hidden states, or logits (batch, seq or 1, vocab) for the head. Never writes into x.
+        x: ids (batch, seq) int64 for the input embedding, otherwise hidden states (batch, seq, hidden). It is not
+        modified. Returns hidden states, or for the head logits (batch, seq or 1, vocab).
         """
 
     @abstractmethod
     def flops(self, rows: int, seq: int, context: int) -> int:
-        """Operations (a multiply-add is two) for `seq` new tokens of each of `rows` prompts.
+        """Operations (two for a multiply-add) for `seq` new tokens of each of `rows` prompts.
 
-        `context` counts the tokens that the last of them attends to, itself included. A head that runs with
-        `last_only` has seq 1, here and in `workspace_bytes`.
+        context: the number of tokens that the last new token attends to, including itself. For a head that runs with
+        `last_only`, seq is 1, here and in `workspace_bytes`.
         """
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
-        """The part of `flops` that works on the cache, not on the weights."""
+        """The part of `flops` for attention over the cache."""
         return 0
 
     def product_flops(self, rows: int, seq: int, context: int) -> int:
-        """The rest of `flops`: what is multiplied with the weights."""
+        """The rest of `flops`: products with the weights."""
         return self.flops(rows, seq, context) - self.attention_flops(rows, seq, context)
 
     @abstractmethod
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
-        """Upper estimate of what `forward` allocates at its peak: result and attention's scores included.
+        """An upper estimate of the peak memory that `forward` allocates, including its result and attention scores.
 
-        Beyond `ModelSpec.chunk_tokens` new tokens it grows only by what a layer keeps of a prompt: its result, of
-        attention the keys and values too, of a head with all positions their logits.
+        Beyond `ModelSpec.chunk_tokens` new tokens, it grows only by data of the whole prompt: the result, the keys
+        and values of attention, and the logits of a head with all positions.
 
-        `workspaces` are those of the device that computes. What a math library keeps for itself whatever the layer is
-        left out: `workspaces.fixed`, and per thread of a CPU some 200 KiB for bfloat16 products, up to 3 MiB for
-        those in float32 and up to 1 MiB for the blocks of attention.
+        workspaces: the workspaces of the compute device. The fixed memory of a math library is not included: this is
+        `workspaces.fixed`, and for each thread of a CPU about 200 KiB for bfloat16 products, up to 3 MiB for float32
+        products and up to 1 MiB for the blocks of attention.
         """
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
@@ -146,7 +148,7 @@ class Layer(ABC):
 
 @dataclass(frozen=True, eq=False)
 class TransformerLayer(Layer):
-    """Layer number `index` of the model's transformer layers, or half of it."""
+    """Transformer layer number `index` of the model, or one half of it."""
 
     index: int
 
@@ -155,7 +157,7 @@ class TransformerLayer(Layer):
         return self.spec.layers[self.index]
 
     def joined(self, out: Tensor, norm: NormSpec | None, x: Tensor, weights: Weights) -> Tensor:
-        """The result `out` of attention or MLP, in its place or not, normed and added to the hidden states x."""
+        """The hidden states x plus `out`, the output of attention or MLP, with its norm. May overwrite `out`."""
         layer = self.layer_spec
         if layer.residual == "post":
             return normalise(norm, out.add_(x), weights, "out_norm")
@@ -166,19 +168,19 @@ class TransformerLayer(Layer):
 
 
 class AttentionLayer(TransformerLayer):
-    """A layer with a cache, in two halves, so that a schedule can run them apart with attention between."""
+    """A layer with a cache, in two halves, so that a schedule can run attention as a separate step between them."""
 
     has_cache: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def scale(self) -> float:
-        """What `Context.attend` multiplies the scores by."""
+        """The factor of the attention scores, for `Context.attend`."""
 
     @property
     @abstractmethod
     def projections(self) -> tuple[WeightSpec, ...]:
-        """The matrices that `qkv` multiplies with."""
+        """The weight matrices of `qkv`."""
 
     @abstractmethod
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,10 +188,10 @@ class AttentionLayer(TransformerLayer):
 
     @abstractmethod
     def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
-        """Hidden states, from attended (batch, heads, seq, head_dim) and the layer's input x."""
+        """The hidden states, from the attention output (batch, heads, seq, head_dim) and the layer's input x."""
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        # Queries, keys and values are not kept by name: they are freed before the output is computed.
+        # No names for queries, keys and values, so that they are freed before the output is computed.
         attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
         return self.output(attended, x, weights)
 
@@ -197,7 +199,7 @@ class AttentionLayer(TransformerLayer):
 def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
-    """Weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
+    """The weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
     sources = spec.sources(module, index)
     weight = WeightSpec(
         f"{module}.weight",

@@ -1,4 +1,4 @@
-"""The feed-forward half of a transformer layer, plain or gated, with its norm and its residual add."""
+"""The feed-forward half of a transformer layer, plain or gated, with its norm and residual connection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MLP(TransformerLayer):
 
     @property
     def norm_in(self) -> NormSpec | None:
-        """The norm of its input. Its weights are attention's where both share one."""
+        """The norm of its input. If it is shared with attention, attention has its weights."""
         layer = self.layer_spec
         shared = layer.residual == "parallel" and layer.norms.mlp_in is None
         return layer.norms.attention_in if shared else layer.norms.mlp_in
@@ -41,7 +41,7 @@ class MLP(TransformerLayer):
         return self.transform(x, x, weights)
 
     def transform(self, x: Tensor, onto: Tensor, weights: Weights) -> Tensor:
-        """The network's result for x, added to the hidden states `onto`; both are (batch, seq, hidden)."""
+        """The output of the network for x, plus the hidden states `onto`. Both are (batch, seq, hidden)."""
         tokens = x.shape[0] * x.shape[1]
         if tokens <= self.spec.chunk_tokens:
             return self._transform(x, onto, weights)
@@ -86,12 +86,12 @@ class MLP(TransformerLayer):
         width = 2 * mlp.size if mlp.fused else mlp.size
         up = workspaces.product(tokens, width, spec.hidden_size, dtype)
         down = workspaces.product(tokens, spec.hidden_size, mlp.size, dtype)
-        # Of the inner width: gate and up, or what goes into an activation and what comes out, unless it overwrites.
+        # Tensors of the inner width: gate and up, or input and output of an activation that is not in place.
         in_place = mlp.activation in IN_PLACE
         inner = ffn if in_place and not mlp.gated else 2 * ffn
-        if mlp.fused:  # both halves, their product, and what comes out of the activation
+        if mlp.fused:  # gate and up, their product, and the output of an activation that is not in place
             inner = 3 * ffn if in_place else 4 * ffn
         normed = 0 if self.norm_in is None else hidden
         most = max(norm_in, normed + inner + up, normed + ffn + hidden + down, hidden + norm_out)
-        # In chunks, the result of the whole is beside them.
+        # With chunks, the whole result is allocated too.
         return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)

@@ -1,4 +1,4 @@
-"""Norms: their arithmetic, their weights and what they take."""
+"""Norms: their computation, weights and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
 
 def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name: str = "norm") -> Tensor:
-    """`norm` of x (..., size), with the weights "<name>.weight" and "<name>.bias" that it has; x where it is None."""
+    """`norm` of x (..., size), with the weights "<name>.weight" and "<name>.bias"; x itself if there is no norm."""
     if norm is None:
         return x
     weight = weights[f"{name}.weight"] if norm.weight else None
@@ -25,7 +25,7 @@ def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name
 
 
 def _rms_norm(norm: NormSpec, x: Tensor, weight: Tensor | None) -> Tensor:
-    """In float32, up to the product with the weight or with it, as `norm.cast` says; on a GPU always with it."""
+    """RMS norm in float32. `norm.cast` says whether the product with the weight is too; on a GPU it always is."""
     if x.is_cuda and (weight is None or not norm.plus):  # one launch
         return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
     wide = x.float()
@@ -45,8 +45,8 @@ def norm_weights(
     name: str = "norm",
     size: int | None = None,
 ) -> tuple[WeightSpec, ...]:
-    """The weights that `norm` has of "<name>.weight" and "<name>.bias", from `module`, with `size` values each (None:
-    the hidden size)."""
+    """The weights of `module`: "<name>.weight" and "<name>.bias", if the norm has them. `size` defaults to the hidden
+    size."""
     if norm is None:
         return ()
     parts = [part for part, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
@@ -58,10 +58,10 @@ def norm_weights(
 
 
 def norm_workspace(norm: NormSpec | None, size: int, tokens: int, dtype: torch.dtype) -> int:
-    """Peak bytes of normalising `tokens` rows of `size` values, the result included."""
+    """The peak bytes to normalise `tokens` rows of `size` values, including the result."""
     if norm is None:
         return 0
-    # An RMS norm works on two float32 copies, as transformers does; both norms keep two numbers per row.
+    # Like transformers, an RMS norm uses two float32 copies. Both norms store two numbers per row.
     float32_copies = 2 * torch.float32.itemsize if norm.kind == "rms" else 0
     weight = 2 * size * torch.float32.itemsize if norm.plus else 0
     return tokens * (size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize) + weight

@@ -1,4 +1,4 @@
-"""The calculations of the layers, in plain torch: they run on every device and know no layer."""
+"""The operations of the layers in plain torch. They run on every device."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
-"""By the names that configurations use. Each may overwrite its argument."""
+"""Activation functions by the names in configs. They may overwrite their argument."""
 
 IN_PLACE = frozenset({"relu", "relu2", "silu", "swish"})
-"""Those that do overwrite it, and so take no memory."""
+"""The activations that overwrite their argument, and so allocate no memory."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -48,9 +48,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin for `apply_rope`, each (batch, 1, seq, head_dim / 2) in `dtype`.
 
-    Where the frequencies depend on the length, it is the largest position of the batch plus one, over all rows,
-    as in transformers: `length`, which must be given where `positions` are a part of the batch's. It stays on
-    the device: no synchronisation.
+    length: for frequencies that depend on the length, the largest position of all rows of the batch plus one, as in
+    transformers. Give it if `positions` are only a part of the batch. It stays on the device, without a
+    synchronisation.
     """
     if length is None and rope.kind in ("dynamic", "longrope"):
         length = positions.max() + 1
@@ -70,7 +70,8 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x (batch, heads, seq, head_dim) with its first 2n values rotated, where cos and sin have n for each token.
+    """Rotate the first 2n values of each head of x (batch, heads, seq, head_dim), where n is the last dimension of
+    cos.
 
     The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
     """
@@ -82,7 +83,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second values of the pairs that are rotated."""
+    """The first and the second values of the rotary pairs."""
     if interleaved:
         return x[..., 0::2], x[..., 1::2]
     first, second = x.chunk(2, dim=-1)
@@ -90,13 +91,13 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
-    """What `rotate_token` takes, (batch, 4, 1, n), from `rope_tables` of one position for each row."""
+    """The factors of `rotate_token`, (batch, 4, 1, n), from `rope_tables` of one position per row."""
     return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
 
 
 def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches; in five
-    where only a part of each head is rotated."""
+    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches, or
+    in five if only a part of each head is rotated."""
     batch, heads, _, head_dim = q.shape
     half = factors.shape[-1]
     (q1, q2), (k1, k2) = (_pairs(x[..., : 2 * half], interleaved) for x in (q, k))
@@ -113,30 +114,30 @@ def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = Fals
 
 
 def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:
-    """q (batch, heads, seq, head_dim), multiplied in place as `form` says for `positions` (batch, seq)."""
+    """Scale q (batch, heads, seq, head_dim) in place for `positions` (batch, seq). Returns q."""
     factors = 1 + form.beta * torch.log(1 + torch.floor(positions / form.length))
     return q.mul_(factors[:, None, :, None].to(q.dtype))
 
 
 MASK_VALUES = 1 << 20
-"""Largest mask that is made where queries stand at the end of their keys: 4 MiB in float32. At 16k keys that is 64
+"""The largest attention mask, for queries at the end of their keys: 4 MiB in float32. With 16k keys, this is 64
 queries of every head at once."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scale: float) -> Tensor:
-    """Attention of the prompt's tokens, or of its last ones, over the prompt.
+    """Causal attention of the tokens of a prompt, or of its last tokens, over the prompt.
 
-    q (batch, heads, queries, head_dim), of the last of the seq tokens; k and v (batch, kv_heads, seq, head_dim);
-    `starts[row]` is the number of padding positions at the left of the row, None for none. Returns (batch, heads,
-    queries, head_dim), zero at padding positions.
+    q (batch, heads, queries, head_dim) has the last of the seq tokens; k and v are (batch, kv_heads, seq, head_dim).
+    starts[row] is the number of padding positions at the left of the row; None if there is no padding. Returns
+    (batch, heads, queries, head_dim), zero at padding positions.
 
-    Padding needs no mask: neighbouring rows with the same start run together on their slice without it. Slices
-    are views: rows sorted by length make the fewest calls. Scores (queries, seq) are never built in memory.
+    Padding needs no mask: adjacent rows with the same start run together on a slice without the padding. Slices are
+    views, so rows sorted by length need the fewest calls. The scores (queries, seq) are never stored in memory.
     """
     batch, heads, queries, head_dim = q.shape
     if starts is None or not any(starts):
         return _causal(q, k, v, scale)
-    # Laid out by token, so that merging the heads afterwards is a view.
+    # Token-major, so that merging the heads afterwards is a view.
     out = q.new_zeros(batch, queries, heads, head_dim).transpose(1, 2)
     before = k.shape[2] - queries
     begin = 0
@@ -157,22 +158,22 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _attend_last(q, k, v, scale)
     # `enable_gqa` falls back to full score matrices on CUDA in float32.
     if batch == 1:
-        # The heads of a group see one view of their K and V.
+        # The heads of a group share one view of their K and V.
         shape = (kv_heads, heads // kv_heads, keys, head_dim)
         k, v = (x.transpose(0, 1).expand(shape) for x in (k, v))
         return _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scale).flatten(0, 1).unsqueeze(0)
-    # Copies are small beside the attention, and one call serves all rows.
+    # The copies are small compared to the attention, and one call serves all rows.
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     return _attend_last(q, k, v, scale)
 
 
 def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The queries are those of the last keys, and heads of both are as many."""
+    """Causal attention with equal numbers of heads, for the queries of the last keys."""
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    # Here torch's `is_causal` would align the first query with the first key. A mask of few queries is small,
-    # whatever the length, and kernels that take one do not build scores either.
+    # `is_causal` would align the first query with the first key here, so use a mask. For few queries it is small at
+    # any length, and kernels with a mask do not store the scores either.
     out = torch.empty_like(q)
     step = max(MASK_VALUES // keys, 1)
     for begin in range(0, queries, step):

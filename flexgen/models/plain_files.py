@@ -1,4 +1,4 @@
-"""Files that can be read: not a link to nothing, a FIFO, or a pointer to the file itself."""
+"""Checks that a path is a readable file, not a broken link, a FIFO or a Git LFS pointer."""
 
 from __future__ import annotations
 
@@ -13,48 +13,45 @@ from flexgen.errors import CheckpointError, shown_path
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 _FIXES = {
-    errno.EMFILE: "too many files are open: close some, or raise the limit (ulimit -n)",
-    errno.ENFILE: "too many files are open on this machine: close some",
-    errno.EIO: "the disk reports a failure: read the system's log, and copy or download the file again",
-    errno.ENOENT: "copy or download it again, or name the folder that holds it",
+    errno.EMFILE: "too many open files: close some, or raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine: close some",
+    errno.EIO: "the disk reports an error: check the system's log, and copy or download the file again",
+    errno.ENOENT: "copy or download it again, or give the folder that contains it",
 }
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Check `path` as `check_file` does, and raise CheckpointError for an OSError within.
-
-    It names `path`, the cause and the fix.
-    """
+    """Call `check_file(path)`, and turn an OSError in the body into a CheckpointError with path, cause and fix."""
     try:
         check_file(path)
         yield
     except OSError as error:
-        fix = _FIXES.get(error.errno or 0, "give a file that you may read")
+        fix = _FIXES.get(error.errno or 0, "give a file that you have permission to read")
         raise CheckpointError(
             f"{shown_path(path)}: cannot be read: {error.strerror or error}; {fix}"
         ) from error
 
 
 def check_file(path: Path) -> None:
-    """Raises CheckpointError unless `path` leads to a regular file that is not a Git LFS pointer.
+    """Raises CheckpointError unless `path` is, or links to, a regular file that is not a Git LFS pointer.
 
-    Nothing else is opened: opening a FIFO would wait for a writer.
+    Other files are not opened: opening a FIFO would wait for a writer.
     """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
             raise CheckpointError(
-                f"{path} is a link to {path.readlink()}, which is missing: the download was interrupted, or the "
+                f"{path} is a link to {path.readlink()}, which does not exist: the download was interrupted, or the "
                 "cache was cleaned. Download the model again"
             ) from None
-        raise CheckpointError(f"{path} is missing. Copy or download it again") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise CheckpointError(f"{path} does not exist. Copy or download it again") from None
+    except (OSError, ValueError) as error:  # ValueError for a null character in the name
         raise CheckpointError(f"{shown_path(path)} cannot be opened: {error}") from error
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
-        raise CheckpointError(f"{path} is {kind}; expected a regular file")
+        raise CheckpointError(f"{path} is {kind}; give a regular file")
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Queries, keys and values: how the product of a fused matrix is split, and the norms of queries and keys."""
+"""The split of fused query, key and value projections, and the norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from flexgen.models.norms import norm_weights, normalise
 from flexgen.models.spec import AttentionSpec, ModelSpec, QKNormSpec, WeightSpec
 
 _PARTS = 4
-"""Of the form "mp4"."""
+"""The number of parts in the form "mp4"."""
 
 
 def split_qkv(own: AttentionSpec, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (batch, seq, heads, head_dim), keys and values (batch, seq, kv_heads, head_dim) from the product of a
-    fused matrix, `made` (batch, seq, q_size + 2 * kv_size). Views of it where the form allows that."""
+    """Queries (batch, seq, heads, head_dim), keys and values (batch, seq, kv_heads, head_dim) from the product with a
+    fused matrix, `made` (batch, seq, q_size + 2 * kv_size). They are views if the form allows it."""
     batch, seq, _ = made.shape
     if own.qkv == "rows":
         q, k, v = made.view(batch, seq, -1, own.head_dim).split(
@@ -33,8 +33,8 @@ def split_qkv(own: AttentionSpec, made: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def head_norm_weights(spec: ModelSpec, index: int) -> tuple[WeightSpec, ...]:
-    """Weights "q_norm.*" and "k_norm.*" of layer `index`. For each head one of its own ("q_norm.3.weight") where
-    checkpoints keep them so."""
+    """The weights "q_norm.*" and "k_norm.*" of layer `index`. If checkpoints have a tensor for each head, there is
+    one weight for each head ("q_norm.3.weight")."""
     own = spec.layers[index].attention
     if own.qk_norm is None:
         return ()
@@ -60,7 +60,7 @@ def head_norm_weights(spec: ModelSpec, index: int) -> tuple[WeightSpec, ...]:
 
 
 def normalised_heads(form: QKNormSpec, x: Tensor, weights: Weights, name: str) -> Tensor:
-    """x (batch, heads, seq, head_dim) with the norm `form`, whose weights are "<name>.*"."""
+    """Normalise x (batch, heads, seq, head_dim) with the weights "<name>.*"."""
     if form.over == "head":
         return normalise(form.norm, x, weights, name)
     flat = x.transpose(1, 2).flatten(2)

@@ -1,6 +1,6 @@
-"""Frequencies of rotary positions: one function for each scaling, after its published definition.
+"""Frequencies of rotary positions: one function for each scaling, from its published definition.
 
-The arithmetic is that of transformers, in the same order, so that frequencies are equal to the last bit.
+The arithmetic has the same order as in transformers, so the frequencies are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from flexgen.models.spec import RopeSpec
 
 Parameters = Mapping[str, Any]
-"""The `rope_parameters` of a config, with `rope_theta` and the lengths that the kind needs."""
+"""The `rope_parameters` of a config, with `rope_theta` and the lengths needed for the kind."""
 
 
 def rope_spec(parameters: Parameters, head_dim: int, max_positions: int) -> RopeSpec:
-    """The RoPE that `parameters` describe, for heads of `head_dim` values.
+    """The RoPE of `parameters` for heads of `head_dim` values.
 
-    `max_positions` is the config's max_position_embeddings. Raises KeyError, TypeError, ValueError or another
-    ArithmeticError for parameters that are missing or cannot be used.
+    `max_positions` is the config's max_position_embeddings. Raises KeyError, TypeError, ValueError or ArithmeticError
+    for missing or invalid parameters.
     """
     kind = parameters.get("rope_type", "default")
     stated = parameters.get("original_max_position_embeddings")
-    # `dynamic` stretches from max_position_embeddings, whatever else is stated.
+    # `dynamic` scales from max_position_embeddings and ignores other lengths.
     original = int(max_positions if stated is None or kind == "dynamic" else stated)
     factor = parameters.get("factor") if kind in ("default", "longrope") else parameters["factor"]
     if factor is None:
@@ -55,7 +55,7 @@ def rope_spec(parameters: Parameters, head_dim: int, max_positions: int) -> Rope
 
 
 def _wavelengths(theta: Any, dim: int) -> Tensor:
-    """Wavelengths of the pairs divided by 2 pi, (dim / 2), float32: "RoFormer", arXiv 2104.09864, section 3.2."""
+    """Wavelengths of the pairs divided by 2 pi, (dim / 2) float32. "RoFormer", arXiv 2104.09864, section 3.2."""
     lengths: Tensor = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return lengths
 
@@ -65,23 +65,23 @@ def _default(parameters: Parameters, factor: Any, dim: int, original: int) -> tu
 
 
 def _linear(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
-    """Positions divided by the factor: "Extending Context Window via Position Interpolation", arXiv 2306.15595."""
+    """Positions divided by the factor. "Extending Context Window via Position Interpolation", arXiv 2306.15595."""
     inv_freq, scaling = _default(parameters, factor, dim, original)
     return inv_freq / factor, scaling
 
 
 def _dynamic(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
-    """NTK-aware scaling of the base, for a text of the original length; `ops.rope_tables` has longer ones."""
+    """NTK-aware scaling of the base, for a text of the original length. `ops.rope_tables` handles longer texts."""
     stretch = (factor * original / original) - (factor - 1)
     return 1.0 / _wavelengths(parameters["rope_theta"] * stretch ** (dim / (dim - 2)), dim), 1.0
 
 
 def _yarn(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
-    """Between `linear` for long wavelengths and `default` for short ones: "YaRN", arXiv 2309.00071, section 3."""
+    """`linear` for long wavelengths, `default` for short ones, with a ramp. "YaRN", arXiv 2309.00071, section 3."""
     theta = parameters["rope_theta"]
 
     def pair_of(rotations: float) -> float:
-        """The pair that turns `rotations` times over the original length."""
+        """The index of the pair that rotates `rotations` times over the original length."""
         return (dim * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
     low = pair_of(parameters.get("beta_fast") or 32)
@@ -105,7 +105,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _longrope(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
-    """One factor for each pair, others for texts beyond the original length: "LongRoPE", arXiv 2402.13753."""
+    """A factor for each pair, with other factors beyond the original length. "LongRoPE", arXiv 2402.13753."""
     scaling = parameters.get("attention_factor")
     if scaling is None:
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
@@ -114,15 +114,15 @@ def _longrope(parameters: Parameters, factor: Any, dim: int, original: int) -> t
 
 def _divided(parameters: Parameters, field: str, dim: int) -> Tensor:
     factors = parameters[field]
-    if len(factors) != dim // 2:  # torch would spread a single one
+    if len(factors) != dim // 2:  # torch would broadcast a single factor
         raise ValueError(f"{field} must have head_dim / 2 = {dim // 2} factors")
     lengths = _wavelengths(parameters["rope_theta"], dim)
     return 1.0 / (torch.tensor(factors, dtype=torch.float32) * lengths)
 
 
 def _llama3(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
-    """`linear` for wavelengths beyond original / low_freq_factor, `default` below original / high_freq_factor, and
-    a mixture between: apply_scaling in the code of Llama 3.1."""
+    """`linear` for wavelengths above original / low_freq_factor, `default` below original / high_freq_factor, and a
+    mixture between them. From apply_scaling in the code of Llama 3.1."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     inv_freq, scaling = _default(parameters, factor, dim, original)
     wavelength = 2 * math.pi / inv_freq
@@ -141,5 +141,5 @@ KINDS: dict[str, Callable[[Parameters, Any, int, int], tuple[Tensor, float]]] = 
     "llama3": _llama3,
     "longrope": _longrope,
 }
-"""By the names that configs use: (parameters, factor, head_dim, original length) to the frequencies, (head_dim / 2)
-in float32, and what cos and sin are multiplied by."""
+"""The scalings by their names in configs. Each function takes (parameters, factor, head_dim, original length) and
+returns the frequencies, (head_dim / 2) float32, and the factor of cos and sin."""

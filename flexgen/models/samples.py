@@ -1,4 +1,4 @@
-"""What tells the content of weight files apart without reading all of it."""
+"""Samples of weight files, to distinguish their contents without reading all bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _BLOCK = 4096
 
 
 def sample(path: Path, offset: int, nbytes: int) -> bytes:
-    """The first, the middle and the last 4 KiB of a tensor's bytes; all of them if they are few.
+    """The first, middle and last 4 KiB of a tensor's bytes, or all bytes of a small tensor.
 
-    Training changes nearly every value of a tensor, so it changes what is read here.
+    Training changes nearly every value of a tensor, so it also changes the sample.
     """
     with path.open("rb", buffering=0) as file:
         if nbytes <= 3 * _BLOCK:
@@ -26,10 +26,10 @@ def sample(path: Path, offset: int, nbytes: int) -> bytes:
 
 
 def archive_content(path: Path) -> str:
-    """Names, sizes and CRC-32 of a zip file's members, from its directory; a digest of any other file, all of it."""
+    """Names, sizes and CRC-32 of a zip file's members, from its directory; for other files, a digest of all bytes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # torch.save names the folder in the archive for the file.
+            # torch.save names the folder in the archive after the file.
             members = [
                 (info.filename.partition("/")[2], info.file_size, info.CRC) for info in archive.infolist()
             ]

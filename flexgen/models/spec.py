@@ -1,4 +1,4 @@
-"""What a model is, as pure data: a family's function turns a configuration into a `ModelSpec`."""
+"""The description of a model as plain data. A family's `to_spec` converts a config to a `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary positions: angle of pair `j` at position `p` is `p * inv_freq[j]`.
+    """Rotary positions: the angle of pair `j` at position `p` is `p * inv_freq[j]`.
 
-    The first 2 * len(inv_freq) values of a head are rotated; the others stay as they are. cos and sin are multiplied
-    by `scaling`. Two kinds depend on the length of the sequence: `dynamic` recomputes the base beyond
-    `original_max_positions`, `longrope` switches to `long_inv_freq` beyond it.
+    The first 2 * len(inv_freq) values of a head are rotated; the others do not change. cos and sin are multiplied by
+    `scaling`. Two kinds depend on the length of the sequence: beyond `original_max_positions`, `dynamic` recomputes
+    the base, and `longrope` uses `long_inv_freq`.
     """
 
     kind: str
@@ -27,29 +27,29 @@ class RopeSpec:
     original_max_positions: int = 0
     long_inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
-    """True: pair `j` is values 2j and 2j + 1. False: values j and j + len(inv_freq)."""
+    """True: pair `j` has the values 2j and 2j + 1. False: the values j and j + len(inv_freq)."""
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm over the last dimension: RMS norm, or layer norm, which subtracts the mean first."""
+    """An RMS norm or a layer norm over the last dimension."""
 
     kind: Literal["rms", "layer"]
     eps: float
     weight: bool = True
     bias: bool = False
     plus: float = 0.0
-    """What is added to the stored weight."""
+    """A number that is added to the stored weight."""
     cast: Literal["before", "after"] = "before"
-    """When an RMS norm rounds to the model's dtype: before the product with the weight, or after it. A layer norm
-    always rounds after it."""
+    """When an RMS norm rounds to the model's dtype: before or after the product with the weight. A layer norm always
+    rounds after it."""
 
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """The norms of a layer by their place: of what goes into attention or MLP, and of what comes out. None: no norm.
+    """The norms of a layer: before and after attention, before and after the MLP. None: no norm.
 
-    A norm of an output comes before the residual add, and after it where `LayerSpec.residual` is "post".
+    A norm after attention or MLP comes before the residual connection, or after it if `LayerSpec.residual` is "post".
     """
 
     attention_in: NormSpec | None = None
@@ -60,10 +60,10 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """A norm of queries and keys before they are rotated.
+    """A norm of queries and keys before the rotation.
 
-    `over`: "head" normalises each head, with one weight for all heads; "all" normalises all heads together; "each"
-    normalises each head, with a weight for each.
+    over: "head" normalises each head with the same weight; "each" normalises each head with its own weight; "all"
+    normalises all heads together.
     """
 
     norm: NormSpec
@@ -79,25 +79,25 @@ class QueryScaling:
 
 
 class CacheShape(NamedTuple):
-    """What a layer keeps of each token: a key and a value of `head_dim` values for each of `kv_heads`."""
+    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads."""
 
     kv_heads: int
     head_dim: int
 
 
 QKVForm = Literal["separate", "rows", "heads", "groups", "mp4"]
-"""How a checkpoint stores the projections of queries, keys and values.
+"""The form of the query, key and value projections in checkpoints and in products.
 
-"separate": three matrices. Others: one matrix, which stays one matrix; its product is split. "rows": all queries,
-then all keys, then all values. "heads": query, key and value of the first head, then of the second. "groups": the
-queries of a group, its key and its value, then the next group. "mp4": four parts, each with a quarter of the queries,
-of the values and of the keys.
+"separate" is three matrices. All other forms are one fused matrix, whose product is split. Its rows are, for "rows":
+all queries, all keys, all values; for "heads": query, key and value of each head; for "groups": queries, key and
+value of each group of heads that share a key; for "mp4": four parts, each with queries, values and keys of a quarter
+of the heads.
 """
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention. `heads` is a multiple of `kv_heads`; without `rope` queries and keys are not rotated."""
+    """Self-attention. `heads` is a multiple of `kv_heads`. Without `rope`, queries and keys are not rotated."""
 
     heads: int
     kv_heads: int
@@ -112,10 +112,10 @@ class AttentionSpec:
     query_scaling: QueryScaling | None = None
 
     score_scale: float | None = None
-    """What scores are multiplied by. None: head_dim ** -0.5."""
+    """The factor of the attention scores. None: head_dim ** -0.5."""
     window: int | None = None
-    """How many tokens a query attends to, itself included. None: all of them. No layer computes a shorter window:
-    `ModelSpec.longest_text` is at most the window."""
+    """The number of tokens that a query attends to, including itself. None: all tokens. No layer computes a window
+    yet, so `ModelSpec.longest_text` is at most the window."""
 
     @property
     def q_size(self) -> int:
@@ -136,9 +136,9 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """A feed-forward network of inner width `size`; `gated`: the activation of one product scales another.
+    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another.
 
-    `fused`: one matrix has the rows of the gate, then those of what it scales.
+    fused: one matrix has the rows of both projections, the gate first.
     """
 
     size: int
@@ -152,7 +152,7 @@ class MLPSpec:
 class LayerSpec:
     """One transformer layer: its attention, its MLP, their norms, and how their results join the hidden states.
 
-    Two layers with equal specs have the same weight shapes, take the same memory and cost the same.
+    Two layers with equal specs have the same weight shapes, memory and cost.
     """
 
     attention: AttentionSpec
@@ -160,22 +160,22 @@ class LayerSpec:
     norms: LayerNorms
 
     residual: Literal["serial", "parallel", "post"] = "serial"
-    """"serial": the MLP takes the hidden states that attention was added to. "parallel": both take the layer's input;
-    without `norms.mlp_in` the MLP shares attention's norm. "post": serial, and a norm of an output comes after the
-    residual add."""
+    """"serial": the input of the MLP includes the output of attention. "parallel": attention and MLP have the same
+    input; without `norms.mlp_in`, the MLP uses the norm of attention. "post": serial, with norms after the residual
+    connections (opt-350m)."""
     residual_scale: float = 1.0
-    """What the results of attention and MLP are multiplied by before they are added."""
+    """The factor of the outputs of attention and MLP."""
 
 
 Names = Mapping[str, tuple[str, ...]]
-"""Where a family's checkpoints keep each module ("q", "mlp_in", "head"): the names that it may have, in the order
-in which they are tried. `{i}` stands for the index of the layer, `{h}` for that of a head."""
+"""The names in a family's checkpoints for each module ("q", "mlp_in", "head"), in the order in which they are tried.
+`{i}` is the index of the layer, `{h}` the index of a head."""
 
 
 def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """`Names` of modules that are stored under one of several prefixes.
+    """`Names` for modules that are stored with one of several prefixes.
 
-    Checkpoints are saved from the model with its LM head, or from the bare decoder.
+    A checkpoint can be saved from the model with its LM head or from the bare decoder.
     """
     return {module: tuple(prefix + name for prefix in prefixes) for module, name in names.items()}
 
@@ -184,26 +184,26 @@ def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tup
 class WeightSpec:
     """One tensor of one layer.
 
-    `name` is the name inside the layer ("q.weight"); `sources` are the names it may have in a checkpoint,
-    the first that is found counts.
+    `name` is the name inside the layer ("q.weight"). `sources` are the possible names in a checkpoint; the first one
+    that exists is used.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     transposed: bool = False
-    """Whether files store the matrix as (in, out): it is transposed when it is read."""
+    """Whether files store the matrix as (in, out). It is transposed when it is read."""
     unflattened: tuple[int, ...] = ()
-    """The shape in files, where they store the same values, row by row, in another shape."""
+    """The shape in files, if it is another shape with the same values in the same order."""
 
     @property
     def encodable(self) -> bool:
-        """Whether a codec may round it: not a table of positions, whose rows are added as they are."""
+        """Whether a codec may round it. A table of positions is not encoded, because its rows are added directly."""
         return self.name != "positions.weight"
 
     @property
     def looked_up(self) -> bool:
-        """Whether it is a table whose rows are taken by number, not a matrix that is multiplied."""
+        """Whether it is a table for lookups by index, not a matrix for products."""
         return self.name in ("embed.weight", "positions.weight")
 
     @property
@@ -213,7 +213,7 @@ class WeightSpec:
 
     @property
     def key(self) -> str:
-        """Identity over the whole model: a tied head and the embedding have the same key."""
+        """The identity of the tensor in the model. A tied head and the embedding have the same key."""
         return self.sources[0]
 
     @property
@@ -226,7 +226,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer: its layers, what is outside of them, and checkpoint names."""
+    """A decoder-only transformer: its layers, the parts outside of them, and the names in checkpoints."""
 
     name: str
     family: str
@@ -237,10 +237,10 @@ class ModelSpec:
     hidden_size: int
     vocab_size: int
     max_positions: int
-    """Length of a text that the model is made for: the rows of a learned table of positions, or the context that
-    the scaling of rotary positions gives."""
+    """The longest text that the model was made for: the rows of a learned table of positions, or the context length
+    with the scaling of the rotary positions."""
     embed_size: int
-    """Width of the token embedding and of the LM head, projected where it is not `hidden_size`."""
+    """The width of the token embedding and the LM head. They are projected if it is not `hidden_size`."""
 
     bos_token_id: int | None
     pad_token_id: int | None
@@ -253,20 +253,20 @@ class ModelSpec:
     positions: Literal["learned", "rope"] = "rope"
     """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
     position_offset: int = 0
-    """Rows of a learned position table that come before position 0."""
+    """The number of rows before position 0 in a learned table of positions."""
 
     embed_scale: float = 1.0
-    """What token embeddings are multiplied by, rounded to the model's dtype."""
+    """The factor of the token embeddings. It is rounded to the model's dtype."""
     logit_scale: float = 1.0
-    """What logits are multiplied by."""
+    """The factor of the logits."""
 
     transposed: frozenset[str] = frozenset()
-    """Modules whose matrices files store as (in, out)."""
+    """The modules whose matrices are stored as (in, out) in files."""
 
     chunk_tokens: int = 4096
-    """Tokens that a layer computes at once, which bounds what it allocates for a long prompt. Products reach
-    their full rate with some hundreds of rows on a CPU (benchmarks/host_linear.py) and with some thousands on a
-    GPU, so more would only take memory."""
+    """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products
+    reach full speed with a few hundred rows on a CPU (benchmarks/host_linear.py) and a few thousand on a GPU, so more
+    tokens would only use more memory."""
 
     @property
     def num_layers(self) -> int:
@@ -274,8 +274,7 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """Positions that can be computed: the rows of a learned table, or the shortest window of attention. Rotary
-        positions have no end."""
+        """The maximum number of positions: the rows of a learned table, the shortest window, or infinite."""
         table = self.max_positions if self.positions == "learned" else math.inf
         return min([table, *(layer.attention.window or math.inf for layer in self.layers)])
 
@@ -284,13 +283,13 @@ class ModelSpec:
         return self.embed_size != self.hidden_size
 
     def first_layers(self, count: int) -> ModelSpec:
-        """The model without its layers from number `count` on."""
+        """The model with only its first `count` layers."""
         return replace(self, layers=self.layers[:count])
 
     def sources(self, module: str, index: int | None = None, head: int | None = None) -> tuple[str, ...]:
-        """Full names of `module` (of layer `index`, of head `head`), in the order in which they are tried."""
+        """The full names of `module` (in layer `index`, for head `head`), in the order in which they are tried."""
         return tuple(name.format(i=index, h=head) for name in self.names[module])
 
     def by_head(self, module: str) -> bool:
-        """Whether checkpoints keep a tensor of `module` for each head."""
+        """Whether checkpoints have a tensor of `module` for each head."""
         return any("{h}" in name for name in self.names[module])

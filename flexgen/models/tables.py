@@ -1,4 +1,4 @@
-"""What the tables of families share: names as Llama's checkpoints have them, and specs from the usual fields."""
+"""Common parts of the families' tables: names of modules, and specs from fields that many configs have."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ LLAMA_MODULES = {
     "down": "layers.{i}.mlp.down_proj",
     "final_norm": "norm",
 }
-"""Where most families keep their modules."""
+"""The names of modules in the checkpoints of most families."""
 
 
 def llama_names(**modules: str) -> Names:
-    """Names of a family that keeps its modules where Llama does, but for `modules`."""
+    """The names of a family that has Llama's names except for `modules`."""
     return prefixed(("model.", ""), LLAMA_MODULES | modules) | {"head": ("lm_head",)}
 
 
 def gpt_names(**modules: str) -> Names:
-    """Names of a family that keeps its modules where GPT-2 does, but for `modules`."""
+    """The names of a family that has GPT-2's names except for `modules`."""
     ends = {"embed": "wte", "positions": "wpe", "final_norm": "ln_f"}
     norms = {"attention_in": "h.{i}.ln_1", "mlp_in": "h.{i}.ln_2"}
     return prefixed(("transformer.", ""), ends | norms | modules) | {"head": ("lm_head",)}
 
 
 def rms(fields: Fields, field: str = "rms_norm_eps", **others: Any) -> NormSpec:
-    """An RMS norm. `others` are further fields of its spec, here and below."""
+    """An RMS norm. `others`, here and below, are other fields of the spec."""
     return NormSpec("rms", fields.number(field), **others)
 
 
@@ -65,7 +65,7 @@ def layer_norm(fields: Fields, field: str, **others: Any) -> NormSpec:
 
 
 def both_in(norm: NormSpec) -> LayerNorms:
-    """`norm` of what goes into attention and of what goes into the MLP."""
+    """The same norm before attention and before the MLP."""
     return LayerNorms(attention_in=norm, mlp_in=norm)
 
 
@@ -87,7 +87,7 @@ def head_dim(fields: Fields) -> int:
         fields.multiple("hidden_size", hidden, "num_attention_heads", heads)
         return hidden // heads
     size = fields.size("head_dim")
-    fields.multiple("head_dim", size, "the two of a rotating pair", 2)
+    fields.multiple("head_dim", size, "the size of a rotary pair", 2)
     return size
 
 
@@ -102,15 +102,15 @@ def gated_mlp(fields: Fields, **others: Any) -> MLPSpec:
 
 
 def gpt_mlp(fields: Fields) -> MLPSpec:
-    """An MLP as GPT-2's config has it: with biases, of the width n_inner or else of four times the hidden size."""
+    """The MLP of GPT-2, with biases. Its width is n_inner, or four times the hidden size if that is absent."""
     size = fields.size_or("n_inner", 4 * fields.size("hidden_size"))
     return MLPSpec(size, fields.activation("activation_function"), bias=True)
 
 
 def gpt_rope(fields: Fields) -> RopeSpec:
-    """RoPE as GPT-J's config has it: of the first rotary_dim values of a head, in pairs of neighbours."""
+    """The RoPE of GPT-J: the first rotary_dim values of each head, interleaved."""
     rotated, size = fields.size("rotary_dim"), head_dim(fields)
-    fields.multiple("rotary_dim", rotated, "the two of a rotating pair", 2)
+    fields.multiple("rotary_dim", rotated, "the size of a rotary pair", 2)
     if rotated > size:
         raise ModelError(f"{fields.name}: rotary_dim = {rotated} exceeds the {size} values of a head")
     spec = rope_spec({"rope_theta": 10_000.0}, rotated, fields.size("max_position_embeddings"))
@@ -118,7 +118,7 @@ def gpt_rope(fields: Fields) -> RopeSpec:
 
 
 def alike(fields: Fields, layer: LayerSpec) -> tuple[LayerSpec, ...]:
-    """Layers that differ in nothing but the windows of their attention."""
+    """Equal layers, except for the windows of their attention."""
     return tuple(
         replace(layer, attention=replace(layer.attention, window=window)) for window in fields.windows()
     )
@@ -131,7 +131,7 @@ def model(
     final_norm: NormSpec | None,
     **others: Any,
 ) -> ModelSpec:
-    """A model whose layers stand between an embedding of the hidden size and a head."""
+    """A model with the usual fields for everything except its layers and its final norm."""
     hidden_size = fields.size("hidden_size")
     ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
     values = {
@@ -156,9 +156,9 @@ def model(
 
 
 def _context(stated: int, ropes: Sequence[RopeSpec]) -> int:
-    """Positions of the context that the scaling of rotary positions gives.
+    """The context length with the scaling of the rotary positions.
 
-    `stated` is the config's max_position_embeddings. It is the length before scaling in a config that has no
-    original_max_position_embeddings; in others it usually is the length after scaling.
+    `stated` is the config's max_position_embeddings. In a config without original_max_position_embeddings it is the
+    length before scaling; in others it is usually the length after scaling.
     """
     return max([stated, *(math.floor(rope.original_max_positions * rope.factor) for rope in ropes)])

@@ -1,5 +1,4 @@
-"""Checkpoints as files: safetensors and folders of numpy files, whose bytes can be read in place, and torch's
-own `.bin`."""
+"""Checkpoint files: the base class of all formats, and those that can be read in place (safetensors, numpy files)."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ from flexgen.units import align
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 _LENGTH_BYTES = 8
-SHOWN_CHARACTERS = 200  # characters of a file's own text that messages show
+SHOWN_CHARACTERS = 200  # the maximum number of characters of a file's contents in a message
 _HEADER_LIMIT = 100_000_000  # the published limit of the format
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a tensor's bytes lie: `nbytes` from `offset` of `path`, row-major, little-endian."""
+    """The place of a tensor's bytes: `nbytes` from `offset` in `path`, row-major and little-endian."""
 
     path: Path
     offset: int
@@ -44,7 +43,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says of a tensor. `dtype` is None where `kind`, the file's own word, is no float."""
+    """The metadata of a tensor in a file. `kind` is the file's name of the dtype; `dtype` is None for non-floats."""
 
     path: Path
     kind: str
@@ -64,24 +63,24 @@ _QUANTIZED = {
     "weight_scale_inv": "fp8",
     "weight_packed": "compressed-tensors",
 }
-"""Methods by the last part of a tensor's name."""
+"""Quantization methods by the last part of a tensor's name."""
 
 
 def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of several files. Raises CheckpointError for a name that two of them have."""
+    """The tensors of several files by name. Raises CheckpointError for a name that is in two files."""
     tensors: dict[str, StoredTensor] = {}
     for name, stored in found:
         if name in tensors:
             raise CheckpointError(
-                f"{shown(name)} is in {tensors[name].path} and in {stored.path}, and which one counts is not said: "
-                "shards of two checkpoints are mixed in this directory. Download it again into an empty one"
+                f"{shown(name)} is both in {tensors[name].path} and in {stored.path}: shards of two checkpoints are "
+                "mixed in this directory. Download the model again to an empty directory"
             )
         tensors[name] = stored
     return tensors
 
 
 class TensorFiles:
-    """What both formats share: a directory, and what its files say of each tensor by name."""
+    """The common part of all formats: a directory, and the metadata of its tensors by name."""
 
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
         self.directory: Path | None = directory
@@ -89,12 +88,12 @@ class TensorFiles:
 
     @property
     def sources(self) -> list[Path]:
-        """The files of the tensors, links resolved and sorted."""
+        """The files of the tensors, sorted, with links resolved."""
         return sorted({tensor.path.resolve() for tensor in self._tensors.values()})
 
     @property
     def identity(self) -> str:
-        """Changes when a file is replaced or written to, whatever time it is given afterwards."""
+        """A key that changes when a file is replaced or modified, even if its modification time is restored."""
         found = []
         for path in self.sources:
             with reading(path):
@@ -102,11 +101,11 @@ class TensorFiles:
         return "\n".join(f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for p, s in found)
 
     def holds(self, weight: WeightSpec) -> bool:
-        """Whether any of the weight's sources is there."""
+        """Whether any of the weight's sources exists."""
         return self._source(weight) is not None
 
     def dtype_of(self, weight: WeightSpec) -> torch.dtype:
-        """The dtype of the stored weight. Raises CheckpointError where it is missing or not a float."""
+        """The dtype of the stored weight. Raises CheckpointError if it is missing or not a float."""
         source, stored = self._find(weight)
         if stored.dtype is None:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
@@ -117,26 +116,26 @@ class TensorFiles:
         return stored.dtype
 
     def check_unquantized(self) -> None:
-        """Raises CheckpointError for tensors that only quantized checkpoints have, whatever their config says."""
+        """Raises CheckpointError for tensors that only quantized checkpoints have, regardless of the config."""
         for name, stored in self._tensors.items():
             method = _QUANTIZED.get(name.rpartition(".")[2])
             if method or "float8" in stored.kind or stored.kind.startswith("F8"):
                 raise CheckpointError(
-                    f"{stored.path}: {shown(name)} ({stored.kind}) belongs to weights that are quantized "
-                    f"({method or 'fp8'}), which is not supported. Give the checkpoint in float16, bfloat16 or "
-                    "float32; a policy with int4 or int8 weights quantizes it on opening"
+                    f"{stored.path}: {shown(name)} ({stored.kind}) belongs to quantized weights "
+                    f"({method or 'fp8'}), which are not supported. Use a checkpoint in float16, bfloat16 or "
+                    "float32; a policy with the codec int4 or int8 quantizes it when it is opened"
                 )
 
     def check_depth(self, spec: ModelSpec) -> None:
-        """Raises CheckpointError for more layers than there are tensors, before an object is made for each."""
+        """Raises CheckpointError if there are more layers than tensors. Call it before layers are created."""
         if spec.num_layers > len(self._tensors):
             raise CheckpointError(
-                f"{self.directory}: the config asks for {spec.num_layers} layers, and the files hold "
-                f"{_count(list(self._tensors), 'tensor')}: they do not belong together"
+                f"{self.directory}: the config has {spec.num_layers} layers, but the files contain only "
+                f"{_count(list(self._tensors), 'tensor')}: they belong to different models. Download the model again"
             )
 
     def verify(self, layers: Sequence[Layer]) -> None:
-        """Raises CheckpointError for missing tensors, wrong shapes and dtypes that are not supported."""
+        """Raises CheckpointError for missing tensors, wrong shapes and unsupported dtypes."""
         missing, wrong = [], []
         weights = [weight for layer in layers for weight in layer.weights]
         for weight in weights:
@@ -161,7 +160,7 @@ class TensorFiles:
         source = self._source(weight)
         if source is None:
             raise CheckpointError(
-                f"{self.directory}: tensor missing, looked for {' and '.join(weight.sources)}"
+                f"{self.directory}: a tensor is missing; looked for {' and '.join(weight.sources)}"
             )
         return source, self._tensors[source]
 
@@ -175,16 +174,17 @@ def _some(items: Sequence[str], limit: int = 8) -> str:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name.
+    """The metadata of the tensors in a safetensors file by name.
 
-    Raises CheckpointError for a file that is not one, or that ends before its last tensor.
+    Raises CheckpointError if the file is not a safetensors file or is truncated.
     """
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or not 2 <= length <= min(_HEADER_LIMIT, size - _LENGTH_BYTES):
             raise CheckpointError(
-                f"{path}: not a complete safetensors file: {size} bytes, and a header of {length}"
+                f"{path}: not a complete safetensors file: it has {size} bytes and a header of {length} bytes. Copy "
+                "or download it again"
             )
         text = file.read(length)
     base = _LENGTH_BYTES + length
@@ -205,44 +205,45 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header. Raises ValueError for a name that comes twice."""
+    """An object of a header. Raises ValueError for a duplicate name."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name is duplicated")
     return values
 
 
 def _whole(values: Any) -> tuple[int, ...]:
-    """Offsets or a shape. Raises ValueError unless they are a list of integers that a file can have."""
+    """Offsets or a shape. Raises ValueError unless `values` is a list of integers of at most 63 bits."""
     if not isinstance(values, list) or not all(type(n) is int and abs(n) < 2**63 for n in values):
         raise ValueError(f"expected a list of integers, found {str(values)[:SHOWN_CHARACTERS]}")
     return tuple(values)
 
 
 def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
-    """Raises CheckpointError unless each tensor has its own bytes between `base` and `size`, as many as its shape."""
+    """Raises CheckpointError unless the bytes of each tensor fit its shape, are in the file, and do not overlap."""
     for name, stored in tensors.items():
         end = stored.offset + stored.nbytes
         if stored.offset < base or stored.nbytes < 0 or end > size:
             raise CheckpointError(
-                f"{path}: {name} lies at bytes {stored.offset} to {end}, the file has {size}: "
-                "it is truncated or damaged, copy or download it again"
+                f"{path}: {name} is at bytes {stored.offset} to {end}, but the file has {size} bytes: it is "
+                "truncated or damaged. Copy or download it again"
             )
         if stored.dtype is not None and stored.nbytes != math.prod(stored.shape) * stored.dtype.itemsize:
             raise CheckpointError(
-                f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot take {stored.nbytes} bytes"
+                f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot have {stored.nbytes} bytes: the "
+                "file is damaged. Copy or download it again"
             )
     filled = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
     for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
         if begin < end:
             raise CheckpointError(
-                f"{path}: {name} and {following} overlap at byte {begin}: the file is damaged, copy or "
-                "download it again"
+                f"{path}: {name} and {following} overlap at byte {begin}: the file is damaged. Copy or download it "
+                "again"
             )
 
 
 def read_numpy_header(path: Path) -> StoredTensor:
-    """What a numpy file says of its array. Raises CheckpointError for one that is not C-ordered, or not whole."""
+    """The metadata of a numpy file. Raises CheckpointError if the array is not C-ordered or not complete."""
     with reading(path), path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -252,16 +253,16 @@ def read_numpy_header(path: Path) -> StoredTensor:
                 else np.lib.format.read_array_header_2_0
             )
             shape, fortran_order, dtype = read(file)
-        except Exception as error:  # of whatever kind: numpy evaluates a text of the file
+        except Exception as error:  # numpy evaluates text from the file, which can raise anything
             raise CheckpointError(f"{path}: not a numpy file: {str(error)[:SHOWN_CHARACTERS]}") from error
         offset = file.tell()
     nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
     if fortran_order:
-        raise CheckpointError(f"{path}: holds its array column by column; save it with np.ascontiguousarray")
+        raise CheckpointError(f"{path}: the array is in Fortran order; save it with np.ascontiguousarray")
     if offset + nbytes != size:
         raise CheckpointError(
-            f"{path}: an array of shape {shape} in {dtype} takes {offset + nbytes} bytes, the file has {size}: "
-            "it is truncated or damaged, copy or convert it again"
+            f"{path}: an array of shape {shape} in {dtype} needs {offset + nbytes} bytes, but the file has {size}: "
+            "it is truncated or damaged. Copy or convert it again"
         )
     return StoredTensor(path, str(dtype), _NUMPY_DTYPES.get(dtype.str), shape, offset, nbytes)
 
@@ -269,9 +270,9 @@ def read_numpy_header(path: Path) -> StoredTensor:
 def make_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], alignment: int
 ) -> tuple[bytes, dict[str, int]]:
-    """How a safetensors file begins that holds these tensors, one after another, and where each will lie in it.
+    """The header of a safetensors file with these tensors, one after another, and the offset of each in the file.
 
-    The first lies at a multiple of `alignment` bytes. Raises KeyError for a dtype that no weight is kept in.
+    The offset of the first tensor is a multiple of `alignment`. Raises KeyError for an unsupported dtype.
     """
     kinds = {dtype: kind for kind, dtype in DTYPES.items()} | {torch.uint8: "U8"}
     entries, offsets, end = {}, {}, 0
@@ -287,12 +288,14 @@ def make_header(
 
 
 class _PlainFiles(TensorFiles):
-    """Files that hold each tensor as one run of bytes, row by row. Only headers are kept in memory."""
+    """Files in which each tensor is one run of bytes in row-major order. Only headers are kept in memory."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of each tensor's name, dtype and shape, and of samples of its values. Not of files, paths or
-        times: copies and other shards of the same tensors have the same one."""
+        """A digest of the name, dtype and shape of each tensor, and of samples of its values.
+
+        It does not depend on files, paths or times: copies and other shards of the same tensors have the same one.
+        """
         digest = hashlib.sha256()
         for name, stored in sorted(self._tensors.items()):
             digest.update(f"{name} {stored.kind} {stored.shape} {stored.nbytes}\n".encode())
@@ -301,17 +304,18 @@ class _PlainFiles(TensorFiles):
         return digest.hexdigest()
 
     def extent(self, weight: WeightSpec) -> Extent | None:
-        """None for a transposed matrix. Raises CheckpointError where the tensor is missing or not of floats."""
+        """The place of the weight's bytes; None for a transposed matrix. Raises CheckpointError if it is missing or
+        not a float."""
         return None if weight.transposed else self._extent(weight)
 
     def _extent(self, weight: WeightSpec) -> Extent:
-        """Of the tensor as it is stored, in the weight's shape where that has the same values row by row."""
+        """The place of the tensor, transposed or not."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
         shape = weight.shape if weight.unflattened else stored.shape
         return Extent(stored.path, stored.offset, stored.nbytes, dtype, shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A host tensor of its own in `dtype`; plain reads, so no file stays mapped."""
+        """A new host tensor in `dtype`, with plain reads, so that no file stays mapped."""
         extent = self._extent(weight)
         if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
@@ -324,7 +328,10 @@ class _PlainFiles(TensorFiles):
             while done < extent.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise CheckpointError(f"{extent.path}: ended within {weight.key}: it has changed")
+                    raise CheckpointError(
+                        f"{extent.path}: the file ends within {weight.key}: it has changed since it was opened. "
+                        "Open the model again"
+                    )
                 done += count
         stored = buffer.view(extent.dtype).view(extent.shape)
         if weight.transposed:
@@ -333,21 +340,21 @@ class _PlainFiles(TensorFiles):
 
 
 class SafetensorsCheckpoint(_PlainFiles):
-    """One or several safetensors files of one directory."""
+    """One or more safetensors files of one directory."""
 
     def __init__(self, directory: Path, files: Sequence[Path]) -> None:
         super().__init__(directory, by_name(item for path in files for item in read_header(path).items()))
 
 
 class NumpyCheckpoint(_PlainFiles):
-    """The folder that FlexGen 0.1 converted an OPT checkpoint to: a numpy file for each tensor, named for it.
+    """An OPT checkpoint that FlexGen 0.1 converted: a folder with one numpy file per tensor, named after the tensor.
 
-    What is called final_layer_norm elsewhere is layer_norm there. Its lm_head.weight is a copy of the embedding,
-    which is left out.
+    Its names have layer_norm in place of final_layer_norm. Its lm_head.weight is a copy of the embedding and is not
+    read.
     """
 
     MARK = "decoder.embed_tokens.weight"
-    """A file by which such a folder is known."""
+    """A file that identifies such a folder."""
 
     def __init__(self, directory: Path) -> None:
         names = {path.name: path for path in sorted(directory.glob("decoder.*"))}
@@ -361,17 +368,17 @@ class NumpyCheckpoint(_PlainFiles):
 
 
 def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
-    """`made`, which is `stored` in another dtype. Raises CheckpointError unless all of it is finite."""
+    """`made`, which is `stored` converted to another dtype. Raises CheckpointError unless all values are finite."""
     if not made.numel() or all(value.isfinite() for value in made.aminmax()):  # NaN spreads to both
         return made
     if all(value.isfinite() for value in stored.aminmax()):
         raise CheckpointError(
-            f"{path}: {weight.key} has values that exceed {str(made.dtype).removeprefix('torch.')}: open the model "
-            "with dtype='bfloat16' or 'float32'"
+            f"{path}: {weight.key} has values outside the range of {str(made.dtype).removeprefix('torch.')}: open "
+            "the model with dtype='bfloat16' or 'float32'"
         )
     raise CheckpointError(
-        f"{path}: {weight.key} holds NaN or infinite values: the file is damaged, or its training diverged. Copy or "
-        "download it again"
+        f"{path}: {weight.key} contains NaN or infinite values: the file is damaged, or the training diverged. Copy "
+        "or download it again"
     )
 
 

@@ -13,7 +13,7 @@ from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
-from flexgen.layout.plan import batch_sizes, plan_memory
+from flexgen.layout.plan import Target, batch_sizes, plan_memory
 from flexgen.models import Layer, ModelSpec, build_layers
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
@@ -145,8 +145,8 @@ def _plan(
     job: Job, policy: Policy, layers: Sequence[Layer], placement: Placement
 ) -> tuple[Policy, MemoryPlan]:
     """The policy, in parts of prompts where whole ones do not fit, and its plan."""
-    hardware, slots = job.hardware, job.order_for(policy).slots
-    workspaces = workspaces_on(hardware)
+    hardware = job.hardware
+    target = Target(hardware.topology, job.order_for(policy).slots, workspaces_on(hardware))
     limits: dict[Tier, int | None] = {tier: hardware.capacity.get(tier) for tier in Tier}
     # A plan does not count weights on disk, which a run finds there; what is left of the disk is less by them.
     on_disk, disk = placement.nbytes[Tier.DISK], hardware.capacity[Tier.DISK]
@@ -158,8 +158,7 @@ def _plan(
     limits[Tier.DISK] = disk - on_disk
 
     def plan(asked: Policy) -> MemoryPlan:
-        block = layers, placement, asked, placement.dtype, hardware.topology, job.workload
-        return plan_memory(*block, slots=slots, workspaces=workspaces)
+        return plan_memory(layers, placement, asked, target, job.workload)
 
     policy = with_fitting_chunk(plan, policy, limits, job.workload.prompt_len)
     return policy, fitting_plan(plan, policy, limits)

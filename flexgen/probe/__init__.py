@@ -1,4 +1,4 @@
-"""Measures a machine: each figure that a prediction needs, through the code that runs there in the engine."""
+"""The measurement of a machine: each figure for predictions, measured with the code of the engine."""
 
 from flexgen.probe.effort import Effort
 from flexgen.probe.machine import measure

@@ -1,4 +1,4 @@
-"""Rates of what is computed: layers, kernels and codecs of the engine, on the device that will run them."""
+"""The speed of the engine's layers, kernels and codecs on a device."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from flexgen.quant import Codec
 
 _PAGE_TOKENS = 128
 _CACHE_ROWS = 8
-"""Of a cache on the host."""
+"""The rows of a cache in host memory."""
 _PROMPT_ROWS = 4
 _LAUNCHES: dict[str, Any] = {"hidden": 64, "heads": 2, "rows": (1,), "working_set": 1}
-"""The effort for a layer whose time on a GPU is that of its launches."""
+"""The effort for a layer so small that its time on a GPU is that of its kernel launches."""
 _LEAST_OWN = 0.5
-"""Of a time from which launches are taken off: more of it would leave noise."""
+"""The minimum share of a time that remains after launches are subtracted. Below it, the result would be noise."""
 
 
 class ArithmeticProbe:
-    """Rates in one dtype of a transformer's layers of the size that `effort` says; `layer` is one of them."""
+    """Measures transformer layers of the size in `effort`, in one dtype. `layer` is one of these layers."""
 
     def __init__(self, device: ComputeDevice, dtype: torch.dtype, effort: Effort, watch: Stopwatch) -> None:
         self._device = device
@@ -60,7 +60,7 @@ class ArithmeticProbe:
         self._owned: list[tuple[Store, Tensor]] = []
 
     def release(self) -> None:
-        """Give back what lies in the memory of the machine."""
+        """Free all buffers."""
         for store, buffer in self._owned:
             store.release(buffer)
         self._owned.clear()
@@ -68,22 +68,22 @@ class ArithmeticProbe:
     # Products
 
     def products(self) -> Points:
-        """flop/s of layers whose matrices come to the device, by rows of activations."""
+        """flop/s of layers whose matrices are moved to the device, by rows of activations."""
         return self._rates(self._plain, self._effort.rows)
 
     def packed_products(self) -> Points:
-        """The same of matrices that stay on the device, laid out as it wants them."""
+        """flop/s with matrices that stay on the device, in its preferred layout, by rows of activations."""
         return self._rates(self._laid_out, self._effort.rows)
 
     def encoded_products(self, codec: Codec) -> Points:
-        """The same of matrices multiplied as they are encoded; empty where each is decoded first."""
+        """flop/s of products with encoded matrices, by rows; empty if the codec decodes every matrix first."""
         weight = next(weight for weight in self.layer.weights if codec.fits(weight.shape))
         most = self._encoded(codec, weight).fused_rows(self._dtype)
         rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
         return self._rates(partial(self._encoded, codec), rows) if most else ()
 
     def decoding(self, codec: Codec) -> float:
-        """Bytes/s that come out."""
+        """Bytes/s of decoded output."""
         whole, least = (self._effort.hidden,) * 2, (1, self._effort.hidden)
         seconds = self.without_launches(
             self._decoding_seconds(codec, whole), lambda: self._decoding_seconds(codec, least)
@@ -95,7 +95,7 @@ class ArithmeticProbe:
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
         count = self._count(out_bytes + encoded.nbytes)
-        # Written once: the system finds pages for memory at its first touch, which takes longer than decoding.
+        # Write to the output first: the system allocates pages at the first touch, which takes longer than decoding.
         pairs = itertools.cycle(
             [
                 (self._place(encoded), tensor_at(self._take(out_bytes), 0, shape, self._dtype).zero_())
@@ -107,7 +107,7 @@ class ArithmeticProbe:
         return seconds
 
     def multiplying(self, rows: int) -> Callable[[], object]:
-        """The work of `products` at so many rows, until `release`."""
+        """The work of `products` with `rows` rows. It is valid until `release`."""
         return partial(self._forward, self._rows(rows), self._ring(self._plain))
 
     def _rates(self, form: Callable[[WeightSpec], Any], rows: Sequence[int]) -> Points:
@@ -122,26 +122,26 @@ class ArithmeticProbe:
         return tuple(points)
 
     def multiplying_seconds(self, rows: int) -> float:
-        """A layer's products and what is between them, with `rows` rows, without launches."""
+        """The seconds of a layer's products and the operations between them, for `rows` rows, without launches."""
         seconds = self._watch.seconds(self.multiplying(rows), self._device.wait_for_compute)
         self.release()
         return self.without_launches(seconds, self._layer_launches)
 
     @cached_property
     def _tiny(self) -> ArithmeticProbe:
-        """Of layers whose time on a GPU is that of their launches."""
+        """A probe of layers so small that their time on a GPU is that of their launches."""
         return ArithmeticProbe(self._device, self._dtype, replace(self._effort, **_LAUNCHES), self._watch)
 
     def _layer_launches(self) -> float:
-        """Seconds of the launches of a layer's products."""
+        """The seconds of the launches of a layer's products."""
         seconds = self._watch.seconds(self._tiny.multiplying(1), self._device.wait_for_compute)
         self._tiny.release()
         return seconds
 
     def without_launches(self, seconds: float, launches: Callable[[], float]) -> float:
-        """`seconds` of work on the device without those of its `launches`, which `fixed.cell` contains.
+        """`seconds` of work on the device minus the time of its `launches`, which is part of `fixed.cell`.
 
-        The CPU launches nothing. At least a part of the time is left: beyond it is noise.
+        A CPU has no launches. At least `_LEAST_OWN` of the time remains.
         """
         if self._device.torch_device.type == "cpu":
             return seconds
@@ -151,14 +151,14 @@ class ArithmeticProbe:
         return torch.randn(tokens, 1, self._spec.hidden_size).to(self._device.torch_device, self._dtype)
 
     def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
-        """The weights of as many layers as make a working set, over and over."""
+        """An endless cycle over the weights of enough layers for a working set."""
         one = {weight.name: form(weight) for weight in self.layer.weights}
         count = self._count(sum(_nbytes(kept) for kept in one.values()))
         others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
         return itertools.cycle([one, *others])
 
     def _forward(self, x: Tensor, weights: Iterator[dict[str, Any]]) -> None:
-        """A layer without attention: what is multiplied, with norms, biases and residuals."""
+        """Compute a layer without attention: the products with norms, biases and residual connections."""
         here, context = next(weights), SimpleNamespace(positions=None, text_length=None)
         q, _, _ = self.layer.qkv(x, here, cast(Context, context))
         self.layer.output(q, x, here)
@@ -178,7 +178,7 @@ class ArithmeticProbe:
         encoded = self._place(codec.encode(kept))
         place, dtype = self._device.torch_device, self._dtype
 
-        def decode() -> Tensor:  # keeps nothing that is not encoded: it would be many times the working set
+        def decode() -> Tensor:  # caches nothing: decoded matrices would be many times the working set
             out = torch.empty(weight.shape, dtype=dtype, device=place)
             codec.decode(encoded, out)
             return out
@@ -198,7 +198,7 @@ class ArithmeticProbe:
     def _prompt_seconds(self, rows: int, tokens: int) -> float:
         own = self.layer.layer_spec.attention
         shape = (rows, tokens, own.heads, own.head_dim)
-        # As layers make them: by token, seen by head.
+        # Like in the layers: token-major in memory, transposed to heads.
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
@@ -208,12 +208,15 @@ class ArithmeticProbe:
         )
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
-        """Bytes/s of a cache, kept in `form` in the memory of `store`, that new tokens attend to at `place`."""
+        """Bytes/s of cache over which `place` computes attention of new tokens.
+
+        The cache is stored in the format `form` in the memory of `store`.
+        """
         on_host = place.type == "cpu"
         rows = _CACHE_ROWS if on_host else self._effort.cache_rows
         seconds = self._attention_seconds(form, store, place, rows)
         if not on_host:
-            # As many launches with hardly any bytes.
+            # The same launches with very few bytes.
             seconds = self.without_launches(seconds, lambda: self._attention_seconds(form, store, place, 1))
         return 2 * rows * self.layer.layer_spec.attention.heads * self._effort.context * form.nbytes / seconds
 
@@ -226,7 +229,7 @@ class ArithmeticProbe:
     def attending(
         self, form: HeadFormat, store: Store, place: torch.device, rows: int = _CACHE_ROWS
     ) -> Callable[[], object]:
-        """The work of `token_attention` for a cache of so many rows, until `release`."""
+        """The work of `token_attention` for a cache of `rows` rows. It is valid until `release`."""
         own, context = self.layer.layer_spec.attention, self._effort.context
         page_tokens = min(_PAGE_TOKENS, context)
         pages = -(-context // page_tokens)
@@ -246,7 +249,7 @@ class ArithmeticProbe:
     # Memory
 
     def _count(self, nbytes: int) -> int:
-        """How many things of so many bytes make a working set."""
+        """The number of objects of `nbytes` bytes in a working set."""
         return max(-(-self._effort.working_set // nbytes), 1)
 
     def _take(self, nbytes: int, store: Store | None = None) -> Tensor:
@@ -256,7 +259,7 @@ class ArithmeticProbe:
         return buffer
 
     def _place(self, kept: Tensor, store: Store | None = None) -> Tensor:
-        """A copy where the engine keeps such things."""
+        """A copy in the memory that the engine uses for such data."""
         place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
         return place.copy_(kept)
 

@@ -1,4 +1,4 @@
-"""How much is measured, and how a time is taken."""
+"""The sizes of a measurement, and a stopwatch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from flexgen.units import MIB
 Clock = Callable[[], float]
 
 _LEAST_SAMPLE = 0.01
-"""Seconds of one sample: shorter work is repeated within it."""
+"""The minimum seconds of one sample. Shorter work is repeated within a sample."""
 _MOST_CALLS = 512
-"""Within one sample."""
+"""The maximum number of calls in one sample."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Sizes large enough to leave the caches, and how often each time is taken.
+    """The sizes of a measurement, large enough not to fit in processor caches, and the number of samples.
 
-    `hidden`, `heads`: of the layers that are computed, whose feed-forward half is four times as wide. `working_set`:
-    bytes of matrices, or of a cache, that are gone through before the first of them comes again. `rows`: those of the
-    activations. `prompt`, `context`: tokens of a prompt that is attended, and of a cache. `cache_rows`: prompts of
-    the cache that the device attends to. `file`, `transfer`: bytes of the file on disk and of what moves at once.
-    `beside`: seconds for which two lanes run together, and half as long alone. `layers`, `tokens`: of the small model
-    that tells what a cell takes beside its arithmetic.
+    hidden, heads: the size of the measured layers. Their feed-forward half is four times as wide.
+    working_set: the bytes of matrices, or of a KV cache, that are used before the first of them is used again.
+    rows: the rows of activations.
+    prompt, context: the tokens of a prompt and of a KV cache for attention.
+    cache_rows: the prompts of the KV cache on the device.
+    file, transfer: the bytes of the file on disk and of one transfer.
+    repeats, seconds: the maximum number of samples of one figure, and the time after which three samples are enough.
+    beside: the seconds for which two lanes run together; each runs alone for half as long.
+    layers, tokens: the size of the small model that measures the fixed cost of a cell.
     """
 
     hidden: int = 2048
@@ -47,30 +50,30 @@ class Effort:
 
 
 def on_gpu(effort: Effort) -> Effort:
-    """Sizes for a GPU, whose arithmetic would otherwise take less time than its launches."""
+    """Sizes for a GPU. With those for a CPU, its arithmetic would take less time than its launches."""
     return replace(
         effort,
         hidden=2 * effort.hidden,
         cache_rows=8 * effort.cache_rows,
-        rows=(*effort.rows, 4 * effort.rows[-1]),  # where a CPU has long reached its full rate
+        rows=(*effort.rows, 4 * effort.rows[-1]),  # far beyond the rows at which a CPU has its full speed
     )
 
 
 FULL = Effort()
-"""What a machine is measured with."""
+"""The effort of a full measurement."""
 
 
 class Stopwatch:
-    """Median times of work, on a clock that tests replace."""
+    """Measures median times, with a clock that tests can replace."""
 
     def __init__(self, effort: Effort, clock: Clock = time.perf_counter) -> None:
         self._effort = effort
         self.clock = clock
 
     def seconds(self, work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> float:
-        """One call of `work`: the median of samples, of which there are more where they are short.
+        """The seconds of one call of `work`, as the median of several samples. Short work has more samples.
 
-        The first call is not counted. `settle` waits for what a call has only enqueued, once a sample.
+        The first call is not counted. `settle` is called once per sample, to wait for work that a call has enqueued.
         """
         work()
         settle()

@@ -1,7 +1,7 @@
-"""What layers take beside products and attention's arithmetic: seconds of each number, which narrow layers show.
+"""The time of element-wise work in layers, in addition to products and attention, in seconds per activation value.
 
-A layer of an eighth of the width, at eight times the rows, has as many numbers of activations as a wide one and an
-eighth of its flops. So two times tell the two apart: what a flop takes and what a number takes.
+It is measured with narrow layers. A layer with an eighth of the width and eight times the rows has the same number of
+activation values as a wide layer, and an eighth of its flops. The times of both give the time per flop and per value.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from flexgen.runtime.pages import Page, put
 
 _NARROWER = 8
 _FEWER = 32
-"""The second point is at so many times fewer numbers: they lie in a cache where the first do not."""
+"""The second point has fewer values by this factor. They fit in a processor cache; those of the first do not."""
 _LEAST_SHARE = 0.1
 _PROMPT = 32
-"""Tokens of a prompt so short that its attention is little arithmetic."""
+"""The tokens of a prompt so short that its attention has little arithmetic."""
 _MOST = 0.5
-"""Of a wide layer's time, which is arithmetic for the most part; what is found beyond it is noise."""
+"""The largest share of a wide layer's time. A wide layer is mostly arithmetic, so more would be noise."""
 
 
 class ElementwiseProbe:
-    """Measures narrow layers beside the wide ones of `probe`, in the same dtype."""
+    """Measures narrow layers, for comparison with the wide layers of `probe` in the same dtype."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ElementwiseProbe:
         effort: Effort,
         watch: Stopwatch,
     ) -> None:
-        # One layer is the working set: the weights of a small model stay in the caches.
+        # The working set is one layer: the weights of a small model stay in the processor caches.
         narrow = replace(
             effort,
             hidden=effort.hidden // _NARROWER,
@@ -62,7 +62,7 @@ class ElementwiseProbe:
         self._watch = watch
 
     def seconds_of_numbers(self, rates: Points) -> Points:
-        """(numbers of a layer, seconds of each), beside `rates` of wide layers that contain it."""
+        """Pairs (values in a layer, seconds per value), given the `rates` of wide layers, which include this time."""
         layer, wide, points = self._narrow.layer, self._wide, []
         for rows in (max(self._most // _FEWER, 1), self._most):
             tokens = rows * _NARROWER
@@ -70,7 +70,7 @@ class ElementwiseProbe:
             rate = interpolated(rates, tokens)
             numbers = tokens * layer_numbers(layer)
             beside = took - layer.product_flops(tokens, 1, 1) / rate
-            # The rate has the share that these numbers are of a wide layer.
+            # The rate of the wide layer includes its own share of element-wise work.
             own = layer_numbers(wide) * layer.product_flops(1, 1, 1) / wide.product_flops(1, 1, 1)
             each = beside / (numbers - tokens * own)
             whole = wide.product_flops(1, 1, 1) / rate / layer_numbers(wide)
@@ -78,10 +78,10 @@ class ElementwiseProbe:
         return tuple(points)
 
     def alone(self, rates: Points, seconds: Points) -> Points:
-        """`rates` of wide layers without the `seconds` of their numbers.
+        """The `rates` of wide layers without the `seconds` of their element-wise work.
 
-        The two are measured at different times. On a noisy machine the numbers can seem to take longer than all of
-        it, so at least `_LEAST_SHARE` of the time is left to the products.
+        Both are measured at different times. On a noisy machine, element-wise work can seem to take longer than the
+        whole layer. So the products keep at least `_LEAST_SHARE` of the time.
         """
         flops, numbers = self._wide.product_flops(1, 1, 1), layer_numbers(self._wide)
         shares = ((rows, rate, seconds_of_each(seconds, rows * numbers)) for rows, rate in rates)
@@ -91,7 +91,7 @@ class ElementwiseProbe:
         )
 
     def around_attention(self, rate: float) -> float:
-        """Seconds of each number of queries, keys, values and answers. `rate`: flop/s of attention over prompts."""
+        """The seconds per value of queries, keys, values and attention output. `rate`: flop/s of prompt attention."""
         spec = self._narrow.layer.spec
         layer, checkpoint = Attention(spec, 0), DummyCheckpoint()
         weights = {
@@ -112,14 +112,14 @@ class ElementwiseProbe:
             whole, products = (self._watch.seconds(work, self._settle) for work in (forward, multiply))
             return max(whole - products, 0.0)
 
-        rows = spec.chunk_tokens // _PROMPT + 1  # so many that the layer works in chunks, as on many prompts
+        rows = spec.chunk_tokens // _PROMPT + 1  # enough that the layer works in chunks, as with many prompts
         seconds = self._narrow.without_launches(around(rows), lambda: around(1))
         seconds -= layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
         return max(seconds, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
 
 
 class _Attending:
-    """A layer's context in the prefill: keys and values are put into pages, and attended."""
+    """The context of a layer in the prefill: it stores keys and values in pages and computes attention."""
 
     last_only = True
     text_length = None

@@ -1,4 +1,4 @@
-"""Bandwidths: of the link, the disk and host memory, by the calls and the lanes that the engine moves bytes with."""
+"""The bandwidth of the link, the disk and host memory, measured with the lanes and calls of the engine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from flexgen.units import BLOCK
 
 _STEP = Step(Op.LOAD_WEIGHTS, 0, 0, 0)
 _JOBS = 64
-"""In a row, to see what one of them takes beside its bytes."""
+"""The number of consecutive jobs that measure the fixed cost of one."""
 _HEADS, _PAGE_TOKENS, _WIDTH = 8, 128, 64
 _ROW_BYTES = 2 * _HEADS * _PAGE_TOKENS * _WIDTH * torch.float16.itemsize
-"""Of one row's keys and values in a page."""
+"""The bytes of one row's keys and values in a page."""
 
 
 class LinkProbe:
-    """Moves bytes on the lanes of a machine; `close` gives back its buffers and its file."""
+    """Moves bytes on the lanes of a machine. `close` frees its buffers and its file."""
 
     def __init__(self, machine: Machine, lanes: Lanes, effort: Effort, watch: Stopwatch) -> None:
         self._machine = machine
@@ -39,11 +39,11 @@ class LinkProbe:
         self._owned: list[tuple[Store, Tensor]] = []
         if effort.transfer < _ROW_BYTES or effort.transfer % BLOCK:
             raise ValueError(
-                f"transfers of {effort.transfer} bytes: at least {_ROW_BYTES} are needed, a multiple of {BLOCK}"
+                f"transfer is {effort.transfer} bytes; it must be a multiple of {BLOCK} and at least {_ROW_BYTES}"
             )
         self.transfer = effort.transfer
         self._pieces = max(effort.file // effort.transfer, 1)
-        # Touched before they are read: pages that nobody wrote to are one page in the cache.
+        # Write before reading: all pages that were never written are mapped to one zero page, which stays cached.
         self._host = [self._take(machine.host).fill_(1) for _ in range(2)]
         self._unpinned = HostStore()
         self._pageable: list[Tensor] = []
@@ -57,7 +57,7 @@ class LinkProbe:
         return buffer
 
     def close(self) -> None:
-        """Give all back."""
+        """Free all buffers and the file."""
         self._lanes.stop(cancel=True)
         for store, buffer in self._owned:
             store.release(buffer)
@@ -68,7 +68,7 @@ class LinkProbe:
 
     @property
     def file(self) -> Path:
-        """A file that was written whole."""
+        """A file that was written completely."""
         if self._path is None:
             self._path = self._machine.disk.scratch("probe", self._pieces * self.transfer)
             for n in range(self._pieces):
@@ -78,9 +78,9 @@ class LinkProbe:
     def jobs(
         self, lane: LaneName, nbytes: int | None = None, host: Sequence[Tensor] | None = None
     ) -> Callable[[int], Job]:
-        """The n-th job of a lane, which moves `nbytes` (a transfer if None).
+        """A function that returns the n-th job of a lane. A job moves `nbytes`, or one transfer if None.
 
-        `host`: buffers that a link moves from and to, in place of the probe's own.
+        host: host buffers for jobs of a link, in place of the probe's own.
         """
         size = self.transfer if nbytes is None else nbytes
         there = host or self._host
@@ -101,9 +101,9 @@ class LinkProbe:
                 return lambda n: partial(self._fill_pages, size)
 
     def mover(self, lane: LaneName) -> Callable[[], object]:
-        """Work that moves one transfer after another on its lane, whatever thread calls it, and waits for each.
+        """Work that moves one transfer on its lane and waits for it. Any thread may call it.
 
-        A GPU's lanes are streams: copies in the caller's own would queue with what that computes.
+        The lanes of a GPU are streams. Copies in the caller's stream would wait for its computation.
         """
         made, numbers, there = self.jobs(lane), itertools.count(), self._lanes[lane]
 
@@ -123,7 +123,7 @@ class LinkProbe:
         self._machine.device.from_device(host, self._device[0][:size])
 
     def _fill_pages(self, size: int) -> int:
-        """New keys and values into half of a page of `size` bytes; returns how many bytes they were."""
+        """Write new keys and values to half of a page of `size` bytes, and return the number of bytes written."""
         rows = max(min(size, self.transfer) // _ROW_BYTES, 1)
         page = tensor_at(self._host[0], 0, (2, rows, _HEADS, _PAGE_TOKENS, _WIDTH), torch.float16)
         fresh = tensor_at(self._host[1], 0, (2, rows, _HEADS, _PAGE_TOKENS // 2, _WIDTH), torch.float16)
@@ -131,24 +131,24 @@ class LinkProbe:
         return fresh.nbytes
 
     def pageable_bandwidth(self, lane: LaneName) -> float:
-        """Bytes/s of long transfers of a link, from or to host memory that is not pinned."""
+        """Bytes/s of long transfers over a link, from or to host memory that is not pinned."""
         if not self._pageable:
             self._pageable = [self._take(self._unpinned).fill_(1) for _ in range(2)]
         return self.bandwidth(lane, self._pageable)
 
     def bandwidth(self, lane: LaneName, host: Sequence[Tensor] | None = None) -> float:
-        """Bytes/s of long transfers, one behind the other; `host` as in `jobs`."""
+        """Bytes/s of long consecutive transfers. `host`: see `jobs`."""
         made = self.jobs(lane, host=host)
         count = self._pieces
         seconds = self._watch.seconds(lambda: self._run([(lane, made(n), ()) for n in range(count)]))
         return count * self.transfer / seconds
 
     def host_copies(self) -> float:
-        """Bytes/s at which the host brings new keys and values into pages, in a thread of its own."""
+        """Bytes/s at which the host copies new keys and values to pages."""
         return self._fill_pages(self.transfer) / self._watch.seconds(lambda: self._fill_pages(self.transfer))
 
     def latency(self, lanes: Sequence[LaneName], nbytes: int = BLOCK) -> float:
-        """Seconds of one small job of `lanes` in turn, each behind the one before."""
+        """Seconds of one small job in a sequence that alternates between `lanes`. Each waits for the one before."""
         made = [self.jobs(lane, nbytes) for lane in lanes]
         seconds = self._watch.seconds(lambda: self._in_a_row(lanes, made))
         return seconds / _JOBS

@@ -1,4 +1,4 @@
-"""All measurements of one machine, in order, as a `Hardware`."""
+"""The measurement of a machine: all figures of a `Hardware`, in order."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from flexgen.results.trace import LaneName, Phase
 from flexgen.units import BLOCK, MIB, format_bytes
 
 Progress = Callable[[int, int, str], object]
-"""Told before each measurement: how many are done, how many there are, and which one comes."""
+"""Called before each measurement, with the number done, the total number and the name of the next one."""
 
 logger = logging.getLogger(__name__)
 
 _BUSY = 0.1
-"""Share of the processors that other programs may take during a measurement."""
+"""The share of the processors that other programs may use during a measurement."""
 _LEAST_MEMORY = 8 * MIB
-"""Bytes of a device: less does not hold long transfers, and the model that tells what a cell takes."""
+"""The minimum memory of a device, for long transfers and for the model that measures the fixed cost of a cell."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 _BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
 _BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
-"""The table of each phase, and the rows of a product that others run beside: few take memory's bandwidth and the
-cores alike, many the cores."""
+"""For each phase, its table and the rows of the product that runs together with other lanes. A product with few rows
+is limited by memory bandwidth and cores, one with many rows by the cores."""
 _NOISE = 0.03
-"""A share that is lost between two measurements of the same."""
+"""Shares up to this one are noise between two measurements."""
 
 
 def measure(
@@ -61,12 +61,11 @@ def measure(
     effort: Effort = FULL,
     clock: Clock = time.perf_counter,
 ) -> Hardware:
-    """What `device` (as in `OptLM`), the host and the disk of `offload_dir` can do.
+    """Measure `device` (as in `OptLM`), the host and the disk of `offload_dir`.
 
-    Takes less than a minute on two cores, `Effort.file` bytes of disk, and a few times `Effort.working_set` bytes of
-    memory, or less where less is free. Nothing else should run: `disturbed` says whether it did.
-    Raises RequestError for a device that is not there, CapacityError where there
-    is no room.
+    It takes less than a minute on two cores, `Effort.file` bytes of disk, and a few times `Effort.working_set` bytes
+    of memory, or less if less is free. Keep the machine idle: `disturbed` reports other programs. Raises RequestError
+    for a device that does not exist, and CapacityError if there is not enough memory.
     """
     with contextlib.ExitStack() as stack, torch.inference_mode():
         machine = Machine.open(device, offload_dir)
@@ -79,13 +78,13 @@ def measure(
         stack.callback(machine.device.end_call, others)
         hardware = _Measurement(machine, lanes, effort, clock).run(progress)
         if (share := others.share()) > _BUSY:
-            note = f"{hardware.source}; other programs took {share:.0%} of the processors meanwhile"
+            note = f"{hardware.source}; other programs used {share:.0%} of the processors during it"
             hardware = hardware.replace(source=note, disturbed=share)
     return hardware
 
 
 class _Others:
-    """The share of the processors that other programs take, from its making on."""
+    """Measures the share of the processors that other programs use, from its creation on."""
 
     def __init__(self) -> None:
         self._began = self._seconds()
@@ -96,27 +95,27 @@ class _Others:
 
     @staticmethod
     def _seconds() -> tuple[float, float]:
-        """Seconds of all processors in all, and those in which programs other than this one ran."""
+        """The total seconds of all processors, and the seconds in which other programs ran."""
         times, own = psutil.cpu_times(), psutil.Process().cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
-        # A guest's time is part of the user's.
+        # Guest time is included in user time.
         total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
         return total, total - idle - own.user - own.system
 
 
 def within(effort: Effort, memory: int, where: str) -> Effort:
-    """What can be measured on a device of `memory` bytes, which are not filled to the last one.
+    """Reduce `effort` to a part of `memory` bytes of `where`.
 
-    Transfers are whole blocks, since they go to the disk too. Raises CapacityError where the device is too small.
+    Transfers are whole blocks, because they go to the disk too. Raises CapacityError if the memory is too small.
     """
     if memory < _LEAST_MEMORY:
         raise CapacityError(
-            f"{where} has {format_bytes(memory)} to measure in, of which at least "
-            f"{format_bytes(_LEAST_MEMORY)} are needed: free some, or give it more (memory=...)"
+            f"{where} has {format_bytes(memory)} for the measurement, which needs at least "
+            f"{format_bytes(_LEAST_MEMORY)}: free some memory, or raise the limit (memory=...)"
         )
     share = memory // 8 // BLOCK * BLOCK
     hidden, heads = effort.hidden, effort.heads
-    # The attention and the feed-forward half of a layer have 12 matrices of hidden x hidden numbers between them.
+    # Attention and the feed-forward half of a layer have 12 matrices of hidden x hidden values.
     while heads % 2 == 0 and 12 * hidden**2 * torch.float32.itemsize > memory // 4:
         hidden, heads = hidden // 2, heads // 2
     return replace(
@@ -130,19 +129,19 @@ def within(effort: Effort, memory: int, where: str) -> Effort:
 
 
 def capacities(machine: Machine) -> dict[Tier, int]:
-    """Bytes of each tier that a plan may use now; a tier without a limit of its own has what the host has."""
+    """The free bytes of each tier. A tier without a limit has that of the host."""
     limits = machine.limits()
     own = {tier: limits[tier] if limits[tier] is not None else limits[Tier.CPU] for tier in Tier}
     if machine.device.shares_host_memory:
         del own[Tier.GPU]
-    elif limits.host is not None:  # a plan that fills both tiers fits the host
+    elif limits.host is not None:  # both tiers together must fit the host
         device = min(own[Tier.GPU] or 0, limits.host // 2)
         own |= {Tier.GPU: device, Tier.CPU: min(own[Tier.CPU] or 0, limits.host - device)}
     return {tier: max(count, 1) for tier, count in own.items() if count is not None}
 
 
 def installed(machine: Machine) -> dict[Tier, int]:
-    """Bytes of each tier in all, used or not."""
+    """The total bytes of each tier, used or free."""
     device, host = machine.device, psutil.virtual_memory().total
     there = {Tier.CPU: host, Tier.DISK: machine.disk.total}
     if device.torch_device.type == "cuda":
@@ -153,7 +152,7 @@ def installed(machine: Machine) -> dict[Tier, int]:
 
 
 def description(machine: Machine) -> tuple[str, str]:
-    """(name, source) of what is measured on a machine."""
+    """The name and the source of the measurement of a machine."""
     device = machine.device
     name = device.name
     if device.torch_device.type == "cuda":
@@ -172,7 +171,7 @@ def description(machine: Machine) -> tuple[str, str]:
 
 
 def processor() -> str:
-    """The model of the CPU, as the system names it."""
+    """The model name of the CPU, as reported by the system."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -181,7 +180,7 @@ def processor() -> str:
 
 
 class _Measurement:
-    """The figures so far, and the work that finds each."""
+    """The figures so far, and the work that measures each."""
 
     def __init__(self, machine: Machine, lanes: Lanes, effort: Effort, clock: Clock) -> None:
         self._machine = machine
@@ -251,7 +250,7 @@ class _Measurement:
             for name, dtype in computed.items()
             if str(dtype) != f"torch.{name}"
         }
-        yield "lanes beside each other", self._find_interference
+        yield "lanes together", self._find_interference
 
     def _dtypes(self) -> list[torch.dtype]:
         if self._device.torch_device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -267,7 +266,7 @@ class _Measurement:
                 f"packed products {name}",
                 partial(self._put, "packed_products", name, probe.packed_products),
             )
-        # Of a half type that is only kept, and computed in another, nobody needs to know it.
+        # Not needed for a half type that the device stores but does not compute in.
         computed = device.fast_dtype(dtype) is dtype
         brief = replace(self._effort, seconds=self._effort.seconds / 2)
         narrow = ElementwiseProbe(probe, device, dtype, brief, Stopwatch(brief, self._clock))
@@ -285,7 +284,7 @@ class _Measurement:
             yield f"around attention, {name}", partial(self._find_around_attention, narrow, name)
         head_dim = self._effort.hidden // self._effort.heads
         forms: dict[str, HeadFormat] = {name: PlainHeads(head_dim, dtype)}
-        # Encoded, a cache is the same bytes whatever the dtype: the one that is computed in tells its rate.
+        # An encoded cache has the same bytes for every dtype, so one dtype is enough.
         if dtype is device.fast_dtype(torch.float16):
             forms |= {codec.name: codec.heads(head_dim) for codec in CODECS.values()}
         for key, form in forms.items():
@@ -300,7 +299,7 @@ class _Measurement:
                 rates[name] = narrow.alone(rates[name], found)
 
     def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
-        # No points say that nothing is multiplied as it is kept; without an entry that is not known.
+        # An empty entry means that no product uses encoded matrices; no entry means that it was not measured.
         found, name = probe.encoded_products(codec), key.split()[0]
         if beside := self._figures.get("elementwise", {}).get(name):
             found = narrow.alone(found, beside)
@@ -328,7 +327,7 @@ class _Measurement:
         self._fixed["cell"] = cell_seconds(self._machine, self._lanes, dtype, self._effort)
 
     def _find_interference(self) -> None:
-        """What each two lanes that may work at once take from each other, and of a prefill what computing does."""
+        """Measure how each pair of lanes slows down, and for the prefill each lane together with the computation."""
         device = self._device
         dtype = device.fast_dtype(torch.float16)
         probe = ArithmeticProbe(device, dtype, self._effort, self._watch)
@@ -346,12 +345,12 @@ class _Measurement:
                 enqueue()
                 device.wait_for_compute()
 
-            # First: what runs beside it goes on until its last product has ended, which may take most of the time.
+            # Compute is first: the other lane runs until the last product ends, which may take most of the time.
             work = {LaneName.COMPUTE: multiply, **others}
             found = self._figures.setdefault(table, {})
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
-                    continue  # the same in both phases
+                    continue  # equal in both phases
                 lost = lost_shares(work[one], work[other], self._effort.beside, self._clock)
                 for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
                     found[f"{lane} {beside}"] = share if share > _NOISE else 0.0

@@ -1,6 +1,6 @@
-"""The machine at hand as a `Hardware`: measured once, then found in the user's cache.
+"""This machine as a `Hardware`: measured once, then read from the user's cache.
 
-Rates are kept for each machine, device, disk and version of torch and flexgen; what is free is asked at every use.
+Figures are cached by machine, device, disk and versions of torch and flexgen. Free memory is read at every use.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from flexgen.probe.machine import Progress, capacities, description, processor
 logger = logging.getLogger(__name__)
 
 THIS = ("measured", "this")
-"""Names that stand for the machine at hand."""
+"""Names for this machine."""
 
 _FORM = 6
-"""Counted up when what is measured changes its meaning, so that older figures are measured again."""
+"""Increase it when the meaning of a figure changes, so that older measurements are repeated."""
 
 
 def measured(
@@ -41,11 +41,12 @@ def measured(
     again: bool = False,
     progress: Progress | None = None,
 ) -> Hardware:
-    """What this machine can do with `device` and the disk of `offload_dir` (both as in `OptLM`).
+    """This machine with `device` and the disk of `offload_dir` (both as in `OptLM`).
 
-    Measured at the first use, and with `again`; see `measure` for how long that takes and what it raises. Capacities
-    are what is free now. Figures that were taken while other programs used the processors are
-    returned but not kept. A cache that cannot be read is measured anew, one that cannot be written is a warning.
+    It is measured at the first use and with `again`; see `measure` for the duration and the exceptions. Capacities
+    are the bytes that are free now. If other programs used the processors during the measurement, the figures are
+    returned but not cached. If the cache cannot be read, the machine is measured again; if it cannot be written, a
+    warning is logged.
     """
     path, capacity = _place(device, offload_dir)
     hardware = None if again else _kept(path)
@@ -53,8 +54,8 @@ def measured(
         hardware = measure(device, offload_dir, progress)
         if hardware.disturbed:
             logger.warning(
-                "other programs took %.0f%% of the processors during the measurement: its figures are too slow and "
-                "are not kept. Measure again when they are done (python -m flexgen.measure --again)",
+                "other programs used %.0f%% of the processors during the measurement: its figures are too slow and "
+                "are not cached. Measure again when the machine is idle (python -m flexgen.measure --again)",
                 100 * hardware.disturbed,
             )
         else:
@@ -65,7 +66,7 @@ def measured(
 def remembered(
     device: str | torch.device | ComputeDevice = "auto", offload_dir: str | Path | None = None
 ) -> Hardware | None:
-    """`measured`, if that was done before; None if it would have to be done."""
+    """The cached result of `measured`, or None if there is none."""
     path, capacity = _place(device, offload_dir)
     hardware = _kept(path)
     return hardware and hardware.replace(capacity=capacity)
@@ -74,7 +75,7 @@ def remembered(
 def _place(
     device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
 ) -> tuple[Path, dict[Tier, int]]:
-    """Where the machine's figures are kept, and what is free now."""
+    """The cache file of the machine, and the free bytes of each tier."""
     with contextlib.closing(Machine.open(device, offload_dir, pin=False)) as machine:
         return cache_file(machine, device, offload_dir), capacities(machine)
 
@@ -85,14 +86,14 @@ def find_hardware(
     offload_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Hardware:
-    """`Hardware.find`, where "measured" or "this" is the machine at hand with `device` and `offload_dir`."""
+    """`Hardware.find`, or for "measured" and "this" this machine with `device` and `offload_dir`."""
     return measured(device, offload_dir, progress=progress) if name in THIS else Hardware.find(name)
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept."""
+    """The folder of cached measurements."""
     given = os.environ.get("XDG_CACHE_HOME")
-    # The standard says that a relative path is to be ignored.
+    # The XDG standard says that a relative path must be ignored.
     base = Path(given) if given and os.path.isabs(given) else Path.home() / ".cache"
     return base / "flexgen" / "hardware"
 
@@ -100,7 +101,7 @@ def cache_folder() -> Path:
 def cache_file(
     machine: Machine, device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
 ) -> Path:
-    """The file of one machine, device, disk and version, with or without compiled kernels."""
+    """The cache file for a machine, device, disk and versions, with or without compiled kernels."""
     disk = os.stat(offload_dir or tempfile.gettempdir()).st_dev
     name, _ = description(machine)
     spec = machine.device.name if isinstance(device, ComputeDevice) else str(device).strip().lower()
@@ -118,7 +119,7 @@ def cache_file(
 def _own_version() -> str:
     try:
         return version("flexgen")
-    except PackageNotFoundError:  # run from its sources
+    except PackageNotFoundError:  # not installed
         return "unknown"
 
 
@@ -128,12 +129,12 @@ def _kept(path: Path) -> Hardware | None:
     try:
         return Hardware.load(path)
     except HardwareError as error:
-        logger.warning("%s; the machine is measured again", error)
+        logger.warning("%s; measuring the machine again", error)
         return None
 
 
 def _keep(hardware: Hardware, path: Path) -> None:
-    """Complete, or not at all."""
+    """Write the file atomically."""
     partial: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _keep(hardware: Hardware, path: Path) -> None:
         hardware.save(partial)
         os.replace(partial, path)
     except OSError as error:
-        logger.warning("what was measured cannot be kept in %s: %s", path.parent, error.strerror or error)
+        logger.warning("cannot cache the measurement in %s: %s", path.parent, error.strerror or error)
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)

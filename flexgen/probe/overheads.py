@@ -1,4 +1,4 @@
-"""What a cell takes beside its arithmetic: a small model runs through the real executor."""
+"""The fixed cost of a cell, measured by a small model in the real executor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.lookup import open_table
@@ -29,12 +29,12 @@ _RUNS = 3
 
 
 def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Effort) -> float:
-    """Seconds of a cell (a layer, one token, one batch) of a model whose arithmetic and bytes are next to nothing.
+    """The seconds of a cell (one layer, token and batch) of a model with negligible arithmetic and bytes.
 
-    Everything lies in the compute device's memory. Attention and the feed-forward half are cells of their own.
+    All data is in device memory. Attention and the feed-forward half are separate cells.
     """
     policy = Policy(gpu_batch_size=2, num_gpu_batches=2)
-    from transformers import OPTConfig  # takes seconds, and few processes measure
+    from transformers import OPTConfig  # takes seconds to import, and few processes measure
 
     config = OPTConfig(
         hidden_size=_HIDDEN,
@@ -47,10 +47,9 @@ def cell_seconds(machine: Machine, lanes: Lanes, dtype: torch.dtype, effort: Eff
     spec, checkpoint = open_model(config, "dummy")
     layers = build_layers(spec, policy.sep_layer)
     placement = place_weights(layers, policy.weights, dtype)
-    topology = machine.device.topology
     workload = Workload(_PROMPT, effort.tokens, policy.block_size)
-    workspaces = machine.device.workspaces
-    plan = plan_memory(layers, placement, policy, dtype, topology, workload, workspaces=workspaces)
+    target = Target(machine.device.topology, workspaces=machine.device.workspaces)
+    plan = plan_memory(layers, placement, policy, target, workload)
     homes = Homes(checkpoint, placement, dtype, machine)
     homes.load(layers)
     slots = Slots()

@@ -1,4 +1,4 @@
-"""What lanes that work at the same time take from each other: cores, memory's bandwidth, a disk's one queue."""
+"""The slowdown of lanes that work at the same time: they share cores, memory bandwidth or the queue of a disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flexgen.probe.effort import Clock
 Work = Callable[[], object]
 
 _ROUNDS = 3
-"""Of each two kinds of work: alone, alone, together. A shared machine is another one from second to second."""
+"""Rounds of each measurement (both alone, then together). The speed of a shared machine changes every second."""
 
 
 def lost_shares(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
-    """The shares, 0 to below 1, of its own rate that each of two kinds of work loses while the other goes on.
+    """The share of its speed, from 0 to below 1, that each of two kinds of work loses while the other runs.
 
-    `here` runs in this thread, `beside` in another, both for `seconds` in all, and either alone for half as long,
-    right before; medians of what is found each time.
+    `here` runs in this thread and `beside` in another one. Both run together for `seconds` in total; each runs alone
+    for half as long just before. The result is the median of all rounds.
     """
     found = [_lost(here, beside, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
     first, second = (min(max(statistics.median(shares), 0.0), 0.95) for shares in zip(*found, strict=True))
@@ -56,12 +56,12 @@ def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float
         thread.join()
     if failed:
         raise failed[0]
-    whole = clock() - began  # its last call ends after ours
+    whole = clock() - began  # the last call of `beside` ends after ours
     return 1 - counts[0] * alone[0] / spent, 1 - counts[1] * alone[1] / whole
 
 
 def _alone(work: Work, seconds: float, clock: Clock) -> float:
-    """Seconds of one call."""
+    """The seconds of one call."""
     began, count = clock(), 0
     while not count or clock() - began < seconds:
         work()

@@ -1,4 +1,4 @@
-"""Codecs: how a tensor is kept and moved in fewer bytes. A codec is no device: any tier may use any codec."""
+"""Codecs: how a tensor is stored and moved in fewer bytes. Any tier may use any codec."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["CODECS", "Codec", "codec_for", "head_format"]
 
 
 def codec_for(name: str, shape: Sequence[int]) -> Codec | None:
-    """The codec that a share's name asks for, or None where a tensor of this shape is kept as it is."""
+    """The codec of that name, or None if tensors of this shape are stored without one."""
     codec = CODECS.get(name)
     return codec if codec is not None and codec.fits(shape) else None
 
 
 def head_format(name: str, head_dim: int, dtype: torch.dtype) -> HeadFormat:
-    """How the KV cache keeps heads, computed in `dtype`, under the codec that a share names.
+    """The format in which the KV cache stores heads, computed in `dtype`, with the codec of that name.
 
-    Raises PolicyError where the codec cannot keep heads of this size.
+    Raises PolicyError if the codec cannot store heads of this size.
     """
     return CODECS[name].heads(head_dim) if name in CODECS else PlainHeads(head_dim, dtype)

@@ -1,4 +1,4 @@
-"""The interface of codecs: how tensors are stored in fewer bytes, the arithmetic with them, and what that costs."""
+"""The interface of codecs: storage of tensors in fewer bytes, arithmetic with them, and its cost."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.quantized import QuantizedMatrix
 
 ENCODING = 1
-"""Changes whenever `encode` of a codec gives other bytes for the same tensor. Offload directories keep encoded
-weights; those of another number are written again."""
+"""Increase it whenever `encode` of a codec returns other bytes for the same tensor. Weights that an offload directory
+stores under another number are encoded again."""
 
 ALIGNMENT = 64
 """Bytes. Parts of an encoded tensor begin at multiples of it: a cache line, the widest vector."""
 
 
 class Codec(ABC):
-    """Stores a tensor as one run of bytes, so that stores and lanes need not know what is in it.
+    """Encodes a tensor as one run of bytes, so that stores and lanes do not depend on its contents.
 
-    Its repr names the files of encoded weights in an offload directory, so it shows all that the bytes depend on.
+    Its repr is part of the file names of encoded weights in an offload directory, so it must show everything that the
+    bytes depend on.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Codec(ABC):
 
     @abstractmethod
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether tensors of this shape can be encoded; others are kept as they are."""
+        """Whether tensors of this shape can be encoded; others are stored unchanged."""
 
     @abstractmethod
     def nbytes(self, shape: Sequence[int]) -> int:
@@ -39,22 +40,22 @@ class Codec(ABC):
 
     @abstractmethod
     def rows(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """Where the rows of an encoded matrix are: for each part, where row 0 begins and the bytes of a row.
+        """The rows of an encoded matrix: for each part, the offset of row 0 and the size of a row, in bytes.
 
-        Rows of a part follow one another, so that n rows of each part make a matrix of n rows in the same form.
+        The rows of a part are contiguous, so n rows of each part are a matrix of n rows in the same encoding.
         """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """uint8 (nbytes,) on the device of x, which is finite."""
+        """Encode x, whose values are finite, as uint8 (nbytes,) on the same device."""
 
     @abstractmethod
     def decode(self, encoded: Tensor, out: Tensor) -> None:
-        """Write the tensor to `out`, contiguous, of the shape that was encoded, rounded to its dtype."""
+        """Write the tensor to `out`, which is contiguous and of the encoded shape, rounded to the dtype of `out`."""
 
     @abstractmethod
     def decode_workspace(self, shape: Sequence[int]) -> int:
-        """Bytes that decoding a tensor on a GPU takes at most, in addition to the result."""
+        """The maximum memory that decoding a tensor on a GPU allocates, in addition to the result, in bytes."""
 
     # Arithmetic
 
@@ -69,22 +70,25 @@ class Codec(ABC):
 
     @abstractmethod
     def heads(self, head_dim: int) -> HeadFormat:
-        """How the KV cache stores a head and computes attention over it. Raises PolicyError where it cannot."""
+        """How the KV cache stores a head and computes attention over it.
 
-    # What a plan and a prediction know before anything is computed
+        Raises PolicyError if the codec cannot store heads of this size.
+        """
+
+    # For plans and predictions, before anything is computed
 
     def expected_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        """`QuantizedMatrix.fused_rows` on a machine that has the codec's kernels, which need not be this one."""
+        """`QuantizedMatrix.fused_rows` on a machine that has the codec's kernels; it may be another machine."""
         return 0
 
     def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        """The same on this machine, as far as it is certain before the device computes: what a plan relies on."""
+        """`fused_rows` on this machine if it is certain before the device computes, else 0. Plans rely on it."""
         return 0
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
-        """Bytes/s that come out of `decode` on a machine without a measurement.
+        """Output bytes/s of `decode` on a machine without a measurement, or None if it must be measured.
 
-        `plain`: bytes/s of plain cache in `dtype` that the device attends to, which is how fast it reads its memory;
-        `on_host`: the device is the host's cores. None where only a measurement tells.
+        plain: bytes/s of unencoded cache in `dtype` over which the device computes attention, which is the speed at
+        which it reads its memory. on_host: the device is the host's cores.
         """
         return None

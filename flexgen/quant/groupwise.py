@@ -22,10 +22,10 @@ from flexgen.units import align
 
 @dataclass(frozen=True)
 class Groupwise(Codec):
-    """Integers of `bits` bits with a scale and a minimum, in float16, for each `group` values of a row.
+    """Integers of `bits` bits, with a float16 scale and minimum for each `group` values of a row.
 
-    A row is the last dimension, the one that a linear layer sums over (FlexGen, arXiv 2303.06865, section 4.2).
-    With 4 bits and groups of 64 a value takes 4.5 bits.
+    Rows are along the last dimension, over which a linear layer sums (FlexGen, arXiv 2303.06865, section 4.2). With
+    4 bits and groups of 64, a value takes 4.5 bits.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Groupwise(Codec):
         return GroupwiseMatrix(self._packed(encoded, shape), dtype, decoded)
 
     def heads(self, head_dim: int) -> HeadFormat:
-        """In groups of `group` values where those divide the head, otherwise the head is one group."""
+        """Groups of `group` values if they divide the head; otherwise the head is one group."""
         if head_dim * self.bits % 8:
             raise PolicyError(
-                f"cache: codec {self.name!r} keeps heads of an even size, this model's have {head_dim}; "
-                "leave the cache as it is"
+                f"cache: codec {self.name!r} stores heads of an even size, but this model has heads of {head_dim}; "
+                "use no codec for the cache"
             )
         return GroupwiseHeads(head_dim, self.bits, head_dim if head_dim % self.group else self.group)
 
@@ -76,11 +76,11 @@ class Groupwise(Codec):
         return expected_fused_rows(on_host, dtype)
 
     def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        # Which kernels a GPU has shows when it computes.
+        # The kernels of a GPU are known only once it has computed.
         return expected_fused_rows(on_host, dtype) if on_host and native_available() else 0
 
     def _parts(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Where scales and minimums begin, and where the tensor ends, in bytes; values come first."""
+        """Offsets in bytes of the scales, the minimums and the end of the tensor; the values come first."""
         count = math.prod(shape)
         per_group = align(count // self.group * torch.float16.itemsize, ALIGNMENT)
         scales = align(count * self.bits // 8, ALIGNMENT)

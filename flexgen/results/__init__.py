@@ -1,1 +1,1 @@
-"""What a run has done: the trace of its steps, and the report of its phases. No torch."""
+"""The results of a run: the trace of its steps and the report of its phases. Needs no torch."""

@@ -1,4 +1,4 @@
-"""One result, shown as a card or written as a line of JSON; shared by runs and predictions."""
+"""The report of a run or a prediction, as a card or as a line of JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PREDICTED = (
     "bound_s",
     "bottleneck",
 )
-"""What a report's JSON has of its prediction, beside the phases."""
+"""The fields of the prediction in a report's JSON, in addition to its phases."""
 
 _DERIVED = (
     "total_s",
@@ -40,21 +40,25 @@ _DERIVED = (
     "roofline_share",
     "goal_share",
 )
-"""Properties of a report that its JSON has beside its fields."""
+"""The properties in a report's JSON, in addition to its fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run (or its prediction) took.
+    """The time and memory of a run or of its prediction.
 
-    Seconds; bytes by tier; tokens/s of the prefill (prompt tokens), of the decode (all but each row's first new
-    token) and over all (new tokens / total). `phases`: seconds that each lane alone would take for each phase.
-    `roofline`: seconds of each lane for the bytes and flops of each phase, at the rates of the measured machine.
-    `peak_bytes`: measured; a prediction has none. `placement`: percent by class and tier, asked and achieved.
-    `padded_share`: padding among the prompt positions that were computed, 0 to 1. `projected_from`: tokens that
-    were run, where the decode was projected from fewer than `gen_len`. `new_tokens`: of all prompts, where some
-    stopped before `gen_len`. `perplexity`: of the right answers, where they are known. `predicted`: what the planner
-    says of the same run, where the machine's figures are known.
+    Times are in seconds, sizes in bytes by tier, speeds in tokens/s: of the prefill (prompt tokens), of the decode
+    (all new tokens but the first of each row) and of the whole run (new tokens / total time).
+
+    padded_share: the share of padding in the computed prompt positions, 0 to 1.
+    phases: for each phase, the seconds that each lane needs if it runs alone.
+    roofline: for each phase, the seconds of each lane for its bytes and flops, at the rates of the measured machine.
+    peak_bytes: measured; empty in a prediction.
+    placement: percentages by kind of data and tier, requested and achieved.
+    projected_from: the number of tokens that ran, if the decode time is extrapolated from fewer than `gen_len`.
+    new_tokens: the new tokens of all prompts, if some stopped before `gen_len`.
+    perplexity: the perplexity of the correct answers, if they are known.
+    predicted: the prediction of the same run, if the machine's figures are known.
     """
 
     model: str
@@ -101,7 +105,7 @@ class Report:
 
     @property
     def lanes(self) -> dict[LaneName, float]:
-        """Seconds that each lane alone would take for both phases."""
+        """The seconds that each lane needs for both phases if it runs alone."""
         return {
             lane: sum(lanes.get(lane, 0.0) for lanes in self.phases.values())
             for lane in LaneName
@@ -110,19 +114,19 @@ class Report:
 
     @property
     def busy(self) -> dict[LaneName, float]:
-        """The share of the time that each lane alone would need."""
+        """`lanes` as shares of the total time."""
         return {lane: seconds / self.total_s for lane, seconds in self.lanes.items()} if self.total_s else {}
 
     @property
     def waits_for(self) -> dict[Phase, LaneName]:
-        """The lane that alone would take longest in each phase."""
+        """The slowest lane of each phase, if each ran alone."""
         return {
             phase: max(lanes, key=lambda lane: lanes[lane]) for phase, lanes in self.phases.items() if lanes
         }
 
     @property
     def bottleneck(self) -> LaneName | None:
-        """The lane that makes up most of the bound."""
+        """The lane with the largest part of the bound."""
         parts: dict[LaneName, float] = {}
         for phase, lane in self.waits_for.items():
             parts[lane] = parts.get(lane, 0.0) + self.phases[phase][lane]
@@ -130,30 +134,30 @@ class Report:
 
     @property
     def bound_s(self) -> float | None:
-        """Seconds that orders are held against, see `bound_seconds`."""
+        """The lower bound of the time in seconds; see `bound_seconds`."""
         return bound_seconds(self.phases) if self.waits_for else None
 
     @property
     def bound_share(self) -> float | None:
-        """The bound over the total: 1 is all that the hardware gives under this policy."""
+        """The bound divided by the total time. 1 is the best that the hardware allows with this policy."""
         return None if self.bound_s is None else self.bound_s / self.total_s
 
     @property
     def roofline_s(self) -> float | None:
-        """Seconds of the slowest lane of each phase for bytes and flops alone; None without the machine's figures."""
+        """The seconds of the slowest lane of each phase for its bytes and flops; None if the machine is not known."""
         return bound_seconds(self.roofline) if any(self.roofline.values()) else None
 
     @property
     def roofline_share(self) -> float | None:
-        """The roofline over the total.
+        """The roofline divided by the total time.
 
-        The bound is measured, so a lane that waits for its next kernel counts as busy there. Here it does not.
+        The bound is measured, so it counts a lane as busy while it waits for its next kernel. The roofline does not.
         """
         return None if self.roofline_s is None else self.roofline_s / self.total_s
 
     @property
     def goal_share(self) -> float | None:
-        """The smaller of the two shares, or the one that is known: the number to compare with a goal."""
+        """The smaller one of the known shares, for comparison with a goal."""
         known = [share for share in (self.bound_share, self.roofline_share) if share is not None]
         return min(known, default=None)
 
@@ -185,11 +189,11 @@ class Report:
         return {name: getattr(self, name) for name in _PREDICTED} | {"phases": _plain_phases(self.phases)}
 
     def to_json(self) -> str:
-        """One line."""
+        """The report as one line of JSON."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
     def card(self) -> str:
-        """For people: sizes, placement, times, bytes and the share of the bound."""
+        """The report as text: sizes, placement, times, bytes and the share of the bound."""
         rows = [
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
             ("prompts", self._sizes()),
@@ -210,7 +214,7 @@ class Report:
         if self.roofline_share is not None:
             rows.append(("roofline", self._roofline()))
         if self.perplexity is not None:
-            rows.append(("perplexity", f"{self.perplexity:.4f} of the right answers"))
+            rows.append(("perplexity", f"{self.perplexity:.4f} of the correct answers"))
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {text}" for name, text in rows]
         rule = "-" * max(map(len, lines))
@@ -219,7 +223,7 @@ class Report:
     def _sizes(self) -> str:
         mean = self.prompt_tokens / self.num_prompts
         ragged = "" if math.isclose(mean, self.prompt_len) else f" ({mean:.1f} on average)"
-        early = f" at most, {self.new_tokens} in all" if self.new_tokens is not None else ""
+        early = f" at most, {self.new_tokens} in total" if self.new_tokens is not None else ""
         sizes = f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each{early}"
         return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
 
@@ -236,7 +240,7 @@ class Report:
                 if asked or achieved:
                     codec = split[tier].codec
                     kept = "" if codec == "none" else f" in {codec}"
-                    parts.append(f"{tier} {achieved:.1f}%{kept} (asked {asked:g})")
+                    parts.append(f"{tier} {achieved:.1f}%{kept} (requested {asked:g})")
             rows.append((what, ", ".join(parts)))
         return rows
 
@@ -250,7 +254,7 @@ class Report:
         return took + (f"; predicted {format_seconds(self.predicted.decode_s)}" if self.predicted else "")
 
     def _throughput(self) -> str:
-        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in all)"
+        took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in total)"
         if self.predicted is None:
             return took
         ratio = self.predicted.throughput_tokens_s / self.throughput_tokens_s
@@ -272,7 +276,7 @@ class Report:
         waits = f"{first} waits for {lane}" + "".join(f", {phase} for {other}" for phase, other in others)
         if others and {lane} == {other for _, other in others}:
             waits = f"it waits for {lane}"
-        return f"{self.bound_share:.0%} of what the hardware gives here: {waits}"
+        return f"{self.bound_share:.0%} of the best that the hardware allows: {waits}"
 
     def _roofline(self) -> str:
         assert self.roofline_s is not None and self.roofline_share is not None
@@ -281,19 +285,20 @@ class Report:
 
 
 def timed_lanes(host_attends: bool) -> tuple[LaneName, ...]:
-    """The lanes that a bound is made of: those whose work can be run alone, on whatever lies in the buffers.
+    """The lanes of a bound: those whose work can run alone, with any contents of the buffers.
 
-    So can the host's, where it attends. What leaves the device exists only once the cell was computed.
+    The host's lane is one of them if the host computes attention. FROM_DEVICE is not: its data exists only after the
+    cell has been computed.
     """
     lanes = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE
     return (*lanes, LaneName.HOST) if host_attends else lanes
 
 
 def bound_seconds(phases: ByPhase) -> float:
-    """Seconds below which no order gets, but for what it prefetches from one phase for the next.
+    """The lower bound of the time of all orders in seconds, except for prefetches from one phase to the next.
 
-    `phases`: seconds that each lane alone would take. In each phase the slowest lane is waited for, and a block's
-    decode follows its prefill: at their seam no more can overlap than the layers that the slots hold.
+    phases: the seconds that each lane needs if it runs alone. A phase takes at least as long as its slowest lane, and
+    the decode of a block follows its prefill: only the layers in the slots can overlap between the two.
     """
     return sum(max(lanes.values()) for lanes in phases.values() if lanes)
 
@@ -309,7 +314,7 @@ def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:
 def placement_table(
     policy: Policy, weights: Mapping[Tier, float], batches: Sequence[int]
 ) -> dict[str, dict[Tier, tuple[float, float]]]:
-    """`Report.placement` from the percent of the weights that each tier got and the rows of each batch."""
+    """`Report.placement` from the achieved percentages of the weights and the rows of each batch."""
     got = {
         "weights": weights,
         "cache": _rows(policy.cache, batches),
@@ -322,7 +327,7 @@ def placement_table(
 
 
 def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
-    """Percent of the rows of a block on each tier."""
+    """The percentage of the rows of a block on each tier."""
     rows = [split.rows(count) for count in batches]
     return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
 

@@ -1,4 +1,4 @@
-"""What ran when: one event per step and lane, the same shape for a run and for its prediction."""
+"""Traces: one event per step and lane, in the same form for a run and for its prediction."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from flexgen.schedule.steps import Step
 
 
 class LaneName(StrEnum):
-    """One lane for each resource that serves one thing at a time.
+    """The lanes: one for each resource that serves one job at a time.
 
-    A lane stands for hardware, not for a kind of data: weights and cache that cross the same link queue
-    in the same lane, so a lane's busy time can be held against what the hardware gives.
+    A lane is a piece of hardware, not a kind of data. Weights and cache that cross the same link use the same lane,
+    so you can compare the busy time of a lane with the speed of the hardware.
     """
 
     COMPUTE = "compute"  # the compute device
-    HOST = "host"  # arithmetic and bookkeeping in host memory beside a compute device of its own
-    TO_DEVICE = "to_device"  # link, host memory to device memory
+    HOST = "host"  # arithmetic and bookkeeping in host memory, if the compute device is separate
+    TO_DEVICE = "to_device"  # the link from host memory to device memory
     FROM_DEVICE = "from_device"
     DISK_READ = "disk_read"
     DISK_WRITE = "disk_write"
 
 
 class Phase(StrEnum):
-    """The two parts of generation, which follow one another: no order runs a block's second beside its first."""
+    """The two phases of generation. The decode of a block begins after its prefill."""
 
-    PREFILL = "prefill"  # the prompts, up to the first new token
-    DECODE = "decode"  # the other new tokens
+    PREFILL = "prefill"  # computes the prompts and the first new tokens
+    DECODE = "decode"  # computes the other new tokens
 
 
 class Event(NamedTuple):
-    """One stage of one step: `start` and `end` in seconds from the beginning of the call."""
+    """One stage of one step. `start` and `end` are in seconds since the beginning of the call."""
 
     step: Step
     lane: LaneName
@@ -54,27 +54,27 @@ class Trace:
         return bool(self.events)
 
     def extend(self, events: Iterable[Event], offset: float = 0.0) -> None:
-        """Append events whose clock began `offset` seconds after this trace's."""
+        """Append events whose time 0 is `offset` seconds after that of this trace."""
         self.events.extend(Event(s, lane, a + offset, b + offset) for s, lane, a, b in events)
 
     @property
     def span(self) -> float:
-        """Seconds from the first start to the last end."""
+        """The seconds from the first start to the last end."""
         if not self.events:
             return 0.0
         return max(e.end for e in self.events) - min(e.start for e in self.events)
 
     def busy(self) -> dict[LaneName, float]:
-        """Seconds in which each lane worked."""
+        """The busy time of each lane in seconds."""
         seconds: dict[LaneName, float] = defaultdict(float)
         for event in self.events:
             seconds[event.lane] += event.end - event.start
         return dict(seconds)
 
     def save(self, path: str | Path, layer_names: Iterable[str] = ()) -> None:
-        """Write Chrome's trace event format (JSON object form), which Perfetto reads too.
+        """Write the trace in Chrome's trace event format (as a JSON object), which Perfetto also reads.
 
-        One row per lane; the event's name says the operation and the layer.
+        There is one row per lane. The name of an event is its operation and its layer.
         """
         names = list(layer_names)
         rows = {lane: n for n, lane in enumerate(LaneName)}

@@ -20,7 +20,7 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """What a block's cells are computed from and written to. `lookup`: None where the table is used in place."""
+    """The buffers of a block's cells. `lookup`: None where the table is used in place."""
 
     cache: KVCache
     activations: Activations

@@ -19,7 +19,7 @@ from flexgen.runtime.sparse import key_reads
 
 
 class CacheJobs:
-    """What the lanes of a machine do for a part, with the buffers of the cell that it is for."""
+    """Jobs of the lanes of a machine for a part, with the buffers of a cell."""
 
     def __init__(self, machine: Machine) -> None:
         self._device = machine.device

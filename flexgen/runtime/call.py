@@ -49,10 +49,10 @@ class Call:
     For each block: `prepare` its prompts, make an output for them, `run`. Buffers of the cache and of the
     hidden states are made for the first block and kept for all of its shape.
 
-    `check` is called before each step; what it raises ends the call and comes out as it is. Entering the call
+    `check` is called before each step; its exception ends the call and is raised unchanged. Entering the call
     raises RequestError while another one runs; a call ends with one when the model is closed meanwhile.
 
-    `workspace`: bytes that the plan has on the compute device for temporaries. `kept`: buffers that outlive the call,
+    `workspace`: bytes of the plan for temporaries on the compute device. `kept`: buffers that outlive the call,
     such as those of a text whose cache is kept.
 
     Enter it twice (`with call, call:`): Ctrl-C at the very beginning of the inner exit leaves the work to the outer
@@ -80,7 +80,7 @@ class Call:
         self._began = 0.0
         self.timing = Timing()
         self.positions_computed = 0
-        """Of the prompts of all blocks, the padding of their batches included."""
+        """Positions of the prompts of all blocks, the padding of their batches included."""
 
     def __enter__(self) -> Call:
         self._model.in_use.begin(self)

@@ -14,19 +14,19 @@ from flexgen.policy import Tier
 from flexgen.runtime.pages import Page, pick
 
 _PAID_BACK = 2
-"""Tokens after which a move is paid back. It reads and writes the cache of the rows that go on once; with at most
+"""Tokens after which a move is paid back. It reads and writes the cache of the remaining rows once; with at most
 half of the rows left, each later token reads at least as many bytes less."""
 
 
 def regrouped(
     batches: Sequence[Sequence[int]], stopped: Sequence[bool], tokens_left: int
 ) -> list[list[int]] | None:
-    """The rows of each batch for the tokens to come; [] if every row has stopped, None to go on as before.
+    """The rows of each batch for the tokens to come; [] if every row has stopped, None to continue as before.
 
     `batches` hold numbers of rows, `stopped` is by that number. When at most half of the rows that are computed
-    still go on, these move together into full batches. So a move is of at most half as many rows as the one
+    still run, these move together into full batches. So a move is of at most half as many rows as the one
     before, and all of them cost no more than one of the whole block. Batches stay as large as they were, so
-    that weights serve as many rows at once. A batch without a row that goes on is left out at any time: that
+    that weights serve as many rows at once. A batch without a row that still runs is left out at any time: that
     moves nothing.
     """
     live = [[row for row in batch if not stopped[row]] for batch in batches]

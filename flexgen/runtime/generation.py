@@ -15,7 +15,7 @@ from flexgen.schedule.steps import Grid, Op, Step
 
 
 class Generation:
-    """The state of one block, and the work of each step on it: what the executor calls."""
+    """The state of one block, and the work of each step on it. The executor calls it."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class Generation:
         output: Output,
         first: int = 0,
     ) -> None:
-        """`first`: the token that the grid's first pass gives, as of `Passes`. Those before it are in the cache."""
+        """`first`: the token that the grid's first pass gives, as in `Passes`. Those before it are in the cache."""
         self.grid = grid
         self.first = first
         self.following: list[list[int]] | None = None

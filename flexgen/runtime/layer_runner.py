@@ -1,4 +1,4 @@
-"""Runs the layers: what a cell's computation takes, and where its result goes."""
+"""Runs the layers: gives each cell its inputs and weights, and takes its result."""
 
 from __future__ import annotations
 

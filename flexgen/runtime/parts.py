@@ -1,4 +1,4 @@
-"""What the KV cache is made of: parts, a batch's rows of one tier in one layer, and the slots they pass through."""
+"""Parts of the KV cache, each a batch's rows of one tier in one layer, and the slots that they pass through."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Part:
     tail_page: tuple[Page, ...] = ()
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Those rows of x, which has all of the batch, that are in the part."""
+        """The rows of the part, from x with all rows of the batch."""
         return x[self.segment.rows.start : self.segment.rows.stop]
 
 
 class Slot:
-    """Buffers that one cell uses while its cache is on its way; views depend on the segment."""
+    """Buffers of one cell for a cache that travels; views depend on the segment."""
 
     def __init__(self, device: Tensor | None, host: Tensor | None, fresh: Tensor | None) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""What a forward pass keeps of every position: logits, and the hidden states behind each transformer layer."""
+"""The results of a forward pass at every position: logits, and the hidden states after each transformer layer."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class _Kept:
         return self._target[n, columns]
 
     def _values(self, batch: int, slot: int, row: int) -> Tensor:
-        """Of a row, without its padding, on the device."""
+        """The values of a row, without its padding, on the device."""
         values = self._there[slot][row]
         return values[len(values) - len(self._kept(batch, row)) :]
 
@@ -162,9 +162,9 @@ class Forward:
     """The results of a forward pass, block by block, in host memory and in the dtype of the computation.
 
     `logits` (prompts, width, vocab), of the last position alone (prompts, 1, vocab). `hidden`: (prompts, width,
-    hidden) in transformers' order: embeddings, what each transformer layer but the last gives, and what the LM
-    head multiplies, which is the last layer's behind the final norm (and behind the projection that OPT-350m
-    has). All are zero in the padding.
+    hidden) in transformers' order: embeddings, the result of each transformer layer but the last, and the input of
+    the LM head's product, which is the last layer's result after the final norm (and the projection of OPT-350m). All
+    are zero in the padding.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Forward:
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
-    """Of the layers whose results are hidden states in transformers' sense, by number: their width."""
+    """The width of the hidden states of each layer, by number, where transformers returns the layer's result."""
     spec, head = layers[0].spec, len(layers) - 1
     whole = [j for j, layer in enumerate(layers) if isinstance(layer, MLP)]
     if not whole:  # attention and MLP are one layer
@@ -231,7 +231,7 @@ def hidden_needs(
     topology: Topology,
     policy: Policy,
 ) -> list[Need]:
-    """What the hidden states take: in host memory, and of `cells` batches while they leave the device."""
+    """The needs of the hidden states: in host memory, and of `cells` batches while they leave the device."""
     each = sum(hidden_sizes(layers).values()) * dtype.itemsize
     rows = batch_sizes(policy, len(request.prompts))[0]
     leaving = cells * activation_bytes(layers[0].spec, rows, request.longest, dtype)

@@ -1,4 +1,4 @@
-"""What sparse attention reads of a cache on disk: all keys ahead, of the values only the chosen blocks."""
+"""Reads of sparse attention from a cache on disk: all keys ahead, and only the chosen blocks of the values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ValueReader:
             self._pool.shutdown()
 
     def _read_part(self, reads: Sequence[Read]) -> None:
-        # What is more than a chunk would be handed on to the threads that read ahead.
+        # Reads of more than a chunk would be given to the threads that read ahead.
         batch: list[Read] = []
         nbytes = 0
         for read in reads:
@@ -78,14 +78,14 @@ def value_reads(
 ) -> list[Read]:
     """The blocks of values that hold chosen tokens, to their places; neighbours in the file in one read.
 
-    What lies in the page that is being filled is in host memory already.
+    The page that is being filled is in host memory already.
     """
     pages, unit = span.length // segment.page_tokens, segment.choice_tokens
     items, per_page = len(segment.rows) * segment.kv_heads, segment.page_tokens // unit
     positions = choice.positions.view(items, -1).numpy()
     item, nth = np.nonzero(positions < pages * segment.page_tokens)
     page, block = np.divmod(positions[item, nth] // unit, per_page)
-    # One more than there is in each page, and one before the first: no run goes on from page to page.
+    # One more than there is in each page, and one before the first: no run continues from page to page.
     wanted = np.zeros((pages + 1, items * per_page + 1), dtype=np.int8)
     wanted[page + 1, item * per_page + block] = 1
     width, edges = wanted.shape[1], np.flatnonzero(np.diff(wanted.ravel())) + 1

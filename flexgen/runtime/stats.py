@@ -19,8 +19,8 @@ from flexgen.runtime.request import Request
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last call took: times and events, the policy it ran under, the order of a full block, tokens, and
-    bytes by tier, planned and measured.
+    """The last call: times and events, its policy, the order of a full block, tokens, and bytes by tier, planned and
+    measured.
 
     `prompt_tokens` are those of the prompts, `positions_computed` count the padding of their batches too.
     """
@@ -84,7 +84,7 @@ class Meter:
     resident_before: int
 
     def stats(self, model: Model, call: Call, plan: MemoryPlan, request: Request, new_tokens: int) -> Stats:
-        """Of a call that has run `request`."""
+        """The figures of a call that has run `request`."""
         machine, prompts = self.machine, request.prompts
         peak = {
             Tier.GPU: 0 if machine.device.shares_host_memory else machine.device.peak_bytes(),

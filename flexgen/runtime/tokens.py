@@ -1,4 +1,4 @@
-"""The ids of one block: what the first layer reads, what the last one adds, and which rows have stopped."""
+"""The ids of one block: the inputs of the first layer, the new ids, and which rows have stopped."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class Prompts:
         return (columns - cell.padding.on_device[:, None]).clamp_(min=0)
 
     def text_length(self, cell: BoundCell) -> Tensor | None:
-        """As of `Context`: that of the prompt where the cell computes a part of it."""
+        """As in `Context`: that of the prompt where the cell computes a part of it."""
         if cell.token > 0 or self.first == 0:
             return None
         length = self._passes.cached + self._grouping.widths[cell.batch]
@@ -357,8 +357,11 @@ class WholeCallTokens(NewTokens):
 
 
 def whole_call_needs(rows: int, vocab: int, dtype: torch.dtype, topology: Topology) -> list[Need]:
-    """What `WholeCallTokens` and a choice take to choose for all rows at once: logits as the batches leave them, in
-    one tensor, in float32, and as processed; and what drawing takes."""
+    """The needs of `WholeCallTokens` and a choice to choose for all rows at once.
+
+    They are the logits as the batches leave them, in one tensor, in float32 and as processed, and the memory of
+    drawing.
+    """
     each = 2 * dtype.itemsize + 2 * torch.float32.itemsize
     nbytes = rows * vocab * each + choice_bytes(rows, vocab)
     return [Need(topology.device, "logits", "workspace", nbytes)]

@@ -1,13 +1,13 @@
-"""The orders of steps that are there to choose from.
+"""The available orders of steps.
 
 To add one, write a generator and decorate it with `@order()`:
 
     @order()
     def my_order(grid): ...
 
-It can then be asked for by name: `OptLM(..., order="my_order")`, and where it stands in this file
-`--order my_order`. How many buffers it wants, and whether it takes the layers that attend apart, are arguments of the
-decorator. What makes an order legal is said by `schedule.needs`, and proved by `schedule.check`.
+You can then choose it by name with `OptLM(..., order="my_order")`, and with `--order my_order` if it is in this
+file. The arguments of the decorator set the number of buffers and whether attention is a separate step.
+`schedule.needs` defines which orders are legal; `schedule.check` proves that an order is.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from flexgen.schedule.steps import LOADS, STORES, Grid, Op, Step, check
 
 @dataclass(frozen=True)
 class Slots:
-    """How many buffers of each kind are kept: of whole layers' weights, of cells' inputs and outputs, and of
-    layers' decoded weights, as many as there are layers that are computed by turns.
+    """The number of buffers of each kind: weights of a layer, inputs and outputs of a cell, and decoded weights of a
+    layer. `decoded` is the number of layers whose computations an order interleaves.
 
-    With one slot nothing can be fetched before what it replaces has been used, so an order that wants no
-    overlap asks for one: lanes run ahead of the computation as far as the slots let them.
+    The number of slots limits how far the lanes run ahead of the computation. With one slot, nothing can be
+    fetched until the slot's contents have been used, so an order without overlap asks for one.
     """
 
     weights: int = 2
@@ -34,15 +34,17 @@ class Slots:
     decoded: int = 1
 
     def fit(self, held: Slots) -> bool:
-        """Whether `held` has at least as many of each kind."""
+        """Whether `held` has enough slots of each kind."""
         return all(getattr(self, f.name) <= getattr(held, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
 class Order:
-    """A generator of the steps of a grid, the slots that its grid is to have, and whether its cells are to
-    attend in steps of their own. `serial`: each step waits for the one before it, so that nothing overlaps.
-    `for_comparison`: it imitates another engine, and no search chooses it."""
+    """A generator of the steps of a grid, and the slots that the grid needs.
+
+    splits_attention: attention is a separate step of each cell. serial: each step waits for the previous one, so
+    nothing overlaps. for_comparison: the order imitates another engine, and the search never chooses it.
+    """
 
     name: str
     generate: Callable[[Grid], Iterator[Step]]
@@ -63,10 +65,10 @@ class Order:
         slots: Slots | None = None,
         feeds_ids: bool = False,
     ) -> Grid:
-        """The grid that the order runs on; with `slots` where those of another order are there already."""
+        """The grid that the order runs on. `slots`: the slots of another order, if they are already allocated."""
         slots = slots or self.slots
         shape = tokens, layers, batches, weight_pieces, slots.weights, slots.cells
-        # What is serial has the host know the ids before the next token begins.
+        # In a serial order the host has the ids before the next token begins.
         return Grid(*shape, self.splits_attention, feeds_ids and not self.serial)
 
 
@@ -90,8 +92,8 @@ def order(
     return register
 
 
-def weights_beside(grid: Grid) -> Iterator[list[Step]]:
-    """For each cell the weights to issue beside it: those for which a slot is free, spread over the batches."""
+def arriving_weights(grid: Grid) -> Iterator[list[Step]]:
+    """For each cell, the weights to issue with it: those with a free slot, spread over the batches."""
     for visits in grid.turns.arrivals(grid.tokens):
         visit_of = (divmod(number, grid.layers) for number in visits)
         steps = [Step(Op.LOAD_WEIGHTS, *visit, n) for visit in visit_of for n in range(grid.weight_pieces)]
@@ -99,14 +101,14 @@ def weights_beside(grid: Grid) -> Iterator[list[Step]]:
 
 
 def _spread(steps: list[Step], batches: int) -> list[list[Step]]:
-    """Which of them to issue beside each batch: as many beside one as beside the other, earliest first."""
+    """The steps to issue with each batch: spread evenly, earliest first."""
     ends = [-(-k * len(steps) // batches) for k in range(batches + 1)]
     return [steps[first:last] for first, last in pairwise(ends)]
 
 
 @order(slots=Slots(weights=1, cells=1), serial=True)
 def normal(grid: Grid) -> Iterator[Step]:
-    """No overlap: everything a cell needs is fetched right before it computes."""
+    """No overlap: a cell fetches everything it needs right before it computes."""
     for i, j, k in grid.cells():
         if k == 0:
             yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
@@ -115,19 +117,19 @@ def normal(grid: Grid) -> Iterator[Step]:
 
 @order()
 def overlap_single_batch(grid: Grid) -> Iterator[Step]:
-    """While a layer computes, the next weights for which there is a slot and the next cell's cache arrive.
+    """While a layer computes, load the next cell's cache and the next weights that have a free slot.
 
-    Hidden states go straight from one layer to the next: with one batch there is nothing to hide them
-    behind.
+    Hidden states go straight from one layer to the next: with one batch, there is no other computation that could
+    hide their transfer.
     """
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield Step(Op.LOAD_CACHE, 0, 0, 0)
-    for cell, arriving in zip(grid.cells(), weights_beside(grid), strict=True):
+    for cell, arriving in zip(grid.cells(), arriving_weights(grid), strict=True):
         i, j, k = cell
-        yield Step(Op.LOAD_HIDDEN, i, j, k)  # first: of a table on the disk they come on the same lane
+        yield Step(Op.LOAD_HIDDEN, i, j, k)  # first: rows of a table on disk use the same lane
         yield from arriving
         following = grid.cell_after(cell, 1)
-        # With one layer and one batch the next cell reads what this one stores: it cannot come early.
+        # With one layer and one batch, the next cell reads the cache that this one stores: no early load.
         early = following is not None and following[1:] != cell[1:]
         if following and early:
             yield Step(Op.LOAD_CACHE, *following)
@@ -138,15 +140,15 @@ def overlap_single_batch(grid: Grid) -> Iterator[Step]:
 
 @order()
 def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
-    """While a batch computes, the next batch's cache and hidden states arrive, the previous one's leave,
-    and the next weights come in pieces beside each batch (algorithm 1 of the paper)."""
+    """While a batch computes, load the next batch's cache and hidden states, store the previous batch's, and
+    load some pieces of the next weights (algorithm 1 of the paper)."""
     if grid.batches == 1:  # the next cell's hidden states are this cell's output: nothing to overlap
         yield from overlap_single_batch(grid)
         return
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield Step(Op.LOAD_CACHE, 0, 0, 0)
     yield Step(Op.LOAD_HIDDEN, 0, 0, 0)
-    for cell, arriving in zip(grid.cells(), weights_beside(grid), strict=True):
+    for cell, arriving in zip(grid.cells(), arriving_weights(grid), strict=True):
         yield from arriving
         if following := grid.cell_after(cell, 1):
             yield Step(Op.LOAD_CACHE, *following)
@@ -156,22 +158,22 @@ def overlap_multi_batch(grid: Grid) -> Iterator[Step]:
 
 @order(slots=Slots(weights=3, cells=4, decoded=2), splits_attention=True)
 def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
-    """While the host attends to a batch, the device projects the next one and computes what is left of the
-    one before, and the next layer's weights arrive (as in MoE-Lightning, arXiv 2411.11217).
+    """While the host computes attention for a batch, the device projects the next batch and finishes the previous
+    one, and the next layer's weights arrive (as in MoE-Lightning, arXiv 2411.11217).
 
-    Wants whole layers (`sep_layer = false`): beside an MLP that is a unit of its own nothing is attended.
+    Use it with whole layers (`sep_layer = false`): an MLP that is a separate unit has no attention to overlap with.
     """
     if grid.batches == 1:  # the next cell's hidden states are this cell's output: nothing to overlap
         yield from overlap_single_batch(grid)
         return
     in_hand = min(grid.batches, grid.cell_slots)
-    # COMPUTE is issued right after its answer, or, with cells enough, behind the next PROJECT: then neither
-    # the device nor the host waits while queries and answers cross the link.
+    # COMPUTE is issued right after its attention output arrives. With enough cells it is issued after the next
+    # PROJECT instead: then neither the device nor the host waits while queries and outputs cross the link.
     lag = 2 if in_hand > 3 else 1
     ahead = 1 if in_hand > lag + 1 else 0  # how far a cell's loads are ahead of it
     yield from (Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces))
     yield from (Step(op, *cell) for n in range(ahead) if (cell := grid.cell(n)) for op in LOADS)
-    beside = 0  # the cell beside which the next weights are issued
+    carrier = 0  # the cell with which the next weights are issued
     for n in range(grid.tokens * grid.layers * grid.batches + lag):
         if following := grid.cell(n + ahead):
             yield from (Step(op, *following) for op in LOADS)
@@ -185,32 +187,34 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
             yield Step(Op.ATTEND, *cell)
         if before and grid.splits_attention:
             yield Step(Op.LOAD_ATTENDED, *before)
-        # Weights come behind the short transfers, and early, so that the first PROJECT of a layer does not wait
-        # for the last of them; but no earlier than the layer whose slot they take has computed every batch.
-        while beside <= n + 1 and (beside // grid.batches + 2 - grid.weight_slots) * grid.batches + lag <= n:
-            visit, batch = divmod(beside, grid.batches)
+        # Weights are issued after the short transfers, and early, so that the first PROJECT of a layer does not
+        # wait for its last piece. But the layer that had the slot must have computed every batch first.
+        while (
+            carrier <= n + 1 and (carrier // grid.batches + 2 - grid.weight_slots) * grid.batches + lag <= n
+        ):
+            visit, batch = divmod(carrier, grid.batches)
             if next_visit := grid.visit(0, 0, visit + 1):
                 weights = [Step(Op.LOAD_WEIGHTS, *next_visit, piece) for piece in range(grid.weight_pieces)]
                 yield from _spread(weights, grid.batches)[batch]
-            beside += 1
+            carrier += 1
         if lag == 1:
             yield from rest
 
 
 @order(slots=Slots(weights=1), for_comparison=True)
 def flexgen(grid: Grid) -> Iterator[Step]:
-    """What FlexGen does by its published cost model, for comparison: a layer's weights, all of them beside the
-    first batch, add to its time, and only what belongs to a cell overlaps.
+    """FlexGen's own schedule, as its published cost model describes it, for comparison.
 
-    FlexGen waits for the whole device after every cell and attends on the CPU in its main thread. Its cost model
-    says so: while decoding, weight loading + the longest of cache, hidden states and computation.
+    All weights of a layer are loaded with its first batch and add to its time; only the transfers of a cell overlap.
+    FlexGen waits for the whole device after every cell, and computes CPU attention in its main thread. Its cost
+    model for decoding agrees: weight loading + the longest of cache, hidden states and computation.
     """
     yield Step(Op.LOAD_CACHE, 0, 0, 0)
     for cell in grid.cells():
         i, j, k = cell
         if k == 0:
             yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
-        # The next cell's hidden states come early, unless they are what this cell stores.
+        # The next cell's hidden states are loaded early, unless this cell is the one that stores them.
         early = grid.batches > 1
         if not early or cell == (0, 0, 0):
             yield Step(Op.LOAD_HIDDEN, i, j, k)
@@ -226,9 +230,9 @@ def flexgen(grid: Grid) -> Iterator[Step]:
 
 
 def check_order(name: str) -> None:
-    """Raise ScheduleError for an order that is not known, or that is not legal and complete.
+    """Raise ScheduleError for an order that is unknown, illegal or incomplete.
 
-    It runs on small grids of every kind: a run that follows it could fail far into its work.
+    The order is checked on small grids of every kind, so that no run fails halfway.
     """
     if not isinstance(name, str) or name not in ORDERS:
         known = ", ".join(sorted(ORDERS))
@@ -237,7 +241,7 @@ def check_order(name: str) -> None:
         grid = ORDERS[name].grid(tokens, layers, batches, pieces)
         try:
             check(ORDERS[name](grid), grid)
-            if grid.splits_attention:  # where the host attends to nothing its grid does not
+            if grid.splits_attention:  # its grid has no such steps if the host computes no attention
                 whole = replace(grid, splits_attention=False)
                 check(ORDERS[name](whole), whole)
         except ScheduleError as error:
@@ -246,7 +250,8 @@ def check_order(name: str) -> None:
 
 
 def order_for(overlap: bool, num_gpu_batches: int, host_attends: bool = False) -> str:
-    """The name of the order that a policy asks for. `host_attends`: to rows of a device with its own memory."""
+    """The name of the order for a policy. `host_attends`: the host computes attention for a device with its own
+    memory."""
     if not overlap:
         return normal.name
     if num_gpu_batches == 1:

@@ -1,10 +1,10 @@
 """Schedules as data: steps, and what each step needs.
 
-A schedule walks a grid of cells (token i, layer j, batch k); the literature calls it the block
-schedule (FlexGen, arXiv 2303.06865, section 4.1, algorithm 1). Everything else follows from two
-functions: an *order* (`orders.py`) yields every `Step` of a `Grid` once, and `needs` tells what must be done
-before a step may start, the reuse of buffers included. `check` proves an order, the executor runs it, the
-simulator times it; none of them knows how the order was made.
+A schedule visits a grid of cells (token i, layer j, batch k). The literature calls it the block schedule
+(FlexGen, arXiv 2303.06865, section 4.1, algorithm 1). Two functions define it. An *order* (`orders.py`) yields every
+`Step` of a `Grid` once. `needs` returns the steps that must be done before a step may start, including those that use
+the same buffers. `check` proves an order, the executor runs it, and the simulator times it; none of them depends on
+how the order was generated.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from flexgen.schedule.turns import Turns
 
 
 class Op(Enum):
-    """What a step does for its cell."""
+    """The operation that a step performs for its cell."""
 
-    LOAD_WEIGHTS = auto()  # one piece of a layer's weights, from their home into a slot
-    LOAD_CACHE = auto()  # the KV cache of earlier tokens, to where it is attended
+    LOAD_WEIGHTS = auto()  # one piece of a layer's weights, from its home into a slot
+    LOAD_CACHE = auto()  # the KV cache of earlier tokens, to the place where attention runs
     LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
-    PROJECT = auto()  # queries, keys and values; those of rows that the host attends leave the device
+    PROJECT = auto()  # queries, keys and values; those of rows with host attention are copied to the host
     ATTEND = auto()  # attention: the host's rows on the host, the device's on the device
-    LOAD_ATTENDED = auto()  # what the host has attended, to the device
-    COMPUTE = auto()  # the layer, or what the three steps before it have left of it
+    LOAD_ATTENDED = auto()  # the host's attention output, to the device
+    COMPUTE = auto()  # the layer, or the rest of it after PROJECT, ATTEND and LOAD_ATTENDED
     STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
-    STORE_CACHE = auto()  # keys and values of the new tokens, to their home
+    STORE_CACHE = auto()  # keys and values of new tokens, to their home
 
-    # An Enum hashes by name through Python code; identity is enough and keeps a step cheap.
+    # Enum hashes the name in Python code; hashing the identity is enough, and keeps steps cheap.
     __hash__ = object.__hash__
 
 
 class Step(NamedTuple):
-    """One operation of cell (token, layer, batch). For LOAD_WEIGHTS `batch` is the piece's number."""
+    """One operation of cell (token, layer, batch). For LOAD_WEIGHTS, `batch` is the number of the piece."""
 
     op: Op
     token: int
@@ -52,13 +52,15 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The cells of one block, and how many buffers they share.
+    """The cells of one block, and the number of buffers they share.
 
-    `weight_pieces`: a layer's weights travel in that many pieces, so that a long transfer does not hold
-    up the short ones that queue behind it. `weight_slots` and `cell_slots`: how many layers' weights (see
-    `Turns`), and how many cells' inputs and outputs, may be on their way at once. `splits_attention`: a cell
-    has the steps PROJECT, ATTEND and LOAD_ATTENDED, for whose sake the host attends beside the computation.
-    `feeds_ids`: the next token takes the ids on the compute device, and does not wait until the host has them.
+    weight_pieces: the pieces in which the weights of a layer are loaded. Short transfers do not wait behind one
+        long transfer.
+    weight_slots: the layers whose weights may be in flight at once (see `Turns`).
+    cell_slots: the cells whose inputs and outputs may be in flight at once.
+    splits_attention: cells have the steps PROJECT, ATTEND and LOAD_ATTENDED, so that attention on the host overlaps
+        with the computation on the device.
+    feeds_ids: the next token takes the ids from the compute device, and does not wait until the host has them.
     """
 
     tokens: int
@@ -76,14 +78,14 @@ class Grid:
                 raise ScheduleError(f"a grid needs {name} >= 1, not {getattr(self, name)}")
 
     def cells(self) -> Iterator[Cell]:
-        """Every cell: tokens outermost, batches innermost, so that a layer's weights serve all batches."""
+        """Every cell: tokens outermost, batches innermost, so that all batches use a layer's weights in turn."""
         return (
             Cell(i, j, k) for i in range(self.tokens) for j in range(self.layers) for k in range(self.batches)
         )
 
     @property
     def turns(self) -> Turns:
-        """Which of the weight slots serves a visit."""
+        """The assignment of weight slots to visits."""
         return Turns(self.layers, self.weight_slots)
 
     @property
@@ -110,7 +112,7 @@ class Grid:
         return divmod(n, self.layers) if 0 <= n < self.tokens * self.layers else None
 
     def keeps(self, cell: Cell) -> bool:
-        """Whether what the cell computes is kept by batch, not by cell slot: new ids that the next token takes."""
+        """Whether the cell's output is stored by batch, not by cell slot: new ids that the next token takes."""
         return self.feeds_ids and cell.layer == self.layers - 1
 
     def cell_slot(self, token: int, layer: int, batch: int) -> int:
@@ -122,13 +124,13 @@ STORES = Op.STORE_HIDDEN, Op.STORE_CACHE
 
 
 def needs(step: Step, grid: Grid) -> list[Step]:
-    """Steps that must be done before `step` may start: its data, and the last user of its buffers."""
+    """Steps that must be done before `step` may start: the sources of its data and the last users of its buffers."""
     visit = needed_visit(step, grid)
     return [*(visit.steps(grid) if visit else ()), *needed_steps(step, grid)]
 
 
 class Visit(NamedTuple):
-    """All steps of an op in one visit of a layer: every piece of its weights, or every batch."""
+    """All steps of one op in one visit of a layer: every piece of its weights, or every batch."""
 
     op: Op
     token: int
@@ -140,16 +142,16 @@ class Visit(NamedTuple):
 
 
 def needed_visit(step: Step, grid: Grid) -> Visit | None:
-    """What a step needs as a whole, together with others: told apart because it is so many steps."""
+    """The visit that a step needs as a whole. It is separate from `needed_steps` because it has many steps."""
     op, i, j, _ = step
-    if op is Op.LOAD_WEIGHTS:  # the slot is free once the layer that had it has computed every batch
+    if op is Op.LOAD_WEIGHTS:  # the slot is free when the previous layer in it has computed every batch
         before = grid.turns.before(i, j)
         return Visit(Op.COMPUTE, *before) if before else None
     return Visit(Op.LOAD_WEIGHTS, i, j) if op is grid.computing[0] else None
 
 
 def needed_steps(step: Step, grid: Grid) -> list[Step]:
-    """What else it needs."""
+    """The other steps that a step needs."""
     op, i, j, k = step
     match op:
         case Op.LOAD_WEIGHTS:
@@ -168,7 +170,9 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
             return needed
         case Op.PROJECT:
             needed = [Step(Op.LOAD_HIDDEN, i, j, k)]
-            if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # what passes from half to half
+            if old := grid.cell_after(
+                Cell(i, j, k), -grid.cell_slots
+            ):  # the buffers between PROJECT and COMPUTE
                 needed.append(Step(Op.COMPUTE, *old))
             return needed
         case Op.ATTEND:
@@ -176,7 +180,7 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
         case Op.LOAD_ATTENDED:
             return [Step(Op.ATTEND, i, j, k)]
         case Op.COMPUTE:
-            # With halves, its input and weights were there before PROJECT.
+            # With split attention, PROJECT has waited for the input and the weights.
             data = (Op.LOAD_ATTENDED,) if grid.splits_attention else LOADS
             needed = [Step(op, i, j, k) for op in data]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
@@ -189,7 +193,7 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
 
 
 def all_steps(grid: Grid) -> Iterator[Step]:
-    """Every step of the grid, in no useful order."""
+    """Every step of the grid, in no particular order."""
     for i, j, k in grid.cells():
         if k == 0:
             yield from (Step(Op.LOAD_WEIGHTS, i, j, piece) for piece in range(grid.weight_pieces))
@@ -199,8 +203,8 @@ def all_steps(grid: Grid) -> Iterator[Step]:
 def check(steps: Iterable[Step], grid: Grid) -> None:
     """Prove that an order is legal and complete, or raise ScheduleError.
 
-    Legal: each step once, and after all that it needs. Because lanes serve their queues in the order of
-    issue, a legal order cannot deadlock. Complete: no step of the grid is missing.
+    Legal: each step is issued once, after all the steps that it needs. Lanes serve their queues in the order of
+    issue, so a legal order cannot deadlock. Complete: no step of the grid is missing.
     """
     expected = set(all_steps(grid))
     done: set[Step] = set()

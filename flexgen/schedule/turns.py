@@ -1,9 +1,9 @@
-"""Which weight slot serves a visit of a layer: what a schedule waits for, and what the slots are sized by.
+"""The assignment of weight slots to the visits of layers. Schedules wait by it, and slots are sized by it.
 
-With two slots or more the first layer and the last one, the embedding and the head, have a slot each of their own,
-and the layers between take turns at the others. The head is often the largest layer, and the longest to compute. If
-it took its turn, the first layers of the next token could not arrive while it computes: at the end of every token the
-lane that brings weights would wait.
+With two slots or more, the first and the last layer (the embedding and the head) have a slot each, and the layers
+between them share the other slots in rotation. The head is often the largest layer, and the slowest to compute. If it
+took part in the rotation, the first layers of the next token could not be loaded while it computes: the lane that
+loads weights would be idle at the end of every token.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """The slots of `layers` layers, of which those between the ends take turns at `slots` slots.
+    """The slots of `layers` layers. The layers between the first and the last share `slots` slots in rotation.
 
-    One slot serves every layer: what wants no overlap must not have the head arrive early. With fewer layers than
-    slots, or none between the ends, all take turns too.
+    One slot serves all layers, also the first and the last, because an order without overlap must not load the head
+    early. All layers share the slots as well if there are fewer layers than slots, or none between the ends.
     """
 
     layers: int
@@ -26,22 +26,22 @@ class Turns:
 
     @property
     def ends_apart(self) -> bool:
-        """Whether the first and the last layer have slots of their own."""
+        """Whether the first and the last layer have separate slots."""
         return self.slots > 1 and self.layers >= max(self.slots, 3)
 
     @property
     def count(self) -> int:
-        """Slots in all."""
+        """The total number of slots."""
         return self.slots + 2 * self.ends_apart
 
     def slot(self, token: int, layer: int) -> int:
-        """The slot that serves a visit: from 0 those that are taken by turns, behind them those of the ends."""
+        """The slot that serves a visit. The shared slots are numbered from 0; those of the two ends follow."""
         if self._at_end(layer):
             return self.slots + (layer > 0)
         return self._turn(token, layer) % self.slots
 
     def before(self, token: int, layer: int) -> tuple[int, int] | None:
-        """(token, layer) of the visit that had the slot last, None for the first one."""
+        """(token, layer) of the previous visit in the same slot, or None for the first."""
         if self._at_end(layer):
             return (token - 1, layer) if token else None
         turn = self._turn(token, layer) - self.slots
@@ -51,10 +51,11 @@ class Turns:
         return token, place + self.ends_apart
 
     def arrivals(self, tokens: int) -> Iterator[range]:
-        """For each visit in order those, by number, whose weights may begin to arrive beside it and not before, the
-        first visit of all excepted: those for which the visits so far have left a slot.
+        """For each visit in order, the numbers of the visits whose weights may be loaded from then on.
 
-        Of the next token only the first two layers: on the same lane its ids may have to wait for the head.
+        These are the visits whose slot has just become free. The very first visit is not among them. Only the
+        first two layers of the next token are loaded early, because its ids may have to wait for the head on the same
+        lane.
         """
         coming = 1
         for number in range(tokens * self.layers):
@@ -65,12 +66,12 @@ class Turns:
             yield range(first, coming)
 
     def served(self, slot: int) -> list[int]:
-        """The layers that a slot serves, in one token or another."""
+        """All layers that a slot serves over the tokens of a run."""
         if slot >= self.slots:
             return [0 if slot == self.slots else self.layers - 1]
         first = int(self.ends_apart)
         last = self.layers - first
-        # How far a layer's slot moves from token to token, at least.
+        # The minimum distance that a layer's slot moves from token to token.
         apart = math.gcd(last - first, self.slots)
         return [layer for layer in range(first, last) if (slot - layer + first) % apart == 0]
 

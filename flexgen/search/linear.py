@@ -18,7 +18,7 @@ import numpy as np
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import Layer, build_layers
 from flexgen.models.spec import LayerSpec
@@ -238,8 +238,8 @@ class Corners:
         block = policy.replace(num_gpu_batches=batches)
         workload = replace(self._job.workload, num_prompts=block.block_size)
         topology = self._job.hardware.topology
-        block_of = layers, placement, block, self._job.dtype, topology, workload
-        plan = plan_memory(*block_of, slots=order.slots, workspaces=workspaces_on(self._job.hardware))
+        target = Target(topology, order.slots, workspaces_on(self._job.hardware))
+        plan = plan_memory(layers, placement, block, target, workload)
         # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
         # takes where no share has is no line between the corners: the plan of the policy counts it.
         slots, between = (

@@ -15,7 +15,7 @@ import numpy as np
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement, place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.models import Layer, build_layers
 from flexgen.policy import Policy, Split, Tier
 from flexgen.predict.job import Job
@@ -65,9 +65,8 @@ class Simulations:
         """The plan, with the slots of the order, and by how many bytes each tier is short."""
         policy, topology = run.policy, self._job.hardware.topology
         layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
-        block = layers, placement, policy, self._job.dtype, topology, self._job.workload
-        workspaces = workspaces_on(self._job.hardware)
-        plan = plan_memory(*block, slots=self.order(run).slots, workspaces=workspaces)
+        target = Target(topology, self.order(run).slots, workspaces_on(self._job.hardware))
+        plan = plan_memory(layers, placement, policy, target, self._job.workload)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
 
     def short(self, run: Run) -> list[Tier]:

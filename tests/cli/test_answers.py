@@ -1,4 +1,4 @@
-"""A file of answers is whole however its process ended: nothing lost, doubled, in part, or next to another prompt."""
+"""The answers are complete after any interruption: none is lost, duplicated, truncated or at the wrong prompt."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def lines(total):
 
 
 def resume(path, total, step, saves=1 << 30):
-    """Run the job in a process that ends after so many saves; the rows that it answered."""
+    """Run the job in a process that ends after some saves, and return the rows that it answered."""
     answered = []
     with Answers(path, ABOUT, prompts(total)) as answers:
         if not answers.complete:
@@ -62,7 +62,7 @@ def job_of(path):
         st.tuples(st.integers(1, 5), st.integers(0, 3), st.integers(0, 300), st.integers(0, 300)), max_size=4
     ),
 )
-def test_whatever_a_crash_left_the_answers_are_whole(total, cuts, tmp_path_factory):
+def test_answers_are_complete_after_a_crash_at_any_point(total, cuts, tmp_path_factory):
     path = tmp_path_factory.mktemp("job") / "answers.jsonl"
     for step, saves, lost, lost_notes in cuts:
         resume(path, total, step, saves)
@@ -108,7 +108,7 @@ EDITS = {
 
 @pytest.mark.parametrize("done", [9, 12], ids=["whole", "to be resumed"])
 @pytest.mark.parametrize("edit", EDITS)
-def test_what_was_edited_is_refused_and_left_as_it_is(edit, done, path):
+def test_edited_answers_are_refused_and_not_changed(edit, done, path):
     change, said, good = EDITS[edit]
     resume(path, done, 3, saves=3)
     before, notes = path.read_bytes(), job_of(path).read_bytes()
@@ -118,7 +118,7 @@ def test_what_was_edited_is_refused_and_left_as_it_is(edit, done, path):
         Answers(path, ABOUT, prompts(done))
     assert (path.read_bytes(), job_of(path).read_bytes()) == (edited, notes)
     # The advice is right: with the first lines alone, the job continues.
-    assert f"keep the first {good} lines only" in str(raised.value)
+    assert f"keep only its first {good} lines" in str(raised.value)
     path.write_bytes(b"".join(edited.splitlines(keepends=True)[:good]))
     resume(path, done, 3)
     assert path.read_bytes() == lines(done)
@@ -139,7 +139,7 @@ def test_the_same_prompt_twice_does_not_hide_an_edit(path):
 def test_one_process_at_a_time(path):
     with Answers(path, ABOUT, prompts(4)) as answers:
         answers.begin(RUN)
-        with pytest.raises(RequestError, match="written by another process"):
+        with pytest.raises(RequestError, match="in use by another process"):
             Answers(path, ABOUT, prompts(4))
         answers.save([completion(0), completion(1)])
     assert resume(path, 4, 2) == [range(2, 4)]
@@ -148,13 +148,16 @@ def test_one_process_at_a_time(path):
 def test_files_of_another_job_stay_as_they_are(path):
     path.write_text("not ours\n")
     with pytest.raises(
-        RequestError, match=r"answers.jsonl.job, which says what .* does not; name another output"
+        RequestError, match=r"answers.jsonl.job, which records its job, does not; choose another output"
     ):
         Answers(path, ABOUT, prompts(4))
     assert path.read_text() == "not ours\n"
     path.unlink()
     resume(path, 4, 2, saves=1)
-    for about, said in (({"prompts": "other"}, "other prompts"), ({"--seed": 3}, "other --seed")):
+    for about, said in (
+        ({"prompts": "other"}, "different value of: prompts"),
+        ({"--seed": 3}, "different value of: --seed"),
+    ):
         with pytest.raises(RequestError, match=said):
             Answers(path, ABOUT | about, prompts(4))
     with pytest.raises(RequestError, match="is damaged: it counts 2 answers for 1 prompts"):
@@ -162,7 +165,7 @@ def test_files_of_another_job_stay_as_they_are(path):
     assert path.read_bytes() == lines(2)
 
 
-def test_what_was_not_begun_leaves_no_file(path):
+def test_a_job_that_was_not_begun_leaves_no_file(path):
     with Answers(path, ABOUT, prompts(4)):
         assert path.exists()
     assert not path.exists()
@@ -202,7 +205,7 @@ def test_a_file_that_exists_keeps_its_mode(path):
 @pytest.mark.parametrize(
     "more", [20, 20 + len(lines(4)) - len(lines(2))], ids=["in an answer", "in its note"]
 )
-def test_a_full_disk_keeps_what_was_saved(more, path, monkeypatch):
+def test_a_full_disk_keeps_the_saved_answers(more, path, monkeypatch):
     write, room = os.pwrite, [more]
 
     def as_much_as_fits(fd, data, offset):
@@ -218,7 +221,9 @@ def test_a_full_disk_keeps_what_was_saved(more, path, monkeypatch):
         notes = job_of(path).read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", as_much_as_fits)
-            with pytest.raises(OSError, match="No space left on device. 2 of 4 are kept: make room"):
+            with pytest.raises(
+                OSError, match="No space left on device. 2 of 4 answers are saved; free some space"
+            ):
                 answers.save([completion(2), completion(3)])
         assert (path.read_bytes(), job_of(path).read_bytes()) == (lines(2), notes)
         answers.save([completion(2), completion(3)])

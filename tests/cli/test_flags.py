@@ -1,4 +1,4 @@
-"""What every command does around its work."""
+"""The common behaviour of all commands."""
 
 import argparse
 import os
@@ -38,7 +38,7 @@ def test_the_check_changes_no_file(parser, tmp_path):
     assert flags.run(parser, lambda args: None, ["--json", "-", "--save-hardware", "/dev/null"]) == 0
 
 
-def test_sigterm_frees_what_a_command_holds(parser):
+def test_sigterm_frees_the_resources_of_a_command(parser):
     freed = []
 
     def work(args):
@@ -63,7 +63,7 @@ def test_a_count_is_refused_with_its_limit(text):
 @pytest.mark.parametrize(
     ("typed", "text"), [(r"\n", "\n"), (r"a\tb", "a\tb"), (r"\\n", r"\n"), ("\n", "\n"), (r"\d", r"\d")]
 )
-def test_escapes_in_what_a_shell_passes_on(typed, text):
+def test_escapes_from_a_shell_are_replaced(typed, text):
     parser = argparse.ArgumentParser()
     add_sampling_flags(parser)
     assert parser.parse_args(["--stop", typed]).stop == [text]

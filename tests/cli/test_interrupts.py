@@ -1,4 +1,4 @@
-"""Ctrl-C while modules are imported."""
+"""Ctrl-C during the imports of a command."""
 
 import argparse
 import os
@@ -88,5 +88,5 @@ def test_another_program_gets_its_exception(run):
         (["python"], False),
     ],
 )
-def test_what_is_a_command(argv, command):
+def test_commands_are_recognised(argv, command):
     assert _is_command(argv) is command

@@ -1,4 +1,4 @@
-"""What is known about a file of answers is read back as it was written, or refused."""
+"""A job file is read back unchanged, or refused."""
 
 import json
 import os
@@ -71,9 +71,9 @@ def test_a_mark_that_a_crash_tore_is_left_out(file):
     ],
     ids=lambda text: repr(text[-50:]),
 )
-def test_what_is_damaged_is_refused(text, file):
+def test_a_damaged_file_is_refused(text, file):
     file.path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(RequestError, match="is damaged, or of another version .*remove it and answers.jsonl"):
+    with pytest.raises(RequestError, match="is damaged or of another version .*remove it and answers.jsonl"):
         file.read()
 
 

@@ -1,4 +1,4 @@
-"""Prompts are read from the files that people have; what is not a prompt is refused with its line."""
+"""Prompts are read from all supported files; an invalid prompt is refused with its line."""
 
 import json
 
@@ -60,9 +60,11 @@ def test_lines_of_text(name, write):
 
 def test_a_text_has_no_mark_and_one_kind_of_line_ends(write):
     assert read_text(write("a", b"\xef\xbb\xbfa\r\nb\n\r\n")) == "a\nb\n\n"
-    with pytest.raises(RequestError, match="a is not UTF-8 text: byte 1 is invalid start byte$"):
+    with pytest.raises(
+        RequestError, match="a is not UTF-8 text: byte 1 is invalid start byte; save it as UTF-8$"
+    ):
         read_text(write("a", b"a\xff"))
-    with pytest.raises(RequestError, match="it looks like UTF-16: save it as UTF-8"):
+    with pytest.raises(RequestError, match="it looks like UTF-16.; save it as UTF-8"):
         read_text(write("a", "Once".encode("utf-16")))
 
 
@@ -71,31 +73,31 @@ def test_nesting_up_to_the_limit_is_kept(write):
         return '{"prompt": "a", "x": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}\n"
 
     assert read_prompts(write("a.jsonl", nested(MAX_NESTING)))[0].fields["prompt"] == "a"
-    with pytest.raises(RequestError, match="line 1: arrays and objects are nested more than 100 deep"):
+    with pytest.raises(RequestError, match="line 1: arrays and objects are nested more than 100 levels deep"):
         read_prompts(write("a.jsonl", nested(MAX_NESTING + 1)))
 
 
 DEEP = '{"prompt": "a", "x": ' + "[" * 50_000 + "]" * 50_000 + "}"
 GOOD = '{"prompt": "a"}'
 BAD = {
-    "blank": (" \t", "the line is blank; write a prompt into it, or remove it"),
+    "blank": (" \t", "the line is blank; write a prompt or remove the line"),
     "cut off": ('{"prompt": ', "not valid JSON: Expecting value at column 12"),
-    "two in one": (GOOD + GOOD, "not valid JSON: more text from column 16 on"),
+    "two in one": (GOOD + GOOD, "not valid JSON: unexpected text from column 16 on"),
     "not a number": ('{"prompt": "a", "x": NaN}', "NaN is not valid JSON"),
     "infinite": ('{"prompt": "a", "x": [Infinity]}', "Infinity is not valid JSON"),
     "infinite below": ('{"prompt": "a", "x": -Infinity}', "-Infinity is not valid JSON"),
-    "beyond floats": ('{"prompt": "a", "x": 1e400}', "1e400 is beyond the range of a float"),
+    "beyond floats": ('{"prompt": "a", "x": 1e400}', "1e400 is outside the range of a float"),
     "beyond whole numbers": (
         '{"prompt": "a", "x": ' + "9" * 5000 + "}",
         "not valid JSON: Exceeds the limit",
     ),
-    "deep": (DEEP, "arrays and objects are nested more than 100 deep"),
-    "deep and cut off": ("[" * 50_000, "arrays and objects are nested more than 100 deep"),
+    "deep": (DEEP, "arrays and objects are nested more than 100 levels deep"),
+    "deep and cut off": ("[" * 50_000, "arrays and objects are nested more than 100 levels deep"),
     "neither": ('{"text": "a"}', 'must be an object with a text or a chat: {"prompt": "..."}'),
     "both": (json.dumps({"prompt": "a", "messages": CHAT}), "must be an object with a text or a chat"),
     "not a text": ('{"prompt": 3}', "must be an object with a text or a chat"),
     "empty": ('{"prompt": ""}', "must be an object with a text or a chat"),
-    "answered": ('{"prompt": "a", "completion": "b"}', "the field 'completion' is where the answer is put"),
+    "answered": ('{"prompt": "a", "completion": "b"}', "the field 'completion' is reserved for the answer"),
     "half a character": ('{"prompt": "a", "x": "\\ud800"}', "a text is not valid Unicode"),
     "half a character in a name": ('{"prompt": "a", "\\ud800": 1}', "a text is not valid Unicode"),
     "no messages": ('{"messages": []}', '"messages" must be a list of objects, each with a "role"'),
@@ -125,19 +127,19 @@ def test_an_element_that_is_not_a_prompt(case, write):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.txt", "", "a.txt is empty; write prompts into it"),
+        ("a.txt", "", "a.txt is empty; give a file with at least one prompt"),
         ("a.jsonl", "\ufeff", "a.jsonl is empty"),
         ("a.json", " \n", "a.json is empty"),
         ("a.json", "[]", "a.json is empty"),
         ("a.txt", "one\n\ntwo\n", "a.txt, line 2: the line is blank"),
         ("a.txt", "one\n\n", "a.txt, line 2: the line is blank"),
-        ("a.jsonl", '["a"]\n', "line 1: a line must be an object .* has a name that ends in .json"),
-        ("a.json", GOOD + "\n" + GOOD, r"does not begin with \[: .* ends in .jsonl"),
+        ("a.jsonl", '["a"]\n', "line 1: a prompt must be an object .* with the suffix .json"),
+        ("a.json", GOOD + "\n" + GOOD, r"does not begin with \[: .* use the suffix .jsonl"),
         ("a.json", f"[{GOOD}\n{GOOD}]", "line 2: not valid JSON: Expecting ',' or ']' at column 1"),
         ("a.json", f"[{GOOD},\n", "line 2: not valid JSON: Expecting value at column 1"),
         ("a.json", f"[{GOOD},]", "line 1: not valid JSON: Expecting value"),
         ("a.json", f"[{GOOD}", "line 1: not valid JSON: Expecting ',' or ']'"),
-        ("a.json", f"[{GOOD}]\n]", "there is text after the array"),
+        ("a.json", f"[{GOOD}]\n]", "unexpected text after the array"),
         ("a.json", "[", "line 1: not valid JSON: Expecting value"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The record tasks have the answers they claim, and the embedded model gives them."""
+"""The tasks have correct answers, and the embedded model gives them."""
 
 import re
 from datetime import datetime
@@ -64,7 +64,7 @@ def test_tasks_take_turns():
 
 
 def test_a_task_that_has_no_more_records_says_so():
-    with pytest.raises(ValueError, match="no further one of task 'unit'"):
+    with pytest.raises(ValueError, match="task 'unit' has no more"):
         records(20_000, 1, ["unit"])
 
 

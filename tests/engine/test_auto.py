@@ -267,7 +267,9 @@ def test_what_cannot_be_served_is_refused_as_ever():
 def test_flags_are_what_auto_keeps(tmp_path):
     assert parsed() == Auto() == parsed("--policy", "auto")
     assert parsed("--lossy").lossy
-    with pytest.raises(PolicyError, match="--lossy lets a search choose codecs, and all is given here"):
+    with pytest.raises(
+        PolicyError, match="--lossy lets the search choose codecs, but these flags leave nothing"
+    ):
         parsed(*"--percent 10 90 0 100 100 0 --gpu-batch-size 4 --num-gpu-batches 2 --lossy".split())
     given = parsed("--percent", "10", "90", "0", "100", "100", "0", "--overlap", "no")
     assert given == Auto({"weights": {"gpu": 10, "cpu": 90}, "cache": {"cpu": 100}, "activations": {"gpu": 100},

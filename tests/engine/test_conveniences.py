@@ -191,7 +191,7 @@ def test_stats_come_beside_the_ids(lm: OptLM, prompts: Any) -> None:
     stops = stops_of(rows)
     _, report = lm.generate(given, TOKENS, stop=stops, stats=True)
     made = sum(len(up_to_stop(row, stops)) for row in rows)
-    assert report.new_tokens == made and f"{made} in all" in report.card()
+    assert report.new_tokens == made and f"{made} in total" in report.card()
     assert report.throughput_tokens_s == pytest.approx(made / report.total_s)
     assert report.decode_tokens_s == pytest.approx((made - len(given)) / report.decode_s)
     _, report = lm.generate(given, TOKENS, stop=(), cut_gen_len=4, stats=True)

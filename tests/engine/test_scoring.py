@@ -106,7 +106,7 @@ def test_bench_reports_the_perplexity_of_the_right_answers(tmp_path, capsys):
         tokens += len(text) - len(prompt)
     found = json.loads(out.read_text())["perplexity"]
     assert found - 1 == pytest.approx(math.exp(-total / tokens) - 1, rel=1e-3)
-    assert f"{found:.4f} of the right answers" in capsys.readouterr().out
+    assert f"{found:.4f} of the correct answers" in capsys.readouterr().out
 
 
 def test_bench_without_known_answers_has_no_perplexity(tmp_path, capsys):

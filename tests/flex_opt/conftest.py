@@ -1,4 +1,4 @@
-"""A tiny OPT model as FlexGen 0.1 and as Hugging Face keep it, and what transformers generates with it."""
+"""A tiny OPT model in the formats of FlexGen 0.1 and Hugging Face, with the ids that transformers generates."""
 
 from __future__ import annotations
 

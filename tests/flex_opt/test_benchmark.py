@@ -1,4 +1,4 @@
-"""The command of 0.1: its flags, what it prints, its log, and what it refuses."""
+"""The command of 0.1: its flags, output, log and errors."""
 
 import argparse
 import dataclasses
@@ -187,7 +187,7 @@ def test_inputs_are_padded_by_the_tokenizer():
         ("--percent 100 0 100 0", "4 numbers"),
         ("--percent 60 60 100 0 100 0", "120 percent"),
         ("--model opt-31b", "did you mean 'opt-30b'"),
-        ("--model opt-125m", "2, opt-125m has 12"),
+        ("--model opt-125m", "2, but opt-125m has 12"),
         ("--compress-cache --attn-sparsity 0.1", "attn_sparsity is 0.1"),
         ("--gpu-batch-size 0", "gpu_batch_size is 0"),
         ("--prompt-len 0", "--prompt-len is 0"),

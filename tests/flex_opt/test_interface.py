@@ -1,4 +1,4 @@
-"""The names of FlexGen 0.1.8 that a script can rely on, and what they take, in which order, with which defaults."""
+"""The names of FlexGen 0.1.8 for scripts, with the order and the defaults of their arguments."""
 
 import dataclasses
 import importlib

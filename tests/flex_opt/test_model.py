@@ -1,4 +1,4 @@
-"""`OptLM` of 0.1: what it returns, prints and closes."""
+"""`OptLM` of 0.1: its results, its output and its end."""
 
 import gc
 import re
@@ -178,7 +178,7 @@ def test_costs_are_means_of_all_layers_and_batches():
     assert len(cost_lines(events[:1], 2, 3, 2, gen_len=1)) == 7, "without a decode there is no table of it"
 
 
-def test_a_task_says_what_was_asked(model):
+def test_a_task_has_the_arguments(model):
     model.generate(PROMPTS, 2, temperature=0.5, stop=9)
     task = model.task
     assert (task.prompt_len, task.gen_len, task.cut_gen_len, task.stop) == (4, 2, None, 9)
@@ -202,7 +202,7 @@ def test_a_task_says_what_was_asked(model):
         ([[5]], {"stop": 96}, "stop id 96"),
     ],
 )
-def test_what_cannot_be_served_is_refused(model, inputs, options, said):
+def test_invalid_arguments_are_refused(model, inputs, options, said):
     with pytest.raises(RequestError, match=said):
         model.generate(inputs, **options)
 
@@ -220,7 +220,7 @@ def test_closing_the_environment_closes_its_models(tiny, tmp_path, policy):
     assert not list((tmp_path / "offload").glob("flexgen-run-*"))
 
 
-def test_a_model_that_is_dropped_frees_what_it_held(tiny, env, policy, tmp_path):
+def test_a_dropped_model_frees_its_resources(tiny, env, policy, tmp_path):
     model = OptLM(tiny.config, env, str(tiny.path), policy(0, 0, 0, 0, 0, 0))
     engine, folder = weakref.ref(model.engine), tmp_path / "offload"
     model.generate(PROMPTS, 2)
@@ -250,7 +250,7 @@ def test_an_environment_may_be_empty(tiny, policy):
     env.close_copy_threads()
 
 
-def test_rows_of_padding_do_not_change_what_others_draw(model):
+def test_rows_of_padding_do_not_change_the_draws_of_others(model):
     def drawn(rows):
         torch.manual_seed(0)
         return model.generate(rows, 8, do_sample=True, temperature=2.0)

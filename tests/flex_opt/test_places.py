@@ -1,4 +1,4 @@
-"""Where weights are found under `path`, and what is said where they are not."""
+"""The search for weights under `path`, and its errors."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_random_weights_need_no_files(env, policy):
     assert out.shape == (2, 5)
 
 
-def test_a_missing_directory_says_what_was_looked_for(tiny, env, policy, tmp_path):
+def test_a_missing_directory_names_the_searched_places(tiny, env, policy, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         OptLM(tiny.config, env, str(tmp_path / "no"), policy())
     base = tmp_path / "no"
@@ -67,17 +67,17 @@ def test_a_published_model_is_asked_of_the_hub_and_that_is_said(env, policy, tmp
     with pytest.raises(CheckpointError, match=r"opt-1\.3b-np.*cannot be reached"):
         OptLM("facebook/opt-1.3b", env, str(tmp_path), policy())
     assert asked == ["facebook/opt-1.3b"]
-    assert "asking the hub for facebook/opt-1.3b" in caplog.text
+    assert "looking for facebook/opt-1.3b on the hub" in caplog.text
 
 
-def test_what_the_hub_gives_is_opened(tiny, tmp_path, monkeypatch):
+def test_a_model_from_the_hub_is_opened(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny.hf / "opt-tiny"))
     assert find_weights(get_opt_config("opt-125m"), str(tmp_path)).model == tiny.hf / "opt-tiny"
 
 
 def test_a_model_of_other_sizes_is_refused(tiny, tmp_path):
     other = dataclasses.replace(tiny.config, num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"num_hidden_layers = 2, opt-tiny has 3"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers = 2, but opt-tiny has 3"):
         find_weights(other, str(tiny.hf))
     config = tmp_path / "config.json"
     shutil.copy(tiny.hf / "opt-tiny" / "config.json", config)

@@ -66,7 +66,7 @@ def test_more_bits_and_larger_groups(policy):
     assert codec(enabled=False) == "none"
 
 
-def test_what_is_not_compressed_needs_no_configuration(policy):
+def test_no_compression_needs_no_configuration(policy):
     assert policy(comp_weight_config=None, comp_cache_config=None).to_policy().weights.gpu.codec == "none"
 
 
@@ -97,7 +97,7 @@ GOOD = dict(num_bits=4, group_size=64, group_dim=2, symmetric=False)
         "sparsity": (dict(attn_sparsity=1.5, compress_cache=False), ("attn_sparsity", "1.5")),
     }.values(),
 )
-def test_what_cannot_be_meant_is_refused_at_once(policy, changes, said):
+def test_an_invalid_policy_is_refused_at_once(policy, changes, said):
     with pytest.raises(PolicyError) as caught:
         policy(**dict(compress_cache=True) | changes)
     assert all(part in str(caught.value) for part in said), caught.value
@@ -115,8 +115,8 @@ def policy(**changes):
     return Policy(**fields | changes)
 
 
-def test_what_the_cost_model_of_0_1_gives_is_taken():
-    """Its linear program ends a rounding error beside 0 and 100."""
+def test_percentages_of_the_cost_model_of_0_1_are_accepted():
+    """Its linear program has a rounding error around 0 and 100."""
     fields = dict(
         w_gpu_percent=-1e-10, w_cpu_percent=100.00000000001, cache_gpu_percent=33.3, cache_cpu_percent=66.7
     )

@@ -1,4 +1,4 @@
-"""A script as one wrote it for FlexGen 0.1, run as it is in a process of its own."""
+"""A script for FlexGen 0.1, run unchanged in a separate process."""
 
 import json
 import os

@@ -21,12 +21,12 @@ def test_a_timer(monkeypatch):
     assert timer.costs == [] and timer.elapsed() == timer.elapsed("sum") == 0
 
 
-def test_what_a_timer_cannot_do():
+def test_wrong_uses_of_a_timer_are_refused():
     timer = Timer("mine")
-    with pytest.raises(RequestError, match="'mine' does not run"):
+    with pytest.raises(RequestError, match="'mine' is not running"):
         timer.stop()
     timer.start()
-    with pytest.raises(RequestError, match="'mine' runs already"):
+    with pytest.raises(RequestError, match="'mine' is running"):
         timer.start()
     timer.reset()
     timer.start()
@@ -67,7 +67,7 @@ def test_a_call_is_timed(tiny, env, policy):
     assert sum(timer.costs) == pytest.approx(model.stats.timing.total)
     lengths = []
     for options in (
-        dict(cut_gen_len=3),  # what was run, for a script to project
+        dict(cut_gen_len=3),  # the tokens that ran, which a script extrapolates
         dict(debug_mode="fewer_batch"),  # projected to all
         dict(debug_mode="breakdown"),
         dict(max_new_tokens=1),

@@ -1,4 +1,4 @@
-"""`forward` against transformers': logits, loss, hidden states, under padding at either end."""
+"""`forward` compared with transformers: logits, loss and hidden states, with padding at either end."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def test_refusals(model: Any) -> None:
     model(ids, mask, use_cache=False, output_attentions=False, past_key_values=None)
     with pytest.raises(RequestError, match=r"labels have shape \(5, 3\)"):
         model(ids, labels=ids[:, :3])
-    with pytest.raises(RequestError, match="labels have the id 36"):
+    with pytest.raises(RequestError, match="labels contain the id 36"):
         model(ids, labels=ids.masked_fill(ids == ids[2, 3], 36))

@@ -1,4 +1,4 @@
-"""Arguments of `generate`: transformers' own generate on the same weights says what they mean."""
+"""The arguments of `generate`, compared with transformers' own generate on the same weights."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_scores_and_logits_of_every_step(model: Any, reference: Any, inputs: Any
     assert only.scores is None and only.logits is None
 
 
-def test_what_scores_would_take_is_checked_first(model: Any, inputs: Any, monkeypatch: Any) -> None:
+def test_memory_of_scores_is_checked_first(model: Any, inputs: Any, monkeypatch: Any) -> None:
     given = inputs(LENGTHS)
     options = dict(max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
     model.generate(**given, max_new_tokens=8)
@@ -193,12 +193,12 @@ class Puts(list):  # type: ignore[type-arg]
         self.append("end")
 
 
-def test_what_a_streamer_is_given(model: Any, reference: Any, inputs: Any) -> None:
+def test_a_streamer_gets_prompt_and_ids(model: Any, reference: Any, inputs: Any) -> None:
     puts = [Puts(), Puts()]
     for each, streamer in zip((model, reference), puts, strict=True):
         each.generate(**inputs([4]), max_new_tokens=9, do_sample=False, streamer=streamer, eos_token_id=ENDS)
     assert puts[0] == puts[1] and puts[0][-1] == "end"
-    with pytest.raises(UnsupportedError, match="streamer takes one row, not 2"):
+    with pytest.raises(UnsupportedError, match="a streamer is not supported with 2 rows"):
         model.generate(**inputs([4, 5]), max_new_tokens=9, streamer=Puts())
 
 
@@ -247,7 +247,7 @@ def test_the_length_without_one_given(model: Any, inputs: Any, monkeypatch: Any)
     assert model.generate(**given, eos_token_id=None).shape == (2, 8)
 
 
-def test_the_default_length_is_not_told_as_an_argument(model: Any, inputs: Any, monkeypatch: Any) -> None:
+def test_the_default_length_is_not_reported_as_an_argument(model: Any, inputs: Any, monkeypatch: Any) -> None:
     told: list[str] = []
     monkeypatch.setattr("transformers.generation.utils.logger.warning_once", told.append)
     config = GenerationConfig(do_sample=False)
@@ -300,14 +300,14 @@ def test_a_mask_that_is_inferred(model: Any, reference: Any, monkeypatch: Any) -
     assert model.generate(padded, **options).equal(reference.generate(padded, **options))
     inside = torch.tensor([[7, 8, 9, 10], [2, 5, 0, 7]])
     everything = dict(attention_mask=torch.ones_like(inside))
-    # Of two that could be meant each is said, none is taken without a word.
+    # If two arguments could be meant, the message names both.
     assert model.generate(inside, **everything, **options).equal(
         reference.generate(inside, **everything, **options)
     )
     ends = dict(eos_token_id=0, pad_token_id=0)  # where the pad id ends texts, transformers infers none
     assert model.generate(inside, **ends, **options).equal(reference.generate(inside, **ends, **options))
     monkeypatch.setattr("flexgen.engine.model.Call", None)
-    words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0 .*torch.ones_like\(input_ids\)"
+    words = r"row 1 has a hole.* No mask was given.* pad_token_id = 0.*torch.ones_like\(input_ids\)"
     with pytest.raises(RequestError, match=words):
         model.generate(inside, **options)
     with pytest.raises(RequestError, match="row 0 is all zero.* No mask was given"):
@@ -347,7 +347,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a temperature that overflows": (
         dict(do_sample=True, temperature=1e-38),
         RequestError,
-        "overflows below",
+        "must be at least 1e-30",
     ),
 }
 
@@ -396,7 +396,7 @@ def test_masks_are_refused_by_row(row: list[int], word: str, model: Any, inputs:
             call()
 
 
-def test_what_a_processor_raises_is_the_cause(model: Any, inputs: Any) -> None:
+def test_the_exception_of_a_processor_is_the_cause(model: Any, inputs: Any) -> None:
     def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         raise KeyError("lost")
 
@@ -437,7 +437,7 @@ def test_a_special_token_can_be_a_stop_string():
     assert found.shape[1] == prompt_len + 4 and found[0, -1] == tokenizer.unk_token_id
 
 
-def test_what_exceeds_a_table_of_positions_is_refused(saved: Any, inputs: Any) -> None:
+def test_too_many_positions_for_the_table_are_refused(saved: Any, inputs: Any) -> None:
     """Learned positions end; those of the llama of the other tests do not."""
     with saved("opt").open() as model:
         room = model.lm.spec.max_positions - 5

@@ -1,4 +1,4 @@
-"""Generation modes that transformers' loops run, and hidden states: transformers' generate gives the right values."""
+"""Generation modes in transformers' loops, and hidden states, compared with transformers' generate."""
 
 from __future__ import annotations
 
@@ -217,7 +217,9 @@ def test_a_recomputing_mode_says_so_once(model: Any, inputs: Any, caplog: Any) -
         assert "no KV cache" not in caplog.text
         for _ in range(2):
             model.generate(**inputs([3]), max_new_tokens=2, num_beams=2, do_sample=False)
-    assert caplog.text.count("beam search has no KV cache in flexgen: each step computes all positions") == 1
+    assert (
+        caplog.text.count("beam search has no KV cache in flexgen, so each step computes all positions") == 1
+    )
 
 
 @pytest.mark.parametrize(("options", "rows"), [(dict(num_beams=2), 2), (dict(prompt_lookup_num_tokens=2), 1)])
@@ -226,7 +228,7 @@ def test_the_largest_pass_is_checked_first(
 ) -> None:
     given = inputs([4])
     held = dict(model.lm._machine.limits())
-    # With all logits: at least what the first pass of either mode needs.
+    # With all logits: at least the memory of the first pass of either mode.
     model(**{name: tensor.expand(rows, -1) for name, tensor in given.items()})
     first = model.lm.stats.plan
     monkeypatch.setattr(type(model.lm._machine), "limits", lambda self: held)
@@ -262,5 +264,5 @@ def test_refusals(model: Any, inputs: Any, monkeypatch: Any) -> None:
         model.generate(
             **inputs([3]), **options, pad_token_id=99, return_dict_in_generate=True, output_hidden_states=True
         )
-    with pytest.raises(UnsupportedError, match="contrastive search.*never runs code of a repository"):
+    with pytest.raises(UnsupportedError, match="contrastive search.*never runs code from a repository"):
         model.generate(**inputs([3]), **options, penalty_alpha=0.6, top_k=4)

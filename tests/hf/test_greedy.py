@@ -1,4 +1,4 @@
-"""Greedy ids are transformers', for every family, in float32 and bfloat16, alone and in a padded batch."""
+"""Greedy ids equal those of transformers for all families, in float32 and bfloat16, alone and in padded batches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def same_but_for_ties(ours: list[int], theirs: list[int], width: int, reference:
 
 
 def in_float32(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    assert scores.dtype is torch.float32  # whatever the model computes in, as in transformers
+    assert scores.dtype is torch.float32  # for any dtype of the model, as in transformers
     return scores
 
 
@@ -80,7 +80,7 @@ def test_many_rows_in_every_order(order: str, device: str, saved: Any, inputs: A
     with FlexGenForCausalLM(lm, made.reference.config, made.reference.generation_config) as model:
         ours = model.generate(**given, max_new_tokens=12, do_sample=False)
     assert ours.tolist() == theirs.tolist()
-    # Rows that end early are what makes the blocks regroup.
+    # Rows that end early make the blocks regroup.
     assert len({int((row == 0).sum()) for row in ours}) > 2
 
 

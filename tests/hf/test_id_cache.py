@@ -1,4 +1,4 @@
-"""The cache that holds ids: its operations, and forward passes that continue from it."""
+"""The cache of ids: its operations, and forward passes that continue from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_operations_of_generation_loops() -> None:
     cache.batch_repeat_interleave(2)
     assert cache.ids.tolist() == [[4]] * 4
     assert cache.with_new(torch.full((4, 1), 7)).tolist() == [[4, 7]] * 4
-    with pytest.raises(RequestError, match="cache has 4 rows and input_ids 1"):
+    with pytest.raises(RequestError, match="cache has 4 rows and input_ids have 1"):
         cache.with_new(torch.tensor([[7]]))
 
 
@@ -89,5 +89,5 @@ def test_generate_takes_the_cache_of_an_earlier_pass(model: Any, reference: Any,
         ours = model.generate(**given, **options, **mode, cache=cache)
         assert ours.equal(reference.generate(**given, **options, **mode))
     cache = cached(model(**given, use_cache=True))
-    with pytest.raises(RequestError, match="9 positions and the cache 9; pass all ids"):
+    with pytest.raises(RequestError, match="9 positions and the cache has 9; pass all ids"):
         model.generate(**given, **options, past_key_values=cache)

@@ -28,10 +28,10 @@ def test_a_usual_call_of_transformers_opens(saved: Any, inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ({"trust_remote_code": True}, "never runs code of a repository"),
-        ({"quantization_config": object()}, "compress_weight="),
-        ({"load_in_8bit": True}, "compress_weight="),
-        ({"attn_implementation": "flash_attention_2"}, "kernels of its own"),
+        ({"trust_remote_code": True}, "never runs code from a repository"),
+        ({"quantization_config": object()}, "codec"),
+        ({"load_in_8bit": True}, "codec"),
+        ({"attn_implementation": "flash_attention_2"}, "its own attention kernels"),
         ({"gguf_file": "model.gguf"}, "safetensors"),
         ({"state_dict": {}}, "save_pretrained"),
         ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "device_map of 2 modules.* Policy"),
@@ -39,7 +39,7 @@ def test_a_usual_call_of_transformers_opens(saved: Any, inputs: Any) -> None:
         ({"device_map": "balanced"}, "one device"),
     ],
 )
-def test_what_flexgen_does_not_have_names_the_way_to_it(argument: Any, words: str, saved: Any) -> None:
+def test_unsupported_arguments_name_the_alternative(argument: Any, words: str, saved: Any) -> None:
     with pytest.raises(UnsupportedError, match=words):
         FlexGenForCausalLM.from_pretrained(saved("llama").directory, **argument)
 

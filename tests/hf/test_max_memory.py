@@ -1,4 +1,4 @@
-"""Values of `max_memory` that are no sizes, and keys that are no devices."""
+"""Invalid sizes and keys in `max_memory`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def nested(depth: int = 100_000) -> tuple[Any, ...]:
     ],
     ids=range(12),
 )
-def test_what_is_no_size_or_device_is_a_request_error(given: Any, words: str) -> None:
+def test_an_invalid_size_or_device_is_a_request_error(given: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         read_max_memory(given, "cpu")
 

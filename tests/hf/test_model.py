@@ -1,4 +1,4 @@
-"""Opening a model: limits of memory as accelerate writes them, and what a pipeline looks at."""
+"""Opening a model: memory limits in accelerate's form, and the attributes that a pipeline reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_max_memory_is_read_as_accelerate_writes_it() -> None:
         assert read_max_memory(nothing, "cuda:1") == ("cuda:1", None)
         assert read_max_memory(nothing) == ("auto", None)
     for wrong, words in (
-        ({1: "1GiB"}, "memory of GPU 1.* here on 0"),
+        ({1: "1GiB"}, "max_memory has GPU 1.* here on 0"),
         ({-1: "1GiB"}, "key -1"),
         ({"gpu": 1}, "key 'gpu'"),
         ({True: 1}, "key True"),
@@ -65,8 +65,8 @@ def test_a_gpu_that_max_memory_leaves_out_is_not_used(given: Any, device: str, m
     assert read_max_memory(given, "auto")[0] == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert read_max_memory(given, "auto")[0] == device
-    assert read_max_memory({"cpu": 1}, "cuda") == ("cuda", {Tier.CPU: 1})  # what is asked for stays
-    with pytest.raises(RequestError, match="memory of GPU 4"):
+    assert read_max_memory({"cpu": 1}, "cuda") == ("cuda", {Tier.CPU: 1})  # an explicit device is not changed
+    with pytest.raises(RequestError, match="max_memory has GPU 4"):
         read_max_memory({3: 1, 4: 1}, "auto")
 
 
@@ -89,7 +89,7 @@ def test_files_and_threads_go_with_the_model(
     policy = Policy(gpu_batch_size=2, weights={"disk": 100}, cache={"disk": 100}, activations={"disk": 100})
     gc.collect()
     before = threading.active_count()
-    # Of a float32 checkpoint, so that weights are written too.
+    # From a float32 checkpoint, so that weights are written too.
     model = saved("llama").open(policy, dtype="bfloat16")
     model.generate(**inputs([3, 4]), max_new_tokens=3)
     assert threading.active_count() > before and any(path.is_file() for path in tmp_path.rglob("*"))
@@ -159,15 +159,15 @@ def test_a_limit_of_the_disk_holds_for_weights_that_are_written(
         model.generate(**given, max_new_tokens=4)
 
 
-def test_offload_folder_holds_what_is_on_disk(saved: Any, inputs: Any, tmp_path: Any) -> None:
+def test_offload_folder_contains_the_disk_tier(saved: Any, inputs: Any, tmp_path: Any) -> None:
     policy = Policy(gpu_batch_size=2, weights={"disk": 100})
-    # Of a float32 checkpoint: its own files do not hold the weights as they are needed.
+    # From a float32 checkpoint: its own files do not have the weights in the right dtype.
     with saved("llama").open(policy, dtype="bfloat16", offload_folder=tmp_path) as model:
         model.generate(**inputs([3]), max_new_tokens=2)
         assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_what_a_pipeline_looks_at(saved: Any) -> None:
+def test_attributes_that_a_pipeline_reads(saved: Any) -> None:
     made = saved("llama", "bfloat16")
     with made.open(dtype="auto") as model:
         assert isinstance(model, FlexGenForCausalLM) and not isinstance(model, torch.nn.Module)

@@ -1,4 +1,4 @@
-"""What harnesses read and call of a `PreTrainedModel`."""
+"""The methods and attributes of a `PreTrainedModel` that evaluation harnesses use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_moves_agree_where_the_model_is(saved: Any) -> None:
     with saved("llama").open() as model:
         assert model.cpu() is model and model.float() is model
         for move in (model.cuda, model.half, model.bfloat16, model.double):
-            with pytest.raises(UnsupportedError, match="open it again"):
+            with pytest.raises(UnsupportedError, match="Open it again"):
                 move()
         assert model.eval() is model and model.requires_grad_(False) is model
         with pytest.raises(UnsupportedError, match="train"):
@@ -52,7 +52,7 @@ def test_parameters_are_those_of_the_checkpoint(name: str, saved: Any) -> None:
 def test_inputs_go_where_the_parameters_are(model: Any, inputs: Any) -> None:
     given = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs([3]).items()}
     assert model.generate(**given, max_new_tokens=2, do_sample=False).shape == (1, 5)
-    with pytest.raises(RequestError, match="meta device, which has no values; place inputs on model.device"):
+    with pytest.raises(RequestError, match="meta device and have no values; move them to model.device"):
         model(given["input_ids"].to("meta"))
 
 
@@ -64,7 +64,7 @@ def test_attributes_that_harnesses_read(model: Any) -> None:
 def test_save_pretrained_writes_configs_and_names_the_weights(saved: Any, tmp_path: Any) -> None:
     made = saved("llama")
     with made.open() as model:
-        with pytest.warns(UserWarning, match=f"weights are not.*{made.directory}"):
+        with pytest.warns(UserWarning, match=f"not the weights.*{made.directory}"):
             model.save_pretrained(tmp_path)
         with pytest.raises(UnsupportedError, match="push_to_hub"):
             model.save_pretrained(tmp_path, push_to_hub=True)

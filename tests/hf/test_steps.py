@@ -1,4 +1,4 @@
-"""A caller's own processors and criteria see what transformers would show them, whatever the batches are."""
+"""A caller's own processors and criteria get the same arguments as in transformers, for any batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Pull(LogitsProcessor):
 
 
 class Counting(LogitsProcessor):
-    """Counts its calls, and what it does depends on their number; keeps what it is given."""
+    """Counts its calls and changes scores by their number; keeps its arguments."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
@@ -91,7 +91,7 @@ class Texts(StoppingCriteria):
 
 
 class Patience(StoppingCriteria):
-    """Ends a row after so many calls, another number for each row."""
+    """Ends each row after its own number of calls."""
 
     def __init__(self) -> None:
         self.left: Tensor | None = None
@@ -239,7 +239,7 @@ def test_transformers_own_are_called_batch_by_batch(
     options |= processors(TemperatureLogitsWarper(0.5))
     made = [each.generate(**inputs(LENGTHS), max_new_tokens=8, **options) for each in (model, reference)]
     assert made[0].equal(made[1])
-    assert blocks == [[2, 2], [1]]  # of the policy's two batches of two rows, and what is left
+    assert blocks == [[2, 2], [1]]  # for the policy's two batches of two rows, and the rest
     blocks.clear()
     model.generate(**inputs(LENGTHS), max_new_tokens=8, **processors(Pull()))
     assert blocks == [[2, 2, 1]]
@@ -277,7 +277,7 @@ def test_a_call_too_large_for_one_block_says_how_to_split_it(
             model.generate(**inputs(lengths), **scores, **processors(Pull(7)))
 
 
-def test_what_is_raised_is_the_cause_and_names_the_token(model: Any, inputs: Any) -> None:
+def test_the_exception_is_the_cause_and_names_the_token(model: Any, inputs: Any) -> None:
     class Fails:
         def __init__(self, calls: int) -> None:
             self.left = calls
@@ -332,7 +332,7 @@ def choice_of(*parts: Any, do_sample: bool = False) -> HFChoice:
     return HFChoice(torch.zeros(3, 2, dtype=torch.int64), 4, 0, lists, StoppingCriteriaList(), do_sample)
 
 
-def test_what_removes_nan_serves_it() -> None:
+def test_a_processor_that_removes_nan_works() -> None:
     logits = torch.tensor([[1.0, torch.nan, 3.0], [2.0, 1.0, 0.0], [1.0, torch.inf, 0.0]])
     rows: Sequence[int] = range(3)
     assert choice_of().choose(logits, rows, 0).tolist() == [INVALID, 0, 1]

@@ -12,7 +12,7 @@ from flexgen.layout.fitting import fitting_plan, largest_fitting
 from flexgen.layout.limits import Limits
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import SlotSizes
 from flexgen.models import build_layers, open_model
@@ -59,7 +59,7 @@ def test_the_advice_is_accepted(name, policy, workload, topology, held, host):
     limits.host = None if topology is SHARED else host
 
     def plan(asked):
-        return plan_memory(layers, placement, asked, torch.float32, topology, workload)
+        return plan_memory(layers, placement, asked, Target(topology), workload)
 
     try:
         fitting_plan(plan, policy, limits)

@@ -23,7 +23,7 @@ from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.pieces import PieceSizes
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import batch_sizes, plan_memory
+from flexgen.layout.plan import Target, batch_sizes, plan_memory
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import SlotSizes
 from flexgen.memory.machine import Machine
@@ -136,7 +136,9 @@ def test_encoded_cache_takes_the_bytes_of_its_codec():
 def test_heads_that_a_codec_cannot_keep_are_refused_at_once():
     config = OPTConfig(hidden_size=30, word_embed_proj_dim=30, num_attention_heads=6, num_hidden_layers=1)
     policy = Policy(cache={"cpu": {"percent": 100, "codec": "int4"}})
-    with pytest.raises(PolicyError, match="codec 'int4' keeps heads of an even size, this model's have 5"):
+    with pytest.raises(
+        PolicyError, match="codec 'int4' stores heads of an even size, but this model has heads of 5"
+    ):
         OptLM(config, policy, device="cpu", weights="dummy", progress=False)
     OptLM(config, policy.replace(cache={"cpu": 100}), device="cpu", weights="dummy", progress=False).close()
 
@@ -215,7 +217,7 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
     ]
     peak = max(itertools.accumulate(changes))
     placement, workload = place_weights(layers, policy.weights, dtype), Workload(length - 1, 1, rows)
-    plan = plan_memory(layers, placement, policy, dtype, LINKED, workload)
+    plan = plan_memory(layers, placement, policy, Target(LINKED), workload)
     (extra,) = [n.nbytes for n in plan.needs if (n.tier, n.what, n.role) == (Tier.GPU, "cache", "workspace")]
     (dense,) = [layer.workspace_bytes(rows, 1, length, dtype) for layer in layers if layer.has_cache]
     assert peak <= dense + extra
@@ -270,7 +272,7 @@ def test_cache_and_hidden_states_take_what_was_planned(
     with closing(Machine.open(device)) as machine:
         placement = place_weights(layers, policy.weights, dtype)
         topology = machine.device.topology
-        plan = plan_memory(layers, placement, policy, dtype, topology, workload, slots=Slots(cells=slots))
+        plan = plan_memory(layers, placement, policy, Target(topology, Slots(cells=slots)), workload)
         stores = {Tier.CPU: machine.host, Tier.DISK: machine.disk}
         computes_in = topology.device
         if topology is LINKED:
@@ -297,7 +299,7 @@ def test_cache_and_hidden_states_take_what_was_planned(
 def test_weights_take_what_was_planned(stream, saved, device, weights):
     model = stream(saved(), weights, device)
     machine, topology = model.machine, model.machine.device.topology
-    plan = plan_memory(model.layers, model.placement, Policy(weights=weights), model.dtype, topology)
+    plan = plan_memory(model.layers, model.placement, Policy(weights=weights), Target(topology))
     padding = ALIGNMENT * sum(len(layer.weights) for layer in model.layers)
     assert 0 <= machine.host.peak - plan.on(Tier.CPU) <= padding
     if topology is LINKED:
@@ -333,7 +335,7 @@ def test_a_whole_call_stays_within_the_plan(saved, device, codec, chunk, tmp_pat
 def test_where_memory_is_shared_nothing_is_on_the_gpu_tier():
     policy = Policy(gpu_batch_size=4)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    plan = plan_memory(LAYERS, placement, policy, torch.float16, SHARED, Workload(8, 8, 4))
+    plan = plan_memory(LAYERS, placement, policy, Target(SHARED), Workload(8, 8, 4))
     assert plan.on(Tier.GPU) == 0 and plan.on(Tier.CPU) > placement.nbytes[Tier.GPU]
     assert plan.by_tier == {tier: plan.on(tier) for tier in Tier}
 
@@ -342,7 +344,7 @@ def test_only_one_block_is_in_memory_at_once():
     policy = Policy(gpu_batch_size=4, num_gpu_batches=2)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     one, many = (
-        plan_memory(LAYERS, placement, policy, torch.float16, LINKED, Workload(8, 8, prompts))
+        plan_memory(LAYERS, placement, policy, Target(LINKED), Workload(8, 8, prompts))
         for prompts in (8, 1000)
     )
     assert one == many
@@ -352,9 +354,7 @@ def test_all_logits_are_kept_in_host_memory():
     policy = Policy(gpu_batch_size=4)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     last, every = (
-        plan_memory(
-            LAYERS, placement, policy, torch.float16, LINKED, Workload(64, 1, 6), all_logits=all_logits
-        )
+        plan_memory(LAYERS, placement, policy, Target(LINKED), Workload(64, 1, 6), all_logits)
         for all_logits in (False, True)
     )
     logits = 6 * 64 * SPEC.vocab_size * 2
@@ -455,8 +455,10 @@ def test_the_plan_has_the_workspaces_of_the_device(monkeypatch):
     monkeypatch.setattr(half_linear, "_WIDENED", frozenset({torch.float16}))
     policy = Policy(gpu_batch_size=4)
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    block = LAYERS, placement, policy, torch.float16, LINKED, Workload(100, 8, 4)
-    host, gpu = (plan_memory(*block, workspaces=workspaces) for workspaces in (HOST, GPU))
+    host, gpu = (
+        plan_memory(LAYERS, placement, policy, Target(LINKED, workspaces=spaces), Workload(100, 8, 4))
+        for spaces in (HOST, GPU)
+    )
     assert host.on(Tier.GPU, "libraries") == 0 and gpu.on(Tier.GPU, "libraries") == GPU.fixed
     assert gpu.on(Tier.GPU, "activations") < host.on(Tier.GPU, "activations")
 
@@ -464,7 +466,7 @@ def test_the_plan_has_the_workspaces_of_the_device(monkeypatch):
 def test_the_plan_has_what_drawing_ids_takes():
     policy, rows = Policy(gpu_batch_size=4), 4
     placement = place_weights(LAYERS, policy.weights, torch.float16)
-    plan = plan_memory(LAYERS, placement, policy, torch.float16, LINKED, Workload(1, 8, rows))
+    plan = plan_memory(LAYERS, placement, policy, Target(LINKED), Workload(1, 8, rows))
     assert plan.on(Tier.GPU, "activations") >= choice_bytes(rows, SPEC.vocab_size)
 
 
@@ -484,8 +486,8 @@ def test_a_prompt_in_parts_takes_the_same_at_any_length():
 
     def taken(prompt_len, policy):
         """Without workspace: of a long text the decode's is larger, and grows with it."""
-        workload, slots = Workload(prompt_len, 32, 8), Slots(cells=2)
-        plan = plan_memory(layers, placement, policy, torch.float16, LINKED, workload, slots=slots)
+        target = Target(LINKED, Slots(cells=2))
+        plan = plan_memory(layers, placement, policy, target, Workload(prompt_len, 32, 8))
         return {
             (n.tier, n.what, n.role): n.nbytes
             for n in plan.needs

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flexgen.errors import CheckpointError
 from flexgen.memory import disk
 from flexgen.memory.disk import DiskIO, Read, Write, aligned_span
+from flexgen.memory.throttle import Throttle
 from flexgen.units import BLOCK
 
 
@@ -309,11 +310,11 @@ def test_a_read_that_cannot_be_started_leaves_nothing_in_flight(path):
             io.start_read(
                 [Read(path, 0, memory(5 * BLOCK)), Read(path.with_name("absent"), 0, memory(BLOCK))]
             )
-        assert not any(file.users for file in io._files.values())
+        assert not io.files.in_use()
         transfer = io.start_read([Read(path, 8 * BLOCK, memory(6 * BLOCK))])
         with pytest.raises(CheckpointError, match="the file ends at"):
             transfer.wait()
-        assert not any(file.users for file in io._files.values())
+        assert not io.files.in_use()
 
 
 @given(lengths=st.lists(st.integers(0, 9), max_size=40), threads=st.integers(1, 7), chunk=st.integers(1, 4))
@@ -368,14 +369,14 @@ class Clock:
 
 def test_bandwidth_is_one_pace_for_all_transfers(path):
     clock = Clock()
-    with DiskIO(bandwidth=BLOCK, clock=clock, sleep=clock.sleep) as io:
+    with DiskIO(throttle=Throttle(BLOCK, clock, clock.sleep)) as io:
         io.read([Read(path, 0, memory(2 * BLOCK))])
         io.write([Write(path, 0, memory(3 * BLOCK))])
         assert clock.slept == [2, 3]
         clock.now += 50  # an idle disk saves nothing up
         io.read([Read(path, 0, memory(BLOCK)), Read(path, 0, memory(BLOCK))])
         assert clock.slept == [2, 3, 2]
-        io.bandwidth = None
+        io.throttle.bandwidth = None
         io.read([Read(path, 0, memory(BLOCK))])
         assert len(clock.slept) == 3
 
@@ -384,7 +385,7 @@ def test_time_spent_transferring_counts(path):
     # Calls of the clock, in order: start and end of each transfer. The first takes 1.5 s of its 2 s, the
     # second starts while the disk is still busy with the first and queues behind it.
     times, slept = iter([10.0, 11.5, 11.0, 11.6]), []
-    with DiskIO(bandwidth=BLOCK, clock=lambda: next(times), sleep=slept.append) as io:
+    with DiskIO(throttle=Throttle(BLOCK, lambda: next(times), slept.append)) as io:
         io.read([Read(path, 0, memory(2 * BLOCK))])
         io.read([Read(path, 0, memory(BLOCK))])
     assert slept == pytest.approx([0.5, 1.4])
@@ -427,7 +428,7 @@ def test_idle_files_are_closed_when_many_are_open(tmp_path):
         io.read([Read(path, 0, memory(BLOCK)) for path in paths])  # all in use at once
         for path in paths + paths:
             io.read([Read(path, 0, memory(BLOCK))])
-        assert len(io._files) == 2
+        assert len(io.files) == 2
 
 
 def test_closed_io_refuses(path):

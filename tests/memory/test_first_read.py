@@ -29,7 +29,7 @@ def test_only_values_that_are_not_finite_are_refused(dtype: torch.dtype, count: 
     for number in (float("nan"), float("inf"), -float("inf")):
         if count:
             values[-1] = number
-            with pytest.raises(CheckpointError, match="^a: b holds NaN or infinite values"):
+            with pytest.raises(CheckpointError, match="^a: b contains NaN or infinite values"):
                 check_finite(values.view(torch.uint8), dtype, Path("a"), "b")
 
 
@@ -58,7 +58,7 @@ def test_a_value_that_is_not_finite_is_found_with_its_tensor(
                 refused += 1
                 for slot in (0, 1):  # each time that it is asked for
                     with pytest.raises(
-                        LaneError, match=f"model.safetensors: .*{name} holds NaN or infinite values"
+                        LaneError, match=f"model.safetensors: .*{name} contains NaN or infinite values"
                     ):
                         model.bring(layer, slot)
             else:

@@ -199,7 +199,7 @@ def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp
     with ExitStack() as stack:
         device = "cpu" if topology is SHARED else EmulatedDevice()
         model = stream_layers(layers, checkpoint, DISK, device, torch.float32, tmp_path / "offload", stack)
-        assert len(model.slots._cargo[0]) == 1, "all is read as one"
+        assert len(model.slots._transfers._cargo[0]) == 1, "all is read as one"
         model.bring(0, slot=1, pieces=2)
         model.assert_there(0, slot=1)
         model.bring(0, slot=0)

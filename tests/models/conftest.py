@@ -122,7 +122,7 @@ class FullContext:
 
 
 class PagedContext:
-    """A cache in zero-filled pages of a few tokens. `step` says what comes next before each pass."""
+    """A cache in zero-filled pages of a few tokens. Call `step` before each pass, to announce its tokens."""
 
     last_only = True
     text_length = None
@@ -231,7 +231,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def assert_equals_transformers(make_model: Any, save: Any) -> Callable[..., None]:
-    """Logits of a left-padded batch, in one pass and token by token, with attention and MLP apart or not."""
+    """Logits of a left-padded batch, in one pass and token by token, with attention and MLP as one layer or two."""
 
     def check(
         family: str | PreTrainedModel, seq: int = 14, prompt: int = 6, atol: float = 1e-4, **changes: Any

@@ -122,7 +122,7 @@ def test_errors_of_config(make_model, save):
     ):
         open_model(config.parent)
     config.write_text("[]")
-    with pytest.raises(ModelError, match="holds a list, expected an object"):
+    with pytest.raises(ModelError, match="contains a list; expected an object"):
         open_model(config.parent)
     config.write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
@@ -133,7 +133,7 @@ def test_an_index_with_missing_files(make_model, save):
     directory = save(make_model("opt"), max_shard_size="10KB")
     gone = sorted(directory.glob("model-*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(CheckpointError, match=f"names files that are missing: {gone.name}"):
+    with pytest.raises(CheckpointError, match=f"index.json are missing: {gone.name}"):
         open_model(directory)
 
 
@@ -199,7 +199,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
-        ModelError, match="someone/model: not a directory here, and the hub cannot be reached"
+        ModelError, match="someone/model: not a local directory, and the hub cannot be reached"
     ):
         open_model("someone/model")
 
@@ -230,12 +230,12 @@ def test_a_name_that_is_longer_than_a_file_may_have(name, monkeypatch):
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
-    with pytest.raises(ModelError, match="there is no such directory|not a directory here"):
+    with pytest.raises(ModelError, match="there is no such directory|not a local directory"):
         open_model(name)
 
 
 @pytest.mark.parametrize("name", ["x" * 100_000, "a\nb" * 40_000])
 def test_a_hub_id_of_any_length_makes_a_short_message(name: str) -> None:
-    with pytest.raises(ModelError, match="neither a directory here nor a hub id") as raised:
+    with pytest.raises(ModelError, match="neither a local directory nor a hub id") as raised:
         open_model(name)
     assert len(str(raised.value)) < 1000

@@ -1,4 +1,4 @@
-"""A long prompt in chunks gives what it gives at once, and what transformers gives."""
+"""A long prompt in chunks has the same results as in one piece, and as in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and index files that are not what they should be."""
+"""Folders without a model, and wrong index files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_weights_that_are_no_files(format, make_model, save):
         open_model(directory)
     path.unlink()
     path.symlink_to("../blobs/gone")
-    with pytest.raises(CheckpointError, match=f"{path.name} is a link to ../blobs/gone, which is missing"):
+    with pytest.raises(
+        CheckpointError, match=f"{path.name} is a link to ../blobs/gone, which does not exist"
+    ):
         open_model(directory)
     path.unlink()
     os.mkfifo(path)
@@ -65,7 +67,7 @@ def test_names_that_an_index_must_not_have(name, make_model, save):
     values = json.loads(index.read_text())
     values["weight_map"]["extra"] = name
     index.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="weight_map names .*expected the name of a file"):
+    with pytest.raises(CheckpointError, match="weight_map contains .*expected the name of a file"):
         open_model(directory)
 
 
@@ -112,7 +114,7 @@ def test_an_adapter_alone_is_refused(tmp_path):
         open_model(tmp_path)
     for text in ("[", "[]", "{}", '{"base_model_name_or_path": 5}'):
         adapter.write_text(text)
-        with pytest.raises(ModelError, match="holds a LoRA adapter, not a model"):
+        with pytest.raises(ModelError, match="contains a LoRA adapter, not a model"):
             check_folder(tmp_path, "config.json")
 
 
@@ -138,7 +140,7 @@ def test_a_tensor_that_two_shards_have(format, indexed, make_model, save):
     shutil.copy(directory / shard, directory / f"other-{shard}")
     values["weight_map"] |= {name: f"other-{shard}"} if indexed else {"extra": f"other-{shard}"}
     index.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"is in .* and in .*two checkpoints are mixed"):
+    with pytest.raises(CheckpointError, match=r"is both in .* and in .*two checkpoints are mixed"):
         open_model(directory)
 
 

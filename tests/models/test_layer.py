@@ -1,4 +1,4 @@
-"""What a layer says of itself: names, bytes, flops and workspace, against what torch counts."""
+"""The names, bytes, flops and workspace of layers, compared with those counted by torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CONFIGS = {
 
 
 class _Context:
-    """A cache of `context` tokens that is there already; the prompt is attended as one."""
+    """An existing cache of `context` tokens, and attention over the prompt in one piece."""
 
     last_only = False
     text_length = None
@@ -144,7 +144,7 @@ def test_workspace_of_a_prompt_in_chunks(config, starts, chunk_tokens, peak_byte
 
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_layer, peak_bytes):
+def test_memory_grows_with_the_prompt_only_by_the_results_of_a_layer(config, sep_layer, peak_bytes):
     """Beyond a chunk: its result, the keys and values of attention, and the middle of both halves in one."""
     _, *middle, _ = _cases(config, torch.float32, 512, 512, [0] * ROWS, sep_layer, chunk_tokens=64)
     for layer, call in middle:
@@ -154,7 +154,7 @@ def test_what_grows_with_the_prompt_is_what_a_layer_keeps_of_it(config, sep_laye
         kept = spec.hidden_size + (2 * own.kv_size + queries if layer.has_cache else 0)
         if isinstance(
             layer, Block
-        ):  # the two halves have each their own most, and the middle stays beside the second
+        ):  # each half has its own maximum, and the input of the second stays in memory
             kept = max(kept, 2 * spec.hidden_size)
         one, two = (layer.workspace_bytes(1, n, n, torch.float32) for n in (100_000, 200_000))
         assert two - one <= 100_000 * kept * 4
@@ -203,8 +203,8 @@ def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, peak_bytes):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_flops_equal_what_torch_counts(config):
-    # One token over whole pages: torch counts what is multiplied, masked or not.
+def test_flops_equal_those_counted_by_torch(config):
+    # One token over whole pages: torch counts all products, masked or not.
     for layer, call in _cases(config, torch.float32, 1, 2 * PAGE, [0] * ROWS):
         with FlopCounterMode(display=False) as counter:
             call()
@@ -240,7 +240,7 @@ def test_names_and_bytes():
 
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_halves_run_apart_and_inputs_stay_as_they_were(config, sep_layer):
+def test_halves_run_separately_and_do_not_change_inputs(config, sep_layer):
     spec, checkpoint = open_model(CONFIGS[config], "dummy")
     ctx = _Context(spec, 3, 3, [0] * ROWS, torch.float32)
     _, *middle, _ = build_layers(spec, sep_layer)

@@ -1,4 +1,4 @@
-"""The two attention calculations against the textbook formula, over shapes of all kinds."""
+"""The two attention functions, compared with the textbook formula for many shapes."""
 
 from __future__ import annotations
 

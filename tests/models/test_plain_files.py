@@ -1,4 +1,4 @@
-"""What can stand where a file should be."""
+"""Paths that are not readable files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def test_files_that_can_be_read(tmp_path):
         check_file(path)
 
 
-def test_what_is_no_file_is_named_and_not_opened(tmp_path):
+def test_a_path_that_is_not_a_file_is_named_and_not_opened(tmp_path):
     def refused(path: Path, message: str) -> None:
         with pytest.raises(CheckpointError, match=message) as raised:
             check_file(path)
         assert str(path)[:50] in str(raised.value)
 
     path = tmp_path / "weights"
-    refused(path, "is missing")
+    refused(path, "does not exist")
     path.symlink_to("../blobs/0123")
-    refused(path, r"is a link to \.\./blobs/0123, which is missing.*Download the model again")
+    refused(path, r"is a link to \.\./blobs/0123, which does not exist.*Download the model again")
     path.unlink()
     os.mkfifo(path)
     refused(path, "is a FIFO")

@@ -71,5 +71,5 @@ def test_frequencies_equal_transformers(kind: str, data: st.DataObject, dim: int
 
 
 def test_all_kinds_of_transformers_are_known_but_one() -> None:
-    """Gemma 4's is for heads of which a part does not rotate, which no layer computes yet."""
+    """Gemma 4 rotates only a part of each head, which no layer supports yet."""
     assert {*INIT} - {*KINDS} == {"proportional"}

@@ -1,4 +1,4 @@
-"""What of a tensor's bytes is compared where not all of them are read."""
+"""The sample of a tensor's bytes for comparisons."""
 
 import pytest
 

@@ -156,9 +156,8 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         model.generate(ids, tokens, stop=(), attention_mask=np.ones_like(ids))
         moved = dict(counted)
         events = model.stats.timing.trace.events
-        files = [
-            [c for c in per if not isinstance(c.source, torch.Tensor)] for per in model._model.weights._cargo
-        ]
+        cargo = model._model.weights._transfers._cargo
+        files = [[c for c in per if not isinstance(c.source, torch.Tensor)] for per in cargo]
         layers, placement, table = model._layers, model.placement, model._model.table
     asked = hardware.topology.choose_order(order, policy, len(sizes))
     job = Job(layers[0].spec, hardware, workload, placement.dtype, order)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CapacityError
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers
@@ -118,8 +118,8 @@ def test_corners_are_the_plan_of_the_whole_model(
     nbytes = corners.figures(policy, columns).at(shares_of(policy))[-3:]
     layers, slots = build_layers(spec, sep_layer), corners.order(policy).slots
     placement = place_weights(layers, policy.weights, torch.float32)
-    block = layers, placement, policy, torch.float32, LINKED, workload
-    plan = plan_memory(*block, slots=slots, workspaces=workspaces_on(machine()))
+    target = Target(LINKED, slots, workspaces_on(machine()))
+    plan = plan_memory(layers, placement, policy, target, workload)
     whole, between = plan.weight_slots, slot_sizes(layers, placement, LINKED, slots.weights, False)
     ends = {
         Tier.GPU: sum(whole.device) - sum(between.device),

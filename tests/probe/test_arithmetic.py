@@ -1,4 +1,4 @@
-"""What the rates of a machine are measured with."""
+"""The work with which the speed of a machine is measured."""
 
 import weakref
 from contextlib import closing
@@ -40,7 +40,7 @@ def test_encoded_matrices_keep_no_decoded_copy(codec, monkeypatch):
     with closing(Machine.open("cpu", None)) as machine:
         effort = Effort(hidden=256, heads=4, working_set=1)
         probe = ArithmeticProbe(machine.device, torch.float32, effort, Watch())
-        # With so many rows every product decodes its matrix.
+        # With this number of rows, every product decodes its matrix.
         points = probe._rates(partial(probe._encoded, codec), [4096])
     assert [rows for rows, _ in points] == [4096.0]
     assert len(alive) > 2 and not any(alive)

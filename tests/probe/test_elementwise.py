@@ -1,4 +1,4 @@
-"""What narrow layers show: a machine that follows the law is found to, and wide layers take what they took."""
+"""Narrow layers: the figures of a machine with known costs are found, and wide layers have the measured time."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ EFFORT = Effort(hidden=128, heads=8, rows=(1, 32, 64), working_set=1, repeats=1,
 
 
 class Law(Stopwatch):
-    """Times that are told beforehand."""
+    """Predefined times."""
 
     def __init__(self, *times):
         super().__init__(EFFORT)
@@ -41,7 +41,7 @@ def took(layer_hidden, tokens):
     return tokens * (2 * 12 * layer_hidden**2 / RATE + 18 * layer_hidden * EACH)
 
 
-def test_numbers_and_flops_are_told_apart():
+def test_time_per_value_and_per_flop_are_separated():
     wide_rate = 2 * 12 * 128**2 / took(128, 1)
     rates = ((1.0, wide_rate), (512.0, wide_rate))
     few, many = 2 * 8, 64 * 8
@@ -50,11 +50,11 @@ def test_numbers_and_flops_are_told_apart():
     found = probe.seconds_of_numbers(rates)
     assert [numbers for numbers, _ in found] == [few * 18 * 16, many * 18 * 16]
     assert [each for _, each in found] == pytest.approx([EACH, EACH])
-    # Both together are what wide layers took.
+    # Both together are the time of wide layers.
     assert [rate for _, rate in probe.alone(rates, found)] == pytest.approx([RATE, RATE])
 
 
-def test_what_is_noise_is_not_believed():
+def test_noise_is_ignored():
     """A narrow layer that is faster than its flops, and one that was held up."""
     probe, wide = probe_of(1e-9, 1e3)
     rates = ((1.0, RATE), (64.0, RATE))
@@ -66,7 +66,7 @@ def test_what_is_noise_is_not_believed():
     assert [rate for _, rate in probe.alone(faster, found)] == pytest.approx([10 * RATE, 100 * RATE])
 
 
-def test_around_attention_is_what_projections_and_flops_leave():
+def test_around_attention_is_the_rest_after_projections_and_flops():
     effort = Effort(hidden=64, heads=4, rows=(4,), working_set=1)
     rows, tokens, hidden, rate = 4096 // 32 + 1, 32, 8, 1e9
     flops = 4 * rows * (tokens * (tokens + 1) // 2) * hidden
@@ -76,7 +76,7 @@ def test_around_attention_is_what_projections_and_flops_leave():
     assert probe.around_attention(rate) == 0
 
 
-def test_what_is_between_two_points(machine):
+def test_rates_between_two_points_are_interpolated(machine):
     hardware = machine(elementwise={"float32": [[10, 2e-9], [1000, 4e-9]]})
     for numbers, each in ((1, 2e-9), (10, 2e-9), (100, 3e-9), (1000, 4e-9), (10**6, 4e-9)):
         assert hardware.elementwise_seconds("float32", numbers) == pytest.approx(numbers * each)
@@ -109,7 +109,7 @@ def test_a_file_of_before(machine):
         ),
     ],
 )
-def test_mistakes_are_told(changes, said, machine):
+def test_mistakes_are_errors(changes, said, machine):
     with pytest.raises(HardwareError, match=said):
         machine(**changes)
 

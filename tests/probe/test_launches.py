@@ -1,4 +1,4 @@
-"""What a GPU's launches take is not in its rates: `fixed.cell` has it."""
+"""The time of a GPU's launches is in `fixed.cell`, not in its rates."""
 
 import copy
 from contextlib import closing
@@ -47,7 +47,7 @@ def test_launches_are_taken_off_the_attention_of_a_gpu(machine, monkeypatch, pla
     device.torch_device = torch.device(place)
     probe = ArithmeticProbe(device, torch.float32, effort, watch)
     rate = probe.token_attention(PlainHeads(64, torch.float32), machine.host, torch.device(place))
-    # One row of bytes is the error of what is taken off; on the CPU launches are part of its 8 rows.
+    # The error of the subtracted time is one row of bytes. On the CPU, launches are part of its 8 rows.
     launched = 8 * 2 * 512 * 256 * 4 / (LAUNCHES + 8 * 2 * 512 * 256 * 4 / BYTES_S)
     assert rate == pytest.approx(BYTES_S if place == "meta" else launched, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""The cache of measurements: found again where nothing has changed, measured anew where something has."""
+"""The cache of measurements: used if nothing has changed, otherwise the machine is measured again."""
 
 import logging
 import os
@@ -104,13 +104,13 @@ def test_figures_of_a_busy_machine_are_not_kept(calls, monkeypatch, tmp_path, ho
 
 
 @pytest.mark.parametrize("damage", ["", "name = ", "name = 'x'", "\0"])
-def test_a_damaged_file_is_measured_anew_with_a_warning(calls, tmp_path, caplog, damage):
+def test_a_damaged_file_is_measured_again_with_a_warning(calls, tmp_path, caplog, damage):
     cache.measured("cpu")
     [kept] = files(tmp_path)
     kept.write_text(damage)
     with caplog.at_level(logging.WARNING):
         assert cache.measured("cpu").source == "measurement 2"
-    assert "measured again" in caplog.text and kept.name in caplog.text
+    assert "measuring the machine again" in caplog.text and kept.name in caplog.text
     assert Hardware.load(kept).source == "measurement 2"
 
 
@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(calls, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         assert cache.measured("cpu").source == "measurement 1"
-    assert "cannot be kept" in caplog.text
+    assert "cannot cache the measurement" in caplog.text
 
 
 def test_a_failed_write_leaves_nothing(calls, tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Measuring a machine: on clocks and links that the tests own, and whole but tiny on the real ones."""
+"""Measurements with simulated clocks and links, and complete but tiny ones on the real machine."""
 
 import itertools
 import threading
@@ -17,6 +17,7 @@ from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, Pace
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.machine import Machine
+from flexgen.memory.throttle import Throttle
 from flexgen.models import open_model
 from flexgen.policy import Policy, Tier
 from flexgen.predict.hardware import Hardware
@@ -89,7 +90,7 @@ def limited(tmp_path):
     clock = Clock()
     device = EmulatedDevice(link=3e6, disk=2e6)
     device.pace = Pace(3e6, clock, clock.sleep)
-    io = DiskIO(bandwidth=2e6, clock=clock, sleep=clock.sleep)
+    io = DiskIO(throttle=Throttle(2e6, clock, clock.sleep))
     machine = Machine(device, HostStore(Tier.CPU), DiskStore(tmp_path, io), io)
     lanes = device.make_lanes()
     probe = LinkProbe(machine, lanes, TINY, Stopwatch(TINY, clock))
@@ -124,13 +125,13 @@ def together():
     return any(thread.name == "flexgen-probe" for thread in threading.enumerate())
 
 
-def test_what_work_loses_beside_other_work_on_a_machine_that_slows_down():
-    """Here takes twice as long beside the other, which is not slowed; and all takes longer from call to call."""
+def test_slowdown_by_other_work_on_a_machine_that_slows_down():
+    """`here` is twice as slow together with the other work, which is not slowed; all calls get slower over time."""
     clock, calls = Clock(), itertools.count()
     go, went = threading.Semaphore(0), threading.Semaphore(0)
 
     def here():
-        pace = 2.0 ** (next(calls) // 2)  # a call alone, then one beside
+        pace = 2.0 ** (next(calls) // 2)  # a call alone, then one together
         if not together():
             return clock.sleep(pace)
         for _ in range(4):
@@ -149,7 +150,7 @@ def test_what_work_loses_beside_other_work_on_a_machine_that_slows_down():
 
 
 def test_one_slow_moment_does_not_count():
-    """The machine stands still once, beside the other work."""
+    """The machine pauses once, during the other work."""
     clock, calls, go = Clock(), itertools.count(), threading.Semaphore(0)
 
     def here():
@@ -165,7 +166,7 @@ def test_one_slow_moment_does_not_count():
     assert lost_shares(here, beside, 0.3, clock)[0] == 0.0
 
 
-def test_what_fails_beside_is_told():
+def test_a_failure_of_the_other_work_is_raised():
     def beside():
         if together():
             raise OSError("the disk is gone")
@@ -178,7 +179,7 @@ def test_what_fails_beside_is_told():
 
 @pytest.fixture(scope="module", params=["cpu", "emulated:memory=256MiB"])
 def found(request, tmp_path_factory):
-    """A tiny measurement of a device, and what its progress said."""
+    """A tiny measurement of a device, and its progress."""
     folder, told = tmp_path_factory.mktemp("offload"), []
     hardware = measure(request.param, folder, lambda *said: told.append(said), effort=TINY)
     assert not list(folder.iterdir()), "files of the probe were left behind"
@@ -213,7 +214,7 @@ def test_rows_products_and_codecs_are_those_of_the_kernels(found):
         assert [rows for rows, _ in hardware.products[dtype]] == [1, 4, 32]
         for codec in ("int4", "int8"):
             assert hardware.decoding_rate(dtype, codec) > 0
-    # Eight times narrower layers, of as many numbers as a wide one has at 1 and at 32 rows.
+    # Layers of an eighth of the width, with the same number of values as a wide one at 1 and at 32 rows.
     assert hardware.elementwise.keys() == hardware.around_attention.keys() >= {"float32"}
     assert hardware.elementwise.keys() == set(hardware.products) - set(hardware.computes_in)
     for points in hardware.elementwise.values():
@@ -231,7 +232,7 @@ def test_progress_counts_to_its_end(found):
     assert len(set(labels)) == len(labels)
 
 
-def test_capacity_is_what_a_plan_may_use(tmp_path):
+def test_capacity_is_the_limit_of_a_plan(tmp_path):
     machine = Machine.open("emulated:memory=64MiB", tmp_path)
     try:
         found = capacities(machine)
@@ -256,7 +257,7 @@ def test_a_small_device_is_measured_in_whole_blocks(tmp_path):
 
 
 def test_a_device_that_is_too_small_is_refused(tmp_path):
-    with pytest.raises(CapacityError, match=r"device emulated has 4 MiB .* at least 8 MiB are needed"):
+    with pytest.raises(CapacityError, match=r"device emulated has 4 MiB .* at least 8 MiB"):
         measure("emulated:memory=4MiB", tmp_path, effort=TINY)
 
 
@@ -264,15 +265,15 @@ def test_transfers_that_the_disk_would_refuse(tmp_path):
     machine = Machine.open("emulated", tmp_path)
     try:
         for transfer in (128 * KIB, MIB + 512):
-            with pytest.raises(ValueError, match=f"transfers of {transfer} bytes: at least 262144"):
+            with pytest.raises(ValueError, match=f"transfer is {transfer} bytes; .* at least 262144"):
                 LinkProbe(machine, Lanes({}), replace(TINY, transfer=transfer), Stopwatch(TINY))
     finally:
         machine.close()
 
 
 @pytest.mark.parametrize("lane", [LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ])
-def test_moves_beside_other_work_run_on_their_lane(limited, lane):
-    """Not on the calling thread: of a GPU that has one stream for all, and nothing would run beside anything."""
+def test_moves_with_other_work_run_on_their_lane(limited, lane):
+    """Not on the calling thread: on a GPU, all work would share one stream, and nothing would overlap."""
     probe, clock = limited
     submitted, there = [], probe._lanes[lane]
     submit = there.submit
@@ -296,7 +297,7 @@ def test_a_device_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(("others", "share"), [(0.0, 0.0), (1.0, 0.25), (3.0, 0.75)])
-def test_other_programs_are_told_from_this_one(monkeypatch, others, share):
+def test_other_programs_are_distinguished_from_this_one(monkeypatch, others, share):
     """In 2 s on two processors, this program runs for 1 s of 4 and `others` for some."""
     times = namedtuple("times", "user system idle")
     spent = {"all": times(7.0, 0.0, 9.0), "own": times(5.0, 0.0, 0.0)}
@@ -316,7 +317,7 @@ def test_the_sizes_of_a_measurement_fit_the_host(monkeypatch, tmp_path, device):
         measurement._links.close()
 
 
-def test_tiers_in_host_memory_share_what_it_has(monkeypatch, tmp_path):
+def test_tiers_in_host_memory_share_its_capacity(monkeypatch, tmp_path):
     monkeypatch.setattr("flexgen.memory.machine.available_bytes", lambda: 100 * MIB)
     with closing(Machine.open("emulated:memory=64MiB", tmp_path)) as machine:
         found = capacities(machine)

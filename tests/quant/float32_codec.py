@@ -1,4 +1,4 @@
-"""A codec as short as one can be, for tests: values in float32, which loses nothing where a model computes in it."""
+"""A minimal codec for tests: values in float32, which is lossless for a model in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A codec is found by its file, whose name is the codec's."""
+"""Codecs are found by their files, which have the names of the codecs."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_a_new_codec_is_one_file(tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(PolicyError, match="codec 'int3' is unknown; known: none, .*int4, int8"):
+    with pytest.raises(PolicyError, match="codec 'int3' is not known; known: none, .*int4, int8"):
         Share(50, "int3")
 
 

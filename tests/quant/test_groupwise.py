@@ -12,7 +12,7 @@ NAMES = ["int4", "int8"]
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int4", 4.5), ("int8", 8.5)])
-def test_bytes_are_what_theory_says(name, bits):
+def test_bytes_match_the_theory(name, bits):
     shape = (4096, 4096)
     assert CODECS[name].nbytes(shape) * 8 == bits * 4096 * 4096
 
@@ -67,7 +67,7 @@ def test_another_encoding_has_another_number():
     assert (ENCODING, digest.hexdigest()[:16]) == (1, "0def805379031645")
 
 
-def test_encoding_what_was_decoded_changes_nothing_more():
+def test_encoding_decoded_values_again_changes_nothing():
     codec, x = CODECS["int8"], torch.randn(8, 128)
     once, twice = torch.empty_like(x), torch.empty_like(x)
     codec.decode(codec.encode(x), once)

@@ -1,4 +1,4 @@
-"""Runs, predicts and searches with the codec of `float32_codec.py`, which the package has found by its file."""
+"""Run, predict and search with the codec of `float32_codec.py`, which the package has found by its file."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ def test_json_is_one_line_with_every_key():
     assert Policy.from_dict(found["policy"]) == report().policy
 
 
-def test_card_says_what_people_look_for():
+def test_card_has_the_main_figures():
     card = report().card()
-    assert "cpu 58.5% (asked 60), disk 41.5% (asked 40)" in card
-    assert "90% of what the hardware gives here: prefill waits for compute, decode for disk_read" in card
+    assert "cpu 58.5% (requested 60), disk 41.5% (requested 40)" in card
+    assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
     assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
     assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # of its phase
     assert "2 KiB planned, 1 KiB at the peak" in card
@@ -93,7 +93,7 @@ def test_a_starved_lane_is_seen_by_the_roofline():
         phases={Phase.PREFILL: {LaneName.COMPUTE: 1.8}, Phase.DECODE: {LaneName.COMPUTE: 6.0}},
         roofline=ROOFLINE,
     )
-    # Of 8 s: gaps between kernels count as work in the bound.
+    # A share of 8 s: gaps between kernels count as work in the bound.
     assert starved.bound_share == pytest.approx(7.8 / 8)
     assert starved.roofline_s == pytest.approx(2.0)
     assert starved.roofline_share == starved.goal_share == pytest.approx(0.25)
@@ -119,8 +119,8 @@ def test_card_names_codecs():
     halves = {Tier.GPU: (50.0, 50.0), Tier.CPU: (50.0, 50.0), Tier.DISK: (0.0, 0.0)}
     weights = report().placement["weights"]
     card = report(policy=encoded, placement={"weights": weights, "cache": halves}).card()
-    assert "cpu 58.5% in int8 (asked 60), disk 41.5% (asked 40)" in card
-    assert "gpu 50.0% (asked 50), cpu 50.0% in int4 (asked 50)" in card
+    assert "cpu 58.5% in int8 (requested 60), disk 41.5% (requested 40)" in card
+    assert "gpu 50.0% (requested 50), cpu 50.0% in int4 (requested 50)" in card
 
 
 def test_without_lanes_there_is_no_bound():
@@ -130,7 +130,7 @@ def test_without_lanes_there_is_no_bound():
     assert json.loads(found.to_json())["bound_share"] is None
 
 
-def test_ragged_prompts_and_projection_are_told():
+def test_card_shows_ragged_prompts_and_projection():
     found = report(prompt_tokens=40, padded_share=0.125, projected_from=3)
     card = found.card()
     assert "8 of up to 10 tokens (5.0 on average), 5 new tokens each, 12.5% padding" in card
@@ -146,10 +146,10 @@ def test_one_token_has_no_decode():
     prefill = {Phase.PREFILL: {LaneName.COMPUTE: 1.0}, Phase.DECODE: {}}
     alone = report(gen_len=1, decode_s=0.0, phases=prefill)
     assert alone.bound_share == 0.5 and alone.waits_for == {Phase.PREFILL: LaneName.COMPUTE}
-    assert alone.card().rstrip("-\n").endswith("gives here: prefill waits for compute")
+    assert alone.card().rstrip("-\n").endswith("hardware allows: prefill waits for compute")
 
 
-def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
+def test_the_bottleneck_has_the_largest_part_of_the_bound():
     """Not the lane that is busiest in all: it may hide behind others in both phases."""
     phases = {
         Phase.PREFILL: {LaneName.COMPUTE: 5.0, LaneName.TO_DEVICE: 4.0},
@@ -159,4 +159,4 @@ def test_the_bottleneck_is_what_most_of_the_bound_waits_for():
     assert report(phases=phases).bottleneck is LaneName.COMPUTE
     same = {phase: {LaneName.DISK_READ: 2.0, LaneName.COMPUTE: 1.0} for phase in Phase}
     assert report(phases=same).bottleneck is LaneName.DISK_READ
-    assert "gives here: it waits for disk_read" in report(phases=same).card()
+    assert "hardware allows: it waits for disk_read" in report(phases=same).card()

@@ -52,7 +52,7 @@ def test_traces_do_not_share_events():
     assert Trace().events == []
 
 
-def test_save_writes_what_trace_viewers_read(tmp_path):
+def test_save_writes_the_format_of_trace_viewers(tmp_path):
     path = tmp_path / "trace.json"
     Trace(EVENTS).save(path, layer_names=["embed", "attention-0"])
     document = json.loads(path.read_text())

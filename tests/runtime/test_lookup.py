@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes
 from flexgen.memory.homes import Homes
@@ -128,7 +128,7 @@ def test_what_is_taken_was_planned(device: str, tier: str, codec: str, machine: 
     topology = SHARED if device == "cpu" else LINKED
     for prompt_len in (3, 40, 100):
         with_call, without = (
-            plan_memory(LAYERS, placement, policy, torch.float32, topology, workload)
+            plan_memory(LAYERS, placement, policy, Target(topology), workload)
             for workload in (Workload(prompt_len, 2, 7), None)
         )
         promised = {t: with_call.on(t, "weights") - without.on(t, "weights") for t in Tier}

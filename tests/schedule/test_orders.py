@@ -1,4 +1,4 @@
-"""The orders are legal and complete, and issue what is to run beside what."""
+"""The orders are legal and complete, and issue overlapping steps in the right order."""
 
 import itertools
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import ScheduleError
-from flexgen.schedule.orders import ORDERS, Slots, check_order, order, order_for, weights_beside
+from flexgen.schedule.orders import ORDERS, Slots, arriving_weights, check_order, order, order_for
 from flexgen.schedule.steps import Grid, Op, Step, all_steps, check, needed_visit
 
 SHIPPED = ["normal", "overlap_single_batch", "overlap_multi_batch", "overlap_cpu_attention", "flexgen"]
@@ -79,7 +79,7 @@ def test_overlap_needs_a_second_slot(name, slots, batches):
 @given(grid=grids)
 def test_weights_are_spread_over_the_batches_earliest_first(grid):
     """Those of each visit but the first, once: no sooner than their slot is free, no later than an even spread."""
-    beside = list(weights_beside(grid))
+    beside = list(arriving_weights(grid))
     steps = [Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces)]
     assert steps + list(itertools.chain(*beside)) == [
         step for step in all_steps(grid) if step.op is Op.LOAD_WEIGHTS
@@ -97,7 +97,7 @@ def test_weights_are_spread_over_the_batches_earliest_first(grid):
 @pytest.mark.parametrize("name", ["overlap_single_batch", "overlap_multi_batch"])
 @pytest.mark.parametrize("batches", [1, 4])
 def test_weights_of_the_next_token_are_issued_before_the_head_is_computed(name, batches):
-    """Where computation blocks the thread that issues, nothing behind it is on its way meanwhile."""
+    """If the computation blocks the issuing thread, no later step is in flight during it."""
     asked = ORDERS[name]
     grid = asked.grid(2, 6, batches, batches)
     steps = list(asked(grid))
@@ -141,12 +141,12 @@ def test_order_for_a_policy(overlap, batches, host_attends, name):
     assert order_for(overlap, batches, host_attends) == name
 
 
-# What runs beside what, with cells enough
+# Steps that overlap, with enough cells
 
 
 @pytest.mark.parametrize("batches", [2, 3, 4, 8])
-def test_cpu_attention_is_issued_with_work_for_the_device_beside_it(batches):
-    """Once a cell is attended, the device has another one's halves to do before it needs the answer."""
+def test_cpu_attention_is_issued_with_work_for_the_device(batches):
+    """After the attention of a cell, the device computes halves of another cell before it needs the output."""
     slots = ORDERS["overlap_cpu_attention"].slots
     grid = Grid(2, 3, batches, batches, slots.weights, slots.cells, splits_attention=True)
     steps = list(ORDERS["overlap_cpu_attention"](grid))

@@ -1,4 +1,4 @@
-"""What steps need, and that `check` finds every kind of order that is not legal and complete."""
+"""The needs of steps, and `check`, which must find every kind of illegal or incomplete order."""
 
 import pytest
 from hypothesis import given
@@ -109,7 +109,7 @@ def test_a_grid_has_at_least_one_of_everything(field):
         # Hidden states come from the layer before; ids of a later token from the head of the one before.
         (Step(Op.LOAD_HIDDEN, 0, 1, 0), [(Op.STORE_HIDDEN, 0, 0, 0), (Op.COMPUTE, 0, 0, 0)]),
         (Step(Op.LOAD_HIDDEN, 1, 0, 1), [(Op.STORE_HIDDEN, 0, 2, 1), (Op.COMPUTE, 0, 2, 1)]),
-        # Cache of a later token is what the one before stored; its slot is that of two cells before.
+        # The cache of a later token was stored by the token before it; its slot is that of two cells before.
         (
             Step(Op.LOAD_CACHE, 1, 1, 0),
             [(Op.STORE_CACHE, 0, 1, 0), (Op.COMPUTE, 1, 0, 0), (Op.STORE_CACHE, 1, 0, 0)],
@@ -134,7 +134,7 @@ def test_needs_of_hand_written_cases(step, expected):
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        # Ids of a later token are what the device has chosen.
+        # The ids of a later token are chosen by the device.
         (Step(Op.LOAD_HIDDEN, 1, 0, 1), [(Op.COMPUTE, 0, 2, 1), (Op.COMPUTE, 0, 2, 1)]),  # the slot's last user too
         (Step(Op.LOAD_HIDDEN, 1, 1, 1), [(Op.STORE_HIDDEN, 1, 0, 1), (Op.COMPUTE, 1, 0, 1)]),
         # They have no cell slot that the next cells would wait for: the host has the time of a token to take them.
@@ -163,7 +163,7 @@ def test_needs_where_the_device_feeds_the_ids(step, expected):
         (Step(Op.PROJECT, 0, 0, 0), [W(0, 0, 0), W(0, 0, 1), (Op.LOAD_HIDDEN, 0, 0, 0)]),
         (Step(Op.ATTEND, 1, 1, 0), [(Op.PROJECT, 1, 1, 0), (Op.LOAD_CACHE, 1, 1, 0)]),
         (Step(Op.LOAD_ATTENDED, 1, 1, 0), [(Op.ATTEND, 1, 1, 0)]),
-        # What it is asked and answers lies in the slot of three cells before, which has been computed.
+        # Its queries and output are in the slot of three cells before, which has been computed.
         (
             Step(Op.PROJECT, 1, 2, 1),
             [W(1, 2, 0), W(1, 2, 1), (Op.LOAD_HIDDEN, 1, 2, 1), (Op.COMPUTE, 1, 1, 0)],
@@ -190,7 +190,7 @@ def test_needs_with_other_numbers_of_slots():
 
 @given(grid=grids)
 def test_steps_that_share_a_slot_never_meet(grid):
-    """The user of a slot before this one is among what the new user needs."""
+    """The needs of a step include the previous user of its slot."""
     last: dict[int, Cell] = {}
     for cell in grid.cells():
         slot = grid.cell_slot(*cell)

@@ -1,4 +1,4 @@
-"""Which weight slot serves a visit: none is filled while in use, and the head holds up no other layer."""
+"""The weight slots of visits: no slot is filled while it is in use, and the head delays no other layer."""
 
 from hypothesis import given
 from hypothesis import strategies as st

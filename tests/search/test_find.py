@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from flexgen import Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
 from flexgen.layout.placement import place_weights
-from flexgen.layout.plan import plan_memory
+from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers, open_model
@@ -79,8 +79,8 @@ def test_corners_are_the_plan_of_the_whole_model(at, size, batches, attend_on, o
     layers = build_layers(opt, policy.sep_layer)
     slots = corners.order(form).slots
     placement = place_weights(layers, policy.weights, torch.float32)
-    block = layers, placement, policy, torch.float32, LINKED, workload
-    plan = plan_memory(*block, slots=slots, workspaces=workspaces_on(machine()))
+    target = Target(LINKED, slots, workspaces_on(machine()))
+    plan = plan_memory(layers, placement, policy, target, workload)
     homes = sum(n.nbytes for n in plan.needs if n.role == "home")
     buffers = sum(n.nbytes for n in plan.needs if n.role != "home")
     assert sum(nbytes) == pytest.approx(homes + buffers, abs=0.5 * buffers + 1)

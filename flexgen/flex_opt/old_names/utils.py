@@ -1,4 +1,4 @@
-"""FlexGen 0.1 has its environment, tasks and logs here. Old names only: no code of this package lives here."""
+"""FlexGen 0.1 has its environment, tasks and logs here. This module contains only imports."""
 
 from flexgen.flex_opt import (
     GB,

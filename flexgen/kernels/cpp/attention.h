@@ -1,17 +1,17 @@
 // Decode attention for one variant: one pass over K and V with a running softmax in float32.
 //
-// A block of tokens is scored against up to MAX_HEADS query heads, then its values are summed. Meanwhile K and
-// V of the next block are prefetched a little at a time, so that the memory never waits for the arithmetic; half of
-// V already beside the scores, which take twice as long as the sums, so that the memory is asked evenly.
-// Scores are laid out by token, then head, so that a vector of them belongs to LANES / HEADS tokens and softmax
-// needs no shuffling.
+// A block of tokens is scored against up to MAX_HEADS query heads, then its values are summed. Meanwhile, K and V of
+// the next block are prefetched in small parts, so that memory reads never wait for the arithmetic. Half of V is
+// prefetched during the scores, which take twice as long as the sums, so that the memory traffic is even.
+// Scores are stored by token, then by head: a vector of scores belongs to LANES / HEADS tokens, and softmax needs no
+// shuffles.
 #include "blocks.h"
 #include "packed.h"
 
 namespace VARIANT {
 namespace attention {
 
-// How keys of type T meet queries: a run widened to float32, unless the variant has something better.
+// The multiplication of keys of type T with queries: widen a run to float32, unless the variant has a better way.
 template <class T>
 struct Dot {
     typedef float Query;
@@ -19,7 +19,7 @@ struct Dot {
     static constexpr int OPERANDS = Run<T>::VECTORS;
     static constexpr int64_t STEP = OPERANDS * LANES, REST = LANES;
     INLINE static void keys(const T *k, Operand (&to)[OPERANDS]) { Run<T>::widen(k, to); }
-    INLINE static Operand rest(const T *k, int64_t count) {  // up to REST of those that are no run
+    INLINE static Operand rest(const T *k, int64_t count) {  // the rest after whole runs, up to REST elements
         return count < LANES ? load_part(k, count) : load(k);
     }
     INLINE static Operand query(const Query *q) { return load(q); }
@@ -57,7 +57,7 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
         const int64_t end = std::min(begin + TOKENS, tokens);
         prefetch(ahead, begin * token_bytes, end * token_bytes);
         prefetch(early, begin * token_bytes / 2, end * token_bytes / 2);
-        const T *from[TOKENS];  // what lies beyond the last token may not be read
+        const T *from[TOKENS];  // memory beyond the last token must not be read
         UNROLLED for (int t = 0; t < TOKENS; ++t) from[t] = k + std::min(begin + t, tokens - 1) * dim;
         Vec dots[LANES];
         UNROLLED for (Vec &dot : dots) dot = Vec{};
@@ -86,7 +86,7 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
     for (int64_t i = tokens * HEADS; i % LANES; ++i) scores[i] = -INFINITY;
 }
 
-// Scores to exponentials below the running maximum. `shrink`: by how much older sums shrink, by lane.
+// Convert scores to exponentials relative to the running maximum. `shrink`: the factor for older sums, by lane.
 template <int HEADS>
 INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES]) {
     const int64_t used = pass.tokens * HEADS;
@@ -101,7 +101,7 @@ INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES])
     const Vec shrinks = exponential(before - maximum);
     Vec total = raw<Vec>(heads.total) * shrinks;
     for (int64_t i = 0; i < used; i += LANES) {
-        const Vec e = exponential(raw<Vec>(pass.scores + i) - maximum);  // NaN for NaN, whatever the maximum
+        const Vec e = exponential(raw<Vec>(pass.scores + i) - maximum);  // NaN for NaN, for any maximum
         store(pass.scores + i, e);
         total += e;
     }
@@ -110,8 +110,8 @@ INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES])
     store(shrink, shrinks);
 }
 
-// Add WIDE vectors of the values, from element `at` on: whole runs, then at most one vector that is none.
-// PART: the last, narrower one.
+// Add WIDE vectors of the values, starting at element `at`: whole runs, then at most one other vector.
+// PART: the last vector is partial.
 template <class T, int HEADS, int WIDE, bool PART>
 APART void add_columns(const T *v, Heads &heads, const Pass &pass, const float *shrink, int64_t at) {
     constexpr int VECTORS = Run<T>::VECTORS, IN_RUNS = PART ? 0 : WIDE / VECTORS * VECTORS;
@@ -125,7 +125,7 @@ APART void add_columns(const T *v, Heads &heads, const Pass &pass, const float *
     const float *p = pass.scores, *const end = p + pass.tokens * HEADS;
     for (v += at; p < end; p += HEADS, v += dim) {
         if (ahead) {
-            prefetch(ahead, 0, WIDE * LANES * (int64_t)sizeof(T) / 2);  // half a block, as `early` was
+            prefetch(ahead, 0, WIDE * LANES * (int64_t)sizeof(T) / 2);  // half a block, like `early`
             ahead += dim * (int64_t)sizeof(T) / 2;
         }
         UNROLLED for (int w = 0; w < IN_RUNS; w += VECTORS) {
@@ -146,8 +146,8 @@ APART void add_columns(const T *v, Heads &heads, const Pass &pass, const float *
         UNROLLED for (int w = 0; w < WIDE; ++w) store(sums + h * padded + w * LANES, sum[h][w]);
 }
 
-// As many columns at a time as there are registers for, then half as many, ... One vector more, where it is the last:
-// alone it would wait for its own sums.
+// Use as many columns at a time as fit in registers, then half as many, and so on. A single last vector joins the step
+// before it: alone, it would wait for its own sums.
 template <class T, int HEADS, int WIDE>
 TARGET inline void add_values(const T *v, Heads &heads, const Pass &pass, const float *shrink, int64_t at) {
     for (; at + WIDE * LANES <= pass.dim; at += WIDE * LANES) {
@@ -165,7 +165,7 @@ TARGET inline void add_values(const T *v, Heads &heads, const Pass &pass, const 
         add_columns<T, HEADS, 1, true>(v, heads, pass, shrink, at);
 }
 
-// K: the elements of the pages, Codes<BITS> where they are packed.
+// K: the element type of the pages; Codes<BITS> for packed pages.
 template <class K, int HEADS>
 TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pass pass) {
     float shrink[LANES];
@@ -197,7 +197,7 @@ TARGET void attend_heads(const Block &block, const Block *next, Heads &heads, co
         attend_block<K, MAX_HEADS>(block, next, heads, pass);
 }
 
-// K: the elements of the pages. Queries are widened as those are.
+// K: the element type of the pages. Queries are widened like the elements.
 template <class K, class T>
 TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
     const int64_t runs = bits_of<K> ? 0 : in_runs<T>(pass.dim);
@@ -212,7 +212,7 @@ TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
             const int64_t count = pass.dim - at;
             store(wide + at, count < LANES ? load_part(q + at, count) : load(q + at));
         }
-        if (sizeof(T) == sizeof(Bf16))  // only read where T is Bf16
+        if (sizeof(T) == sizeof(Bf16))  // only read if T is Bf16
             memcpy(&heads.q_bf16[h * pass.padded], q, pass.dim * sizeof(Bf16));
     }
     std::fill(heads.sum.begin(), heads.sum.end(), 0.0f);
@@ -221,7 +221,7 @@ TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
     if (pass.packing) begin_packed(heads, pass);
 }
 
-// The sums of head h over values of type T, (head_dim,) in order.
+// The sums of head h over values of type T: (head_dim,), in element order.
 template <class T>
 TARGET const float *in_order(Heads &heads, const Pass &pass, int h) {
     constexpr int VECTORS = Run<T>::VECTORS;
@@ -243,7 +243,7 @@ TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
     }
 }
 
-// T: the elements of queries and of the answer.
+// T: the element type of the queries and the output.
 template <class T, class K>
 TARGET void attend(Attention &job) {
     const int64_t dim = job.head_dim, group = job.group();
@@ -272,7 +272,7 @@ TARGET void attend(Attention &job) {
         for (size_t n = 0; n < parts.size(); ++n) {
             const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
             if (block.first) begin_task<K>(parts[n], (const T *)job.q + head * dim, pass);
-            // The first heads prefetch for all.
+            // The first set of heads prefetches for all.
             attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
             if (!block.last) continue;
             for (int h = 0; h < parts[n].count; ++h) {
@@ -307,7 +307,7 @@ TARGET void merge(const Attention &job) {
             std::fill(sum.begin(), sum.end(), 0.0f);
             for (int64_t s = 0; s < job.splits; ++s) {
                 const float *partial = first + s * job.partial_size();
-                if (partial[1] == 0.0f) continue;  // nothing but padding
+                if (partial[1] == 0.0f) continue;  // only padding
                 const float factor = std::exp(partial[0] - maximum);
                 total += factor * partial[1];
                 for (int64_t i = 0; i < dim; ++i) sum[i] += factor * partial[2 + i];

@@ -31,7 +31,7 @@ INLINE void store_octets(uint8_t *to, Words x) {
 
 INLINE Vec permute(Vec x, Words lanes) { return _mm256_permutevar8x32_ps(x, (__m256i)lanes); }
 
-// Lane i of the result is the sum over the lanes of x[i].
+// Lane i of the result is the sum of all lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));

@@ -1,5 +1,5 @@
-// The operations of AVX-512, for the variants with and without dot products in bfloat16. They define VARIANT
-// and TARGET before.
+// AVX-512 operations, for the variants with and without bfloat16 dot products. A variant defines VARIANT and TARGET
+// before it includes this file.
 #include <immintrin.h>
 
 #define LANES 16
@@ -25,7 +25,7 @@ INLINE void store_octets(uint8_t *to, Words x) {
 
 INLINE Vec permute(Vec x, Words lanes) { return _mm512_permutexvar_ps((__m512i)lanes, x); }
 
-// The first `count` < LANES elements, and no byte beyond them.
+// Load or store the first `count` < LANES elements, and no bytes beyond them.
 INLINE Vec load_part(const float *from, int64_t count) {
     return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
 }
@@ -35,7 +35,7 @@ INLINE Shorts shorts_part(const void *from, int64_t count) {
 INLINE Vec load_part(const Bf16 *from, int64_t count) { return (Vec)(to_words(shorts_part(from, count)) << 16); }
 INLINE Vec load_part(const Half *from, int64_t count) { return from_half(shorts_part(from, count)); }
 
-// A word holds two: the even elements and then the odd ones, without the shuffles that share a port with products.
+// A word has two elements. Take the even ones, then the odd ones: shuffles would use the same port as products.
 template <>
 struct Run<Bf16> {
     static constexpr int VECTORS = 2;
@@ -46,7 +46,7 @@ struct Run<Bf16> {
     }
 };
 
-// Lane i of the result is the sum over the lanes of x[i].
+// Lane i of the result is the sum of all lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     Vec fours[4];
     for (int i = 0; i < 4; ++i) {

@@ -1,4 +1,4 @@
-// For every processor: the compiler maps vectors of four floats to what there is.
+// The variant for every processor: the compiler maps vectors of four floats to the available instructions.
 #define VARIANT baseline
 #define TARGET
 #define LANES 4
@@ -12,7 +12,7 @@ INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
 INLINE Vec from_half(Shorts x) {
     const Words half = __builtin_convertvector(x, Words);
-    // Moved to the place of a float's exponent and mantissa, the bits mean x / 2^112; subnormals as well.
+    // Shifted to the exponent and mantissa of a float, the bits are x / 2^112, also for subnormals.
     const Vec scaled = (Vec)((half & 0x7fff) << 13) * 5.192296858534828e33f;
     const Words infinite = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000u;
     return (Vec)((Words)scaled | infinite | ((half & 0x8000) << 16));
@@ -48,7 +48,7 @@ INLINE void store_octets(uint8_t *to, Words x) {
 
 INLINE Vec permute(Vec x, Words lanes) { return Vec{x[lanes[0]], x[lanes[1]], x[lanes[2]], x[lanes[3]]}; }
 
-// Lane i of the result is the sum over the lanes of x[i].
+// Lane i of the result is the sum of all lanes of x[i].
 INLINE Vec sums(const Vec (&x)[LANES]) {
     Vec sum;
     for (int i = 0; i < LANES; ++i) sum[i] = x[i][0] + x[i][1] + x[i][2] + x[i][3];

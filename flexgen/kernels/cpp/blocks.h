@@ -1,4 +1,4 @@
-// What decode attention reads and keeps, whatever the pages hold: blocks of tokens, query heads, one pass.
+// Data of decode attention for all page formats: blocks of tokens, query heads, one pass.
 #pragma once
 
 #include <algorithm>
@@ -9,17 +9,17 @@ namespace VARIANT {
 namespace attention {
 
 constexpr int MAX_HEADS = LANES < 8 ? LANES : 8;
-constexpr int64_t BLOCK_BYTES = 8192;  // of K: K and V of two blocks fit the first-level cache
-constexpr int64_t BLOCK_TOKENS = 128;  // at most
+constexpr int64_t BLOCK_BYTES = 8192;  // of K: K and V of two blocks fit in the L1 cache
+constexpr int64_t BLOCK_TOKENS = 128;  // the maximum
 constexpr int64_t QUERY_PADDING = 2 * LANES;  // queries and sums are padded with zeros to a multiple of this
 
 struct Block {
     int64_t task, item, tokens;
     const char *k, *v;
-    bool first, last;  // of its task
+    bool first, last;  // the first or the last block of its task
 };
 
-// The blocks of the tasks that this thread claims, in the order in which they are read.
+// The blocks of the tasks that this thread claims, in reading order.
 class Blocks {
 public:
     Blocks(Attention &job, int64_t token_bytes) : job_(job), token_bytes_(token_bytes) {
@@ -45,7 +45,7 @@ public:
     }
 
 private:
-    bool claim() {  // the next task with a token that is no padding
+    bool claim() {  // claims the next task with a token that is not padding
         do {
             task_ = job_.claimed.fetch_add(1, std::memory_order_relaxed);
             if (task_ >= job_.tasks()) return false;
@@ -64,18 +64,18 @@ private:
     size_t page_ = 0;
 };
 
-// Query heads of one item that go through the softmax together: HEADS, a power of two, of which `count` exist.
-// The others have zero queries.
+// Query heads of one item that share a softmax pass: HEADS of them, a power of two. Only `count` heads are real; the
+// others have zero queries.
 struct Heads {
     int count;
     std::vector<float> q, sum;  // (HEADS, padded), in the order of runs (vectors.h)
     std::vector<Bf16> q_bf16;
     std::vector<float> ordered;  // (head_dim,)
-    // For packed pages, where `sum` is in the order of the operands:
+    // For packed pages, where `sum` is in operand order:
     std::vector<float> operands;  // (HEADS, width)
-    std::vector<float> query_sums;  // (groups, LANES), as in a vector of scores: what minimums are multiplied by
-    std::vector<float> offsets;  // (groups, MAX_HEADS): what minimums add
-    float maximum[LANES], total[LANES];  // as in a vector of scores: of each head, and of each lane
+    std::vector<float> query_sums;  // (groups, LANES), in the order of a score vector: the factors of the minimums
+    std::vector<float> offsets;  // (groups, MAX_HEADS): the contributions of the minimums
+    float maximum[LANES], total[LANES];  // in the order of a score vector: for each head, and for each lane
 
     int width() const { return count <= 2 ? count : count <= 4 ? 4 : MAX_HEADS; }  // HEADS
     float total_of(int h) const {
@@ -89,14 +89,14 @@ struct Heads {
 
 struct Packing;
 
-// One block and one set of heads.
+// A pass over one block for one set of heads.
 struct Pass {
-    const char *ahead;  // to be prefetched while this block's K, or V, is read; null for nothing
-    const char *early;  // likewise, half of it while K is read, which takes the longer; null for nothing
+    const char *ahead;  // data to prefetch while this block's K or V is read; null for none
+    const char *early;  // data of which half is prefetched while K is read, which takes longer; null for none
     int64_t dim, padded, tokens;
     float scale;
-    float *scores;  // (tokens, HEADS), with room for LANES more
-    Packing *packing;  // of packed pages, null for plain ones
+    float *scores;  // (tokens, HEADS), with space for LANES more
+    Packing *packing;  // for packed pages; null for plain pages
 };
 
 INLINE void prefetch(const char *ahead, int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// Group-wise integers for one variant. With q of at most 8 bits and a scale of at most 11, q * scale is exact
-// in float32: every variant, and torch, gives the same x.
+// Group-wise integers for one variant. With codes of at most 8 bits and a scale of at most 11 bits, q * scale is exact
+// in float32, so all variants and torch compute the same x.
 #include <algorithm>
 
 namespace VARIANT {
@@ -22,7 +22,7 @@ TARGET void dequantise(const Groupwise &job, int64_t begin, int64_t end) {
         const uint8_t *packed = job.packed + g * octets;
         T *x = (T *)job.x + g * group;
         for (int64_t n = 0; n < octets; n += LANES) {
-            const int64_t i = std::min(n, octets - LANES);  // the last vector ends with the group
+            const int64_t i = std::min(n, octets - LANES);  // the last vector ends at the end of the group
             const Words q = load_octets(packed + i);
             if (BITS == 8) {
                 store(x + i, fma(to_float(q), scale, minimum));
@@ -68,7 +68,7 @@ TARGET void quantise(const Groupwise &job, int64_t begin, int64_t end) {
         float lows[LANES], highs[LANES];
         store(lows, low);
         store(highs, high);
-        // Codes are chosen for the scale and minimum as they are kept, not as they were before rounding.
+        // Compute the codes with the stored scale and minimum, not with their values before rounding.
         const float minimum = rounded(*std::min_element(lows, lows + LANES) + 0.0f, (S *)job.minimums + g);
         const float range = std::max(*std::max_element(highs, highs + LANES) - minimum, 0.0f);
         const float scale = rounded(step_of(range, levels, (const S *)nullptr), (S *)job.scales + g);
@@ -124,7 +124,7 @@ void quantise_any(const Groupwise &job, int64_t begin, int64_t end) {
 
 }  // namespace groupwise
 
-// What the kernels are held against: every byte once, prefetched as they prefetch.
+// The baseline for the kernels: read every byte once, with the same prefetches.
 TARGET uint32_t read(const uint8_t *from, int64_t nbytes) {
     constexpr int64_t WIDTH = sizeof(Words), AHEAD = 8192;
     Words sum[8] = {};

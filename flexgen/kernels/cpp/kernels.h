@@ -1,4 +1,4 @@
-// What the variants of the kernels (one per instruction set) share with the rest of the module.
+// The interface between the variants of the kernels (one per instruction set) and the rest of the module.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #define FLEXGEN_X86 1
 #endif
 
-// Elements as they lie in memory; the types only choose the conversion.
+// Elements in memory. The types only select the conversion.
 struct Bf16 {
     uint16_t bits;
 };
@@ -26,41 +26,41 @@ struct Page {
     int64_t begin, tokens;  // position of its first token, and its capacity
 };
 
-// Attention of one new token per row. Its work is cut into tasks: one item (a row and a K/V head, with all
-// query heads that share it) over one of `splits` ranges of tokens.
+// Attention of one new token per row. The work is divided into tasks. A task is one item (a row and a K/V head, with
+// all query heads that share it) over one of `splits` ranges of tokens.
 struct Attention {
     Type type;
-    const void *q;  // (rows, heads, head_dim), as is out
+    const void *q;  // (rows, heads, head_dim), like out
     void *out;
     int64_t rows, heads, kv_heads, head_dim, length;
-    int bits;  // of the codes in the pages (packed.h); 0 where they hold elements of `type`
+    int bits;  // of the codes in the pages (packed.h); 0 for elements of `type`
     int64_t code_group;  // elements that share a scale
-    int64_t head_bytes;  // of one head's key, or value, of one token
+    int64_t head_bytes;  // bytes of one head's key or value of one token
     const int64_t *starts;  // (rows,) or null
     std::vector<Page> pages;
     float scale;
 
     int64_t splits = 1, split_tokens = 0;
-    std::vector<float> partial;  // per task, where there are splits: `partial_size` floats, zero at first
+    std::vector<float> partial;  // with splits, for each task: `partial_size` floats, initially zero
     std::atomic<int64_t> claimed{0};
 
     int64_t group() const { return heads / kv_heads; }
     int64_t items() const { return rows * kv_heads; }
     int64_t tasks() const { return items() * splits; }
     int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
-    // Per query head: the maximum score, the sum of exponentials, then the weighted sum of values.
+    // For each query head: the maximum score, the sum of exponentials, then the weighted sum of values.
     int64_t partial_size() const { return group() * (2 + head_dim); }
 };
 
-// How many of `count` are kept of a share of them; flexgen/kernels/sparse_attention.py says why not the plain ceiling.
+// The number of elements in a share of `count`; flexgen/kernels/sparse_attention.py explains why not the plain ceiling.
 inline int64_t kept(double share, int64_t count) {
     const int64_t least = (int64_t)std::ceil(share * (double)count - 1e-9);
     return std::min(std::max<int64_t>(least, 1), count);
 }
 
-// Sparse attention of one new token per row, first half: which tokens, and the probabilities of those. Tokens
-// are chosen in blocks of `unit`, a share of the blocks that hold a cached token of the row; the new token is
-// always taken. Pages have keys only.
+// Sparse attention of one new token per row, first half: choose tokens and compute their probabilities. Tokens are
+// chosen in blocks of `unit`: a share of the blocks with a cached token of the row. The new token is always chosen.
+// Pages have only keys.
 struct Choice {
     Type type;
     const void *q;  // (rows, heads, head_dim)
@@ -69,7 +69,7 @@ struct Choice {
     std::vector<Page> pages;
     float scale;
     double share;
-    int64_t unit, most;  // tokens: of a block, and taken at most
+    int64_t unit, most;  // tokens of a block; the most tokens to choose
     int64_t *positions;  // (rows, kv_heads, most)
     float *weights;  // (rows, heads, most)
     std::atomic<int64_t> claimed{0};
@@ -79,7 +79,7 @@ struct Choice {
     int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
 };
 
-// The second half: the sum of their values. Pages have values only.
+// The second half: the weighted sum of the chosen values. Pages have only values.
 struct Chosen {
     Type type;
     int64_t rows, heads, kv_heads, head_dim, most;
@@ -93,8 +93,8 @@ struct Chosen {
     int64_t items() const { return rows * kv_heads; }
 };
 
-// Groups of consecutive values: x = q * scale + minimum. In four bits, the first half of a group has the low
-// nibbles and the second half the high ones, so that a run of bytes unpacks to two runs of values.
+// Groups of consecutive values: x = q * scale + minimum. With four bits, the first half of a group is in the low
+// nibbles and the second half in the high nibbles, so that a run of bytes unpacks to two runs of values.
 struct Groupwise {
     Type type, scale_type;  // scale_type: bfloat16 or float16
     int bits;  // 4 or 8
@@ -104,10 +104,10 @@ struct Groupwise {
     void *scales, *minimums;  // (groups,)
 };
 
-// y (rows, out) = x (rows, in) times the transpose of W (out, in), plus bias (out,) unless null. W is Groupwise,
-// its groups along `in`; or, with 16 bits, as it is in the half type `scale_type`. Sums are in float32.
+// y (rows, out) = x (rows, in) times the transpose of W (out, in), plus bias (out,) unless null. W is Groupwise, with
+// groups along `in`, or with 16 bits a plain matrix of the half type `scale_type`. Sums are in float32.
 struct PackedLinear {
-    Type type, scale_type;  // of x, y and bias; of scales and minimums
+    Type type, scale_type;  // types of x, y and bias; and of scales and minimums
     int bits;
     int64_t rows, out, in, group;
     const void *x, *bias;
@@ -115,8 +115,8 @@ struct PackedLinear {
     const uint8_t *packed;
     const void *scales, *minimums;  // (out, groups)
 
-    // Made by `prepare_linear`: whether rows of x are many (tiles.h), x as the variant multiplies it, and its group sums
-    // where the variant needs them.
+    // Set by `prepare_linear`: whether x has many rows (tiles.h), x in the layout of the variant, and its group sums if
+    // the variant needs them.
     bool tiled = false;
     const void *operand = nullptr;
     const float *sums = nullptr;
@@ -128,14 +128,14 @@ struct PackedLinear {
 struct Variant {
     const char *name;
     bool (*supported)();
-    void (*attend)(Attention &);  // on each thread: claims tasks until there are none
-    void (*merge)(const Attention &);  // where there are splits: the partial results to `out`
+    void (*attend)(Attention &);  // called on each thread; claims tasks until none are left
+    void (*merge)(const Attention &);  // with splits: merges the partial results into `out`
     void (*dequantise)(const Groupwise &, int64_t begin, int64_t end);  // groups
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
-    uint32_t (*read)(const uint8_t *, int64_t nbytes);  // every byte once; a multiple of 1024
+    uint32_t (*read)(const uint8_t *, int64_t nbytes);  // reads every byte once; nbytes is a multiple of 1024
     void (*prepare_linear)(PackedLinear &);
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
-    void (*choose)(Choice &);  // on each thread, as `attend`
+    void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);
 };
 

@@ -1,8 +1,8 @@
-// Products with group-wise integers, and with half types, for one variant: each weight is unpacked in registers,
-// multiplied with all rows of x that there are registers for, and never written out. Of many rows: tiles.h.
+// Products with group-wise integers and with half types, for one variant. Each weight is unpacked in registers,
+// multiplied with as many rows of x as fit in registers, and never written to memory. For many rows, see tiles.h.
 //
-// Blocks of WEIGHTS rows of W meet blocks of X rows of x, whose sums lie in registers. Meanwhile the codes of the
-// next block are prefetched. Rows of x beyond one block find the codes in the first-level cache.
+// Blocks of WEIGHTS rows of W are multiplied with blocks of X rows of x, with the sums in registers. Meanwhile, the
+// codes of the next block are prefetched. Further blocks of x find the codes in the L1 cache.
 #include <algorithm>
 
 namespace VARIANT {
@@ -12,10 +12,10 @@ constexpr int MAX_X = SUM_REGISTERS / 2;
 constexpr int64_t LINE = 64;  // bytes
 static_assert(SUM_REGISTERS <= LANES, "the sums of a block are added up as one vector");
 
-// Rows of W beside X rows of x.
+// The rows of W that are multiplied at once with X rows of x.
 constexpr int weights_beside(int x) { return SUM_REGISTERS / x < 4 ? SUM_REGISTERS / x : 4; }
 
-// One block of rows of W, with scales and minimums (WEIGHTS, padded groups) in float32.
+// A block of rows of W, with its scales and minimums (WEIGHTS, padded groups) in float32.
 template <int WEIGHTS>
 struct Rows {
     const uint8_t *codes[WEIGHTS];
@@ -24,7 +24,7 @@ struct Rows {
 
 INLINE int64_t padded(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
 
-// x in float32: q * scale + minimum is the very value that `dequantise` writes in float32.
+// x in float32: q * scale + minimum is exactly the float32 value that `dequantise` writes.
 struct Wide {
     typedef float Operand;
     static constexpr bool BY_SUMS = false;
@@ -57,15 +57,15 @@ struct Wide {
 };
 
 #ifdef FLEXGEN_DOT_BF16
-// x as it is: codes are exact in bfloat16, and a group's scale meets the sum of their products. What is left of
-// the minimums is their product with the group sums of x.
+// x in bfloat16: codes are exact in bfloat16, and the scale of a group multiplies the sum of its products. The minimums
+// are multiplied with the group sums of x.
 struct Dots {
     typedef Bf16 Operand;
     static constexpr bool BY_SUMS = true;
     static constexpr int64_t STEP = 2 * LANES;  // values in a register
 
     INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 4>) {
-        // Only the low five bits of an index count, and the table repeats after sixteen: no mask is needed.
+        // Only the low five bits of an index are used, and the table repeats after sixteen entries: no mask is needed.
         const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
             0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
             0x4140, 0x4150, 0x4160, 0x4170));
@@ -129,7 +129,7 @@ TARGET inline void write(Type type, void *to, int64_t at, float value) {
     store_part((Half *)to + at, splat(value), 1);
 }
 
-// The sums of rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist, to y.
+// Write to y the products of rows `m` to `m` + X of x with rows `n` to `n` + WEIGHTS of W, of which `count` exist.
 template <int X, int WEIGHTS>
 INLINE void write_totals(const PackedLinear &job, const Vec (&sum)[LANES], int64_t m, int64_t n, int count) {
     float totals[LANES];
@@ -141,7 +141,7 @@ INLINE void write_totals(const PackedLinear &job, const Vec (&sum)[LANES], int64
     }
 }
 
-// Rows as there.
+// `rows`: rows `n` to `n` + `count` of W. The result goes to rows `m` to `m` + X of y.
 template <class Kind, int BITS, int X, int WEIGHTS>
 TARGET void multiply(const PackedLinear &job, const Rows<WEIGHTS> &rows, int64_t m, int64_t n, int count) {
     const int64_t groups = job.groups(), stride = padded(groups), octets = job.group * BITS / 8;
@@ -175,19 +175,19 @@ TARGET void multiply_rows(const PackedLinear &job, int64_t begin, int64_t end) {
     rows.minimums.resize(WEIGHTS * stride);
     for (int64_t n = begin; n < end; n += WEIGHTS) {
         for (int w = 0; w < WEIGHTS; ++w) {
-            const int64_t row = std::min(n + w, end - 1);  // what lies beyond the last may not be read
+            const int64_t row = std::min(n + w, end - 1);  // memory beyond the last row must not be read
             rows.codes[w] = job.packed + row * groups * octets;
             widen(job.scale_type, job.scales, row * groups, &rows.scales[w * stride], groups);
             widen(job.scale_type, job.minimums, row * groups, &rows.minimums[w * stride], groups);
         }
         const int count = (int)std::min<int64_t>(WEIGHTS, end - n);
-        // The last block of x begins early enough to be whole, and gives some rows a second time.
+        // The last block of x begins early enough to be complete, and computes some rows twice.
         for (int64_t m = 0; m < job.rows; m += X)
             multiply<Kind, BITS, X>(job, rows, std::min(m, job.rows - X), n, count);
     }
 }
 
-// W as it is, in a half type that the processor has no products for: widened in registers, once for X rows of x.
+// W in a half type without products on this processor: widened in registers, once for X rows of x.
 template <class W, int X, int WEIGHTS>
 TARGET void multiply_plain(const PackedLinear &job, const W *const (&from)[WEIGHTS], int64_t m, int64_t n, int count) {
     const float *x = (const float *)job.operand + m * job.in;
@@ -234,7 +234,7 @@ TARGET void multiply_plain_blocks(const PackedLinear &job, int64_t begin, int64_
     if constexpr (X > 1) multiply_plain_blocks<W, X - 1>(job, begin, end);
 }
 
-// As few blocks of x as there can be, of about the same size.
+// Divide x into as few blocks as possible, of nearly equal size.
 template <class Kind, int BITS, int X>
 TARGET void multiply_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
     const int64_t blocks = (job.rows + MAX_X - 1) / MAX_X;
@@ -248,7 +248,7 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     multiply_blocks<Kind, 8, MAX_X>(job, begin, end);
 }
 
-// Room for `count` floats, from a whole line on.
+// Space for `count` floats, aligned to a cache line.
 inline float *aligned(std::vector<float> &room, int64_t count) {
     room.resize(count + LINE / sizeof(float));
     return (float *)(((uintptr_t)room.data() + LINE - 1) / LINE * LINE);
@@ -274,7 +274,7 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     multiply_bits<Wide>(job, begin, end);
 }
 
-// x as `multiply_any` reads it, made once for all rows of W.
+// Convert x to the layout of `multiply_any`, once for all rows of W.
 TARGET void prepare_any(PackedLinear &job) {
     job.tiled = job.rows > (job.bits == 16 ? TILE_X : FEW) && !by_dots(job);
     if (job.tiled) return prepare_tiled(job);
@@ -294,7 +294,7 @@ TARGET void prepare_any(PackedLinear &job) {
         float lanes[LANES], all = 0.0f;
         store(lanes, sum);
         for (float each : lanes) all += each;
-        total[g / groups * stride + g % groups] = all;  // beyond the groups of a row it stays zero
+        total[g / groups * stride + g % groups] = all;  // stays zero beyond the groups of a row
     }
     job.sums = total;
 }

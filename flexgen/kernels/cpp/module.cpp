@@ -1,5 +1,5 @@
-// flexgen.kernels._native: the kernels as Python calls them, with addresses as integers. The callers in
-// flexgen/kernels/*.py check types, shapes and contiguity; nothing here can.
+// flexgen.kernels._native: the kernels for Python, with addresses as integers. The callers in flexgen/kernels/*.py
+// check types, shapes and contiguity, because this module cannot.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -14,7 +14,7 @@ namespace {
 
 // Below this much memory, other threads cost more than they save.
 constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
-// A thread takes work in pieces of about this size.
+// The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
@@ -32,7 +32,7 @@ int useful_threads(int threads, int64_t nbytes) {
 
 int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
-// Call `work` without the interpreter's lock. False with a Python error where memory ran out.
+// Call `work` without the interpreter's lock. Returns false and sets a Python error if it runs out of memory.
 template <class Work>
 bool without_gil(const Work &work) {
     bool done = true;
@@ -52,13 +52,13 @@ void attend(Attention &job, int threads) {
     threads = useful_threads(threads, job.items() * job.length * token_bytes);
     job.split_tokens = job.length;
     if (threads > 1 && job.items() < 4 * threads) {
-        // Too few rows and heads to keep all threads busy to the end: cut the tokens as well.
+        // There are too few rows and heads to keep all threads busy to the end, so divide the tokens too.
         const int64_t wanted = (4 * threads + job.items() - 1) / job.items();
         job.split_tokens = std::max(MIN_SPLIT_TOKENS, (job.length + wanted - 1) / wanted);
         job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
         if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
     }
-    // A row of nothing but padding is not visited.
+    // A row with only padding is not visited.
     if (job.starts) memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.type));
     const Variant *now = variant;
     run_on_threads(threads, [&job, now] { now->attend(job); });
@@ -113,7 +113,7 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-// Addresses of keys or of values, and how many tokens each page holds.
+// The addresses of keys or values, and the number of tokens in each page.
 bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
     std::vector<int64_t> at, n;
     if (!integers(addresses, at) || !integers(tokens, n)) return false;
@@ -215,8 +215,8 @@ void multiply(PackedLinear &job, int threads) {
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
-    // A piece is a whole number of the blocks that a variant may choose; at least four for each thread. Of tiles the
-    // sums wait in the cache, so many rows of W are as good as few bytes.
+    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. With tiles, the
+    // sums must stay in the cache, so a piece is limited by its rows of W, not by its bytes.
     const int64_t BLOCKS = 12, TILED = 4 * BLOCKS;
     const int64_t most = std::min(job.tiled ? TILED : PIECE_BYTES / row_bytes, job.out / (4 * threads));
     const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;

@@ -1,14 +1,14 @@
 // Pages of group-wise integers, dequantised in registers.
 //
-// A head's key or value is one run of bytes: for each group of its elements a scale and a minimum in float16, then
-// the codes of each group; x = code * scale + minimum (flexgen/kernels/heads.py, groupwise.h). Neither is applied
-// to every element. With q a query, p the probabilities:
+// A head's key or value is one run of bytes: a float16 scale and minimum for each group of its elements, then the codes
+// of each group, with x = code * scale + minimum (flexgen/kernels/heads.py, groupwise.h). Scale and minimum are not
+// applied to each element. With a query q and the probabilities p:
 //     key . q   = sum over groups of  scale * (codes . q) + minimum * (sum of q)
 //     p . value = sum over tokens of  (p * scale) * codes + p * minimum
-// So an element costs what one of bfloat16 costs: a conversion and a multiplication.
+// So an element costs the same as a bfloat16 element: a conversion and a multiplication.
 //
-// Codes are met in the order in which they lie: a vector of LANES bytes makes 8 / BITS operands. Queries are laid
-// out in that order once, and sums are put back in order once at the end.
+// Codes are processed in memory order: a vector of LANES bytes gives 8 / BITS operands. Queries are converted to this
+// order once, and sums are converted back once at the end.
 #pragma once
 
 #include "blocks.h"
@@ -16,7 +16,7 @@
 namespace VARIANT {
 namespace attention {
 
-// The elements of packed pages.
+// The element type of packed pages.
 template <int B>
 struct Codes {
     static constexpr int BITS = B;
@@ -28,12 +28,12 @@ constexpr int bits_of<Codes<B>> = B;
 
 struct Packing {
     int64_t groups, group, octets;  // octets: bytes of a group's codes
-    int64_t vectors, operands;  // of a group
+    int64_t vectors, operands;  // in a group
     int64_t head_bytes;
-    std::vector<int64_t> place;  // (head_dim,) where an element lies among the operands
+    std::vector<int64_t> place;  // (head_dim,) the operand index of each element
     std::vector<uint32_t> words;
-    std::vector<float> scales, minimums;  // (groups, STRIDE) of the tokens of a block, zero beyond them
-    std::vector<float> weights;  // like scores
+    std::vector<float> scales, minimums;  // (groups, STRIDE) for the tokens of a block, zero beyond them
+    std::vector<float> weights;  // in the order of the scores
     static constexpr int64_t STRIDE = BLOCK_TOKENS + LANES;
 
     Packing(const Attention &job)
@@ -49,8 +49,8 @@ struct Packing {
     }
 
     int64_t width() const { return groups * operands * LANES; }
-    // Where the n-th vector of a group begins. The last one ends with the group and may repeat bytes of the one
-    // before: the queries of those lanes are zero, their sums are not used.
+    // The offset of the n-th vector of a group. The last vector ends at the end of the group and may repeat bytes of
+    // the previous one: the queries of these lanes are zero, and their sums are not used.
     int64_t first(int64_t n) const { return octets < LANES ? 0 : std::min(n * LANES, octets - LANES); }
 };
 
@@ -67,7 +67,7 @@ INLINE Vec operand(Words codes, int part) {
     return to_float(part ? codes >> 4 : codes & 15);
 }
 
-// A vector of scores belongs to LANES / HEADS tokens: one number of each of them, from `from` on.
+// A vector of scores belongs to LANES / HEADS tokens. Expand one number of each token, starting at `from`.
 template <int HEADS>
 INLINE Vec spread(const float *from) {
     if constexpr (HEADS == 1) return load(from);
@@ -102,7 +102,7 @@ TARGET inline void begin_packed(Heads &heads, const Pass &pass) {
             heads.query_sums[i / packing.group * LANES + h] += q;
         }
     }
-    // As in a vector of scores: by token, then head.
+    // In the order of a score vector: by token, then by head.
     const int each = heads.width();
     for (int64_t g = 0; g < packing.groups; ++g)
         for (int i = each; i < LANES; ++i)
@@ -118,7 +118,7 @@ INLINE void score_packed(const char *k, Heads &heads, const Pass &pass) {
     read_scales(k, packing, pass.tokens);
     for (int64_t begin = 0; begin < pass.tokens; begin += TOKENS) {
         prefetch(pass.ahead, begin * bytes, std::min(begin + TOKENS, pass.tokens) * bytes);
-        const uint8_t *from[TOKENS];  // what lies beyond the last token may not be read
+        const uint8_t *from[TOKENS];  // memory beyond the last token must not be read
         for (int t = 0; t < TOKENS; ++t)
             from[t] = (const uint8_t *)codes + std::min(begin + t, pass.tokens - 1) * bytes;
         Vec total = {};
@@ -148,10 +148,10 @@ INLINE void score_packed(const char *k, Heads &heads, const Pass &pass) {
     for (int64_t i = pass.tokens * HEADS; i % LANES; ++i) pass.scores[i] = -INFINITY;
 }
 
-// Add WIDE operands of a group, whose codes begin at `codes`, from operand `at` on; `sum` is that of the group.
+// Add WIDE operands of a group, starting at operand `at`. Its codes begin at `codes`, and its sum is `sum`.
 template <int BITS, int HEADS, int WIDE>
 INLINE void add_operands(const uint8_t *codes, float *sum, const Pass &pass, const float *shrink, int64_t at) {
-    // The next block is prefetched in equal parts beside the groups.
+    // The next block is prefetched in equal parts, one for each group.
     const char *ahead = at ? nullptr : pass.ahead;
     const int64_t share = pass.packing->head_bytes / pass.packing->groups;
     constexpr int PARTS = 8 / BITS, VECTORS = WIDE < PARTS ? 1 : WIDE / PARTS;
@@ -168,7 +168,7 @@ INLINE void add_operands(const uint8_t *codes, float *sum, const Pass &pass, con
         for (int n = 0; n < VECTORS; ++n) {
             const Words octets = load_codes(from + first[n], packing);
             for (int part = 0; part < PARTS; ++part) {
-                if (WIDE < PARTS && part != at % PARTS) continue;  // half a vector: the other half has its turn
+                if (WIDE < PARTS && part != at % PARTS) continue;  // half a vector: the other half follows
                 const Vec value = operand<BITS>(octets, part);
                 for (int h = 0; h < HEADS; ++h) {
                     Vec &to = sums[h][WIDE < PARTS ? 0 : n * PARTS + part];
@@ -181,7 +181,7 @@ INLINE void add_operands(const uint8_t *codes, float *sum, const Pass &pass, con
         for (int w = 0; w < WIDE; ++w) store(sum + h * width + (at + w) * LANES, sums[h][w]);
 }
 
-// As many operands at a time as there are registers for, then half as many, ...
+// Use as many operands at a time as fit in registers, then half as many, and so on.
 template <int BITS, int HEADS, int WIDE>
 TARGET inline void add_group(const uint8_t *codes, float *sum, const Pass &pass, const float *shrink, int64_t at) {
     for (; at + WIDE <= pass.packing->operands; at += WIDE)
@@ -215,7 +215,7 @@ INLINE void add_packed(const char *v, Heads &heads, Pass pass, const float *shri
     }
 }
 
-// The sums of head h, (head_dim,) in order.
+// The sums of head h: (head_dim,), in element order.
 inline const float *unpacked(Heads &heads, const Pass &pass, int h) {
     const Packing &packing = *pass.packing;
     heads.ordered.resize(pass.dim);

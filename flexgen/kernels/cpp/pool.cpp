@@ -29,7 +29,7 @@ public:
         }
         wake_.notify_all();
         attempt(work);
-        // Those that have not woken by now would find nothing left to do.
+        // Threads that have not woken by now have no work left.
         std::unique_lock<std::mutex> hold(mutex_);
         vacant_ = 0;
         done_.wait(hold, [this] { return !busy_; });
@@ -42,7 +42,7 @@ private:
             try {
                 std::thread([this] { serve(); }).detach();
             } catch (const std::system_error &) {
-                return;  // a limit on threads: go on with those there are
+                return;  // a limit on threads: use those that exist
             }
         }
     }
@@ -70,16 +70,16 @@ private:
         }
     }
 
-    std::mutex serving_;  // held by the caller whose work it is; guards size_
+    std::mutex serving_;  // held by the caller that is served; guards size_
     int size_ = 0;
-    std::mutex mutex_;  // guards what follows
+    std::mutex mutex_;  // guards the members below
     std::condition_variable wake_, done_;
     const std::function<void()> *work_ = nullptr;
     int vacant_ = 0, busy_ = 0;
     std::exception_ptr error_;
 };
 
-// How a compiler enters an OpenMP region; the runtimes of GNU, LLVM and Intel all have it.
+// The function with which a compiler enters an OpenMP region. The runtimes of GNU, LLVM and Intel all have it.
 typedef void (*Region)(void (*)(void *), void *, unsigned threads, unsigned flags);
 
 Region region_of_torch() {
@@ -110,7 +110,7 @@ void prepare() {
     static const bool done = [] {
         region = region_of_torch();
         pool = new Pool;
-        // A child after fork has none of the threads, and may have copied a lock that is held.
+        // A child process has no threads after fork, and may have a copy of a locked mutex.
         pthread_atfork(nullptr, nullptr, [] {
             region = nullptr;
             pool = new Pool;

@@ -1,13 +1,13 @@
-// Threads for the kernels: those of torch, or others where torch's cannot be had.
+// Threads for the kernels: those of torch, or a pool if torch's threads are not available.
 #pragma once
 
 #include <functional>
 
-// Run `work` on the calling thread and on up to `threads - 1` others; returns when all are through. `work` must
-// do all there is to do whatever the number of threads that run it.
+// Run `work` on the calling thread and on up to `threads - 1` others, and return when all have finished. `work` must do
+// the whole job for any number of threads.
 //
-// OpenMP's threads spin for milliseconds after each operation of torch, so threads of our own would have to
-// share the cores with them. Where torch uses OpenMP, its threads are asked instead; always ask for as many as
-// torch does, or OpenMP makes them anew. Otherwise, and in a child after fork, a pool of threads sleeps between
-// the calls and serves one caller at a time; `work` runs on the thread of any other caller alone.
+// OpenMP's threads spin for milliseconds after each operation of torch, so separate threads would compete with them for
+// cores. If torch uses OpenMP, its threads do the work; always ask for the same number as torch, because OpenMP creates
+// new threads for another number. Otherwise, and in a child process after fork, the work is done by a pool of threads
+// that sleep between calls. The pool serves one caller at a time; other callers run `work` on their own thread.
 void run_on_threads(int threads, const std::function<void()> &work);

@@ -1,7 +1,7 @@
-// Sparse decode attention for one variant, in two halves: `choose` scores all keys and picks tokens for each row
-// and K/V head, `attend_chosen` reads the values of those tokens alone.
+// Sparse decode attention for one variant, in two halves. `choose` scores all keys and chooses tokens for each row and
+// K/V head; `attend_chosen` reads only the values of these tokens.
 //
-// What reaches a threshold is picked in the order of memory, so that values are read with ascending addresses.
+// Tokens that reach a threshold are chosen in memory order, so that values are read at ascending addresses.
 namespace VARIANT {
 namespace sparse {
 
@@ -9,8 +9,8 @@ using attention::Heads;
 using attention::MAX_HEADS;
 using attention::Pass;
 
-constexpr int64_t CHUNK_TOKENS = 64;  // of keys that all query heads go through while they are near
-constexpr int64_t TOKENS_AHEAD = 8;  // values lie apart: the processor does not guess the next ones
+constexpr int64_t CHUNK_TOKENS = 64;  // keys that all query heads process while they are in the cache
+constexpr int64_t TOKENS_AHEAD = 8;  // values are scattered: the processor does not prefetch the next ones
 
 template <class T>
 TARGET void score(const T *k, Heads &heads, const Pass &pass) {
@@ -24,7 +24,7 @@ TARGET void score(const T *k, Heads &heads, const Pass &pass) {
         attention::score<T, MAX_HEADS>(k, heads, pass);
 }
 
-// Scores to probabilities, and to `weights` what the `count` real heads give to each token.
+// Convert scores to probabilities, and add those of the `count` real heads to `weights`, one for each token.
 template <int HEADS>
 TARGET void weigh(Heads &heads, const Pass &pass, float *weights) {
     float shrink[LANES], lanes[LANES];
@@ -48,8 +48,8 @@ TARGET inline void weigh_any(Heads &heads, const Pass &pass, float *weights) {
         weigh<MAX_HEADS>(heads, pass, weights);
 }
 
-// The largest value that at least `keep` of `values` (each >= 0; zeros up to a multiple of LANES) reach. It is
-// found bit by bit, because floats >= 0 are in the order of their bits, and counting has no branches to guess.
+// The largest threshold that at least `keep` of `values` reach. Values are >= 0, with zeros up to a multiple of LANES.
+// It is found bit by bit: floats >= 0 have the order of their bits, and counting needs no branches.
 TARGET inline float threshold(const std::vector<float> &values, int64_t keep) {
     int32_t found = 0;
     for (int bit = 30; bit >= 0; --bit) {
@@ -65,12 +65,12 @@ TARGET inline float threshold(const std::vector<float> &values, int64_t keep) {
     return value;
 }
 
-// Probabilities of one row and K/V head: of all its query heads, from token `begin` on.
+// The probabilities of all query heads of one row and K/V head, starting at token `begin`.
 template <class T>
 struct Item {
     std::vector<Heads> sets;
-    std::vector<std::vector<float>> scores;  // per set (tokens, width), probabilities in the end
-    std::vector<float> weights;  // per token: the sum of the query heads' probabilities
+    std::vector<std::vector<float>> scores;  // for each set (tokens, width); replaced by probabilities
+    std::vector<float> weights;  // for each token: the sum of the probabilities of the query heads
     std::vector<float> blocks;
 
     Item(const Choice &job, int64_t padded) : sets((job.group() + MAX_HEADS - 1) / MAX_HEADS) {
@@ -113,7 +113,7 @@ struct Item {
         }
     }
 
-    // The chosen tokens, in ascending order; returns their number. The new token is not among them.
+    // Write the chosen tokens in ascending order, without the new token, and return their number.
     TARGET int64_t pick(const Choice &job, int64_t begin, int64_t *positions) {
         const int64_t cached = job.length - 1;
         if (begin >= cached) return 0;
@@ -147,7 +147,7 @@ struct Item {
     TARGET void write(const Choice &job, int64_t item, int64_t begin) {
         int64_t *positions = job.positions + item * job.most;
         const int64_t picked = begin < job.length ? pick(job, begin, positions) : -1;
-        // The new token follows, and fills what a row with padding leaves.
+        // The new token follows. It also fills the unused places of a row with padding.
         std::fill(positions + std::max<int64_t>(picked, 0), positions + job.most, job.length - 1);
         for (int64_t h = 0; h < job.group(); ++h) {
             float *weights = job.weights + (item * job.group() + h) * job.most;
@@ -179,7 +179,8 @@ TARGET void choose(Choice &job) {
     }
 }
 
-// WIDE vectors of the result for `count` <= HEADS query heads, from element `at` on. PART: the last, narrower one.
+// Compute WIDE vectors of the result for `count` <= HEADS query heads, starting at element `at`. PART: the last vector
+// is partial.
 template <class T, int HEADS, int WIDE, bool PART>
 INLINE void add_columns(const Chosen &job, const T *const *from, const float *weights, int count, T *out,
                         int64_t at) {
@@ -193,7 +194,7 @@ INLINE void add_columns(const Chosen &job, const T *const *from, const float *we
             const T *v = from[t] + at + w * LANES;
             const Vec value = PART ? load_part(v, job.head_dim - at) : load(v);
             for (int h = 0; h < HEADS; ++h) {
-                const int64_t head = h < count ? h : 0;  // computed for nothing, where there are fewer
+                const int64_t head = h < count ? h : 0;  // unused if there are fewer heads
                 sum[h][w] = fma(value, splat(weights[head * job.most + t]), sum[h][w]);
             }
         }

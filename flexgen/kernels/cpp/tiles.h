@@ -1,10 +1,10 @@
-// Products with so many rows of x that the arithmetic binds, not the reading of W.
+// Products with many rows of x, which are limited by arithmetic and not by reading W.
 //
-// A tile is WEIGHTS rows of W times X rows of x, with its sums in registers. They are widened to float32 once: x before
-// anything else, W in registers where few tiles share it, or to where the first-level cache keeps it for many of them.
-// Of both, DEPTH values of each row are multiplied before the next ones are looked at, so that what all tiles share
-// stays in the second level with the sums that wait (Goto and van de Geijn, "Anatomy of high-performance matrix
-// multiplication", 2008; here lanes run along the values, as both matrices lie).
+// A tile is WEIGHTS rows of W times X rows of x, with its sums in registers. Both are widened to float32 once: x at the
+// beginning, and W in registers if few tiles share it, otherwise into a buffer that stays in the L1 cache. DEPTH values
+// of each row are multiplied before the next DEPTH values, so that the shared data of all tiles stays in the L2 cache
+// together with the pending sums (Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008;
+// here lanes run along the values, because both matrices are row-major).
 #pragma once
 
 #include <type_traits>
@@ -14,22 +14,22 @@ namespace VARIANT {
 namespace linear {
 
 constexpr int TILE_X = 4;
-constexpr int TILE_WEIGHTS = SUM_REGISTERS == 16 ? 6 : 3;  // with these and one row of x all registers are taken
+constexpr int TILE_WEIGHTS = SUM_REGISTERS == 16 ? 6 : 3;  // with these and one row of x, all registers are in use
 constexpr int64_t DEPTH = 1024;
-constexpr int64_t AT_ONCE = 64;  // rows of x that pass by rows of W
-constexpr int64_t FEW = 16;  // rows of x for which a half type is widened in registers
+constexpr int64_t AT_ONCE = 64;  // rows of x that are multiplied with the same rows of W
+constexpr int64_t FEW = 16;  // up to this many rows of x, a half type is widened in registers
 
 inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// Values that are multiplied at a time: whole groups of W.
+// The values that are multiplied at a time: whole groups of W.
 inline int64_t depth_of(const PackedLinear &job) {
     return job.bits == 16 ? DEPTH : std::max<int64_t>(DEPTH / job.group, 1) * job.group;
 }
 
-// Floats from one row to the next: not a power of two, or they would share sets of the caches.
+// The distance between rows in floats. It is not a power of two, so that rows do not share cache sets.
 inline int64_t pitch_of(int64_t values) { return whole(values, LANES) + LANES; }
 
-// Floats of a row of x as `prepare_tiled` lays it out.
+// The floats of a row of x in the layout of `prepare_tiled`.
 inline int64_t row_floats(const PackedLinear &job) {
     const int64_t most = depth_of(job);
     return whole(job.in, LANES) + (job.in + most - 1) / most * LANES;
@@ -40,14 +40,14 @@ inline int64_t rows_at_once(const PackedLinear &job) {
     return whole((job.rows + blocks - 1) / blocks, TILE_X);
 }
 
-// Values `from` to `from` + `count` of a row of W; zeros up to a whole vector.
+// Widen values `from` to `from` + `count` of a row of W, with zeros up to a whole vector.
 template <class W>
 TARGET void fill_plain(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
     std::fill(to + count, to + whole(count, LANES), 0.0f);
     widen((const W *)job.packed + row * job.in + from, to, count);
 }
 
-// The same of whole groups of integers.
+// The same for whole groups of integers.
 template <int BITS>
 TARGET void fill_packed(const PackedLinear &job, int64_t row, int64_t from, int64_t count, float *to) {
     const int64_t octets = job.group * BITS / 8;
@@ -73,7 +73,7 @@ inline Fill fill_of(const PackedLinear &job) {
     return job.scale_type == Type::bfloat16 ? fill_plain<Bf16> : fill_plain<Half>;
 }
 
-// Where rows of W lie that are wanted next, and the bytes of LANES of their values.
+// The addresses of the next rows of W, and the bytes of LANES values.
 struct Next {
     const uint8_t *rows[TILE_WEIGHTS];
     int64_t step;
@@ -83,7 +83,7 @@ template <int... N>
 using Numbers = std::integer_sequence<int, N...>;
 typedef Vec Sums[TILE_X][TILE_WEIGHTS];
 
-// Row `M` of a tile, whose columns are `N`: all places are constants, so that a compiler keeps the sums in registers.
+// Row `M` of a tile with columns `N`. All indices are constants, so that compilers keep the sums in registers.
 template <int M, int... N>
 INLINE void take_sums(Sums &sum, const float *from, int64_t stride, Numbers<N...>) {
     ((sum[M][N] = load(from + (N * stride + M) * LANES)), ...);
@@ -98,7 +98,7 @@ INLINE void add_row(Sums &sum, const Vec (&weights)[TILE_WEIGHTS], const float *
     ((sum[M][N] = fma(weights[N], values, sum[M][N])), ...);
 }
 
-// Add to `sums` (TILE_WEIGHTS, stride), each a vector, the products of `depth` values of the rows of w with rows of x.
+// Add the products of `depth` values of the rows of w with rows of x to `sums` (TILE_WEIGHTS, stride) vectors.
 template <bool FIRST, bool PREFETCH, class W, int... M, int... N>
 TARGET void add_tile(const W *const (&w)[TILE_WEIGHTS], const float *x, int64_t depth, float *sums, int64_t stride,
                      const Next &next, Numbers<M...>, Numbers<N...> columns) {
@@ -114,7 +114,7 @@ TARGET void add_tile(const W *const (&w)[TILE_WEIGHTS], const float *x, int64_t 
     (give_sums<M>(sum, sums, stride, columns), ...);
 }
 
-// The same for `stride` rows of x; what is next is prefetched beside the first of them.
+// The same for `stride` rows of x. The next rows of W are prefetched during the first of them.
 template <bool FIRST, class W>
 TARGET void add_tiles(const W *const (&w)[TILE_WEIGHTS], const float *x, int64_t depth, float *sums, int64_t stride,
                       const Next &next) {
@@ -139,7 +139,7 @@ TARGET void write_row(const PackedLinear &job, const float *sums, int64_t m, int
     }
 }
 
-// Rows `begin` to `end` of W times `rows` rows of x, from row `m` on. Where W is float, it is filled into `wide`.
+// Multiply rows `begin` to `end` of W with `rows` rows of x, starting at row `m`. `wide`: a buffer for W in float32.
 template <class W>
 TARGET void multiply_at_once(const PackedLinear &job, int64_t begin, int64_t end, int64_t m, int64_t rows, float *wide,
                              float *sums) {
@@ -156,7 +156,7 @@ TARGET void multiply_at_once(const PackedLinear &job, int64_t begin, int64_t end
             Next next;
             next.step = LANES * job.bits / 8;
             for (int k = 0; k < TILE_WEIGHTS; ++k) {
-                const int64_t row = std::min(n + k, end - 1);  // what lies beyond the last may not be read
+                const int64_t row = std::min(n + k, end - 1);  // memory beyond the last row must not be read
                 if constexpr (std::is_same<W, float>::value) {
                     fill(job, row, at, count, wide + k * pitch_of(most));
                     w[k] = wide + k * pitch_of(most);
@@ -190,8 +190,8 @@ TARGET inline void multiply_tiled(const PackedLinear &job, int64_t begin, int64_
     }
 }
 
-// x in float32 as tiles read it: of `rows_at_once` rows, some values of each follow one another, and zeros where a
-// tile reads beyond them.
+// Convert x to float32 in the layout of tiles: some values of each of `rows_at_once` rows follow one another, with
+// zeros where a tile reads beyond them.
 TARGET inline void prepare_tiled(PackedLinear &job) {
     const int64_t each = rows_at_once(job), most = depth_of(job);
     float *to = aligned(job.wide, whole(job.rows, TILE_X) * row_floats(job));

@@ -1,16 +1,16 @@
-// Vectors of LANES floats for one variant, which defines before it includes this:
+// Vectors of LANES floats for one variant. Before the include, the variant defines:
 //   VARIANT   the namespace
-//   TARGET    the attribute that lets a function use the instruction set
+//   TARGET    the function attribute that enables the instruction set
 //   LANES     floats per register
-//   SUM_REGISTERS  accumulators that fit beside the operands of a loop
-// and, after it, the functions that are only declared here, and `sums`.
+//   SUM_REGISTERS  accumulators that fit in registers together with the operands of a loop
+// After the include, it defines the functions that are only declared here, and `sums`.
 #include "kernels.h"
 
 #define INLINE TARGET inline __attribute__((always_inline))
 
-// Loops that keep all registers busy are functions of their own: beside a caller's variables, compilers keep
-// vectors in memory and addresses in the registers of vectors. Arrays of vectors are registers once the loops
-// over them are unrolled.
+// Loops that use all registers are separate functions. Together with a caller's variables, compilers would store
+// vectors in memory and addresses in vector registers. Arrays of vectors become registers when the loops over them are
+// unrolled.
 #define APART TARGET __attribute__((noinline))
 #define UNROLLED _Pragma("GCC unroll 32")
 
@@ -28,7 +28,7 @@ INLINE Shorts to_half(Vec x);
 INLINE float from_half_scalar(uint16_t x);
 INLINE Words to_words(Shorts x);
 INLINE Words load_octets(const uint8_t *from);
-INLINE void store_octets(uint8_t *to, Words x);  // each below 256
+INLINE void store_octets(uint8_t *to, Words x);  // each lane is below 256
 INLINE Vec permute(Vec x, Words lanes);  // lane i of the result is x[lanes[i]]; lanes below LANES
 
 template <class V>
@@ -44,21 +44,21 @@ INLINE Vec load(const Bf16 *from) {
 }
 INLINE Vec load(const Half *from) { return from_half(raw<Shorts>(from)); }
 
-// A run of elements, widened in whatever order takes the fewest operations: queries, keys and sums meet in the same
-// one. Variants may have better ones.
+// A run of elements, widened in the order with the fewest operations. Queries, keys and sums have the same order.
+// Variants may define better ones.
 template <class T>
 struct Run {
     static constexpr int VECTORS = 1;
     INLINE static void widen(const T *from, Vec (&to)[1]) { to[0] = load(from); }
 };
-// The elements of `dim` that are in whole runs; those behind them are widened in order.
+// The number of elements of `dim` in whole runs. The rest is widened in element order.
 template <class T>
 inline int64_t in_runs(int64_t dim) {
     constexpr int64_t RUN = Run<T>::VECTORS * LANES;
     return dim / RUN * RUN;
 }
 
-// From words below 2^31.
+// Converts words below 2^31.
 INLINE Vec to_float(Words x) { return __builtin_convertvector((Ints)x, Vec); }
 
 INLINE void store(float *to, Vec x) { memcpy(to, &x, sizeof x); }
@@ -73,7 +73,7 @@ INLINE void store(Half *to, Vec x) {
     memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` < LANES elements; the others are zero, or stay as they are in memory.
+// Load or store the first `count` < LANES elements. The others are zero, or unchanged in memory.
 template <class T>
 INLINE Vec load_part(const T *from, int64_t count) {
     T part[LANES] = {};
@@ -90,7 +90,7 @@ INLINE void store_part(T *to, Vec x, int64_t count) {
 INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
-// e to the x for x <= 0, to about two units in the last place (the polynomial of Cephes).
+// exp(x) for x <= 0, with an error of about two units in the last place (the polynomial of Cephes).
 INLINE Vec exponential(Vec x) {
     const Vec lowest = splat(-87.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: its last bits count units
     const Vec clipped = x < lowest ? lowest : x;

@@ -15,7 +15,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     """The spec of an EXAONE 4 config."""
     norm, rope = rms(fields), fields.rope(head_dim(fields))
     windowed = fields.get("sliding_window") is not None
-    fields.skip("sliding_window_pattern")  # the config's class has made layer_types of it
+    fields.skip("sliding_window_pattern")  # the config's class has converted it to layer_types
     layers = [
         LayerSpec(
             attention(

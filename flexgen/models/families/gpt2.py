@@ -18,7 +18,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     norm = layer_norm(fields, "layer_norm_epsilon")
     heads = attention(fields, qkv="rows", qkv_bias=True, out_bias=True)
     fields.one_of("scale_attn_weights", (True,))
-    fields.skip("reorder_and_upcast_attn")  # the same attention, in float32
+    fields.skip("reorder_and_upcast_attn")  # only the precision
     layer = LayerSpec(heads, gpt_mlp(fields), both_in(norm))
     layers = [layer] * fields.size("num_hidden_layers")
     if fields.flag("scale_attn_by_inverse_layer_idx"):

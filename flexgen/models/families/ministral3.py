@@ -12,7 +12,7 @@ _BETA = "llama_4_scaling_beta"
 
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a Ministral 3 config."""
-    norm, rope = rms(fields), fields.rope(head_dim(fields), besides=(_BETA, "max_position_embeddings"))
+    norm, rope = rms(fields), fields.rope(head_dim(fields), others=(_BETA, "max_position_embeddings"))
     beta = fields.get("rope_parameters").get(_BETA)
     if not isinstance(beta, int | float):
         raise ModelError(f"{fields.name}: {_BETA} = {shown(beta)} in rope_parameters is not a number")

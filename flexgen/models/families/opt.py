@@ -53,8 +53,8 @@ def known_size(model: str) -> str | None:
 
 
 def known_config(size: str) -> OPTConfig:
-    """The configuration of a key of `SIZES`, made without a network."""
-    from transformers import OPTConfig  # takes seconds, and a model on disk has a config of its own
+    """The config for a key of `SIZES`, created without network access."""
+    from transformers import OPTConfig  # takes seconds to import, and a model on disk has its own config
 
     num_layers, num_heads, hidden_size = SIZES[size]
     small = size == "opt-350m"
@@ -83,7 +83,7 @@ def to_spec(fields: Fields) -> ModelSpec:
         residual="serial" if pre_norm else "post",
     )
     fields.one_of("learned_embeddings", (None, True))
-    # The config's own field, with its underscore: checkpoints tuned before transformers 4.20.1 have no final norm.
+    # A private field of the config: checkpoints fine-tuned before transformers 4.20.1 have no final norm.
     removed = fields.flag("_remove_final_layer_norm")
     return model(
         fields,

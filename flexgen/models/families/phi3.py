@@ -10,7 +10,7 @@ from flexgen.models.tables import alike, attention, both_in, gated_mlp, head_dim
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a Phi-3 config."""
     norm = rms(fields)
-    for field in ("full_attn_mod", "interpolate_factor"):  # of the code that Phi-4-mini was published with
+    for field in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini
         fields.one_of(field, (None, 1))
     layer = LayerSpec(
         attention(fields, qkv="rows", rope=fields.rope(head_dim(fields), partial=True)),

@@ -13,5 +13,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     layer = LayerSpec(
         attention(fields, qkv_bias=True, rope=fields.rope(head_dim(fields))), gated_mlp(fields), both_in(norm)
     )
-    fields.skip("max_window_layers", "use_sliding_window")  # the config's class has made layer_types of them
+    fields.skip(
+        "max_window_layers", "use_sliding_window"
+    )  # the config's class has converted them to layer_types
     return model(fields, llama_names(), alike(fields, layer), norm)

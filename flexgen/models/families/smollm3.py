@@ -10,10 +10,8 @@ from flexgen.models.tables import attention, both_in, gated_mlp, head_dim, llama
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a SmolLM3 config."""
     bias, norm = fields.flag("attention_bias"), rms(fields)
-    rope, rotates = (
-        fields.rope(head_dim(fields)),
-        fields.flags("no_rope_layers"),
-    )  # 1: it rotates, despite the name
+    rope = fields.rope(head_dim(fields))
+    rotates = fields.flags("no_rope_layers")  # despite the name, a layer with 1 rotates
     layers = [
         LayerSpec(
             attention(fields, qkv_bias=bias, out_bias=bias, rope=rope if rotated else None, window=window),
@@ -22,7 +20,6 @@ def to_spec(fields: Fields) -> ModelSpec:
         )
         for rotated, window in zip(rotates, fields.windows(), strict=True)
     ]
-    fields.skip(
-        "no_rope_layer_interval", "use_sliding_window", "max_window_layers"
-    )  # the config's class has made lists of them
+    # The config's class has converted these to no_rope_layers and layer_types.
+    fields.skip("no_rope_layer_interval", "use_sliding_window", "max_window_layers")
     return model(fields, llama_names(), layers, norm)

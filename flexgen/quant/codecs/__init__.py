@@ -1,6 +1,6 @@
-"""The codecs: one module each, whose name is the codec's name in a policy, with the codec itself as `CODEC`.
+"""The codecs. Each is one module, with the name that a policy uses and the codec as `CODEC`.
 
-A codec is found by its file: nothing else lists it.
+Codecs are found by their files; there is no other list of them.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ from flexgen.quant.codec import Codec
 CODECS: dict[str, Codec] = {
     name: import_module(f"{__name__}.{name}").CODEC for name in NAMES if name != "none"
 }
-"""All codecs by the names that a policy uses; "none" is the absence of one."""
+"""All codecs by the names that a policy uses, without "none"."""

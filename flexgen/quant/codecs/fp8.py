@@ -2,14 +2,14 @@
 
 A row is an output channel of a matrix, or one head's key or value of one token. Its scale maps its largest value to
 448, the largest e4m3. Each value has its own exponent, so a value keeps its relative precision next to one that is a
-hundred times larger, and no groups are needed. The scale of a row does not depend on other rows. So a matrix can be
-encoded and looked up by rows, and the cached tokens do not change when a token is added.
+hundred times larger, and no groups are needed. The scale of a row does not depend on other rows, so a matrix can be
+encoded and looked up by rows, and a new token does not change the cached tokens.
 
 A value takes 8 bits, and a row 32 more. The error of a value is at most 2 ** -4 of it, or 2 ** -10 of the scale for
 values below 2 ** -6 of the scale, which is 35 millionths of the largest value of the row.
 
-All arithmetic is torch's: a matrix is decoded for a product of any number of rows, and a page of the cache for each
-token that attends to it.
+All arithmetic is torch's. A product with any number of rows decodes the whole matrix, and attention decodes each page
+of the cache for each token.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ _LARGEST = torch.finfo(_E4M3).max
 
 _LEAST_SCALE = torch.finfo(_SCALE).tiny
 _MOST_SCALE = 7.59e35
-"""448 times this is still finite in float32. It is a thousandth less than the scale of the largest float32."""
+"""The largest scale whose product with 448 is finite in float32, less a thousandth."""
 
 _PIECE = 1 << 19
-"""Values decoded at once on a CPU. Their temporaries take 6 bytes each (3 MiB), which no memory plan counts."""
+"""Values decoded at once on a CPU. The temporaries take 6 bytes a value (3 MiB); memory plans do not count them."""
 
 _FROM_HALF = 2.0**8
-"""An e4m3 divided by the float16 of the same bits: the biases of their exponents are 7 and 15."""
+"""The quotient of an e4m3 and the float16 with the same bits: their exponent biases are 7 and 15."""
 
 _HOST_BYTES = 14
-"""Bytes of memory that a core reads in the time in which it decodes a value: 13 to 16, measured on an EPYC."""
+"""Bytes that a core reads from memory in the time it takes to decode one value: 13 to 16, measured on an EPYC."""
 
 
 def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """Rows of x (..., n), finite, into `codes` (..., n), uint8, and `scales` (...), float32."""
+    """Encode the rows of x (..., n), which is finite, to `codes` (..., n), uint8, and `scales` (...), float32."""
     least, most = x.aminmax(dim=-1)
     scales.copy_(torch.maximum(most, -least).to(_SCALE).div_(_LARGEST).clamp_(_LEAST_SCALE, _MOST_SCALE))
     codes.copy_((x / scales[..., None]).to(_E4M3).view(torch.uint8))
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Rows of `codes` (..., n) and `scales` (...) into `out` (..., n), contiguous, of any float type."""
+    """Decode the rows of `codes` (..., n) and `scales` (...) to `out` (..., n), contiguous, of any float type."""
     if out.numel():
         (_decode_by_bits if out.device.type == "cpu" else _decode_by_type)(codes, scales, out)
 
 
 def _decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """By torch's conversion, without temporaries."""
+    """Decode with torch's conversion, without temporaries."""
     out.copy_(codes.view(_E4M3)).mul_(scales[..., None])
 
 
 def _decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """The same values on a CPU, where torch's conversion takes ten times as long."""
+    """Decode to the same values on a CPU, where torch's conversion takes ten times as long."""
     rows = (codes.flatten(0, -2), scales.flatten(), out.flatten(0, -2))
     step = max(_PIECE // out.shape[-1], 1)
     for some, scale, target in zip(*(part.split(step) for part in rows), strict=True):
@@ -72,22 +72,22 @@ def _decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 def _halved(codes: Tensor) -> Tensor:
     """Codes (uint8) in float32, `_FROM_HALF` times too small."""
-    # Sign-extended and shifted, a code has its sign in two bits, then the exponent; the second one is cleared.
+    # A sign-extended and shifted code has its sign in two bits, then the exponent. The second bit is cleared.
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
     return bits.view(torch.float16).to(torch.float32)
 
 
 def _expected_decoding(plain: float, dtype: torch.dtype, on_host: bool) -> float:
-    """Bytes/s of decoded values, where `plain` bytes/s of memory are read."""
+    """Bytes/s of decoded values on a device that reads `plain` bytes/s of memory."""
     if on_host:
         return plain * dtype.itemsize / _HOST_BYTES
-    # Codes are read and values written; then these are read and written once more, for the scale.
+    # Codes are read and values are written, then the values are read and written again to multiply by the scale.
     return plain * dtype.itemsize / (1 + 3 * dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class FP8(Codec):
-    """All codes of a tensor come first, then its scales."""
+    """Stores all codes of a tensor, then its scales."""
 
     name: str
 
@@ -123,7 +123,7 @@ class FP8(Codec):
         return _expected_decoding(plain, dtype, on_host)
 
     def _scales(self, shape: Sequence[int]) -> int:
-        """Where the scales begin, in bytes."""
+        """The offset of the scales, in bytes."""
         return align(math.prod(shape), ALIGNMENT)
 
     def _parts(self, encoded: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class FP8Matrix(QuantizedMatrix):
 
 @dataclass(frozen=True)
 class FP8Heads(EncodedHeads):
-    """The scale of a head comes first, then its codes."""
+    """Stores the scale of a head, then its codes."""
 
     head_dim: int
     encode_bytes = 9  # a copy, quotients in float32, and codes
@@ -175,7 +175,7 @@ class FP8Heads(EncodedHeads):
         return 0
 
     def expected_attention(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
-        # A head is decoded, then its values are attended to.
+        # A head is decoded first; then attention reads the decoded values.
         decoded_bytes = self.head_dim * dtype.itemsize
         seconds = decoded_bytes / _expected_decoding(plain, dtype, on_host) + decoded_bytes / plain
         return self.nbytes / seconds

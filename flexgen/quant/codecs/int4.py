@@ -1,4 +1,4 @@
-"""Integers of 4 bits in groups of 64 values: 4.5 bits a value."""
+"""Integers of 4 bits in groups of 64 values: 4.5 bits per value."""
 
 from flexgen.quant.groupwise import Groupwise
 

@@ -1,4 +1,4 @@
-"""A family is the module of its model_type: a file in the folder, and nothing else, makes it known."""
+"""A family is a module with the name of its model_type. A file in the folder is enough to add one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     "model_type",
     [None, "", 7, ["opt"], "fields", "__init__", "..spec", "opt.SIZES", "OPT", "Llama", "lla-ma"],
 )
-def test_what_is_no_family_is_refused(model_type: Any) -> None:
+def test_an_unknown_family_is_refused(model_type: Any) -> None:
     with pytest.raises(ModelError, match="model_type = .* is not supported; supported: arcee, .*, opt"):
         config_from_dict({"model_type": model_type}, "mine")
 

@@ -66,7 +66,7 @@ def test_known_sizes_have_the_published_number_of_parameters(size):
         ("dtype", "float8_e4m3fn"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(field, value):
+def test_unsupported_fields_are_refused(field, value):
     config = OPTConfig(hidden_size=32, ffn_dim=64, num_attention_heads=4)
     setattr(config, field, value)
     with pytest.raises(ModelError, match=field) as raised:

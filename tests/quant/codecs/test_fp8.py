@@ -1,4 +1,4 @@
-"""fp8: values against e4m3 in float64, as its bits are described; attention, lookups and costs."""
+"""fp8: values compared with e4m3 in float64, from its definition by bits; attention, lookups and costs."""
 
 import math
 
@@ -217,7 +217,7 @@ def test_attention_is_that_over_the_values(head_dim, dtype, rows, kv_heads, grou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_rows_whatever_is_encoded_together(dtype, monkeypatch):
+def test_heads_are_encoded_independently(dtype, monkeypatch):
     form, x = head_format("fp8", 21, dtype), random(2 * 3 * 9, 21, dtype, 2.0).view(2, 3, 9, 21)
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer makes them
     whole = form.encode(x)
@@ -261,6 +261,8 @@ def test_machines_without_figures_for_it_have_rates_of_their_memory(name):
         attention_rate(hardware, dtype, "fp8", heads, on_device=True),
     )
     assert 0 < decoding < plain and 0 < attention < plain
-    if "gpu" in hardware.capacity:  # a byte of code in, two out, two in and two out; then two are attended to
+    if (
+        "gpu" in hardware.capacity
+    ):  # per value: read a byte of code, write two, read two, write two; then attention reads two
         assert decoding == pytest.approx(plain * 2 / 7)
         assert attention == pytest.approx(plain * 132 / (128 * 9))

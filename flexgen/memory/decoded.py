@@ -1,0 +1,95 @@
+"""Encoded matrices in the model's dtype: decoded for the visits of layers that multiply many rows with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen.memory.store import Store, tensor_at
+from flexgen.quant import Codec
+
+
+class Decoding:
+    """An encoded weight in the model's dtype: decoded when a visit first asks for it."""
+
+    def __init__(self, codec: Codec, kept: Tensor, make: Callable[[], Tensor]) -> None:
+        self._codec = codec
+        self._kept = kept
+        self._make = make
+        self._out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._out is None:
+            out = self._make()
+            self._codec.decode(self._kept, out)
+            self._out = out
+        return self._out
+
+    def forget(self) -> None:
+        """The decoded matrix may be overwritten, or the slot holds other bytes."""
+        self._out = None
+
+
+class DecodingRoom:
+    """A buffer for the decoded matrices of one visit. A call allocates it when it first decodes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._buffer: Tensor | None = None
+        self._decodings: Sequence[Decoding] = ()
+        self.visit: object = None
+        """The visit that it serves."""
+
+    def serve(self, visit: object, decodings: Sequence[Decoding]) -> None:
+        """Hold the matrices of this visit from here on. Nothing changes where it serves the visit already."""
+        if self.visit != visit:
+            self._forget()
+            self.visit, self._decodings = visit, decodings
+
+    def place(self, nbytes: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Where a matrix goes in a buffer of at least `nbytes`. Matrices of an earlier visit may be lost."""
+        if self._buffer is None or self._buffer.nbytes < nbytes:
+            self._release()
+            self._buffer = self._store.allocate(nbytes, "decoded weights")
+        return tensor_at(self._buffer, offset, shape, dtype)
+
+    def close(self) -> None:
+        """Give the buffer back; `place` allocates another one."""
+        self._forget()
+        self._release()
+
+    def _forget(self) -> None:
+        for decoding in self._decodings:
+            decoding.forget()
+        self.visit, self._decodings = None, ()
+
+    def _release(self) -> None:
+        if self._buffer is not None:
+            self._store.release(self._buffer)
+            self._buffer = None
+
+
+class DecodingRooms:
+    """A room for each layer whose cells are computed alternately with those of another layer."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        self._rooms = [DecodingRoom(store) for _ in range(count)]
+        self._next = 0
+
+    def number(self, visit: object) -> int:
+        """Which room serves the visit: the one that does already, or else the next one."""
+        for number, room in enumerate(self._rooms):
+            if room.visit == visit:
+                return number
+        number, self._next = self._next, (self._next + 1) % len(self._rooms)
+        return number
+
+    def __getitem__(self, number: int) -> DecodingRoom:
+        return self._rooms[number]
+
+    def close(self) -> None:
+        """Give all buffers back, once nothing computes."""
+        for room in self._rooms:
+            room.close()
