@@ -1,9 +1,9 @@
 """All checks and benchmarks that need a GPU, in steps of less than ten minutes, the most informative steps first.
 
 The steps are: the tests marked `gpu`; races, with torch's stream sanitizer; leaks; attention backends; pinning and
-the link; the probe; OPT-6.7B and OPT-30B with random weights and a limit of 16 GiB of device memory, like the paper's
-T4; a profile of OPT-6.7B; and with `--peer`, the package flexgen 0.1.8, which is the paper's own code, with its
-published policy.
+the link; CUDA graphs; the probe; OPT-6.7B and OPT-30B with random weights and a limit of 16 GiB of device memory,
+like the paper's T4; a profile of OPT-6.7B; and with `--peer`, the package flexgen 0.1.8, which is the paper's own
+code, with its published policy.
 
     pip install --target DIR --no-deps flexgen==0.1.8
     pip install --target DIR attrs pulp
@@ -52,7 +52,7 @@ MEMORY_GIB = 16
 LENGTHS = ["--prompt-len", "512", "--gen-len", "32"]
 EMULATED = ["--device", f"emulated:memory={MEMORY_GIB}GiB,link=1GiB", "--prompt-len", "32", "--gen-len", "8"]
 EMULATED_LAYERS = 4
-CHECKS = ("races", "leaks", "attention", "links")
+CHECKS = ("races", "leaks", "attention", "links", "graphs")
 STEP_SECONDS = 60
 """A step does not begin if a call has less time left than this."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from flexgen import Auto
 from flexgen.engine.auto import own_order
 from flexgen.models import open_model
 from flexgen.predict.hardware import Hardware
@@ -29,7 +30,7 @@ def write(model: str, lossy: bool) -> None:
     """Search, and save the best policy with its purpose and the command that predicts it."""
     spec, _ = open_model(model, "dummy")
     machine = Hardware.preset(MACHINE)
-    best = find_policy(spec, machine, WORKLOAD, fixed={"attn_sparsity": 1.0}, lossy=lossy).best
+    best = find_policy(spec, machine, WORKLOAD, Auto({"attn_sparsity": 1.0}, lossy)).best
     path = POLICIES / f"{model}-{MACHINE}{'-int4' if lossy else ''}.toml"
     # The search samples tokens, so the comment contains the prediction of the command.
     speed = predict(spec, best.policy, machine, WORKLOAD, order=best.order).report.throughput_tokens_s

@@ -27,7 +27,7 @@ from flexgen.errors import CapacityError
 from flexgen.policy import Policy
 from flexgen.results.report import Report
 from flexgen.runtime.debug import tokens_to_run
-from flexgen.tuning.trial import beside, warm_up
+from flexgen.tuning.trial import warm_up, with_prediction
 from flexgen.workload import Workload
 
 _DEMO_GEN_LEN = 24
@@ -72,8 +72,8 @@ def bench(args: argparse.Namespace) -> Report:
         phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
         perplexity = answer_perplexity(model, job)
         report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
-        hardware = model.auto.hardware if model.auto else hardware
-        report = beside(report, model.spec, hardware) if hardware else report
+        hardware = model.auto.job.hardware if model.auto else hardware
+        report = with_prediction(report, model.spec, hardware) if hardware else report
     if job.records:
         print(answers(job, ids))
     print(report.card())

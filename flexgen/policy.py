@@ -181,7 +181,7 @@ class Split:
         return cls(**given)
 
     def __getitem__(self, tier: Tier | str) -> Share:
-        share: Share = getattr(self, Tier(tier))
+        share: Share = getattr(self, tier if isinstance(tier, Tier) else Tier(tier))
         return share
 
     def percent(self, tier: Tier | str) -> float:
@@ -332,8 +332,8 @@ class Policy:
 
     def replace(self, **changes: Any) -> Policy:
         """A copy of the policy with some fields changed."""
-        current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return self.from_dict(current | changes)
+        _refuse_unknown(changes, self.__dataclass_fields__)
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)

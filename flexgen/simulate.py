@@ -17,7 +17,8 @@ from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, AutoPolicy
 from flexgen.models import open_model
 from flexgen.policy import Auto
-from flexgen.predict.prediction import predict
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import predict_job
 from flexgen.probe.measured import find_hardware
 from flexgen.results.report import Report
 from flexgen.workload import Workload
@@ -35,12 +36,10 @@ def simulate(args: argparse.Namespace) -> Report:
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
     if isinstance(policy, Auto):
         workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or USUAL.num_prompts)
-        found = AutoPolicy(policy, spec, hardware, workload, args.dtype, order).opened
+        found = AutoPolicy(policy, Job.checked(spec, hardware, workload, args.dtype, order)).opened
         policy, order = found.policy, found.order
     workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or policy.block_size)
-    prediction = predict(
-        spec, policy, hardware, workload, dtype=args.dtype, order=order, samples=args.samples
-    )
+    prediction = predict_job(Job.checked(spec, hardware, workload, args.dtype, order), policy, args.samples)
     report = prediction.report
     if args.trace:
         prediction.trace().save(args.trace, prediction.layer_names)

@@ -23,7 +23,8 @@ from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, own_order, this_machine
 from flexgen.errors import RequestError
 from flexgen.models import ModelSpec, open_model
-from flexgen.policy import Policy
+from flexgen.policy import Auto, Policy
+from flexgen.predict.job import Job
 from flexgen.probe.measured import find_hardware
 from flexgen.results.report import Report
 from flexgen.search.frontier import Point, draw, find_frontier, frontier_table, plotter
@@ -54,11 +55,10 @@ def tune(args: argparse.Namespace) -> None:
         if args.hardware
         else this_machine(args.device, args.offload_dir)
     )
+    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts)
     tuning = Tuning(
-        spec,
-        hardware,
-        Workload(args.prompt_len, args.gen_len, args.num_prompts),
-        asked={"fixed": fixed_fields(args), "lossy": args.lossy, "dtype": args.dtype, "order": args.order},
+        Job.checked(spec, hardware, workload, args.dtype, args.order),
+        Auto(fixed_fields(args), args.lossy),
         effort=Effort(args.top, args.rounds, args.repeats, args.trial_seconds, args.seed),
         opening={
             **{name: getattr(args, name) for name in ("model", "weights", "device", "dtype", "offload_dir")},

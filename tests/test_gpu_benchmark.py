@@ -67,7 +67,7 @@ def test_the_runs_fit(benchmark, tmp_path, run):
 def test_the_peer_runs_for_each_model_without_this_package(benchmark, tmp_path):
     found = benchmark.cases(tmp_path / "reports", tmp_path / "peer")
     assert list(found) == [
-        *["tests", "races", "leaks", "attention", "links", "probe"],
+        *["tests", "races", "leaks", "attention", "links", "graphs", "probe"],
         *["opt-6.7b", "busy", "opt-6.7b, weights streamed", "opt-30b"],
         *["opt-6.7b, flexgen 0.1.8", "opt-30b, flexgen 0.1.8"],  # last: in a call of its own
     ]

@@ -13,8 +13,9 @@ from flexgen.errors import CapacityError
 from flexgen.models import open_model
 from flexgen.policy import Policy
 from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.results.trace import LaneName, Phase
-from flexgen.search.find import find_policy
+from flexgen.search.find import find_for_job
 from flexgen.tuning import rounds as tuning
 from flexgen.tuning.trial import predicted_trial, run_trial, shape_for, shapes
 from flexgen.workload import Workload
@@ -34,11 +35,11 @@ def tiny(tmp_path_factory):
     return str(directory)
 
 
-def remembered(*args, **options):
+def remembered(*asked_for):
     """What a search finds, which is the same each time; most tests here search for the same job."""
-    asked = repr((args, options))
+    asked = repr(asked_for)
     if asked not in _FOUND:
-        _FOUND[asked] = find_policy(*args, **options)
+        _FOUND[asked] = find_for_job(*asked_for)
     return _FOUND[asked]
 
 
@@ -53,7 +54,9 @@ def trials(monkeypatch):
             raise CapacityError("it needs more than there is")
         told.runs.append((policy, shape, lanes))
         spec, _ = open_model(opening["model"], "dummy")
-        report = predicted_trial(spec, policy, order, told.hardware(opening["device"]), shape)
+        report = predicted_trial(
+            Job.checked(spec, told.hardware(opening["device"]), shape.workload, order=order), policy, shape
+        )
         times = 20.0 if told.slow(policy) else 2.0
         phases = {
             phase: {lane: times * n for lane, n in by_lane.items()}
@@ -65,7 +68,7 @@ def trials(monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(tuning, "run_trial", run)
-    monkeypatch.setattr(tuning, "find_policy", remembered)
+    monkeypatch.setattr(tuning, "find_for_job", remembered)
     return told
 
 
@@ -116,16 +119,16 @@ def test_figures_are_corrected_by_measured_times(tuned, nothing_is_measured, tmp
 
 
 def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
-    find, rounds = tuning.find_policy, []
+    find, rounds = tuning.find_for_job, []
 
-    def another(*args, **options):
+    def another(*args):
         """Each time the next of the best three is the best."""
         rounds.append(1)
-        search = find(*args, **options | dict(top=3))
+        search = find(*args[:2], 3)
         found = [search.best, *search.runners_up]
         return replace(search, best=found[(len(rounds) - 1) % len(found)], runners_up=())
 
-    monkeypatch.setattr(tuning, "find_policy", another)
+    monkeypatch.setattr(tuning, "find_for_job", another)
     trials.slow = lambda policy: len(trials.runs) == 1
     _, found = tuned("--top 1 --rounds 2 --repeats 1")
     tried = [one["policy"] for one in found["tried"]]
@@ -135,14 +138,14 @@ def test_another_winner_is_tried_in_the_next_round(tuned, trials, monkeypatch):
 
 def test_another_order_than_the_default_is_tried_and_reported(tuned, trials, monkeypatch):
     """The same policy in two orders is two candidates, and a file alone would run in its own."""
-    find = tuning.find_policy
+    find = tuning.find_for_job
 
-    def in_two_orders(*args, **options):
-        search = find(*args, **options)
+    def in_two_orders(*args):
+        search = find(*args)
         normal = replace(search.best, order="normal")
         return replace(search, best=search.best, runners_up=(normal,))
 
-    monkeypatch.setattr(tuning, "find_policy", in_two_orders)
+    monkeypatch.setattr(tuning, "find_for_job", in_two_orders)
     trials.slow = lambda policy: len(trials.runs) == 1
     out, found = tuned("--top 2 --rounds 1 --repeats 1")
     own, other = found["tried"]
@@ -228,7 +231,7 @@ def test_invalid_arguments_are_one_clear_line(flags, said, capsys):
 
 def test_a_missing_matplotlib_is_reported_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(tuning, "find_policy", lambda *args, **kwargs: pytest.fail("worked"))
+    monkeypatch.setattr(tuning, "find_for_job", lambda *args, **kwargs: pytest.fail("worked"))
     assert tune.main(["--hardware", "t4", "--simulate-only", "--frontier", "x.png"]) == 1
     assert "pip install 'flexgen[plot]'" in capsys.readouterr().err
 
@@ -252,13 +255,13 @@ def test_trials_grow_to_one_whole_block(tiny):
 
 def test_the_seconds_decide_how_much_is_run(tiny, nothing_is_measured):
     spec, _ = open_model(tiny, "dummy")
-    job = spec, Policy(gpu_batch_size=4), None, nothing_is_measured("cpu")
-    all_of_it = shape_for(*job, Workload(8, 20, 4), 1e9)
+    job = Job.checked(spec, nothing_is_measured("cpu"), Workload(8, 20, 4)), Policy(gpu_batch_size=4)
+    all_of_it = shape_for(*job, 1e9)
     assert (all_of_it.layers, all_of_it.workload.gen_len) == (spec.num_layers, 20)
-    least = shape_for(*job, Workload(8, 20, 4), 0.0)
+    least = shape_for(*job, 0.0)
     assert least == next(shapes(spec, Policy(gpu_batch_size=4), Workload(8, 20, 4)))
     took = predicted_trial(*job, all_of_it).total_s
-    part = shape_for(*job, Workload(8, 20, 4), took / 2)
+    part = shape_for(*job, took / 2)
     assert least != part != all_of_it and predicted_trial(*job, part).total_s <= took / 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tomllib
 
-from flexgen.probe.effort import Effort
+from flexgen.probe.effort import Effort, Sampling
 from flexgen.probe.machine import measure
 from flexgen.units import MIB
 from gpu_day import arguments, write
@@ -20,11 +20,9 @@ TOY = Effort(
     cache_rows=2,
     file=1 * MIB,
     transfer=1 * MIB,
-    repeats=3,
-    seconds=0.0,
-    beside=0.05,
     layers=2,
     tokens=4,
+    sampling=Sampling(repeats=3, seconds=0.0, together=0.05),
 )
 
 

@@ -1,10 +1,10 @@
-"""`policy="auto"`: a policy found for the machine and the workload at hand, and kept true to the calls that come."""
+"""`policy="auto"`: a policy found for the machine and the workload, and others for calls that differ from it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from flexgen.memory.device import ComputeDevice
 from flexgen.models import ModelSpec
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.predict.hardware import Hardware
+from flexgen.predict.job import Job
 from flexgen.probe.measured import measured, remembered
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
-from flexgen.search.find import Search, find_policy
+from flexgen.search.find import Search, find_for_job
 from flexgen.workload import Workload
 
 _log = logging.getLogger("flexgen")
@@ -30,7 +31,8 @@ _SPARE = 0.95
 
 _FIXED_AT_OPENING = ("weights", "overlap", "sep_layer", "pin_weight")
 _WORTH = 20
-"""A call is planned anew if it takes so many times longer than the search did, and is unlike what was planned."""
+"""A call gets a search of its own if it takes this many times longer than the search did, and if it is unlike the
+workload that was planned."""
 _UNLIKE = 2.0
 
 
@@ -98,33 +100,19 @@ class Chosen:
 
 
 class AutoPolicy:
-    """What `auto` means for one opened model: the policy of its opening, and those of calls that are unlike it.
+    """The policies of one opened model: that of its opening, and those of calls that are unlike it.
 
-    Weights, and with them whatever holds them on their way, are placed once; batches, cache and hidden states belong
+    Weights, and the buffers through which they travel, are placed once; batches, cache and hidden states belong
     to a call and may change with it.
     """
 
-    def __init__(
-        self,
-        auto: Auto,
-        spec: ModelSpec,
-        hardware: Hardware,
-        workload: Workload | None,
-        dtype: str | torch.dtype = "auto",
-        order: str | None = None,
-        stored: int = 0,
-    ) -> None:
-        """stored: bytes of weights on disk that take none of what is free there."""
-        self._auto = auto
+    def __init__(self, auto: Auto, job: Job) -> None:
+        """job: the model is opened for it."""
         self.once = auto.once
-        self._spec = spec
-        disk = hardware.capacity[Tier.DISK] + stored
-        self.hardware = hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
-        self.workload = workload = workload or usual_workload(spec)
-        self._dtype = str(dtype).removeprefix("torch.")
-        self._asked_order = order
-        self.search = self._find(workload, auto, order)
-        self.opened = _chosen(self.search, order, hardware)
+        self._auto = auto
+        self.job = job
+        self.search = find_for_job(job, auto)
+        self.opened = _chosen(self.search, job)
         self._known: dict[Workload, Chosen] = {}
         _log.info("%s", in_words(self.search))
 
@@ -138,7 +126,7 @@ class AutoPolicy:
         return self._known[workload]
 
     def _worth_a_search(self, workload: Workload) -> bool:
-        planned, block = self.workload, self.opened.policy.block_size
+        planned, block = self.job.workload, self.opened.policy.block_size
         pairs = (
             (workload.prompt_len, planned.prompt_len),
             (workload.gen_len, planned.gen_len),
@@ -157,14 +145,15 @@ class AutoPolicy:
         policy = self.opened.policy
         fixed = {name: getattr(policy, name) for name in _FIXED_AT_OPENING} | dict(self._auto.fixed)
         # An order that wants more slots than were made cannot run: others are tried, the last of which never does.
-        asked, held = self._asked_order, self._slots(self.opened)
+        asked, held = self.job.order, self._slots(self.opened)
         for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
             try:
-                search = self._find(workload, Auto(fixed, self._auto.lossy), order, held)
+                job = replace(self.job, order=order).for_workload(workload)
+                search = find_for_job(job, Auto(fixed, self._auto.lossy), slots=held)
             except FlexGenError as error:
                 _log.info("the policy stays as it is: %s", error)
                 return None
-            chosen = _chosen(search, order, self.hardware)
+            chosen = _chosen(search, job)
             if self._slots(chosen).fit(held):
                 _log.info("%s", in_words(search))
                 return chosen
@@ -172,20 +161,7 @@ class AutoPolicy:
 
     def _slots(self, chosen: Chosen) -> Slots:
         """Those of a full block."""
-        policy, topology = chosen.policy, self.hardware.topology
-        return topology.choose_order(chosen.order, policy, policy.num_gpu_batches).slots
-
-    def _find(self, workload: Workload, auto: Auto, order: str | None, slots: Slots | None = None) -> Search:
-        return find_policy(
-            self._spec,
-            self.hardware,
-            workload,
-            fixed=auto.fixed,
-            lossy=auto.lossy,
-            dtype=self._dtype,
-            order=order,
-            slots=slots,
-        )
+        return replace(self.job, order=chosen.order).order_for(chosen.policy).slots
 
 
 def in_words(search: Search) -> str:
@@ -198,7 +174,7 @@ def own_order(policy: Policy, hardware: Hardware) -> str:
     return hardware.topology.choose_order(None, policy, policy.num_gpu_batches).name
 
 
-def _chosen(search: Search, asked: str | None, hardware: Hardware) -> Chosen:
+def _chosen(search: Search, job: Job) -> Chosen:
     """The best of a search; its order has a name only where the policy would ask for another."""
     policy, order = search.best.policy, search.best.order
-    return Chosen(policy, asked or (None if order == own_order(policy, hardware) else order))
+    return Chosen(policy, job.order or (None if order == own_order(policy, job.hardware) else order))

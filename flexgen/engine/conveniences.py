@@ -1,4 +1,4 @@
-"""What a model opened on a machine offers beside ids in and ids out: rows as they end, text, scores of texts."""
+"""Calls of a model that are built on ids in and ids out: rows as they end, text, scores of texts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexgen.engine import scoring
+from flexgen.engine.completion import Completion
 from flexgen.engine.text import Decoder, Messages, encode, encode_chat, is_chat, load_tokenizer, stop_strings
 from flexgen.errors import RequestError, shown
 from flexgen.models import ModelSpec
@@ -72,7 +73,7 @@ class Conveniences(ABC):
         """An iterator over (number of the prompt, its new ids), in the order in which the prompts' rows end.
 
         The new ids are an int64 array that ends with the stop id, if one came. `sampling`: do_sample, temperature,
-        stop, top_k, top_p and seed, as in `generate`. The run goes on in a thread, whether rows are taken or not;
+        stop, top_k, top_p and seed, as in `generate`. The run continues in a thread, whether rows are taken or not;
         leaving the iterator early (`close`, `with`, dropping it) ends the run and frees what it held. No other call
         of this model can run meanwhile. Raises as `generate` does; what does not fit (CapacityError) or fails
         (LaneError) shows where the next row would come.
@@ -83,7 +84,9 @@ class Conveniences(ABC):
 
         def run(teller: Teller[tuple[int, np.ndarray]]) -> None:
             listeners = [_EndedRows(teller.tell)]
-            self.generate_with(request, max_new_tokens, choice, listeners=listeners, check=teller.check)
+            self.generate_with(
+                Completion(request, max_new_tokens, choice), listeners=listeners, check=teller.check
+            )
 
         return self._streaming(run)
 
@@ -108,7 +111,7 @@ class Conveniences(ABC):
                     teller.tell(piece)
 
             texts = _Texts(choice, tokenizer, request.prompts, stops, tell)
-            self.generate_with(request, max_new_tokens, texts, check=teller.check)
+            self.generate_with(Completion(request, max_new_tokens, texts), check=teller.check)
             texts.finish()
 
         return self._streaming(run)
@@ -160,22 +163,22 @@ class Conveniences(ABC):
         """
         request = self._read(prompts, special_tokens)
         stops, choice = stop_strings(stop), self.sampled(**sampling)
-        told: list[list[str]] = [[] for _ in request.prompts]
+        texts_of: list[list[str]] = [[] for _ in request.prompts]
         if stops:
             texts = _Texts(
-                choice, self.tokenizer, request.prompts, stops, lambda row, piece: told[row].append(piece)
+                choice, self.tokenizer, request.prompts, stops, lambda row, piece: texts_of[row].append(piece)
             )
-            self.generate_with(request, max_new_tokens, texts)
+            self.generate_with(Completion(request, max_new_tokens, texts))
             texts.finish()
         else:
             # Decoding as ids come would take the host longer than a small model takes to make them.
             tokenizer, rows = self.tokenizer, dict[int, np.ndarray]()
             listener = _EndedRows(lambda ended: rows.update([ended]))
-            self.generate_with(request, max_new_tokens, choice, listeners=[listener])
+            self.generate_with(Completion(request, max_new_tokens, choice), listeners=[listener])
             for n, prompt in enumerate(request.prompts):
                 decoder = Decoder(tokenizer, prompt)
-                told[n] = [decoder.add(rows[n]), decoder.end()]
-        found = ["".join(pieces) for pieces in told]
+                texts_of[n] = [decoder.add(rows[n]), decoder.end()]
+        found = ["".join(pieces) for pieces in texts_of]
         return (found, self.last_report(request, max_new_tokens, max_new_tokens)) if stats else found
 
     def score(

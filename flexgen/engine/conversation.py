@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen.engine.calls import CallPlans
+from flexgen.engine.completion import Completion
 from flexgen.engine.conveniences import Conveniences
 from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.needs import MemoryPlan
@@ -22,10 +24,19 @@ from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Choice, Listener
 from flexgen.runtime.model import Model
-from flexgen.runtime.request import Request, check_length, check_whole, pad_id, read_request
+from flexgen.runtime.request import Request, check_whole, read_request
 from flexgen.runtime.stats import Meter
 from flexgen.runtime.tokens import NewTokens
 from flexgen.workload import Workload
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """The text that a cache has. `ids`, int64: those whose keys and values can be used. `length`: tokens of the
+    cache, with those that may follow them."""
+
+    ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
+    length: int = 0
 
 
 class Conversation(Conveniences):
@@ -55,15 +66,14 @@ class Conversation(Conveniences):
         self._meter = meter
         self._buffers = Buffers()
         self._room: tuple[Model, Workload, MemoryPlan] | None = None
-        self._cached = np.empty(0, dtype=np.int64)  # the ids whose keys and values can be used
-        self._length = 0  # of the cache, with what may follow them
+        self._text = CachedText()
         # Also where nobody closes it: the model may be used for long after.
         self._finalizer = weakref.finalize(self, plans.forget, self._buffers)
 
     @property
     def cached(self) -> np.ndarray:
         """The ids, int64, whose keys and values are in the cache."""
-        return self._cached.copy()
+        return self._text.ids.copy()
 
     @property
     def tokenizer(self) -> Any:
@@ -80,37 +90,32 @@ class Conversation(Conveniences):
         """
         rows: Any = [ids]
         request = read_request(self.spec, rows, np.ones((1, len(ids))) if len(ids) else None)
-        out = self.generate_with(request, max_new_tokens, self.sampled(**sampling))
+        out = self.generate_with(Completion(request, max_new_tokens, self.sampled(**sampling)))
         assert self.stats is not None
         made: np.ndarray = out[0, : request.width + self.stats.new_tokens]
         return made
 
     def generate_with(
         self,
-        request: Request,
-        max_new_tokens: int,
-        choice: Choice,
+        completion: Completion,
         *,
-        tokens: int | None = None,
-        pad: int | None = None,
         listeners: Sequence[Listener] = (),
         check: Callable[[], object] | None = None,
     ) -> np.ndarray:
         """`OptLM.generate_with` for a request of one prompt. Raises RequestError for more, and once it is closed."""
+        request, choice, tokens = completion.request, completion.choice, completion.run
         self._check(request, choice)
-        check_length(self.spec, request, max_new_tokens)
-        prompt, tokens = request.prompts[0], max_new_tokens if tokens is None else tokens
-        pad = pad_id(self.spec) if pad is None else pad
+        completion.check(self.spec)
+        prompt, pad = request.prompts[0], completion.pad_id(self.spec)
         self._opened()  # not closed
-        (model, workload, plan), grows = self._room_for(len(prompt) + max_new_tokens)
+        (model, workload, plan), grows = self._room_for(len(prompt) + completion.max_new_tokens)
         device, buffers = model.machine.device, self._buffers
-        out = np.full((1, request.width + max_new_tokens), pad, dtype=np.int64)
-        out[0, request.width - len(prompt) : request.width] = prompt
+        out = completion.blank(pad)
         call = Call(model, workload, pad, check, plan.workspace(Tier.GPU), buffers)
         with device.active(), torch.inference_mode(), call, call:
-            cached, length = self._usable(prompt), self._length
+            cached, length = self._usable(prompt), self._text.length
             # Until the call has ended well it is not known what the buffers have.
-            self._cached, self._length = prompt[:0], 0
+            self._text = CachedText()
             if grows:
                 self._plans.forget(buffers)
                 self._room = model, workload, plan
@@ -123,8 +128,8 @@ class Conversation(Conveniences):
             call.run(prompts, tokens, output)
             ids = output.ids[0].numpy()
             out[0, request.width : request.width + tokens] = ids
-            self._length = len(prompt) + call.timing.ran[-1] - 1  # the last id was not computed
-            self._cached = np.concatenate([prompt, ids[: output.count]])[: self._length]
+            length = len(prompt) + call.timing.ran[-1] - 1  # the last id was not computed
+            self._text = CachedText(np.concatenate([prompt, ids[: output.count]])[:length], length)
             new = replace(request, prompts=(prompt[cached:],))
             self._lm.stats = self.stats = self._meter.stats(model, call, plan, new, output.count)
         return out
@@ -159,9 +164,10 @@ class Conversation(Conveniences):
 
     def _usable(self, prompt: np.ndarray) -> int:
         """How many tokens of a text the cache serves. The last one is always computed: its logits are wanted."""
-        shared = min(len(self._cached), len(prompt) - 1)
-        unlike = np.flatnonzero(self._cached[:shared] != prompt[:shared])
-        longest = max(self._length, len(prompt))
+        before = self._text.ids
+        shared = min(len(before), len(prompt) - 1)
+        unlike = np.flatnonzero(before[:shared] != prompt[:shared])
+        longest = max(self._text.length, len(prompt))
         if any(longest > limit for limit in _unstretched(self.spec)):
             return 0  # all keys of a longer text have other rotary frequencies
         return int(unlike[0]) if len(unlike) else shared
@@ -182,7 +188,7 @@ class Conversation(Conveniences):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # What the model does in any case
+    # As of the model
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """`OptLM.forward`, without the cache."""

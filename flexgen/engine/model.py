@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,14 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flexgen.engine.completion import Completion
 from flexgen.engine.conveniences import Conveniences
 from flexgen.engine.conversation import Conversation
 from flexgen.engine.opening import Place, open_weights, read_policy
 from flexgen.errors import RequestError
 from flexgen.layout.limits import read_limits
 from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.placement import Placement
 from flexgen.memory.device import ComputeDevice
-from flexgen.models import HubOptions, open_model
+from flexgen.memory.machine import Machine
+from flexgen.models import HubOptions, Layer, open_model
 from flexgen.policy import Auto, Policy, Tier
 from flexgen.results.report import Report
 from flexgen.results.trace import LaneName, Phase
@@ -31,7 +33,6 @@ from flexgen.runtime.call import Call
 from flexgen.runtime.choice import Choice, Listener, Sampled
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.draws import MAX_SEED
-from flexgen.runtime.in_use import InUse
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.model import Model
 from flexgen.runtime.positions import Forward, hidden_needs
@@ -72,7 +73,7 @@ class OptLM(Conveniences):
         kept; a temporary directory if None. Weights already written there are used again.
     progress: bars for loading and generation; None shows them on a terminal only.
     order: the name of a schedule, instead of the one that the policy asks for.
-    num_layers: only so many of the model's layers, for trials; what it generates means nothing then.
+    num_layers: only the first layers of the model, for trials; what it generates means nothing then.
     max_memory: bytes that the model and its calls may take of a tier, at most; what is not named is not limited.
     hub: how a model that is not on this machine is downloaded: revision, token, cache, local files only.
 
@@ -109,19 +110,31 @@ class OptLM(Conveniences):
         self.tokenizer_dir = checkpoint.directory
         place = Place(device, dtype, offload_dir, read_limits(max_memory), progress)
         self._no_bar = None if progress is None else not progress
-        with contextlib.ExitStack() as stack:
-            opened = open_weights(self.spec, checkpoint, policy, place, workload, order, stack)
-            self.dtype, self.policy, self.auto = opened.model.dtype, opened.model.policy, opened.plans.auto
-            self.placement = opened.plans.placement
-            self._layers, self._slots = opened.model.layers, opened.model.slots
-            self._machine, self._plans = opened.model.machine, opened.plans
-            self._meter = Meter(self._machine, self.placement.nbytes[Tier.DISK], opened.resident_before)
-            self._model: Model | None = opened.model
-            self._in_use = opened.model.in_use
-            stack.callback(self._plans.forget_all)
-            stack.callback(self._in_use.close)  # first of all: what runs uses what the others free
-            # Also when the user forgets to close, and at exit: files and threads must not stay behind.
-            self._finalizer = weakref.finalize(self, _close_own, self._in_use, stack.pop_all())
+        opened = open_weights(self.spec, checkpoint, policy, place, workload, order)
+        # Also when the user forgets to close, and at exit: files and threads must not stay behind.
+        self._finalizer = opened.closed_with(self)
+        self.policy, self.auto = opened.model.policy, opened.plans.auto
+        self._plans = opened.plans
+        self._meter = Meter(self._machine, self.placement.nbytes[Tier.DISK], opened.resident_before)
+        self._model: Model | None = opened.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of arithmetic, weights and cache."""
+        return self._plans.placement.dtype
+
+    @property
+    def placement(self) -> Placement:
+        """The tier and codec of each weight."""
+        return self._plans.placement
+
+    @property
+    def _layers(self) -> Sequence[Layer]:
+        return self._plans.layers
+
+    @property
+    def _machine(self) -> Machine:
+        return self._plans.machine
 
     @property
     def device(self) -> str:
@@ -141,9 +154,9 @@ class OptLM(Conveniences):
         """Free files, threads and memory; the model cannot be used afterwards. Streams that still run are ended, and
         so is a call in another thread, by RequestError; from within a call it raises one itself. In a process that
         was forked after the model was opened it does nothing: all of it belongs to the parent."""
-        if self._in_use.inherited:
+        if self._plans.in_use.inherited:
             return
-        self._in_use.refuse_inside()
+        self._plans.in_use.refuse_inside()
         self._end_streams()
         try:
             self._finalizer()
@@ -152,7 +165,7 @@ class OptLM(Conveniences):
             self._machine.device.close()  # a GPU's memory can be given back only now
 
     def _opened(self) -> Model:
-        self._in_use.refuse_closed()
+        self._plans.in_use.refuse_closed()
         assert self._model is not None
         return self._model
 
@@ -208,12 +221,12 @@ class OptLM(Conveniences):
             is the pad id.
         attention_mask: (prompts, prompt_len), 0 for padding at either end of a row. Without it, pad ids that
             begin a row of a rectangular input are padding.
-        cut_gen_len: generate only so many tokens, the rest of the result is pad ids (for benchmarks). A report
+        cut_gen_len: generate only this many tokens, the rest of the result is pad ids (for benchmarks). A report
             (`stats`) projects from them and takes at least 2.
         debug_mode: both run a few tokens only, as `cut_gen_len` does, and print the times projected from them.
-            "breakdown" also prints what each operation took, with nothing beside it (order "normal").
+            "breakdown" also prints what each operation took, with nothing else running (order "normal").
         verbose: above 0, prints a summary of the call (to stderr).
-        stats: also return the call's `Report`: what it took, and what lay where.
+        stats: also return the call's `Report`: what it took, and what was stored where.
 
         Raises RequestError for what cannot be served and CapacityError for what does not fit, before any work;
         LaneError, with its cause, if a step fails.
@@ -226,60 +239,51 @@ class OptLM(Conveniences):
         tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode, projected=stats)
         check_whole("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         order = order_to_run(debug_mode)
-        out = self.generate_with(request, max_new_tokens, choice, tokens=tokens, order=order)
+        out = self.generate_with(Completion(request, max_new_tokens, choice, tokens), order=order)
         if (debug_mode or verbose) and (done := self.stats):
-            told = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
-            print(summary(*told), file=sys.stderr)
+            ran = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
+            print(summary(*ran), file=sys.stderr)
         return (out, self.last_report(request, max_new_tokens, tokens)) if stats else out
 
     def generate_with(
         self,
-        request: Request,
-        max_new_tokens: int,
-        choice: Choice,
+        completion: Completion,
         *,
-        tokens: int | None = None,
-        pad: int | None = None,
         listeners: Sequence[Listener] = (),
         kept: Sequence[Need] = (),
         check: Callable[[], object] | None = None,
         order: str | None = None,
     ) -> np.ndarray:
-        """`generate` for prompts that `read_request` has read, with any choice of the next id.
+        """`generate` for any choice of the next id.
 
-        tokens: run only so many; the rest of the result is pad ids. pad: what follows a row that has ended, the
-            model's pad id if None. listeners: told of the new ids as they come. kept: what the caller keeps of
-            the call, beside what the plan counts. check: called before each step; what it raises ends the call and
-            comes out as it is. Such a call shows no bar. order: runs in this one, whatever the policy asks for; it
-            must do with the slots of the model's own.
+        listeners: called with the new ids as they come. kept: what the caller keeps of the call, in addition to what
+            the plan counts. check: called before each step; what it raises ends the call and comes out as it is. Such
+            a call shows no bar. order: replaces the policy's own; it must do with the slots of the model.
 
-        `choice` and `listeners` know a prompt by its number in the request. What they raise comes as the cause of
-        a LaneError. A choice that sees the `whole_call` runs all prompts in one block, and what does not fit so is
-        a CapacityError. Raises as `generate` does.
+        What the choice and the listeners raise comes as the cause of a LaneError. A choice that sees the `whole_call`
+        runs all prompts in one block, and what does not fit so is a CapacityError. Raises as `generate` does.
         """
-        check_length(self.spec, request, max_new_tokens)
-        tokens = max_new_tokens if tokens is None else tokens
-        pad = pad_id(self.spec) if pad is None else pad
-        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
+        completion.check(self.spec)
+        request, choice, tokens = completion.request, completion.choice, completion.run
+        pad = completion.pad_id(self.spec)
+        workload = Workload(request.longest, completion.max_new_tokens, len(request.prompts))
         if whole := choice.whole_call:
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
             kept = [*kept, *logits]
         model, plan = self._prepared(workload, kept=lambda policy: kept, one_block=whole)
         model = model if order is None else replace(model, order=order)
-        out = np.full((len(request.prompts), request.width + max_new_tokens), pad, dtype=np.int64)
-        for row, prompt in zip(out, request.prompts, strict=True):
-            row[request.width - len(prompt) : request.width] = prompt
+        out = completion.blank(pad)
         new_tokens = 0
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
-        told = [lambda new: bar.update(len(new.rows)), *listeners]
+        all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
             for rows in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
-                output = made(prompts, tokens, choice, rows, told)
+                output = made(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -316,7 +320,7 @@ class OptLM(Conveniences):
         return self.forward_with(read_request(self.spec, input_ids, attention_mask)).logits
 
     def forward_with(self, request: Request, last_only: bool = False, hidden_states: bool = False) -> Forward:
-        """`forward` for prompts that `read_request` has read, with the hidden states if they are asked for.
+        """`forward` for prompts that `read_request` has read, with the hidden states on request.
 
         last_only: logits of each prompt's last position alone.
         """
@@ -327,7 +331,7 @@ class OptLM(Conveniences):
             for numbers in request.blocks(model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in numbers])
                 with contextlib.closing(
-                    result.output(prompts, numbers, self._machine, self._slots.cells)
+                    result.output(prompts, numbers, self._machine, self._plans.slots.cells)
                 ) as output:
                     call.run(prompts, 1, output)
             self.stats = self._meter.stats(model, call, plan, request, 0)
@@ -351,7 +355,7 @@ class OptLM(Conveniences):
     ) -> tuple[Workload, Model, MemoryPlan]:
         check_positions(self.spec, request, 0)
         workload = Workload(request.longest, 1, len(request.prompts))
-        topology, cells = self._machine.device.topology, self._slots.cells
+        topology, cells = self._machine.device.topology, self._plans.slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
         every = hidden_states or not last_only
         return workload, *self._prepared(
@@ -392,8 +396,3 @@ class OptLM(Conveniences):
         assert self.stats is not None
         lengths = request.longest, max_new_tokens, tokens
         return self.stats.report(self.spec.name, self.device, self.placement, *lengths)
-
-
-def _close_own(in_use: InUse, stack: contextlib.ExitStack) -> None:
-    if not in_use.inherited:
-        stack.close()

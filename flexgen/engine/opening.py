@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flexgen.engine.auto import AutoPolicy, Chosen, this_machine
+from flexgen.engine.auto import AutoPolicy, Chosen, this_machine, usual_workload
 from flexgen.engine.calls import CallPlans
 from flexgen.errors import MOST_OF_PATH, PolicyError, RequestError, shown
 from flexgen.layout.placement import place_weights
@@ -26,6 +27,7 @@ from flexgen.memory.weights import WeightSlots
 from flexgen.models import ModelSpec, build_layers
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.policy import Auto, Policy, Tier
+from flexgen.predict.job import Job
 from flexgen.runtime.in_use import InUse
 from flexgen.runtime.model import Model
 from flexgen.workload import Workload
@@ -66,12 +68,24 @@ def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
 class Opened:
     """A model whose weights are in their places, and the plans of its calls.
 
-    resident_before: bytes of this process in host memory before its weights were loaded.
+    resident_before: bytes of this process in host memory before its weights were loaded. resources: closes all that
+    the model holds, what runs first.
     """
 
     model: Model
     plans: CallPlans
     resident_before: int
+    resources: ExitStack
+
+    def closed_with(self, owner: object) -> weakref.finalize[..., object]:
+        """Close all when `owner` is gone, at exit, or when the result is called. A forked child closes nothing: all
+        of it belongs to the parent."""
+        return weakref.finalize(owner, _close_own, self.plans.in_use, self.resources)
+
+
+def _close_own(in_use: InUse, stack: ExitStack) -> None:
+    if not in_use.inherited:
+        stack.close()
 
 
 def open_weights(
@@ -81,9 +95,8 @@ def open_weights(
     place: Place,
     workload: Workload | None,
     order: str | None,
-    stack: ExitStack,
 ) -> Opened:
-    """Find the policy if it is to be searched for, and place all weights. `stack` gets what is to be closed.
+    """Find the policy if it is to be searched for, and place all weights.
 
     Raises as `OptLM` does, before any weight is read.
     """
@@ -94,35 +107,44 @@ def open_weights(
     hardware = (
         this_machine(place.device, place.offload_dir, place.progress, place.max_memory) if searched else None
     )
-    compute = open_device(place.device)
-    stack.callback(compute.close)
-    dtype, auto = choose_dtype(place.dtype, spec.dtype, compute), None
-    if isinstance(policy, Auto):
-        assert hardware is not None
-        layers = build_layers(spec)
+    with ExitStack() as stack:
+        compute = open_device(place.device)
+        stack.callback(compute.close)
+        dtype, auto = choose_dtype(place.dtype, spec.dtype, compute), None
+        if isinstance(policy, Auto):
+            assert hardware is not None
+            layers = build_layers(spec)
+            checkpoint.verify(layers)
+            stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
+            # What is stored already takes none of the free space of the disk.
+            disk = hardware.capacity[Tier.DISK] + stored
+            hardware = hardware.replace(capacity={**hardware.capacity, Tier.DISK: disk})
+            job = Job.checked(
+                spec, hardware, workload or usual_workload(spec), str(dtype).removeprefix("torch."), order
+            )
+            auto = AutoPolicy(policy, job)
+            policy, order = auto.opened.policy, auto.opened.order
+        layers = build_layers(spec, sep_layer=policy.sep_layer)
         checkpoint.verify(layers)
-        stored = stored_bytes(checkpoint, layers, dtype, place.offload_dir)
-        auto = AutoPolicy(policy, spec, hardware, workload, dtype, order, stored)
-        policy, order = auto.opened.policy, auto.opened.order
-    layers = build_layers(spec, sep_layer=policy.sep_layer)
-    checkpoint.verify(layers)
-    machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
-    stack.callback(machine.close)
-    # A block with fewer batches may run in another order; the slots of a full one are enough for all.
-    slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
-    placement = place_weights(layers, policy.weights, dtype)
-    resident_before = reset_peak_resident_bytes()
-    in_use = InUse()
-    plans = CallPlans(layers, placement, machine, slots, Chosen(policy, order), auto, in_use)
-    plan = plans.of_weights()
-    homes = Homes(checkpoint, placement, dtype, machine)
-    no_bar = None if place.progress is None else not place.progress
-    with compute.active():
-        homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
-        weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
-        table = open_table(layers, homes, machine)
-        compute.settle()
-        lanes = machine.make_lanes()
-        stack.callback(lanes.close)
-    model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table, in_use)
-    return Opened(model, plans, resident_before)
+        machine = Machine.open(compute, place.offload_dir, policy.pin_weight, place.max_memory)
+        stack.callback(machine.close)
+        # A block with fewer batches may run in another order; the slots of a full one are enough for all.
+        slots = compute.topology.choose_order(order, policy, policy.num_gpu_batches).slots
+        placement = place_weights(layers, policy.weights, dtype)
+        resident_before = reset_peak_resident_bytes()
+        in_use = InUse()
+        plans = CallPlans(layers, placement, machine, slots, Chosen(policy, order), auto, in_use)
+        plan = plans.of_weights()
+        homes = Homes(checkpoint, placement, dtype, machine)
+        no_bar = None if place.progress is None else not place.progress
+        with compute.active():
+            homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))
+            weight_slots = WeightSlots(layers, homes, plan.weight_slots, placement, machine, slots.decoded)
+            table = open_table(layers, homes, machine)
+            compute.settle()
+            lanes = machine.make_lanes()
+            stack.callback(lanes.close)
+        model = Model(layers, dtype, policy, machine, weight_slots, lanes, slots, order, table, in_use)
+        stack.callback(plans.forget_all)
+        stack.callback(in_use.close)  # the first to be closed: what runs uses what the others free
+        return Opened(model, plans, resident_before, stack.pop_all())

@@ -19,11 +19,12 @@ from transformers.generation import (
 )
 from transformers.utils.logging import get_logger
 
+from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.errors import RequestError, UnsupportedError
 from flexgen.hf.id_cache import CACHE_NAME, IdCache, read_cache
 from flexgen.hf.processors import RowProcessors
-from flexgen.hf.steps import HFChoice, Record, record_needs, steps_asked
+from flexgen.hf.steps import HFChoice, IdsSoFar, Record, record_needs, steps_asked
 from flexgen.runtime.choice import Listener, Rows
 from flexgen.runtime.request import Request, check_length, pad_id, read_request
 
@@ -251,27 +252,25 @@ class Generation(GenerationMixin):
                     "rows are computed from pad_token_id. Give an id of the vocabulary"
                 )
             self.lm.check_forward(_lengthened(request, steps - 1), last_only=True, hidden_states=True)
-        # Both choice and listener: it chooses by the ids so far, and only `listen` adds new ids to them.
-        choice = HFChoice(
-            input_ids, steps, pad, logits_processor, stopping_criteria, generation_config.do_sample, **records
-        )
-        listeners: list[Listener] = [choice.listen]
+        ids = IdsSoFar(input_ids, steps, pad)
+        choice = HFChoice(ids, logits_processor, stopping_criteria, generation_config.do_sample, **records)
+        listeners: list[Listener] = [ids.add]
         if streamer is not None:
             listeners.append(lambda new: streamer.put(new.ids.clone()))
         kept = record_needs(wanted, rows, steps, vocab)
-        self.lm.generate_with(request, steps, choice, listeners=listeners, kept=kept)
+        self.lm.generate_with(Completion(request, steps, choice), listeners=listeners, kept=kept)
         if streamer is not None:
             streamer.end()
-        sequences = choice.ids[:, : input_ids.shape[1] + choice.steps].to(input_ids.device)
+        sequences = ids.sequences().to(input_ids.device)
         if not asked:
             return sequences
         hidden = None
         if with_hidden:
-            hidden = self._hidden_states(sequences, attention_mask, choice.steps, generation_config.use_cache)
+            hidden = self._hidden_states(sequences, attention_mask, ids.steps, generation_config.use_cache)
         output = GenerateDecoderOnlyOutput(
             sequences=sequences,
             hidden_states=hidden,
-            **{name: record.taken(choice.steps) for name, record in records.items()},
+            **{name: record.taken(ids.steps) for name, record in records.items()},
         )
         if generation_config.is_assistant:  # the caller's loop updates the mask only if there is a cache
             output[CACHE_NAME] = IdCache(sequences[:, :-1].cpu())

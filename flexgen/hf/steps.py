@@ -61,24 +61,51 @@ def _as_in_transformers() -> Iterator[None]:
         yield
 
 
+class IdsSoFar:
+    """The ids of a call, (rows, prompt_len + steps) int64 in host memory: the caller's, left-padded as they came, and
+    what the rows have got since, followed by `pad_id`."""
+
+    def __init__(self, input_ids: Tensor, steps: int, pad_id: int) -> None:
+        self._given = input_ids, steps, pad_id
+        self.rows, self.prompt_len = input_ids.shape
+        self.steps = 0
+        """New tokens of the row that got most."""
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """Made at the first use: by then the call has been refused if it does not fit."""
+        input_ids, steps, pad_id = self._given
+        padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
+        return torch.cat([input_ids.cpu(), padding], dim=1)
+
+    def before(self, rows: Rows, token: int) -> Tensor:
+        """Ids (rows, prompt_len + token) of some rows, before new token `token`."""
+        return self._ids[list(rows), : self.prompt_len + token]
+
+    def add(self, new: NewIds) -> None:
+        live = new.live.tolist()
+        if any(live):
+            self.steps = max(self.steps, new.token + 1)
+        rows = [row for row, lives in zip(new.rows, live, strict=True) if lives]
+        self._ids[rows, self.prompt_len + new.token] = new.ids[new.live]
+
+    def sequences(self) -> Tensor:
+        """All rows, as long as the longest."""
+        return self._ids[:, : self.prompt_len + self.steps]
+
+
 class HFChoice:
     """Chooses ids like `GenerationMixin`, with its processors and criteria.
 
-    Pass it as the choice, and its `listen` as a listener: processors and criteria need the ids so far, and only
-    `listen` adds new ids to them.
-
-    ids: (rows, prompt_len + steps), the caller's ids, left-padded, followed by the new ids.
-
-    Criteria are called for the rows of one batch, with the ids of these rows so far. Processors are called for fewer
-    rows at a time if their temporaries would exceed `choice_bytes`. If a processor or a criterion needs all rows of
-    the call, all are called with all rows, as in transformers.
+    Processors and criteria see the ids so far, so `ids.add` must be among the listeners of the call. Criteria are
+    called for the rows of one GPU batch, with the ids of these rows so far. Processors are called for fewer rows at a
+    time where their temporaries would exceed `choice_bytes`. If one of them needs that, both are called for all rows
+    of the call, as transformers calls them.
     """
 
     def __init__(
         self,
-        input_ids: Tensor,
-        steps: int,
-        pad_id: int,
+        ids: IdsSoFar,
         processors: RowProcessors,
         criteria: StoppingCriteriaList,
         do_sample: bool,
@@ -86,10 +113,7 @@ class HFChoice:
         logits: Record | None = None,
     ) -> None:
         self.whole_call = processors.whole_call or not independent_of_rows(criteria)
-        self._prompt_len = input_ids.shape[1]
-        self._given = input_ids, steps, pad_id
-        self.steps = 0
-        """The largest number of new tokens of a row."""
+        self._ids = ids
         self._processors = processors
         self._criteria = criteria
         self._seed = seed_from_torch() if do_sample else None
@@ -97,15 +121,8 @@ class HFChoice:
         self._logits = logits
         # Like transformers, pad finished rows only with an EOS criterion. Otherwise all rows continue to the end.
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        self._ended = torch.zeros(ids.rows, dtype=torch.bool)
         self._device = torch.device("cpu")
-
-    @cached_property
-    def ids(self) -> Tensor:
-        """Created on first use: before that, a call that does not fit has already failed."""
-        input_ids, steps, pad_id = self._given
-        padding = torch.full((len(input_ids), steps), pad_id, dtype=torch.int64)
-        return torch.cat([input_ids.cpu(), padding], dim=1)
 
     @property
     def can_end(self) -> bool:
@@ -124,7 +141,7 @@ class HFChoice:
         if self._logits is not None:
             self._logits.keep(scores, rows, token)
         if self._processors:
-            scores = self._processors.of(rows)(self._so_far(rows, token).to(logits.device), scores)
+            scores = self._processors.of(rows)(self._ids.before(rows, token).to(logits.device), scores)
         if self._scores is not None:
             self._scores.keep(scores, rows, token)
         if self._seed is not None:
@@ -133,19 +150,9 @@ class HFChoice:
 
     @_as_in_transformers()
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
-        so_far = torch.cat([self._so_far(rows, token), ids[:, None]], dim=1)
+        so_far = torch.cat([self._ids.before(rows, token), ids[:, None]], dim=1)
         if not self.whole_call:
             return self._criteria(so_far, None)
         scores = None if self._scores is None else self._scores.taken(token + 1)
         self._ended |= self._criteria(so_far.to(self._device), scores).cpu()
         return self._ended if self._pads else self._ended.all().expand(len(ids))
-
-    def listen(self, new: NewIds) -> None:
-        live = new.live.tolist()
-        if any(live):
-            self.steps = max(self.steps, new.token + 1)
-        rows = [row for row, lives in zip(new.rows, live, strict=True) if lives]
-        self.ids[rows, self._prompt_len + new.token] = new.ids[new.live]
-
-    def _so_far(self, rows: Rows, token: int) -> Tensor:
-        return self.ids[list(rows), : self._prompt_len + token]

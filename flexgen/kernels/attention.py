@@ -133,6 +133,17 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]
 
 
+def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
+    """Fill `hidden` (rows, 1, 1, tokens), a mask of `attend_fused` for more than `length` positions.
+
+    Attention over all of its tokens then is attention over the first `length` ones, without padding, and its extent
+    need not change with each token. For the next token, set its position to 0: that is one launch.
+    """
+    positions = torch.arange(hidden.shape[-1], device=hidden.device)
+    seen = (positions >= starts[:, None]) & (positions < length)
+    hidden.fill_(float("-inf"))[:, 0, 0].masked_fill_(seen, 0.0)
+
+
 def probabilities_in_torch(
     q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
 ) -> Tensor:

@@ -46,6 +46,10 @@ class Workspaces(Protocol):
     def fixed(self) -> int:
         """What libraries keep while a model computes, whatever it computes."""
 
+    @property
+    def captured(self) -> int | None:
+        """What they keep for the CUDA graphs of a call, in addition; None where the device captures none."""
+
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         """Of x (rows, in_size) times a matrix (out_size, in_size)."""
 
@@ -60,6 +64,7 @@ class HostWorkspaces:
     """Of the CPU, and of the device that is emulated on it."""
 
     fixed: int = 0
+    captured: int | None = None
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         return half_linear.workspace_bytes(rows, out_size, in_size, dtype)
@@ -72,7 +77,8 @@ class HostWorkspaces:
 
 @dataclass(frozen=True)
 class GpuWorkspaces:
-    """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread.
+    """Of a GPU. `fixed` is the workspace of cuBLAS for one stream of one thread. `captured` is that of the stream
+    that captures graphs, and None for GPUs that are not NVIDIA's.
 
     native_bfloat16: whether the GPU has instructions for bfloat16. Those that have them have FlashAttention too.
     multiprocessors: how many it has. Where it is not known, of a Hopper.
@@ -81,6 +87,7 @@ class GpuWorkspaces:
     fixed: int = _LARGE_CUBLAS_BYTES
     native_bfloat16: bool = True
     multiprocessors: int = 132
+    captured: int | None = None
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         return 0
@@ -105,10 +112,8 @@ class GpuWorkspaces:
 
 def gpu_workspaces(capability: float) -> GpuWorkspaces:
     """Of an NVIDIA GPU with that compute capability, such as 8.6."""
-    large = capability >= _LARGE_CUBLAS_CAPABILITY
-    return GpuWorkspaces(
-        _LARGE_CUBLAS_BYTES if large else _CUBLAS_BYTES, native_bfloat16=capability >= BFLOAT16_CAPABILITY
-    )
+    cublas = _LARGE_CUBLAS_BYTES if capability >= _LARGE_CUBLAS_CAPABILITY else _CUBLAS_BYTES
+    return GpuWorkspaces(cublas, native_bfloat16=capability >= BFLOAT16_CAPABILITY, captured=cublas)
 
 
 HOST = HostWorkspaces()

@@ -14,6 +14,7 @@ import torch
 
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.layout.cache_needs import BatchCache, batch_cache
+from flexgen.layout.graphs import graph_needs, replayed
 from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
@@ -21,7 +22,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
-from flexgen.models import Layer, ModelSpec
+from flexgen.models import Layer, ModelSpec, one_of_each_kind
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy, Tier
@@ -128,10 +129,19 @@ class _Block:
         needs.append(Need(Tier.GPU, "libraries", "workspace", self.target.workspaces.fixed))
         needs += self._decoded(cache.values())
         needs += self._looked_up()
+        if not self.all_logits:
+            needs += self._graphs([cache[rows] for rows in self._batches])
         return needs + self._logits() if self.all_logits else needs
 
     def _hidden(self, rows: int) -> HiddenLayout:
         return hidden_layout(self._spec, self.policy, rows, self.placement.dtype, self.target.topology)
+
+    def _graphs(self, batches: Sequence[BatchCache]) -> list[Need]:
+        """What replays of decode cells take, also in a call of too few tokens to capture any."""
+        placement, topology, workspaces = self.placement, self.target.topology, self.target.workspaces
+        numbers = replayed(self.layers, placement, self.policy, topology, workspaces)
+        layers = [self.layers[j] for j in numbers]
+        return graph_needs(layers, batches, self.workload.capacity, placement.dtype, workspaces)
 
     def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
         """Encoded matrices in the model's dtype, and the memory that decoding takes meanwhile."""
@@ -201,7 +211,7 @@ class _Block:
                 dtype,
                 self.target.workspaces,
             )
-            for layer in self.layers
+            for layer in one_of_each_kind(self.layers)
             for new, context in steps
         )
         # Ids are chosen when the head's own workspace is free again, all but the logits.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.kernels.workspaces import GPU, gpu_workspaces
+from flexgen.memory.cuda_graphs import CudaGraphs
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.device_errors import named_errors, short_of_memory
 from flexgen.memory.disk_lane import DiskLane
@@ -60,6 +61,7 @@ class CudaDevice(ComputeDevice):
             )
         self.name = str(self.torch_device)
         self._compute: torch.cuda.Stream | None = None
+        self._graphs: CudaGraphs | None = None
         self.memory = CudaStore(self.torch_device, memory)
         with self.active():
             torch.cuda.init()  # statistics of memory are not known before
@@ -70,10 +72,12 @@ class CudaDevice(ComputeDevice):
                 major, minor = torch.cuda.get_device_capability(self.torch_device)
                 self.compute_capability = major + minor / 10
             of_its_kind = gpu_workspaces(self.compute_capability) if self.compute_capability else GPU
+            cublas = cublas_bytes(self.torch_device)
             self._native_bfloat16 = of_its_kind.native_bfloat16
             self.workspaces = replace(
                 of_its_kind,
-                fixed=cublas_bytes(self.torch_device),
+                fixed=cublas,
+                captured=None if of_its_kind.captured is None else cublas,
                 multiprocessors=properties.multi_processor_count,
             )
             # The cap holds for torch's temporaries too, not only for what is counted here.
@@ -106,6 +110,7 @@ class CudaDevice(ComputeDevice):
 
     def close(self) -> None:
         super().close()
+        self._graphs = None
         self._shared.leave(self._user)
 
     def begin_call(self, call: Hashable) -> None:
@@ -124,6 +129,12 @@ class CudaDevice(ComputeDevice):
         if checkpoint is torch.bfloat16 and not self._native_bfloat16:
             return torch.float16
         return checkpoint
+
+    @property
+    def graphs(self) -> CudaGraphs:
+        if self._graphs is None:
+            self._graphs = CudaGraphs(self.torch_device)
+        return self._graphs
 
     def settle(self) -> None:
         # Zero-filling runs on the default stream, which the lanes' streams do not wait for.

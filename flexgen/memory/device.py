@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ from flexgen.layout.topology import LINKED
 from flexgen.memory.device_errors import named_errors
 from flexgen.memory.lanes import Lanes
 from flexgen.memory.store import Store
+
+
+class Graphs(Protocol):
+    """Graphs of work of the compute lane, each of which is one launch.
+
+    They share the memory of their temporaries, so replay them on that lane only.
+    """
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Call `work`, and return a function that replays what it enqueued. Nothing of it runs on the device before.
+
+        `work` must not wait for the device, and tensors that it reads must keep their addresses. Raises RuntimeError
+        where the device refuses.
+        """
 
 
 class ComputeDevice(ABC):
@@ -78,6 +93,11 @@ class ComputeDevice(ABC):
 
     def reserve(self, nbytes: int) -> None:  # noqa: B027 (only a GPU has to)
         """Have `nbytes` of free memory in one piece for the temporaries of the compute lane, where possible."""
+
+    @property
+    def graphs(self) -> Graphs:
+        """Of a device whose `workspaces.captured` is a number. Raises RuntimeError where it refuses to capture."""
+        raise NotImplementedError(f"{self.name} captures no graphs")
 
     def close(self) -> None:
         """Give the memory back, as far as nobody holds a buffer; may be called again when nobody does."""

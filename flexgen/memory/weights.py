@@ -50,7 +50,7 @@ class WeightSlots:
         """`decoded`: how many layers are computed alternately, each with decoded weights of its own."""
         self.turns = sizes.turns
         self._homes = homes
-        self._placement = placement
+        self.placement = placement
         self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
         self._transfers = WeightTransfers(self._layers, homes, sizes, placement, machine)
         self._products = [encoded_products(layer, placement) for layer in layers]
@@ -97,9 +97,9 @@ class WeightSlots:
                 kept[weight.name] = home
         kept |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
         weights: dict[str, Tensor | QuantizedMatrix] = dict(kept)
-        dtype, decodings, end = self._placement.dtype, [], 0
+        dtype, decodings, end = self.placement.dtype, [], 0
         for weight in self._layers[layer]:
-            if codec := self._placement.codec(weight):
+            if codec := self.placement.codec(weight):
                 # Rows of a table are read as they are kept: its decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
                 if weight in self._products[layer]:

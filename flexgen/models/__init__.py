@@ -1,5 +1,7 @@
 """Models: specs, the computation of the layers, and checkpoints."""
 
+from collections.abc import Sequence
+
 from flexgen.models.attention import Attention
 from flexgen.models.block import Block
 from flexgen.models.checkpoint import open_model
@@ -18,8 +20,15 @@ __all__ = [
     "WeightSpec",
     "Weights",
     "build_layers",
+    "one_of_each_kind",
     "open_model",
 ]
+
+
+def one_of_each_kind(layers: Sequence[Layer]) -> list[Layer]:
+    """The last one of the layers of each class that share a `LayerSpec`. They differ in nothing but their names."""
+    # By identity: to compare long specs takes longer than to ask a few layers more.
+    return list({(type(layer), id(layer.layer_spec)): layer for layer in layers}.values())
 
 
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:

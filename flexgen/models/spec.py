@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -211,12 +212,12 @@ class WeightSpec:
         """The shape in files."""
         return self.shape[::-1] if self.transposed else self.unflattened or self.shape
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The identity of the tensor in the model. A tied head and the embedding have the same key."""
         return self.sources[0]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -24,12 +24,19 @@ class Arithmetic:
         self._hardware = hardware
         self._dtype = placement.dtype
         self._name = str(placement.dtype).removeprefix("torch.")
+        self._known: dict[tuple[Layer, int, int, bool], float] = {}  # policies with the same weights share it
 
     # Products
 
     def products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
-        """All of a layer's, for `new` tokens of `rows` prompts, and what is done to numbers between them and around
-        attention. `first`: of the batches of a visit, which share what is decoded."""
+        """All products of a layer, for `new` tokens of `rows` prompts, with the element-wise work between them and
+        around attention. `first`: of the batches of a visit, which share the decoded weights."""
+        key = layer, rows, new, first
+        if key not in self._known:
+            self._known[key] = self._layer_products(*key)
+        return self._known[key]
+
+    def _layer_products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
         weights = [weight for weight in layer.weights if weight is not layer.table]
         seconds = self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
         seconds += self._hardware.elementwise_seconds(self._name, rows * new * layer_numbers(layer))
@@ -40,12 +47,12 @@ class Arithmetic:
         return seconds
 
     def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
-        """Those before attention, for a token of `rows` prompts."""
+        """The products before attention, for a token of `rows` prompts."""
         weights = layer.projections
         return self._products(weights, sum(2 * rows * weight.numel for weight in weights), rows, first)
 
     def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
-        """`flops` with the matrices among `weights`, for an x of so many rows."""
+        """`flops` with the matrices among `weights`, for an input of `rows` rows."""
         hardware, name = self._hardware, self._name
         rate = hardware.product_rate(name, rows)
         seconds = flops / rate
@@ -63,14 +70,14 @@ class Arithmetic:
             elif encoded := hardware.encoded_rate(name, codec.name, rows):
                 seconds += 2 * rows * weight.numel / encoded - plain
             else:
-                # Multiplied as it is kept: what waits for the weight waits for fewer bytes.
+                # Multiplied as it is kept: fewer bytes of the weight are read.
                 kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
                 least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
                 seconds += max(kept, least) - plain
         return seconds
 
     def _stays(self, weight: WeightSpec) -> bool:
-        """Whether it is a matrix that lives in the compute device's memory."""
+        """Whether it is a matrix that is stored in the compute device's memory."""
         return (
             len(weight.shape) == 2
             and not weight.looked_up
@@ -96,8 +103,8 @@ class Arithmetic:
         return flops / self._hardware.figure("prefill_attention", self._name)
 
     def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:
-        """For one new token of each row, which attends to `context` tokens with itself: on the compute device, and
-        beside it on the host."""
+        """For one new token of each row, which attends to `context` tokens, itself included: on the compute device
+        and on the host, at the same time."""
         took = {True: 0.0, False: 0.0}
         for segment in segments:
             seconds = segment.token_bytes(context) / attention_rate(
@@ -112,7 +119,7 @@ class Arithmetic:
         return took[True], took[False]
 
     def _chosen_from_disk(self, segment: CacheSegment, context: int, chosen: int) -> float:
-        """Chosen values that are read in the midst of it, where they lie evenly in what is cached."""
+        """Reads of chosen values during attention, if these are spread evenly over the cached tokens."""
         on_disk = (context - 1) // segment.page_tokens * segment.page_tokens
         if segment.tier is not Tier.DISK or not on_disk:
             return 0.0
@@ -121,8 +128,8 @@ class Arithmetic:
 
 
 def layer_numbers(layer: Layer) -> int:
-    """How many numbers of activations the products of a layer take and give, for each token: what goes into each of
-    its matrices and what comes out. A table has rows that are taken, and that are given."""
+    """How many numbers of activations the products of a layer take and give, for each token: the inputs and the
+    outputs of each of its matrices. Of a table they are the rows that are read, and the same rows as output."""
     return sum(
         2 * weight.shape[1] if weight.looked_up else sum(weight.shape)
         for weight in layer.weights

@@ -26,7 +26,12 @@ class Job:
 
     @classmethod
     def checked(
-        cls, spec: ModelSpec, hardware: Hardware, workload: Workload, dtype: str, order: str | None
+        cls,
+        spec: ModelSpec,
+        hardware: Hardware,
+        workload: Workload,
+        dtype: str = "auto",
+        order: str | None = None,
     ) -> Job:
         """The job, if it makes sense. `dtype`: a name, or "auto", which is the checkpoint's own where the machine has
         products for it. Raises RequestError (lengths, dtype) and ScheduleError (an unknown order).
@@ -50,6 +55,10 @@ class Job:
     def dtype_name(self) -> str:
         """The dtype as `Hardware` names it: "float16"."""
         return _name(self.dtype)
+
+    def for_workload(self, workload: Workload) -> Job:
+        """Another workload of the same model on the same machine. Raises RequestError as `checked` does."""
+        return Job.checked(self.spec, self.hardware, workload, self.dtype_name, self.order)
 
     def order_for(self, policy: Policy, batches: int | None = None) -> Order:
         """The order in which a block of `batches` GPU batches runs; None is a full block."""

@@ -42,6 +42,12 @@ class Numbered:
             for op, ahead, number in section.entries:
                 yield None if op is None else Step(op, *divmod(visit + ahead, self.layers), number)
 
+    def visits(self) -> list[int]:
+        """The visit of each entry: token * layers + layer."""
+        return [
+            visit + ahead for visit, section in enumerate(self.sections) for _, ahead, _ in section.entries
+        ]
+
     def needs(self) -> Iterator[tuple[int, ...]]:
         """What each of them needs, see `Section`."""
         for section in self.sections:
@@ -65,7 +71,7 @@ def numbered(order: Order, grid: Grid) -> Numbered:
     return _drawn_out(made, few, grid, steady, steady_token) or _whole(order, grid)
 
 
-@lru_cache(maxsize=8)  # models of any depth have these few layers in common
+@lru_cache(maxsize=32)  # models of any depth have these few layers in common, and so have several searches
 def _whole(order: Order, grid: Grid) -> Numbered:
     return number(order(grid), grid)
 
@@ -91,12 +97,17 @@ def number(steps: Iterable[Step], grid: Grid) -> Numbered:
                 add(visit, (None, 0, 0), [place[other] for other in visit.steps(grid)])
             needed.append(place[visit])
         add(step, (op, token * grid.layers + layer - len(sections) + 1, batch), needed)
-    return Numbered([_section(*section) for section in sections], grid.layers)
+    return Numbered(_made(sections), grid.layers)
 
 
-def _section(entries: Iterable[Entry], needs: Iterable[tuple[int, ...]]) -> Section:
-    kept = tuple(entries)
-    return Section(kept, tuple(needs), frozenset(ahead for _, ahead, _ in kept))
+def _made(sections: Iterable[tuple[Sequence[Entry], Sequence[tuple[int, ...]]]]) -> list[Section]:
+    """The same object for sections that are equal: what follows from one of them is made once."""
+    known: dict[Section, Section] = {}
+    made = (
+        Section(tuple(entries), tuple(needs), frozenset(ahead for _, ahead, _ in entries))
+        for entries, needs in sections
+    )
+    return [known.setdefault(section, section) for section in made]
 
 
 def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) -> Numbered | None:
@@ -120,7 +131,7 @@ def _drawn_out(made: Numbered, few: Grid, grid: Grid, layer: int, token: int) ->
 
 
 def _farther(made: Numbered, entries: int) -> list[Section]:
-    """Its sections with what a step needs of its own layer, which is of the token before, so many entries farther."""
+    """Its sections, where a need of a step in its own layer, at the token before, is `entries` farther back."""
     steps: list[Step] = []
     for step in reversed(list(made.steps())):  # what stands for no step is needed by the one behind it
         steps.append(step or steps[-1])
@@ -133,6 +144,6 @@ def _farther(made: Numbered, entries: int) -> list[Section]:
     n, sections = 0, []
     for section in made.sections:
         needs = [tuple([distance(m, back) for back in needed]) for m, needed in enumerate(section.needs, n)]
-        sections.append(_section(section.entries, needs))
+        sections.append((section.entries, needs))
         n += len(needs)
-    return sections
+    return _made(sections)

@@ -12,15 +12,16 @@ from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.fitting import fitting_plan, with_fitting_chunk
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
-from flexgen.layout.placement import Placement, place_weights
+from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, batch_sizes, plan_memory
-from flexgen.models import Layer, ModelSpec, build_layers
+from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
 from flexgen.predict.hardware import Fixed, Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
-from flexgen.predict.timeline import Timeline, play_beside, works_of
+from flexgen.predict.placed import PlacedModel, Placements
+from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.results.trace import LaneName, Phase, Trace
@@ -30,7 +31,7 @@ from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
 _EXACT_CELLS = 100_000
-"""A block of more cells than these is predicted from some of its tokens, unless all are asked for."""
+"""A block of more cells than these is predicted from some of its tokens, unless the caller wants all."""
 _SAMPLES = 8
 
 
@@ -73,32 +74,38 @@ def predict(
     *,
     dtype: str = "auto",
     order: str | None = None,
-    samples: int | None = None,
 ) -> Prediction:
     """What `OptLM.generate` would take on `hardware` for a workload whose prompts are all of full length.
 
     dtype: "auto" is the checkpoint's own where the machine has products for it.
-    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one.
-        A number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
-        others. What lies between grows evenly with the context, so seconds are taken to be linear there; the tests
-        hold the result within 5% of the exact one.
 
     Raises RequestError, ScheduleError (an unknown order), HardwareError (a figure that is missing) and CapacityError,
     with the same words as a run.
     """
-    return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy, samples)
+    return predict_job(Job.checked(spec, hardware, workload, dtype, order), policy)
 
 
-def predict_job(job: Job, policy: Policy, samples: int | None = None) -> Prediction:
-    """`predict` for a job that was checked."""
+def predict_job(
+    job: Job, policy: Policy, samples: int | None = None, placements: Placements | None = None
+) -> Prediction:
+    """`predict` for a job that was checked.
+
+    samples: None lays out every token of a block of up to 100,000 cells, which is exact, and 8 of a larger one. A
+        number lays out the prefill, three tokens of the decode (six with a cache on disk) and that many of the
+        others. Between them seconds grow evenly with the context, so they are interpolated; the tests hold the
+        result within 5% of the exact one.
+    placements: those of the job's model that are known already.
+    """
     workload = job.workload
-    layers = build_layers(job.spec, policy.sep_layer)
-    placement = place_weights(layers, policy.weights, job.dtype)
+    placements = placements or Placements(job.spec, job.dtype)
+    layers = placements.layers(policy.sep_layer)
+    placement = placements.placement(policy.sep_layer, policy.weights)
     policy, plan = _plan(job, policy, layers, placement)
     job = replace(job, hardware=job.hardware.copying(_copied(plan, job, policy), policy.pin_weight))
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
-    made = {prompts: _block(job, policy, layers, placement, prompts, samples) for prompts in set(shapes)}
+    model = PlacedModel(layers, placement, job.hardware)
+    made = {prompts: _block(job, policy, model, prompts, samples) for prompts in set(shapes)}
     blocks = tuple(made[prompts] for prompts in shapes)
     batches = batch_sizes(policy, workload.num_prompts)
     laid_out = sum(token >= 0 for token in blocks[0].tokens)
@@ -178,15 +185,8 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
     )
 
 
-def _block(
-    job: Job,
-    policy: Policy,
-    layers: Sequence[Layer],
-    placement: Placement,
-    prompts: int,
-    samples: int | None,
-) -> _Block:
-    hardware, workload = job.hardware, job.workload
+def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: int | None) -> _Block:
+    hardware, workload, layers = job.hardware, job.workload, model.layers
     batches = len(batch_sizes(policy, prompts))
     parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that give no token
     lead = len(parts)
@@ -198,15 +198,17 @@ def _block(
 
     def costs_in(order: Order) -> StepCosts:
         block = CostedBlock(prompts, order, tokens, [lead + n for n in flushing])
-        return StepCosts(job, policy, layers, placement, block)
+        return StepCosts(model, policy, workload, block)
 
     costs = costs_in(asked)
     # The buffers are those of a full block, whose batches may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
     grid = asked.grid(*shape, full.slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_beside(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
-    ends = timeline.ends(Op.STORE_HIDDEN, len(layers) - 1)[lead:]  # when each token was known for all rows
+    timeline = play_with_losses(steps, works_of(steps, costs, model.alike), hardware.losses, lead + 1)
+    ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
+        lead:
+    ]  # when each token was known for all rows
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
@@ -233,7 +235,7 @@ def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequ
     """The tokens to lay out, and which of them (by place) write a page of the cache where there are `pages` on disk.
 
     The first of the decode stands for itself, because it waits for what the prefill leaves, and so does the last,
-    beside which nothing is fetched for a next one. A page is written in the middle, and what comes after waits.
+    which fetches nothing for a next one. A page is written in the middle, and what comes after waits.
     """
     if samples is not None and samples < 1:
         raise RequestError(f"samples is {samples}; it must be at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,22 +19,24 @@ Costs = Sequence[Sequence[tuple[LaneName, float]]]
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When every step of a schedule is done. Its events are many objects, so they are made only where one asks."""
+    """When every step of a schedule is done. Events are many objects, so they are made only where they are read."""
 
     steps: Numbered
     works: Sequence[Costs]
-    """Of each entry of `steps`."""
+    """The work of each entry of `steps`."""
     done: Sequence[float]
-    """Seconds at which it was done."""
-    stretched: Sequence[float] | None = None
-    """How many times its seconds each stage took."""
+    """Seconds at which each entry was done."""
+    starts: Sequence[float]
+    """Seconds at which each stage started, in the order of issue."""
+    ends: Sequence[float]
+    """Seconds at which each stage ended."""
 
     @property
     def span(self) -> float:
         """Seconds until all was done."""
         return max(self.done, default=0.0)
 
-    def ends(self, op: Op, layer: int) -> list[float]:
+    def last_ends(self, op: Op, layer: int) -> list[float]:
         """When the last step of an op in a layer was done, by token."""
         ends = [0.0] * (len(self.steps.sections) // self.steps.layers)
         n = 0
@@ -45,13 +48,6 @@ class Timeline:
                 n += 1
         return ends
 
-    def edges(self) -> tuple[list[float], list[float]]:
-        """Of every stage in the order of issue: when it starts and when it ends."""
-        starts: list[float] = []
-        ends: list[float] = []
-        _lay_out(self.steps, self.works, self.stretched, starts, ends)
-        return starts, ends
-
     @property
     def events(self) -> list[Event]:
         """As of a trace."""
@@ -62,15 +58,23 @@ class Timeline:
             for chain in work
             for lane, _ in chain
         ]
-        return [Event(*named, *times) for named, *times in zip(lanes, *self.edges(), strict=True)]
+        return [Event(*named, *times) for named, *times in zip(lanes, self.starts, self.ends, strict=True)]
 
 
-class _Asked(dict[tuple[Op, int], Costs]):
-    """What the steps of a visit take, by op and batch or piece; asked when it is looked for."""
+class Alike(NamedTuple):
+    """For each layer the first one that takes the same: of `weights` to load, which are also the same for every
+    token, and of all other steps of its cells."""
 
-    def __init__(self, costs: Callable[[Step], Costs], token: int, layer: int) -> None:
+    weights: Sequence[int]
+    cells: Sequence[int]
+
+
+class _Visit(dict[tuple[Op, int], Costs]):
+    """The work of the steps of a visit by op and batch or piece. `costs` is called once for each."""
+
+    def __init__(self, costs: Callable[[Step], Costs], visit: tuple[int, int]) -> None:
         self._costs = costs
-        self._visit = token, layer
+        self._visit = visit
 
     def __missing__(self, key: tuple[Op, int]) -> Costs:
         op, number = key
@@ -78,28 +82,34 @@ class _Asked(dict[tuple[Op, int], Costs]):
         return self[key]
 
 
-def works_of(
-    steps: Numbered, costs: Callable[[Step], Costs], alike: Sequence[int] | None = None
-) -> list[Costs]:
-    """The work of every entry of a schedule, nothing for one that is no step.
+def works_of(steps: Numbered, costs: Callable[[Step], Costs], alike: Alike | None = None) -> list[Costs]:
+    """The work of every entry of a schedule; an entry that is no step has none.
 
-    alike: for each layer the first whose steps take the same, but for loads of weights, which are then taken to be
-    the same for every token. A deep model has very many steps and few that differ: costs are asked by kind.
+    A deep model has very many steps and few that differ, so `costs` is called once for visits that are alike. None:
+    no layer is like another one.
     """
-    cells: dict[tuple[int, int], _Asked] = {}
-    weights: dict[tuple[int, int], _Asked] = {}
+    visits: dict[tuple[int, int], _Visit] = {}
+    known: dict[object, list[Costs]] = {}
     works: list[Costs] = []
-    for visit, section in enumerate(steps.sections):
-        of_cells, of_weights = {}, {}
+    for n, section in enumerate(steps.sections):
+        cells, weights = {}, {}
         for ahead in section.visits:
-            token, layer = divmod(visit + ahead, steps.layers)
-            cell, weight = ((token, layer),) * 2 if alike is None else ((token, alike[layer]), (0, layer))
-            of_cells[ahead] = cells.setdefault(cell, _Asked(costs, *cell))
-            of_weights[ahead] = weights.setdefault(weight, _Asked(costs, *weight))
-        works += [
-            () if op is None else (of_weights if op is Op.LOAD_WEIGHTS else of_cells)[ahead][op, number]
-            for op, ahead, number in section.entries
-        ]
+            token, layer = cells[ahead] = weights[ahead] = divmod(n + ahead, steps.layers)
+            if alike:
+                cells[ahead], weights[ahead] = (token, alike.cells[layer]), (0, alike.weights[layer])
+        kind = id(section), tuple(cells.values()), tuple(weights.values())
+        if kind not in known:
+            for visit in (*kind[1], *kind[2]):
+                if visit not in visits:
+                    visits[visit] = _Visit(costs, visit)
+            of_cells, of_weights = (
+                {ahead: visits[visit] for ahead, visit in named.items()} for named in (cells, weights)
+            )
+            known[kind] = [
+                () if op is None else (of_weights if op is Op.LOAD_WEIGHTS else of_cells)[ahead][op, number]
+                for op, ahead, number in section.entries
+            ]
+        works += known[kind]
     return works
 
 
@@ -113,25 +123,16 @@ def simulate(steps: Iterable[Step], grid: Grid, costs: Callable[[Step], Costs]) 
     return Trace(play(made, works_of(made, costs)).events)
 
 
-def play(steps: Numbered, works: Sequence[Costs]) -> Timeline:
-    """`simulate`, for steps that are numbered already, and the work of each of them."""
-    return Timeline(steps, works, _lay_out(steps, works))
+def play(steps: Numbered, works: Sequence[Costs], factors: Iterable[float] | None = None) -> Timeline:
+    """`simulate`, for steps that are numbered already, and the work of each of them.
 
-
-def _lay_out(
-    steps: Numbered,
-    works: Sequence[Costs],
-    stretched: Sequence[float] | None = None,
-    starts: list[float] | None = None,
-    ends: list[float] | None = None,
-) -> list[float]:
-    """When each step is done. This is where a prediction spends its time.
-
-    stretched: how many times its seconds each stage takes. starts, ends: get the times of every stage.
+    factors: by how much the seconds of each stage are multiplied. A prediction spends its time here.
     """
     free = dict.fromkeys(LaneName, 0.0)
-    factors = repeat(1.0) if stretched is None else iter(stretched)
+    factor = repeat(1.0) if factors is None else iter(factors)
     done: list[float] = []
+    starts: list[float] = []
+    ends: list[float] = []
     for needed, work in zip(steps.needs(), works, strict=True):
         ready = 0.0
         for n in needed:
@@ -143,16 +144,14 @@ def _lay_out(
             for lane, seconds in chain:
                 if free[lane] > time:
                     time = free[lane]
-                if starts is not None:
-                    starts.append(time)
-                time += seconds * next(factors)
+                starts.append(time)
+                time += seconds * next(factor)
                 free[lane] = time
-                if ends is not None:
-                    ends.append(time)
+                ends.append(time)
             if time > end:
                 end = time
         done.append(end)
-    return done
+    return Timeline(steps, works, done, starts, ends)
 
 
 Losses = Mapping[Phase, Mapping[tuple[LaneName, LaneName], float]]
@@ -163,28 +162,23 @@ _SETTLED = 1e-3
 _MOST_LOST = 0.9
 
 
-def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1) -> Timeline:
-    """`play`, where lanes that work at the same time slow each other down. `prefill`: how many passes are of it.
+def play_with_losses(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill: int = 1) -> Timeline:
+    """`play`, where lanes that work at the same time slow each other down. `prefill`: how many passes belong to the
+    prefill.
 
-    By turns the schedule is laid out, and each stage made longer by what it loses to those it overlaps: a few rounds,
-    until the end no longer moves. A stage is slowed evenly over its time.
+    The schedule is laid out, and each stage made longer by what it loses to those that it overlaps. This is repeated
+    for a few rounds, until the end no longer moves. A stage is slowed evenly over its time.
     """
     made = play(steps, works)
     if not losses:
         return made
-    stages = [
-        (_NUMBER[lane], step.token)
-        for step, work in zip(steps.steps(), works, strict=True)
-        if step is not None
-        for chain in work
-        for lane, _ in chain
-    ]
-    lanes, tokens = np.array(stages, dtype=int).reshape(-1, 2).T
+    lanes = np.array([_NUMBER[lane] for work in works for chain in work for lane, _ in chain], dtype=int)
+    stages = [sum(map(len, work)) for work in works]
+    in_prefill = np.repeat(np.array(steps.visits()) < prefill * steps.layers, stages)
     for _ in range(_ROUNDS):
         before = made.span
-        starts, ends = map(np.array, made.edges())
-        stretched = _stretched(lanes, tokens < prefill, starts, ends, losses)
-        made = Timeline(steps, works, _lay_out(steps, works, stretched), stretched)
+        stretched = _stretched(lanes, in_prefill, np.array(made.starts), np.array(made.ends), losses)
+        made = play(steps, works, stretched)
         if abs(made.span - before) <= _SETTLED * before:
             break
     return made
@@ -193,7 +187,7 @@ def play_beside(steps: Numbered, works: Sequence[Costs], losses: Losses, prefill
 def _stretched(
     lanes: np.ndarray, prefill: np.ndarray, begin: np.ndarray, end: np.ndarray, losses: Losses
 ) -> list[float]:
-    """How many times its own seconds each stage takes beside the others. `prefill`: whether it is of that phase."""
+    """By how much each stage is longer where others overlap it. `prefill`: whether it belongs to that phase."""
     lost = np.zeros(len(lanes))
     of_phase = {Phase.PREFILL: prefill, Phase.DECODE: ~prefill}
     shares = ((phase, pair, share) for phase, pairs in losses.items() for pair, share in pairs.items())

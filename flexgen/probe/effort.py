@@ -19,8 +19,21 @@ _MOST_CALLS = 512
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """The samples of one figure.
+
+    repeats, seconds: the maximum number of samples, and the time after which three samples are enough.
+    together: the seconds for which two lanes run together; each runs alone for half as long.
+    """
+
+    repeats: int = 9
+    seconds: float = 0.3
+    together: float = 0.75
+
+
+@dataclass(frozen=True)
 class Effort:
-    """The sizes of a measurement, large enough not to fit in processor caches, and the number of samples.
+    """The sizes of a measurement, large enough not to fit in processor caches, and the samples of each figure.
 
     hidden, heads: the size of the measured layers. Their feed-forward half is four times as wide.
     working_set: the bytes of matrices, or of a KV cache, that are used before the first of them is used again.
@@ -28,8 +41,6 @@ class Effort:
     prompt, context: the tokens of a prompt and of a KV cache for attention.
     cache_rows: the prompts of the KV cache on the device.
     file, transfer: the bytes of the file on disk and of one transfer.
-    repeats, seconds: the maximum number of samples of one figure, and the time after which three samples are enough.
-    beside: the seconds for which two lanes run together; each runs alone for half as long.
     layers, tokens: the size of the small model that measures the fixed cost of a cell.
     """
 
@@ -42,11 +53,9 @@ class Effort:
     cache_rows: int = 8
     file: int = 256 * MIB
     transfer: int = 32 * MIB
-    repeats: int = 9
-    seconds: float = 0.3
-    beside: float = 0.75
     layers: int = 8
     tokens: int = 24
+    sampling: Sampling = Sampling()
 
 
 def on_gpu(effort: Effort) -> Effort:
@@ -66,8 +75,8 @@ FULL = Effort()
 class Stopwatch:
     """Measures median times, with a clock that tests can replace."""
 
-    def __init__(self, effort: Effort, clock: Clock = time.perf_counter) -> None:
-        self._effort = effort
+    def __init__(self, sampling: Sampling, clock: Clock = time.perf_counter) -> None:
+        self._sampling = sampling
         self.clock = clock
 
     def seconds(self, work: Callable[[], object], settle: Callable[[], object] = lambda: None) -> float:
@@ -81,7 +90,8 @@ class Stopwatch:
         calls = min(max(math.ceil(_LEAST_SAMPLE / first), 1), _MOST_CALLS) if first > 0 else _MOST_CALLS
         samples = [first] if calls == 1 else []
         spent = first
-        while len(samples) < self._effort.repeats and (len(samples) < 3 or spent < self._effort.seconds):
+        most, seconds = self._sampling.repeats, self._sampling.seconds
+        while len(samples) < most and (len(samples) < 3 or spent < seconds):
             samples.append(self._sample(work, settle, calls))
             spent += samples[-1] * calls
         return max(statistics.median(samples), 1e-9)

@@ -45,8 +45,8 @@ _LEAST_MEMORY = 8 * MIB
 """The minimum memory of a device, for long transfers and for the model that measures the fixed cost of a cell."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
-_BESIDE = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
-_BESIDE_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
+_OTHERS = (LaneName.TO_DEVICE, LaneName.FROM_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE)
+_OTHER_ROWS = {Phase.DECODE: ("interference", 16), Phase.PREFILL: ("prefill_interference", 512)}
 """For each phase, its table and the rows of the product that runs together with other lanes. A product with few rows
 is limited by memory bandwidth and cores, one with many rows by the cores."""
 _NOISE = 0.03
@@ -194,7 +194,7 @@ class _Measurement:
                 effort = within(effort, left, where)
         self._effort = effort
         self._clock = clock
-        self._watch = Stopwatch(effort, clock)
+        self._watch = Stopwatch(effort.sampling, clock)
         self._links = LinkProbe(machine, lanes, effort, self._watch)
         self._figures: dict[str, dict[Any, Any]] = {}
         self._fixed: dict[str, float] = {}
@@ -268,8 +268,8 @@ class _Measurement:
             )
         # Not needed for a half type that the device stores but does not compute in.
         computed = device.fast_dtype(dtype) is dtype
-        brief = replace(self._effort, seconds=self._effort.seconds / 2)
-        narrow = ElementwiseProbe(probe, device, dtype, brief, Stopwatch(brief, self._clock))
+        brief = replace(self._effort.sampling, seconds=self._effort.sampling.seconds / 2)
+        narrow = ElementwiseProbe(probe, device, dtype, self._effort, Stopwatch(brief, self._clock))
         if computed:
             yield f"element-wise work {name}", partial(self._find_elementwise, narrow, name)
         for codec in CODECS.values():
@@ -301,8 +301,8 @@ class _Measurement:
     def _find_encoded(self, probe: ArithmeticProbe, narrow: ElementwiseProbe, key: str, codec: Codec) -> None:
         # An empty entry means that no product uses encoded matrices; no entry means that it was not measured.
         found, name = probe.encoded_products(codec), key.split()[0]
-        if beside := self._figures.get("elementwise", {}).get(name):
-            found = narrow.alone(found, beside)
+        if plain := self._figures.get("elementwise", {}).get(name):
+            found = narrow.alone(found, plain)
         self._figures.setdefault("encoded_products", {})[key] = found
 
     def _find_around_attention(self, narrow: ElementwiseProbe, name: str) -> None:
@@ -335,10 +335,10 @@ class _Measurement:
         if not device.shares_host_memory:
             form = PlainHeads(self._effort.hidden // self._effort.heads, dtype)
             others[LaneName.HOST] = probe.attending(form, self._machine.host, _CPU)
-        lanes = _BESIDE if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
+        lanes = _OTHERS if not device.shares_host_memory else (LaneName.DISK_READ, LaneName.DISK_WRITE)
         for lane in lanes:
             others[lane] = self._links.mover(lane)
-        for phase, (table, rows) in _BESIDE_ROWS.items():
+        for phase, (table, rows) in _OTHER_ROWS.items():
             enqueue = probe.multiplying(rows)
 
             def multiply(enqueue: Callable[[], object] = enqueue) -> None:
@@ -351,7 +351,7 @@ class _Measurement:
             for one, other in itertools.combinations(work, 2):
                 if phase is Phase.PREFILL and LaneName.COMPUTE not in (one, other):
                     continue  # equal in both phases
-                lost = lost_shares(work[one], work[other], self._effort.beside, self._clock)
-                for lane, beside, share in ((one, other, lost[0]), (other, one, lost[1])):
-                    found[f"{lane} {beside}"] = share if share > _NOISE else 0.0
+                lost = lost_shares(work[one], work[other], self._effort.sampling.together, self._clock)
+                for lane, other_lane, share in ((one, other, lost[0]), (other, one, lost[1])):
+                    found[f"{lane} {other_lane}"] = share if share > _NOISE else 0.0
         probe.release()

@@ -17,19 +17,19 @@ _ROUNDS = 3
 """Rounds of each measurement (both alone, then together). The speed of a shared machine changes every second."""
 
 
-def lost_shares(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+def lost_shares(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float, float]:
     """The share of its speed, from 0 to below 1, that each of two kinds of work loses while the other runs.
 
-    `here` runs in this thread and `beside` in another one. Both run together for `seconds` in total; each runs alone
+    `here` runs in this thread and `there` in another one. Both run together for `seconds` in total; each runs alone
     for half as long just before. The result is the median of all rounds.
     """
-    found = [_lost(here, beside, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
+    found = [_lost(here, there, seconds / _ROUNDS, clock) for _ in range(_ROUNDS)]
     first, second = (min(max(statistics.median(shares), 0.0), 0.95) for shares in zip(*found, strict=True))
     return first, second
 
 
-def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float, float]:
-    alone = _alone(here, seconds / 2, clock), _alone(beside, seconds / 2, clock)
+def _lost(here: Work, there: Work, seconds: float, clock: Clock) -> tuple[float, float]:
+    alone = _alone(here, seconds / 2, clock), _alone(there, seconds / 2, clock)
     counts = [0, 0]
     stop = threading.Event()
     failed: list[BaseException] = []
@@ -38,7 +38,7 @@ def _lost(here: Work, beside: Work, seconds: float, clock: Clock) -> tuple[float
         try:
             with torch.inference_mode():
                 while not stop.is_set():
-                    beside()
+                    there()
                     counts[1] += 1
         except BaseException as error:
             failed.append(error)

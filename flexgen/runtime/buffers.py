@@ -1,4 +1,4 @@
-"""Buffers of one block: its KV cache, its hidden states, and the table rows that it looks up."""
+"""Buffers of one block: its KV cache, its hidden states, the table rows that it looks up, and its CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flexgen.layout.cache import cache_segments
+from flexgen.layout.graphs import replayed
 from flexgen.layout.hidden import HiddenLayout, hidden_layout
 from flexgen.layout.passes import Passes
 from flexgen.memory.taken import run_all
 from flexgen.models.layer import AttentionLayer
 from flexgen.runtime.activations import Activations
 from flexgen.runtime.compaction import Moved
+from flexgen.runtime.graphs import CellGraphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.model import Model
@@ -20,19 +22,33 @@ from flexgen.workload import Workload
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """The buffers of a block's cells. `lookup`: None where the table is used in place."""
+    """The buffers of a block's cells. `lookup`: None where the table is used in place. `graphs`: None where no cell
+    is replayed."""
 
     cache: KVCache
     activations: Activations
     lookup: Lookup | None
+    graphs: CellGraphs | None
+
+    def expect(self, tokens: int) -> None:
+        """The next run gives `tokens` tokens with the batches that the buffers are for now."""
+        if self.graphs is not None:
+            self.graphs.expect(tokens)
+
+    def end_run(self) -> None:
+        """Forget what is only for these batches; no step may be under way."""
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def reset(self, model: Model, batches: Sequence[int]) -> None:
         """Continue with the batches that the buffers were made for, for other prompts."""
+        self.end_run()
         self.cache.reset()
         self.activations.regroup(_hidden_layouts(model, batches))
 
     def regroup(self, model: Model, batches: Sequence[Moved]) -> None:
         """Continue with these batches; no transfer may be under way."""
+        self.end_run()
         self.cache.regroup(batches, model.policy.cache)
         self.activations.regroup(_hidden_layouts(model, [len(moved.rows) for moved in batches]))
 
@@ -74,7 +90,19 @@ class Buffers:
         if model.table is not None:
             lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
             self._close.append(lookup.close)
-        self.block = BlockBuffers(cache, activations, lookup)
+        graphs, device = None, machine.device
+        resident = replayed(
+            model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
+        )
+        if resident:
+            graphs = CellGraphs(model.layers, resident, cache, device)
+            self._close.append(graphs.close)
+        self.block = BlockBuffers(cache, activations, lookup, graphs)
+
+    def end_call(self) -> None:
+        """Forget what buffers that outlive a call have for it alone."""
+        if self.block is not None:
+            self.block.end_run()
 
     def close(self) -> None:
         """Give back all memory and files."""

@@ -16,7 +16,7 @@ from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.results.trace import LaneName, Phase, Trace
-from flexgen.runtime.buffers import Buffers
+from flexgen.runtime.buffers import BlockBuffers, Buffers
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.model import Model
@@ -93,7 +93,7 @@ class Call:
                 partial(self._model.in_use.end, self),
                 partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
-                *([] if self._keeps else [self._buffers.close]),
+                self._buffers.end_call if self._keeps else self._buffers.close,
                 self._free_prompts,
             ]
         run_all(self._undo)
@@ -127,10 +127,12 @@ class Call:
         It runs in one piece as long as the same batches continue. Where rows that have stopped leave, the others
         are regrouped and continue from the next token. An output that is `by_token` ends a run with each token.
         """
+        self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
             if generation.following != prompts.batches:
                 self._regroup(prompts, generation.following, generation.next)
+                self._block.expect(tokens - generation.next)
             generation = self._execute(prompts, tokens, output, generation.next)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
@@ -162,9 +164,8 @@ class Call:
 
     def _regroup(self, prompts: Prompts, batches: list[list[int]], token: int) -> None:
         """From `token` on, run only these rows. No step may be under way."""
-        assert self._buffers.block is not None
         try:
-            self._buffers.block.regroup(self._model, prompts.regroup(batches, token))
+            self._block.regroup(self._model, prompts.regroup(batches, token))
         except OSError as error:
             raise LaneError(
                 f"moving the cache of {sum(map(len, batches))} rows before token {token} failed: {error}"
@@ -199,8 +200,12 @@ class Call:
         return order.grid(tokens, len(model.layers), batches, pieces, model.slots, model.feeds_ids)
 
     def _generation(self, prompts: Prompts, output: Output, grid: Grid, first: int = 0) -> Generation:
+        return Generation(grid, self._model, self._block, prompts, output, first)
+
+    @property
+    def _block(self) -> BlockBuffers:
         assert self._buffers.block is not None, "prepare comes before run"
-        return Generation(grid, self._model, self._buffers.block, prompts, output, first)
+        return self._buffers.block
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

@@ -29,7 +29,7 @@ from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Page, attend, attend_several, put
+from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put, put_at
 from flexgen.runtime.parts import Part
 from flexgen.runtime.sparse import ValueReader
 
@@ -169,6 +169,20 @@ class KVCache:
                 pages, bring = self._keep(part, cell, k, v), self._bring(part, cell)
                 outs.append(attend(pages, cell, part.segment, part.rows_of(q), scale, bring))
         return outs
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a row that the cache has room for, at least."""
+        segment = next(segment for segments in self._storage.segments().values() for segment in segments)
+        return segment.pages * segment.page_tokens
+
+    def attend_at(self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`attend` in a decode step, as a CUDA graph can capture it. All rows are in one page on the device."""
+        (part,) = self._storage.parts(cell)
+        (page,) = part.pages
+        heads = part.segment.heads
+        put_at(page, at.index, *heads.encode_both(k, v))
+        return attend_fixed(page, at, heads, q, scale)
 
     def attend_on_host(self, cell: BoundCell, scale: float) -> None:
         """`attend` for the rows of the host, after `host.send`; `host.fetch` gets the result."""

@@ -106,8 +106,12 @@ class LayerRunner:
         if cell.layer == 0 and lookup is not None:
             x, rows = lookup.take(x.shape, cell.slot)
             weights = {**weights, lookup.name: rows}
+        graphs, keeps_hidden = self._buffers.graphs, self._output.wants_hidden(cell.layer)
+        if graphs is not None and graphs.serves(cell) and not keeps_hidden:
+            self._keep(cell, graphs.compute(cell, self._context(cell), x, weights))
+            return
         layer = self._model.layers[cell.layer]
-        if isinstance(layer, Head) and self._output.wants_hidden(cell.layer):
+        if isinstance(layer, Head) and keeps_hidden:
             self._output.keep_hidden(cell, layer.final(x, weights))
         self._keep(cell, layer.forward(x, weights, self._context(cell)))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, join
+from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
@@ -38,6 +40,11 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
             for target, source in zip(pages[page], sources, strict=True):
                 target[:, :, begin : begin + count] = source
         done += count
+
+
+def put_at(page: Page, position: Tensor, k: Tensor, v: Tensor) -> None:
+    """`put` of one token of each row into a page, where `position` (1,) int64 on the page's device tells."""
+    _whole(page).index_copy_(2, position, torch.cat((k, v)))
 
 
 def _whole(page: Page) -> Tensor:
@@ -99,6 +106,24 @@ def attend(
     if bring is not None:
         bring(choice)
     return attend_chosen(choice, pages)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One new token of each row, for attention in a CUDA graph: tensors on the device say where the token is.
+
+    `index` (1,) int64 is its position. `hidden` is the mask of `attend_fused` for all positions up to it. Attention
+    is over `extent` positions.
+    """
+
+    index: Tensor
+    hidden: Tensor
+    extent: int
+
+
+def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scale: float) -> Tensor:
+    """`attend` of the new token, q (rows, heads, 1, head_dim), over a page that has its keys and values (`put_at`)."""
+    return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
 
 
 def attend_several(

@@ -35,6 +35,10 @@ class Op(Enum):
     __hash__ = object.__hash__
 
 
+_WHOLE = (Op.COMPUTE,)
+_IN_HALVES = Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE
+
+
 class Step(NamedTuple):
     """One operation of cell (token, layer, batch). For LOAD_WEIGHTS, `batch` is the number of the piece."""
 
@@ -91,9 +95,7 @@ class Grid:
     @property
     def computing(self) -> tuple[Op, ...]:
         """The steps that compute a cell, in order."""
-        if self.splits_attention:
-            return Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE
-        return (Op.COMPUTE,)
+        return _IN_HALVES if self.splits_attention else _WHOLE
 
     def cell(self, n: int) -> Cell | None:
         """Cell number `n` of that sequence, or None outside the grid."""

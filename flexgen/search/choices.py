@@ -9,7 +9,7 @@ import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.policy import CODECS as NAMES
-from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.policy import Auto, Policy, Share, Split, Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.job import Job
 from flexgen.quant import CODECS, head_format
@@ -22,14 +22,14 @@ _MOST_CELLS = 6_500
 
 
 class Choices:
-    """Everything that `settled` leaves open, whose `fixed` fields are kept."""
+    """All policies that have the fields which are given. `fixed`: the names of these."""
 
-    def __init__(self, job: Job, settled: Policy, fixed: frozenset[str], lossy: bool) -> None:
+    def __init__(self, job: Job, auto: Auto) -> None:
         self._job = job
-        self._settled = settled
-        self._lossy = lossy
+        self._settled = Policy.from_dict(auto.fixed)
+        self._lossy = auto.lossy
         self._shared = job.hardware.topology.shares_host_memory
-        self.fixed = fixed
+        self.fixed = frozenset(auto.fixed)
         # A host's memory is one tier, whatever it is called.
         self.tiers = (Tier.CPU, Tier.DISK) if self._shared else (Tier.CPU, Tier.GPU, Tier.DISK)
 
@@ -39,7 +39,7 @@ class Choices:
         form = self._settled.replace(**free)
         attending = ("gpu",) if self._shared or self._on_device else ("gpu", "cpu")
         for attend_on in attending if "attend_on" not in self.fixed else (form.attend_on,):
-            # Whole layers give the host something to attend to beside every one of them.
+            # In whole layers the host computes attention while the device computes another batch, in each of them.
             apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 yield form.replace(attend_on=attend_on, sep_layer=sep_layer)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flexgen.errors import CapacityError
 from flexgen.layout.fitting import parts_of
 from flexgen.models import ModelSpec
-from flexgen.policy import Policy, Split, Tier
+from flexgen.policy import Auto, Policy, Split, Tier
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import Prediction
@@ -33,6 +32,8 @@ from flexgen.search.simulations import Run, Simulations
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
 
+_ALL_OPEN = Auto()
+"""No field of the policy is given, and no codec may be chosen."""
 _CELLS = 25_000
 """Cells that are laid out to rank what the linear programs found, and as many to improve the winner."""
 _LAST_CELLS = 40_000
@@ -43,7 +44,7 @@ _ORDER_CELLS = 10_000
 """Cells that are laid out for that."""
 _OWN_ORDER = 0.01
 """By what share of its time another order must be faster than the one that the policy asks for: a file of the policy
-does not say it, so it has to be told again with every run."""
+does not say it, so you have to give it with every run."""
 _STEPS = 100.0, 20.0, 5.0, 1.0
 """Percent that are moved at once to improve the winner; the first is all that a tier has."""
 
@@ -110,63 +111,54 @@ def find_policy(
     spec: ModelSpec,
     hardware: Hardware,
     workload: Workload,
+    auto: Auto = _ALL_OPEN,
     *,
-    fixed: Mapping[str, Any] = {},
-    lossy: bool = False,
     dtype: str = "auto",
     order: str | None = None,
-    slots: Slots | None = None,
-    top: int = 5,
 ) -> Search:
-    """The policy under which `predict` takes least for the workload, and at most `top` - 1 others.
+    """The policy under which `predict` takes least for the workload, and some others.
 
-    fixed: fields of a policy that are kept as they are; the search fills in the rest.
-    lossy: whether codecs may be chosen that change what the model computes. Those in `fixed` always may.
-    dtype, order: as of `predict`; without an order all are tried that are not there for comparison only, and the
+    auto: the fields of the policy that are given, and whether codecs may be chosen that change what the model
+        computes. Codecs in given fields always may.
+    dtype, order: as of `predict`. Without an order all are tried that are not there for comparison only, and the
         policy's own is preferred to one that is less than 1% faster.
-    slots: the most that another order than a policy's own may want, where they are there already.
 
-    Raises PolicyError for `fixed` that no policy has, RequestError, ScheduleError and HardwareError as `predict`
-    does, and CapacityError, with what is short, where not even the smallest policy fits.
+    Raises PolicyError for given fields that no policy has, RequestError, ScheduleError and HardwareError as
+    `predict` does, and CapacityError, with what is short, where not even the smallest policy fits.
+    """
+    return find_for_job(Job.checked(spec, hardware, workload, dtype, order), auto)
+
+
+def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None) -> Search:
+    """`find_policy` for a job that was checked, with at most `top` candidates.
+
+    slots: the most that another order than a policy's own may want; None sets no limit.
     """
     began = time.perf_counter()
-    settled = Policy.from_dict(fixed)
-    job = Job.checked(spec, hardware, workload, dtype, order)
-    considered = 0
-
-    def ranked(prefill_chunk: int | None = None) -> list[Candidate]:
-        given = fixed if prefill_chunk is None else {**fixed, "prefill_chunk": prefill_chunk}
-        nonlocal considered
-        finder = _Finder(job, Choices(job, Policy.from_dict(given), frozenset(given), lossy), slots)
-        try:
-            return finder.ranked(max(top, 1))
-        finally:
-            considered += finder.considered
-
+    # Where nothing fits, prompts are computed in parts: the first size of parts that fits is taken.
+    given = [auto.fixed]
+    if not Policy.from_dict(auto.fixed).prefill_chunk:
+        given += [{**auto.fixed, "prefill_chunk": n} for n in parts_of(job.workload.prompt_len)]
+    considered, refused = 0, None
     with _without_collections():
-        try:
-            candidates = ranked()
-        except CapacityError:
-            parts = () if settled.prefill_chunk else parts_of(workload.prompt_len)
-            if (found := _in_parts(ranked, parts)) is None:
-                raise
-            candidates = found
-    best, *others = candidates
-    return Search(best, tuple(others), considered, time.perf_counter() - began)
-
-
-def _in_parts(ranked: Callable[[int], list[Candidate]], parts: Iterable[int]) -> list[Candidate] | None:
-    """The candidates for the first of these sizes of parts that fits, None where none does."""
-    for chunk in parts:
-        with suppress(CapacityError):
-            return ranked(chunk)
-    return None
+        for fixed in given:
+            finder = _Finder(job, Choices(job, replace(auto, fixed=fixed)), slots)
+            try:
+                best, *others = finder.ranked(max(top, 1))
+            except CapacityError as error:
+                refused = refused or error
+                continue
+            finally:
+                considered += finder.considered
+            return Search(best, tuple(others), considered, time.perf_counter() - began)
+    assert refused is not None
+    raise refused
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """A search makes millions of small objects and no cycles. For each so many of them Python would walk all that
-    the process has, torch with it, to look for cycles: a sixth of the search."""
+    """Python does not look for cycles meanwhile. A search makes millions of small objects and no cycles, and Python
+    would examine all objects of the process again and again, those of torch too: a sixth of the search."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -222,10 +214,10 @@ class _Finder:
         yield Run(policy if settled else filled(policy, choices.tiers, short), solved.order), solved
         if settled or policy.overlap or "overlap" in choices.fixed or self._job.order:
             return
-        if beside := squeezed(policy.replace(overlap=True), choices.tiers, short):
+        if overlapped := squeezed(policy.replace(overlap=True), choices.tiers, short):
             form = solved.form.replace(overlap=True)
             own = solved._replace(form=form, figures=self._programs.figures(form, solved.order))
-            yield Run(filled(beside, choices.tiers, short), solved.order), own
+            yield Run(filled(overlapped, choices.tiers, short), solved.order), own
 
     # What the simulator says of it
 
@@ -329,7 +321,7 @@ class _Finder:
         return Candidate(run.policy, prediction.report.order, prediction, words)
 
     def _smallest(self) -> Solved:
-        """As few prompts in flight as there may be, without overlap unless it is asked for, with each class where
+        """As few prompts in flight as there may be, without overlap unless that is given, with each class where
         it leaves the tiers least short."""
         size, numbers = next(iter(self._choices.shapes().items()))
         form = next(self._choices.forms()).replace(gpu_batch_size=size, num_gpu_batches=numbers[0])

@@ -13,7 +13,8 @@ from flexgen.policy import Policy, Tier
 from flexgen.predict.job import Job
 from flexgen.schedule.orders import ORDERS, Slots
 from flexgen.search.choices import Choices
-from flexgen.search.linear import Corners, Figures, Solution, one_codec_each
+from flexgen.search.corners import Corners
+from flexgen.search.linear import Figures, Solution, one_codec_each
 from flexgen.search.simulations import Run, blocks
 
 _BEST = 8
@@ -49,7 +50,7 @@ class Programs:
         self.considered = 0
 
     def all(self) -> list[Solved]:
-        """Best first. Every other size of a batch, then those beside the best of them."""
+        """Best first. Every other size of a batch, then the neighbours of the best of them."""
         shapes = self._choices.shapes()
         sizes = list(shapes)
         solved: list[Solved] = []

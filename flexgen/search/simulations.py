@@ -1,24 +1,23 @@
-"""What the memory plan and the simulator say of a job's policies, each in an order.
+"""Memory plans and simulations of a job's policies, each in an order.
 
-They are asked once, and of a large model the simulator is asked less than all.
+Each is computed once. Of a large model only a part is simulated.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
-from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import Target, plan_memory
-from flexgen.models import Layer, build_layers
-from flexgen.policy import Policy, Split, Tier
+from flexgen.policy import Policy, Tier
 from flexgen.predict.job import Job
+from flexgen.predict.placed import Placements
 from flexgen.predict.prediction import Prediction, predict_job, sampled_tokens
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
@@ -52,8 +51,7 @@ class Simulations:
         # tier can get more of it than there is room for.
         self._unlimited = hardware.replace(capacity=dict.fromkeys(hardware.capacity, _UNLIMITED))
         self._capacity = np.array([float(hardware.capacity.get(tier, 0)) for tier in Tier])
-        self._layers = cache(self._make_layers)
-        self._placement = cache(self._place)
+        self._placements = Placements(job.spec, job.dtype)
         self._predictions: dict[tuple[Run, bool], Prediction] = {}
         self.laid_out = 0
 
@@ -64,7 +62,8 @@ class Simulations:
     def plan(self, run: Run) -> tuple[MemoryPlan, np.ndarray]:
         """The plan, with the slots of the order, and by how many bytes each tier is short."""
         policy, topology = run.policy, self._job.hardware.topology
-        layers, placement = self._layers(policy.sep_layer), self._placement(policy.sep_layer, policy.weights)
+        layers = self._placements.layers(policy.sep_layer)
+        placement = self._placements.placement(policy.sep_layer, policy.weights)
         target = Target(topology, self.order(run).slots, workspaces_on(self._job.hardware))
         plan = plan_memory(layers, placement, policy, target, self._job.workload)
         return plan, np.array([float(plan.on(tier)) for tier in Tier]) - self._capacity
@@ -75,7 +74,7 @@ class Simulations:
 
     def cells(self, policy: Policy, small: bool = False) -> tuple[int, bool]:
         """How many cells a prediction lays out, and whether these are all. `small`: for a model of few layers."""
-        layers = len(self._layers(policy.sep_layer))
+        layers = len(self._placements.layers(policy.sep_layer))
         if small:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
         prompts = min(self._job.workload.num_prompts, policy.block_size)
@@ -91,11 +90,9 @@ class Simulations:
         if (run, small) not in self._predictions:
             cells, exact = self.cells(run.policy, small)
             self.laid_out += cells
-            self._predictions[run, small] = predict_job(
-                replace(self._small if small else self._job, order=run.order),
-                run.policy,
-                None if exact else 1,
-            )
+            job, placements = self._small if small else (self._job, self._placements)
+            job = replace(job, order=run.order)
+            self._predictions[run, small] = predict_job(job, run.policy, None if exact else 1, placements)
         return self._predictions[run, small]
 
     def seconds(self, run: Run, figures: Figures) -> float:
@@ -112,7 +109,7 @@ class Simulations:
         return longest * blocks(self._job.workload, run.policy) * small.total_s / small.bound_s
 
     @cached_property
-    def _small(self) -> Job:
+    def _small(self) -> tuple[Job, Placements]:
         """The job with a few of the model's layers, on a machine whose tiers hold anything. These layers follow one
         another, where their kinds are mixed most like those of the whole model."""
         layers = self._job.spec.layers
@@ -124,13 +121,7 @@ class Simulations:
 
         begin = min(range(len(layers) - few + 1), key=unlike)
         spec = replace(self._job.spec, layers=layers[begin : begin + few])
-        return replace(self._job, spec=spec, hardware=self._unlimited)
-
-    def _make_layers(self, sep_layer: bool) -> tuple[Layer, ...]:
-        return build_layers(self._job.spec, sep_layer)
-
-    def _place(self, sep_layer: bool, split: Split) -> Placement:
-        return place_weights(self._layers(sep_layer), split, self._job.dtype)
+        return replace(self._job, spec=spec, hardware=self._unlimited), Placements(spec, self._job.dtype)
 
 
 def blocks(workload: Workload, policy: Policy) -> float:

@@ -13,10 +13,10 @@ from typing import Any
 
 from flexgen.engine.auto import in_words
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.models import ModelSpec
-from flexgen.predict.hardware import Hardware
+from flexgen.policy import Auto
+from flexgen.predict.job import Job
 from flexgen.results.report import Report
-from flexgen.search.find import Candidate, Search, find_policy
+from flexgen.search.find import Candidate, Search, find_for_job
 from flexgen.tuning.correct import Seen, corrected
 from flexgen.tuning.trial import Shape, predicted_trial, run_trial, shape_for
 from flexgen.workload import Workload
@@ -24,7 +24,7 @@ from flexgen.workload import Workload
 _log = logging.getLogger("flexgen")
 
 _STEADY = 0.1
-"""Repeats whose totals lie within this share of their median are a stable figure."""
+"""Repeats whose totals are within this share of their median are a stable figure."""
 
 
 @dataclass
@@ -107,33 +107,25 @@ class Effort:
 class Tuning:
     """The rounds of one tuning: what was tried, and the machine's figures as far as they are corrected.
 
-    asked: what the search is asked for, `find_policy`'s `fixed`, `lossy`, `dtype` and `order`. opening: what `OptLM`
-    is given for a trial, beside the policy and the order. Progress is logged.
+    job: with the machine's figures before any correction. auto: the given fields of a policy. opening: the arguments
+    of `OptLM` for a trial, but for the policy and the order. Progress is logged.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        hardware: Hardware,
-        workload: Workload,
-        asked: Mapping[str, Any],
-        effort: Effort,
-        opening: Mapping[str, Any],
-    ) -> None:
-        self._spec = spec
-        self._asked = asked
+    def __init__(self, job: Job, auto: Auto, effort: Effort, opening: Mapping[str, Any]) -> None:
+        self._job = job
+        self._auto = auto
         self._effort = effort
         self._opening = opening
-        self._first = hardware
-        self.workload = workload
-        self.hardware = hardware
+        self.workload = job.workload
+        self.hardware = job.hardware
         self.tried: list[Tried] = []
-        self.search = self.find(workload)
+        self.search = self.find(self.workload)
         _log.info("%s", in_words(self.search))
 
     def find(self, workload: Workload) -> Search:
         """Search with the figures as they are now."""
-        return find_policy(self._spec, self.hardware, workload, **self._asked, top=self._effort.top)
+        job = replace(self._job, hardware=self.hardware).for_workload(workload)
+        return find_for_job(job, self._auto, self._effort.top)
 
     @property
     def best(self) -> Tried | None:
@@ -157,7 +149,9 @@ class Tuning:
             if not any(tried.runs for tried in self.tried):
                 why = "; ".join(sorted({tried.failure for tried in self.tried}))
                 raise RequestError(f"none of {len(self.tried)} candidates ran: {why}")
-            self.hardware = corrected(self._first, [tried.seen() for tried in self.tried if tried.runs])
+            self.hardware = corrected(
+                self._job.hardware, [tried.seen() for tried in self.tried if tried.runs]
+            )
             self.search = self.find(self.workload)
             _log.info(f"with the figures corrected, {in_words(self.search)}")
 
@@ -182,13 +176,11 @@ class Tuning:
                 self._run(tried, repeat)
 
     def _planned(self, candidate: Candidate) -> Tried:
-        policy, order = candidate.policy, candidate.order
-        job = self._spec, policy, order, self._first
-        dtype = self._asked["dtype"]
-        shape = shape_for(*job, self.workload, self._effort.trial_seconds, dtype)
-        predicted = predicted_trial(*job, shape, dtype)
+        policy, job = candidate.policy, replace(self._job, order=candidate.order)
+        shape = shape_for(job, policy, self._effort.trial_seconds)
+        predicted = predicted_trial(job, policy, shape)
         # The whole job, with the figures that the trial is predicted with.
-        whole = predicted_trial(*job, Shape(self._spec.num_layers, self.workload), dtype)
+        whole = predicted_trial(job, policy, Shape(job.spec.num_layers, self.workload))
         return Tried(candidate, shape, whole, predicted)
 
     def _run(self, tried: Tried, repeat: int) -> None:

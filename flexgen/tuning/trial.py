@@ -1,4 +1,4 @@
-"""Runs beside what is predicted of them, and short runs that stand for long ones."""
+"""Runs with their predictions, and short runs that stand for long ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flexgen.errors import FlexGenError
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy
 from flexgen.predict.hardware import Hardware
-from flexgen.predict.prediction import predict, roofline
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import predict, predict_job, roofline
 from flexgen.results.report import Report
 from flexgen.workload import Workload
 
@@ -23,7 +24,7 @@ _log = logging.getLogger("flexgen")
 _LEAST_LAYERS, _LEAST_TOKENS = 2, 4
 
 
-def beside(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
+def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
     """The report of a run with its prediction and its roofline, if `hardware` has the figures for them."""
     # Prompts of the length that was computed, which is the mean with its padding.
     computed = report.prompt_tokens / (1 - report.padded_share)
@@ -57,7 +58,7 @@ def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: i
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a job a trial runs: one block of its prompts, through so many layers, for so many tokens."""
+    """How much of a job a trial runs: one block of its prompts, through its first `layers`, for fewer tokens."""
 
     layers: int
     workload: Workload
@@ -68,7 +69,7 @@ class Shape:
 
 
 def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shape]:
-    """Ever more of a job, from a few layers and tokens to one whole block."""
+    """Growing parts of a job, from a few layers and tokens to one whole block."""
     prompts = min(policy.block_size, workload.num_prompts)
     layers, tokens = min(_LEAST_LAYERS, spec.num_layers), min(_LEAST_TOKENS, workload.gen_len)
     while True:
@@ -83,19 +84,11 @@ def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shap
             tokens = min(2 * tokens, workload.gen_len)
 
 
-def shape_for(
-    spec: ModelSpec,
-    policy: Policy,
-    order: str | None,
-    hardware: Hardware,
-    workload: Workload,
-    seconds: float,
-    dtype: str = "auto",
-) -> Shape:
+def shape_for(job: Job, policy: Policy, seconds: float) -> Shape:
     """The most of a job that is predicted to take no longer than `seconds`; the least there is, if even that does."""
     found = None
-    for shape in shapes(spec, policy, workload):
-        took = predicted_trial(spec, policy, order, hardware, shape, dtype).total_s
+    for shape in shapes(job.spec, policy, job.workload):
+        took = predicted_trial(job, policy, shape).total_s
         if found is not None and took > seconds:
             break
         found = shape
@@ -103,18 +96,16 @@ def shape_for(
     return found
 
 
-def predicted_trial(
-    spec: ModelSpec, policy: Policy, order: str | None, hardware: Hardware, shape: Shape, dtype: str = "auto"
-) -> Report:
-    """What a trial would take."""
-    cut = spec.first_layers(shape.layers)
-    return predict(cut, policy, hardware, shape.workload, dtype=dtype, order=order).report
+def predicted_trial(job: Job, policy: Policy, shape: Shape) -> Report:
+    """The prediction of a trial."""
+    part = replace(job, spec=job.spec.first_layers(shape.layers), workload=shape.workload)
+    return predict_job(part, policy).report
 
 
 def run_trial(
     opening: Mapping[str, Any], policy: Policy, order: str | None, shape: Shape, lanes: bool, seed: int = 0
 ) -> Report:
-    """Run a trial with random ids. `opening`: what `OptLM` is given beside; `lanes`: also time the lanes alone.
+    """Run a trial with random ids. `opening`: the other arguments of `OptLM`; `lanes`: also time the lanes alone.
 
     Raises whatever opening and running the model raise.
     """

@@ -1,6 +1,7 @@
 """`policy="auto"`: found when the model is opened, kept true to the calls that come; the flags of commands."""
 
 import argparse
+import dataclasses
 import json
 import logging
 
@@ -13,10 +14,12 @@ from flexgen import Auto, OptLM, Policy, Workload, bench, simulate
 from flexgen.cli.flags import add_policy_flags, read_policy
 from flexgen.engine import auto
 from flexgen.engine.auto import AutoPolicy, usual_workload
+from flexgen.engine.completion import Completion
 from flexgen.errors import CapacityError, PolicyError, RequestError
 from flexgen.models import open_model
 from flexgen.policy import Tier
-from flexgen.predict.prediction import predict
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import predict_job
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
 from flexgen.units import GIB, MIB
@@ -46,13 +49,13 @@ def parsed(*flags):
 def searches(monkeypatch):
     """The workloads that are searched for, and what was fixed."""
     seen = []
-    find = auto.find_policy
+    find = auto.find_for_job
 
-    def told(spec, hardware, workload, **options):
-        seen.append((workload, options))
-        return find(spec, hardware, workload, **options)
+    def told(job, asked, **options):
+        seen.append((job.workload, asked))
+        return find(job, asked, **options)
 
-    monkeypatch.setattr(auto, "find_policy", told)
+    monkeypatch.setattr(auto, "find_for_job", told)
     return seen
 
 
@@ -67,8 +70,12 @@ def test_answers_are_those_of_any_policy(device):
 
 
 def test_an_order_that_is_not_the_policys_own_is_run(monkeypatch):
-    find = auto.find_policy
-    monkeypatch.setattr(auto, "find_policy", lambda *a, **asked: find(*a, **asked | {"order": "normal"}))
+    find = auto.find_for_job
+
+    def in_normal_order(job, asked):
+        return find(dataclasses.replace(job, order="normal"), asked)
+
+    monkeypatch.setattr(auto, "find_for_job", in_normal_order)
     with opened(policy=Auto({"overlap": True})) as model:
         model.generate(prompts(8, 12), 6, stop=())
         assert model.policy.overlap and model.stats.order == "normal"
@@ -115,8 +122,7 @@ def test_given_fields_stay(searches):
     fixed = {"weights": {"cpu": 50, "disk": 50}, "gpu_batch_size": 2}
     with opened(Auto(fixed)) as model:
         assert (model.policy.gpu_batch_size, model.policy.weights.percent("disk")) == (2, 50)
-    ((workload, options),) = searches
-    assert workload == JOB and options["fixed"]["gpu_batch_size"] == 2 and options["lossy"] is False
+    assert searches == [(JOB, Auto(fixed))]
 
 
 def test_the_order_that_is_asked_for_stays():
@@ -130,7 +136,7 @@ def test_without_a_workload_the_usual_one_as_far_as_positions_reach():
     usual = usual_workload(spec)
     assert usual.capacity == spec.max_positions and usual.gen_len == auto.USUAL.gen_len
     with opened(workload=None) as model:
-        assert model.auto.workload == usual
+        assert model.auto.job.workload == usual
     assert usual_workload(open_model("opt-125m", "dummy")[0]) == auto.USUAL
 
 
@@ -162,7 +168,7 @@ def test_an_unlike_call_is_searched_for_once_with_the_weights_where_they_are(sea
         assert model.forward(ids).shape == (8, 60, 96)
     called = [workload for workload, _ in searches]
     assert called[:2] == [Workload(4, 2, 1), Workload(60, 6, 8)] and called.count(Workload(60, 6, 8)) == 1
-    kept = searches[1][1]["fixed"]
+    kept = searches[1][1].fixed
     assert kept["weights"] == model.policy.weights and kept["sep_layer"] == model.policy.sep_layer
 
 
@@ -184,18 +190,18 @@ def test_an_order_that_wants_more_slots_is_not_taken(monkeypatch, nothing_is_mea
     spec, _ = open_model(CONFIG, "dummy")
     hardware = nothing_is_measured("emulated:memory=1GiB")
     small = Auto({"cache": {"gpu": 100}, "weights": {"cpu": 100}, "sep_layer": False})
-    chooser = AutoPolicy(small, spec, hardware, Workload(4, 2, 1))
+    chooser = AutoPolicy(small, Job.checked(spec, hardware, Workload(4, 2, 1)))
     chooser.opened = auto.Chosen(chooser.opened.policy, "overlap_single_batch")
     taken = []
 
-    def greedy(spec, hardware, workload, *, order, fixed, **_):
-        policy = Policy(**{**fixed, "gpu_batch_size": 2, "num_gpu_batches": 4, "cache": {"cpu": 100}})
-        report = predict(spec, policy, hardware, workload, order=order).report
+    def greedy(job, asked, **_):
+        policy = Policy(**{**asked.fixed, "gpu_batch_size": 2, "num_gpu_batches": 4, "cache": {"cpu": 100}})
+        report = predict_job(job, policy).report
         taken.append(report.order)
         candidate = argparse.Namespace(policy=policy, order=report.order)
         return argparse.Namespace(best=candidate, line=lambda: "greedy", considered=1, seconds=0.0)
 
-    monkeypatch.setattr(auto, "find_policy", greedy)
+    monkeypatch.setattr(auto, "find_for_job", greedy)
     slow(monkeypatch)
     chosen = chooser.for_call(Workload(60, 6, 8), lambda policy: True)
     assert taken == ["overlap_cpu_attention", "overlap_multi_batch"]
@@ -215,7 +221,7 @@ def test_a_call_that_does_not_fit_takes_fewer_prompts_at_once(monkeypatch):
         def nothing(*args, **kwargs):
             raise CapacityError("nothing fits")
 
-        monkeypatch.setattr(auto, "find_policy", nothing)
+        monkeypatch.setattr(auto, "find_for_job", nothing)
         assert (model.generate(ids, 6, stop=()) == expected).all()
         assert model.stats.policy == model.policy.replace(gpu_batch_size=2)
         limits[Tier.CPU] = 1000
@@ -230,11 +236,11 @@ def test_a_call_in_one_block_takes_smaller_batches_where_it_must(monkeypatch):
         expected = model.generate(ids, 6, stop=())
         request, choice = read_request(model.spec, ids), model.sampled(stop=())
         choice.whole_call = True
-        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert (model.generate_with(Completion(request, 6, choice)) == expected).all()
         assert model.stats.policy == model.policy
         limits = {Tier.GPU: None, Tier.CPU: model.stats.plan.on(Tier.CPU) - 1, Tier.DISK: None}
         monkeypatch.setattr(type(model._machine), "limits", lambda self: limits)
-        assert (model.generate_with(request, 6, choice) == expected).all()
+        assert (model.generate_with(Completion(request, 6, choice)) == expected).all()
         assert model.stats.policy == model.policy.replace(gpu_batch_size=4, num_gpu_batches=2)
         assert model.stats.plan.on(Tier.CPU) <= limits[Tier.CPU]
 

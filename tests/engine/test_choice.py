@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, LaneError
 from flexgen.layout.needs import Need
@@ -77,7 +78,7 @@ def test_rows_are_known_by_their_numbers_in_the_call(
     ) as lm:
         request = read_request(lm.spec, texts)
         choice = Best(texts, whole_call)
-        out = lm.generate_with(request, TOKENS, choice, pad=0, listeners=[listen])
+        out = lm.generate_with(Completion(request, TOKENS, choice, pad=0), listeners=[listen])
         assert lm.stats is not None and lm.stats.new_tokens == sum(map(len, streamed))
     for row, (text, whole) in enumerate(zip(texts, expected, strict=True)):
         assert text + streamed[row] == whole
@@ -96,7 +97,7 @@ def test_what_a_choice_raises_is_the_cause(tiny: Any, prompts: Any, mixed: Any) 
     with OptLM(tiny("opt").directory, mixed(), device="emulated", progress=False) as lm:
         request = read_request(lm.spec, prompts([3, 4]))
         with pytest.raises(LaneError) as raised:
-            lm.generate_with(request, 2, Broken(request.prompts))
+            lm.generate_with(Completion(request, 2, Broken(request.prompts)))
         assert isinstance(raised.value.__cause__, KeyError)
         assert lm.generate(prompts([3, 4]), 2).shape == (2, 6), "the model goes on"
 
@@ -107,11 +108,14 @@ def test_what_the_caller_keeps_is_planned(tiny: Any, prompts: Any, mixed: Any) -
         before = lm.generate([[5, 6, 7, 8], [9, 10, 11]], 2, stop=())
         assert isinstance(before, np.ndarray) and lm.stats is not None
         planned = lm.stats.plan.on(Tier.CPU)
-        lm.generate_with(request, 2, Best(request.prompts), kept=[Need(Tier.CPU, "scores", "home", 1 << 20)])
+        lm.generate_with(
+            Completion(request, 2, Best(request.prompts)), kept=[Need(Tier.CPU, "scores", "home", 1 << 20)]
+        )
         assert lm.stats.plan.on(Tier.CPU) == planned + (1 << 20)
         with pytest.raises(CapacityError, match=r"scores home 1024 TiB"):
             lm.generate_with(
-                request, 2, Best(request.prompts), kept=[Need(Tier.CPU, "scores", "home", 1 << 50)]
+                Completion(request, 2, Best(request.prompts)),
+                kept=[Need(Tier.CPU, "scores", "home", 1 << 50)],
             )
 
 
@@ -139,7 +143,7 @@ def test_a_failure_names_the_token_of_the_call(whole_call: bool, tiny: Any, prom
     with OptLM(tiny("opt").directory, mixed(), device="emulated", progress=False) as lm:
         request, choice = read_request(lm.spec, prompts([3, 4, 5, 6])), Fails()
         with pytest.raises(LaneError, match=r"token 5\b.*KeyError: 'lost'"):
-            lm.generate_with(request, TOKENS, choice)
+            lm.generate_with(Completion(request, TOKENS, choice))
         assert choice.rows[-1] == (4 if whole_call else 1)
 
 
@@ -148,7 +152,7 @@ def test_the_trace_of_a_call_that_runs_token_by_token(tiny: Any, prompts: Any, m
         request = read_request(lm.spec, prompts(LENGTHS))
         choice = lm.sampled(stop=())
         choice.whole_call = True
-        lm.generate_with(request, TOKENS, choice)
+        lm.generate_with(Completion(request, TOKENS, choice))
         assert lm.stats is not None and 0 < lm.stats.timing.prefill < lm.stats.timing.total
         computed = [e.step for e in lm.stats.timing.trace.events if e.step.op is Op.COMPUTE]
     assert computed == sorted(computed, key=lambda step: step.token) and len(set(computed)) == len(computed)
@@ -182,8 +186,8 @@ def test_logits_that_are_no_numbers_name_their_row(
         request, choice = read_request(lm.spec, prompts(LENGTHS)), Poisoned(**sampling)
         choice.whole_call = whole_call
         with pytest.raises(LaneError, match=r"row 6 has logits that are NaN or infinite at new token 3\b"):
-            lm.generate_with(request, TOKENS, choice)
-        assert lm.generate_with(request, 3, choice).shape == (len(LENGTHS), 12)
+            lm.generate_with(Completion(request, TOKENS, choice))
+        assert lm.generate_with(Completion(request, 3, choice)).shape == (len(LENGTHS), 12)
 
 
 def test_a_block_with_more_batches_than_the_policy_does_with_the_slots_that_there_are(
@@ -196,7 +200,7 @@ def test_a_block_with_more_batches_than_the_policy_does_with_the_slots_that_ther
         request = read_request(lm.spec, texts)
         choice = lm.sampled(stop=())
         choice.whole_call = True
-        out = lm.generate_with(request, TOKENS, choice)
+        out = lm.generate_with(Completion(request, TOKENS, choice))
         assert out.tolist() == model.greedy(texts, TOKENS).tolist()
         assert lm.stats is not None and lm.stats.policy.num_gpu_batches == 4
         assert lm.stats.order == "overlap_multi_batch"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from flexgen import OptLM, Policy
+from flexgen.engine.completion import Completion
 from flexgen.errors import LaneError, RequestError
 from flexgen.models.embed import Head
 from flexgen.policy import Tier
@@ -63,7 +64,7 @@ def test_closing_ends_a_call_in_another_thread(
 
     def call() -> None:
         try:
-            lm.generate_with(request, 30, lm.sampled(stop=()), listeners=[told])
+            lm.generate_with(Completion(request, 30, lm.sampled(stop=())), listeners=[told])
         except BaseException as error:
             raised.append(error)
 
@@ -92,7 +93,7 @@ def test_a_call_cannot_close_its_own_model(device: str, tiny: Any, prompts: Any,
         expected = lm.generate(given, 3, stop=())
         request, choice = read_request(lm.spec, given), lm.sampled(stop=())
         with pytest.raises(LaneError, match="from within a call"):
-            lm.generate_with(request, 3, choice, listeners=[lambda new: lm.close()])
+            lm.generate_with(Completion(request, 3, choice), listeners=[lambda new: lm.close()])
         np.testing.assert_array_equal(lm.generate(given, 3, stop=()), expected)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from flexgen.engine import OptLM
+from flexgen.engine.completion import Completion
 from flexgen.errors import CapacityError, LaneError, RequestError
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.choice import NewIds
@@ -151,9 +152,9 @@ def test_a_call_that_fails_leaves_a_conversation_that_can_be_used(lm: Any, tiny:
             raise ValueError("no more")
 
         with pytest.raises(LaneError):
-            chat.generate_with(one_text(lm, text), 4, chat.sampled(stop=()), listeners=[fail])
+            chat.generate_with(Completion(one_text(lm, text), 4, chat.sampled(stop=())), listeners=[fail])
         with pytest.raises(KeyboardInterrupt):
-            chat.generate_with(one_text(lm, text), 4, chat.sampled(stop=()), check=interrupt)
+            chat.generate_with(Completion(one_text(lm, text), 4, chat.sampled(stop=())), check=interrupt)
         assert not len(chat.cached)
         np.testing.assert_array_equal(chat.generate(text, 4, stop=()), model.greedy([text.tolist()], 4)[0])
         with chat.stream(text[None], 6, stop=()) as stream:
@@ -173,7 +174,7 @@ def one_text(lm: Any, text: np.ndarray) -> Request:
 def test_what_is_refused(lm: Any, prompts: Any) -> None:
     with lm.conversation() as chat:
         with pytest.raises(RequestError, match="one text"):
-            chat.generate_with(read_request(lm.spec, prompts([3, 4])), 2, chat.sampled())
+            chat.generate_with(Completion(read_request(lm.spec, prompts([3, 4])), 2, chat.sampled()))
         with pytest.raises(RequestError, match="room"):
             lm.conversation(room=0)
         with pytest.raises(RequestError, match="empty"):

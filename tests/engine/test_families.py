@@ -74,6 +74,19 @@ def test_greedy_ids(family: str, device: str, saved: Any, prompts: Any, mixed: A
     np.testing.assert_array_equal(ours[:, -8:], theirs[:, -8:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", TINY)
+def test_greedy_ids_with_everything_on_the_gpu(family: str, saved: Any, prompts: Any) -> None:
+    """Decode steps are replayed as CUDA graphs."""
+    directory, model = saved(family, len(TINY[family]) - 1)
+    given, resident = prompts(LENGTHS[:4]), {"gpu": 100}
+    policy = Policy(gpu_batch_size=4, weights=resident, cache=resident, activations=resident)
+    with OptLM(directory, policy, device="cuda", progress=False) as lm:
+        ours = lm.generate(given, 14, stop=())
+        pad = lm.spec.pad_token_id or 0
+    np.testing.assert_array_equal(ours[:, -14:], _greedy(model, given, 14, pad)[:, -14:])
+
+
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -69,6 +69,7 @@ def test_a_forked_child_is_refused_and_ends(device: str, tiny: Any, tmp_path: Pa
 INSIDE = """
 import os, sys
 from flexgen import OptLM, Policy
+from flexgen.engine.completion import Completion
 from flexgen.runtime.request import read_request
 
 parts = {"gpu": 34, "cpu": 33, "disk": 33}
@@ -82,7 +83,7 @@ def told(new):
         if not children[0] and sys.argv[4] == "exits":
             sys.exit(7)
 
-ids = lm.generate_with(request, 4, lm.sampled(stop=()), listeners=[told])
+ids = lm.generate_with(Completion(request, 4, lm.sampled(stop=())), listeners=[told])
 expected = {"exits": 7, "continues": 1}[sys.argv[4]]
 assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == expected
 assert (lm.generate([[5, 6, 7]] * 4, 4, stop=()) == ids).all()

@@ -1,6 +1,5 @@
 """What a call asks of the host and of the driver, by the counters of the simulated runtime."""
 
-import dataclasses
 import threading
 
 import pytest
@@ -13,6 +12,7 @@ from simulated.threads import in_every_thread
 from transformers import OPTConfig
 
 from flexgen import Policy
+from flexgen.engine.completion import Completion
 from flexgen.runtime.choice import Sampled
 from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.request import read_request
@@ -40,7 +40,8 @@ def of_a_call(model, tokens, **options):
     """The host's waits and the bytes copied in `generate` of so many tokens."""
     runtime.reset()
     model.generate(cases.PROMPTS, tokens, stop=(), **options)
-    return dataclasses.astuple(runtime.counters())[1:3]
+    counted = runtime.counters()
+    return counted.host_waits, counted.copied
 
 
 @pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
@@ -91,7 +92,7 @@ def test_the_next_token_is_issued_while_the_host_takes_the_ids(monkeypatch):
     policy = cases.policy(**cases.RESIDENT, num_gpu_batches=1)
     with cases.open_on("cuda", cases.OPT, policy) as model:
         request = read_request(model.spec, cases.PROMPTS[:3], None)
-        model.generate_with(request, 3, Sampled(), listeners=[listen])
+        model.generate_with(Completion(request, 3, Sampled()), listeners=[listen])
     assert waited == [True]
 
 

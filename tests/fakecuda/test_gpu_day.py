@@ -10,7 +10,17 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["races", "leaks", "attention", "links", "probe", "busy", "opt-6.7b, weights streamed", "opt-30b"]
+STEPS = [
+    "races",
+    "leaks",
+    "attention",
+    "links",
+    "graphs",
+    "probe",
+    "busy",
+    "opt-6.7b, weights streamed",
+    "opt-30b",
+]
 FILES = {"opt-6.7b, weights streamed": "opt-6.7b_weights_streamed"}
 
 
@@ -24,6 +34,7 @@ def test_the_steps_run_at_toy_size(tmp_path):
     assert reports["leaks"]["grown"] == 0 and len(reports["leaks"]["used"]) == 5
     assert {"first", "second"} <= reports["attention"]["math float16"]["prompt of 8"].keys()
     assert all(rate > 0 for rates in reports["links"].values() for rate in rates.values())
+    assert len(reports["graphs"]) == 4 and all(len(figures) == 3 for figures in reports["graphs"].values())
     assert reports["busy"]["whole"]["seconds"] > 0 and reports["busy"]["decode"]["busy_share"] is None
     assert reports["opt-30b"]["prompt_len"] == 8 and reports["opt-30b"]["bound_share"] > 0
     assert set(json.loads((tmp_path / "comparison.json").read_text())["share of the goal"]) == set(STEPS[-2:])

@@ -11,7 +11,7 @@ pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-c
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from simulated import cases
+from simulated import cases, runtime
 from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from flexgen.hf.processors import RowProcessors
-from flexgen.hf.steps import HFChoice
+from flexgen.hf.steps import HFChoice, IdsSoFar
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
 from flexgen.memory.gpu import open_device
 from flexgen.models.ops import causal_attention
@@ -91,13 +91,13 @@ def t4():
     return on_gpu_of(75)
 
 
-def called(gpu, config, how, prompts=PROMPTS, dtype="float16", **changes):
+def called(gpu, config, how, prompts=PROMPTS, dtype="float16", tokens=4, **changes):
     """Bytes of the plan, of the model's peak, and most that torch had reserved, of a call."""
     policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **changes)
-    return called_with(policy, gpu, config, how, prompts, dtype)
+    return called_with(policy, gpu, config, how, prompts, dtype, tokens)
 
 
-def called_with(policy, gpu, config, how, prompts, dtype):
+def called_with(policy, gpu, config, how, prompts, dtype, tokens=4):
     """`called` with a whole policy."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -107,7 +107,7 @@ def called_with(policy, gpu, config, how, prompts, dtype):
         if how is FORWARD:
             model.forward([prompt[:64] for prompt in prompts])
         else:
-            model.generate(prompts, 4, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
+            model.generate(prompts, tokens, stop=(), do_sample=how is DRAWN, top_p=0.9, seed=0)
         reserved = torch.cuda.max_memory_reserved(gpu) - before
         return model.stats.plan.on(Tier.GPU), model.stats.peak_bytes[Tier.GPU], reserved
 
@@ -128,6 +128,33 @@ def test_a_call_takes_what_was_planned(name, config, gpu):
 @pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 weights"])
 def test_a_call_of_another_structure_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
+
+
+@pytest.mark.parametrize("cache", [ON_GPU, INT4_ON_GPU, FP8_ON_GPU], ids=["plain", "int4", "fp8"])
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+def test_cuda_graphs_take_what_was_planned(config, cache, gpu):
+    runtime.reset()
+    changes = CLASSES["on the GPU"] | dict(cache=cache)
+    plan, peak, reserved = called(gpu, config, GREEDY, tokens=16, **changes)
+    assert peak <= plan
+    # Graphs keep memory for their temporaries, which torch does not count as allocated.
+    assert plan <= 1.3 * reserved
+    assert reserved <= 1.1 * plan
+    assert runtime.counters().graph_launches > 14
+
+
+def test_graphs_of_a_second_call_and_of_other_batches_take_no_more():
+    """Their memory is used again, and nothing of it is allocated after the model is closed."""
+    policy = cases.policy(gpu_batch_size=16, num_gpu_batches=2, **CLASSES["on the GPU"])
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(), []
+    with cases.valid_ids(), cases.open_on("cuda", OPT, policy, "float16") as model:
+        for stop in ((), (), range(0, 64, 9), range(0, 64, 9)):
+            model.generate(PROMPTS, 16, stop=stop)
+            reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] == reserved[0] and reserved[3] == reserved[2]
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("name", ["on the GPU", "thirds"])
@@ -345,7 +372,7 @@ def test_processors_of_transformers_take_what_is_planned_for_drawing(processor):
     processors = LogitsProcessorList([processor])
     lists = RowProcessors(processors, lambda rows: processors)
     ids = torch.ones(rows, 8, dtype=torch.int64)
-    choice = HFChoice(ids, 4, 0, lists, StoppingCriteriaList(), do_sample=True)
+    choice = HFChoice(IdsSoFar(ids, 4, 0), lists, StoppingCriteriaList(), do_sample=True)
     logits = torch.zeros(rows, vocab, dtype=torch.float16, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

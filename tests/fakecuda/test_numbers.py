@@ -13,6 +13,7 @@ from simulated import cases, runtime
 from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
 
+from flexgen.engine.completion import Completion
 from flexgen.errors import LaneError
 from flexgen.kernels import attention
 from flexgen.models.embed import InputEmbed
@@ -80,7 +81,7 @@ def test_ids_that_stay_on_the_gpu(whole_call):
         policy = cases.policy(**cases.RESIDENT)
         with in_every_thread(Numbers), cases.open_on(device, cases.LLAMA, policy) as model:
             request = read_request(model.spec, cases.PROMPTS, None)
-            ids = model.generate_with(request, 8, _Best(whole_call), listeners=[listen])
+            ids = model.generate_with(Completion(request, 8, _Best(whole_call)), listeners=[listen])
             assert all(ids[row, request.width + token] == i for (row, token), i in heard.items())
         found[device] = ids
     np.testing.assert_array_equal(found["cuda"], found["cpu"])
@@ -107,7 +108,7 @@ def test_no_id_that_is_invalid_is_embedded():
         with cases.open_on("cuda", cases.OPT, cases.policy(**cases.RESIDENT)) as model:
             request = read_request(model.spec, cases.PROMPTS, None)
             with pytest.raises(LaneError, match="NaN or infinite at new token 1"):
-                model.generate_with(request, 8, Broken(False))
+                model.generate_with(Completion(request, 8, Broken(False)))
     assert len(read) > 3 and all((ids >= 0).all() for ids in read)
 
 

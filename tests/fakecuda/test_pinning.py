@@ -12,6 +12,7 @@ pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-c
 
 from simulated import cases, runtime
 
+from flexgen.engine.completion import Completion
 from flexgen.memory import machine as machines
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.machine import Machine
@@ -147,7 +148,7 @@ def test_a_child_that_is_forked_within_a_call_leaves_the_gpu_alone(where, pinned
     model, stream = cases.open_on("cuda", cases.OPT, cases.policy()), None
     with cases.valid_ids():
         model.generate_with(
-            read_request(model.spec, cases.PROMPTS), 4, model.sampled(stop=()), listeners=[told]
+            Completion(read_request(model.spec, cases.PROMPTS), 4, model.sampled(stop=())), listeners=[told]
         )
         stream = model.stream(cases.PROMPTS, 4, stop=())
         for _ in stream:

@@ -12,13 +12,13 @@ from simulated import runtime
 from flexgen.kernels.heads import PlainHeads
 from flexgen.memory.machine import Machine
 from flexgen.probe.arithmetic import ArithmeticProbe
-from flexgen.probe.effort import Effort, Stopwatch
+from flexgen.probe.effort import Effort, Sampling, Stopwatch
 from flexgen.probe.elementwise import ElementwiseProbe
 from flexgen.quant import CODECS
 
 LAUNCH = 5e-6
 EFFORT = Effort(
-    hidden=256, heads=4, working_set=1, rows=(1, 8), prompt=16, context=64, repeats=3, seconds=0.0
+    hidden=256, heads=4, working_set=1, rows=(1, 8), prompt=16, context=64, sampling=Sampling(3, 0.0)
 )
 
 
@@ -44,7 +44,7 @@ def launched():
 
 
 def watch():
-    return Stopwatch(EFFORT, launched)
+    return Stopwatch(EFFORT.sampling, launched)
 
 
 @pytest.mark.parametrize(

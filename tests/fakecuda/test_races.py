@@ -41,6 +41,28 @@ def test_a_planted_race_is_found():
     assert races.hazards.total() == 1
 
 
+def test_a_planted_race_with_a_graph_is_found():
+    """The graph's work is that of the stream that it is launched on, not of the one that captured it."""
+    with watched() as races:
+        capturing, first, second = (torch.cuda.Stream() for _ in range(3))
+        x, graph = torch.zeros(64, device="cuda"), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(capturing):
+            graph.capture_begin()
+            x.add_(1)
+            graph.capture_end()
+        with torch.cuda.stream(second):
+            x.mul_(2)
+        assert races.hazards.total() == 0
+        with torch.cuda.stream(first):
+            graph.replay()
+        assert races.hazards.total() == 1
+        second.wait_stream(first)
+        with torch.cuda.stream(second):
+            graph.replay()
+    assert races.hazards.total() == 1
+
+
 def test_a_pinned_buffer_is_watched():
     runtime.reset()
     pinned = torch.zeros(64, dtype=torch.uint8).pin_memory()
@@ -75,6 +97,22 @@ def test_no_policy_and_order_races(config, policy, order, dtype):
     assert races.hazards.total() == 0, str(races)
     assert runtime.counters().hazards == 0
     assert races.operations > 100
+
+
+@pytest.mark.parametrize("config", [cases.OPT, cases.LLAMA], ids=["opt", "llama"])
+def test_graphs_do_not_race(config):
+    with (
+        cases.valid_ids(),
+        watched() as races,
+        cases.open_on("cuda", config, cases.policy(**cases.RESIDENT), "float16") as model,
+    ):
+        runtime.reset()
+        model.generate(cases.PROMPTS, 14, stop=())
+        model.generate(cases.PROMPTS, 24, stop=STOPS)
+        torch.cuda.synchronize()
+    assert runtime.counters().graph_launches > 14
+    assert races.hazards.total() == 0, str(races)
+    assert races.operations > 1000
 
 
 def test_buffers_are_filled_before_a_lane_uses_them():

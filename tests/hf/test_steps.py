@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria
 from flexgen.errors import CapacityError, LaneError
 from flexgen.hf import FlexGenForCausalLM
 from flexgen.hf.processors import RowProcessors
-from flexgen.hf.steps import HFChoice
+from flexgen.hf.steps import HFChoice, IdsSoFar
 from flexgen.layout.needs import MemoryPlan
 from flexgen.policy import Policy, Tier
 from flexgen.runtime.call import Call
@@ -329,7 +329,8 @@ def test_processors_are_called_for_some_rows_at_a_time(
 
 def choice_of(*parts: Any, do_sample: bool = False) -> HFChoice:
     lists = RowProcessors(LogitsProcessorList(parts), lambda rows: LogitsProcessorList(parts))
-    return HFChoice(torch.zeros(3, 2, dtype=torch.int64), 4, 0, lists, StoppingCriteriaList(), do_sample)
+    ids = IdsSoFar(torch.zeros(3, 2, dtype=torch.int64), 4, 0)
+    return HFChoice(ids, lists, StoppingCriteriaList(), do_sample)
 
 
 def test_a_processor_that_removes_nan_works() -> None:

@@ -17,6 +17,7 @@ from flexgen.kernels.attention import (
     attend_in_torch,
     decode_attention,
     hidden_positions,
+    hide_positions,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -249,3 +250,24 @@ def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads, monke
     torch.testing.assert_close(attend_fused(q, [page], 21, hidden, 0.25, form), expected)
     pages = list(zip(*(x.split(10, dim=2) for x in page), strict=True))
     torch.testing.assert_close(attend_fused(q, pages, 21, hidden, 0.25, form), expected)
+
+
+@relaxed
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    length=st.integers(1, 40),
+    beyond=st.integers(0, 24),
+    starts=st.lists(st.integers(0, 39), min_size=4, max_size=4),
+)
+def test_a_mask_makes_attention_over_more_positions_that_of_the_first_ones(
+    dtype, rows, kv_heads, group, length, beyond, starts
+):
+    case = Case(dtype, rows, kv_heads, group, 32, [length + beyond], length, starts, unused=3.0)
+    mask = torch.full((rows, 1, 1, length + beyond), GARBAGE, dtype=dtype)
+    hide_positions(mask, case.starts, length)
+    form = heads_module.PlainHeads(32, dtype)
+    found = attend_fused(case.q, case.pages, length + beyond, mask, case.scale, form)
+    case.check(found, "torch")

@@ -15,14 +15,14 @@ from flexgen import OptLM, Policy
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes
-from flexgen.layout.rows import read_bytes
+from flexgen.layout.rows import lookup_sizes, read_bytes
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
 from flexgen.models import build_layers, open_model
 from flexgen.models.checkpoint import Extent
 from flexgen.policy import Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
-from flexgen.predict.job import Job
+from flexgen.predict.placed import PlacedModel
 from flexgen.results.trace import LaneName
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op, Step, all_steps
@@ -139,7 +139,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     sizes = batch_sizes(policy, prompts)
 
     def spread(rows, seq=1):
-        """Ids that lie evenly in the vocabulary, as the cost model takes them to."""
+        """Ids that lie evenly in the vocabulary, as the cost model assumes."""
         return np.arange(rows * seq).reshape(rows, seq) * VOCABULARY // (rows * seq)
 
     monkeypatch.setattr(
@@ -160,8 +160,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         files = [[c for c in per if not isinstance(c.source, torch.Tensor)] for per in cargo]
         layers, placement, table = model._layers, model.placement, model._model.table
     asked = hardware.topology.choose_order(order, policy, len(sizes))
-    job = Job(layers[0].spec, hardware, workload, placement.dtype, order)
-    costs = StepCosts(job, policy, layers, placement, CostedBlock(prompts, asked))
+    costs = StepCosts(PlacedModel(layers, placement, hardware), policy, workload, CostedBlock(prompts, asked))
     count = tokens - first
     grid = asked.grid(count, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
     predicted: Counter = Counter()
@@ -180,10 +179,11 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
             predicted[LaneName.TO_DEVICE] += count * (cargo.end - cargo.lead - own)
     # So does where the table begins in it.
     if table is not None and isinstance(table._home, Extent):
+        scratch = lookup_sizes(layers, placement, hardware.topology, max(sizes) * passes.new).scratch
         for rows in sizes:
             for ids in (*(spread(rows, new) for new in parts), *[spread(rows)] * (tokens - 1)):
                 at_zero, there = (
-                    read_bytes(table.weight, placement, ids.ravel(), begin, costs._rows.scratch)
+                    read_bytes(table.weight, placement, ids.ravel(), begin, scratch)
                     for begin in (0, table._home.offset)
                 )
                 predicted[LaneName.DISK_READ] += there - at_zero
@@ -200,10 +200,8 @@ def costs_of(config, policy, hardware, workload=None, dtype=torch.float32):
     layers = build_layers(spec, policy.sep_layer)
     workload = workload or Workload(6, 4, policy.block_size)
     placement = place_weights(layers, policy.weights, dtype)
-    job = Job(spec, hardware, workload, dtype)
-    return StepCosts(
-        job, policy, layers, placement, CostedBlock(workload.num_prompts, ORDERS["overlap_multi_batch"])
-    )
+    block = CostedBlock(workload.num_prompts, ORDERS["overlap_multi_batch"])
+    return StepCosts(PlacedModel(layers, placement, hardware), policy, workload, block)
 
 
 def compute(costs, token, layer, batch=0):
@@ -298,9 +296,8 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     spec, _ = open_model(configs["opt"], "dummy")
     layers = build_layers(spec, False)
     placement = place_weights(layers, policy.weights, torch.float32)
-    job = Job(spec, machine(), Workload(6, 4, 8), torch.float32)
     block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
-    halves = StepCosts(job, policy, layers, placement, block)
+    halves = StepCosts(PlacedModel(layers, placement, machine()), policy, Workload(6, 4, 8), block)
     [[project, asked]], [[host], [device]], [[answered]], [[rest]] = (
         halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE)
     )

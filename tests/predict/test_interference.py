@@ -15,7 +15,7 @@ from flexgen.predict.arithmetic import Arithmetic
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.numbering import numbered
 from flexgen.predict.prediction import predict
-from flexgen.predict.timeline import play, play_beside, works_of
+from flexgen.predict.timeline import play, play_with_losses, works_of
 from flexgen.results.trace import LaneName, Phase
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Grid, Op
@@ -33,7 +33,7 @@ def laid_out(order, grid, seconds, losses):
         return [[(lanes[step.op], seconds[step.op])]] if step.op in seconds else []
 
     works = works_of(steps, costs)
-    return play(steps, works), play_beside(steps, works, dict.fromkeys(Phase, losses))
+    return play(steps, works), play_with_losses(steps, works, dict.fromkeys(Phase, losses))
 
 
 def test_what_never_overlaps_loses_nothing():
@@ -75,7 +75,7 @@ def test_each_phase_loses_its_own_share():
 
     def spans(losses):
         works = works_of(steps, lambda step: [[seconds[step.op]]] if step.op in seconds else [])
-        made = play_beside(steps, works, losses)
+        made = play_with_losses(steps, works, losses)
         ends = [max(e.end for e in made.events if e.step.token == n and e.lane is COMPUTE) for n in range(3)]
         return ends[0], ends[2] - ends[0]
 

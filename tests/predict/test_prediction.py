@@ -14,7 +14,8 @@ from flexgen.memory.machine import PINNED_SHARE
 from flexgen.models import open_model
 from flexgen.policy import Tier
 from flexgen.predict.hardware import Hardware
-from flexgen.predict.prediction import predict, roofline
+from flexgen.predict.job import Job
+from flexgen.predict.prediction import predict, predict_job, roofline
 from flexgen.results.trace import LaneName, Phase
 from flexgen.schedule.orders import ORDERS, Order, Slots
 from flexgen.schedule.steps import Op
@@ -256,7 +257,6 @@ def test_weights_on_disk_take_of_the_disk(opt, machine):
         (dict(order="zigzag"), ScheduleError, "order 'zigzag' is not known; known: flexgen, normal"),
         (dict(dtype="bfloat16"), RequestError, "dtype 'bfloat16' has no figures for 'round'; it has: float32"),
         (dict(workload=Workload(4000, 97, 1)), RequestError, "exceed the 4096 positions"),
-        (dict(samples=0, workload=Workload(4, 64, 1)), RequestError, "samples is 0"),
         (dict(hardware=dict(decoding={}), policy=Policy(weights={"gpu": {"percent": 100, "codec": "int4"}})),
          HardwareError, "no figure decoding.int4, only for nothing"),
     ],
@@ -266,6 +266,11 @@ def test_what_cannot_be_predicted_is_told(asked, error, said, opt, machine):
     hardware = machine(**fields.pop("hardware"))
     with pytest.raises(error, match=re.escape(said)):
         predict(opt, hardware=hardware, **fields)
+
+
+def test_a_prediction_of_no_tokens_is_refused(opt, machine):
+    with pytest.raises(RequestError, match="samples is 0"):
+        predict_job(Job.checked(opt, machine(), Workload(4, 64, 1)), Policy(), samples=0)
 
 
 def test_auto_takes_a_dtype_that_the_machine_has(opt, machine):
@@ -302,7 +307,8 @@ def test_a_sampled_prediction_is_close(
 ):
     hardware, workload = host() if shared else machine(), Workload(prompt_len, gen_len, policy.block_size)
     exact, sampled = (
-        predict(opt, policy, hardware, workload, order=order, samples=n).report for n in (None, samples)
+        predict_job(Job.checked(opt, hardware, workload, order=order), policy, n).report
+        for n in (None, samples)
     )
     assert sampled.prefill_s == pytest.approx(exact.prefill_s, rel=0.05)
     assert sampled.total_s == pytest.approx(exact.total_s, rel=0.05)
@@ -331,7 +337,7 @@ def test_presets_answer_for_a_model_that_does_not_fit_their_gpu(name):
     weights = {"gpu": 10, "cpu": 90}
     policy = Policy(gpu_batch_size=16, num_gpu_batches=2, weights=weights, cache=cpu, activations=cpu)
     spec, _ = open_model("opt-13b", "dummy")
-    report = predict(spec, policy, Hardware.preset(name), Workload(256, 16, 32), samples=1).report
+    report = predict_job(Job.checked(spec, Hardware.preset(name), Workload(256, 16, 32)), policy, 1).report
     assert 1 < report.throughput_tokens_s < 1000 and 0.3 < report.bound_share <= 1
 
 

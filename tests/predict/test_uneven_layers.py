@@ -24,8 +24,9 @@ from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op
+from flexgen.search.corners import Corners
 from flexgen.search.find import find_policy
-from flexgen.search.linear import CLASSES, Column, Corners, shares_of
+from flexgen.search.linear import CLASSES, Column, shares_of
 from flexgen.workload import Workload
 
 KINDS = "wide", "narrow", "post-norm", "other rope"

@@ -9,13 +9,13 @@ from flexgen.policy import Policy
 from flexgen.predict.arithmetic import layer_numbers
 from flexgen.predict.hardware import Hardware
 from flexgen.probe.arithmetic import ArithmeticProbe
-from flexgen.probe.effort import Effort, Stopwatch
+from flexgen.probe.effort import Effort, Sampling, Stopwatch
 from flexgen.probe.elementwise import ElementwiseProbe
 from flexgen.results.trace import LaneName, Phase
 from flexgen.tuning.correct import Seen, corrected
 
 RATE, EACH = 1e9, 3e-9
-EFFORT = Effort(hidden=128, heads=8, rows=(1, 32, 64), working_set=1, repeats=1, seconds=0.0)
+EFFORT = Effort(hidden=128, heads=8, rows=(1, 32, 64), working_set=1, sampling=Sampling(1, 0.0))
 
 
 class Law(Stopwatch):
@@ -32,7 +32,7 @@ class Law(Stopwatch):
 
 def probe_of(*times, effort=EFFORT):
     device = HostDevice()
-    wide = ArithmeticProbe(device, torch.float32, effort, Stopwatch(effort))
+    wide = ArithmeticProbe(device, torch.float32, effort, Stopwatch(effort.sampling))
     return ElementwiseProbe(wide, device, torch.float32, effort, Law(*times)), wide.layer
 
 

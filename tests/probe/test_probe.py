@@ -24,7 +24,7 @@ from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
 from flexgen.probe import Effort, measure
 from flexgen.probe import machine as machine_probe
-from flexgen.probe.effort import FULL, Stopwatch
+from flexgen.probe.effort import FULL, Sampling, Stopwatch
 from flexgen.probe.links import LinkProbe
 from flexgen.probe.machine import capacities, within
 from flexgen.probe.together import lost_shares
@@ -34,7 +34,7 @@ from flexgen.workload import Workload
 
 TINY = Effort(
     hidden=128, heads=2, working_set=MIB, rows=(1, 4, 32), prompt=16, context=32, file=MIB, transfer=256 * KIB,
-    repeats=1, seconds=0.0, beside=0.01, layers=1, tokens=3,
+    layers=1, tokens=3, sampling=Sampling(repeats=1, seconds=0.0, together=0.01),
 )  # fmt: skip
 
 
@@ -56,20 +56,20 @@ class Clock:
 def test_a_time_is_the_median_and_the_first_call_does_not_count():
     clock = Clock()
     times = iter([100.0, 5.0, 1.0, 2.0, 9.0, 3.0])
-    watch = Stopwatch(Effort(repeats=5, seconds=1000.0), clock)
+    watch = Stopwatch(Sampling(repeats=5, seconds=1000.0), clock)
     assert watch.seconds(lambda: clock.sleep(next(times))) == 3.0
 
 
 def test_long_work_is_not_repeated_for_ever():
     clock, calls = Clock(), itertools.count()
-    watch = Stopwatch(Effort(repeats=9, seconds=1.0), clock)
+    watch = Stopwatch(Sampling(repeats=9, seconds=1.0), clock)
     watch.seconds(lambda: (next(calls), clock.sleep(10.0)))
     assert next(calls) == 1 + 3
 
 
 def test_short_work_is_timed_many_calls_at_once_and_settled_once():
     clock, calls, settled = Clock(), itertools.count(), itertools.count()
-    watch = Stopwatch(Effort(repeats=3, seconds=1000.0), clock)
+    watch = Stopwatch(Sampling(repeats=3, seconds=1000.0), clock)
 
     def work():
         next(calls)
@@ -93,7 +93,7 @@ def limited(tmp_path):
     io = DiskIO(throttle=Throttle(2e6, clock, clock.sleep))
     machine = Machine(device, HostStore(Tier.CPU), DiskStore(tmp_path, io), io)
     lanes = device.make_lanes()
-    probe = LinkProbe(machine, lanes, TINY, Stopwatch(TINY, clock))
+    probe = LinkProbe(machine, lanes, TINY, Stopwatch(TINY.sampling, clock))
     yield probe, clock
     probe.close()
     assert not machine.host.used and not device.memory.used and not machine.disk.used
@@ -266,7 +266,7 @@ def test_transfers_that_the_disk_would_refuse(tmp_path):
     try:
         for transfer in (128 * KIB, MIB + 512):
             with pytest.raises(ValueError, match=f"transfer is {transfer} bytes; .* at least 262144"):
-                LinkProbe(machine, Lanes({}), replace(TINY, transfer=transfer), Stopwatch(TINY))
+                LinkProbe(machine, Lanes({}), replace(TINY, transfer=transfer), Stopwatch(TINY.sampling))
     finally:
         machine.close()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import LlamaConfig
 
-from flexgen import OptLM, Policy
+from flexgen import Auto, OptLM, Policy
 from flexgen.models import open_model
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     hardware, workload = Hardware.preset("rtx-3090"), Workload(32, 4, 8)
     assert predict(spec, policy, hardware, workload).report.throughput_tokens_s > 0
     fixed = {"weights": policy.weights, "cache": policy.cache}
-    assert find_policy(spec, hardware, workload, fixed=fixed).best.policy.cache == policy.cache
+    assert find_policy(spec, hardware, workload, Auto(fixed)).best.policy.cache == policy.cache
 
 
 if __name__ == "__main__":

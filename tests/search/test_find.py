@@ -1,6 +1,7 @@
 """The search: its linear program against the plan and the cost model, its choice against every policy of a grid."""
 
 import contextlib
+import gc
 import itertools
 import re
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from flexgen import Policy
+from flexgen import Auto, Policy
 from flexgen.errors import CapacityError, HardwareError, PolicyError, RequestError, ScheduleError
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import Target, plan_memory
@@ -25,8 +26,9 @@ from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import ORDERS
-from flexgen.search.find import find_policy
-from flexgen.search.linear import CLASSES, Column, Corners, one_codec_each, shares_of, solve
+from flexgen.search.corners import Corners
+from flexgen.search.find import find_for_job, find_policy
+from flexgen.search.linear import CLASSES, Column, one_codec_each, shares_of, solve
 from flexgen.units import MIB
 from flexgen.workload import Workload
 
@@ -125,7 +127,7 @@ def test_what_is_found_fits_and_sums_to_a_whole(gpu, cpu, prompts, lossy, attend
     hardware = small(machine, gpu * MIB, cpu * MIB)
     workload = Workload(100, 6, prompts)
     try:
-        found = find_policy(opt, hardware, workload, lossy=lossy, fixed={"attend_on": attend_on})
+        found = find_policy(opt, hardware, workload, Auto({"attend_on": attend_on}, lossy))
     except CapacityError:
         smallest = Policy(weights={"disk": 100}, cache={"disk": 100}, activations={"disk": 100}, overlap=False,
                           attend_on=attend_on)  # fmt: skip
@@ -239,7 +241,7 @@ def test_a_tier_has_one_codec(opt, machine):
     ],
 )
 def test_what_is_fixed_stays(fixed, opt, machine):
-    found = find_policy(opt, small(machine, "200MiB"), Workload(100, 5, 9), fixed=fixed, lossy=True)
+    found = find_policy(opt, small(machine, "200MiB"), Workload(100, 5, 9), Auto(fixed, lossy=True))
     for candidate in (found.best, *found.runners_up):
         expected = Policy(**fixed)
         for name in fixed:
@@ -254,8 +256,8 @@ ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num
 def test_another_order_than_the_policys_own_is_found(opt, machine):
     """The own one has room for three layers on their way, this one for two: on a small device more weights stay."""
     hardware, workload = small(machine, "200MiB"), Workload(16, 8, 8)
-    found = find_policy(opt, hardware, workload, fixed=ATTENDED)
-    own = find_policy(opt, hardware, workload, fixed=ATTENDED, order="overlap_cpu_attention").best
+    found = find_policy(opt, hardware, workload, Auto(ATTENDED))
+    own = find_policy(opt, hardware, workload, Auto(ATTENDED), order="overlap_cpu_attention").best
     best = found.best
     assert own.order == LINKED.choose_order(None, best.policy, 2).name
     assert ORDERS[best.order].slots.weights == 2 and best.tokens_s > 1.5 * own.tokens_s
@@ -274,7 +276,7 @@ def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
     """Nor is one chosen for less than 1%, nor one that is there for comparison."""
     hardware = small(machine, gpu * MIB, host_attention={"float32": host})
     fixed = {"attend_on": attend_on, "gpu_batch_size": 2, "num_gpu_batches": 3} | overlap
-    best = find_policy(opt, hardware, Workload(60, 5, 6), fixed=fixed).best
+    best = find_policy(opt, hardware, Workload(60, 5, 6), Auto(fixed)).best
     seconds = {}
     for name in MAY_BE_CHOSEN:
         if "overlap" in fixed and (name == "normal") == fixed["overlap"]:
@@ -288,7 +290,7 @@ def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
 
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_a_fixed_order_is_kept(order, opt, machine):
-    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), fixed=ATTENDED, order=order)
+    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ATTENDED), order=order)
     assert {candidate.order for candidate in (found.best, *found.runners_up)} == {order}
 
 
@@ -296,19 +298,19 @@ def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
     hardware, workload = small(machine, "150MiB", "150MiB"), Workload(100, 5, 8)
     shape = {"gpu_batch_size": 4, "num_gpu_batches": 2}
     exact, lossy = (
-        find_policy(opt, hardware, workload, lossy=allowed, fixed=shape).best for allowed in (False, True)
+        find_policy(opt, hardware, workload, Auto(shape, allowed)).best for allowed in (False, True)
     )
     assert lossy.tokens_s > 1.1 * exact.tokens_s
     chosen = {split[tier].codec for split in (lossy.policy.weights, lossy.policy.cache) for tier in Tier}
     assert chosen - {"none"}
     # A machine that was measured knows them by the dtype that comes out.
     by_dtype = hardware.replace(decoding={f"float32 {codec}": 1e8 for codec in ("int4", "int8")})
-    assert find_policy(opt, by_dtype, workload, lossy=True, fixed=shape).best.policy == lossy.policy
+    assert find_policy(opt, by_dtype, workload, Auto(shape, lossy=True)).best.policy == lossy.policy
     others = hardware.replace(decoding={"float16 int4": 1e8, "float16 int8": 1e8})
-    found = find_policy(opt, others, workload, lossy=True, fixed=shape).best.policy
+    found = find_policy(opt, others, workload, Auto(shape, lossy=True)).best.policy
     assert not {found.weights[tier].codec for tier in Tier} & {"int4", "int8"}
     none = hardware.replace(decoding={}, device_attention={"float32": 1e8}, host_attention={"float32": 1e7})
-    found = find_policy(opt, none, workload, lossy=True, fixed=shape).best.policy
+    found = find_policy(opt, none, workload, Auto(shape, lossy=True)).best.policy
     chosen = {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
     assert not chosen & {"int4", "int8"}, "a codec that expects nothing of a machine needs its figures"
     assert "fp8" in chosen, "fp8 expects its rates of the machine's memory"
@@ -323,7 +325,7 @@ def test_a_host_has_two_tiers_and_nowhere_else_to_attend(opt, host):
 
 
 def test_it_says_what_was_chosen_and_why(opt, machine):
-    found = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 8), top=3)
+    found = find_for_job(Job.checked(opt, small(machine, "150MiB"), Workload(100, 5, 8)), Auto(), top=3)
     report = found.best.prediction.report
     assert (
         f"predicted {report.throughput_tokens_s:.4g} tokens/s, bound by {report.bottleneck}" in found.line()
@@ -341,12 +343,12 @@ def test_it_says_what_was_chosen_and_why(opt, machine):
 def test_one_new_token_has_no_decode(opt, machine):
     """Of so many cells that a small model stands for the whole."""
     fixed = {"gpu_batch_size": 1, "num_gpu_batches": 400}
-    best = find_policy(opt, machine(), Workload(16, 1, 400), fixed=fixed).best
+    best = find_policy(opt, machine(), Workload(16, 1, 400), Auto(fixed)).best
     assert best.policy.block_size == 400 and best.prediction.report.decode_s == pytest.approx(0, abs=0.1)
 
 
 def test_the_last_block_is_about_as_full_as_the_others(opt, machine):
-    best = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 13), fixed={"num_gpu_batches": 3}).best
+    best = find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 13), Auto({"num_gpu_batches": 3})).best
     blocks = -(-13 // best.policy.block_size)
     assert blocks * best.policy.block_size - 13 < best.policy.num_gpu_batches * blocks
 
@@ -368,7 +370,7 @@ def test_the_whole_models_plan_says_what_fits():
         sep_layer=False,
     )
     hardware, workload = Hardware.preset("rtx-4090"), Workload(50, 20, 10_000)
-    asked = dict(fixed=policy.to_dict(), lossy=True, order="overlap_cpu_attention")
+    asked = dict(auto=Auto(policy.to_dict(), lossy=True), order="overlap_cpu_attention")
     best = find_policy(spec, hardware, workload, **asked).best
     assert best.policy == policy
     assert all(best.prediction.plan.on(tier) <= hardware.capacity[tier] for tier in Tier)
@@ -378,11 +380,11 @@ def test_prompts_are_computed_in_parts_where_whole_ones_do_not_fit(opt, machine)
     workload = Workload(2000, 5, 4)
     for gpu, chunk in (("120MiB", 0), ("100MiB", 500)):
         hardware = small(machine, gpu)
-        best = find_policy(opt, hardware, workload, top=1).best
+        best = find_for_job(Job.checked(opt, hardware, workload), Auto(), top=1).best
         assert best.policy.prefill_chunk == chunk
         assert all(best.prediction.plan.on(tier) <= hardware.capacity[tier] for tier in Tier)
     with pytest.raises(CapacityError):
-        find_policy(opt, hardware, workload, fixed={"prefill_chunk": 2000})
+        find_policy(opt, hardware, workload, Auto({"prefill_chunk": 2000}))
 
 
 def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
@@ -394,7 +396,7 @@ def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
         r"the policy needs .* on the (gpu|cpu) tier, which has 30 MiB .*, with 1 x 1 prompts", said
     )
     with pytest.raises(CapacityError, match=r"short by [\d.]+ MiB of gpu"):
-        find_policy(opt, small(machine, "150MiB"), Workload(24, 5, 8), fixed={"weights": {"gpu": 100}})
+        find_policy(opt, small(machine, "150MiB"), Workload(24, 5, 8), Auto({"weights": {"gpu": 100}}))
 
 
 @pytest.mark.parametrize(
@@ -408,10 +410,32 @@ def test_what_fits_nowhere_is_refused_with_what_is_short(opt, machine):
 )
 def test_what_makes_no_sense_is_refused(asked, error, said, opt, machine):
     with pytest.raises(error, match=said):
-        find_policy(opt, machine(), Workload(4, 4, 2), **asked)
+        find_policy(opt, machine(), Workload(4, 4, 2), Auto(asked.pop("fixed", {})), **asked)
 
 
 def test_a_codec_that_is_fixed_needs_figures(opt, machine):
     asked = {"weights": {"cpu": {"percent": 100, "codec": "int4"}}}
     with pytest.raises(HardwareError, match=r"no figure decoding\.int4"):
-        find_policy(opt, machine(decoding={}), Workload(24, 4, 8), fixed=asked)
+        find_policy(opt, machine(decoding={}), Workload(24, 4, 8), Auto(asked))
+
+
+def test_a_search_leaves_nothing_that_refers_to_itself(opt, machine):
+    """So all of it is freed at once, though Python looks for no cycles meanwhile."""
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        find_policy(opt, small(machine, "150MiB"), Workload(100, 5, 8))
+        gc.collect()
+        left = {type(each).__name__ for each in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not left & {
+        "Corners",
+        "PlacedModel",
+        "StepCosts",
+        "Simulations",
+        "Prediction",
+        "Timeline",
+        "Policy",
+    }

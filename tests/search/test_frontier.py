@@ -6,7 +6,7 @@ import pytest
 
 from flexgen.errors import CapacityError, RequestError
 from flexgen.models import open_model
-from flexgen.policy import Policy
+from flexgen.policy import Auto, Policy
 from flexgen.search.find import find_policy
 from flexgen.search.frontier import Point, draw, find_frontier, frontier_table, not_dominated, plotter
 from flexgen.workload import Workload
@@ -27,7 +27,7 @@ def test_more_prompts_give_more_and_take_longer(configs, machine):
 
     def find(workload):
         asked.append(workload)
-        return find_policy(spec, machine(), workload, fixed={"weights": {"cpu": 100}})
+        return find_policy(spec, machine(), workload, Auto({"weights": {"cpu": 100}}))
 
     points = find_frontier(find, Workload(8, 4, 6))
     assert [workload.num_prompts for workload in asked] == [1, 2, 4, 6]

@@ -40,6 +40,7 @@ const char* fakecuda_counters() {
     const Counters& counters = machine().counters;
     std::ostringstream out;
     out << "{\"launches\": " << object(counters.launches) << ", \"host_waits\": " << object(counters.host_waits)
+        << ", \"graph_launches\": " << counters.graph_launches << ", \"graph_kernels\": " << counters.graph_kernels
         << ", \"copied\": " << object(counters.copied) << ", \"contexts\": " << object(counters.contexts)
         << ", \"device_used\": " << object(machine().device_used) << ", \"pinned\": " << machine().pinned_memory.total()
         << ", \"registrations\": " << counters.registrations << ", \"live_events\": " << counters.live_events
@@ -63,6 +64,10 @@ void fakecuda_reset_counters() {
 void fakecuda_fail_after(long launches) {
     std::lock_guard guard(machine().lock);
     settings().fail_after_launches = launches < 0 ? -1 : machine().launched() + launches;
+}
+
+void fakecuda_refuse_capture(int refuse) {
+    settings().capture_fails = refuse;
 }
 
 void fakecuda_refuse_registration(int refuse) {

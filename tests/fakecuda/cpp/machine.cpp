@@ -60,6 +60,7 @@ Settings& settings() {
         from_environment("FAKECUDA_LINK_GBS", 25) * 1e9,
         -1,
         false,
+        false,
     };
     return all;
 }
@@ -155,10 +156,22 @@ bool Machine::failed() const {
 
 bool Machine::launch(const std::string& kernel, cudaStream_t handle) {
     std::lock_guard guard(lock);
+    if (add_node(stream(handle), settings().kernel_seconds, nullptr, true)) return true;
     launched_++;
     if (failed()) return false;
     counters.launches[kernel]++;
     enqueue(stream(handle), settings().kernel_seconds);
+    return true;
+}
+
+bool Machine::run(const Graph::Node& node, Stream& stream) {
+    std::lock_guard guard(lock);
+    if (node.kernel) {
+        launched_++;
+        counters.graph_kernels++;
+    }
+    if (failed()) return false;
+    enqueue(stream, node.seconds);
     return true;
 }
 

@@ -4,20 +4,22 @@
 // in seconds of the host's steady clock: work that is enqueued moves it forward, and a host wait sleeps until it is reached.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include <cuda_runtime_api.h>  // last: one of its macros is a word of the standard library
+
 namespace fakecuda {
 
-// Read from the environment once; the last two are set by tests.
+// Read from the environment once; the last three are set by tests.
 struct Settings {
     std::vector<int> compute_capabilities;  // FAKECUDA_CC, one number for each device: "90,75"
     size_t device_bytes;                    // FAKECUDA_GIB, of each device
@@ -25,6 +27,7 @@ struct Settings {
     double link_bandwidth;  // FAKECUDA_LINK_GBS, bytes/s from pinned memory; a quarter of it from pageable memory
     std::atomic<long> fail_after_launches;  // every kernel after this many launches fails; -1: none
     std::atomic<bool> registration_fails;
+    std::atomic<bool> capture_fails;
 
     int devices() const { return int(compute_capabilities.size()); }
 };
@@ -36,8 +39,27 @@ struct Stream;
 // How far a stream, or whoever waited for it, knows each stream to have come: the number of its last finished operation.
 using Progress = std::unordered_map<const Stream*, long>;
 
+// What one launch of a CUDA graph does: its nodes in the order of their capture, which was on one stream.
+struct Graph {
+    struct Node {
+        double seconds = 0;            // of the stream
+        bool kernel = false;
+        std::function<void()> effect;  // on memory, or in the test; none for a kernel
+    };
+    unsigned long long id = 0;
+    std::vector<Node> nodes;
+};
+
+// A stream between cudaStreamBeginCapture and cudaStreamEndCapture.
+struct Capture {
+    std::shared_ptr<Graph> graph;
+    cudaStreamCaptureMode mode;
+    bool invalid = false;  // after a call that no graph can hold
+};
+
 struct Stream {
     int device = 0;
+    std::unique_ptr<Capture> capture;  // what is enqueued meanwhile becomes nodes, and does nothing
     double clock = 0;
     long enqueued = 0;  // operations so far
     Progress seen;      // what this stream has waited for in others
@@ -47,7 +69,8 @@ struct Event {
     unsigned flags = 0;
     bool recorded = false;
     double time = 0;
-    Progress reached;  // what is finished once the event is
+    unsigned long long graph = 0;  // recorded during the capture of this graph; 0: it is no part of one
+    Progress reached;              // what is finished once the event is
 };
 
 // Disjoint address ranges.
@@ -68,7 +91,9 @@ class Ranges {
 };
 
 struct Counters {
-    std::map<std::string, long> launches;    // by kernel
+    std::map<std::string, long> launches;    // by kernel, without those of graphs
+    long graph_launches = 0;
+    long graph_kernels = 0;  // of the graphs that were launched
     std::map<std::string, long> host_waits;  // by function of the runtime
     std::map<std::string, long> copied;      // bytes by kind: "h2d pinned", "h2d pageable", "d2h pinned", ...
     std::map<int, long> contexts;            // calls by device that would create its context
@@ -95,8 +120,10 @@ class Machine {
     // One operation of a copy engine: `engine` 0 to the device, 1 from it.
     double enqueue_copy(Stream& stream, int engine, double seconds);
 
-    // A kernel launch. False once the device has failed.
+    // A kernel launch, or a node of the graph that the stream captures. False once the device has failed.
     bool launch(const std::string& kernel, cudaStream_t stream);
+    // The next node of a graph that is launched, but for its effect. False once the device has failed.
+    bool run(const Graph::Node& node, Stream& stream);
     bool failed() const;
     long launched() const { return launched_; }
 
@@ -143,6 +170,12 @@ class Machine {
     void end_overlapping_uploads(const Stream& stream, const char* begin, size_t nbytes);
     void deliver_overlapping(const Stream& stream, const char* begin, size_t nbytes);
 };
+
+// The next node of the graph that the stream captures; false if it captures none.
+bool add_node(Stream& stream, double seconds, std::function<void()> effect, bool kernel = false);
+// The error of a call that no thread may make now, because a stream captures; it invalidates the calling thread's own
+// capture. cudaSuccess where nothing forbids the call.
+cudaError_t forbidden_by_capture();
 
 Machine& machine();
 double now();

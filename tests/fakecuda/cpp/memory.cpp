@@ -38,6 +38,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 
 cudaError_t cudaMalloc(void** address, size_t nbytes) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
     int device = current_device();
@@ -53,6 +54,7 @@ cudaError_t cudaMalloc(void** address, size_t nbytes) {
 }
 
 cudaError_t cudaFree(void* address) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     if (!address) return cudaSuccess;
     std::lock_guard guard(machine().lock);
@@ -127,14 +129,21 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t nbytes, cud
     bool from_device = machine().device_memory.contains(source);
     auto& copied = machine().counters.copied;
     if (to_device && from_device) {
+        double seconds = kCopySeconds + 2 * double(nbytes) / kDeviceBandwidth;
+        auto copy = [=] { std::memmove(target, source, nbytes); };
+        if (add_node(stream, seconds, copy)) return cudaSuccess;
         copied["d2d"] += long(nbytes);
-        machine().enqueue(stream, kCopySeconds + 2 * double(nbytes) / kDeviceBandwidth);
+        machine().enqueue(stream, seconds);
         std::memmove(target, source, nbytes);
         return cudaSuccess;
     }
     if (!to_device && !from_device) {
         std::memmove(target, source, nbytes);
         return cudaSuccess;
+    }
+    if (stream.capture) {  // CUDA takes copies of pinned memory; the engine has none in a graph
+        stream.capture->invalid = true;
+        return fail(cudaErrorStreamCaptureUnsupported);
     }
     bool pinned = machine().pinned_memory.contains(to_device ? source : target);
     copied[std::string(to_device ? "h2d " : "d2h ") + (pinned ? "pinned" : "pageable")] += long(nbytes);
@@ -171,8 +180,12 @@ cudaError_t cudaMemsetAsync(void* target, int value, size_t nbytes, cudaStream_t
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
     machine().touch(current_device());
-    machine().enqueue(machine().stream(handle), kCopySeconds + double(nbytes) / kDeviceBandwidth);
-    std::memset(target, value, nbytes);
+    Stream& stream = machine().stream(handle);
+    double seconds = kCopySeconds + double(nbytes) / kDeviceBandwidth;
+    auto fill = [=] { std::memset(target, value, nbytes); };
+    if (add_node(stream, seconds, fill)) return cudaSuccess;
+    machine().enqueue(stream, seconds);
+    fill();
     return cudaSuccess;
 }
 

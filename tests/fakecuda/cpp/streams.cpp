@@ -13,6 +13,7 @@ Event& event_of(cudaEvent_t handle) {
 
 // The host knows that the stream has done all it was given, and waits for that.
 cudaError_t wait_for(Stream& stream, const char* function) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     double end;
     {
@@ -57,6 +58,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
     machine().touch(current_device());
@@ -71,6 +73,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 }
 
 cudaError_t cudaDeviceSynchronize() {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     int device = current_device();
     double end;
@@ -92,23 +95,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
     Event& event = event_of(event_handle);
     if (!event.recorded) return cudaSuccess;
     Stream& stream = machine().stream(handle);
+    unsigned long long graph = stream.capture ? stream.capture->graph->id : 0;
+    if (event.graph != graph) {  // the rig's graphs are of one stream
+        if (stream.capture) stream.capture->invalid = true;
+        return fail(cudaErrorStreamCaptureIsolation);
+    }
     stream.clock = std::max(stream.clock, event.time);
     for (auto& [other, number] : event.reached) stream.seen[other] = std::max(stream.seen[other], number);
-    return cudaSuccess;
-}
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*, cudaGraph_t*,
-                                     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
     return cudaSuccess;
 }
 
@@ -141,6 +134,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_han
     machine().touch(current_device());
     Event& event = event_of(handle);
     Stream& stream = machine().stream(stream_handle);
+    event.graph = stream.capture ? stream.capture->graph->id : 0;
     event.time = std::max(stream.clock, now());
     event.reached = machine().reached_by(stream);
     event.recorded = true;
@@ -152,6 +146,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     std::lock_guard guard(machine().lock);
     machine().touch(current_device());
@@ -162,6 +157,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+    if (cudaError_t error = forbidden_by_capture()) return fail(error);
     if (machine().failed()) return fail(cudaErrorIllegalAddress);
     double end;
     {

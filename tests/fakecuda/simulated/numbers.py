@@ -2,18 +2,23 @@
 
 Its memory is host memory, so torch's CPU kernels compute each operation once more on the same bytes. Copies between
 host and device are the simulated runtime's own: what is downloaded is there only when the host has waited for it.
-Operations take effect in the order of their issue; `races` looks for what another order would change.
+Operations take effect in the order of their issue; `races` looks for what another order would change. An operation
+that a CUDA graph captures takes effect at each launch of the graph, on the memory that it was captured with.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from simulated import runtime
 
 _CPU = torch.device("cpu")
 _NO_KERNEL = frozenset(
@@ -65,13 +70,28 @@ class Numbers(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name in _NO_KERNEL or _is_view(func, given, result):
             return result
-        again = func(*pytree.tree_map(_there, args), **pytree.tree_map(_there, kwargs))
+        there, options = pytree.tree_map(_there, args), pytree.tree_map(_there, kwargs)
         own = {id(value) for value in given}
-        for made, computed in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
-            # What was given, such as an `out=`, has been written by the second run.
-            if isinstance(made, Tensor) and made.numel() and id(made) not in own:
-                (in_host_memory(made) if made.is_cuda else made).copy_(computed)
+        # What was given, such as an `out=`, is written by the second run.
+        targets = [
+            _there(made) if isinstance(made, Tensor) and made.numel() and id(made) not in own else None
+            for made in pytree.tree_leaves(result)
+        ]
+
+        def compute() -> None:
+            for target, made in zip(targets, pytree.tree_leaves(func(*there, **options)), strict=True):
+                if target is not None:
+                    target.copy_(made)
+
+        _now_or_in_graph(compute)
         return result
+
+
+def _now_or_in_graph(compute: Callable[[], object]) -> None:
+    if runtime.capturing():
+        runtime.at_each_launch(compute)
+    else:
+        compute()
 
 
 def _is_view(func: Any, given: list[Any], result: Any) -> bool:
@@ -93,7 +113,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     """`copy_`. Where the runtime would copy what a kernel has converted or gathered first, that is computed here."""
     target, source = args[0], args[1]
     if target.is_cuda and source.is_cuda:
-        in_host_memory(target).copy_(in_host_memory(source))
+        _now_or_in_graph(partial(in_host_memory(target).copy_, in_host_memory(source)))
         return func(*args, **kwargs)
     raw = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
     if raw and target.shape == source.shape:

@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.cuda import _gpu_trace as gpu_trace
 from torch.cuda._sanitizer import Access, ArgumentHandler, EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simulated import runtime
 from simulated.threads import in_every_thread
 
 _CALLBACKS = (
@@ -101,6 +103,10 @@ class _Handler(EventHandler):
         super()._handle_memory_deallocation(data_ptr)
 
     def kernel(self, schema: torch.FunctionSchema, arguments: ArgumentHandler) -> None:
+        with self.lock:
+            self._kernel(schema, arguments)
+
+    def _kernel(self, schema: torch.FunctionSchema, arguments: ArgumentHandler) -> None:
         read = arguments.dataptrs_read - arguments.dataptrs_written
         stream = torch.cuda.current_stream().cuda_stream
         found = self._handle_kernel_launch(
@@ -140,6 +146,9 @@ class _Watch(TorchDispatchMode):
         arguments.parse_inputs(schema, args, kwargs, is_factory=factory)
         result = func(*args, **kwargs)
         arguments.parse_outputs(schema, result, is_factory=factory)
+        if runtime.capturing():
+            runtime.at_each_launch(partial(self._handler.kernel, schema, arguments))
+            return result
         with self._handler.lock:
             self._handler.kernel(schema, arguments)
             if _blocks(schema.name, args, kwargs):  # torch does not always report it

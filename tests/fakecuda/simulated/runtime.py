@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 _LIBRARY = os.environ.get("LD_PRELOAD", "")
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def running() -> bool:
@@ -21,6 +24,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(_LIBRARY)
     library.fakecuda_counters.restype = ctypes.c_char_p
     library.fakecuda_fail_after.argtypes = [ctypes.c_long]
+    library.cudaLaunchHostFunc.argtypes = [ctypes.c_void_p, _HOST_FUNCTION, ctypes.c_void_p]
     return library
 
 
@@ -28,7 +32,8 @@ def _library() -> ctypes.CDLL:
 class Counters:
     """What the runtime has counted since the last `reset`.
 
-    launches: kernels by name. host_waits: calls that block the host, by function. copied: bytes by direction and kind
+    launches: kernels by name, without those of CUDA graphs. graph_launches: of whole graphs; graph_kernels: theirs.
+    host_waits: calls that block the host, by function. copied: bytes by direction and kind
     of host memory. contexts: calls by device that would create its context. pinned: bytes registered or allocated;
     registrations: buffers that were registered.
     The last three are hazards: pinned memory that the host changed, or freed, or that another stream copied, while a
@@ -36,6 +41,8 @@ class Counters:
     """
 
     launches: dict[str, int]
+    graph_launches: int
+    graph_kernels: int
     host_waits: dict[str, int]
     copied: dict[str, int]
     contexts: dict[str, int]
@@ -50,7 +57,7 @@ class Counters:
 
     @property
     def kernels(self) -> int:
-        """Launches of all kernels."""
+        """Launches of all kernels that the host has launched one by one."""
         return sum(self.launches.values())
 
     @property
@@ -87,3 +94,33 @@ def refusing_to_pin() -> Iterator[None]:
         yield
     finally:
         _library().fakecuda_refuse_registration(0)
+
+
+@contextlib.contextmanager
+def refusing_to_capture() -> Iterator[None]:
+    """No stream begins to capture a CUDA graph."""
+    _library().fakecuda_refuse_capture(1)
+    try:
+        yield
+    finally:
+        _library().fakecuda_refuse_capture(0)
+
+
+_in_graphs: list[Callable[[], object]] = []
+"""What graphs call, for as long as the process runs: a graph keeps only the number."""
+
+
+@_HOST_FUNCTION
+def _call(number: int | None) -> None:
+    _in_graphs[(number or 0) - 1]()
+
+
+def capturing() -> bool:
+    """Whether the current stream of this thread captures a CUDA graph: what is launched does not run now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def at_each_launch(function: Callable[[], object]) -> None:
+    """Have the graph that is being captured call `function` in the order of its nodes, in the launching thread."""
+    _in_graphs.append(function)
+    _library().cudaLaunchHostFunc(torch.cuda.current_stream().cuda_stream, _call, len(_in_graphs))

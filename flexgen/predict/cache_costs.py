@@ -1,0 +1,90 @@
+"""What the KV cache of a block moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexgen.layout.cache import CacheLayout, CacheSegment, Span, cache_layout
+from flexgen.layout.passes import Passes
+from flexgen.models.layer import AttentionLayer
+from flexgen.policy import Policy, Tier
+from flexgen.predict.loads import Loads
+from flexgen.predict.placed import PlacedModel
+from flexgen.workload import Workload
+
+
+class CacheCosts:
+    """The cache of batches of the given `sizes`.
+
+    `every_token`: each token of the block has a pass of its own. Where some are left out, a token reads as much of a
+    cache on disk as the line through its pages says.
+    """
+
+    def __init__(
+        self, model: PlacedModel, policy: Policy, workload: Workload, sizes: Iterable[int], every_token: bool
+    ) -> None:
+        self._model = model
+        self._passes = Passes(workload.prompt_len, policy.prefill_chunk)
+        self._prompt = workload.prompt_len
+        self._capacity = workload.capacity
+        self._every_token = every_token
+        dtype, topology = model.placement.dtype, model.hardware.topology
+        self._layouts = {
+            (n, rows): cache_layout(layer.layer_spec.attention, policy, rows, self._capacity, dtype, topology)
+            for n in set(model.alike.cells)
+            if isinstance(layer := model.layers[n], AttentionLayer)
+            for rows in sizes
+        }
+
+    def layout(self, layer: int, rows: int) -> CacheLayout:
+        """That of a batch of `rows` rows; `layer` is the first of those alike."""
+        return self._layouts[layer, rows]
+
+    def load(self, layer: int, token: int, rows: int) -> Loads:
+        """The cached tokens, to where attention reads them."""
+        if (layer, rows) not in self._layouts:
+            return ()
+        layout, span = self._layouts[layer, rows], self._passes.span(token)
+        return self._model.lanes.loads(
+            layout.inward(s, span, *self._pages(s, token, span.length)) for s in layout.moving(span)
+        )
+
+    def store(self, layer: int, token: int, rows: int, flushes: bool) -> Loads:
+        """The new keys and values, home. `flushes`: the token stands for those that write pages."""
+        if (layer, rows) not in self._layouts:
+            return ()
+        layout, span = self._layouts[layer, rows], self._passes.span(token)
+        return self._model.lanes.loads(
+            layout.outward(segment, span, self._flushed(segment, span, flushes))
+            for segment in layout.segments
+        )
+
+    @property
+    def flushes(self) -> int:
+        """How many tokens of the decode write pages of a cache on disk."""
+        on_disk = (s for layout in self._layouts.values() for s in layout.segments if s.tier is Tier.DISK)
+        return max(map(self._flushes_of, on_disk), default=0)
+
+    def _pages(self, segment: CacheSegment, token: int, cached: int) -> tuple[int, int]:
+        """Bytes of the whole pages that hold `cached` tokens, and of the page that is being filled."""
+        if self._every_token or segment.tier is not Tier.DISK or token <= 0:
+            return segment.filled(cached)
+        # A line with the mean of the steps, and nearly as steep.
+        later = range(self._prompt, self._capacity - 1)
+        both = [divmod(tokens, segment.page_tokens) for tokens in later]
+        mean = sum(whole for whole, _ in both) / len(both)
+        grown = (both[-1][0] - both[0][0]) * ((cached - self._prompt) / (len(both) - 1) - 0.5)
+        filled = sum(bool(rest) for _, rest in both) / len(both)
+        return int((mean + grown) * segment.page_bytes), int(filled * segment.page_bytes)
+
+    def _flushed(self, segment: CacheSegment, span: Span, flushes: bool) -> int:
+        """Bytes of the pages that became whole."""
+        if self._every_token or span.length < self._prompt:
+            return segment.flushed(span)
+        if segment.tier is not Tier.DISK or not flushes or not self.flushes:
+            return 0
+        # One token stands for all that write pages; a cache with larger pages writes fewer of them.
+        return segment.page_bytes * self._flushes_of(segment) // self.flushes
+
+    def _flushes_of(self, segment: CacheSegment) -> int:
+        return (self._capacity - 1) // segment.page_tokens - self._prompt // segment.page_tokens

@@ -1,0 +1,103 @@
+"""What the cells of a block compute, on the device and on the host."""
+
+from __future__ import annotations
+
+from flexgen.layout.passes import Passes
+from flexgen.models.layer import AttentionLayer
+from flexgen.predict.cache_costs import CacheCosts
+from flexgen.predict.loads import Load, Loads
+from flexgen.predict.placed import PlacedModel
+from flexgen.results.trace import LaneName
+
+
+class ComputeCosts:
+    """The computation of cells, whole or in the halves of an order that `splits_attention`.
+
+    Layers are named by the first of those alike. `first`: the batch is the first of a layer's visit. `gathers_rows`:
+    the rows of an encoded table were gathered, each once.
+    """
+
+    def __init__(
+        self,
+        model: PlacedModel,
+        cache: CacheCosts,
+        passes: Passes,
+        splits_attention: bool,
+        gathers_rows: bool,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._passes = passes
+        self._splits_attention = splits_attention
+        self._gathers_rows = gathers_rows
+        self._cell = model.hardware.fixed.cell
+
+    def compute(self, index: int, token: int, rows: int, first: bool) -> Loads:
+        """The layer, or what the steps of attention have left of it."""
+        model, span = self._model, self._passes.span(token)
+        layer, arithmetic = model.layers[index], model.arithmetic
+        if index == model.last and token < 0:
+            return ()
+        new = 1 if index == model.last else span.new  # the head takes the last position only
+        seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
+        crossed = 0
+        if self._splits(index, token, rows):
+            assert isinstance(layer, AttentionLayer)
+            seconds -= arithmetic.projection(layer, rows, first)
+            return ((Load(LaneName.COMPUTE, 0, seconds + self._cell / 2),),)
+        if layer.has_cache and not span.decodes:
+            seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
+        elif layer.has_cache:
+            # Device and host compute attention of their rows at the same time. Queries and
+            # answers cross the link within the computation.
+            layout = self._cache.layout(index, rows)
+            seconds += max(arithmetic.token_attention(layout.segments, span.length + 1))
+            if layout.host_rows:
+                for move in (layout.ask(), layout.answer()):
+                    crossed += move.nbytes
+                    seconds += model.lanes.seconds(move)
+        return ((Load(LaneName.COMPUTE, crossed, seconds + self._cell),),)
+
+    def project(self, index: int, token: int, rows: int, first: bool) -> Loads:
+        """Queries, keys and values, and those of the host's rows to the host."""
+        if not self._splits(index, token, rows):
+            return ()
+        layer = self._model.layers[index]
+        assert isinstance(layer, AttentionLayer)
+        seconds = self._cell / 2 + self._model.arithmetic.projection(layer, rows, first)
+        ask = self._model.lanes.load(self._cache.layout(index, rows).ask())
+        return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
+
+    def attend(self, index: int, token: int, rows: int) -> Loads:
+        """Attention over the host's rows on the host, and over the device's on the device."""
+        if not self._splits(index, token, rows):
+            return ()
+        segments = self._cache.layout(index, rows).segments
+        context = self._passes.span(token).length + 1
+        device, host = self._model.arithmetic.token_attention(segments, context)
+        chains: Loads = ((Load(LaneName.HOST, 0, host),),)
+        if any(segment.on_device for segment in segments):
+            chains += ((Load(LaneName.COMPUTE, 0, device),),)
+        return chains
+
+    def load_attended(self, index: int, token: int, rows: int) -> Loads:
+        """The host's attention, to the device."""
+        if not self._splits(index, token, rows):
+            return ()
+        return ((self._model.lanes.load(self._cache.layout(index, rows).answer()),),)
+
+    def _splits(self, index: int, token: int, rows: int) -> bool:
+        """Whether a cell is computed in halves."""
+        if not (self._splits_attention and self._model.layers[index].has_cache):
+            return False
+        return self._passes.span(token).decodes and bool(self._cache.layout(index, rows).host_rows)
+
+    def _embedded(self, index: int, tokens: int) -> float:
+        """Seconds of decoding the rows of an encoded table, as many as there are ids, or as were gathered."""
+        model = self._model
+        table = model.layers[index].table
+        codec = model.placement.codec(table) if table else None
+        if table is None or codec is None:
+            return 0.0
+        rows = min(tokens, table.shape[0]) if self._gathers_rows else tokens
+        return model.arithmetic.decoding(codec, rows * table.shape[1])

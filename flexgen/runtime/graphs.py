@@ -1,0 +1,197 @@
+"""Decode cells as CUDA graphs: a layer of a batch is captured once and replayed for the following tokens.
+
+A replay reads the same addresses as the capture. So whatever changes with the token has a buffer, which is filled
+before the token's first layer, and the hidden states between two layers have one too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from flexgen.errors import shown
+from flexgen.kernels.attention import hide_positions
+from flexgen.layout.graphs import LONGEST, StepLayout, extent, step_layout
+from flexgen.memory.device import ComputeDevice
+from flexgen.memory.store import tensor_at
+from flexgen.memory.taken import Taken
+from flexgen.models import Layer, Weights
+from flexgen.models.layer import Chunk, Context
+from flexgen.models.spec import RopeSpec
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.kvcache import KVCache
+from flexgen.runtime.pages import Fixed
+
+MIN_TOKENS = 8
+"""A run of more tokens than these is captured. Its first token is the prompts'. Cells of the second one are computed
+without graphs, so that libraries load their kernels, and those of the third one are captured, which takes as long."""
+
+_log = logging.getLogger("flexgen")
+
+
+class _Step:
+    """What the graphs of one batch read of the token (see `StepLayout`)."""
+
+    def __init__(self, buffer: Tensor, layout: StepLayout) -> None:
+        made = [
+            tensor_at(buffer, begin, shape, dtype)
+            for (begin, _), (shape, dtype) in zip(layout.places, layout.shapes, strict=True)
+        ]
+        self.hidden, self._hidden_positions, self.positions, self._index, *factors = made
+        self.factors = dict(zip(layout.ropes, factors, strict=True))
+        self._capacity = layout.capacity
+        self._length = 0  # of the token that it is filled for; 0: of none
+
+    def fill(self, cell: BoundCell, context: Context) -> None:
+        """For the token of the cell, unless another layer has done it."""
+        length = cell.span.length + 1
+        if length == self._length:
+            return
+        if length == self._length + 1:
+            self._hidden_positions[..., length - 1].zero_()
+        else:
+            hide_positions(self._hidden_positions, cell.padding.on_device, length)
+        self._index.fill_(length - 1)
+        self.positions.copy_(context.positions)
+        for rope, factors in self.factors.items():
+            factors.copy_(context.rope_factors(rope, factors.dtype))
+        self._length = length
+
+    def at(self) -> Fixed:
+        return Fixed(self._index, self._hidden_positions, extent(self._length, self._capacity))
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """The `Context` of a layer that is captured."""
+
+    step: _Step
+    cache: KVCache
+    cell: BoundCell
+    at: Fixed
+    text_length = None
+    last_only = True
+
+    @property
+    def positions(self) -> Tensor:
+        return self.step.positions
+
+    def rope_factors(self, rope: RopeSpec, dtype: object) -> Tensor:
+        return self.step.factors[rope]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self.cache.attend_at(self.cell, self.at, q, k, v, scale)
+
+    def keep_new(self, k: Tensor, v: Tensor) -> None:
+        raise AssertionError("a decode cell computes one token")
+
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        raise AssertionError("a decode cell computes one token")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    extent: int
+    """Positions that it attends to, 0 for a layer without a cache."""
+    replay: Callable[[], None]
+
+
+class CellGraphs:
+    """Graphs of the decode cells of one block.
+
+    `replayed` are the numbers of the layers that have graphs (see `layout.graphs.replayed`). After the device has
+    refused a capture, no cell has a graph.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], replayed: Sequence[int], cache: KVCache, device: ComputeDevice
+    ) -> None:
+        self._layers = {j: layers[j] for j in replayed}
+        self._cache = cache
+        self._device = device
+        self._taken = Taken()
+        self._buffers: dict[int, Tensor] = {}
+        self._refused = False
+        self._clear()
+
+    def expect(self, tokens: int) -> None:
+        """The next run gives `tokens` tokens with the same batches. Without this call it has no graphs."""
+        self._pays = tokens > MIN_TOKENS
+
+    def _clear(self) -> None:
+        self._pays = False
+        self._steps: dict[int, _Step] = {}
+        self._computed: set[tuple[int, int]] = set()  # cells that have been computed without a graph
+        self._captured: dict[tuple[int, int], _Graph] = {}
+
+    def drop(self) -> None:
+        """Forget all graphs, before other batches or prompts, and at the end of a call. No step may be under way."""
+        self._clear()
+
+    def close(self) -> None:
+        """Give back all memory."""
+        self.drop()
+        self._buffers.clear()
+        self._taken.close()
+
+    def serves(self, cell: BoundCell) -> bool:
+        """Whether `compute` is for this cell."""
+        return self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
+
+    def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
+        """The layer's result, from hidden states x (rows, 1, hidden); part of the cell's computation.
+
+        The result is overwritten by the batch's next layer. `context`: of the cell without graphs.
+        """
+        step = self._step(cell, x)
+        step.fill(cell, context)
+        if x is not step.hidden:
+            step.hidden.copy_(x)
+        at = step.at()
+        work = partial(self._layer, cell, _Replayed(step, self._cache, cell, at), weights)
+        key = cell.layer, cell.batch
+        positions = at.extent if self._layers[cell.layer].has_cache else 0
+        graph = self._captured.get(key)
+        if graph is None or graph.extent != positions:
+            graph = self._capture(key, positions, work)
+        if graph is None:
+            work()
+        else:
+            graph.replay()
+        self._computed.add(key)
+        return step.hidden
+
+    def _layer(self, cell: BoundCell, context: _Replayed, weights: Weights) -> None:
+        hidden = context.step.hidden
+        hidden.copy_(self._layers[cell.layer].forward(hidden, weights, context))
+
+    def _capture(self, key: tuple[int, int], extent: int, work: Callable[[], None]) -> _Graph | None:
+        """The graph of a cell; None where the cell must be computed without one."""
+        if self._refused or key not in self._computed:
+            return None
+        try:
+            self._captured[key] = _Graph(extent, self._device.graphs.capture(work))
+        except RuntimeError as error:
+            self._refused = True
+            self._captured.clear()
+            _log.warning(
+                "%s refused to capture a CUDA graph (%s), so flexgen launches each kernel by itself: "
+                "results are the same, and small batches take longer",
+                self._device.name,
+                shown(str(error).partition("\n")[0]),
+            )
+            return None
+        return self._captured[key]
+
+    def _step(self, cell: BoundCell, x: Tensor) -> _Step:
+        batch = cell.batch
+        if batch not in self._steps:
+            layout = step_layout([*self._layers.values()], len(x), self._cache.capacity, x.dtype)
+            if batch not in self._buffers:  # a batch only becomes smaller
+                self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
+            self._steps[batch] = _Step(self._buffers[batch], layout)
+        return self._steps[batch]

@@ -1,0 +1,241 @@
+"""The figures of a linear program, from the cost model and the memory plan.
+
+Both are asked at the corners: policies with all weights on one tier, all cache on one and all activations on one. No
+formula of a size or of a time is repeated here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from flexgen.errors import HardwareError, PolicyError
+from flexgen.layout.passes import Passes
+from flexgen.layout.plan import Target, plan_memory
+from flexgen.layout.weight_slots import slot_sizes
+from flexgen.models.spec import LayerSpec
+from flexgen.policy import Policy, Share, Split, Tier
+from flexgen.predict.costs import CostedBlock, StepCosts
+from flexgen.predict.job import Job
+from flexgen.predict.placed import PlacedModel, Placements
+from flexgen.predict.prediction import decode_seconds
+from flexgen.predict.workspaces import workspaces_on
+from flexgen.schedule.orders import Order
+from flexgen.schedule.steps import Grid, Op, Step, all_steps
+from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures
+
+_TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op.STORE_HIDDEN)
+
+_DEPENDS = {
+    Op.LOAD_WEIGHTS: ("weights",),
+    Op.LOAD_CACHE: ("cache",),
+    Op.LOAD_HIDDEN: ("activations", "weights"),  # of the first layer, rows of the embedding table
+    **dict.fromkeys((Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE), ("weights", "cache")),
+    Op.STORE_HIDDEN: ("activations",),
+    Op.STORE_CACHE: ("cache",),
+}
+"""The classes of data that the seconds of a step depend on."""
+
+_Kinds = tuple[LayerSpec, ...]
+
+
+class _Addition(NamedTuple):
+    """Layers of one kind: the bytes that `times` the difference between two models of them takes."""
+
+    times: float
+    more: Placements
+    fewer: Placements
+
+
+class Corners:
+    """Figures of one job, for any shape of a block."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._counts = Counter(job.spec.layers)
+        self._placements: dict[_Kinds, Placements] = {}
+        self._small: dict[int, tuple[Placements, list[_Addition]]] = {}
+        self._workspaces = workspaces_on(job.hardware)
+        self._models: dict[tuple[bool, Split], PlacedModel] = {}
+        self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
+
+    def order(self, form: Policy) -> Order:
+        """What a policy of this form runs in, wherever its free shares end up."""
+        return self._job.order_for(form)
+
+    def figures(self, form: Policy, columns: Sequence[Column]) -> Figures:
+        """Of blocks of the form's shape. Columns that the machine or the model has no figures for are left out."""
+        several = form.num_gpu_batches > 1
+        # What several batches take grows by the same with each.
+        first = form.replace(num_gpu_batches=2 if several else 1)
+        key = first, tuple(columns)
+        if key not in self._known:
+            self._known[key] = self._evaluate(first, columns)
+        known = self._known[key]
+        batches = np.array([1.0, form.num_gpu_batches])
+        values = {column: batches @ lines for column, lines in known}
+        start = {column.what: column for column in reversed(values)}
+        base = values[start["weights"]]
+        change = [values[column] - values[start[column.what]] for column in values]
+        serial = self.order(form).serial
+        return Figures(tuple(values), base, np.array(change), serial)
+
+    def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[tuple[Column, np.ndarray]]:
+        start = {column.what: column for column in reversed(columns)}
+        order = self.order(form)
+
+        def at(columns: Mapping[str, Column]) -> Policy:
+            return form.replace(**{what: {c.tier: Share(100, c.codec)} for what, c in columns.items()})
+
+        base = at(start)
+        seconds = self._seconds(base, order, list(Op))
+        at_start = self._corner(base, order, seconds)
+        found = []
+        for column in columns:
+            if column == start[column.what]:
+                found.append((column, at_start))
+                continue
+            policy = at(start | {column.what: column})
+            # Steps that do not depend on this class of data take as long as they do at the start.
+            others = [op for op in Op if column.what in _DEPENDS[op]]
+            try:
+                corner = self._corner(policy, order, seconds | self._seconds(policy, order, others))
+            except (HardwareError, PolicyError):
+                continue  # a codec without a figure, or one that cannot keep heads of this size
+            found.append((column, corner))
+        return found
+
+    def _corner(self, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]) -> np.ndarray:
+        """(2, rows * 2 + 3): what does not depend on the number of batches, and what each of them adds."""
+        taken = np.sum(list(seconds.values()), axis=0)
+        return np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
+
+    def _seconds(self, policy: Policy, order: Order, ops: Collection[Op]) -> dict[Op, np.ndarray]:
+        """(2, phases, rows) of the steps of each of `ops`, from a model with one layer of each kind, which counts as
+        often as the whole has it."""
+        model = self._model(policy)
+        layers = model.layers
+        repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
+        gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
+        new, flushing = _few_tokens(gen_len, on_disk)
+        parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
+        lead, tokens = len(parts), [*parts, *new]
+        several = policy.num_gpu_batches > 1
+        block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
+        costs = StepCosts(model, policy, self._job.workload, block)
+        sums = {op: [[[0.0] * len(tokens) for _ in range(ROWS)] for _ in range(2)] for op in ops}
+        shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
+        for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):
+            if op not in sums:
+                continue
+            first, times = sums[op][0], repeated[layer]
+            each = sums[op][several and batch > 0 and op is not Op.LOAD_WEIGHTS]
+            for n in range(len(tokens)):
+                longest = 0.0
+                for chain in costs(Step(op, n, layer, batch)):
+                    for lane, seconds in chain:
+                        each[LANE_ROW[lane]][n] += times * seconds
+                    longest = max(longest, sum(seconds for _, seconds in chain))
+                if op in _TURN and batch == 0:
+                    first[IN_TURN][n] += times * longest
+                if op is Op.LOAD_WEIGHTS and order.slots.weights == 1:
+                    first[UNHIDDEN][n] += times * longest
+                if op is Op.COMPUTE:
+                    each[UNHIDDEN][n] += times * longest
+
+        def of_phases(row: list[float]) -> tuple[float, float]:
+            if not any(row):
+                return 0.0, 0.0
+            decode = decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes)
+            return sum(row[: lead + 1]), decode
+
+        taken = {op: np.array([[*map(of_phases, rows)] for rows in both]) for op, both in sums.items()}
+        if several:  # from the first and each other to the line through any number of them
+            for both in taken.values():
+                both[0] -= both[1]
+        return {op: both.swapaxes(1, 2) for op, both in taken.items()}
+
+    def _bytes(self, policy: Policy, order: Order) -> np.ndarray:
+        """(2, tiers), as of `_seconds`: the plan of small models with few batches, and what the other layers add."""
+        few, additions = self._additions(order.slots.weights)
+        batches = (2, 3) if policy.num_gpu_batches > 1 else (1,)
+        blocks = [policy.replace(num_gpu_batches=n) for n in batches]
+        planned = cache(lambda model: np.array([self._planned(block, order, model) for block in blocks]))
+        deep = planned(few)
+        for added in additions:
+            deep = deep + added.times * (planned(added.more) - planned(added.fewer))
+        each = deep[-1] - deep[0]
+        return np.stack([deep[0] - batches[0] * each, each])
+
+    def _additions(self, step: int) -> tuple[Placements, list[_Addition]]:
+        """A small model where `step` weight slots take turns, and what the other layers of the whole one add."""
+        if step not in self._small:
+            few, least = self._few_layers(step), (self._job.spec.num_layers - 1) % step + 1
+            # Each slot serves as many of the layers that are added as of those before.
+            additions = [
+                _Addition(
+                    count / step,
+                    self._placements_of((kind,) * (least + step)),
+                    self._placements_of((kind,) * least),
+                )
+                for kind, count in (self._counts - Counter(few)).items()
+            ]
+            self._small[step] = self._placements_of(few), additions
+        return self._small[step]
+
+    def _few_layers(self, step: int) -> tuple[LayerSpec, ...]:
+        """The fewest of the model's first layers that take weight slots of the same sizes as all of them."""
+        layers = self._job.spec.layers
+        turns = {(kind, n % step) for n, kind in enumerate(layers)}
+        for count in range((len(layers) - 1) % step + 1, len(layers), step):
+            if {(kind, n % step) for n, kind in enumerate(layers[:count])} == turns:
+                return layers[:count]
+        return layers
+
+    def _planned(self, block: Policy, order: Order, placements: Placements) -> list[float]:
+        layers = placements.layers(block.sep_layer)
+        placement = placements.placement(block.sep_layer, block.weights)
+        workload = replace(self._job.workload, num_prompts=block.block_size)
+        topology = self._job.hardware.topology
+        target = Target(topology, order.slots, self._workspaces)
+        plan = plan_memory(layers, placement, block, target, workload)
+        # A head that is larger than any layer goes where a share has room for it, and then needs no slot. What it
+        # takes where no share has is no line between the corners: the plan of the policy counts it.
+        slots, between = (
+            plan.weight_slots,
+            slot_sizes(layers, placement, topology, order.slots.weights, False),
+        )
+        taken = {tier: float(plan.on(tier)) for tier in Tier}
+        taken[topology.device] -= sum(slots.device) - sum(between.device)
+        taken[Tier.CPU] -= sum(slots.staging) - sum(between.staging)
+        return list(taken.values())
+
+    def _model(self, policy: Policy) -> PlacedModel:
+        """One layer of each kind."""
+        key = policy.sep_layer, policy.weights
+        if key not in self._models:
+            placements = self._placements_of(tuple(self._counts))
+            layers, placement = placements.layers(policy.sep_layer), placements.placement(*key)
+            self._models[key] = PlacedModel(layers, placement, self._job.hardware)
+        return self._models[key]
+
+    def _placements_of(self, kinds: _Kinds) -> Placements:
+        """Those of a model with these layers."""
+        if kinds not in self._placements:
+            spec = replace(self._job.spec, layers=kinds)
+            self._placements[kinds] = Placements(spec, self._job.dtype)
+        return self._placements[kinds]
+
+
+def _few_tokens(gen_len: int, pages: bool) -> tuple[Sequence[int], Sequence[int]]:
+    """The prefill and a token that stands for the decode, whose seconds grow evenly; with `pages` on disk also one
+    that writes a page, and the next. Which of them (by place) writes."""
+    if gen_len < 5:
+        return range(gen_len), ()
+    middle = gen_len // 2
+    return ([0, middle, middle + 1, middle + 2], [2]) if pages else ([0, middle], ())

@@ -1,0 +1,33 @@
+"""The figures of a linear program."""
+
+import numpy as np
+import pytest
+import torch
+
+from flexgen import Policy
+from flexgen.models import open_model
+from flexgen.policy import Tier
+from flexgen.predict.job import Job
+from flexgen.search.corners import Corners
+from flexgen.search.linear import CLASSES, Column
+from flexgen.workload import Workload
+
+CODED = [Column("weights", Tier.CPU, "int4"), Column("cache", Tier.CPU, "int8")]
+COLUMNS = [*(Column(what, tier) for what in CLASSES for tier in Tier), *CODED]
+
+
+@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_step_that_does_not_depend_on_a_class_takes_the_same(attend_on, batches, configs, machine):
+    """Corners share the steps that do not depend on what they change; one that is alone shares none."""
+    spec, _ = open_model(configs["opt"], "dummy")
+    job = Job(spec, machine(), Workload(40, 6, 8), torch.float32)
+    form = Policy(
+        gpu_batch_size=2, num_gpu_batches=batches, attend_on=attend_on, sep_layer=attend_on == "gpu"
+    )
+    figures = Corners(job).figures(form, COLUMNS)
+    start = {column.what: column for column in reversed(COLUMNS)}
+    for column in COLUMNS:
+        at = (start | {column.what: column}).values()
+        alone = Corners(job).figures(form, list(at)).base
+        assert np.allclose(figures.at(dict.fromkeys(at, 1.0)), alone, rtol=1e-9, atol=1e-12), column
