@@ -122,7 +122,7 @@ class Fixed:
 
 
 def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scale: float) -> Tensor:
-    """`attend` of the new token, q (rows, heads, 1, head_dim), over a page that has its keys and values (`put_at`)."""
+    """`attend` of the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
     return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
 
 
