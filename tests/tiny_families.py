@@ -1,6 +1,6 @@
-"""For each family the fields of tiny configs, which between them use all that its table can say.
+"""Tiny configs of every family, which together use all branches of its table.
 
-Sizes are odd on purpose: grouped heads, a vocabulary that is no power of two, heads that do not fill the hidden size.
+They have grouped heads, a vocabulary that is no power of two, and heads that do not add up to the hidden size.
 """
 
 from __future__ import annotations
@@ -16,15 +16,8 @@ _SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 _WIDE = _SIZES | dict(head_dim=12)
 _GPT: dict[str, Any] = dict(
-    vocab_size=67,
-    n_embd=32,
-    n_layer=3,
-    n_head=4,
-    n_positions=40,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+    vocab_size=67, n_embd=32, n_layer=3, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
 _OPT: dict[str, Any] = dict(
     vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=40, max_position_embeddings=40,
     word_embed_proj_dim=32,

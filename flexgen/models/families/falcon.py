@@ -15,11 +15,11 @@ def to_spec(fields: Fields) -> ModelSpec:
     if new:
         kv_heads = fields.size("num_kv_heads")
     else:
-        fields.skip("num_kv_heads")  # as in transformers, which does not read it either
+        fields.skip("num_kv_heads")  # transformers does not use it either
         kv_heads = 1 if fields.flag("multi_query") else heads
     fields.multiple("num_attention_heads", heads, "num_kv_heads", kv_heads)
     own_norms = fields.one_of("num_ln_in_parallel_attn", (None, 1, 2)) != 1 and new
-    fields.skip("multi_query", "parallel_attn")  # of old decoders only
+    fields.skip("multi_query", "parallel_attn")  # only used without new_decoder_architecture
     parallel = new or fields.flag("parallel_attn")
     layer = LayerSpec(
         AttentionSpec(

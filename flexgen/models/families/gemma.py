@@ -1,4 +1,4 @@
-"""Gemma, the first."""
+"""Gemma 1."""
 
 from __future__ import annotations
 

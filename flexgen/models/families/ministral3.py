@@ -1,4 +1,4 @@
-"""Ministral 3, and the text part of Devstral 2 and Mistral Small that is stored by itself."""
+"""Ministral 3 as a text model."""
 
 from __future__ import annotations
 

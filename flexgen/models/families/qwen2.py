@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2 and 2.5, and models distilled into them."""
+"""Qwen 1.5, 2 and 2.5, and the R1 distillations of them."""
 
 from __future__ import annotations
 
