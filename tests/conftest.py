@@ -15,6 +15,7 @@ SLOW = (
     "kernels/test_attention.py", "kernels/test_heads.py", "kernels/test_loading.py",
     "kernels/test_sparse_attention.py", "kernels/test_triton_*",
     "memory/test_homes.py", "memory/test_stream_lanes.py", "memory/test_weights.py", "models/test_chunks.py",
+    "models/families/test_tables.py",
     "predict/test_cpu_attention.py",
     "predict/test_costs.py", "predict/test_paper_table.py", "predict/test_prediction.py", "probe/test_probe.py",
     "search/test_find.py",

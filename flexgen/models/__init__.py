@@ -34,9 +34,12 @@ def one_of_each_kind(layers: Sequence[Layer]) -> list[Layer]:
 def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
     """The layers of a model: input embedding, transformer layers and head.
 
-    sep_layer: attention and MLP are separate streaming units; otherwise a transformer layer is one unit.
+    sep_layer: attention and MLP are separate streaming units; otherwise a transformer layer is one unit. A layer
+    with a parallel residual is always one unit, because its MLP needs the layer's input and not the result of
+    attention.
     """
     middle: list[Layer] = []
-    for index in range(spec.num_layers):
-        middle += [Attention(spec, index), MLP(spec, index)] if sep_layer else [Block(spec, index)]
+    for index, layer in enumerate(spec.layers):
+        apart = sep_layer and layer.residual != "parallel"
+        middle += [Attention(spec, index), MLP(spec, index)] if apart else [Block(spec, index)]
     return InputEmbed(spec), *middle, Head(spec)

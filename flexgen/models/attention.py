@@ -7,44 +7,42 @@ from torch import Tensor
 
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import HOST, Workspaces
-from flexgen.models.layer import (
-    AttentionLayer,
-    Context,
-    Weights,
-    chunks,
-    linear_weights,
-    norm_weights,
-    norm_workspace,
-)
-from flexgen.models.ops import MASK_VALUES, apply_rope, normalise, rope_tables, rotate_token
+from flexgen.models.layer import AttentionLayer, Context, Weights, chunks, linear_weights
+from flexgen.models.norms import norm_weights, norm_workspace, normalise
+from flexgen.models.ops import MASK_VALUES, apply_rope, rope_tables, rotate_token, scale_queries
+from flexgen.models.qkv import head_norm_weights, normalised_heads, split_qkv
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
+_PROJECTIONS = ("q", "k", "v", "qkv")
+
 
 class Attention(AttentionLayer):
-    """Norm, query, key and value projections, attention and output projection."""
+    """Norms, query, key and value projections, attention and output projection."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         hidden, layer = spec.hidden_size, spec.layers[index]
         own = layer.attention
-        super().__init__(
-            spec,
-            f"layers.{index}.attention",
-            norm_weights(spec, layer.attention_norm, "attention_norm", index)
-            + linear_weights(spec, "q", own.q_size, hidden, own.qkv_bias, index)
-            + linear_weights(spec, "k", own.kv_size, hidden, own.qkv_bias, index)
-            + linear_weights(spec, "v", own.kv_size, hidden, own.qkv_bias, index)
-            + linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index),
-            index,
-        )
+        if own.qkv == "separate":
+            sizes = {"q": own.q_size, "k": own.kv_size, "v": own.kv_size}
+        else:
+            sizes = {"qkv": own.q_size + 2 * own.kv_size}
+        weights = norm_weights(spec, layer.norms.attention_in, "attention_in", index)
+        for module, size in sizes.items():
+            weights += linear_weights(spec, module, size, hidden, own.qkv_bias, index)
+        weights += head_norm_weights(spec, index)
+        weights += linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index)
+        weights += norm_weights(spec, layer.norms.attention_out, "attention_out", index, "out_norm")
+        super().__init__(spec, f"layers.{index}.attention", weights, index)
 
     @property
     def scale(self) -> float:
-        return self.layer_spec.attention.head_dim**-0.5
+        return self.layer_spec.attention.scale
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:
-        return tuple(w for w in self.weights if w.name in ("q.weight", "k.weight", "v.weight"))
+        names = [f"{module}.weight" for module in _PROJECTIONS]
+        return tuple(weight for weight in self.weights if weight.name in names)
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         rows, seq = x.shape[:2]
@@ -55,35 +53,52 @@ class Attention(AttentionLayer):
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         rope = self.layer_spec.attention.rope
         if rope is None or x.shape[1] > 1:
-            q, k, v = self._project(x, weights, ctx.positions, "q", "k", "v", length=ctx.text_length)
+            q, k, v = self._rotated(x, weights, ctx.positions, "qkv", ctx.text_length)
             return q, k, v
-        normed = self._before(x, weights)
-        q, k, v = (self._heads(normed, weights, name) for name in ("q", "k", "v"))
-        return *rotate_token(q, k, ctx.rope_factors(rope, x.dtype)), v
+        q, k, v = self._projected(x, weights, "qkv")
+        q, k = rotate_token(q, k, ctx.rope_factors(rope, x.dtype), rope.interleaved)
+        return self._scaled(q, ctx.positions), k, v
 
-    def _before(self, x: Tensor, weights: Weights) -> Tensor:
-        """The input of the projections: x, after the norm if the layer is pre-norm."""
+    def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
+        """The projections whose letters are in `names`, in the order of "qkv": each (batch, heads, seq, head_dim).
+        For a fused matrix, `names` must be "qkv"."""
         layer = self.layer_spec
-        return normalise(layer.attention_norm, x, weights) if layer.pre_norm else x
+        own, normed = layer.attention, normalise(layer.norms.attention_in, x, weights)
+        if own.qkv == "separate":
+            made = [
+                linear(normed, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+                .view(*x.shape[:2], -1, own.head_dim)
+                .transpose(1, 2)
+                for name in names
+            ]
+        else:
+            flat = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
+            made = [each.transpose(1, 2) for each in split_qkv(own, flat)]
+        if own.qk_norm is None:
+            return made
+        return [
+            each if name == "v" else normalised_heads(own.qk_norm, each, weights, f"{name}_norm")
+            for name, each in zip(names, made, strict=True)
+        ]
 
-    def _project(
-        self,
-        x: Tensor,
-        weights: Weights,
-        positions: Tensor,
-        *names: str,
-        length: Tensor | None = None,
+    def _rotated(
+        self, x: Tensor, weights: Weights, positions: Tensor, names: str, length: Tensor | None
     ) -> list[Tensor]:
-        """The projections in `names`, out of "q", "k" and "v". `length`: see `rope_tables`."""
-        normed, rope = self._before(x, weights), self.layer_spec.attention.rope
-        made = [self._heads(normed, weights, name) for name in names]
+        """`_projected` with rotary positions. `length`: see `rope_tables`."""
+        made, rope = self._projected(x, weights, names), self.layer_spec.attention.rope
         if rope is not None:
             cos, sin = rope_tables(rope, positions, x.dtype, length)
             made = [
-                each if name == "v" else apply_rope(each, cos, sin)
+                each if name == "v" else apply_rope(each, cos, sin, rope.interleaved)
                 for name, each in zip(names, made, strict=True)
             ]
+        if "q" in names:
+            made[0] = self._scaled(made[0], positions)
         return made
+
+    def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
+        form = self.layer_spec.attention.query_scaling
+        return q if form is None else scale_queries(q, positions, form)
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """For many new tokens: keys and values of all tokens, then queries, attention and output by chunks."""
@@ -94,19 +109,24 @@ class Attention(AttentionLayer):
         length = ctx.text_length
         if stretched and length is None:
             length = ctx.positions.max() + 1
+        # The product of a fused matrix contains the queries too, so they are kept.
+        first = "kv" if own.qkv == "separate" else "qkv"
+        heads = {"q": own.heads, "k": own.kv_heads, "v": own.kv_heads}
         # Token-major, like the results of products.
-        shape = (rows, seq, own.kv_heads, own.head_dim)
-        k, v = (x.new_empty(shape).transpose(1, 2) for _ in range(2))
+        kept = {name: x.new_empty(rows, seq, heads[name], own.head_dim).transpose(1, 2) for name in first}
         for part in parts:
-            made = self._project(x[part], weights, ctx.positions[part], "k", "v", length=length)
-            for whole, each in zip((k, v), made, strict=True):
+            made = self._rotated(x[part], weights, ctx.positions[part], first, length)
+            for whole, each in zip(kept.values(), made, strict=True):
                 whole[part.rows, :, part.tokens] = each
             del made, each
-        ctx.keep_new(k, v)
+        ctx.keep_new(kept["k"], kept["v"])
         out = torch.empty_like(x)
         for part in parts:
-            (q,) = self._project(x[part], weights, ctx.positions[part], "q", length=length)
-            attended = ctx.attend_chunk(part, q, k, v, self.scale)
+            if "q" in kept:
+                q = kept["q"][part.rows, :, part.tokens]
+            else:
+                (q,) = self._rotated(x[part], weights, ctx.positions[part], "q", length)
+            attended = ctx.attend_chunk(part, q, kept["k"], kept["v"], self.scale)
             del q
             out[part] = self.output(attended, x[part], weights)
             del attended
@@ -115,12 +135,8 @@ class Attention(AttentionLayer):
     def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
         layer = self.layer_spec
         merged = attended.transpose(1, 2).reshape(*x.shape[:2], layer.attention.q_size)
-        out = linear(merged, weights["out.weight"], weights.get("out.bias")).add_(x)
-        return out if layer.pre_norm else normalise(layer.attention_norm, out, weights)
-
-    def _heads(self, x: Tensor, weights: Weights, name: str) -> Tensor:
-        flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        return flat.view(*x.shape[:2], -1, self.layer_spec.attention.head_dim).transpose(1, 2)
+        out = linear(merged, weights["out.weight"], weights.get("out.bias"))
+        return self.joined(out, layer.norms.attention_out, x, weights)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         own = self.layer_spec.attention
@@ -138,10 +154,11 @@ class Attention(AttentionLayer):
         limit = self.spec.chunk_tokens
         if seq == 1 or rows * seq <= limit:
             return self._workspace(rows, seq, context, dtype, workspaces)
-        # Keys, values and the result have all tokens. Everything else has one chunk, plus a mask if the chunk is
-        # part of a row.
-        at_once, kv_size = min(seq, limit), self.layer_spec.attention.kv_size
-        whole = rows * seq * (self.spec.hidden_size + 2 * kv_size) * dtype.itemsize
+        # Keys, values and the result have all tokens, and so do the queries of a fused matrix. Everything else has
+        # one chunk, plus a mask if the chunk is part of a row.
+        at_once, own = min(seq, limit), self.layer_spec.attention
+        kept = 2 * own.kv_size + (0 if own.qkv == "separate" else own.q_size)
+        whole = rows * seq * (self.spec.hidden_size + kept) * dtype.itemsize
         return whole + self._workspace(limit // at_once, at_once, context, dtype, workspaces)
 
     def _workspace(
@@ -152,9 +169,19 @@ class Attention(AttentionLayer):
         own, tokens, item = layer.attention, rows * seq, dtype.itemsize
         qkv = tokens * (own.q_size + 2 * own.kv_size) * item
         project = tokens * hidden * item + qkv
+        if own.qkv == "groups":
+            project += tokens * own.q_size * item  # a contiguous copy of the queries
+        if own.qkv == "mp4":
+            project += qkv
+        if own.qk_norm is not None:
+            project += tokens * own.q_size * item + norm_workspace(
+                own.qk_norm.norm, own.q_size, tokens, dtype
+            )
         if own.rope is not None:
             # Angles, cos and sin in float32; then the two halves and the rotated copy of the queries.
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
+            if 2 * len(own.rope.inv_freq) < own.head_dim:
+                project += tokens * own.q_size * item  # the rotated part is copied twice
         attended = tokens * own.q_size * item
         if seq > 1:
             # K and V are expanded to all heads, and the result of each run of rows is copied into the result of
@@ -168,8 +195,14 @@ class Attention(AttentionLayer):
             # mask. The cache rounds the context up to whole pages.
             scores = rows * own.heads * align(context, 256)
             attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
+        if own.qkv != "separate":  # the values are a view, which keeps the whole product
+            attend += tokens * (own.q_size + own.kv_size) * item
         merge = 2 * attended + 2 * tokens * hidden * item
-        norm = norm_workspace(layer.attention_norm, hidden, tokens, dtype)
-        shapes = (own.q_size, hidden), (hidden, own.q_size)
+        norm_in, norm_out = (
+            norm_workspace(norm, hidden, tokens, dtype)
+            for norm in (layer.norms.attention_in, layer.norms.attention_out)
+        )
+        first = own.q_size if own.qkv == "separate" else own.q_size + 2 * own.kv_size
+        shapes = (first, hidden), (hidden, own.q_size)
         products = max(workspaces.product(tokens, *shape, dtype) for shape in shapes)
-        return max(norm, project + products, attend, merge + products + (0 if layer.pre_norm else norm))
+        return max(norm_in, project + products, attend, merge + products + norm_out)

@@ -50,6 +50,7 @@ class BinCheckpoint(TensorFiles):
         self.dtype_of(weight)
         source, stored = self._find(weight)
         tensor = self._load(stored.path)[source]
+        tensor = tensor.T if weight.transposed else tensor.reshape(weight.shape)
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
         made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -42,15 +42,22 @@ class Block(AttentionLayer):
         return tuple(weight for weight in self.weights if weight.name in names)
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
-        hidden = self.attention.forward(x, _half(weights, "attention."), ctx)
-        return self.mlp.transform(hidden, _half(weights, "mlp."))
+        return self._with_mlp(self.attention.forward(x, _half(weights, "attention."), ctx), x, weights)
 
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.qkv(x, _half(weights, "attention."), ctx)
 
     def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
-        hidden = self.attention.output(attended, x, _half(weights, "attention."))
-        return self.mlp.transform(hidden, _half(weights, "mlp."))
+        return self._with_mlp(self.attention.output(attended, x, _half(weights, "attention.")), x, weights)
+
+    def _with_mlp(self, hidden: Tensor, x: Tensor, weights: Weights) -> Tensor:
+        """`hidden`, to which attention was added, with the MLP; x is the layer's input."""
+        own = _half(weights, "mlp.")
+        if self.layer_spec.residual != "parallel":
+            return self.mlp.transform(hidden, hidden, own)
+        if self.layer_spec.norms.mlp_in is None:
+            own = {**_half(weights, "attention.norm.", keep="norm."), **own}
+        return self.mlp.transform(x, hidden, own)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         return self.attention.flops(rows, seq, context) + self.mlp.flops(rows, seq, context)
@@ -70,5 +77,6 @@ class Block(AttentionLayer):
         )
 
 
-def _half(weights: Weights, prefix: str) -> Weights:
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+def _half(weights: Weights, prefix: str, keep: str = "") -> Weights:
+    """The weights whose names begin with `prefix`, by their names with `keep` in its place."""
+    return {keep + name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

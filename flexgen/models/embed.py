@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.linear import embedding, linear
 from flexgen.kernels.workspaces import HOST, Workspaces
-from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights, norm_weights, norm_workspace
-from flexgen.models.ops import normalise
+from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights
+from flexgen.models.norms import norm_weights, norm_workspace, normalise
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 
@@ -18,6 +20,11 @@ def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
     embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
 
 
 class InputEmbed(Layer):
@@ -48,6 +55,8 @@ class InputEmbed(Layer):
 
     def _embed(self, ids: Tensor, weights: Weights, positions: Tensor) -> Tensor:
         hidden = embedding(ids, weights["embed.weight"])
+        if self.spec.embed_scale != 1:
+            hidden.mul_(_rounded(self.spec.embed_scale, hidden.dtype))
         if self.spec.projected:
             hidden = linear(hidden, weights["project_in.weight"])
         if self.spec.positions == "learned":
@@ -80,8 +89,7 @@ class Head(Layer):
 
     def __init__(self, spec: ModelSpec) -> None:
         weights: tuple[WeightSpec, ...] = ()
-        if spec.final_norm is not None:
-            weights += norm_weights(spec, spec.final_norm, "final_norm")
+        weights += norm_weights(spec, spec.final_norm, "final_norm")
         if spec.projected:
             weights += linear_weights(spec, "project_out", spec.embed_size, spec.hidden_size, bias=False)
         weights += (_vocabulary(spec, "head"),)
@@ -92,12 +100,12 @@ class Head(Layer):
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         if ctx.last_only:
             x = x[:, -1:]
-        return linear(self.final(x, weights), weights["head.weight"], weights.get("head.bias"))
+        logits = linear(self.final(x, weights), weights["head.weight"], weights.get("head.bias"))
+        return logits if self.spec.logit_scale == 1 else logits.mul_(self.spec.logit_scale)
 
     def final(self, x: Tensor, weights: Weights) -> Tensor:
         """The input of the LM head, (batch, seq, embed), after the norm and the projection."""
-        if self.spec.final_norm is not None:
-            x = normalise(self.spec.final_norm, x, weights)
+        x = normalise(self.spec.final_norm, x, weights)
         if self.spec.projected:
             x = linear(x, weights["project_out.weight"])
         return x
@@ -116,5 +124,5 @@ class Head(Layer):
             workspaces.product(tokens, spec.vocab_size, spec.embed_size, dtype),
             workspaces.product(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
         )
-        norm = spec.final_norm and norm_workspace(spec.final_norm, spec.hidden_size, tokens, dtype)
-        return tokens * widths * dtype.itemsize + (norm or 0) + products
+        norm = norm_workspace(spec.final_norm, spec.hidden_size, tokens, dtype)
+        return tokens * widths * dtype.itemsize + norm + products

@@ -1,10 +1,11 @@
-"""Validation of transformers configs: every field that the layers do not support raises an error."""
+"""Validation of transformers configs: every field that no layer supports raises an error."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,48 +30,282 @@ _DTYPES = {
 _QUANTIZED = ("quantization_config", "compression_config")
 """Fields in which GPTQ, AWQ, bitsandbytes, fp8 and others describe their quantization."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "sliding_window": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "partial_rotary_factor": (None, 1.0),
-    "embedding_multiplier": (None, 1.0),
-    "attention_multiplier": (None,),
-    "residual_multiplier": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "num_local_experts": (None, 0, 1),
-    "scale_embeddings": (None, False),
-    "learned_embeddings": (None, True),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-}
-"""Fields that change the computation, with the values that the layers support."""
+_UNRELATED = {
+    "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
+    "tokenizer_class", "torch_dtype",
+    # The outputs of transformers' forward.
+    "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
+    "chunk_size_feed_forward", "output_past",
+    # Training: initialisation, memory and parallelism. `unrelated` adds dropout.
+    "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
+    # Heads for other tasks.
+    "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    # Special ids of encoder-decoder models and classifiers, and a text that pipelines add to prompts.
+    "decoder_start_token_id", "sep_token_id", "cls_token_id", "prefix",
+    # Other names for max_position_embeddings.
+    "n_ctx", "seq_length", "model_max_length", "max_sequence_length",
+}  # fmt: skip
+"""Fields that do not change the results of a decoder."""
 
 
-def check_neutral(config: PreTrainedConfig, name: str) -> None:
-    """Raises ModelError for the first field of `_NEUTRAL` with a value that the layers do not support."""
-    for field in _QUANTIZED:
-        check_unquantized(getattr(config, field, None), name, field)
-    for field, neutral in _NEUTRAL.items():
-        require(config, name, field, neutral)
-    check_layer_types(getattr(config, "layer_types", None), name)
+def unrelated(field: str) -> bool:
+    """Whether a field, in the config of any family, does not change the results of a decoder."""
+    training = "dropout" in field or field.endswith(("_pdrop", "layerdrop")) or field.startswith("unsloth_")
+    return training or field in _UNRELATED or field.startswith(("_", "transformers."))
+
+
+class Fields:
+    """The fields of a transformers config, with a check of each. `name` is the name of the model for messages.
+
+    The object records which fields were read, and `check_all_read` raises an error if any other field differs from
+    its default. All methods raise ModelError with the field, its value and the supported values.
+    """
+
+    def __init__(self, config: PreTrainedConfig, name: str) -> None:
+        for field in _QUANTIZED:
+            check_unquantized(getattr(config, field, None), name, field)
+        self._config = config
+        self._read = set(_QUANTIZED)
+        self.name = name
+
+    def get(self, field: str) -> Any:
+        """The value of `field`; None if it is absent."""
+        self._read.add(self._config.attribute_map.get(field, field))
+        return getattr(self._config, field, None)
+
+    def skip(self, *fields: str) -> None:
+        """Mark fields as read that do not change the results, or that the config's class has converted to other
+        fields."""
+        self._read.update(self._config.attribute_map.get(field, field) for field in fields)
+
+    def check_all_read(self) -> None:
+        """Raise ModelError for the first field that was not read and differs from the default of the config's class.
+
+        The default of a field that the class does not have is None or False.
+        """
+        default = vars(type(self._config)())
+        for field, value in vars(self._config).items():
+            if field in self._read or unrelated(field):
+                continue
+            off = (default[field],) if field in default else (None, False)
+            if not any(value is each or (type(value) is type(each) and value == each) for each in off):
+                usual = f"; supported: {shown(default[field])}" if field in default else ""
+                raise ModelError(
+                    f"{self.name}: {field} = {shown(value)} is not supported: no layer of this family uses it"
+                    f"{usual}. If it does not change the model's results, remove it from the config"
+                )
+
+    # One field
+
+    def one_of(self, field: str, supported: Collection[Any]) -> Any:
+        """The value of `field` (None if it is absent), which must be one of `supported`."""
+        value = self.get(field)
+        if value not in supported:
+            choices = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
+            raise ModelError(f"{self.name}: {field} = {shown(value)} is not supported; supported: {choices}")
+        return value
+
+    def activation(self, field: str = "hidden_act") -> str:
+        """The name of the activation in `field`."""
+        return str(self.one_of(field, sorted(ACTIVATIONS)))
+
+    def size(self, field: str) -> int:
+        """The value of `field`, an integer from 1 to the limit of the field."""
+        return check_size(self.get(field), self.name, field)
+
+    def size_or(self, field: str, default: int) -> int:
+        """`size` of a field that may be absent."""
+        return default if self.get(field) is None else self.size(field)
+
+    def number(self, field: str) -> float:
+        """The value of `field`, a finite number >= 0."""
+        value = self.get(field)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ModelError(f"{self.name}: {field} = {shown(value)} is not a finite number >= 0")
+        return float(value)
+
+    def positive(self, field: str) -> float:
+        """The value of `field`, a finite number > 0."""
+        value = self.number(field)
+        if not value:
+            raise ModelError(f"{self.name}: {field} = 0 is not supported; it must exceed 0")
+        return value
+
+    def flag(self, field: str) -> bool:
+        """The value of `field`, true or false."""
+        return bool(self.one_of(field, (True, False)))
+
+    def flags(self, field: str) -> tuple[bool, ...]:
+        """The value of `field`, a list with 0 or 1 for each layer."""
+        values, count = self.get(field), self.size("num_hidden_layers")
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != count
+            or any(v not in (0, 1) for v in values)
+        ):
+            raise ModelError(
+                f"{self.name}: {field} = {shown(values)} is not supported; expected 0 or 1 for each of {count} layers"
+            )
+        return tuple(map(bool, values))
+
+    def multiple(self, field: str, value: int, of_field: str, of: int) -> None:
+        """Raise unless `value` is a multiple of `of`."""
+        if value % of:
+            raise ModelError(f"{self.name}: {field} = {value} is not a multiple of {of_field} = {of}")
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights; float32 if the config has none."""
+        dtype = read_dtype(self.get("dtype"), self.name)
+        return torch.float32 if dtype is None else dtype
+
+    def token_id(self, field: str) -> int | None:
+        """The id in `field`; None if it is absent or not in the vocabulary."""
+        ids = self.token_ids(field)
+        return ids[0] if ids else None
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """The ids in `field`, without ids outside of the vocabulary."""
+        return token_ids(self.get(field), self.name, field, self.size("vocab_size"))
+
+    # Several fields
+
+    def layer_kinds(
+        self, supported: Sequence[str] = ("full_attention", "sliding_attention")
+    ) -> tuple[str, ...]:
+        """The kind of attention of each layer, from layer_types; "full_attention" for all layers if it is absent."""
+        count, kinds = self.size("num_hidden_layers"), self.get("layer_types")
+        if kinds is None:
+            return ("full_attention",) * count
+        known = isinstance(kinds, list | tuple) and all(kind in supported for kind in kinds)
+        if not known or len(kinds) != count:
+            raise ModelError(
+                f"{self.name}: layer_types = {shown(kinds)} is not supported; supported: {', '.join(supported)}, "
+                f"one for each of {count} layers"
+            )
+        return tuple(kinds)
+
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer's attention, None for all tokens.
+
+        Layers of the kind "sliding_attention" have the window sliding_window; without layer_types all layers have it.
+        A window must not be shorter than max_position_embeddings, because no layer computes it.
+        """
+        kinds, size = self.layer_kinds(), self.get("sliding_window")
+        if self.get("layer_types") is None:
+            kinds = ("sliding_attention",) * len(kinds)
+        if size is None or "sliding_attention" not in kinds:
+            return (None,) * len(kinds)
+        window, context = self.size("sliding_window"), self.size("max_position_embeddings")
+        if window < context:
+            raise ModelError(
+                f"{self.name}: sliding_window = {window} is shorter than max_position_embeddings = {context}, and "
+                "such a window is not computed yet. For texts of at most that many tokens, set "
+                f"max_position_embeddings to {window} in the config"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    def rope(
+        self,
+        head_dim: int,
+        partial: bool = False,
+        interleaved: bool = False,
+        kind: str | None = None,
+        others: Sequence[str] = (),
+    ) -> RopeSpec:
+        """The RoPE for heads of `head_dim` values.
+
+        partial: whether the family supports partial_rotary_factor. interleaved: see `RopeSpec`. kind: the kind of
+        attention, if rope_parameters can have one object for each kind. others: names in rope_parameters that the
+        family reads itself.
+        """
+        self._read |= {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
+        self.get("partial_rotary_factor") if partial else self.one_of("partial_rotary_factor", (None, 1.0))
+        config = copy.deepcopy(self._config)  # the parameters are completed in place below
+        self._rope_type(self.get("rope_parameters"), kind)
+        try:
+            config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
+            parameters = _Parameters(_of_kind(config.rope_parameters, kind), others)
+            share = parameters.get("partial_rotary_factor")
+            rotated = head_dim if share is None else int(head_dim * share)
+            spec = rope_spec(parameters, rotated, config.max_position_embeddings)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+            parameters = config.rope_parameters
+            raise ModelError(
+                f"{self.name}: rope_parameters = {shown(parameters)} is invalid: {shown(error)}"
+            ) from error
+        if not partial and rotated != head_dim:
+            raise ModelError(
+                f"{self.name}: partial_rotary_factor = {shown(share)} is not supported; supported: 1.0"
+            )
+        if rotated % 2 or not 0 < rotated <= head_dim:
+            raise ModelError(
+                f"{self.name}: partial_rotary_factor = {shown(share)} rotates {rotated} of {head_dim} values of a "
+                "head; it must be an even number of them"
+            )
+        for field in parameters.unread():
+            raise ModelError(
+                f"{self.name}: {field} = {shown(parameters[field])} in rope_parameters is not supported for "
+                f"rope_type {spec.kind!r}"
+            )
+        return replace(spec, interleaved=interleaved)
+
+    def _rope_type(self, given: Any, kind: str | None) -> None:
+        """Raise ModelError unless rope_parameters have a supported type."""
+        given = _of_kind(given or {}, kind)
+        if not isinstance(given, dict):
+            raise ModelError(
+                f"{self.name}: rope_parameters = {shown(given)} is not supported; expected an object"
+            )
+        rope_type = given.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in KINDS:
+            raise ModelError(
+                f"{self.name}: rope_type = {shown(rope_type)} is not supported; supported: {', '.join(KINDS)}"
+            )
+
+
+def _of_kind(parameters: Any, kind: str | None) -> Any:
+    """The parameters for layers of a kind, if `parameters` has one object for each kind."""
+    if kind is not None and isinstance(parameters, dict) and isinstance(parameters.get(kind), dict):
+        return parameters[kind]
+    return parameters
+
+
+class _Parameters(Mapping[str, Any]):
+    """The parameters of a RoPE. The object records which ones were read."""
+
+    def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
+        self._values = values
+        # "type" is the old name of rope_type; "finetuned" does not change the frequencies.
+        self._read = {"rope_type", "type", "finetuned", *read}
+
+    def __getitem__(self, field: str) -> Any:
+        self._read.add(field)
+        return self._values[field]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unread(self) -> list[str]:
+        """The names that were not read and have a value."""
+        return [
+            field for field, value in self._values.items() if field not in self._read and value is not None
+        ]
 
 
 def check_values(values: Mapping[str, Any], name: str) -> None:
     """Check values on which transformers would fail without a useful message. Raises ModelError."""
     for field in _QUANTIZED:
         check_unquantized(values.get(field), name, field)
-    check_layer_types(values.get("layer_types"), name)
+    kinds = values.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ModelError(f"{name}: layer_types = {shown(kinds)} is not supported; expected a list of names")
     for field in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"):
         if field in values:
             check_size(values[field], name, field)
-
-
-def check_layer_types(value: Any, name: str) -> None:
-    """Raises ModelError unless all layers attend to all tokens."""
-    kinds = () if value is None else value
-    if not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds):
-        raise ModelError(f"{name}: layer_types = {shown(value)} is not supported; supported: full_attention")
 
 
 def check_unquantized(value: Any, name: str, field: str) -> None:
@@ -84,58 +319,14 @@ def check_unquantized(value: Any, name: str, field: str) -> None:
     )
 
 
-def require(config: PreTrainedConfig, name: str, field: str, supported: Collection[Any]) -> Any:
-    """The value of `field` (None if it is absent). Raises ModelError unless it is one of `supported`."""
-    value = getattr(config, field, None)
-    if value not in supported:
-        choices = ", ".join("absent" if choice is None else repr(choice) for choice in supported)
-        raise ModelError(f"{name}: {field} = {shown(value)} is not supported; supported: {choices}")
-    return value
-
-
-def activation(config: PreTrainedConfig, name: str, field: str) -> str:
-    """The name of the activation in `field`. Raises ModelError if it is not supported."""
-    return str(require(config, name, field, sorted(ACTIVATIONS)))
-
-
-def size(config: PreTrainedConfig, name: str, field: str) -> int:
-    """The value of `field`. Raises ModelError unless it is an integer from 1 to the limit of the field."""
-    return check_size(getattr(config, field, None), name, field)
-
-
 def check_size(value: Any, name: str, field: str) -> int:
-    """`value`, the value of `field`. Raises ModelError like `size`."""
+    """`value`, the value of `field`. Raises ModelError unless it is an integer from 1 to the limit of the field."""
     most = _MOST.get(field, _LARGEST_SIZE)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ModelError(
             f"{name}: {field} = {shown(value)} is not a size; it must be an integer from 1 to {most}"
         )
     return value
-
-
-def number(config: PreTrainedConfig, name: str, field: str) -> float:
-    """The value of `field`. Raises ModelError unless it is a finite number >= 0."""
-    value = getattr(config, field, None)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise ModelError(f"{name}: {field} = {shown(value)} is not a finite number >= 0")
-    return float(value)
-
-
-def flag(config: PreTrainedConfig, name: str, field: str) -> bool:
-    """The value of `field`. Raises ModelError unless it is true or false."""
-    return bool(require(config, name, field, (True, False)))
-
-
-def multiple(name: str, field: str, value: int, of_field: str, of: int) -> None:
-    """Raises ModelError unless `value` is a multiple of `of`."""
-    if value % of:
-        raise ModelError(f"{name}: {field} = {value} is not a multiple of {of_field} = {of}")
-
-
-def dtype_of(config: PreTrainedConfig, name: str) -> torch.dtype:
-    """The dtype of the weights; float32 if the config has none. Raises ModelError."""
-    dtype = read_dtype(config.dtype, name)
-    return torch.float32 if dtype is None else dtype
 
 
 def read_dtype(value: Any, name: str) -> torch.dtype | None:
@@ -150,15 +341,6 @@ def read_dtype(value: Any, name: str) -> torch.dtype | None:
     return _DTYPES[text]
 
 
-def token_id(config: PreTrainedConfig, name: str, field: str) -> int | None:
-    """The id in `field`; None if it is absent or not in the vocabulary.
-
-    Raises ModelError if it is not an integer.
-    """
-    ids = token_ids(getattr(config, field, None), name, field, size(config, name, "vocab_size"))
-    return ids[0] if ids else None
-
-
 def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, ...]:
     """The ids in `value`: None, one id or a list. Ids outside of the vocabulary are left out.
 
@@ -171,25 +353,3 @@ def token_ids(value: Any, name: str, field: str, vocab_size: int) -> tuple[int, 
         if not isinstance(each, int) or isinstance(each, bool):
             raise ModelError(f"{name}: {field} = {shown(value)} is not a token id; it must be an integer")
     return tuple(each for each in ids if 0 <= each < vocab_size)
-
-
-def rope(config: PreTrainedConfig, name: str, head_dim: int) -> RopeSpec:
-    """The RoPE for heads of `head_dim` values. Raises ModelError for invalid parameters."""
-    config = copy.deepcopy(config)  # the parameters are completed in place below
-    given = config.rope_parameters or {}
-    if not isinstance(given, dict):
-        raise ModelError(f"{name}: rope_parameters = {shown(given)} is not supported; expected an object")
-    kind = given.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ModelError(f"{name}: rope_type = {shown(kind)} is not supported; supported: {', '.join(KINDS)}")
-    if given.get("partial_rotary_factor") not in (None, 1.0):
-        part = given["partial_rotary_factor"]
-        raise ModelError(f"{name}: partial_rotary_factor = {shown(part)} is not supported; supported: 1.0")
-    try:
-        config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
-        return rope_spec(config.rope_parameters, head_dim, config.max_position_embeddings)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        parameters = config.rope_parameters
-        raise ModelError(
-            f"{name}: rope_parameters = {shown(parameters)} is invalid: {shown(error)}"
-        ) from error

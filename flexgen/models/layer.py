@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.workspaces import HOST, Workspaces
+from flexgen.models.norms import normalise
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
@@ -155,6 +156,16 @@ class TransformerLayer(Layer):
     def layer_spec(self) -> LayerSpec:
         return self.spec.layers[self.index]
 
+    def joined(self, out: Tensor, norm: NormSpec | None, x: Tensor, weights: Weights) -> Tensor:
+        """The hidden states x plus `out`, the output of attention or MLP, with its norm. May overwrite `out`."""
+        layer = self.layer_spec
+        if layer.residual == "post":
+            return normalise(norm, out.add_(x), weights, "out_norm")
+        out = normalise(norm, out, weights, "out_norm")
+        if layer.residual_scale != 1:
+            out.mul_(layer.residual_scale)
+        return out.add_(x)
+
 
 class AttentionLayer(TransformerLayer):
     """A layer with a cache, in two halves, so that a schedule can run attention as a separate step between them."""
@@ -185,33 +196,17 @@ class AttentionLayer(TransformerLayer):
         return self.output(attended, x, weights)
 
 
-def norm_weights(
-    spec: ModelSpec, norm: NormSpec, module: str, index: int | None = None
-) -> tuple[WeightSpec, ...]:
-    """The weights of `module`: "norm.weight" and, for a layer norm, "norm.bias"; none if the norm is not affine."""
-    if not norm.affine:
-        return ()
-    parts = ("weight", "bias") if norm.kind == "layernorm" else ("weight",)
-    sources = spec.sources(module, index)
-    return tuple(
-        WeightSpec(f"norm.{part}", (spec.hidden_size,), tuple(f"{source}.{part}" for source in sources))
-        for part in parts
-    )
-
-
 def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
     """The weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
     sources = spec.sources(module, index)
-    weight = WeightSpec(f"{module}.weight", (out_size, in_size), tuple(f"{s}.weight" for s in sources))
+    weight = WeightSpec(
+        f"{module}.weight",
+        (out_size, in_size),
+        tuple(f"{s}.weight" for s in sources),
+        transposed=module in spec.transposed,
+    )
     if not bias:
         return (weight,)
     return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
-
-
-def norm_workspace(norm: NormSpec, hidden_size: int, tokens: int, dtype: torch.dtype) -> int:
-    """The peak bytes to normalise `tokens` hidden states, including the result."""
-    # Like transformers, an RMS norm uses two float32 copies. Both norms store two numbers per token.
-    float32_copies = 2 * torch.float32.itemsize if norm.kind == "rmsnorm" else 0
-    return tokens * (hidden_size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize)

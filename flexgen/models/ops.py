@@ -5,21 +5,26 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.models.spec import NormSpec, RopeSpec
+from flexgen.models.spec import QueryScaling, RopeSpec
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu_(x).square_()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu_,
+    "relu2": _squared_relu,
     "silu": functools.partial(F.silu, inplace=True),
     "swish": functools.partial(F.silu, inplace=True),
     "gelu": F.gelu,
@@ -29,30 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activation functions by the names in configs. They may overwrite their argument."""
 
-IN_PLACE = frozenset({"relu", "silu", "swish"})
+IN_PLACE = frozenset({"relu", "relu2", "silu", "swish"})
 """The activations that overwrite their argument, and so allocate no memory."""
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm over the last dimension in float32, like transformers. The product with the weight is too on a GPU."""
-    if x.is_cuda:  # one launch
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = (wide * inverse).to(x.dtype)
-    return normed if weight is None else normed.mul_(weight)
-
-
-def normalise(norm: NormSpec, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """`norm` of x (..., hidden), with the layer's "norm.*" weights if it is affine."""
-    if norm.kind == "rmsnorm":
-        return rms_norm(x, weights.get("norm.weight"), norm.eps)
-    return layer_norm(x, weights.get("norm.weight"), weights.get("norm.bias"), norm.eps)
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,27 +69,54 @@ def rope_tables(
     return (angles.cos() * rope.scaling).to(dtype), (angles.sin() * rope.scaling).to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (j, j + head_dim / 2) of x (batch, heads, seq, head_dim)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first 2n values of each head of x (batch, heads, seq, head_dim), where n is the last dimension of
+    cos.
+
+    The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
+    """
+    width = 2 * cos.shape[-1]
+    first, second = _pairs(x[..., :width], interleaved)
+    turned = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second values of the rotary pairs."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return first, second
 
 
 def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
-    """The factors of `rotate_token`, (batch, 4, 1, head_dim / 2), from `rope_tables` of one position per row."""
+    """The factors of `rotate_token`, (batch, 4, 1, n), from `rope_tables` of one position per row."""
     return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
 
 
-def rotate_token(q: Tensor, k: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches."""
+def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches, or
+    in five if only a part of each head is rotated."""
     batch, heads, _, head_dim = q.shape
-    (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (q, k))
-    parts = torch.cat((q1, k1, q2, k2, q2, k2, q1, k1), dim=1).view(batch, 4, -1, head_dim // 2)
+    half = factors.shape[-1]
+    (q1, q2), (k1, k2) = (_pairs(x[..., : 2 * half], interleaved) for x in (q, k))
+    parts = torch.cat((q1, k1, q2, k2, q2, k2, q1, k1), dim=1).view(batch, 4, -1, half)
     parts.mul_(factors)
-    out = parts.new_empty(batch, parts.shape[2], 2, head_dim // 2)
-    torch.add(parts[:, :2], parts[:, 2:], out=out.transpose(1, 2))
-    rotated = out.view(batch, -1, 1, head_dim)
+    shape = (half, 2) if interleaved else (2, half)
+    out = parts.new_empty(batch, parts.shape[2], *shape)
+    torch.add(parts[:, :2], parts[:, 2:], out=out.movedim(3 if interleaved else 2, 1))
+    rotated = out.view(batch, -1, 1, 2 * half)
+    if 2 * half < head_dim:
+        rest = torch.cat((q[..., 2 * half :], k[..., 2 * half :]), dim=1)
+        rotated = torch.cat((rotated, rest), dim=-1)
     return rotated[:, :heads], rotated[:, heads:]
+
+
+def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:
+    """Scale q (batch, heads, seq, head_dim) in place for `positions` (batch, seq). Returns q."""
+    factors = 1 + form.beta * torch.log(1 + torch.floor(positions / form.length))
+    return q.mul_(factors[:, None, :, None].to(q.dtype))
 
 
 MASK_VALUES = 1 << 20

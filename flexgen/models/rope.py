@@ -94,9 +94,8 @@ def _yarn(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple
     kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     lengths = _wavelengths(theta, dim)
     inv_freq = 1.0 / (factor * lengths) * (1 - kept) + 1.0 / lengths * kept
-    scaling = parameters.get("attention_factor")
+    scaling, scale, over = (parameters.get(f) for f in ("attention_factor", "mscale", "mscale_all_dim"))
     if scaling is None:
-        scale, over = parameters.get("mscale"), parameters.get("mscale_all_dim")
         scaling = _mscale(factor, scale) / _mscale(factor, over) if scale and over else _mscale(factor, 1)
     return inv_freq, scaling
 

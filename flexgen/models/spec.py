@@ -15,8 +15,9 @@ import torch
 class RopeSpec:
     """Rotary positions: the angle of pair `j` at position `p` is `p * inv_freq[j]`.
 
-    `inv_freq` has head_dim / 2 values; cos and sin are multiplied by `scaling`. Two kinds depend on the length of the
-    sequence: beyond `original_max_positions`, `dynamic` recomputes the base, and `longrope` uses `long_inv_freq`.
+    The first 2 * len(inv_freq) values of a head are rotated; the others do not change. cos and sin are multiplied by
+    `scaling`. Two kinds depend on the length of the sequence: beyond `original_max_positions`, `dynamic` recomputes
+    the base, and `longrope` uses `long_inv_freq`.
     """
 
     kind: str
@@ -26,15 +27,56 @@ class RopeSpec:
     factor: float = 1.0
     original_max_positions: int = 0
     long_inv_freq: tuple[float, ...] = ()
+    interleaved: bool = False
+    """True: pair `j` has the values 2j and 2j + 1. False: the values j and j + len(inv_freq)."""
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm over the hidden size. `affine`: it has a weight and, for a layer norm, a bias."""
+    """An RMS norm or a layer norm over the last dimension."""
 
-    kind: Literal["layernorm", "rmsnorm"]
+    kind: Literal["rms", "layer"]
     eps: float
-    affine: bool = True
+    weight: bool = True
+    bias: bool = False
+    plus: float = 0.0
+    """A number that is added to the stored weight."""
+    cast: Literal["before", "after"] = "before"
+    """When an RMS norm rounds to the model's dtype: before or after the product with the weight. A layer norm always
+    rounds after it."""
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """The norms of a layer: before and after attention, before and after the MLP. None: no norm.
+
+    A norm after attention or MLP comes before the residual connection, or after it if `LayerSpec.residual` is "post".
+    """
+
+    attention_in: NormSpec | None = None
+    attention_out: NormSpec | None = None
+    mlp_in: NormSpec | None = None
+    mlp_out: NormSpec | None = None
+
+
+@dataclass(frozen=True)
+class QKNormSpec:
+    """A norm of queries and keys before the rotation.
+
+    over: "head" normalises each head with the same weight; "each" normalises each head with its own weight; "all"
+    normalises all heads together.
+    """
+
+    norm: NormSpec
+    over: Literal["head", "all", "each"] = "head"
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor(p / length))."""
+
+    beta: float
+    length: int
 
 
 class CacheShape(NamedTuple):
@@ -44,21 +86,37 @@ class CacheShape(NamedTuple):
     head_dim: int
 
 
+QKVForm = Literal["separate", "rows", "heads", "groups", "mp4"]
+"""The form of the query, key and value projections in checkpoints and in products.
+
+"separate" is three matrices. All other forms are one fused matrix, whose product is split. Its rows are, for "rows":
+all queries, all keys, all values; for "heads": query, key and value of each head; for "groups": queries, key and
+value of each group of heads that share a key; for "mp4": four parts, each with queries, values and keys of a quarter
+of the heads.
+"""
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention. `heads` is a multiple of `kv_heads`. Without `rope`, queries and keys are not rotated.
-
-    window: the number of tokens that a query attends to, including itself. None, the only value that the layers
-    support today, is all tokens.
-    """
+    """Self-attention. `heads` is a multiple of `kv_heads`. Without `rope`, queries and keys are not rotated."""
 
     heads: int
     kv_heads: int
     head_dim: int
+
+    qkv: QKVForm = "separate"
     qkv_bias: bool = False
     out_bias: bool = False
+
+    qk_norm: QKNormSpec | None = None
     rope: RopeSpec | None = None
-    window: None = None
+    query_scaling: QueryScaling | None = None
+
+    score_scale: float | None = None
+    """The factor of the attention scores. None: head_dim ** -0.5."""
+    window: int | None = None
+    """The number of tokens that a query attends to, including itself. None: all tokens. No layer computes a window
+    yet, so `ModelSpec.longest_text` is at most the window."""
 
     @property
     def q_size(self) -> int:
@@ -69,38 +127,50 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+    @property
     def cache(self) -> CacheShape:
         return CacheShape(self.kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
 class MLPSpec:
-    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another."""
+    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another.
+
+    fused: one matrix has the rows of both projections, the gate first.
+    """
 
     size: int
     activation: str
     gated: bool = False
+    fused: bool = False
     bias: bool = False
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One transformer layer: its attention, its MLP and the norm of each.
+    """One transformer layer: its attention, its MLP, their norms, and how their results join the hidden states.
 
     Two layers with equal specs have the same weight shapes, memory and cost.
     """
 
     attention: AttentionSpec
     mlp: MLPSpec
-    attention_norm: NormSpec
-    mlp_norm: NormSpec
-    pre_norm: bool = True
-    """True: norms before attention and MLP. False: norms after the residual connection (opt-350m)."""
+    norms: LayerNorms
+
+    residual: Literal["serial", "parallel", "post"] = "serial"
+    """"serial": the input of the MLP includes the output of attention. "parallel": attention and MLP have the same
+    input; without `norms.mlp_in`, the MLP uses the norm of attention. "post": serial, with norms after the residual
+    connections (opt-350m)."""
+    residual_scale: float = 1.0
+    """The factor of the outputs of attention and MLP."""
 
 
 Names = Mapping[str, tuple[str, ...]]
-"""The names in a family's checkpoints for each module ("q", "mlp_norm", "head"), in the order in which they are
-tried. `{i}` is the index of the layer."""
+"""The names in a family's checkpoints for each module ("q", "mlp_in", "head"), in the order in which they are tried.
+`{i}` is the index of the layer, `{h}` the index of a head."""
 
 
 def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -122,6 +192,10 @@ class WeightSpec:
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    transposed: bool = False
+    """Whether files store the matrix as (in, out). It is transposed when it is read."""
+    unflattened: tuple[int, ...] = ()
+    """The shape in files, if it is another shape with the same values in the same order."""
 
     @property
     def encodable(self) -> bool:
@@ -132,6 +206,11 @@ class WeightSpec:
     def looked_up(self) -> bool:
         """Whether it is a table for lookups by index, not a matrix for products."""
         return self.name in ("embed.weight", "positions.weight")
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in files."""
+        return self.shape[::-1] if self.transposed else self.unflattened or self.shape
 
     @cached_property
     def key(self) -> str:
@@ -177,6 +256,14 @@ class ModelSpec:
     position_offset: int = 0
     """The number of rows before position 0 in a learned table of positions."""
 
+    embed_scale: float = 1.0
+    """The factor of the token embeddings. It is rounded to the model's dtype."""
+    logit_scale: float = 1.0
+    """The factor of the logits."""
+
+    transposed: frozenset[str] = frozenset()
+    """The modules whose matrices are stored as (in, out) in files."""
+
     chunk_tokens: int = 4096
     """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products
     reach full speed with a few hundred rows on a CPU (benchmarks/host_linear.py) and a few thousand on a GPU, so more
@@ -188,8 +275,9 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """The maximum number of positions: the rows of a learned table, or infinite for rotary positions."""
-        return self.max_positions if self.positions == "learned" else math.inf
+        """The maximum number of positions: the rows of a learned table, the shortest window, or infinite."""
+        table = self.max_positions if self.positions == "learned" else math.inf
+        return min([table, *(layer.attention.window or math.inf for layer in self.layers)])
 
     @property
     def projected(self) -> bool:
@@ -199,6 +287,10 @@ class ModelSpec:
         """The model with only its first `count` layers."""
         return replace(self, layers=self.layers[:count])
 
-    def sources(self, module: str, index: int | None = None) -> tuple[str, ...]:
-        """The full names of `module` (in layer `index`), in the order in which they are tried."""
-        return tuple(name.format(i=index) for name in self.names[module])
+    def sources(self, module: str, index: int | None = None, head: int | None = None) -> tuple[str, ...]:
+        """The full names of `module` (in layer `index`, for head `head`), in the order in which they are tried."""
+        return tuple(name.format(i=index, h=head) for name in self.names[module])
+
+    def by_head(self, module: str) -> bool:
+        """Whether checkpoints have a tensor of `module` for each head."""
+        return any("{h}" in name for name in self.names[module])

@@ -142,8 +142,8 @@ class TensorFiles:
             source = self._source(weight)
             if source is None:
                 missing.append(weight.key)
-            elif self._tensors[source].shape != weight.shape:
-                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.shape}")
+            elif self._tensors[source].shape != weight.stored_shape:
+                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.stored_shape}")
         if missing:
             raise CheckpointError(f"{self.directory}: {_count(missing, 'tensor')} missing: {_some(missing)}")
         if wrong:
@@ -303,15 +303,21 @@ class _PlainFiles(TensorFiles):
                 digest.update(sample(stored.path, stored.offset, stored.nbytes))
         return digest.hexdigest()
 
-    def extent(self, weight: WeightSpec) -> Extent:
-        """The place of the weight's bytes. Raises CheckpointError if it is missing or not a float."""
+    def extent(self, weight: WeightSpec) -> Extent | None:
+        """The place of the weight's bytes; None for a transposed matrix. Raises CheckpointError if it is missing or
+        not a float."""
+        return None if weight.transposed else self._extent(weight)
+
+    def _extent(self, weight: WeightSpec) -> Extent:
+        """The place of the tensor, transposed or not."""
         dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
-        return Extent(stored.path, stored.offset, stored.nbytes, dtype, stored.shape)
+        shape = weight.shape if weight.unflattened else stored.shape
+        return Extent(stored.path, stored.offset, stored.nbytes, dtype, shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A new host tensor in `dtype`, with plain reads, so that no file stays mapped."""
-        extent = self.extent(weight)
-        if rows is not None:
+        extent = self._extent(weight)
+        if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
@@ -328,6 +334,8 @@ class _PlainFiles(TensorFiles):
                     )
                 done += count
         stored = buffer.view(extent.dtype).view(extent.shape)
+        if weight.transposed:
+            stored = stored.T[slice(None) if rows is None else slice(rows.start, rows.stop)].contiguous()
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from flexgen.engine.model import OptLM
 from flexgen.models import build_layers
+from flexgen.models.families import spec_from_config
 from flexgen.policy import Policy, Tier
 from flexgen.schedule.orders import ORDERS
 
@@ -44,7 +45,7 @@ class Model:
     def __init__(self, uneven: Any, name: str, directory: Any) -> None:
         self.uneven, self.directory = uneven, directory / name.replace(" ", "-")
         self.config = uneven.UnevenConfig(MODELS[name])
-        self.spec = uneven.to_spec(self.config, name)
+        self.spec = spec_from_config(self.config, name)
         generator = torch.Generator().manual_seed(0)
         weights = {weight.key: weight for layer in build_layers(self.spec) for weight in layer.weights}
         self.tensors = {

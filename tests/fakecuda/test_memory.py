@@ -13,9 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulated import cases, runtime
 from transformers import (
+    GPTNeoXConfig,
     LlamaConfig,
     LogitsProcessorList,
     OPTConfig,
+    Phi3Config,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -40,6 +42,16 @@ LLAMA = LlamaConfig(
     vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
     intermediate_size=2816, max_position_embeddings=512,
 )  # fmt: skip
+PHI3 = Phi3Config(
+    vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+    intermediate_size=2816, max_position_embeddings=512, pad_token_id=0,
+)  # fmt: skip
+"""Fused matrices."""
+NEOX = GPTNeoXConfig(
+    vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, intermediate_size=4096,
+    max_position_embeddings=512,
+)  # fmt: skip
+"""A parallel residual, and RoPE of a part of each head."""
 LENGTHS = [256] * 8 + [200] * 8 + [100] * 8 + [256] * 8
 PROMPTS = [[5 + n % 100 for n in range(length)] for length in LENGTHS]
 ON_GPU = {"gpu": 100}
@@ -109,6 +121,12 @@ def assert_planned(plan, peak, reserved):
 @pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_call_takes_what_was_planned(name, config, gpu):
+    assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
+
+
+@pytest.mark.parametrize("config", [PHI3, NEOX], ids=["fused", "parallel"])
+@pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 weights"])
+def test_a_call_of_another_structure_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
 
 

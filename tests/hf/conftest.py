@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import TINY
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -52,6 +55,17 @@ _MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         LlamaConfig(**_SIZES, num_attention_heads=8, num_key_value_heads=2, intermediate_size=48)
     ),
 }
+
+
+def _of_family(name: str) -> PreTrainedModel:
+    """The first tiny model of a family, with ids of this tokenizer and room for its texts."""
+    ids = dict(vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2)
+    length = "n_positions" if "n_positions" in TINY[name][0] else "max_position_embeddings"
+    windows = {field: 64 for field in ("sliding_window",) if TINY[name][0].get(field)}
+    config = CONFIG_MAPPING[name](**copy.deepcopy(TINY[name][0]) | ids | {length: 64} | windows)
+    return AutoModelForCausalLM.from_config(config)
+
+
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
 POLICY = Policy(gpu_batch_size=2, num_gpu_batches=2, weights=THIRDS, cache=THIRDS, activations=THIRDS)
 
@@ -99,7 +113,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
     def get(name: str = "llama", dtype: str = "float32") -> Saved:
         if (name, dtype) not in made:
             torch.manual_seed(0)
-            model = _MODELS[name]()
+            model = _MODELS[name]() if name in _MODELS else _of_family(name)
             with torch.no_grad():
                 for key, parameter in model.named_parameters():
                     parameter.normal_(std=0.3)

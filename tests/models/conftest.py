@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,8 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import TINY, random_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.models import build_layers, open_model
@@ -200,7 +209,7 @@ def _reference(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache, logits = None, []
     for begin, end in passes:
-        extra = {"position_ids": positions[:, begin:end]} if model.config.model_type == "llama" else {}
+        extra = {"position_ids": positions[:, begin:end]} if model.config.model_type != "opt" else {}
         out = model(
             ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **extra
         )
@@ -210,19 +219,35 @@ def _reference(
 
 
 @pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """`tiny_model("qwen3", 1)`: a random model of the second of a family's tiny configs."""
+
+    def make(family: str, number: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        config = CONFIG_MAPPING[family](**copy.deepcopy(TINY[family][number]), dtype=dtype)
+        return random_model(config)
+
+    return make
+
+
+@pytest.fixture
 def assert_equals_transformers(make_model: Any, save: Any) -> Callable[..., None]:
     """Logits of a left-padded batch, in one pass and token by token, with attention and MLP as one layer or two."""
 
-    def check(family: str, seq: int = 14, prompt: int = 6, atol: float = 1e-4, **changes: Any) -> None:
-        model = make_model(family, **changes)
+    def check(
+        family: str | PreTrainedModel, seq: int = 14, prompt: int = 6, atol: float = 1e-4, **changes: Any
+    ) -> None:
+        model = make_model(family, **changes) if isinstance(family, str) else family
         ids = torch.randint(4, 64, (len(STARTS), seq), generator=torch.Generator().manual_seed(1))
         mask = (torch.arange(seq) >= torch.tensor(STARTS)[:, None]).long()
         directory = save(model)
         apart, together = (Runner(directory, model.dtype, sep_layer) for sep_layer in (True, False))
+        pieces = Runner(directory, model.dtype, chunk_tokens=5)
 
         (theirs,) = _reference(model, ids, mask, [(0, seq)])
         assert theirs.std() > 0.1, "a flat reference would prove nothing"
         ours = apart.full(ids, STARTS)
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=atol)
+        ours = pieces.full(ids, STARTS)
         torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=0, atol=atol)
 
         steps = [(0, prompt), *((token, token + 1) for token in range(prompt, seq))]

@@ -9,14 +9,30 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, OPTConfig
+from transformers import (
+    CodeGenConfig,
+    CohereConfig,
+    FalconConfig,
+    GemmaConfig,
+    Glm4Config,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+)
 
 from flexgen.kernels.attention import attend_in_torch
 from flexgen.models import build_layers, open_model
+from flexgen.models.block import Block
 from flexgen.models.mlp import MLP
 from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables, token_factors
 
 ROWS, PAGE = 4, 128
+GROUPED = dict(
+    vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
+    intermediate_size=320, max_position_embeddings=600, pad_token_id=0,
+)  # fmt: skip
 CONFIGS = {
     "opt": OPTConfig(
         vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, ffn_dim=512,
@@ -30,6 +46,21 @@ CONFIGS = {
         vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
         intermediate_size=320, max_position_embeddings=600,
     ),
+    "fused": Phi3Config(
+        **GROUPED, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+    ),
+    "fused groups, parallel": FalconConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=8, num_kv_heads=2,
+        new_decoder_architecture=True, max_position_embeddings=600,
+    ),
+    "parallel, one norm": CohereConfig(**GROUPED, use_qk_norm=True),
+    "norms after": Olmo2Config(**GROUPED),
+    "norms around, interleaved": Glm4Config(**GROUPED, head_dim=16),
+    "four parts": CodeGenConfig(
+        vocab_size=512, n_embd=128, n_layer=1, n_head=8, rotary_dim=8, n_positions=600
+    ),
+    "scales": GraniteConfig(**GROUPED, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0),
+    "plus": GemmaConfig(**GROUPED, head_dim=16),
 }  # fmt: skip
 
 
@@ -118,8 +149,12 @@ def test_memory_grows_with_the_prompt_only_by_the_results_of_a_layer(config, sep
     _, *middle, _ = _cases(config, torch.float32, 512, 512, [0] * ROWS, sep_layer, chunk_tokens=64)
     for layer, call in middle:
         spec = layer.spec
-        kept = spec.hidden_size + (2 * layer.layer_spec.attention.kv_size if layer.has_cache else 0)
-        if not sep_layer:  # each half has its own maximum, and the input of the second half stays in memory
+        own = layer.layer_spec.attention
+        queries = 0 if own.qkv == "separate" else own.q_size
+        kept = spec.hidden_size + (2 * own.kv_size + queries if layer.has_cache else 0)
+        if isinstance(
+            layer, Block
+        ):  # each half has its own maximum, and the input of the second stays in memory
             kept = max(kept, 2 * spec.hidden_size)
         one, two = (layer.workspace_bytes(1, n, n, torch.float32) for n in (100_000, 200_000))
         assert two - one <= 100_000 * kept * 4
@@ -162,7 +197,8 @@ def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, peak_bytes):
         if layer.has_cache:
             with _Largest() as largest:
                 call()
-            assert 0 < largest.numel <= max(ROWS * seq * layer.spec.hidden_size, MASK_VALUES)
+            widest = max(weight.shape[0] for weight in layer.weights)
+            assert 0 < largest.numel <= max(ROWS * seq * widest, MASK_VALUES)
             assert peak_bytes(call) < ROWS * layer.layer_spec.attention.heads * seq * seq
 
 

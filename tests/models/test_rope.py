@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from flexgen.models.fields import rope
+from flexgen.models.fields import Fields
 from flexgen.models.rope import KINDS
 
 INIT = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
@@ -58,7 +58,7 @@ def test_frequencies_equal_transformers(kind: str, data: st.DataObject, dim: int
     parameters = data.draw(parameters_of(kind, dim))
     sizes = dict(hidden_size=4 * dim, num_attention_heads=4, head_dim=dim, max_position_embeddings=length)
     config = LlamaConfig(**sizes, rope_parameters=copy.deepcopy(parameters))
-    ours = rope(config, "mine", dim)
+    ours = Fields(config, "mine").rope(dim)
     frequencies, scaling = INIT[kind](config)
     assert torch.equal(torch.tensor(ours.inv_freq), frequencies)
     assert ours.scaling == scaling

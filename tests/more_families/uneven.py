@@ -10,20 +10,30 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.models import fields
-from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, RopeSpec, prefixed
+from flexgen.models.fields import Fields
+from flexgen.models.spec import (
+    AttentionSpec,
+    LayerNorms,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+    prefixed,
+)
 
 NAMES = prefixed(
     ("model.", ""),
     {
         "embed": "embed",
         "final_norm": "norm",
-        **{name: f"layers.{{i}}.{name}" for name in ("attention_norm", "q", "k", "v", "out")},
-        **{name: f"layers.{{i}}.{name}" for name in ("mlp_norm", "gate", "up", "down")},
+        **{name: f"layers.{{i}}.{name}" for name in ("q", "k", "v", "out", "gate", "up", "down")},
+        **dict.fromkeys(("attention_in", "attention_out"), "layers.{i}.attention_norm"),
+        **dict.fromkeys(("mlp_in", "mlp_out"), "layers.{i}.mlp_norm"),
     },
 ) | {"head": ("lm_head",)}
 
-RMS, LAYER_NORM = NormSpec("rmsnorm", 1e-5), NormSpec("layernorm", 1e-5)
+RMS, LAYER_NORM = NormSpec("rms", 1e-5), NormSpec("layer", 1e-5, bias=True)
 
 
 def rope(head_dim: int, theta: float, scaling: float = 1.0) -> RopeSpec:
@@ -34,21 +44,18 @@ def rope(head_dim: int, theta: float, scaling: float = 1.0) -> RopeSpec:
 WIDE = LayerSpec(
     AttentionSpec(heads=4, kv_heads=2, head_dim=16, rope=rope(16, 10_000.0)),
     MLPSpec(size=48, activation="silu", gated=True),
-    attention_norm=RMS,
-    mlp_norm=RMS,
+    LayerNorms(attention_in=RMS, mlp_in=RMS),
 )
 NARROW = LayerSpec(
     AttentionSpec(heads=2, kv_heads=1, head_dim=4, qkv_bias=True, rope=rope(4, 100.0, scaling=0.9)),
     MLPSpec(size=160, activation="gelu", bias=True),
-    attention_norm=LAYER_NORM,
-    mlp_norm=RMS,
+    LayerNorms(attention_in=LAYER_NORM, mlp_in=RMS),
 )
 POST_NORM = LayerSpec(
     AttentionSpec(heads=8, kv_heads=8, head_dim=4, out_bias=True),  # no rope
     MLPSpec(size=16, activation="relu"),
-    attention_norm=NormSpec("layernorm", 1e-5, affine=False),
-    mlp_norm=LAYER_NORM,
-    pre_norm=False,
+    LayerNorms(attention_out=NormSpec("layer", 1e-5, weight=False), mlp_out=LAYER_NORM),
+    residual="post",
 )
 OTHER_ROPE = replace(WIDE, attention=replace(WIDE.attention, rope=rope(16, 500_000.0)))
 """Unlike `WIDE` in nothing that a shape shows."""
@@ -67,15 +74,15 @@ class UnevenConfig(PreTrainedConfig):
         super().__init__(**fields)
 
 
-def to_spec(config: UnevenConfig, name: str) -> ModelSpec:
+def to_spec(fields: Fields) -> ModelSpec:
     return ModelSpec(
-        name=name,
+        name=fields.name,
         family="uneven",
         names=NAMES,
-        dtype=fields.dtype_of(config, name),
-        layers=tuple(KINDS[kind] for kind in config.kinds),
+        dtype=fields.dtype(),
+        layers=tuple(KINDS[kind] for kind in fields.get("kinds")),
         hidden_size=32,
-        vocab_size=config.vocab_size,
+        vocab_size=fields.size("vocab_size"),
         max_positions=4096,
         embed_size=32,
         bos_token_id=None,
@@ -97,8 +104,10 @@ def logits_of(spec: ModelSpec, tensors: dict[str, torch.Tensor], ids: list[int])
         bias = matrix(module, index, "bias")
         return x @ matrix(module, index).T + (0 if bias is None else bias)
 
-    def norm(x: torch.Tensor, form: NormSpec, module: str, index: int | None = None) -> torch.Tensor:
-        centred = x - x.mean(-1, keepdim=True) if form.kind == "layernorm" else x
+    def norm(x: torch.Tensor, form: NormSpec | None, module: str, index: int | None = None) -> torch.Tensor:
+        if form is None:
+            return x
+        centred = x - x.mean(-1, keepdim=True) if form.kind == "layer" else x
         x = centred / (centred.square().mean(-1, keepdim=True) + form.eps).sqrt()
         weight, bias = matrix(module, index), matrix(module, index, "bias")
         return x * (1 if weight is None else weight) + (0 if bias is None else bias)
@@ -119,7 +128,7 @@ def logits_of(spec: ModelSpec, tensors: dict[str, torch.Tensor], ids: list[int])
     x = matrix("embed")[ids]
     for i, layer in enumerate(spec.layers):
         own, mlp = layer.attention, layer.mlp
-        normed = norm(x, layer.attention_norm, "attention_norm", i) if layer.pre_norm else x
+        normed = norm(x, layer.norms.attention_in, "attention_in", i)
         q, k, v = (
             heads(product(normed, name, i), count)
             for name, count in (("q", own.heads), ("k", own.kv_heads), ("v", own.kv_heads))
@@ -129,9 +138,9 @@ def logits_of(spec: ModelSpec, tensors: dict[str, torch.Tensor], ids: list[int])
         scores = (q @ k.transpose(1, 2) * own.head_dim**-0.5).masked_fill(future, -torch.inf)
         attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1)
         x = x + product(attended, "out", i)
-        x = x if layer.pre_norm else norm(x, layer.attention_norm, "attention_norm", i)
-        normed = norm(x, layer.mlp_norm, "mlp_norm", i) if layer.pre_norm else x
+        x = norm(x, layer.norms.attention_out, "attention_out", i)
+        normed = norm(x, layer.norms.mlp_in, "mlp_in", i)
         inner = activations[mlp.activation](product(normed, "gate" if mlp.gated else "up", i))
         x = x + product(inner * product(normed, "up", i) if mlp.gated else inner, "down", i)
-        x = x if layer.pre_norm else norm(x, layer.mlp_norm, "mlp_norm", i)
+        x = norm(x, layer.norms.mlp_out, "mlp_out", i)
     return product(norm(x, spec.final_norm, "final_norm"), "head")

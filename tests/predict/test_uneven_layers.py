@@ -16,6 +16,7 @@ from flexgen.layout.plan import Target, plan_memory
 from flexgen.layout.topology import LINKED
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models import build_layers
+from flexgen.models.families import spec_from_config
 from flexgen.policy import Policy, Split, Tier
 from flexgen.predict.arithmetic import alike_layers
 from flexgen.predict.job import Job
@@ -34,7 +35,7 @@ PLAIN = tuple(Column(what, tier) for what in CLASSES for tier in (Tier.CPU, Tier
 
 def spec_of(uneven, kinds):
     """Wider than the tests of ids need: layers are larger than the blocks and rows that are the same for all."""
-    spec = uneven.to_spec(uneven.UnevenConfig(kinds), "uneven")
+    spec = spec_from_config(uneven.UnevenConfig(kinds), "uneven")
 
     def wide(layer):
         own, mlp = layer.attention, layer.mlp
@@ -47,7 +48,7 @@ def spec_of(uneven, kinds):
 
 def test_each_layer_takes_its_own_time(uneven, machine):
     """Products and attention of the prompt and of a token, by hand, for two layers of unlike shapes."""
-    spec = uneven.to_spec(uneven.UnevenConfig(("wide", "narrow", "wide")), "uneven")
+    spec = spec_from_config(uneven.UnevenConfig(("wide", "narrow", "wide")), "uneven")
     policy = Policy(gpu_batch_size=2)
     trace = predict(spec, policy, machine(), Workload(6, 4, 2)).trace()
     took = {(e.step.token, e.step.layer): e.end - e.start for e in trace.events if e.step.op is Op.COMPUTE}
@@ -65,7 +66,7 @@ def test_each_layer_takes_its_own_time(uneven, machine):
 
 
 def test_weights_and_cache_of_each_layer_travel_in_their_own_sizes(uneven, machine):
-    spec = uneven.to_spec(uneven.UnevenConfig(("wide", "narrow", "wide")), "uneven")
+    spec = spec_from_config(uneven.UnevenConfig(("wide", "narrow", "wide")), "uneven")
     policy = Policy(
         gpu_batch_size=2, weights={"cpu": 100}, cache={"cpu": 100}, attend_on="gpu", sep_layer=False
     )
@@ -84,7 +85,7 @@ def test_weights_and_cache_of_each_layer_travel_in_their_own_sizes(uneven, machi
 
 
 def test_layers_with_equal_shapes_are_alike_only_if_their_specs_are(uneven):
-    spec = uneven.to_spec(uneven.UnevenConfig(("wide", "other rope", "wide", "narrow")), "uneven")
+    spec = spec_from_config(uneven.UnevenConfig(("wide", "other rope", "wide", "narrow")), "uneven")
     for sep_layer, expected in ((False, [0, 1, 2, 1, 4, 5]), (True, [0, 1, 2, 3, 4, 1, 2, 7, 8, 9])):
         layers = build_layers(spec, sep_layer)
         assert alike_layers(layers, place_weights(layers, Split(cpu=100), torch.float32), False) == expected

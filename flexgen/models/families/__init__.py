@@ -1,7 +1,7 @@
 """Model families. Each is one module, with the `model_type` of its configs as its name.
 
-A family is a function `to_spec(config, name) -> ModelSpec`. All families use the same layers. Families are found by
-their files; there is no other list of them.
+A family is a function `to_spec(fields) -> ModelSpec`. All families use the same layers. Families are found by their
+files; there is no other list of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from flexgen.errors import ModelError, shown
-from flexgen.models import fields
+from flexgen.models.fields import Fields, check_values, read_dtype
 from flexgen.models.spec import ModelSpec
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -21,10 +21,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 class Family(Protocol):
     """The interface of a family's module."""
 
-    def to_spec(self, config: Any, name: str) -> ModelSpec:
-        """The spec of `config`, an instance of the transformers class for the family's model_type.
+    def to_spec(self, fields: Fields) -> ModelSpec:
+        """The spec of the config in `fields`, an instance of the transformers class for the family's model_type.
 
-        Raises ModelError for a field that the layers do not support.
+        Raises ModelError for a field with a value that the layers do not support. Fields that it does not read must
+        have their default values; `spec_from_config` checks that.
         """
 
 
@@ -43,11 +44,11 @@ def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
 
     model_type = values.get("model_type")
     _family(model_type, name)
-    fields.check_values(values, name)
+    check_values(values, name)
     values = {field: value for field, value in values.items() if field not in _OF_CLASSIFIERS}
     for field in ("dtype", "torch_dtype"):  # torch_dtype was the name before transformers 5
         if field in values:
-            values[field] = fields.read_dtype(values[field], name)
+            values[field] = read_dtype(values[field], name)
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # transformers computes with values from the file, which can raise anything
@@ -57,7 +58,10 @@ def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
 
 def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
     """The spec of a transformers config. Raises ModelError with the field, its value and the supported values."""
-    return _family(config.model_type, name).to_spec(config, name)
+    fields = Fields(config, name)
+    spec = _family(config.model_type, name).to_spec(fields)
+    fields.check_all_read()
+    return spec
 
 
 def _family(model_type: Any, name: str) -> Family:

@@ -1,11 +1,12 @@
-"""OPT, and the models with the same architecture: OPT-IML and Galactica."""
+"""OPT in all sizes, OPT-IML and Galactica."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flexgen.models import fields
-from flexgen.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
+from flexgen.models.fields import Fields
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
+from flexgen.models.tables import both_in, model
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import OPTConfig
@@ -17,12 +18,14 @@ NAMES = prefixed(
         "positions": "embed_positions",
         "project_in": "project_in",
         "project_out": "project_out",
-        "attention_norm": "layers.{i}.self_attn_layer_norm",
+        "attention_in": "layers.{i}.self_attn_layer_norm",
+        "attention_out": "layers.{i}.self_attn_layer_norm",
         "q": "layers.{i}.self_attn.q_proj",
         "k": "layers.{i}.self_attn.k_proj",
         "v": "layers.{i}.self_attn.v_proj",
         "out": "layers.{i}.self_attn.out_proj",
-        "mlp_norm": "layers.{i}.final_layer_norm",
+        "mlp_in": "layers.{i}.final_layer_norm",
+        "mlp_out": "layers.{i}.final_layer_norm",
         "up": "layers.{i}.fc1",
         "down": "layers.{i}.fc2",
         "final_norm": "final_layer_norm",
@@ -66,48 +69,28 @@ def known_config(size: str) -> OPTConfig:
     )
 
 
-def to_spec(config: OPTConfig, name: str) -> ModelSpec:
-    """The spec of an OPT config. Raises ModelError for a field that the layers do not support."""
-    fields.check_neutral(config, name)
-    hidden_size, num_heads = (fields.size(config, name, f) for f in ("hidden_size", "num_attention_heads"))
-    fields.multiple(name, "hidden_size", hidden_size, "num_attention_heads", num_heads)
-    vocab_size = fields.size(config, name, "vocab_size")
-    pre_norm = fields.flag(config, name, "do_layer_norm_before")
-    bias = fields.flag(config, name, "enable_bias")
-    norm = NormSpec("layernorm", 1e-5, fields.flag(config, name, "layer_norm_elementwise_affine"))
+def to_spec(fields: Fields) -> ModelSpec:
+    """The spec of an OPT config."""
+    hidden_size, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    fields.multiple("hidden_size", hidden_size, "num_attention_heads", heads)
+    pre_norm, bias = fields.flag("do_layer_norm_before"), fields.flag("enable_bias")
+    affine = fields.flag("layer_norm_elementwise_affine")
+    norm = NormSpec("layer", 1e-5, weight=affine, bias=affine)
     layer = LayerSpec(
-        attention=AttentionSpec(
-            heads=num_heads,
-            kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
-            qkv_bias=bias,
-            out_bias=bias,
-        ),
-        mlp=MLPSpec(
-            size=fields.size(config, name, "ffn_dim"),
-            activation=fields.activation(config, name, "activation_function"),
-            bias=bias,
-        ),
-        attention_norm=norm,
-        mlp_norm=norm,
-        pre_norm=pre_norm,
+        AttentionSpec(heads, heads, hidden_size // heads, qkv_bias=bias, out_bias=bias),
+        MLPSpec(fields.size("ffn_dim"), fields.activation("activation_function"), bias=bias),
+        both_in(norm) if pre_norm else LayerNorms(attention_out=norm, mlp_out=norm),
+        residual="serial" if pre_norm else "post",
     )
-    return ModelSpec(
-        name=name,
-        family="opt",
-        names=NAMES,
-        dtype=fields.dtype_of(config, name),
-        layers=(layer,) * fields.size(config, name, "num_hidden_layers"),
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        max_positions=fields.size(config, name, "max_position_embeddings"),
-        embed_size=fields.size(config, name, "word_embed_proj_dim"),
-        bos_token_id=fields.token_id(config, name, "bos_token_id"),
-        pad_token_id=fields.token_id(config, name, "pad_token_id"),
-        eos_token_ids=fields.token_ids(config.eos_token_id, name, "eos_token_id", vocab_size),
-        # A private field of the config: checkpoints fine-tuned before transformers 4.20.1 have no final norm.
-        final_norm=norm if pre_norm and not fields.flag(config, name, "_remove_final_layer_norm") else None,
-        tied_head=fields.flag(config, name, "tie_word_embeddings"),
+    fields.one_of("learned_embeddings", (None, True))
+    # A private field of the config: checkpoints fine-tuned before transformers 4.20.1 have no final norm.
+    removed = fields.flag("_remove_final_layer_norm")
+    return model(
+        fields,
+        NAMES,
+        [layer] * fields.size("num_hidden_layers"),
+        final_norm=norm if pre_norm and not removed else None,
+        embed_size=fields.size("word_embed_proj_dim"),
         positions="learned",
         position_offset=2,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_families import TINY
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.errors import ModelError
@@ -19,14 +22,27 @@ def test_every_family_is_a_model_type_of_transformers() -> None:
 
 def test_every_family_names_all_of_its_modules() -> None:
     for name in known_families():
-        spec, _ = open_model(CONFIG_MAPPING[name](), "dummy")
+        spec, _ = open_model(CONFIG_MAPPING[name](**TINY[name][0]), "dummy")
         layers = build_layers(spec.first_layers(1))
         assert all(weight.sources for layer in layers for weight in layer.weights)
         assert spec.family == name
 
 
+def test_the_documentation_lists_every_family() -> None:
+    """docs/models.md, in the words of the modules' docstrings."""
+    rows = []
+    for name in known_families():
+        about = (import_module(f"flexgen.models.families.{name}").__doc__ or "").partition("\n")[0]
+        rows.append(f"| `{name}` | {about.removesuffix('.')} |")
+    table = "\n".join(["| `model_type` | Models |", "|---|---|", *rows, ""])
+    docs = Path(__file__).parents[3] / "docs" / "models.md"
+    assert table in docs.read_text(encoding="utf-8"), f"write this into docs/models.md:\n{table}"
+    readme = docs.parents[1] / "README.md"
+    assert f"flexgen runs {len(rows)} families" in readme.read_text(encoding="utf-8")
+
+
 def test_a_file_in_the_folder_is_a_family(uneven: Any) -> None:
-    assert known_families() == ["llama", "opt", "uneven"]
+    assert known_families() == [*sorted(TINY), "uneven"]
     spec, _ = open_model(uneven.UnevenConfig(("wide", "narrow")), "dummy")
     assert spec.family == "uneven" and spec.layers == (uneven.WIDE, uneven.NARROW)
 
@@ -35,7 +51,7 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "__path__", families.__path__[:1])
         with pytest.raises(
-            ModelError, match="model_type = 'uneven' is not supported; supported: llama, opt$"
+            ModelError, match="model_type = 'uneven' is not supported; supported: arcee, .*, starcoder2$"
         ):
             spec_from_config(uneven.UnevenConfig(), "mine")
 
@@ -45,13 +61,15 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     [None, "", 7, ["opt"], "fields", "__init__", "..spec", "opt.SIZES", "OPT", "Llama", "lla-ma"],
 )
 def test_an_unknown_family_is_refused(model_type: Any) -> None:
-    with pytest.raises(ModelError, match="model_type = .* is not supported; supported: llama, opt"):
+    with pytest.raises(ModelError, match="model_type = .* is not supported; supported: arcee, .*, opt"):
         config_from_dict({"model_type": model_type}, "mine")
 
 
 def test_a_hyphen_is_written_as_an_underscore(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in transformers' own modules: "gpt-sw3" is gpt_sw3."""
-    (tmp_path / "made_up.py").write_text("def to_spec(config, name):\n    return name, config.model_type\n")
+    (tmp_path / "made_up.py").write_text(
+        "def to_spec(fields):\n    return fields.name, fields.get('model_type')\n"
+    )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
 
     class MadeUp(PreTrainedConfig):

@@ -1,0 +1,24 @@
+"""CodeGen: GPT-J whose projections are stored in four parts."""
+
+from __future__ import annotations
+
+from flexgen.models.fields import Fields
+from flexgen.models.spec import LayerNorms, LayerSpec, ModelSpec
+from flexgen.models.tables import attention, gpt_mlp, gpt_names, gpt_rope, layer_norm, model
+
+NAMES = gpt_names(
+    qkv="h.{i}.attn.qkv_proj", out="h.{i}.attn.out_proj", up="h.{i}.mlp.fc_in", down="h.{i}.mlp.fc_out"
+)
+
+
+def to_spec(fields: Fields) -> ModelSpec:
+    """The spec of a CodeGen config."""
+    norm, heads = (
+        layer_norm(fields, "layer_norm_epsilon"),
+        attention(fields, qkv="mp4", rope=gpt_rope(fields)),
+    )
+    fields.multiple("num_attention_heads", heads.heads, "the parts of a stored matrix", 4)
+    fields.one_of("rotary", (None, True))
+    fields.one_of("scale_attn_weights", (None, True))
+    layer = LayerSpec(heads, gpt_mlp(fields), LayerNorms(attention_in=norm), residual="parallel")
+    return model(fields, NAMES, [layer] * fields.size("num_hidden_layers"), norm, head_bias=True)

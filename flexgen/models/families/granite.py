@@ -1,0 +1,32 @@
+"""Granite 3, dense."""
+
+from __future__ import annotations
+
+from flexgen.models.fields import Fields
+from flexgen.models.spec import LayerSpec, ModelSpec
+from flexgen.models.tables import attention, both_in, gated_mlp, head_dim, llama_names, model, rms
+
+
+def to_spec(fields: Fields) -> ModelSpec:
+    """The spec of a Granite config."""
+    bias, norm = fields.flag("attention_bias"), rms(fields)
+    layer = LayerSpec(
+        attention(
+            fields,
+            qkv_bias=bias,
+            out_bias=bias,
+            rope=fields.rope(head_dim(fields)),
+            score_scale=fields.number("attention_multiplier"),
+        ),
+        gated_mlp(fields, bias=fields.flag("mlp_bias")),
+        both_in(norm),
+        residual_scale=fields.number("residual_multiplier"),
+    )
+    return model(
+        fields,
+        llama_names(),
+        [layer] * fields.size("num_hidden_layers"),
+        norm,
+        embed_scale=fields.number("embedding_multiplier"),
+        logit_scale=1 / fields.positive("logits_scaling"),
+    )

@@ -1,0 +1,67 @@
+"""Norms: their computation, weights and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
+
+
+def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name: str = "norm") -> Tensor:
+    """`norm` of x (..., size), with the weights "<name>.weight" and "<name>.bias"; x itself if there is no norm."""
+    if norm is None:
+        return x
+    weight = weights[f"{name}.weight"] if norm.weight else None
+    if norm.kind == "rms":
+        return _rms_norm(norm, x, weight)
+    if weight is not None and norm.plus:
+        weight = weight + norm.plus
+    return F.layer_norm(x, x.shape[-1:], weight, weights[f"{name}.bias"] if norm.bias else None, norm.eps)
+
+
+def _rms_norm(norm: NormSpec, x: Tensor, weight: Tensor | None) -> Tensor:
+    """RMS norm in float32. `norm.cast` says whether the product with the weight is too; on a GPU it always is."""
+    if x.is_cuda and (weight is None or not norm.plus):  # one launch
+        return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if norm.cast == "after":
+        return normed.mul_(weight.float() + norm.plus).to(x.dtype)
+    return normed.to(x.dtype).mul_(weight + norm.plus if norm.plus else weight)
+
+
+def norm_weights(
+    spec: ModelSpec,
+    norm: NormSpec | None,
+    module: str,
+    index: int | None = None,
+    name: str = "norm",
+    size: int | None = None,
+) -> tuple[WeightSpec, ...]:
+    """The weights of `module`: "<name>.weight" and "<name>.bias", if the norm has them. `size` defaults to the hidden
+    size."""
+    if norm is None:
+        return ()
+    parts = [part for part, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
+    sources = spec.sources(module, index)
+    shape = (spec.hidden_size if size is None else size,)
+    return tuple(
+        WeightSpec(f"{name}.{part}", shape, tuple(f"{source}.{part}" for source in sources)) for part in parts
+    )
+
+
+def norm_workspace(norm: NormSpec | None, size: int, tokens: int, dtype: torch.dtype) -> int:
+    """The peak bytes to normalise `tokens` rows of `size` values, including the result."""
+    if norm is None:
+        return 0
+    # Like transformers, an RMS norm uses two float32 copies. Both norms store two numbers per row.
+    float32_copies = 2 * torch.float32.itemsize if norm.kind == "rms" else 0
+    weight = 2 * size * torch.float32.itemsize if norm.plus else 0
+    return tokens * (size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize) + weight

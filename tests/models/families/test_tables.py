@@ -1,0 +1,264 @@
+"""Every family against transformers: logits, wrong tables, and the fields of configs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_families import TINY
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from flexgen.errors import ModelError
+from flexgen.models import fields
+from flexgen.models.families import config_from_dict, known_families, spec_from_config
+from flexgen.models.spec import LayerSpec, ModelSpec
+
+VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
+each_variant = pytest.mark.parametrize(("family", "number"), VARIANTS, ids=lambda value: str(value))
+
+
+def _config(family: str, number: int = 0, **changes: Any) -> PreTrainedConfig:
+    return CONFIG_MAPPING[family](**copy.deepcopy(TINY[family][number]) | changes)
+
+
+def test_every_family_has_tiny_configs() -> None:
+    assert known_families() == sorted(TINY)
+
+
+@each_variant
+def test_logits_equal_transformers(
+    family: str, number: int, tiny_model: Any, assert_equals_transformers: Any
+) -> None:
+    """Of a left-padded batch in one pass, in chunks and token by token, with attention and MLP apart and together."""
+    assert_equals_transformers(tiny_model(family, number))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_bfloat16_errs_no_more_than_transformers(
+    family: str, tiny_model: Any, save: Any, runner: Any
+) -> None:
+    """Both against the same weights in float32."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    ids = torch.randint(4, 67, (8, 14), generator=torch.Generator().manual_seed(1))
+    theirs = model(ids).logits.float()
+    ours = runner(save(model), torch.bfloat16).full(ids, [0] * 8).float()
+    exact = model.float()(ids).logits
+    error = (ours - exact).square().mean().sqrt()
+    assert error < 1.2 * (theirs - exact).square().mean().sqrt() + 1e-3
+    assert error < 0.1 * exact.std()
+
+
+Change = Callable[[ModelSpec], ModelSpec]
+
+
+def _layers(**changes: Any) -> Change:
+    return lambda spec: replace(spec, layers=tuple(replace(layer, **changes) for layer in spec.layers))
+
+
+def _part(part: str, **changes: Any) -> Change:
+    """Changes of each layer's attention, MLP or norms."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        return replace(layer, **{part: replace(getattr(layer, part), **changes)})
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _rope(**changes: Any) -> Change:
+    def changed(layer: LayerSpec) -> LayerSpec:
+        rope = layer.attention.rope and replace(layer.attention.rope, **changes)
+        return replace(layer, attention=replace(layer.attention, rope=rope))
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _norms(**changes: Any) -> Change:
+    """Changes of every norm of a layer."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        norms = {place: norm and replace(norm, **changes) for place, norm in vars(layer.norms).items()}
+        return replace(layer, norms=replace(layer.norms, **norms))
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _rotates_all(spec: ModelSpec) -> ModelSpec:
+    (rope,) = {layer.attention.rope for layer in spec.layers} - {None}
+    return _part("attention", rope=rope)(spec)
+
+
+MUTATIONS: dict[str, tuple[str, int, Change]] = {
+    "pairs of neighbours": ("glm", 0, _rope(interleaved=False)),
+    "pairs of halves": ("gpt_neox", 0, _rope(interleaved=True)),
+    "part of a head": ("phi3", 1, _rope(inv_freq=(1.0, 0.5))),
+    "layers without rope": ("smollm3", 0, _rotates_all),
+    "rope of a kind of layer": ("olmo3", 1, _rope(inv_freq=(1.0, 0.3, 0.1, 0.03))),
+    "queries scaled by position": ("ministral3", 0, _part("attention", query_scaling=None)),
+    "scale of scores": ("granite", 0, _part("attention", score_scale=None)),
+    "form of a fused matrix": ("gpt_neox", 0, _part("attention", qkv="rows")),
+    "form of four parts": ("codegen", 0, _part("attention", qkv="heads")),
+    "form of groups": ("falcon", 0, _part("attention", qkv="rows")),
+    "transposed": ("gpt2", 0, lambda spec: replace(spec, transposed=frozenset({"qkv", "up", "down"}))),
+    "bias of queries": ("qwen2", 0, _part("attention", qkv_bias=False)),
+    "bias of the output": ("starcoder2", 0, _part("attention", out_bias=False)),
+    "norm of each head": ("qwen3", 0, _part("attention", qk_norm=None)),
+    "norm of all heads": ("olmo2", 0, _part("attention", qk_norm=None)),
+    "norms of heads": ("cohere", 1, _part("attention", qk_norm=None)),
+    "norms of heads by head": ("stablelm", 1, _part("attention", qk_norm=None)),
+    "activation": ("nemotron", 0, _part("mlp", activation="relu")),
+    "kind of norm": ("stablelm", 0, _norms(kind="rms", bias=False)),
+    "bias of a norm": ("stablelm", 0, _norms(bias=False)),
+    "plus": ("gemma", 0, _norms(plus=0.0)),
+    "plus of a layer norm": ("nemotron", 0, _norms(plus=0.0)),
+    "place of a norm": ("olmo2", 0, _layers(residual="post")),
+    "norms after": ("glm4", 0, _part("norms", attention_out=None)),
+    "parallel": ("gpt_neox", 0, _layers(residual="serial")),
+    "serial": ("gpt_neox", 1, _layers(residual="parallel")),
+    "scale of a residual": ("granite", 0, _layers(residual_scale=1.0)),
+    "scale of embeddings": ("gemma", 0, lambda spec: replace(spec, embed_scale=1.0)),
+    "scale of logits": ("cohere", 0, lambda spec: replace(spec, logit_scale=1.0)),
+    "bias of the head": ("phi", 0, lambda spec: replace(spec, head_bias=False)),
+}
+
+
+CHANGED = ("layers", "transposed", "embed_scale", "logit_scale", "head_bias")
+"""Fields of a spec that any of them changes."""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_table_that_says_otherwise_gives_other_logits(
+    mutation: str, tiny_model: Any, save: Any, runner: Any
+) -> None:
+    family, number, change = MUTATIONS[mutation]
+    directory = save(tiny_model(family, number))
+    right = runner(directory, torch.float32)
+    changed = {name: getattr(change(right.spec), name) for name in CHANGED}
+    wrong = runner(directory, torch.float32, **changed)
+    ids = torch.randint(4, 67, (2, 14), generator=torch.Generator().manual_seed(1))
+    assert (wrong.full(ids, [0, 3]) - right.full(ids, [0, 3])).abs().max() > 1e-3
+
+
+def test_when_a_norm_rounds_shows_in_bfloat16(tiny_model: Any, save: Any, runner: Any) -> None:
+    right = runner(save(tiny_model("olmo2", dtype=torch.bfloat16)), torch.bfloat16)
+    wrong = runner(
+        right.checkpoint.directory, torch.bfloat16, layers=_norms(cast="before")(right.spec).layers
+    )
+    ids = torch.arange(4, 18)[None]
+    assert not torch.equal(right.full(ids, [0]), wrong.full(ids, [0]))
+
+
+# Fields of configs
+
+
+OF_NO_CONSEQUENCE = {
+    "falcon": {"num_kv_heads", "multi_query", "parallel_attn", "num_ln_in_parallel_attn"},  # by architecture
+    "gpt2": {"reorder_and_upcast_attn"},
+    "gpt_bigcode": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
+    "olmo3": {"sliding_window"},
+    "phi3": {"original_max_position_embeddings"},
+    "qwen2": {"sliding_window", "use_sliding_window", "max_window_layers"},
+    "qwen3": {"sliding_window", "use_sliding_window", "max_window_layers"},
+    "smollm3": {"sliding_window", "use_sliding_window", "no_rope_layer_interval"},
+    "exaone4": {"sliding_window_pattern"},
+}
+"""Fields that the config's class converts to others, or that are only used with some values of others."""
+
+
+def _others(value: Any) -> list[Any]:
+    """Other values that a config could have instead of `value`."""
+    match value:
+        case bool():
+            return [not value]
+        case int() | float():
+            return [value + 1]
+        case str():
+            return ["other"]
+        case None:
+            return [3]
+        case list():
+            return [[*value, *value]]
+        case _:
+            return [{"rope_type": "default", "rope_theta": 77.0}]
+
+
+@each_variant
+def test_no_field_is_passed_over(family: str, number: int) -> None:
+    """Another value of any field changes the spec or raises an error."""
+    config = _config(family, number)
+    spec = spec_from_config(config, "mine")
+    of_no_consequence = OF_NO_CONSEQUENCE.get(family, set())
+    for field, value in vars(config).items():
+        if fields.unrelated(field) or field in of_no_consequence:
+            continue
+        for other in _others(value):
+            changed = copy.deepcopy(config)
+            with suppress(ModelError, StrictDataclassError):  # of this package, and of transformers
+                setattr(changed, field, other)
+                assert spec_from_config(changed, "mine") != spec, f"{field} = {other}"
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_field_that_no_table_reads_is_refused_by_name(family: str) -> None:
+    config = _config(family)
+    config.made_up_field = 7
+    with pytest.raises(ModelError, match="mine: made_up_field = 7 is not supported"):
+        spec_from_config(config, "mine")
+    config.made_up_field = None
+    spec_from_config(config, "mine")
+
+
+@pytest.mark.parametrize("family", ["exaone4", "mistral", "olmo3", "phi3", "qwen2", "starcoder2", "cohere2"])
+def test_a_window_that_binds_is_refused_and_one_that_never_does_is_kept(family: str) -> None:
+    kinds = dict(layer_types=["sliding_attention"] * 3) if hasattr(_config(family), "layer_types") else {}
+    kinds |= dict(use_sliding_window=True) if family == "qwen2" else {}
+    with pytest.raises(
+        ModelError, match="sliding_window = 39 is shorter than max_position_embeddings = 40.*not computed yet"
+    ):
+        spec_from_config(_config(family, sliding_window=39, **kinds), "mine")
+    spec = spec_from_config(_config(family, sliding_window=50, **kinds), "mine")
+    assert [layer.attention.window for layer in spec.layers] == [50] * 3
+    assert spec.longest_text == 50, "rotary positions have no end, windows that are not computed have"
+
+
+ALSO_PUBLISHED: dict[str, dict[str, Any]] = {
+    "codegen": dict(n_ctx=2048, rotary=True, scale_attn_weights=True, summary_type="cls_index"),
+    "cohere": dict(model_max_length=131072, pretraining_tp=1),
+    "falcon": dict(apply_residual_connection_post_layernorm=False, auto_map={"AutoConfig": "x.y"}),
+    "gemma": dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"),
+    "glm": dict(partial_rotary_factor=0.5, rope_theta=10000.0),
+    "gpt2": dict(n_ctx=1024, output_past=True, task_specific_params={"text-generation": {"do_sample": True}}),
+    "gpt_bigcode": dict(
+        inference_runner=0, pad_key_length=True, validate_runner_input=True, max_batch_size=None
+    ),
+    "gpt_neox": dict(rotary_pct=0.25, rotary_emb_base=10000, attention_probs_dropout_prob=0),
+    "gptj": dict(
+        rotary=True, gradient_checkpointing=False, scale_attn_weights=True, tokenizer_class="GPT2Tokenizer"
+    ),
+    "llama": dict(pretraining_tp=1, max_sequence_length=2048, rope_scaling=None, unsloth_version="2025.1"),
+    "nemotron": dict(rope_theta=10000.0, partial_rotary_factor=0.5),
+    "opt": dict(prefix="</s>", learned_embeddings=True, scale_embeddings=False, activation_dropout=0.0),
+    "phi3": dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False),
+    "qwen2": dict(use_mrope=False, use_sliding_window=False, sliding_window=131072, max_window_layers=28),
+    "smollm3": dict(max_window_layers=28, use_sliding_window=False, pretraining_tp=2),
+    "starcoder2": dict(norm_type="layer_norm", mlp_type="default", residual_dropout=0.1),
+}
+"""Fields that configs on the hub have in addition, and that do not change the results."""
+
+
+@pytest.mark.parametrize("family", ALSO_PUBLISHED)
+def test_fields_of_published_configs_are_no_obstacle(family: str) -> None:
+    fields = {name: value for name, value in TINY[family][0].items() if name != "rope_parameters"}
+    values = fields | dict(model_type=family, architectures=["X"], torch_dtype="bfloat16", use_cache=True)
+    plain = spec_from_config(config_from_dict(copy.deepcopy(values), "mine"), "mine")
+    assert spec_from_config(config_from_dict(values | ALSO_PUBLISHED[family], "mine"), "mine") == plain
+
+
+def test_alibi_is_refused() -> None:
+    with pytest.raises(ModelError, match="alibi = True is not supported"):
+        spec_from_config(_config("falcon", alibi=True), "mine")

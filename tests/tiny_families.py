@@ -1,0 +1,122 @@
+"""Tiny configs of every family, which together use all branches of its table.
+
+They have grouped heads, a vocabulary that is no power of two, and heads that do not add up to the hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+_SIZES: dict[str, Any] = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=40, max_position_embeddings=40, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+_WIDE = _SIZES | dict(head_dim=12)
+_GPT: dict[str, Any] = dict(
+    vocab_size=67, n_embd=32, n_layer=3, n_head=4, n_positions=40, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+_OPT: dict[str, Any] = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=40, max_position_embeddings=40,
+    word_embed_proj_dim=32,
+)  # fmt: skip
+_NEOX = {field: value for field, value in _SIZES.items() if field != "num_key_value_heads"}
+_FALCON = {field: value for field, value in _NEOX.items() if field != "intermediate_size"}
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _partial(share: float, **others: Any) -> dict[str, Any]:
+    return dict(
+        rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=share, **others)
+    )
+
+
+_YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=10)
+_LONG = dict(
+    original_max_position_embeddings=8,
+    rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5,
+        short_factor=[1.0, 1.5], long_factor=[2.0, 5.0],
+    ),
+)  # fmt: skip
+
+TINY: dict[str, list[dict[str, Any]]] = {
+    "arcee": [_WIDE, _WIDE | dict(attention_bias=True, mlp_bias=True)],
+    "codegen": [_GPT | dict(rotary_dim=4)],
+    "cohere": [
+        _SIZES | dict(logit_scale=0.3),
+        _SIZES | dict(use_qk_norm=True, attention_bias=True, logit_scale=2.0),
+    ],
+    "cohere2": [_SIZES | dict(layer_types=_KINDS, sliding_window=40, logit_scale=0.3)],
+    "exaone4": [
+        _SIZES | dict(sliding_window=None, layer_types=["full_attention"] * 3),
+        _SIZES | dict(sliding_window=40, layer_types=_KINDS),
+    ],
+    "falcon": [
+        _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2),
+        _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True),
+        _FALCON | dict(multi_query=True, parallel_attn=True),
+        _FALCON | dict(multi_query=False, parallel_attn=False, bias=True, tie_word_embeddings=False),
+    ],
+    "gemma": [_WIDE],
+    "glm": [_WIDE],
+    "glm4": [_WIDE | dict(attention_bias=False), _WIDE],
+    "gpt2": [_GPT, _GPT | dict(scale_attn_by_inverse_layer_idx=True, n_inner=48)],
+    "gpt_bigcode": [_GPT, _GPT | dict(multi_query=False)],
+    "gpt_neox": [_NEOX | _partial(0.5), _NEOX | dict(use_parallel_residual=False, attention_bias=False)],
+    "gptj": [_GPT | dict(rotary_dim=4), _GPT | dict(rotary_dim=8)],
+    "granite": [
+        _SIZES
+        | dict(
+            embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=4.0
+        ),
+        _SIZES | dict(attention_bias=True, mlp_bias=True),
+    ],
+    "llama": [_WIDE | dict(rope_parameters=_YARN), _SIZES | dict(attention_bias=True, mlp_bias=True)],
+    "ministral3": [_WIDE | dict(rope_parameters=_YARN | dict(llama_4_scaling_beta=0.5))],
+    "mistral": [_WIDE | dict(sliding_window=None), _SIZES | dict(sliding_window=40)],
+    "nemotron": [_WIDE | dict(attention_bias=True, mlp_bias=True), _WIDE],
+    "olmo2": [_SIZES, _SIZES | dict(attention_bias=True)],
+    "olmo3": [
+        _SIZES | dict(layer_types=["full_attention"] * 3),
+        _SIZES
+        | dict(
+            layer_types=_KINDS,
+            sliding_window=40,
+            rope_parameters=dict(
+                full_attention=_YARN,
+                sliding_attention=dict(rope_type="default", rope_theta=500.0),
+            ),
+        ),
+    ],
+    "opt": [_OPT, _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=24)],
+    "phi": [_SIZES, _SIZES | dict(qk_layernorm=True) | _partial(0.25)],
+    "phi3": [_SIZES, _SIZES | _partial(0.75), _SIZES | _LONG],
+    "qwen2": [_SIZES, _SIZES | dict(tie_word_embeddings=True) | dict(rope_parameters=_YARN)],
+    "qwen3": [_WIDE, _WIDE | dict(attention_bias=True)],
+    "seed_oss": [_WIDE, _WIDE | dict(attention_out_bias=True, mlp_bias=True)],
+    "smollm3": [_SIZES | dict(no_rope_layers=[1, 0, 1])],
+    "stablelm": [
+        _SIZES | dict(use_qkv_bias=True),
+        _SIZES | dict(use_parallel_residual=True, qk_layernorm=True) | _partial(0.5),
+    ],
+    "starcoder2": [_SIZES, _SIZES | dict(use_bias=False, sliding_window=40)],
+}
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in the config's dtype with random weights, such that every one of them matters to the logits."""
+    torch.manual_seed(0)
+    dtype = config.dtype or torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.15)
+            if parameter.ndim == 1 or "norm" in name:
+                parameter.add_(0.5)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None  # a row stops where a test says so
+    model.config.dtype = dtype
+    return model.eval().to(dtype)
