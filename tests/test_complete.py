@@ -249,8 +249,8 @@ def test_a_model_without_tokenizer_is_refused_before_weights_are_loaded(flags, t
 
 def test_characters_that_a_terminal_cannot_show_are_replaced(monkeypatch):
     pieces = "caf", "é", " 日本"
-    told = Stream(lambda teller: [teller.tell(piece) for piece in pieces])
-    monkeypatch.setattr(OptLM, "stream_text", lambda *args, **options: told)
+    pieces_stream = Stream(lambda teller: [teller.tell(piece) for piece in pieces])
+    monkeypatch.setattr(OptLM, "stream_text", lambda *args, **options: pieces_stream)
     stdout = Watched(lambda: None, encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert complete.main([*BEST, "--prompt", PROMPT]) == 0
@@ -370,8 +370,8 @@ def test_a_conversation(tmp_path, typed, monkeypatch, capsys):
     out, err = capsys.readouterr()
     first = "[user] ab\n[assistant]"
     assert asked[0] == first
-    told = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
-    assert out.startswith(told + "\n"), "the answer is a part of the second prompt"
+    reply = asked[1].removeprefix(f"{first} ").removesuffix("\n[user] cd\n[assistant]")
+    assert out.startswith(reply + "\n"), "the answer is a part of the second prompt"
     assert " positions of " in err and "(/reset clears the conversation)" in err
     assert asked[3] == "[user] ef\n[assistant]"
     assert "a new conversation" in err

@@ -99,8 +99,8 @@ def test_the_emulated_runs_have_the_same_policies_and_shapes(benchmark, tmp_path
 
 def test_the_worker_refuses_this_package(tmp_path):
     path = BENCHMARKS / "peers" / "flexgen01_worker.py"
-    told = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=tmp_path)
-    assert told.returncode == 1 and "not 0.1.8: set PYTHONPATH" in told.stderr
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "not 0.1.8: set PYTHONPATH" in done.stderr
 
 
 def test_the_worker_reports_the_peer_s_own_timer(worker, monkeypatch, tmp_path):

@@ -47,17 +47,17 @@ def remembered(*asked_for):
 def trials(monkeypatch):
     """Trials that run nothing: a machine that takes twice as long as predicted, each lane of it too. `fails` are
     policies that do not run; `slow` those that take ten times as long."""
-    told = SimpleNamespace(runs=[], fails=lambda policy: False, slow=lambda policy: False)
+    trials = SimpleNamespace(runs=[], fails=lambda policy: False, slow=lambda policy: False)
 
     def run(opening, policy, order, shape, lanes, seed):
-        if told.fails(policy):
+        if trials.fails(policy):
             raise CapacityError("it needs more than there is")
-        told.runs.append((policy, shape, lanes))
+        trials.runs.append((policy, shape, lanes))
         spec, _ = open_model(opening["model"], "dummy")
         report = predicted_trial(
-            Job.checked(spec, told.hardware(opening["device"]), shape.workload, order=order), policy, shape
+            Job.checked(spec, trials.hardware(opening["device"]), shape.workload, order=order), policy, shape
         )
-        times = 20.0 if told.slow(policy) else 2.0
+        times = 20.0 if trials.slow(policy) else 2.0
         phases = {
             phase: {lane: times * n for lane, n in by_lane.items()}
             for phase, by_lane in report.phases.items()
@@ -69,7 +69,7 @@ def trials(monkeypatch):
 
     monkeypatch.setattr(tuning, "run_trial", run)
     monkeypatch.setattr(tuning, "find_for_job", remembered)
-    return told
+    return trials
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_the_best_is_written_with_where_it_came_from(tuned, trials, capsys):
     assert measured == pytest.approx(predicted / 2, rel=0.01)  # the machine was half as fast
     best = max(found["tried"], key=lambda one: one["measured_tokens_s"])
     assert best["policy"] == policy.to_dict()
-    (told,) = re.findall("Run it: python -m flexgen.bench (.*)", text)
-    asked = bench.make_parser().parse_args(told.split())
+    (command,) = re.findall("Run it: python -m flexgen.bench (.*)", text)
+    asked = bench.make_parser().parse_args(command.split())
     assert (asked.policy, asked.weights, asked.device) == (str(out), "dummy", "cpu")
     assert (asked.prompt_len, asked.gen_len, asked.num_prompts) == (8, 6, 8)
     assert f"written to {out}" in capsys.readouterr().out
@@ -151,8 +151,8 @@ def test_another_order_than_the_default_is_tried_and_reported(tuned, trials, mon
     own, other = found["tried"]
     assert own["policy"] == other["policy"] and (own["order"] != other["order"] == "normal" == found["order"])
     assert "# Order: normal, not the default: add --order normal to every run." in out.read_text()
-    (told,) = re.findall("Run it: python -m flexgen.bench (.*)", out.read_text())
-    assert bench.make_parser().parse_args(told.split()).order == "normal"
+    (command,) = re.findall("Run it: python -m flexgen.bench (.*)", out.read_text())
+    assert bench.make_parser().parse_args(command.split()).order == "normal"
 
 
 def test_failing_candidates_are_reported_and_left_out(tuned, trials, capsys):
@@ -181,8 +181,8 @@ def test_an_interrupt_keeps_the_best_so_far(tuned, trials, capsys):
     trials.fails = fails
     out, found = tuned("--top 3", status=130)
     assert Policy.load(out).to_dict() == found["policy"] and "Measured: " in out.read_text()
-    told = capsys.readouterr()
-    assert "interrupted" in told.err and "not run" in told.out and "failed" not in told.out
+    printed = capsys.readouterr()
+    assert "interrupted" in printed.err and "not run" in printed.out and "failed" not in printed.out
     assert not any("failure" in one for one in found["tried"])
     assert [path.name for path in Path(out.parent).iterdir() if "part" in path.name] == []
 

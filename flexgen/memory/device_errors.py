@@ -20,17 +20,17 @@ def named(error: BaseException) -> BaseException:
     """The flexgen error for an error of torch, which becomes its `__cause__`. Returns other errors unchanged."""
     if isinstance(error, FlexGenError) or not isinstance(error, RuntimeError):
         return error
-    told = str(error)
+    message = str(error)
     found: FlexGenError
-    if _HOST_IS_FULL in told:
-        found = CapacityError(f"host memory is full ({_first_line(told)}). {_SMALLER}")
-    elif not isinstance(error, torch.OutOfMemoryError) and not any(w in told for w in _OF_THE_DEVICE):
+    if _HOST_IS_FULL in message:
+        found = CapacityError(f"host memory is full ({_first_line(message)}). {_SMALLER}")
+    elif not isinstance(error, torch.OutOfMemoryError) and not any(w in message for w in _OF_THE_DEVICE):
         return error
-    elif any(words in told for words in _DEVICE_IS_FULL):
+    elif any(words in message for words in _DEVICE_IS_FULL):
         found = CapacityError(f"the GPU's memory is full ({short_of_memory(error)}). {_SMALLER}")
     else:
         found = DeviceError(
-            f"the GPU has failed ({_first_line(told)}). The error lasts until the process ends, and a step before "
+            f"the GPU has failed ({_first_line(message)}). The error lasts until the process ends, and a step before "
             "the reported one may have caused it: start a new process, with CUDA_LAUNCH_BLOCKING=1 to find the step"
         )
     found.__cause__ = error
@@ -45,8 +45,8 @@ def short_of_memory(error: BaseException) -> str:
     return ". ".join(_first_line(str(error)).split(". ")[:3])
 
 
-def _first_line(told: str) -> str:
-    return told.partition("\n")[0].strip().rstrip(".")
+def _first_line(message: str) -> str:
+    return message.partition("\n")[0].strip().rstrip(".")
 
 
 def lane_error(what: str, cause: BaseException) -> LaneError:

@@ -69,10 +69,10 @@ class ElementwiseProbe:
             took = self._narrow.multiplying_seconds(tokens)
             rate = interpolated(rates, tokens)
             numbers = tokens * layer_numbers(layer)
-            beside = took - layer.product_flops(tokens, 1, 1) / rate
+            other = took - layer.product_flops(tokens, 1, 1) / rate
             # The rate of the wide layer includes its own share of element-wise work.
             own = layer_numbers(wide) * layer.product_flops(1, 1, 1) / wide.product_flops(1, 1, 1)
-            each = beside / (numbers - tokens * own)
+            each = other / (numbers - tokens * own)
             whole = wide.product_flops(1, 1, 1) / rate / layer_numbers(wide)
             points.append((float(numbers), min(max(each, 0.0), _MOST * whole)))
         return tuple(points)

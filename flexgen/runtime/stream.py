@@ -70,15 +70,15 @@ class Stream(Iterator[T]):
         if not self._finalizer.alive:
             raise StopIteration
         try:
-            told = self._teller.queue.get()
+            received = self._teller.queue.get()
         except BaseException:  # Ctrl-C
             self.close()
             raise
-        if isinstance(told, tuple):
-            return told[0]
+        if isinstance(received, tuple):
+            return received[0]
         self.close()
-        if told is not None:
-            raise told
+        if received is not None:
+            raise received
         raise StopIteration
 
     def close(self) -> None:

@@ -51,11 +51,11 @@ def searches(monkeypatch):
     seen = []
     find = auto.find_for_job
 
-    def told(job, asked, **options):
+    def recorded(job, asked, **options):
         seen.append((job.workload, asked))
         return find(job, asked, **options)
 
-    monkeypatch.setattr(auto, "find_for_job", told)
+    monkeypatch.setattr(auto, "find_for_job", recorded)
     return seen
 
 
@@ -280,7 +280,7 @@ def test_flags_are_what_auto_keeps(tmp_path):
     )
 
 
-def test_bench_says_what_was_chosen_and_prints_the_prediction_beside(tmp_path, capsys):
+def test_bench_prints_the_chosen_policy_and_the_prediction(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     out = tmp_path / "out.jsonl"
     flags = ["--model", str(tmp_path), "--weights", "dummy", "--device", "cpu", "--prompt-len", "6"]

@@ -58,13 +58,13 @@ def test_closing_ends_a_call_in_another_thread(
     lm = OptLM(tiny("opt").directory, mixed(), device=device, offload_dir=tmp_path, progress=False)
     request, closing = read_request(lm.spec, prompts([5, 9, 7, 6])), threading.Event()
 
-    def told(new: Any) -> None:
+    def listen(new: Any) -> None:
         begun.set()
         assert closing.wait(PATIENCE)
 
     def call() -> None:
         try:
-            lm.generate_with(Completion(request, 30, lm.sampled(stop=())), listeners=[told])
+            lm.generate_with(Completion(request, 30, lm.sampled(stop=())), listeners=[listen])
         except BaseException as error:
             raised.append(error)
 

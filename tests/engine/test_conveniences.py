@@ -178,7 +178,7 @@ def test_bars_are_for_terminals_and_on_request(
 # Reports
 
 
-def test_stats_come_beside_the_ids(lm: OptLM, prompts: Any) -> None:
+def test_stats_come_with_the_ids(lm: OptLM, prompts: Any) -> None:
     given = prompts(LENGTHS)
     ids, report = lm.generate(given, TOKENS, stop=(), stats=True)
     np.testing.assert_array_equal(ids, lm.generate(given, TOKENS, stop=()))

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused_and_the_rest_stays(tiny: Any, prompts: Any
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_a_text_whose_frequencies_change_is_computed_anew(kind: str, prompts: Any) -> None:
+def test_a_text_whose_frequencies_change_is_computed_again(kind: str, prompts: Any) -> None:
     """All keys of a text that is longer than the original length are rotated by its whole length."""
     scaling: dict[str, Any] = dict(rope_type=kind, rope_theta=10_000.0, factor=2.0)
     if kind == "longrope":

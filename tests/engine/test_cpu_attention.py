@@ -32,7 +32,7 @@ SPLITS: list[dict[str, float]] = [
 
 
 @pytest.fixture
-def beside() -> Callable[..., Policy]:
+def host_policy() -> Callable[..., Policy]:
     """A policy with attention on the host while weights and hidden states come from there."""
 
     def make(**changes: Any) -> Policy:
@@ -53,20 +53,20 @@ def beside() -> Callable[..., Policy]:
 @pytest.mark.parametrize("batches", [2, 3, 5])
 @pytest.mark.parametrize("sep_layer", [True, False])
 def test_ids_are_those_of_transformers(
-    sep_layer: bool, batches: int, cache: dict[str, float], tiny: Any, prompts: Any, beside: Any
+    sep_layer: bool, batches: int, cache: dict[str, float], tiny: Any, prompts: Any, host_policy: Any
 ) -> None:
     model, given = tiny("llama gqa 2"), prompts(LENGTHS[: 2 * batches + 1])  # and a block of one batch
-    policy = beside(cache=cache, num_gpu_batches=batches, sep_layer=sep_layer)
+    policy = host_policy(cache=cache, num_gpu_batches=batches, sep_layer=sep_layer)
     with OptLM(model.directory, policy, device="emulated", progress=False) as lm:
         np.testing.assert_array_equal(lm.generate(given, 9, stop=()), model.greedy(given, 9))
         assert lm.stats is not None and lm.stats.order == ORDER
 
 
-def test_rows_that_stop_early(tiny: Any, prompts: Any, beside: Any) -> None:
+def test_rows_that_stop_early(tiny: Any, prompts: Any, host_policy: Any) -> None:
     model, given = tiny("opt"), prompts(LENGTHS)
     free = model.greedy(given, 12)
     stop = [int(free[0, 12]), int(free[4, 14])]
-    with OptLM(model.directory, beside(), device="emulated", progress=False) as lm:
+    with OptLM(model.directory, host_policy(), device="emulated", progress=False) as lm:
         np.testing.assert_array_equal(lm.generate(given, 12, stop=stop), model.greedy(given, 12, stop))
         every = sorted(set(free[:, 9:12].ravel().tolist()))
         assert (model.greedy(given, 12, every)[:, 12:] == 1).all(), "no row may be left after three tokens"
@@ -87,9 +87,9 @@ def test_rows_that_stop_early(tiny: Any, prompts: Any, beside: Any) -> None:
     ],
 )
 def test_when_it_is_chosen(
-    device: str, changes: Any, order: str, tiny: Any, prompts: Any, beside: Any
+    device: str, changes: Any, order: str, tiny: Any, prompts: Any, host_policy: Any
 ) -> None:
-    with OptLM(tiny("opt").directory, beside(**changes), device=device, progress=False) as lm:
+    with OptLM(tiny("opt").directory, host_policy(**changes), device=device, progress=False) as lm:
         lm.generate(prompts(LENGTHS), 2, stop=())
         assert lm.stats is not None and lm.stats.order == order
         split = {Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED}
@@ -98,17 +98,19 @@ def test_when_it_is_chosen(
 
 
 @pytest.mark.parametrize("cache", [{"cpu": 100}, {"gpu": 50, "cpu": 50}], ids=str)
-def test_lanes_of_a_cell(cache: Any, tiny: Any, prompts: Any, beside: Any) -> None:
+def test_lanes_of_a_cell(cache: Any, tiny: Any, prompts: Any, host_policy: Any) -> None:
     """Attention is on the device for the prompt, on the host for later tokens; a step starts after those it needs."""
-    with OptLM(tiny("opt").directory, beside(cache=cache), device="emulated", progress=False) as lm:
+    with OptLM(tiny("opt").directory, host_policy(cache=cache), device="emulated", progress=False) as lm:
         lm.generate(prompts(LENGTHS), 4, stop=())
         assert lm.stats is not None
         events, layers = lm.stats.timing.trace.events, len(lm.layer_names)
     lanes: dict[Any, list[Any]] = {}
     for event in events:
         lanes.setdefault(event.step, []).append(event)
-    attended = [step[1:] for step in lanes if step.op is Op.ATTEND]
-    assert sorted(attended) == [(i, j, k) for i in (1, 2, 3) for j in range(1, layers - 1) for k in range(5)]
+    attention_steps = [step[1:] for step in lanes if step.op is Op.ATTEND]
+    assert sorted(attention_steps) == [
+        (i, j, k) for i in (1, 2, 3) for j in range(1, layers - 1) for k in range(5)
+    ]
     on_device = [LaneName.COMPUTE] if "gpu" in cache else []
     chain = [
         (Op.PROJECT, [LaneName.COMPUTE, LaneName.FROM_DEVICE]),
@@ -116,7 +118,7 @@ def test_lanes_of_a_cell(cache: Any, tiny: Any, prompts: Any, beside: Any) -> No
         (Op.LOAD_ATTENDED, [LaneName.TO_DEVICE]),
         (Op.COMPUTE, [LaneName.COMPUTE]),
     ]
-    for i, j, k in attended:
+    for i, j, k in attention_steps:
         now = 0.0
         for op, expected in chain:
             found = lanes[(op, i, j, k)]
@@ -171,11 +173,11 @@ class Rendezvous:
 
 @pytest.mark.parametrize("batches", [4, 5])
 def test_the_host_attends_while_the_device_computes_both_neighbours(
-    batches: int, tiny: Any, prompts: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
+    batches: int, tiny: Any, prompts: Any, host_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, given = tiny("opt"), prompts(LENGTHS[: 2 * batches])
     with OptLM(
-        model.directory, beside(num_gpu_batches=batches), device="emulated:link=8MiB", progress=False
+        model.directory, host_policy(num_gpu_batches=batches), device="emulated:link=8MiB", progress=False
     ) as lm:
         Rendezvous(monkeypatch, batches)
         np.testing.assert_array_equal(lm.generate(given, 5, stop=()), model.greedy(given, 5))
@@ -187,7 +189,13 @@ def test_the_host_attends_while_the_device_computes_both_neighbours(
      ("fetch", "load_attended", "to_device"), ("take", "compute", "compute")],
 )  # fmt: skip
 def test_an_error_of_any_part_reaches_the_caller(
-    method: str, op: str, lane: str, tiny: Any, prompts: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    op: str,
+    lane: str,
+    tiny: Any,
+    prompts: Any,
+    host_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, given = tiny("opt"), prompts(LENGTHS)
     right, calls, fails = getattr(HostAttention, method), 0, True
@@ -200,7 +208,7 @@ def test_an_error_of_any_part_reaches_the_caller(
         return right(*args)
 
     monkeypatch.setattr(HostAttention, method, faulty)
-    with OptLM(model.directory, beside(), device="emulated", progress=False) as lm:
+    with OptLM(model.directory, host_policy(), device="emulated", progress=False) as lm:
         taken = lm.memory_in_use()
         with pytest.raises(LaneError, match=f"^{op} of token .* lane {lane}: OSError: the cable is out"):
             lm.generate(given, 6, stop=())
@@ -212,7 +220,7 @@ def test_an_error_of_any_part_reaches_the_caller(
 @pytest.mark.parametrize("order", ["normal", "overlap_multi_batch", ORDER])
 @pytest.mark.parametrize("shares_cores", [True, False])
 def test_what_the_host_attends_is_a_lane_of_its_own_in_the_bound(
-    order: str, shares_cores: bool, tiny: Any, prompts: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
+    order: str, shares_cores: bool, tiny: Any, prompts: Any, host_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever order is in force: the bound is of the hardware and the policy. Where the device computes on the
     host's cores, the two are one resource, and their seconds add."""
@@ -226,7 +234,7 @@ def test_what_the_host_attends_is_a_lane_of_its_own_in_the_bound(
         return timed[lane]
 
     monkeypatch.setattr(Call, "time_lane", timing)
-    with OptLM(model.directory, beside(), device="emulated", progress=False, order=order) as lm:
+    with OptLM(model.directory, host_policy(), device="emulated", progress=False, order=order) as lm:
         seconds = lm.lane_seconds(given, 6)
         # Attention over the prompt is on the device; the table is looked up by the host, in both phases.
         for phase, lanes in seconds.items():

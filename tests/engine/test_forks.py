@@ -77,13 +77,13 @@ policy = Policy(gpu_batch_size=2, num_gpu_batches=2, weights=parts, cache=parts,
 lm = OptLM(sys.argv[1], policy, device=sys.argv[2], offload_dir=sys.argv[3], progress=False)
 request, children = read_request(lm.spec, [[5, 6, 7]] * 4), []
 
-def told(new):
+def listen(new):
     if not children:
         children.append(os.fork())
         if not children[0] and sys.argv[4] == "exits":
             sys.exit(7)
 
-ids = lm.generate_with(Completion(request, 4, lm.sampled(stop=())), listeners=[told])
+ids = lm.generate_with(Completion(request, 4, lm.sampled(stop=())), listeners=[listen])
 expected = {"exits": 7, "continues": 1}[sys.argv[4]]
 assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == expected
 assert (lm.generate([[5, 6, 7]] * 4, 4, stop=()) == ids).all()

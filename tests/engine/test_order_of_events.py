@@ -53,7 +53,7 @@ class Rendezvous:
         self._changed = threading.Condition()
         chains = WeightSlots.chains
 
-        def told(slots: WeightSlots, layer: int, *args: int) -> Chains:
+        def recorded(slots: WeightSlots, layer: int, *args: int) -> Chains:
             (((lane, job), *rest),) = chains(slots, layer, *args)  # one chain: all weights on one tier
 
             def begin() -> None:
@@ -64,7 +64,7 @@ class Rendezvous:
 
             return ((Stage(lane, begin), *rest),)
 
-        patch.setattr(WeightSlots, "chains", told)
+        patch.setattr(WeightSlots, "chains", recorded)
         for kind in (InputEmbed, Attention, MLP, Head):
             self._hold(patch, kind)
 
@@ -119,8 +119,8 @@ def test_without_overlap_nothing_moves_while_a_cell_computes(
     moving = [event for event in events if event.step.op is not Op.COMPUTE]
     assert len(computing) == TOKENS * len(lm.layer_names) * batches and moving
     for cell in computing:
-        beside = [event for event in moving if event.start < cell.end and cell.start < event.end]
-        assert not beside, f"{beside[0]} overlaps with {cell}"
+        overlapping = [event for event in moving if event.start < cell.end and cell.start < event.end]
+        assert not overlapping, f"{overlapping[0]} overlaps with {cell}"
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -34,12 +34,12 @@ def up_to_stop(text: str, stops: Sequence[str]) -> str:
 @given(TEXTS, TEXTS, st.lists(st.text(alphabet="abn \n7", min_size=1, max_size=4), max_size=3))
 def test_pieces_make_the_text_up_to_the_first_stop(prompt: str, text: str, stops: list[str]) -> None:
     before, ids = encode(TOKENIZER, prompt), encode(TOKENIZER, text, special=False)
-    decoder, told = Decoder(TOKENIZER, before, stops), ""
+    decoder, emitted = Decoder(TOKENIZER, before, stops), ""
     expected = up_to_stop(text, stops)
     for id in ids:
-        told += decoder.add([id])
-        assert expected.startswith(told)
-    assert told + decoder.end() == expected
+        emitted += decoder.add([id])
+        assert expected.startswith(emitted)
+    assert emitted + decoder.end() == expected
     assert decoder.stopped == (expected != text)
     at_once = Decoder(TOKENIZER, before, stops)
     assert at_once.add(ids) + at_once.end() == expected

@@ -106,7 +106,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_no_kernel_is_blamed(caplog
     assert "cannot pin" in caplog.text and "ulimit -l" in caplog.text
 
 
-def test_memory_that_cannot_be_unpinned_is_told_and_no_kernel_is_blamed(caplog):
+def test_memory_that_cannot_be_unpinned_is_reported_and_no_kernel_is_blamed(caplog):
     store = HostStore(pin_for=cases.GPU)
     buffers = [store.allocate(MIB, "weights") for _ in range(2)]
     for buffer in buffers:

@@ -104,7 +104,7 @@ def test_the_largest_matrix_of_opt_30b_is_decoded_in_three_launches():
     assert runtime.counters().kernels == 3
 
 
-def test_an_int4_cache_of_opt_30b_is_attended_in_few_launches():
+def test_attention_over_an_int4_cache_of_opt_30b_takes_few_launches():
     form = GroupwiseHeads(128, 4, 64)
     page = tuple(torch.empty(48, 56, 1024, form.width, dtype=torch.uint8, device="cuda") for _ in range(2))
     q = torch.empty(48, 56, 1, 128, dtype=torch.float16, device="cuda")

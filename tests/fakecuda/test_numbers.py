@@ -43,7 +43,7 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
     [{}, dict(cache=cases.encoded("int4", {"cpu": 50, "disk": 50})), dict(attn_sparsity=0.5)],
     ids=["plain", "int4", "sparse"],
 )
-def test_pages_that_come_over_the_link_are_attended_together(changes, monkeypatch):
+def test_attention_reads_all_pages_from_the_link_together(changes, monkeypatch):
     monkeypatch.setattr(HeadFormat, "joined_bytes", 4 << 10)  # a row at a time
     policy = cases.policy(**dict(cache={"cpu": 50, "disk": 50}, attend_on="gpu") | changes)
     with piece_sizes(page_tokens=4, memory_page_tokens=4):

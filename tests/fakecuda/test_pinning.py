@@ -141,14 +141,14 @@ def test_a_child_that_is_forked_within_a_call_leaves_the_gpu_alone(where, pinned
         gc.collect()  # buffers give themselves back
         return 7 if runtime.counters() == before else 1
 
-    def told(new):
+    def listen(new):
         if where == "in a lane's thread" and not found:
             found.append(forked(give_back))
 
     model, stream = cases.open_on("cuda", cases.OPT, cases.policy()), None
     with cases.valid_ids():
         model.generate_with(
-            Completion(read_request(model.spec, cases.PROMPTS), 4, model.sampled(stop=())), listeners=[told]
+            Completion(read_request(model.spec, cases.PROMPTS), 4, model.sampled(stop=())), listeners=[listen]
         )
         stream = model.stream(cases.PROMPTS, 4, stop=())
         for _ in stream:

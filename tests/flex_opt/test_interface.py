@@ -68,8 +68,8 @@ def test_arguments_and_defaults(name, takes):
     for part in name.split("."):
         target = getattr(target, part)
     found = inspect.signature(target).parameters.values()
-    told = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
-    assert " ".join(told) == takes
+    parameters = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in found]
+    assert " ".join(parameters) == takes
 
 
 def test_a_download_says_which_command_does_it(tmp_path):

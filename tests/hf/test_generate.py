@@ -248,11 +248,11 @@ def test_the_length_without_one_given(model: Any, inputs: Any, monkeypatch: Any)
 
 
 def test_the_default_length_is_not_reported_as_an_argument(model: Any, inputs: Any, monkeypatch: Any) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", told.append)
+    warnings_seen: list[str] = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", warnings_seen.append)
     config = GenerationConfig(do_sample=False)
     assert model.generate(**inputs([3]), generation_config=config).shape[1] <= 53
-    assert not told and config.max_new_tokens is None
+    assert not warnings_seen and config.max_new_tokens is None
 
 
 def test_another_length_among_the_criteria_is_that_of_the_call(

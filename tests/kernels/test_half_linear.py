@@ -90,7 +90,7 @@ def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("rows", [2500, 300])
-def test_workspace_is_what_is_held_beside_the_result(rows, biased, peak_bytes):
+def test_workspace_is_the_memory_in_addition_to_the_result(rows, biased, peak_bytes):
     x, weight, bias = operands(torch.bfloat16, (rows,), 300, 512, biased)
     piece = 128 * 512 * torch.float32.itemsize  # the last is a part
     result = x.new_empty(rows, 300).nbytes

@@ -91,7 +91,7 @@ def test_without_the_runtime_nothing_changes(monkeypatch):
 
 @needs_openmp
 @pytest.mark.parametrize("name", [LaneName.HOST, LaneName.TO_DEVICE, LaneName.FROM_DEVICE])
-def test_lanes_beside_the_arithmetic_of_an_emulated_device_take_one_thread(name):
+def test_lanes_without_arithmetic_of_an_emulated_device_take_one_thread(name):
     lanes, counts = EmulatedDevice().make_lanes(), []
     try:
         for lane in (name, LaneName.COMPUTE):

@@ -118,7 +118,7 @@ def test_segments_cover_all_rows_and_tokens(policy, rows, capacity, dtype, topol
         (Tier.DISK, "cpu", SHARED, True, False),
     ],
 )
-def test_where_a_segment_is_attended_and_whether_it_moves(tier, attend_on, topology, on_device, resident):
+def test_where_attention_reads_a_segment_and_whether_it_moves(tier, attend_on, topology, on_device, resident):
     policy = Policy(cache=Split(**{tier: 100}), attend_on=attend_on)
     (segment,) = cache_segments(ATTENTION.cache, policy, 4, 100, torch.float16, topology)
     assert (segment.tier, segment.on_device, segment.resident) == (tier, on_device, resident)

@@ -36,11 +36,11 @@ def test_errors_of_torch_have_names(error, kind, of_a_step):
     with pytest.raises(kind) as caught, named_errors():
         raise error
     assert caught.value.__cause__ is error
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
-        str(error).split(".")[0].split("\n")[0] in told
-        and "might be" not in told
-        and "Of the allocated" not in told
+        str(error).split(".")[0].split("\n")[0] in message
+        and "might be" not in message
+        and "Of the allocated" not in message
     )
     assert named(caught.value) is caught.value
     of_step = lane_error("compute of token 3 failed", error)

@@ -116,7 +116,7 @@ def test_a_job_that_needs_the_one_before_starts_after_it(lane):
 
 
 @pytest.mark.parametrize("half", ["start", "wait"])
-def test_an_error_in_either_half_is_told_with_its_step(lane, half):
+def test_an_error_in_either_half_names_its_step(lane, half):
     before, bad, after = Flight(), Flight(half), Flight()
     dones = [lane.submit(flight, (), step(n)) for n, flight in enumerate((before, bad, after))]
     dependent = InlineLane(LaneName.HOST)

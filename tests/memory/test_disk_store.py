@@ -201,7 +201,7 @@ def test_a_failed_publish_leaves_nothing(store, root, error):
     assert (root / "kept").read_bytes() == b"old"
 
 
-def test_a_republished_file_is_read_anew(store, io):
+def test_a_republished_file_is_read_again(store, io):
     target = torch.zeros(2 * BLOCK, dtype=torch.uint8)
     target = target[-target.data_ptr() % BLOCK :][:BLOCK]
     for byte in (1, 2):

@@ -105,7 +105,7 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "cuda:0,memory=16GiB", "cuda,memory=16GiB"])
-def test_a_gpu_that_is_not_there_is_told(monkeypatch, name):
+def test_a_missing_gpu_is_reported(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match=r"device cuda:\d: no GPU is visible to torch; use device='cpu'"):
         open_device(name)

@@ -260,7 +260,7 @@ def test_a_tied_head_is_the_embedding_at_home(stream, saved):
     assert model.homes[head] is model.homes[embed]
 
 
-def test_a_checkpoint_that_shrinks_while_it_is_read_is_told(stream, saved, tmp_path, monkeypatch):
+def test_a_checkpoint_that_shrinks_while_it_is_read_is_reported(stream, saved, tmp_path, monkeypatch):
     directory = tmp_path / "model"
     shutil.copytree(saved(), directory)
     read = tensor_files.SafetensorsCheckpoint.read
@@ -275,12 +275,12 @@ def test_a_checkpoint_that_shrinks_while_it_is_read_is_told(stream, saved, tmp_p
         stream(directory, Split(gpu=100))
 
 
-def test_memory_that_is_too_small_is_told_by_layer(stream, saved):
+def test_memory_that_is_too_small_is_reported_by_layer(stream, saved):
     with pytest.raises(CapacityError, match=r"weights of \S+ needs .* on the gpu tier"):
         stream(saved(), Split(gpu=100), EmulatedDevice(memory=4096))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(stream, saved, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(stream, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(DiskStore, "free", property(lambda self: 1000))
     with pytest.raises(CapacityError, match=r"weights need .* in the offload directory, which has 1000 B"):
         stream(saved("opt", torch.float16), DISK, offload_dir=tmp_path / "offload")
@@ -335,7 +335,7 @@ def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, codec, de
             assert torch.equal(home.to_dense() if home.is_mkldnn else home, expected), weight.key
 
 
-def test_no_more_than_a_piece_of_a_weight_is_held_beside_what_is_kept(stream, saved, tmp_path, monkeypatch):
+def test_no_more_than_a_piece_of_a_weight_is_held_in_addition(stream, saved, tmp_path, monkeypatch):
     limit = 16 * 128 * 4
     read, taken, of = tensor_files.SafetensorsCheckpoint.read, [], Counter()
 

@@ -70,7 +70,7 @@ def test_a_lane_serves_in_order(lane):
     dones[0].wait()
 
 
-def test_lanes_run_beside_each_other(make_lane):
+def test_lanes_run_in_parallel(make_lane):
     gate = Gate()
     blocked = make_lane().submit(gate, (), STEP)
     assert gate.begun.wait(PATIENCE)
@@ -121,7 +121,7 @@ def test_what_depends_on_a_failure_does_not_run_and_tells_of_the_same(make_lane)
     assert "load_weights of token 0, layer 1, batch 2 failed on lane disk_read" in str(errors[0])
 
 
-def test_an_exit_inside_a_job_is_told_too(lane):
+def test_an_exit_inside_a_job_is_reported(lane):
     with pytest.raises(LaneError) as caught:
         lane.submit(sys.exit, (), STEP).wait()
     assert isinstance(caught.value.__cause__, SystemExit)

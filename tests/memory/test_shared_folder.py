@@ -41,7 +41,7 @@ def test_a_folder_that_another_process_uses_stays_until_that_ends(folder):
     assert remove_unused(folder) and not folder.exists()
 
 
-def test_what_is_not_there_is_made_or_told(folder):
+def test_a_missing_folder_is_made_or_reported(folder):
     absent = folder.parent / "absent"
     assert use_folder(absent, make=False) is None and not remove_unused(absent)
     fd = use_folder(absent, make=True)

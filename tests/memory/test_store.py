@@ -44,7 +44,7 @@ def test_accounting_in_any_order(sizes, data):
     assert store.used == 0
 
 
-def test_capacity_is_a_limit_that_is_told():
+def test_a_store_that_is_full_reports_its_limit():
     store = HostStore(Tier.GPU, capacity=2 * MIB)
     buffer = store.allocate(MIB + MIB // 2, "weights of layer-0")
     with pytest.raises(CapacityError) as caught:

@@ -65,15 +65,15 @@ def gpu(monkeypatch):
 
     class Stream:
         def __init__(self, place):
-            self.told = []
+            self.calls = []
 
         def wait_event(self, event):
             assert event.at is not None, "an event that was not recorded orders nothing"
-            self.told.append(("wait", event))
+            self.calls.append(("wait", event))
 
         def synchronize(self):
             device.check()
-            self.told.append("synchronize")
+            self.calls.append("synchronize")
 
     class Event:
         def __init__(self, enable_timing=False, blocking=False):
@@ -130,7 +130,7 @@ def enqueue(gpu, name, ran=None, seconds=0.0):
     """A job that puts `name` on the current stream, where it takes `seconds`; `ran` gets the thread."""
 
     def job():
-        gpu.current.stream.told.append(name)
+        gpu.current.stream.calls.append(name)
         gpu.now += seconds
         if ran is not None:
             ran.append(threading.current_thread())
@@ -140,7 +140,7 @@ def enqueue(gpu, name, ran=None, seconds=0.0):
 
 def jobs_of(lane):
     stream = lane._on_stream.stream if isinstance(lane, CopyLane) else lane.stream
-    return [told for told in stream.told if isinstance(told, str) and told != "synchronize"]
+    return [call for call in stream.calls if isinstance(call, str) and call != "synchronize"]
 
 
 def test_a_copy_behind_what_is_on_streams_is_enqueued_at_once(gpu, lanes):
@@ -150,7 +150,7 @@ def test_a_copy_behind_what_is_on_streams_is_enqueued_at_once(gpu, lanes):
     computed, ran = compute.submit(enqueue(gpu, "compute"), (), STEP), []
     done = link.submit(enqueue(gpu, "copy", ran), (computed, ended), LOAD)
     assert ran == [threading.current_thread()] and done.enqueued
-    (waited, event), copied = link._on_stream.stream.told
+    (waited, event), copied = link._on_stream.stream.calls
     assert (waited, copied) == ("wait", "copy") and event.blocking  # hosts wait for it too, without spinning
     done.wait()
 
@@ -181,7 +181,7 @@ def test_what_needs_a_copy_waits_until_it_is_enqueued_and_then_for_its_event(gpu
     threading.Thread(target=lambda: gate.begun.wait(PATIENCE) and gate.opened.set()).start()
     compute.submit(enqueue(gpu, "compute"), (copied,), STEP).wait()
     assert jobs_of(link) == ["copy"]
-    (waited, event), computed = compute.stream.told
+    (waited, event), computed = compute.stream.calls
     assert (waited, computed) == ("wait", "compute")
     assert event is copied._on_stream._event
 
@@ -223,7 +223,7 @@ def test_errors_reach_who_waits_and_name_the_step(gpu, lanes, queued):
     assert [event.step for event in link.take_events(0.0)] == [LOAD]
 
 
-def test_an_exit_inside_a_queued_copy_is_told_too(gpu, lanes):
+def test_an_exit_inside_a_queued_copy_is_reported(gpu, lanes):
     link, _, host = lanes
 
     def leave():
@@ -267,7 +267,7 @@ def test_drain_ends_with_an_idle_stream(gpu, lanes):
     link.submit(enqueue(gpu, "copy"), (host.submit(gate, (), LOAD),), LOAD)
     threading.Thread(target=lambda: gate.begun.wait(PATIENCE) and gate.opened.set()).start()
     link.drain()
-    assert link._on_stream.stream.told == ["copy", "synchronize"]
+    assert link._on_stream.stream.calls == ["copy", "synchronize"]
     gpu.fault = "CUDA error: an illegal memory access was encountered"
     link.drain()  # does not raise
 

@@ -250,8 +250,8 @@ def test_halves_run_separately_and_do_not_change_inputs(config, sep_layer):
         before = x.clone()
         out = layer.forward(x, weights, ctx)
         if layer.has_cache:
-            attended = ctx.attend(*layer.qkv(x, weights, ctx), layer.scale)
-            assert torch.equal(layer.output(attended, x, weights), out)
+            outputs = ctx.attend(*layer.qkv(x, weights, ctx), layer.scale)
+            assert torch.equal(layer.output(outputs, x, weights), out)
         assert torch.equal(x, before)
 
 

@@ -242,22 +242,22 @@ def test_what_the_host_attends_is_asked_and_answered_over_the_link(configs, mach
     on_host = costs_of(configs["opt"], Policy(gpu_batch_size=2, cache={"cpu": 100}), machine())
     on_gpu = costs_of(configs["opt"], Policy(gpu_batch_size=2), machine())
     asked, answered = 2 * 3 * 64 * 4, 2 * 64 * 4
-    attended = 2 * 2 * 64 * 7 * 4
-    extra = attended / 1e7 - attended / 1e8 + (asked + answered) / 1e6 + 2e-5
+    attention = 2 * 2 * 64 * 7 * 4
+    extra = attention / 1e7 - attention / 1e8 + (asked + answered) / 1e6 + 2e-5
     load = compute(on_host, 1, 1)
     assert load.seconds - compute(on_gpu, 1, 1).seconds == pytest.approx(extra)
     assert load.nbytes == asked + answered
 
 
-def test_rows_of_device_and_host_are_attended_at_once(configs, machine):
+def test_attention_of_device_and_host_runs_at_once(configs, machine):
     policy = Policy(gpu_batch_size=4, cache={"gpu": 50, "cpu": 50})
     base = costs_of(configs["opt"], policy, machine(device_attention={"float32": 1e12}))
     hidden = costs_of(configs["opt"], policy, machine(device_attention={"float32": 2e7}))
     longer = costs_of(configs["opt"], policy, machine(device_attention={"float32": 5e6}))
     assert compute(hidden, 1, 1).seconds == compute(base, 1, 1).seconds
-    attended = 2 * 2 * 64 * 7 * 4
+    attention = 2 * 2 * 64 * 7 * 4
     more = compute(longer, 1, 1).seconds - compute(base, 1, 1).seconds
-    assert more == pytest.approx(attended / 5e6 - attended / 1e7)
+    assert more == pytest.approx(attention / 5e6 - attention / 1e7)
 
 
 def test_encoded_weights_are_decoded_once_a_visit_where_there_are_many_rows(configs, machine):
@@ -315,8 +315,8 @@ def test_sparse_attention_reads_all_keys_and_some_values(configs, machine):
         return compute(costs_of(configs["opt"], policy, machine()), 3, 1).seconds
 
     # 8 cached tokens and the new one; half of the cached are chosen.
-    attended = 2 * 2 * 64 * 9 * 4 / 1e7
-    assert host() - host(attn_sparsity=0.5) == pytest.approx(attended * (1 - (1 + 5 / 9) / 2))
+    attention = 2 * 2 * 64 * 9 * 4 / 1e7
+    assert host() - host(attn_sparsity=0.5) == pytest.approx(attention * (1 - (1 + 5 / 9) / 2))
 
 
 def test_encoded_weights_travel_as_they_are_kept(configs, machine):

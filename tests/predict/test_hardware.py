@@ -61,7 +61,7 @@ def test_a_t4_computes_bfloat16_in_float16(machine):
         assert built == (capability == 7.5)
 
 
-def test_every_figure_has_its_source_beside_it():
+def test_every_figure_has_its_source():
     for line in PRESETS.read_text(encoding="utf-8").splitlines():
         if re.match(r"\w[\w.]* = ", line) and not line.startswith("source"):
             assert re.search(r"  # \S.{8,}", line), line
@@ -176,7 +176,7 @@ def test_it_cannot_be_changed(machine):
         (dict(name=3), "name is 3; it must be a string"),
     ],
 )
-def test_mistakes_are_told(changes, said, machine):
+def test_mistakes_are_reported(changes, said, machine):
     with pytest.raises(HardwareError, match=re.escape(said)):
         machine(**changes)
 

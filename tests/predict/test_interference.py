@@ -39,16 +39,16 @@ def laid_out(order, grid, seconds, losses):
 def test_what_never_overlaps_loses_nothing():
     grid = Grid(tokens=2, layers=3, batches=2, weight_slots=1, cell_slots=1)
     seconds = {Op.LOAD_WEIGHTS: 5.0, Op.COMPUTE: 2.0}
-    alone, beside = laid_out(ORDERS["normal"], grid, seconds, {(COMPUTE, LINK): 0.5, (LINK, COMPUTE): 0.5})
-    assert beside.events == alone.events
+    alone, together = laid_out(ORDERS["normal"], grid, seconds, {(COMPUTE, LINK): 0.5, (LINK, COMPUTE): 0.5})
+    assert together.events == alone.events
 
 
 def test_full_overlap_by_hand():
     """Computing takes longer than loading and loses half of its rate while a load is under way."""
     grid = Grid(tokens=1, layers=2, batches=1)
     seconds = {Op.LOAD_WEIGHTS: 2.0, Op.COMPUTE: 3.0}
-    _, beside = laid_out(ORDERS["overlap_single_batch"], grid, seconds, {(COMPUTE, LINK): 0.5})
-    found = {(e.step.op, e.step.layer): (e.start, e.end) for e in beside.events}
+    _, together = laid_out(ORDERS["overlap_single_batch"], grid, seconds, {(COMPUTE, LINK): 0.5})
+    found = {(e.step.op, e.step.layer): (e.start, e.end) for e in together.events}
     assert found[Op.LOAD_WEIGHTS, 0] == (0.0, 2.0)  # overlaps with nothing
     assert found[Op.LOAD_WEIGHTS, 1] == (2.0, 4.0)
     # The first computation overlaps with the load for 2 seconds, in which it does 1 second of its work.
@@ -58,13 +58,13 @@ def test_full_overlap_by_hand():
     assert end - begin == pytest.approx(3.0)
 
 
-def test_a_lane_that_is_beside_another_all_the_time():
+def test_a_lane_that_always_runs_with_another():
     grid = Grid(tokens=1, layers=40, batches=1)
     seconds = {Op.LOAD_WEIGHTS: 1.0, Op.COMPUTE: 1.0}
     losses = {(COMPUTE, LINK): 0.25, (LINK, COMPUTE): 0.25}
-    alone, beside = laid_out(ORDERS["overlap_single_batch"], grid, seconds, losses)
+    alone, together = laid_out(ORDERS["overlap_single_batch"], grid, seconds, losses)
     assert alone.span == 41.0
-    assert beside.span == pytest.approx(41 / 0.75, rel=0.03)
+    assert together.span == pytest.approx(41 / 0.75, rel=0.03)
 
 
 def test_each_phase_loses_its_own_share():
@@ -98,11 +98,11 @@ def test_each_phase_loses_its_own_share():
 def test_nothing_gets_faster_and_losses_have_an_end(order, seconds, shares, batches):
     pairs = list(itertools.permutations((COMPUTE, LINK, READ), 2))
     grid = ORDERS[order].grid(3, 3, batches, 1)
-    alone, beside = laid_out(ORDERS[order], grid, seconds, dict(zip(pairs, shares, strict=True)))
-    for a, b in zip(alone.events, beside.events, strict=True):
+    alone, together = laid_out(ORDERS[order], grid, seconds, dict(zip(pairs, shares, strict=True)))
+    for a, b in zip(alone.events, together.events, strict=True):
         assert (a.step, a.lane) == (b.step, b.lane)
         assert a.end - a.start <= (b.end - b.start) + 1e-9 <= 10 * (a.end - a.start) + 1e-6
-    assert alone.span <= beside.span + 1e-6
+    assert alone.span <= together.span + 1e-6
 
 
 def test_a_prediction_is_slower_where_lanes_interfere(host, configs):
@@ -193,18 +193,18 @@ def test_what_auto_computes_in(machine):
     ("changes", "said"),
     [
         ({"interference": {"compute disk": 0.1}}, "unknown key 'compute disk' in interference"),
-        ({"interference": {"compute disk_read": 1}}, "a share that is lost is at least 0 and below 1"),
+        ({"interference": {"compute disk_read": 1}}, "a lost share must be at least 0 and below 1"),
         ({"interference": {"compute disk_read": -0.1}}, "interference.compute disk_read is -0.1"),
         ({"prefill_interference": {"disk": 0.1}}, "unknown key 'disk' in prefill_interference"),
         ({"encoded_products": {"int4": [[1, 1]]}}, "unknown key 'int4' in encoded_products"),
-        ({"packed_products": {"float32": [[2, 1], [1, 1]]}}, "write them by rising rows"),
+        ({"packed_products": {"float32": [[2, 1], [1, 1]]}}, "write them in ascending order of rows"),
         (
             {"computes_in": {"float16": "bfloat16"}},
             "computes_in.float16 is 'bfloat16'; it must be one of products",
         ),
     ],
 )
-def test_mistakes_are_told(changes, said, machine):
+def test_mistakes_are_reported(changes, said, machine):
     with pytest.raises(HardwareError, match=said):
         machine(**changes)
 

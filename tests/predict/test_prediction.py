@@ -261,7 +261,7 @@ def test_weights_on_disk_take_of_the_disk(opt, machine):
          HardwareError, "no figure decoding.int4, only for nothing"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_predicted_is_told(asked, error, said, opt, machine):
+def test_an_impossible_prediction_is_reported(asked, error, said, opt, machine):
     fields = dict(policy=Policy(), workload=Workload(4, 4, 1), hardware={}) | asked
     hardware = machine(**fields.pop("hardware"))
     with pytest.raises(error, match=re.escape(said)):

@@ -101,7 +101,7 @@ def test_a_file_of_before(machine):
         ({"elementwise": {"float32": 1e-9}}, r"write points: \[\[numbers, seconds of each\], ...\]"),
         (
             {"elementwise": {"float32": [[9, 0], [9, 0]]}},
-            "points at numbers 9, 9; write them by rising numbers",
+            "points at numbers 9, 9; write them in ascending order of numbers",
         ),
         (
             {"around_attention": {"float32": -1}},

@@ -139,13 +139,13 @@ def test_slowdown_by_other_work_on_a_machine_that_slows_down():
             went.acquire()
         return clock.sleep(2 * pace)
 
-    def beside():
+    def others():
         if not together():
             clock.sleep(0.5)
         elif go.acquire(timeout=0.01):
             went.release()
 
-    lost = lost_shares(here, beside, 0.3, clock)
+    lost = lost_shares(here, others, 0.3, clock)
     assert lost[0] == pytest.approx(0.5)
 
 
@@ -157,33 +157,33 @@ def test_one_slow_moment_does_not_count():
         go.release()
         clock.sleep(1000.0 if together() and next(calls) == 1 else 1.0)
 
-    def beside():
+    def others():
         if together():
             go.acquire(timeout=0.01)
         else:
             clock.sleep(1.0)
 
-    assert lost_shares(here, beside, 0.3, clock)[0] == 0.0
+    assert lost_shares(here, others, 0.3, clock)[0] == 0.0
 
 
 def test_a_failure_of_the_other_work_is_raised():
-    def beside():
+    def others():
         if together():
             raise OSError("the disk is gone")
         clock.sleep(1.0)
 
     clock = Clock()
     with pytest.raises(OSError, match="the disk is gone"):
-        lost_shares(lambda: clock.sleep(1.0), beside, 5.0, clock)
+        lost_shares(lambda: clock.sleep(1.0), others, 5.0, clock)
 
 
 @pytest.fixture(scope="module", params=["cpu", "emulated:memory=256MiB"])
 def found(request, tmp_path_factory):
     """A tiny measurement of a device, and its progress."""
-    folder, told = tmp_path_factory.mktemp("offload"), []
-    hardware = measure(request.param, folder, lambda *said: told.append(said), effort=TINY)
+    folder, reports = tmp_path_factory.mktemp("offload"), []
+    hardware = measure(request.param, folder, lambda *said: reports.append(said), effort=TINY)
     assert not list(folder.iterdir()), "files of the probe were left behind"
-    return hardware, told
+    return hardware, reports
 
 
 def test_a_measurement_has_every_figure_that_a_prediction_asks_for(found, configs):
@@ -225,10 +225,10 @@ def test_rows_products_and_codecs_are_those_of_the_kernels(found):
 
 
 def test_progress_counts_to_its_end(found):
-    _, told = found
-    assert [n for n, _, _ in told] == list(range(len(told)))
-    assert {total for _, total, _ in told} == {len(told) - 1}
-    labels = [label for _, _, label in told]
+    _, reports = found
+    assert [n for n, _, _ in reports] == list(range(len(reports)))
+    assert {total for _, total, _ in reports} == {len(reports) - 1}
+    labels = [label for _, _, label in reports]
     assert len(set(labels)) == len(labels)
 
 

@@ -68,8 +68,8 @@ def test_a_summary_has_the_table_only_where_it_is_asked_for():
     assert summary(alone, 2, 2, 1, 5, None).endswith(
         "decode unknown: one token is not enough for a projection"
     )
-    told, *rows = summary(timing, 2, 6, 3, 3, "breakdown").splitlines()
-    assert "projected" not in told and "decode 2 s" in told
+    first, *rows = summary(timing, 2, 6, 3, 3, "breakdown").splitlines()
+    assert "projected" not in first and "decode 2 s" in first
     assert [row.split()[:3] for row in rows] == [
         ["prefill", "load_weights", "disk_read"],
         ["prefill", "compute", "compute"],

@@ -259,7 +259,7 @@ def test_any_number_of_new_tokens_after_any_number_of_cached_ones(
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("tier", list(Tier), ids=str)
-def test_several_tokens_are_attended_by_the_device(
+def test_attention_of_several_tokens_runs_on_the_device(
     tier: Tier, attend_on: str, device: str, machine: Any, run: Any
 ) -> None:
     """Rows that the host attends in a decode step come to the device for several tokens, and go home again."""

@@ -36,7 +36,7 @@ def test_items_come_in_order_and_then_it_ends() -> None:
     assert list(stream) == [] and not running()
 
 
-def test_an_error_comes_after_what_was_told_before_it() -> None:
+def test_an_error_comes_after_earlier_rows() -> None:
     error = ValueError("the cable is out")
 
     def run(teller: Teller[int]) -> None:

@@ -64,8 +64,8 @@ def test_each_batch_is_padded_to_its_own_width(device: str, machine: Any, run: A
 def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any) -> None:
     with machine(device) as m:
         prompts = prompts_on(m)
-        told: list[int] = []
-        output = NewTokens(prompts, 3, Sampled(), listeners=[lambda new: told.append(len(new.rows))])
+        sizes: list[int] = []
+        output = NewTokens(prompts, 3, Sampled(), listeners=[lambda new: sizes.append(len(new.rows))])
         for token, ids in enumerate([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]):
             for batch in range(2):
                 cell, following = (cell_of(prompts, n, batch, batch) for n in (token, token + 1))
@@ -76,7 +76,7 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
                 assert prompts.take(following).tolist() == expected
                 assert prompts.fed(batch).tolist() == expected
         assert output.ids.tolist() == [[3, 7, 11], [4, 8, 12], [5, 9, 13], [6, 10, 14]]
-        assert output.count == sum(told) == 12
+        assert output.count == sum(sizes) == 12
         assert not output.can_finish and output.following(1) is None
         prompts.close()
 

@@ -80,13 +80,13 @@ def test_overlap_needs_a_second_slot(name, slots, batches):
 @given(grid=grids)
 def test_weights_are_spread_over_the_batches_earliest_first(grid):
     """Those of each visit but the first, once: no sooner than their slot is free, no later than an even spread."""
-    beside = list(arriving_weights(grid))
+    arrivals = list(arriving_weights(grid))
     steps = [Step(Op.LOAD_WEIGHTS, 0, 0, piece) for piece in range(grid.weight_pieces)]
-    assert steps + list(itertools.chain(*beside)) == [
+    assert steps + list(itertools.chain(*arrivals)) == [
         step for step in all_steps(grid) if step.op is Op.LOAD_WEIGHTS
     ]
     for visit in range(grid.tokens * grid.layers):
-        arriving = beside[visit * grid.batches : (visit + 1) * grid.batches]
+        arriving = arrivals[visit * grid.batches : (visit + 1) * grid.batches]
         assert max(map(len, arriving)) - min(map(len, arriving)) <= 1
         for step in itertools.chain(*arriving):
             before = needed_visit(step, grid)

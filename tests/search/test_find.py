@@ -176,7 +176,7 @@ def test_no_policy_of_a_grid_is_faster(gpu, cpu, changes, opt, machine):
 
 
 @pytest.mark.parametrize("capacity", ["330MiB", "350MiB", "400MiB"])
-def test_a_head_that_is_large_beside_the_layers(capacity, opt, host):
+def test_a_head_that_is_larger_than_the_layers(capacity, opt, host):
     """It takes a slot, or a large part of the memory in place of one: what fits is no line between the corners."""
     spec, job = replace(opt, vocab_size=60_000), Workload(16, 8, 8)
     rates = {"disk_read": 1.2e8, "disk_write": 1e8, "host": 1e9}
@@ -249,15 +249,15 @@ def test_what_is_fixed_stays(fixed, opt, machine):
 
 
 MAY_BE_CHOSEN = [name for name, order in ORDERS.items() if not order.for_comparison]
-ATTENDED = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num_gpu_batches": 2}
+ON_HOST = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num_gpu_batches": 2}
 """With several batches attention is on the host: the policy's own order is overlap_cpu_attention."""
 
 
 def test_another_order_than_the_policys_own_is_found(opt, machine):
     """The own one has room for three layers on their way, this one for two: on a small device more weights stay."""
     hardware, workload = small(machine, "200MiB"), Workload(16, 8, 8)
-    found = find_policy(opt, hardware, workload, Auto(ATTENDED))
-    own = find_policy(opt, hardware, workload, Auto(ATTENDED), order="overlap_cpu_attention").best
+    found = find_policy(opt, hardware, workload, Auto(ON_HOST))
+    own = find_policy(opt, hardware, workload, Auto(ON_HOST), order="overlap_cpu_attention").best
     best = found.best
     assert own.order == LINKED.choose_order(None, best.policy, 2).name
     assert ORDERS[best.order].slots.weights == 2 and best.tokens_s > 1.5 * own.tokens_s
@@ -290,7 +290,7 @@ def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
 
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_a_fixed_order_is_kept(order, opt, machine):
-    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ATTENDED), order=order)
+    found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ON_HOST), order=order)
     assert {candidate.order for candidate in (found.best, *found.runners_up)} == {order}
 
 
