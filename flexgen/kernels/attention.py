@@ -34,8 +34,8 @@ def decode_attention(
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
     check_pages(q, pages, length, form)
-    attended = form.attend(q, pages, length, starts, scale)
-    return attend_in_torch(q, pages, length, starts, scale, form) if attended is None else attended
+    outputs = form.attend(q, pages, length, starts, scale)
+    return attend_in_torch(q, pages, length, starts, scale, form) if outputs is None else outputs
 
 
 def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:

@@ -126,15 +126,15 @@ class Attention(AttentionLayer):
                 q = kept["q"][part.rows, :, part.tokens]
             else:
                 (q,) = self._rotated(x[part], weights, ctx.positions[part], "q", length)
-            attended = ctx.attend_chunk(part, q, kept["k"], kept["v"], self.scale)
+            outputs = ctx.attend_chunk(part, q, kept["k"], kept["v"], self.scale)
             del q
-            out[part] = self.output(attended, x[part], weights)
-            del attended
+            out[part] = self.output(outputs, x[part], weights)
+            del outputs
         return out
 
-    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
+    def output(self, outputs: Tensor, x: Tensor, weights: Weights) -> Tensor:
         layer = self.layer_spec
-        merged = attended.transpose(1, 2).reshape(*x.shape[:2], layer.attention.q_size)
+        merged = outputs.transpose(1, 2).reshape(*x.shape[:2], layer.attention.q_size)
         out = linear(merged, weights["out.weight"], weights.get("out.bias"))
         return self.joined(out, layer.norms.attention_out, x, weights)
 
@@ -182,11 +182,11 @@ class Attention(AttentionLayer):
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
             if 2 * len(own.rope.inv_freq) < own.head_dim:
                 project += tokens * own.q_size * item  # the rotated part is copied twice
-        attended = tokens * own.q_size * item
+        outputs = tokens * own.q_size * item
         if seq > 1:
             # K and V are expanded to all heads, and the result of each run of rows is copied into the result of
             # the batch.
-            attend = qkv + 2 * attended + (2 * attended if own.heads != own.kv_heads else 0)
+            attend = qkv + 2 * outputs + (2 * outputs if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
             attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
             attend += queries * context * item if queries < context else 0  # the mask
@@ -194,10 +194,10 @@ class Attention(AttentionLayer):
             # Scores and probabilities in float32, probabilities in `dtype`, one page of products and the padding
             # mask. The cache rounds the context up to whole pages.
             scores = rows * own.heads * align(context, 256)
-            attend = qkv + 2 * attended + scores * (3 * torch.float32.itemsize + 2 * item + 1)
+            attend = qkv + 2 * outputs + scores * (3 * torch.float32.itemsize + 2 * item + 1)
         if own.qkv != "separate":  # the values are a view, which keeps the whole product
             attend += tokens * (own.q_size + own.kv_size) * item
-        merge = 2 * attended + 2 * tokens * hidden * item
+        merge = 2 * outputs + 2 * tokens * hidden * item
         norm_in, norm_out = (
             norm_workspace(norm, hidden, tokens, dtype)
             for norm in (layer.norms.attention_in, layer.norms.attention_out)

@@ -47,8 +47,8 @@ class Block(AttentionLayer):
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.qkv(x, _half(weights, "attention."), ctx)
 
-    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
-        return self._with_mlp(self.attention.output(attended, x, _half(weights, "attention.")), x, weights)
+    def output(self, outputs: Tensor, x: Tensor, weights: Weights) -> Tensor:
+        return self._with_mlp(self.attention.output(outputs, x, _half(weights, "attention.")), x, weights)
 
     def _with_mlp(self, hidden: Tensor, x: Tensor, weights: Weights) -> Tensor:
         """`hidden`, to which attention was added, with the MLP; x is the layer's input."""
@@ -69,8 +69,8 @@ class Block(AttentionLayer):
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
         # While the MLP runs, its input stays allocated, and with split attention the attention output too.
-        attended = min(rows * seq, self.spec.chunk_tokens) * self.layer_spec.attention.q_size
-        between = (rows * seq * self.spec.hidden_size + attended) * dtype.itemsize
+        outputs = min(rows * seq, self.spec.chunk_tokens) * self.layer_spec.attention.q_size
+        between = (rows * seq * self.spec.hidden_size + outputs) * dtype.itemsize
         return max(
             self.attention.workspace_bytes(rows, seq, context, dtype, workspaces),
             between + self.mlp.workspace_bytes(rows, seq, context, dtype, workspaces),

@@ -187,13 +187,13 @@ class AttentionLayer(TransformerLayer):
         """Queries (batch, heads, seq, head_dim), keys and values (batch, kv_heads, seq, head_dim) of x."""
 
     @abstractmethod
-    def output(self, attended: Tensor, x: Tensor, weights: Weights) -> Tensor:
+    def output(self, outputs: Tensor, x: Tensor, weights: Weights) -> Tensor:
         """The hidden states, from the attention output (batch, heads, seq, head_dim) and the layer's input x."""
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         # No names for queries, keys and values, so that they are freed before the output is computed.
-        attended = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
-        return self.output(attended, x, weights)
+        outputs = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
+        return self.output(outputs, x, weights)
 
 
 def linear_weights(

@@ -80,7 +80,7 @@ def test_weights_and_cache_of_each_layer_travel_in_their_own_sizes(uneven, machi
     narrow = 2 * 32 * (8 + 4) + 8 + 2 * 4 + 2 * 32 * 160 + 160 + 32 + 3 * 32
     expected = [1e-5 + 4 * size / 1e6 for size in (wide, narrow, wide)]
     assert loads[Op.LOAD_WEIGHTS] == pytest.approx(expected, rel=0.03)  # each weight is aligned
-    # Of 2 rows a page for 10 tokens, in whole disk blocks: 5120 bytes for 2 heads of 16, and 640 for one of 4.
+    # A page of 2 rows for 10 tokens, in whole disk blocks: 5120 bytes for 2 heads of 16, and 640 for one of 4.
     assert loads[Op.LOAD_CACHE] == pytest.approx([1e-5 + size / 1e6 for size in (8192, 4096, 8192)])
 
 

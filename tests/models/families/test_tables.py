@@ -35,7 +35,7 @@ def test_every_family_has_tiny_configs() -> None:
 def test_logits_equal_transformers(
     family: str, number: int, tiny_model: Any, assert_equals_transformers: Any
 ) -> None:
-    """Of a left-padded batch in one pass, in chunks and token by token, with attention and MLP apart and together."""
+    """Logits of a left-padded batch: in one pass, in chunks, token by token, and with whole layers."""
     assert_equals_transformers(tiny_model(family, number))
 
 
