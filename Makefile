@@ -16,7 +16,7 @@ RACES := tests/fakecuda/test_races.py
 help:
 	@echo "make demo    set up and run the demo model with policies/demo.toml"
 	@echo "make test    set up and run ruff, mypy and pytest"
-	@echo "make test-fast  tests that are not marked slow, without ruff and mypy; under a minute on two cores"
+	@echo "make test-fast  tests that are not marked slow, without ruff and mypy; about a minute on two cores"
 	@echo "make test-cuda  set up torch's CUDA build (2.5 GB) and test the GPU code on a simulated GPU"
 	@echo "make lint    ruff and mypy only"
 	@echo "make docs    the documentation site, in build/site; fails for a broken link"
