@@ -61,6 +61,25 @@ def test_every_kind_of_checkpoint_arrives(stream, saved, dtype, format, weights,
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: f"{s.percent('gpu'):g}-{s.percent('cpu'):g}")
+def test_weights_with_a_dtype_of_their_own_keep_their_values(stream, saved, split, device):
+    """A correction in float32 that bfloat16 cannot represent, in place in its file and converted."""
+    model = stream(saved("glm4_moe", torch.bfloat16), split, device, dtype=torch.bfloat16)
+    found = {}
+    for layer in range(len(model.layers)):
+        model.bring(layer, model.slot(layer), pieces=2)
+        model.assert_there(layer, model.slot(layer))
+        found |= {
+            f"{layer}.{name}": weight
+            for name, weight in model.slots.weights(layer, model.slot(layer), visit=0).items()
+            if name.startswith("router.")
+        }
+    assert len(found) == 4 and {weight.dtype for weight in found.values()} == {torch.float32}
+    biases = [weight for name, weight in found.items() if name.endswith("bias")]
+    assert all(not torch.equal(bias, bias.bfloat16().float()) for bias in biases)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_slots_hold_two_layers_at_once(stream, saved, device):
     model = stream(saved(), DISK, device)
     one, other = model.slot(1), model.slot(2)
