@@ -99,8 +99,10 @@ class _Run:
             return False
         before, head = step.token - 1, self._grid.layers - 1
         stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
-        kept = (Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells())
-        if any(store not in self._done for store in (*stores, *kept)):
+        cache_stores = (
+            Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells()
+        )
+        if any(store not in self._done for store in (*stores, *cache_stores)):
             return False  # the order has not issued all of the previous token: check again later
         self._token = step.token
         # No step needs a step that is more slots behind.

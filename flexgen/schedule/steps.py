@@ -26,8 +26,8 @@ class Op(Enum):
     LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
     PROJECT = auto()  # queries, keys and values; those of rows with host attention are copied to the host
     ATTEND = auto()  # attention: the host's rows on the host, the device's on the device
-    LOAD_ATTENDED = auto()  # the host's attention output, to the device
-    COMPUTE = auto()  # the layer, or the rest of it after PROJECT, ATTEND and LOAD_ATTENDED
+    LOAD_ATTENTION = auto()  # the host's attention output, to the device
+    COMPUTE = auto()  # the layer, or the rest of it after PROJECT, ATTEND and LOAD_ATTENTION
     STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
     STORE_CACHE = auto()  # keys and values of new tokens, to their home
 
@@ -36,7 +36,7 @@ class Op(Enum):
 
 
 _WHOLE = (Op.COMPUTE,)
-_IN_HALVES = Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE
+_IN_HALVES = Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE
 
 
 class Step(NamedTuple):
@@ -62,7 +62,7 @@ class Grid:
         long transfer.
     weight_slots: the layers whose weights may be in flight at once (see `Turns`).
     cell_slots: the cells whose inputs and outputs may be in flight at once.
-    splits_attention: cells have the steps PROJECT, ATTEND and LOAD_ATTENDED, so that attention on the host overlaps
+    splits_attention: cells have the steps PROJECT, ATTEND and LOAD_ATTENTION, so that attention on the host overlaps
         with the computation on the device.
     feeds_ids: the next token takes the ids from the compute device, and does not wait until the host has them.
     """
@@ -179,11 +179,11 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
             return needed
         case Op.ATTEND:
             return [Step(Op.PROJECT, i, j, k), Step(Op.LOAD_CACHE, i, j, k)]
-        case Op.LOAD_ATTENDED:
+        case Op.LOAD_ATTENTION:
             return [Step(Op.ATTEND, i, j, k)]
         case Op.COMPUTE:
             # With split attention, PROJECT has waited for the input and the weights.
-            data = (Op.LOAD_ATTENDED,) if grid.splits_attention else LOADS
+            data = (Op.LOAD_ATTENTION,) if grid.splits_attention else LOADS
             needed = [Step(op, i, j, k) for op in data]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
                 needed += [Step(op, *old) for op in STORES if not (op is Op.STORE_HIDDEN and grid.keeps(old))]
