@@ -64,7 +64,7 @@ class WeightTransfers:
             for weight, place in cargo.weights:
                 shape, dtype = weight.shape, weight.dtype_in(self._placement.dtype)
                 if self._placement.codec(weight) is not None:
-                    shape, dtype = (self._placement.kept_bytes(weight),), torch.uint8
+                    shape, dtype = (self._placement.stored_bytes(weight),), torch.uint8
                 yield weight, tensor_at(self.slots[slot], offset + place, shape, dtype)
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
@@ -130,7 +130,7 @@ class WeightTransfers:
         """Values between `begin` and `end` of a cargo. `buffer` receives the bytes from `start` of its file."""
         for weight, place in cargo.weights:
             first = max(begin, cargo.lead + place)
-            last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))
+            last = min(end, cargo.lead + place + self._placement.stored_bytes(weight))
             if first < last and self._placement.codec(weight) is None:
                 dtype = weight.dtype_in(self._placement.dtype)
                 yield Part(weight.key, path, start + first, buffer[first:last], dtype)

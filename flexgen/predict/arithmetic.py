@@ -90,8 +90,8 @@ class Arithmetic:
         if encoded := hardware.encoded_rate(name, codec.name, rows):
             return flops / encoded
         # The product uses the encoded matrix, so it reads fewer bytes.
-        kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
-        return max(kept, flops / hardware.product_rate(name, math.inf))
+        stored = plain * self._placement.stored_bytes(weight) / weight.nbytes(self._dtype)
+        return max(stored, flops / hardware.product_rate(name, math.inf))
 
     def _stays(self, weight: WeightSpec) -> bool:
         """Whether it is a matrix that is stored in the compute device's memory."""
@@ -170,7 +170,7 @@ def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
-        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, kept)
+        formats = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, formats)
         first.append(seen.setdefault(kind, n))
     return first
