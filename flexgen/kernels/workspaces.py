@@ -53,9 +53,6 @@ class Workspaces(Protocol):
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         """Bytes for x (rows, in_size) times a matrix (out_size, in_size)."""
 
-    def groups(self, dtype: torch.dtype) -> bool:
-        """Whether the products of a mixture's experts may be one grouped product (`kernels/grouped.py`)."""
-
     def attention(
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
     ) -> int:
@@ -71,9 +68,6 @@ class HostWorkspaces:
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         return half_linear.workspace_bytes(rows, out_size, in_size, dtype)
-
-    def groups(self, dtype: torch.dtype) -> bool:
-        return False
 
     def attention(
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
@@ -97,9 +91,6 @@ class GpuWorkspaces:
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
         return 0
-
-    def groups(self, dtype: torch.dtype) -> bool:
-        return dtype is torch.bfloat16 and self.native_bfloat16
 
     def attention(
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype

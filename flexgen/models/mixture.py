@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -74,46 +73,48 @@ class Mixture(FeedForward):
         numbers = torch.arange(router.experts, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         tokens, factors = order // router.top_k, factors.flatten()[order, None]
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        stacks = self._stacks(x, weights)
-        if stacks is not None:
-            # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
-            outputs = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-            outputs[order] = self._grouped(x[tokens], ends, stacks) * factors
-            return torch.sum(outputs.view(*chosen.shape, -1), dim=1, out=out)
-        begin = 0
-        for number, end in enumerate(ends.tolist()):
-            if begin < end:
+        if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
+            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            for number, (begin, end) in _spans(ends).items():
                 rows = tokens[begin:end]
                 outputs = compute_mlp(self._expert, x[rows], weights, f"experts.{number}.")
                 out.index_add_(0, rows, outputs * factors[begin:end])
-                begin = end
-        return out
+            return out
+        # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
+        by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+        by_token[order] = self._outputs(x[tokens], ends, weights) * factors
+        return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _outputs(self, x: Tensor, ends: Tensor, weights: Weights) -> Tensor:
+        """The output of each row's expert for x (choices, hidden), in few launches."""
+        activation = ACTIVATIONS[self._mixture.activation]
+        if (stacks := self._stacks(x, weights)) is not None:
+            gate, up, down = stacks
+            inner = activation(grouped.grouped_linear(x, gate, ends))
+            inner.mul_(grouped.grouped_linear(x, up, ends))
+            return grouped.grouped_linear(inner, down, ends)
+        spans = _spans(ends)
+        gates, ups, downs = (
+            [weights[f"experts.{number}.{module}.weight"] for number in spans]
+            for module in ("gate", "up", "down")
+        )
+        bounds = list(spans.values())
+        gate, up = grouped.each_linear(x, bounds, (gates, ups), self._mixture.size)
+        inner = activation(gate).mul_(up)
+        del gate, up
+        return grouped.each_linear(inner, bounds, (downs,), x.shape[1])[0]
 
     def _stacks(self, x: Tensor, weights: Weights) -> list[Tensor] | None:
-        """The matrices of all experts as three tensors, if a grouped product can multiply them.
-
-        It computes all choices at once. For a long prompt that takes much memory, and waiting for the host does not
-        matter.
-        """
-        router = self._mixture.router
-        many = len(x) * router.top_k > self.spec.chunk_tokens
-        if many or not grouped.available(x.device, x.dtype):
+        """The matrices of all experts as three tensors, if a grouped product can multiply them."""
+        if not grouped.available(x.device, x.dtype):
             return None
-        experts = range(router.experts)
+        experts = range(self._mixture.router.experts)
         stacks = [
             grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
             for module in ("gate", "up", "down")
         ]
         found = [stack for stack in stacks if stack is not None]
         return found if len(found) == len(stacks) else None
-
-    def _grouped(self, x: Tensor, ends: Tensor, stacks: Sequence[Tensor]) -> Tensor:
-        """The output of each row's expert for x (choices, hidden)."""
-        gate, up, down = stacks
-        inner = ACTIVATIONS[self._mixture.activation](grouped.grouped_linear(x, gate, ends))
-        inner.mul_(grouped.grouped_linear(x, up, ends))
-        return grouped.grouped_linear(inner, down, ends)
 
     def network_flops(self, tokens: int) -> int:
         mixture, hidden = self._mixture, self.spec.hidden_size
@@ -137,12 +138,10 @@ class Mixture(FeedForward):
         scores += states * float32 if router.wide else 0
         choices = tokens * router.top_k * (3 * int64 + 3 * float32) + router.experts * (int64 + float32)
         routing = max(scores, workspaces.product(tokens, router.experts, hidden, dtype)) + choices
-        # All tokens may choose the same expert. Its outputs are multiplied in float32.
-        rows = tokens
-        if workspaces.groups(dtype):  # all choices at once, with the outputs in the order of the tokens
-            rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
-        expert = rows * hidden * (dtype.itemsize + float32)
-        expert += rows * hidden * float32 if rows > tokens else 0
+        # Few choices at once, with their outputs in both orders; or one expert at once, which all tokens may choose.
+        # Outputs are multiplied in float32.
+        rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
+        expert = rows * hidden * (dtype.itemsize + 2 * float32)
         expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
         shared = 0
         if mixture.shared is not None:
@@ -186,6 +185,16 @@ def _expert_weights(spec: ModelSpec, mixture: MixtureSpec, index: int) -> tuple[
         for number in experts
         for module, matrix in matrices.items()
     )
+
+
+def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
+    """The rows of each expert that has any, by its number. On a GPU, the host waits for `ends` here."""
+    begin, spans = 0, {}
+    for number, end in enumerate(ends.tolist()):
+        if begin < end:
+            spans[number] = begin, end
+            begin = end
+    return spans
 
 
 def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 
+#include "experts.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -250,6 +251,42 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *py_packed_linears(PyObject *, PyObject *args) {
+    PackedLinear one;
+    int type, scale_type, threads;
+    long long out, in, group;
+    PyObject *products;
+    if (!PyArg_ParseTuple(args, "iii(LLL)O!i", &type, &scale_type, &one.bits, &out, &in, &group, &PyList_Type,
+                          &products, &threads))
+        return nullptr;
+    one.type = (Type)type;
+    one.scale_type = (Type)scale_type;
+    one.out = out;
+    one.in = in;
+    one.group = group;
+    one.bias = nullptr;
+    std::vector<PackedLinear> jobs;
+    int64_t nbytes = 0;
+    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(products); ++n) {
+        long long rows, x, y, packed, scales, minimums;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(products, n), "LLLLLL", &rows, &x, &y, &packed, &scales, &minimums))
+            return nullptr;
+        PackedLinear job = one;
+        job.rows = rows;
+        job.x = (const void *)x;
+        job.y = (void *)y;
+        job.packed = (const uint8_t *)packed;
+        job.scales = (const void *)scales;
+        job.minimums = (const void *)minimums;
+        jobs.push_back(job);
+        nbytes += rows * out * in * one.bits / 8;
+    }
+    const Variant &now = *variant;
+    const int useful = useful_threads(threads, nbytes);
+    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -296,6 +333,7 @@ PyMethodDef METHODS[] = {
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
+    {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},
