@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen.kernels.scoring import Window
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -61,7 +63,7 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """A norm of queries and keys before the rotation.
+    """A norm of queries and keys, before or after the rotation.
 
     over: "head" normalises each head with the same weight; "each" normalises each head with its own weight; "all"
     normalises all heads together.
@@ -69,6 +71,7 @@ class QKNormSpec:
 
     norm: NormSpec
     over: Literal["head", "all", "each"] = "head"
+    after_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,19 @@ class AttentionSpec:
 
     score_scale: float | None = None
     """The factor of the attention scores. None: head_dim ** -0.5."""
-    window: int | None = None
-    """The number of tokens that a query attends to, including itself. None: all tokens. No layer computes a window
-    yet, so `ModelSpec.longest_text` is at most the window."""
+    score_cap: float | None = None
+    """Scores are limited to this size: cap * tanh(score / cap). None: no limit."""
+    alibi: tuple[float, ...] = ()
+    """The slope of each head: slope * (key position - query position) is added to a score (ALiBi). Empty: none."""
+    sinks: bool = False
+    """Whether each head has a learned score ("sinks") that takes part in the softmax but has no value."""
+    window: Window | None = None
+    """The tokens that a query attends to. None: all tokens up to itself."""
+
+    @property
+    def plain_scores(self) -> bool:
+        """Whether scores are only scaled and masked."""
+        return self.score_cap is None and not self.alibi and not self.sinks
 
     @property
     def q_size(self) -> int:
@@ -251,15 +264,20 @@ class ModelSpec:
     tied_head: bool
     head_bias: bool = False
 
-    positions: Literal["learned", "rope"] = "rope"
-    """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
+    positions: Literal["learned", "attention"] = "attention"
+    """"learned": a table of positions is added to the embedding. "attention": each layer's attention has its own,
+    such as RoPE or ALiBi."""
     position_offset: int = 0
     """The number of rows before position 0 in a learned table of positions."""
 
     embed_scale: float = 1.0
     """The factor of the token embeddings. It is rounded to the model's dtype."""
+    embed_norm: NormSpec | None = None
+    """The norm of the embeddings."""
     logit_scale: float = 1.0
     """The factor of the logits."""
+    logit_cap: float | None = None
+    """Logits are limited to this size: cap * tanh(logit / cap). None: no limit."""
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
@@ -275,9 +293,8 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """The maximum number of positions: the rows of a learned table, the shortest window, or infinite."""
-        table = self.max_positions if self.positions == "learned" else math.inf
-        return min([table, *(layer.attention.window or math.inf for layer in self.layers)])
+        """The maximum number of positions: the rows of a learned table, or infinite."""
+        return self.max_positions if self.positions == "learned" else math.inf
 
     @property
     def projected(self) -> bool:

@@ -31,6 +31,10 @@ STRUCTURES = {
     "layers that differ, norms after, heads' norms": ("exaone4", 1),
     "fused groups": ("falcon", 0),
     "scales": ("granite", 0),
+    "windows, caps": ("gemma2", 0),
+    "windows, heads' norms": ("gemma3_text", 0),
+    "windows in all layers": ("mistral", 1),
+    "ALiBi, norm of embeddings": ("bloom", 0),
 }
 
 
