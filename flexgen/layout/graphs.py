@@ -14,7 +14,7 @@ from flexgen.layout.cache_needs import BatchCache
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer, TransformerLayer
@@ -59,7 +59,7 @@ def replayed(
         and not _masked_otherwise(layer)
         and all(
             topology.in_place(placement.of(weight)) and placement.codec(weight) is None
-            for weight in travelling(layer, placement, topology)
+            for weight in whole_weights(layer, placement, topology)
         )
     )
 
@@ -69,7 +69,7 @@ def _masked_otherwise(layer: Layer) -> bool:
     if not isinstance(layer, AttentionLayer):
         return False
     own = layer.layer_spec.attention
-    return own.window is not None or not own.plain_scores
+    return own.window is not None or not own.scores.plain
 
 
 def extent(length: int, capacity: int) -> int:

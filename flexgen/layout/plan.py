@@ -81,8 +81,8 @@ def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
     if policy.attn_sparsity == 1:
         return
     for own in _kinds_of_attention(layers):
-        if own.window is None and not own.plain_scores:
-            parts = {"a cap of scores": own.score_cap, "ALiBi": own.alibi, "sinks": own.sinks}
+        if own.window is None and not own.scores.plain:
+            parts = {"a cap of scores": own.scores.cap, "ALiBi": own.scores.alibi, "sinks": own.scores.sinks}
             names = " and ".join(name for name, value in parts.items() if value)
             raise PolicyError(
                 f"attn_sparsity = {policy.attn_sparsity} is not supported for {layers[0].spec.name}, whose attention "

@@ -39,7 +39,7 @@ class Attention(AttentionLayer):
         for module, size in sizes.items():
             weights += linear_weights(spec, module, size, hidden, own.qkv_bias, index)
         weights += head_norm_weights(spec, index)
-        if own.sinks:
+        if own.scores.sinks:
             weights += (WeightSpec("sinks", (own.heads,), spec.sources("sinks", index)),)
         weights += linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index)
         weights += norm_weights(spec, layer.norms.attention_out, "attention_out", index, "out_norm")
@@ -47,8 +47,8 @@ class Attention(AttentionLayer):
 
     def scoring(self, weights: Weights) -> Scoring:
         own = self.layer_spec.attention
-        sinks = weights["sinks"] if own.sinks else None
-        return Scoring(own.scale, own.score_cap, own.alibi, own.window, sinks)
+        sinks = weights["sinks"] if own.scores.sinks else None
+        return Scoring(own.scale, own.scores.cap, own.scores.alibi, own.window, sinks)
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:
@@ -209,7 +209,7 @@ class Attention(AttentionLayer):
             # the batch.
             attend = qkv + 2 * outputs + (2 * outputs if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
-            if own.plain_scores:
+            if own.scores.plain:
                 attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
             else:
                 attend += scored_bytes(rows, own.heads, seq, context, dtype) + 2 * outputs

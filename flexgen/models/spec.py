@@ -82,6 +82,25 @@ class QueryScaling:
     length: int
 
 
+@dataclass(frozen=True)
+class ScoreSpec:
+    """The steps between the scaling of attention scores and their softmax.
+
+    cap: scores are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key
+    position - query position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes
+    part in the softmax but has no value.
+    """
+
+    cap: float | None = None
+    alibi: tuple[float, ...] = ()
+    sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are no such steps."""
+        return self.cap is None and not self.alibi and not self.sinks
+
+
 class CacheShape(NamedTuple):
     """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads."""
 
@@ -117,19 +136,9 @@ class AttentionSpec:
 
     score_scale: float | None = None
     """The factor of the attention scores. None: head_dim ** -0.5."""
-    score_cap: float | None = None
-    """Scores are limited to this size: cap * tanh(score / cap). None: no limit."""
-    alibi: tuple[float, ...] = ()
-    """The slope of each head: slope * (key position - query position) is added to a score (ALiBi). Empty: none."""
-    sinks: bool = False
-    """Whether each head has a learned score ("sinks") that takes part in the softmax but has no value."""
+    scores: ScoreSpec = ScoreSpec()
     window: Window | None = None
     """The tokens that a query attends to. None: all tokens up to itself."""
-
-    @property
-    def plain_scores(self) -> bool:
-        """Whether scores are only scaled and masked."""
-        return self.score_cap is None and not self.alibi and not self.sinks
 
     @property
     def q_size(self) -> int:

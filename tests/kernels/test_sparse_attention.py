@@ -247,7 +247,7 @@ def test_padding_is_not_chosen_before_what_has_become_zero(version):
     k = torch.zeros(1, 1, 61, 4)
     k[:, :, 60] = 100.0
     choice = of(version)[0](
-        torch.full((1, 1, 1, 4), 10.0), [(k, k)], 61, torch.tensor([55]), 1.0, Sparsity(0.4)
+        torch.full((1, 1, 1, 4), 10.0), [(k, k)], 61, torch.tensor([55]), Scoring(1.0), Sparsity(0.4)
     )
     assert sum(55 <= t < 60 for t in choice.positions.flatten().tolist()) == 2
     assert choice.weights.sum() == 1
@@ -310,4 +310,4 @@ def test_starts_that_do_not_fit_are_refused(variant, starts):
 @given(share=st.integers(1, 1000), count=st.integers(0, 5000))
 def test_kept_is_the_exact_ceiling_of_a_decimal_share(share, count):
     exact = min(max(math.ceil(Fraction(share, 1000) * count), 1), count)
-    assert Sparsity(share / 1000).kept(count) == exact
+    assert Sparsity(share / 1000).chosen_blocks(count) == exact

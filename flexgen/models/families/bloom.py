@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexgen.kernels.scoring import alibi_slopes
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerSpec, MLPSpec, ModelSpec, prefixed
+from flexgen.models.spec import LayerSpec, MLPSpec, ModelSpec, ScoreSpec, prefixed
 from flexgen.models.tables import attention, both_in, layer_norm, model
 
 NAMES = prefixed(
@@ -37,7 +37,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     norm, hidden = layer_norm(fields, "layer_norm_epsilon"), fields.size("hidden_size")
     slopes = alibi_slopes(fields.size("num_attention_heads"))
     layer = LayerSpec(
-        attention(fields, qkv="heads", qkv_bias=True, out_bias=True, alibi=slopes),
+        attention(fields, qkv="heads", qkv_bias=True, out_bias=True, scores=ScoreSpec(alibi=slopes)),
         MLPSpec(4 * hidden, "gelu_pytorch_tanh", bias=True),
         both_in(norm),
     )

@@ -6,7 +6,7 @@ import torch
 
 from flexgen.kernels.scoring import alibi_slopes
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, ScoreSpec, prefixed
 from flexgen.models.tables import both_in, head_dim, layer_norm, model
 
 
@@ -41,7 +41,7 @@ def to_spec(fields: Fields) -> ModelSpec:
             qkv_bias=bias,
             out_bias=bias,
             rope=None if alibi else fields.rope(head_dim(fields)),
-            alibi=_slopes(heads, head_dim(fields)) if alibi else (),
+            scores=ScoreSpec(alibi=_slopes(heads, head_dim(fields)) if alibi else ()),
         ),
         MLPSpec(fields.size("ffn_hidden_size"), fields.activation("activation"), bias=bias),
         LayerNorms(attention_in=norm) if parallel and not own_norms else both_in(norm),

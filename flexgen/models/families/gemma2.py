@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerNorms, LayerSpec, ModelSpec
+from flexgen.models.spec import LayerNorms, LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import attention, gated_mlp, gemma_scales, head_dim, llama_names, model, rms
 
 NAMES = llama_names(
@@ -27,7 +27,7 @@ def to_spec(fields: Fields) -> ModelSpec:
                 out_bias=bias,
                 rope=rope,
                 score_scale=fields.positive("query_pre_attn_scalar") ** -0.5,
-                score_cap=fields.cap("attn_logit_softcapping"),
+                scores=ScoreSpec(cap=fields.cap("attn_logit_softcapping")),
                 window=window,
             ),
             gated_mlp(fields, field="hidden_activation"),

@@ -19,7 +19,7 @@ from flexgen.errors import ModelError
 from flexgen.kernels.scoring import Window, alibi_slopes
 from flexgen.models import fields
 from flexgen.models.families import config_from_dict, known_families, spec_from_config
-from flexgen.models.spec import LayerSpec, ModelSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 
 VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
 each_variant = pytest.mark.parametrize(("family", "number"), VARIANTS, ids=lambda value: str(value))
@@ -134,11 +134,11 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "windows": ("mistral", 1, _part("attention", window=None)),
     "sizes of windows": ("gemma3_text", 0, _part("attention", window=Window(5))),
     "chunks": ("mistral", 1, _part("attention", window=Window(5, chunked=True))),
-    "cap of scores": ("gemma2", 0, _part("attention", score_cap=None)),
+    "cap of scores": ("gemma2", 0, _part("attention", scores=ScoreSpec())),
     "cap of logits": ("gemma2", 0, lambda spec: replace(spec, logit_cap=None)),
     "cap of logits of Gemma 3": ("gemma3_text", 1, lambda spec: replace(spec, logit_cap=None)),
-    "ALiBi": ("bloom", 0, _part("attention", alibi=())),
-    "ALiBi divided like scores": ("falcon", 4, _part("attention", alibi=alibi_slopes(4))),
+    "ALiBi": ("bloom", 0, _part("attention", scores=ScoreSpec())),
+    "ALiBi divided like scores": ("falcon", 4, _part("attention", scores=ScoreSpec(alibi=alibi_slopes(4)))),
     "norm of embeddings": ("bloom", 0, lambda spec: replace(spec, embed_norm=None)),
     "norm before the rotation": ("qwen3", 0, _norm_after_rope),
     "bias of the head": ("phi", 0, lambda spec: replace(spec, head_bias=False)),
