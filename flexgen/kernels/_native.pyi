@@ -11,11 +11,12 @@ def decode_attention(
     page_tokens: list[int],
     length: int,
     starts: int,
-    scale: float,
+    scoring: tuple[float, float, int, int],
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none."""
+    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none.
+    `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none."""
 
 def choose(
     type: int,

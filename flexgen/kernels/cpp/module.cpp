@@ -80,13 +80,14 @@ bool integers(PyObject *list, std::vector<int64_t> &out) {
 
 PyObject *py_decode_attention(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, out, starts;
+    long long q, out, starts, slopes, sinks;
     PyObject *keys, *values, *tokens;
     Attention job;
     long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LLfi", &type, &q, &out, &rows, &heads, &kv_heads,
+    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &rows, &heads, &kv_heads,
                           &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
-                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &threads))
+                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.cap, &slopes,
+                          &sinks, &threads))
         return nullptr;
     std::vector<int64_t> k, v, n;
     if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
@@ -101,6 +102,8 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.code_group = code_group;
     job.head_bytes = head_bytes;
     job.starts = (const int64_t *)starts;
+    job.slopes = (const float *)slopes;
+    job.sinks = (const float *)sinks;
     int64_t total = 0;
     for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {
         job.pages.push_back({(const void *)k[i], (const void *)v[i], total, n[i]});
