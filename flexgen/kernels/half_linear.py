@@ -23,8 +23,8 @@ products of bfloat16."""
 _WIDENED_ROWS = 256
 """The same if it widens."""
 _ROWS_BESIDE_AMX = 8
-"""The same if the CPU has instructions for tiles of the type (AMX). It is not measured: so few rows are limited by the
-reads of the matrix."""
+"""The same if the CPU has instructions for tiles of the type (AMX). It is not measured: reading the matrix limits so
+few rows."""
 ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
