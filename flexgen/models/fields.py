@@ -32,12 +32,15 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 _UNRELATED = {
     "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
-    "tokenizer_class", "torch_dtype",
+    "tokenizer_class", "torch_dtype", "ignore_keys_at_rope_validation",
     # The outputs of transformers' forward.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
     "chunk_size_feed_forward", "output_past",
     # Training: initialisation, memory and parallelism. `unrelated` adds dropout.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    # Layers after the last one, which predict further tokens.
+    "num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_transformer_layers", "use_mtp",
     # Heads for other tasks.
     "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
@@ -118,6 +121,11 @@ class Fields:
         """`size` of a field that may be absent."""
         return default if self.get(field) is None else self.size(field)
 
+    def count(self, field: str) -> int:
+        """The value of `field`, an integer from 0 to the limit of the field."""
+        value = self.get(field)
+        return 0 if value == 0 and not isinstance(value, bool) else self.size(field)
+
     def number(self, field: str) -> float:
         """The value of `field`, a finite number >= 0."""
         value = self.get(field)
@@ -182,6 +190,27 @@ class Fields:
             raise ModelError(
                 f"{self.name}: layer_types = {shown(kinds)} is not supported; supported: {', '.join(supported)}, "
                 f"one for each of {count} layers"
+            )
+        return tuple(kinds)
+
+    def mixtures_by_step(self) -> tuple[bool, ...]:
+        """For each layer, whether it is a mixture: each decoder_sparse_step-th one, except for mlp_only_layers."""
+        count, step = self.size("num_hidden_layers"), self.size("decoder_sparse_step")
+        dense = self.get("mlp_only_layers")
+        if not isinstance(dense, list | tuple) or not all(type(index) is int for index in dense):
+            raise ModelError(
+                f"{self.name}: mlp_only_layers = {shown(dense)} is not supported; expected a list of layer numbers"
+            )
+        return tuple(index not in dense and (index + 1) % step == 0 for index in range(count))
+
+    def mlp_kinds(self) -> tuple[str, ...]:
+        """The kind of the second half of each layer, "dense" or "sparse", from mlp_layer_types."""
+        count, kinds = self.size("num_hidden_layers"), self.get("mlp_layer_types")
+        known = isinstance(kinds, list | tuple) and all(kind in ("dense", "sparse") for kind in kinds)
+        if not known or len(kinds) != count:
+            raise ModelError(
+                f"{self.name}: mlp_layer_types = {shown(kinds)} is not supported; supported: dense, sparse, one for "
+                f"each of {count} layers"
             )
         return tuple(kinds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.norms import normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
@@ -103,6 +105,19 @@ class Layer(ABC):
         """
         return None
 
+    @property
+    def reads_back(self) -> bool:
+        """Whether the host needs a result of the device while it computes the layer."""
+        return False
+
+    def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
+        """The rows of the product with one of the layer's matrices, and the probability that there is a product.
+
+        Both are expected values for a pass over `tokens` tokens in total. They are `tokens` and 1, except for an
+        expert of a mixture.
+        """
+        return tokens, 1.0
+
     @abstractmethod
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         """Compute the layer.
@@ -152,7 +167,7 @@ class TransformerLayer(Layer):
 
     index: int
 
-    @property
+    @cached_property
     def layer_spec(self) -> LayerSpec:
         return self.spec.layers[self.index]
 
@@ -200,13 +215,12 @@ def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
     """The weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
-    sources = spec.sources(module, index)
+    names = spec.module_names(module, index)
     weight = WeightSpec(
         f"{module}.weight",
         (out_size, in_size),
-        tuple(f"{s}.weight" for s in sources),
+        tensors(names, "weight"),
         transposed=module in spec.transposed,
+        encodable=module != "positions",
     )
-    if not bias:
-        return (weight,)
-    return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
+    return (weight, WeightSpec(f"{module}.bias", (out_size,), tensors(names, "bias"))) if bias else (weight,)

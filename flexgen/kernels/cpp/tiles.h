@@ -286,8 +286,8 @@ TARGET inline void prepare_tiled(PackedLinear &job) {
 // For one row of x, no weight is read twice. Each row of W is read from beginning to end, in the order of memory, which
 // processors prefetch best.
 
-constexpr int CHAINS = 4;  // independent sums for a row, because a sum takes several cycles
-constexpr int64_t AHEAD_BYTES = 4096;
+constexpr int CHAINS = 8;  // independent sums for a row, because a sum takes several cycles
+constexpr int64_t AHEAD_BYTES = 8192;
 
 template <class Kind>
 INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, int64_t count) {
@@ -296,14 +296,16 @@ INLINE Vec row_sums(const typename Kind::Weight *w, const typename Kind::X *x, i
     for (; i + CHAINS * Kind::STEP <= count; i += CHAINS * Kind::STEP) {
         for (int c = 0; c < CHAINS; ++c) {
             const int64_t at = i + c * Kind::STEP;
-            if (at * sizeof *w % LINE == 0) __builtin_prefetch((const uint8_t *)(w + at) + AHEAD_BYTES);
+            if (at * sizeof *w % LINE == 0) __builtin_prefetch((const uint8_t *)(w + at) + AHEAD_BYTES, 0, 2);
             sum[c] = Kind::add(sum[c], Kind::values(w + at), Kind::values(x + at));
         }
     }
     for (; i + Kind::STEP <= count; i += Kind::STEP) sum[0] = Kind::add(sum[0], Kind::values(w + i), Kind::values(x + i));
     if (i < count)
         sum[1] = Kind::add(sum[1], Kind::values_part(w + i, count - i), Kind::values_part(x + i, count - i));
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int half = CHAINS / 2; half; half /= 2)
+        for (int c = 0; c < half; ++c) sum[c] += sum[c + half];
+    return sum[0];
 }
 
 template <class Kind>

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, prefixed
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec
 from flexgen.models.tables import both_in, head_dim, layer_norm, model
 
 
