@@ -39,7 +39,7 @@ def has_products(dtype: torch.dtype) -> bool:
 
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` is the faster product of x and a plain matrix."""
-    return x.device.type == "cpu" and weight.dtype is x.dtype and not has_products(x.dtype)
+    return not has_products(x.dtype) and weight.dtype is x.dtype and x.device.type == "cpu"
 
 
 def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:

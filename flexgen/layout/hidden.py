@@ -32,9 +32,7 @@ class HiddenLayout:
     @cached_property
     def away(self) -> tuple[Tier, ...]:
         """The tiers whose rows move."""
-        return tuple(
-            tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier)
-        )
+        return tuple(tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier))
 
     @cached_property
     def resident(self) -> int:

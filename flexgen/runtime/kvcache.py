@@ -77,16 +77,12 @@ class KVCache:
         """The work that moves the new keys and values home, after `attend`."""
         return self._bind(cell, self._storage.layout(cell).store(cell.span), self._jobs.store)
 
-    def _bind(
-        self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]
-    ) -> Chains:
+    def _bind(self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]) -> Chains:
         if not routes:
             return ()
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(
-            routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move)
-        )
+        return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move))
 
     # Rows that leave or move
 
