@@ -76,10 +76,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
     """
     width = 2 * cos.shape[-1]
-    first, second = _pairs(x[..., :width], interleaved)
+    partial = width < x.shape[-1]
+    first, second = _pairs(x[..., :width] if partial else x, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
     rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+    return torch.cat((rotated, x[..., width:]), dim=-1) if partial else rotated
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
