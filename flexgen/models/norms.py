@@ -27,15 +27,13 @@ def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name
 
 def _rms_norm(norm: NormSpec, x: Tensor, weight: Tensor | None) -> Tensor:
     """RMS norm in float32. `norm.cast` says whether the product with the weight is too; on a GPU it always is."""
-    if x.is_cuda and (weight is None or not norm.plus):  # one launch
+    if weight is None or (x.is_cuda and not norm.plus):  # one launch
         return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    if weight is None:
-        return normed.to(x.dtype)
     if norm.cast == "after":
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, norm.eps)
         return normed.mul_(weight.float() + norm.plus).to(x.dtype)
-    return normed.to(x.dtype).mul_(weight + norm.plus if norm.plus else weight)
+    normed = F.rms_norm(x, x.shape[-1:], None, norm.eps)
+    return normed.mul_(weight + norm.plus if norm.plus else weight)
 
 
 def norm_weights(
