@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.attention import Attention
 from flexgen.models.layer import AttentionLayer, Context, Weights
@@ -33,9 +34,8 @@ class Block(AttentionLayer):
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "mlp", mlp)
 
-    @property
-    def scale(self) -> float:
-        return self.attention.scale
+    def scoring(self, weights: Weights) -> Scoring:
+        return self.attention.scoring(_half(weights, "attention."))
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexgen.errors import ModelError, shown
+from flexgen.kernels.scoring import Window
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.rope import KINDS, rope_spec
 from flexgen.models.spec import RopeSpec
@@ -35,7 +36,7 @@ _UNRELATED = {
     "tokenizer_class", "torch_dtype", "ignore_keys_at_rope_validation",
     # The outputs of transformers' forward.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
-    "chunk_size_feed_forward", "output_past",
+    "chunk_size_feed_forward", "output_past", "cache_implementation",
     # Training: initialisation, memory and parallelism. `unrelated` adds dropout.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
@@ -140,6 +141,10 @@ class Fields:
             raise ModelError(f"{self.name}: {field} = 0 is not supported; it must exceed 0")
         return value
 
+    def cap(self, field: str) -> float | None:
+        """The value of `field`, a finite number > 0 that limits scores or logits; None if it is absent."""
+        return None if self.get(field) is None else self.positive(field)
+
     def flag(self, field: str) -> bool:
         """The value of `field`, true or false."""
         return bool(self.one_of(field, (True, False)))
@@ -214,24 +219,17 @@ class Fields:
             )
         return tuple(kinds)
 
-    def windows(self) -> tuple[int | None, ...]:
+    def windows(self) -> tuple[Window | None, ...]:
         """The window of each layer's attention, None for all tokens.
 
         Layers of the kind "sliding_attention" have the window sliding_window; without layer_types all layers have it.
-        A window must not be shorter than max_position_embeddings, because no layer computes it.
         """
         kinds, size = self.layer_kinds(), self.get("sliding_window")
         if self.get("layer_types") is None:
             kinds = ("sliding_attention",) * len(kinds)
         if size is None or "sliding_attention" not in kinds:
             return (None,) * len(kinds)
-        window, context = self.size("sliding_window"), self.size("max_position_embeddings")
-        if window < context:
-            raise ModelError(
-                f"{self.name}: sliding_window = {window} is shorter than max_position_embeddings = {context}, and "
-                "such a window is not computed yet. For texts of at most that many tokens, set "
-                f"max_position_embeddings to {window} in the config"
-            )
+        window = Window(self.size("sliding_window"))
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(

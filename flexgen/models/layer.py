@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.norms import normalise
 from flexgen.models.sources import tensors
@@ -64,7 +65,7 @@ class Context(Protocol):
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         """`token_factors` of `positions`, for one token per row. They are the same for all layers."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention of the new tokens over themselves and all tokens before them.
 
         q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim), positions already applied;
@@ -74,7 +75,7 @@ class Context(Protocol):
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of all new tokens. Their queries follow in calls of `attend_chunk`."""
 
-    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """`attend` for a part of the new tokens.
 
         q and the result have the rows and tokens of `chunk`, (rows, heads, tokens, head_dim). k and v have all new
@@ -187,10 +188,9 @@ class AttentionLayer(TransformerLayer):
 
     has_cache: ClassVar[bool] = True
 
-    @property
     @abstractmethod
-    def scale(self) -> float:
-        """The factor of the attention scores, for `Context.attend`."""
+    def scoring(self, weights: Weights) -> Scoring:
+        """The scoring of the layer, for `Context.attend`."""
 
     @property
     @abstractmethod
@@ -207,7 +207,7 @@ class AttentionLayer(TransformerLayer):
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         # No names for queries, keys and values, so that they are freed before the output is computed.
-        outputs = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
+        outputs = ctx.attend(*self.qkv(x, weights, ctx), self.scoring(weights))
         return self.output(outputs, x, weights)
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels import grouped
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import Workspaces
 from flexgen.models.layer import Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
+from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.sources import OneRow, Source
 from flexgen.models.spec import ModelSpec, WeightSpec
 
@@ -64,22 +66,55 @@ class Mixture(FeedForward):
 
     def _chosen(self, x: Tensor, weights: Weights) -> Tensor:
         """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
-        router, expert = self._mixture.router, self._expert
+        router = self._mixture.router
         chosen, factors = route(router, x, weights)
-        # The choices in the order of their experts. On a GPU, the host waits for the counts once for each layer.
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=router.experts).tolist()
-        factors = factors.flatten()[order, None]
-        tokens = order // router.top_k
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        end = 0
-        for number, count in enumerate(counts):
-            if count:
-                begin, end = end, end + count
+        # The choices in the order of their experts, and where those of each expert end.
+        experts, order = chosen.flatten().sort(stable=True)
+        numbers = torch.arange(router.experts, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        tokens, factors = order // router.top_k, factors.flatten()[order, None]
+        if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
+            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            for number, (begin, end) in _spans(ends).items():
                 rows = tokens[begin:end]
-                outputs = compute_mlp(expert, x[rows], weights, f"experts.{number}.")
+                outputs = compute_mlp(self._expert, x[rows], weights, f"experts.{number}.")
                 out.index_add_(0, rows, outputs * factors[begin:end])
-        return out
+            return out
+        # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
+        by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+        by_token[order] = self._outputs(x[tokens], ends, weights) * factors
+        return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _outputs(self, x: Tensor, ends: Tensor, weights: Weights) -> Tensor:
+        """The output of each row's expert for x (choices, hidden), in few launches."""
+        activation = ACTIVATIONS[self._mixture.activation]
+        if (stacks := self._stacks(x, weights)) is not None:
+            gate, up, down = stacks
+            inner = activation(grouped.grouped_linear(x, gate, ends))
+            inner.mul_(grouped.grouped_linear(x, up, ends))
+            return grouped.grouped_linear(inner, down, ends)
+        spans = _spans(ends)
+        gates, ups, downs = (
+            [weights[f"experts.{number}.{module}.weight"] for number in spans]
+            for module in ("gate", "up", "down")
+        )
+        bounds = list(spans.values())
+        gate, up = grouped.each_linear(x, bounds, (gates, ups), self._mixture.size)
+        inner = activation(gate).mul_(up)
+        del gate, up
+        return grouped.each_linear(inner, bounds, (downs,), x.shape[1])[0]
+
+    def _stacks(self, x: Tensor, weights: Weights) -> list[Tensor] | None:
+        """The matrices of all experts as three tensors, if a grouped product can multiply them."""
+        if not grouped.available(x.device, x.dtype):
+            return None
+        experts = range(self._mixture.router.experts)
+        stacks = [
+            grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
+            for module in ("gate", "up", "down")
+        ]
+        found = [stack for stack in stacks if stack is not None]
+        return found if len(found) == len(stacks) else None
 
     def network_flops(self, tokens: int) -> int:
         mixture, hidden = self._mixture, self.spec.hidden_size
@@ -101,11 +136,13 @@ class Mixture(FeedForward):
         # Logits, scores, scores of the choice and a copy without some groups; values and indices of the choice.
         scores = tokens * 4 * router.experts * float32
         scores += states * float32 if router.wide else 0
-        choices = tokens * router.top_k * (3 * int64 + 3 * float32)
+        choices = tokens * router.top_k * (3 * int64 + 3 * float32) + router.experts * (int64 + float32)
         routing = max(scores, workspaces.product(tokens, router.experts, hidden, dtype)) + choices
-        # All tokens may choose the same expert. Its outputs are multiplied in float32.
-        expert = states * (dtype.itemsize + float32)
-        expert += mlp_workspace(self._expert, hidden, tokens, dtype, workspaces)
+        # Few choices at once, with their outputs in both orders; or one expert at once, which all tokens may choose.
+        # Outputs are multiplied in float32.
+        rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
+        expert = rows * hidden * (dtype.itemsize + 2 * float32)
+        expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
         shared = 0
         if mixture.shared is not None:
             shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
@@ -148,6 +185,16 @@ def _expert_weights(spec: ModelSpec, mixture: MixtureSpec, index: int) -> tuple[
         for number in experts
         for module, matrix in matrices.items()
     )
+
+
+def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
+    """The rows of each expert that has any, by its number. On a GPU, the host waits for `ends` here."""
+    begin, spans = 0, {}
+    for number, end in enumerate(ends.tolist()):
+        if begin < end:
+            spans[number] = begin, end
+            begin = end
+    return spans
 
 
 def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:

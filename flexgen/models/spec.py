@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen.kernels.scoring import Window
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.sources import Names, Source, Stacked
 
@@ -63,7 +64,7 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """A norm of queries and keys before the rotation.
+    """A norm of queries and keys, before or after the rotation.
 
     over: "head" normalises each head with the same weight; "each" normalises each head with its own weight; "all"
     normalises all heads together.
@@ -71,6 +72,7 @@ class QKNormSpec:
 
     norm: NormSpec
     over: Literal["head", "all", "each"] = "head"
+    after_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,25 @@ class QueryScaling:
 
     beta: float
     length: int
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """The steps between the scaling of attention scores and their softmax.
+
+    cap: scores are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key
+    position - query position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes
+    part in the softmax but has no value.
+    """
+
+    cap: float | None = None
+    alibi: tuple[float, ...] = ()
+    sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are no such steps."""
+        return self.cap is None and not self.alibi and not self.sinks
 
 
 class CacheShape(NamedTuple):
@@ -116,9 +137,9 @@ class AttentionSpec:
 
     score_scale: float | None = None
     """The factor of the attention scores. None: head_dim ** -0.5."""
-    window: int | None = None
-    """The number of tokens that a query attends to, including itself. None: all tokens. No layer computes a window
-    yet, so `ModelSpec.longest_text` is at most the window."""
+    scores: ScoreSpec = ScoreSpec()
+    window: Window | None = None
+    """The tokens that a query attends to. None: all tokens up to itself."""
 
     @property
     def q_size(self) -> int:
@@ -232,15 +253,20 @@ class ModelSpec:
     tied_head: bool
     head_bias: bool = False
 
-    positions: Literal["learned", "rope"] = "rope"
-    """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
+    positions: Literal["learned", "attention"] = "attention"
+    """"learned": a table of positions is added to the embedding. "attention": each layer's attention has its own,
+    such as RoPE or ALiBi."""
     position_offset: int = 0
     """The number of rows before position 0 in a learned table of positions."""
 
     embed_scale: float = 1.0
     """The factor of the token embeddings. It is rounded to the model's dtype."""
+    embed_norm: NormSpec | None = None
+    """The norm of the embeddings."""
     logit_scale: float = 1.0
     """The factor of the logits."""
+    logit_cap: float | None = None
+    """Logits are limited to this size: cap * tanh(logit / cap). None: no limit."""
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
@@ -256,9 +282,8 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """The maximum number of positions: the rows of a learned table, the shortest window, or infinite."""
-        table = self.max_positions if self.positions == "learned" else math.inf
-        return min([table, *(layer.attention.window or math.inf for layer in self.layers)])
+        """The maximum number of positions: the rows of a learned table, or infinite."""
+        return self.max_positions if self.positions == "learned" else math.inf
 
     @property
     def projected(self) -> bool:

@@ -127,9 +127,9 @@ def head_dim(fields: Fields) -> int:
     return size
 
 
-def mlp(fields: Fields, **others: Any) -> MLPSpec:
-    """An MLP of the width intermediate_size, with the activation hidden_act."""
-    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(), **others)
+def mlp(fields: Fields, field: str = "hidden_act", **others: Any) -> MLPSpec:
+    """An MLP of the width intermediate_size, with the activation in `field`."""
+    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(field), **others)
 
 
 def gated_mlp(fields: Fields, **others: Any) -> MLPSpec:
@@ -193,6 +193,12 @@ def gpt_mlp(fields: Fields) -> MLPSpec:
     return MLPSpec(size, fields.activation("activation_function"), bias=True)
 
 
+def gemma_scales(fields: Fields) -> dict[str, Any]:
+    """The fields of a model for Gemma's factor of the embeddings and cap of the logits."""
+    scale = fields.size("hidden_size") ** 0.5
+    return {"embed_scale": scale, "logit_cap": fields.cap("final_logit_softcapping")}
+
+
 def gpt_rope(fields: Fields) -> RopeSpec:
     """The RoPE of GPT-J: the first rotary_dim values of each head, interleaved."""
     rotated, size = fields.size("rotary_dim"), head_dim(fields)
@@ -220,11 +226,9 @@ def model(
     """A model with the usual fields for everything except its layers and its final norm."""
     hidden_size = fields.size("hidden_size")
     ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
-    values = {
-        "max_positions": _context(fields.size("max_position_embeddings"), ropes),
-        "embed_size": hidden_size,
-        "tied_head": fields.flag("tie_word_embeddings"),
-    }
+    values = {"embed_size": hidden_size, "tied_head": fields.flag("tie_word_embeddings")}
+    if "max_positions" not in others:
+        values["max_positions"] = _context(fields.size("max_position_embeddings"), ropes)
     return ModelSpec(
         name=fields.name,
         family=fields.get("model_type").replace("-", "_"),

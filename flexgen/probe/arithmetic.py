@@ -16,6 +16,7 @@ from torch import Tensor
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
@@ -203,9 +204,9 @@ class ArithmeticProbe:
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
-        scale = own.head_dim**-0.5
+        scoring = Scoring(own.head_dim**-0.5)
         return self._watch.seconds(
-            lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
+            lambda: causal_attention(q, k, v, None, scoring), self._device.wait_for_compute
         )
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
@@ -244,8 +245,8 @@ class ArithmeticProbe:
             ]
         )
         q = torch.randn(rows, own.heads, 1, own.head_dim).to(place, self._dtype)
-        scale = own.head_dim**-0.5
-        return lambda: decode_attention(q, next(caches), context, None, scale, form)
+        scoring = Scoring(own.head_dim**-0.5)
+        return lambda: decode_attention(q, next(caches), context, None, scoring, form)
 
     # Memory
 

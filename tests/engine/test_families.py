@@ -34,6 +34,10 @@ STRUCTURES = {
     "experts, a shared one with a gate, dense layers": ("qwen2_moe", 1),
     "experts in groups, correction in float32": ("glm4_moe", 0),
     "parallel, experts and a dense layer": ("cohere2_moe", 0),
+    "windows, caps": ("gemma2", 0),
+    "windows, heads' norms": ("gemma3_text", 0),
+    "windows in all layers": ("mistral", 1),
+    "ALiBi, norm of embeddings": ("bloom", 1),
 }
 
 

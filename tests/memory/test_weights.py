@@ -19,6 +19,7 @@ from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import GAP, slot_sizes
 from flexgen.memory.gpu import EmulatedDevice
+from flexgen.models.sources import Source
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 from flexgen.units import BLOCK
@@ -70,7 +71,7 @@ def test_weights_with_a_dtype_of_their_own_keep_their_values(stream, saved, spli
         model.bring(layer, model.slot(layer), pieces=2)
         model.assert_there(layer, model.slot(layer))
         found |= {
-            f"{layer}.{name}": weight
+            f"{layer}.{name}": weight.clone()
             for name, weight in model.slots.weights(layer, model.slot(layer), visit=0).items()
             if name.startswith("router.")
         }
@@ -226,4 +227,4 @@ def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp
 
 
 def _with_sources(layer, renamed):
-    return replace(layer, weights=tuple(replace(w, sources=(renamed[w.key],)) for w in layer.weights))
+    return replace(layer, weights=tuple(replace(w, sources=(Source(renamed[w.key]),)) for w in layer.weights))

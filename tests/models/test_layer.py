@@ -97,15 +97,15 @@ class _Context:
     def keep_new(self, k, v):
         pass
 
-    def attend_chunk(self, chunk, q, k, v, scale):
+    def attend_chunk(self, chunk, q, k, v, scoring):
         seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scale)
+        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scoring)
 
-    def attend(self, q, k, v, scale):
+    def attend(self, q, k, v, scoring):
         if q.shape[2] > 1:
-            return causal_attention(q, k, v, self.starts, scale)
+            return causal_attention(q, k, v, self.starts, scoring)
         # What a layer says holds for the version in torch; the compiled one takes less memory.
-        return attend_in_torch(q, self.pages, self.context, torch.tensor(self.starts), scale)
+        return attend_in_torch(q, self.pages, self.context, torch.tensor(self.starts), scoring)
 
 
 def _cases(config, dtype, seq, context, starts, sep_layer=True, **changes):
@@ -261,7 +261,7 @@ def test_halves_run_separately_and_do_not_change_inputs(config, sep_layer):
         before = x.clone()
         out = layer.forward(x, weights, ctx)
         if layer.has_cache:
-            outputs = ctx.attend(*layer.qkv(x, weights, ctx), layer.scale)
+            outputs = ctx.attend(*layer.qkv(x, weights, ctx), layer.scoring(weights))
             assert torch.equal(layer.output(outputs, x, weights), out)
         assert torch.equal(x, before)
 

@@ -102,6 +102,31 @@ def layer_input(layer: Mixture, x: torch.Tensor, weights: dict[str, torch.Tensor
     return normed.view(-1, 32)
 
 
+def test_a_grouped_product_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: all experts in one buffer, one after another."""
+    layer, weights = _mixture("qwen3_moe")
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    buffer = torch.cat(
+        [weights[weight.name].flatten() for weight in layer.weights if "experts." in weight.name]
+    )
+    begin = 0
+    for weight in layer.weights:
+        if "experts." in weight.name:
+            weights[weight.name] = buffer[begin : begin + weight.numel].view(weight.shape)
+            begin += weight.numel
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    one_by_one = layer.forward(x, weights, None)
+    calls = []
+    monkeypatch.setattr("flexgen.kernels.grouped.available", lambda *of: calls.append(of) or True)
+    together = layer.forward(x, weights, None)
+    torch.testing.assert_close(together, one_by_one)
+    assert calls == [(x.device, torch.bfloat16)]
+    many = replace(layer.spec, chunk_tokens=44)  # 15 tokens with three choices each
+    without = Mixture(many, layer.index).forward(x, weights, None)
+    torch.testing.assert_close(without, one_by_one)
+    assert len(calls) == 1, "for many choices, one expert after another"
+
+
 def test_what_decides_is_not_rounded_by_a_codec() -> None:
     layer, _ = _mixture("qwen2_moe")
     plain = {weight.name for weight in layer.weights if len(weight.shape) == 2 and not weight.encodable}

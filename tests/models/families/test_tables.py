@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -15,10 +16,11 @@ from tiny_families import TINY
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.errors import ModelError
+from flexgen.kernels.scoring import Window, alibi_slopes
 from flexgen.models import fields
 from flexgen.models.families import config_from_dict, known_families, spec_from_config
 from flexgen.models.mlp_spec import MixtureSpec
-from flexgen.models.spec import LayerSpec, ModelSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 
 VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
 each_variant = pytest.mark.parametrize(("family", "number"), VARIANTS, ids=lambda value: str(value))
@@ -122,6 +124,12 @@ def _rotates_all(spec: ModelSpec) -> ModelSpec:
     return _part("attention", rope=rope)(spec)
 
 
+def _norm_after_rope(spec: ModelSpec) -> ModelSpec:
+    (norm,) = {layer.attention.qk_norm for layer in spec.layers}
+    assert norm is not None
+    return _part("attention", qk_norm=replace(norm, after_rope=True))(spec)
+
+
 MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "pairs of neighbours": ("glm", 0, _rope(interleaved=False)),
     "pairs of halves": ("gpt_neox", 0, _rope(interleaved=True)),
@@ -164,11 +172,21 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "shared expert": ("granitemoeshared", 0, _mixture(shared=None)),
     "gate of a shared expert": ("qwen2_moe", 0, _mixture(shared_gate=False)),
     "average with a shared expert": ("cohere2_moe", 0, _mixture(scale=1.0)),
+    "windows": ("mistral", 1, _part("attention", window=None)),
+    "sizes of windows": ("gemma3_text", 0, _part("attention", window=Window(5))),
+    "chunks": ("mistral", 1, _part("attention", window=Window(5, chunked=True))),
+    "cap of scores": ("gemma2", 0, _part("attention", scores=ScoreSpec())),
+    "cap of logits": ("gemma2", 0, lambda spec: replace(spec, logit_cap=None)),
+    "cap of logits of Gemma 3": ("gemma3_text", 1, lambda spec: replace(spec, logit_cap=None)),
+    "ALiBi": ("bloom", 0, _part("attention", scores=ScoreSpec())),
+    "ALiBi divided like scores": ("falcon", 4, _part("attention", scores=ScoreSpec(alibi=alibi_slopes(4)))),
+    "norm of embeddings": ("bloom", 0, lambda spec: replace(spec, embed_norm=None)),
+    "norm before the rotation": ("qwen3", 0, _norm_after_rope),
     "bias of the head": ("phi", 0, lambda spec: replace(spec, head_bias=False)),
 }
 
 
-CHANGED = ("layers", "transposed", "embed_scale", "logit_scale", "head_bias")
+CHANGED = ("layers", "transposed", "embed_scale", "embed_norm", "logit_scale", "logit_cap", "head_bias")
 """Fields of a spec that any of them changes."""
 
 
@@ -259,6 +277,8 @@ def test_no_field_is_passed_over(family: str, number: int) -> None:
     for field, value in vars(config).items():
         if fields.unrelated(field) or field in of_no_consequence:
             continue
+        if field == "rope_parameters" and getattr(config, "alibi", False):
+            continue
         for other in _others(value):
             changed = copy.deepcopy(config)
             with suppress(ModelError, StrictDataclassError):  # of this package, and of transformers
@@ -276,24 +296,76 @@ def test_a_field_that_no_table_reads_is_refused_by_name(family: str) -> None:
     spec_from_config(config, "mine")
 
 
-@pytest.mark.parametrize("family", ["exaone4", "mistral", "olmo3", "phi3", "qwen2", "starcoder2", "cohere2"])
-def test_a_window_that_binds_is_refused_and_one_that_never_does_is_kept(family: str) -> None:
-    kinds = dict(layer_types=["sliding_attention"] * 3) if hasattr(_config(family), "layer_types") else {}
-    kinds |= dict(use_sliding_window=True) if family == "qwen2" else {}
-    with pytest.raises(
-        ModelError, match="sliding_window = 39 is shorter than max_position_embeddings = 40.*not computed yet"
-    ):
-        spec_from_config(_config(family, sliding_window=39, **kinds), "mine")
-    spec = spec_from_config(_config(family, sliding_window=50, **kinds), "mine")
-    assert [layer.attention.window for layer in spec.layers] == [50] * 3
-    assert spec.longest_text == 50, "rotary positions have no end, windows that are not computed have"
+WINDOWS = {
+    ("cohere2", 0): [5, None, 5],
+    ("exaone4", 0): [None] * 3,
+    ("exaone4", 1): [4, None, 4],
+    ("gemma2", 0): [4, None, 4],
+    ("gemma2", 1): [6, None, 6],
+    ("gemma3_text", 1): [5] * 3,
+    ("ministral3", 1): [6] * 3,
+    ("mistral", 0): [None] * 3,
+    ("mistral", 1): [5] * 3,
+    ("olmo3", 0): [None] * 3,
+    ("olmo3", 1): [6, None, 6],
+    ("phi3", 2): [7] * 3,
+    ("qwen2", 0): [None] * 3,
+    ("qwen2", 2): [None, 4, 4],
+    ("smollm3", 1): [None, 5, None],
+    ("starcoder2", 1): [6] * 3,
+}
+
+
+@pytest.mark.parametrize(("family", "number"), WINDOWS)
+def test_windows_by_layer(family: str, number: int) -> None:
+    spec = spec_from_config(_config(family, number), "mine")
+    windows = [layer.attention.window for layer in spec.layers]
+    assert windows == [size and Window(size) for size in WINDOWS[family, number]]
+    assert spec.longest_text == math.inf
+
+
+@pytest.mark.parametrize("size", [0, -1, "4", 2.5])
+def test_a_window_that_is_no_size_is_refused(size: Any) -> None:
+    config = _config("mistral")
+    config.__dict__["sliding_window"] = size
+    with pytest.raises(ModelError, match="sliding_window = .* is not a size"):
+        spec_from_config(config, "mine")
+
+
+@pytest.mark.parametrize("field", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_a_cap_of_zero_is_refused(field: str) -> None:
+    with pytest.raises(ModelError, match=f"{field} = 0 is not supported; it must exceed 0"):
+        spec_from_config(_config("gemma2", **{field: 0.0}), "mine")
+
+
+def test_a_cap_that_transformers_passes_over_is_refused() -> None:
+    with pytest.raises(ModelError, match="attn_logit_softcapping = 5.0 is not supported: no layer"):
+        spec_from_config(_config("gemma3_text", attn_logit_softcapping=5.0), "mine")
 
 
 ALSO_PUBLISHED: dict[str, dict[str, Any]] = {
+    "bloom": dict(
+        seq_length=2048,
+        n_embed=36,
+        unk_token_id=0,
+        skip_bias_add=True,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=True,
+        offset_alibi=100,
+        bias_dropout_fusion=True,
+        hidden_dropout=0.0,
+    ),
     "codegen": dict(n_ctx=2048, rotary=True, scale_attn_weights=True, summary_type="cls_index"),
     "cohere": dict(model_max_length=131072, pretraining_tp=1),
     "falcon": dict(apply_residual_connection_post_layernorm=False, auto_map={"AutoConfig": "x.y"}),
     "gemma": dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"),
+    "gemma2": dict(hidden_act="gelu_pytorch_tanh", cache_implementation="hybrid", rope_theta=10000.0),
+    "gemma3_text": dict(
+        sliding_window_pattern=6,
+        rope_local_base_freq=10000.0,
+        rope_theta=1000000.0,
+        cache_implementation="hybrid",
+    ),
     "glm": dict(partial_rotary_factor=0.5, rope_theta=10000.0),
     "gpt2": dict(n_ctx=1024, output_past=True, task_specific_params={"text-generation": {"do_sample": True}}),
     "gpt_bigcode": dict(
@@ -370,8 +442,3 @@ def test_the_layers_that_are_mixtures() -> None:
     assert mixtures("ernie4_5_moe", 1) == [False, True, False, False]
     assert mixtures("hy_v3", 1) == [True, False, True]
     assert mixtures("mixtral", 0) == [True, True, True]
-
-
-def test_alibi_is_refused() -> None:
-    with pytest.raises(ModelError, match="alibi = True is not supported"):
-        spec_from_config(_config("falcon", alibi=True), "mine")
