@@ -128,8 +128,7 @@ def multiply_in_pieces(
     rows_at_once: int = ROWS,
     piece_bytes: int = PIECE_BYTES,
 ) -> Tensor:
-    """The same in torch: products in float32 of `rows_at_once` rows of x with `piece_bytes` of the widened matrix at a
-    time."""
+    """The same in torch: float32 products of `rows_at_once` rows of x and `piece_bytes` of the widened matrix."""
     out_size, in_size = weight.shape
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)

@@ -108,7 +108,12 @@ def test_the_kernel_multiplies_few_rows_and_a_library_many(monkeypatch):
     monkeypatch.setattr(half_linear, "has_products", lambda dtype: True)
     monkeypatch.setattr(half_linear, "_rows", lambda dtype: 8)
     weight = torch.empty(33, 64).bfloat16()
-    for rows, expected in {(1,): multiply_natively, (2, 4): multiply_natively, (9,): None, (0,): None}.items():
+    for rows, expected in {
+        (1,): multiply_natively,
+        (2, 4): multiply_natively,
+        (9,): None,
+        (0,): None,
+    }.items():
         assert fastest(torch.empty(*rows, 64).bfloat16(), weight) is expected
     assert fastest(torch.empty(1, 33).bfloat16(), weight.t()) is None
     assert fastest(torch.empty(1, 64), torch.empty(33, 64)) is None
