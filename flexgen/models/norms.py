@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.norms import rms_norm
 from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
@@ -19,21 +20,10 @@ def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name
         return x
     weight = weights[f"{name}.weight"] if norm.weight else None
     if norm.kind == "rms":
-        return _rms_norm(norm, x, weight)
+        return rms_norm(x, weight, norm.eps, norm.plus, norm.cast == "before")
     if weight is not None and norm.plus:
         weight = weight + norm.plus
     return F.layer_norm(x, x.shape[-1:], weight, weights[f"{name}.bias"] if norm.bias else None, norm.eps)
-
-
-def _rms_norm(norm: NormSpec, x: Tensor, weight: Tensor | None) -> Tensor:
-    """RMS norm in float32. `norm.cast` says whether the product with the weight is too; on a GPU it always is."""
-    if weight is None or (x.is_cuda and not norm.plus):  # one launch
-        return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
-    if norm.cast == "after":
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, norm.eps)
-        return normed.mul_(weight.float() + norm.plus).to(x.dtype)
-    normed = F.rms_norm(x, x.shape[-1:], None, norm.eps)
-    return normed.mul_(weight + norm.plus if norm.plus else weight)
 
 
 def norm_weights(
