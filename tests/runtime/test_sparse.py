@@ -15,7 +15,7 @@ from piece_sizes import piece_sizes
 from torch import Tensor
 
 from flexgen.kernels.scoring import Scoring
-from flexgen.kernels.sparse_attention import Choice
+from flexgen.kernels.sparse_attention import Choice, Sparsity
 from flexgen.layout.cache import CacheSegment, Span, cache_segments
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
@@ -264,8 +264,7 @@ def test_chosen_blocks_are_read_once_and_neighbours_together(
         kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         dtype=torch.float32,
-        attn_sparsity=0.3,
-        choice_tokens=16,
+        sparsity=Sparsity(0.3, 16),
     )
     length = 32 * pages + rest
     position = st.integers(0, length)
