@@ -227,6 +227,9 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
             parameter.normal_(std=0.15)
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router
+                buffer.normal_(std=0.15)
     model.tie_weights()
     model.generation_config.eos_token_id = None  # a row stops where a test says so
     model.config.dtype = dtype
