@@ -77,12 +77,14 @@ class WeightSlots:
         A weight is a tensor, or a `QuantizedMatrix` if it is encoded. A product with many rows decodes the matrix as
         part of the computation, once per `visit` of the layer: the batches of a visit share the result.
         """
-        room = self._rooms.number(visit)
+        decodes = bool(self._products[layer])
+        room = self._rooms.number(visit) if decodes else 0
         key = (layer, slot, room)
-        if key not in self._views:
-            self._views[key] = self._view(*key)
-        views = self._views[key]
-        self._rooms[room].serve(visit, views.decodings)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = self._view(*key)
+        if decodes:
+            self._rooms[room].serve(visit, views.decodings)
         return views.weights
 
     def release_decoded(self) -> None:
@@ -98,11 +100,12 @@ class WeightSlots:
         stored |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
         weights: dict[str, Tensor | QuantizedMatrix] = dict(stored)
         dtype, decodings, end = self.placement.dtype, [], 0
+        multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
             if codec := self.placement.codec(weight):
                 # Rows of a table are read in their stored form: the decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
-                if weight in self._products[layer]:
+                if weight.name in multiplied:
                     place = self._rooms[room].place
                     make = partial(place, self._room_bytes[layer], end, weight.shape, dtype)
                     end = align(end + weight.nbytes(dtype), ALIGNMENT)

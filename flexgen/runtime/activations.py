@@ -91,7 +91,8 @@ class Activations:
 
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the batch's rows that are not on the device to the cell's slot."""
-        return bind(self._layouts[cell.batch].load(cell.span.new), partial(self._arrive, cell))
+        layout = self._layouts[cell.batch]
+        return bind(layout.load(cell.span.new), partial(self._arrive, cell)) if layout.away else ()
 
     def _arrive(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
         slot, begin = self._slots[cell.slot], 0
@@ -108,10 +109,10 @@ class Activations:
     def take(self, cell: BoundCell) -> Tensor:
         """The batch's hidden states on the compute device, after `load`. The caller must not write to them."""
         on_device, layout = self._resident[cell.batch], self._layouts[cell.batch]
-        rows_away = sum(map(len, layout.rows.values())) - layout.resident
-        if not rows_away:
+        if not layout.away:
             assert on_device is not None
             return on_device
+        rows_away = sum(len(layout.rows[tier]) for tier in layout.away)
         shape = rows_away, cell.span.new, layout.token_bytes // self._dtype.itemsize
         away = tensor_at(self._slots[cell.slot].device, 0, shape, self._dtype)
         return away if on_device is None else torch.cat([on_device, away])
@@ -128,7 +129,8 @@ class Activations:
 
     def store(self, cell: BoundCell) -> Chains:
         """The work that moves the leaving rows to their home."""
-        return bind(self._layouts[cell.batch].store(cell.span.new), partial(self._depart, cell))
+        layout = self._layouts[cell.batch]
+        return bind(layout.store(cell.span.new), partial(self._depart, cell)) if layout.away else ()
 
     def _depart(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
         departing = self._slots[cell.slot].departing

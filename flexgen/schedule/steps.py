@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 from typing import NamedTuple
 
 from flexgen.errors import ScheduleError
@@ -54,7 +55,7 @@ class Cell(NamedTuple):
     batch: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """The cells of one block, and the number of buffers they share.
 
@@ -87,7 +88,7 @@ class Grid:
             Cell(i, j, k) for i in range(self.tokens) for j in range(self.layers) for k in range(self.batches)
         )
 
-    @property
+    @cached_property
     def turns(self) -> Turns:
         """The assignment of weight slots to visits."""
         return Turns(self.layers, self.weight_slots)
