@@ -103,10 +103,14 @@ class ScoreSpec:
 
 
 class CacheShape(NamedTuple):
-    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads."""
+    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads.
+
+    window: the tokens that a query attends to. None: all tokens up to itself.
+    """
 
     kv_heads: int
     head_dim: int
+    window: Window | None = None
 
 
 QKVForm = Literal["separate", "rows", "heads", "groups", "mp4"]
@@ -155,7 +159,7 @@ class AttentionSpec:
 
     @property
     def cache(self) -> CacheShape:
-        return CacheShape(self.kv_heads, self.head_dim)
+        return CacheShape(self.kv_heads, self.head_dim, self.window)
 
 
 @dataclass(frozen=True)

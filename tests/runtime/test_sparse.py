@@ -104,7 +104,7 @@ class History:
             return  # attention over the prompt is dense: test_kvcache
         for segment in self.segments:
             for row in segment.rows:
-                unit = segment.choice_tokens
+                unit = segment.sparsity.unit
                 expected, sure, self.chosen[row] = reference(
                     q[row, :, 0], self.keys[row], self.values[row], self.starts[row], self.share, unit
                 )
@@ -133,7 +133,7 @@ def test_every_kind_of_segment(
         history = History(m, run, policy, [0, 21, 40], 150)
         (segment,) = history.segments
         in_memory = 150 if (device, tier) == ("emulated", Tier.GPU) else 22
-        assert (segment.page_tokens, segment.choice_tokens) == (
+        assert (segment.page_tokens, segment.sparsity.unit) == (
             (32, 16) if tier is Tier.DISK else (in_memory, 1)
         )
         history.step(Span(0, 90))

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
+// The same for products with one row of x, which read the memory of a piece in order.
+constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
 const Variant *const VARIANTS[] = {  // best first
@@ -219,10 +221,10 @@ void multiply(PackedLinear &job, int threads) {
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
-    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. With tiles, the
-    // sums must stay in the cache, so a piece is limited by its rows of W, not by its bytes.
-    const int64_t BLOCKS = 12, TILED = 4 * BLOCKS;
-    const int64_t most = std::min(job.tiled ? TILED : PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. A block of x is read
+    // once for each piece, so with tiles a piece has many rows of W.
+    const int64_t BLOCKS = 48, TILED = 4 * BLOCKS;
+    const int64_t most = std::min(job.tiled ? TILED : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
     const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
