@@ -1,0 +1,58 @@
+"""flexgen in a process of its own, for cpu_peers.py, which describes the job."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+from protocol import job, prompt_ids, serve
+
+from flexgen import OptLM, Policy
+
+DTYPES = {"fp16": "float16"}
+CODECS = ("int4", "int8")
+
+
+def main() -> None:
+    work = job()
+    torch.set_num_threads(work["threads"])
+    form, batch = work["format"], work["batch"]
+    codec = form if form in CODECS else "none"
+    policy = Policy(
+        gpu_batch_size=batch,
+        weights={"cpu": {"percent": 100, "codec": codec}},
+        cache={"cpu": 100},
+        activations={"cpu": 100},
+    )
+    ids = prompt_ids(batch, work["prompt_len"])
+    with (
+        tempfile.TemporaryDirectory(dir=work["folder"]) as folder,
+        OptLM(
+            work["model"], policy, device="cpu", dtype=DTYPES.get(form, "bfloat16"), offload_dir=folder,
+            progress=False,
+        ) as model,
+    ):  # fmt: skip
+
+        def run(new: int) -> dict[str, Any]:
+            began = time.perf_counter()
+            out = model.generate(ids, new, stop=())
+            took = time.perf_counter() - began
+            assert model.stats is not None
+            decode = model.stats.timing.decode
+            return {
+                "prefill_s": took - decode,  # with the set-up of the call
+                "step_s": decode / max(new - 1, 1),
+                "tokens": out[:, ids.shape[1] :].tolist(),
+            }
+
+        run(2)
+        nbytes = sum(model.placement.nbytes.values())
+        settings = policy.to_dict()
+        opened = {"version": f"torch {torch.__version__}", "weight_bytes": nbytes, "policy": settings}
+        serve(opened, lambda: run(work["new"]))
+
+
+if __name__ == "__main__":
+    main()
