@@ -30,7 +30,7 @@ def main() -> None:
         raise SystemExit(f"{path}: llama.cpp cannot load it")
     engine = Engine(model, batch, prompt_len + max(new, 2), work)
     ids = prompt_ids(batch, prompt_len)
-    engine.run(ids, 2)
+    engine.run(ids[:1, :4] if work["limit"] else ids, 2)
     opened = {
         "version": f"llama-cpp-python {llama.__version__}",
         "built_with": llama.llama_print_system_info().decode(),
@@ -96,7 +96,9 @@ class Engine:
                 batch.logits[at] = n == length - 1
         if status := llama.llama_decode(self._context, batch):
             raise SystemExit(f"llama_decode: status {status}")
-        logits = llama.llama_get_logits(self._context)  # of the requested positions, in the order of the batch
+        logits = llama.llama_get_logits(
+            self._context
+        )  # of the requested positions, in the order of the batch
         values = np.ctypeslib.as_array(
             ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), shape=(rows, self._vocab)
         )
