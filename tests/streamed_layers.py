@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import SLOTS
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Done, Lanes
@@ -116,7 +116,7 @@ class Streamed:
     def assert_there(self, layer: int, slot: int) -> None:
         """The layer's weights are in the slot (or in place), bit by bit; a table that is gathered is not."""
         found = self.slots.weights(layer, slot, visit=0)
-        whole = travelling(self.layers[layer], self.placement, self.machine.device.topology)
+        whole = whole_weights(self.layers[layer], self.placement, self.machine.device.topology)
         assert set(found) == {weight.name for weight in whole}
         for weight in whole:
             tensor = found[weight.name]

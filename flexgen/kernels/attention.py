@@ -182,11 +182,11 @@ def weigh_in_torch(
 
 
 def _decoded(
-    kept: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
+    stored: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
     """The keys or the values of at least `length` tokens, in runs, with the first position of each run."""
     begin = 0
-    for page in kept:
+    for page in stored:
         position = begin
         for part in form.decode(page, max(0, length - begin), dtype):
             yield position, part

@@ -8,6 +8,8 @@ float32 and rounded once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ _TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
 `_TILE_DEPTH`."""
 
 
+@functools.cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products in this type."""
     if dtype is torch.bfloat16:

@@ -47,13 +47,13 @@ class Sparsity:
     share: float
     unit: int = 1
 
-    def kept(self, blocks: int) -> int:
+    def chosen_blocks(self, blocks: int) -> int:
         """The number of chosen blocks from `blocks`: the ceiling of the share, and at least one if there are any."""
         return min(max(math.ceil(self.share * blocks - _ROUNDING), 1), blocks)
 
     def most(self, length: int) -> int:
         """The maximum number of tokens that `choose` chooses from `length`, including the new one."""
-        return self.kept(-(-(length - 1) // self.unit)) * self.unit + 1
+        return self.chosen_blocks(-(-(length - 1) // self.unit)) * self.unit + 1
 
 
 def choose(
@@ -149,7 +149,7 @@ def choose_in_torch(
     first = starts // unit
     padding = torch.arange(blocks, device=device) < first[:, None]
     ranked.masked_fill_(padding[:, None], -1.0)  # less than a probability that was rounded to zero
-    best = ranked.topk(sparsity.kept(blocks), dim=-1).indices
+    best = ranked.topk(sparsity.chosen_blocks(blocks), dim=-1).indices
     # Rows have different numbers of blocks, which only the device knows.
     counts = torch.where(starts < cached, blocks - first, 0)
     keep = (counts.double() * sparsity.share - _ROUNDING).ceil().clamp_min(1).minimum(counts)

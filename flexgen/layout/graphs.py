@@ -14,7 +14,7 @@ from flexgen.layout.cache_needs import BatchCache
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer, TransformerLayer
@@ -57,7 +57,7 @@ def replayed(
         if isinstance(layer, TransformerLayer)
         and all(
             topology.in_place(placement.of(weight)) and placement.codec(weight) is None
-            for weight in travelling(layer, placement, topology)
+            for weight in whole_weights(layer, placement, topology)
         )
     )
 

@@ -136,15 +136,15 @@ class Homes:
         offsets, end = lay_out(weights, self.placement)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
-            for begin, kept in self._pieces(weight):
-                buffer[offset + begin : offset + begin + kept.nbytes].copy_(kept)
+            for begin, piece in self._pieces(weight):
+                buffer[offset + begin : offset + begin + piece.nbytes].copy_(piece)
             view = tensor_at(buffer, offset, *self._form(weight))
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
 
     def _form(self, weight: WeightSpec) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype in which the tier stores the weight: the model's dtype, or the bytes of its codec."""
         if self.placement.codec(weight):
-            return (self.placement.kept_bytes(weight),), torch.uint8
+            return (self.placement.stored_bytes(weight),), torch.uint8
         return weight.shape, self._dtype
 
     def _pieces(self, weight: WeightSpec) -> Iterator[tuple[int, Tensor]]:
@@ -195,7 +195,7 @@ class Homes:
             ordered,
             header,
             offsets,
-            max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered),
+            max(offsets[w.key] + self.placement.stored_bytes(w) for w in ordered),
         )
 
     def _write(
@@ -214,9 +214,9 @@ class Homes:
             def write(file: BinaryIO) -> None:
                 file.write(header)
                 for weight in ordered:
-                    for begin, kept in self._pieces(weight):
+                    for begin, piece in self._pieces(weight):
                         file.seek(offsets[weight.key] + begin)
-                        file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
+                        file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
                 file.truncate(nbytes)
 
             path = conversions.write(self._file_name(layer, weights), nbytes, write)

@@ -63,7 +63,7 @@ class WeightTransfers:
         for cargo, offset in zip(self._cargo[layer], self._offsets[layer], strict=True):
             for weight, place in cargo.weights:
                 encoded = self._placement.codec(weight) is not None
-                shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
+                shape = (self._placement.stored_bytes(weight),) if encoded else weight.shape
                 dtype = torch.uint8 if encoded else self._placement.dtype
                 yield weight, tensor_at(self.slots[slot], offset + place, shape, dtype)
 
@@ -129,7 +129,7 @@ class WeightTransfers:
         """Values between `begin` and `end` of a cargo. `buffer` receives the bytes from `start` of its file."""
         for weight, place in cargo.weights:
             first = max(begin, cargo.lead + place)
-            last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))
+            last = min(end, cargo.lead + place + self._placement.stored_bytes(weight))
             if first < last and self._placement.codec(weight) is None:
                 yield Part(weight.key, path, start + first, buffer[first:last])
 

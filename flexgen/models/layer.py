@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -152,7 +153,7 @@ class TransformerLayer(Layer):
 
     index: int
 
-    @property
+    @cached_property
     def layer_spec(self) -> LayerSpec:
         return self.spec.layers[self.index]
 

@@ -73,9 +73,9 @@ class Arithmetic:
                 seconds += 2 * rows * weight.numel / encoded - plain
             else:
                 # The product uses the encoded matrix, so it reads fewer bytes.
-                kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
+                stored = plain * self._placement.stored_bytes(weight) / weight.nbytes(self._dtype)
                 least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
-                seconds += max(kept, least) - plain
+                seconds += max(stored, least) - plain
         return seconds
 
     def _stays(self, weight: WeightSpec) -> bool:
@@ -154,7 +154,7 @@ def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
-        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, kept)
+        formats = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, formats)
         first.append(seen.setdefault(kind, n))
     return first

@@ -353,6 +353,11 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
     except (ValueError, OverflowError) as error:  # including invalid dates and numbers that are too long
-        raise HardwareError(f"not valid TOML: {error}") from error
+        raise HardwareError(
+            f"not valid TOML: {error}; correct the file, or measure the machine with `python -m flexgen.measure`"
+        ) from error
     except RecursionError:
-        raise HardwareError("not valid TOML: it is nested too deeply") from None
+        raise HardwareError(
+            "not valid TOML: values are nested too deeply; correct the file, or measure the machine with "
+            "`python -m flexgen.measure`"
+        ) from None

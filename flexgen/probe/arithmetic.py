@@ -153,7 +153,7 @@ class ArithmeticProbe:
     def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
         """An endless cycle over the weights of enough layers for a working set."""
         one = {weight.name: form(weight) for weight in self.layer.weights}
-        count = self._count(sum(_nbytes(kept) for kept in one.values()))
+        count = self._count(sum(_nbytes(tensor) for tensor in one.values()))
         others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
         return itertools.cycle([one, *others])
 
@@ -167,15 +167,15 @@ class ArithmeticProbe:
         return self._place(self._checkpoint.read(weight, self._dtype))
 
     def _laid_out(self, weight: WeightSpec) -> Tensor:
-        kept = self._checkpoint.read(weight, self._dtype)
+        values = self._checkpoint.read(weight, self._dtype)
         prelayout = self._device.prelayout(self._dtype)
-        return prelayout(kept) if prelayout and kept.dim() == 2 else self._place(kept)
+        return prelayout(values) if prelayout and values.dim() == 2 else self._place(values)
 
     def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
-        kept = self._checkpoint.read(weight, self._dtype)
+        values = self._checkpoint.read(weight, self._dtype)
         if not codec.fits(weight.shape):
-            return self._place(kept)
-        encoded = self._place(codec.encode(kept))
+            return self._place(values)
+        encoded = self._place(codec.encode(values))
         place, dtype = self._device.torch_device, self._dtype
 
         def decode() -> Tensor:  # caches nothing: decoded matrices would be many times the working set
@@ -258,13 +258,13 @@ class ArithmeticProbe:
         self._owned.append((store, buffer))
         return buffer
 
-    def _place(self, kept: Tensor, store: Store | None = None) -> Tensor:
+    def _place(self, tensor: Tensor, store: Store | None = None) -> Tensor:
         """A copy in the memory that the engine uses for such data."""
-        place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
-        return place.copy_(kept)
+        place = tensor_at(self._take(tensor.nbytes, store), 0, tensor.shape, tensor.dtype)
+        return place.copy_(tensor)
 
 
-def _nbytes(kept: Any) -> int:
-    if isinstance(kept, QuantizedMatrix):
-        return kept.nbytes
-    return int(kept.numel() * kept.element_size())
+def _nbytes(tensor: Any) -> int:
+    if isinstance(tensor, QuantizedMatrix):
+        return tensor.nbytes
+    return int(tensor.numel() * tensor.element_size())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Padding:
         default_factory=dict, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def any(self) -> bool:
         return any(self.starts)
 

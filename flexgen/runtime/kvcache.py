@@ -9,14 +9,16 @@ With sparse attention, only the keys of a part on disk are prefetched. The cell 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexgen.layout.cache import CacheSegment, leaves_device
+from flexgen.layout.cache import CacheSegment, Span, leaves_device
+from flexgen.layout.moves import Move, Routes
 from flexgen.layout.plan import SLOTS
+from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
@@ -29,7 +31,7 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.host_attention import HostAttention
 from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put, put_at
-from flexgen.runtime.parts import Part
+from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader
 
 
@@ -69,21 +71,18 @@ class KVCache:
 
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the cached tokens for attention."""
-        storage = self._storage
-        parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(
-            storage.layout(cell).load(cell.span),
-            lambda tier, move: self._jobs.load(parts[tier], storage.slot(tier, cell), cell.span, move),
-        )
+        return self._bind(cell, self._storage.layout(cell).load(cell.span), self._jobs.load)
 
     def store(self, cell: BoundCell) -> Chains:
         """The work that moves the new keys and values home, after `attend`."""
+        return self._bind(cell, self._storage.layout(cell).store(cell.span), self._jobs.store)
+
+    def _bind(self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]) -> Chains:
+        if not routes:
+            return ()
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(
-            storage.layout(cell).store(cell.span),
-            lambda tier, move: self._jobs.store(parts[tier], storage.slot(tier, cell), cell.span, move),
-        )
+        return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move))
 
     # Rows that leave or move
 
@@ -207,8 +206,7 @@ class KVCache:
     def _bring(self, part: Part, cell: BoundCell) -> Bring | None:
         """A function that reads chosen values of a part on disk to its pages, or None if they came with the keys."""
         segment, buffers = part.segment, self._storage.slot(part.segment.tier, cell)
-        keys_only = segment.loads_only_keys(self._device.topology)
-        if not keys_only or part.file is None or buffers.host is None:
+        if part.file is None or buffers.host is None or not segment.loads_only_keys(self._device.topology):
             return None
         (path, start), host = part.file, buffers.host
         return lambda choice: self._values.read(choice, segment, path, start, host, cell.span)

@@ -31,9 +31,11 @@ class _Positions:
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         key = rope, dtype
-        if key not in self._factors:
-            self._factors[key] = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
-        return self._factors[key]
+        factors = self._factors.get(key)
+        if factors is None:
+            factors = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
+            self._factors[key] = factors
+        return factors
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,14 @@ class _Kept:
 
     def _put(self, batch: int, slot: int, piece: Sequence[_Part]) -> None:
         for part in piece:
-            self._kept(batch, part.row)[part.begin : part.end] = self._staged(slot, part)
+            self._at_home(batch, part.row)[part.begin : part.end] = self._staged(slot, part)
 
     def _copy(self, batch: int, slot: int) -> None:
         for row in range(len(self._prompts.batches[batch])):
-            self._kept(batch, row).copy_(self._values(batch, slot, row))
+            self._at_home(batch, row).copy_(self._values(batch, slot, row))
         del self._there[slot]
 
-    def _kept(self, batch: int, row: int) -> Tensor:
+    def _at_home(self, batch: int, row: int) -> Tensor:
         """The part of `target` for a row, (its positions, size)."""
         n, columns = self._places[self._prompts.batches[batch][row]]
         return self._target[n, columns]
@@ -120,7 +120,7 @@ class _Kept:
     def _values(self, batch: int, slot: int, row: int) -> Tensor:
         """The values of a row, without its padding, on the device."""
         values = self._there[slot][row]
-        return values[len(values) - len(self._kept(batch, row)) :]
+        return values[len(values) - len(self._at_home(batch, row)) :]
 
 
 class AllPositions:

@@ -35,11 +35,11 @@ ODD = st.integers(1, 40).map(lambda half: GroupwiseHeads(2 * half - 1, 8, 2 * ha
 FORMS = st.one_of(EVEN, EVEN, ODD)
 
 
-def exact(kept, form):
+def exact(stored, form):
     """The values in float64, read byte by byte as the format is described."""
     scales_end = form.head_dim // form.group * 4
-    pairs = kept[..., :scales_end].contiguous().view(torch.float16).double().unflatten(-1, (-1, 2))
-    codes = kept[..., scales_end : scales_end + form.head_dim * form.bits // 8].long()
+    pairs = stored[..., :scales_end].contiguous().view(torch.float16).double().unflatten(-1, (-1, 2))
+    codes = stored[..., scales_end : scales_end + form.head_dim * form.bits // 8].long()
     codes = codes.unflatten(-1, (-1, form.group * form.bits // 8))
     if form.bits == 4:
         codes = torch.cat((codes % 16, codes // 16), dim=-1)
@@ -202,13 +202,13 @@ def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, n
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(groupwise, "announce", lambda: False)
-        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
-        parts = list(form.decode(kept, tokens, torch.float32))
-    assert kept.shape == (rows, 2, tokens, form.width)
-    assert kept.dtype is torch.uint8 and kept.is_contiguous()
+        stored = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
+        parts = list(form.decode(stored, tokens, torch.float32))
+    assert stored.shape == (rows, 2, tokens, form.width)
+    assert stored.dtype is torch.uint8 and stored.is_contiguous()
     assert all(part.is_contiguous() for part in parts)
     decoded = torch.cat(parts, dim=2)
-    torch.testing.assert_close(decoded.double(), exact(kept, form), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded.double(), exact(stored, form), rtol=1e-6, atol=1e-6)
     groups = x.double().unflatten(-1, (-1, form.group))
     step = (groups.amax(-1) - groups.amin(-1)) / (2**form.bits - 1)
     # Half a step, and the rounding of scale and minimum to float16.
@@ -235,9 +235,9 @@ def test_heads_of_a_small_span_are_kept(monkeypatch, dim, group, bits, native):
 
 def test_no_more_than_the_valid_tokens_is_decoded():
     form = GroupwiseHeads(16, 4, 16)
-    kept = torch.full((1, 1, 8, form.width), NO_NUMBER, dtype=torch.uint8)
-    kept[:, :, :3] = form.encode(torch.ones(1, 1, 3, 16))
-    (part,) = form.decode(kept, 3, torch.float32)
+    stored = torch.full((1, 1, 8, form.width), NO_NUMBER, dtype=torch.uint8)
+    stored[:, :, :3] = form.encode(torch.ones(1, 1, 3, 16))
+    (part,) = form.decode(stored, 3, torch.float32)
     assert torch.equal(part, torch.ones(1, 1, 3, 16))
 
 

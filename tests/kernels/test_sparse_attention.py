@@ -302,4 +302,4 @@ def test_starts_that_do_not_fit_are_refused(variant, starts):
 @given(share=st.integers(1, 1000), count=st.integers(0, 5000))
 def test_kept_is_the_exact_ceiling_of_a_decimal_share(share, count):
     exact = min(max(math.ceil(Fraction(share, 1000) * count), 1), count)
-    assert Sparsity(share / 1000).kept(count) == exact
+    assert Sparsity(share / 1000).chosen_blocks(count) == exact

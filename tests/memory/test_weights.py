@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CheckpointError, LaneError
 from flexgen.layout.plan import SLOTS
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import GAP, slot_sizes
 from flexgen.memory.gpu import EmulatedDevice
@@ -104,7 +104,7 @@ def test_a_layer_moves_as_few_large_parts(stream, saved, device):
     for layer in range(len(model.layers)):
         assert len(model.slots.chains(layer, 0, 0, 1)) <= (1 if device == "cpu" else 2)
         away = {Tier.DISK} if device == "cpu" else {Tier.DISK, Tier.CPU}
-        whole = travelling(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
+        whole = whole_weights(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
         weights = [w for w in whole if model.placement.of(w) in away]
         wanted = sum(w.nbytes(torch.float32) for w in weights)
         moved = model.slots.layouts[layer].nbytes

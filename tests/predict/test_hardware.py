@@ -186,7 +186,7 @@ def test_bad_files(tmp_path, machine):
         Hardware.load(tmp_path / "nowhere.toml")
     path = tmp_path / "bad.toml"
     path.write_text("capacity = ")
-    with pytest.raises(HardwareError, match="bad.toml: not valid TOML"):
+    with pytest.raises(HardwareError, match="bad.toml: not valid TOML.*; correct the file, or measure"):
         Hardware.find(str(path))
     path.write_text("capacity = { cpu = 1, disk = 1 }")
     with pytest.raises(HardwareError, match="bad.toml: bandwidth, products, .* missing"):

@@ -53,7 +53,7 @@ struct Attention {
 };
 
 // The number of elements in a share of `count`; flexgen/kernels/sparse_attention.py explains why not the plain ceiling.
-inline int64_t kept(double share, int64_t count) {
+inline int64_t chosen_blocks(double share, int64_t count) {
     const int64_t least = (int64_t)std::ceil(share * (double)count - 1e-9);
     return std::min(std::max<int64_t>(least, 1), count);
 }
