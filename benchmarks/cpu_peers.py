@@ -99,6 +99,7 @@ def main() -> None:
         cases: dict[str, Any] = document.get("cases", {})
         if args.resume and case in cases:
             found["repeats"] = cases[case]["repeats"] + found["repeats"]
+            found["opened"] = cases[case]["opened"] | found["opened"]
         cases[case] = found | figures(found)
         ordered = {case: cases[case] for case in CASES if case in cases}
         print(line(case, cases[case]), flush=True)
@@ -267,10 +268,8 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
             opened["weight_bytes"] / run["step_s"] / repeat["read_bytes_per_s"] for run, repeat in runs
         )
         if name != OURS and OURS in found["opened"]:
-            ratios[name] = {
-                part: statistics.median(run[part] / repeat[OURS][part] for run, repeat in runs)
-                for part in PARTS
-            }
+            pairs = [(run, repeat[OURS]) for run, repeat in runs if OURS in repeat]
+            ratios[name] = {part: statistics.median(a[part] / b[part] for a, b in pairs) for part in PARTS}
     return {"medians": medians, "ratios": ratios}
 
 

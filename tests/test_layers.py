@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "flexgen"
 # a sibling on its own layer.
 LAYERS = [
     {"errors"},
-    {"units"},
+    {"units", "user_cache"},
     {"policy", "workload", "schedule", "demo"},
     {"results"},
     {"kernels"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"bench", "tune", "simulate", "measure", "complete", "batch"},
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = {"errors", "units", "policy", "workload", "schedule", "demo", "results"}
+WITHOUT_TORCH = {"errors", "units", "user_cache", "policy", "workload", "schedule", "demo", "results"}
 FLAGS = {
     Path("cli", name)
     for name in ("flags.py", "answers.py", "help.py", "interrupts.py", "job_file.py", "prompts.py")
