@@ -37,7 +37,7 @@ import torch
 from accelerate_offload import write_model
 from cgroup import MemoryGroup, drop_caches
 from cpu_kernels import read_cases
-from record import RESULTS, kept, save
+from record import RESULTS, load_results, save
 
 from flexgen.probe.measured import measured
 from flexgen.units import parse_bytes
@@ -95,7 +95,7 @@ def main() -> None:
         write_model(MODEL, args.work_dir / MODEL)
     for case in args.case or CASES:
         found = (measure_limited if args.limit else measure)(case, args)
-        document = kept(path) if path.exists() else {}
+        document = load_results(path)
         cases: dict[str, Any] = document.get("cases", {})
         if args.resume and case in cases:
             found["repeats"] = cases[case]["repeats"] + found["repeats"]

@@ -37,6 +37,11 @@ def has_products(dtype: torch.dtype) -> bool:
     return True
 
 
+def native_rows(dtype: torch.dtype) -> int:
+    """The maximum rows of x for which the compiled kernel multiplies a half type fastest; 0 without the kernel."""
+    return 0 if has_products(dtype) or not native_available() else _NATIVE_ROWS
+
+
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` is the faster product of x and a plain matrix."""
     return x.device.type == "cpu" and weight.dtype is x.dtype and not has_products(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,6 +71,11 @@ class CacheSegment:
     @property
     def nbytes(self) -> int:
         return self.pages * self.page_bytes
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens of a row for which it has room."""
+        return self.pages * self.page_tokens
 
     def token_bytes(self, tokens: int) -> int:
         """Stored bytes of the keys and values of `tokens` tokens of all rows, without padding."""
@@ -240,6 +245,8 @@ def cache_layout(
     topology: Topology,
 ) -> CacheLayout:
     """The layout of a batch of `rows` prompts of at most `capacity` tokens each, in a layer with this attention."""
+    if attention.window is not None:
+        policy = replace(policy, attn_sparsity=1.0)  # the window is already a small part of the tokens
     segments = cache_segments(attention.cache, policy, rows, capacity, dtype, topology)
     return CacheLayout(segments, attention.q_size * dtype.itemsize, topology)
 

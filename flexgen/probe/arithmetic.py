@@ -16,6 +16,7 @@ from torch import Tensor
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
@@ -23,6 +24,7 @@ from flexgen.models.block import Block
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.layer import Context
 from flexgen.models.ops import causal_attention
+from flexgen.models.sources import Source
 from flexgen.predict.hardware import Points
 from flexgen.probe.effort import Effort, Stopwatch
 from flexgen.quant import Codec
@@ -91,7 +93,7 @@ class ArithmeticProbe:
         return math.prod(whole) * self._dtype.itemsize / seconds
 
     def _decoding_seconds(self, codec: Codec, shape: tuple[int, int]) -> float:
-        weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
+        weight = WeightSpec("decoded.weight", shape, (Source("decoded.weight"),))
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
         count = self._count(out_bytes + encoded.nbytes)
@@ -202,9 +204,9 @@ class ArithmeticProbe:
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
-        scale = own.head_dim**-0.5
+        scoring = Scoring(own.head_dim**-0.5)
         return self._watch.seconds(
-            lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
+            lambda: causal_attention(q, k, v, None, scoring), self._device.wait_for_compute
         )
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
@@ -243,8 +245,8 @@ class ArithmeticProbe:
             ]
         )
         q = torch.randn(rows, own.heads, 1, own.head_dim).to(place, self._dtype)
-        scale = own.head_dim**-0.5
-        return lambda: decode_attention(q, next(caches), context, None, scale, form)
+        scoring = Scoring(own.head_dim**-0.5)
+        return lambda: decode_attention(q, next(caches), context, None, scoring, form)
 
     # Memory
 

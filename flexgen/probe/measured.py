@@ -36,7 +36,7 @@ KIND = "hardware"
 """The folder of measurements in the user's cache."""
 
 _FORM = 6
-"""Increase it when the meaning of a figure changes, so that older measurements are repeated."""
+"""Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
 
 
 def measured(

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import CacheSegment, Span, leaves_device
 from flexgen.layout.moves import Move, Routes
 from flexgen.layout.plan import SLOTS
@@ -110,7 +111,7 @@ class KVCache:
         """Whether the device computes attention for rows of the batch while the host does it for others."""
         return any(part.segment.on_device for part in self._storage.parts(cell))
 
-    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Attention of the new tokens, whose keys and values are stored. Part of the cell's computation.
 
         q and the result are (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), all on the compute
@@ -118,28 +119,28 @@ class KVCache:
         """
         if not cell.span.decodes:
             self.keep(cell, k, v)
-            return self.attend_chunk(cell, Chunk(slice(0, len(q)), slice(0, cell.span.new)), q, k, v, scale)
+            return self.attend_chunk(cell, Chunk(slice(0, len(q)), slice(0, cell.span.new)), q, k, v, scoring)
         asks = self.asks_host(cell)
         if asks:
             self.host.collect(cell, q, k, v)
             self.host.send(cell)
             self._device.wait_for_compute()
         # The work of the device's rows is only enqueued: it runs while the host computes its own rows.
-        on_device = self.attend_on_device(cell, q, k, v, scale)
+        on_device = self.attend_on_device(cell, q, k, v, scoring)
         if asks:
-            self.attend_on_host(cell, scale)
+            self.attend_on_host(cell, scoring)
             self.host.fetch(cell)
         return self.join(cell, on_device)
 
     def attend_chunk(
-        self, cell: BoundCell, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, cell: BoundCell, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
         """`attend` for the part `chunk` of a cell of several tokens, after `keep`: its q, and k and v of the cell."""
         rows, padding = range(len(k))[chunk.rows], cell.padding
         if not cell.span.length:
             seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
             starts = padding.starts[chunk.rows] if padding.any else None
-            return causal_attention(q, k[seen], v[seen], starts, scale)
+            return causal_attention(q, k[seen], v[seen], starts, scoring)
         length, outs = cell.span.length + chunk.tokens.stop, []
         for part in self._storage.parts(cell):
             own = part.segment.rows
@@ -149,7 +150,7 @@ class KVCache:
                 pages = [(keys[within], values[within]) for keys, values in self._pages(part, cell)]
                 queries = q[shared.start - rows.start : shared.stop - rows.start]
                 starts = padding.starts[shared]
-                outs.append(attend_several(pages, part.segment, queries, starts, length, scale))
+                outs.append(attend_several(pages, part.segment, queries, starts, length, scoring))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _pages(self, part: Part, cell: BoundCell) -> Sequence[Page]:
@@ -160,14 +161,14 @@ class KVCache:
         return self._jobs.working_pages(part, buffers, cell.span)
 
     def attend_on_device(
-        self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> list[Tensor]:
         """`attend` in a decode step for the rows of the device. Returns one result per part."""
         outs = []
         for part in self._storage.parts(cell):
             if part.segment.on_device:
                 pages, bring = self._keep(part, cell, k, v), self._bring(part, cell)
-                outs.append(attend(pages, cell, part.segment, part.rows_of(q), scale, bring))
+                outs.append(attend(pages, cell, part.segment, part.rows_of(q), scoring, bring))
         return outs
 
     @property
@@ -176,16 +177,18 @@ class KVCache:
         segment = next(segment for segments in self._storage.segments().values() for segment in segments)
         return segment.pages * segment.page_tokens
 
-    def attend_at(self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_at(
+        self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+    ) -> Tensor:
         """`attend` in a decode step, in a form that a CUDA graph can capture. All rows are in one page on the
         device."""
         (part,) = self._storage.parts(cell)
         (page,) = part.pages
         heads = part.segment.heads
         put_at(page, at.index, *heads.encode_both(k, v))
-        return attend_fixed(page, at, heads, q, scale)
+        return attend_fixed(page, at, heads, q, scoring)
 
-    def attend_on_host(self, cell: BoundCell, scale: float) -> None:
+    def attend_on_host(self, cell: BoundCell, scoring: Scoring) -> None:
         """`attend` for the rows of the host, after `host.send`. `host.fetch` returns the result."""
         parts = (
             (
@@ -196,7 +199,7 @@ class KVCache:
             for part in self._storage.parts(cell)
             if not part.segment.on_device
         )
-        self.host.attend(cell, parts, scale)
+        self.host.attend(cell, parts, scoring)
 
     def join(self, cell: BoundCell, on_device: Sequence[Tensor]) -> Tensor:
         """The results of all rows: those of the device, followed by that of the host if it computed any."""

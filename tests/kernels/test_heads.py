@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flexgen.kernels import groupwise
 from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
+from flexgen.kernels.scoring import Scoring
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_NUMBER = 255  # a scale of such bytes is NaN
@@ -62,7 +63,7 @@ class Case:
         ]
         self.starts = None if starts is None else torch.tensor([min(s, length - 1) for s in starts[:rows]])
         self.scale = 1 / math.sqrt(form.head_dim)
-        self.arguments = self.q, self.pages, length, self.starts, self.scale, form
+        self.arguments = self.q, self.pages, length, self.starts, Scoring(self.scale), form
 
     def expected(self):
         group = self.q.shape[1] // self.k.shape[1]
@@ -156,9 +157,9 @@ def test_the_last_head_of_a_page_is_not_read_beyond(variant, bits, last_bytes):
         case = Case(form, torch.float32, 1, 1, 1, [3], 3)
         keys, values = case.pages[0]
         keys = last_bytes(keys.numel()).view(keys.shape).copy_(keys)
-        case.check(decode_attention(case.q, [(keys, values)], 3, None, case.scale, form), variant)
+        case.check(decode_attention(case.q, [(keys, values)], 3, None, Scoring(case.scale), form), variant)
         values = last_bytes(values.numel()).view(values.shape).copy_(values)
-        decode_attention(case.q, [(case.pages[0][0], values)], 3, None, case.scale, form)
+        decode_attention(case.q, [(case.pages[0][0], values)], 3, None, Scoring(case.scale), form)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

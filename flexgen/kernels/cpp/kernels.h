@@ -39,6 +39,9 @@ struct Attention {
     const int64_t *starts;  // (rows,) or null
     std::vector<Page> pages;
     float scale;
+    float cap = 0.0f;  // scores become cap * tanh(score / cap); 0 for no cap
+    const float *slopes = nullptr;  // (heads,) or null; a score changes by slope * (position - length + 1) (ALiBi)
+    const float *sinks = nullptr;  // (heads,) or null: a score without a value, which takes part in the softmax
 
     int64_t splits = 1, split_tokens = 0;
     std::vector<float> partial;  // with splits, for each task: `partial_size` floats, initially zero
