@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from flexgen.kernels import scoring
+from flexgen.models import mlp_spec, sources
 from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
@@ -29,6 +31,8 @@ from flexgen.user_cache import cache_folder, keep
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
+_MODULES = {module.__name__: module for module in (spec_module, mlp_spec, sources, scoring)}
+"""The modules with the classes of specs and of their parts."""
 
 
 def read_spec(values: dict[str, Any], name: str) -> tuple[ModelSpec, bool]:
@@ -85,8 +89,8 @@ class _Plain(pickle.Unpickler):
     """An unpickler for specs. It calls nothing but the classes of specs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = getattr({"torch": torch, spec_module.__name__: spec_module}.get(module), name, None)
-        own = isinstance(found, type) and found.__module__ == spec_module.__name__
+        found = getattr({"torch": torch, **_MODULES}.get(module), name, None)
+        own = isinstance(found, type) and found.__module__ in _MODULES
         if own or isinstance(found, torch.dtype):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} is not a part of a spec")

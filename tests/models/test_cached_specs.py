@@ -1,5 +1,6 @@
 """A config that was read before is not read with transformers again."""
 
+import copy
 import os
 import pickle
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from tiny_families import TINY
+from transformers import CONFIG_MAPPING
 
 from flexgen.errors import ModelError
 from flexgen.models import cached_specs
@@ -113,3 +116,10 @@ def test_a_process_that_opens_a_known_config_does_not_import_transformers(tmp_pa
         for _ in range(2)
     ]
     assert [line.strip() for line in said] == ["True", "False"]
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_the_spec_of_every_family_is_cached(folder, reads, family):
+    values = CONFIG_MAPPING[family](**copy.deepcopy(TINY[family][0])).to_dict()
+    first, second = (cached_specs.read_spec(copy.deepcopy(values), "one")[0] for _ in range(2))
+    assert len(reads) == 1 and first == second
