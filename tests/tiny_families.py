@@ -142,6 +142,70 @@ TINY: dict[str, list[dict[str, Any]]] = {
     "starcoder2": [_SIZES, _SIZES | dict(use_bias=False, sliding_window=6)],
 }
 
+_MIXTURE = _SIZES | dict(num_experts=7, num_experts_per_tok=3)
+_NARROW = _MIXTURE | dict(moe_intermediate_size=24)
+_LOCAL = _SIZES | dict(num_local_experts=7, num_experts_per_tok=3)
+_ROUTED = _WIDE | dict(moe_intermediate_size=24, num_experts_per_tok=3)
+_ERNIE = _SIZES | dict(moe_intermediate_size=24)
+_GRANITE = dict(
+    embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=4.0
+)
+_STEPS = dict(decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[3])
+TINY |= {
+    "cohere2_moe": [
+        _MIXTURE
+        | dict(
+            head_dim=12,
+            layer_types=_KINDS[1:] + _KINDS[:1],
+            sliding_window=40,
+            logit_scale=0.3,
+            num_shared_experts=2,
+        )
+        | dict(mlp_layer_types=["dense", "sparse", "sparse"], prefix_dense_intermediate_size=24),
+        _MIXTURE
+        | dict(
+            head_dim=8,
+            layer_types=_KINDS,
+            sliding_window=40,
+            rms_norm_eps=1e-5,
+            logit_scale=2.0,
+        )
+        | dict(expert_selection_fn="sigmoid", num_shared_experts=1, shared_expert_combination_strategy="sum"),
+    ],
+    "ernie4_5_moe": [
+        _ERNIE | dict(moe_num_experts=7, moe_k=3),
+        _ERNIE
+        | dict(moe_num_experts=5, moe_k=2, moe_num_shared_experts=0, use_bias=True, tie_word_embeddings=False)
+        | dict(num_hidden_layers=4, moe_layer_start_index=0, moe_layer_end_index=2, moe_layer_interval=2),
+    ],
+    "glm4_moe": [
+        _ROUTED
+        | dict(n_routed_experts=8, use_qk_norm=True, n_group=4, topk_group=2, routed_scaling_factor=1.3),
+        _ROUTED
+        | dict(n_routed_experts=7, attention_bias=True, n_shared_experts=2, first_k_dense_replace=2)
+        | dict(norm_topk_prob=False),
+    ],
+    "granitemoe": [_LOCAL | _GRANITE, _LOCAL | dict(attention_bias=True)],
+    "granitemoeshared": [_LOCAL | _GRANITE | dict(shared_intermediate_size=24), _LOCAL],
+    "hy_v3": [
+        _NARROW | dict(head_dim=12),
+        _NARROW
+        | dict(head_dim=8, num_shared_experts=2, mlp_bias=True, attention_bias=True)
+        | dict(mlp_layer_types=["sparse", "dense", "sparse"]),
+    ],
+    "minimax_m2": [_LOCAL | dict(head_dim=12, rotary_dim=6)],
+    "mixtral": [_LOCAL | dict(head_dim=12), _LOCAL | dict(sliding_window=40)],
+    "olmoe": [_MIXTURE, _MIXTURE | dict(norm_topk_prob=True, attention_bias=True)],
+    "qwen2_moe": [
+        _NARROW | dict(shared_expert_intermediate_size=24),
+        _NARROW | _STEPS | dict(shared_expert_intermediate_size=24, qkv_bias=False, norm_topk_prob=True),
+    ],
+    "qwen3_moe": [
+        _NARROW | dict(head_dim=12, norm_topk_prob=True),
+        _NARROW | _STEPS | dict(head_dim=8, attention_bias=True),
+    ],
+}
+
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model in the config's dtype with random weights, such that every one of them matters to the logits."""
@@ -155,6 +219,9 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
             parameter.normal_(std=0.15)
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router
+                buffer.normal_(std=0.15)
     model.tie_weights()
     model.generation_config.eos_token_id = None  # a row stops where a test says so
     model.config.dtype = dtype

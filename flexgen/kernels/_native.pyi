@@ -91,6 +91,18 @@ def packed_linear(
 ) -> None:
     """`shape`: rows of x, out, in, group. `bias`: 0 for none."""
 
+def packed_linears(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int],
+    products: list[tuple[int, int, int, int, int, int]],
+    threads: int,
+    /,
+) -> None:
+    """`packed_linear` for several matrices of one shape. `shape`: out, in, group. Each product: rows of x, x, y,
+    values, scales, minimums."""
+
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
 

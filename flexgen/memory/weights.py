@@ -100,11 +100,12 @@ class WeightSlots:
         stored |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
         weights: dict[str, Tensor | QuantizedMatrix] = dict(stored)
         dtype, decodings, end = self.placement.dtype, [], 0
+        multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
             if codec := self.placement.codec(weight):
                 # Rows of a table are read in their stored form: the decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
-                if weight in self._products[layer]:
+                if weight.name in multiplied:
                     place = self._rooms[room].place
                     make = partial(place, self._room_bytes[layer], end, weight.shape, dtype)
                     end = align(end + weight.nbytes(dtype), ALIGNMENT)

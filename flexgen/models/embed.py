@@ -13,12 +13,13 @@ from flexgen.kernels.scoring import capped
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
     """The (vocab, embed) matrix of the embedding or the head. With a tied head, both are one tensor."""
-    embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
+    embed, head = (tensors(spec.module_names(end), "weight") for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
 

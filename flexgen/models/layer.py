@@ -14,6 +14,7 @@ from torch import Tensor
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.norms import normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
@@ -104,6 +105,19 @@ class Layer(ABC):
         `forward` also accepts a table with some of the rows, and x as indices into them.
         """
         return None
+
+    @property
+    def reads_back(self) -> bool:
+        """Whether the host needs a result of the device while it computes the layer."""
+        return False
+
+    def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
+        """The rows of the product with one of the layer's matrices, and the probability that there is a product.
+
+        Both are expected values for a pass over `tokens` tokens in total. They are `tokens` and 1, except for an
+        expert of a mixture.
+        """
+        return tokens, 1.0
 
     @abstractmethod
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
@@ -201,13 +215,12 @@ def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
     """The weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
-    sources = spec.sources(module, index)
+    names = spec.module_names(module, index)
     weight = WeightSpec(
         f"{module}.weight",
         (out_size, in_size),
-        tuple(f"{s}.weight" for s in sources),
+        tensors(names, "weight"),
         transposed=module in spec.transposed,
+        encodable=module != "positions",
     )
-    if not bias:
-        return (weight,)
-    return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
+    return (weight, WeightSpec(f"{module}.bias", (out_size,), tensors(names, "bias"))) if bias else (weight,)

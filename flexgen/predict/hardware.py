@@ -306,12 +306,7 @@ class Hardware:
 
     def to_dict(self) -> dict[str, Any]:
         """The machine as plain data, with the keys of the TOML file."""
-        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for key, value in plain.items():
-            if isinstance(value, Mapping):
-                plain[key] = {str(name): entry for name, entry in value.items()}
-        for key in ("products", "packed_products", "encoded_products", "elementwise"):
-            plain[key] = {name: [list(point) for point in points] for name, points in plain[key].items()}
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return plain | {"fixed": dataclasses.asdict(self.fixed)}
 
     def replace(self, **changes: Any) -> Hardware:
@@ -337,6 +332,13 @@ def seconds_of_each(points: Points, numbers: float) -> float:
         return points[max(n - 1, 0)][1]
     (n0, s0), (n1, s1) = points[n - 1 : n + 1]
     return s0 + (s1 - s0) * math.log(numbers / n0) / math.log(n1 / n0)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with dicts and lists for mappings and tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _toml(value: Any) -> str:

@@ -24,6 +24,7 @@ from flexgen.models.block import Block
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.layer import Context
 from flexgen.models.ops import causal_attention
+from flexgen.models.sources import Source
 from flexgen.predict.hardware import Points
 from flexgen.probe.effort import Effort, Stopwatch
 from flexgen.quant import Codec
@@ -92,7 +93,7 @@ class ArithmeticProbe:
         return math.prod(whole) * self._dtype.itemsize / seconds
 
     def _decoding_seconds(self, codec: Codec, shape: tuple[int, int]) -> float:
-        weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
+        weight = WeightSpec("decoded.weight", shape, (Source("decoded.weight"),))
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
         count = self._count(out_bytes + encoded.nbytes)

@@ -32,7 +32,7 @@ THIS = ("measured", "this")
 """Names for this machine."""
 
 _FORM = 6
-"""Increase it when the meaning of a figure changes, so that older measurements are repeated."""
+"""Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
 
 
 def measured(

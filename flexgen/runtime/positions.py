@@ -20,7 +20,7 @@ from flexgen.memory.taken import Taken
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.mlp import MLP
+from flexgen.models.mlp import FeedForward
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
 from flexgen.runtime.cell import BoundCell
@@ -219,7 +219,7 @@ class Forward:
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
     """The width of the hidden states by number of the layer, for the layers whose result transformers returns."""
     spec, head = layers[0].spec, len(layers) - 1
-    whole = [j for j, layer in enumerate(layers) if isinstance(layer, MLP)]
+    whole = [j for j, layer in enumerate(layers) if isinstance(layer, FeedForward)]
     if not whole:  # attention and MLP form one layer
         whole = [j for j, layer in enumerate(layers) if isinstance(layer, AttentionLayer)]
     return dict.fromkeys([0, *whole[:-1]], spec.hidden_size) | {head: spec.embed_size}

@@ -18,6 +18,7 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.models import InputEmbed, WeightSpec, build_layers, open_model
+from flexgen.models.sources import Source
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 from flexgen.quant import CODECS
@@ -39,7 +40,10 @@ class Tables(InputEmbed):
 def only_table(shape):
     """A model of nothing but an embedding of this shape."""
     layer = Tables(SPEC)
-    weights = WeightSpec("small", (3,), ("small",)), WeightSpec("embed.weight", shape, ("table",))
+    weights = (
+        WeightSpec("small", (3,), (Source("small"),)),
+        WeightSpec("embed.weight", shape, (Source("table"),)),
+    )
     object.__setattr__(layer, "weights", weights)
     return (layer,)
 

@@ -15,11 +15,13 @@ from transformers import (
     FalconConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    Qwen2MoeConfig,
 )
 
 from flexgen.kernels.attention import attend_in_torch
@@ -61,6 +63,15 @@ CONFIGS = {
     ),
     "scales": GraniteConfig(**GROUPED, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0),
     "plus": GemmaConfig(**GROUPED, head_dim=16),
+    # With as many as are chosen, every expert has all tokens, as an estimate must assume.
+    "experts": Qwen2MoeConfig(
+        **GROUPED, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=96,
+        shared_expert_intermediate_size=200,
+    ),
+    "experts in groups": Glm4MoeConfig(
+        **GROUPED, head_dim=16, n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2,
+        moe_intermediate_size=96, first_k_dense_replace=0,
+    ),
 }  # fmt: skip
 
 

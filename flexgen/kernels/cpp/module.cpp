@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 
+#include "experts.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -16,6 +17,8 @@ namespace {
 constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
+// The same for products with one row of x, which read the memory of a piece in order.
+constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
 const Variant *const VARIANTS[] = {  // best first
@@ -218,10 +221,10 @@ void multiply(PackedLinear &job, int threads) {
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
-    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. With tiles, the
-    // sums must stay in the cache, so a piece is limited by its rows of W, not by its bytes.
-    const int64_t BLOCKS = 12, TILED = 4 * BLOCKS;
-    const int64_t most = std::min(job.tiled ? TILED : PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. A block of x is read
+    // once for each piece, so with tiles a piece has many rows of W.
+    const int64_t BLOCKS = 48, TILED = 4 * BLOCKS;
+    const int64_t most = std::min(job.tiled ? TILED : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
     const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
@@ -250,6 +253,42 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
     job.scales = (const void *)scales;
     job.minimums = (const void *)minimums;
     if (!without_gil([&] { multiply(job, threads); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *py_packed_linears(PyObject *, PyObject *args) {
+    PackedLinear one;
+    int type, scale_type, threads;
+    long long out, in, group;
+    PyObject *products;
+    if (!PyArg_ParseTuple(args, "iii(LLL)O!i", &type, &scale_type, &one.bits, &out, &in, &group, &PyList_Type,
+                          &products, &threads))
+        return nullptr;
+    one.type = (Type)type;
+    one.scale_type = (Type)scale_type;
+    one.out = out;
+    one.in = in;
+    one.group = group;
+    one.bias = nullptr;
+    std::vector<PackedLinear> jobs;
+    int64_t nbytes = 0;
+    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(products); ++n) {
+        long long rows, x, y, packed, scales, minimums;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(products, n), "LLLLLL", &rows, &x, &y, &packed, &scales, &minimums))
+            return nullptr;
+        PackedLinear job = one;
+        job.rows = rows;
+        job.x = (const void *)x;
+        job.y = (void *)y;
+        job.packed = (const uint8_t *)packed;
+        job.scales = (const void *)scales;
+        job.minimums = (const void *)minimums;
+        jobs.push_back(job);
+        nbytes += rows * out * in * one.bits / 8;
+    }
+    const Variant &now = *variant;
+    const int useful = useful_threads(threads, nbytes);
+    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -299,6 +338,7 @@ PyMethodDef METHODS[] = {
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
+    {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from flexgen.kernels.scoring import alibi_slopes
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerSpec, MLPSpec, ModelSpec, ScoreSpec, prefixed
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import attention, both_in, layer_norm, model
 
 NAMES = prefixed(

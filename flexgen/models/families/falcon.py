@@ -6,7 +6,9 @@ import torch
 
 from flexgen.kernels.scoring import alibi_slopes
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, ScoreSpec, prefixed
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import both_in, head_dim, layer_norm, model
 
 

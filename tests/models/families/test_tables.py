@@ -19,6 +19,7 @@ from flexgen.errors import ModelError
 from flexgen.kernels.scoring import Window, alibi_slopes
 from flexgen.models import fields
 from flexgen.models.families import config_from_dict, known_families, spec_from_config
+from flexgen.models.mlp_spec import MixtureSpec
 from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 
 VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
@@ -49,11 +50,18 @@ def test_bfloat16_errs_no_more_than_transformers(
     model = tiny_model(family, dtype=torch.bfloat16)
     ids = torch.randint(4, 67, (8, 14), generator=torch.Generator().manual_seed(1))
     theirs = model(ids).logits.float()
-    ours = runner(save(model), torch.bfloat16).full(ids, [0] * 8).float()
+    opened = runner(save(model), torch.bfloat16)
+    ours = opened.full(ids, [0] * 8).float()
     exact = model.float()(ids).logits
-    error = (ours - exact).square().mean().sqrt()
-    assert error < 1.2 * (theirs - exact).square().mean().sqrt() + 1e-3
-    assert error < 0.1 * exact.std()
+    # Rounding can change which experts a token chooses, which changes all of its later values.
+    mixes = any(isinstance(layer.mlp, MixtureSpec) for layer in opened.spec.layers)
+
+    def error(logits: torch.Tensor) -> float:
+        differences = (logits - exact).abs()
+        return (differences.median() if mixes else differences.square().mean().sqrt()).item()
+
+    assert error(ours) < 1.2 * error(theirs) + 1e-3
+    assert error(ours) < 0.1 * exact.std()
 
 
 Change = Callable[[ModelSpec], ModelSpec]
@@ -76,6 +84,27 @@ def _rope(**changes: Any) -> Change:
     def changed(layer: LayerSpec) -> LayerSpec:
         rope = layer.attention.rope and replace(layer.attention.rope, **changes)
         return replace(layer, attention=replace(layer.attention, rope=rope))
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _mixture(**changes: Any) -> Change:
+    """Changes of each mixture."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        mixes = isinstance(layer.mlp, MixtureSpec)
+        return replace(layer, mlp=replace(layer.mlp, **changes)) if mixes else layer
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _router(**changes: Any) -> Change:
+    """Changes of each mixture's router."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        if not isinstance(layer.mlp, MixtureSpec):
+            return layer
+        return replace(layer, mlp=replace(layer.mlp, router=replace(layer.mlp.router, **changes)))
 
     return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
 
@@ -131,6 +160,18 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "scale of a residual": ("granite", 0, _layers(residual_scale=1.0)),
     "scale of embeddings": ("gemma", 0, lambda spec: replace(spec, embed_scale=1.0)),
     "scale of logits": ("cohere", 0, lambda spec: replace(spec, logit_scale=1.0)),
+    "number of experts of a token": ("mixtral", 0, _router(top_k=2)),
+    "score of experts": ("minimax_m2", 0, _router(score="softmax")),
+    "scores of the chosen only": ("granitemoe", 0, _router(scored="all")),
+    "scores of all": ("qwen2_moe", 0, _router(scored="chosen")),
+    "correction of the choice": ("glm4_moe", 1, _router(correction=False)),
+    "groups of experts": ("glm4_moe", 0, _router(groups=1)),
+    "chosen groups": ("glm4_moe", 0, _router(top_groups=3)),
+    "sum of the factors": ("qwen3_moe", 1, _router(normalised=True)),
+    "scale of the factors": ("hy_v3", 0, _router(scale=1.0)),
+    "shared expert": ("granitemoeshared", 0, _mixture(shared=None)),
+    "gate of a shared expert": ("qwen2_moe", 0, _mixture(shared_gate=False)),
+    "average with a shared expert": ("cohere2_moe", 0, _mixture(scale=1.0)),
     "windows": ("mistral", 1, _part("attention", window=None)),
     "sizes of windows": ("gemma3_text", 0, _part("attention", window=Window(5))),
     "chunks": ("mistral", 1, _part("attention", window=Window(5, chunked=True))),
@@ -175,6 +216,28 @@ def test_when_a_norm_rounds_shows_in_bfloat16(tiny_model: Any, save: Any, runner
 
 
 OF_NO_CONSEQUENCE = {
+    "cohere2_moe": {
+        "rope_theta",
+        "sliding_window_pattern",
+        "prefix_dense_sliding_window_pattern",
+        "layer_norm_eps",
+        "norm_topk_prob",
+        "prefix_dense_intermediate_size",
+    },
+    "ernie4_5_moe": {
+        "moe_layer_start_index",
+        "moe_layer_end_index",
+    },  # of the layers that the interval leaves
+    "hy_v3": {"enable_moe_fp32_combine"},
+    "minimax_m2": {"rotary_dim"},
+    "qwen2_moe": {
+        "intermediate_size",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "mlp_only_layers",
+    },
+    "qwen3_moe": {"intermediate_size", "use_sliding_window", "mlp_only_layers"},
     "falcon": {"num_kv_heads", "multi_query", "parallel_attn", "num_ln_in_parallel_attn"},  # by architecture
     "gpt2": {"reorder_and_upcast_attn"},
     "gpt_bigcode": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
@@ -313,6 +376,21 @@ ALSO_PUBLISHED: dict[str, dict[str, Any]] = {
         rotary=True, gradient_checkpointing=False, scale_attn_weights=True, tokenizer_class="GPT2Tokenizer"
     ),
     "llama": dict(pretraining_tp=1, max_sequence_length=2048, rope_scaling=None, unsloth_version="2025.1"),
+    "ernie4_5_moe": dict(moe_gate="topk", moe_use_aux_free=True, moe_capacity=[64] * 3, rope_theta=500000.0),
+    "glm4_moe": dict(num_nextn_predict_layers=3, rope_scaling=None, partial_rotary_factor=0.5),
+    "minimax_m2": dict(
+        attn_type_list=[1] * 3,
+        use_qk_norm=True,
+        qk_norm_type="per_layer",
+        scoring_func="sigmoid",
+        use_mtp=True,
+        num_mtp_modules=3,
+        use_routing_bias=True,
+        shared_intermediate_size=0,
+        mtp_transformer_layers=1,
+    ),
+    "mixtral": dict(output_router_logits=True, router_aux_loss_coef=0.02, router_jitter_noise=0.1),
+    "qwen3_moe": dict(max_window_layers=48, rope_scaling=None, router_aux_loss_coef=0.01),
     "nemotron": dict(rope_theta=10000.0, partial_rotary_factor=0.5),
     "opt": dict(prefix="</s>", learned_embeddings=True, scale_embeddings=False, activation_dropout=0.0),
     "phi3": dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False),
@@ -329,3 +407,38 @@ def test_fields_of_published_configs_are_no_obstacle(family: str) -> None:
     values = fields | dict(model_type=family, architectures=["X"], torch_dtype="bfloat16", use_cache=True)
     plain = spec_from_config(config_from_dict(copy.deepcopy(values), "mine"), "mine")
     assert spec_from_config(config_from_dict(values | ALSO_PUBLISHED[family], "mine"), "mine") == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", dict(num_experts_per_tok=8), "num_experts_per_tok = 8 exceeds num_local_experts = 7"),
+        ("qwen3_moe", dict(num_experts=0), "num_experts = 0 is not a size"),
+        ("glm4_moe", dict(n_group=3), "n_group = 3 and topk_group = 2 do not fit 8 experts"),
+        ("glm4_moe", dict(topk_group=1), "topk_group = 1 .* must have 3 experts"),
+        ("glm4_moe", dict(topk_group=5), "n_group = 4 and topk_group = 5 do not fit"),
+        ("hy_v3", dict(mlp_layer_types=["dense"]), "mlp_layer_types .* one for each of 3 layers"),
+        ("cohere2_moe", dict(expert_selection_fn="none"), "expert_selection_fn = 'none' is not supported"),
+        ("minimax_m2", dict(attn_type_list=[1, 0, 1]), "attn_type_list = .* is not supported"),
+        ("olmoe", dict(clip_qkv=8.0), "clip_qkv = 8.0 is not supported"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(family: str, changes: dict[str, Any], message: str) -> None:
+    config = _config(family)
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with pytest.raises(ModelError, match=message):
+        spec_from_config(config, "mine")
+
+
+def test_the_layers_that_are_mixtures() -> None:
+    def mixtures(family: str, number: int) -> list[bool]:
+        layers = spec_from_config(_config(family, number), "mine").layers
+        return [isinstance(layer.mlp, MixtureSpec) for layer in layers]
+
+    assert mixtures("qwen3_moe", 1) == [False, True, False, False]
+    assert mixtures("glm4_moe", 1) == [False, False, True]
+    assert mixtures("ernie4_5_moe", 0) == [False, True, True]
+    assert mixtures("ernie4_5_moe", 1) == [False, True, False, False]
+    assert mixtures("hy_v3", 1) == [True, False, True]
+    assert mixtures("mixtral", 0) == [True, True, True]
