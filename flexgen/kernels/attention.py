@@ -94,8 +94,8 @@ def attend_fused(
     positions: those that the new token attends to. hidden: `hidden_positions` in the dtype of q, for these positions
     and any number of later ones; None for no padding.
 
-    Query heads that share a K/V head become queries of one head, so that keys are not expanded. Several pages are first
-    joined, and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and
+    Query heads that share a K/V head become queries of one head, so that keys are not expanded. Several pages are
+    first joined, and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and
     `form.rows_at_once`.
     """
     rows, heads, _, head_dim = q.shape

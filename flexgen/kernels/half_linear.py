@@ -10,6 +10,7 @@ pieces.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 from flexgen.units import MIB, align
 
+_HALVES = (torch.bfloat16, torch.float16)
 _PAIRED_ROWS = 128
 """The maximum rows of x for which the compiled kernel is at least as fast as the library, if it has instructions for
 products of bfloat16."""
@@ -51,8 +53,10 @@ def has_products(dtype: torch.dtype) -> bool:
 
 def native_rows(dtype: torch.dtype) -> int:
     """The maximum rows of x for which the compiled kernel multiplies a half type fastest; 0 without the kernel."""
-    if dtype not in (torch.bfloat16, torch.float16) or not native_available():
-        return 0
+    return _rows(dtype) if dtype in _HALVES and native_available() else 0
+
+
+def _rows(dtype: torch.dtype) -> int:
     if _has_tiles(dtype):
         return _ROWS_BESIDE_AMX
     if dtype is torch.bfloat16 and native.variant() == "avx512_bf16":
@@ -60,17 +64,19 @@ def native_rows(dtype: torch.dtype) -> int:
     return 0 if has_products(dtype) else _WIDENED_ROWS
 
 
-def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply` is the fastest product of x and a plain matrix."""
-    if x.device.type != "cpu" or weight.dtype is not x.dtype:
-        return False
-    if not has_products(x.dtype):
-        return True
-    return weight.is_contiguous() and x.numel() <= native_rows(x.dtype) * x.shape[-1]
+def fastest(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The function for the fastest product of x and a plain matrix, or None if it is the library's own product."""
+    dtype = x.dtype
+    if dtype not in _HALVES or weight.dtype is not dtype or x.device.type != "cpu":
+        return None
+    few = announce() and 0 < x.numel() <= _rows(dtype) * x.shape[-1]
+    if few and weight.is_contiguous():
+        return multiply_natively
+    return None if has_products(dtype) else multiply_in_pieces
 
 
 def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
-    """The maximum bytes that `multiply` allocates in addition to its result; 0 if `multiply` is not needed."""
+    """The maximum bytes that a product allocates in addition to its result; 0 if it is the library's."""
     if rows <= native_rows(dtype):
         paired = dtype is torch.bfloat16 and has_products(dtype)
         item = dtype.itemsize if paired else torch.float32.itemsize
@@ -91,16 +97,11 @@ def _at_once(out_size: int, in_size: int, piece_bytes: int) -> int:
     return min(max(piece_bytes // (torch.float32.itemsize * in_size), 1), out_size)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out), all in the same half type on the CPU."""
-    few = x.numel() <= native_rows(x.dtype) * x.shape[-1]
-    if few and x.numel() and weight.is_contiguous() and announce():
-        return multiply_natively(x, weight, bias)
-    return multiply_in_pieces(x, weight, bias)
-
-
 def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`multiply` with the compiled kernel. It reads each weight once for several rows of x and does not write it."""
+    """x (..., in) @ weight (out, in) transposed + bias (out), all in the same half type, with the compiled kernel.
+
+    It reads each weight once for several rows of x and does not write it.
+    """
     out_size, in_size = weight.shape
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
@@ -127,7 +128,7 @@ def multiply_in_pieces(
     rows_at_once: int = ROWS,
     piece_bytes: int = PIECE_BYTES,
 ) -> Tensor:
-    """Products in float32 of `rows_at_once` rows of x with `piece_bytes` of the widened matrix at a time."""
+    """The same in torch: float32 products of `rows_at_once` rows of x and `piece_bytes` of the widened matrix."""
     out_size, in_size = weight.shape
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)

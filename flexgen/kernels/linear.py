@@ -47,8 +47,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
         weight = weight.decoded()
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if half_linear.is_faster(x, weight):
-        return half_linear.multiply(x, weight, bias)
+    if product := half_linear.fastest(x, weight):
+        return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -201,6 +201,8 @@ class WeightSpec:
     """The dtype in which it is stored and used, if it is not the model's."""
     encodable: bool = True
     """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
+    unit: str = ""
+    """Weights of a layer with the same unit go to the same tier: the matrices of an expert. Empty: it is alone."""
 
     @property
     def looked_up(self) -> bool:
@@ -306,14 +308,17 @@ class ModelSpec:
         return any(isinstance(name, str) and "{h}" in name for name in self.names[module])
 
     def expert_sources(
-        self, module: str, index: int, experts: int, matrix: tuple[int, int]
+        self, module: str, index: int, experts: int, stored: tuple[int, ...]
     ) -> list[tuple[Source, ...]]:
-        """The places of a matrix of each of the `experts` of layer `index`: tensors of its own, or parts of one."""
+        """The places of a weight of each of the `experts` of layer `index`: tensors of its own, or parts of one.
+
+        stored: the shape of the weight in files.
+        """
         by_name = []
         for name in self.names[module]:
             if isinstance(name, Stacked):
                 stacked = replace(name, name=name.name.format(i=index))
-                by_name.append([stacked.source(number, experts, matrix) for number in range(experts)])
+                by_name.append([stacked.source(number, experts, stored) for number in range(experts)])
             else:
                 own = str(name).format(i=index, e="{e}") + ".weight"
                 by_name.append([Source(own.replace("{e}", str(number))) for number in range(experts)])

@@ -41,12 +41,12 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
         number, begin = divmod(position + done, page_tokens)
         page = number % len(pages)
         count = min(page_tokens - begin, tokens - done)
-        sources = [x[:, :, done : done + count] for x in (k, v)]
+        sources = (k, v) if count == tokens else [x.narrow(2, done, count) for x in (k, v)]
         if k.is_cuda:
-            torch.cat(sources, out=_whole(pages[page])[:, :, begin : begin + count])  # one launch
+            torch.cat(sources, out=_whole(pages[page]).narrow(2, begin, count))  # one launch
         else:
             for target, source in zip(pages[page], sources, strict=True):
-                target[:, :, begin : begin + count] = source
+                target.narrow(2, begin, count).copy_(source)
         done += count
 
 

@@ -292,6 +292,33 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *py_rms_norm(PyObject *, PyObject *args) {
+    RmsNorm job;
+    int type, round_first, threads;
+    long long rows, size, x, weight, y;
+    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
+                          &job.plus, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.round_first = round_first;
+    job.rows = rows;
+    job.size = size;
+    job.x = (const void *)x;
+    job.weight = (const void *)weight;
+    job.y = (void *)y;
+    const int64_t row_bytes = size * element_bytes(job.type);
+    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
+    std::atomic<int64_t> claimed{0};
+    const Variant *now = variant;
+    const auto claim = [&, now] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
+            now->rms_norm(job, begin, std::min<int64_t>(begin + piece, rows));
+    };
+    const int useful = useful_threads(threads, rows * row_bytes);
+    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -339,6 +366,7 @@ PyMethodDef METHODS[] = {
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
+    {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

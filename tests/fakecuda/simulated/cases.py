@@ -40,6 +40,11 @@ LLAMA = LlamaConfig(
     vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=128, max_position_embeddings=128,
 )  # fmt: skip
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
+    max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
+)  # fmt: skip
 _TINY: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=64, max_position_embeddings=128,
@@ -49,11 +54,6 @@ GEMMA2 = Gemma2Config(
     **_TINY, head_dim=16, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
 )
 BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
-MIXTURE = Qwen3MoeConfig(
-    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
-    max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
-)  # fmt: skip
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
