@@ -91,21 +91,23 @@ def attend_fused(
 ) -> Tensor:
     """`decode_attention` of plain scores on a GPU with torch's fused attention: few launches at any length.
 
-    positions: those that the new token attends to. hidden: `hidden_positions` in the dtype of q, for all positions up
-    to them; None for no padding. Query heads
-    that share a K/V head become queries of one head, so that keys are not expanded. Several pages are first joined,
-    and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and `form.rows_at_once`.
+    positions: those that the new token attends to. hidden: `hidden_positions` in the dtype of q, for these positions
+    and any number of later ones; None for no padding.
+
+    Query heads that share a K/V head become queries of one head, so that keys are not expanded. Several pages are
+    first joined, and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and
+    `form.rows_at_once`.
     """
     rows, heads, _, head_dim = q.shape
     keys = pages[0][0]
     kv_heads = keys.shape[1]
     query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     outs = []
-    first, length = positions.start, positions.stop
+    first = positions.start
     step = max(min(form.rows_at_once(keys, len(positions)), _rows_to_join(pages, form.joined_bytes)), 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        mask = None if hidden is None else hidden[part, :, :, first:length]
+        mask = None if hidden is None else hidden[part, :, :, : len(positions)]
         k, v = (form.whole(x[:, :, first:], len(positions), q.dtype) for x in join(pages, part))
         outs.append(F.scaled_dot_product_attention(query[part], k, v, attn_mask=mask, scale=scale))
         del k, v

@@ -254,14 +254,15 @@ class Fields:
             config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
             parameters = _Parameters(_of_kind(config.rope_parameters, kind), others)
             share = parameters.get("partial_rotary_factor")
-            rotated = head_dim if share is None else int(head_dim * share)
+            proportional = parameters.get("rope_type") == "proportional"  # rotates the others by zero
+            rotated = head_dim if share is None or proportional else int(head_dim * share)
             spec = rope_spec(parameters, rotated, config.max_position_embeddings)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             parameters = config.rope_parameters
             raise ModelError(
                 f"{self.name}: rope_parameters = {shown(parameters)} is invalid: {shown(error)}"
             ) from error
-        if not partial and rotated != head_dim:
+        if not partial and share not in (None, 1):
             raise ModelError(
                 f"{self.name}: partial_rotary_factor = {shown(share)} is not supported; supported: 1.0"
             )

@@ -28,9 +28,10 @@ def rope_spec(parameters: Parameters, head_dim: int, max_positions: int) -> Rope
     stated = parameters.get("original_max_position_embeddings")
     # `dynamic` scales from max_position_embeddings and ignores other lengths.
     original = int(max_positions if stated is None or kind == "dynamic" else stated)
-    factor = parameters.get("factor") if kind in ("default", "longrope") else parameters["factor"]
+    optional = kind in ("default", "longrope", "proportional")
+    factor = parameters.get("factor") if optional else parameters["factor"]
     if factor is None:
-        factor = 1.0 if kind == "default" else max_positions / original
+        factor = max_positions / original if kind == "longrope" else 1.0
     if kind == "dynamic" and head_dim < 4:
         raise ValueError(f"dynamic scaling needs a head_dim of at least 4, not {head_dim}")
     inv_freq, scaling = KINDS[kind](parameters, factor, head_dim, original)
@@ -133,6 +134,14 @@ def _llama3(parameters: Parameters, factor: Any, dim: int, original: int) -> tup
     return torch.where(~slow & ~fast, between, scaled), scaling
 
 
+def _proportional(parameters: Parameters, factor: Any, dim: int, original: int) -> tuple[Tensor, float]:
+    """`linear` for the first share of the pairs of a head. The other pairs are not rotated. From Gemma 4."""
+    rotated = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+    inv_freq, scaling = _linear(parameters, factor, dim, original)
+    inv_freq[rotated:] = 0.0
+    return inv_freq, scaling
+
+
 KINDS: dict[str, Callable[[Parameters, Any, int, int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
@@ -140,6 +149,7 @@ KINDS: dict[str, Callable[[Parameters, Any, int, int], tuple[Tensor, float]]] = 
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,
+    "proportional": _proportional,
 }
 """The scalings by their names in configs. Each function takes (parameters, factor, head_dim, original length) and
 returns the frequencies, (head_dim / 2) float32, and the factor of cos and sin."""

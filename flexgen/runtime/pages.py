@@ -135,7 +135,7 @@ def attend(
         if scoring.window is None:
             hidden = padding.hidden(segment.rows, segment.capacity, q.dtype)
         else:
-            hidden = padding.hidden_in(scoring.window, segment.rows, range(base, length), q.dtype)
+            hidden = padding.hidden_in(scoring.window, segment.rows, range(first, length), q.dtype)
         return attend_fused(
             q, pages, range(first - base, length - base), hidden, scoring.scale, segment.heads
         )

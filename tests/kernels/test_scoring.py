@@ -128,7 +128,7 @@ def test_fused_attention_over_a_part_of_the_positions(starts, pages):
     q = torch.randn(3, 4, 1, 8)
     k, v = torch.randn(2, 3, 2, 40, 8)
     scoring = Scoring(0.5, window=Window(12))
-    hidden = None if starts is None else hidden_positions(torch.tensor(starts), 40, q.dtype)
+    hidden = None if starts is None else hidden_positions(torch.tensor(starts) - 24, 12, q.dtype)
     every = list(zip(cut(k, pages), cut(v, pages), strict=True))
     out = attend_fused(q, every, range(36 - 12, 36), hidden, 0.5, PlainHeads(8, q.dtype))
     expected = textbook.attention(q, k[:, :, :36], v[:, :, :36], starts or [0] * 3, scoring)

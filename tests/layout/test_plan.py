@@ -15,10 +15,10 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Scoring, Window
 from flexgen.kernels.sparse_attention import Sparsity, attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
-from flexgen.layout.cache import cache_segments
+from flexgen.layout.cache import CacheLayout, Span, cache_segments
 from flexgen.layout.hidden import hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
@@ -30,6 +30,7 @@ from flexgen.layout.weight_slots import SlotSizes
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store
 from flexgen.models import build_layers, open_model
+from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Share, Split, Tier
 from flexgen.quant import CODECS, head_format
 from flexgen.runtime.activations import Activations
@@ -469,6 +470,23 @@ def test_the_plan_has_what_drawing_ids_takes():
     placement = place_weights(LAYERS, policy.weights, torch.float16)
     plan = plan_memory(LAYERS, placement, policy, Target(LINKED), Workload(1, 8, rows))
     assert plan.on(Tier.GPU, "activations") >= choice_bytes(rows, SPEC.vocab_size)
+
+
+def test_the_cache_of_a_window_has_its_tokens_and_a_page_at_most():
+    """Of a text of any length, on every tier."""
+    for topology in (LINKED, SHARED):
+        for tier in Tier:
+            policy = Policy(cache={str(tier): 100}, attend_on="gpu")
+            for capacity in (8, 100, 1024, 1100, 1300, 8192, 100_000):
+                (segment,) = cache_segments(
+                    CacheShape(4, 256, Window(1024)), policy, 8, capacity, torch.bfloat16, topology
+                )
+                page = topology.pieces.memory_page_tokens
+                assert min(capacity, 1024) <= segment.capacity < min(capacity, 1024 + page) + page
+                layout = CacheLayout((segment,), 0, topology)
+                for length in (n for n in (1, 7, 1023, 1024, 5000) if n < capacity):
+                    moved = [move.nbytes for route in layout.load(Span(length, 1)) for move in route.moves]
+                    assert all(nbytes <= segment.nbytes for nbytes in moved)
 
 
 def test_a_prompt_in_parts_takes_the_same_at_any_length():

@@ -34,6 +34,7 @@ def parameters_of(kind: str, dim: int) -> st.SearchStrategy[dict[str, Any]]:
         "yarn": {},
         "llama3": dict(low_freq_factor=st.sampled_from([1.0, 2]), high_freq_factor=st.sampled_from([4.0, 8])),
         "longrope": dict(short_factor=one_each, long_factor=one_each),
+        "proportional": {},
     }
     optional: dict[str, dict[str, Any]] = {
         "yarn": dict(
@@ -41,11 +42,11 @@ def parameters_of(kind: str, dim: int) -> st.SearchStrategy[dict[str, Any]]:
             mscale_all_dim=st.just(1.0), attention_factor=st.just(1.25), truncate=st.booleans(),
         ),
         "longrope": dict(factor=FACTOR, attention_factor=st.just(1.19)),
+        "proportional": dict(factor=FACTOR, partial_rotary_factor=st.sampled_from([0.25, 0.5, 0.3, 1.0])),
     }  # fmt: skip
-    scaled = {} if kind in ("default", "longrope") else dict(factor=FACTOR)
-    lengths = (
-        {} if kind in ("default", "linear", "dynamic") else dict(original_max_position_embeddings=LENGTHS)
-    )
+    scaled = {} if kind in ("default", "longrope", "proportional") else dict(factor=FACTOR)
+    scaled_from = kind in ("yarn", "llama3", "longrope")
+    lengths = dict(original_max_position_embeddings=LENGTHS) if scaled_from else {}
     return st.fixed_dictionaries(
         dict(rope_type=st.just(kind), rope_theta=THETA, **scaled, **own[kind]),
         optional=optional.get(kind, {}) | lengths,
@@ -58,7 +59,7 @@ def test_frequencies_equal_transformers(kind: str, data: st.DataObject, dim: int
     parameters = data.draw(parameters_of(kind, dim))
     sizes = dict(hidden_size=4 * dim, num_attention_heads=4, head_dim=dim, max_position_embeddings=length)
     config = LlamaConfig(**sizes, rope_parameters=copy.deepcopy(parameters))
-    ours = Fields(config, "mine").rope(dim)
+    ours = Fields(config, "mine").rope(dim, partial=kind == "proportional")
     frequencies, scaling = INIT[kind](config)
     assert torch.equal(torch.tensor(ours.inv_freq), frequencies)
     assert ours.scaling == scaling
@@ -70,6 +71,5 @@ def test_frequencies_equal_transformers(kind: str, data: st.DataObject, dim: int
         assert ours.long_inv_freq == ()
 
 
-def test_all_kinds_of_transformers_are_known_but_one() -> None:
-    """Gemma 4 rotates only a part of each head, which no layer supports yet."""
-    assert {*INIT} - {*KINDS} == {"proportional"}
+def test_all_kinds_of_transformers_are_known() -> None:
+    assert {*INIT} == {*KINDS}
