@@ -7,13 +7,13 @@ the source of this package, so these are the key of an entry.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import logging
 import pickle
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
 from flexgen.user_cache import cache_folder, keep
@@ -41,7 +40,7 @@ def read_spec(values: dict[str, Any], name: str) -> tuple[ModelSpec, bool]:
     path = _path(values)
     if (known := _known(path)) is not None:
         spec, has_dtype = known
-        return replace(spec, name=name), has_dtype
+        return dataclasses.replace(spec, name=name), has_dtype
     config = config_from_dict(values, name)
     found = spec_from_config(config, name), config.dtype is not None
     try:
@@ -82,11 +81,13 @@ def _known(path: Path) -> tuple[ModelSpec, bool] | None:
 
 
 class _Plain(pickle.Unpickler):
-    """An unpickler for specs. It calls nothing but the classes of specs."""
+    """An unpickler for specs. It calls nothing but the dataclasses of this package."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = getattr({"torch": torch, spec_module.__name__: spec_module}.get(module), name, None)
-        own = isinstance(found, type) and found.__module__ == spec_module.__name__
-        if own or isinstance(found, torch.dtype):
+        if module == torch.__name__ and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
+        if module.startswith(f"{__package__}."):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} is not a part of a spec")
