@@ -6,7 +6,7 @@ import torch
 from flexgen.errors import HardwareError
 from flexgen.memory.gpu import HostDevice
 from flexgen.models import attention
-from flexgen.models.rope import apply_rope
+from flexgen.models.ops import apply_rope
 from flexgen.policy import Policy
 from flexgen.predict.arithmetic import layer_numbers
 from flexgen.predict.hardware import Hardware
