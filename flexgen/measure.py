@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flexgen.cli.flags import OutputFile, run
+from flexgen.cli.flags import DEVICES, OutputFile, run
 from flexgen.cli.help import HelpFormatter
 from flexgen.predict.hardware import Hardware
 from flexgen.probe.measured import KIND, measured, remembered
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure this machine: memory, links, disk, arithmetic and fixed costs.",
     )
     add: Any = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--device", default="auto", help=DEVICES)
     add(
         "--offload-dir",
         metavar="DIR",

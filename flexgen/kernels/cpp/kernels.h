@@ -128,6 +128,17 @@ struct PackedLinear {
     int64_t groups() const { return in / group; }
 };
 
+// y = x / sqrt(mean of the squares of a row + eps), times weight + plus unless weight is null. With `round_first`, the
+// factors are rounded to `type` before that product.
+struct RmsNorm {
+    Type type;
+    bool round_first;
+    int64_t rows, size;
+    const void *x, *weight;  // (rows, size), like y; (size,)
+    void *y;
+    float eps, plus;
+};
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -140,6 +151,7 @@ struct Variant {
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);
+    void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
 };
 
 extern const Variant baseline_variant;
