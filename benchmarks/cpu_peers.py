@@ -100,7 +100,7 @@ def main() -> None:
         if args.resume and case in cases:
             found["repeats"] = cases[case]["repeats"] + found["repeats"]
             found["opened"] = cases[case]["opened"] | found["opened"]
-        cases[case] = found | figures(found)
+        cases[case] = found | figures(found, int(case.split("-")[1]))
         ordered = {case: cases[case] for case in CASES if case in cases}
         print(line(case, cases[case]), flush=True)
         save(path.stem, {"instruction_sets": instruction_sets(), "cases": ordered}, path)
@@ -252,9 +252,10 @@ def agreement(repeat: dict[str, Any]) -> dict[str, Any]:
     return repeat
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+def figures(found: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """Medians of the repeats by engine, and the ratios of other engines' times to flexgen's.
 
+    tokens_per_s: new tokens of the whole batch over the time of prefill and decode.
     read_share: the weights' bytes over the time of a step, as a share of the read bandwidth of the same repeat. It
         means something at batch 1.
     """
@@ -264,6 +265,8 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, opened in found["opened"].items():
         runs = [(repeat[name], repeat) for repeat in repeats if name in repeat]
         medians[name] = {part: statistics.median(run[part] for run, _ in runs) for part in PARTS}
+        seconds = medians[name]["prefill_s"] + (found["new"] - 1) * medians[name]["step_s"]
+        medians[name]["tokens_per_s"] = batch * found["new"] / seconds
         medians[name]["read_share"] = statistics.median(
             opened["weight_bytes"] / run["step_s"] / repeat["read_bytes_per_s"] for run, repeat in runs
         )

@@ -13,7 +13,6 @@ import json
 import logging
 import pickle
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +44,7 @@ def read_spec(values: dict[str, Any], name: str) -> tuple[ModelSpec, bool]:
     path = _path(values)
     if (known := _known(path)) is not None:
         spec, has_dtype = known
-        return replace(spec, name=name), has_dtype
+        return dataclasses.replace(spec, name=name), has_dtype
     config = config_from_dict(values, name)
     found = spec_from_config(config, name), config.dtype is not None
     try:
@@ -86,11 +85,15 @@ def _known(path: Path) -> tuple[ModelSpec, bool] | None:
 
 
 class _Plain(pickle.Unpickler):
-    """An unpickler for specs. It calls nothing but the classes of specs."""
+    """An unpickler for specs. It calls nothing but the classes of specs and of their parts."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = getattr({"torch": torch, **_MODULES}.get(module), name, None)
         own = isinstance(found, type) and found.__module__ in _MODULES
         if own or isinstance(found, torch.dtype):
             return found
+        if module.startswith(f"{__package__}."):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} is not a part of a spec")

@@ -31,7 +31,7 @@ class ComputeCosts:
         self._passes = passes
         self._splits_attention = splits_attention
         self._gathers_rows = gathers_rows
-        self._cell = model.hardware.fixed.cell
+        self._fixed = model.hardware.fixed
 
     def compute(self, index: int, token: int, rows: int, first: bool) -> Loads:
         """The computation of the layer, without the parts that PROJECT and ATTEND have computed."""
@@ -45,7 +45,7 @@ class ComputeCosts:
         if self._splits(index, token, rows):
             assert isinstance(layer, AttentionLayer)
             seconds -= arithmetic.projection(layer, rows, first)
-            return ((Load(LaneName.COMPUTE, 0, seconds + self._cell / 2),),)
+            return ((Load(LaneName.COMPUTE, 0, seconds + self._fixed.cell / 2),),)
         if layer.has_cache and not span.decodes:
             seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
         elif layer.has_cache:
@@ -57,7 +57,8 @@ class ComputeCosts:
                 for move in (layout.ask(), layout.answer()):
                     crossed += move.nbytes
                     seconds += model.lanes.seconds(move)
-        return ((Load(LaneName.COMPUTE, crossed, seconds + self._cell),),)
+        seconds += self._fixed.cell + (self._fixed.attention if layer.has_cache else 0.0)
+        return ((Load(LaneName.COMPUTE, crossed, seconds),),)
 
     def project(self, index: int, token: int, rows: int, first: bool) -> Loads:
         """Compute queries, keys and values, and copy those of the host's rows to the host."""
@@ -65,7 +66,8 @@ class ComputeCosts:
             return ()
         layer = self._model.layers[index]
         assert isinstance(layer, AttentionLayer)
-        seconds = self._cell / 2 + self._model.arithmetic.projection(layer, rows, first)
+        seconds = self._fixed.cell / 2 + self._fixed.attention
+        seconds += self._model.arithmetic.projection(layer, rows, first)
         ask = self._model.lanes.load(self._cache.layout(index, rows).ask())
         return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
 

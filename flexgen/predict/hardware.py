@@ -39,11 +39,13 @@ class Fixed:
     """Seconds in addition to the time of bytes and flops.
 
     cell: for each cell.
+    attention: for each cell with attention, in addition to `cell`.
     stage: for each stage of a transfer.
     disk_job: for each job of the disk.
     """
 
     cell: float = 0.0
+    attention: float = 0.0
     stage: float = 0.0
     disk_job: float = 0.0
 

@@ -19,7 +19,7 @@ from flexgen.models import Chunk
 from flexgen.models.attention import Attention
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.ops import causal_attention, rope_tables, token_factors
-from flexgen.models.spec import RopeSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, RopeSpec
 from flexgen.predict.arithmetic import layer_numbers
 from flexgen.predict.hardware import Points, interpolated, seconds_of_each
 from flexgen.probe.arithmetic import ArithmeticProbe
@@ -92,9 +92,12 @@ class ElementwiseProbe:
         )
 
     def around_attention(self, rate: float) -> float:
-        """The seconds per value of queries, keys, values and attention output. `rate`: flop/s of prompt attention."""
+        """The seconds per value of queries, keys, values and attention output. `rate`: flop/s of prompt attention.
+
+        They include rotary positions, which most families have.
+        """
         spec = self._narrow.layer.spec
-        layer, checkpoint = Attention(spec, 0), DummyCheckpoint()
+        layer, rotated, checkpoint = Attention(spec, 0), Attention(_with_rope(spec), 0), DummyCheckpoint()
         weights = {
             weight.name: checkpoint.read(weight, self._dtype).to(self._device.torch_device)
             for weight in layer.weights
@@ -109,7 +112,7 @@ class ElementwiseProbe:
                 q, _, _ = layer.qkv(x, weights, context)
                 layer.output(q, x, weights)
 
-            forward = partial(layer.forward, x, weights, context)
+            forward = partial(rotated.forward, x, weights, context)
             whole, products = (self._watch.seconds(work, self._settle) for work in (forward, multiply))
             return max(whole - products, 0.0)
 
@@ -117,6 +120,17 @@ class ElementwiseProbe:
         seconds = self._narrow.without_launches(around(rows), lambda: around(1))
         seconds -= layer.attention_flops(rows, _PROMPT, _PROMPT) / rate
         return max(seconds, 0.0) / (rows * _PROMPT * 2 * (own.q_size + own.kv_size))
+
+
+def _with_rope(spec: ModelSpec) -> ModelSpec:
+    """The model with rotary positions in all layers."""
+
+    def rotated(layer: LayerSpec) -> LayerSpec:
+        own, pairs = layer.attention, layer.attention.head_dim // 2
+        rope = RopeSpec("default", tuple(10_000.0 ** (-pair / pairs) for pair in range(pairs)))
+        return replace(layer, attention=replace(own, rope=rope))
+
+    return replace(spec, layers=tuple(map(rotated, spec.layers)))
 
 
 class _Attending:

@@ -324,7 +324,8 @@ class _Measurement:
         self._fixed["stage"] = self._links.latency(links)
         self._fixed["disk_job"] = self._links.latency((LaneName.DISK_READ,))
         dtype = self._device.fast_dtype(torch.float16)
-        self._fixed["cell"] = cell_seconds(self._machine, self._lanes, dtype, self._effort)
+        cell, attention = cell_seconds(self._machine, self._lanes, dtype, self._effort)
+        self._fixed |= {"cell": cell, "attention": attention}
 
     def _find_interference(self) -> None:
         """Measure how each pair of lanes slows down, and for the prefill each lane together with the computation."""

@@ -124,6 +124,7 @@ def corrected(hardware: Hardware, seen: Iterable[Seen]) -> Hardware:
         fixed=replace(
             fixed,
             cell=fixed.cell / decode,
+            attention=fixed.attention / decode,
             stage=fixed.stage / rate(LaneName.TO_DEVICE),
             disk_job=fixed.disk_job / rate(LaneName.DISK_READ),
         ),

@@ -292,12 +292,13 @@ def test_products_of_few_rows_read_what_is_kept(configs, machine):
 
 def test_halves_of_a_cell_are_the_whole(configs, machine):
     policy = Policy(gpu_batch_size=4, num_gpu_batches=2, cache={"gpu": 50, "cpu": 50}, sep_layer=False)
-    whole = costs_of(configs["opt"], policy, machine())
+    hardware = machine(fixed={"cell": 1.0, "attention": 5.0})
+    whole = costs_of(configs["opt"], policy, hardware)
     spec, _ = open_model(configs["opt"], "dummy")
     layers = build_layers(spec, False)
     placement = place_weights(layers, policy.weights, torch.float32)
     block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
-    halves = StepCosts(PlacedModel(layers, placement, machine()), policy, Workload(6, 4, 8), block)
+    halves = StepCosts(PlacedModel(layers, placement, hardware), policy, Workload(6, 4, 8), block)
     [[project, asked]], [[host], [device]], [[answered]], [[rest]] = (
         halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE)
     )
@@ -307,6 +308,18 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     together = project.seconds + asked.seconds + max(host.seconds, device.seconds) + answered.seconds
     assert together + rest.seconds == pytest.approx(compute(whole, 2, 1).seconds)
     assert compute(whole, 2, 1).nbytes == asked.nbytes + answered.nbytes
+
+
+def test_cells_with_attention_cost_more_than_others(configs, machine):
+    """`fixed.attention` is in each cell with attention once, in the prefill and in the decode."""
+
+    def seconds(token, layer, **fixed):
+        hardware = machine(fixed={"cell": 1.0, **fixed})
+        return compute(costs_of(configs["opt"], Policy(), hardware), token, layer).seconds
+
+    for token in (0, 2):
+        more = [seconds(token, layer, attention=5.0) - seconds(token, layer) for layer in (0, 1, 2)]
+        assert more == pytest.approx([0.0, 5.0, 0.0])  # embedding, attention, feed-forward
 
 
 def test_sparse_attention_reads_all_keys_and_some_values(configs, machine):

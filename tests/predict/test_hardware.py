@@ -119,7 +119,11 @@ def machines(draw):
         elementwise={"float32": [[r, draw(st.floats(0, 1))] for r in draw(rows)]},
         around_attention=draw(st.dictionaries(st.just("float16"), st.floats(0, 1))),
         fixed=dict(
-            zip(("cell", "stage", "disk_job"), draw(st.lists(st.floats(0, 10), max_size=3)), strict=False)
+            zip(
+                ("cell", "attention", "stage", "disk_job"),
+                draw(st.lists(st.floats(0, 10), max_size=4)),
+                strict=False,
+            )
         ),
     )
 
@@ -168,7 +172,7 @@ def test_it_cannot_be_changed(machine):
         (dict(compute_capability=-1), "compute_capability is -1; it must be at least 0"),
         (dict(compute_capability="8.6"), "compute_capability is '8.6'; it must be a finite number"),
         (dict(fixed={"cell": -1}), "fixed.cell is -1; it must be at least 0 seconds"),
-        (dict(fixed={"cells": 1}), "unknown key 'cells' in fixed; known: cell, stage, disk_job"),
+        (dict(fixed={"cells": 1}), "unknown key 'cells' in fixed; known: cell, attention, stage, disk_job"),
         (dict(name=3), "name is 3; it must be a string"),
     ],
 )

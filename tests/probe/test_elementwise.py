@@ -5,6 +5,8 @@ import torch
 
 from flexgen.errors import HardwareError
 from flexgen.memory.gpu import HostDevice
+from flexgen.models import attention
+from flexgen.models.ops import apply_rope
 from flexgen.policy import Policy
 from flexgen.predict.arithmetic import layer_numbers
 from flexgen.predict.hardware import Hardware
@@ -74,6 +76,19 @@ def test_around_attention_is_the_rest_after_projections_and_flops():
     assert probe.around_attention(rate) == pytest.approx(0.3 / (rows * tokens * 4 * hidden))
     probe, _ = probe_of(0.2, 0.5, effort=effort)
     assert probe.around_attention(rate) == 0
+
+
+def test_around_attention_includes_rotary_positions(monkeypatch):
+    rotated = []
+
+    def spy(x, *others):
+        rotated.append(x.shape)
+        return apply_rope(x, *others)
+
+    monkeypatch.setattr(attention, "apply_rope", spy)
+    probe, _ = probe_of(0.5, 0.2, effort=Effort(hidden=64, heads=4, rows=(4,), working_set=1))
+    probe.around_attention(1e12)
+    assert rotated
 
 
 def test_rates_between_two_points_are_interpolated(machine):
