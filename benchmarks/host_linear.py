@@ -1,9 +1,9 @@
-"""The speed of products on a CPU by dtype and rows, with the weight layout prepared once or in every product.
+"""The speed of products on a CPU by dtype and rows: the library's product with a plain weight ("plain") and with one
+in oneDNN's layout ("packed"), and the product that flexgen takes for a plain weight ("linear").
 
     python benchmarks/host_linear.py
 
-These figures are the reason for `fast_dtype` (no float16 on a CPU) and `kernels.linear` (bfloat16 weights are laid
-out once if the CPU has bfloat16 products, and widened otherwise).
+These figures are the reason for `fast_dtype` (no float16 on a CPU) and for the rows of `half_linear`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from record import interleaved, save
 from torch import Tensor
 
-from flexgen.kernels import half_linear
-from flexgen.kernels.linear import has_prelayout, linear, prelayout
+from flexgen.kernels.linear import linear, prelayout
 
 OUT, IN = 4096, 4096
 ROWS = (1, 8, 16, 32, 128, 512)
@@ -47,10 +46,9 @@ def main() -> None:
     cases = {}
     for dtype in DTYPES:
         plain = [torch.randn(OUT, IN).to(dtype) for _ in range(COPIES)]
-        layouts = {"plain": plain} | (
-            {"packed": [prelayout(w) for w in plain]} if has_prelayout(dtype) else {}
-        )
-        layouts |= {} if half_linear.has_products(dtype) else {"widened": plain}
+        layouts = {"plain": plain, "linear": plain}
+        if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            layouts["packed"] = [prelayout(w) for w in plain]
         for rows, (layout, weights) in itertools.product(ROWS, layouts.items()):
             x = torch.randn(rows, IN).to(dtype)
             multiply = partial(F.linear if layout == "plain" else linear)

@@ -19,7 +19,7 @@ from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 from flexgen.units import MIB, align
 
 _HALVES = (torch.bfloat16, torch.float16)
-_PAIRED_ROWS = 128
+_PAIRED_ROWS = 64
 """The maximum rows of x for which the compiled kernel is at least as fast as the library, if it has instructions for
 products of bfloat16."""
 _WIDENED_ROWS = 256

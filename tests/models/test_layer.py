@@ -133,8 +133,9 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
             peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
-            # The estimate has room for norms in torch, which the compiled kernels do not need.
-            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3.5
+            # The estimate has room for norms in torch, which the compiled kernel does not need, and for the copies of
+            # the compiled products, which `peak_bytes` does not see.
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 4.5
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 
