@@ -13,7 +13,7 @@ import json
 import logging
 import pickle
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from flexgen.kernels import scoring
-from flexgen.models import mlp_spec, sources
+from flexgen.models import families, mlp_spec, sources
 from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
@@ -44,7 +44,7 @@ def read_spec(values: dict[str, Any], name: str) -> tuple[ModelSpec, bool]:
     path = _path(values)
     if (known := _known(path)) is not None:
         spec, has_dtype = known
-        return dataclasses.replace(spec, name=name), has_dtype
+        return replace(spec, name=name), has_dtype
     config = config_from_dict(values, name)
     found = spec_from_config(config, name), config.dtype is not None
     try:
@@ -60,12 +60,12 @@ def _path(values: Mapping[str, Any]) -> Path:
     return cache_folder("specs") / digest[:32]
 
 
-@lru_cache(maxsize=1)
 def _source() -> str:
-    """A digest of the source files of this package."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """A digest of the source files that make specs: this package and families from elsewhere."""
+    digest = hashlib.sha256(Path(scoring.__file__).read_bytes())
+    for folder in (_PACKAGE, *map(Path, families.__path__)):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -92,8 +92,4 @@ class _Plain(pickle.Unpickler):
         own = isinstance(found, type) and found.__module__ in _MODULES
         if own or isinstance(found, torch.dtype):
             return found
-        if module.startswith(f"{__package__}."):
-            found = super().find_class(module, name)
-            if isinstance(found, type) and dataclasses.is_dataclass(found):
-                return found
         raise pickle.UnpicklingError(f"{module}.{name} is not a part of a spec")
