@@ -85,10 +85,12 @@ def packed_linear(
     values: int,
     scales: int,
     minimums: int,
+    rounded: bool,
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows of x, out, in, group. `bias`: 0 for none."""
+    """`shape`: rows of x, out, in, group. `bias`: 0 for none. `rounded`: round x to int8, with a scale for each group;
+    only for variants in `rounding`."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""

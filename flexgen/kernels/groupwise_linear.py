@@ -87,7 +87,9 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return multiply_in_torch(x, packed, bias)
 
 
-def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def multiply_natively(
+    x: Tensor, packed: Packed, bias: Tensor | None = None, rounded: bool = False
+) -> Tensor:
     """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write
     it."""
     x = x.contiguous()
@@ -104,6 +106,7 @@ def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
         packed.values.data_ptr(),
         packed.scales.data_ptr(),
         packed.minimums.data_ptr(),
+        rounded,
         torch.get_num_threads(),
     )
     return y

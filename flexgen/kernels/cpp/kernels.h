@@ -115,11 +115,14 @@ struct PackedLinear {
     const uint8_t *packed;
     const void *scales, *minimums;  // (out, groups)
 
-    // Set by `prepare_linear`: whether x has many rows (tiles.h), x in the layout of the variant, and its group sums if
-    // the variant needs them.
+    bool rounded = false;  // x is rounded to int8, with a scale for each group
+
+    // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
+    // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
+    int64_t block = 12;  // a multiple of the blocks of linear.h
     bool tiled = false;
     const void *operand = nullptr;
-    const float *sums = nullptr;
+    const float *sums = nullptr, *x_scales = nullptr;
     std::vector<float> wide;
 
     int64_t groups() const { return in / group; }

@@ -17,6 +17,7 @@ constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
+constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -210,16 +211,15 @@ PyObject *groupwise(PyObject *args, bool pack) {
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
 
-void multiply(PackedLinear &job, int threads) {
+void multiply_at_once(PackedLinear &job, int threads) {
     const int64_t row_bytes = job.in * job.bits / 8;
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
-    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. With tiles, the
-    // sums must stay in the cache, so a piece is limited by its rows of W, not by its bytes.
-    const int64_t BLOCKS = 12, TILED = 4 * BLOCKS;
-    const int64_t most = std::min(job.tiled ? TILED : PIECE_BYTES / row_bytes, job.out / (4 * threads));
-    const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
+    // A piece is a whole number of blocks, with at least four pieces for each thread. With tiles, the sums must stay in
+    // the cache, so a piece is limited by its rows of W, not by its bytes.
+    const int64_t most = std::min(job.tiled ? 4 * job.block : PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    const int64_t piece = std::max<int64_t>(1, most / job.block) * job.block;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
         for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.out;)
@@ -227,13 +227,28 @@ void multiply(PackedLinear &job, int threads) {
     });
 }
 
+// x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
+void multiply(const PackedLinear &job, int threads) {
+    const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
+        PackedLinear own = job;
+        own.rows = end - begin;
+        own.x = (const char *)job.x + begin * job.in * element_bytes(job.type);
+        own.y = (char *)job.y + begin * job.out * element_bytes(job.type);
+        multiply_at_once(own, threads);
+    }
+}
+
 PyObject *py_packed_linear(PyObject *, PyObject *args) {
     PackedLinear job;
     int type, scale_type, threads;
     long long rows, out, in, group, x, y, bias, packed, scales, minimums;
-    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
-                          &y, &bias, &packed, &scales, &minimums, &threads))
+    int rounded;
+    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLpi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
+                          &y, &bias, &packed, &scales, &minimums, &rounded, &threads))
         return nullptr;
+    job.rounded = rounded;
     job.type = (Type)type;
     job.scale_type = (Type)scale_type;
     job.rows = rows;
