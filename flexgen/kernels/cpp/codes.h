@@ -42,24 +42,23 @@ struct Pairs {
     static constexpr int EACH = 2;  // values of an operand
     static constexpr bool ROUNDED = false;
 
-    // Codes of 8 bits are halved.
+    // An operand is `code / factor + offset`.
     static constexpr float factor(int bits) { return bits == 8 ? 2.0f : 1.0f; }
+    static constexpr float offset(int bits) { return bits == 4 ? 16.0f : 0.0f; }
 
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)codes, (__m512bh)x);
     }
     INLINE static Vec number(Sum sum) { return sum; }
 
-    // A word of a dword has four codes, the first in its low bits.
+    // A word of a dword has four codes, the first in its low bits. The last bits of 16 in bfloat16 count eighths, so a
+    // code in front of them is added to 16.
     INLINE static void unpack(__m512i dwords, __m512i (&to)[4], std::integral_constant<int, 4>) {
-        // Only the low five bits of an index are used, and the table repeats after sixteen entries: no mask is needed.
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
-            0x4140, 0x4150, 0x4160, 0x4170));
-        to[0] = _mm512_permutexvar_epi16(dwords, table);
-        to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(dwords, 4), table);
-        to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(dwords, 8), table);
-        to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(dwords, 12), table);
+        const __m512i mask = _mm512_set1_epi16(0x0078), sixteen = _mm512_set1_epi16(0x4180);  // 0xea: a & b | c
+        to[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(dwords, 3), mask, sixteen, 0xea);
+        to[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 1), mask, sixteen, 0xea);
+        to[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 5), mask, sixteen, 0xea);
+        to[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 9), mask, sixteen, 0xea);
     }
 
     // A code from 128 has the bits 1xxxxxxx, and half of it in bfloat16 has the bytes 0x42 and 1xxxxxxx.
@@ -83,6 +82,7 @@ struct Bytes {
     static constexpr bool ROUNDED = true;
 
     static constexpr float factor(int) { return 1.0f; }
+    static constexpr float offset(int) { return 0.0f; }
 
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sum, codes, x); }
     INLINE static Vec number(Sum sum) { return _mm512_cvtepi32_ps(sum); }
@@ -177,18 +177,30 @@ TARGET inline void order_chunk(const PackedLinear &job, int64_t row, int64_t c, 
     _mm512_store_si512(to.steps, _mm512_permutexvar_epi32(order, load_line(codes)));
 }
 
-// The scales and minimums of a row of W in float32, one for each chunk. `to` has space for whole vectors.
-template <class Kind, int BITS>
-TARGET inline void chunk_scales(const PackedLinear &job, int64_t row, float *scales, float *minimums) {
+// The scales of a row of W for operands, and the minimums for operands of zero: one for each chunk, with space for
+// whole vectors. They are zero beyond the last chunk.
+template <class Kind, int BITS, class S>
+INLINE void chunk_scales_as(const PackedLinear &job, int64_t row, float *scales, float *minimums) {
     const int64_t groups = job.groups(), each = job.group / VALUES, chunks = groups * each;
-    widen(job.scale_type, job.scales, row * groups, scales, groups);
-    widen(job.scale_type, job.minimums, row * groups, minimums, groups);
-    for (int64_t c = chunks; each > 1 && c-- > 0;) {
-        scales[c] = scales[c / each];
-        minimums[c] = minimums[c / each];
+    const S *from = (const S *)job.scales + row * groups, *least = (const S *)job.minimums + row * groups;
+    for (int64_t g = 0; g < groups; g += LANES) {
+        const bool whole = g + LANES <= groups;
+        const Vec some = whole ? load(from + g) : load_part(from + g, groups - g);
+        const Vec shift = whole ? load(least + g) : load_part(least + g, groups - g);
+        const Vec scale = some * Kind::factor(BITS);
+        store(scales + g, scale);
+        store(minimums + g, fma(splat(-Kind::offset(BITS)), scale, shift));
     }
-    if (Kind::factor(BITS) != 1.0f)
-        for (int64_t c = 0; c < chunks; ++c) scales[c] *= Kind::factor(BITS);
+    if (each == 1) return;
+    for (int64_t c = padded(chunks); c-- > 0;) {
+        scales[c] = c < chunks ? scales[c / each] : 0.0f;
+        minimums[c] = c < chunks ? minimums[c / each] : 0.0f;
+    }
+}
+template <class Kind, int BITS>
+INLINE void chunk_scales(const PackedLinear &job, int64_t row, float *scales, float *minimums) {
+    if (job.scale_type == Type::float16) return chunk_scales_as<Kind, BITS, Half>(job, row, scales, minimums);
+    chunk_scales_as<Kind, BITS, Bf16>(job, row, scales, minimums);
 }
 
 }  // namespace dots

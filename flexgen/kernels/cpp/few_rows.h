@@ -5,7 +5,7 @@
 namespace VARIANT {
 namespace dots {
 
-constexpr int MOST_FEW = 4;
+constexpr int MOST_FEW = 2;
 constexpr int64_t AHEAD = 4096;  // bytes
 
 // A line of codes: two chunks of four bits, or one of eight.
@@ -54,53 +54,60 @@ INLINE Vec line_scale(const float *scales, int64_t line) {
 }
 
 template <class Kind, int BITS, int X>
-INLINE void add_line(__m512i codes, const uint32_t *x, int64_t width, Vec scale, const float *x_scales,
-                     int64_t line_scales, Vec (&total)[X]) {
+INLINE void add_line(__m512i codes, const uint32_t *x, int64_t width, const float *scales, const float *x_scales,
+                     int64_t line_scales, int64_t line, Vec (&total)[X]) {
     constexpr int STEPS = steps_of<Kind, BITS>;
     __m512i w[STEPS];
     Kind::unpack(codes, w, std::integral_constant<int, BITS>());
+    const Vec scale = line_scale<BITS>(scales, line);
+    x += line * STEPS * LANES;
     UNROLLED
     for (int m = 0; m < X; ++m) {
         typename Kind::Sum sum = {};
         UNROLLED
         for (int step = 0; step < STEPS; ++step)
             sum = Kind::add(sum, w[step], load_line(x + m * width + step * LANES));
-        const Vec both = Kind::ROUNDED ? scale * load(x_scales + m * line_scales) : scale;
+        const Vec both = Kind::ROUNDED ? scale * load(x_scales + m * line_scales + line * LANES) : scale;
         total[m] = fma(Kind::number(sum), both, total[m]);
     }
 }
 
 template <class Kind, int BITS, int X>
 APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end) {
-    constexpr int STEPS = steps_of<Kind, BITS>;
-    const int64_t chunks = chunks_of(job), stride = padded(chunks), width = few_width<Kind, BITS>(job);
+    const int64_t stride = padded(chunks_of(job)), width = few_width<Kind, BITS>(job);
     const int64_t bytes = job.in * BITS / 8, lines = lines_of(job), line_scales = Kind::ROUNDED ? lines * LANES : 0;
     static thread_local std::vector<float> room;
-    float *scales = aligned(room, 2 * (stride + LANES)), *minimums = scales + stride + LANES;
-    std::fill_n(scales, 2 * (stride + LANES), 0.0f);
+    float *every = aligned(room, LANES * 2 * stride);
     const uint32_t *x = (const uint32_t *)job.operand;
     Vec sums[X][LANES] = {};
     for (int64_t n = begin; n < end; n += LANES) {
         const int64_t count = std::min<int64_t>(LANES, end - n);
+        // First, so that the products of a row need not wait for them.
+        for (int64_t k = 0; k < count; ++k)
+            chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
         for (int64_t k = 0; k < count; ++k) {
             const uint8_t *codes = job.packed + (n + k) * bytes;
-            chunk_scales<Kind, BITS>(job, n + k, scales, minimums);
-            Vec total[X] = {};
+            const float *scales = every + 2 * k * stride, *minimums = scales + stride;
+            Vec total[2][X] = {};  // alternately, because a sum has to wait for the previous one
             for (int64_t c = 0; c < stride; c += LANES)
                 for (int m = 0; m < X; ++m)
-                    total[m] = fma(load(minimums + c), load(job.sums + m * stride + c), total[m]);
+                    total[1][m] = fma(load(minimums + c), load(job.sums + m * stride + c), total[1][m]);
             int64_t line = 0;
-            for (; (line + 1) * LINE <= bytes; ++line) {
+            for (; (line + 2) * LINE <= bytes; line += 2) {
                 __builtin_prefetch(codes + line * LINE + AHEAD);
-                add_line<Kind, BITS, X>(load_line(codes + line * LINE), x + line * STEPS * LANES, width,
-                                        line_scale<BITS>(scales, line), job.x_scales + line * LANES, line_scales, total);
+                __builtin_prefetch(codes + line * LINE + AHEAD + LINE);
+                UNROLLED
+                for (int64_t part = 0; part < 2; ++part)
+                    add_line<Kind, BITS, X>(load_line(codes + (line + part) * LINE), x, width, scales,
+                                            job.x_scales, line_scales, line + part, total[part]);
             }
-            if (line < lines) {  // half a line
-                const __m512i last = _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE));
-                add_line<Kind, BITS, X>(last, x + line * STEPS * LANES, width, line_scale<BITS>(scales, line),
-                                        job.x_scales + line * LANES, line_scales, total);
+            for (; line < lines; ++line) {
+                const bool whole = (line + 1) * LINE <= bytes;
+                const __m512i some = whole ? load_line(codes + line * LINE)
+                                           : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE));
+                add_line<Kind, BITS, X>(some, x, width, scales, job.x_scales, line_scales, line, total[0]);
             }
-            for (int m = 0; m < X; ++m) sums[m][k] = total[m];
+            for (int m = 0; m < X; ++m) sums[m][k] = total[0][m] + total[1][m];
         }
         for (int m = 0; m < X; ++m) write_outputs(job, VARIANT::sums(sums[m]), m, n, count);
     }
@@ -108,10 +115,9 @@ APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end
 
 template <class Kind, int BITS>
 TARGET void multiply_few(const PackedLinear &job, int64_t begin, int64_t end) {
+    static_assert(MOST_FEW == 2, "");
     if (job.rows == 1) return multiply_few_rows<Kind, BITS, 1>(job, begin, end);
-    if (job.rows == 2) return multiply_few_rows<Kind, BITS, 2>(job, begin, end);
-    if (job.rows == 3) return multiply_few_rows<Kind, BITS, 3>(job, begin, end);
-    multiply_few_rows<Kind, BITS, 4>(job, begin, end);
+    multiply_few_rows<Kind, BITS, 2>(job, begin, end);
 }
 
 }  // namespace dots

@@ -50,69 +50,87 @@ TARGET void prepare_strips(PackedLinear &job) {
     job.x_scales = scales;
 }
 
-// The place of row `n` of a strip among the pieces: see `transposed`.
-INLINE int64_t slot(int64_t n) { return n / 8 * 8 + n % 4 * 2 + n / 4 % 2; }
+// The distance of rows in a buffer: an odd number of lines, so that rows do not share the sets of a cache.
+inline int64_t buffer_stride(const PackedLinear &job) { return (job.in * job.bits / 8 / LINE | 1) * LINE + LINE * 2; }
 
-// Reads the codes of STRIPS strips in order, and writes pieces (pieces of a row, STRIPS, slots).
-template <int STRIPS>
+// Copies rows of codes to a buffer, in the order of the memory.
 struct Reader {
     const uint8_t *from, *end;
     uint8_t *to;
-    int64_t pieces, row = 0, at = 0;
+    int64_t pieces, gap, at;  // of a row; between rows in the buffer; the next piece of the row
+
+    Reader(const PackedLinear &job, int64_t n, int64_t end_row, uint8_t *to)
+        : from(job.packed + n * pieces_of(job) * PIECE), end(job.packed + end_row * pieces_of(job) * PIECE), to(to),
+          pieces(pieces_of(job)), gap(buffer_stride(job) - pieces * PIECE), at(0) {}
 
     INLINE void read(int64_t count) {
         while (count > 0 && from < end) {
             const int64_t some = std::min(count, pieces - at);
-            uint8_t *target = to + ((at * STRIPS + row / STRIP) * STRIP + slot(row % STRIP)) * PIECE;
-            for (int64_t i = 0; i < some; ++i) {
-                __builtin_prefetch(from + i * PIECE + 4096);
-                _mm256_storeu_si256((__m256i *)(target + i * STRIPS * STRIP * PIECE),
-                                    _mm256_loadu_si256((const __m256i *)(from + i * PIECE)));
+            int64_t i = 0;
+            for (; i + 2 <= some; i += 2, from += LINE, to += LINE) {
+                __builtin_prefetch(from + AHEAD);
+                _mm512_storeu_si512(to, load_line(from));
             }
-            from += some * PIECE;
+            for (; i < some; ++i, from += PIECE, to += PIECE)
+                _mm256_storeu_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
             count -= some;
             at += some;
-            if (at == pieces) at = 0, ++row;
+            if (at == pieces) at = 0, to += gap;
         }
     }
 };
 
-// Vector i of the result has dword i of the pieces of 16 rows.
-INLINE void transposed(const uint8_t *pieces, __m512i (&to)[8]) {
-    __m512i fours[2][4];
-    UNROLLED
-    for (int half = 0; half < 2; ++half) {
-        const uint8_t *from = pieces + half * 8 * PIECE;
-        const __m512i a = load_line(from), b = load_line(from + LINE);
-        const __m512i c = load_line(from + 2 * LINE), d = load_line(from + 3 * LINE);
-        const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
-        const __m512i ab_high = _mm512_unpackhi_epi32(a, b), cd_high = _mm512_unpackhi_epi32(c, d);
-        fours[half][0] = _mm512_unpacklo_epi64(ab, cd);
-        fours[half][1] = _mm512_unpackhi_epi64(ab, cd);
-        fours[half][2] = _mm512_unpacklo_epi64(ab_high, cd_high);
-        fours[half][3] = _mm512_unpackhi_epi64(ab_high, cd_high);
-    }
-    UNROLLED
-    for (int i = 0; i < 4; ++i) {
-        to[i] = _mm512_shuffle_i32x4(fours[0][i], fours[1][i], 0x88);
-        to[4 + i] = _mm512_shuffle_i32x4(fours[0][i], fours[1][i], 0xdd);
-    }
-}
+// Transposes a piece of 16 rows: vector i of the result has dword i of each row. The work is in eight parts, to be done
+// between the products of the previous piece: as a whole, it would leave the units for products without work.
+struct Transposer {
+    const uint8_t *piece;
+    int64_t stride;
+    __m512i *to;
+    __m512i part[4], fours[2][4];
 
-// The scales and minimums of a chunk for STRIPS strips, and what belongs to the rows of a block of x.
-struct Around {
-    const float *scales, *minimums, *sums, *x_scales;
+    // The pieces of a row and of the fourth row after it.
+    INLINE __m512i pair(int64_t row) const {
+        const __m512i first = _mm512_castsi256_si512(raw<__m256i>(piece + row * stride));
+        return _mm512_mask_broadcast_i64x4(first, 0xf0, raw<__m256i>(piece + (row + 4) * stride));
+    }
+
+    INLINE void work(int i) {
+        if (i == 0 || i == 2) {
+            const __m512i a = pair(4 * i), b = pair(4 * i + 1), c = pair(4 * i + 2), d = pair(4 * i + 3);
+            part[0] = _mm512_unpacklo_epi32(a, b);
+            part[1] = _mm512_unpacklo_epi32(c, d);
+            part[2] = _mm512_unpackhi_epi32(a, b);
+            part[3] = _mm512_unpackhi_epi32(c, d);
+        } else if (i == 1 || i == 3) {
+            fours[i / 2][0] = _mm512_unpacklo_epi64(part[0], part[1]);
+            fours[i / 2][1] = _mm512_unpackhi_epi64(part[0], part[1]);
+            fours[i / 2][2] = _mm512_unpacklo_epi64(part[2], part[3]);
+            fours[i / 2][3] = _mm512_unpackhi_epi64(part[2], part[3]);
+        } else {
+            const int n = i - 4;
+            to[n] = _mm512_shuffle_i32x4(fours[0][n], fours[1][n], 0x88);
+            to[4 + n] = _mm512_shuffle_i32x4(fours[0][n], fours[1][n], 0xdd);
+        }
+    }
 };
 
-// Add the sums of a chunk to the totals (X, STRIPS) vectors.
+// The scales and minimums of a chunk for strips of W, what belongs to the rows of a block of x, and the totals of both
+// with the distance of their rows.
+struct Around {
+    const float *scales, *minimums, *sums, *x_scales;
+    float *totals;
+    int64_t width;
+};
+
+// Add the sums of a chunk to the totals.
 template <class Kind, int X, int STRIPS>
-INLINE void add_scaled(const typename Kind::Sum (&sum)[X][STRIPS], const Around &around, float *totals) {
+INLINE void add_scaled(const typename Kind::Sum (&sum)[X][STRIPS], const Around &around) {
     UNROLLED
     for (int strip = 0; strip < STRIPS; ++strip) {
         const Vec scale = load(around.scales + strip * STRIP), minimum = load(around.minimums + strip * STRIP);
         UNROLLED
         for (int m = 0; m < X; ++m) {
-            float *to = totals + (m * STRIPS + strip) * STRIP;
+            float *to = around.totals + m * around.width + strip * STRIP;
             const Vec both = Kind::ROUNDED ? scale * splat(around.x_scales[m]) : scale;
             const Vec total = fma(minimum, splat(around.sums[m]), load(to));
             store(to, fma(Kind::number(sum[m][strip]), both, total));
@@ -120,47 +138,42 @@ INLINE void add_scaled(const typename Kind::Sum (&sum)[X][STRIPS], const Around 
     }
 }
 
-template <class Kind, int BITS, int X>
-APART void add_fused(const uint8_t *codes, const uint32_t *x, const Around &around, float *totals) {
-    constexpr int STEPS = steps_of<Kind, BITS>;
-    typename Kind::Sum sum[X][1] = {};
-    for (int64_t piece = 0; piece < VALUES * BITS / 8 / PIECE; ++piece, codes += STRIP * PIECE) {
-        __m512i dwords[8];
-        transposed(codes, dwords);
-        asm volatile("" : : "r"(dwords) : "memory");  // they leave their registers to the sums
-        for (int i = 0; i < 8; ++i, x += STEPS * X) {
-            __m512i w[STEPS];
-            Kind::unpack(dwords[i], w, std::integral_constant<int, BITS>());
-            UNROLLED
-            for (int step = 0; step < STEPS; ++step)
-                UNROLLED
-                for (int m = 0; m < X; ++m) sum[m][0] = Kind::add(sum[m][0], w[step], broadcast(x + step * X + m));
-        }
-    }
-    add_scaled<Kind, X, 1>(sum, around, totals);
-}
+// The codes of a chunk of a strip: the transposed dwords of its first piece, the place of its further pieces, and the
+// first piece of the next chunk, which is transposed meanwhile.
+struct Strip {
+    __m512i *now, *next;
+    const uint8_t *codes, *following;
+    int64_t stride;
+};
 
-// Unpack a chunk of two strips to a tile (steps, 2) vectors.
-template <class Kind, int BITS>
-APART void unpack_tile(const uint8_t *codes, __m512i *tile) {
+// Multiply a chunk of a strip with X rows of x. With `TILE`, the unpacked codes are kept in column `column` of a tile.
+template <class Kind, int BITS, int X, bool TILE>
+APART void add_fused(Strip &strip, const uint32_t *x, const Around &around, __m512i *tile) {
     constexpr int STEPS = steps_of<Kind, BITS>;
-    for (int64_t piece = 0; piece < VALUES * BITS / 8 / PIECE; ++piece, tile += 8 * STEPS * 2) {
-        for (int strip = 0; strip < 2; ++strip, codes += STRIP * PIECE) {
-            __m512i dwords[8];
-            transposed(codes, dwords);
+    constexpr int64_t PIECES = VALUES * BITS / 8 / PIECE;
+    typename Kind::Sum sum[X][1] = {};
+    for (int64_t piece = 0; piece < PIECES; ++piece) {
+        const uint8_t *ahead = piece + 1 < PIECES ? strip.codes + (piece + 1) * PIECE : strip.following;
+        Transposer transposer{ahead, strip.stride, strip.next, {}, {}};
+        UNROLLED
+        for (int i = 0; i < 8; ++i) {
+            __m512i w[STEPS];
+            Kind::unpack(strip.now[i], w, std::integral_constant<int, BITS>());
+            transposer.work(i);
             UNROLLED
-            for (int i = 0; i < 8; ++i) {
-                __m512i w[STEPS];
-                Kind::unpack(dwords[i], w, std::integral_constant<int, BITS>());
+            for (int step = 0; step < STEPS; ++step, x += X) {
+                if (TILE) *tile = w[step], tile += 2;
                 UNROLLED
-                for (int step = 0; step < STEPS; ++step) tile[(i * STEPS + step) * 2 + strip] = w[step];
+                for (int m = 0; m < X; ++m) sum[m][0] = Kind::add(sum[m][0], w[step], broadcast(x + m));
             }
         }
+        std::swap(strip.now, strip.next);
     }
+    add_scaled<Kind, X, 1>(sum, around);
 }
 
 template <class Kind, int X>
-APART void add_tile(const __m512i *tile, const uint32_t *x, const Around &around, float *totals) {
+APART void add_tile(const __m512i *tile, const uint32_t *x, const Around &around) {
     typename Kind::Sum sum[X][2] = {};
     for (int64_t step = 0; step < chunk_steps<Kind>; ++step, x += X) {
         const __m512i first = tile[2 * step], second = tile[2 * step + 1];
@@ -171,15 +184,18 @@ APART void add_tile(const __m512i *tile, const uint32_t *x, const Around &around
             sum[m][1] = Kind::add(sum[m][1], second, values);
         }
     }
-    add_scaled<Kind, X, 2>(sum, around, totals);
+    add_scaled<Kind, X, 2>(sum, around);
 }
 
-typedef void (*AddFused)(const uint8_t *, const uint32_t *, const Around &, float *);
-typedef void (*AddTile)(const __m512i *, const uint32_t *, const Around &, float *);
+typedef void (*AddFused)(Strip &, const uint32_t *, const Around &, __m512i *);
+typedef void (*AddTile)(const __m512i *, const uint32_t *, const Around &);
 
-template <class Kind, int BITS, int... N>
+template <int MOST>
+using Rows = std::make_integer_sequence<int, MOST>;
+
+template <class Kind, int BITS, bool TILE, int... N>
 inline AddFused fused_function(int64_t rows, std::integer_sequence<int, N...>) {
-    constexpr AddFused functions[] = {add_fused<Kind, BITS, N + 1>...};
+    constexpr AddFused functions[] = {add_fused<Kind, BITS, N + 1, TILE>...};
     return functions[rows - 1];
 }
 template <class Kind, int... N>
@@ -207,47 +223,60 @@ TARGET inline void strip_scales(const PackedLinear &job, int64_t n, int64_t coun
     }
 }
 
+// The first block of rows of x is multiplied with codes that are unpacked meanwhile, the others with the tile.
 template <class Kind, int BITS, int STRIPS>
 TARGET void multiply_strips(const PackedLinear &job, int64_t begin, int64_t end) {
-    constexpr int64_t WIDTH = STRIPS * STRIP, CHUNK_PIECES = VALUES * BITS / 8 / PIECE;
+    constexpr int64_t WIDTH = STRIPS * STRIP, CHUNK_BYTES = VALUES * BITS / 8, STEPS = chunk_steps<Kind>;
     const int64_t chunks = chunks_of(job), stride = padded(chunks), blocks = blocks_of(job);
-    const int64_t row_bytes = job.in * BITS / 8, buffer_bytes = WIDTH * row_bytes, tile_bytes = VALUES * 2 * LINE;
+    const int64_t distance = buffer_stride(job), buffer_bytes = WIDTH * distance, tile_bytes = STEPS * 2 * LINE;
     static thread_local std::vector<float> room;
-    uint8_t *at = (uint8_t *)aligned(room, (2 * buffer_bytes + tile_bytes) / (int64_t)sizeof(float) +
-                                                       job.rows * WIDTH + 2 * chunks * WIDTH + 2 * stride * STRIP);
-    uint8_t *now = at, *next = at + buffer_bytes;
-    __m512i *tile = (__m512i *)(next + buffer_bytes);
+    uint8_t *buffers = (uint8_t *)aligned(room, (2 * buffer_bytes + tile_bytes) / (int64_t)sizeof(float) +
+                                                    job.rows * WIDTH + 2 * chunks * WIDTH + 2 * stride * STRIP);
+    uint8_t *now = buffers, *next = buffers + buffer_bytes;
+    __m512i *tile = (__m512i *)(next + buffer_bytes), dwords[STRIPS][2][8];
     float *totals = (float *)((uint8_t *)tile + tile_bytes), *scales = totals + job.rows * WIDTH;
     float *minimums = scales + chunks * WIDTH, *row = minimums + chunks * WIDTH;
-    const uint8_t *from = job.packed + begin * row_bytes, *last = job.packed + end * row_bytes;
-    Reader<STRIPS>{from, last, now, pieces_of(job)}.read(WIDTH * pieces_of(job));
+    const int64_t first = block_begin(job, 1, blocks);
+    const AddFused add = fused_function<Kind, BITS, STRIPS == 2>(first, Rows<STRIPS == 1 ? MOST_FUSED : MOST_TILED>());
+    Reader(job, begin, end, now).read(WIDTH * pieces_of(job));
+    Strip strips[STRIPS];
+    for (int s = 0; s < STRIPS; ++s) {
+        strips[s] = {dwords[s][0], dwords[s][1], nullptr, nullptr, distance};
+        Transposer transposer{now + s * STRIP * distance, distance, strips[s].now, {}, {}};
+        for (int i = 0; i < 8; ++i) transposer.work(i);
+    }
     for (int64_t n = begin; n < end; n += WIDTH, std::swap(now, next)) {
         const int64_t count = std::min(WIDTH, end - n);
         strip_scales<Kind, BITS>(job, n, count, WIDTH, row, scales, minimums);
         std::fill_n(totals, job.rows * WIDTH, 0.0f);
-        Reader<STRIPS> reader{job.packed + (n + count) * row_bytes, last, next, pieces_of(job)};
+        Reader reader(job, n + count, end, next);
         for (int64_t c = 0; c < chunks; ++c) {
-            reader.read(CHUNK_PIECES * WIDTH);
-            const uint8_t *codes = now + c * CHUNK_PIECES * WIDTH * PIECE;
-            const uint32_t *x = (const uint32_t *)job.operand + c * job.rows * chunk_steps<Kind>;
+            reader.read(CHUNK_BYTES / PIECE * WIDTH);
+            const uint32_t *x = (const uint32_t *)job.operand + c * job.rows * STEPS;
             Around around{scales + c * WIDTH, minimums + c * WIDTH, job.sums + c * job.rows,
-                          job.x_scales + c * job.rows};
-            if constexpr (STRIPS == 1) {
-                const auto every = std::make_integer_sequence<int, MOST_FUSED>();
-                fused_function<Kind, BITS>(job.rows, every)(codes, x, around, totals);
-            } else {
-                unpack_tile<Kind, BITS>(codes, tile);
-                for (int64_t block = 0; block < blocks; ++block) {
-                    const int64_t m = block_begin(job, block, blocks), rows = block_begin(job, block + 1, blocks) - m;
-                    const Around own{around.scales, around.minimums, around.sums + m, around.x_scales + m};
-                    const auto every = std::make_integer_sequence<int, MOST_TILED>();
-                    tile_function<Kind>(rows, every)(tile, x + m * chunk_steps<Kind>, own, totals + m * WIDTH);
-                }
+                          job.x_scales + c * job.rows, totals, WIDTH};
+            for (int s = 0; s < STRIPS; ++s) {
+                Strip &strip = strips[s];
+                strip.codes = now + s * STRIP * distance + c * CHUNK_BYTES;
+                strip.following = c + 1 < chunks ? strip.codes + CHUNK_BYTES : next + s * STRIP * distance;
+                Around own = around;
+                own.scales += s * STRIP;
+                own.minimums += s * STRIP;
+                own.totals += s * STRIP;
+                add(strip, x, own, tile + s);
+            }
+            for (int64_t block = 1; block < blocks; ++block) {
+                const int64_t m = block_begin(job, block, blocks), rows = block_begin(job, block + 1, blocks) - m;
+                Around own = around;
+                own.sums += m;
+                own.x_scales += m;
+                own.totals += m * WIDTH;
+                tile_function<Kind>(rows, Rows<MOST_TILED>())(tile, x + m * STEPS, own);
             }
         }
         for (int64_t m = 0; m < job.rows; ++m)
-            for (int64_t strip = 0; strip < count; strip += STRIP)
-                write_outputs(job, load(totals + m * WIDTH + strip), m, n + strip, std::min(STRIP, count - strip));
+            for (int64_t at = 0; at < count; at += STRIP)
+                write_outputs(job, load(totals + m * WIDTH + at), m, n + at, std::min(STRIP, count - at));
     }
 }
 
