@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cgroup import MemoryGroup, drop_caches
-from record import RESULTS, kept, save
+from record import RESULTS, load_results, save
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from flexgen.units import format_bytes, parse_bytes
@@ -105,7 +105,7 @@ class Bench:
         self.args = args
         self.work = Path(args.work_dir)
         self.path = Path(args.out) if args.out else RESULTS / f"{NAME}.json"
-        old = kept(self.path) if args.resume else {}
+        old = load_results(self.path) if args.resume else {}
         self.document: dict[str, Any] = {
             "about": "totals are prefill_s + (gen_len - 1) * step_s, step_s the median of a repeat's steps"
             if not args.full

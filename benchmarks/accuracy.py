@@ -53,13 +53,13 @@ def main() -> None:
     for name in args.case or CASES:
         figures[name] = measure(CASES[name], records, tokenizer, args)
         print(f"{name}: {figures[name]}", file=sys.stderr, flush=True)
-    print(f"{'case':<24}{'right':>9}{'perplexity of answers':>24}{'of texts':>12}")
+    print(f"{'case':<24}{'correct':>9}{'perplexity of answers':>24}{'of texts':>12}")
     for name, found in figures.items():
         if "refused" in found:
             print(f"{name:<24}refused: {found['refused']}")
         else:
             columns = f"{found['answers_perplexity']:>24.5f}{found['texts_perplexity']:>12.4f}"
-            print(f"{name:<24}{found['right']['all']:>9.2%}{columns}")
+            print(f"{name:<24}{found['correct']['all']:>9.2%}{columns}")
     settings = {key: getattr(args, key) for key in ("records", "seed", "dtype")} | {"new_tokens": NEW_TOKENS}
     print(save("accuracy", {**settings, "figures": figures}, Path(args.out) if args.out else None))
 
@@ -86,7 +86,7 @@ def measure(
     # The ids of a text begin with those of its prompt; the first id of a text has no score.
     of_answers = [found[len(prompt) - 1 :] for found, prompt in zip(scores, prompts, strict=True)]
     return {
-        "right": demo.accuracy(records, answers),
+        "correct": demo.accuracy(records, answers),
         "answers_perplexity": perplexity(of_answers),
         "texts_perplexity": perplexity(scores),
     }

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import RESULTS, interleaved, kept, machine, save
+from record import RESULTS, interleaved, load_results, machine, save
 from torch import Tensor
 
 from flexgen.kernels import groupwise, sparse_attention
@@ -162,7 +162,13 @@ def sparse(memory: dict[str, Tensor], repeats: int) -> Iterator[dict[str, Any]]:
         for share in SHARES:
             compiled, plain = (median(figures[f"{share}, {v}"]) for v in ("natively", "in_torch"))
             yield {
-                **{"cache": name, "group": group, "head_dim": dim, "tokens": layout, "kept": str(share)},
+                **{
+                    "cache": name,
+                    "group": group,
+                    "head_dim": dim,
+                    "tokens": layout,
+                    "cache share": str(share),
+                },
                 **{"compiled": compiled / exact, "torch": plain / exact, "by bytes": 2 / (1 + share)},
             }
 
@@ -229,7 +235,7 @@ def main() -> None:
         "codecs": partial(codecs, args.repeats),
     }
     path = args.out or RESULTS / "cpu_kernels.json"
-    earlier = kept(path)
+    earlier = load_results(path)
     same_machine = earlier.get("machine") == machine()
     figures: dict[str, Any] = {part: earlier[part] for part in PARTS if same_machine and part in earlier}
     repeats = {part: earlier["repeats"][part] for part in figures}

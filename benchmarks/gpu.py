@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, anywhere, kept, machine, write_whole
+from record import RESULTS, anywhere, load_results, machine, write_whole
 from transformers import OPTConfig
 
 from flexgen.models import open_model
@@ -274,7 +274,7 @@ def main() -> int:
         if unknown := set(args.only or ()) - set(steps):
             parser.error(f"--only: no step {', '.join(sorted(unknown))}; there are: {'; '.join(steps)}")
         steps = {name: step for name, step in steps.items() if args.only is None or name in args.only}
-        left = [name for name in steps if args.again or kept(_path(out, name)).get("status") != 0]
+        left = [name for name in steps if args.again or load_results(_path(out, name)).get("status") != 0]
         for n, name in enumerate(left):
             seconds = deadline - time.perf_counter()
             # The first step always begins: it may need the whole call.
@@ -289,7 +289,7 @@ def main() -> int:
             text = json.dumps(result, indent=1).replace(str(reports), "DIR")
             write_whole(_path(out, name), text + "\n")
             print(f"== {name}: {_ended(result['status'])} after {result['seconds']} s", flush=True)
-    results = {name: kept(_path(out, name)) for name in steps}
+    results = {name: load_results(_path(out, name)) for name in steps}
     comparison = compare(results)
     (out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
     open_ = [name for name, result in results.items() if result.get("status") != 0]

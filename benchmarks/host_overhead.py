@@ -28,6 +28,7 @@ from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.scoring import Scoring
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
 from flexgen.schedule.orders import ORDERS
@@ -170,8 +171,8 @@ class Alone:
             keys, values = torch.zeros(shape, dtype=call.x.dtype, device=call.x.device)
             self._pages = [(keys, values)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return decode_attention(q, self._pages, self._length, None, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        return decode_attention(q, self._pages, self._length, None, scoring)
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
-from record import RESULTS, interleaved, kept, save
+from record import RESULTS, interleaved, load_results, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="run only this case (may be repeated)")
     parser.add_argument("--resume", action="store_true", help="keep the results of the other cases")
     args = parser.parse_args()
-    figures = kept(RESULTS / "overlap.json").get("figures", {}) if args.resume else {}
+    figures = load_results(RESULTS / "overlap.json").get("figures", {}) if args.resume else {}
     for name in args.case or CASES:
         policy, prompt_len, tokens = CASES[name]
         prompts = np.random.default_rng(0).integers(4, MODEL.vocab_size, size=(policy.block_size, prompt_len))

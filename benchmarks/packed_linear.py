@@ -61,11 +61,11 @@ def cases_of(
         cases[f"matrix, {count} rows"] = partial(rate, partial(F.linear, x[count]), plain, seconds)
     out = torch.empty_like(plain[0])
     for bits in BITS:
-        kept = [quantise(weight, bits, GROUP) for _ in range(MEMORY // (weight.numel() * bits // 8))]
-        cases[f"decode int{bits}"] = partial(rate, partial(dequantise, out=out), kept, seconds)
+        stored = [quantise(weight, bits, GROUP) for _ in range(MEMORY // (weight.numel() * bits // 8))]
+        cases[f"decode int{bits}"] = partial(rate, partial(dequantise, out=out), stored, seconds)
         for count in rows:
             call = partial(multiply, x[count])
-            cases[f"fused int{bits}, {count} rows"] = partial(rate, call, kept, seconds)
+            cases[f"fused int{bits}, {count} rows"] = partial(rate, call, stored, seconds)
     if device == "cpu" and dtype is torch.bfloat16:
         codes = torch.randint(0, 16, shape, dtype=torch.int32)
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

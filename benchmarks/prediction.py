@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-from record import RESULTS, kept, save
+from record import RESULTS, load_results, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
@@ -222,7 +222,7 @@ def main() -> None:
     add("--out", help="write the results to this file")
     args = parser.parse_args()
     path = Path(args.out) if args.out else RESULTS / "prediction.json"
-    rounds: list[dict[str, Any]] = kept(path).get("rounds", []) if args.resume else []
+    rounds: list[dict[str, Any]] = load_results(path).get("rounds", []) if args.resume else []
     names = [name for name in args.case or CASES if CASES[name].device.startswith(args.device or "")]
     for device, some in itertools.groupby(names, lambda name: CASES[name].device):
         wanted, machine = list(some), measured(device, args.offload_dir, again=True)

@@ -64,7 +64,7 @@ def _last(figures: Mapping[str, list[float]]) -> str:
     return ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures.items())
 
 
-def kept(path: Path) -> dict[str, Any]:
+def load_results(path: Path) -> dict[str, Any]:
     """The contents that `save` wrote to `path`; empty if there is no file."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return document

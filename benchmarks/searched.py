@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import RESULTS, interleaved, kept, save
+from record import RESULTS, interleaved, load_results, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy, Tier
@@ -202,7 +202,7 @@ def main() -> None:
     add("--resume", action="store_true", help="keep the other settings in the results")
     args = parser.parse_args()
     path = RESULTS / "searched.json"
-    before = kept(path) if args.resume else {}
+    before = load_results(path) if args.resume else {}
     settings: dict[str, Any] = before.get("settings", {})
     for name in args.case or SETTINGS:
         if name not in settings:

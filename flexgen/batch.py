@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen.cli.answers import Answers
-from flexgen.cli.flags import add_model_flags, add_policy_flags, count, read_policy, run, tell
+from flexgen.cli.flags import add_model_flags, add_policy_flags, count, print_stderr, read_policy, run
 from flexgen.cli.help import HelpFormatter
 from flexgen.cli.prompts import MESSAGES, PROMPT, PromptLine, at_line, read_prompts
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
@@ -31,7 +31,7 @@ from flexgen.models import ModelSpec, open_model
 from flexgen.policy import Auto, Policy
 from flexgen.runtime.request import check_room
 from flexgen.runtime.sampler import check_seed
-from flexgen.schedule.orders import ORDERS
+from flexgen.schedule.orders import ORDERS, unknown_order
 from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
@@ -55,7 +55,7 @@ def batch(args: argparse.Namespace) -> None:
             )
             return
         if answers.run:
-            tell(
+            print_stderr(
                 f"{args.answers} contains the answers to {answers.count} of {answers.total} prompts; resuming"
             )
         _answer(args, job, answers, policy)
@@ -130,7 +130,7 @@ def _run_before(answers: Answers) -> tuple[Policy, str | None, int] | None:
             answers.run["seed"],
         )
         if order is not None and order not in ORDERS:
-            raise ValueError(f"order {order!r} is not known")
+            raise ValueError(unknown_order(order))
         if seed is None:
             raise ValueError("it has no seed")
         check_seed(seed)
@@ -167,7 +167,9 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             order = model.auto.opened.order
         run = {"policy": model.policy.to_dict(), "order": order, "seed": seed}
         if answers.run not in (None, run):
-            tell("the policy has changed: with a half-precision dtype, later answers may differ by rounding")
+            print_stderr(
+                "the policy has changed: with a half-precision dtype, later answers may differ by rounding"
+            )
         answers.begin(run)
         save_every = args.save_every * model.policy.block_size
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
@@ -187,7 +189,7 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
             answers.save(texts)
             assert model.stats is not None
             new_tokens += model.stats.new_tokens
-            tell(f"{answers.count} of {answers.total} prompts answered")
+            print_stderr(f"{answers.count} of {answers.total} prompts answered")
     seconds = time.perf_counter() - begun
     print(
         f"{args.answers}: {answers.total - first} prompts answered, {new_tokens} new tokens in "

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flexgen.cli.flags import add_model_flags, add_policy_flags, read_policy, run, tell
+from flexgen.cli.flags import add_model_flags, add_policy_flags, print_stderr, read_policy, run
 from flexgen.cli.help import HelpFormatter
 from flexgen.cli.prompts import normalized, read_text
 from flexgen.cli.sampling import add_sampling_flags, check_sampling_flags
@@ -157,21 +157,23 @@ def _ask(model: OptLM, args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (adds line editing and a history to `input`)
     prompts = _Prompts(model.tokenizer, args.special_tokens)
-    tell(f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C stops an answer, Ctrl-D exits.")
-    with model.conversation() as kept:  # computes only the new part of the text for each answer
+    print_stderr(
+        f"{model.spec.name} on {model.device}. {prompts.about} Ctrl-C stops an answer, Ctrl-D exits."
+    )
+    with model.conversation() as conversation:  # computes only the new part of the text for each answer
         for line in _lines():
             if not line.strip():
                 continue
             if line.strip() == _RESET:
-                tell(prompts.reset())
+                print_stderr(prompts.reset())
                 continue
             try:
-                prompts.answered(line, _answer(kept, prompts.ids(line), args))
+                prompts.answered(line, _answer(conversation, prompts.ids(line), args))
             except FlexGenError as error:
-                tell(f"{error}{prompts.hint}")
+                print_stderr(f"{error}{prompts.hint}")
             except KeyboardInterrupt:
-                tell("\nanswer stopped; it is not part of the conversation")
-    tell("\nbye")
+                print_stderr("\nanswer stopped; it is not part of the conversation")
+    print_stderr("\nbye")
 
 
 def _lines() -> Iterator[str]:
@@ -183,7 +185,7 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if dropped:
                 return
-            tell("\npress Ctrl-C again or Ctrl-D to exit")
+            print_stderr("\npress Ctrl-C again or Ctrl-D to exit")
             dropped = True
             continue
         if line is None:

@@ -308,10 +308,10 @@ class Policy:
                 f"{name}: cannot read the policy: {error.strerror}; give the path of a TOML file"
             ) from error
         except ValueError as error:  # not UTF-8, not TOML, a number of thousands of digits, a NUL in the path
-            raise PolicyError(f"{name}: not valid TOML: {error}") from error
+            raise PolicyError(f"{name}: not valid TOML: {error}; correct the file") from error
         except RecursionError:
             raise PolicyError(
-                f"{name}: not valid TOML: values are nested too deeply; a policy needs two levels"
+                f"{name}: not valid TOML: values are nested too deeply; a policy needs at most two levels"
             ) from None
         try:
             return cls.from_dict(fields)

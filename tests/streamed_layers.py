@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from tiny_families import TINY
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from flexgen.layout.placement import Placement, place_weights
 from flexgen.layout.plan import SLOTS
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Done, Lanes
@@ -22,6 +30,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.weights import WeightSlots
 from flexgen.models import Layer, WeightSpec, build_layers, open_model
 from flexgen.models.checkpoint import Checkpoint
+from flexgen.models.sources import Source
 from flexgen.policy import Split
 from flexgen.schedule.steps import Op, Step
 
@@ -39,12 +48,20 @@ def _save(directory: Path, family: str, dtype: torch.dtype, format: str, **chang
     torch.manual_seed(0)
     if family == "opt":
         model = OPTForCausalLM(OPTConfig(**{**OPT, **changes}))
-    else:
+    elif family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes}))
+    else:
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**TINY[family][0], **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_()
+    correction = {name: b.clone() for name, b in model.named_buffers() if name.endswith("correction_bias")}
     model = model.to(dtype)
+    for name, buffer in correction.items():  # in float32 in any model, as published
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer)
     model.config.dtype = dtype
     if format == "safetensors":
         model.save_pretrained(directory)
@@ -116,7 +133,7 @@ class Streamed:
     def assert_there(self, layer: int, slot: int) -> None:
         """The layer's weights are in the slot (or in place), bit by bit; a table that is gathered is not."""
         found = self.slots.weights(layer, slot, visit=0)
-        whole = travelling(self.layers[layer], self.placement, self.machine.device.topology)
+        whole = whole_weights(self.layers[layer], self.placement, self.machine.device.topology)
         assert set(found) == {weight.name for weight in whole}
         for weight in whole:
             tensor = found[weight.name]
@@ -197,7 +214,7 @@ def make_layers() -> Callable[..., tuple[Layer, ...]]:
             Unit(
                 spec,
                 f"unit-{n}",
-                tuple(WeightSpec(f"w{m}", (size,), (f"{n}.w{m}",)) for m, size in enumerate(row)),
+                tuple(WeightSpec(f"w{m}", (size,), (Source(f"{n}.w{m}"),)) for m, size in enumerate(row)),
             )
             for n, row in enumerate(sizes)
         )

@@ -171,7 +171,10 @@ def test_a_chat_is_answered_as_its_template_says(tmp_path, capsys):
     ]
     prompts.write_text(json.dumps(["a", {"messages": [{"role": "tool", "content": "a"}]}], indent=0))
     assert start((prompts, tmp_path / "other.jsonl"), *flags) == 1
-    assert "prompts.json, line 3: the tokenizer's chat template failed: no tools" in capsys.readouterr().err
+    assert (
+        "prompts.json, line 3: the tokenizer's chat template failed: no tools. Give only messages"
+        in capsys.readouterr().err
+    )
 
 
 def test_special_tokens_can_be_left_out(tmp_path):

@@ -249,7 +249,7 @@ def test_a_model_without_tokenizer_is_refused_before_weights_are_loaded(flags, t
 
 def test_characters_that_a_terminal_cannot_show_are_replaced(monkeypatch):
     pieces = "caf", "é", " 日本"
-    pieces_stream = Stream(lambda teller: [teller.tell(piece) for piece in pieces])
+    pieces_stream = Stream(lambda writer: [writer.put(piece) for piece in pieces])
     monkeypatch.setattr(OptLM, "stream_text", lambda *args, **options: pieces_stream)
     stdout = Watched(lambda: None, encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stdout)

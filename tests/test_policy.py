@@ -261,7 +261,7 @@ def test_from_percent_names_the_wrong_pair(percents, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"gpu_batch_size =\n", "not valid TOML.*line 1"),
+        (b"gpu_batch_size =\n", "not valid TOML.*line 1.*; correct the file"),
         (b"\xff\xfe", "not valid TOML"),
         (b"overlp = true", "did you mean 'overlap'"),
         (b"weights = { gpu = nan }", "nan percent"),

@@ -169,7 +169,7 @@ def test_where_all_fail_nothing_is_written(tuned, trials, capsys):
     trials.fails = lambda policy: True
     out, _ = tuned("--rounds 1", status=1)
     assert not out.exists()
-    assert "candidates ran: it needs more than there is" in capsys.readouterr().err
+    assert "candidate policies ran: it needs more than there is. Free memory" in capsys.readouterr().err
 
 
 def test_an_interrupt_keeps_the_best_so_far(tuned, trials, capsys):

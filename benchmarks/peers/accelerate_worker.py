@@ -96,20 +96,20 @@ def open_model(job: dict[str, Any]) -> tuple[Any, int]:
     if job["variant"] == "folder":
         return _in_folder(model, weights, Path(job["folder"])), 0
     blocks = [name for name, module in model.named_modules() if _is_block(name, module)]
-    kept = blocks[: _fitting(model, blocks, job)] if job["variant"] == "split" else []
+    on_cpu = blocks[: _fitting(model, blocks, job)] if job["variant"] == "split" else []
     index = {}
     with safe_open(weights, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
             index[name] = {"safetensors_file": str(weights), "weight_name": name, "dtype": "bfloat16"}
-            if any(name.startswith(f"{block}.") for block in kept):
+            if any(name.startswith(f"{block}.") for block in on_cpu):
                 set_module_tensor_to_device(model, name, "cpu", value=file.get_tensor(name).clone())
     for name in model.state_dict():  # a tied head has no separate tensor in the file
         index.setdefault(name, index[_embedding(index)])
     device_map = dict.fromkeys(_outside(model, blocks), "disk")
-    device_map |= {block: "cpu" if block in kept else "disk" for block in blocks}
-    if not kept:
+    device_map |= {block: "cpu" if block in on_cpu else "disk" for block in blocks}
+    if not on_cpu:
         device_map = {"": "disk"}
-    return dispatch_model(model, device_map, main_device="cpu", offload_index=index), len(kept)
+    return dispatch_model(model, device_map, main_device="cpu", offload_index=index), len(on_cpu)
 
 
 def _in_folder(model: Any, weights: Path, folder: Path) -> Any:

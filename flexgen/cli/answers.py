@@ -50,7 +50,7 @@ class Answers:
         try:
             self._lock()
             self._job = self._read_job()
-            self._saved, self._digest = self._kept()
+            self._saved, self._digest = self._intact()
         except BaseException:
             os.close(self._fd)
             raise
@@ -157,7 +157,7 @@ class Answers:
             )
         return job
 
-    def _kept(self) -> tuple[Mark, Any]:
+    def _intact(self) -> tuple[Mark, Any]:
         """The last save whose answers are unchanged, and the digest up to it.
 
         The file may be shorter than a later save: it was truncated, and the missing answers are generated again. It
@@ -166,27 +166,28 @@ class Answers:
         """
         size = os.fstat(self._fd).st_size
         digest = hashlib.sha256()
-        kept = Mark(0, 0, digest.hexdigest())
+        intact = Mark(0, 0, digest.hexdigest())
         for mark in () if self._job is None else self._job.marks:
             if size < mark.nbytes:
                 break
             read = digest.copy()
-            for chunk in self._chunks(kept.nbytes, mark.nbytes):
+            for chunk in self._chunks(intact.nbytes, mark.nbytes):
                 read.update(chunk)
             if read.hexdigest() != mark.sha256:
-                self._check_lines(kept, size)
+                self._check_lines(intact, size)
                 self._refuse(
-                    f"one of the lines {kept.answers + 1} to {mark.answers} was edited", kept.answers
+                    f"one of the lines {intact.answers + 1} to {mark.answers} was edited", intact.answers
                 )
-            kept, digest = mark, read
-        self._check_lines(kept, size)
-        return kept, digest
+            intact, digest = mark, read
+        self._check_lines(intact, size)
+        return intact, digest
 
-    def _check_lines(self, kept: Mark, size: int) -> None:
-        """Raise RequestError unless each line after `kept` begins with the fields of its prompt. The last line may be
-        incomplete."""
-        row = kept.answers
-        for line in self._lines(kept.nbytes, size):
+    def _check_lines(self, intact: Mark, size: int) -> None:
+        """Raise RequestError unless each line after `intact` begins with the fields of its prompt.
+
+        The last line may be incomplete."""
+        row = intact.answers
+        for line in self._lines(intact.nbytes, size):
             if row == self.total:
                 self._refuse(f"line {row + 1} is text after the answers of all {row} prompts", row)
             whole = line.endswith(b"\n")

@@ -122,7 +122,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
     add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")
 
 
-def tell(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from flexgen.engine.auto import AutoPolicy, Chosen
 from flexgen.errors import CapacityError
 from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_chunk
-from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.needs import ExtraNeeds, MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, plan_memory
 from flexgen.memory.machine import Machine
@@ -29,7 +29,7 @@ class CallPlans:
     slots: the slots that the model was opened with; all calls use them.
     opened: the policy and the order that the model was opened with.
     auto: finds policies for calls of other workloads. None, or an `AutoPolicy` with `once`, keeps the opening's.
-    kept: buffers that stay allocated between calls, and their needs. The plans of other calls count them.
+    retained: buffers that stay allocated between calls, and their needs. The plans of other calls count them.
     """
 
     layers: Sequence[Layer]
@@ -39,7 +39,7 @@ class CallPlans:
     opened: Chosen
     auto: AutoPolicy | None
     in_use: InUse
-    kept: dict[Buffers, tuple[Need, ...]] = field(default_factory=dict)
+    retained: dict[Buffers, tuple[Need, ...]] = field(default_factory=dict)
 
     def of_weights(self) -> MemoryPlan:
         """The plan of the weights alone, before any call. Raises CapacityError if they do not fit."""
@@ -49,7 +49,7 @@ class CallPlans:
         self,
         workload: Workload,
         all_logits: bool = False,
-        kept: Kept | None = None,
+        extra_needs: ExtraNeeds | None = None,
         whole_prompts: bool = False,
     ) -> tuple[Chosen, MemoryPlan]:
         """The policy and the order of a call, and its plan, which fits the machine and counts the caller's needs.
@@ -59,7 +59,11 @@ class CallPlans:
 
         Raises CapacityError if the call does not fit, with a batch shape that fits if there is one.
         """
-        plan, limits, chosen = self._plan_of(workload, all_logits, kept), self.machine.limits(), self.opened
+        plan, limits, chosen = (
+            self._plan_of(workload, all_logits, extra_needs),
+            self.machine.limits(),
+            self.opened,
+        )
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
@@ -69,14 +73,20 @@ class CallPlans:
             policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
-    def of_one_block(self, workload: Workload, kept: Kept | None = None) -> tuple[Chosen, MemoryPlan]:
+    def of_one_block(
+        self, workload: Workload, extra_needs: ExtraNeeds | None = None
+    ) -> tuple[Chosen, MemoryPlan]:
         """`of_call` for a call that runs as one block; its rows set the number of GPU batches.
 
-        A policy that was searched for gets smaller batches if it has to. The `kept` memory grows with the rows.
+        A policy that was searched for gets smaller batches if it has to. `extra_needs` grow with the rows.
 
         Raises CapacityError if the rows do not fit, with the maximum number of rows that fit.
         """
-        plan, limits, chosen = self._plan_of(workload, kept=kept), self.machine.limits(), self.opened
+        plan, limits, chosen = (
+            self._plan_of(workload, extra_needs=extra_needs),
+            self.machine.limits(),
+            self.opened,
+        )
         rows, halvings = workload.num_prompts, 1
         if self.auto is not None and not self.auto.once:
             chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
@@ -85,7 +95,7 @@ class CallPlans:
         shapes.append(with_fitting_chunk(plan, shapes[-1], limits, workload.prompt_len))
         fitting = next((policy for policy in shapes if not plan(policy).shortage(limits)), None)
         if fitting is None:
-            most = self._most_rows(workload, kept, shapes[-1])
+            most = self._most_rows(workload, extra_needs, shapes[-1])
             raise CapacityError(
                 f"{plan(shapes[-1]).shortage(limits)}. All {rows} rows of this call run in one block, because its "
                 "choice of ids (a logits processor or a stopping criterion of the caller) sees every row at "
@@ -113,29 +123,29 @@ class CallPlans:
         """Count the needs of buffers that `plan` was made for. It allocates nothing."""
         weights = Counter({(n.tier, n.what, n.role): n.nbytes for n in self.of_weights().needs})
         needs = (replace(n, nbytes=n.nbytes - weights[n.tier, n.what, n.role]) for n in plan.needs)
-        self.kept[buffers] = tuple(need for need in needs if need.nbytes > 0)
+        self.retained[buffers] = tuple(need for need in needs if need.nbytes > 0)
 
     def forget(self, buffers: Buffers) -> None:
-        """Free kept buffers, unless they belong to the parent of this forked process."""
+        """Free retained buffers, unless they belong to the parent of this forked process."""
         if not self.in_use.inherited:
-            self.kept.pop(buffers, None)
+            self.retained.pop(buffers, None)
             buffers.close()
 
     def forget_all(self) -> None:
-        """Free all kept buffers."""
-        for buffers in list(self.kept):
+        """Free all retained buffers."""
+        for buffers in list(self.retained):
             self.forget(buffers)
 
-    def _most_rows(self, workload: Workload, kept: Kept | None, policy: Policy) -> int:
+    def _most_rows(self, workload: Workload, extra_needs: ExtraNeeds | None, policy: Policy) -> int:
         """The maximum number of rows that fit in one block. Raises CapacityError if not even one row fits."""
         limits = self.machine.limits()
 
         def plan_of(rows: int) -> Callable[[Policy], MemoryPlan]:
             def fewer(policy: Policy) -> list[Need]:
-                needs = kept(policy) if kept else ()
+                needs = extra_needs(policy) if extra_needs else ()
                 return [replace(need, nbytes=need.nbytes * rows // workload.num_prompts) for need in needs]
 
-            return self._plan_of(replace(workload, num_prompts=rows), kept=fewer)
+            return self._plan_of(replace(workload, num_prompts=rows), extra_needs=fewer)
 
         def too_many(rows: int) -> bool:
             return bool(plan_of(rows)(_one_block(policy, rows)).shortage(limits))
@@ -147,17 +157,17 @@ class CallPlans:
         self,
         workload: Workload | None,
         all_logits: bool = False,
-        kept: Kept | None = None,
+        extra_needs: ExtraNeeds | None = None,
         but: Buffers | None = None,
     ) -> Callable[[Policy], MemoryPlan]:
-        """A function from a policy to its plan, which counts the kept buffers of other calls, except `but`."""
+        """A function from a policy to its plan, which counts the retained buffers of other calls, except `but`."""
         device = self.machine.device
         target = Target(device.topology, self.slots, device.workspaces)
-        others = [need for buffers, needs in self.kept.items() if buffers is not but for need in needs]
+        others = [need for buffers, needs in self.retained.items() if buffers is not but for need in needs]
 
         def plan(policy: Policy) -> MemoryPlan:
             planned = plan_memory(self.layers, self.placement, policy, target, workload, all_logits)
-            more = (*(kept(policy) if kept else ()), *(others if workload is not None else ()))
+            more = (*(extra_needs(policy) if extra_needs else ()), *(others if workload is not None else ()))
             return replace(planned, needs=(*planned.needs, *more)) if more else planned
 
         return plan

@@ -29,7 +29,7 @@ from flexgen.runtime.request import (
     read_request,
 )
 from flexgen.runtime.stats import Stats
-from flexgen.runtime.stream import Stream, Teller
+from flexgen.runtime.stream import Stream, StreamWriter
 
 Text = str | Sequence[int] | np.ndarray | Messages
 """A string, the ids of a text, or a chat. A chat is a list of messages, which the tokenizer's template renders."""
@@ -88,10 +88,10 @@ class Conveniences(ABC):
         check_length(self.spec, request, max_new_tokens)
         choice = self.sampled(**sampling)
 
-        def run(teller: Teller[tuple[int, np.ndarray]]) -> None:
-            listeners = [_EndedRows(teller.tell)]
+        def run(writer: StreamWriter[tuple[int, np.ndarray]]) -> None:
+            listeners = [_EndedRows(writer.put)]
             self.generate_with(
-                Completion(request, max_new_tokens, choice), listeners=listeners, check=teller.check
+                Completion(request, max_new_tokens, choice), listeners=listeners, check=writer.check
             )
 
         return self._streaming(run)
@@ -118,13 +118,13 @@ class Conveniences(ABC):
         check_length(self.spec, request, max_new_tokens)
         choice, stops, tokenizer = self.sampled(**sampling), stop_strings(stop), self.tokenizer
 
-        def run(teller: Teller[str]) -> None:
-            def tell(row: int, piece: str) -> None:
+        def run(writer: StreamWriter[str]) -> None:
+            def emit(row: int, piece: str) -> None:
                 if piece:
-                    teller.tell(piece)
+                    writer.put(piece)
 
-            texts = _Texts(choice, tokenizer, request.prompts, stops, tell)
-            self.generate_with(Completion(request, max_new_tokens, texts), check=teller.check)
+            texts = _Texts(choice, tokenizer, request.prompts, stops, emit)
+            self.generate_with(Completion(request, max_new_tokens, texts), check=writer.check)
             texts.finish()
 
         return self._streaming(run)
@@ -234,7 +234,7 @@ class Conveniences(ABC):
             return encode(self.tokenizer, text, special_tokens)
         return encode_chat(self.tokenizer, text) if is_chat(text) else text
 
-    def _streaming(self, run: Callable[[Teller[Any]], object]) -> Stream[Any]:
+    def _streaming(self, run: Callable[[StreamWriter[Any]], object]) -> Stream[Any]:
         stream: Stream[Any] | None = None
         try:
             stream = Stream(run)
@@ -265,8 +265,8 @@ def _all(ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
 class _EndedRows:
     """A listener that passes (row, its new ids) on when a row has ended."""
 
-    def __init__(self, tell: Callable[[tuple[int, np.ndarray]], object]) -> None:
-        self._tell = tell
+    def __init__(self, emit: Callable[[tuple[int, np.ndarray]], object]) -> None:
+        self._emit = emit
         self._ids: dict[int, list[int]] = {}
 
     def __call__(self, new: NewIds) -> None:
@@ -275,7 +275,7 @@ class _EndedRows:
             if live:
                 self._ids.setdefault(row, []).append(id)
             if ended:
-                self._tell((row, np.array(self._ids.pop(row), dtype=np.int64)))
+                self._emit((row, np.array(self._ids.pop(row), dtype=np.int64)))
 
 
 class _Texts:
@@ -290,10 +290,10 @@ class _Texts:
         tokenizer: Any,
         prompts: Sequence[np.ndarray],
         stop: Sequence[str],
-        tell: Callable[[int, str], object],
+        emit: Callable[[int, str], object],
     ) -> None:
         self._choice = choice
-        self._tell = tell
+        self._emit = emit
         self._open = {n: Decoder(tokenizer, prompt, stop) for n, prompt in enumerate(prompts)}
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
@@ -307,7 +307,7 @@ class _Texts:
             if row not in self._open:
                 continue
             decoder = self._open[row]
-            self._tell(row, decoder.add([id]))
+            self._emit(row, decoder.add([id]))
             if decoder.stopped or ended[place]:
                 ended[place] = True
                 self._end(row)
@@ -319,4 +319,4 @@ class _Texts:
             self._end(row)
 
     def _end(self, row: int) -> None:
-        self._tell(row, self._open.pop(row).end())
+        self._emit(row, self._open.pop(row).end())

@@ -21,7 +21,7 @@ from flexgen.engine.conversation import Conversation
 from flexgen.engine.opening import Place, open_weights, read_policy
 from flexgen.errors import RequestError
 from flexgen.layout.limits import read_limits
-from flexgen.layout.needs import Kept, MemoryPlan, Need
+from flexgen.layout.needs import ExtraNeeds, MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.machine import Machine
@@ -250,14 +250,14 @@ class OptLM(Conveniences):
         completion: Completion,
         *,
         listeners: Sequence[Listener] = (),
-        kept: Sequence[Need] = (),
+        extra_needs: Sequence[Need] = (),
         check: Callable[[], object] | None = None,
         order: str | None = None,
     ) -> np.ndarray:
         """`generate` with any choice of the next id.
 
         listeners: called with the new ids as they arrive.
-        kept: memory that the caller keeps for the call, in addition to the plan.
+        extra_needs: memory that the caller keeps for the call, in addition to the plan.
         check: called before each step; its exceptions end the call, unchanged. It disables the progress bar.
         order: the name of an order that replaces the policy's own; the model's slots must be enough for it.
 
@@ -271,8 +271,8 @@ class OptLM(Conveniences):
         if whole := choice.whole_call:
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
-            kept = [*kept, *logits]
-        model, plan = self._prepared(workload, kept=lambda policy: kept, one_block=whole)
+            extra_needs = [*extra_needs, *logits]
+        model, plan = self._prepared(workload, extra_needs=lambda policy: extra_needs, one_block=whole)
         model = model if order is None else replace(model, order=order)
         out = completion.blank(pad)
         new_tokens = 0
@@ -380,16 +380,16 @@ class OptLM(Conveniences):
         self,
         workload: Workload,
         all_logits: bool = False,
-        kept: Kept | None = None,
+        extra_needs: ExtraNeeds | None = None,
         one_block: bool = False,
         whole_prompts: bool = False,
     ) -> tuple[Model, MemoryPlan]:
         """The model with the policy and the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
         model, plans = self._opened(), self._plans
         if one_block:
-            chosen, plan = plans.of_one_block(workload, kept)
+            chosen, plan = plans.of_one_block(workload, extra_needs)
         else:
-            chosen, plan = plans.of_call(workload, all_logits, kept, whole_prompts)
+            chosen, plan = plans.of_call(workload, all_logits, extra_needs, whole_prompts)
         return replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:

@@ -98,7 +98,10 @@ def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program and may raise anything
-        raise ModelError(f"the tokenizer's chat template failed: {error}") from error
+        raise ModelError(
+            f"the tokenizer's chat template failed: {error}. Give only messages that the template accepts, or give "
+            "the prompt as a text in the format of the model's training"
+        ) from error
     return encode(tokenizer, text, special=False)  # the template has added the special tokens
 
 

@@ -100,11 +100,11 @@ class OptLM:
         self.task = Task(inputs, prompt_len, max_new_tokens, cut_gen_len, do_sample, temperature, stop)
         prompts = [row[leading(row, pad_id) :] for row in rows]
         # An empty row is a mistake, not padding: the engine rejects it.
-        kept = [n for n, row in enumerate(rows) if len(prompts[n]) or not len(row)]
-        if not kept:
+        nonempty = [n for n, row in enumerate(rows) if len(prompts[n]) or not len(row)]
+        if not nonempty:
             return np.full((len(rows), prompt_len + max_new_tokens), pad_id, np.int32)
         made = self.engine.generate(
-            [prompts[n] for n in kept],
+            [prompts[n] for n in nonempty],
             max_new_tokens,
             do_sample,
             temperature,
@@ -113,21 +113,21 @@ class OptLM:
             cut_gen_len=cut_gen_len,
             verbose=verbose,
             seed=seed_from_torch() if do_sample else None,
-            first_row=kept,
+            first_row=nonempty,
         )
         assert self.stats is not None
         timing = self.stats.timing
         # Like 0.1, fill the timer with the extrapolated times of a debug mode.
         timers(GENERATE).costs += costs_of(timing, (cut_gen_len or max_new_tokens) if debug_mode else None)
         if debug_mode == BREAKDOWN:
-            batches = -(-len(kept) // self.policy.gpu_batch_size)
+            batches = -(-len(nonempty) // self.policy.gpu_batch_size)
             blocks = -(-batches // self.num_gpu_batches)
             table = cost_lines(timing.trace.events, self.num_layers, batches, blocks, max_new_tokens)
             print("\n".join(table))
         out = np.full((len(rows), prompt_len + max_new_tokens), pad_id, np.int32)
         for row, ids in zip(out, rows, strict=True):
             row[prompt_len - len(ids) : prompt_len] = ids
-        out[kept, prompt_len:] = made[:, -max_new_tokens:]
+        out[nonempty, prompt_len:] = made[:, -max_new_tokens:]
         return out
 
 

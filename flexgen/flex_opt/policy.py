@@ -87,7 +87,9 @@ class Policy:
             sep_layer=bool(self.sep_layer),
             pin_weight=bool(self.pin_weight),
         )
-        return plain.replace(weights=_kept_as(plain.weights, weights), cache=_kept_as(plain.cache, cache))
+        return plain.replace(
+            weights=_with_codec(plain.weights, weights), cache=_with_codec(plain.cache, cache)
+        )
 
 
 def _percent(value: float) -> float:
@@ -129,7 +131,7 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
     return codec.name
 
 
-def _kept_as(split: Split, codec: str) -> Split:
+def _with_codec(split: Split, codec: str) -> Split:
     """The same percentages, each with `codec`."""
     shares = {tier: split.percent(tier) for tier in Tier}
     return Split(**{str(tier): Share(percent, codec) for tier, percent in shares.items() if percent})

@@ -257,8 +257,8 @@ class Generation(GenerationMixin):
         listeners: list[Listener] = [ids.add]
         if streamer is not None:
             listeners.append(lambda new: streamer.put(new.ids.clone()))
-        kept = record_needs(wanted, rows, steps, vocab)
-        self.lm.generate_with(Completion(request, steps, choice), listeners=listeners, kept=kept)
+        needs = record_needs(wanted, rows, steps, vocab)
+        self.lm.generate_with(Completion(request, steps, choice), listeners=listeners, extra_needs=needs)
         if streamer is not None:
             streamer.end()
         sequences = ids.sequences().to(input_ids.device)

@@ -11,11 +11,12 @@ def decode_attention(
     page_tokens: list[int],
     length: int,
     starts: int,
-    scale: float,
+    scoring: tuple[float, float, int, int],
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none."""
+    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none.
+    `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none."""
 
 def choose(
     type: int,
@@ -91,6 +92,18 @@ def packed_linear(
 ) -> None:
     """`shape`: rows of x, out, in, group. `bias`: 0 for none. `rounded`: round x to int8, with a scale for each group;
     only for variants in `rounding`."""
+
+def packed_linears(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int],
+    products: list[tuple[int, int, int, int, int, int]],
+    threads: int,
+    /,
+) -> None:
+    """`packed_linear` for several matrices of one shape. `shape`: out, in, group. Each product: rows of x, x, y,
+    values, scales, minimums."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
+from flexgen.kernels.scoring import Scoring, bend, capped, softmax_with_sinks, visible_from
 from flexgen.units import align
 
 MASK_ALIGNMENT = 16
@@ -21,7 +22,7 @@ def decode_attention(
     pages: Pages,
     length: int,
     starts: Tensor | None,
-    scale: float,
+    scoring: Scoring,
     form: HeadFormat | None = None,
 ) -> Tensor:
     """Attention of one new token per row over the first `length` positions of the cache.
@@ -29,13 +30,14 @@ def decode_attention(
     q (rows, heads, 1, head_dim): in the dtype of the cache; heads is a multiple of kv_heads. form: the format of
     heads in the pages. Plain memory beyond `length` must be finite, because only the compiled kernel never reads it:
     allocate pages zero-filled.
-    starts (rows,): integers below `length`. Positions before a row's start are padding; None for no padding.
+    starts (rows,): integers below `length`. Positions before a row's start are padding; None for no padding. Without
+    the oldest pages of a window, positions count from the first page, and starts may be negative.
     Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
     check_pages(q, pages, length, form)
-    outputs = form.attend(q, pages, length, starts, scale)
-    return attend_in_torch(q, pages, length, starts, scale, form) if outputs is None else outputs
+    outputs = form.attend(q, pages, length, starts, scoring)
+    return attend_in_torch(q, pages, length, starts, scoring, form) if outputs is None else outputs
 
 
 def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:
@@ -66,7 +68,12 @@ def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = 
 
 
 def attend_in_torch(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
+    q: Tensor,
+    pages: Pages,
+    length: int,
+    starts: Tensor | None,
+    scoring: Scoring,
+    form: HeadFormat | None = None,
 ) -> Tensor:
     """`decode_attention` in torch, on every device.
 
@@ -75,16 +82,17 @@ def attend_in_torch(
     once. Plain memory beyond `length` is multiplied by zero probabilities. Encoded pages are decoded in pieces, up to
     `length`.
     """
-    probabilities = probabilities_in_torch(q, pages, length, starts, scale, form).to(q.dtype)
+    probabilities = probabilities_in_torch(q, pages, length, starts, scoring, form).to(q.dtype)
     return weigh_in_torch(probabilities, pages, length, form).view(q.shape)
 
 
 def attend_fused(
-    q: Tensor, pages: Pages, length: int, hidden: Tensor | None, scale: float, form: HeadFormat
+    q: Tensor, pages: Pages, positions: range, hidden: Tensor | None, scale: float, form: HeadFormat
 ) -> Tensor:
-    """`decode_attention` on a GPU with torch's fused attention, which needs few launches at any length.
+    """`decode_attention` of plain scores on a GPU with torch's fused attention: few launches at any length.
 
-    hidden: `hidden_positions` in the dtype of q, for at least `length` positions; None for no padding. Query heads
+    positions: those that the new token attends to. hidden: `hidden_positions` in the dtype of q, for all positions up
+    to them; None for no padding. Query heads
     that share a K/V head become queries of one head, so that keys are not expanded. Several pages are first joined,
     and encoded pages decoded, for a few rows at a time: the limits are `form.joined_bytes` and `form.rows_at_once`.
     """
@@ -93,11 +101,12 @@ def attend_fused(
     kv_heads = keys.shape[1]
     query = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     outs = []
-    step = max(min(form.rows_at_once(keys, length), _rows_to_join(pages, form.joined_bytes)), 1)
+    first, length = positions.start, positions.stop
+    step = max(min(form.rows_at_once(keys, len(positions)), _rows_to_join(pages, form.joined_bytes)), 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        mask = None if hidden is None else hidden[part, :, :, :length]
-        k, v = (form.whole(x, length, q.dtype) for x in join(pages, part))
+        mask = None if hidden is None else hidden[part, :, :, first:length]
+        k, v = (form.whole(x[:, :, first:], len(positions), q.dtype) for x in join(pages, part))
         outs.append(F.scaled_dot_product_attention(query[part], k, v, attn_mask=mask, scale=scale))
         del k, v
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(q.shape)
@@ -144,7 +153,12 @@ def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
 
 
 def probabilities_in_torch(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, form: HeadFormat | None = None
+    q: Tensor,
+    pages: Pages,
+    length: int,
+    starts: Tensor | None,
+    scoring: Scoring,
+    form: HeadFormat | None = None,
 ) -> Tensor:
     """Softmax of the scores, (rows * kv_heads, group, tokens of all pages) in float32; zero if no token is valid."""
     rows, heads, _, head_dim = q.shape
@@ -152,17 +166,23 @@ def probabilities_in_torch(
     kv_heads = pages[0][0].shape[1]
     group = heads // kv_heads
     # q is scaled before the product, because the product could overflow in float16.
-    query = (q * scale).reshape(rows * kv_heads, group, head_dim)
+    query = (q * scoring.scale).reshape(rows * kv_heads, group, head_dim)
     total = sum(k.shape[2] for k, _ in pages)
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
     for begin, part in _decoded([k for k, _ in pages], length, form, q.dtype):
         keys = part.view(rows * kv_heads, part.shape[2], head_dim)
         scores[:, :, begin : begin + keys.shape[1]] = torch.bmm(query, keys.transpose(1, 2))
+    by_head = scores.view(rows, heads, 1, total)
+    if scoring.cap is not None:
+        capped(by_head, scoring.cap)
+    if scoring.slopes:
+        bend(by_head, scoring.slopes, range(length - 1, length), range(total))
     scores[:, :, length:] = float("-inf")
+    starts = visible_from(scoring.window, starts, length, rows, q.device)
     if starts is not None:
         padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]
-        scores.view(rows, heads, total).masked_fill_(padding[:, None], float("-inf"))
-    return torch.softmax(scores, dim=-1)
+        by_head.masked_fill_(padding[:, None, None], float("-inf"))
+    return softmax_with_sinks(by_head, scoring.sinks).reshape(scores.shape)
 
 
 def weigh_in_torch(
@@ -182,11 +202,11 @@ def weigh_in_torch(
 
 
 def _decoded(
-    kept: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
+    stored: Sequence[Tensor], length: int, form: HeadFormat, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor]]:
     """The keys or the values of at least `length` tokens, in runs, with the first position of each run."""
     begin = 0
-    for page in kept:
+    for page in stored:
         position = begin
         for part in form.decode(page, max(0, length - begin), dtype):
             yield position, part

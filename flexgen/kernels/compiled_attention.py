@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.scoring import Scoring, constants, visible_from
 
 
 class HeadLayout(NamedTuple):
@@ -25,7 +26,7 @@ def attend_compiled(
     pages: Sequence[tuple[Tensor, Tensor]],
     length: int,
     starts: Tensor | None,
-    scale: float,
+    scoring: Scoring,
     layout: HeadLayout,
 ) -> Tensor | None:
     """`decode_attention` over pages of this layout, or None if there is no kernel for the device or dtype of q.
@@ -39,10 +40,16 @@ def attend_compiled(
     out = torch.empty_like(q)
     if not q.numel():
         return out
+    starts = visible_from(scoring.window, starts, length, rows, q.device)
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
         if starts.shape != (rows,) or int(starts.min()) < 0:
             raise ValueError(f"starts must be {rows} integers of at least 0, one per row")
+    slopes = constants(scoring.slopes, q.device) if scoring.slopes else None
+    sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
+    for each in (slopes, sinks):
+        if each is not None and (each.shape != (heads,) or each.device != q.device):
+            raise ValueError(f"slopes and sinks must be {heads} numbers on {q.device}, one per head")
     native.decode_attention(
         NUMBERS[q.dtype],
         q.data_ptr(),
@@ -54,7 +61,12 @@ def attend_compiled(
         [k.shape[2] for k, _ in pages],
         length,
         0 if starts is None else starts.data_ptr(),
-        scale,
+        (
+            scoring.scale,
+            scoring.cap or 0.0,
+            0 if slopes is None else slopes.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+        ),
         torch.get_num_threads(),
     )
     return out

@@ -8,6 +8,8 @@ float32 and rounded once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ _TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
 `_TILE_DEPTH`."""
 
 
+@functools.cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products in this type."""
     if dtype is torch.bfloat16:
@@ -32,6 +35,11 @@ def has_products(dtype: torch.dtype) -> bool:
     if dtype is torch.float16:
         return torch.cpu._is_amx_fp16_supported()
     return True
+
+
+def native_rows(dtype: torch.dtype) -> int:
+    """The maximum rows of x for which the compiled kernel multiplies a half type fastest; 0 without the kernel."""
+    return 0 if has_products(dtype) or not native_available() else _NATIVE_ROWS
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:

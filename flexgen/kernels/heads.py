@@ -17,6 +17,7 @@ from torch import Tensor
 from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
+from flexgen.kernels.scoring import Scoring
 from flexgen.units import align
 
 _WORD = 4
@@ -54,8 +55,8 @@ class HeadFormat(ABC):
         device."""
 
     @abstractmethod
-    def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Decode `kept` (rows, heads, page_tokens, width) to contiguous (rows, heads, n, head_dim), in token order.
+    def decode(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Decode `stored` (rows, heads, page_tokens, width) to contiguous (rows, heads, n, head_dim), in token order.
 
         The results contain at least the first `tokens` tokens. Values after these are finite if the stored ones are.
         """
@@ -65,12 +66,12 @@ class HeadFormat(ABC):
         """`encode` of keys and values of the same shape. Encodes small ones together, which halves the launches."""
 
     @abstractmethod
-    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
-        """The number of rows of `kept` that `whole` decodes together, within `decode_bytes`."""
+    def rows_at_once(self, stored: Tensor, tokens: int) -> int:
+        """The number of rows of `stored` that `whole` decodes together, within `decode_bytes`."""
 
     @abstractmethod
-    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        """The first `tokens` tokens of `kept`, decoded at once: (rows, heads, tokens, head_dim)."""
+    def whole(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        """The first `tokens` tokens of `stored`, decoded at once: (rows, heads, tokens, head_dim)."""
 
     @abstractmethod
     def workspace_bytes(self, heads: int, tokens: int) -> int:
@@ -82,7 +83,7 @@ class HeadFormat(ABC):
         """Bytes of the keys and values that a GPU decodes at once, for `heads` heads of `tokens` tokens in total."""
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """`decode_attention` with a kernel for this format, or None if there is none for the device and dtype of q.
 
@@ -113,17 +114,17 @@ class PlainHeads(HeadFormat):
     def encode(self, x: Tensor) -> Tensor:
         return x
 
-    def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        yield kept  # the whole page: a batched product with a slice is ten times slower on a CPU
+    def decode(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        yield stored  # the whole page: a batched product with a slice is ten times slower on a CPU
 
     def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
 
-    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
-        return len(kept)
+    def rows_at_once(self, stored: Tensor, tokens: int) -> int:
+        return len(stored)
 
-    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        return kept[:, :, :tokens]
+    def whole(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        return stored[:, :, :tokens]
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
         return 0
@@ -132,9 +133,9 @@ class PlainHeads(HeadFormat):
         return 0
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
-        return attend_compiled(q, pages, length, starts, scale, HeadLayout(0, 0, self.nbytes))
+        return attend_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +154,12 @@ class EncodedHeads(HeadFormat):
     gpu_values: int = field(default=1 << 27, repr=False)
 
     @abstractmethod
-    def encode_part(self, x: Tensor, kept: Tensor) -> None:
-        """Encode x (rows, heads, tokens, head_dim) to `kept` (rows, heads, tokens, width), which is zero-filled."""
+    def encode_part(self, x: Tensor, stored: Tensor) -> None:
+        """Encode x (rows, heads, tokens, head_dim) to `stored` (rows, heads, tokens, width), which is zero-filled."""
 
     @abstractmethod
-    def decode_part(self, kept: Tensor, out: Tensor) -> None:
-        """Decode `kept` (rows, heads, tokens, width) to `out` (rows, heads, tokens, head_dim), contiguous."""
+    def decode_part(self, stored: Tensor, out: Tensor) -> None:
+        """Decode `stored` (rows, heads, tokens, width) to `out` (rows, heads, tokens, head_dim), contiguous."""
 
     @abstractmethod
     def decode_workspace(self, values: int) -> int:
@@ -166,16 +167,16 @@ class EncodedHeads(HeadFormat):
 
     def encode(self, x: Tensor) -> Tensor:
         # The bytes that align a head are zero, so that equal heads have equal bytes.
-        kept = torch.zeros(*x.shape[:-1], self.width, dtype=torch.uint8, device=x.device)
+        stored = torch.zeros(*x.shape[:-1], self.width, dtype=torch.uint8, device=x.device)
         step = self._step(x.shape[0] * x.shape[1])
-        for part, target in zip(x.split(step, dim=2), kept.split(step, dim=2), strict=True):
+        for part, target in zip(x.split(step, dim=2), stored.split(step, dim=2), strict=True):
             self.encode_part(part, target)
-        return kept
+        return stored
 
-    def decode(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    def decode(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Iterator[Tensor]:
         # Decode only `tokens` tokens: bytes that were never written may decode to NaN.
-        most = self.piece_values if kept.device.type == "cpu" else self.gpu_values
-        for part in kept[:, :, :tokens].split(self._step(kept.shape[0] * kept.shape[1], most), dim=2):
+        most = self.piece_values if stored.device.type == "cpu" else self.gpu_values
+        for part in stored[:, :, :tokens].split(self._step(stored.shape[0] * stored.shape[1], most), dim=2):
             yield self._decoded(part, dtype)
 
     def encode_both(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,15 +185,15 @@ class EncodedHeads(HeadFormat):
         both = self.encode(torch.cat((k, v)))
         return both[: len(k)], both[len(k) :]
 
-    def rows_at_once(self, kept: Tensor, tokens: int) -> int:
-        return max(1, self.gpu_values // max(1, kept.shape[1] * tokens * self.head_dim))
+    def rows_at_once(self, stored: Tensor, tokens: int) -> int:
+        return max(1, self.gpu_values // max(1, stored.shape[1] * tokens * self.head_dim))
 
-    def whole(self, kept: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        return self._decoded(kept[:, :, :tokens], dtype)
+    def whole(self, stored: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        return self._decoded(stored[:, :, :tokens], dtype)
 
-    def _decoded(self, kept: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(*kept.shape[:-1], self.head_dim, dtype=dtype, device=kept.device)
-        self.decode_part(kept, out)
+    def _decoded(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(*stored.shape[:-1], self.head_dim, dtype=dtype, device=stored.device)
+        self.decode_part(stored, out)
         return out
 
     def workspace_bytes(self, heads: int, tokens: int) -> int:
@@ -229,25 +230,25 @@ class GroupwiseHeads(EncodedHeads):
     def width(self) -> int:
         return align(self._codes + self.head_dim * self.bits // 8, _WORD)
 
-    def encode_part(self, x: Tensor, kept: Tensor) -> None:
-        packed, view = quantise(x, self.bits, self.group), self._view(kept)
+    def encode_part(self, x: Tensor, stored: Tensor) -> None:
+        packed, view = quantise(x, self.bits, self.group), self._view(stored)
         view.values.copy_(packed.values)
         view.scales.copy_(packed.scales)
         view.minimums.copy_(packed.minimums)
 
-    def decode_part(self, kept: Tensor, out: Tensor) -> None:
-        dequantise(self._view(kept), out)
+    def decode_part(self, stored: Tensor, out: Tensor) -> None:
+        dequantise(self._view(stored), out)
 
     def decode_workspace(self, values: int) -> int:
         return decode_workspace(values, self.bits, self.group)
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float
+        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         layout = HeadLayout(self.bits, self.group, self.nbytes)
-        return attend_compiled(q, pages, length, starts, scale, layout)
+        return attend_compiled(q, pages, length, starts, scoring, layout)
 
-    def _view(self, kept: Tensor) -> Packed:
-        pairs = kept[..., : self._codes].view(torch.float16).unflatten(-1, (-1, 2))
+    def _view(self, stored: Tensor) -> Packed:
+        pairs = stored[..., : self._codes].view(torch.float16).unflatten(-1, (-1, 2))
         codes = self._codes + self.head_dim * self.bits // 8
-        return Packed(kept[..., self._codes : codes], pairs[..., 0], pairs[..., 1], self.bits, self.group)
+        return Packed(stored[..., self._codes : codes], pairs[..., 0], pairs[..., 1], self.bits, self.group)

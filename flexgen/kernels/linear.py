@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
     The weight may be a tensor, the `prelayout` of one, or a codec's matrix. The latter is decoded only if x has more
     rows than `QuantizedMatrix.fused_rows`.
     """
-    if isinstance(weight, QuantizedMatrix):
+    if not isinstance(weight, Tensor):
         if x.numel() <= weight.fused_rows(x.dtype) * x.shape[-1]:
             return weight.multiply(x, bias)
         weight = weight.decoded()
@@ -53,6 +53,4 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
 
 def embedding(ids: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:
     """Rows `ids` (any shape) of a table (rows, n), as (*ids.shape, n). A codec decodes only these rows."""
-    if isinstance(weight, QuantizedMatrix):
-        return weight.gather(ids)
-    return F.embedding(ids, weight)
+    return F.embedding(ids, weight) if isinstance(weight, Tensor) else weight.gather(ids)

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexgen.kernels.attention import check_pages, probabilities_in_torch, weigh_in_torch
 from flexgen.kernels.heads import Pages
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.scoring import Scoring
 
 _ROUNDING = 1e-9
 """A share of a count is rounded down if it exceeds an integer by less than this: 0.1 of 30 is 3."""
@@ -47,27 +48,29 @@ class Sparsity:
     share: float
     unit: int = 1
 
-    def kept(self, blocks: int) -> int:
+    def chosen_blocks(self, blocks: int) -> int:
         """The number of chosen blocks from `blocks`: the ceiling of the share, and at least one if there are any."""
         return min(max(math.ceil(self.share * blocks - _ROUNDING), 1), blocks)
 
     def most(self, length: int) -> int:
         """The maximum number of tokens that `choose` chooses from `length`, including the new one."""
-        return self.kept(-(-(length - 1) // self.unit)) * self.unit + 1
+        return self.chosen_blocks(-(-(length - 1) // self.unit)) * self.unit + 1
 
 
 def choose(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """Score the keys of the first `length` positions and choose tokens. Does not read values.
 
     The other arguments are those of `decode_attention`. The last position is the new token. Compiled kernels compute
-    scores in float32, torch in the dtype of q.
+    scores in float32, torch in the dtype of q. Raises ValueError unless scores are plain and without a window.
     """
+    if not scoring.plain or scoring.window is not None:
+        raise ValueError("sparse attention needs plain scores without a window")
     check_pages(q, pages, length)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
-        return choose_natively(q, pages, length, starts, scale, sparsity)
-    return choose_in_torch(q, pages, length, starts, scale, sparsity)
+        return choose_natively(q, pages, length, starts, scoring, sparsity)
+    return choose_in_torch(q, pages, length, starts, scoring, sparsity)
 
 
 def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
@@ -82,7 +85,7 @@ def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_natively(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """`choose` with the compiled kernel. It reads keys once, in their pages, and skips padding."""
     rows, heads, _, head_dim = q.shape
@@ -102,7 +105,7 @@ def choose_natively(
         [k.shape[2] for k, _ in pages],
         length,
         0 if starts is None else starts.data_ptr(),
-        scale,
+        scoring.scale,
         sparsity.share,
         sparsity.unit,
         most,
@@ -133,14 +136,14 @@ def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_in_torch(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scale: float, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """`choose` in torch, on every device. It does not wait for the device."""
     rows, heads = q.shape[:2]
     kv_heads, cached, device = pages[0][0].shape[1], length - 1, q.device
     unit = sparsity.unit
     group, blocks = heads // kv_heads, -(-cached // unit)
-    probabilities = probabilities_in_torch(q, pages, length, starts, scale).unflatten(0, (rows, kv_heads))
+    probabilities = probabilities_in_torch(q, pages, length, starts, scoring).unflatten(0, (rows, kv_heads))
     starts = torch.zeros(rows, dtype=torch.int64, device=device) if starts is None else starts.to(device)
     ranked = torch.zeros(rows, kv_heads, blocks * unit, dtype=torch.float32, device=device)
     torch.sum(probabilities[..., :cached], dim=2, out=ranked[..., :cached])
@@ -149,7 +152,7 @@ def choose_in_torch(
     first = starts // unit
     padding = torch.arange(blocks, device=device) < first[:, None]
     ranked.masked_fill_(padding[:, None], -1.0)  # less than a probability that was rounded to zero
-    best = ranked.topk(sparsity.kept(blocks), dim=-1).indices
+    best = ranked.topk(sparsity.chosen_blocks(blocks), dim=-1).indices
     # Rows have different numbers of blocks, which only the device knows.
     counts = torch.where(starts < cached, blocks - first, 0)
     keep = (counts.double() * sparsity.share - _ROUNDING).ceil().clamp_min(1).minimum(counts)

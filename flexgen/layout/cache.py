@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,6 +71,11 @@ class CacheSegment:
     @property
     def nbytes(self) -> int:
         return self.pages * self.page_bytes
+
+    @property
+    def capacity(self) -> int:
+        """The number of tokens of a row for which it has room."""
+        return self.pages * self.page_tokens
 
     def token_bytes(self, tokens: int) -> int:
         """Stored bytes of the keys and values of `tokens` tokens of all rows, without padding."""
@@ -141,6 +146,10 @@ class Span:
         return self.length // page_tokens, (self.length + self.new) // page_tokens
 
 
+_PROMPT = Span(0, 1)
+"""A step after which all new tokens of a moving segment leave the device."""
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """The KV cache of one batch in one layer: the moves of a step from home to attention, and back home.
@@ -161,7 +170,12 @@ class CacheLayout:
         """The segments whose cached tokens must move for the step's attention."""
         if not span.length:
             return []
-        return [s for s in self.segments if not s.resident or (span.extends and not s.on_device)]
+        return [s for s in self._loaded if not s.resident or span.extends]
+
+    @cached_property
+    def _loaded(self) -> tuple[CacheSegment, ...]:
+        """The segments whose cached tokens move in some steps."""
+        return tuple(s for s in self.segments if not (s.resident and s.on_device))
 
     def inward(self, segment: CacheSegment, span: Span, pages: int, tail: int) -> Route:
         """The route of `pages` bytes of full pages and `tail` bytes of the page that is being filled, which stays in
@@ -177,8 +191,15 @@ class CacheLayout:
 
     def store(self, span: Span) -> Routes:
         """The routes of the new keys and values to their homes."""
-        routes = (self.outward(segment, span, segment.flushed(span)) for segment in self.segments)
+        routes = (self.outward(segment, span, segment.flushed(span)) for segment in self._stored)
         return tuple(route for route in routes if route.moves)
+
+    @cached_property
+    def _stored(self) -> tuple[CacheSegment, ...]:
+        """The segments whose new tokens move in some steps."""
+        return tuple(
+            s for s in self.segments if s.tier is Tier.DISK or leaves_device(s, _PROMPT, self.topology)
+        )
 
     def outward(self, segment: CacheSegment, span: Span, flushed: int) -> Route:
         """The route of new keys and values, and of `flushed` bytes of completed pages."""
@@ -224,6 +245,8 @@ def cache_layout(
     topology: Topology,
 ) -> CacheLayout:
     """The layout of a batch of `rows` prompts of at most `capacity` tokens each, in a layer with this attention."""
+    if attention.window is not None:
+        policy = replace(policy, attn_sparsity=1.0)  # the window is already a small part of the tokens
     segments = cache_segments(attention.cache, policy, rows, capacity, dtype, topology)
     return CacheLayout(segments, attention.q_size * dtype.itemsize, topology)
 

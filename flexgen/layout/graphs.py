@@ -14,7 +14,7 @@ from flexgen.layout.cache_needs import BatchCache
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer, TransformerLayer
@@ -44,9 +44,10 @@ def replayed(
     """The numbers of the layers whose decode cells a call may replay as CUDA graphs.
 
     A replay repeats the same kernels at the same addresses. So all rows of the cache and of the hidden states must be
-    on the GPU, and attention must be dense. All weights of the layer must be there too, without a codec, because
-    batches share decoded weights, in buffers that layers use in turn. The embedding and the head are excluded: they
-    are two layers of many, and their inputs and results differ from call to call.
+    on the GPU, and attention must be dense, with plain scores and without a window. All weights of the layer must be
+    there too, without a codec, because batches share decoded weights, in buffers that layers use in turn. The host
+    must not need a result meanwhile, as it does for a mixture of experts. The embedding and the head are excluded:
+    they are two layers of many, and their inputs and results differ from call to call.
     """
     resident = all(share.percent(Tier.GPU) == 100 for share in (policy.cache, policy.activations))
     if workspaces.captured is None or not resident or policy.attn_sparsity < 1:
@@ -55,11 +56,21 @@ def replayed(
         j
         for j, layer in enumerate(layers)
         if isinstance(layer, TransformerLayer)
+        and not layer.reads_back
+        and not _masked_otherwise(layer)
         and all(
             topology.in_place(placement.of(weight)) and placement.codec(weight) is None
-            for weight in travelling(layer, placement, topology)
+            for weight in whole_weights(layer, placement, topology)
         )
     )
+
+
+def _masked_otherwise(layer: Layer) -> bool:
+    """Whether attention of the layer is more than that of plain scores with the mask that the graphs share."""
+    if not isinstance(layer, AttentionLayer):
+        return False
+    own = layer.layer_spec.attention
+    return own.window is not None or not own.scores.plain
 
 
 def extent(length: int, capacity: int) -> int:

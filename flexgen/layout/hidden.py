@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -28,10 +29,15 @@ class HiddenLayout:
     token_bytes: int
     topology: Topology
 
-    @property
+    @cached_property
+    def away(self) -> tuple[Tier, ...]:
+        """The tiers whose rows move."""
+        return tuple(tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier))
+
+    @cached_property
     def resident(self) -> int:
         """The number of rows that stay on the compute device."""
-        return sum(len(rows) for tier, rows in self.rows.items() if self.topology.in_place(tier))
+        return sum(len(rows) for tier, rows in self.rows.items() if tier not in self.away)
 
     def nbytes(self, tier: Tier, tokens: int) -> int:
         """Bytes of the tier's rows."""
@@ -62,15 +68,11 @@ class HiddenLayout:
 
     def load(self, tokens: int) -> Routes:
         """The routes from home to the compute device."""
-        return tuple(self._route(tier, self.topology.inward(tier), tokens) for tier in self._away)
+        return tuple(self._route(tier, self.topology.inward(tier), tokens) for tier in self.away)
 
     def store(self, tokens: int) -> Routes:
         """The routes from the compute device to home."""
-        return tuple(self._route(tier, self.topology.outward(tier), tokens) for tier in self._away)
-
-    @property
-    def _away(self) -> list[Tier]:
-        return [tier for tier, rows in self.rows.items() if rows and not self.topology.in_place(tier)]
+        return tuple(self._route(tier, self.topology.outward(tier), tokens) for tier in self.away)
 
     def _route(self, tier: Tier, lanes: tuple[LaneName, ...], tokens: int) -> Route:
         return along(tier, lanes, self.nbytes(tier, tokens), self.home_bytes(tier, tokens))

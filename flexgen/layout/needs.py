@@ -21,7 +21,7 @@ class Need:
     nbytes: int
 
 
-Kept = Callable[[Policy], Sequence[Need]]
+ExtraNeeds = Callable[[Policy], Sequence[Need]]
 """The needs of the results that a caller keeps, under a policy."""
 
 

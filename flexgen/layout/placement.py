@@ -33,7 +33,7 @@ class Placement:
     def codec(self, weight: WeightSpec) -> Codec | None:
         return self.codecs.get(weight.key)
 
-    def kept_bytes(self, weight: WeightSpec) -> int:
+    def stored_bytes(self, weight: WeightSpec) -> int:
         """Bytes of the weight in its stored form, in which it also moves."""
         codec = self.codec(weight)
         return codec.nbytes(weight.shape) if codec else weight.nbytes(self.dtype)
@@ -78,5 +78,5 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
             if codec and weight.encodable:
                 placement.codecs[weight.key] = codec
             placed[tier] += nbytes
-            placement.nbytes[tier] += placement.kept_bytes(weight)
+            placement.nbytes[tier] += placement.stored_bytes(weight)
     return placement

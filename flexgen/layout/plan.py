@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flexgen.errors import PolicyError
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
 from flexgen.layout.cache_needs import BatchCache, batch_cache
 from flexgen.layout.graphs import graph_needs, replayed
@@ -57,9 +58,11 @@ def plan_memory(
     all_logits: whether the head computes every position of the prompt; the results are stored in host memory.
 
     If the compute device computes in host memory, the GPU tier's part of a policy needs bytes of the CPU tier.
-    Raises PolicyError if a codec of the cache cannot store heads of the model's size.
+    Raises PolicyError if a codec of the cache cannot store heads of the model's size, or if sparse attention does not
+    support the model's scores.
     """
-    for tier in Tier:  # raises before weights are loaded
+    _check_sparsity(layers, policy)  # raises before weights are loaded, like the formats of heads
+    for tier in Tier:
         for attention in _kinds_of_attention(layers):
             head_format(policy.cache[tier].codec, attention.head_dim, placement.dtype)
     sizes = slot_sizes(layers, placement, target.topology, target.slots.weights)
@@ -71,6 +74,20 @@ def plan_memory(
     if target.topology.shares_host_memory:
         needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
     return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
+
+
+def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
+    """Raise PolicyError if a layer without a window has scores from which sparse attention cannot choose."""
+    if policy.attn_sparsity == 1:
+        return
+    for own in _kinds_of_attention(layers):
+        if own.window is None and not own.scores.plain:
+            parts = {"a cap of scores": own.scores.cap, "ALiBi": own.scores.alibi, "sinks": own.scores.sinks}
+            names = " and ".join(name for name, value in parts.items() if value)
+            raise PolicyError(
+                f"attn_sparsity = {policy.attn_sparsity} is not supported for {layers[0].spec.name}, whose attention "
+                f"has {names}; set attn_sparsity to 1"
+            )
 
 
 def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:

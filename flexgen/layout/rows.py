@@ -34,7 +34,7 @@ def gathered_table(layer: Layer, placement: Placement, topology: Topology) -> We
     return None if topology.in_place(placement.of(table)) else table
 
 
-def travelling(layer: Layer, placement: Placement, topology: Topology) -> list[WeightSpec]:
+def whole_weights(layer: Layer, placement: Placement, topology: Topology) -> list[WeightSpec]:
     """The layer's weights that it uses completely, on any tier."""
     table = gathered_table(layer, placement, topology)
     return [weight for weight in layer.weights if weight is not table]
@@ -66,7 +66,7 @@ def lookup_sizes(
         return LookupSizes()
     rows = min(tokens, table.shape[0])
     lead = align(tokens * torch.int64.itemsize, ALIGNMENT)
-    slot = align(lead + kept_bytes(table, placement, rows), ALIGNMENT)
+    slot = align(lead + stored_row_bytes(table, placement, rows), ALIGNMENT)
     scratch = 0
     if placement.of(table) is Tier.DISK:
         blocks = max(align(row, BLOCK) for _, row in row_parts(table, placement, rows)) + BLOCK
@@ -83,7 +83,7 @@ def row_parts(table: WeightSpec, placement: Placement, rows: int) -> tuple[tuple
     return ((0, table.shape[1] * placement.dtype.itemsize),)
 
 
-def kept_bytes(table: WeightSpec, placement: Placement, rows: int) -> int:
+def stored_row_bytes(table: WeightSpec, placement: Placement, rows: int) -> int:
     """Bytes of `rows` rows of a table in their stored form."""
     shape, codec = (rows, table.shape[1]), placement.codec(table)
     return codec.nbytes(shape) if codec else rows * table.shape[1] * placement.dtype.itemsize
@@ -178,12 +178,12 @@ class RowLayout:
     def load(self, tokens: int) -> Routes:
         """The routes of the rows of `tokens` ids. It assumes that the ids are all different and spread evenly."""
         found = min(tokens, self.table.shape[0])
-        kept = kept_bytes(self.table, self.placement, found)
-        gathered = kept
+        stored = stored_row_bytes(self.table, self.placement, found)
+        gathered = stored
         if self.lane is LaneName.DISK_READ:
             gathered = even_read_bytes(self.table, self.placement, found, self.scratch)
         ids = tokens * torch.int64.itemsize
-        onward = (Move(lane, ids + kept) for lane in self.topology.to_device)
+        onward = (Move(lane, ids + stored) for lane in self.topology.to_device)
         return (Route(self.placement.of(self.table), (Move(self.lane, gathered, Kind.GATHER), *onward)),)
 
 

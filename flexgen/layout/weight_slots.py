@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
@@ -53,8 +53,8 @@ def _slot_sizes(
     from_disk, arriving = [], []
     for layer in layers:
         moved = dict.fromkeys(Tier, 0)
-        for weight in travelling(layer, placement, topology):
-            moved[placement.of(weight)] += align(placement.kept_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
+        for weight in whole_weights(layer, placement, topology):
+            moved[placement.of(weight)] += align(placement.stored_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
         from_disk.append(moved[Tier.DISK])
         arriving.append(sum(n for tier, n in moved.items() if not topology.in_place(tier)))
     turns = Turns(len(layers), slots)

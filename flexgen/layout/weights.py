@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flexgen.layout.moves import Kind, Move, Range, Route, Routes, cut
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
@@ -80,11 +80,11 @@ def weight_layouts(layers: Sequence[Layer], placement: Placement, topology: Topo
             new = [w for w in layer.weights if placement.of(w) is tier and w.key not in at_home]
             offsets, _ = lay_out(new, placement)
             for weight, offset in zip(new, offsets, strict=True):
-                at_home[weight.key] = layer.name, offset, offset + placement.kept_bytes(weight)
+                at_home[weight.key] = layer.name, offset, offset + placement.stored_bytes(weight)
     layouts = []
     for layer in layers:
         found: dict[tuple[Tier, str], list[tuple[int, int]]] = {}
-        for weight in travelling(layer, placement, topology):
+        for weight in whole_weights(layer, placement, topology):
             tier = placement.of(weight)
             home, begin, end = at_home[weight.key]
             if not topology.in_place(tier):
@@ -107,7 +107,7 @@ def lay_out(weights: Iterable[WeightSpec], placement: Placement) -> tuple[list[i
     offsets, end = [], 0
     for weight in weights:
         offsets.append(end)
-        end = align(end + placement.kept_bytes(weight), ALIGNMENT)
+        end = align(end + placement.stored_bytes(weight), ALIGNMENT)
     return offsets, end
 
 

@@ -78,7 +78,7 @@ class Conversions:
 
         Files that another process uses stay; a later run removes them.
         """
-        for path in self._disk.kept_folders(self._model, _STATE):
+        for path in self._disk.published_folders(self._model, _STATE):
             if path.name != self._state and self._disk.remove_unused(path):
                 logger.info("removed %s: its checkpoint has changed since the conversion", path)
 

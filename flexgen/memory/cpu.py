@@ -75,8 +75,8 @@ class HostStore(Store):
             return torch.empty(0, dtype=torch.uint8)
         pinning = self._pinning if copied_by_device else None
         if pinning is not None:
-            for address, kept in self._spare.items():
-                if kept == nbytes:
+            for address, size in self._spare.items():
+                if size == nbytes:
                     buffer = torch.frombuffer(pinning.mapping(address), dtype=torch.uint8).zero_()
                     del self._spare[address]
                     return buffer

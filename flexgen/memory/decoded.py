@@ -14,16 +14,16 @@ from flexgen.quant import Codec
 class Decoding:
     """An encoded weight in the model's dtype, decoded on its first use in a visit."""
 
-    def __init__(self, codec: Codec, kept: Tensor, make: Callable[[], Tensor]) -> None:
+    def __init__(self, codec: Codec, encoded: Tensor, make: Callable[[], Tensor]) -> None:
         self._codec = codec
-        self._kept = kept
+        self._encoded = encoded
         self._make = make
         self._out: Tensor | None = None
 
     def __call__(self) -> Tensor:
         if self._out is None:
             out = self._make()
-            self._codec.decode(self._kept, out)
+            self._codec.decode(self._encoded, out)
             self._out = out
         return self._out
 

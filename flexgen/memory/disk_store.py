@@ -136,7 +136,7 @@ class DiskStore:
     def published(self, name: str) -> Path | None:
         """The file that this run or an earlier one published as `name`, or None. It is a regular file of this
         user."""
-        path = _inside(self._kept(), name)
+        path = _inside(self._published_folder(), name)
         try:
             status = os.lstat(path)
         except OSError:
@@ -151,7 +151,7 @@ class DiskStore:
         bytes that `write` will write, for the error message. Raises CapacityError and RequestError for errors of the
         file system, including an OSError of `write`.
         """
-        folder = self._kept()
+        folder = self._published_folder()
         path = _inside(folder, name)
         nbytes = 0
         try:
@@ -180,7 +180,7 @@ class DiskStore:
 
         Returns whether the folder exists; `make` creates it. Raises the errors of `publish`.
         """
-        path = _inside(self._kept(), name)
+        path = _inside(self._published_folder(), name)
         if path not in self._in_use:
             try:
                 fd = use_folder(path, make)
@@ -191,16 +191,16 @@ class DiskStore:
             self._in_use[path] = fd
         return True
 
-    def kept_folders(self, name: str, pattern: re.Pattern[str]) -> list[Path]:
+    def published_folders(self, name: str, pattern: re.Pattern[str]) -> list[Path]:
         """Folders in the folder `name` of published files whose names match `pattern`."""
         try:
-            with os.scandir(_inside(self._kept(), name)) as entries:
+            with os.scandir(_inside(self._published_folder(), name)) as entries:
                 return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
         except OSError:
             return []
 
     def remove_unused(self, path: Path) -> bool:
-        """Remove one of the `kept_folders` unless another process uses it. Returns whether it was removed."""
+        """Remove one of the `published_folders` unless another process uses it. Returns whether it was removed."""
         return path not in self._in_use and remove_unused(path)
 
     def close(self) -> None:
@@ -222,7 +222,7 @@ class DiskStore:
     ) -> None:
         self.close()
 
-    def _kept(self) -> Path:
+    def _published_folder(self) -> Path:
         """The folder of published files."""
         return self._run_folder() if self.root is None else self.root
 

@@ -30,12 +30,13 @@ _EXPONENTS: dict[torch.dtype, tuple[type[np.uint16] | type[np.uint32], int]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Values of the weight `key`, read from byte `offset` of a file to `data`, uint8 in host memory."""
+    """Values of the weight `key` in `dtype`, read from byte `offset` of a file to `data`, uint8 in host memory."""
 
     key: str
     path: Path
     offset: int
     data: Tensor
+    dtype: torch.dtype
 
 
 def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None:
@@ -55,12 +56,9 @@ def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None
 class CheckedRead:
     """A `ReadJob` that then checks the `parts` that are not in `checked`, and adds them to `checked`."""
 
-    def __init__(
-        self, job: ReadJob, parts: Sequence[Part], dtype: torch.dtype, checked: set[tuple[str, int, int]]
-    ) -> None:
+    def __init__(self, job: ReadJob, parts: Sequence[Part], checked: set[tuple[str, int, int]]) -> None:
         self._job = job
         self._parts = parts
-        self._dtype = dtype
         self._checked = checked
 
     def __call__(self) -> None:
@@ -79,7 +77,7 @@ class CheckedRead:
         for part in self._parts:
             key = part.key, part.offset, part.data.nbytes
             if key not in self._checked:
-                check_finite(part.data, self._dtype, part.path, part.key)
+                check_finite(part.data, part.dtype, part.path, part.key)
                 self._checked.add(key)
 
 

@@ -125,27 +125,29 @@ class Homes:
         prelayout = self._device.prelayout(self._dtype) if on_device else None
         if prelayout is not None:
             multiplied = [
-                w for w in weights if len(w.shape) == 2 and not w.looked_up and not self.placement.codec(w)
+                w
+                for w in weights
+                if len(w.shape) == 2 and not (w.looked_up or w.dtype or self.placement.codec(w))
             ]
             for weight in multiplied:
                 store.adopt(weight.nbytes(self._dtype), f"weights of {layer.name}")
                 self._by_key[weight.key] = prelayout(self._checkpoint.read(weight, self._dtype))
-            weights = [weight for weight in weights if weight not in multiplied]
+            weights = [weight for weight in weights if weight.key not in self._by_key]
         if not weights:
             return
         offsets, end = lay_out(weights, self.placement)
         buffer = store.allocate(end, f"weights of {layer.name}")
         for weight, offset in zip(weights, offsets, strict=True):
-            for begin, kept in self._pieces(weight):
-                buffer[offset + begin : offset + begin + kept.nbytes].copy_(kept)
+            for begin, piece in self._pieces(weight):
+                buffer[offset + begin : offset + begin + piece.nbytes].copy_(piece)
             view = tensor_at(buffer, offset, *self._form(weight))
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
 
     def _form(self, weight: WeightSpec) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype in which the tier stores the weight: the model's dtype, or the bytes of its codec."""
+        """Shape and dtype in which the tier stores the weight: its own, or those of the bytes of its codec."""
         if self.placement.codec(weight):
-            return (self.placement.kept_bytes(weight),), torch.uint8
-        return weight.shape, self._dtype
+            return (self.placement.stored_bytes(weight),), torch.uint8
+        return weight.shape, weight.dtype_in(self._dtype)
 
     def _pieces(self, weight: WeightSpec) -> Iterator[tuple[int, Tensor]]:
         """The bytes that the tier stores for the weight, in pieces: the offset of each piece, and the piece (uint8).
@@ -195,7 +197,7 @@ class Homes:
             ordered,
             header,
             offsets,
-            max(offsets[w.key] + self.placement.kept_bytes(w) for w in ordered),
+            max(offsets[w.key] + self.placement.stored_bytes(w) for w in ordered),
         )
 
     def _write(
@@ -214,9 +216,9 @@ class Homes:
             def write(file: BinaryIO) -> None:
                 file.write(header)
                 for weight in ordered:
-                    for begin, kept in self._pieces(weight):
+                    for begin, piece in self._pieces(weight):
                         file.seek(offsets[weight.key] + begin)
-                        file.write(memoryview(kept.numpy()))  # type: ignore[arg-type]
+                        file.write(memoryview(piece.numpy()))  # type: ignore[arg-type]
                 file.truncate(nbytes)
 
             path = conversions.write(self._file_name(layer, weights), nbytes, write)
@@ -225,7 +227,8 @@ class Homes:
         extents = {}
         for weight in weights:
             entry = entries[weight.key]
-            extents[weight.key] = Extent(path, entry.offset, entry.nbytes, self._dtype, entry.shape)
+            dtype = weight.dtype_in(self._dtype)
+            extents[weight.key] = Extent(path, entry.offset, entry.nbytes, dtype, entry.shape)
         return extents
 
     def _written(self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions) -> Path | None:
@@ -254,7 +257,8 @@ def stored_bytes(
 
 
 def _in_place(checkpoint: Checkpoint, weight: WeightSpec, dtype: torch.dtype) -> Extent | None:
-    """The extent of the weight in a file of the checkpoint that stores it in `dtype`, or None."""
-    extent = checkpoint.extent(weight)
+    """The extent of the weight in a file of the checkpoint that stores it in the dtype that a model of the dtype
+    `dtype` needs, or None."""
+    extent, dtype = checkpoint.extent(weight), weight.dtype_in(dtype)
     # torch cannot view data at an odd offset as its dtype. Writers align it, but the format does not require that.
     return extent if extent and extent.dtype == dtype and extent.offset % dtype.itemsize == 0 else None

@@ -13,10 +13,10 @@ from flexgen.layout.rows import (
     LookupSizes,
     RowLayout,
     gathered_table,
-    kept_bytes,
     lookup_sizes,
     read_rounds,
     row_parts,
+    stored_row_bytes,
 )
 from flexgen.memory.disk import Read
 from flexgen.memory.first_read import check_finite
@@ -50,7 +50,7 @@ class RowTable:
 
     def nbytes(self, rows: int) -> int:
         """Bytes of `rows` rows in their stored form."""
-        return kept_bytes(self.weight, self._placement, rows)
+        return stored_row_bytes(self.weight, self._placement, rows)
 
     def gather(self, rows: Tensor, target: Tensor, scratch: Tensor) -> None:
         """Write these rows as a smaller table to the first `nbytes(len(rows))` bytes of `target` (uint8).

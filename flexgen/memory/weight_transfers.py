@@ -62,9 +62,9 @@ class WeightTransfers:
         """The layer's weights that are loaded, as views of the slot. An encoded weight is a view of its bytes."""
         for cargo, offset in zip(self._cargo[layer], self._offsets[layer], strict=True):
             for weight, place in cargo.weights:
-                encoded = self._placement.codec(weight) is not None
-                shape = (self._placement.kept_bytes(weight),) if encoded else weight.shape
-                dtype = torch.uint8 if encoded else self._placement.dtype
+                shape, dtype = weight.shape, weight.dtype_in(self._placement.dtype)
+                if self._placement.codec(weight) is not None:
+                    shape, dtype = (self._placement.stored_bytes(weight),), torch.uint8
                 yield weight, tensor_at(self.slots[slot], offset + place, shape, dtype)
 
     def chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
@@ -84,8 +84,9 @@ class WeightTransfers:
                 offsets.append(end + cargo.lead)
                 end += cargo.length
             else:
-                offsets.append(end)
-                end = align(end + cargo.end - cargo.lead, ALIGNMENT)
+                # Weights of a file keep their alignment, so that each can be viewed as its dtype.
+                offsets.append(end + cargo.lead % ALIGNMENT)
+                end = align(offsets[-1] + cargo.end - cargo.lead, ALIGNMENT)
         return offsets
 
     def _make_chains(self, layer: int, slot: int, piece: int, pieces: int) -> Chains:
@@ -115,7 +116,7 @@ class WeightTransfers:
             needed = min(end, cargo.end) - begin
             reads.append(Read(path, start + begin, buffer[base + begin : base + end], max(needed, 0)))
             parts += self._plain_parts(cargo, path, start, begin, end, buffer[base:])
-        read = CheckedRead(ReadJob(self._io, reads), parts, self._placement.dtype, self._checked)
+        read = CheckedRead(ReadJob(self._io, reads), parts, self._checked)
         jobs: dict[tuple[Tier, Kind], Job] = {
             (Tier.CPU, Kind.COPY): partial(_run_all, copies),
             (Tier.DISK, Kind.READ): read,
@@ -129,9 +130,10 @@ class WeightTransfers:
         """Values between `begin` and `end` of a cargo. `buffer` receives the bytes from `start` of its file."""
         for weight, place in cargo.weights:
             first = max(begin, cargo.lead + place)
-            last = min(end, cargo.lead + place + self._placement.kept_bytes(weight))
+            last = min(end, cargo.lead + place + self._placement.stored_bytes(weight))
             if first < last and self._placement.codec(weight) is None:
-                yield Part(weight.key, path, start + first, buffer[first:last])
+                dtype = weight.dtype_in(self._placement.dtype)
+                yield Part(weight.key, path, start + first, buffer[first:last], dtype)
 
     def _copy(self, slot: int, offset: int, source: Tensor) -> Callable[[], None]:
         target = self.slots[slot][offset : offset + source.nbytes]

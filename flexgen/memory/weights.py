@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, encoded_products
 from flexgen.layout.weights import WeightLayout
 from flexgen.memory.decoded import Decoding, DecodingRooms
@@ -51,7 +51,7 @@ class WeightSlots:
         self.turns = sizes.turns
         self._homes = homes
         self.placement = placement
-        self._layers = [travelling(layer, placement, machine.device.topology) for layer in layers]
+        self._layers = [whole_weights(layer, placement, machine.device.topology) for layer in layers]
         self._transfers = WeightTransfers(self._layers, homes, sizes, placement, machine)
         self._products = [encoded_products(layer, placement) for layer in layers]
         # Room for any layer except the last one, which computes so few tokens that it usually decodes nothing.
@@ -77,12 +77,14 @@ class WeightSlots:
         A weight is a tensor, or a `QuantizedMatrix` if it is encoded. A product with many rows decodes the matrix as
         part of the computation, once per `visit` of the layer: the batches of a visit share the result.
         """
-        room = self._rooms.number(visit)
+        decodes = bool(self._products[layer])
+        room = self._rooms.number(visit) if decodes else 0
         key = (layer, slot, room)
-        if key not in self._views:
-            self._views[key] = self._view(*key)
-        views = self._views[key]
-        self._rooms[room].serve(visit, views.decodings)
+        views = self._views.get(key)
+        if views is None:
+            views = self._views[key] = self._view(*key)
+        if decodes:
+            self._rooms[room].serve(visit, views.decodings)
         return views.weights
 
     def release_decoded(self) -> None:
@@ -90,22 +92,23 @@ class WeightSlots:
         self._rooms.close()
 
     def _view(self, layer: int, slot: int, room: int) -> _LayerViews:
-        kept: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         for weight in self._layers[layer]:
             home = self._homes[weight]
             if isinstance(home, Tensor):
-                kept[weight.name] = home
-        kept |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
-        weights: dict[str, Tensor | QuantizedMatrix] = dict(kept)
+                stored[weight.name] = home
+        stored |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
+        weights: dict[str, Tensor | QuantizedMatrix] = dict(stored)
         dtype, decodings, end = self.placement.dtype, [], 0
+        multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
             if codec := self.placement.codec(weight):
                 # Rows of a table are read in their stored form: the decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
-                if weight in self._products[layer]:
+                if weight.name in multiplied:
                     place = self._rooms[room].place
                     make = partial(place, self._room_bytes[layer], end, weight.shape, dtype)
                     end = align(end + weight.nbytes(dtype), ALIGNMENT)
-                decodings.append(Decoding(codec, kept[weight.name], make))
-                weights[weight.name] = codec.matrix(kept[weight.name], weight.shape, dtype, decodings[-1])
+                decodings.append(Decoding(codec, stored[weight.name], make))
+                weights[weight.name] = codec.matrix(stored[weight.name], weight.shape, dtype, decodings[-1])
         return _LayerViews(weights, tuple(decodings))

@@ -8,7 +8,7 @@ from flexgen.models.checkpoint import open_model
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.hub import HubOptions
 from flexgen.models.layer import Chunk, Context, Layer, Weights
-from flexgen.models.mlp import MLP
+from flexgen.models.mixture import feed_forward
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 __all__ = [
@@ -41,5 +41,5 @@ def build_layers(spec: ModelSpec, sep_layer: bool = True) -> tuple[Layer, ...]:
     middle: list[Layer] = []
     for index, layer in enumerate(spec.layers):
         apart = sep_layer and layer.residual != "parallel"
-        middle += [Attention(spec, index), MLP(spec, index)] if apart else [Block(spec, index)]
+        middle += [Attention(spec, index), feed_forward(spec, index)] if apart else [Block(spec, index)]
     return InputEmbed(spec), *middle, Head(spec)

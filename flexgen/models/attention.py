@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import AttentionLayer, Context, Weights, chunks, linear_weights
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
-from flexgen.models.ops import MASK_VALUES, apply_rope, rope_tables, rotate_token, scale_queries
+from flexgen.models.ops import (
+    MASK_VALUES,
+    apply_rope,
+    rope_tables,
+    rotate_token,
+    scale_queries,
+    scored_bytes,
+)
 from flexgen.models.qkv import head_norm_weights, normalised_heads, split_qkv
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
@@ -31,13 +39,16 @@ class Attention(AttentionLayer):
         for module, size in sizes.items():
             weights += linear_weights(spec, module, size, hidden, own.qkv_bias, index)
         weights += head_norm_weights(spec, index)
+        if own.scores.sinks:
+            weights += (WeightSpec("sinks", (own.heads,), spec.sources("sinks", index)),)
         weights += linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index)
         weights += norm_weights(spec, layer.norms.attention_out, "attention_out", index, "out_norm")
         super().__init__(spec, f"layers.{index}.attention", weights, index)
 
-    @property
-    def scale(self) -> float:
-        return self.layer_spec.attention.scale
+    def scoring(self, weights: Weights) -> Scoring:
+        own = self.layer_spec.attention
+        sinks = weights["sinks"] if own.scores.sinks else None
+        return Scoring(own.scale, own.scores.cap, own.scores.alibi, own.window, sinks)
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:
@@ -57,6 +68,7 @@ class Attention(AttentionLayer):
             return q, k, v
         q, k, v = self._projected(x, weights, "qkv")
         q, k = rotate_token(q, k, ctx.rope_factors(rope, x.dtype), rope.interleaved)
+        q, k = self._normalised([q, k], weights, "qk", rotated=True)
         return self._scaled(q, ctx.positions), k, v
 
     def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
@@ -74,10 +86,15 @@ class Attention(AttentionLayer):
         else:
             flat = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
             made = [each.transpose(1, 2) for each in split_qkv(own, flat)]
-        if own.qk_norm is None:
+        return self._normalised(made, weights, names, rotated=False)
+
+    def _normalised(self, made: list[Tensor], weights: Weights, names: str, rotated: bool) -> list[Tensor]:
+        """`made` with the norm of queries and keys, if it belongs after (`rotated`) or before the rotation."""
+        form = self.layer_spec.attention.qk_norm
+        if form is None or form.after_rope != rotated:
             return made
         return [
-            each if name == "v" else normalised_heads(own.qk_norm, each, weights, f"{name}_norm")
+            each if name == "v" else normalised_heads(form, each, weights, f"{name}_norm")
             for name, each in zip(names, made, strict=True)
         ]
 
@@ -92,6 +109,7 @@ class Attention(AttentionLayer):
                 each if name == "v" else apply_rope(each, cos, sin, rope.interleaved)
                 for name, each in zip(names, made, strict=True)
             ]
+        made = self._normalised(made, weights, names, rotated=True)
         if "q" in names:
             made[0] = self._scaled(made[0], positions)
         return made
@@ -126,7 +144,7 @@ class Attention(AttentionLayer):
                 q = kept["q"][part.rows, :, part.tokens]
             else:
                 (q,) = self._rotated(x[part], weights, ctx.positions[part], "q", length)
-            outputs = ctx.attend_chunk(part, q, kept["k"], kept["v"], self.scale)
+            outputs = ctx.attend_chunk(part, q, kept["k"], kept["v"], self.scoring(weights))
             del q
             out[part] = self.output(outputs, x[part], weights)
             del outputs
@@ -144,9 +162,12 @@ class Attention(AttentionLayer):
         return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
+        own = self.layer_spec.attention
         # Each new token attends to the tokens up to itself, so a triangle of pairs is missing.
         pairs = seq * context - seq * (seq - 1) // 2
-        return 4 * rows * pairs * self.layer_spec.attention.q_size
+        if own.window is not None:
+            pairs = min(pairs, seq * own.window.size)
+        return 4 * rows * pairs * own.q_size
 
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
@@ -188,8 +209,14 @@ class Attention(AttentionLayer):
             # the batch.
             attend = qkv + 2 * outputs + (2 * outputs if own.heads != own.kv_heads else 0)
             queries = seq if seq == context else min(seq, max(MASK_VALUES // context, 1))
-            attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
-            attend += queries * context * item if queries < context else 0  # the mask
+            if own.scores.plain:
+                attend += workspaces.attention(rows, own.heads, queries, context, own.head_dim, dtype)
+            else:
+                attend += scored_bytes(rows, own.heads, seq, context, dtype) + 2 * outputs
+            if own.window is not None:  # the mask, and the flags from which it is made
+                attend += 2 * min(MASK_VALUES, seq * context) * item
+            elif queries < context:
+                attend += queries * context * item  # the mask
         else:
             # Scores and probabilities in float32, probabilities in `dtype`, one page of products and the padding
             # mask. The cache rounds the context up to whole pages.

@@ -46,11 +46,14 @@ class BinCheckpoint(TensorFiles):
         """Always None: tensors in a pickle cannot be read in place."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A new host tensor in `dtype`. The file is mapped only during this call."""
+        """See `Checkpoint.read`. The file is mapped only during this call."""
         self.dtype_of(weight)
         source, stored = self._find(weight)
-        tensor = self._load(stored.path)[source]
-        tensor = tensor.T if weight.transposed else tensor.reshape(weight.shape)
+        tensor, dtype = self._load(stored.path)[source.name], weight.dtype_in(dtype)
+        if weight.transposed:
+            tensor = tensor.T
+        else:
+            tensor = tensor.flatten()[source.skipped :][: weight.numel].view(weight.shape)
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
         made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)

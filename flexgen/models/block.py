@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.attention import Attention
 from flexgen.models.layer import AttentionLayer, Context, Weights
-from flexgen.models.mlp import MLP
+from flexgen.models.mixture import feed_forward
+from flexgen.models.mlp import FeedForward
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 
@@ -18,10 +20,10 @@ class Block(AttentionLayer):
     """A transformer layer. The names of its weights begin with their half: "attention.q.weight", "mlp.up.weight"."""
 
     attention: Attention
-    mlp: MLP
+    mlp: FeedForward
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
-        attention, mlp = Attention(spec, index), MLP(spec, index)
+        attention, mlp = Attention(spec, index), feed_forward(spec, index)
         super().__init__(
             spec,
             f"layers.{index}",
@@ -32,14 +34,20 @@ class Block(AttentionLayer):
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "mlp", mlp)
 
-    @property
-    def scale(self) -> float:
-        return self.attention.scale
+    def scoring(self, weights: Weights) -> Scoring:
+        return self.attention.scoring(_half(weights, "attention."))
 
     @property
     def projections(self) -> tuple[WeightSpec, ...]:
         names = [f"attention.{weight.name}" for weight in self.attention.projections]
         return tuple(weight for weight in self.weights if weight.name in names)
+
+    @property
+    def reads_back(self) -> bool:
+        return self.mlp.reads_back
+
+    def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
+        return self.mlp.multiplies(weight, tokens)
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         return self._with_mlp(self.attention.forward(x, _half(weights, "attention."), ctx), x, weights)

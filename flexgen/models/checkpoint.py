@@ -20,10 +20,10 @@ from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import config_from_dict, spec_from_config
-from flexgen.models.families.opt import SIZES, known_config, known_size
 from flexgen.models.fields import token_ids
 from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
+from flexgen.models.known import KNOWN, config_of, known_name, known_repository
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -71,7 +71,9 @@ class Checkpoint(Protocol):
         """The place of the weight's bytes in a file; None if they cannot be read in place (`.bin`, dummy)."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A new contiguous host tensor in `dtype`: the whole weight, or a range of rows of its first dimension.
+        """A new contiguous host tensor: the whole weight, or a range of rows of its first dimension.
+
+        dtype: the dtype of the model. A weight with a dtype of its own is returned in that.
 
         Raises CheckpointError, also for values that are not finite.
         """
@@ -87,7 +89,7 @@ def open_model(
 ) -> tuple[ModelSpec, Checkpoint]:
     """Open a model and return its spec and its checkpoint.
 
-    model: "demo", a directory in Hugging Face's layout, a known OPT name ("opt-30b"), a hub id or a transformers
+    model: "demo", a directory in Hugging Face's layout, a known name ("opt-30b"), a hub id or a transformers
         config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if it has a known name.
     weights: "checkpoint", "dummy" for random weights, or the `Path` of the directory with the weights of `model`.
     hub: options of downloads.
@@ -130,9 +132,9 @@ def open_model(
     # Unlike the methods of Path, these functions return False for a name that is too long.
     if os.path.isdir(directory):
         return _open_directory(directory, name, dummy)
-    size = known_size(name)
-    if size is not None and dummy:
-        return spec_from_config(known_config(size), size), DummyCheckpoint()
+    known = known_name(name)
+    if known is not None and dummy:
+        return spec_from_config(config_of(known), known), DummyCheckpoint()
     if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that contains it and {_CONFIG}"
@@ -148,7 +150,7 @@ def open_model(
         raise ModelError(
             f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"
         )
-    repository = f"facebook/{size}" if size is not None else name
+    repository = name if known is None else known_repository(known)
     if dummy:
         config = Path(_ask_hub(repository, huggingface_hub.hf_hub_download, hub, filename=_CONFIG))
         return _open_directory(config.parent, name, dummy)
@@ -165,9 +167,9 @@ def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
     check_folder(directory, _CONFIG)
-    size = known_size(directory.name.removesuffix(_NUMPY_SUFFIX))
-    if size is not None and (directory / NumpyCheckpoint.MARK).exists():
-        config: PreTrainedConfig = known_config(size)
+    known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX))
+    if known is not None and (directory / NumpyCheckpoint.MARK).exists():
+        config: PreTrainedConfig = config_of(known)
     else:
         config = config_from_dict(_read_json(directory / _CONFIG), name)
     spec = spec_from_config(config, name)
@@ -290,4 +292,4 @@ def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) ->
 
 
 def _similar(name: str) -> str:
-    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *SIZES))
+    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *KNOWN))

@@ -46,7 +46,8 @@ class DummyCheckpoint:
         """Always None: there is no file."""
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A new host tensor in `dtype`. The same weight always has the same values, rounded to `dtype`."""
+        """See `Checkpoint.read`. The same weight always has the same values, rounded to the dtype."""
+        dtype = weight.dtype_in(dtype)
         rows = range(weight.shape[0]) if rows is None else rows
         shape = (len(rows), *weight.shape[1:])
         if weight.name.endswith("norm.weight"):

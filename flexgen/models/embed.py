@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.scoring import capped
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, Layer, Weights, chunks, linear_weights
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, WeightSpec
 
 
 def _vocabulary(spec: ModelSpec, name: str) -> WeightSpec:
     """The (vocab, embed) matrix of the embedding or the head. With a tied head, both are one tensor."""
-    embed, head = (tuple(f"{s}.weight" for s in spec.sources(end)) for end in ("embed", "head"))
+    embed, head = (tensors(spec.module_names(end), "weight") for end in ("embed", "head"))
     sources = embed + head if spec.tied_head else {"embed": embed, "head": head}[name]
     return WeightSpec(f"{name}.weight", (spec.vocab_size, spec.embed_size), sources)
 
@@ -37,6 +39,7 @@ class InputEmbed(Layer):
         if spec.positions == "learned":
             table = spec.max_positions + spec.position_offset
             weights += linear_weights(spec, "positions", table, spec.hidden_size, bias=False)
+        weights += norm_weights(spec, spec.embed_norm, "embed_norm", name="embed_norm")
         super().__init__(spec, "embed", weights)
 
     @property
@@ -61,7 +64,7 @@ class InputEmbed(Layer):
             hidden = linear(hidden, weights["project_in.weight"])
         if self.spec.positions == "learned":
             hidden += F.embedding(positions + self.spec.position_offset, weights["positions.weight"])
-        return hidden
+        return normalise(self.spec.embed_norm, hidden, weights, "embed_norm")
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         spec = self.spec
@@ -78,7 +81,8 @@ class InputEmbed(Layer):
         products = (
             workspaces.product(tokens, spec.hidden_size, spec.embed_size, dtype) if spec.projected else 0
         )
-        return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + products + result
+        norm = norm_workspace(spec.embed_norm, spec.hidden_size, tokens, dtype)
+        return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + products + norm + result
 
 
 class Head(Layer):
@@ -101,7 +105,9 @@ class Head(Layer):
         if ctx.last_only:
             x = x[:, -1:]
         logits = linear(self.final(x, weights), weights["head.weight"], weights.get("head.bias"))
-        return logits if self.spec.logit_scale == 1 else logits.mul_(self.spec.logit_scale)
+        if self.spec.logit_scale != 1:
+            logits.mul_(self.spec.logit_scale)
+        return logits if self.spec.logit_cap is None else capped(logits, self.spec.logit_cap)
 
     def final(self, x: Tensor, weights: Weights) -> Tensor:
         """The input of the LM head, (batch, seq, embed), after the norm and the projection."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexgen.errors import ModelError, shown
+from flexgen.kernels.scoring import Window
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.rope import KINDS, rope_spec
 from flexgen.models.spec import RopeSpec
@@ -32,12 +33,15 @@ _QUANTIZED = ("quantization_config", "compression_config")
 
 _UNRELATED = {
     "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
-    "tokenizer_class", "torch_dtype",
+    "tokenizer_class", "torch_dtype", "ignore_keys_at_rope_validation",
     # The outputs of transformers' forward.
     "return_dict", "output_hidden_states", "output_attentions", "use_return_dict", "use_cache", "torchscript",
-    "chunk_size_feed_forward", "output_past",
+    "chunk_size_feed_forward", "output_past", "cache_implementation",
     # Training: initialisation, memory and parallelism. `unrelated` adds dropout.
     "initializer_range", "init_std", "gradient_checkpointing", "pretraining_tp", "ep_size",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    # Layers after the last one, which predict further tokens.
+    "num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_transformer_layers", "use_mtp",
     # Heads for other tasks.
     "num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
@@ -118,6 +122,11 @@ class Fields:
         """`size` of a field that may be absent."""
         return default if self.get(field) is None else self.size(field)
 
+    def count(self, field: str) -> int:
+        """The value of `field`, an integer from 0 to the limit of the field."""
+        value = self.get(field)
+        return 0 if value == 0 and not isinstance(value, bool) else self.size(field)
+
     def number(self, field: str) -> float:
         """The value of `field`, a finite number >= 0."""
         value = self.get(field)
@@ -131,6 +140,10 @@ class Fields:
         if not value:
             raise ModelError(f"{self.name}: {field} = 0 is not supported; it must exceed 0")
         return value
+
+    def cap(self, field: str) -> float | None:
+        """The value of `field`, a finite number > 0 that limits scores or logits; None if it is absent."""
+        return None if self.get(field) is None else self.positive(field)
 
     def flag(self, field: str) -> bool:
         """The value of `field`, true or false."""
@@ -185,24 +198,38 @@ class Fields:
             )
         return tuple(kinds)
 
-    def windows(self) -> tuple[int | None, ...]:
+    def mixtures_by_step(self) -> tuple[bool, ...]:
+        """For each layer, whether it is a mixture: each decoder_sparse_step-th one, except for mlp_only_layers."""
+        count, step = self.size("num_hidden_layers"), self.size("decoder_sparse_step")
+        dense = self.get("mlp_only_layers")
+        if not isinstance(dense, list | tuple) or not all(type(index) is int for index in dense):
+            raise ModelError(
+                f"{self.name}: mlp_only_layers = {shown(dense)} is not supported; expected a list of layer numbers"
+            )
+        return tuple(index not in dense and (index + 1) % step == 0 for index in range(count))
+
+    def mlp_kinds(self) -> tuple[str, ...]:
+        """The kind of the second half of each layer, "dense" or "sparse", from mlp_layer_types."""
+        count, kinds = self.size("num_hidden_layers"), self.get("mlp_layer_types")
+        known = isinstance(kinds, list | tuple) and all(kind in ("dense", "sparse") for kind in kinds)
+        if not known or len(kinds) != count:
+            raise ModelError(
+                f"{self.name}: mlp_layer_types = {shown(kinds)} is not supported; supported: dense, sparse, one for "
+                f"each of {count} layers"
+            )
+        return tuple(kinds)
+
+    def windows(self) -> tuple[Window | None, ...]:
         """The window of each layer's attention, None for all tokens.
 
         Layers of the kind "sliding_attention" have the window sliding_window; without layer_types all layers have it.
-        A window must not be shorter than max_position_embeddings, because no layer computes it.
         """
         kinds, size = self.layer_kinds(), self.get("sliding_window")
         if self.get("layer_types") is None:
             kinds = ("sliding_attention",) * len(kinds)
         if size is None or "sliding_attention" not in kinds:
             return (None,) * len(kinds)
-        window, context = self.size("sliding_window"), self.size("max_position_embeddings")
-        if window < context:
-            raise ModelError(
-                f"{self.name}: sliding_window = {window} is shorter than max_position_embeddings = {context}, and "
-                "such a window is not computed yet. For texts of at most that many tokens, set "
-                f"max_position_embeddings to {window} in the config"
-            )
+        window = Window(self.size("sliding_window"))
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
     def rope(

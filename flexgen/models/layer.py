@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.norms import normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
@@ -62,7 +65,7 @@ class Context(Protocol):
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         """`token_factors` of `positions`, for one token per row. They are the same for all layers."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention of the new tokens over themselves and all tokens before them.
 
         q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim), positions already applied;
@@ -72,7 +75,7 @@ class Context(Protocol):
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         """Store the keys and values of all new tokens. Their queries follow in calls of `attend_chunk`."""
 
-    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """`attend` for a part of the new tokens.
 
         q and the result have the rows and tokens of `chunk`, (rows, heads, tokens, head_dim). k and v have all new
@@ -102,6 +105,19 @@ class Layer(ABC):
         `forward` also accepts a table with some of the rows, and x as indices into them.
         """
         return None
+
+    @property
+    def reads_back(self) -> bool:
+        """Whether the host needs a result of the device while it computes the layer."""
+        return False
+
+    def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
+        """The rows of the product with one of the layer's matrices, and the probability that there is a product.
+
+        Both are expected values for a pass over `tokens` tokens in total. They are `tokens` and 1, except for an
+        expert of a mixture.
+        """
+        return tokens, 1.0
 
     @abstractmethod
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
@@ -152,7 +168,7 @@ class TransformerLayer(Layer):
 
     index: int
 
-    @property
+    @cached_property
     def layer_spec(self) -> LayerSpec:
         return self.spec.layers[self.index]
 
@@ -172,10 +188,9 @@ class AttentionLayer(TransformerLayer):
 
     has_cache: ClassVar[bool] = True
 
-    @property
     @abstractmethod
-    def scale(self) -> float:
-        """The factor of the attention scores, for `Context.attend`."""
+    def scoring(self, weights: Weights) -> Scoring:
+        """The scoring of the layer, for `Context.attend`."""
 
     @property
     @abstractmethod
@@ -192,7 +207,7 @@ class AttentionLayer(TransformerLayer):
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         # No names for queries, keys and values, so that they are freed before the output is computed.
-        outputs = ctx.attend(*self.qkv(x, weights, ctx), self.scale)
+        outputs = ctx.attend(*self.qkv(x, weights, ctx), self.scoring(weights))
         return self.output(outputs, x, weights)
 
 
@@ -200,13 +215,12 @@ def linear_weights(
     spec: ModelSpec, module: str, out_size: int, in_size: int, bias: bool, index: int | None = None
 ) -> tuple[WeightSpec, ...]:
     """The weights "<module>.weight" (out_size, in_size) and, with `bias`, "<module>.bias" (out_size)."""
-    sources = spec.sources(module, index)
+    names = spec.module_names(module, index)
     weight = WeightSpec(
         f"{module}.weight",
         (out_size, in_size),
-        tuple(f"{s}.weight" for s in sources),
+        tensors(names, "weight"),
         transposed=module in spec.transposed,
+        encodable=module != "positions",
     )
-    if not bias:
-        return (weight,)
-    return weight, WeightSpec(f"{module}.bias", (out_size,), tuple(f"{s}.bias" for s in sources))
+    return (weight, WeightSpec(f"{module}.bias", (out_size,), tensors(names, "bias"))) if bias else (weight,)

@@ -1,6 +1,8 @@
-"""The feed-forward half of a transformer layer, plain or gated, with its norm and residual connection."""
+"""The feed-forward half of a transformer layer, with its norm and residual connection: an MLP, plain or gated."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -8,27 +10,21 @@ from torch import Tensor
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, TransformerLayer, Weights, linear_weights, slices
+from flexgen.models.mlp_spec import MLPSpec
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
 from flexgen.models.ops import ACTIVATIONS, IN_PLACE
-from flexgen.models.spec import ModelSpec, NormSpec
+from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
 
-class MLP(TransformerLayer):
-    """x + down(activation(up(x))), or x + down(activation(gate(x)) * up(x))."""
+class FeedForward(TransformerLayer):
+    """x + network(x), with norms before and after the network."""
 
-    def __init__(self, spec: ModelSpec, index: int) -> None:
-        hidden, layer = spec.hidden_size, spec.layers[index]
-        size, bias = layer.mlp.size, layer.mlp.bias
-        if layer.mlp.fused:
-            sizes = {"gate_up": 2 * size}
-        else:
-            sizes = {"gate": size, "up": size} if layer.mlp.gated else {"up": size}
-        weights = norm_weights(spec, layer.norms.mlp_in, "mlp_in", index)
-        for module, rows in sizes.items():
-            weights += linear_weights(spec, module, rows, hidden, bias, index)
-        weights += linear_weights(spec, "down", hidden, size, bias, index)
-        weights += norm_weights(spec, layer.norms.mlp_out, "mlp_out", index, "out_norm")
-        super().__init__(spec, f"layers.{index}.mlp", weights, index)
+    def __init__(self, spec: ModelSpec, index: int, weights: tuple[WeightSpec, ...]) -> None:
+        """weights: those of the network."""
+        norms = spec.layers[index].norms
+        first = norm_weights(spec, norms.mlp_in, "mlp_in", index)
+        last = norm_weights(spec, norms.mlp_out, "mlp_out", index, "out_norm")
+        super().__init__(spec, f"layers.{index}.mlp", first + weights + last, index)
 
     @property
     def norm_in(self) -> NormSpec | None:
@@ -36,6 +32,18 @@ class MLP(TransformerLayer):
         layer = self.layer_spec
         shared = layer.residual == "parallel" and layer.norms.mlp_in is None
         return layer.norms.attention_in if shared else layer.norms.mlp_in
+
+    @abstractmethod
+    def network(self, x: Tensor, weights: Weights) -> Tensor:
+        """The output of the network for x (..., hidden), which is normalised. A new tensor."""
+
+    @abstractmethod
+    def network_flops(self, tokens: int) -> int:
+        """Operations of `network` for `tokens` tokens."""
+
+    @abstractmethod
+    def network_workspace(self, tokens: int, dtype: torch.dtype, workspaces: Workspaces) -> int:
+        """An upper estimate of the peak memory of `network`, including its result."""
 
     def forward(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
         return self.transform(x, x, weights)
@@ -52,46 +60,102 @@ class MLP(TransformerLayer):
         return out
 
     def _transform(self, x: Tensor, onto: Tensor, weights: Weights) -> Tensor:
-        layer = self.layer_spec
-        activation = ACTIVATIONS[layer.mlp.activation]
-        normed = normalise(self.norm_in, x, weights)
-        if layer.mlp.fused:
-            gate, up = linear(normed, weights["gate_up.weight"], weights.get("gate_up.bias")).chunk(2, dim=-1)
-            inner = activation(gate) * up
-            del gate, up
-        elif layer.mlp.gated:
-            inner = activation(linear(normed, weights["gate.weight"], weights.get("gate.bias")))
-            inner.mul_(linear(normed, weights["up.weight"], weights.get("up.bias")))
-        else:
-            inner = activation(linear(normed, weights["up.weight"], weights.get("up.bias")))
-        out = linear(inner, weights["down.weight"], weights.get("down.bias"))
-        del normed, inner
-        return self.joined(out, layer.norms.mlp_out, onto, weights)
+        # No name for the normalised input, so that it is freed before the residual connection.
+        out = self.network(normalise(self.norm_in, x, weights), weights)
+        return self.joined(out, self.layer_spec.norms.mlp_out, onto, weights)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
-        mlp = self.layer_spec.mlp
-        matrices = 3 if mlp.gated else 2
-        return 2 * rows * seq * matrices * self.spec.hidden_size * mlp.size
+        return self.network_flops(rows * seq)
 
     def workspace_bytes(
         self, rows: int, seq: int, context: int, dtype: torch.dtype, workspaces: Workspaces = HOST
     ) -> int:
-        spec, layer, tokens = self.spec, self.layer_spec, min(rows * seq, self.spec.chunk_tokens)
-        mlp = layer.mlp
-        hidden, ffn = (tokens * size * dtype.itemsize for size in (spec.hidden_size, mlp.size))
+        spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
+        hidden = tokens * spec.hidden_size * dtype.itemsize
         norm_in, norm_out = (
             norm_workspace(norm, spec.hidden_size, tokens, dtype)
-            for norm in (self.norm_in, layer.norms.mlp_out)
+            for norm in (self.norm_in, self.layer_spec.norms.mlp_out)
         )
-        width = 2 * mlp.size if mlp.fused else mlp.size
-        up = workspaces.product(tokens, width, spec.hidden_size, dtype)
-        down = workspaces.product(tokens, spec.hidden_size, mlp.size, dtype)
-        # Tensors of the inner width: gate and up, or input and output of an activation that is not in place.
-        in_place = mlp.activation in IN_PLACE
-        inner = ffn if in_place and not mlp.gated else 2 * ffn
-        if mlp.fused:  # gate and up, their product, and the output of an activation that is not in place
-            inner = 3 * ffn if in_place else 4 * ffn
         normed = 0 if self.norm_in is None else hidden
-        most = max(norm_in, normed + inner + up, normed + ffn + hidden + down, hidden + norm_out)
+        most = max(norm_in, normed + self.network_workspace(tokens, dtype, workspaces), hidden + norm_out)
         # With chunks, the whole result is allocated too.
         return most + (rows * seq * spec.hidden_size * dtype.itemsize if rows * seq > tokens else 0)
+
+
+class MLP(FeedForward):
+    """x + down(activation(up(x))), or x + down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        super().__init__(spec, index, mlp_weights(spec, _mlp(spec, index), index))
+
+    @property
+    def _mlp(self) -> MLPSpec:
+        return _mlp(self.spec, self.index)
+
+    def network(self, x: Tensor, weights: Weights) -> Tensor:
+        return compute_mlp(self._mlp, x, weights)
+
+    def network_flops(self, tokens: int) -> int:
+        return mlp_flops(self._mlp, self.spec.hidden_size, tokens)
+
+    def network_workspace(self, tokens: int, dtype: torch.dtype, workspaces: Workspaces) -> int:
+        return mlp_workspace(self._mlp, self.spec.hidden_size, tokens, dtype, workspaces)
+
+
+def _mlp(spec: ModelSpec, index: int) -> MLPSpec:
+    mlp = spec.layers[index].mlp
+    assert isinstance(mlp, MLPSpec)
+    return mlp
+
+
+def mlp_weights(spec: ModelSpec, mlp: MLPSpec, index: int, prefix: str = "") -> tuple[WeightSpec, ...]:
+    """The weights of an MLP of layer `index`. prefix: the beginning of their names and of those of the modules."""
+    if mlp.fused:
+        sizes = {"gate_up": 2 * mlp.size}
+    else:
+        sizes = {"gate": mlp.size, "up": mlp.size} if mlp.gated else {"up": mlp.size}
+    weights: tuple[WeightSpec, ...] = ()
+    for module, rows in sizes.items():
+        weights += linear_weights(spec, prefix + module, rows, spec.hidden_size, mlp.bias, index)
+    return weights + linear_weights(spec, f"{prefix}down", spec.hidden_size, mlp.size, mlp.bias, index)
+
+
+def compute_mlp(mlp: MLPSpec, x: Tensor, weights: Weights, prefix: str = "") -> Tensor:
+    """The output (..., hidden) of an MLP for x (..., hidden)."""
+
+    def product(y: Tensor, module: str) -> Tensor:
+        return linear(y, weights[f"{prefix}{module}.weight"], weights.get(f"{prefix}{module}.bias"))
+
+    activation = ACTIVATIONS[mlp.activation]
+    if mlp.fused:
+        gate, up = product(x, "gate_up").chunk(2, dim=-1)
+        inner = activation(gate) * up
+        del gate, up
+    elif mlp.gated:
+        inner = activation(product(x, "gate"))
+        inner.mul_(product(x, "up"))
+    else:
+        inner = activation(product(x, "up"))
+    return product(inner, "down")
+
+
+def mlp_flops(mlp: MLPSpec, hidden_size: int, tokens: int) -> int:
+    """Operations of `compute_mlp` for `tokens` tokens."""
+    matrices = 3 if mlp.gated else 2
+    return 2 * tokens * matrices * hidden_size * mlp.size
+
+
+def mlp_workspace(
+    mlp: MLPSpec, hidden_size: int, tokens: int, dtype: torch.dtype, workspaces: Workspaces
+) -> int:
+    """An upper estimate of the peak memory of `compute_mlp`, including its result, in bytes."""
+    hidden, ffn = (tokens * size * dtype.itemsize for size in (hidden_size, mlp.size))
+    width = 2 * mlp.size if mlp.fused else mlp.size
+    up = workspaces.product(tokens, width, hidden_size, dtype)
+    down = workspaces.product(tokens, hidden_size, mlp.size, dtype)
+    # Tensors of the inner width: gate and up, or input and output of an activation that is not in place.
+    in_place = mlp.activation in IN_PLACE
+    inner = ffn if in_place and not mlp.gated else 2 * ffn
+    if mlp.fused:  # gate and up, their product, and the output of an activation that is not in place
+        inner = 3 * ffn if in_place else 4 * ffn
+    return max(inner + up, ffn + hidden + down)

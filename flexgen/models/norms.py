@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
 
@@ -50,11 +51,9 @@ def norm_weights(
     if norm is None:
         return ()
     parts = [part for part, there in (("weight", norm.weight), ("bias", norm.bias)) if there]
-    sources = spec.sources(module, index)
+    names = spec.module_names(module, index)
     shape = (spec.hidden_size if size is None else size,)
-    return tuple(
-        WeightSpec(f"{name}.{part}", shape, tuple(f"{source}.{part}" for source in sources)) for part in parts
-    )
+    return tuple(WeightSpec(f"{name}.{part}", shape, tensors(names, part)) for part in parts)
 
 
 def norm_workspace(norm: NormSpec | None, size: int, tokens: int, dtype: torch.dtype) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring, Window, bend, capped, softmax_with_sinks, visible
 from flexgen.models.spec import QueryScaling, RopeSpec
 
 
@@ -124,64 +125,133 @@ MASK_VALUES = 1 << 20
 queries of every head at once."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scale: float) -> Tensor:
+SCORE_VALUES = 1 << 23
+"""The most scores of all rows and heads that exist at once where torch's fused attention cannot compute them: 32 MiB
+in float32. A single query of every head may have more."""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scoring: Scoring
+) -> Tensor:
     """Causal attention of the tokens of a prompt, or of its last tokens, over the prompt.
 
     q (batch, heads, queries, head_dim) has the last of the seq tokens; k and v are (batch, kv_heads, seq, head_dim).
-    starts[row] is the number of padding positions at the left of the row; None if there is no padding. Returns
-    (batch, heads, queries, head_dim), zero at padding positions.
+    starts[row] is the position of the row's first token. Positions before it are padding at the left. If keys before
+    a window are left out, it may be negative. None if there is no padding. Returns (batch, heads, queries, head_dim),
+    zero at padding positions.
 
     Padding needs no mask: adjacent rows with the same start run together on a slice without the padding. Slices are
-    views, so rows sorted by length need the fewest calls. The scores (queries, seq) are never stored in memory.
+    views, so rows sorted by length need the fewest calls. Plain scores (queries, seq) are never stored in memory.
     """
     batch, heads, queries, head_dim = q.shape
     if starts is None or not any(starts):
-        return _causal(q, k, v, scale)
+        return _causal(q, k, v, scoring)
     # Token-major, so that merging the heads afterwards is a view.
     out = q.new_zeros(batch, queries, heads, head_dim).transpose(1, 2)
     before = k.shape[2] - queries
     begin = 0
     for start, run in itertools.groupby(starts):
         end = begin + len(list(run))
-        first = max(start - before, 0)
+        first, padded = max(start - before, 0), max(start, 0)
         if first < queries:
             rows = slice(begin, end)
-            out[rows, :, first:] = _causal(q[rows, :, first:], k[rows, :, start:], v[rows, :, start:], scale)
+            some = q[rows, :, first:], k[rows, :, padded:], v[rows, :, padded:]
+            out[rows, :, first:] = _causal(*some, scoring, min(start, 0))
         begin = end
     return out
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int = 0) -> Tensor:
+    """start: the position of the rows' first token, at most 0."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
+    if not scoring.plain:
+        return _attend_scored(q, k, v, scoring, start)
     if heads == kv_heads:
-        return _attend_last(q, k, v, scale)
+        return _attend_last(q, k, v, scoring, start)
     # `enable_gqa` falls back to full score matrices on CUDA in float32.
     if batch == 1:
         # The heads of a group share one view of their K and V.
         shape = (kv_heads, heads // kv_heads, keys, head_dim)
         k, v = (x.transpose(0, 1).expand(shape) for x in (k, v))
-        return _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scale).flatten(0, 1).unsqueeze(0)
+        out = _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scoring, start)
+        return out.flatten(0, 1).unsqueeze(0)
     # The copies are small compared to the attention, and one call serves all rows.
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    return _attend_last(q, k, v, scale)
+    return _attend_last(q, k, v, scoring, start)
 
 
-def _attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention with equal numbers of heads, for the queries of the last keys."""
+def query_blocks(
+    queries: int, keys: int, window: Window | None, most: int, start: int = 0
+) -> Iterator[tuple[range, range]]:
+    """Blocks of the last `queries` of `keys` positions, each with the keys that its queries attend to.
+
+    Both are ranges of positions. A block has at most `most` pairs of them, or one query. start: as for `_causal`.
+    """
+    begin = keys - queries
+    while begin < keys:
+        first = 0 if window is None else max(window.first(begin - start) + start, 0)
+        before = begin - first
+        # The largest n with n * (before + n) <= most.
+        count = max((math.isqrt(before * before + 4 * most) - before) // 2, 1)
+        if window is not None:  # a longer block would have as many more masked pairs
+            count = min(count, window.size)
+        end = min(begin + count, keys)
+        yield range(begin, end), range(first, end)
+        begin = end
+
+
+def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int) -> Tensor:
+    """Causal attention of plain scores with equal numbers of heads, for the queries of the last keys."""
     queries, keys = q.shape[2], k.shape[2]
-    if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    window = scoring.window
+    if window is not None and window.first(keys - 1 - start) + start <= 0:
+        window = None  # no query has more tokens before it
+    if queries == keys and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scoring.scale)
     # `is_causal` would align the first query with the first key here, so use a mask. For few queries it is small at
     # any length, and kernels with a mask do not store the scores either.
     out = torch.empty_like(q)
-    step = max(MASK_VALUES // keys, 1)
-    for begin in range(0, queries, step):
-        end = min(begin + step, queries)
-        seen = keys - queries + end
-        hidden = torch.full((end - begin, seen), -math.inf, dtype=q.dtype, device=q.device)
-        hidden.triu_(seen - (end - begin) + 1)
-        out[:, :, begin:end] = F.scaled_dot_product_attention(
-            q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen], attn_mask=hidden, scale=scale
+    begin = keys - queries
+    for block, seen in query_blocks(queries, keys, window, MASK_VALUES, start):
+        mask = torch.full((len(block), len(seen)), -math.inf, dtype=q.dtype, device=q.device)
+        if window is None:
+            mask.triu_(block.start - seen.start + 1)
+        else:
+            mask.masked_fill_(visible(window, block, seen, start, q.device), 0.0)
+        here, there = slice(block.start - begin, block.stop - begin), slice(seen.start, seen.stop)
+        out[:, :, here] = F.scaled_dot_product_attention(
+            q[:, :, here], k[:, :, there], v[:, :, there], attn_mask=mask, scale=scoring.scale
         )
     return out
+
+
+def _attend_scored(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int) -> Tensor:
+    """`_causal` for scores with a cap, a bias or sinks, which torch's fused attention does not have."""
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    begin = keys - queries
+    for block, seen in query_blocks(
+        queries, keys, scoring.window, SCORE_VALUES // max(batch * heads, 1), start
+    ):
+        here, there = slice(block.start - begin, block.stop - begin), slice(seen.start, seen.stop)
+        query = (q[:, :, here] * scoring.scale).reshape(batch, kv_heads, -1, head_dim)
+        scores = (query @ k[:, :, there].mT).float().view(batch, heads, len(block), len(seen))
+        if scoring.cap is not None:
+            capped(scores, scoring.cap)
+        if scoring.slopes:
+            bend(scores, scoring.slopes, block, seen)
+        scores.masked_fill_(~visible(scoring.window, block, seen, start, q.device), -math.inf)
+        probabilities = softmax_with_sinks(scores, scoring.sinks).to(q.dtype)
+        del scores
+        values = probabilities.view(batch, kv_heads, -1, len(seen)) @ v[:, :, there]
+        out[:, :, here] = values.view(batch, heads, len(block), head_dim)
+    return out
+
+
+def scored_bytes(rows: int, heads: int, queries: int, keys: int, dtype: torch.dtype) -> int:
+    """The most bytes of scores and probabilities in `causal_attention` where scores are not plain."""
+    values = max(min(SCORE_VALUES, rows * heads * queries * keys), rows * heads * keys)
+    # The product and probabilities in `dtype`; scores, scores with sinks and probabilities in float32.
+    return values * (2 * dtype.itemsize + 3 * torch.float32.itemsize)

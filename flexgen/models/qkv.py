@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flexgen.models.layer import Weights
 from flexgen.models.norms import norm_weights, normalise
+from flexgen.models.sources import tensors
 from flexgen.models.spec import AttentionSpec, ModelSpec, QKNormSpec, WeightSpec
 
 _PARTS = 4
@@ -45,12 +46,12 @@ def head_norm_weights(spec: ModelSpec, index: int) -> tuple[WeightSpec, ...]:
                 WeightSpec(
                     f"{module}.{head}.weight",
                     (own.head_dim,),
-                    tuple(f"{source}.weight" for source in spec.sources(module, index, head)),
+                    tensors(spec.module_names(module, index, head), "weight"),
                 )
                 for head in range(heads)
             )
         elif own.qk_norm.over == "each":
-            sources = tuple(f"{source}.weight" for source in spec.sources(module, index))
+            sources = tensors(spec.module_names(module, index), "weight")
             shape = heads, own.head_dim
             weights += (WeightSpec(f"{module}.weight", (heads * own.head_dim,), sources, unflattened=shape),)
         else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
+
+from flexgen.kernels.scoring import Window
+from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
+from flexgen.models.sources import Names, Source, Stacked
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class QKNormSpec:
-    """A norm of queries and keys before the rotation.
+    """A norm of queries and keys, before or after the rotation.
 
     over: "head" normalises each head with the same weight; "each" normalises each head with its own weight; "all"
     normalises all heads together.
@@ -69,6 +72,7 @@ class QKNormSpec:
 
     norm: NormSpec
     over: Literal["head", "all", "each"] = "head"
+    after_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,25 @@ class QueryScaling:
 
     beta: float
     length: int
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """The steps between the scaling of attention scores and their softmax.
+
+    cap: scores are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key
+    position - query position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes
+    part in the softmax but has no value.
+    """
+
+    cap: float | None = None
+    alibi: tuple[float, ...] = ()
+    sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are no such steps."""
+        return self.cap is None and not self.alibi and not self.sinks
 
 
 class CacheShape(NamedTuple):
@@ -114,9 +137,9 @@ class AttentionSpec:
 
     score_scale: float | None = None
     """The factor of the attention scores. None: head_dim ** -0.5."""
-    window: int | None = None
-    """The number of tokens that a query attends to, including itself. None: all tokens. No layer computes a window
-    yet, so `ModelSpec.longest_text` is at most the window."""
+    scores: ScoreSpec = ScoreSpec()
+    window: Window | None = None
+    """The tokens that a query attends to. None: all tokens up to itself."""
 
     @property
     def q_size(self) -> int:
@@ -136,28 +159,15 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
-class MLPSpec:
-    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another.
-
-    fused: one matrix has the rows of both projections, the gate first.
-    """
-
-    size: int
-    activation: str
-    gated: bool = False
-    fused: bool = False
-    bias: bool = False
-
-
-@dataclass(frozen=True)
 class LayerSpec:
-    """One transformer layer: its attention, its MLP, their norms, and how their results join the hidden states.
+    """One transformer layer: its attention, its MLP or mixture of experts, their norms, and how their results join
+    the hidden states.
 
     Two layers with equal specs have the same weight shapes, memory and cost.
     """
 
     attention: AttentionSpec
-    mlp: MLPSpec
+    mlp: MLPSpec | MixtureSpec
     norms: LayerNorms
 
     residual: Literal["serial", "parallel", "post"] = "serial"
@@ -168,61 +178,53 @@ class LayerSpec:
     """The factor of the outputs of attention and MLP."""
 
 
-Names = Mapping[str, tuple[str, ...]]
-"""The names in a family's checkpoints for each module ("q", "mlp_in", "head"), in the order in which they are tried.
-`{i}` is the index of the layer, `{h}` the index of a head."""
-
-
-def prefixed(prefixes: Sequence[str], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """`Names` for modules that are stored with one of several prefixes.
-
-    A checkpoint can be saved from the model with its LM head or from the bare decoder.
-    """
-    return {module: tuple(prefix + name for prefix in prefixes) for module, name in names.items()}
-
-
 @dataclass(frozen=True)
 class WeightSpec:
     """One tensor of one layer.
 
-    `name` is the name inside the layer ("q.weight"). `sources` are the possible names in a checkpoint; the first one
+    `name` is the name inside the layer ("q.weight"). `sources` are the possible places in a checkpoint; the first one
     that exists is used.
     """
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[str, ...]
+    sources: tuple[Source, ...]
     transposed: bool = False
     """Whether files store the matrix as (in, out). It is transposed when it is read."""
     unflattened: tuple[int, ...] = ()
     """The shape in files, if it is another shape with the same values in the same order."""
-
-    @property
-    def encodable(self) -> bool:
-        """Whether a codec may round it. A table of positions is not encoded, because its rows are added directly."""
-        return self.name != "positions.weight"
+    dtype: torch.dtype | None = None
+    """The dtype in which it is stored and used, if it is not the model's."""
+    encodable: bool = True
+    """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
 
     @property
     def looked_up(self) -> bool:
         """Whether it is a table for lookups by index, not a matrix for products."""
         return self.name in ("embed.weight", "positions.weight")
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape in files."""
+    def shape_in(self, source: Source) -> tuple[int, ...]:
+        """The shape of the tensor of one of `sources`."""
+        if source.shape:
+            return source.shape
         return self.shape[::-1] if self.transposed else self.unflattened or self.shape
+
+    def dtype_in(self, model: torch.dtype) -> torch.dtype:
+        """The dtype of the weight in a model of the dtype `model`."""
+        return self.dtype or model
 
     @cached_property
     def key(self) -> str:
         """The identity of the tensor in the model. A tied head and the embedding have the same key."""
-        return self.sources[0]
+        return str(self.sources[0])
 
     @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        return self.numel * dtype.itemsize
+        """Bytes of the weight in a model of the dtype `dtype`."""
+        return self.numel * self.dtype_in(dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -251,15 +253,20 @@ class ModelSpec:
     tied_head: bool
     head_bias: bool = False
 
-    positions: Literal["learned", "rope"] = "rope"
-    """"learned": a table of positions is added to the embedding. "rope": each layer's attention has its own."""
+    positions: Literal["learned", "attention"] = "attention"
+    """"learned": a table of positions is added to the embedding. "attention": each layer's attention has its own,
+    such as RoPE or ALiBi."""
     position_offset: int = 0
     """The number of rows before position 0 in a learned table of positions."""
 
     embed_scale: float = 1.0
     """The factor of the token embeddings. It is rounded to the model's dtype."""
+    embed_norm: NormSpec | None = None
+    """The norm of the embeddings."""
     logit_scale: float = 1.0
     """The factor of the logits."""
+    logit_cap: float | None = None
+    """Logits are limited to this size: cap * tanh(logit / cap). None: no limit."""
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
@@ -275,9 +282,8 @@ class ModelSpec:
 
     @property
     def longest_text(self) -> float:
-        """The maximum number of positions: the rows of a learned table, the shortest window, or infinite."""
-        table = self.max_positions if self.positions == "learned" else math.inf
-        return min([table, *(layer.attention.window or math.inf for layer in self.layers)])
+        """The maximum number of positions: the rows of a learned table, or infinite."""
+        return self.max_positions if self.positions == "learned" else math.inf
 
     @property
     def projected(self) -> bool:
@@ -287,10 +293,24 @@ class ModelSpec:
         """The model with only its first `count` layers."""
         return replace(self, layers=self.layers[:count])
 
-    def sources(self, module: str, index: int | None = None, head: int | None = None) -> tuple[str, ...]:
+    def module_names(self, module: str, index: int | None = None, head: int | None = None) -> tuple[str, ...]:
         """The full names of `module` (in layer `index`, for head `head`), in the order in which they are tried."""
-        return tuple(name.format(i=index, h=head) for name in self.names[module])
+        return tuple(name.format(i=index, h=head) for name in self.names[module] if isinstance(name, str))
 
     def by_head(self, module: str) -> bool:
         """Whether checkpoints have a tensor of `module` for each head."""
-        return any("{h}" in name for name in self.names[module])
+        return any(isinstance(name, str) and "{h}" in name for name in self.names[module])
+
+    def expert_sources(
+        self, module: str, index: int, experts: int, matrix: tuple[int, int]
+    ) -> list[tuple[Source, ...]]:
+        """The places of a matrix of each of the `experts` of layer `index`: tensors of its own, or parts of one."""
+        by_name = []
+        for name in self.names[module]:
+            if isinstance(name, Stacked):
+                stacked = replace(name, name=name.name.format(i=index))
+                by_name.append([stacked.source(number, experts, matrix) for number in range(experts)])
+            else:
+                own = str(name).format(i=index, e="{e}") + ".weight"
+                by_name.append([Source(own.replace("{e}", str(number))) for number in range(experts)])
+        return list(zip(*by_name, strict=True))

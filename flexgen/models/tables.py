@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flexgen.errors import ModelError
 from flexgen.models.fields import Fields
+from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
 from flexgen.models.rope import rope_spec
+from flexgen.models.sources import Name, Names, Stacked, prefixed
 from flexgen.models.spec import (
     AttentionSpec,
     LayerNorms,
     LayerSpec,
-    MLPSpec,
     ModelSpec,
-    Names,
     NormSpec,
     RopeSpec,
-    prefixed,
 )
+
+Modules = Mapping[str, Name | tuple[Name, ...]]
 
 LLAMA_MODULES = {
     "embed": "embed_tokens",
@@ -42,9 +43,44 @@ LLAMA_MODULES = {
 """The names of modules in the checkpoints of most families."""
 
 
-def llama_names(**modules: str) -> Names:
-    """The names of a family that has Llama's names except for `modules`."""
-    return prefixed(("model.", ""), LLAMA_MODULES | modules) | {"head": ("lm_head",)}
+def expert_modules(folder: str, gate: str, up: str, down: str) -> dict[str, tuple[Name, ...]]:
+    """The names of the experts' matrices: a tensor for each expert and matrix, or two tensors for all experts."""
+    stacked = f"layers.{{i}}.{folder}.experts.gate_up_proj"
+    return {
+        "experts.gate": (f"layers.{{i}}.{folder}.experts.{{e}}.{gate}", Stacked(stacked, 0, 2)),
+        "experts.up": (f"layers.{{i}}.{folder}.experts.{{e}}.{up}", Stacked(stacked, 1, 2)),
+        "experts.down": (
+            f"layers.{{i}}.{folder}.experts.{{e}}.{down}",
+            Stacked(f"layers.{{i}}.{folder}.experts.down_proj"),
+        ),
+    }
+
+
+def gated_modules(prefix: str, path: str) -> dict[str, str]:
+    """The names of the matrices of an MLP in `path`, as modules whose names begin with `prefix`."""
+    return {f"{prefix}{name}": f"{path}.{name}_proj" for name in ("gate", "up", "down")}
+
+
+MIXTRAL_MODULES: dict[str, Name | tuple[Name, ...]] = {
+    "router": ("layers.{i}.block_sparse_moe.gate", "layers.{i}.mlp.gate"),
+    **{
+        module: (*names, *expert_modules("mlp", "gate_proj", "up_proj", "down_proj")[module])
+        for module, names in expert_modules("block_sparse_moe", "w1", "w3", "w2").items()
+    },
+}
+"""The names of a mixture's modules in Mixtral's checkpoints, and in those that transformers saves."""
+
+MIXTURE_MODULES: dict[str, Name | tuple[Name, ...]] = {
+    "router": "layers.{i}.mlp.gate",
+    **expert_modules("mlp", "gate_proj", "up_proj", "down_proj"),
+    **gated_modules("shared.", "layers.{i}.mlp.shared_experts"),
+}
+"""The names of a mixture's modules in the checkpoints of most families."""
+
+
+def llama_names(modules: Modules | None = None, **others: Name | tuple[Name, ...]) -> Names:
+    """The names of a family that has Llama's names except for `modules` and `others`."""
+    return prefixed(("model.", ""), {**LLAMA_MODULES, **(modules or {}), **others}) | {"head": ("lm_head",)}
 
 
 def gpt_names(**modules: str) -> Names:
@@ -91,9 +127,9 @@ def head_dim(fields: Fields) -> int:
     return size
 
 
-def mlp(fields: Fields, **others: Any) -> MLPSpec:
-    """An MLP of the width intermediate_size, with the activation hidden_act."""
-    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(), **others)
+def mlp(fields: Fields, field: str = "hidden_act", **others: Any) -> MLPSpec:
+    """An MLP of the width intermediate_size, with the activation in `field`."""
+    return MLPSpec(size=fields.size("intermediate_size"), activation=fields.activation(field), **others)
 
 
 def gated_mlp(fields: Fields, **others: Any) -> MLPSpec:
@@ -101,10 +137,66 @@ def gated_mlp(fields: Fields, **others: Any) -> MLPSpec:
     return mlp(fields, gated=True, **others)
 
 
+def router(
+    fields: Fields, experts: str = "num_experts", top_k: str = "num_experts_per_tok", **others: Any
+) -> RouterSpec:
+    """A router whose numbers of experts are in the fields `experts` and `top_k`."""
+    count, chosen = fields.size(experts), fields.size(top_k)
+    if chosen > count:
+        raise ModelError(f"{fields.name}: {top_k} = {chosen} exceeds {experts} = {count}")
+    return RouterSpec(count, chosen, **others)
+
+
+def grouped_router(fields: Fields, experts: str = "n_routed_experts") -> RouterSpec:
+    """The router of DeepSeek V3 and GLM-4.5."""
+    made = router(
+        fields,
+        experts,
+        score="sigmoid",
+        correction=True,
+        groups=fields.size("n_group"),
+        top_groups=fields.size("topk_group"),
+        normalised=fields.flag("norm_topk_prob"),
+        least_sum=1e-20,
+        scale=fields.number("routed_scaling_factor"),
+        wide=True,
+    )
+    each, rest = divmod(made.experts, made.groups)
+    offered = made.experts if made.groups == 1 else made.top_groups * each
+    if rest or (made.groups > 1 and each < 2) or made.top_groups > made.groups or offered < made.top_k:
+        raise ModelError(
+            f"{fields.name}: n_group = {made.groups} and topk_group = {made.top_groups} do not fit {made.experts} "
+            f"experts: the chosen groups, equal and of at least two experts, must have {made.top_k} experts"
+        )
+    return made
+
+
+def mixture(
+    fields: Fields, router: RouterSpec, size: str = "moe_intermediate_size", **others: Any
+) -> MixtureSpec:
+    """A mixture with experts of the width in the field `size`, with the activation hidden_act."""
+    return MixtureSpec(router, fields.size(size), fields.activation(), **others)
+
+
+def shared_experts(
+    fields: Fields, number: int, size: str = "moe_intermediate_size", **others: Any
+) -> MLPSpec | None:
+    """The MLP for all tokens, which is as wide as `number` experts; None for 0."""
+    if not number:
+        return None
+    return MLPSpec(number * fields.size(size), fields.activation(), gated=True, **others)
+
+
 def gpt_mlp(fields: Fields) -> MLPSpec:
     """The MLP of GPT-2, with biases. Its width is n_inner, or four times the hidden size if that is absent."""
     size = fields.size_or("n_inner", 4 * fields.size("hidden_size"))
     return MLPSpec(size, fields.activation("activation_function"), bias=True)
+
+
+def gemma_scales(fields: Fields) -> dict[str, Any]:
+    """The fields of a model for Gemma's factor of the embeddings and cap of the logits."""
+    scale = fields.size("hidden_size") ** 0.5
+    return {"embed_scale": scale, "logit_cap": fields.cap("final_logit_softcapping")}
 
 
 def gpt_rope(fields: Fields) -> RopeSpec:
@@ -134,11 +226,9 @@ def model(
     """A model with the usual fields for everything except its layers and its final norm."""
     hidden_size = fields.size("hidden_size")
     ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
-    values = {
-        "max_positions": _context(fields.size("max_position_embeddings"), ropes),
-        "embed_size": hidden_size,
-        "tied_head": fields.flag("tie_word_embeddings"),
-    }
+    values = {"embed_size": hidden_size, "tied_head": fields.flag("tie_word_embeddings")}
+    if "max_positions" not in others:
+        values["max_positions"] = _context(fields.size("max_position_embeddings"), ropes)
     return ModelSpec(
         name=fields.name,
         family=fields.get("model_type").replace("-", "_"),

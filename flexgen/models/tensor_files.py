@@ -20,6 +20,7 @@ from flexgen.errors import CheckpointError, shown
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.samples import sample
+from flexgen.models.sources import Source
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
@@ -110,7 +111,7 @@ class TensorFiles:
         if stored.dtype is None:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
             raise CheckpointError(
-                f"{stored.path}: {source} has dtype {stored.kind}, which is not supported; "
+                f"{stored.path}: {source.name} has dtype {stored.kind}, which is not supported; "
                 f"supported: {supported}"
             )
         return stored.dtype
@@ -142,8 +143,9 @@ class TensorFiles:
             source = self._source(weight)
             if source is None:
                 missing.append(weight.key)
-            elif self._tensors[source].shape != weight.stored_shape:
-                wrong.append(f"{source}: found {self._tensors[source].shape}, expected {weight.stored_shape}")
+            elif self._tensors[source.name].shape != weight.shape_in(source):
+                found, expected = self._tensors[source.name].shape, weight.shape_in(source)
+                wrong.append(f"{source.name}: found {found}, expected {expected}")
         if missing:
             raise CheckpointError(f"{self.directory}: {_count(missing, 'tensor')} missing: {_some(missing)}")
         if wrong:
@@ -153,16 +155,15 @@ class TensorFiles:
         for weight in weights:
             self.dtype_of(weight)
 
-    def _source(self, weight: WeightSpec) -> str | None:
-        return next((source for source in weight.sources if source in self._tensors), None)
+    def _source(self, weight: WeightSpec) -> Source | None:
+        return next((source for source in weight.sources if source.name in self._tensors), None)
 
-    def _find(self, weight: WeightSpec) -> tuple[str, StoredTensor]:
+    def _find(self, weight: WeightSpec) -> tuple[Source, StoredTensor]:
         source = self._source(weight)
         if source is None:
-            raise CheckpointError(
-                f"{self.directory}: a tensor is missing; looked for {' and '.join(weight.sources)}"
-            )
-        return source, self._tensors[source]
+            names = " and ".join(source.name for source in weight.sources)
+            raise CheckpointError(f"{self.directory}: a tensor is missing; looked for {names}")
+        return source, self._tensors[source.name]
 
 
 def _count(items: Sequence[str], noun: str) -> str:
@@ -309,14 +310,15 @@ class _PlainFiles(TensorFiles):
         return None if weight.transposed else self._extent(weight)
 
     def _extent(self, weight: WeightSpec) -> Extent:
-        """The place of the tensor, transposed or not."""
-        dtype, (_, stored) = self.dtype_of(weight), self._find(weight)
-        shape = weight.shape if weight.unflattened else stored.shape
-        return Extent(stored.path, stored.offset, stored.nbytes, dtype, shape)
+        """The place of the weight's bytes, transposed or not."""
+        dtype, (source, stored) = self.dtype_of(weight), self._find(weight)
+        offset = stored.offset + source.skipped * dtype.itemsize
+        shape = weight.shape[::-1] if weight.transposed else weight.shape
+        return Extent(stored.path, offset, weight.numel * dtype.itemsize, dtype, shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """A new host tensor in `dtype`, with plain reads, so that no file stays mapped."""
-        extent = self._extent(weight)
+        """See `Checkpoint.read`. It uses plain reads, so that no file stays mapped."""
+        extent, dtype = self._extent(weight), weight.dtype_in(dtype)
         if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)

@@ -40,7 +40,7 @@ class Arithmetic:
 
     def _layer_products(self, layer: Layer, rows: int, new: int, first: bool) -> float:
         weights = [weight for weight in layer.weights if weight is not layer.table]
-        seconds = self._products(weights, layer.product_flops(rows, new, new), rows * new, first)
+        seconds = self._products(layer, weights, layer.product_flops(rows, new, new), rows * new, first)
         seconds += self._hardware.elementwise_seconds(self._name, rows * new * layer_numbers(layer))
         around = self._hardware.around_attention.get(self._name)
         if around and isinstance(layer, AttentionLayer):
@@ -51,32 +51,47 @@ class Arithmetic:
     def projection(self, layer: AttentionLayer, rows: int, first: bool) -> float:
         """Seconds of the products before attention, for one token of `rows` prompts."""
         weights = layer.projections
-        return self._products(weights, sum(2 * rows * weight.numel for weight in weights), rows, first)
+        flops = sum(2 * rows * weight.numel for weight in weights)
+        return self._products(layer, weights, flops, rows, first)
 
-    def _products(self, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool) -> float:
-        """Seconds of `flops` of products with the matrices among `weights`, for an input of `rows` rows."""
-        hardware, name = self._hardware, self._name
-        rate = hardware.product_rate(name, rows)
+    def _products(
+        self, layer: Layer, weights: Iterable[WeightSpec], flops: int, rows: int, first: bool
+    ) -> float:
+        """Seconds of `flops` of products of a layer, which include those with `weights`, for `rows` tokens."""
+        rate = self._hardware.product_rate(self._name, rows)
         seconds = flops / rate
+        known: dict[object, float] = {}  # the experts of a mixture are alike
         for weight in weights:
-            plain = 2 * rows * weight.numel / rate
-            codec = self._placement.codec(weight)
-            if codec is None:
-                if self._stays(weight):
-                    seconds += (
-                        2 * rows * weight.numel / hardware.product_rate(name, rows, packed=True) - plain
-                    )
-            elif hardware.products_decode or rows > self._fused_rows(codec):
-                if first or hardware.products_decode:
-                    seconds += self.decoding(codec, weight.numel)
-            elif encoded := hardware.encoded_rate(name, codec.name, rows):
-                seconds += 2 * rows * weight.numel / encoded - plain
-            else:
-                # The product uses the encoded matrix, so it reads fewer bytes.
-                kept = plain * self._placement.kept_bytes(weight) / weight.nbytes(self._dtype)
-                least = 2 * rows * weight.numel / hardware.product_rate(name, math.inf)
-                seconds += max(kept, least) - plain
+            each, share = layer.multiplies(weight, rows)
+            kind = (
+                weight.shape,
+                weight.looked_up,
+                self._placement.codec(weight),
+                self._stays(weight),
+                each,
+                share,
+            )
+            if kind not in known:
+                counted = 2 * each * weight.numel / rate
+                known[kind] = share * (self._product(weight, each, first) - counted)
+            seconds += known[kind]
         return seconds
+
+    def _product(self, weight: WeightSpec, rows: float, first: bool) -> float:
+        """Seconds of a product with a matrix, for an input of `rows` rows."""
+        hardware, name = self._hardware, self._name
+        flops, codec = 2 * rows * weight.numel, self._placement.codec(weight)
+        if codec is None:
+            return flops / hardware.product_rate(name, rows, packed=self._stays(weight))
+        plain = flops / hardware.product_rate(name, rows)
+        if hardware.products_decode or rows > self._fused_rows(codec):
+            decodes = first or hardware.products_decode
+            return plain + (self.decoding(codec, weight.numel) if decodes else 0.0)
+        if encoded := hardware.encoded_rate(name, codec.name, rows):
+            return flops / encoded
+        # The product uses the encoded matrix, so it reads fewer bytes.
+        stored = plain * self._placement.stored_bytes(weight) / weight.nbytes(self._dtype)
+        return max(stored, flops / hardware.product_rate(name, math.inf))
 
     def _stays(self, weight: WeightSpec) -> bool:
         """Whether it is a matrix that is stored in the compute device's memory."""
@@ -131,13 +146,14 @@ class Arithmetic:
         return self._hardware.fixed.disk_job + nbytes / self._hardware.bandwidth[LaneName.DISK_READ]
 
 
-def layer_numbers(layer: Layer) -> int:
+def layer_numbers(layer: Layer) -> float:
     """The number of activation values per token that the products of a layer read and write.
 
-    These are the inputs and outputs of each matrix. For a table, they are the row that is read, and its copy.
+    These are the inputs and outputs of each matrix that a token is multiplied with. For a table, they are the row
+    that is read, and its copy.
     """
     return sum(
-        2 * weight.shape[1] if weight.looked_up else sum(weight.shape)
+        layer.multiplies(weight, 1)[1] * (2 * weight.shape[1] if weight.looked_up else sum(weight.shape))
         for weight in layer.weights
         if len(weight.shape) == 2
     )
@@ -154,7 +170,7 @@ def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        kept = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
-        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, kept)
+        formats = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, formats)
         first.append(seen.setdefault(kind, n))
     return first

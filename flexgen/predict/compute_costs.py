@@ -81,7 +81,7 @@ class ComputeCosts:
             chains += ((Load(LaneName.COMPUTE, 0, device),),)
         return chains
 
-    def load_attended(self, index: int, token: int, rows: int) -> Loads:
+    def load_attention(self, index: int, token: int, rows: int) -> Loads:
         """Copy the host's attention output to the device."""
         if not self._splits(index, token, rows):
             return ()

@@ -144,8 +144,8 @@ class StepCosts:
                 return self._computation.project(layer, token, rows, flag)
             case Op.ATTEND:
                 return self._computation.attend(layer, token, rows)
-            case Op.LOAD_ATTENDED:
-                return self._computation.load_attended(layer, token, rows)
+            case Op.LOAD_ATTENTION:
+                return self._computation.load_attention(layer, token, rows)
             case Op.COMPUTE:
                 return self._computation.compute(layer, token, rows, flag)
             case Op.STORE_HIDDEN:

@@ -306,12 +306,7 @@ class Hardware:
 
     def to_dict(self) -> dict[str, Any]:
         """The machine as plain data, with the keys of the TOML file."""
-        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for key, value in plain.items():
-            if isinstance(value, Mapping):
-                plain[key] = {str(name): entry for name, entry in value.items()}
-        for key in ("products", "packed_products", "encoded_products", "elementwise"):
-            plain[key] = {name: [list(point) for point in points] for name, points in plain[key].items()}
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return plain | {"fixed": dataclasses.asdict(self.fixed)}
 
     def replace(self, **changes: Any) -> Hardware:
@@ -339,6 +334,13 @@ def seconds_of_each(points: Points, numbers: float) -> float:
     return s0 + (s1 - s0) * math.log(numbers / n0) / math.log(n1 / n0)
 
 
+def _plain(value: Any) -> Any:
+    """`value` with dicts and lists for mappings and tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + " }"
@@ -353,6 +355,11 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise HardwareError(f"cannot read it: {error.strerror}; give the path of a TOML file") from error
     except (ValueError, OverflowError) as error:  # including invalid dates and numbers that are too long
-        raise HardwareError(f"not valid TOML: {error}") from error
+        raise HardwareError(
+            f"not valid TOML: {error}; correct the file, or measure the machine with `python -m flexgen.measure`"
+        ) from error
     except RecursionError:
-        raise HardwareError("not valid TOML: it is nested too deeply") from None
+        raise HardwareError(
+            "not valid TOML: values are nested too deeply; correct the file, or measure the machine with "
+            "`python -m flexgen.measure`"
+        ) from None

@@ -10,7 +10,7 @@ from flexgen.errors import RequestError, ScheduleError, shown
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy
 from flexgen.predict.hardware import Hardware
-from flexgen.schedule.orders import ORDERS, Order
+from flexgen.schedule.orders import ORDERS, Order, unknown_order
 from flexgen.workload import Workload
 
 
@@ -41,7 +41,7 @@ class Job:
         Raises RequestError (invalid lengths or dtype) and ScheduleError (an unknown order).
         """
         if order is not None and order not in ORDERS:
-            raise ScheduleError(f"order {shown(order)} is not known; known: {', '.join(sorted(ORDERS))}")
+            raise ScheduleError(unknown_order(order))
         if workload.capacity > spec.longest_text:
             raise RequestError(
                 f"prompt_len {workload.prompt_len} + gen_len {workload.gen_len} exceed the {spec.max_positions} "

@@ -249,7 +249,9 @@ def sampled_tokens(gen_len: int, samples: int | None, pages: bool) -> tuple[Sequ
     the last one, which loads nothing for a next token. A middle token writes a page, and the token after it waits.
     """
     if samples is not None and samples < 1:
-        raise RequestError(f"samples is {samples}; it must be at least 1")
+        raise RequestError(
+            f"samples is {samples}, but it must be at least 1; use None to simulate all tokens"
+        )
     if samples is None or samples + 4 + 3 * pages >= gen_len:
         return range(gen_len), ()
     evenly = [round(token) for token in np.linspace(2, gen_len - 2, samples + 1)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import WeightSpec, open_model
@@ -23,6 +24,7 @@ from flexgen.models.block import Block
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.layer import Context
 from flexgen.models.ops import causal_attention
+from flexgen.models.sources import Source
 from flexgen.predict.hardware import Points
 from flexgen.probe.effort import Effort, Stopwatch
 from flexgen.quant import Codec
@@ -91,7 +93,7 @@ class ArithmeticProbe:
         return math.prod(whole) * self._dtype.itemsize / seconds
 
     def _decoding_seconds(self, codec: Codec, shape: tuple[int, int]) -> float:
-        weight = WeightSpec("decoded.weight", shape, ("decoded.weight",))
+        weight = WeightSpec("decoded.weight", shape, (Source("decoded.weight"),))
         encoded = codec.encode(self._checkpoint.read(weight, self._dtype))
         out_bytes = weight.nbytes(self._dtype)
         count = self._count(out_bytes + encoded.nbytes)
@@ -153,7 +155,7 @@ class ArithmeticProbe:
     def _ring(self, form: Callable[[WeightSpec], Any]) -> Iterator[dict[str, Any]]:
         """An endless cycle over the weights of enough layers for a working set."""
         one = {weight.name: form(weight) for weight in self.layer.weights}
-        count = self._count(sum(_nbytes(kept) for kept in one.values()))
+        count = self._count(sum(_nbytes(tensor) for tensor in one.values()))
         others = [{weight.name: form(weight) for weight in self.layer.weights} for _ in range(count - 1)]
         return itertools.cycle([one, *others])
 
@@ -167,15 +169,15 @@ class ArithmeticProbe:
         return self._place(self._checkpoint.read(weight, self._dtype))
 
     def _laid_out(self, weight: WeightSpec) -> Tensor:
-        kept = self._checkpoint.read(weight, self._dtype)
+        values = self._checkpoint.read(weight, self._dtype)
         prelayout = self._device.prelayout(self._dtype)
-        return prelayout(kept) if prelayout and kept.dim() == 2 else self._place(kept)
+        return prelayout(values) if prelayout and values.dim() == 2 else self._place(values)
 
     def _encoded(self, codec: Codec, weight: WeightSpec) -> Any:
-        kept = self._checkpoint.read(weight, self._dtype)
+        values = self._checkpoint.read(weight, self._dtype)
         if not codec.fits(weight.shape):
-            return self._place(kept)
-        encoded = self._place(codec.encode(kept))
+            return self._place(values)
+        encoded = self._place(codec.encode(values))
         place, dtype = self._device.torch_device, self._dtype
 
         def decode() -> Tensor:  # caches nothing: decoded matrices would be many times the working set
@@ -202,9 +204,9 @@ class ArithmeticProbe:
         q, k, v = (
             torch.randn(shape).to(self._device.torch_device, self._dtype).transpose(1, 2) for _ in range(3)
         )
-        scale = own.head_dim**-0.5
+        scoring = Scoring(own.head_dim**-0.5)
         return self._watch.seconds(
-            lambda: causal_attention(q, k, v, None, scale), self._device.wait_for_compute
+            lambda: causal_attention(q, k, v, None, scoring), self._device.wait_for_compute
         )
 
     def token_attention(self, form: HeadFormat, store: Store, place: torch.device) -> float:
@@ -243,8 +245,8 @@ class ArithmeticProbe:
             ]
         )
         q = torch.randn(rows, own.heads, 1, own.head_dim).to(place, self._dtype)
-        scale = own.head_dim**-0.5
-        return lambda: decode_attention(q, next(caches), context, None, scale, form)
+        scoring = Scoring(own.head_dim**-0.5)
+        return lambda: decode_attention(q, next(caches), context, None, scoring, form)
 
     # Memory
 
@@ -258,13 +260,13 @@ class ArithmeticProbe:
         self._owned.append((store, buffer))
         return buffer
 
-    def _place(self, kept: Tensor, store: Store | None = None) -> Tensor:
+    def _place(self, tensor: Tensor, store: Store | None = None) -> Tensor:
         """A copy in the memory that the engine uses for such data."""
-        place = tensor_at(self._take(kept.nbytes, store), 0, kept.shape, kept.dtype)
-        return place.copy_(kept)
+        place = tensor_at(self._take(tensor.nbytes, store), 0, tensor.shape, tensor.dtype)
+        return place.copy_(tensor)
 
 
-def _nbytes(kept: Any) -> int:
-    if isinstance(kept, QuantizedMatrix):
-        return kept.nbytes
-    return int(kept.numel() * kept.element_size())
+def _nbytes(tensor: Any) -> int:
+    if isinstance(tensor, QuantizedMatrix):
+        return tensor.nbytes
+    return int(tensor.numel() * tensor.element_size())

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.models import Chunk
 from flexgen.models.attention import Attention
@@ -132,13 +133,13 @@ class _Attending:
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         self.keep_new(k, v)
-        return causal_attention(q, k, v, None, scale)
+        return causal_attention(q, k, v, None, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         put(self._pages, 0, k, v)
 
-    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], None, scale)
+        return causal_attention(q, k[seen], v[seen], None, scoring)

@@ -32,7 +32,7 @@ THIS = ("measured", "this")
 """Names for this machine."""
 
 _FORM = 6
-"""Increase it when the meaning of a figure changes, so that older measurements are repeated."""
+"""Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
 
 
 def measured(
@@ -55,7 +55,7 @@ def measured(
     Raises RequestError for a device that does not exist, and CapacityError if there is not enough memory.
     """
     path, capacity = _place(device, offload_dir)
-    hardware = None if again else _kept(path)
+    hardware = None if again else _load_saved(path)
     if hardware is None:
         hardware = measure(device, offload_dir, progress)
         if hardware.disturbed:
@@ -74,7 +74,7 @@ def remembered(
 ) -> Hardware | None:
     """The cached result of `measured`, or None if there is none."""
     path, capacity = _place(device, offload_dir)
-    hardware = _kept(path)
+    hardware = _load_saved(path)
     return hardware and hardware.replace(capacity=capacity)
 
 
@@ -129,7 +129,7 @@ def _own_version() -> str:
         return "unknown"
 
 
-def _kept(path: Path) -> Hardware | None:
+def _load_saved(path: Path) -> Hardware | None:
     if not path.exists():
         return None
     try:

@@ -239,8 +239,8 @@ class Report:
             for tier, (asked, achieved) in by_tier.items():
                 if asked or achieved:
                     codec = split[tier].codec
-                    kept = "" if codec == "none" else f" in {codec}"
-                    parts.append(f"{tier} {achieved:.1f}%{kept} (requested {asked:g})")
+                    in_codec = "" if codec == "none" else f" in {codec}"
+                    parts.append(f"{tier} {achieved:.1f}%{in_codec} (requested {asked:g})")
             rows.append((what, ", ".join(parts)))
         return rows
 

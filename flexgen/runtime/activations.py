@@ -83,7 +83,7 @@ class Activations:
         Call it only between two tokens, because it discards the hidden states between two layers.
         """
         self._layouts = batches
-        self._kept: list[Tensor | None] = [None] * len(batches)
+        self._resident: list[Tensor | None] = [None] * len(batches)
 
     def close(self) -> None:
         """Release all memory and files."""
@@ -91,7 +91,8 @@ class Activations:
 
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the batch's rows that are not on the device to the cell's slot."""
-        return bind(self._layouts[cell.batch].load(cell.span.new), partial(self._arrive, cell))
+        layout = self._layouts[cell.batch]
+        return bind(layout.load(cell.span.new), partial(self._arrive, cell)) if layout.away else ()
 
     def _arrive(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
         slot, begin = self._slots[cell.slot], 0
@@ -107,28 +108,29 @@ class Activations:
 
     def take(self, cell: BoundCell) -> Tensor:
         """The batch's hidden states on the compute device, after `load`. The caller must not write to them."""
-        kept, layout = self._kept[cell.batch], self._layouts[cell.batch]
-        rows_away = sum(map(len, layout.rows.values())) - layout.resident
-        if not rows_away:
-            assert kept is not None
-            return kept
+        on_device, layout = self._resident[cell.batch], self._layouts[cell.batch]
+        if not layout.away:
+            assert on_device is not None
+            return on_device
+        rows_away = sum(len(layout.rows[tier]) for tier in layout.away)
         shape = rows_away, cell.span.new, layout.token_bytes // self._dtype.itemsize
         away = tensor_at(self._slots[cell.slot].device, 0, shape, self._dtype)
-        return away if kept is None else torch.cat([kept, away])
+        return away if on_device is None else torch.cat([on_device, away])
 
     def keep(self, cell: BoundCell, hidden: Tensor) -> None:
         """Accept a layer's result. The chains of `store` move the rows that must leave."""
         resident = self._layouts[cell.batch].resident
         if resident == len(hidden):
-            self._kept[cell.batch] = hidden
+            self._resident[cell.batch] = hidden
             return
         # The slot keeps the result until its rows have left. The next user of the slot waits for that.
         self._slots[cell.slot].leaving = hidden
-        self._kept[cell.batch] = hidden[:resident].clone() if resident else None
+        self._resident[cell.batch] = hidden[:resident].clone() if resident else None
 
     def store(self, cell: BoundCell) -> Chains:
         """The work that moves the leaving rows to their home."""
-        return bind(self._layouts[cell.batch].store(cell.span.new), partial(self._depart, cell))
+        layout = self._layouts[cell.batch]
+        return bind(layout.store(cell.span.new), partial(self._depart, cell)) if layout.away else ()
 
     def _depart(self, cell: BoundCell, tier: Tier, move: Move) -> Job:
         departing = self._slots[cell.slot].departing

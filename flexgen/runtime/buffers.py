@@ -75,9 +75,9 @@ class Buffers:
             for j, layer in enumerate(model.layers)
             if isinstance(layer, AttentionLayer)
         }
-        kept = workload.capacity, dtype, machine.device.topology
+        storage = workload.capacity, dtype, machine.device.topology
         segments = {
-            j: [cache_segments(own.cache, model.policy, rows, *kept) for rows in batches]
+            j: [cache_segments(own.cache, model.policy, rows, *storage) for rows in batches]
             for j, own in attention.items()
         }
         heads = {j: own.heads for j, own in attention.items()}

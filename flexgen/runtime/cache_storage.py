@@ -146,13 +146,13 @@ class CacheStorage:
         batch's rows in one layer (see `gather`).
         """
         if all(moved.whole is not None for moved in batches):
-            kept = {
+            parts_of_batches = {
                 (j, k): self._parts[j, moved.whole]
                 for j in {layer for layer, _ in self._parts}
                 for k, moved in enumerate(batches)
                 if moved.whole is not None
             }
-            self._continue_with(kept)
+            self._continue_with(parts_of_batches)
             return
         parts: dict[tuple[int, int], list[Part]] = {}
         for j in {layer for layer, _ in self._parts}:

@@ -52,8 +52,8 @@ class Call:
     check: called before each step. Its exception ends the call and is raised unchanged. Entering the call raises
     RequestError while another call runs, and so does the call if the model is closed while it runs.
 
-    workspace: bytes of the plan for temporaries on the compute device. kept: buffers that outlive the call, such as
-    those of a text whose cache is kept.
+    workspace: bytes of the plan for temporaries on the compute device.
+    retained: buffers that outlive the call, such as those of a conversation.
 
     Enter it twice (`with call, call:`). If Ctrl-C interrupts the beginning of the inner exit, the outer exit does its
     work. Otherwise the outer exit does nothing.
@@ -66,7 +66,7 @@ class Call:
         pad_id: int,
         check: Callable[[], object] | None = None,
         workspace: int = 0,
-        kept: Buffers | None = None,
+        retained: Buffers | None = None,
     ) -> None:
         self._check = check
         self._workspace = workspace
@@ -74,8 +74,8 @@ class Call:
         self._workload = workload
         self._pad_id = pad_id
         self._prompts: Prompts | None = None
-        self._buffers = kept or Buffers()
-        self._keeps = kept is not None
+        self._buffers = retained or Buffers()
+        self._retains = retained is not None
         self._undo: list[Callable[[], object]] | None = None
         self._began = 0.0
         self.timing = Timing()
@@ -93,7 +93,7 @@ class Call:
                 partial(self._model.in_use.end, self),
                 partial(self._model.machine.device.end_call, self),
                 self._model.weights.release_decoded,
-                self._buffers.end_call if self._keeps else self._buffers.close,
+                self._buffers.end_call if self._retains else self._buffers.close,
                 self._free_prompts,
             ]
         run_all(self._undo)
@@ -104,7 +104,7 @@ class Call:
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
         """Accept the prompts of the next block, at most the policy's block size. `cached`: the number of tokens of
-        each row before them, which kept buffers have."""
+        each row before them, which retained buffers have."""
         self._began = time.perf_counter()
         self._free_prompts()
         batches = batch_sizes(self._model.policy, len(prompts))

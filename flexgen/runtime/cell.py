@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from flexgen.kernels.attention import hidden_positions
+from flexgen.kernels.scoring import Window
 from flexgen.layout.cache import Span
 
 
@@ -22,24 +24,40 @@ class Padding:
         default_factory=dict, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def any(self) -> bool:
         return any(self.starts)
 
-    def of(self, rows: range, device: torch.device) -> Tensor | None:
-        """(rows,) for attention on `device`, or None without padding."""
-        if not self.any:
+    def of(self, rows: range, device: torch.device, base: int = 0) -> Tensor | None:
+        """(rows,) for attention on `device` over positions from `base` on, or None without padding and base."""
+        if not self.any and not base:
             return None
-        return (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+        starts = (self.on_host if device.type == "cpu" else self.on_device)[rows.start : rows.stop]
+        return starts - base if base else starts
 
-    def hidden(self, rows: range, tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """The mask of `attend_fused` for attention on the device, or None without padding. Made once."""
-        if not self.any:
+    def first_visible(self, rows: range, window: Window | None, position: int) -> int:
+        """The first position that a query at `position` of some row attends to; 0 without a window."""
+        if window is None:
+            return 0
+        starts = self.starts[rows.start : rows.stop]
+        if window.chunked:  # the chunks of each row begin at its first token
+            return min(window.first(position - start) + start for start in set(starts))
+        return max(min(starts), position - window.size + 1)
+
+    def hidden(
+        self, rows: range, tokens: int, dtype: torch.dtype, window: Window | None, length: int
+    ) -> Tensor | None:
+        """The mask of `attend_fused` for attention on the device over the first `tokens` positions, for the query at
+        position length - 1. None if it attends to the same positions in all rows. Made once, except for chunks."""
+        starts = self.starts[rows.start : rows.stop]
+        if window is not None and window.chunked and len(set(starts)) > 1:
+            visible = window.starts(self.on_device[rows.start : rows.stop], length)
+            return hidden_positions(visible, tokens, dtype)
+        if max(starts) <= self.first_visible(rows, window, length - 1):
             return None
         key = rows, tokens, dtype
         if key not in self._hidden:
-            starts = self.on_device[rows.start : rows.stop]
-            self._hidden[key] = hidden_positions(starts, tokens, dtype)
+            self._hidden[key] = hidden_positions(self.on_device[rows.start : rows.stop], tokens, dtype)
         return self._hidden[key]
 
     def before(self, length: int) -> Padding:

@@ -88,8 +88,8 @@ def gather(
             for column, *parts in pick(pages, rows, first, moved.lengths[batch]):
                 for target, part in zip(both, parts, strict=True):
                     begin = column + shift
-                    kept = _recoded(part, old, segment)
-                    carry(target[places[0] : places[-1] + 1, :, begin : begin + kept.shape[2]], kept)
+                    stored = _recoded(part, old, segment)
+                    carry(target[places[0] : places[-1] + 1, :, begin : begin + stored.shape[2]], stored)
     return held
 
 
@@ -104,11 +104,11 @@ def _zeros(segment: CacheSegment, tokens: int, device: ComputeDevice) -> tuple[T
     return both[0], both[1]
 
 
-def _recoded(kept: Tensor, old: CacheSegment, new: CacheSegment) -> Tensor:
+def _recoded(stored: Tensor, old: CacheSegment, new: CacheSegment) -> Tensor:
     """Keys or values in the stored form of the new segment. If the codec changes, they are decoded and encoded."""
     if old.heads == new.heads:
-        return kept
-    return new.heads.encode(torch.cat(list(old.heads.decode(kept, kept.shape[2], old.dtype)), dim=2))
+        return stored
+    return new.heads.encode(torch.cat(list(old.heads.decode(stored, stored.shape[2], old.dtype)), dim=2))
 
 
 def _carrier(

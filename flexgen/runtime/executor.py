@@ -79,19 +79,21 @@ class _Run:
 
     def issue(self, step: Step) -> None:
         after = tuple({id(d): d for needed in needs(step, self._grid) for d in self._done[needed]}.values())
+        chains = self._work.chains(step)
+        if not chains:
+            self._done[step] = after  # done when the steps that it needs are done
+            return
         ends: list[Done] = []
         named = step._replace(token=self._tokens[step.token])
-        for chain in self._work.chains(step):
+        for chain in chains:
             waits = after
             for lane, job in chain:
                 waits = (self._lanes[lane].submit(job, waits, named),)
             ends += waits
-        # A step without work is done when the steps that it needs are done.
-        self._done[step] = tuple(ends) or after
-        if ends:
-            self._pending.append(tuple(ends))
-            if len(self._pending) > _WINDOW:
-                _wait_all(self._pending.popleft())
+        self._done[step] = tuple(ends)
+        self._pending.append(tuple(ends))
+        if len(self._pending) > _WINDOW:
+            _wait_all(self._pending.popleft())
 
     def at_end(self, step: Step) -> bool:
         """Whether the run has ended with the previous token. Checked at the first computation of a token."""
@@ -99,8 +101,10 @@ class _Run:
             return False
         before, head = step.token - 1, self._grid.layers - 1
         stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
-        kept = (Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells())
-        if any(store not in self._done for store in (*stores, *kept)):
+        cache_stores = (
+            Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells()
+        )
+        if any(store not in self._done for store in (*stores, *cache_stores)):
             return False  # the order has not issued all of the previous token: check again later
         self._token = step.token
         # No step needs a step that is more slots behind.

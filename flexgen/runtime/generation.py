@@ -72,7 +72,7 @@ class Generation:
                 return stored + self._output.store_hidden(cell)
             case Op.STORE_CACHE:
                 return self._buffers.cache.store(cell) if self._model.layers[j].has_cache else ()
-            case Op.PROJECT | Op.ATTEND | Op.LOAD_ATTENDED:
+            case Op.PROJECT | Op.ATTEND | Op.LOAD_ATTENTION:
                 return self._attention(op, cell) if self._splits(cell) else ()
             case _:
                 work = self._runner.finish if self._splits(cell) else self._runner.compute

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexgen.errors import shown
 from flexgen.kernels.attention import hide_positions
+from flexgen.kernels.scoring import Scoring
 from flexgen.layout.graphs import LONGEST, StepLayout, extent, step_layout
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import tensor_at
@@ -84,13 +85,13 @@ class _Replayed:
     def rope_factors(self, rope: RopeSpec, dtype: object) -> Tensor:
         return self.step.factors[rope]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.cache.attend_at(self.cell, self.at, q, k, v, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        return self.cache.attend_at(self.cell, self.at, q, k, v, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         raise AssertionError("a decode cell computes one token")
 
-    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         raise AssertionError("a decode cell computes one token")
 
 

@@ -7,10 +7,12 @@ cell slot has its own buffers for that, so that a schedule may have several cell
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.threads import all_threads
 from flexgen.layout.cache import CacheSegment
 from flexgen.layout.plan import SLOTS
@@ -42,6 +44,7 @@ class HostAttention:
         self._device = machine.device
         self._taken = Taken()
         self.regroup({(j, k): some for j, batches in layers.items() for k, some in enumerate(batches)})
+        self._sinks: dict[int, Tensor] = {}
         self._leaving: dict[int, Tensor] = {}  # by slot: on the device until it has crossed the link
         if not any(self._rows.values()):
             return
@@ -91,16 +94,25 @@ class HostAttention:
         self,
         cell: BoundCell,
         parts: Iterable[tuple[CacheSegment, Put, Bring | None]],
-        scale: float,
+        scoring: Scoring,
     ) -> None:
         """Write the new keys and values to the pages of their rows in host memory, and compute attention."""
         q, k, v = self._question(cell).split(self._heads[cell.layer], dim=1)
+        scoring = self._on_host(cell.layer, scoring)
         answer, first = self._answer(self._answered, cell), self._rows[cell.layer, cell.batch][0]
         for segment, put, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             pages = put(segment.heads.encode(k[here]), segment.heads.encode(v[here]))
             with all_threads():
-                answer[here] = attend(pages, cell, segment, q[here], scale, bring)
+                answer[here] = attend(pages, cell, segment, q[here], scoring, bring)
+
+    def _on_host(self, layer: int, scoring: Scoring) -> Scoring:
+        """`scoring` with the layer's sinks in host memory. They are copied once."""
+        if scoring.sinks is None:
+            return scoring
+        if layer not in self._sinks:
+            self._sinks[layer] = scoring.sinks.to("cpu", torch.float32, copy=True)
+        return replace(scoring, sinks=self._sinks[layer])
 
     def fetch(self, cell: BoundCell) -> None:
         """Copy the result to the device."""

@@ -9,14 +9,17 @@ With sparse attention, only the keys of a part on disk are prefetched. The cell 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexgen.layout.cache import CacheSegment, leaves_device
+from flexgen.kernels.scoring import Scoring
+from flexgen.layout.cache import CacheSegment, Span, leaves_device
+from flexgen.layout.moves import Move, Routes
 from flexgen.layout.plan import SLOTS
+from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
@@ -29,7 +32,7 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.host_attention import HostAttention
 from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put, put_at
-from flexgen.runtime.parts import Part
+from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader
 
 
@@ -69,21 +72,18 @@ class KVCache:
 
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the cached tokens for attention."""
-        storage = self._storage
-        parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(
-            storage.layout(cell).load(cell.span),
-            lambda tier, move: self._jobs.load(parts[tier], storage.slot(tier, cell), cell.span, move),
-        )
+        return self._bind(cell, self._storage.layout(cell).load(cell.span), self._jobs.load)
 
     def store(self, cell: BoundCell) -> Chains:
         """The work that moves the new keys and values home, after `attend`."""
+        return self._bind(cell, self._storage.layout(cell).store(cell.span), self._jobs.store)
+
+    def _bind(self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]) -> Chains:
+        if not routes:
+            return ()
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(
-            storage.layout(cell).store(cell.span),
-            lambda tier, move: self._jobs.store(parts[tier], storage.slot(tier, cell), cell.span, move),
-        )
+        return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move))
 
     # Rows that leave or move
 
@@ -111,7 +111,7 @@ class KVCache:
         """Whether the device computes attention for rows of the batch while the host does it for others."""
         return any(part.segment.on_device for part in self._storage.parts(cell))
 
-    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Attention of the new tokens, whose keys and values are stored. Part of the cell's computation.
 
         q and the result are (rows, heads, new, head_dim), k and v (rows, kv_heads, new, head_dim), all on the compute
@@ -119,28 +119,28 @@ class KVCache:
         """
         if not cell.span.decodes:
             self.keep(cell, k, v)
-            return self.attend_chunk(cell, Chunk(slice(0, len(q)), slice(0, cell.span.new)), q, k, v, scale)
+            return self.attend_chunk(cell, Chunk(slice(0, len(q)), slice(0, cell.span.new)), q, k, v, scoring)
         asks = self.asks_host(cell)
         if asks:
             self.host.collect(cell, q, k, v)
             self.host.send(cell)
             self._device.wait_for_compute()
         # The work of the device's rows is only enqueued: it runs while the host computes its own rows.
-        on_device = self.attend_on_device(cell, q, k, v, scale)
+        on_device = self.attend_on_device(cell, q, k, v, scoring)
         if asks:
-            self.attend_on_host(cell, scale)
+            self.attend_on_host(cell, scoring)
             self.host.fetch(cell)
         return self.join(cell, on_device)
 
     def attend_chunk(
-        self, cell: BoundCell, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, cell: BoundCell, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
         """`attend` for the part `chunk` of a cell of several tokens, after `keep`: its q, and k and v of the cell."""
         rows, padding = range(len(k))[chunk.rows], cell.padding
         if not cell.span.length:
             seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
             starts = padding.starts[chunk.rows] if padding.any else None
-            return causal_attention(q, k[seen], v[seen], starts, scale)
+            return causal_attention(q, k[seen], v[seen], starts, scoring)
         length, outs = cell.span.length + chunk.tokens.stop, []
         for part in self._storage.parts(cell):
             own = part.segment.rows
@@ -150,7 +150,7 @@ class KVCache:
                 pages = [(keys[within], values[within]) for keys, values in self._pages(part, cell)]
                 queries = q[shared.start - rows.start : shared.stop - rows.start]
                 starts = padding.starts[shared]
-                outs.append(attend_several(pages, part.segment, queries, starts, length, scale))
+                outs.append(attend_several(pages, part.segment, queries, starts, length, scoring))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _pages(self, part: Part, cell: BoundCell) -> Sequence[Page]:
@@ -161,14 +161,14 @@ class KVCache:
         return self._jobs.working_pages(part, buffers, cell.span)
 
     def attend_on_device(
-        self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> list[Tensor]:
         """`attend` in a decode step for the rows of the device. Returns one result per part."""
         outs = []
         for part in self._storage.parts(cell):
             if part.segment.on_device:
                 pages, bring = self._keep(part, cell, k, v), self._bring(part, cell)
-                outs.append(attend(pages, cell, part.segment, part.rows_of(q), scale, bring))
+                outs.append(attend(pages, cell, part.segment, part.rows_of(q), scoring, bring))
         return outs
 
     @property
@@ -177,16 +177,18 @@ class KVCache:
         segment = next(segment for segments in self._storage.segments().values() for segment in segments)
         return segment.pages * segment.page_tokens
 
-    def attend_at(self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_at(
+        self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+    ) -> Tensor:
         """`attend` in a decode step, in a form that a CUDA graph can capture. All rows are in one page on the
         device."""
         (part,) = self._storage.parts(cell)
         (page,) = part.pages
         heads = part.segment.heads
         put_at(page, at.index, *heads.encode_both(k, v))
-        return attend_fixed(page, at, heads, q, scale)
+        return attend_fixed(page, at, heads, q, scoring)
 
-    def attend_on_host(self, cell: BoundCell, scale: float) -> None:
+    def attend_on_host(self, cell: BoundCell, scoring: Scoring) -> None:
         """`attend` for the rows of the host, after `host.send`. `host.fetch` returns the result."""
         parts = (
             (
@@ -197,7 +199,7 @@ class KVCache:
             for part in self._storage.parts(cell)
             if not part.segment.on_device
         )
-        self.host.attend(cell, parts, scale)
+        self.host.attend(cell, parts, scoring)
 
     def join(self, cell: BoundCell, on_device: Sequence[Tensor]) -> Tensor:
         """The results of all rows: those of the device, followed by that of the host if it computed any."""
@@ -207,8 +209,7 @@ class KVCache:
     def _bring(self, part: Part, cell: BoundCell) -> Bring | None:
         """A function that reads chosen values of a part on disk to its pages, or None if they came with the keys."""
         segment, buffers = part.segment, self._storage.slot(part.segment.tier, cell)
-        keys_only = segment.loads_only_keys(self._device.topology)
-        if not keys_only or part.file is None or buffers.host is None:
+        if part.file is None or buffers.host is None or not segment.loads_only_keys(self._device.topology):
             return None
         (path, start), host = part.file, buffers.host
         return lambda choice: self._values.read(choice, segment, path, start, host, cell.span)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.models import Chunk, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
@@ -31,9 +32,11 @@ class _Positions:
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         key = rope, dtype
-        if key not in self._factors:
-            self._factors[key] = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
-        return self._factors[key]
+        factors = self._factors.get(key)
+        if factors is None:
+            factors = token_factors(*rope_tables(rope, self.positions, dtype, self.text_length))
+            self._factors[key] = factors
+        return factors
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ class _CellContext:
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         return self._positions.rope_factors(rope, dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.cache.attend(self.cell, q, k, v, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        return self.cache.attend(self.cell, q, k, v, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         self.cache.keep(self.cell, k, v)
 
-    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.cache.attend_chunk(self.cell, chunk, q, k, v, scale)
+    def attend_chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        return self.cache.attend_chunk(self.cell, chunk, q, k, v, scoring)
 
 
 @dataclass(frozen=True)
@@ -127,18 +130,21 @@ class LayerRunner:
     def attend(self, cell: BoundCell) -> None:
         """Compute attention for the device's rows."""
         half = self._halves[cell.slot]
-        attention = self._buffers.cache.attend_on_device(cell, *half.qkv, self._attention(cell).scale)
+        attention = self._buffers.cache.attend_on_device(cell, *half.qkv, self._scoring(cell))
         self._halves[cell.slot] = replace(half, attention=attention)
 
     def attend_on_host(self, cell: BoundCell) -> None:
         """Compute attention for the host's rows. A job of the host lane."""
-        self._buffers.cache.attend_on_host(cell, self._attention(cell).scale)
+        self._buffers.cache.attend_on_host(cell, self._scoring(cell))
 
     def finish(self, cell: BoundCell) -> None:
         """Compute the second half, from the attention of all rows."""
         half = self._halves.pop(cell.slot)
         attention = self._buffers.cache.join(cell, half.attention)
         self._keep(cell, self._attention(cell).output(attention, half.x, self._weights(cell)))
+
+    def _scoring(self, cell: BoundCell) -> Scoring:
+        return self._attention(cell).scoring(self._weights(cell))
 
     def _attention(self, cell: BoundCell) -> AttentionLayer:
         layer = self._model.layers[cell.layer]

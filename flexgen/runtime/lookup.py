@@ -56,8 +56,8 @@ class Lookup:
         sizes, linked = self._sizes, not machine.device.shares_host_memory
         device = self._take(machine.device.memory, sizes.slot)
         staging = self._take(machine.host, sizes.staging) if linked else device
-        kept = device[sizes.lead :] if self._table.codec is None else decoded
-        return _Slot(staging, device, tensor_at(kept, 0, (sizes.rows, self._table.weight.shape[1]), dtype))
+        stored = device[sizes.lead :] if self._table.codec is None else decoded
+        return _Slot(staging, device, tensor_at(stored, 0, (sizes.rows, self._table.weight.shape[1]), dtype))
 
     def _take(self, store: Store, nbytes: int, copied_by_device: bool = True) -> Tensor:
         return self._taken.buffer(store, nbytes, "rows of the embedding table", copied_by_device)
@@ -101,8 +101,8 @@ class Lookup:
         """
         found, codec = self._slots[slot], self._table.codec
         if codec is not None and found.there:
-            kept = found.device[self._sizes.lead :][: self._table.nbytes(found.there)]
-            codec.decode(kept, found.table[: found.there])
+            stored = found.device[self._sizes.lead :][: self._table.nbytes(found.there)]
+            codec.decode(stored, found.table[: found.there])
         return self._index(found.device, shape), found.table
 
     def _index(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, join
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
@@ -81,7 +82,7 @@ def attend(
     cell: BoundCell,
     segment: CacheSegment,
     q: Tensor,
-    scale: float,
+    scoring: Scoring,
     bring: Bring | None = None,
 ) -> Tensor:
     """Attention of one new token of the segment's rows, over pages that include this token.
@@ -90,22 +91,34 @@ def attend(
     pages yet.
     """
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
-    pages = pages[: -(-length // segment.page_tokens)]
-    starts = padding.of(segment.rows, q.device)
-    if q.is_cuda and not segment.sparse:
-        attention = segment.heads.attend(q, pages, length, starts, scale)
+    first = padding.first_visible(segment.rows, scoring.window, length - 1)
+    pages, base = _read(pages, segment, first, length)
+    starts = padding.of(segment.rows, q.device, base)
+    if q.is_cuda and not segment.sparse and scoring.plain:
+        attention = segment.heads.attend(q, pages, length - base, starts, scoring)
         if attention is not None:
             return attention
-        hidden = padding.hidden(segment.rows, segment.pages * segment.page_tokens, q.dtype)
-        return attend_fused(q, pages, length, hidden, scale, segment.heads)
+        positions = range(first - base, length - base)
+        hidden = padding.hidden(segment.rows, segment.capacity, q.dtype, scoring.window, length)
+        hidden = hidden if hidden is None else hidden[..., base:]
+        return attend_fused(q, pages, positions, hidden, scoring.scale, segment.heads)
     if q.is_cuda:
         pages = [join(pages)]  # launches per page would take longer
     if not segment.sparse:
-        return decode_attention(q, pages, length, starts, scale, segment.heads)
-    choice = choose(q, pages, length, starts, scale, segment.sparsity)
+        return decode_attention(q, pages, length - base, starts, scoring, segment.heads)
+    choice = choose(q, pages, length, starts, scoring, segment.sparsity)
     if bring is not None:
         bring(choice)
     return attend_chosen(choice, pages)
+
+
+def _read(
+    pages: Sequence[Page], segment: CacheSegment, first: int, length: int
+) -> tuple[Sequence[Page], int]:
+    """The pages with positions `first` to `length`, in order, and the position of their first token."""
+    page_tokens = segment.page_tokens
+    begin = first // page_tokens
+    return pages[begin : -(-length // page_tokens)], begin * page_tokens
 
 
 @dataclass(frozen=True)
@@ -121,13 +134,18 @@ class Fixed:
     extent: int
 
 
-def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scale: float) -> Tensor:
+def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scoring: Scoring) -> Tensor:
     """`attend` for the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
-    return attend_fused(q, [page], at.extent, at.hidden, scale, heads)
+    return attend_fused(q, [page], range(at.extent), at.hidden, scoring.scale, heads)
 
 
 def attend_several(
-    pages: Sequence[Page], segment: CacheSegment, q: Tensor, starts: Sequence[int], length: int, scale: float
+    pages: Sequence[Page],
+    segment: CacheSegment,
+    q: Tensor,
+    starts: Sequence[int],
+    length: int,
+    scoring: Scoring,
 ) -> Tensor:
     """Exact causal attention of several tokens of some rows, over pages with these rows and tokens.
 
@@ -135,12 +153,13 @@ def attend_several(
     is zero for padding. starts: each row's first position that is not padding.
     It computes row by row, which limits the joined and decoded pages (`CacheSegment.extending_bytes`).
     """
-    pages = pages[: -(-length // segment.page_tokens)]
     count, heads, new, head_dim = q.shape
     # Stored by token, so that merging the heads afterwards is a view.
     out = q.new_empty(count, new, heads, head_dim).transpose(1, 2)
     for n, start in enumerate(starts):
-        row = slice(n, n + 1)
-        k, v = (segment.heads.whole(x, length, q.dtype) for x in join(pages, row))
-        out[row] = causal_attention(q[row], k, v, (start,), scale)
+        row, window, query = slice(n, n + 1), scoring.window, max(length - new - start, 0)
+        first = 0 if window is None else window.first(query) + start
+        read, base = _read(pages, segment, first, length)
+        k, v = (segment.heads.whole(x, length - base, q.dtype) for x in join(read, row))
+        out[row] = causal_attention(q[row], k, v, (start - base,), scoring)
     return out

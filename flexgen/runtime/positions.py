@@ -20,7 +20,7 @@ from flexgen.memory.taken import Taken
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.mlp import MLP
+from flexgen.models.mlp import FeedForward
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
 from flexgen.runtime.cell import BoundCell
@@ -105,14 +105,14 @@ class _Kept:
 
     def _put(self, batch: int, slot: int, piece: Sequence[_Part]) -> None:
         for part in piece:
-            self._kept(batch, part.row)[part.begin : part.end] = self._staged(slot, part)
+            self._at_home(batch, part.row)[part.begin : part.end] = self._staged(slot, part)
 
     def _copy(self, batch: int, slot: int) -> None:
         for row in range(len(self._prompts.batches[batch])):
-            self._kept(batch, row).copy_(self._values(batch, slot, row))
+            self._at_home(batch, row).copy_(self._values(batch, slot, row))
         del self._there[slot]
 
-    def _kept(self, batch: int, row: int) -> Tensor:
+    def _at_home(self, batch: int, row: int) -> Tensor:
         """The part of `target` for a row, (its positions, size)."""
         n, columns = self._places[self._prompts.batches[batch][row]]
         return self._target[n, columns]
@@ -120,7 +120,7 @@ class _Kept:
     def _values(self, batch: int, slot: int, row: int) -> Tensor:
         """The values of a row, without its padding, on the device."""
         values = self._there[slot][row]
-        return values[len(values) - len(self._kept(batch, row)) :]
+        return values[len(values) - len(self._at_home(batch, row)) :]
 
 
 class AllPositions:
@@ -219,7 +219,7 @@ class Forward:
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:
     """The width of the hidden states by number of the layer, for the layers whose result transformers returns."""
     spec, head = layers[0].spec, len(layers) - 1
-    whole = [j for j, layer in enumerate(layers) if isinstance(layer, MLP)]
+    whole = [j for j, layer in enumerate(layers) if isinstance(layer, FeedForward)]
     if not whole:  # attention and MLP form one layer
         whole = [j for j, layer in enumerate(layers) if isinstance(layer, AttentionLayer)]
     return dict.fromkeys([0, *whole[:-1]], spec.hidden_size) | {head: spec.embed_size}

@@ -21,7 +21,7 @@ class Abandoned(Exception):
     """Ends a run whose stream was closed."""
 
 
-class Teller(Generic[T]):
+class StreamWriter(Generic[T]):
     """The run's end of a stream."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Teller(Generic[T]):
         self.queue: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
         self.abandoned = False
 
-    def tell(self, item: T) -> None:
+    def put(self, item: T) -> None:
         """Add an item to the stream. Never blocks: the run continues even if nobody reads the item."""
         self.queue.put((item,))
 
@@ -47,13 +47,13 @@ class Stream(Iterator[T]):
     while waiting for an item does the same. Items that were not read are then discarded.
     """
 
-    def __init__(self, run: Callable[[Teller[T]], object]) -> None:
-        self._teller: Teller[T] = Teller()
+    def __init__(self, run: Callable[[StreamWriter[T]], object]) -> None:
+        self._writer: StreamWriter[T] = StreamWriter()
         thread = threading.Thread(
-            target=_serve, args=(run, self._teller), name=f"{_OWN_THREADS}stream", daemon=True
+            target=_serve, args=(run, self._writer), name=f"{_OWN_THREADS}stream", daemon=True
         )
         # The thread must not refer to the stream, or the stream would never be freed.
-        self._finalizer = weakref.finalize(self, _stop, self._teller, thread)
+        self._finalizer = weakref.finalize(self, _stop, self._writer, thread)
         self._process = os.getpid()
         try:
             threads.start(thread)
@@ -70,7 +70,7 @@ class Stream(Iterator[T]):
         if not self._finalizer.alive:
             raise StopIteration
         try:
-            received = self._teller.queue.get()
+            received = self._writer.queue.get()
         except BaseException:  # Ctrl-C
             self.close()
             raise
@@ -92,20 +92,20 @@ class Stream(Iterator[T]):
         self.close()
 
 
-def _serve(run: Callable[[Teller[T]], object], teller: Teller[T]) -> None:
+def _serve(run: Callable[[StreamWriter[T]], object], writer: StreamWriter[T]) -> None:
     try:
-        teller.check()  # Ctrl-C came during the thread's start: `_stop` does not wait for a run that has not begun
-        run(teller)
+        writer.check()  # Ctrl-C came during the thread's start: `_stop` does not wait for a run that has not begun
+        run(writer)
     except Abandoned:
-        teller.queue.put(None)
+        writer.queue.put(None)
     except BaseException as error:  # every error is raised in the caller's iteration
-        teller.queue.put(error)
+        writer.queue.put(error)
     else:
-        teller.queue.put(None)
+        writer.queue.put(None)
 
 
-def _stop(teller: Teller[T], thread: threading.Thread) -> None:
-    teller.abandoned = True
+def _stop(writer: StreamWriter[T], thread: threading.Thread) -> None:
+    writer.abandoned = True
     # The garbage collector may call this in a thread that the run itself waits for.
     if not threading.current_thread().name.startswith(_OWN_THREADS):
         raised: BaseException | None = None

@@ -186,7 +186,7 @@ def overlap_cpu_attention(grid: Grid) -> Iterator[Step]:
         if cell and grid.splits_attention:
             yield Step(Op.ATTEND, *cell)
         if before and grid.splits_attention:
-            yield Step(Op.LOAD_ATTENDED, *before)
+            yield Step(Op.LOAD_ATTENTION, *before)
         # Weights are issued after the short transfers, and early, so that the first PROJECT of a layer does not
         # wait for its last piece. But the layer that had the slot must have computed every batch first.
         while (
@@ -229,14 +229,19 @@ def flexgen(grid: Grid) -> Iterator[Step]:
             yield Step(Op.LOAD_CACHE, *following)
 
 
+def unknown_order(name: object) -> str:
+    """The error message for an order that is not registered."""
+    known = f"known: {', '.join(sorted(ORDERS))}{did_you_mean(name, ORDERS)}"
+    return f"order {shown(name)} is not known; {known}. Give a known name, or register your order with @order"
+
+
 def check_order(name: str) -> None:
     """Raise ScheduleError for an order that is unknown, illegal or incomplete.
 
     The order is checked on small grids of every kind, so that no run fails halfway.
     """
     if not isinstance(name, str) or name not in ORDERS:
-        known = ", ".join(sorted(ORDERS))
-        raise ScheduleError(f"order {shown(name)} is not known; known: {known}{did_you_mean(name, ORDERS)}")
+        raise ScheduleError(unknown_order(name))
     for tokens, layers, batches, pieces in product((1, 3), (1, 2, 5), (1, 2, 5), (1, 2)):
         grid = ORDERS[name].grid(tokens, layers, batches, pieces)
         try:

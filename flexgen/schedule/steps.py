@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 from typing import NamedTuple
 
 from flexgen.errors import ScheduleError
@@ -26,8 +27,8 @@ class Op(Enum):
     LOAD_HIDDEN = auto()  # token ids (first layer) or hidden states, into a slot
     PROJECT = auto()  # queries, keys and values; those of rows with host attention are copied to the host
     ATTEND = auto()  # attention: the host's rows on the host, the device's on the device
-    LOAD_ATTENDED = auto()  # the host's attention output, to the device
-    COMPUTE = auto()  # the layer, or the rest of it after PROJECT, ATTEND and LOAD_ATTENDED
+    LOAD_ATTENTION = auto()  # the host's attention output, to the device
+    COMPUTE = auto()  # the layer, or the rest of it after PROJECT, ATTEND and LOAD_ATTENTION
     STORE_HIDDEN = auto()  # hidden states to their home, or the new ids (last layer)
     STORE_CACHE = auto()  # keys and values of new tokens, to their home
 
@@ -36,7 +37,7 @@ class Op(Enum):
 
 
 _WHOLE = (Op.COMPUTE,)
-_IN_HALVES = Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE
+_IN_HALVES = Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE
 
 
 class Step(NamedTuple):
@@ -54,7 +55,7 @@ class Cell(NamedTuple):
     batch: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """The cells of one block, and the number of buffers they share.
 
@@ -62,7 +63,7 @@ class Grid:
         long transfer.
     weight_slots: the layers whose weights may be in flight at once (see `Turns`).
     cell_slots: the cells whose inputs and outputs may be in flight at once.
-    splits_attention: cells have the steps PROJECT, ATTEND and LOAD_ATTENDED, so that attention on the host overlaps
+    splits_attention: cells have the steps PROJECT, ATTEND and LOAD_ATTENTION, so that attention on the host overlaps
         with the computation on the device.
     feeds_ids: the next token takes the ids from the compute device, and does not wait until the host has them.
     """
@@ -87,7 +88,7 @@ class Grid:
             Cell(i, j, k) for i in range(self.tokens) for j in range(self.layers) for k in range(self.batches)
         )
 
-    @property
+    @cached_property
     def turns(self) -> Turns:
         """The assignment of weight slots to visits."""
         return Turns(self.layers, self.weight_slots)
@@ -179,11 +180,11 @@ def needed_steps(step: Step, grid: Grid) -> list[Step]:
             return needed
         case Op.ATTEND:
             return [Step(Op.PROJECT, i, j, k), Step(Op.LOAD_CACHE, i, j, k)]
-        case Op.LOAD_ATTENDED:
+        case Op.LOAD_ATTENTION:
             return [Step(Op.ATTEND, i, j, k)]
         case Op.COMPUTE:
             # With split attention, PROJECT has waited for the input and the weights.
-            data = (Op.LOAD_ATTENDED,) if grid.splits_attention else LOADS
+            data = (Op.LOAD_ATTENTION,) if grid.splits_attention else LOADS
             needed = [Step(op, i, j, k) for op in data]
             if old := grid.cell_after(Cell(i, j, k), -grid.cell_slots):  # the output buffers
                 needed += [Step(op, *old) for op in STORES if not (op is Op.STORE_HIDDEN and grid.keeps(old))]

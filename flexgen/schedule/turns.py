@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Turns:
     """The slots of `layers` layers. The layers between the first and the last share `slots` slots in rotation.
 
@@ -24,7 +25,7 @@ class Turns:
     layers: int
     slots: int
 
-    @property
+    @cached_property
     def ends_apart(self) -> bool:
         """Whether the first and the last layer have separate slots."""
         return self.slots > 1 and self.layers >= max(self.slots, 3)

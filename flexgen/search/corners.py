@@ -29,13 +29,13 @@ from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures
 
-_TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE, Op.STORE_HIDDEN)
+_TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE, Op.STORE_HIDDEN)
 
 _DEPENDS = {
     Op.LOAD_WEIGHTS: ("weights",),
     Op.LOAD_CACHE: ("cache",),
     Op.LOAD_HIDDEN: ("activations", "weights"),  # for the first layer, rows of the embedding table
-    **dict.fromkeys((Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE), ("weights", "cache")),
+    **dict.fromkeys((Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE), ("weights", "cache")),
     Op.STORE_HIDDEN: ("activations",),
     Op.STORE_CACHE: ("cache",),
 }

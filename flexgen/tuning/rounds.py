@@ -162,7 +162,10 @@ class Tuning:
             self._try(new)
             if not any(tried.runs for tried in self.tried):
                 why = "; ".join(sorted({tried.failure for tried in self.tried}))
-                raise RequestError(f"none of {len(self.tried)} candidates ran: {why}")
+                raise RequestError(
+                    f"none of the {len(self.tried)} candidate policies ran: {why}. Free memory, lower gen_len or the "
+                    "number of prompts, or give a policy of your own"
+                )
             self.hardware = corrected(
                 self._job.hardware, [tried.seen() for tried in self.tried if tried.runs]
             )

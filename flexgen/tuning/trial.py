@@ -52,8 +52,8 @@ def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: i
     lengths = {len(prompt) for prompt in prompts}
     # If all prompts have the same length, only the last block may differ, by fewer prompts.
     rest = len(prompts) % block
-    kept = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
-    model.generate(kept, gen_len, stop=(), cut_gen_len=min(2, gen_len))
+    prompts_of_part = prompts if len(lengths) > 1 else prompts[: min(block + rest, len(prompts))]
+    model.generate(prompts_of_part, gen_len, stop=(), cut_gen_len=min(2, gen_len))
 
 
 @dataclass(frozen=True)

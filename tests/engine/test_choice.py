@@ -109,13 +109,14 @@ def test_what_the_caller_keeps_is_planned(tiny: Any, prompts: Any, mixed: Any) -
         assert isinstance(before, np.ndarray) and lm.stats is not None
         planned = lm.stats.plan.on(Tier.CPU)
         lm.generate_with(
-            Completion(request, 2, Best(request.prompts)), kept=[Need(Tier.CPU, "scores", "home", 1 << 20)]
+            Completion(request, 2, Best(request.prompts)),
+            extra_needs=[Need(Tier.CPU, "scores", "home", 1 << 20)],
         )
         assert lm.stats.plan.on(Tier.CPU) == planned + (1 << 20)
         with pytest.raises(CapacityError, match=r"scores home 1024 TiB"):
             lm.generate_with(
                 Completion(request, 2, Best(request.prompts)),
-                kept=[Need(Tier.CPU, "scores", "home", 1 << 50)],
+                extra_needs=[Need(Tier.CPU, "scores", "home", 1 << 50)],
             )
 
 

@@ -112,7 +112,10 @@ def test_percentages_are_about_the_model_and_bytes_about_what_is_kept() -> None:
         assert lm.placement.percent[Tier.CPU] == pytest.approx(50, abs=5)
         matrices = sum(w.numel for layer in lm._layers for w in layer.weights if lm.placement.codec(w))
         encoded = sum(
-            lm.placement.kept_bytes(w) for layer in lm._layers for w in layer.weights if lm.placement.codec(w)
+            lm.placement.stored_bytes(w)
+            for layer in lm._layers
+            for w in layer.weights
+            if lm.placement.codec(w)
         )
         assert encoded * 8 / matrices <= 4.6
 

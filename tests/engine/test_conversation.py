@@ -179,7 +179,7 @@ def test_what_is_refused(lm: Any, prompts: Any) -> None:
             lm.conversation(room=0)
         with pytest.raises(RequestError, match="empty"):
             chat.generate([], 2)
-        assert not any(lm._plans.kept), "nothing was taken"
+        assert not any(lm._plans.retained), "nothing was taken"
 
 
 def test_what_does_not_fit_is_refused_and_the_rest_stays(tiny: Any, prompts: Any) -> None:

@@ -92,7 +92,7 @@ def test_when_it_is_chosen(
     with OptLM(tiny("opt").directory, host_policy(**changes), device=device, progress=False) as lm:
         lm.generate(prompts(LENGTHS), 2, stop=())
         assert lm.stats is not None and lm.stats.order == order
-        split = {Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED}
+        split = {Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION}
         ops = {event.step.op for event in lm.stats.timing.trace.events}
     assert split & ops == (split if order == ORDER else set())
 
@@ -115,7 +115,7 @@ def test_lanes_of_a_cell(cache: Any, tiny: Any, prompts: Any, host_policy: Any) 
     chain = [
         (Op.PROJECT, [LaneName.COMPUTE, LaneName.FROM_DEVICE]),
         (Op.ATTEND, [LaneName.HOST, *on_device]),
-        (Op.LOAD_ATTENDED, [LaneName.TO_DEVICE]),
+        (Op.LOAD_ATTENTION, [LaneName.TO_DEVICE]),
         (Op.COMPUTE, [LaneName.COMPUTE]),
     ]
     for i, j, k in attention_steps:
@@ -186,7 +186,7 @@ def test_the_host_attends_while_the_device_computes_both_neighbours(
 @pytest.mark.parametrize(
     ("method", "op", "lane"),
     [("collect", "project", "compute"), ("send", "project", "from_device"), ("attend", "attend", "host"),
-     ("fetch", "load_attended", "to_device"), ("take", "compute", "compute")],
+     ("fetch", "load_attention", "to_device"), ("take", "compute", "compute")],
 )  # fmt: skip
 def test_an_error_of_any_part_reaches_the_caller(
     method: str,

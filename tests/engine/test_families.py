@@ -17,7 +17,7 @@ from tiny_families import TINY, random_model
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from flexgen.engine.model import OptLM
-from flexgen.models import ModelSpec, build_layers, open_model
+from flexgen.models import ModelSpec, WeightSpec, build_layers, open_model
 from flexgen.policy import Policy
 from flexgen.quant import codec_for
 
@@ -31,6 +31,13 @@ STRUCTURES = {
     "layers that differ, norms after, heads' norms": ("exaone4", 1),
     "fused groups": ("falcon", 0),
     "scales": ("granite", 0),
+    "experts, a shared one with a gate, dense layers": ("qwen2_moe", 1),
+    "experts in groups, correction in float32": ("glm4_moe", 0),
+    "parallel, experts and a dense layer": ("cohere2_moe", 0),
+    "windows, caps": ("gemma2", 0),
+    "windows, heads' norms": ("gemma3_text", 0),
+    "windows in all layers": ("mistral", 1),
+    "ALiBi, norm of embeddings": ("bloom", 1),
 }
 
 
@@ -108,9 +115,9 @@ def test_int4_ids_are_those_of_the_rounded_model(structure: str, prompts: Any, t
     """Fused and transposed matrices are encoded as they are multiplied."""
     family, number = STRUCTURES[structure]
     fields = TINY[family][number]
-    wide = dict(n_embd=64) if "n_embd" in fields else dict(hidden_size=64, intermediate_size=128)
-    if family == "falcon":
-        del wide["intermediate_size"]
+    wide = dict(n_embd=64) if "n_embd" in fields else dict(hidden_size=64)
+    widths = {field for field in fields if field.endswith("intermediate_size")}
+    wide |= dict.fromkeys(widths, 128)
     model = random_model(CONFIG_MAPPING[family](**copy.deepcopy(fields) | wide))
     model.save_pretrained(tmp_path)
     spec, _ = open_model(tmp_path)
@@ -134,12 +141,21 @@ def _rounded(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
         for weight in weights:
             codec = codec_for("int4", weight.shape) if weight.encodable else None
             if codec is not None:
-                tensor = next(stored[source] for source in weight.sources if source in stored)
+                tensor = _part_of(stored, weight)
                 matrix = (tensor.T if weight.transposed else tensor).contiguous()
                 out = torch.empty_like(matrix)
                 codec.decode(codec.encode(matrix), out)
                 tensor.copy_(out.T if weight.transposed else out)
     return model
+
+
+def _part_of(stored: dict[str, torch.Tensor], weight: WeightSpec) -> torch.Tensor:
+    """A view of the weight in the tensors of a model."""
+    source = next(source for source in weight.sources if source.name in stored)
+    tensor = stored[source.name]
+    if not source.take:
+        return tensor
+    return tensor.data.view(-1)[source.skipped :][: weight.numel].view(weight.shape)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "cohere"])
@@ -151,14 +167,37 @@ def test_weights_that_files_store_in_another_shape_are_read_whole_or_by_rows(
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path)
     _, pickled = open_model(tmp_path)
-    other = [w for layer in build_layers(spec) for w in layer.weights if w.stored_shape != w.shape]
+    other = [w for layer in build_layers(spec) for w in layer.weights if w.shape_in(w.sources[0]) != w.shape]
     assert other
     for weight in other:
         whole = files.read(weight, torch.float32)
-        stored = model.state_dict()[weight.sources[0]]
+        stored = model.state_dict()[weight.key]
         assert whole.shape == weight.shape and whole.is_contiguous()
         assert torch.equal(whole, stored.T if weight.transposed else stored.view(weight.shape))
         assert torch.equal(pickled.read(weight, torch.float32), whole)
         for checkpoint in (files, pickled):
             assert torch.equal(checkpoint.read(weight, torch.float32, range(3, 7)), whole[3:7])
         assert (files.extent(weight) is None) == weight.transposed
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "qwen3_moe", "minimax_m2"])
+def test_experts_are_read_from_stacks_and_from_tensors_of_their_own(
+    family: str, saved: Any, prompts: Any, mixed: Any, tmp_path: Path
+) -> None:
+    """What the hub has, and what transformers has in memory."""
+    published, model = saved(family, 0)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    layouts = [open_model(directory)[1] for directory in (published, tmp_path / "stacked")]
+    spec, _ = open_model(published)
+    experts = [w for layer in build_layers(spec) for w in layer.weights if "experts." in w.name]
+    given, ids = prompts(LENGTHS[:3]), []
+    for weight in experts[:: len(experts) // 20]:
+        first, second = (files.read(weight, torch.float32) for files in layouts)
+        assert torch.equal(first, second) and torch.equal(first, _part_of(dict(model.state_dict()), weight))
+        assert torch.equal(layouts[1].read(weight, torch.float32, range(3, 7)), first[3:7])
+        extent = layouts[1].extent(weight)
+        assert extent is not None and extent.nbytes == first.nbytes
+    for directory in (published, tmp_path / "stacked"):
+        with OptLM(directory, mixed(gpu_batch_size=2), device="emulated", progress=False) as lm:
+            ids.append(lm.generate(given, 6, stop=()))
+    np.testing.assert_array_equal(*ids)

@@ -78,7 +78,7 @@ def test_encoded_rows_give_what_the_resident_table_gives(
 def test_traffic_of_the_first_layer_is_rows(
     name: str, device: str, tier: str, prompts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All bytes that are read (or cross the link) are the travelling layers' and a few blocks for each row."""
+    """All bytes that are read (or cross the link) belong to layers that move or are a few blocks per row."""
     moved: list[int] = []
     if tier == "disk":
         begin = DiskIO._begin

@@ -27,6 +27,7 @@ from transformers import (
 
 from flexgen.hf.processors import RowProcessors
 from flexgen.hf.steps import HFChoice, IdsSoFar
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import choice_bytes, choice_rows
 from flexgen.memory.gpu import open_device
 from flexgen.models.ops import causal_attention
@@ -217,7 +218,7 @@ def test_attention_of_a_prompt_takes_no_more_than_planned(
         x = torch.empty(rows, tokens, heads, head_dim, dtype=dtype, device=gpu).transpose(1, 2)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-        causal_attention(x, x, x, starts, 1.0)
+        causal_attention(x, x, x, starts, Scoring(1.0))
         taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
         device.end_call(call)
     results = x.nbytes * (2 if any(starts) else 1)  # for a run of rows, and for all

@@ -15,6 +15,7 @@ from simulated.threads import in_every_thread
 
 from flexgen.engine.completion import Completion
 from flexgen.errors import LaneError
+from flexgen.kernels import grouped
 from flexgen.kernels.heads import HeadFormat
 from flexgen.models.embed import InputEmbed
 from flexgen.quant import CODECS
@@ -36,6 +37,24 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
         found = cases.ids_on("cuda", config, policy, stop, order=order)
     np.testing.assert_array_equal(found, expected)
     assert runtime.counters().hazards == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, cases.RESIDENT, dict(sep_layer=False)], ids=["thirds", "resident", "blocks"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ids_of_a_mixture_are_those_of_the_cpu(dtype, changes, monkeypatch):
+    """In bfloat16 with everything on the GPU, experts are multiplied together."""
+    policy, together = cases.policy(**changes), []
+    expected = cases.ids_on("emulated", cases.MIXTURE, policy, dtype=dtype)
+    runtime.reset()
+    product = grouped.grouped_linear
+    monkeypatch.setattr(grouped, "grouped_linear", lambda *of: together.append(of) or product(*of))
+    with in_every_thread(Numbers):
+        found = cases.ids_on("cuda", cases.MIXTURE, policy, dtype=dtype)
+    np.testing.assert_array_equal(found, expected)
+    assert runtime.counters().hazards == 0
+    assert bool(together) == (dtype == "bfloat16" and changes is cases.RESIDENT)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_is_kept_gives_way_to_what_is_needed(monkeypatch):
         machine.limits()
         machine.host.release(machine.host.allocate(40 * MIB, "a call's cache"))
         assert (machine.host.used, machine.host.spare) == (0, 40 * MIB)
-        free = 20 * MIB  # without the kept buffer; another program has taken the rest
+        free = 20 * MIB  # without the retained buffer; another program has taken the rest
         assert machine.limits()[Tier.CPU] == 59 * MIB
         buffer = machine.host.allocate(30 * MIB, "a cache that is never copied", copied_by_device=False)
         assert (machine.host.used, machine.host.spare) == (30 * MIB, 0)

@@ -18,6 +18,7 @@ from flexgen.kernels.attention import (
     hidden_positions,
     hide_positions,
 )
+from flexgen.kernels.scoring import Scoring
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = float("nan")
@@ -45,7 +46,7 @@ class Case:
         self.length = length
         self.starts = None if starts is None else torch.tensor([min(s, length - 1) for s in starts[:rows]])
         self.scale = 1 / math.sqrt(dim)
-        self.arguments = q, self.pages, length, self.starts, self.scale
+        self.arguments = q, self.pages, length, self.starts, Scoring(self.scale)
 
     def expected(self):
         group = self.q.shape[1] // self.k.shape[1]
@@ -126,7 +127,7 @@ def test_of_one_token_the_value_is_the_answer(variant, dtype):
     for dim in range(1, 161):
         q = torch.zeros(1, 4, 1, dim, dtype=dtype)
         k, v = torch.randn(2, 1, 1, 1, dim).to(dtype)
-        assert torch.equal(decode_attention(q, [(k, v)], 1, None, 1.0), v.expand_as(q))
+        assert torch.equal(decode_attention(q, [(k, v)], 1, None, Scoring(1.0)), v.expand_as(q))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,7 +169,7 @@ def test_scores_of_any_size_do_not_overflow(version):
 
 def test_a_row_of_padding_only_is_zero(variant):
     case = Case(torch.float32, 2, 1, 1, 16, [8], 8)
-    out = decode_attention(case.q, case.pages, 8, torch.tensor([8, 0]), 1.0)
+    out = decode_attention(case.q, case.pages, 8, torch.tensor([8, 0]), Scoring(1.0))
     assert not out[0].any()
     assert out[1].any()
 
@@ -202,7 +203,7 @@ def test_the_public_function_takes_what_fits(dtype):
 def test_no_rows():
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
     pages = [(k[:0], v[:0]) for k, v in case.pages]
-    assert decode_attention(case.q[:0], pages, 4, None, 1.0).shape == (0, 4, 1, 8)
+    assert decode_attention(case.q[:0], pages, 4, None, Scoring(1.0)).shape == (0, 4, 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +220,14 @@ def test_no_rows():
 def test_what_does_not_fit_is_refused(change, message):
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match=message):
-        decode_attention(*change(case.q, case.pages), 1.0)
+        decode_attention(*change(case.q, case.pages), Scoring(1.0))
 
 
 @pytest.mark.parametrize("starts", [[-1, 0], [0]])
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="starts must be 2 integers of at least 0"):
-        decode_attention(case.q, case.pages, 4, torch.tensor(starts), 1.0)
+        decode_attention(case.q, case.pages, 4, torch.tensor(starts), Scoring(1.0))
 
 
 def joining(form, joined_bytes):
@@ -252,10 +253,10 @@ def test_all_pages_in_one_call_are_the_same(bits, starts, heads, kv_heads):
     page = form.encode_both(k, v)
     begin = None if starts is None else torch.tensor(starts)
     hidden = None if begin is None else hidden_positions(begin, 30, q.dtype)
-    expected = attend_in_torch(q, [page], 21, begin, 0.25, form)
-    torch.testing.assert_close(attend_fused(q, [page], 21, hidden, 0.25, form), expected)
+    expected = attend_in_torch(q, [page], 21, begin, Scoring(0.25), form)
+    torch.testing.assert_close(attend_fused(q, [page], range(21), hidden, 0.25, form), expected)
     pages = list(zip(*(x.split(10, dim=2) for x in page), strict=True))
-    torch.testing.assert_close(attend_fused(q, pages, 21, hidden, 0.25, form), expected)
+    torch.testing.assert_close(attend_fused(q, pages, range(21), hidden, 0.25, form), expected)
 
 
 @relaxed
@@ -275,5 +276,5 @@ def test_a_mask_makes_attention_over_more_positions_that_of_the_first_ones(
     mask = torch.full((rows, 1, 1, length + beyond), GARBAGE, dtype=dtype)
     hide_positions(mask, case.starts, length)
     form = heads_module.PlainHeads(32, dtype)
-    found = attend_fused(case.q, case.pages, length + beyond, mask, case.scale, form)
+    found = attend_fused(case.q, case.pages, range(length + beyond), mask, case.scale, form)
     case.check(found, "torch")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flexgen.kernels import groupwise
 from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
+from flexgen.kernels.scoring import Scoring
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_NUMBER = 255  # a scale of such bytes is NaN
@@ -35,11 +36,11 @@ ODD = st.integers(1, 40).map(lambda half: GroupwiseHeads(2 * half - 1, 8, 2 * ha
 FORMS = st.one_of(EVEN, EVEN, ODD)
 
 
-def exact(kept, form):
+def exact(stored, form):
     """The values in float64, read byte by byte as the format is described."""
     scales_end = form.head_dim // form.group * 4
-    pairs = kept[..., :scales_end].contiguous().view(torch.float16).double().unflatten(-1, (-1, 2))
-    codes = kept[..., scales_end : scales_end + form.head_dim * form.bits // 8].long()
+    pairs = stored[..., :scales_end].contiguous().view(torch.float16).double().unflatten(-1, (-1, 2))
+    codes = stored[..., scales_end : scales_end + form.head_dim * form.bits // 8].long()
     codes = codes.unflatten(-1, (-1, form.group * form.bits // 8))
     if form.bits == 4:
         codes = torch.cat((codes % 16, codes // 16), dim=-1)
@@ -62,7 +63,7 @@ class Case:
         ]
         self.starts = None if starts is None else torch.tensor([min(s, length - 1) for s in starts[:rows]])
         self.scale = 1 / math.sqrt(form.head_dim)
-        self.arguments = self.q, self.pages, length, self.starts, self.scale, form
+        self.arguments = self.q, self.pages, length, self.starts, Scoring(self.scale), form
 
     def expected(self):
         group = self.q.shape[1] // self.k.shape[1]
@@ -156,9 +157,9 @@ def test_the_last_head_of_a_page_is_not_read_beyond(variant, bits, last_bytes):
         case = Case(form, torch.float32, 1, 1, 1, [3], 3)
         keys, values = case.pages[0]
         keys = last_bytes(keys.numel()).view(keys.shape).copy_(keys)
-        case.check(decode_attention(case.q, [(keys, values)], 3, None, case.scale, form), variant)
+        case.check(decode_attention(case.q, [(keys, values)], 3, None, Scoring(case.scale), form), variant)
         values = last_bytes(values.numel()).view(values.shape).copy_(values)
-        decode_attention(case.q, [(case.pages[0][0], values)], 3, None, case.scale, form)
+        decode_attention(case.q, [(case.pages[0][0], values)], 3, None, Scoring(case.scale), form)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -202,13 +203,13 @@ def test_values_come_back_within_half_a_step(form, dtype, rows, tokens, piece, n
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(groupwise, "announce", lambda: False)
-        kept = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
-        parts = list(form.decode(kept, tokens, torch.float32))
-    assert kept.shape == (rows, 2, tokens, form.width)
-    assert kept.dtype is torch.uint8 and kept.is_contiguous()
+        stored = form.encode(x.transpose(1, 2).contiguous().transpose(1, 2))  # the strides of a layer's heads
+        parts = list(form.decode(stored, tokens, torch.float32))
+    assert stored.shape == (rows, 2, tokens, form.width)
+    assert stored.dtype is torch.uint8 and stored.is_contiguous()
     assert all(part.is_contiguous() for part in parts)
     decoded = torch.cat(parts, dim=2)
-    torch.testing.assert_close(decoded.double(), exact(kept, form), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded.double(), exact(stored, form), rtol=1e-6, atol=1e-6)
     groups = x.double().unflatten(-1, (-1, form.group))
     step = (groups.amax(-1) - groups.amin(-1)) / (2**form.bits - 1)
     # Half a step, and the rounding of scale and minimum to float16.
@@ -235,9 +236,9 @@ def test_heads_of_a_small_span_are_kept(monkeypatch, dim, group, bits, native):
 
 def test_no_more_than_the_valid_tokens_is_decoded():
     form = GroupwiseHeads(16, 4, 16)
-    kept = torch.full((1, 1, 8, form.width), NO_NUMBER, dtype=torch.uint8)
-    kept[:, :, :3] = form.encode(torch.ones(1, 1, 3, 16))
-    (part,) = form.decode(kept, 3, torch.float32)
+    stored = torch.full((1, 1, 8, form.width), NO_NUMBER, dtype=torch.uint8)
+    stored[:, :, :3] = form.encode(torch.ones(1, 1, 3, 16))
+    (part,) = form.decode(stored, 3, torch.float32)
     assert torch.equal(part, torch.ones(1, 1, 3, 16))
 
 

@@ -21,11 +21,12 @@ ATTEND = """
 import os, threading
 import torch
 from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.scoring import Scoring
 torch.set_num_threads(2)
 page = torch.ones(4, 2, 1024, 64), torch.ones(4, 2, 1024, 64)
 q = torch.ones(4, 4, 1, 64)
 def attend():
-    return decode_attention(q, [page], 1000, None, 0.1)[0, 0, 0, 0].item()
+    return decode_attention(q, [page], 1000, None, Scoring(0.1))[0, 0, 0, 0].item()
 assert abs(attend() - 1) < 1e-4
 """
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen.kernels import sparse_attention
 from flexgen.kernels.attention import attend_in_torch
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Sparsity, attend_chosen, choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +41,7 @@ class Case:
         self.length = length
         self.starts = None if starts is None else torch.tensor([min(s, length - 1) for s in starts[:rows]])
         self.scale = 2 / math.sqrt(dim)
-        self.arguments = q, self.pages, length, self.starts, self.scale
+        self.arguments = q, self.pages, length, self.starts, Scoring(self.scale)
 
     def probabilities(self):
         """(rows, kv_heads, group, length) in float64: softmax over all tokens, the new one included."""
@@ -201,7 +202,7 @@ def test_query_heads_of_a_group_choose_together(version):
     k = torch.tensor([[4.0, 0.0], [0.0, 4.0], [3.9, 3.9], [0.0, 0.0]]).view(1, 1, 4, 2)
     q = torch.eye(2).view(1, 2, 1, 2)
     choose_so, _ = of(version)
-    choice = choose_so(q, [(k, k.clone())], 4, None, 1.0, Sparsity(0.3))
+    choice = choose_so(q, [(k, k.clone())], 4, None, Scoring(1.0), Sparsity(0.3))
     assert choice.positions.tolist() == [[[2, 3]]]
     exact = (q[0, :, 0] @ k[0, 0].T).softmax(-1)
     torch.testing.assert_close(choice.weights[0], exact[:, [2, 3]])
@@ -246,7 +247,7 @@ def test_padding_is_not_chosen_before_what_has_become_zero(version):
     k = torch.zeros(1, 1, 61, 4)
     k[:, :, 60] = 100.0
     choice = of(version)[0](
-        torch.full((1, 1, 1, 4), 10.0), [(k, k)], 61, torch.tensor([55]), 1.0, Sparsity(0.4)
+        torch.full((1, 1, 1, 4), 10.0), [(k, k)], 61, torch.tensor([55]), Scoring(1.0), Sparsity(0.4)
     )
     assert sum(55 <= t < 60 for t in choice.positions.flatten().tolist()) == 2
     assert choice.weights.sum() == 1
@@ -263,7 +264,7 @@ def test_nan_stays_in_its_row(version):
 def test_a_row_of_padding_only_is_zero(variant):
     case = Case(torch.float32, 2, 1, 1, 16, [8], 8)
     choose_so, attend_so = of(variant)
-    choice = choose_so(case.q, case.pages, 8, torch.tensor([8, 0]), 1.0, Sparsity(0.5))
+    choice = choose_so(case.q, case.pages, 8, torch.tensor([8, 0]), Scoring(1.0), Sparsity(0.5))
     out = attend_so(choice, case.pages)
     assert not out[0].any() and out[1].any()
 
@@ -272,7 +273,12 @@ def test_no_rows(version):
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
     pages = [(k[:0], v[:0]) for k, v in case.pages]
     choose_so, attend_so = of(version)
-    assert attend_so(choose_so(case.q[:0], pages, 4, None, 1.0, Sparsity(0.5)), pages).shape == (0, 4, 1, 8)
+    assert attend_so(choose_so(case.q[:0], pages, 4, None, Scoring(1.0), Sparsity(0.5)), pages).shape == (
+        0,
+        4,
+        1,
+        8,
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -287,19 +293,21 @@ def test_the_public_functions_take_what_fits(dtype):
 def test_what_does_not_fit_is_refused():
     case = Case(torch.float32, 1, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="length 5, but the pages have 4 tokens"):
-        choose(case.q, case.pages, 5, None, 1.0, Sparsity(0.5))
+        choose(case.q, case.pages, 5, None, Scoring(1.0), Sparsity(0.5))
     with pytest.raises(ValueError, match="a multiple of 2 heads"):
-        choose(case.q[:, :3], case.pages, 4, None, 1.0, Sparsity(0.5))
+        choose(case.q[:, :3], case.pages, 4, None, Scoring(1.0), Sparsity(0.5))
 
 
 @pytest.mark.parametrize("starts", [[-1, 0], [0]])
 def test_starts_that_do_not_fit_are_refused(variant, starts):
     case = Case(torch.float32, 2, 2, 2, 8, [4], 4)
     with pytest.raises(ValueError, match="starts must be 2 integers of at least 0"):
-        sparse_attention.choose_natively(case.q, case.pages, 4, torch.tensor(starts), 1.0, Sparsity(0.5))
+        sparse_attention.choose_natively(
+            case.q, case.pages, 4, torch.tensor(starts), Scoring(1.0), Sparsity(0.5)
+        )
 
 
 @given(share=st.integers(1, 1000), count=st.integers(0, 5000))
 def test_kept_is_the_exact_ceiling_of_a_decimal_share(share, count):
     exact = min(max(math.ceil(Fraction(share, 1000) * count), 1), count)
-    assert Sparsity(share / 1000).kept(count) == exact
+    assert Sparsity(share / 1000).chosen_blocks(count) == exact

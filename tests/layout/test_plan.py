@@ -15,6 +15,7 @@ from transformers import LlamaConfig, OPTConfig
 from flexgen.engine.model import OptLM
 from flexgen.errors import CapacityError, PolicyError
 from flexgen.kernels import half_linear
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Sparsity, attend_chosen_in_torch, choose_in_torch
 from flexgen.kernels.workspaces import GPU, HOST, choice_bytes
 from flexgen.layout.cache import cache_segments
@@ -204,7 +205,7 @@ def test_choosing_stays_within_the_workspace(share, dtype, kv_heads, tmp_path):
     starts = torch.tensor([0, 5, 300])
 
     def attend():
-        choice = choose_in_torch(q, [(page, page)] * 8, length, starts, 0.25, Sparsity(share))
+        choice = choose_in_torch(q, [(page, page)] * 8, length, starts, Scoring(0.25), Sparsity(share))
         attend_chosen_in_torch(choice, [(page, page)] * 8)
 
     attend()

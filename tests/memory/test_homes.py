@@ -314,7 +314,7 @@ def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
         for weight in layer.weights:
             expected = kept(weight, model.checkpoint, model.placement, torch.bfloat16)
             assert found[weight.key].dtype == expected.dtype and torch.equal(found[weight.key], expected)
-            assert model.homes[weight].nbytes == model.placement.kept_bytes(weight)
+            assert model.homes[weight].nbytes == model.placement.stored_bytes(weight)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from flexgen.layout import rows as row_sizes
 from flexgen.layout.placement import place_weights
-from flexgen.layout.rows import gathered_table, lookup_sizes, travelling
+from flexgen.layout.rows import gathered_table, lookup_sizes, whole_weights
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
 from flexgen.models import InputEmbed, WeightSpec, build_layers, open_model
+from flexgen.models.sources import Source
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 from flexgen.quant import CODECS
@@ -39,7 +40,10 @@ class Tables(InputEmbed):
 def only_table(shape):
     """A model of nothing but an embedding of this shape."""
     layer = Tables(SPEC)
-    weights = WeightSpec("small", (3,), ("small",)), WeightSpec("embed.weight", shape, ("table",))
+    weights = (
+        WeightSpec("small", (3,), (Source("small"),)),
+        WeightSpec("embed.weight", shape, (Source("table"),)),
+    )
     object.__setattr__(layer, "weights", weights)
     return (layer,)
 
@@ -161,7 +165,7 @@ def test_a_table_in_place_is_not_gathered(tier, device, tmp_path):
         sizes = lookup_sizes(layers, homes.placement, topology, 10)
         assert (sizes.slot == 0) == in_place and (sizes.staging == 0) == (in_place or topology is SHARED)
         assert (sizes.scratch == 0) == (tier is not Tier.DISK)
-        assert len(travelling(layers[0], homes.placement, topology)) == 1 + in_place
+        assert len(whole_weights(layers[0], homes.placement, topology)) == 1 + in_place
 
 
 def test_only_the_input_embedding_has_a_table():
@@ -170,5 +174,5 @@ def test_only_the_input_embedding_has_a_table():
     tables = [gathered_table(layer, placement, SHARED) for layer in layers]
     assert tables[0] is layers[0].weights[0] and not any(tables[1:])
     assert layers[-1].weights[-1].key == tables[0].key, "the head is tied, and travels whole"
-    assert tables[0] not in travelling(layers[0], placement, SHARED)
-    assert travelling(layers[-1], placement, SHARED) == list(layers[-1].weights)
+    assert tables[0] not in whole_weights(layers[0], placement, SHARED)
+    assert whole_weights(layers[-1], placement, SHARED) == list(layers[-1].weights)

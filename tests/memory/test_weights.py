@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CheckpointError, LaneError
 from flexgen.layout.plan import SLOTS
-from flexgen.layout.rows import travelling
+from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import LINKED, SHARED
 from flexgen.layout.weight_slots import GAP, slot_sizes
 from flexgen.memory.gpu import EmulatedDevice
+from flexgen.models.sources import Source
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
 from flexgen.units import BLOCK
@@ -58,6 +59,25 @@ def test_every_kind_of_checkpoint_arrives(stream, saved, dtype, format, weights,
         model.bring(layer, slot, pieces=3)
         model.assert_there(layer, slot)
         assert all(tensor.dtype is wanted for tensor in model.slots.weights(layer, slot, visit=0).values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: f"{s.percent('gpu'):g}-{s.percent('cpu'):g}")
+def test_weights_with_a_dtype_of_their_own_keep_their_values(stream, saved, split, device):
+    """A correction in float32 that bfloat16 cannot represent, in place in its file and converted."""
+    model = stream(saved("glm4_moe", torch.bfloat16), split, device, dtype=torch.bfloat16)
+    found = {}
+    for layer in range(len(model.layers)):
+        model.bring(layer, model.slot(layer), pieces=2)
+        model.assert_there(layer, model.slot(layer))
+        found |= {
+            f"{layer}.{name}": weight.clone()
+            for name, weight in model.slots.weights(layer, model.slot(layer), visit=0).items()
+            if name.startswith("router.")
+        }
+    assert len(found) == 4 and {weight.dtype for weight in found.values()} == {torch.float32}
+    biases = [weight for name, weight in found.items() if name.endswith("bias")]
+    assert all(not torch.equal(bias, bias.bfloat16().float()) for bias in biases)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -104,7 +124,7 @@ def test_a_layer_moves_as_few_large_parts(stream, saved, device):
     for layer in range(len(model.layers)):
         assert len(model.slots.chains(layer, 0, 0, 1)) <= (1 if device == "cpu" else 2)
         away = {Tier.DISK} if device == "cpu" else {Tier.DISK, Tier.CPU}
-        whole = travelling(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
+        whole = whole_weights(model.layers[layer], model.placement, SHARED if device == "cpu" else LINKED)
         weights = [w for w in whole if model.placement.of(w) in away]
         wanted = sum(w.nbytes(torch.float32) for w in weights)
         moved = model.slots.layouts[layer].nbytes
@@ -207,4 +227,4 @@ def test_the_widest_gaps_that_are_read_along_fit(make_layers, stream_layers, tmp
 
 
 def _with_sources(layer, renamed):
-    return replace(layer, weights=tuple(replace(w, sources=(renamed[w.key],)) for w in layer.weights))
+    return replace(layer, weights=tuple(replace(w, sources=(Source(renamed[w.key]),)) for w in layer.weights))

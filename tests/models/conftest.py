@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.scoring import Scoring
 from flexgen.models import build_layers, open_model
 from flexgen.models.ops import causal_attention, rope_tables, token_factors
 from flexgen.models.spec import RopeSpec
@@ -110,15 +111,15 @@ class FullContext:
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return causal_attention(q, k, v, self.starts, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        return causal_attention(q, k, v, self.starts, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
         pass
 
-    def attend_chunk(self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend_chunk(self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scale)
+        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scoring)
 
 
 class PagedContext:
@@ -139,7 +140,7 @@ class PagedContext:
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
         return token_factors(*rope_tables(rope, self.positions, dtype))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         pages = self.caches.setdefault(self.layer, [])
         self.layer += 1
         for token in range(self.begin, self.length):
@@ -150,8 +151,8 @@ class PagedContext:
             page_k[:, :, token % self.page_tokens] = k[:, :, token - self.begin]
             page_v[:, :, token % self.page_tokens] = v[:, :, token - self.begin]
         if self.begin == 0:
-            return causal_attention(q, k, v, self.starts.tolist(), scale)
-        return decode_attention(q, pages, self.length, self.starts, scale)
+            return causal_attention(q, k, v, self.starts.tolist(), scoring)
+        return decode_attention(q, pages, self.length, self.starts, scoring)
 
 
 class Runner:

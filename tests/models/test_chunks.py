@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.models.layer import chunks
 from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables
 from flexgen.models.spec import RopeSpec
@@ -82,8 +83,8 @@ def test_queries_at_the_end_of_their_keys(start: int, heads: int) -> None:
     assert queries * seq > 2 * MASK_VALUES
     q = torch.randn(1, heads, seq, 8, generator=generator)
     k, v = torch.randn(2, 1, 1, seq, 8, generator=generator)
-    whole = causal_attention(q, k, v, [start], 0.4)
-    last = causal_attention(q[:, :, seq - queries :], k, v, [start], 0.4)
+    whole = causal_attention(q, k, v, [start], Scoring(0.4))
+    last = causal_attention(q[:, :, seq - queries :], k, v, [start], Scoring(0.4))
     torch.testing.assert_close(last, whole[:, :, seq - queries :], rtol=0, atol=1e-5)
 
 

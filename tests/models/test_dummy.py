@@ -7,13 +7,16 @@ from transformers import LlamaConfig
 
 from flexgen.models import WeightSpec, build_layers, open_model
 from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.sources import Source
 
-BIG = WeightSpec("q.weight", (600, 1000), ("layers.0.q.weight",))
+BIG = WeightSpec("q.weight", (600, 1000), (Source("layers.0.q.weight"),))
 
 
 def test_values_depend_on_the_key_alone():
     first, again = (DummyCheckpoint().read(BIG, torch.float32) for _ in range(2))
-    other = DummyCheckpoint().read(WeightSpec("q.weight", (600, 1000), ("layers.1.q.weight",)), torch.float32)
+    other = DummyCheckpoint().read(
+        WeightSpec("q.weight", (600, 1000), (Source("layers.1.q.weight"),)), torch.float32
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(DummyCheckpoint().read(BIG, torch.bfloat16), first.bfloat16())
@@ -22,7 +25,7 @@ def test_values_depend_on_the_key_alone():
 
 
 def test_some_rows_have_the_values_they_have_in_the_whole():
-    norm = WeightSpec("norm.weight", (7,), ("layers.0.norm.weight",))
+    norm = WeightSpec("norm.weight", (7,), (Source("layers.0.norm.weight"),))
     for weight in (BIG, norm):
         whole = DummyCheckpoint().read(weight, torch.bfloat16)
         some = DummyCheckpoint().read(weight, torch.bfloat16, range(3, 6))

@@ -15,11 +15,13 @@ from transformers import (
     FalconConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    Qwen2MoeConfig,
 )
 
 from flexgen.kernels.attention import attend_in_torch
@@ -61,6 +63,15 @@ CONFIGS = {
     ),
     "scales": GraniteConfig(**GROUPED, residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0),
     "plus": GemmaConfig(**GROUPED, head_dim=16),
+    # With as many as are chosen, every expert has all tokens, as an estimate must assume.
+    "experts": Qwen2MoeConfig(
+        **GROUPED, num_experts=2, num_experts_per_tok=2, moe_intermediate_size=96,
+        shared_expert_intermediate_size=200,
+    ),
+    "experts in groups": Glm4MoeConfig(
+        **GROUPED, head_dim=16, n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2,
+        moe_intermediate_size=96, first_k_dense_replace=0,
+    ),
 }  # fmt: skip
 
 
@@ -86,15 +97,15 @@ class _Context:
     def keep_new(self, k, v):
         pass
 
-    def attend_chunk(self, chunk, q, k, v, scale):
+    def attend_chunk(self, chunk, q, k, v, scoring):
         seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
-        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scale)
+        return causal_attention(q, k[seen], v[seen], self.starts[chunk.rows], scoring)
 
-    def attend(self, q, k, v, scale):
+    def attend(self, q, k, v, scoring):
         if q.shape[2] > 1:
-            return causal_attention(q, k, v, self.starts, scale)
+            return causal_attention(q, k, v, self.starts, scoring)
         # What a layer says holds for the version in torch; the compiled one takes less memory.
-        return attend_in_torch(q, self.pages, self.context, torch.tensor(self.starts), scale)
+        return attend_in_torch(q, self.pages, self.context, torch.tensor(self.starts), scoring)
 
 
 def _cases(config, dtype, seq, context, starts, sep_layer=True, **changes):
@@ -250,7 +261,7 @@ def test_halves_run_separately_and_do_not_change_inputs(config, sep_layer):
         before = x.clone()
         out = layer.forward(x, weights, ctx)
         if layer.has_cache:
-            outputs = ctx.attend(*layer.qkv(x, weights, ctx), layer.scale)
+            outputs = ctx.attend(*layer.qkv(x, weights, ctx), layer.scoring(weights))
             assert torch.equal(layer.output(outputs, x, weights), out)
         assert torch.equal(x, before)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import textbook
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels.attention import decode_attention
-from flexgen.models.ops import apply_rope, causal_attention, rotate_token, token_factors
+from flexgen.kernels.scoring import Scoring, Window
+from flexgen.models import ops
+from flexgen.models.ops import apply_rope, causal_attention, query_blocks, rotate_token, token_factors
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -39,10 +44,34 @@ def test_causal_attention(device, shape, seq, starts):
     kv_heads, group, dim = shape
     batch, starts = len(starts), [min(start, seq) for start in starts]
     q, k, v = _tensors(0, (batch, kv_heads * group, seq, dim), *[(batch, kv_heads, seq, dim)] * 2)
-    out = causal_attention(q.to(device), k.to(device), v.to(device), starts, 0.3).cpu()
+    out = causal_attention(q.to(device), k.to(device), v.to(device), starts, Scoring(0.3)).cpu()
     torch.testing.assert_close(out, _textbook(q, k, v, starts, 0.3), rtol=0, atol=1e-5)
     for row, start in enumerate(starts):
         assert not out[row, :, :start].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=60)
+@given(
+    shape=shapes,
+    seq=st.integers(1, 14),
+    queries=st.integers(1, 14),
+    starts=st.lists(st.integers(-9, 14), min_size=1, max_size=4),
+    cap=st.sampled_from([None, 0.7]),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 9), st.booleans())),
+)
+def test_causal_attention_of_every_scoring(device, shape, seq, queries, starts, cap, alibi, sinks, window):
+    kv_heads, group, dim = shape
+    heads, batch, queries = kv_heads * group, len(starts), min(queries, seq)
+    starts = [min(start, seq) if window is not None else min(max(start, 0), seq) for start in starts]
+    q, k, v, both = _tensors(0, (batch, heads, queries, dim), *[(batch, kv_heads, seq, dim)] * 2, (2, heads))
+    slopes = tuple(both[0].tolist()) if alibi else ()
+    scoring = Scoring(0.3, cap, slopes, window, both[1].to(device) if sinks else None)
+    out = causal_attention(q.to(device), k.to(device), v.to(device), starts, scoring).cpu()
+    expected = textbook.attention(q, k, v, starts, replace(scoring, sinks=both[1] if sinks else None))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -64,7 +93,7 @@ def test_decode_attention(device, shape, pages, unused, starts):
     ]
     begins = [min(start, length - 1) for start in starts or [0] * rows]
     padding = torch.tensor(begins, device=device) if starts else None
-    out = decode_attention(q.to(device), cut, length, padding, 0.3).cpu()
+    out = decode_attention(q.to(device), cut, length, padding, Scoring(0.3)).cpu()
     expected = _textbook(q, k[:, :, :length], v[:, :, :length], begins, 0.3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
@@ -78,16 +107,53 @@ def test_half_precision_stays_within_its_rounding(dtype):
         for i in (0, 16, 32, 48)
     ]
     expected = _textbook(q, k, v, [0, 0], 0.25)
-    out = decode_attention(low[0], pages, 64, None, 0.25)
+    out = decode_attention(low[0], pages, 64, None, Scoring(0.25))
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.03)
-    prompt = causal_attention(low[1].repeat(1, 4, 1, 1), low[1], low[2], [0, 5], 0.25)
+    prompt = causal_attention(low[1].repeat(1, 4, 1, 1), low[1], low[2], [0, 5], Scoring(0.25))
     assert prompt.dtype == dtype
     assert prompt.isfinite().all()
 
 
+@given(
+    keys=st.integers(1, 40),
+    queries=st.integers(1, 40),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 50), st.booleans())),
+    most=st.integers(1, 300),
+    start=st.integers(-7, 0),
+)
+def test_query_blocks(keys, queries, window, most, start):
+    """Blocks cover the queries in order, with all keys that these see, within the limit where one query fits."""
+    queries = min(queries, keys)
+    blocks = list(query_blocks(queries, keys, window, most, start))
+    assert [n for block, _ in blocks for n in block] == list(range(keys - queries, keys))
+    for block, seen in blocks:
+        first = 0 if window is None else max(window.first(block.start - start) + start, 0)
+        assert seen == range(first, block.stop)
+        assert len(block) * len(seen) <= most or len(block) == 1
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [Scoring(0.4, window=Window(700)), Scoring(0.4, 2.0), Scoring(0.4, 2.0, window=Window(600, True))],
+)
+def test_a_prompt_of_several_blocks(scoring):
+    q, k, v = _tensors(0, (1, 4, 1500, 4), (1, 2, 1500, 4), (1, 2, 1500, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "MASK_VALUES", 1 << 16)
+        patch.setattr(ops, "SCORE_VALUES", 1 << 18)
+        out = causal_attention(q, k, v, [20], scoring)
+    for last in (1, 21, 700, 1499):  # a query alone
+        alone = textbook.attention(
+            q[:, :, last : last + 1], k[:, :, : last + 1], v[:, :, : last + 1], [20], scoring
+        )
+        torch.testing.assert_close(out[:, :, last : last + 1].double(), alone, rtol=0, atol=1e-5)
+
+
 def test_a_prompt_without_padding_is_one_call_and_equals_explicit_zeros():
     q, k, v = _tensors(3, (2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 5, 4))
-    assert torch.equal(causal_attention(q, k, v, None, 0.5), causal_attention(q, k, v, [0, 0], 0.5))
+    assert torch.equal(
+        causal_attention(q, k, v, None, Scoring(0.5)), causal_attention(q, k, v, [0, 0], Scoring(0.5))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexgen.models.fields import Fields
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
 from flexgen.models.spec import (
     AttentionSpec,
     LayerNorms,
     LayerSpec,
-    MLPSpec,
     ModelSpec,
     NormSpec,
     RopeSpec,
-    prefixed,
 )
 
 NAMES = prefixed(
@@ -97,7 +97,7 @@ def logits_of(spec: ModelSpec, tensors: dict[str, torch.Tensor], ids: list[int])
     """(tokens, vocab) in float64: the model as it is defined, without batches, cache or padding."""
 
     def matrix(module: str, index: int | None = None, part: str = "weight") -> torch.Tensor | None:
-        stored = tensors.get(f"{spec.sources(module, index)[0]}.{part}")
+        stored = tensors.get(f"{spec.module_names(module, index)[0]}.{part}")
         return None if stored is None else stored.double()
 
     def product(x: torch.Tensor, module: str, index: int | None = None) -> torch.Tensor:

@@ -173,7 +173,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
                 stages[named, load.lane] += step.op is not Op.LOAD_WEIGHTS
     # What a read brings along before, between and behind the weights depends on the file alone.
     for cargo in itertools.chain(*files):
-        own = sum(placement.kept_bytes(weight) for weight, _ in cargo.weights)
+        own = sum(placement.stored_bytes(weight) for weight, _ in cargo.weights)
         predicted[LaneName.DISK_READ] += count * (cargo.length - own)
         if device != "cpu":
             predicted[LaneName.TO_DEVICE] += count * (cargo.end - cargo.lead - own)
@@ -299,7 +299,7 @@ def test_halves_of_a_cell_are_the_whole(configs, machine):
     block = CostedBlock(8, ORDERS["overlap_cpu_attention"])
     halves = StepCosts(PlacedModel(layers, placement, machine()), policy, Workload(6, 4, 8), block)
     [[project, asked]], [[host], [device]], [[answered]], [[rest]] = (
-        halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENDED, Op.COMPUTE)
+        halves.loads(Step(op, 2, 1, 0)) for op in (Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE)
     )
     assert [load.lane for load in (asked, host, device, answered)] == [
         LaneName.FROM_DEVICE, LaneName.HOST, LaneName.COMPUTE, LaneName.TO_DEVICE

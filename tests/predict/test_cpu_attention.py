@@ -35,7 +35,7 @@ def run(name, batches, weights, project, attend, rest, layers=12, tokens=3, unit
                 return [[(DEVICE, project), (BACK, 3 * CROSSING)]]
             case Op.ATTEND if not is_mlp:
                 return [[(HOST, attend)]]
-            case Op.LOAD_ATTENDED if not is_mlp:
+            case Op.LOAD_ATTENTION if not is_mlp:
                 return [[(LINK, CROSSING)]]
             case Op.COMPUTE if splits or is_mlp:
                 return [[(DEVICE, rest * share)]]

@@ -269,7 +269,7 @@ def test_an_impossible_prediction_is_reported(asked, error, said, opt, machine):
 
 
 def test_a_prediction_of_no_tokens_is_refused(opt, machine):
-    with pytest.raises(RequestError, match="samples is 0"):
+    with pytest.raises(RequestError, match="samples is 0, but it must be at least 1; use None"):
         predict_job(Job.checked(opt, machine(), Workload(4, 64, 1)), Policy(), samples=0)
 
 

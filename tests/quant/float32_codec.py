@@ -72,11 +72,11 @@ class Float32Heads(EncodedHeads):
     def width(self) -> int:
         return 4 * self.head_dim
 
-    def encode_part(self, x: Tensor, kept: Tensor) -> None:
-        kept.view(torch.float32).copy_(x)
+    def encode_part(self, x: Tensor, stored: Tensor) -> None:
+        stored.view(torch.float32).copy_(x)
 
-    def decode_part(self, kept: Tensor, out: Tensor) -> None:
-        out.copy_(kept.view(torch.float32))
+    def decode_part(self, stored: Tensor, out: Tensor) -> None:
+        out.copy_(stored.view(torch.float32))
 
     def decode_workspace(self, values: int) -> int:
         return 0

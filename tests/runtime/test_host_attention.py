@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.models.spec import AttentionSpec
@@ -30,7 +31,7 @@ def random(attention: AttentionSpec, rows: int, tokens: int, seed: int) -> tuple
 @pytest.mark.parametrize("cache", [{"cpu": 100}, {"cpu": 50, "disk": 50}, {"gpu": 34, "cpu": 33, "disk": 33}])
 def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any, spec: Any) -> None:
     own = spec.layers[0].attention
-    policy, scale = Policy(cache=cache), own.head_dim**-0.5
+    policy, scoring = Policy(cache=cache), Scoring(own.head_dim**-0.5)
     starts = [torch.arange(rows) % 2 for rows in BATCHES]
     padding = [Padding(tuple(s.tolist()), s, s) for s in starts]
     with machine("emulated") as one, machine("emulated") as other, ExitStack() as stack:
@@ -44,7 +45,7 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
         prompt = [BoundCell(0, LAYER, k, k, Span(0, PROMPT), padding[k]) for k in range(len(BATCHES))]
         for cell, rows in zip(prompt, BATCHES, strict=True):
             for kv in (whole, split):
-                kv.attend(cell, *random(own, rows, PROMPT, cell.batch), scale)
+                kv.attend(cell, *random(own, rows, PROMPT, cell.batch), scoring)
                 run(kv.store(cell))
         for step in range(4):
             cells = [replace(cell, token=step + 1, span=Span(PROMPT + step, 1)) for cell in prompt]
@@ -52,17 +53,17 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
             expected, on_device = [], []
             for cell in cells:
                 run(whole.load(cell))
-                expected.append(whole.attend(cell, *new[cell.batch], scale))
+                expected.append(whole.attend(cell, *new[cell.batch], scoring))
                 run(whole.store(cell))
             for cell in cells:
                 run(split.load(cell))
                 split.host.collect(cell, *new[cell.batch])
                 split.host.send(cell)
             for cell in reversed(cells):
-                split.attend_on_host(cell, scale)
+                split.attend_on_host(cell, scoring)
             for cell in cells:
                 split.host.fetch(cell)
-                on_device.append(split.attend_on_device(cell, *new[cell.batch], scale))
+                on_device.append(split.attend_on_device(cell, *new[cell.batch], scoring))
             for cell in cells:
                 joined = split.join(cell, on_device[cell.batch])
                 torch.testing.assert_close(joined, expected[cell.batch], rtol=0, atol=0)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from piece_sizes import in_pieces
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
@@ -115,7 +116,7 @@ class History:
                 padding = self.padding[batch]
                 cell = BoundCell(0, layer, batch, slot, span, padding)
                 self.run(self.cache.load(cell))
-                ours = self.attend(cell, q, k, v, scale)
+                ours = self.attend(cell, q, k, v, Scoring(scale))
                 self.run(self.cache.store(cell))
                 theirs = reference(q, *seen, list(padding.starts), scale)
                 # What a row gets where it is padding is not used: it need only be a number.
@@ -126,16 +127,16 @@ class History:
                 assert ours.isfinite().all()
                 torch.testing.assert_close(ours.double()[real], theirs[real], rtol=0, atol=atol)
 
-    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """At once, or of several tokens in every second cell, by rows and tokens."""
         new = cell.span.new
         if new == 1 or self.cells % 2:
-            return self.cache.attend(cell, q, k, v, scale)
+            return self.cache.attend(cell, q, k, v, scoring)
         self.cache.keep(cell, k, v)
         out = torch.empty_like(q)
         for part in chunks(len(q), new, max(new - 1, 1)):
             asked = q[part.rows, :, part.tokens]
-            out[part.rows, :, part.tokens] = self.cache.attend_chunk(cell, part, asked, k, v, scale)
+            out[part.rows, :, part.tokens] = self.cache.attend_chunk(cell, part, asked, k, v, scoring)
         return out
 
     def check_cells(self, news: list[int], atol: float = 1e-5) -> None:

@@ -87,7 +87,7 @@ def test_every_position_can_be_used(length: int, tokens: int, spec: ModelSpec) -
 
 
 def test_rotary_positions_have_no_end(spec: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
-    rotary = replace(spec, name="a rotary model", positions="rope")
+    rotary = replace(spec, name="a rotary model", positions="attention")
     check_length(rotary, read_request(rotary, [[5] * 47]), 1)
     assert not caplog.messages
     for _ in range(2):

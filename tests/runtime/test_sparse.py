@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from piece_sizes import piece_sizes
 from torch import Tensor
 
+from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice
 from flexgen.layout.cache import CacheSegment, Span, cache_segments
 from flexgen.memory.disk import DiskIO, Read
@@ -97,7 +98,7 @@ class History:
         self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         cell = self.cell(slot, span)
         self.run(self.cache.load(cell))
-        out = self.cache.attend(cell, q, k, v, SCALE)
+        out = self.cache.attend(cell, q, k, v, Scoring(SCALE))
         self.run(self.cache.store(cell))
         if not span.length:
             return  # attention over the prompt is dense: test_kvcache
@@ -234,7 +235,7 @@ def test_exact_attention_reads_whole_pages_ahead(machine: Any, run: Any, monkeyp
         assert [(read.offset, read.target.numel()) for read in made] == [(0, 2 * 64 * TOKEN * 2 * KV_HEADS)]
         with counted(monkeypatch) as made:
             q, k = history.random(4, 1), history.random(2, 1)
-            history.cache.attend(history.cell(1, Span(70, 1)), q, k, k, SCALE)
+            history.cache.attend(history.cell(1, Span(70, 1)), q, k, k, Scoring(SCALE))
         assert not made
         history.cache.close()
 
@@ -314,7 +315,7 @@ def test_a_failed_read_reaches_the_caller(machine: Any, run: Any, monkeypatch: A
             monkeypatch.setattr(DiskIO, "read", broken)
             q, k = history.random(4, 1), history.random(2, 1)
             with pytest.raises(OSError, match="the disk is gone"):
-                history.cache.attend(history.cell(0, Span(130, 1)), q, k, k, SCALE)
+                history.cache.attend(history.cell(0, Span(130, 1)), q, k, k, Scoring(SCALE))
 
 
 def test_parts_larger_than_a_chunk_are_read_in_several(machine: Any, run: Any, monkeypatch: Any) -> None:

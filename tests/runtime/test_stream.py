@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flexgen.memory import threads
-from flexgen.runtime.stream import Stream, Teller
+from flexgen.runtime.stream import Stream, StreamWriter
 
 PATIENCE = 20
 """Seconds that a test waits for what must happen before it fails."""
@@ -23,15 +23,15 @@ def running() -> bool:
     return any(thread.name == "flexgen-stream" for thread in threading.enumerate())
 
 
-def endless(teller: Teller[int]) -> None:
+def endless(writer: StreamWriter[int]) -> None:
     for number in itertools.count():
-        teller.check()
+        writer.check()
         if number < 3:
-            teller.tell(number)
+            writer.put(number)
 
 
 def test_items_come_in_order_and_then_it_ends() -> None:
-    stream = Stream(lambda teller: [teller.tell(n) for n in range(5)])
+    stream = Stream(lambda writer: [writer.put(n) for n in range(5)])
     assert list(stream) == [0, 1, 2, 3, 4]
     assert list(stream) == [] and not running()
 
@@ -39,8 +39,8 @@ def test_items_come_in_order_and_then_it_ends() -> None:
 def test_an_error_comes_after_earlier_rows() -> None:
     error = ValueError("the cable is out")
 
-    def run(teller: Teller[int]) -> None:
-        teller.tell(7)
+    def run(writer: StreamWriter[int]) -> None:
+        writer.put(7)
         raise error
 
     stream = Stream(run)
@@ -76,14 +76,14 @@ def test_a_stream_that_is_dropped_in_the_thread_of_its_run_waits_for_nothing() -
         list[Exception](),
     )
 
-    def run(teller: Teller[int]) -> None:
+    def run(writer: StreamWriter[int]) -> None:
         made.wait(60)
         try:
             streams[0].close()
         except RuntimeError as error:
             errors.append(error)
         closed.set()
-        teller.check()
+        writer.check()
 
     streams.append(Stream(run))
     made.set()
@@ -103,7 +103,7 @@ class Interrupted:
 
 def test_ctrl_c_while_waiting_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(endless)
-    monkeypatch.setattr(stream._teller, "queue", Interrupted())
+    monkeypatch.setattr(stream._writer, "queue", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert not running()
@@ -114,7 +114,7 @@ def test_a_run_that_begins_after_its_stream_was_interrupted_does_nothing(
 ) -> None:
     """Ctrl-C comes when the system has made the thread and it has not begun: nobody waits for it any more."""
     late: list[threading.Thread] = []
-    begun: list[Teller[int]] = []
+    begun: list[StreamWriter[int]] = []
 
     def interrupted(thread: threading.Thread) -> None:
         late.append(thread)
@@ -138,11 +138,11 @@ def test_ctrl_c_at_any_line_while_a_stream_begins_ends_its_run() -> None:
     begin, kept, ended = Stream.__init__.__code__, list[BaseException](), list[threading.Event]()
     interrupted = {begin, Stream.close.__code__, threads.start.__code__}
 
-    def run(teller: Teller[int]) -> None:
+    def run(writer: StreamWriter[int]) -> None:
         ended.append(event := threading.Event())
         try:
             while True:
-                teller.check()
+                writer.check()
         finally:
             event.set()
 

@@ -154,7 +154,7 @@ def test_cpu_attention_is_issued_with_work_for_the_device(batches):
     place = {step: n for n, step in enumerate(steps)}
     cells = list(grid.cells())
     for before, cell, after in zip(cells, cells[1:], cells[2:], strict=False):
-        answer = place[Step(Op.LOAD_ATTENDED, *cell)]
+        answer = place[Step(Op.LOAD_ATTENTION, *cell)]
         assert place[Step(Op.ATTEND, *cell)] < place[Step(Op.COMPUTE, *before)]
         assert place[Step(Op.PROJECT, *after)] < answer
         assert place[Step(Op.COMPUTE, *before)] < answer
@@ -179,7 +179,10 @@ def test_orders_that_are_there_pass_the_check_of_an_opened_model(name):
 
 
 def test_an_order_that_is_not_legal_is_refused_by_name():
-    with pytest.raises(ScheduleError, match=r"'norma' is not known; known: .*did you mean 'normal'"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"'norma' is not known; known: .*did you mean 'normal'.*register your order with @order",
+    ):
         check_order("norma")
 
     def forgets_the_last_layer(grid):

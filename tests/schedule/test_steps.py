@@ -162,7 +162,7 @@ def test_needs_where_the_device_feeds_the_ids(step, expected):
         # The host is asked as soon as the device has the cell's input, and needs its cache only to answer.
         (Step(Op.PROJECT, 0, 0, 0), [W(0, 0, 0), W(0, 0, 1), (Op.LOAD_HIDDEN, 0, 0, 0)]),
         (Step(Op.ATTEND, 1, 1, 0), [(Op.PROJECT, 1, 1, 0), (Op.LOAD_CACHE, 1, 1, 0)]),
-        (Step(Op.LOAD_ATTENDED, 1, 1, 0), [(Op.ATTEND, 1, 1, 0)]),
+        (Step(Op.LOAD_ATTENTION, 1, 1, 0), [(Op.ATTEND, 1, 1, 0)]),
         # Its queries and output are in the slot of three cells before, which has been computed.
         (
             Step(Op.PROJECT, 1, 2, 1),
@@ -170,7 +170,7 @@ def test_needs_where_the_device_feeds_the_ids(step, expected):
         ),
         (
             Step(Op.COMPUTE, 1, 2, 1),
-            [(Op.LOAD_ATTENDED, 1, 2, 1), (Op.STORE_HIDDEN, 1, 1, 0), (Op.STORE_CACHE, 1, 1, 0)],
+            [(Op.LOAD_ATTENTION, 1, 2, 1), (Op.STORE_HIDDEN, 1, 1, 0), (Op.STORE_CACHE, 1, 1, 0)],
         ),
     ],
 )

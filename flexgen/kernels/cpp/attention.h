@@ -86,6 +86,25 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
     for (int64_t i = tokens * HEADS; i % LANES; ++i) scores[i] = -INFINITY;
 }
 
+// Cap the scores of a block and add the bias of ALiBi.
+template <int HEADS>
+APART void adjust(const Heads &heads, const Pass &pass) {
+    const int64_t used = pass.tokens * HEADS;
+    const Vec slopes = raw<Vec>(heads.slopes);
+    Vec distance;
+    for (int i = 0; i < LANES; ++i) distance[i] = (float)(pass.distance + i / HEADS);
+    for (int64_t i = 0; i < used; i += LANES, distance += (float)(LANES / HEADS)) {
+        Vec score = raw<Vec>(pass.scores + i);
+        if (pass.cap != 0.0f) {
+            const Vec e = exponential(larger(score, -score) * (-2.0f / pass.cap));
+            const Vec capped = (1.0f - e) / (1.0f + e) * pass.cap;
+            score = score < 0.0f ? -capped : capped;
+        }
+        store(pass.scores + i, fma(slopes, distance, score));
+    }
+    for (int64_t i = used; i % LANES; ++i) pass.scores[i] = -INFINITY;
+}
+
 // Convert scores to exponentials relative to the running maximum. `shrink`: the factor for older sums, by lane.
 template <int HEADS>
 INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES]) {
@@ -172,6 +191,7 @@ TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pa
     pass.ahead = next ? next->k : nullptr;
     if constexpr (bits_of<K> != 0) {
         score_packed<bits_of<K>, HEADS>(block.k, heads, pass);
+        if (pass.adjusts) adjust<HEADS>(heads, pass);
         exponentials<HEADS>(heads, pass, shrink);
         pass.ahead = next ? next->v : nullptr;
         add_packed<bits_of<K>, HEADS>(block.v, heads, pass, shrink);
@@ -179,6 +199,7 @@ TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pa
         constexpr int WIDE = SUM_REGISTERS / HEADS;
         pass.early = next ? next->v : nullptr;
         score<K, HEADS>((const K *)block.k, heads, pass);
+        if (pass.adjusts) adjust<HEADS>(heads, pass);
         exponentials<HEADS>(heads, pass, shrink);
         pass.ahead = next ? next->v + pass.tokens * pass.dim * (int64_t)sizeof(K) / 2 : nullptr;
         add_values<K, HEADS, WIDE>((const K *)block.v, heads, pass, shrink, 0);
@@ -235,6 +256,19 @@ TARGET const float *in_order(Heads &heads, const Pass &pass, int h) {
     return heads.ordered.data();
 }
 
+// The slopes of a set of heads that begins with head `first` of all rows.
+inline void begin_slopes(Heads &heads, const Attention &job, int64_t first) {
+    for (int i = 0; i < LANES; ++i) {
+        const int h = i % heads.width();
+        heads.slopes[i] = job.slopes && h < heads.count ? job.slopes[(first + h) % job.heads] : 0.0f;
+    }
+}
+
+// The exponential of a head's sink relative to the maximum of its scores. head: among the heads of all rows.
+inline float sink(const Attention &job, int64_t head, float maximum) {
+    return job.sinks ? std::exp(job.sinks[head % job.heads] - maximum) : 0.0f;
+}
+
 template <class T>
 TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
     for (int64_t at = 0; at < dim; at += LANES) {
@@ -251,6 +285,8 @@ TARGET void attend(Attention &job) {
     pass.dim = dim;
     pass.padded = (dim + QUERY_PADDING - 1) / QUERY_PADDING * QUERY_PADDING;
     pass.scale = job.scale;
+    pass.cap = job.cap;
+    pass.adjusts = job.cap != 0.0f || job.slopes;
     std::vector<float> scores(BLOCK_TOKENS * MAX_HEADS + LANES);
     pass.scores = scores.data();
     std::optional<Packing> packing;
@@ -269,9 +305,13 @@ TARGET void attend(Attention &job) {
     for (bool more = blocks.next(block); more; block = next) {
         more = blocks.next(next);
         pass.tokens = block.tokens;
+        pass.distance = block.begin - (job.length - 1);
         for (size_t n = 0; n < parts.size(); ++n) {
             const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
-            if (block.first) begin_task<K>(parts[n], (const T *)job.q + head * dim, pass);
+            if (block.first) {
+                begin_task<K>(parts[n], (const T *)job.q + head * dim, pass);
+                begin_slopes(parts[n], job, head);
+            }
             // The first set of heads prefetches for all.
             attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
             if (!block.last) continue;
@@ -279,7 +319,8 @@ TARGET void attend(Attention &job) {
                 const float *sum = packing ? unpacked(parts[n], pass, h) : in_order<T>(parts[n], pass, h);
                 const float total = parts[n].total_of(h);
                 if (job.splits == 1) {
-                    write((T *)job.out + (head + h) * dim, sum, 1.0f / total, dim);
+                    const float all = total + sink(job, head + h, parts[n].maximum[h]);
+                    write((T *)job.out + (head + h) * dim, sum, 1.0f / all, dim);
                     continue;
                 }
                 const int64_t within = (int64_t)n * MAX_HEADS + h;
@@ -312,7 +353,9 @@ TARGET void merge(const Attention &job) {
                 total += factor * partial[1];
                 for (int64_t i = 0; i < dim; ++i) sum[i] += factor * partial[2 + i];
             }
-            if (total != 0.0f) write((T *)job.out + (item * group + h) * dim, sum.data(), 1.0f / total, dim);
+            if (total == 0.0f) continue;
+            const float all = total + sink(job, item * group + h, maximum);
+            write((T *)job.out + (item * group + h) * dim, sum.data(), 1.0f / all, dim);
         }
     }
 }

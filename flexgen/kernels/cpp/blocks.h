@@ -15,6 +15,7 @@ constexpr int64_t QUERY_PADDING = 2 * LANES;  // queries and sums are padded wit
 
 struct Block {
     int64_t task, item, tokens;
+    int64_t begin;  // the position of its first token
     const char *k, *v;
     bool first, last;  // the first or the last block of its task
 };
@@ -35,6 +36,7 @@ public:
         const int64_t within = token_ - page.begin, offset = (item_ * page.tokens + within) * token_bytes_;
         block.task = task_;
         block.item = item_;
+        block.begin = token_;
         block.tokens = std::min({block_tokens_, end_ - token_, page.tokens - within});
         block.k = (const char *)page.k + offset;
         block.v = (const char *)page.v + offset;
@@ -75,6 +77,7 @@ struct Heads {
     std::vector<float> operands;  // (HEADS, width)
     std::vector<float> query_sums;  // (groups, LANES), in the order of a score vector: the factors of the minimums
     std::vector<float> offsets;  // (groups, MAX_HEADS): the contributions of the minimums
+    float slopes[LANES];  // in the order of a score vector; zero without ALiBi
     float maximum[LANES], total[LANES];  // in the order of a score vector: for each head, and for each lane
 
     int width() const { return count <= 2 ? count : count <= 4 ? 4 : MAX_HEADS; }  // HEADS
@@ -95,6 +98,9 @@ struct Pass {
     const char *early;  // data of which half is prefetched while K is read, which takes longer; null for none
     int64_t dim, padded, tokens;
     float scale;
+    bool adjusts;  // whether scores have a cap or a bias
+    float cap;
+    int64_t distance;  // from the query's position to that of the block's first token: at most 0
     float *scores;  // (tokens, HEADS), with space for LANES more
     Packing *packing;  // for packed pages; null for plain pages
 };

@@ -39,6 +39,9 @@ struct Attention {
     const int64_t *starts;  // (rows,) or null
     std::vector<Page> pages;
     float scale;
+    float cap = 0.0f;  // scores become cap * tanh(score / cap); 0 for no cap
+    const float *slopes = nullptr;  // (heads,) or null; a score changes by slope * (position - length + 1) (ALiBi)
+    const float *sinks = nullptr;  // (heads,) or null: a score without a value, which takes part in the softmax
 
     int64_t splits = 1, split_tokens = 0;
     std::vector<float> partial;  // with splits, for each task: `partial_size` floats, initially zero
@@ -53,7 +56,7 @@ struct Attention {
 };
 
 // The number of elements in a share of `count`; flexgen/kernels/sparse_attention.py explains why not the plain ceiling.
-inline int64_t kept(double share, int64_t count) {
+inline int64_t chosen_blocks(double share, int64_t count) {
     const int64_t least = (int64_t)std::ceil(share * (double)count - 1e-9);
     return std::min(std::max<int64_t>(least, 1), count);
 }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 
+#include "experts.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -80,13 +81,14 @@ bool integers(PyObject *list, std::vector<int64_t> &out) {
 
 PyObject *py_decode_attention(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, out, starts;
+    long long q, out, starts, slopes, sinks;
     PyObject *keys, *values, *tokens;
     Attention job;
     long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LLfi", &type, &q, &out, &rows, &heads, &kv_heads,
+    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &rows, &heads, &kv_heads,
                           &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
-                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &threads))
+                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.cap, &slopes,
+                          &sinks, &threads))
         return nullptr;
     std::vector<int64_t> k, v, n;
     if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
@@ -101,6 +103,8 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.code_group = code_group;
     job.head_bytes = head_bytes;
     job.starts = (const int64_t *)starts;
+    job.slopes = (const float *)slopes;
+    job.sinks = (const float *)sinks;
     int64_t total = 0;
     for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {
         job.pages.push_back({(const void *)k[i], (const void *)v[i], total, n[i]});
@@ -265,6 +269,42 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *py_packed_linears(PyObject *, PyObject *args) {
+    PackedLinear one;
+    int type, scale_type, threads;
+    long long out, in, group;
+    PyObject *products;
+    if (!PyArg_ParseTuple(args, "iii(LLL)O!i", &type, &scale_type, &one.bits, &out, &in, &group, &PyList_Type,
+                          &products, &threads))
+        return nullptr;
+    one.type = (Type)type;
+    one.scale_type = (Type)scale_type;
+    one.out = out;
+    one.in = in;
+    one.group = group;
+    one.bias = nullptr;
+    std::vector<PackedLinear> jobs;
+    int64_t nbytes = 0;
+    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(products); ++n) {
+        long long rows, x, y, packed, scales, minimums;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(products, n), "LLLLLL", &rows, &x, &y, &packed, &scales, &minimums))
+            return nullptr;
+        PackedLinear job = one;
+        job.rows = rows;
+        job.x = (const void *)x;
+        job.y = (void *)y;
+        job.packed = (const uint8_t *)packed;
+        job.scales = (const void *)scales;
+        job.minimums = (const void *)minimums;
+        jobs.push_back(job);
+        nbytes += rows * out * in * one.bits / 8;
+    }
+    const Variant &now = *variant;
+    const int useful = useful_threads(threads, nbytes);
+    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -311,6 +351,7 @@ PyMethodDef METHODS[] = {
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
+    {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

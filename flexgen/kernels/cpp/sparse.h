@@ -125,7 +125,7 @@ struct Item {
             for (int64_t t = begin; t < cached; ++t)
                 if (weights[t - begin] > 0) blocks[t / job.unit - first] += weights[t - begin];
         }
-        const int64_t keep = kept(job.share, count);
+        const int64_t keep = chosen_blocks(job.share, count);
         const float least = threshold(blocks, keep);
         int64_t ties = keep, picked = 0;
         for (int64_t n = 0; n < count; ++n) ties -= blocks[n] > least;

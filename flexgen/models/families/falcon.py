@@ -1,16 +1,26 @@
-"""Falcon 7B, 11B, 40B and 180B, not those with ALiBi (RW)."""
+"""Falcon 7B, 11B, 40B and 180B, and with ALiBi, those of RefinedWeb (RW)."""
 
 from __future__ import annotations
 
+import torch
+
+from flexgen.kernels.scoring import alibi_slopes
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, prefixed
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import both_in, head_dim, layer_norm, model
+
+
+def _slopes(heads: int, size: int) -> tuple[float, ...]:
+    """ALiBi's slopes. They are rounded to bfloat16 and divided like the scores, as in transformers."""
+    rounded = torch.tensor(alibi_slopes(heads)).bfloat16().tolist()
+    return tuple(slope * size**-0.5 for slope in rounded)
 
 
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a Falcon config."""
     norm, bias = layer_norm(fields, "layer_norm_epsilon"), fields.flag("bias")
-    fields.one_of("alibi", (None, False))
     heads, new = fields.size("num_attention_heads"), fields.flag("new_decoder_architecture")
     if new:
         kv_heads = fields.size("num_kv_heads")
@@ -20,6 +30,9 @@ def to_spec(fields: Fields) -> ModelSpec:
     fields.multiple("num_attention_heads", heads, "num_kv_heads", kv_heads)
     own_norms = fields.one_of("num_ln_in_parallel_attn", (None, 1, 2)) != 1 and new
     fields.skip("multi_query", "parallel_attn")  # only used without new_decoder_architecture
+    alibi = bool(fields.one_of("alibi", (None, False, True)))
+    if alibi:
+        fields.skip("rope_parameters")
     parallel = new or fields.flag("parallel_attn")
     layer = LayerSpec(
         AttentionSpec(
@@ -29,7 +42,8 @@ def to_spec(fields: Fields) -> ModelSpec:
             qkv="groups",
             qkv_bias=bias,
             out_bias=bias,
-            rope=fields.rope(head_dim(fields)),
+            rope=None if alibi else fields.rope(head_dim(fields)),
+            scores=ScoreSpec(alibi=_slopes(heads, head_dim(fields)) if alibi else ()),
         ),
         MLPSpec(fields.size("ffn_hidden_size"), fields.activation("activation"), bias=bias),
         LayerNorms(attention_in=norm) if parallel and not own_norms else both_in(norm),

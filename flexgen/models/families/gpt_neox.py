@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerSpec, ModelSpec, prefixed
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import LayerSpec, ModelSpec
 from flexgen.models.tables import attention, both_in, head_dim, layer_norm, mlp, model
 
 NAMES = prefixed(

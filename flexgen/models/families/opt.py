@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, MLPSpec, ModelSpec, NormSpec, prefixed
+from flexgen.models.mlp_spec import MLPSpec
+from flexgen.models.sources import prefixed
+from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec, NormSpec
 from flexgen.models.tables import both_in, model
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -44,12 +46,6 @@ SIZES = {
     "opt-66b": (64, 72, 9216),
     "opt-175b": (96, 96, 12288),
 }
-
-
-def known_size(model: str) -> str | None:
-    """The key in `SIZES` of "opt-30b", "facebook/opt-30b" or "OPT-30B"; None for any other text."""
-    size = model.lower().removeprefix("facebook/")
-    return size if size in SIZES else None
 
 
 def known_config(size: str) -> OPTConfig:

@@ -165,11 +165,11 @@ class FP8Heads(EncodedHeads):
     def width(self) -> int:
         return align(_SCALE.itemsize + self.head_dim, _SCALE.itemsize)
 
-    def encode_part(self, x: Tensor, kept: Tensor) -> None:
-        encode(x, *self._parts(kept))
+    def encode_part(self, x: Tensor, stored: Tensor) -> None:
+        encode(x, *self._parts(stored))
 
-    def decode_part(self, kept: Tensor, out: Tensor) -> None:
-        decode(*self._parts(kept), out)
+    def decode_part(self, stored: Tensor, out: Tensor) -> None:
+        decode(*self._parts(stored), out)
 
     def decode_workspace(self, values: int) -> int:
         return 0
@@ -180,10 +180,10 @@ class FP8Heads(EncodedHeads):
         seconds = decoded_bytes / _expected_decoding(plain, dtype, on_host) + decoded_bytes / plain
         return self.nbytes / seconds
 
-    def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         scale = _SCALE.itemsize
-        codes = kept[..., scale : scale + self.head_dim]
-        return codes, kept[..., :scale].view(_SCALE).squeeze(-1)
+        codes = stored[..., scale : scale + self.head_dim]
+        return codes, stored[..., :scale].view(_SCALE).squeeze(-1)
 
 
 CODEC = FP8("fp8")

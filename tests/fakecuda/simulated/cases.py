@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
-from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
+from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from flexgen import OptLM, Policy
 from flexgen.quant import CODECS
@@ -31,6 +31,11 @@ OPT = OPTConfig(
 LLAMA = LlamaConfig(
     vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=128, max_position_embeddings=128,
+)  # fmt: skip
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
+    max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
 )  # fmt: skip
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 

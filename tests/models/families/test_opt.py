@@ -9,6 +9,7 @@ from transformers import OPTConfig
 from flexgen.errors import ModelError
 from flexgen.models import build_layers, open_model
 from flexgen.models.families import opt, spec_from_config
+from flexgen.models.known import known_name
 
 VARIANTS = {
     "plain": {},
@@ -51,7 +52,7 @@ def test_known_sizes_have_the_published_number_of_parameters(size):
         assert (spec.name, spec.vocab_size, spec.max_positions) == (size, 50272, 2048)
         unique = {w.key: w.numel for layer in build_layers(spec) for w in layer.weights}
         assert sum(unique.values()) / 1e9 == pytest.approx(PARAMETERS[size], rel=0.005)
-    assert opt.known_size("opt-31b") is None
+    assert known_name("opt-31b") is None
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,10 @@ def test_products_and_lookups_are_those_of_the_values_that_are_kept(dtype):
 # The cache
 
 
-def kept_values(kept: Tensor, head_dim: int) -> Tensor:
+def stored_values(stored: Tensor, head_dim: int) -> Tensor:
     """(..., head_dim) in float64: a head has its scale first."""
-    scales = kept[..., :4].contiguous().view(torch.float32).double()
-    return e4m3(kept[..., 4 : 4 + head_dim]) * scales
+    scales = stored[..., :4].contiguous().view(torch.float32).double()
+    return e4m3(stored[..., 4 : 4 + head_dim]) * scales
 
 
 @given(
@@ -203,14 +203,16 @@ def test_attention_is_that_over_the_values(head_dim, dtype, rows, kv_heads, grou
         )
         for spread in (0.0, 1.0)
     )
-    wide_k, wide_v = (kept_values(x[:, :, :length], head_dim).repeat_interleave(group, dim=1) for x in (k, v))
+    wide_k, wide_v = (
+        stored_values(x[:, :, :length], head_dim).repeat_interleave(group, dim=1) for x in (k, v)
+    )
     k[:, :, length:] = v[:, :, length:] = NO_NUMBER
-    kept = [
+    stored = [
         tuple(x.contiguous() for x in page) for page in zip(k.split(pages, 2), v.split(pages, 2), strict=True)
     ]
     begin = None if starts is None else torch.tensor([min(start, length - 1) for start in starts[:rows]])
     scale = head_dim**-0.5
-    out = decode_attention(q, kept, length, begin, scale, form)
+    out = decode_attention(q, stored, length, begin, scale, form)
     scores = q.double() @ wide_k.mT * scale
     if begin is not None:
         padding = torch.arange(length) < begin[:, None]

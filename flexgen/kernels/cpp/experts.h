@@ -1,0 +1,29 @@
+// Products of groups of rows of x, each with a matrix of its own, in one call: the experts of a mixture. Threads share
+// the pieces of all matrices, so that matrices of a few hundred KiB keep them busy.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+// Rows of W in a piece: a multiple of the blocks of all variants.
+constexpr int64_t EXPERT_PIECE = 96;
+
+// Calls `variant.prepare_linear` and `variant.linear` for every job. All jobs have equal sizes, except for their rows.
+inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &jobs, int threads) {
+    const int64_t count = (int64_t)jobs.size();
+    std::atomic<int64_t> prepared{0}, claimed{0};
+    run_on_threads(std::min<int64_t>(threads, count), [&] {
+        for (int64_t n; (n = prepared.fetch_add(1)) < count;) variant.prepare_linear(jobs[n]);
+    });
+    const int64_t out = jobs[0].out, pieces = (out + EXPERT_PIECE - 1) / EXPERT_PIECE;
+    run_on_threads(threads, [&] {
+        for (int64_t n; (n = claimed.fetch_add(1)) < count * pieces;) {
+            const int64_t begin = n % pieces * EXPERT_PIECE;
+            variant.linear(jobs[n / pieces], begin, std::min(begin + EXPERT_PIECE, out));
+        }
+    });
+}

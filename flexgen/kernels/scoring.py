@@ -1,0 +1,125 @@
+"""The steps from products of queries and keys to attention probabilities, as each layer defines them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """The positions that a query attends to: at most `size`, the last of them its own.
+
+    chunked: a text is divided into chunks of `size` positions, and a query attends to positions of its own chunk.
+    Otherwise a query attends to the last `size` positions.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: int) -> int:
+        """The first position that the query at `position` attends to. Positions count from the start of the row."""
+        return position // self.size * self.size if self.chunked else max(position - self.size + 1, 0)
+
+    def starts(self, starts: Tensor, length: int) -> Tensor:
+        """The first visible position of each row for the query at position length - 1.
+
+        starts (rows,): the positions of the rows' first tokens, which may be negative. Positions count from the start
+        of the cache, here and in the result.
+        """
+        if self.chunked:
+            return starts + (length - 1 - starts).div(self.size, rounding_mode="floor") * self.size
+        return starts.clamp_min(length - self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How a layer computes attention probabilities.
+
+    A score is the product of query and key times `scale`. With `cap`, it becomes cap * tanh(score / cap). With
+    `slopes`, one for each head, slope * (key position - query position) is added (ALiBi). Outside of `window`,
+    probabilities are zero. `sinks` (heads,) are additional scores that take part in the softmax, but have no value.
+    """
+
+    scale: float
+    cap: float | None = None
+    slopes: tuple[float, ...] = ()
+    window: Window | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores are only scaled and masked."""
+        return self.cap is None and not self.slopes and self.sinks is None
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """The slopes of "Train Short, Test Long" (arXiv 2108.12409): a geometric sequence from 2 ** (-8 / heads).
+
+    If `heads` is no power of two, the other heads have every second slope of the sequence for the next power of two.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * n / power) for n in range(1, power + 1)]
+    between = [2.0 ** (-4.0 * n / power) for n in range(1, 2 * (heads - power), 2)]
+    return tuple(slopes + between)
+
+
+def visible_from(
+    window: Window | None, starts: Tensor | None, length: int, rows: int, device: torch.device
+) -> Tensor | None:
+    """The first visible position of each row for the query at position length - 1, (rows,) int64; None for 0.
+
+    starts: as for `Window.starts`; None for 0.
+    """
+    if window is None or (starts is None and length <= window.size):
+        return starts
+    if starts is None:
+        starts = torch.zeros(rows, dtype=torch.int64, device=device)
+    return window.starts(starts, length).clamp_min(0)
+
+
+@functools.lru_cache(maxsize=32)
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`values` as a float32 tensor on `device`. Do not modify it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap * tanh(scores / cap), in place."""
+    return scores.div_(cap).tanh_().mul_(cap)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of float32 scores (rows, heads, queries, keys) over the keys; a sink reduces their probabilities.
+
+    Rows with only -inf result in NaN without a sink, and in zero with one.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    extra = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat((scores, extra), dim=-1), dim=-1)[..., :-1]
+
+
+def bend(scores: Tensor, slopes: tuple[float, ...], queries: range, keys: range) -> None:
+    """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions."""
+    device = scores.device
+    q = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    k = torch.arange(keys.start, keys.stop, device=device)
+    scores += constants(slopes, device)[:, None, None] * (k - q)
+
+
+def visible(window: Window | None, queries: range, keys: range, start: int, device: torch.device) -> Tensor:
+    """Whether each of `queries` attends to each of `keys`, (queries, keys) bool. Both are positions without padding.
+
+    start: the position of the row's first token, as in `causal_attention`.
+    """
+    q = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    k = torch.arange(keys.start, keys.stop, device=device)
+    if window is None:
+        return k <= q
+    if window.chunked:
+        return (k <= q) & (k >= (q - start).div(window.size, rounding_mode="floor") * window.size + start)
+    return (k <= q) & (k > q - window.size)

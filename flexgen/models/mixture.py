@@ -1,0 +1,231 @@
+"""The feed-forward half of a transformer layer as a mixture of experts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels import grouped
+from flexgen.kernels.linear import linear
+from flexgen.kernels.workspaces import Workspaces
+from flexgen.models.layer import Weights, linear_weights
+from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
+from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
+from flexgen.models.ops import ACTIVATIONS
+from flexgen.models.sources import OneRow, Source
+from flexgen.models.spec import ModelSpec, WeightSpec
+
+_EXPERT = re.compile(r"experts\.\d+\.")
+
+
+class Mixture(FeedForward):
+    """x + the sum of the chosen experts' outputs with their factors + shared(x).
+
+    The weights of expert 3 are "experts.3.gate.weight", "experts.3.up.weight" and "experts.3.down.weight". An expert
+    that no token chooses is not computed.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        mixture = _mixture(spec, index)
+        weights = _router_weights(spec, mixture.router, index) + _expert_weights(spec, mixture, index)
+        if mixture.shared is not None:
+            weights += mlp_weights(spec, mixture.shared, index, "shared.")
+        if mixture.shared_gate:
+            (gate,) = linear_weights(spec, "shared_gate", 1, spec.hidden_size, bias=False, index=index)
+            weights += (replace(gate, encodable=False),)
+        super().__init__(spec, index, weights)
+
+    @property
+    def reads_back(self) -> bool:
+        """The number of tokens of each expert."""
+        return True
+
+    @property
+    def _mixture(self) -> MixtureSpec:
+        return _mixture(self.spec, self.index)
+
+    @property
+    def _expert(self) -> MLPSpec:
+        """An expert as an MLP."""
+        return MLPSpec(self._mixture.size, self._mixture.activation, gated=True)
+
+    def network(self, x: Tensor, weights: Weights) -> Tensor:
+        mixture, flat = self._mixture, x.reshape(-1, x.shape[-1])
+        out = self._chosen(flat, weights)
+        if mixture.shared is not None:
+            shared = compute_mlp(mixture.shared, flat, weights, "shared.")
+            if mixture.shared_gate:
+                shared.mul_(linear(flat, weights["shared_gate.weight"]).sigmoid_())
+            out += shared
+        if mixture.scale != 1:
+            out *= mixture.scale
+        return out.to(x.dtype).view(x.shape)
+
+    def _chosen(self, x: Tensor, weights: Weights) -> Tensor:
+        """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
+        router = self._mixture.router
+        chosen, factors = route(router, x, weights)
+        # The choices in the order of their experts, and where those of each expert end.
+        experts, order = chosen.flatten().sort(stable=True)
+        numbers = torch.arange(router.experts, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        tokens, factors = order // router.top_k, factors.flatten()[order, None]
+        if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
+            out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            for number, (begin, end) in _spans(ends).items():
+                rows = tokens[begin:end]
+                outputs = compute_mlp(self._expert, x[rows], weights, f"experts.{number}.")
+                out.index_add_(0, rows, outputs * factors[begin:end])
+            return out
+        # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
+        by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+        by_token[order] = self._outputs(x[tokens], ends, weights) * factors
+        return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _outputs(self, x: Tensor, ends: Tensor, weights: Weights) -> Tensor:
+        """The output of each row's expert for x (choices, hidden), in few launches."""
+        activation = ACTIVATIONS[self._mixture.activation]
+        if (stacks := self._stacks(x, weights)) is not None:
+            gate, up, down = stacks
+            inner = activation(grouped.grouped_linear(x, gate, ends))
+            inner.mul_(grouped.grouped_linear(x, up, ends))
+            return grouped.grouped_linear(inner, down, ends)
+        spans = _spans(ends)
+        gates, ups, downs = (
+            [weights[f"experts.{number}.{module}.weight"] for number in spans]
+            for module in ("gate", "up", "down")
+        )
+        bounds = list(spans.values())
+        gate, up = grouped.each_linear(x, bounds, (gates, ups), self._mixture.size)
+        inner = activation(gate).mul_(up)
+        del gate, up
+        return grouped.each_linear(inner, bounds, (downs,), x.shape[1])[0]
+
+    def _stacks(self, x: Tensor, weights: Weights) -> list[Tensor] | None:
+        """The matrices of all experts as three tensors, if a grouped product can multiply them."""
+        if not grouped.available(x.device, x.dtype):
+            return None
+        experts = range(self._mixture.router.experts)
+        stacks = [
+            grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
+            for module in ("gate", "up", "down")
+        ]
+        found = [stack for stack in stacks if stack is not None]
+        return found if len(found) == len(stacks) else None
+
+    def network_flops(self, tokens: int) -> int:
+        mixture, hidden = self._mixture, self.spec.hidden_size
+        flops = 2 * tokens * hidden * (mixture.router.experts + mixture.shared_gate)
+        flops += mixture.router.top_k * mlp_flops(self._expert, hidden, tokens)
+        return flops + (mlp_flops(mixture.shared, hidden, tokens) if mixture.shared else 0)
+
+    def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
+        if not _EXPERT.search(weight.name):
+            return tokens, 1.0
+        mixture = self._mixture
+        hit = mixture.hit(tokens)
+        return tokens * mixture.router.top_k / hit, hit / mixture.router.experts
+
+    def network_workspace(self, tokens: int, dtype: torch.dtype, workspaces: Workspaces) -> int:
+        mixture, hidden = self._mixture, self.spec.hidden_size
+        router, float32, int64 = mixture.router, torch.float32.itemsize, torch.int64.itemsize
+        states = tokens * hidden
+        # Logits, scores, scores of the choice and a copy without some groups; values and indices of the choice.
+        scores = tokens * 4 * router.experts * float32
+        scores += states * float32 if router.wide else 0
+        choices = tokens * router.top_k * (3 * int64 + 3 * float32) + router.experts * (int64 + float32)
+        routing = max(scores, workspaces.product(tokens, router.experts, hidden, dtype)) + choices
+        # Few choices at once, with their outputs in both orders; or one expert at once, which all tokens may choose.
+        # Outputs are multiplied in float32.
+        rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
+        expert = rows * hidden * (dtype.itemsize + 2 * float32)
+        expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
+        shared = 0
+        if mixture.shared is not None:
+            shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
+        return max(routing, choices + states * float32 + max(expert, shared, states * dtype.itemsize))
+
+
+def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
+    mixture = spec.layers[index].mlp
+    assert isinstance(mixture, MixtureSpec)
+    return mixture
+
+
+def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[WeightSpec, ...]:
+    """The weights "router.weight" (experts, hidden) and "router.bias" (experts), the correction."""
+    dtype = torch.float32 if router.wide else None
+    (weight,) = linear_weights(spec, "router", router.experts, spec.hidden_size, bias=False, index=index)
+    weights: tuple[WeightSpec, ...] = (replace(weight, dtype=dtype, encodable=False),)
+    if router.correction:
+        sources = tuple(
+            replace(name, name=name.name.format(i=index)).source(router.experts)
+            if isinstance(name, OneRow)
+            else Source(str(name).format(i=index))
+            for name in spec.names["router_bias"]
+        )
+        weights += (WeightSpec("router.bias", (router.experts,), sources, dtype=torch.float32),)
+    return weights
+
+
+def _expert_weights(spec: ModelSpec, mixture: MixtureSpec, index: int) -> tuple[WeightSpec, ...]:
+    """The weights of all experts, one expert after another."""
+    experts = range(mixture.router.experts)
+    into, out = (mixture.size, spec.hidden_size), (spec.hidden_size, mixture.size)
+    matrices = {"gate": into, "up": into, "down": out}
+    sources = {
+        module: spec.expert_sources(f"experts.{module}", index, len(experts), matrix)
+        for module, matrix in matrices.items()
+    }
+    return tuple(
+        WeightSpec(f"experts.{number}.{module}.weight", matrix, sources[module][number])
+        for number in experts
+        for module, matrix in matrices.items()
+    )
+
+
+def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
+    """The rows of each expert that has any, by its number. On a GPU, the host waits for `ends` here."""
+    begin, spans = 0, {}
+    for number, end in enumerate(ends.tolist()):
+        if begin < end:
+            spans[number] = begin, end
+            begin = end
+    return spans
+
+
+def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """The experts that each token of x (tokens, hidden) chooses and their float32 factors, both (tokens, top_k)."""
+    logits = linear(x.float() if router.wide else x, weights["router.weight"]).float()
+    scores = _scores(router, logits) if router.scored == "all" else logits
+    offered = scores + weights["router.bias"] if router.correction else scores
+    if router.groups > 1:
+        offered = _best_groups(router, offered)
+    chosen = offered.topk(router.top_k, dim=-1).indices
+    factors = scores.gather(-1, chosen)
+    if router.scored == "chosen":
+        factors = _scores(router, factors)
+    if router.normalised:
+        factors = factors / factors.sum(-1, keepdim=True).clamp_min(router.least_sum)
+    return chosen, factors * router.scale if router.scale != 1 else factors
+
+
+def _scores(router: RouterSpec, logits: Tensor) -> Tensor:
+    return logits.softmax(-1) if router.score == "softmax" else logits.sigmoid()
+
+
+def _best_groups(router: RouterSpec, offered: Tensor) -> Tensor:
+    """`offered` (tokens, experts), with -inf for the experts outside of a token's best groups."""
+    groups = offered.view(len(offered), router.groups, -1)
+    best = groups.topk(2, dim=-1).values.sum(-1).topk(router.top_groups, dim=-1).indices
+    others = torch.ones(groups.shape[:2], dtype=torch.bool, device=offered.device).scatter_(1, best, False)
+    return groups.masked_fill(others[..., None], -torch.inf).flatten(1)
+
+
+def feed_forward(spec: ModelSpec, index: int) -> FeedForward:
+    """The second half of layer `index`."""
+    kind = Mixture if isinstance(spec.layers[index].mlp, MixtureSpec) else MLP
+    return kind(spec, index)

@@ -1,0 +1,77 @@
+"""The description of the second half of a transformer layer: an MLP, or a mixture of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A feed-forward network of inner width `size`. `gated`: the activation of one projection multiplies another.
+
+    fused: one matrix has the rows of both projections, the gate first.
+    """
+
+    size: int
+    activation: str
+    gated: bool = False
+    fused: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a mixture chooses `top_k` of its `experts` for a token, and the factors of their outputs.
+
+    A router has one row of weights for each expert, and so gives a logit for each. The scores of the logits decide
+    which experts are chosen, and the factors are the scores of the chosen experts.
+    """
+
+    experts: int
+    top_k: int
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    scored: Literal["all", "chosen"] = "all"
+    """"all": the scores of all logits, of which the largest are chosen. "chosen": the largest logits are chosen, and
+    only these are scored."""
+    correction: bool = False
+    """Whether a bias for each expert is added to its score for the choice, but not for the factor."""
+    groups: int = 1
+    top_groups: int = 1
+    """The experts form `groups` of equal size. They are chosen from the `top_groups` whose best two scores have the
+    largest sums."""
+
+    normalised: bool = False
+    """Whether the factors of a token are divided by their sum."""
+    least_sum: float = 0.0
+    """The smallest divisor."""
+    scale: float = 1.0
+    """The factor of all factors."""
+    wide: bool = False
+    """Whether the weights and the logits are float32, whatever the model's dtype."""
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """A mixture of experts: gated MLPs of inner width `size`, of which a router chooses some for each token.
+
+    The output is the sum of the chosen experts' outputs with the router's factors, plus that of `shared`, an MLP that
+    computes all tokens.
+    """
+
+    router: RouterSpec
+    size: int
+    activation: str
+
+    shared: MLPSpec | None = None
+    shared_gate: bool = False
+    """Whether the output of `shared` is multiplied by the sigmoid of the product with a vector."""
+    scale: float = 1.0
+    """The factor of the output."""
+
+    def hit(self, tokens: float) -> float:
+        """The expected number of different experts for `tokens` tokens, if all experts are equally likely and tokens
+        choose independently. Real choices are less even, so fewer experts are hit."""
+        chosen = self.router.top_k / self.router.experts
+        return self.router.experts * (1 - (1 - chosen) ** tokens)
