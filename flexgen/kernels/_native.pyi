@@ -91,7 +91,7 @@ def packed_linear(
     /,
 ) -> None:
     """`shape`: rows of x, out, in, group. `bias`: 0 for none. `rounded`: round x to int8, with a scale for each group;
-    only for variants in `rounding`."""
+    only for the variant avx512_bf16 and groups of 64."""
 
 def packed_linears(
     type: int,
