@@ -142,9 +142,7 @@ def round_to_int8(x: Tensor, group: int) -> Tensor:
     return (groups / scales.where(scales != 0, 1)).round_().mul_(scales).flatten(-2)
 
 
-def multiply_natively(
-    x: Tensor, packed: Packed, bias: Tensor | None = None, rounded: bool = False
-) -> Tensor:
+def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None, rounded: bool = False) -> Tensor:
     """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write it.
 
     rounded: as `multiply_rounded`; only for the variant `DOTS` and groups of 64.

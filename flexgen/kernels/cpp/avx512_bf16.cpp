@@ -25,6 +25,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::groupwise::quantise_any,
     avx512_bf16::read,
     avx512_bf16::linear::prepare_any,
+    avx512_bf16::linear::order_any,
     avx512_bf16::linear::multiply_any,
     avx512_bf16::sparse::choose_any,
     avx512_bf16::sparse::attend_chosen_any,

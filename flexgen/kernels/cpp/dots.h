@@ -82,6 +82,11 @@ TARGET inline void prepare(PackedLinear &job) {
     if (job.rounded) return job.bits == 4 ? prepare_bits<Bytes, 4>(job) : prepare_bits<Bytes, 8>(job);
     job.bits == 4 ? prepare_bits<Pairs, 4>(job) : prepare_bits<Pairs, 8>(job);
 }
+TARGET inline void order(const PackedLinear &job, int64_t first, int64_t last) {
+    if (job.rounded)
+        return job.bits == 4 ? order_strips<Bytes, 4>(job, first, last) : order_strips<Bytes, 8>(job, first, last);
+    job.bits == 4 ? order_strips<Pairs, 4>(job, first, last) : order_strips<Pairs, 8>(job, first, last);
+}
 TARGET inline void multiply(const PackedLinear &job, int64_t begin, int64_t end) {
     if (job.rounded)
         return job.bits == 4 ? multiply_bits<Bytes, 4>(job, begin, end) : multiply_bits<Bytes, 8>(job, begin, end);

@@ -123,6 +123,7 @@ struct PackedLinear {
     // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
     // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
     int64_t block = 12;  // a multiple of the blocks of linear.h
+    int64_t parts = 0;  // of the conversion of x, left to `order_linear`
     bool tiled = false;
     const void *operand = nullptr;
     const float *sums = nullptr, *x_scales = nullptr;
@@ -140,6 +141,7 @@ struct Variant {
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // reads every byte once; nbytes is a multiple of 1024
     void (*prepare_linear)(PackedLinear &);
+    void (*order_linear)(const PackedLinear &, int64_t first, int64_t last);  // parts, if `prepare_linear` left some
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);

@@ -229,5 +229,14 @@ TARGET void prepare_any(PackedLinear &job) {
     job.operand = wide;
 }
 
+// Do parts of the conversion that `prepare_any` left.
+void order_any(const PackedLinear &job, int64_t first, int64_t last) {
+#ifdef FLEXGEN_DOT_BF16
+    dots::order(job, first, last);
+#else
+    (void)job, (void)first, (void)last;
+#endif
+}
+
 }  // namespace linear
 }  // namespace VARIANT

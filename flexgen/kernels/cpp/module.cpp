@@ -220,6 +220,11 @@ void multiply_at_once(PackedLinear &job, int threads) {
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
+    std::atomic<int64_t> ordered{0};
+    const auto order = [&, now] {
+        for (int64_t part; (part = ordered.fetch_add(1)) < job.parts;) now->order_linear(job, part, part + 1);
+    };
+    if (job.parts) run_on_threads(job.parts > 1 ? threads : 1, order);
     // A piece is a whole number of blocks, with at least four pieces for each thread. With tiles, the sums must stay in
     // the cache, so a piece is limited by its rows of W, not by its bytes.
     const int64_t most = std::min(job.tiled ? 4 * job.block : PIECE_BYTES / row_bytes, job.out / (4 * threads));

@@ -27,27 +27,34 @@ inline int64_t block_begin(const PackedLinear &job, int64_t block, int64_t block
 
 // x: for each chunk and block, the steps (steps, rows of the block). `sums` and `x_scales`: (chunks, rows).
 template <class Kind, int BITS>
-TARGET void prepare_strips(PackedLinear &job) {
+void prepare_strips(PackedLinear &job) {
+    const int64_t count = job.rows * chunks_of(job), values = count * chunk_steps<Kind>;
+    float *room = aligned(job.wide, values + 2 * count);
+    job.operand = room;
+    job.sums = room + values;
+    job.x_scales = room + values + count;
+    job.parts = blocks_of(job);
+}
+
+// Fill the layout of `prepare_strips` for some blocks.
+template <class Kind, int BITS>
+TARGET void order_strips(const PackedLinear &job, int64_t first, int64_t last) {
     const int64_t chunks = chunks_of(job), blocks = blocks_of(job), each = chunk_steps<Kind>;
-    float *room = aligned(job.wide, job.rows * chunks * (each + 2));
-    uint32_t *operand = (uint32_t *)room;
-    float *sums = room + job.rows * chunks * each, *scales = sums + job.rows * chunks;
+    uint32_t *operand = (uint32_t *)job.operand;
+    float *sums = (float *)job.sums, *scales = (float *)job.x_scales;
     Ordered chunk;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = block_begin(job, block, blocks), end = block_begin(job, block + 1, blocks);
-        for (int64_t m = begin; m < end; ++m) {
-            for (int64_t c = 0; c < chunks; ++c) {
-                order_chunk<BITS>(job, m, c, chunk, Kind());
-                uint32_t *to = operand + (c * job.rows + begin) * each + m - begin;
-                for (int64_t step = 0; step < each; ++step) to[step * (end - begin)] = chunk.steps[step];
-                sums[c * job.rows + m] = chunk.sum;
-                scales[c * job.rows + m] = chunk.scale;
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block_begin(job, block, blocks), rows = block_begin(job, block + 1, blocks) - begin;
+        for (int64_t c = 0; c < chunks; ++c) {
+            for (int64_t m = 0; m < rows; ++m) {
+                order_chunk<BITS>(job, begin + m, c, chunk, Kind());
+                uint32_t *to = operand + (c * job.rows + begin) * each + m;
+                for (int64_t step = 0; step < each; ++step) to[step * rows] = chunk.steps[step];
+                sums[c * job.rows + begin + m] = chunk.sum;
+                scales[c * job.rows + begin + m] = chunk.scale;
             }
         }
     }
-    job.operand = operand;
-    job.sums = sums;
-    job.x_scales = scales;
 }
 
 // The distance of rows in a buffer: an odd number of lines, so that rows do not share the sets of a cache.
