@@ -229,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=count,
         default=4,
         metavar="BLOCKS",
-        help="number of blocks that are sorted by length and saved together",
+        help="save answers after this number of blocks; the prompts of a save are sorted by length",
     )
     add(
         "--file-mode",

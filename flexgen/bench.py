@@ -189,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompt-len",
         type=count,
         metavar="N",
-        help="tokens of each prompt, as random ids (default: 512; demo: its records)",
+        help="tokens of each prompt, as random ids (default: 512; the demo model gets records of its tasks)",
     )
     add("--gen-len", type=count, metavar="N", help="new tokens of each prompt (default: 32; demo: 24)")
     add("--num-prompts", type=count, metavar="N", help="number of prompts (default: one block; demo: 1024)")
@@ -206,9 +206,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--no-warm-up",
         dest="warm_up",
         action="store_false",
-        help="do not first run two tokens of each block shape; times then include compilation and loading",
+        help="skip the warm-up (two tokens of each block shape); the times then include compilation and loading",
     )
-    add("--no-bound", dest="bound", action="store_false", help="do not time each lane alone")
+    add(
+        "--no-bound",
+        dest="bound",
+        action="store_false",
+        help="skip the bound, which times each lane alone",
+    )
     add("--predict", action="store_true", help="also predict the run; measures the machine if necessary")
     add_policy_flags(parser)
     return parser

@@ -16,10 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flexgen.cli.flags import OutputFile, run
+from flexgen.cli.flags import DEVICES, OutputFile, run
 from flexgen.cli.help import HelpFormatter
 from flexgen.predict.hardware import Hardware
-from flexgen.probe.measured import cache_folder, measured, remembered
+from flexgen.probe.measured import KIND, measured, remembered
+from flexgen.user_cache import cache_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def measure(args: argparse.Namespace) -> Hardware:
     if not args.quiet:
         where = [f"written to {args.output}"] if args.output else []
         if remembered(args.device, args.offload_dir):
-            where.append(f"cached in {cache_folder()}")
+            where.append(f"cached in {cache_folder(KIND)}")
         if where:
             print(", ".join(where), file=sys.stderr)
     return hardware
@@ -58,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure this machine: memory, links, disk, arithmetic and fixed costs.",
     )
     add: Any = parser.add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--device", default="auto", help=DEVICES)
     add(
         "--offload-dir",
         metavar="DIR",

@@ -292,7 +292,7 @@ class Policy:
     def from_percent(
         cls, w_gpu: float, w_cpu: float, c_gpu: float, c_cpu: float, a_gpu: float, a_cpu: float, **fields: Any
     ) -> Policy:
-        """A policy from FlexGen's six percentages of weights, cache and activations; the rest of each is on disk."""
+        """A policy from the GPU and CPU percentages of weights, cache and activations; the rest is on disk."""
         given = {"weights": (w_gpu, w_cpu), "cache": (c_gpu, c_cpu), "activations": (a_gpu, a_cpu)}
         return cls.from_dict(fields | {name: _rest_on_disk(name, *pair) for name, pair in given.items()})
 
@@ -342,9 +342,9 @@ class Auto:
 
     fixed: fields that the search must not change, by name, in any form that `Policy` accepts.
     lossy: allow codecs, which round weights and cache.
-    once: use the policy that was found when the model was opened for all calls, even if a call is different.
-    worth: without `once`, a different call is searched for if it is predicted to take more than `worth` times as long
-    as the first search took.
+    once: use the policy of the first search for all calls, even if a call differs from the workload.
+    worth: without `once`, a call that differs from the workload gets its own search if its predicted time is more
+    than `worth` times that of the first search.
 
     Raises PolicyError for invalid fields.
     """

@@ -15,7 +15,7 @@ OWN_COMMANDS = set(COMMANDS) - {"flex_opt"}
 # a sibling on its own layer.
 LAYERS = [
     {"errors"},
-    {"units"},
+    {"units", "user_cache"},
     {"policy", "workload", "schedule", "demo"},
     {"results"},
     {"kernels"},
@@ -30,7 +30,7 @@ LAYERS = [
     OWN_COMMANDS,
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = {"errors", "units", "policy", "workload", "schedule", "demo", "results"}
+WITHOUT_TORCH = {"errors", "units", "user_cache", "policy", "workload", "schedule", "demo", "results"}
 FLAGS = {
     Path("cli", name)
     for name in ("flags.py", "answers.py", "help.py", "interrupts.py", "job_file.py", "prompts.py")
@@ -190,7 +190,7 @@ def test_the_documentation_shows_the_layers():
 
 def test_the_root_has_only_commands_and_modules_without_torch():
     others = {path.stem for path in PACKAGE.glob("*.py")} - set(COMMANDS) - {"__init__", "__main__"}
-    assert others == {"errors", "policy", "units", "workload"}, (
+    assert others == {"errors", "policy", "units", "user_cache", "workload"}, (
         "add a command to COMMANDS in flexgen/__main__.py; put any other module into a folder"
     )
 

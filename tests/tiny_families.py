@@ -185,6 +185,14 @@ TINY |= {
         | dict(n_routed_experts=7, attention_bias=True, n_shared_experts=2, first_k_dense_replace=2)
         | dict(norm_topk_prob=False),
     ],
+    "gpt_oss": [
+        _LOCAL
+        | dict(head_dim=12, sliding_window=5, layer_types=_KINDS, swiglu_limit=0.4)
+        | dict(rope_parameters=_YARN | dict(truncate=False)),
+        _LOCAL
+        | dict(head_dim=8, layer_types=["full_attention"] * 3, attention_bias=False)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    ],
     "granitemoe": [_LOCAL | _GRANITE, _LOCAL | dict(attention_bias=True)],
     "granitemoeshared": [_LOCAL | _GRANITE | dict(shared_intermediate_size=24), _LOCAL],
     "hy_v3": [
@@ -219,6 +227,9 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
             parameter.normal_(std=0.15)
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router
+                buffer.normal_(std=0.15)
     model.tie_weights()
     model.generation_config.eos_token_id = None  # a row stops where a test says so
     model.config.dtype = dtype

@@ -109,6 +109,13 @@ def _freed_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+DEVICES = (
+    "auto, cpu, cuda, cuda:1, or emulated:memory=1GiB,link=8GiB,disk=2GiB (a simulated GPU: bytes of memory, bytes/s "
+    "of link and disk)"
+)
+"""The help text of `--device`."""
+
+
 def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> None:
     """Add the flags that choose the model and the device. dummy: also offer random weights."""
     add = parser.add_argument
@@ -117,7 +124,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
         add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random weights")
     else:
         add("--model", default="demo", help="`demo`, a directory or a hub id")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, emulated:memory=1GiB,link=8GiB,disk=2GiB")
+    add("--device", default="auto", help=DEVICES)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")
 
@@ -142,7 +149,7 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         "--order",
         choices=sorted(ORDERS),
         metavar="ORDER",
-        help=f"{orders} (default: chosen by the policy)",
+        help=f"order of the steps of a block: {orders} (default: chosen by the policy)",
     )
     flexgen = parser.add_argument_group("flags of FlexGen's benchmark; they override the policy")
     add = flexgen.add_argument

@@ -131,7 +131,10 @@ class Conversation(Conveniences):
                 self._plans.remember(buffers, plan)
                 cached = 0
             if cached and buffers.block is not None:
-                buffers.block.cache.cut(length, cached)
+                if buffers.block.cache.can_cut(length, cached):
+                    buffers.block.cache.cut(length, cached)
+                else:  # layers with a window have overwritten tokens that are needed again
+                    cached = 0
             prompts = call.prepare([prompt[cached:]], cached)
             output = NewTokens(prompts, tokens, choice, [0], listeners)
             call.run(prompts, tokens, output)

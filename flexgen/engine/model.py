@@ -64,9 +64,9 @@ class OptLM(Conveniences):
     policy: a `Policy`, the path of its TOML file, "auto", or `Auto(...)` with some fields given. "auto" measures the
         machine once and searches for the fastest policy. A call of another workload may get another policy, with the
         weights in the same places.
-    workload: the workload of that search; None is `engine.auto.USUAL`.
+    workload: the workload of that search. None: 256 prompts of 512 tokens, with 32 new tokens each.
     device: "auto", "cpu", "cuda", "cuda:0", "emulated" or "emulated:memory=1GiB,link=8GiB,disk=2GiB".
-    dtype: of arithmetic, weights and cache: "auto" (the checkpoint's dtype), "float32", "bfloat16" or "float16".
+    dtype: the dtype of arithmetic, weights and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
     offload_dir: the directory for cache and hidden states on disk, and for converted weights, which are reused if
         they are already in it. None makes a temporary directory.
     weights: "checkpoint" loads the model's weights; a `Path` loads them from that directory instead. "dummy" makes
@@ -74,7 +74,7 @@ class OptLM(Conveniences):
     progress: whether to show progress bars for loading and generation; None shows them on a terminal only.
     order: the name of an order that replaces the policy's own.
     num_layers: the number of layers to open, from the first; for trials only, because the output is meaningless.
-    max_memory: by tier, the maximum bytes that the model and its calls may use. Other tiers are not limited.
+    max_memory: for each tier, the maximum bytes that the model and its calls may use. Default: all free memory.
     hub: the options for downloading a model: revision, token, cache, local files only.
 
     `OptLM` loads all weights. It is a context manager: its exit frees files, threads and pinned memory.
@@ -340,7 +340,7 @@ class OptLM(Conveniences):
     def conversation(self, room: int = 256) -> Conversation:
         """Return a text whose KV cache is kept between calls, so that a call computes only the new tokens.
 
-        room: the minimum number of tokens in the cache. The first call allocates it, and it grows with the text.
+        room: the minimum size of the cache in tokens. The first call allocates it; a longer text gets a larger one.
         """
         self._opened()
         return Conversation(self, self._opened, self._plans, self._meter, room)
@@ -366,7 +366,7 @@ class OptLM(Conveniences):
 
         inputs, max_new_tokens: as in `generate`; rows do not stop early.
 
-        The longest lane of the prefill plus the longest lane of the decode (`report.bound_seconds`) is a lower bound
+        The slowest lane of the prefill plus the slowest lane of the decode (`report.bound_seconds`) is a lower bound
         of the run's time, because a block's decode starts after its prefill. Each lane runs its steps of each block,
         for some tokens, while the others are idle. Blocks of equal lengths are timed once. Raises as `generate` does.
         """

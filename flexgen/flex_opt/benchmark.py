@@ -179,7 +179,12 @@ def add_parser_arguments(parser: argparse.ArgumentParser) -> None:
         help="append the figures to FILE (default: a name made from the flags)",
     )
     add("--no-log", action="store_true", help="write no log")
-    add("--verbose", type=int, default=2, help="0: print no log; 1: print the log; 2: also some of the text")
+    add(
+        "--verbose",
+        type=int,
+        default=2,
+        help="0: print no log; 1: print the log; 2: also some generated text",
+    )
 
 
 def run_flexgen(args: argparse.Namespace) -> None:

@@ -105,6 +105,20 @@ def packed_linears(
     """`packed_linear` for several matrices of one shape. `shape`: out, in, group. Each product: rows of x, x, y,
     values, scales, minimums."""
 
+def rms_norm(
+    type: int,
+    round_first: bool,
+    shape: tuple[int, int],
+    x: int,
+    weight: int,
+    y: int,
+    eps: float,
+    plus: float,
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows, size. `weight`: 0 for none."""
+
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
 

@@ -1,14 +1,16 @@
-"""Products in bfloat16 and float16 on a CPU that has no instructions for them.
+"""Products in bfloat16 and float16 on a CPU.
 
-On such a CPU, these types only save storage and bandwidth. Libraries multiply them at a fraction of the rate of
-float32. So this module widens them to float32: few rows with the compiled kernel, which keeps widened values in
-registers and caches, and many rows in pieces for a library's float32 product (benchmarks/host_linear.py). Sums are in
-float32 and rounded once.
+For few rows, the compiled kernel is the fastest (benchmarks/host_linear.py). It reads the matrix where it is stored,
+so a tied head and streamed weights are as fast as others. With instructions for products of bfloat16, it uses them,
+and a library multiplies many rows. Without instructions for a type, the type only saves storage and bandwidth: the
+kernel widens values to float32 in registers and caches, and for many rows a library's float32 product takes widened
+pieces.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,45 +18,70 @@ from torch import Tensor
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 from flexgen.units import MIB, align
 
-_NATIVE_ROWS = 256
-"""The maximum rows of x for which the compiled kernel is at least as fast as the library."""
+_HALVES = (torch.bfloat16, torch.float16)
+_PAIRED_ROWS = 128
+"""The maximum rows of x for which the compiled kernel is at least as fast as the library, if it has instructions for
+products of bfloat16."""
+_WIDENED_ROWS = 256
+"""The same if it widens."""
+_ROWS_BESIDE_AMX = 8
+"""The same if the CPU has instructions for tiles of the type (AMX). It is not measured: reading the matrix limits so
+few rows."""
 ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
-_TILE_ROWS, _TILE_DEPTH, _TILE_GAPS = 4, 1024, 16
-"""The same as in cpp/tiles.h: x is stored in whole tiles of rows, with `_TILE_GAPS` floats after each
-`_TILE_DEPTH`."""
+_TILE_ROWS, _LINE = 4, 64
+"""The same as in cpp/tiles.h: x is copied in whole tiles of rows and whole cache lines, with a line between rows."""
+
+
+@functools.cache
+def _has_tiles(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for tiles of this type."""
+    if dtype is torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported()
+    return dtype is torch.float16 and torch.cpu._is_amx_fp16_supported()
 
 
 @functools.cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products in this type."""
     if dtype is torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype is torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    return True
+        return torch.cpu._is_avx512_bf16_supported() or _has_tiles(dtype)
+    return dtype is not torch.float16 or _has_tiles(dtype)
 
 
 def native_rows(dtype: torch.dtype) -> int:
     """The maximum rows of x for which the compiled kernel multiplies a half type fastest; 0 without the kernel."""
-    return 0 if has_products(dtype) or not native_available() else _NATIVE_ROWS
+    return _rows(dtype) if dtype in _HALVES and native_available() else 0
 
 
-def widens(x: Tensor, weight: Tensor) -> bool:
-    """Whether `multiply` is the faster product of x and a plain matrix."""
-    return x.device.type == "cpu" and weight.dtype is x.dtype and not has_products(x.dtype)
+def _rows(dtype: torch.dtype) -> int:
+    if _has_tiles(dtype):
+        return _ROWS_BESIDE_AMX
+    if dtype is torch.bfloat16 and native.variant() == "avx512_bf16":
+        return _PAIRED_ROWS
+    return 0 if has_products(dtype) else _WIDENED_ROWS
+
+
+def fastest(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The function for the fastest product of x and a plain matrix, or None if it is the library's own product."""
+    dtype = x.dtype
+    if dtype not in _HALVES or weight.dtype is not dtype or x.device.type != "cpu":
+        return None
+    few = announce() and 0 < x.numel() <= _rows(dtype) * x.shape[-1]
+    if few and weight.is_contiguous():
+        return multiply_natively
+    return None if has_products(dtype) else multiply_in_pieces
 
 
 def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
-    """The maximum bytes that `multiply` allocates in addition to its result; 0 if `multiply` is not needed."""
-    if has_products(dtype):
-        return 0
-    if rows <= _NATIVE_ROWS and native_available():
-        width = in_size + _TILE_GAPS * (in_size // _TILE_DEPTH + 2)
-        return torch.float32.itemsize * align(rows, _TILE_ROWS) * width
-    return pieces_bytes(rows, out_size, in_size)
+    """The maximum bytes that a product allocates in addition to its result; 0 if it is the library's."""
+    if rows <= native_rows(dtype):
+        paired = dtype is torch.bfloat16 and has_products(dtype)
+        item = dtype.itemsize if paired else torch.float32.itemsize
+        return align(rows, _TILE_ROWS) * (align(in_size * item, _LINE) + _LINE)
+    return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 
 def pieces_bytes(
@@ -70,18 +97,13 @@ def _at_once(out_size: int, in_size: int, piece_bytes: int) -> int:
     return min(max(piece_bytes // (torch.float32.itemsize * in_size), 1), out_size)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in) transposed + bias (out), all in the same half type on the CPU."""
-    few = x.numel() <= _NATIVE_ROWS * x.shape[-1]
-    if few and x.numel() and weight.is_contiguous() and announce():
-        return multiply_natively(x, weight, bias)
-    return multiply_in_pieces(x, weight, bias)
-
-
 def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`multiply` with the compiled kernel. It reads each weight once for several rows of x and does not write it."""
-    x = x.contiguous()
+    """x (..., in) @ weight (out, in) transposed + bias (out), all in the same half type, with the compiled kernel.
+
+    It reads each weight once for several rows of x and does not write it.
+    """
     out_size, in_size = weight.shape
+    x = x.contiguous()
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
     native.packed_linear(
         NUMBERS[x.dtype],
@@ -107,7 +129,7 @@ def multiply_in_pieces(
     rows_at_once: int = ROWS,
     piece_bytes: int = PIECE_BYTES,
 ) -> Tensor:
-    """Products in float32 of `rows_at_once` rows of x with `piece_bytes` of the widened matrix at a time."""
+    """The same in torch: float32 products of `rows_at_once` rows of x and `piece_bytes` of the widened matrix."""
     out_size, in_size = weight.shape
     flat = x.reshape(-1, in_size)
     y = torch.empty(len(flat), out_size, dtype=x.dtype)

@@ -1,8 +1,8 @@
 """`linear` and `embedding` with plain, oneDNN-prepacked or quantised weights.
 
-Half types without CPU instructions for products are widened (`half_linear`). With such instructions, oneDNN converts
-a weight to its own layout in every product, unless `prelayout` has converted it once. That makes bfloat16 products of
-few rows 1.3 to 2 times faster (benchmarks/host_linear.py), and those of many rows slightly faster.
+`half_linear` multiplies half types on the CPU if that is faster. For other products of bfloat16, oneDNN converts a
+weight to its own layout in every product, unless `prelayout` has converted it once. That makes products of few rows
+1.3 to 2 times faster (benchmarks/host_linear.py), and those of many rows slightly faster.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 from flexgen.kernels import half_linear
 from flexgen.kernels.quantized import QuantizedMatrix
 
-_ROWS = 32
+_LAYOUT_ROWS = 32
 """The rows of x for which oneDNN chooses the layout. The result is correct for any number of rows, and the speed
 depends little on it."""
 
 
 def has_prelayout(dtype: torch.dtype) -> bool:
-    """Whether `prelayout` helps matrices of this dtype: bfloat16, if the CPU and oneDNN can multiply it."""
+    """Whether `prelayout` helps matrices of this dtype: bfloat16, if oneDNN multiplies few rows of it fastest."""
     return (
         dtype is torch.bfloat16
         and half_linear.has_products(dtype)
+        and half_linear.native_rows(dtype) < _LAYOUT_ROWS
         and torch.backends.mkldnn.is_available()
         and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -31,7 +32,7 @@ def has_prelayout(dtype: torch.dtype) -> bool:
 
 def prelayout(weight: Tensor) -> Tensor:
     """A copy of the weight (out, in) in oneDNN's own layout, which only `linear` can use."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
@@ -46,8 +47,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
         weight = weight.decoded()
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if half_linear.widens(x, weight):
-        return half_linear.multiply(x, weight, bias)
+    if product := half_linear.fastest(x, weight):
+        return product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

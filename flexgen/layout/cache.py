@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -27,8 +27,9 @@ class CacheSegment:
     `on_device`: whether the compute device computes attention over it; otherwise the host does. `resident`: whether
     it is stored where attention reads it, so that it never moves. `dtype` is that of the computation, and `codec`
     names the format of the heads.
-    `attn_sparsity`: the share of the cached values that a decode step uses, chosen in blocks of `choice_tokens`. On
-    disk, these are whole disk blocks.
+    `sparsity`: the rule that chooses the cached tokens of a decode step. On disk, it chooses whole disk blocks.
+    `window`: the number of tokens that attention reads, if the pages are a ring. Page n of a ring is stored in the
+    place n % pages, over a page that no later token reads. None: the pages hold all tokens.
     """
 
     tier: Tier
@@ -41,8 +42,8 @@ class CacheSegment:
     head_dim: int
     dtype: torch.dtype
     codec: str = "none"
-    attn_sparsity: float = 1.0
-    choice_tokens: int = 1
+    sparsity: Sparsity = Sparsity(1.0)
+    window: int | None = None
 
     @cached_property
     def heads(self) -> HeadFormat:
@@ -51,12 +52,7 @@ class CacheSegment:
 
     @property
     def sparse(self) -> bool:
-        return self.attn_sparsity < 1
-
-    @property
-    def sparsity(self) -> Sparsity:
-        """The rule that chooses the cached tokens of a decode step."""
-        return Sparsity(self.attn_sparsity, self.choice_tokens)
+        return self.sparsity.share < 1
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:
@@ -77,21 +73,51 @@ class CacheSegment:
         """The number of tokens of a row for which it has room."""
         return self.pages * self.page_tokens
 
+    def full_pages(self, length: int) -> range:
+        """The numbers of the full pages that are kept of `length` tokens."""
+        whole = length // self.page_tokens
+        # One place of a ring belongs to the page that is being filled.
+        return range(0 if self.window is None else max(whole - self.pages + 1, 0), whole)
+
+    def place(self, page: int) -> int:
+        """The offset of page number `page`, in bytes."""
+        return page % self.pages * self.page_bytes
+
+    def runs(self, pages: range) -> list[slice]:
+        """The bytes of the pages with these numbers, at most `self.pages` of them, in one or two runs."""
+        if not pages:
+            return []
+        first = pages.start % self.pages
+        cut = min(len(pages), self.pages - first)
+        parts = [(first, first + cut), (0, len(pages) - cut)]
+        return [slice(a * self.page_bytes, b * self.page_bytes) for a, b in parts if a < b]
+
+    def stored(self, new: int) -> int:
+        """The number of the last of `new` tokens that are stored."""
+        return new if self.window is None else min(new, self.capacity)
+
+    def read(self, length: int) -> int:
+        """The number of tokens that attention reads if `length` exist."""
+        return length if self.window is None else min(length, self.window)
+
     def token_bytes(self, tokens: int) -> int:
         """Stored bytes of the keys and values of `tokens` tokens of all rows, without padding."""
         return 2 * len(self.rows) * self.kv_heads * tokens * self.heads.nbytes
 
     def filled(self, length: int) -> tuple[int, int]:
-        """Bytes of the full pages of `length` tokens, and of the page that is being filled."""
-        whole, rest = divmod(length, self.page_tokens)
-        return whole * self.page_bytes, bool(rest) * self.page_bytes
+        """Bytes of the full pages that are kept of `length` tokens, and of the page that is being filled."""
+        return len(self.full_pages(length)) * self.page_bytes, bool(
+            length % self.page_tokens
+        ) * self.page_bytes
 
     def flushed(self, span: Span) -> int:
         """Bytes of the pages on disk that a step completes."""
-        if self.tier is not Tier.DISK:
-            return 0
+        return len(self.flushed_pages(span)) * self.page_bytes if self.tier is Tier.DISK else 0
+
+    def flushed_pages(self, span: Span) -> range:
+        """The numbers of the pages that a step completes and that later tokens read."""
         before, after = span.pages(self.page_tokens)
-        return (after - before) * self.page_bytes
+        return range(max(before, self.full_pages(span.length + span.new).start), after)
 
     def loads_only_keys(self, topology: Topology) -> bool:
         """Whether a decode step loads the keys in advance, and the chosen values while it computes attention."""
@@ -102,8 +128,12 @@ class CacheSegment:
         heads = len(self.rows) * self.kv_heads
         return self.heads.workspace_bytes(heads, max(new, self.page_tokens))
 
-    def extending_bytes(self) -> int:
-        """Temporary bytes of attention of several tokens after cached ones, for one row: joined and decoded pages."""
+    def extending_bytes(self, new: int) -> int:
+        """Temporary bytes of attention of `new` tokens after cached ones: joined and decoded pages of one row. For a
+        ring, which the new tokens overwrite, the tokens of all rows are joined before."""
+        if self.window is not None:
+            tokens = self.window - 1 + new
+            return self.token_bytes(tokens) + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)
         tokens = self.pages * self.page_tokens
         joined = 2 * self.kv_heads * tokens * self.heads.nbytes if self.pages > 1 else 0
         return joined + self.heads.decode_bytes(self.kv_heads, tokens, self.dtype)
@@ -205,7 +235,7 @@ class CacheLayout:
         """The route of new keys and values, and of `flushed` bytes of completed pages."""
         moves: tuple[Move, ...] = ()
         if leaves_device(segment, span, self.topology):
-            fresh = segment.token_bytes(span.new)
+            fresh = segment.token_bytes(segment.stored(span.new))
             moves += tuple(Move(lane, fresh) for lane in self.topology.from_device)
             moves += (Move(LaneName.HOST, fresh, Kind.PUT),)
         if flushed:
@@ -245,8 +275,6 @@ def cache_layout(
     topology: Topology,
 ) -> CacheLayout:
     """The layout of a batch of `rows` prompts of at most `capacity` tokens each, in a layer with this attention."""
-    if attention.window is not None:
-        policy = replace(policy, attn_sparsity=1.0)  # the window is already a small part of the tokens
     segments = cache_segments(attention.cache, policy, rows, capacity, dtype, topology)
     return CacheLayout(segments, attention.q_size * dtype.itemsize, topology)
 
@@ -256,8 +284,10 @@ def cache_segments(
 ) -> tuple[CacheSegment, ...]:
     """The segments that store `capacity` tokens of each of a batch's `rows` prompts, one for each tier with rows.
 
-    The rows of a tier depend only on the policy, so they are the same for every layer.
+    The rows of a tier depend only on the policy, so they are the same for every layer. With a window, a segment has
+    the pages of a ring if they are fewer. Attention with a window is never sparse: it reads few tokens anyway.
     """
+    share = policy.attn_sparsity if shape.window is None else 1.0
     segments = []
     for tier, part in policy.cache.rows(rows).items():
         if not part:
@@ -267,19 +297,22 @@ def cache_segments(
         codec = policy.cache[tier].codec
         form = head_format(codec, shape.head_dim, dtype)
         page_tokens = topology.pieces.memory_page_tokens
-        if tier is Tier.GPU and not topology.shares_host_memory:
-            page_tokens = capacity  # it never moves, and a GPU processes all of it at once
         if tier is Tier.DISK:
             page_tokens = topology.pieces.tokens_on_disk(2 * len(part) * shape.kv_heads, form.nbytes)
-        pages = -(-capacity // page_tokens)
-        page_tokens = -(-capacity // pages)  # equal pages: no page is mostly empty
+        # Wherever a window begins in a page, its tokens are in that many pages.
+        ring = -(-(shape.window.size - 1) // page_tokens) + 1 if shape.window else 0
+        window = shape.window.size if shape.window and ring * page_tokens < capacity else None
+        if window is None and tier is Tier.GPU and not topology.shares_host_memory:
+            page_tokens = capacity  # it never moves, and a GPU processes all of it at once
+        pages = ring if window else -(-capacity // page_tokens)
+        if window is None:
+            page_tokens = -(-capacity // pages)  # equal pages: no page is mostly empty
         choice = 1
-        if tier is Tier.DISK and policy.attn_sparsity < 1:
+        if tier is Tier.DISK and share < 1:
             choice = topology.pieces.chosen_together(shape.head_dim * dtype.itemsize)
             page_tokens = align(page_tokens, choice)
             pages = -(-capacity // page_tokens)
-        sizes = pages, page_tokens, *shape
-        segments.append(
-            CacheSegment(tier, part, on_device, resident, *sizes, dtype, codec, policy.attn_sparsity, choice)
-        )
+        sizes = pages, page_tokens, shape.kv_heads, shape.head_dim
+        sparsity = Sparsity(share, choice)
+        segments.append(CacheSegment(tier, part, on_device, resident, *sizes, dtype, codec, sparsity, window))
     return tuple(segments)

@@ -70,7 +70,7 @@ class BatchCache:
         """Temporary bytes to encode, join and decode keys and values on the device, one tier after another."""
         segments = [segment for segments in self._by_tier for segment in segments]
         there = [s.device_bytes() for s in segments if s.on_device and self._linked]
-        there += [s.extending_bytes() for s in segments if passes.extends]
+        there += [s.extending_bytes(passes.new) for s in segments if passes.extends]
         return max(max(s.workspace_bytes(passes.new) for s in segments), *there, 0)
 
     def _of_tier(self, segments: tuple[CacheSegment, ...], passes: Passes, slots: int) -> Iterator[Need]:
@@ -81,11 +81,13 @@ class BatchCache:
         # Parts of prompts are computed on the device for the host's rows too.
         if (on_device or passes.extends) and self._linked and not self.topology.in_place(tier):
             yield Need(Tier.GPU, "cache", "slots", slots * largest)
-        if segments[0].sparse:
-            choices = (_choice_bytes(s, own.heads) for s, own in zip(segments, self.kinds, strict=True))
+        choices = [
+            _choice_bytes(s, own.heads) for s, own in zip(segments, self.kinds, strict=True) if s.sparse
+        ]
+        if choices:
             yield Need(Tier.GPU if on_device else Tier.CPU, "cache", "workspace", max(choices))
         if tier is not Tier.GPU and self._linked:
-            fresh = max(segment.token_bytes(passes.new) for segment in segments)
+            fresh = max(segment.token_bytes(segment.stored(passes.new)) for segment in segments)
             yield Need(Tier.CPU, "cache", "staging", slots * align(fresh, BLOCK))
             yield Need(Tier.GPU, "cache", "workspace", slots * fresh)
 
@@ -97,7 +99,7 @@ class BatchCache:
         taken = {Tier.GPU: 0, Tier.CPU: 0}
         for segments in self._by_tier:
             on = Tier.CPU if self._linked and segments[0].tier is not Tier.GPU else Tier.GPU
-            taken[on] += max(segment.token_bytes(capacity) for segment in segments)
+            taken[on] += max(segment.token_bytes(segment.stored(capacity)) for segment in segments)
         page = 2 * max(segment.page_bytes for segments in self._by_tier for segment in segments)
         return {tier: nbytes and nbytes + page for tier, nbytes in taken.items()}
 

@@ -46,13 +46,14 @@ class Placement:
 
 
 def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> Placement:
-    """Assign whole tensors to tiers, so that the model's percentages are as close to `split` as tensors allow.
+    """Assign whole units to tiers, so that the model's percentages are as close to `split` as units allow.
 
-    Each tensor goes to the tier that is furthest below its share of all bytes placed so far. The rounding error of
-    one layer is thus carried to the next, every layer moves about the same bytes, and each tier ends within one
-    tensor of its share. A tied head is the embedding's tensor, which counts once.
+    A unit is a tensor, or all tensors of an expert. Each unit goes to the tier that is furthest below its share of
+    all bytes placed so far. The rounding error of one layer is thus carried to the next, every layer moves about the
+    same bytes, and each tier ends within one unit of its share. A tied head is the embedding's tensor, which counts
+    once.
     A vocabulary that is larger than any layer would determine the size of its slot. So it goes to the fastest tier
-    whose share has room for it, and the other tensors compensate for that.
+    whose share has room for it, and the other units compensate for that.
     A tier's codec is used for the tensors that it fits: all matrices except the table of positions.
     """
     placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
@@ -61,11 +62,10 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
     total = 0
     for layer in layers:
-        # Large tensors first: the small ones then compensate for the remaining differences.
-        for weight in sorted(layer.weights, key=lambda w: -w.numel):
-            if weight.key in placement.tiers:
+        for unit in layer.units:
+            if unit[0].key in placement.tiers:
                 continue
-            nbytes = weight.nbytes(dtype)
+            nbytes = sum(weight.nbytes(dtype) for weight in unit)
             total += nbytes
             behind = {tier: total * percent / 100 - placed[tier] for tier, percent in percents.items()}
             tier = max(behind, key=behind.__getitem__)
@@ -73,10 +73,11 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
                 whole = sum({w.key: w.nbytes(dtype) for each in layers for w in each.weights}.values())
                 shares = {t: whole * percent / 100 for t, percent in percents.items()}
                 tier = next((t for t in shares if shares[t] - placed[t] >= nbytes), tier)
-            placement.tiers[weight.key] = tier
-            codec = codec_for(split[tier].codec, weight.shape)
-            if codec and weight.encodable:
-                placement.codecs[weight.key] = codec
             placed[tier] += nbytes
-            placement.nbytes[tier] += placement.stored_bytes(weight)
+            for weight in unit:
+                placement.tiers[weight.key] = tier
+                codec = codec_for(split[tier].codec, weight.shape)
+                if codec and weight.encodable:
+                    placement.codecs[weight.key] = codec
+                placement.nbytes[tier] += placement.stored_bytes(weight)
     return placement

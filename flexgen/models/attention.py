@@ -19,6 +19,7 @@ from flexgen.models.ops import (
     scored_bytes,
 )
 from flexgen.models.qkv import head_norm_weights, normalised_heads, split_qkv
+from flexgen.models.sources import Source
 from flexgen.models.spec import ModelSpec, WeightSpec
 from flexgen.units import align
 
@@ -40,7 +41,8 @@ class Attention(AttentionLayer):
             weights += linear_weights(spec, module, size, hidden, own.qkv_bias, index)
         weights += head_norm_weights(spec, index)
         if own.scores.sinks:
-            weights += (WeightSpec("sinks", (own.heads,), spec.sources("sinks", index)),)
+            sources = tuple(map(Source, spec.module_names("sinks", index)))
+            weights += (WeightSpec("sinks", (own.heads,), sources),)
         weights += linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index)
         weights += norm_weights(spec, layer.norms.attention_out, "attention_out", index, "out_norm")
         super().__init__(spec, f"layers.{index}.attention", weights, index)

@@ -50,10 +50,8 @@ class BinCheckpoint(TensorFiles):
         self.dtype_of(weight)
         source, stored = self._find(weight)
         tensor, dtype = self._load(stored.path)[source.name], weight.dtype_in(dtype)
-        if weight.transposed:
-            tensor = tensor.T
-        else:
-            tensor = tensor.flatten()[source.skipped :][: weight.numel].view(weight.shape)
+        part = tensor.flatten()[source.skipped :][: weight.numel]
+        tensor = part.view(weight.shape[::-1]).T if weight.transposed else part.view(weight.shape)
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]
         made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -17,9 +17,10 @@ from torch import Tensor
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
 from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.cached_specs import read_spec
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
-from flexgen.models.families import config_from_dict, spec_from_config
+from flexgen.models.families import spec_from_config
 from flexgen.models.fields import token_ids
 from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
@@ -169,10 +170,10 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
     check_folder(directory, _CONFIG)
     known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX))
     if known is not None and (directory / NumpyCheckpoint.MARK).exists():
-        config: PreTrainedConfig = config_of(known)
+        config = config_of(known)
+        spec, has_dtype = spec_from_config(config, name), config.dtype is not None
     else:
-        config = config_from_dict(_read_json(directory / _CONFIG), name)
-    spec = spec_from_config(config, name)
+        spec, has_dtype = read_spec(_read_json(directory / _CONFIG), name)
     if (directory / _GENERATION).exists():
         generation = _read_json(directory / _GENERATION)
         ids = generation.get("eos_token_id")
@@ -182,7 +183,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
     if dummy:
         return spec, DummyCheckpoint(directory)
     files = _open_files(directory)
-    return _as_stored(spec, files, config.dtype is None), files
+    return _as_stored(spec, files, not has_dtype), files
 
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:

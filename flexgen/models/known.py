@@ -25,6 +25,10 @@ _QWEN3 = dict(
 )  # fmt: skip
 
 _OTHERS = {
+    "gpt-oss-20b": Known(
+        "openai/gpt-oss-20b", dict(model_type="gpt_oss", num_hidden_layers=24, num_local_experts=32)
+    ),
+    "gpt-oss-120b": Known("openai/gpt-oss-120b", dict(model_type="gpt_oss")),
     "mixtral-8x7b": Known("mistralai/Mixtral-8x7B-v0.1", dict(model_type="mixtral")),
     "mixtral-8x22b": Known(
         "mistralai/Mixtral-8x22B-v0.1",

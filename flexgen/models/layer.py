@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -105,6 +105,14 @@ class Layer(ABC):
         `forward` also accepts a table with some of the rows, and x as indices into them.
         """
         return None
+
+    @cached_property
+    def units(self) -> Sequence[Sequence[WeightSpec]]:
+        """The weights by `WeightSpec.unit`, the largest unit first."""
+        units: dict[str, list[WeightSpec]] = {}
+        for weight in self.weights:
+            units.setdefault(weight.unit or weight.name, []).append(weight)
+        return sorted(units.values(), key=lambda unit: -sum(weight.numel for weight in unit))
 
     @property
     def reads_back(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,13 +19,17 @@ from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.sources import OneRow, Source
 from flexgen.models.spec import ModelSpec, WeightSpec
 
+_Product = Callable[[Tensor, Sequence[str]], list[Tensor]]
+"""The products of rows with the matrices of their experts, for each of some modules ("gate", "up")."""
+
 _EXPERT = re.compile(r"experts\.\d+\.")
 
 
 class Mixture(FeedForward):
     """x + the sum of the chosen experts' outputs with their factors + shared(x).
 
-    The weights of expert 3 are "experts.3.gate.weight", "experts.3.up.weight" and "experts.3.down.weight". An expert
+    The weights of expert 3 are "experts.3.gate.weight", "experts.3.up.weight" and "experts.3.down.weight", or with
+    both first matrices interleaved "experts.3.gate_up.weight". An expert
     that no token chooses is not computed.
     """
 
@@ -77,44 +82,64 @@ class Mixture(FeedForward):
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for number, (begin, end) in _spans(ends).items():
                 rows = tokens[begin:end]
-                outputs = compute_mlp(self._expert, x[rows], weights, f"experts.{number}.")
+                outputs = self._outputs(x[rows], self._each({number: (0, len(rows))}, weights))
                 out.index_add_(0, rows, outputs * factors[begin:end])
             return out
+        product = self._grouped(x, ends, weights) or self._each(_spans(ends), weights)
         # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
         by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-        by_token[order] = self._outputs(x[tokens], ends, weights) * factors
+        by_token[order] = self._outputs(x[tokens], product) * factors
         return by_token.view(*chosen.shape, -1).sum(dim=1)
 
-    def _outputs(self, x: Tensor, ends: Tensor, weights: Weights) -> Tensor:
-        """The output of each row's expert for x (choices, hidden), in few launches."""
-        activation = ACTIVATIONS[self._mixture.activation]
-        if (stacks := self._stacks(x, weights)) is not None:
-            gate, up, down = stacks
-            inner = activation(grouped.grouped_linear(x, gate, ends))
-            inner.mul_(grouped.grouped_linear(x, up, ends))
-            return grouped.grouped_linear(inner, down, ends)
-        spans = _spans(ends)
-        gates, ups, downs = (
-            [weights[f"experts.{number}.{module}.weight"] for number in spans]
-            for module in ("gate", "up", "down")
-        )
-        bounds = list(spans.values())
-        gate, up = grouped.each_linear(x, bounds, (gates, ups), self._mixture.size)
-        inner = activation(gate).mul_(up)
-        del gate, up
-        return grouped.each_linear(inner, bounds, (downs,), x.shape[1])[0]
+    def _outputs(self, x: Tensor, product: _Product) -> Tensor:
+        """The output of each row's expert for x (choices, hidden)."""
+        if self._mixture.interleaved:
+            (both,) = product(x, ("gate_up",))
+            inner = self._inner(both[:, 0::2], both[:, 1::2])
+            del both
+        else:
+            inner = self._inner(*product(x, ("gate", "up")))
+        return product(inner, ("down",))[0]
 
-    def _stacks(self, x: Tensor, weights: Weights) -> list[Tensor] | None:
-        """The matrices of all experts as three tensors, if a grouped product can multiply them."""
-        if not grouped.available(x.device, x.dtype):
+    def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
+        form = self._mixture.clamped
+        if form is None:
+            return ACTIVATIONS[self._mixture.activation](gate).mul_(up)
+        gate = gate.clamp(max=form.limit)
+        gate.mul_((gate * form.alpha).sigmoid_())
+        return up.clamp(-form.limit, form.limit).add_(1).mul_(gate)
+
+    def _each(self, spans: Mapping[int, tuple[int, int]], weights: Weights) -> _Product:
+        """Products of the rows `spans[number]` with expert `number`."""
+
+        def product(x: Tensor, modules: Sequence[str]) -> list[Tensor]:
+            columns = [[weights[f"experts.{n}.{module}.weight"] for n in spans] for module in modules]
+            size = self._matrices[modules[0]][0]
+            made = grouped.each_linear(x, list(spans.values()), columns, size)
+            if self._mixture.bias:
+                for module, y in zip(modules, made, strict=True):
+                    for number, (begin, end) in spans.items():
+                        y[begin:end] += weights[f"experts.{number}.{module}.bias"]
+            return made
+
+        return product
+
+    def _grouped(self, x: Tensor, ends: Tensor, weights: Weights) -> _Product | None:
+        """Products of all experts at once, if torch's grouped product can multiply them."""
+        if self._mixture.bias or not grouped.available(x.device, x.dtype):
             return None
         experts = range(self._mixture.router.experts)
-        stacks = [
-            grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
-            for module in ("gate", "up", "down")
-        ]
-        found = [stack for stack in stacks if stack is not None]
-        return found if len(found) == len(stacks) else None
+        stacks: dict[str, Tensor] = {}
+        for module in self._matrices:
+            stack = grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
+            if stack is None:
+                return None
+            stacks[module] = stack
+        return lambda y, modules: [grouped.grouped_linear(y, stacks[module], ends) for module in modules]
+
+    @property
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        return _matrices(self.spec, self._mixture)
 
     def network_flops(self, tokens: int) -> int:
         mixture, hidden = self._mixture, self.spec.hidden_size
@@ -143,6 +168,8 @@ class Mixture(FeedForward):
         rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
         expert = rows * hidden * (dtype.itemsize + 2 * float32)
         expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
+        # The product with one matrix before it is copied, and the temporaries of a clamped product.
+        expert += rows * max(hidden, (5 if mixture.clamped else 1) * mixture.size) * dtype.itemsize
         shared = 0
         if mixture.shared is not None:
             shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
@@ -156,35 +183,51 @@ def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
 
 
 def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[WeightSpec, ...]:
-    """The weights "router.weight" (experts, hidden) and "router.bias" (experts), the correction."""
+    """The weights "router.weight" (experts, hidden), "router.bias" (experts) and "correction" (experts)."""
     dtype = torch.float32 if router.wide else None
-    (weight,) = linear_weights(spec, "router", router.experts, spec.hidden_size, bias=False, index=index)
-    weights: tuple[WeightSpec, ...] = (replace(weight, dtype=dtype, encodable=False),)
+    parts = linear_weights(spec, "router", router.experts, spec.hidden_size, router.bias, index)
+    weights = tuple(replace(weight, dtype=dtype, encodable=False) for weight in parts)
     if router.correction:
         sources = tuple(
             replace(name, name=name.name.format(i=index)).source(router.experts)
             if isinstance(name, OneRow)
             else Source(str(name).format(i=index))
-            for name in spec.names["router_bias"]
+            for name in spec.names["correction"]
         )
-        weights += (WeightSpec("router.bias", (router.experts,), sources, dtype=torch.float32),)
+        weights += (WeightSpec("correction", (router.experts,), sources, dtype=torch.float32),)
     return weights
+
+
+def _matrices(spec: ModelSpec, mixture: MixtureSpec) -> dict[str, tuple[int, int]]:
+    """The shapes of an expert's matrices."""
+    into, out = (mixture.size, spec.hidden_size), (spec.hidden_size, mixture.size)
+    if mixture.interleaved:
+        return {"gate_up": (2 * mixture.size, spec.hidden_size), "down": out}
+    return {"gate": into, "up": into, "down": out}
 
 
 def _expert_weights(spec: ModelSpec, mixture: MixtureSpec, index: int) -> tuple[WeightSpec, ...]:
     """The weights of all experts, one expert after another."""
-    experts = range(mixture.router.experts)
-    into, out = (mixture.size, spec.hidden_size), (spec.hidden_size, mixture.size)
-    matrices = {"gate": into, "up": into, "down": out}
-    sources = {
-        module: spec.expert_sources(f"experts.{module}", index, len(experts), matrix)
-        for module, matrix in matrices.items()
-    }
-    return tuple(
-        WeightSpec(f"experts.{number}.{module}.weight", matrix, sources[module][number])
-        for number in experts
-        for module, matrix in matrices.items()
-    )
+    count = mixture.router.experts
+    by_module: list[Sequence[WeightSpec]] = []
+    for module, matrix in _matrices(spec, mixture).items():
+        name, transposed = f"experts.{module}", f"experts.{module}" in spec.transposed
+        stored = matrix[::-1] if transposed else matrix
+        by_module.append(
+            [
+                WeightSpec(f"experts.{n}.{module}.weight", matrix, sources, transposed, unit=f"experts.{n}")
+                for n, sources in enumerate(spec.expert_sources(name, index, count, stored))
+            ]
+        )
+        if mixture.bias:
+            size = matrix[:1]
+            by_module.append(
+                [
+                    WeightSpec(f"experts.{n}.{module}.bias", size, sources, unit=f"experts.{n}")
+                    for n, sources in enumerate(spec.expert_sources(f"{name}_bias", index, count, size))
+                ]
+            )
+    return tuple(weight for expert in zip(*by_module, strict=True) for weight in expert)
 
 
 def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
@@ -199,9 +242,10 @@ def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
 
 def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """The experts that each token of x (tokens, hidden) chooses and their float32 factors, both (tokens, top_k)."""
-    logits = linear(x.float() if router.wide else x, weights["router.weight"]).float()
+    given = x.float() if router.wide else x
+    logits = linear(given, weights["router.weight"], weights.get("router.bias")).float()
     scores = _scores(router, logits) if router.scored == "all" else logits
-    offered = scores + weights["router.bias"] if router.correction else scores
+    offered = scores + weights["correction"] if router.correction else scores
     if router.groups > 1:
         offered = _best_groups(router, offered)
     chosen = offered.topk(router.top_k, dim=-1).indices

@@ -31,6 +31,8 @@ class RouterSpec:
     experts: int
     top_k: int
 
+    bias: bool = False
+    """Whether the logits have a bias."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     scored: Literal["all", "chosen"] = "all"
     """"all": the scores of all logits, of which the largest are chosen. "chosen": the largest logits are chosen, and
@@ -53,6 +55,15 @@ class RouterSpec:
 
 
 @dataclass(frozen=True)
+class ClampedGLU:
+    """The product (up + 1) * gate * sigmoid(alpha * gate), with `gate` limited to at most `limit` and `up` to
+    -limit..limit."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class MixtureSpec:
     """A mixture of experts: gated MLPs of inner width `size`, of which a router chooses some for each token.
 
@@ -63,6 +74,11 @@ class MixtureSpec:
     router: RouterSpec
     size: int
     activation: str
+    clamped: ClampedGLU | None = None
+    """The product that replaces activation(gate) * up."""
+    interleaved: bool = False
+    """Whether one matrix of each expert has the rows of both projections alternately, the gate first."""
+    bias: bool = False
 
     shared: MLPSpec | None = None
     shared_gate: bool = False

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.norms import rms_norm
 from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
@@ -19,23 +20,10 @@ def normalise(norm: NormSpec | None, x: Tensor, weights: Mapping[str, Any], name
         return x
     weight = weights[f"{name}.weight"] if norm.weight else None
     if norm.kind == "rms":
-        return _rms_norm(norm, x, weight)
+        return rms_norm(x, weight, norm.eps, norm.plus, norm.cast == "before")
     if weight is not None and norm.plus:
         weight = weight + norm.plus
     return F.layer_norm(x, x.shape[-1:], weight, weights[f"{name}.bias"] if norm.bias else None, norm.eps)
-
-
-def _rms_norm(norm: NormSpec, x: Tensor, weight: Tensor | None) -> Tensor:
-    """RMS norm in float32. `norm.cast` says whether the product with the weight is too; on a GPU it always is."""
-    if x.is_cuda and (weight is None or not norm.plus):  # one launch
-        return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    if weight is None:
-        return normed.to(x.dtype)
-    if norm.cast == "after":
-        return normed.mul_(weight.float() + norm.plus).to(x.dtype)
-    return normed.to(x.dtype).mul_(weight + norm.plus if norm.plus else weight)
 
 
 def norm_weights(

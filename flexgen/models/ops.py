@@ -77,10 +77,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
     """
     width = 2 * cos.shape[-1]
-    first, second = _pairs(x[..., :width], interleaved)
+    partial = width < x.shape[-1]
+    first, second = _pairs(x[..., :width] if partial else x, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
     rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+    return torch.cat((rotated, x[..., width:]), dim=-1) if partial else rotated
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -101,17 +102,22 @@ def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = Fals
     in five if only a part of each head is rotated."""
     batch, heads, _, head_dim = q.shape
     half = factors.shape[-1]
-    (q1, q2), (k1, k2) = (_pairs(x[..., : 2 * half], interleaved) for x in (q, k))
+    partial = 2 * half < head_dim
+    (q1, q2), (k1, k2) = (_pairs(x[..., : 2 * half] if partial else x, interleaved) for x in (q, k))
     parts = torch.cat((q1, k1, q2, k2, q2, k2, q1, k1), dim=1).view(batch, 4, -1, half)
     parts.mul_(factors)
-    shape = (half, 2) if interleaved else (2, half)
-    out = parts.new_empty(batch, parts.shape[2], *shape)
-    torch.add(parts[:, :2], parts[:, 2:], out=out.movedim(3 if interleaved else 2, 1))
+    products, others = parts.chunk(2, dim=1)
+    if interleaved:
+        out = parts.new_empty(batch, parts.shape[2], half, 2)
+        torch.add(products, others, out=out.permute(0, 3, 1, 2))
+    else:
+        out = parts.new_empty(batch, parts.shape[2], 2, half)
+        torch.add(products, others, out=out.transpose(1, 2))
     rotated = out.view(batch, -1, 1, 2 * half)
-    if 2 * half < head_dim:
+    if partial:
         rest = torch.cat((q[..., 2 * half :], k[..., 2 * half :]), dim=1)
         rotated = torch.cat((rotated, rest), dim=-1)
-    return rotated[:, :heads], rotated[:, heads:]
+    return rotated.narrow(1, 0, heads), rotated.narrow(1, heads, rotated.shape[1] - heads)
 
 
 def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:

@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Stacked:
-    """The name of a tensor with the matrices of all experts: (experts, parts * rows, columns).
+    """The name of a tensor with the matrices of all experts, (experts, parts * rows, columns), or with their biases.
 
     part: which of the `parts` of each expert's rows are those of the matrix.
     """
@@ -40,10 +40,10 @@ class Stacked:
     part: int = 0
     parts: int = 1
 
-    def source(self, expert: int, experts: int, matrix: tuple[int, int]) -> Source:
-        """The source of an expert's matrix of the shape `matrix`."""
-        rows, columns = matrix
-        shape = experts, self.parts * rows, columns
+    def source(self, expert: int, experts: int, stored: tuple[int, ...]) -> Source:
+        """The source of an expert's matrix or bias, which has the shape `stored` in the tensor."""
+        rows, *columns = stored
+        shape = experts, self.parts * rows, *columns
         return Source(self.name, (expert, self.part * rows) if self.part else (expert,), shape)
 
 

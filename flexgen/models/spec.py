@@ -103,10 +103,14 @@ class ScoreSpec:
 
 
 class CacheShape(NamedTuple):
-    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads."""
+    """The cache of a layer for one token: a key and a value of `head_dim` values for each of `kv_heads` heads.
+
+    window: the tokens that a query attends to. None: all tokens up to itself.
+    """
 
     kv_heads: int
     head_dim: int
+    window: Window | None = None
 
 
 QKVForm = Literal["separate", "rows", "heads", "groups", "mp4"]
@@ -155,7 +159,7 @@ class AttentionSpec:
 
     @property
     def cache(self) -> CacheShape:
-        return CacheShape(self.kv_heads, self.head_dim)
+        return CacheShape(self.kv_heads, self.head_dim, self.window)
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,8 @@ class WeightSpec:
     """The dtype in which it is stored and used, if it is not the model's."""
     encodable: bool = True
     """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
+    unit: str = ""
+    """Weights of a layer with the same unit go to the same tier: the matrices of an expert. Empty: it is alone."""
 
     @property
     def looked_up(self) -> bool:
@@ -302,14 +308,17 @@ class ModelSpec:
         return any(isinstance(name, str) and "{h}" in name for name in self.names[module])
 
     def expert_sources(
-        self, module: str, index: int, experts: int, matrix: tuple[int, int]
+        self, module: str, index: int, experts: int, stored: tuple[int, ...]
     ) -> list[tuple[Source, ...]]:
-        """The places of a matrix of each of the `experts` of layer `index`: tensors of its own, or parts of one."""
+        """The places of a weight of each of the `experts` of layer `index`: tensors of its own, or parts of one.
+
+        stored: the shape of the weight in files.
+        """
         by_name = []
         for name in self.names[module]:
             if isinstance(name, Stacked):
                 stacked = replace(name, name=name.name.format(i=index))
-                by_name.append([stacked.source(number, experts, matrix) for number in range(experts)])
+                by_name.append([stacked.source(number, experts, stored) for number in range(experts)])
             else:
                 own = str(name).format(i=index, e="{e}") + ".weight"
                 by_name.append([Source(own.replace("{e}", str(number))) for number in range(experts)])

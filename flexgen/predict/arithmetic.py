@@ -126,7 +126,7 @@ class Arithmetic:
         """
         took = {True: 0.0, False: 0.0}
         for segment in segments:
-            seconds = segment.token_bytes(context) / attention_rate(
+            seconds = segment.token_bytes(segment.read(context)) / attention_rate(
                 self._hardware, self._dtype, segment.codec, segment.heads, segment.on_device
             )
             if segment.loads_only_keys(self._hardware.topology):

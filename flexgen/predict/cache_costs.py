@@ -67,7 +67,7 @@ class CacheCosts:
 
     def _pages(self, segment: CacheSegment, token: int, cached: int) -> tuple[int, int]:
         """The bytes of the whole pages of `cached` tokens, and of the page that is being filled."""
-        if self._every_token or segment.tier is not Tier.DISK or token <= 0:
+        if self._every_token or segment.tier is not Tier.DISK or segment.window is not None or token <= 0:
             return segment.filled(cached)
         # A line with the mean of the steps and nearly the same slope.
         later = range(self._prompt, self._capacity - 1)

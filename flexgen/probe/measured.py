@@ -25,11 +25,15 @@ from flexgen.policy import Tier
 from flexgen.predict.hardware import Hardware
 from flexgen.probe import measure
 from flexgen.probe.machine import Progress, capacities, description, processor
+from flexgen.user_cache import cache_folder, keep
 
 logger = logging.getLogger(__name__)
 
 THIS = ("measured", "this")
 """Names for this machine."""
+
+KIND = "hardware"
+"""The folder of measurements in the user's cache."""
 
 _FORM = 6
 """Increase it when a figure is added or changes its meaning, so that older measurements are repeated."""
@@ -96,14 +100,6 @@ def find_hardware(
     return measured(device, offload_dir, progress=progress) if name in THIS else Hardware.find(name)
 
 
-def cache_folder() -> Path:
-    """The folder of cached measurements."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    # The XDG standard says that a relative path must be ignored.
-    base = Path(given) if given and os.path.isabs(given) else Path.home() / ".cache"
-    return base / "flexgen" / "hardware"
-
-
 def cache_file(
     machine: Machine, device: str | torch.device | ComputeDevice, offload_dir: str | Path | None
 ) -> Path:
@@ -119,7 +115,7 @@ def cache_file(
     )  # fmt: skip
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
     readable = re.sub(r"[^a-z0-9]+", "-", spec).strip("-")[:40]
-    return cache_folder() / f"{readable}-{digest}.toml"
+    return cache_folder(KIND) / f"{readable}-{digest}.toml"
 
 
 def _own_version() -> str:
@@ -140,16 +136,7 @@ def _load_saved(path: Path) -> Hardware | None:
 
 
 def _keep(hardware: Hardware, path: Path) -> None:
-    """Write the file atomically."""
-    partial: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(prefix="part-", dir=path.parent)
-        os.close(fd)
-        hardware.save(partial)
-        os.replace(partial, path)
+        keep(path, hardware.to_toml().encode("utf-8"))
     except OSError as error:
         logger.warning("cannot cache the measurement in %s: %s", path.parent, error.strerror or error)
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)

@@ -85,18 +85,22 @@ class Report:
 
     @property
     def total_s(self) -> float:
+        """The time of prefill and decode in seconds."""
         return self.prefill_s + self.decode_s
 
     @property
     def prefill_tokens_s(self) -> float:
+        """Prompt tokens per second of the prefill."""
         return _rate(self.prompt_tokens, self.prefill_s)
 
     @property
     def decode_tokens_s(self) -> float:
+        """New tokens per second of the decode, without the first token of each row."""
         return _rate(self._made - self.num_prompts, self.decode_s)
 
     @property
     def throughput_tokens_s(self) -> float:
+        """New tokens per second of the total time."""
         return _rate(self._made, self.total_s)
 
     @property
@@ -268,14 +272,16 @@ class Report:
         ordered = sorted(self.phases[phase].items(), key=lambda pair: -pair[1])
         took = self.prefill_s if phase is Phase.PREFILL else self.decode_s
         shares = ((lane, alone, f" ({alone / took:.0%})" if took else "") for lane, alone in ordered)
-        return "alone " + ", ".join(f"{lane} {format_seconds(alone)}{share}" for lane, alone, share in shares)
+        return "timed alone: " + ", ".join(
+            f"{lane} {format_seconds(alone)}{share}" for lane, alone, share in shares
+        )
 
     def _bound(self) -> str:
         assert self.bound_share is not None
         (first, lane), *others = self.waits_for.items()
         waits = f"{first} waits for {lane}" + "".join(f", {phase} for {other}" for phase, other in others)
         if others and {lane} == {other for _, other in others}:
-            waits = f"it waits for {lane}"
+            waits = f"the run waits for {lane}"
         return f"{self.bound_share:.0%} of the best that the hardware allows: {waits}"
 
     def _roofline(self) -> str:

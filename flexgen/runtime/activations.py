@@ -120,7 +120,7 @@ class Activations:
     def keep(self, cell: BoundCell, hidden: Tensor) -> None:
         """Accept a layer's result. The chains of `store` move the rows that must leave."""
         resident = self._layouts[cell.batch].resident
-        if resident == len(hidden):
+        if resident == hidden.shape[0]:
             self._resident[cell.batch] = hidden
             return
         # The slot keeps the result until its rows have left. The next user of the slot waits for that.

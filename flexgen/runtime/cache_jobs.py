@@ -29,26 +29,33 @@ class CacheJobs:
     def load(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
         """The job of a move of the cached tokens to the memory in which attention reads them."""
         segment = part.segment
-        whole, tail = segment.filled(span.length)
+        full, length = segment.full_pages(span.length), span.length
         if move.kind is Kind.READ:
             assert part.file is not None and buffers.host is not None
             if segment.loads_only_keys(self._topology) and span.decodes:
-                pages = whole // segment.page_bytes
-                return ReadJob(self._io, key_reads(segment, *part.file, buffers.host, pages))
-            return ReadJob(self._io, [Read(*part.file, buffers.host[:whole])])
+                return ReadJob(self._io, key_reads(segment, *part.file, buffers.host, len(full)))
+            return ReadJob(self._io, self.reads(part, buffers.host, length))
         assert buffers.device is not None
         if part.home is not None:
-            sources = [part.home[: whole + tail]]
+            pages = range(full.start, -(-length // segment.page_tokens))
+            sources = [(run.start, part.home[run]) for run in segment.runs(pages)]
         else:
             assert part.tail is not None and buffers.host is not None
-            sources = [source for source in (buffers.host[:whole], part.tail[:tail]) if len(source)]
+            sources = [(run.start, buffers.host[run]) for run in segment.runs(full)]
+            if length % segment.page_tokens:
+                sources.append((segment.place(full.stop), part.tail[: segment.page_bytes]))
         return partial(self._copy_in, buffers.device, sources)
 
-    def _copy_in(self, target: Tensor, sources: Sequence[Tensor]) -> None:
-        begin = 0
-        for source in sources:
+    def reads(self, part: Part, buffer: Tensor, length: int) -> list[Read]:
+        """Reads of the full pages that a part on disk has of `length` tokens."""
+        assert part.file is not None
+        (path, start), segment = part.file, part.segment
+        runs = segment.runs(segment.full_pages(length))
+        return [Read(path, start + run.start, buffer[run]) for run in runs]
+
+    def _copy_in(self, target: Tensor, sources: Sequence[tuple[int, Tensor]]) -> None:
+        for begin, source in sources:
             self._device.to_device(target[begin : begin + source.nbytes], source)
-            begin += source.nbytes
 
     def store(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
         """The job of a move of the new keys and values to their home."""
@@ -63,7 +70,8 @@ class CacheJobs:
     def _fresh(self, part: Part, buffers: Slot, span: Span) -> tuple[Tensor, Tensor]:
         assert buffers.fresh is not None
         segment = part.segment
-        shape = (2, len(segment.rows), segment.kv_heads, span.new, segment.heads.width)
+        tokens = segment.stored(span.new)
+        shape = (2, len(segment.rows), segment.kv_heads, tokens, segment.heads.width)
         both = tensor_at(buffers.fresh, 0, shape, segment.heads.dtype)
         return both[0], both[1]
 
@@ -76,7 +84,7 @@ class CacheJobs:
         self.put(part, buffers, span, *self._fresh(part, buffers, span))
 
     def put(self, part: Part, buffers: Slot, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
-        """Write new keys and values, in their stored form, to the working pages, and return these.
+        """Write the last new keys and values, in their stored form, to the working pages, and return these.
 
         Call it once per step: a tail that the step fills moves to the slot, which has the other full pages, and later
         tokens begin a new tail.
@@ -84,10 +92,10 @@ class CacheJobs:
         first, last = span.pages(part.segment.page_tokens)
         if buffers.host is not None and last > first and span.length % part.segment.page_tokens:
             assert part.tail is not None
-            begin = first * part.segment.page_bytes
+            begin = part.segment.place(first)
             buffers.host[begin : begin + part.tail.nbytes].copy_(part.tail)
         pages = self.working_pages(part, buffers, span)
-        put(pages, span.length, k, v)
+        put(pages, span.length + span.new - k.shape[2], k, v)
         return pages
 
     def working_pages(self, part: Part, buffers: Slot, span: Span) -> Sequence[Page]:
@@ -95,11 +103,17 @@ class CacheJobs:
         if buffers.host is None:
             return part.pages
         _, last = span.pages(part.segment.page_tokens)
-        return [*buffers.pages(buffers.host, part.segment)[:last], *part.tail_page]
+        pages = buffers.pages(buffers.host, part.segment)
+        if part.segment.window is None:
+            return [*pages[:last], *part.tail_page]
+        if not (span.length + span.new) % part.segment.page_tokens:
+            return pages  # the tail is empty, and the oldest page may still be read
+        here = last % len(pages)
+        return [*pages[:here], *part.tail_page, *pages[here + 1 :]]
 
     def flush(self, part: Part, buffers: Slot, span: Span) -> list[Write]:
         """The writes of completed pages to their file."""
         assert part.file is not None and buffers.host is not None
         (path, start), segment = part.file, part.segment
-        first, last = (page * segment.page_bytes for page in span.pages(segment.page_tokens))
-        return [Write(path, start + first, buffers.host[first:last])]
+        runs = segment.runs(segment.flushed_pages(span))
+        return [Write(path, start + run.start, buffers.host[run]) for run in runs]

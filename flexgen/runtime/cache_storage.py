@@ -112,7 +112,7 @@ class CacheStorage:
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         topology = self._machine.device.topology
         in_device = on_device and not topology.in_place(tier) and not topology.shares_host_memory
-        fresh = max(segment.token_bytes(new) for segment in segments)
+        fresh = max(segment.token_bytes(segment.stored(new)) for segment in segments)
         return Slot(
             device=self._take(self._machine.device.memory, largest, "slots of the KV cache")
             if in_device
@@ -162,7 +162,7 @@ class CacheStorage:
                 segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in places]
                 held = gather(moved, segments, self._histories(j, moved), self._machine.device)
                 parts[j, k] = [
-                    self._refill(part, segment, *both)
+                    self._refill(part, segment, moved.length, *both)
                     for part, segment, both in zip(places, segments, held, strict=True)
                 ]
         self._continue_with(parts)
@@ -192,7 +192,7 @@ class CacheStorage:
                 continue
             if page < length // part.segment.page_tokens:
                 path, start = part.file
-                self._machine.io.read([Read(path, start + page * part.segment.page_bytes, part.tail)])
+                self._machine.io.read([Read(path, start + part.segment.place(page), part.tail)])
 
     def _histories(self, layer: int, moved: Moved) -> Iterator[tuple[int, CacheSegment, Sequence[Page]]]:
         """The parts from which rows move, with their pages in memory."""
@@ -201,14 +201,13 @@ class CacheStorage:
                 if moved.of(batch, part.segment.rows):
                     span = Span(moved.lengths[batch], 0)
                     buffers = self._slots[part.segment.tier][0]
-                    whole, _ = part.segment.filled(span.length)
-                    if part.file is not None and buffers.host is not None and whole:
-                        self._machine.io.read([Read(*part.file, buffers.host[:whole])])
+                    if part.file is not None and buffers.host is not None:
+                        self._machine.io.read(self._jobs.reads(part, buffers.host, span.length))
                     yield batch, part.segment, self._jobs.working_pages(part, buffers, span)
 
-    def _refill(self, part: Part, segment: CacheSegment, k: Tensor, v: Tensor) -> Part:
-        """The part, filled with the keys and values of the rows of `segment`."""
-        span, buffers = Span(0, k.shape[2]), self._slots[segment.tier][0]
+    def _refill(self, part: Part, segment: CacheSegment, length: int, k: Tensor, v: Tensor) -> Part:
+        """The part, filled with the keys and values of the rows of `segment`, the last of `length` tokens."""
+        span, buffers = Span(0, length), self._slots[segment.tier][0]
         if part.home is not None:
             home = part.home[: segment.nbytes].zero_()
             part = replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))

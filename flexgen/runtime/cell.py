@@ -36,29 +36,34 @@ class Padding:
         return starts - base if base else starts
 
     def first_visible(self, rows: range, window: Window | None, position: int) -> int:
-        """The first position that a query at `position` of some row attends to; 0 without a window."""
+        """The first position that a query at `position` of some row attends to, at most `position`; 0 without a
+        window."""
         if window is None:
             return 0
         starts = self.starts[rows.start : rows.stop]
         if window.chunked:  # the chunks of each row begin at its first token
             return min(window.first(position - start) + start for start in set(starts))
-        return max(min(starts), position - window.size + 1)
+        return min(max(min(starts), position - window.size + 1), position)
 
-    def hidden(
-        self, rows: range, tokens: int, dtype: torch.dtype, window: Window | None, length: int
-    ) -> Tensor | None:
-        """The mask of `attend_fused` for attention on the device over the first `tokens` positions, for the query at
-        position length - 1. None if it attends to the same positions in all rows. Made once, except for chunks."""
-        starts = self.starts[rows.start : rows.stop]
-        if window is not None and window.chunked and len(set(starts)) > 1:
-            visible = window.starts(self.on_device[rows.start : rows.stop], length)
-            return hidden_positions(visible, tokens, dtype)
-        if max(starts) <= self.first_visible(rows, window, length - 1):
+    def hidden(self, rows: range, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask of `attend_fused` for attention on the device, or None without padding. Made once."""
+        if not self.any:
             return None
         key = rows, tokens, dtype
         if key not in self._hidden:
             self._hidden[key] = hidden_positions(self.on_device[rows.start : rows.stop], tokens, dtype)
         return self._hidden[key]
+
+    def hidden_in(self, window: Window, rows: range, positions: range, dtype: torch.dtype) -> Tensor | None:
+        """`hidden` for the query at the last of `positions`, which include all that it attends to. None if it attends
+        to the same positions in all rows."""
+        starts, length = self.starts[rows.start : rows.stop], positions.stop
+        if not window.chunked and max(starts) <= self.first_visible(rows, window, length - 1):
+            return None
+        if len(set(starts)) == 1:
+            return None
+        visible = window.starts(self.on_device[rows.start : rows.stop], length)
+        return hidden_positions(visible - positions.start, len(positions), dtype)
 
     def before(self, length: int) -> Padding:
         """The padding for attention over more than `length` positions.

@@ -68,16 +68,18 @@ def gather(
     sources: Iterable[tuple[int, CacheSegment, Sequence[Page]]],
     device: ComputeDevice,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Stored keys and values (rows, kv_heads, length, width) for each of the new batch's `segments`.
+    """Stored keys and values (rows, kv_heads, tokens, width) for each of the new batch's `segments`: the last tokens
+    of the batch that the segment stores.
 
     They are in the memory of the segment's tier; for the disk tier, in host memory. sources: the parts of the
     previous batches, with their pages in memory. A part may become invalid when the next one is requested. Columns
     that a row does not have are zero.
     """
-    held = [_zeros(segment, moved.length, device) for segment in segments]
+    held = [_zeros(segment, segment.stored(moved.length), device) for segment in segments]
     for batch, old, pages in sources:
         shift = moved.length - moved.lengths[batch]
-        first = max(-shift, 0)  # the columns before it were padding for rows that have left
+        # The columns before these were padding for rows that have left, or are no longer in a ring.
+        first = max(-shift, old.full_pages(moved.lengths[batch]).start * old.page_tokens)
         for segment, both in zip(segments, held, strict=True):
             here = [moved.rows[n] for n in segment.rows]
             places = [n for n, (source, row) in enumerate(here) if source == batch and row in old.rows]
@@ -85,9 +87,11 @@ def gather(
                 continue
             rows = [here[n][1] - old.rows.start for n in places]
             carry = _carrier(old, segment, device)
-            for column, *parts in pick(pages, rows, first, moved.lengths[batch]):
+            origin = moved.length - both[0].shape[2]
+            begin = max(first, origin - shift)
+            for column, *parts in pick(pages, rows, begin, moved.lengths[batch]):
                 for target, part in zip(both, parts, strict=True):
-                    begin = column + shift
+                    begin = column + shift - origin
                     stored = _recoded(part, old, segment)
                     carry(target[places[0] : places[-1] + 1, :, begin : begin + stored.shape[2]], stored)
     return held

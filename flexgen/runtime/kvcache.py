@@ -10,6 +10,7 @@ With sparse attention, only the keys of a part on disk are prefetched. The cell 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,13 +26,25 @@ from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
 from flexgen.models import Chunk
 from flexgen.models.ops import causal_attention
-from flexgen.policy import Split
+from flexgen.policy import Split, Tier
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.host_attention import HostAttention
-from flexgen.runtime.pages import Bring, Fixed, Page, attend, attend_fixed, attend_several, put, put_at
+from flexgen.runtime.pages import (
+    Bring,
+    Fixed,
+    Page,
+    Stretch,
+    attend,
+    attend_fixed,
+    attend_several,
+    joined,
+    put,
+    put_at,
+    stretch,
+)
 from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import ValueReader
 
@@ -59,6 +72,7 @@ class KVCache:
         self._taken = Taken()
         self._values = ValueReader(machine.io)
         self._taken.also(self._values.close)
+        self._joined: dict[Tier, Stretch] = {}  # tokens of rings, while a cell of several tokens is computed
         self._storage = CacheStorage(layers, heads, new, machine, slots, extends)
         self._taken.also(self._storage.close)
         self.host = HostAttention(layers, heads, machine, slots)
@@ -100,6 +114,12 @@ class KVCache:
     def cut(self, length: int, shorter: int) -> None:
         """Keep the first `shorter` of the `length` cached tokens. No transfer may be in flight."""
         self._storage.cut(length, shorter)
+
+    def can_cut(self, length: int, shorter: int) -> bool:
+        """Whether the cache still has the tokens that follow-up tokens of the first `shorter` of `length` attend to.
+        A ring may have overwritten some."""
+        every = (segment for segments in self._storage.segments().values() for segment in segments)
+        return all(s.full_pages(shorter).start >= s.full_pages(length).start for s in every)
 
     # Attention
 
@@ -146,11 +166,17 @@ class KVCache:
             own = part.segment.rows
             shared = slice(max(rows.start, own.start), min(rows.stop, own.stop))
             if shared.start < shared.stop:
+                first = padding.first_visible(own, scoring.window, cell.span.length + chunk.tokens.start)
+                whole = self._joined.get(part.segment.tier)
+                if whole is None:
+                    whole = stretch(self._pages(part, cell), part.segment.page_tokens, first, length)
                 within = slice(shared.start - own.start, shared.stop - own.start)
-                pages = [(keys[within], values[within]) for keys, values in self._pages(part, cell)]
+                cached = Stretch([(k[within], v[within]) for k, v in whole.pages], whole.base)
                 queries = q[shared.start - rows.start : shared.stop - rows.start]
                 starts = padding.starts[shared]
-                outs.append(attend_several(pages, part.segment, queries, starts, length, scoring))
+                outs.append(attend_several(cached, part.segment.heads, queries, starts, length, scoring))
+        if rows.stop == len(k) and chunk.tokens.stop == cell.span.new:
+            self._joined.clear()
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _pages(self, part: Part, cell: BoundCell) -> Sequence[Page]:
@@ -173,9 +199,8 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """The minimum number of tokens of a row for which the cache has room."""
-        segment = next(segment for segments in self._storage.segments().values() for segment in segments)
-        return segment.pages * segment.page_tokens
+        """The minimum number of tokens of a row for which layers without a window have room."""
+        return max(s.capacity for segments in self._storage.segments().values() for s in segments)
 
     def attend_at(
         self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
@@ -223,9 +248,17 @@ class KVCache:
         """Accept the new keys and values of a part. Returns the pages on the device that now have all tokens."""
         segment, buffers, span = part.segment, self._storage.slot(part.segment.tier, cell), cell.span
         k, v = segment.heads.encode_both(part.rows_of(k), part.rows_of(v))
+        joins = segment.window is not None and span.extends
+        if joins:  # the new tokens overwrite cached ones that they attend to
+            assert segment.window is not None
+            cached = self._pages(part, replace(cell, span=Span(span.length, 0)))
+            first = max(span.length - segment.window + 1, 0)
+            self._joined[segment.tier] = joined(cached, first, span.length, k, v)
+        stored = segment.stored(span.new)
+        k, v = k[:, :, span.new - stored :], v[:, :, span.new - stored :]
         if leaves_device(segment, span, self._device.topology):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
-            if not span.length or buffers.device is None:
+            if not span.length or buffers.device is None or joins:
                 return ()
             pages = buffers.pages(buffers.device, segment)
             put(pages, span.length, k, v)

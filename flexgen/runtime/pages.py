@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,17 +30,23 @@ def pages_in(buffer: Tensor, segment: CacheSegment) -> list[Page]:
 
 
 def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
-    """Write k and v (rows, kv_heads, tokens, width), in their stored form, to the pages from token `position` on."""
-    page_tokens, tokens, done = pages[0][0].shape[2], k.shape[2], 0
+    """Write k and v (rows, kv_heads, tokens, width), in their stored form, to the pages from token `position` on.
+
+    Page n is at index n % len(pages). At most that number of pages is written: the last ones.
+    """
+    page_tokens, tokens = pages[0][0].shape[2], k.shape[2]
+    first = (position + tokens - 1) // page_tokens - len(pages) + 1
+    done = max(first * page_tokens - position, 0)
     while done < tokens:
-        page, begin = divmod(position + done, page_tokens)
+        number, begin = divmod(position + done, page_tokens)
+        page = number % len(pages)
         count = min(page_tokens - begin, tokens - done)
-        sources = [x[:, :, done : done + count] for x in (k, v)]
+        sources = (k, v) if count == tokens else [x.narrow(2, done, count) for x in (k, v)]
         if k.is_cuda:
-            torch.cat(sources, out=_whole(pages[page])[:, :, begin : begin + count])  # one launch
+            torch.cat(sources, out=_whole(pages[page]).narrow(2, begin, count))  # one launch
         else:
             for target, source in zip(pages[page], sources, strict=True):
-                target[:, :, begin : begin + count] = source
+                target.narrow(2, begin, count).copy_(source)
         done += count
 
 
@@ -63,14 +70,41 @@ def pick(
 
     Yields them page by page, each with the number of its first token.
     """
-    page_tokens = pages[0][0].shape[2]
     index = torch.tensor(rows, device=pages[0][0].device)
+    for position, k, v in _parts(pages, begin, end):
+        yield position, k.index_select(0, index), v.index_select(0, index)
+
+
+def _parts(pages: Sequence[Page], begin: int, end: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Views of k and v from token `begin` to `end`, page by page, each with the number of its first token."""
+    page_tokens = pages[0][0].shape[2]
     while begin < end:
-        page, first = divmod(begin, page_tokens)
+        number, first = divmod(begin, page_tokens)
         last = min(first + end - begin, page_tokens)
-        k, v = (x[:, :, first:last].index_select(0, index) for x in pages[page])
-        yield begin, k, v
+        k, v = pages[number % len(pages)]
+        yield begin, k[:, :, first:last], v[:, :, first:last]
         begin += last - first
+
+
+class Stretch(NamedTuple):
+    """Pages in the order of their tokens, from position `base` on."""
+
+    pages: Sequence[Page]
+    base: int
+
+
+def stretch(pages: Sequence[Page], page_tokens: int, first: int, length: int) -> Stretch:
+    """The pages with the positions from `first` up to `length`. Page n is at index n % len(pages)."""
+    numbers = range(first // page_tokens, -(-length // page_tokens))
+    return Stretch([pages[n % len(pages)] for n in numbers], numbers.start * page_tokens)
+
+
+def joined(pages: Sequence[Page], first: int, length: int, k: Tensor, v: Tensor) -> Stretch:
+    """A copy of the tokens from `first` up to `length`, followed by k and v in their stored form, as one page."""
+    old = list(_parts(pages, first, length))
+    keys = torch.cat([*(part for _, part, _ in old), k], dim=2)
+    values = torch.cat([*(part for _, _, part in old), v], dim=2)
+    return Stretch([(keys, values)], first)
 
 
 Bring = Callable[[Choice], object]
@@ -92,16 +126,19 @@ def attend(
     """
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
     first = padding.first_visible(segment.rows, scoring.window, length - 1)
-    pages, base = _read(pages, segment, first, length)
+    pages, base = stretch(pages, segment.page_tokens, first, length)
     starts = padding.of(segment.rows, q.device, base)
     if q.is_cuda and not segment.sparse and scoring.plain:
         attention = segment.heads.attend(q, pages, length - base, starts, scoring)
         if attention is not None:
             return attention
-        positions = range(first - base, length - base)
-        hidden = padding.hidden(segment.rows, segment.capacity, q.dtype, scoring.window, length)
-        hidden = hidden if hidden is None else hidden[..., base:]
-        return attend_fused(q, pages, positions, hidden, scoring.scale, segment.heads)
+        if scoring.window is None:
+            hidden = padding.hidden(segment.rows, segment.capacity, q.dtype)
+        else:
+            hidden = padding.hidden_in(scoring.window, segment.rows, range(base, length), q.dtype)
+        return attend_fused(
+            q, pages, range(first - base, length - base), hidden, scoring.scale, segment.heads
+        )
     if q.is_cuda:
         pages = [join(pages)]  # launches per page would take longer
     if not segment.sparse:
@@ -110,15 +147,6 @@ def attend(
     if bring is not None:
         bring(choice)
     return attend_chosen(choice, pages)
-
-
-def _read(
-    pages: Sequence[Page], segment: CacheSegment, first: int, length: int
-) -> tuple[Sequence[Page], int]:
-    """The pages with positions `first` to `length`, in order, and the position of their first token."""
-    page_tokens = segment.page_tokens
-    begin = first // page_tokens
-    return pages[begin : -(-length // page_tokens)], begin * page_tokens
 
 
 @dataclass(frozen=True)
@@ -140,12 +168,7 @@ def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scoring: S
 
 
 def attend_several(
-    pages: Sequence[Page],
-    segment: CacheSegment,
-    q: Tensor,
-    starts: Sequence[int],
-    length: int,
-    scoring: Scoring,
+    cached: Stretch, heads: HeadFormat, q: Tensor, starts: Sequence[int], length: int, scoring: Scoring
 ) -> Tensor:
     """Exact causal attention of several tokens of some rows, over pages with these rows and tokens.
 
@@ -153,13 +176,12 @@ def attend_several(
     is zero for padding. starts: each row's first position that is not padding.
     It computes row by row, which limits the joined and decoded pages (`CacheSegment.extending_bytes`).
     """
-    count, heads, new, head_dim = q.shape
+    count, query_heads, new, head_dim = q.shape
     # Stored by token, so that merging the heads afterwards is a view.
-    out = q.new_empty(count, new, heads, head_dim).transpose(1, 2)
+    out = q.new_empty(count, new, query_heads, head_dim).transpose(1, 2)
+    tokens = length - cached.base
     for n, start in enumerate(starts):
-        row, window, query = slice(n, n + 1), scoring.window, max(length - new - start, 0)
-        first = 0 if window is None else window.first(query) + start
-        read, base = _read(pages, segment, first, length)
-        k, v = (segment.heads.whole(x, length - base, q.dtype) for x in join(read, row))
-        out[row] = causal_attention(q[row], k, v, (start - base,), scoring)
+        row = slice(n, n + 1)
+        k, v = (heads.whole(x, tokens, q.dtype) for x in join(cached.pages, row))
+        out[row] = causal_attention(q[row], k, v, (start - cached.base,), scoring)
     return out

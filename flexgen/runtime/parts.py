@@ -24,7 +24,8 @@ class Part:
 
     def rows_of(self, x: Tensor) -> Tensor:
         """The rows of the part, from an x with all rows of the batch."""
-        return x[self.segment.rows.start : self.segment.rows.stop]
+        rows = self.segment.rows
+        return x if len(rows) == x.shape[0] else x[rows.start : rows.stop]
 
 
 class Slot:

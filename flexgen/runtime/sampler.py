@@ -59,11 +59,14 @@ def sample(
 ) -> Tensor:
     """Token ids (batch,) int64 for logits (batch, vocab).
 
-    Temperature 0 is argmax without filters. Otherwise, the steps are: divide the logits by the temperature; top-k
-    keeps the k largest logits, including ties with the k-th; top-p keeps a token while the mass strictly before it,
-    by decreasing probability, is below `top_p` (so it always keeps the best one); `draw` with `uniforms`, which come
-    from `generator` (torch's global one if None) if they are not given. The id is `INVALID` for a row with a NaN,
-    and for a row with infinity if an id is drawn.
+    temperature: divides the logits. 0 takes the largest logit and ignores the other arguments.
+    top_k: keep the k largest logits, and ties with the k-th. 0 keeps all.
+    top_p: keep the most probable tokens, each while the sum of the probabilities before it is below `top_p`. The most
+        probable token is always kept. 1 keeps all.
+    generator: the source of the random numbers; None is torch's global generator.
+    uniforms: (batch,) float64 numbers in [0, 1), in place of the generator's.
+
+    The id is `INVALID` for a row with a NaN, and for a row with infinity if an id is drawn.
 
     Raises RequestError for a negative or NaN temperature, a negative top_k, and top_p outside (0, 1].
     """

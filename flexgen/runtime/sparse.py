@@ -16,7 +16,7 @@ from flexgen.memory.threads import pool
 
 
 def _half(segment: CacheSegment) -> int:
-    """Bytes of the keys of a page, and of the values after them. A page has no other bytes: see `choice_tokens`."""
+    """Bytes of the keys of a page, and of the values after them. A page has no other bytes: see `sparsity`."""
     return segment.page_bytes // 2
 
 
@@ -80,7 +80,7 @@ def value_reads(
 
     The page that is being filled is already in host memory.
     """
-    pages, unit = span.length // segment.page_tokens, segment.choice_tokens
+    pages, unit = span.length // segment.page_tokens, segment.sparsity.unit
     items, per_page = len(segment.rows) * segment.kv_heads, segment.page_tokens // unit
     positions = choice.positions.view(items, -1).numpy()
     item, nth = np.nonzero(positions < pages * segment.page_tokens)

@@ -22,11 +22,14 @@ from flexgen.schedule.steps import LOADS, STORES, Grid, Op, Step, check
 
 @dataclass(frozen=True)
 class Slots:
-    """The number of buffers of each kind: weights of a layer, inputs and outputs of a cell, and decoded weights of a
-    layer. `decoded` is the number of layers whose computations an order interleaves.
+    """The number of buffers of each kind.
+
+    weights: buffers for the weights of a layer.
+    cells: buffers for the inputs and outputs of a cell.
+    decoded: buffers for the decoded weights of a layer; an order needs one for each layer that it interleaves.
 
     The number of slots limits how far the lanes run ahead of the computation. With one slot, nothing can be
-    fetched until the slot's contents have been used, so an order without overlap asks for one.
+    fetched until the slot's contents have been used, so one slot is enough only for an order without overlap.
     """
 
     weights: int = 2
@@ -82,7 +85,13 @@ def order(
     serial: bool = False,
     for_comparison: bool = False,
 ) -> Callable[[Callable[[Grid], Iterator[Step]]], Order]:
-    """Register a generator as an order under its own name."""
+    """Return a decorator that registers a generator of steps as an order, under the name of the function.
+
+    slots: the buffers that the order needs.
+    splits_attention: the order yields four steps for the computation of a cell (see `Grid.computing`), not one.
+    serial: each step waits for the previous one, so nothing overlaps.
+    for_comparison: the search never chooses the order.
+    """
 
     def register(generate: Callable[[Grid], Iterator[Step]]) -> Order:
         made = Order(generate.__name__, generate, slots, splits_attention, serial, for_comparison)

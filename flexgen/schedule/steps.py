@@ -99,7 +99,7 @@ class Grid:
         return _IN_HALVES if self.splits_attention else _WHOLE
 
     def cell(self, n: int) -> Cell | None:
-        """Cell number `n` of that sequence, or None outside the grid."""
+        """Number `n` of `cells`, or None outside the grid."""
         if not 0 <= n < self.tokens * self.layers * self.batches:
             return None
         visit, batch = divmod(n, self.batches)

@@ -20,7 +20,7 @@ def limits_in_words(
     solution: Solution,
     job: Job,
 ) -> tuple[str, ...]:
-    """The longest lane of each phase with its data, the full tiers with the savings of more memory, and whether
+    """The slowest lane of each phase with its data, the full tiers with the savings of more memory, and whether
     blocks could be larger."""
     capacity, workload = job.hardware.capacity, job.workload
     report, shares = prediction.report, shares_of(policy)
@@ -33,7 +33,7 @@ def limits_in_words(
         total = sum(asks.values())
         parts = [f"{s / total:.0%} {what}" for what, s in sorted(asks.items(), key=lambda a: -a[1])]
         made_of = ": " + ", ".join(p for p in parts if not p.startswith("0%")) if parts else ""
-        words.append(f"{lane} is the longest lane of the {phase}, {share:.0%} of its time{made_of}")
+        words.append(f"{lane} is the slowest lane of the {phase}, {share:.0%} of its time{made_of}")
     blocks = -(-workload.num_prompts // policy.block_size)
     for tier in Tier:
         if tier not in capacity:
@@ -49,6 +49,6 @@ def limits_in_words(
         words.append(full)
     if blocks == 1:
         words.append(
-            f"one block holds all {workload.num_prompts} prompts: more would share its loads of weights"
+            f"one block holds all {workload.num_prompts} prompts; more prompts would share its loads of weights"
         )
     return tuple(words)

@@ -13,7 +13,15 @@ import pytest
 import torch
 from piece_sizes import piece_sizes
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from flexgen.policy import Policy
 
@@ -32,7 +40,7 @@ _ROPE = dict(
     original_max_position_embeddings=16,
 )  # fmt: skip
 
-CONFIGS: dict[str, OPTConfig | LlamaConfig] = {
+CONFIGS: dict[str, PreTrainedConfig] = {
     "opt": OPTConfig(**_OPT),
     "opt post-norm projected": OPTConfig(
         **_OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=16, num_attention_heads=2)
@@ -46,6 +54,10 @@ CONFIGS: dict[str, OPTConfig | LlamaConfig] = {
     ),
     "llama gqa 2": LlamaConfig(**_LLAMA),
     "llama gqa 8, scaled rope": LlamaConfig(**_LLAMA | dict(num_key_value_heads=1), rope_parameters=_ROPE),
+    "gemma2, every other layer with a window": Gemma2Config(
+        **_LLAMA | dict(head_dim=8), sliding_window=5, attn_logit_softcapping=3.0, query_pre_attn_scalar=8
+    ),
+    "mistral with a window": MistralConfig(**_LLAMA, sliding_window=6),
 }
 
 
@@ -94,9 +106,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int = PAD) -> tuple[Tenso
     return ids, mask
 
 
-def make_tiny(config: OPTConfig | LlamaConfig, directory: Path) -> Tiny:
+def make_tiny(config: PreTrainedConfig, directory: Path) -> Tiny:
     torch.manual_seed(0)
-    model = (OPTForCausalLM if isinstance(config, OPTConfig) else LlamaForCausalLM)(config)
+    # Only "eager" has caps of scores. OPT and Llama keep transformers' default.
+    how = "eager" if config.model_type == "gemma2" else None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=how)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3)

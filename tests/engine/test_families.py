@@ -155,7 +155,8 @@ def _part_of(stored: dict[str, torch.Tensor], weight: WeightSpec) -> torch.Tenso
     tensor = stored[source.name]
     if not source.take:
         return tensor
-    return tensor.data.view(-1)[source.skipped :][: weight.numel].view(weight.shape)
+    shape = weight.shape[::-1] if weight.transposed else weight.shape
+    return tensor.data.view(-1)[source.skipped :][: weight.numel].view(shape)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "cohere"])

@@ -26,6 +26,8 @@ MODELS = [
     "llama gqa 1 with biases, tied",
     "llama gqa 2",
     "llama gqa 8, scaled rope",
+    "gemma2, every other layer with a window",
+    "mistral with a window",
 ]
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]  # with blocks of 6: one whole, one of 2

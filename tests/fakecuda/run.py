@@ -54,6 +54,8 @@ def environment() -> dict[str, str]:
     return os.environ | {
         "LD_PRELOAD": str(RUNTIME),
         "LD_LIBRARY_PATH": str(DRIVER.parent),
+        # torch would compile a Triton kernel for products with an inner size of 1: the driver does not load kernels.
+        "TORCH_DISABLE_NATIVE_JIT": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
 

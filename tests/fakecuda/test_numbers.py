@@ -39,6 +39,23 @@ def test_ids_are_those_of_the_cpu(config, policy, order, stop):
     assert runtime.counters().hazards == 0
 
 
+@pytest.mark.parametrize("config", [cases.MISTRAL, cases.GEMMA2, cases.BLOOM], ids=lambda c: c.model_type)
+@settings(max_examples=5, phases=cases.WITHOUT_SHRINKING)
+@given(
+    policy=cases.policies(exact=True),
+    order=cases.orders(),
+    stop=st.sampled_from([(), tuple(range(0, cases.VOCAB, 3))]),
+)
+def test_ids_with_windows_caps_and_alibi_are_those_of_the_cpu(config, policy, order, stop):
+    """Pages of 4 tokens, so that a window of 5 is a ring of two pages."""
+    expected = cases.ids_on("cpu", config, policy, stop)
+    runtime.reset()
+    with piece_sizes(page_tokens=4, memory_page_tokens=4), in_every_thread(Numbers):
+        found = cases.ids_on("cuda", config, policy, stop, order=order)
+    np.testing.assert_array_equal(found, expected)
+    assert runtime.counters().hazards == 0
+
+
 @pytest.mark.parametrize(
     "changes", [{}, cases.RESIDENT, dict(sep_layer=False)], ids=["thirds", "resident", "blocks"]
 )

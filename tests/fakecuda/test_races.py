@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 import torch
+from piece_sizes import piece_sizes
 from simulated import cases, runtime
 from simulated.numbers import Numbers
 from simulated.races import watched
@@ -93,6 +94,23 @@ def test_no_policy_and_order_races(config, policy, order, dtype):
         model.generate(cases.PROMPTS, 4, stop=())
         model.generate(cases.PROMPTS, 6, stop=STOPS)
         model.forward(cases.PROMPTS[:4])
+        torch.cuda.synchronize()
+    assert races.hazards.total() == 0, str(races)
+    assert runtime.counters().hazards == 0
+    assert races.operations > 100
+
+
+@settings(max_examples=5, phases=cases.WITHOUT_SHRINKING)
+@given(policy=cases.policies(), order=cases.orders(), dtype=st.sampled_from(["float32", "float16"]))
+def test_no_policy_and_order_races_on_a_ring_of_pages(policy, order, dtype):
+    runtime.reset()
+    with (
+        piece_sizes(page_tokens=4, memory_page_tokens=4),
+        cases.valid_ids(),
+        watched() as races,
+        cases.open_on("cuda", cases.MISTRAL, policy, dtype, order=order) as model,
+    ):
+        model.generate(cases.PROMPTS, 6, stop=STOPS)
         torch.cuda.synchronize()
     assert races.hazards.total() == 0, str(races)
     assert runtime.counters().hazards == 0

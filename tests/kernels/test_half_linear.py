@@ -1,4 +1,4 @@
-"""Products in half types that are widened: both ways against float64, and where they are used."""
+"""Products in half types on the CPU: both ways against float64, and where they are used."""
 
 import pytest
 import torch
@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from flexgen.kernels import half_linear
 from flexgen.kernels.half_linear import (
+    fastest,
     multiply_in_pieces,
     multiply_natively,
+    native_rows,
     pieces_bytes,
-    widens,
     workspace_bytes,
 )
 from flexgen.kernels.linear import linear
@@ -43,7 +44,7 @@ def assert_exact(found, x, weight, bias):
     dtype=st.sampled_from(HALVES),
     rows=st.one_of(st.integers(1, 20), st.integers(60, 140)),
     out_size=st.integers(1, 70),
-    in_size=st.one_of(st.integers(1, 150), st.integers(1000, 1100)),
+    in_size=st.one_of(st.integers(1, 150), st.integers(1000, 1100), st.integers(2030, 2120)),
     biased=st.booleans(),
 )
 def test_few_rows(variant, dtype, rows, out_size, in_size, biased):
@@ -73,19 +74,70 @@ def test_in_pieces(dtype, rows, out_size, in_size, biased, piece, at_once):
         assert_exact(found, x, weight, bias)
 
 
-@pytest.mark.parametrize("rows", [(1,), (3, 2), (5, 40)])
+@pytest.mark.parametrize("rows", [(1,), (3, 2), (5, 70)])
 def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
     monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
-    asked = []
-    original = half_linear.multiply
-    monkeypatch.setattr(half_linear, "multiply", lambda *args: (asked.append(1), original(*args))[1])
     for dtype in HALVES:
         x, weight, bias = operands(dtype, rows, 33, 64, True)
+        assert fastest(x, weight) in (multiply_natively, multiply_in_pieces)
         assert_exact(linear(x, weight, bias), x, weight, bias)
-    assert len(asked) == 2
     x, weight, bias = operands(torch.float32, rows, 33, 64, True)
-    linear(x, weight, bias)
-    assert len(asked) == 2 and not widens(x, weight)
+    assert fastest(x, weight) is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 2, 5, 33])
+def test_results_do_not_depend_on_the_threads(variant, dtype, rows, monkeypatch):
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        x, weight, bias = operands(dtype, (rows,), 700, 2100, True)
+        found = []
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(multiply_natively(x, weight, bias))
+        assert all(each.equal(found[0]) for each in found)
+    finally:
+        native.set_variant(before)
+
+
+@needs_kernel
+def test_the_kernel_multiplies_few_rows_and_a_library_many(monkeypatch):
+    monkeypatch.setattr(half_linear, "has_products", lambda dtype: True)
+    monkeypatch.setattr(half_linear, "_rows", lambda dtype: 8)
+    weight = torch.empty(33, 64).bfloat16()
+    for rows, expected in {
+        (1,): multiply_natively,
+        (2, 4): multiply_natively,
+        (9,): None,
+        (0,): None,
+    }.items():
+        assert fastest(torch.empty(*rows, 64).bfloat16(), weight) is expected
+    assert fastest(torch.empty(1, 33).bfloat16(), weight.t()) is None
+    assert fastest(torch.empty(1, 64), torch.empty(33, 64)) is None
+
+
+@needs_kernel
+def test_the_rows_of_the_kernel_depend_on_the_instructions(monkeypatch):
+    before = native.variant()
+    try:
+        for variant in VARIANTS:
+            native.set_variant(variant)
+            for dtype in HALVES:
+                monkeypatch.setattr(half_linear, "has_products", lambda dtype: False)
+                widened = native_rows(dtype)
+                monkeypatch.setattr(half_linear, "has_products", lambda dtype: True)
+                native_products = dtype is torch.bfloat16 and variant == "avx512_bf16"
+                assert widened > 0 and (native_rows(dtype) > 0) == native_products
+            assert native_rows(torch.float32) == 0
+        monkeypatch.setattr(half_linear, "_has_tiles", lambda dtype: True)
+        assert 0 < native_rows(torch.float16) == native_rows(torch.bfloat16) < widened
+    finally:
+        native.set_variant(before)
+    monkeypatch.setenv("FLEXGEN_NATIVE", "0")
+    assert native_rows(torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -103,3 +155,6 @@ def test_the_workspace_is_that_of_the_way_a_product_is_computed(monkeypatch):
     monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
     assert workspace_bytes(2500, 300, 512, torch.bfloat16) == pieces_bytes(2500, 300, 512) > 0
     assert workspace_bytes(2500, 300, 512, torch.float32) == 0
+    if native_available():
+        widened = workspace_bytes(6, 300, 512, torch.bfloat16)
+        assert 8 * 512 * torch.float32.itemsize < widened < workspace_bytes(8, 300, 1024, torch.bfloat16)

@@ -5,10 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen import OptLM, Policy
+from flexgen.kernels import half_linear
 from flexgen.kernels.linear import has_prelayout, linear, prelayout
 
 needs_prelayout = pytest.mark.skipif(
-    not has_prelayout(torch.bfloat16), reason="no bfloat16 products in oneDNN here"
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="no bfloat16 products in oneDNN here",
 )
 
 
@@ -38,6 +40,14 @@ def test_a_prelayout_keeps_every_bit():
     assert prelayout(weight).to_dense().equal(weight)
 
 
+@needs_prelayout
+def test_a_prelayout_is_for_processors_on_which_the_compiled_kernel_is_slower(monkeypatch):
+    monkeypatch.setattr(half_linear, "has_products", lambda dtype: True)
+    for rows, expected in {0: True, 8: True, 128: False}.items():
+        monkeypatch.setattr(half_linear, "native_rows", lambda dtype, rows=rows: rows)
+        assert has_prelayout(torch.bfloat16) == expected
+
+
 def test_other_types_are_left_alone():
     assert not has_prelayout(torch.float32) and not has_prelayout(torch.float16)
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
@@ -49,11 +59,12 @@ def test_the_engine_lays_out_what_it_multiplies_and_only_that(monkeypatch):
     """Same logits with and without, and the embedding stays a table (tied here, so the head is one too)."""
     logits = []
     for laid_out in (True, False):
-        if not laid_out:
-            monkeypatch.setattr("flexgen.memory.gpu.has_prelayout", lambda dtype: False)
+        monkeypatch.setattr("flexgen.memory.gpu.has_prelayout", lambda dtype, laid_out=laid_out: laid_out)
         with OptLM("opt-125m", Policy(), device="cpu", dtype="bfloat16", weights="dummy") as model:
             seen = model._model.weights.weights(1, slot=0, visit=0)
             assert seen["q.weight"].is_mkldnn is laid_out and not seen["q.bias"].is_mkldnn
             assert not model._model.weights.weights(0, slot=0, visit=0)["embed.weight"].is_mkldnn
             logits.append(model.forward([[5, 6, 7, 8]]))
-    torch.testing.assert_close(logits[0], logits[1], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        logits[0], logits[1], rtol=0.02, atol=0.04
+    )  # sums in another order, rounded 24 times

@@ -157,17 +157,17 @@ def test_sparse_segments_have_whole_blocks_of_values(rows, capacity, dtype, shar
     """On disk: for each row and head, in each page, as keys and as values."""
     policy = Policy(cache=Split(cpu=50, disk=50), attn_sparsity=share)
     for segment in cache_segments(ATTENTION.cache, policy, rows, capacity, dtype, LINKED):
-        assert segment.sparse and segment.attn_sparsity == share
+        assert segment.sparse and segment.sparsity.share == share
         assert segment.pages * segment.page_tokens >= capacity
         if segment.tier is not Tier.DISK:
             exact = cache_segments(
                 ATTENTION.cache, policy.replace(attn_sparsity=1), rows, capacity, dtype, LINKED
             )
-            assert segment.choice_tokens == 1 and segment.page_shape in [s.page_shape for s in exact]
+            assert segment.sparsity.unit == 1 and segment.page_shape in [s.page_shape for s in exact]
             continue
         token = 64 * dtype.itemsize
-        assert segment.choice_tokens * token % BLOCK == 0
-        assert segment.page_tokens % segment.choice_tokens == 0
+        assert segment.sparsity.unit * token % BLOCK == 0
+        assert segment.page_tokens % segment.sparsity.unit == 0
         assert segment.page_bytes == segment.token_bytes(segment.page_tokens)
         assert segment.pages * segment.page_tokens - capacity < segment.page_tokens
 

@@ -116,9 +116,9 @@ def test_errors_of_config(make_model, save):
     _edit(config, hidden_size="wide")
     with pytest.raises(ModelError, match="hidden_size = .wide. is not a size"):
         open_model(config.parent)
-    _edit(config, model_type="bloom")
+    _edit(config, model_type="mamba")
     with pytest.raises(
-        ModelError, match="model_type = 'bloom' is not supported; supported: arcee, .*, llama"
+        ModelError, match="model_type = 'mamba' is not supported; supported: arcee, .*, llama"
     ):
         open_model(config.parent)
     config.write_text("[]")

@@ -10,8 +10,8 @@ from flexgen.models.known import KNOWN, known_name, known_repository
 
 # In billions, as published. Those of OPT: tests/models/families/test_opt.py.
 PARAMETERS = {
-    "mixtral-8x7b": 46.70, "mixtral-8x22b": 140.6, "olmoe-1b-7b": 6.92, "qwen3-30b-a3b": 30.53,
-    "qwen3-235b-a22b": 235.1,
+    "gpt-oss-20b": 20.91, "gpt-oss-120b": 116.8, "mixtral-8x7b": 46.70, "mixtral-8x22b": 140.6, "olmoe-1b-7b": 6.92,
+    "qwen3-30b-a3b": 30.53, "qwen3-235b-a22b": 235.1,
 }  # fmt: skip
 
 

@@ -133,7 +133,8 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
             peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
-            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3
+            # The estimate has room for norms in torch, which the compiled kernels do not need.
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3.5
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 

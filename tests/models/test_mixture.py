@@ -20,7 +20,7 @@ TOKENS, HIDDEN = 50, 6
 def _weights(experts: int, correction: float = 0.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     bias = correction * torch.randn(experts, generator=generator)
-    return {"router.weight": torch.randn(experts, HIDDEN, generator=generator), "router.bias": bias}
+    return {"router.weight": torch.randn(experts, HIDDEN, generator=generator), "correction": bias}
 
 
 def _inputs() -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_a_correction_changes_the_choice_and_not_the_factors() -> None:
     weights, x = _weights(7, correction=2.0), _inputs()
     scores = (x @ weights["router.weight"].T).sigmoid()
     chosen, factors = route(RouterSpec(7, 2, score="sigmoid", correction=True), x, weights)
-    assert torch.equal(chosen, (scores + weights["router.bias"]).topk(2).indices)
+    assert torch.equal(chosen, (scores + weights["correction"]).topk(2).indices)
     assert not torch.equal(chosen, scores.topk(2).indices)
     torch.testing.assert_close(factors, scores.gather(-1, chosen))
 
@@ -136,7 +136,7 @@ def test_what_decides_is_not_rounded_by_a_codec() -> None:
 def test_weights_of_a_router_in_float32_count_as_such() -> None:
     layer, _ = _mixture("glm4_moe")
     wide = {weight.name for weight in layer.weights if weight.dtype is torch.float32}
-    assert wide == {"router.weight", "router.bias"}
+    assert wide == {"router.weight", "correction"}
     values = sum(weight.numel for weight in layer.weights)
     assert layer.weight_bytes(torch.bfloat16) == 2 * values + 2 * (8 * 32 + 8)
 

@@ -92,12 +92,16 @@ def test_a_host_that_computes_reads_less_for_one_token_than_for_many(host: Any) 
     assert _seconds(bound_by_reads, 1) < 0.5 * _seconds(bound_by_reads, 30)
 
 
-def test_an_expert_goes_to_a_tier_as_other_weights_do() -> None:
+def test_the_matrices_of_an_expert_go_to_the_same_tier() -> None:
     layer, _ = _mixture()
     placement = place_weights([layer], Split(gpu=40, cpu=60), torch.float32)
-    tiers = {placement.of(weight) for weight in layer.weights if weight.name.startswith("experts.")}
-    assert tiers == {Tier.GPU, Tier.CPU}
-    assert abs(placement.percent[Tier.GPU] - 40) < 100 / (2 * EXPERTS)
+    tiers: dict[str, set[Tier]] = {}
+    for weight in layer.weights:
+        if weight.unit:
+            tiers.setdefault(weight.unit, set()).add(placement.of(weight))
+    assert len(tiers) == EXPERTS and all(len(of_expert) == 1 for of_expert in tiers.values())
+    assert {Tier.GPU} in tiers.values() and {Tier.CPU} in tiers.values()
+    assert abs(placement.percent[Tier.GPU] - 40) < 100 / EXPERTS
 
 
 def test_encoded_experts_are_decoded_as_often_as_they_are_chosen(host: Any) -> None:

@@ -145,9 +145,3 @@ def test_a_device_that_is_not_there(calls):
     with pytest.raises(RequestError, match="'tpu' is not known"):
         cache.measured("tpu")
     assert not calls
-
-
-def test_where_it_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / ".cache" / "flexgen" / "hardware"

@@ -75,7 +75,7 @@ def test_card_has_the_main_figures():
     card = report().card()
     assert "cpu 58.5% (requested 60), disk 41.5% (requested 40)" in card
     assert "90% of the best that the hardware allows: prefill waits for compute, decode for disk_read" in card
-    assert "alone compute 1.8" in card and "alone disk_read 5.4" in card  # the longest first
+    assert "timed alone: compute 1.8" in card and "timed alone: disk_read 5.4" in card  # the longest first
     assert "compute 1.8 s (90%)" in card and "disk_read 5.4 s (90%)" in card  # share of its phase
     assert "2 KiB planned, 1 KiB at the peak" in card
     assert "bytes gpu" not in card  # nothing is there
@@ -159,4 +159,4 @@ def test_the_bottleneck_has_the_largest_part_of_the_bound():
     assert report(phases=phases).bottleneck is LaneName.COMPUTE
     same = {phase: {LaneName.DISK_READ: 2.0, LaneName.COMPUTE: 1.0} for phase in Phase}
     assert report(phases=same).bottleneck is LaneName.DISK_READ
-    assert "hardware allows: it waits for disk_read" in report(phases=same).card()
+    assert "hardware allows: the run waits for disk_read" in report(phases=same).card()

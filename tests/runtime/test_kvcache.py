@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
+import textbook
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from piece_sizes import in_pieces
 from torch import Tensor
 
-from flexgen.kernels.scoring import Scoring
-from flexgen.layout.cache import Span, cache_segments
+from flexgen.kernels.scoring import Scoring, Window
+from flexgen.layout.cache import CacheLayout, Span, cache_segments
 from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
 from flexgen.models.layer import chunks
 from flexgen.models.spec import CacheShape
 from flexgen.policy import Policy, Split, Tier
 from flexgen.quant import CODECS
+from flexgen.results.trace import LaneName
 from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.compaction import Moved
 from flexgen.runtime.kvcache import KVCache
@@ -27,19 +28,6 @@ from flexgen.runtime.pages import put
 
 HEAD_DIM = 8
 LAYERS = [1, 3]  # those of the model that have a cache
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Tensor:
-    """Attention of the last tokens, q (rows, heads, new, d), over k and v (rows, kv_heads, all, d); float64."""
-    q, k, v = q.double(), k.double(), v.double()
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    total, new = k.shape[2], q.shape[2]
-    columns = torch.arange(total)
-    visible = columns <= torch.arange(total - new, total)[:, None]
-    visible = visible & (columns >= torch.tensor(starts)[:, None, None])
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~visible[:, None], -math.inf)
-    return torch.softmax(scores, dim=-1).nan_to_num() @ v  # a position of the padding sees nothing: zero
 
 
 class History:
@@ -58,15 +46,20 @@ class History:
         dtype: torch.dtype = torch.float32,
         page: int = 4,
         extends: bool = False,
+        window: Window | None = None,
     ) -> None:
+        """window: that of the first layer; the other one has none."""
         self.run, self.prompt, self.dtype = run, prompt, dtype
         self.kv_heads, self.heads = 2, 2 * ratio
-        shape = CacheShape(self.kv_heads, HEAD_DIM)
+        self.windows = dict.fromkeys(LAYERS, None) | {LAYERS[0]: window}
         topology = in_pieces(machine.device.topology, page_tokens=page, memory_page_tokens=page)
-        self.segments = [
-            cache_segments(shape, policy, rows, prompt + steps, dtype, topology) for rows in batches
-        ]
-        layers = dict.fromkeys(LAYERS, self.segments)
+        storage = prompt + steps, dtype, topology
+        shapes = {layer: CacheShape(self.kv_heads, HEAD_DIM, own) for layer, own in self.windows.items()}
+        layers = {
+            layer: [cache_segments(shape, policy, rows, *storage) for rows in batches]
+            for layer, shape in shapes.items()
+        }
+        self.segments = layers[LAYERS[0]]
         heads = dict.fromkeys(LAYERS, self.heads)
         self.cache = KVCache(layers, heads, prompt, machine, extends=extends)
         self.batches = batches
@@ -100,8 +93,8 @@ class History:
 
     def step(self, span: Span, atol: float) -> None:
         """One token (or the prompt) of every layer and batch."""
-        scale = HEAD_DIM**-0.5
         for layer in LAYERS:
+            scoring = Scoring(HEAD_DIM**-0.5, window=self.windows[layer])
             for batch, rows in enumerate(self.batches):
                 slot = self.cells % 2
                 self.cells += 1
@@ -116,9 +109,9 @@ class History:
                 padding = self.padding[batch]
                 cell = BoundCell(0, layer, batch, slot, span, padding)
                 self.run(self.cache.load(cell))
-                ours = self.attend(cell, q, k, v, Scoring(scale))
+                ours = self.attend(cell, q, k, v, scoring)
                 self.run(self.cache.store(cell))
-                theirs = reference(q, *seen, list(padding.starts), scale)
+                theirs = textbook.attention(q, *seen, padding.starts, scoring)
                 # What a row gets where it is padding is not used: it need only be a number.
                 real = (
                     torch.arange(span.length, span.length + span.new) >= torch.tensor(padding.starts)[:, None]
@@ -163,19 +156,29 @@ KINDS = [
 @pytest.mark.parametrize(("device", "tier", "attend_on"), KINDS, ids=lambda value: str(value))
 @pytest.mark.parametrize("prompt", [3, 4, 5, 8])  # before, at and after the end of a page, and of two
 @pytest.mark.parametrize("codec", ["none", *CODECS])
+@pytest.mark.parametrize("window", [None, Window(3), Window(4, chunked=True)])
 def test_every_kind_of_segment_across_pages(
-    codec: str, prompt: int, device: str, tier: Tier, attend_on: str, machine: Any, run: Any
+    window: Window | None,
+    codec: str,
+    prompt: int,
+    device: str,
+    tier: Tier,
+    attend_on: str,
+    machine: Any,
+    run: Any,
 ) -> None:
     policy = Policy(cache={str(tier): {"percent": 100, "codec": codec}}, attend_on=attend_on)
     with machine(device) as m:
-        history = History(m, run, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2])
+        history = History(m, run, policy, [2, 1], prompt, 12 - prompt, 2, [0, 2], window=window)
         (segment,) = history.segments[0]
         pages = (12, 1) if (device, tier) == ("emulated", Tier.GPU) else (4, 3)
+        pages = pages if window is None else (4, 2)
         assert (segment.tier, (segment.page_tokens, segment.pages)) == (tier, pages)
         history.check(12 - prompt)
         history.cache.close()
 
 
+WINDOWS = st.one_of(st.none(), st.builds(Window, st.integers(1, 12), st.booleans()))
 SPLITS = st.sampled_from(
     [
         {"gpu": 34, "cpu": 33, "disk": 33},
@@ -198,6 +201,7 @@ SPLITS = st.sampled_from(
     page=st.integers(1, 7),
     ratio=st.sampled_from([1, 2, 8]),
     starts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    window=WINDOWS,
 )
 def test_rows_on_several_tiers(
     device: str,
@@ -210,13 +214,14 @@ def test_rows_on_several_tiers(
     page: int,
     ratio: int,
     starts: list[int],
+    window: Window | None,
     machine: Any,
     run: Any,
 ) -> None:
     shares = {tier: {"percent": percent, "codec": codecs[tier]} for tier, percent in cache.items()}
     policy = Policy(cache=shares, attend_on=attend_on)
     with machine(device) as m:
-        history = History(m, run, policy, batches, prompt, steps, ratio, starts, page=page)
+        history = History(m, run, policy, batches, prompt, steps, ratio, starts, page=page, window=window)
         history.check(steps)
         history.cache.close()
 
@@ -232,6 +237,7 @@ def test_rows_on_several_tiers(
     page=st.integers(1, 7),
     ratio=st.sampled_from([1, 2, 8]),
     starts=st.lists(st.integers(0, 30), min_size=1, max_size=5),
+    window=WINDOWS,
 )
 def test_any_number_of_new_tokens_after_any_number_of_cached_ones(
     device: str,
@@ -243,6 +249,7 @@ def test_any_number_of_new_tokens_after_any_number_of_cached_ones(
     page: int,
     ratio: int,
     starts: list[int],
+    window: Window | None,
     machine: Any,
     run: Any,
 ) -> None:
@@ -251,7 +258,7 @@ def test_any_number_of_new_tokens_after_any_number_of_cached_ones(
     with machine(device) as m:
         history = History(
             m, run, Policy(cache=shares, attend_on=attend_on), batches, sum(news), 0, ratio, starts,
-            page=page, extends=True,
+            page=page, extends=True, window=window,
         )  # fmt: skip
         history.check_cells(news)
         history.cache.close()
@@ -305,14 +312,15 @@ def test_a_second_block_finds_nothing_of_the_first(machine: Any, run: Any) -> No
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("dropped", [0, 2], ids=["same columns", "fewer columns"])
+@pytest.mark.parametrize("window", [None, Window(3), Window(5)])
 @pytest.mark.parametrize("cache", [{str(tier): 100} for tier in Tier] + [{"gpu": 34, "cpu": 33, "disk": 33}])
 def test_rows_move_together_and_go_on(
-    cache: dict[str, int], dropped: int, device: str, machine: Any, run: Any
+    cache: dict[str, int], window: Window | None, dropped: int, device: str, machine: Any, run: Any
 ) -> None:
     """Rows of three batches become two batches; `dropped` columns are padding of all rows that continue."""
     policy = Policy(cache=cache)
     with machine(device) as m:
-        history = History(m, run, policy, [3, 3, 3], 7, 9, 2, [dropped])
+        history = History(m, run, policy, [3, 3, 3], 7, 9, 2, [dropped], window=window)
         history.check(4)
         length, new = 11, 11 - dropped
         groups = [[(0, 1), (1, 0), (1, 2)], [(2, 0)]]
@@ -329,8 +337,10 @@ def test_rows_move_together_and_go_on(
                     kept[layer, batch] = torch.stack(picked)
         history.batches = [3, 1]
         history.padding = [Padding((0,) * n, torch.zeros(n), torch.zeros(n)) for n in history.batches]
-        for parts in history.cache._storage._parts.values():
-            for part in parts:  # as in a new cache: kernels in torch multiply what is not filled
+        for (layer, _), parts in history.cache._storage._parts.items():
+            for part in (
+                parts if history.windows[layer] is None else ()
+            ):  # as in a new cache: kernels in torch multiply what is not filled
                 pages = part.pages or part.tail_page
                 filled = new % 4 if part.tail_page else new
                 beyond = torch.cat([page[0] for page in pages], dim=2)[:, :, filled:]
@@ -378,6 +388,56 @@ def test_put_crosses_pages(page: int, pages: int, begin: int, tokens: int) -> No
         flat = torch.cat([both[n] for both in held], dim=2)
         assert flat[:, :, begin : begin + tokens].equal(new)
         assert not flat[:, :, :begin].any() and not flat[:, :, begin + tokens :].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("tier", list(Tier), ids=str)
+def test_a_window_moves_and_stores_only_its_pages(device: str, tier: Tier, machine: Any, run: Any) -> None:
+    """Pages of 4 tokens: 6 tokens are in at most 3 of them, of which one is being filled."""
+    policy = Policy(cache={str(tier): 100}, attend_on="gpu")
+    with machine(device) as m:
+        history = History(m, run, policy, [2], 30, 20, 1, [0], window=Window(6))
+        (segment,) = history.segments[0]
+        assert (segment.pages, segment.page_tokens) == (3, 4)
+        layout = CacheLayout((segment,), 0, m.device.topology)
+        for length in range(1, 50):
+            for route in layout.load(Span(length, 1)):
+                moved = {move.lane: move.nbytes // segment.page_bytes for move in route.moves}
+                full, filling = min(length // 4, 2), bool(length % 4)
+                assert moved.get(LaneName.DISK_READ, full) == full
+                assert moved.get(LaneName.TO_DEVICE, full + filling) == full + filling
+        for route in layout.store(Span(0, 30)):
+            for move in route.moves:
+                assert move.nbytes <= segment.nbytes
+        history.check(20)
+        history.cache.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("tier", list(Tier), ids=str)
+def test_a_cut_ring_goes_on_if_it_has_the_tokens(device: str, tier: Tier, machine: Any, run: Any) -> None:
+    policy = Policy(cache={str(tier): 100}, attend_on="gpu")
+    with machine(device) as m:
+        history = History(m, run, policy, [1], 30, 0, 1, [0], extends=True, window=Window(6))
+        history.check_cells([13, 1, 1])
+        assert not history.cache.can_cut(15, 11)
+        assert history.cache.can_cut(15, 13)
+        history.cache.cut(15, 13)
+        for kept in (history.keys, history.values):
+            kept.update({key: x[:, :, :13] for key, x in kept.items()})
+        for span in (Span(13, 4), Span(17, 1), Span(18, 9), Span(27, 1)):
+            history.step(span, 1e-5)
+        history.cache.close()
+
+
+@given(page=st.integers(1, 4), pages=st.integers(1, 4), begin=st.integers(0, 30), tokens=st.integers(0, 30))
+def test_put_to_a_ring_keeps_the_last_pages(page: int, pages: int, begin: int, tokens: int) -> None:
+    held = [(torch.zeros(1, 1, page, 1), torch.zeros(1, 1, page, 1)) for _ in range(pages)]
+    numbers = torch.arange(begin, begin + tokens, dtype=torch.float32).view(1, 1, -1, 1)
+    put(held, begin, numbers + 1, numbers + 1)
+    last = (begin + tokens - 1) // page
+    for position in range(max(begin, (last - pages + 1) * page), begin + tokens):
+        assert held[position // page % pages][0][0, 0, position % page] == position + 1
 
 
 def test_rows_of_the_split_are_contiguous_segments() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flexgen.kernels.attention import decode_attention, hide_positions
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
+from flexgen.kernels.scoring import Scoring
 from flexgen.runtime.pages import Fixed, attend_fixed, put, put_at
 
 FORMS = [PlainHeads(32, torch.float32), GroupwiseHeads(32, 4, 32)]
@@ -49,9 +50,10 @@ def test_attention_of_following_tokens_over_a_fixed_extent(form, rows, kv_heads,
         q = torch.randn(rows, kv_heads * group, 1, 32)
         k, v = (torch.randn(rows, kv_heads, 1, 32) for _ in range(2))
         mask[..., length - 1].zero_()
+        scoring = Scoring(0.2)
         at = Fixed(torch.tensor([length - 1]), mask, max(length, extents[length - 1]))
         put_at(page, at.index, *form.encode_both(k, v))
-        found = attend_fixed(page, at, form, q, 0.2)
+        found = attend_fixed(page, at, form, q, scoring)
         put([plain], length - 1, *form.encode_both(k, v))
-        expected = decode_attention(q, [plain], length, starts, 0.2, form)
+        expected = decode_attention(q, [plain], length, starts, scoring, form)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

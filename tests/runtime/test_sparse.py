@@ -15,7 +15,7 @@ from piece_sizes import piece_sizes
 from torch import Tensor
 
 from flexgen.kernels.scoring import Scoring
-from flexgen.kernels.sparse_attention import Choice
+from flexgen.kernels.sparse_attention import Choice, Sparsity
 from flexgen.layout.cache import CacheSegment, Span, cache_segments
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
@@ -104,7 +104,7 @@ class History:
             return  # attention over the prompt is dense: test_kvcache
         for segment in self.segments:
             for row in segment.rows:
-                unit = segment.choice_tokens
+                unit = segment.sparsity.unit
                 expected, sure, self.chosen[row] = reference(
                     q[row, :, 0], self.keys[row], self.values[row], self.starts[row], self.share, unit
                 )
@@ -133,7 +133,7 @@ def test_every_kind_of_segment(
         history = History(m, run, policy, [0, 21, 40], 150)
         (segment,) = history.segments
         in_memory = 150 if (device, tier) == ("emulated", Tier.GPU) else 22
-        assert (segment.page_tokens, segment.choice_tokens) == (
+        assert (segment.page_tokens, segment.sparsity.unit) == (
             (32, 16) if tier is Tier.DISK else (in_memory, 1)
         )
         history.step(Span(0, 90))
@@ -264,8 +264,7 @@ def test_chosen_blocks_are_read_once_and_neighbours_together(
         kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         dtype=torch.float32,
-        attn_sparsity=0.3,
-        choice_tokens=16,
+        sparsity=Sparsity(0.3, 16),
     )
     length = 32 * pages + rest
     position = st.integers(0, length)

@@ -336,7 +336,7 @@ def test_it_says_what_was_chosen_and_why(opt, machine):
     assert len(found.runners_up) == 2 and found.considered > 3 and found.seconds > 0
     header, *rows = found.table().splitlines()
     assert header.startswith("tokens/s") and len(rows) == 3
-    assert any("is the longest lane of the decode" in words for words in found.best.limits)
+    assert any("is the slowest lane of the decode" in words for words in found.best.limits)
     assert any("gpu tier is full" in words for words in found.best.limits)
 
 

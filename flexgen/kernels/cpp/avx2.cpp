@@ -43,6 +43,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "norms.h"
 #include "sparse.h"
 
 static bool supported() {
@@ -64,5 +65,6 @@ const Variant avx2_variant = {
     avx2::linear::multiply_any,
     avx2::sparse::choose_any,
     avx2::sparse::attend_chosen_any,
+    avx2::norms::normalise_any,
 };
 #endif

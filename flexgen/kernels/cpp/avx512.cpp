@@ -24,5 +24,6 @@ const Variant avx512_variant = {
     avx512::linear::multiply_any,
     avx512::sparse::choose_any,
     avx512::sparse::attend_chosen_any,
+    avx512::norms::normalise_any,
 };
 #endif

@@ -68,4 +68,5 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "norms.h"
 #include "sparse.h"

@@ -60,6 +60,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "groupwise.h"
 #include "linear.h"
+#include "norms.h"
 #include "sparse.h"
 
 static bool supported() { return true; }
@@ -77,4 +78,5 @@ const Variant baseline_variant = {
     baseline::linear::multiply_any,
     baseline::sparse::choose_any,
     baseline::sparse::attend_chosen_any,
+    baseline::norms::normalise_any,
 };

@@ -122,7 +122,7 @@ struct PackedLinear {
 
     // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
     // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
-    int64_t block = 12;  // a multiple of the blocks of linear.h
+    int64_t block = 48;  // a multiple of the blocks of linear.h and tiles.h
     int64_t parts = 0;  // of the conversion of x, left to `order_linear`
     bool tiled = false;
     const void *operand = nullptr;
@@ -130,6 +130,17 @@ struct PackedLinear {
     std::vector<float> wide;
 
     int64_t groups() const { return in / group; }
+};
+
+// y = x / sqrt(mean of the squares of a row + eps), times weight + plus unless weight is null. With `round_first`, the
+// factors are rounded to `type` before that product.
+struct RmsNorm {
+    Type type;
+    bool round_first;
+    int64_t rows, size;
+    const void *x, *weight;  // (rows, size), like y; (size,)
+    void *y;
+    float eps, plus;
 };
 
 struct Variant {
@@ -145,6 +156,7 @@ struct Variant {
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);
+    void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
 };
 
 extern const Variant baseline_variant;

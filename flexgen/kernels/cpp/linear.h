@@ -1,5 +1,5 @@
-// Products with group-wise integers and with half types, for one variant. Each weight is unpacked in registers,
-// multiplied with as many rows of x as fit in registers, and never written to memory. For many rows, see tiles.h.
+// Products with few rows of x and group-wise integers, for one variant. Each weight is unpacked in registers, multiplied
+// with as many rows of x as fit in registers, and never written to memory. For many rows and for half types, see tiles.h.
 //
 // Blocks of WEIGHTS rows of W are multiplied with blocks of X rows of x, with the sums in registers. Meanwhile, the
 // codes of the next block are prefetched. Further blocks of x find the codes in the L1 cache.
@@ -125,53 +125,6 @@ TARGET void multiply_rows(const PackedLinear &job, int64_t begin, int64_t end) {
     }
 }
 
-// W in a half type without products on this processor: widened in registers, once for X rows of x.
-template <class W, int X, int WEIGHTS>
-TARGET void multiply_plain(const PackedLinear &job, const W *const (&from)[WEIGHTS], int64_t m, int64_t n, int count) {
-    const float *x = (const float *)job.operand + m * job.in;
-    Vec sum[LANES];
-    for (Vec &each : sum) each = Vec{};
-    int64_t i = 0;
-    for (; i + LANES <= job.in; i += LANES) {
-        Vec w[WEIGHTS];
-        for (int k = 0; k < WEIGHTS; ++k) {
-            if (m == 0 && i % (LINE / sizeof(W)) == 0) __builtin_prefetch(from[k] + WEIGHTS * job.in + i);
-            w[k] = load(from[k] + i);
-        }
-        for (int r = 0; r < X; ++r) {
-            const Vec values = load(x + r * job.in + i);
-            for (int k = 0; k < WEIGHTS; ++k) sum[k * X + r] = fma(w[k], values, sum[k * X + r]);
-        }
-    }
-    if (i < job.in) {
-        for (int r = 0; r < X; ++r) {
-            const Vec values = load_part(x + r * job.in + i, job.in - i);
-            for (int k = 0; k < WEIGHTS; ++k)
-                sum[k * X + r] = fma(load_part(from[k] + i, job.in - i), values, sum[k * X + r]);
-        }
-    }
-    write_totals<X, WEIGHTS>(job, sum, m, n, count);
-}
-
-template <class W, int X>
-TARGET void multiply_plain_rows(const PackedLinear &job, int64_t begin, int64_t end) {
-    constexpr int WEIGHTS = weights_beside(X);
-    for (int64_t n = begin; n < end; n += WEIGHTS) {
-        const W *from[WEIGHTS];
-        for (int k = 0; k < WEIGHTS; ++k) from[k] = (const W *)job.packed + std::min(n + k, end - 1) * job.in;
-        const int count = (int)std::min<int64_t>(WEIGHTS, end - n);
-        for (int64_t m = 0; m < job.rows; m += X)
-            multiply_plain<W, X>(job, from, std::min(m, job.rows - X), n, count);
-    }
-}
-
-template <class W, int X>
-TARGET void multiply_plain_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
-    const int64_t blocks = (job.rows + MAX_X - 1) / MAX_X;
-    if ((job.rows + blocks - 1) / blocks == X) return multiply_plain_rows<W, X>(job, begin, end);
-    if constexpr (X > 1) multiply_plain_blocks<W, X - 1>(job, begin, end);
-}
-
 // Divide x into as few blocks as possible, of nearly equal size.
 template <class Kind, int BITS, int X>
 TARGET void multiply_blocks(const PackedLinear &job, int64_t begin, int64_t end) {
@@ -208,10 +161,7 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     if (dots::fits(job)) return dots::multiply(job, begin, end);
 #endif
     if (job.tiled) return multiply_tiled(job, begin, end);
-    if (job.bits == 16) {
-        if (job.scale_type == Type::bfloat16) return multiply_plain_blocks<Bf16, TILE_X>(job, begin, end);
-        return multiply_plain_blocks<Half, TILE_X>(job, begin, end);
-    }
+    if (job.bits == 16) return multiply_plain_vector(job, begin, end);
     multiply_bits<Wide>(job, begin, end);
 }
 
@@ -220,10 +170,10 @@ TARGET void prepare_any(PackedLinear &job) {
 #ifdef FLEXGEN_DOT_BF16
     if (dots::fits(job)) return dots::prepare(job);
 #endif
-    job.tiled = job.rows > (job.bits == 16 ? TILE_X : FEW);
+    job.tiled = job.rows > (job.bits == 16 ? 1 : FEW);
     if (job.tiled) return prepare_tiled(job);
     job.operand = job.x;
-    if (job.type == Type::float32) return;
+    if (by_pairs(job) || job.type == Type::float32) return;
     float *wide = aligned(job.wide, job.rows * job.in);
     widen(job.type, job.x, 0, wide, job.rows * job.in);
     job.operand = wide;

@@ -17,8 +17,10 @@ namespace {
 constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
+// The same for products with one row of x, which read the memory of a piece in order.
+constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
-constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product
+constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product with encoded W
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -225,9 +227,9 @@ void multiply_at_once(PackedLinear &job, int threads) {
         for (int64_t part; (part = ordered.fetch_add(1)) < job.parts;) now->order_linear(job, part, part + 1);
     };
     if (job.parts) run_on_threads(job.parts > 1 ? threads : 1, order);
-    // A piece is a whole number of blocks, with at least four pieces for each thread. With tiles, the sums must stay in
-    // the cache, so a piece is limited by its rows of W, not by its bytes.
-    const int64_t most = std::min(job.tiled ? 4 * job.block : PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    // A piece is a whole number of blocks, with at least four pieces for each thread. A block of x is read once for each
+    // piece, so with tiles a piece has many rows of W.
+    const int64_t most = std::min(job.tiled ? 4 * job.block : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
     const int64_t piece = std::max<int64_t>(1, most / job.block) * job.block;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
@@ -236,8 +238,9 @@ void multiply_at_once(PackedLinear &job, int threads) {
     });
 }
 
-// x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
-void multiply(const PackedLinear &job, int threads) {
+// Encoded W: x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
+void multiply(PackedLinear &job, int threads) {
+    if (job.bits == 16) return multiply_at_once(job, threads);
     const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
@@ -310,6 +313,33 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *py_rms_norm(PyObject *, PyObject *args) {
+    RmsNorm job;
+    int type, round_first, threads;
+    long long rows, size, x, weight, y;
+    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
+                          &job.plus, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.round_first = round_first;
+    job.rows = rows;
+    job.size = size;
+    job.x = (const void *)x;
+    job.weight = (const void *)weight;
+    job.y = (void *)y;
+    const int64_t row_bytes = size * element_bytes(job.type);
+    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
+    std::atomic<int64_t> claimed{0};
+    const Variant *now = variant;
+    const auto claim = [&, now] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
+            now->rms_norm(job, begin, std::min<int64_t>(begin + piece, rows));
+    };
+    const int useful = useful_threads(threads, rows * row_bytes);
+    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -357,6 +387,7 @@ PyMethodDef METHODS[] = {
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
+    {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

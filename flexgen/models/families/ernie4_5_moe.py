@@ -22,7 +22,7 @@ from flexgen.models.tables import (
 _BIAS = "moe_statics.e_score_correction_bias"
 NAMES = llama_names(
     MIXTURE_MODULES,
-    router_bias=(OneRow(f"layers.{{i}}.mlp.{_BIAS}"), OneRow(f"layers.{{i}}.mlp.gate.{_BIAS}")),
+    correction=(OneRow(f"layers.{{i}}.mlp.{_BIAS}"), OneRow(f"layers.{{i}}.mlp.gate.{_BIAS}")),
 )
 
 

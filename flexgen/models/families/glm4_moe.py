@@ -18,7 +18,7 @@ from flexgen.models.tables import (
     shared_experts,
 )
 
-NAMES = llama_names(MIXTURE_MODULES, router_bias="layers.{i}.mlp.gate.e_score_correction_bias")
+NAMES = llama_names(MIXTURE_MODULES, correction="layers.{i}.mlp.gate.e_score_correction_bias")
 
 
 def to_spec(fields: Fields) -> ModelSpec:

@@ -21,7 +21,7 @@ from flexgen.models.tables import (
 NAMES = llama_names(
     MIXTURE_MODULES,
     router=("layers.{i}.mlp.router.gate", "layers.{i}.mlp.gate"),
-    router_bias=("layers.{i}.mlp.expert_bias", "layers.{i}.mlp.e_score_correction_bias"),
+    correction=("layers.{i}.mlp.expert_bias", "layers.{i}.mlp.e_score_correction_bias"),
     **{
         f"shared.{name}": tuple(
             f"layers.{{i}}.mlp.{folder}.{name}_proj" for folder in ("shared_mlp", "shared_experts")

@@ -18,7 +18,7 @@ from flexgen.models.tables import (
 
 NAMES = llama_names(
     MIXTRAL_MODULES,
-    router_bias=tuple(
+    correction=tuple(
         f"layers.{{i}}.{folder}.e_score_correction_bias" for folder in ("block_sparse_moe", "mlp")
     ),
 )

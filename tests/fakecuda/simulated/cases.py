@@ -12,7 +12,15 @@ import pytest
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
-from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from flexgen import OptLM, Policy
 from flexgen.quant import CODECS
@@ -37,6 +45,15 @@ MIXTURE = Qwen3MoeConfig(
     intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
     max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
 )  # fmt: skip
+_TINY: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=64, max_position_embeddings=128,
+)  # fmt: skip
+MISTRAL = MistralConfig(**_TINY, sliding_window=5)
+GEMMA2 = Gemma2Config(
+    **_TINY, head_dim=16, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+)
+BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}

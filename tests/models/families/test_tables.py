@@ -19,7 +19,7 @@ from flexgen.errors import ModelError
 from flexgen.kernels.scoring import Window, alibi_slopes
 from flexgen.models import fields
 from flexgen.models.families import config_from_dict, known_families, spec_from_config
-from flexgen.models.mlp_spec import MixtureSpec
+from flexgen.models.mlp_spec import ClampedGLU, MixtureSpec
 from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 
 VARIANTS = [(family, number) for family, configs in TINY.items() for number in range(len(configs))]
@@ -169,6 +169,10 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "chosen groups": ("glm4_moe", 0, _router(top_groups=3)),
     "sum of the factors": ("qwen3_moe", 1, _router(normalised=True)),
     "scale of the factors": ("hy_v3", 0, _router(scale=1.0)),
+    "bias of a router": ("gpt_oss", 0, _router(bias=False)),
+    "biases of experts": ("gpt_oss", 0, _mixture(bias=False)),
+    "clamped experts": ("gpt_oss", 0, _mixture(clamped=None)),
+    "limits of experts": ("gpt_oss", 0, _mixture(clamped=ClampedGLU(1.702, 7.0))),
     "shared expert": ("granitemoeshared", 0, _mixture(shared=None)),
     "gate of a shared expert": ("qwen2_moe", 0, _mixture(shared_gate=False)),
     "average with a shared expert": ("cohere2_moe", 0, _mixture(scale=1.0)),
@@ -228,6 +232,7 @@ OF_NO_CONSEQUENCE = {
         "moe_layer_start_index",
         "moe_layer_end_index",
     },  # of the layers that the interval leaves
+    "gpt_oss": {"sliding_window"},
     "hy_v3": {"enable_moe_fp32_combine"},
     "minimax_m2": {"rotary_dim"},
     "qwen2_moe": {

@@ -1,0 +1,37 @@
+"""How a benchmark and its workers talk: one process per engine, one JSON per line.
+
+A worker may run in an environment of its own, so this module needs numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def prompt_ids(batch: int, length: int) -> np.ndarray:
+    """The token ids of all engines, as (batch, length)."""
+    return np.random.default_rng(0).integers(4, 30_000, size=(batch, length))
+
+
+def job() -> dict[str, Any]:
+    """The job of this process: its first argument."""
+    found: dict[str, Any] = json.loads(sys.argv[1])
+    return found
+
+
+def serve(opened: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    """Report `opened`, then call `run` and report its result for each line of standard input.
+
+    Reports go to the original standard output. What libraries print goes to standard error.
+    """
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        print(json.dumps(opened), file=answers, flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(run()), file=answers, flush=True)

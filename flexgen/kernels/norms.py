@@ -1,0 +1,56 @@
+"""RMS norms. In torch, a norm on a CPU takes seven operations and float32 copies of x, which the compiled kernel
+avoids."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen.kernels.loading import NUMBERS, announce, native
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, plus: float = 0.0, round_first: bool = True
+) -> Tensor:
+    """x (..., size) / sqrt(mean(x**2) + eps) * (weight (size) + plus), in the dtype of x, computed in float32.
+
+    round_first: round both factors to the dtype of x before the product with the weight. A GPU always rounds only the
+    result, except with `plus`. Without a weight, `plus` has no effect.
+    """
+    if x.is_cuda and (weight is None or not plus):  # one launch
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    fits = weight is None or (weight.dtype is x.dtype and weight.is_contiguous())
+    if x.device.type == "cpu" and x.dtype in NUMBERS and x.numel() and fits and announce():
+        return rms_norm_natively(x, weight, eps, plus, round_first)
+    return rms_norm_in_torch(x, weight, eps, plus, round_first)
+
+
+def rms_norm_natively(x: Tensor, weight: Tensor | None, eps: float, plus: float, round_first: bool) -> Tensor:
+    """`rms_norm` with the compiled kernel, for a weight in the dtype of x."""
+    x = x.contiguous()
+    size = x.shape[-1]
+    y = torch.empty_like(x)
+    native.rms_norm(
+        NUMBERS[x.dtype],
+        round_first,
+        (x.numel() // size, size),
+        x.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        y.data_ptr(),
+        eps,
+        plus,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def rms_norm_in_torch(x: Tensor, weight: Tensor | None, eps: float, plus: float, round_first: bool) -> Tensor:
+    """`rms_norm` in torch, on every device."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if not round_first:
+        return normed.mul_(weight.float() + plus).to(x.dtype)
+    return normed.to(x.dtype).mul_(weight + plus if plus else weight)
