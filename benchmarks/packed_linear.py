@@ -1,11 +1,13 @@
 """Fused products with int4 and int8 weights, compared with decoding and with products of the plain matrix.
 
     python benchmarks/packed_linear.py
+    python benchmarks/packed_linear.py --dtype float32 float16 --rows 1 8 16 24 64
 
 These figures are the reason for `fused_rows` in `kernels.groupwise_linear`: the most rows of x for which the fused
 product is at least as fast as the product with an already decoded matrix. `decode` is the cost of decoding, once for
-each visit of a layer. If the CPU supports it, torch's own int4 product, with another layout and bfloat16 scales, is
-measured too. On a GPU (--device cuda), the Triton kernels are measured.
+each visit of a layer. `laid out` is the plain matrix in oneDNN's layout, in which the CPU keeps bfloat16 weights, and
+`a8` the fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its
+share of that bandwidth. On a GPU (--device cuda), the Triton kernels are measured.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,13 @@ from record import interleaved, save
 from torch import Tensor
 
 from flexgen.kernels.groupwise import dequantise, quantise
-from flexgen.kernels.groupwise_linear import multiply
+from flexgen.kernels.groupwise_linear import multiply, multiply_rounded
+from flexgen.kernels.linear import has_prelayout, linear, prelayout
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.packed import Packed
 
-SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))  # out, in
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+SHAPES = ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192))  # out, in
+ROWS = (1, 2, 4, 8, 16, 32, 1024, 4096)
 BITS = (4, 8)
 GROUP = 64
 MEMORY = 192 << 20  # bytes of weights in rotation, so that none stays in a processor cache
@@ -48,37 +52,49 @@ def rate(call: Callable[[Tensor], object], weights: Sequence[Tensor], seconds: f
     return {"ms": (time.perf_counter() - began) / count * 1e3}
 
 
+def read_rate(memory: Tensor) -> dict[str, float]:
+    """GB/s of reading memory, the best of a few times."""
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        native.read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+        took.append(time.perf_counter() - began)
+    return {"GB/s": memory.nbytes / min(took) / 1e9}
+
+
+def packed_bytes(packed: Packed) -> int:
+    return packed.values.nbytes + packed.scales.nbytes + packed.minimums.nbytes
+
+
 def cases_of(
     shape: tuple[int, int], dtype: torch.dtype, rows: Sequence[int], device: str, seconds: float
-) -> dict[str, Callable[[], dict[str, float]]]:
+) -> tuple[dict[str, Callable[[], dict[str, float]]], dict[str, int]]:
+    """The cases by name, and the bytes of the matrix in the cases of each form."""
     out_size, in_size = shape
     weight = (torch.randn(shape) * 0.02).to(device)
-    copies = max(MEMORY // (weight.numel() * dtype.itemsize), 1)
-    plain = [weight.to(dtype) for _ in range(copies)]
+    plain = [weight.to(dtype) for _ in range(max(MEMORY // (weight.numel() * dtype.itemsize), 1))]
     x = {count: torch.randn(count, in_size).to(device, dtype) for count in rows}
     cases: dict[str, Callable[[], dict[str, float]]] = {}
+    nbytes = {"matrix": plain[0].nbytes, "laid out": plain[0].nbytes}
+    if device == "cpu":
+        memory = torch.ones(MEMORY >> 20 << 20, dtype=torch.uint8)
+        cases["read"] = partial(read_rate, memory)
+    laid_out = [prelayout(each) for each in plain] if device == "cpu" and has_prelayout(dtype) else []
     for count in rows:
         cases[f"matrix, {count} rows"] = partial(rate, partial(F.linear, x[count]), plain, seconds)
+        if laid_out:
+            cases[f"laid out, {count} rows"] = partial(rate, partial(linear, x[count]), laid_out, seconds)
     out = torch.empty_like(plain[0])
     for bits in BITS:
-        stored = [quantise(weight, bits, GROUP) for _ in range(MEMORY // (weight.numel() * bits // 8))]
-        cases[f"decode int{bits}"] = partial(rate, partial(dequantise, out=out), stored, seconds)
+        kept = [quantise(weight, bits, GROUP) for _ in range(MEMORY // (weight.numel() * bits // 8))]
+        nbytes[f"int{bits}"] = nbytes[f"int{bits} a8"] = packed_bytes(kept[0])
+        cases[f"decode int{bits}"] = partial(rate, partial(dequantise, out=out), kept, seconds)
         for count in rows:
-            call = partial(multiply, x[count])
-            cases[f"fused int{bits}, {count} rows"] = partial(rate, call, stored, seconds)
-    if device == "cpu" and dtype is torch.bfloat16:
-        codes = torch.randint(0, 16, shape, dtype=torch.int32)
-        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.ones(in_size // GROUP, out_size, 2, dtype=dtype)
-        copied = [theirs.clone() for _ in range(MEMORY // theirs.nbytes)]
-        for count in rows:
-            call = partial(_multiply_as_torch, x[count], scales=scales)
-            cases[f"torch int4, {count} rows"] = partial(rate, call, copied, seconds)
-    return cases
-
-
-def _multiply_as_torch(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+            cases[f"int{bits}, {count} rows"] = partial(rate, partial(multiply, x[count]), kept, seconds)
+            if device == "cpu":
+                rounded = partial(multiply_rounded, x[count])
+                cases[f"int{bits} a8, {count} rows"] = partial(rate, rounded, kept, seconds)
+    return cases, nbytes
 
 
 @torch.inference_mode()
@@ -89,26 +105,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--seconds", type=float, default=0.1, help="minimum time of one measurement")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--seconds", type=float, default=0.05, help="minimum time of one measurement")
+    parser.add_argument("--out", help="write the results to this file")
     args = parser.parse_args()
     if args.device == "cpu" and not native_available():
         parser.error("the compiled kernels are not built or are disabled")
     results = []
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
-        found = interleaved(cases_of(shape, dtype, args.rows, args.device, args.seconds), args.repeats)
-        name = str(dtype).removeprefix("torch.")
-        print(f"\n{shape[0]} x {shape[1]}, {name}, GFLOP/s")
+    for shape, name in itertools.product(SHAPES, args.dtype):
+        cases, nbytes = cases_of(shape, getattr(torch, name), args.rows, args.device, args.seconds)
+        found = interleaved(cases, args.repeats)
+        print(f"\n{shape[0]} x {shape[1]}, {name}")
+        read = found["read"]["GB/s"]["median"] if "read" in found else None
         for case, figures in found.items():
+            if "ms" not in figures:
+                print(f"{case:<24}{read:>8.1f} GB/s")
+                continue
             ms = figures["ms"]["median"]
-            if case.startswith("decode"):
-                print(f"{case:<24}{ms:>8.2f} ms")
-            else:
-                flops = 2 * shape[0] * shape[1] * int(case.split()[-2])
-                print(f"{case:<24}{flops / ms / 1e6:>8.0f}   {ms:>8.2f} ms")
-        results.append({"shape": list(shape), "dtype": name, "figures": found})
+            line = f"{case:<24}{ms:>8.3f} ms"
+            if not case.startswith("decode"):
+                form, count = case.split(", ")
+                line += f"{2 * shape[0] * shape[1] * int(count.split()[0]) / ms / 1e6:>8.0f} GFLOP/s"
+                line += f"{nbytes[form] / ms / 1e6 / read:>8.0%} of read" if read else ""
+            print(line)
+        results.append({"shape": list(shape), "dtype": name, "bytes": nbytes, "figures": found})
     variant = native.variant() if args.device == "cpu" else torch.cuda.get_device_name()
     name = "packed_linear" if args.device == "cpu" else "packed_linear_gpu"
-    print(save(name, {"kernels": variant, "group": GROUP, "products": results}))
+    path = Path(args.out) if args.out else None
+    print(save(name, {"kernels": variant, "group": GROUP, "products": results}, path))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _codec(field: str, config: CompressionConfig | None, dims: Collection[int]) 
         )
     if not config.enabled:
         return "none"
-    groupwise = [codec for codec in CODECS.values() if isinstance(codec, Groupwise)]
+    groupwise = [codec for codec in CODECS.values() if type(codec) is Groupwise]
     groups = {codec.group: codec for codec in groupwise if codec.bits == config.num_bits}
     if not groups:
         known = ", ".join(map(str, sorted({codec.bits for codec in groupwise})))

@@ -86,10 +86,12 @@ def packed_linear(
     values: int,
     scales: int,
     minimums: int,
+    rounded: bool,
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows of x, out, in, group. `bias`: 0 for none."""
+    """`shape`: rows of x, out, in, group. `bias`: 0 for none. `rounded`: round x to int8, with a scale for each
+    group; only for the variant avx512_bf16 and groups of 64."""
 
 def packed_linears(
     type: int,

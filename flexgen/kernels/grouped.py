@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels import half_linear
-from flexgen.kernels.groupwise_linear import GroupwiseMatrix
+from flexgen.kernels.groupwise_linear import SPAN, GroupwiseMatrix
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import NUMBERS, announce, native
 from flexgen.kernels.quantized import QuantizedMatrix
@@ -116,7 +116,8 @@ def _form(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix, rows: int) -> _F
     if isinstance(matrix, GroupwiseMatrix):
         packed = matrix.packed
         plain = all(part.is_contiguous() for part in (packed.values, packed.scales, packed.minimums))
-        if not plain or rows > matrix.fused_rows(dtype):
+        # x is copied for all matrices at once, so the rows of each are limited.
+        if not plain or matrix.rounded or rows > min(matrix.fused_rows(dtype), SPAN):
             return None
         return _Form(packed.scales.dtype, packed.bits, packed.group)
     if not isinstance(matrix, Tensor) or matrix.is_mkldnn or matrix.dtype is not dtype:

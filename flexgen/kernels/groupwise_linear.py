@@ -2,7 +2,8 @@
 
 A product of few rows is bound by the reads of the weights. Encoded weights have a quarter (int4) or half (int8) of
 the bytes of a 16-bit matrix, and a decoded matrix must also be written and read. A product of many rows is
-compute-bound, and a library's product with the decoded matrix is faster.
+compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernel decodes a tile of the matrix in a cache and
+multiplies it with all rows of x. Otherwise, a library's product with the decoded matrix is faster.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.groupwise import check_packed, dequantise
-from flexgen.kernels.loading import NUMBERS, announce, native, triton_kernels
+from flexgen.kernels.loading import NUMBERS, announce, native, native_available, triton_kernels
 from flexgen.kernels.packed import Packed
-from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
+
+DOTS = "avx512_bf16"
+"""The compiled variant with dot products of bfloat16 and of int8."""
+SPAN = 256
+"""Rows of x that a compiled product puts in its own layout at once (cpp/module.cpp)."""
+_DOTS_GROUP = 64
+"""Groups of the kernels with dot products are multiples of it; x is rounded to int8 in groups of this size."""
 
 _HOST_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 16}
 _GPU_ROWS = 64
@@ -25,21 +33,29 @@ _GPU_ROWS = 64
 
 @dataclass(frozen=True)
 class GroupwiseMatrix(QuantizedMatrix):
-    """A matrix (out, in) of group-wise integers."""
+    """A matrix (out, in) of group-wise integers.
+
+    rounded: whether products on a CPU round x to int8 (`multiply_rounded`).
+    """
 
     packed: Packed
     dtype: torch.dtype
     decoded: Callable[[], Tensor]
+    rounded: bool = False
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.packed.values, self.packed.scales, self.packed.minimums))
 
     def fused_rows(self, dtype: torch.dtype) -> int:
-        return fused_rows(self.packed, dtype)
+        return EVERY_ROW if self._rounds else fused_rows(self.packed, dtype)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return multiply(x, self.packed, bias)
+        return (multiply_rounded if self._rounds else multiply)(x, self.packed, bias)
+
+    @property
+    def _rounds(self) -> bool:
+        return self.rounded and self.packed.values.device.type == "cpu"
 
     def gather(self, ids: Tensor) -> Tensor:
         return gather(self.packed, ids, self.dtype)
@@ -54,15 +70,34 @@ def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
     """
     device = packed.values.device
     if device.type == "cpu":
-        return _HOST_ROWS.get(dtype, 0) if announce() else 0
+        return host_fused_rows(dtype, packed.group)
     return _GPU_ROWS if triton_kernels(device) and dtype in NUMBERS else 0
 
 
+def host_fused_rows(dtype: torch.dtype, group: int) -> int:
+    """`fused_rows` of a matrix on this machine's CPU."""
+    if not announce():
+        return 0
+    dots = dtype is torch.bfloat16 and group % _DOTS_GROUP == 0 and native.variant() == DOTS
+    return EVERY_ROW if dots else _HOST_ROWS.get(dtype, 0)
+
+
 def expected_fused_rows(on_host: bool, dtype: torch.dtype) -> int:
-    """`fused_rows` on a machine that has the kernels; it may be another machine."""
+    """`fused_rows` on a machine that has the kernels; it may be another machine.
+
+    A CPU that computes in bfloat16 has dot products of it.
+    """
     if on_host:
-        return _HOST_ROWS.get(dtype, 0)
+        return EVERY_ROW if dtype is torch.bfloat16 else _HOST_ROWS.get(dtype, 0)
     return _GPU_ROWS if dtype in NUMBERS else 0
+
+
+def workspace_bytes(rows: int, in_size: int, dtype: torch.dtype) -> int:
+    """The maximum bytes for x in the layout of the kernel with dot products; 0 if this machine does not use it."""
+    if dtype is not torch.bfloat16 or not native_available() or native.variant() != DOTS:
+        return 0
+    floats = in_size // _DOTS_GROUP * (_DOTS_GROUP // 2 + 2)  # pairs, sums and scales
+    return torch.float32.itemsize * min(rows, SPAN) * floats
 
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -87,9 +122,31 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return multiply_in_torch(x, packed, bias)
 
 
-def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write
-    it."""
+def multiply_rounded(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """`multiply` on a CPU with x rounded to int8, with a scale for each group of 64 values of a row.
+
+    The products of a group are sums of integers. So a product takes half the instructions of one in bfloat16 if the
+    CPU has dot products of int8; other CPUs compute the same values in float32, as fast as `multiply` does.
+    """
+    native_form = x.dtype in NUMBERS and packed.group == _DOTS_GROUP and x.numel() > 0
+    if native_form and native_available() and native.variant() == DOTS:
+        return multiply_natively(x, packed, bias, rounded=True)
+    wide = round_to_int8(x, packed.group)
+    return multiply(wide, packed, None if bias is None else bias.float()).to(x.dtype)
+
+
+def round_to_int8(x: Tensor, group: int) -> Tensor:
+    """x in float32 after rounding: in each group of a row, multiples of 1/127 of the largest value."""
+    groups = x.float().unflatten(-1, (-1, group))
+    scales = groups.abs().amax(dim=-1, keepdim=True) / 127
+    return (groups / scales.where(scales != 0, 1)).round_().mul_(scales).flatten(-2)
+
+
+def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None, rounded: bool = False) -> Tensor:
+    """`multiply` with the compiled kernel. It decodes each weight once for several rows of x and does not write it.
+
+    rounded: as `multiply_rounded`; only for the variant `DOTS` and groups of 64.
+    """
     x = x.contiguous()
     out_size, in_size = packed.shape
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
@@ -104,6 +161,7 @@ def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
         packed.values.data_ptr(),
         packed.scales.data_ptr(),
         packed.minimums.data_ptr(),
+        rounded,
         torch.get_num_threads(),
     )
     return y

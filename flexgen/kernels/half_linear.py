@@ -116,6 +116,7 @@ def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         weight.data_ptr(),
         0,
         0,
+        False,
         torch.get_num_threads(),
     )
     return y

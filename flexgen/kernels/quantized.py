@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EVERY_ROW = 1 << 30
+"""`QuantizedMatrix.fused_rows` if the fused product is faster for any number of rows."""
+
 
 class QuantizedMatrix(ABC):
     """A matrix (out, in) that a codec has encoded. `linear` and `embedding` accept it in place of a tensor.

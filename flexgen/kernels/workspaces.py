@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from flexgen.kernels import half_linear
+from flexgen.kernels import groupwise_linear, half_linear
 from flexgen.kernels.flash_splits import split_bytes
 from flexgen.units import KIB, MIB
 
@@ -67,7 +67,9 @@ class HostWorkspaces:
     captured: int | None = None
 
     def product(self, rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> int:
-        return half_linear.workspace_bytes(rows, out_size, in_size, dtype)
+        # The matrix may be plain or encoded.
+        encoded = groupwise_linear.workspace_bytes(rows, in_size, dtype)
+        return max(half_linear.workspace_bytes(rows, out_size, in_size, dtype), encoded)
 
     def attention(
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype

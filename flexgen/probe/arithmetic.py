@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.heads import HeadFormat
-from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import Store, tensor_at
@@ -81,8 +81,13 @@ class ArithmeticProbe:
         """flop/s of products with encoded matrices, by rows; empty if the codec decodes every matrix first."""
         weight = next(weight for weight in self.layer.weights if codec.fits(weight.shape))
         most = self._encoded(codec, weight).fused_rows(self._dtype)
-        rows = sorted({rows for rows in self._effort.rows if rows < most} | {most})
-        return self._rates(partial(self._encoded, codec), rows) if most else ()
+        if not most:
+            return ()
+        measured = {rows for rows in self._effort.rows if rows < most}
+        if most < EVERY_ROW:
+            return self._rates(partial(self._encoded, codec), sorted(measured | {most}))
+        points = self._rates(partial(self._encoded, codec), sorted(measured))
+        return *points, (float(most), points[-1][1])  # the last point is the most rows
 
     def decoding(self, codec: Codec) -> float:
         """Bytes/s of decoded output."""

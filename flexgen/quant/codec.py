@@ -27,6 +27,8 @@ class Codec(ABC):
     """
 
     name: str
+    searched: bool = True
+    """Whether a search for a policy may choose the codec. Otherwise it is used only where a policy names it."""
 
     # Bytes
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flexgen.errors import PolicyError
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
-from flexgen.kernels.groupwise_linear import GroupwiseMatrix, expected_fused_rows
+from flexgen.kernels.groupwise_linear import GroupwiseMatrix, expected_fused_rows, host_fused_rows
 from flexgen.kernels.heads import GroupwiseHeads, HeadFormat
 from flexgen.kernels.loading import native_available
 from flexgen.kernels.packed import Packed
-from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 from flexgen.quant.codec import ALIGNMENT, Codec
 from flexgen.units import align
 
@@ -77,7 +77,7 @@ class Groupwise(Codec):
 
     def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
         # The kernels of a GPU are known only once it has computed.
-        return expected_fused_rows(on_host, dtype) if on_host and native_available() else 0
+        return host_fused_rows(dtype, self.group) if on_host and native_available() else 0
 
     def _parts(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Offsets in bytes of the scales, the minimums and the end of the tensor; the values come first."""
@@ -99,3 +99,26 @@ class Groupwise(Codec):
             bits=self.bits,
             group=self.group,
         )
+
+
+@dataclass(frozen=True)
+class RoundedGroupwise(Groupwise):
+    """`Groupwise`, with products on a CPU that round the activations to int8 in groups of `group` values.
+
+    This changes results, so it has its own name in policies. Tensors are stored as in `Groupwise`. On a GPU, products
+    are those of `Groupwise`.
+    """
+
+    searched = False
+
+    def matrix(
+        self, encoded: Tensor, shape: Sequence[int], dtype: torch.dtype, decoded: Callable[[], Tensor]
+    ) -> QuantizedMatrix:
+        return GroupwiseMatrix(self._packed(encoded, shape), dtype, decoded, rounded=True)
+
+    def expected_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
+        return EVERY_ROW if on_host else super().expected_fused_rows(on_host, dtype)
+
+    def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
+        # Without the compiled kernels too: `multiply_rounded` never takes the decoded matrix of a visit.
+        return EVERY_ROW if on_host else 0

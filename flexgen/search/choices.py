@@ -66,7 +66,7 @@ class Choices:
         """Whether a codec may be chosen for a class of data and the machine has its rates."""
         if codec == "none":
             return True
-        if not self._lossy or what == "activations":
+        if not self._lossy or what == "activations" or not CODECS[codec].searched:
             return False
         if what == "cache" and self._settled.attn_sparsity < 1:
             return False

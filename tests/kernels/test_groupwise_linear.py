@@ -16,9 +16,12 @@ from flexgen.kernels.groupwise_linear import (
     multiply,
     multiply_in_torch,
     multiply_natively,
+    multiply_rounded,
+    round_to_int8,
 )
 from flexgen.kernels.linear import embedding, linear
 from flexgen.kernels.packed import Packed
+from flexgen.kernels.quantized import EVERY_ROW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [torch.float16, torch.bfloat16]
@@ -64,7 +67,7 @@ def product(version):
 @relaxed
 @given(
     dtype=st.sampled_from(DTYPES),
-    rows=st.one_of(st.integers(1, 17), st.integers(60, 70)),
+    rows=st.one_of(st.integers(1, 33), st.integers(60, 70), st.integers(255, 258)),
     out=st.integers(1, 70),
     groups=st.integers(1, 5),
     bits=st.sampled_from([4, 8]),
@@ -86,12 +89,70 @@ def test_every_number_of_rows(version, dtype, bits):
         case.check(product(version)(*case.arguments), version)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_large_matrices_are_split_over_threads(variant, bits, threads):
-    torch.set_num_threads(threads)
-    case = Case(torch.bfloat16, 3, 1501, 16, bits)
-    case.check(multiply_natively(*case.arguments), variant)
+@pytest.mark.parametrize("rows", [1, 3, 14, 31])
+def test_large_matrices_are_split_over_threads(variant, bits, rows):
+    case = Case(torch.bfloat16, rows, 1501, 16, bits)
+    torch.set_num_threads(1)
+    alone = multiply_natively(*case.arguments)
+    case.check(alone, variant)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(multiply_natively(*case.arguments), alone)
+
+
+@relaxed
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=st.one_of(st.integers(1, 33), st.integers(255, 258)),
+    out=st.integers(1, 70),
+    groups=st.integers(1, 5),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 128]),
+    scales=st.sampled_from(SCALES),
+    biased=st.booleans(),
+    offset=st.sampled_from([0.0, 3.0]),
+)
+def test_rounded_products_are_those_of_the_rounded_x(
+    version, dtype, rows, out, groups, bits, group, scales, biased, offset
+):
+    with pytest.MonkeyPatch.context() as patch:
+        if version == "torch":
+            patch.setattr(groupwise_linear, "announce", lambda: False)
+            patch.setattr(groupwise_linear, "native_available", lambda: False)
+        case = Case(dtype, rows, out, groups, bits, group, scales, biased, offset)
+        found = multiply_rounded(*case.arguments)
+    rounded = round_to_int8(case.x, group)
+    largest = case.x.float().unflatten(-1, (-1, group)).abs().amax(-1, keepdim=True)
+    error = (rounded - case.x.float()).unflatten(-1, (-1, group)).abs()
+    assert (error <= largest * 0.501 / 127).all()
+    case.x = rounded
+    exact = rounded.double() @ case.weight.T + (0 if case.bias is None else case.bias.double())
+    unit = torch.finfo(dtype).eps
+    bound = 0.51 * unit * exact.abs() + rounded.double().abs() @ case.weight.abs().T * 4e-6 + 1e-6
+    assert found.dtype is dtype and ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 8, 20])
+def test_rounded_products_do_not_hide_what_is_not_finite(version, bits, rows, monkeypatch):
+    if version == "torch":
+        monkeypatch.setattr(groupwise_linear, "announce", lambda: False)
+        monkeypatch.setattr(groupwise_linear, "native_available", lambda: False)
+    case = Case(torch.bfloat16, rows, 20, 3, bits)
+    case.x[0, 70] = float("inf")
+    case.x[-1, 3] = float("nan")
+    found = multiply_rounded(*case.arguments)
+    assert not found[0].isfinite().any() and not found[-1].isfinite().any()
+    assert found[1:-1].isfinite().all()
+
+
+def test_a_matrix_that_rounds_never_decodes(variant):
+    for rows in (1, 40):
+        case = Case(torch.float32, rows, 9, 2)
+        matrix = GroupwiseMatrix(case.packed, torch.float32, lambda: pytest.fail("decoded"), rounded=True)
+        expected = round_to_int8(case.x, 64).double() @ case.weight.T + case.bias.double()
+        assert torch.allclose(linear(case.x, matrix, case.bias).double(), expected, atol=1e-4)
 
 
 def test_each_code_meets_its_value(variant):
@@ -167,7 +228,9 @@ class Decoded:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_are_fused_and_many_decode(variant, dtype):
     most = fused_rows(Case(dtype, 1, 4, 2).packed, dtype)
-    for rows, count in ((1, 0), (most, 0), (most + 1, 1)):
+    every = most == EVERY_ROW
+    assert every == (variant == groupwise_linear.DOTS and dtype is torch.bfloat16)
+    for rows, count in ((1, 0), (most, 0), (most + 1, 1)) if not every else ((1, 0), (300, 0)):
         case = Case(dtype, rows, 9, 2)
         decoded = Decoded(case.packed, dtype)
         case.check(linear(case.x[None], decoded.matrix, case.bias)[0], "torch")

@@ -61,6 +61,7 @@ const Variant avx2_variant = {
     avx2::groupwise::quantise_any,
     avx2::read,
     avx2::linear::prepare_any,
+    avx2::linear::order_any,
     avx2::linear::multiply_any,
     avx2::sparse::choose_any,
     avx2::sparse::attend_chosen_any,

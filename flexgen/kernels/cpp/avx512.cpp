@@ -20,6 +20,7 @@ const Variant avx512_variant = {
     avx512::groupwise::quantise_any,
     avx512::read,
     avx512::linear::prepare_any,
+    avx512::linear::order_any,
     avx512::linear::multiply_any,
     avx512::sparse::choose_any,
     avx512::sparse::attend_chosen_any,

@@ -4,13 +4,15 @@
 #include <cpuid.h>
 
 #define VARIANT avx512_bf16
-#define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512bf16,avx512vnni,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define FLEXGEN_DOT_BF16
 #include "avx512.h"
 
 static bool supported() {
     unsigned eax, ebx, ecx, edx;
-    if (!avx512_variant.supported() || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+    if (!avx512_variant.supported() || !__builtin_cpu_supports("avx512vnni") ||
+        !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))
+        return false;
     return eax & (1u << 5);
 }
 
@@ -23,6 +25,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::groupwise::quantise_any,
     avx512_bf16::read,
     avx512_bf16::linear::prepare_any,
+    avx512_bf16::linear::order_any,
     avx512_bf16::linear::multiply_any,
     avx512_bf16::sparse::choose_any,
     avx512_bf16::sparse::attend_chosen_any,

@@ -74,6 +74,7 @@ const Variant baseline_variant = {
     baseline::groupwise::quantise_any,
     baseline::read,
     baseline::linear::prepare_any,
+    baseline::linear::order_any,
     baseline::linear::multiply_any,
     baseline::sparse::choose_any,
     baseline::sparse::attend_chosen_any,

@@ -12,12 +12,15 @@
 // Rows of W in a piece: a multiple of the blocks of all variants.
 constexpr int64_t EXPERT_PIECE = 96;
 
-// Calls `variant.prepare_linear` and `variant.linear` for every job. All jobs have equal sizes, except for their rows.
+// Calls the functions of `variant` for products for every job. All jobs have equal sizes, except for their rows.
 inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &jobs, int threads) {
     const int64_t count = (int64_t)jobs.size();
     std::atomic<int64_t> prepared{0}, claimed{0};
     run_on_threads(std::min<int64_t>(threads, count), [&] {
-        for (int64_t n; (n = prepared.fetch_add(1)) < count;) variant.prepare_linear(jobs[n]);
+        for (int64_t n; (n = prepared.fetch_add(1)) < count;) {
+            variant.prepare_linear(jobs[n]);
+            if (jobs[n].parts) variant.order_linear(jobs[n], 0, jobs[n].parts);
+        }
     });
     const int64_t out = jobs[0].out, pieces = (out + EXPERT_PIECE - 1) / EXPERT_PIECE;
     run_on_threads(threads, [&] {

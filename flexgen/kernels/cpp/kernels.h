@@ -118,11 +118,15 @@ struct PackedLinear {
     const uint8_t *packed;
     const void *scales, *minimums;  // (out, groups)
 
-    // Set by `prepare_linear`: whether x has many rows (tiles.h), x in the layout of the variant, and its group sums if
-    // the variant needs them.
+    bool rounded = false;  // x is rounded to int8, with a scale for each group
+
+    // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
+    // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
+    int64_t block = 48;  // a multiple of the blocks of linear.h and tiles.h
+    int64_t parts = 0;  // of the conversion of x, left to `order_linear`
     bool tiled = false;
     const void *operand = nullptr;
-    const float *sums = nullptr;
+    const float *sums = nullptr, *x_scales = nullptr;
     std::vector<float> wide;
 
     int64_t groups() const { return in / group; }
@@ -148,6 +152,7 @@ struct Variant {
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // reads every byte once; nbytes is a multiple of 1024
     void (*prepare_linear)(PackedLinear &);
+    void (*order_linear)(const PackedLinear &, int64_t first, int64_t last);  // parts, if `prepare_linear` left some
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);

@@ -27,7 +27,6 @@ INLINE int64_t padded(int64_t groups) { return (groups + LANES - 1) / LANES * LA
 // x in float32: q * scale + minimum is exactly the float32 value that `dequantise` writes.
 struct Wide {
     typedef float Operand;
-    static constexpr bool BY_SUMS = false;
 
     template <int BITS, int X, int WEIGHTS>
     INLINE static void add_group(const PackedLinear &job, const float *x, const Rows<WEIGHTS> &rows, int64_t g,
@@ -55,61 +54,6 @@ struct Wide {
         }
     }
 };
-
-#ifdef FLEXGEN_DOT_BF16
-// x in bfloat16: codes are exact in bfloat16, and the scale of a group multiplies the sum of its products. The minimums
-// are multiplied with the group sums of x.
-struct Dots {
-    typedef Bf16 Operand;
-    static constexpr bool BY_SUMS = true;
-    static constexpr int64_t STEP = 2 * LANES;  // values in a register
-
-    INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 4>) {
-        // Only the low five bits of an index are used, and the table repeats after sixteen entries: no mask is needed.
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
-            0x4140, 0x4150, 0x4160, 0x4170));
-        const __m512i codes = _mm512_cvtepu8_epi16(raw<__m256i>(from));
-        w[0] = _mm512_permutexvar_epi16(codes, table);
-        w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-    }
-    INLINE static void unpack(const uint8_t *from, __m512i (&w)[2], std::integral_constant<int, 8>) {
-        for (int part = 0; part < 2; ++part) {
-            const Vec low = to_float(load_octets(from + part * STEP));
-            const Vec high = to_float(load_octets(from + part * STEP + LANES));
-            w[part] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        }
-    }
-
-    template <int BITS, int X, int WEIGHTS>
-    INLINE static void add_group(const PackedLinear &job, const Bf16 *x, const Rows<WEIGHTS> &rows, int64_t g,
-                                 int64_t stride, Vec (&sum)[LANES]) {
-        constexpr int64_t PIECE = 2 * STEP * BITS / 8;  // octets that fill two registers
-        const int64_t octets = job.group * BITS / 8, second = BITS == 4 ? octets : STEP;
-        for (int64_t i = 0; i < octets; i += PIECE) {
-            __m512i w[WEIGHTS][2];
-            for (int n = 0; n < WEIGHTS; ++n)
-                unpack(rows.codes[n] + g * octets + i, w[n], std::integral_constant<int, BITS>());
-            for (int m = 0; m < X; ++m) {
-                const Bf16 *from = x + m * job.in + g * job.group + i;
-                const __m512bh a = (__m512bh)_mm512_loadu_si512(from);
-                const __m512bh b = (__m512bh)_mm512_loadu_si512(from + second);
-                for (int n = 0; n < WEIGHTS; ++n) {
-                    const Vec half = _mm512_dpbf16_ps(Vec{}, (__m512bh)w[n][0], a);
-                    const Vec dot = _mm512_dpbf16_ps(half, (__m512bh)w[n][1], b);
-                    sum[n * X + m] = fma(dot, splat(rows.scales[n * stride + g]), sum[n * X + m]);
-                }
-            }
-        }
-    }
-};
-
-inline bool by_dots(const PackedLinear &job) {
-    return job.type == Type::bfloat16 && job.bits != 16 && job.group % (2 * Dots::STEP) == 0;
-}
-#else
-inline bool by_dots(const PackedLinear &) { return false; }
-#endif
 
 template <class S>
 TARGET void widen(const S *from, float *to, int64_t count) {
@@ -148,12 +92,6 @@ TARGET void multiply(const PackedLinear &job, const Rows<WEIGHTS> &rows, int64_t
     const auto *x = (const typename Kind::Operand *)job.operand + m * job.in;
     Vec sum[LANES];
     for (Vec &each : sum) each = Vec{};
-    if (Kind::BY_SUMS) {
-        for (int64_t g = 0; g < stride; g += LANES)
-            for (int i = 0; i < WEIGHTS * X; ++i)
-                sum[i] = fma(load(&rows.minimums[i / X * stride + g]), load(job.sums + (m + i % X) * stride + g),
-                             sum[i]);
-    }
     const int64_t ahead = WEIGHTS * groups * octets;  // the next block
     for (int64_t g = 0; g < groups; ++g) {
         if (m == 0) {
@@ -211,43 +149,43 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 }  // namespace VARIANT
 
 #include "tiles.h"
+#ifdef FLEXGEN_DOT_BF16
+#include "dots.h"
+#endif
 
 namespace VARIANT {
 namespace linear {
 
 void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
+#ifdef FLEXGEN_DOT_BF16
+    if (dots::fits(job)) return dots::multiply(job, begin, end);
+#endif
     if (job.tiled) return multiply_tiled(job, begin, end);
     if (job.bits == 16) return multiply_plain_vector(job, begin, end);
-#ifdef FLEXGEN_DOT_BF16
-    if (by_dots(job)) return multiply_bits<Dots>(job, begin, end);
-#endif
     multiply_bits<Wide>(job, begin, end);
 }
 
 // Convert x to the layout of `multiply_any`, once for all rows of W.
 TARGET void prepare_any(PackedLinear &job) {
-    job.tiled = job.rows > (job.bits == 16 ? 1 : FEW) && !by_dots(job);
+#ifdef FLEXGEN_DOT_BF16
+    if (dots::fits(job)) return dots::prepare(job);
+#endif
+    job.tiled = job.rows > (job.bits == 16 ? 1 : FEW);
     if (job.tiled) return prepare_tiled(job);
     job.operand = job.x;
-    if (by_pairs(job)) return;
-    if (!by_dots(job)) {
-        if (job.type == Type::float32) return;
-        float *wide = aligned(job.wide, job.rows * job.in);
-        widen(job.type, job.x, 0, wide, job.rows * job.in);
-        job.operand = wide;
-        return;
-    }
-    const int64_t groups = job.groups(), stride = padded(groups);
-    float *total = aligned(job.wide, job.rows * stride);
-    for (int64_t g = 0; g < job.rows * groups; ++g) {
-        Vec sum = {};
-        for (int64_t i = 0; i < job.group; i += LANES) sum += load((const Bf16 *)job.x + g * job.group + i);
-        float lanes[LANES], all = 0.0f;
-        store(lanes, sum);
-        for (float each : lanes) all += each;
-        total[g / groups * stride + g % groups] = all;  // stays zero beyond the groups of a row
-    }
-    job.sums = total;
+    if (by_pairs(job) || job.type == Type::float32) return;
+    float *wide = aligned(job.wide, job.rows * job.in);
+    widen(job.type, job.x, 0, wide, job.rows * job.in);
+    job.operand = wide;
+}
+
+// Do parts of the conversion that `prepare_any` left.
+void order_any(const PackedLinear &job, int64_t first, int64_t last) {
+#ifdef FLEXGEN_DOT_BF16
+    dots::order(job, first, last);
+#else
+    (void)job, (void)first, (void)last;
+#endif
 }
 
 }  // namespace linear

@@ -20,6 +20,7 @@ constexpr int64_t PIECE_BYTES = 64 << 10;
 // The same for products with one row of x, which read the memory of a piece in order.
 constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
+constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product with encoded W
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -216,16 +217,20 @@ PyObject *groupwise(PyObject *args, bool pack) {
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
 
-void multiply(PackedLinear &job, int threads) {
+void multiply_at_once(PackedLinear &job, int threads) {
     const int64_t row_bytes = job.in * job.bits / 8;
     threads = useful_threads(threads, row_bytes * job.out * job.rows);
     const Variant *now = variant;
     now->prepare_linear(job);
-    // A piece is a whole number of blocks of any variant, with at least four pieces for each thread. A block of x is read
-    // once for each piece, so with tiles a piece has many rows of W.
-    const int64_t BLOCKS = 48, TILED = 4 * BLOCKS;
-    const int64_t most = std::min(job.tiled ? TILED : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
-    const int64_t piece = std::max<int64_t>(1, most / BLOCKS) * BLOCKS;
+    std::atomic<int64_t> ordered{0};
+    const auto order = [&, now] {
+        for (int64_t part; (part = ordered.fetch_add(1)) < job.parts;) now->order_linear(job, part, part + 1);
+    };
+    if (job.parts) run_on_threads(job.parts > 1 ? threads : 1, order);
+    // A piece is a whole number of blocks, with at least four pieces for each thread. A block of x is read once for each
+    // piece, so with tiles a piece has many rows of W.
+    const int64_t most = std::min(job.tiled ? 4 * job.block : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
+    const int64_t piece = std::max<int64_t>(1, most / job.block) * job.block;
     std::atomic<int64_t> claimed{0};
     run_on_threads(threads, [&, now] {
         for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.out;)
@@ -233,13 +238,29 @@ void multiply(PackedLinear &job, int threads) {
     });
 }
 
+// Encoded W: x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
+void multiply(PackedLinear &job, int threads) {
+    if (job.bits == 16) return multiply_at_once(job, threads);
+    const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
+        PackedLinear own = job;
+        own.rows = end - begin;
+        own.x = (const char *)job.x + begin * job.in * element_bytes(job.type);
+        own.y = (char *)job.y + begin * job.out * element_bytes(job.type);
+        multiply_at_once(own, threads);
+    }
+}
+
 PyObject *py_packed_linear(PyObject *, PyObject *args) {
     PackedLinear job;
     int type, scale_type, threads;
     long long rows, out, in, group, x, y, bias, packed, scales, minimums;
-    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
-                          &y, &bias, &packed, &scales, &minimums, &threads))
+    int rounded;
+    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLpi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
+                          &y, &bias, &packed, &scales, &minimums, &rounded, &threads))
         return nullptr;
+    job.rounded = rounded;
     job.type = (Type)type;
     job.scale_type = (Type)scale_type;
     job.rows = rows;

@@ -1,0 +1,124 @@
+// Products of few rows of x with group-wise integers: each row of W is one stream of codes. Several streams of one page
+// would mislead the prefetchers of some processors, which then read at half of the speed.
+#pragma once
+
+namespace VARIANT {
+namespace dots {
+
+constexpr int MOST_FEW = 2;
+constexpr int64_t AHEAD = 4096;  // bytes
+
+// A line of codes: two chunks of four bits, or one of eight.
+template <int BITS>
+constexpr int64_t line_chunks = BITS == 4 ? 2 : 1;
+
+inline int64_t lines_of(const PackedLinear &job) { return (job.in * job.bits / 8 + LINE - 1) / LINE; }
+template <class Kind, int BITS>
+inline int64_t few_width(const PackedLinear &job) {
+    return lines_of(job) * steps_of<Kind, BITS> * LANES;
+}
+
+// x: for each row, a vector for each step of the dwords of a line. `sums`: (rows, padded chunks). `x_scales`: for each
+// row and line, the scale of each dword.
+template <class Kind, int BITS>
+TARGET void prepare_few(PackedLinear &job) {
+    constexpr int STEPS = steps_of<Kind, BITS>;
+    constexpr int64_t DWORDS = VALUES * BITS / 32;
+    const int64_t chunks = chunks_of(job), stride = padded(chunks), width = few_width<Kind, BITS>(job);
+    const int64_t line_scales = Kind::ROUNDED ? lines_of(job) * LANES : 0;
+    float *room = aligned(job.wide, job.rows * (width + line_scales + stride));
+    uint32_t *operand = (uint32_t *)room;
+    float *scales = room + job.rows * width, *sums = scales + job.rows * line_scales;
+    Ordered chunk;
+    for (int64_t m = 0; m < job.rows; ++m) {
+        for (int64_t c = 0; c < chunks; ++c) {
+            order_chunk<BITS>(job, m, c, chunk, Kind());
+            const int64_t line = c / line_chunks<BITS>, lane = c % line_chunks<BITS> * DWORDS;
+            uint32_t *to = operand + m * width + line * STEPS * LANES + lane;
+            for (int64_t step = 0; step < chunk_steps<Kind>; ++step)
+                to[step % STEPS * LANES + step / STEPS] = chunk.steps[step];
+            if (Kind::ROUNDED) std::fill_n(scales + m * line_scales + line * LANES + lane, DWORDS, chunk.scale);
+            sums[m * stride + c] = chunk.sum;
+        }
+    }
+    job.operand = operand;
+    job.x_scales = scales;
+    job.sums = sums;
+}
+
+// The scale of each dword of a line.
+template <int BITS>
+INLINE Vec line_scale(const float *scales, int64_t line) {
+    if (BITS == 8) return splat(scales[line]);
+    return _mm512_mask_broadcastss_ps(splat(scales[2 * line]), 0xff00, _mm_load_ss(scales + 2 * line + 1));
+}
+
+template <class Kind, int BITS, int X>
+INLINE void add_line(__m512i codes, const uint32_t *x, int64_t width, const float *scales, const float *x_scales,
+                     int64_t line_scales, int64_t line, Vec (&total)[X]) {
+    constexpr int STEPS = steps_of<Kind, BITS>;
+    __m512i w[STEPS];
+    Kind::unpack(codes, w, std::integral_constant<int, BITS>());
+    const Vec scale = line_scale<BITS>(scales, line);
+    x += line * STEPS * LANES;
+    UNROLLED
+    for (int m = 0; m < X; ++m) {
+        typename Kind::Sum sum = {};
+        UNROLLED
+        for (int step = 0; step < STEPS; ++step)
+            sum = Kind::add(sum, w[step], load_line(x + m * width + step * LANES));
+        const Vec both = Kind::ROUNDED ? scale * load(x_scales + m * line_scales + line * LANES) : scale;
+        total[m] = fma(Kind::number(sum), both, total[m]);
+    }
+}
+
+template <class Kind, int BITS, int X>
+APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end) {
+    const int64_t stride = padded(chunks_of(job)), width = few_width<Kind, BITS>(job);
+    const int64_t bytes = job.in * BITS / 8, lines = lines_of(job), line_scales = Kind::ROUNDED ? lines * LANES : 0;
+    static thread_local std::vector<float> room;
+    float *every = aligned(room, LANES * 2 * stride);
+    const uint32_t *x = (const uint32_t *)job.operand;
+    Vec sums[X][LANES] = {};
+    for (int64_t n = begin; n < end; n += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, end - n);
+        // First, so that the products of a row need not wait for them.
+        for (int64_t k = 0; k < count; ++k)
+            chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
+        for (int64_t k = 0; k < count; ++k) {
+            const uint8_t *codes = job.packed + (n + k) * bytes;
+            const float *scales = every + 2 * k * stride, *minimums = scales + stride;
+            Vec total[2][X] = {};  // alternately, because a sum has to wait for the previous one
+            for (int64_t c = 0; c < stride; c += LANES)
+                for (int m = 0; m < X; ++m)
+                    total[1][m] = fma(load(minimums + c), load(job.sums + m * stride + c), total[1][m]);
+            int64_t line = 0;
+            for (; (line + 2) * LINE <= bytes; line += 2) {
+                __builtin_prefetch(codes + line * LINE + AHEAD);
+                __builtin_prefetch(codes + line * LINE + AHEAD + LINE);
+                UNROLLED
+                for (int64_t part = 0; part < 2; ++part)
+                    add_line<Kind, BITS, X>(load_line(codes + (line + part) * LINE), x, width, scales,
+                                            job.x_scales, line_scales, line + part, total[part]);
+            }
+            for (; line < lines; ++line) {
+                const bool whole = (line + 1) * LINE <= bytes;
+                const __m512i some = whole ? load_line(codes + line * LINE)
+                                           : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE));
+                add_line<Kind, BITS, X>(some, x, width, scales, job.x_scales, line_scales, line, total[0]);
+            }
+            for (int m = 0; m < X; ++m) sums[m][k] = total[0][m] + total[1][m];
+        }
+        for (int m = 0; m < X; ++m) write_outputs(job, VARIANT::sums(sums[m]), m, n, count);
+    }
+}
+
+template <class Kind, int BITS>
+TARGET void multiply_few(const PackedLinear &job, int64_t begin, int64_t end) {
+    static_assert(MOST_FEW == 2, "");
+    if (job.rows == 1) return multiply_few_rows<Kind, BITS, 1>(job, begin, end);
+    multiply_few_rows<Kind, BITS, 2>(job, begin, end);
+}
+
+}  // namespace dots
+}  // namespace VARIANT
