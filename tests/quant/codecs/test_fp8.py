@@ -13,6 +13,7 @@ from torch import Tensor
 from flexgen.errors import PolicyError
 from flexgen.kernels.attention import decode_attention
 from flexgen.kernels.linear import embedding, linear
+from flexgen.kernels.scoring import Scoring
 from flexgen.policy import Policy
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.hardware import Hardware
@@ -212,7 +213,7 @@ def test_attention_is_that_over_the_values(head_dim, dtype, rows, kv_heads, grou
     ]
     begin = None if starts is None else torch.tensor([min(start, length - 1) for start in starts[:rows]])
     scale = head_dim**-0.5
-    out = decode_attention(q, stored, length, begin, scale, form)
+    out = decode_attention(q, stored, length, begin, Scoring(scale), form)
     scores = q.double() @ wide_k.mT * scale
     if begin is not None:
         padding = torch.arange(length) < begin[:, None]
