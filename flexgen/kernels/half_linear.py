@@ -9,7 +9,6 @@ pieces.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -35,7 +34,6 @@ _TILE_ROWS, _LINE = 4, 64
 """The same as in cpp/tiles.h: x is copied in whole tiles of rows and whole cache lines, with a line between rows."""
 
 
-@functools.cache
 def _has_tiles(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for tiles of this type."""
     if dtype is torch.bfloat16:
@@ -43,7 +41,6 @@ def _has_tiles(dtype: torch.dtype) -> bool:
     return dtype is torch.float16 and torch.cpu._is_amx_fp16_supported()
 
 
-@functools.cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products in this type."""
     if dtype is torch.bfloat16:

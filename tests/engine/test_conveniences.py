@@ -100,7 +100,7 @@ def test_a_stream_that_is_left_leaves_a_model_that_works(
     assert gate.reached.wait(60)
     with pytest.raises(RequestError, match="still running.*close the stream"):
         lm.generate(given, 2)
-    stream._teller.abandoned = True  # what close does first; then it waits
+    stream._writer.abandoned = True  # what close does first; then it waits
     gate.open()
     stream.close()
     assert list(stream) == []

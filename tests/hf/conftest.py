@@ -60,9 +60,10 @@ _MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def _of_family(name: str) -> PreTrainedModel:
     """The first tiny model of a family, with ids of this tokenizer and room for its texts."""
     ids = dict(vocab_size=VOCAB, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2)
-    length = "n_positions" if "n_positions" in TINY[name][0] else "max_position_embeddings"
+    names = ("n_positions", "max_position_embeddings")
+    lengths = dict.fromkeys([f for f in names if hasattr(CONFIG_MAPPING[name](), f)][:1], 64)
     windows = {field: 64 for field in ("sliding_window",) if TINY[name][0].get(field)}
-    config = CONFIG_MAPPING[name](**copy.deepcopy(TINY[name][0]) | ids | {length: 64} | windows)
+    config = CONFIG_MAPPING[name](**copy.deepcopy(TINY[name][0]) | ids | lengths | windows)
     return AutoModelForCausalLM.from_config(config)
 
 

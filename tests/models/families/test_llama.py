@@ -147,7 +147,7 @@ def test_unsupported_fields_are_refused(field, value):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (dict(rope_type="proportional", rope_theta=1e4), "rope_type = 'proportional'.*supported: default"),
+        (dict(rope_type="unknown", rope_theta=1e4), "rope_type = 'unknown'.*supported: default"),
         (dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
         (dict(rope_type="linear", rope_theta=1e4), "rope_parameters.*factor"),
         (dict(rope_type="linear", rope_theta=1e4, factor=0.0), "rope_parameters.*positive"),
