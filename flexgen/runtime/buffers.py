@@ -95,7 +95,7 @@ class Buffers:
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
         if resident:
-            graphs = CellGraphs(model.layers, resident, cache, device)
+            graphs = CellGraphs(model.layers, resident, cache, workload.capacity, device)
             self._close.append(graphs.close)
         self.block = BlockBuffers(cache, activations, lookup, graphs)
 

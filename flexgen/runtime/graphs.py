@@ -105,15 +105,21 @@ class _Graph:
 class CellGraphs:
     """Graphs of the decode cells of one block.
 
-    replayed: the numbers of the layers that have graphs (see `layout.graphs.replayed`). After the device has refused
-    a capture, no cell has a graph.
+    replayed: the numbers of the layers that have graphs (see `layout.graphs.replayed`). capacity: the maximum number
+    of tokens of a row; the ring of a window holds fewer. After the device has refused a capture, no cell has a graph.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], replayed: Sequence[int], cache: KVCache, device: ComputeDevice
+        self,
+        layers: Sequence[Layer],
+        replayed: Sequence[int],
+        cache: KVCache,
+        capacity: int,
+        device: ComputeDevice,
     ) -> None:
         self._layers = {j: layers[j] for j in replayed}
         self._cache = cache
+        self._capacity = capacity
         self._device = device
         self._taken = Taken()
         self._buffers: dict[int, Tensor] = {}
@@ -193,7 +199,7 @@ class CellGraphs:
     def _step(self, cell: BoundCell, x: Tensor) -> _Step:
         batch = cell.batch
         if batch not in self._steps:
-            layout = step_layout([*self._layers.values()], len(x), self._cache.capacity, x.dtype)
+            layout = step_layout([*self._layers.values()], len(x), self._capacity, x.dtype)
             if batch not in self._buffers:  # batches never grow
                 self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
             self._steps[batch] = _Step(self._buffers[batch], layout)

@@ -197,11 +197,6 @@ class KVCache:
                 outs.append(attend(pages, cell, part.segment, part.rows_of(q), scoring, bring))
         return outs
 
-    @property
-    def capacity(self) -> int:
-        """The minimum number of tokens of a row for which layers without a window have room."""
-        return max(s.capacity for segments in self._storage.segments().values() for s in segments)
-
     def attend_at(
         self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
