@@ -108,7 +108,7 @@ def test_attention_over_an_int4_cache_of_opt_30b_takes_few_launches():
     form = GroupwiseHeads(128, 4, 64)
     page = tuple(torch.empty(48, 56, 1024, form.width, dtype=torch.uint8, device="cuda") for _ in range(2))
     q = torch.empty(48, 56, 1, 128, dtype=torch.float16, device="cuda")
-    attend_fused(q, [page], 1000, None, 1.0, form)
+    attend_fused(q, [page], range(1000), None, 1.0, form)
     runtime.reset()
-    attend_fused(q, [page], 1000, None, 1.0, form)
+    attend_fused(q, [page], range(1000), None, 1.0, form)
     assert 0 < runtime.counters().kernels <= 30

