@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from flexgen.models.families.granite import granite
 from flexgen.models.fields import Fields
 from flexgen.models.mlp_spec import MLPSpec
 from flexgen.models.sources import Stacked
-from flexgen.models.spec import LayerSpec, ModelSpec
-from flexgen.models.tables import attention, both_in, head_dim, llama_names, mixture, model, rms, router
+from flexgen.models.spec import ModelSpec
+from flexgen.models.tables import llama_names, mixture, router
 
 _MIXTURE = "layers.{i}.block_sparse_moe"
 _INTO = f"{_MIXTURE}.input_linear.weight", f"{_MIXTURE}.experts.gate_up_proj"
@@ -25,31 +26,10 @@ NAMES = llama_names(
 
 def to_spec(fields: Fields) -> ModelSpec:
     """The spec of a GraniteMoe config."""
-    return granite(fields, None)
+    return granite_mixture(fields, None)
 
 
-def granite(fields: Fields, shared: MLPSpec | None) -> ModelSpec:
+def granite_mixture(fields: Fields, shared: MLPSpec | None) -> ModelSpec:
     """A Granite model with experts. shared: the MLP for all tokens."""
-    bias, norm = fields.flag("attention_bias"), rms(fields)
-    layer = LayerSpec(
-        attention(
-            fields,
-            qkv_bias=bias,
-            out_bias=bias,
-            rope=fields.rope(head_dim(fields)),
-            score_scale=fields.number("attention_multiplier"),
-        ),
-        mixture(
-            fields, router(fields, "num_local_experts", scored="chosen"), "intermediate_size", shared=shared
-        ),
-        both_in(norm),
-        residual_scale=fields.number("residual_multiplier"),
-    )
-    return model(
-        fields,
-        NAMES,
-        [layer] * fields.size("num_hidden_layers"),
-        norm,
-        embed_scale=fields.number("embedding_multiplier"),
-        logit_scale=1 / fields.positive("logits_scaling"),
-    )
+    chosen = router(fields, "num_local_experts", scored="chosen")
+    return granite(fields, NAMES, mixture(fields, chosen, "intermediate_size", shared=shared))
