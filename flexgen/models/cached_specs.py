@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from flexgen.kernels import scoring
-from flexgen.models import families, mlp_spec, sources
+from flexgen.models import families, mlp_spec, norm_spec, sources
 from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
@@ -30,7 +30,7 @@ from flexgen.user_cache import cache_folder, keep
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
-_MODULES = {module.__name__: module for module in (spec_module, mlp_spec, sources, scoring)}
+_MODULES = {module.__name__: module for module in (spec_module, mlp_spec, norm_spec, sources, scoring)}
 """The modules with the classes of specs and of their parts."""
 
 
