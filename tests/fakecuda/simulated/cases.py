@@ -67,8 +67,9 @@ LLAMA4 = Llama4TextConfig(
     **_MIXED, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], attention_chunk_size=5, floor_scale=4,
 )  # fmt: skip
 GEMMA4 = Gemma4TextConfig(
-    **_TINY, num_experts=5, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=5,
-    layer_types=_KINDS, hidden_size_per_layer_input=0, enable_moe_block=True, top_k_experts=2, moe_intermediate_size=32,
+    **_TINY, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=5,
+    layer_types=_KINDS, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=5, top_k_experts=2,
+    moe_intermediate_size=32,
 )  # fmt: skip
 MIMO = MiMoV2FlashConfig(
     **_TINY, head_dim=12, v_head_dim=8, sliding_window=5, layer_types=_KINDS, mlp_layer_types=["dense", "dense"],
