@@ -59,6 +59,7 @@ class Logged:
             self.shape[step] = [shapes.choices(lanes, k=shapes.choice((1, 1, 2, 3))) for _ in range(count)]
         self.shape |= {step: [[lane]] for step, lane in (only or {}).items()}
         needed = {place(step) for step in (*self.hooks, *(only or ()))}
+        needed |= {Place(Op.STORE_HIDDEN, grid.layers - 1, k) for k in range(grid.batches)}
         places = sorted({place(step) for step in self.shape if step.op is not Op.COMPUTE}, key=str)
         self.idle = frozenset(one for one in places if one not in needed and shapes.random() < 0.3)
         self.shape |= {step: [] for step in self.shape if place(step) in self.idle}
