@@ -20,7 +20,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
-from flexgen.models.tensor_files import make_header, read_header
+from flexgen.models.headers import make_header, read_header
 from flexgen.policy import Tier
 from flexgen.units import ALIGNMENT, format_bytes
 
@@ -158,6 +158,8 @@ class Homes:
         codec = self.placement.codec(weight)
         count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
         step = max(self._machine.device.topology.pieces.read_bytes // width, 1)
+        if self._checkpoint.encoded(weight):  # every read decodes all of it
+            step = count
         for first in range(0, count, step):
             rows = range(first, min(first + step, count))
             tensor = self._checkpoint.read(weight, self._dtype, rows)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen.formats import Encoding
 from flexgen.kernels.scoring import Window
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.sources import Names, Source, Stacked
@@ -234,6 +235,14 @@ class WeightSpec:
 
 
 @dataclass(frozen=True)
+class EncodedWeight:
+    """A matrix that a checkpoint stores quantized. `parts` are its tensors, in the order of `Encoding.parts`."""
+
+    encoding: Encoding
+    parts: tuple[WeightSpec, ...]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer: its layers, the parts outside of them, and the names in checkpoints."""
 
@@ -276,6 +285,8 @@ class ModelSpec:
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
+    encodings: tuple[Encoding, ...] = ()
+    """The encodings in which a quantized checkpoint stores its matrices. It may store some of them plainly."""
 
     chunk_tokens: int = 4096
     """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products
