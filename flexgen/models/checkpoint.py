@@ -18,6 +18,7 @@ from flexgen.demo import MODEL_DIR
 from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
 from flexgen.formats import Encoding
 from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.build import build_layers
 from flexgen.models.cached_specs import read_spec
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
@@ -199,7 +200,8 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
 
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
-    """The spec, completed from the files: the dtype if the config has none, and whether the head is tied."""
+    """The spec, completed from the files: the dtype if the config has none, whether the head is tied, and which
+    matrices are quantized."""
     files.check_unquantized()
     files.check_depth(spec)
     embed, head = _vocabulary(spec)
@@ -207,6 +209,10 @@ def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
         spec = replace(spec, dtype=files.dtype_of(embed))
     if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
         spec = replace(spec, tied_head=False)
+    if spec.encodings:
+        weights = (weight for layer in build_layers(spec) for weight in layer.weights)
+        found = {weight.key: files.encoded(weight) for weight in weights}
+        spec = replace(spec, encoded={key: encoded for key, encoded in found.items() if encoded is not None})
     return spec
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -204,6 +205,8 @@ class WeightSpec:
     """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
     unit: str = ""
     """Weights of a layer with the same unit go to the same tier: the matrices of an expert. Empty: it is alone."""
+    quantized: bool = False
+    """Whether it is one of the tensors that a checkpoint stores for a quantized weight."""
 
     @property
     def looked_up(self) -> bool:
@@ -223,7 +226,8 @@ class WeightSpec:
     @cached_property
     def key(self) -> str:
         """The identity of the tensor in the model. A tied head and the embedding have the same key."""
-        return str(self.sources[0])
+        # The first tensor of a quantized weight may have the weight's own name.
+        return f"{self.sources[0]}{' (quantized)' if self.quantized else ''}"
 
     @cached_property
     def numel(self) -> int:
@@ -287,6 +291,8 @@ class ModelSpec:
     """The modules whose matrices are stored as (in, out) in files."""
     encodings: tuple[Encoding, ...] = ()
     """The encodings in which a quantized checkpoint stores its matrices. It may store some of them plainly."""
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """The matrices that the checkpoint's files store quantized, by key."""
 
     chunk_tokens: int = 4096
     """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products

@@ -111,7 +111,7 @@ class TensorFiles(ABC):
 
         Raises CheckpointError if one of the tensors is missing or has the wrong shape or dtype.
         """
-        if not self._encodings or len(weight.shape) != 2 or weight.dtype not in (None, *FLOATS.values()):
+        if not self._encodings or len(weight.shape) != 2 or weight.quantized:
             return None
         if weight.key not in self._encoded:
             self._encoded[weight.key] = self._find_encoded(weight)
@@ -162,10 +162,10 @@ class TensorFiles(ABC):
                 WeightSpec(
                     weight.name + part.suffix,
                     part.shape,
-                    (source._replace(name=name, shape=stack if source.take else ()),),
+                    (Source(name, source.take, stack if source.take else ()),),
                     dtype=stored.dtype,
                     encodable=False,
-                    unit=weight.unit or weight.name,
+                    quantized=True,
                 )
             )
         return tuple(found)
@@ -267,11 +267,7 @@ class _PlainFiles(TensorFiles):
         """The place of the weight's bytes, transposed or not."""
         source, stored = self._find(weight)
         # The tensors of quantized weights have other dtypes, which were checked when they were found.
-        dtype = (
-            stored.dtype
-            if weight.dtype is not None and stored.dtype is weight.dtype
-            else self.dtype_of(weight)
-        )
+        dtype = stored.dtype if weight.quantized and stored.dtype else self.dtype_of(weight)
         offset = stored.offset + source.skipped * dtype.itemsize
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         return Extent(stored.path, offset, weight.numel * dtype.itemsize, dtype, shape)

@@ -188,9 +188,8 @@ def test_tensors_that_do_not_fit(
         if tensor is not None:
             tensors[name] = tensor
     save_file(tensors, path)
-    spec, files = open_model(tmp_path)
     with pytest.raises(CheckpointError, match=f"layers.1.self_attn.q_proj.weight is stored in .*{message}"):
-        files.verify(build_layers(spec))
+        open_model(tmp_path)
 
 
 def test_groups_that_do_not_divide_a_row(tmp_path: Path) -> None:
