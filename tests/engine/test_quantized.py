@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from flexgen.engine.model import OptLM
 from flexgen.errors import LaneError, PolicyError
+from flexgen.layout.topology import LINKED
+from flexgen.layout.weights import weight_layouts
 from flexgen.models import build_layers, open_model
 from flexgen.policy import Policy, Tier
 
@@ -141,6 +143,9 @@ def test_stored_weights_keep_the_bytes_of_the_file(
             rest = sum({w.key: w.nbytes(torch.float32) for w in plain}.values())
             assert lm.placement.nbytes[Tier(tier)] == quantized + rest
             assert lm.placement.stored.keys() == spec.encoded.keys()
+            if tier == "cpu":  # in files, other tensors may be in between
+                layouts = weight_layouts(lm._layers, lm.placement, LINKED)
+                assert [each.runs for each in lm._model.weights.layouts] == [each.runs for each in layouts]
             lm.generate(prompts(LENGTHS), 2, stop=())
         assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -198,11 +198,8 @@ def test_groups_that_do_not_divide_a_row(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["group_size"] = 48
     path.write_text(json.dumps(config))
-    spec, files = open_model(tmp_path)
-    with pytest.raises(
-        CheckpointError, match="64 values, which groups of 48 do not divide: use a checkpoint"
-    ):
-        files.verify(build_layers(spec))
+    with pytest.raises(CheckpointError, match="64 values, which groups of 48 do not divide: use a"):
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["fp8 in blocks", "awq"])
