@@ -59,7 +59,7 @@ def replayed(
         and not layer.reads_back
         and not _masked_otherwise(layer)
         and all(
-            topology.in_place(placement.of(weight)) and placement.codec(weight) is None
+            topology.in_place(placement.of(weight)) and placement.decoder(weight) is None
             for weight in whole_weights(layer, placement, topology)
         )
     )
