@@ -22,6 +22,7 @@ from flexgen.models.plain_files import reading
 from flexgen.models.samples import sample
 from flexgen.models.sources import Source
 from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.models.text_part import text_tensors
 from flexgen.units import align
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -81,11 +82,14 @@ def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor
 
 
 class TensorFiles:
-    """The common part of all formats: a directory, and the metadata of its tensors by name."""
+    """The common part of all formats: a directory, and the metadata of its tensors by name.
+
+    Of a multimodal checkpoint, it has the tensors of the text model only (`text_tensors`).
+    """
 
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
         self.directory: Path | None = directory
-        self._tensors = tensors
+        self._tensors = text_tensors(tensors)
 
     @property
     def sources(self) -> list[Path]:
