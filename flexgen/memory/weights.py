@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import whole_weights
 from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, encoded_products
@@ -53,6 +54,7 @@ class WeightSlots:
         self.placement = placement
         self._layers = [whole_weights(layer, placement, machine.device.topology) for layer in layers]
         self._transfers = WeightTransfers(self._layers, homes, sizes, placement, machine)
+        self._groups = [layer.groups for layer in layers]
         self._products = [encoded_products(layer, placement) for layer in layers]
         # Room for any layer except the last one, which computes so few tokens that it usually decodes nothing.
         nbytes = [decoded_bytes(layer, placement) for layer in layers]
@@ -98,7 +100,7 @@ class WeightSlots:
             if isinstance(home, Tensor):
                 stored[weight.name] = home
         stored |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
-        weights: dict[str, Tensor | QuantizedMatrix] = dict(stored)
+        weights: dict[str, Any] = dict(stored)
         dtype, decodings, end = self.placement.dtype, [], 0
         multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
@@ -111,4 +113,9 @@ class WeightSlots:
                     end = align(end + weight.nbytes(dtype), ALIGNMENT)
                 decodings.append(Decoding(codec, stored[weight.name], make))
                 weights[weight.name] = codec.matrix(stored[weight.name], weight.shape, dtype, decodings[-1])
+        for name, matrices, biases in self._groups[layer]:
+            own_biases = [weights[each] for each in biases] or None
+            group = grouped_matrices([weights[each] for each in matrices], own_biases, dtype)
+            if group is not None:
+                weights[name] = group
         return _LayerViews(weights, tuple(decodings))

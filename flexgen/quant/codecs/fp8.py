@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.heads import EncodedHeads, HeadFormat
+from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import ALIGNMENT, Codec
 from flexgen.units import align
@@ -145,6 +146,12 @@ class FP8Matrix(QuantizedMatrix):
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def stored(self) -> StoredMatrix:
+        out_size, in_size = self.codes.shape
+        form = MatrixForm((out_size, in_size), bits=8, scale_type=_SCALE, e4m3=True)
+        return StoredMatrix(form, self.codes, self.scales)
 
     def gather(self, ids: Tensor) -> Tensor:
         taken = ids.flatten()
