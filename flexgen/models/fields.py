@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexgen.errors import ModelError, shown
+from flexgen.formats import Encoding, read_encodings
 from flexgen.kernels.scoring import Window
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.rope import KINDS, ReadParameters, rope_spec
@@ -29,7 +30,7 @@ _DTYPES = {
 }
 
 _QUANTIZED = ("quantization_config", "compression_config")
-"""Fields in which GPTQ, AWQ, bitsandbytes, fp8 and others describe their quantization."""
+"""Fields in which a config describes the quantization of its weights."""
 
 _UNRELATED = {
     "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
@@ -67,8 +68,6 @@ class Fields:
     """
 
     def __init__(self, config: PreTrainedConfig, name: str) -> None:
-        for field in _QUANTIZED:
-            check_unquantized(getattr(config, field, None), name, field)
         self._config = config
         self._read = set(_QUANTIZED)
         self.name = name
@@ -121,6 +120,15 @@ class Fields:
                     f"{self.name}: {field} = {shown(value)} is not supported: no layer of this family uses it"
                     f"{usual}. If it does not change the model's results, remove it from the config"
                 )
+
+    def encodings(self) -> tuple[Encoding, ...]:
+        """The encodings in which the checkpoint stores quantized matrices; empty if it is not quantized."""
+        found: list[Encoding] = []
+        for field in _QUANTIZED:
+            value = getattr(self._config, field, None)
+            as_dict = getattr(value, "to_dict", None)  # of transformers' own object
+            found += read_encodings(as_dict() if as_dict else value, self.name, field)
+        return tuple(dict.fromkeys(found))
 
     # One field
 
@@ -338,24 +346,13 @@ def _of_kind(parameters: Any, kind: str | None) -> Any:
 def check_values(values: Mapping[str, Any], name: str) -> None:
     """Check values on which transformers would fail without a useful message. Raises ModelError."""
     for field in _QUANTIZED:
-        check_unquantized(values.get(field), name, field)
+        read_encodings(values.get(field), name, field)
     kinds = values.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ModelError(f"{name}: layer_types = {shown(kinds)} is not supported; expected a list of names")
     for field in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"):
         if field in values:
             check_size(values[field], name, field)
-
-
-def check_unquantized(value: Any, name: str, field: str) -> None:
-    """Raises ModelError unless `value`, of a field of `_QUANTIZED`, is None."""
-    if value is None:
-        return
-    method = value.get("quant_method") if isinstance(value, dict) else value
-    raise ModelError(
-        f"{name}: the weights are quantized ({field}: {shown(method)}), which is not supported. Use a checkpoint in "
-        "float16, bfloat16 or float32; a policy with the codec int4 or int8 quantizes it when it is opened"
-    )
 
 
 def check_size(value: Any, name: str, field: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexgen.kernels import grouped
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import Workspaces
-from flexgen.models.layer import Weights, linear_weights
+from flexgen.models.layer import MatrixGroup, Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
@@ -50,9 +50,29 @@ class Mixture(FeedForward):
         super().__init__(spec, index, weights)
 
     @property
-    def reads_back(self) -> bool:
-        """The number of tokens of each expert."""
-        return True
+    def groups(self) -> Sequence[MatrixGroup]:
+        """The matrices of all experts, by module."""
+
+        def own(module: str, part: str) -> tuple[str, ...]:
+            return tuple(f"experts.{n}.{module}.{part}" for n in range(self._mixture.router.experts))
+
+        return [
+            MatrixGroup(
+                _group(module), own(module, "weight"), own(module, "bias") if self._mixture.bias else ()
+            )
+            for module in self._matrices
+        ]
+
+    def reads_back(self, tokens: int, weights: Weights) -> bool:
+        """The number of tokens of each expert, if no product of all experts reads it on the device."""
+        return not self._in_one_product(tokens * self._mixture.router.top_k, weights)
+
+    def _in_one_product(self, choices: int, weights: Weights) -> bool:
+        """Whether all experts are multiplied at once."""
+        products = [weights.get(_group(module)) for module in self._matrices]
+        return choices <= self.spec.chunk_tokens and all(
+            p is not None and p.serves(choices) for p in products
+        )
 
     @property
     def _mixture(self) -> MixtureSpec:
@@ -101,7 +121,8 @@ class Mixture(FeedForward):
                 rows, product = tokens[begin:end], self._each({number: (0, end - begin)}, weights)
                 out.index_add_(0, rows, self._weighted(x[rows], factors[begin:end], product))
             return out
-        product = self._grouped(x, ends, weights) or self._each(_spans(ends), weights)
+        together = self._in_one_product(len(order), weights)
+        product = self._grouped(ends, weights) if together else self._each(_spans(ends), weights)
         # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
         by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
         by_token[order] = self._weighted(x[tokens], factors, product)
@@ -156,18 +177,9 @@ class Mixture(FeedForward):
 
         return product
 
-    def _grouped(self, x: Tensor, ends: Tensor, weights: Weights) -> _Product | None:
-        """Products of all experts at once, if torch's grouped product can multiply them."""
-        if self._mixture.bias or not grouped.available(x.device, x.dtype):
-            return None
-        experts = range(self._mixture.router.experts)
-        stacks: dict[str, Tensor] = {}
-        for module in self._matrices:
-            stack = grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
-            if stack is None:
-                return None
-            stacks[module] = stack
-        return lambda y, modules: [grouped.grouped_linear(y, stacks[module], ends) for module in modules]
+    def _grouped(self, ends: Tensor, weights: Weights) -> _Product:
+        """Products of all experts at once. The rows of expert n end at ends[n]."""
+        return lambda x, modules: [weights[_group(module)].multiply(x, ends) for module in modules]
 
     @property
     def _matrices(self) -> dict[str, tuple[int, int]]:
@@ -217,6 +229,11 @@ class Mixture(FeedForward):
                 shared, norm_workspace(mixture.norms.shared_out, hidden, 2 * tokens, dtype, workspaces)
             )
         return max(routing, choices + states * float32 + max(expert, shared, states * dtype.itemsize))
+
+
+def _group(module: str) -> str:
+    """The name of the `GroupedMatrices` of all experts."""
+    return f"experts.{module}.weight"
 
 
 def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:

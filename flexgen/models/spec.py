@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen.formats import Encoding
 from flexgen.kernels.scoring import Window
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.norm_spec import NormSpec as NormSpec
@@ -221,6 +223,8 @@ class WeightSpec:
     """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
     unit: str = ""
     """Weights of a layer with the same unit go to the same tier: the matrices of an expert. Empty: it is alone."""
+    quantized: bool = False
+    """Whether it is one of the tensors that a checkpoint stores for a quantized weight."""
 
     @property
     def looked_up(self) -> bool:
@@ -240,7 +244,8 @@ class WeightSpec:
     @cached_property
     def key(self) -> str:
         """The identity of the tensor in the model. A tied head and the embedding have the same key."""
-        return str(self.sources[0])
+        # The first tensor of a quantized weight may have the weight's own name.
+        return f"{self.sources[0]}{' (quantized)' if self.quantized else ''}"
 
     @cached_property
     def numel(self) -> int:
@@ -249,6 +254,14 @@ class WeightSpec:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weight in a model of the dtype `dtype`."""
         return self.numel * self.dtype_in(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A matrix that a checkpoint stores quantized. `parts` are its tensors, in the order of `Encoding.parts`."""
+
+    encoding: Encoding
+    parts: tuple[WeightSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -294,6 +307,10 @@ class ModelSpec:
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
+    encodings: tuple[Encoding, ...] = ()
+    """The encodings in which a quantized checkpoint stores its matrices. It may store some of them plainly."""
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """The matrices that the checkpoint's files store quantized, by key."""
 
     chunk_tokens: int = 4096
     """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products

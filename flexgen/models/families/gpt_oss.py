@@ -1,4 +1,4 @@
-"""gpt-oss 20b and 120b in bfloat16: attention sinks, windows in every other layer, and clamped experts."""
+"""gpt-oss 20b and 120b, in MXFP4 or bfloat16: attention sinks, windows in every other layer, and clamped experts."""
 
 from __future__ import annotations
 

@@ -49,6 +49,11 @@ MIXTURE = Qwen3MoeConfig(
     intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
     max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
 )  # fmt: skip
+GPT_OSS = GptOssConfig(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, num_local_experts=5, num_experts_per_tok=2, sliding_window=5, max_position_embeddings=128,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+)  # fmt: skip
 _TINY: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=64, max_position_embeddings=128,
@@ -59,10 +64,6 @@ GEMMA2 = Gemma2Config(
 )
 _MIXED: dict[str, Any] = _TINY | dict(num_experts_per_tok=2, num_experts=5, num_local_experts=5)
 _KINDS = ["sliding_attention", "full_attention"]
-GPT_OSS = GptOssConfig(
-    **_MIXED, head_dim=16, sliding_window=5, layer_types=_KINDS,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-)  # fmt: skip
 LLAMA4 = Llama4TextConfig(
     **_MIXED, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], attention_chunk_size=5, floor_scale=4,
 )  # fmt: skip
