@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.layout.placement import Placement
 from flexgen.layout.rows import moved_tensors, whole_weights
 from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, encoded_products
@@ -55,6 +56,7 @@ class WeightSlots:
         self._layers = [whole_weights(layer, placement, topology) for layer in layers]
         moved = [moved_tensors(layer, placement, topology) for layer in layers]
         self._transfers = WeightTransfers(moved, homes, sizes, placement, machine)
+        self._groups = [layer.groups for layer in layers]
         self._products = [encoded_products(layer, placement) for layer in layers]
         # Room for any layer except the last one, which computes so few tokens that it usually decodes nothing.
         nbytes = [decoded_bytes(layer, placement) for layer in layers]
@@ -95,7 +97,7 @@ class WeightSlots:
 
     def _view(self, layer: int, slot: int, room: int) -> _LayerViews:
         stored = {weight.key: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
-        weights: dict[str, Tensor | QuantizedMatrix] = {}
+        weights: dict[str, Any] = {}
         dtype, decodings, end = self.placement.dtype, [], 0
         multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
@@ -112,6 +114,11 @@ class WeightSlots:
                 weights[weight.name] = codec.matrix(encoded, weight.shape, dtype, decodings[-1])
             else:
                 (weights[weight.name],) = parts
+        for name, matrices, biases in self._groups[layer]:
+            own_biases = [weights[each] for each in biases] or None
+            group = grouped_matrices([weights[each] for each in matrices], own_biases, dtype)
+            if group is not None:
+                weights[name] = group
         return _LayerViews(weights, tuple(decodings))
 
     def _tensor(self, weight: WeightSpec, arrived: Mapping[str, Tensor]) -> Tensor:

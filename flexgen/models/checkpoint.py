@@ -26,7 +26,7 @@ from flexgen.models.families import spec_from_config
 from flexgen.models.fields import token_ids
 from flexgen.models.folders import check_folder, other_format, shard_path
 from flexgen.models.hub import HubOptions
-from flexgen.models.known import KNOWN, config_of, known_name, known_repository
+from flexgen.models.known import config_of, known_name, known_names, known_repository
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
@@ -181,8 +181,9 @@ def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
 
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
     check_folder(directory, _CONFIG)
-    known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX))
-    if known is not None and (directory / NumpyCheckpoint.MARK).exists():
+    numpy = (directory / NumpyCheckpoint.MARK).exists()
+    known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX)) if numpy else None
+    if known is not None:
         config = config_of(known)
         spec, has_dtype = spec_from_config(config, name), config.dtype is not None
     else:
@@ -313,4 +314,4 @@ def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) ->
 
 
 def _similar(name: str) -> str:
-    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *KNOWN))
+    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *known_names()))

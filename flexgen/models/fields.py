@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from flexgen.errors import ModelError, shown
 from flexgen.formats import Encoding, read_encodings
 from flexgen.kernels.scoring import Window
 from flexgen.models.ops import ACTIVATIONS
-from flexgen.models.rope import KINDS, rope_spec
+from flexgen.models.rope import KINDS, ReadParameters, rope_spec
 from flexgen.models.spec import RopeSpec
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -75,7 +75,26 @@ class Fields:
     def get(self, field: str) -> Any:
         """The value of `field`; None if it is absent."""
         self._read.add(self._config.attribute_map.get(field, field))
+        self._check_uniform(field)
         return getattr(self._config, field, None)
+
+    def of_layers(self) -> list[Fields]:
+        """The fields of each layer, for families in which some fields may differ between layers."""
+        if not self._config.is_heterogeneous:
+            return [self] * self.size("num_hidden_layers")
+        layers = []
+        for config in self._config.per_layer_config:
+            layer = copy.copy(self)  # with the same record of what was read
+            layer._config = config
+            layers.append(layer)
+        return layers
+
+    def _check_uniform(self, field: str) -> None:
+        """Raise ModelError if the layers have different values of `field`."""
+        if self._config.is_heterogeneous and field in self._config.per_layer_attributes:
+            raise ModelError(
+                f"{self.name}: layers with different values of {field} (per_layer_config) are not supported"
+            )
 
     def skip(self, *fields: str) -> None:
         """Mark fields as read that do not change the results, or that the config's class has converted to other
@@ -87,6 +106,9 @@ class Fields:
 
         The default of a field that the class does not have is None or False.
         """
+        if self._config.is_heterogeneous:
+            for field in sorted(self._config.per_layer_attributes - self._read):
+                self._check_uniform(field)
         default = vars(type(self._config)())
         for field, value in vars(self._config).items():
             if field in self._read or unrelated(field):
@@ -208,13 +230,17 @@ class Fields:
 
     def mixtures_by_step(self) -> tuple[bool, ...]:
         """For each layer, whether it is a mixture: each decoder_sparse_step-th one, except for mlp_only_layers."""
-        count, step = self.size("num_hidden_layers"), self.size("decoder_sparse_step")
-        dense = self.get("mlp_only_layers")
-        if not isinstance(dense, list | tuple) or not all(type(index) is int for index in dense):
+        dense, step = self.numbered_layers("mlp_only_layers"), self.size("decoder_sparse_step")
+        return tuple(not only and (index + 1) % step == 0 for index, only in enumerate(dense))
+
+    def numbered_layers(self, field: str) -> tuple[bool, ...]:
+        """For each layer, whether its number is in the list in `field`."""
+        numbers = self.get(field)
+        if not isinstance(numbers, list | tuple) or not all(type(index) is int for index in numbers):
             raise ModelError(
-                f"{self.name}: mlp_only_layers = {shown(dense)} is not supported; expected a list of layer numbers"
+                f"{self.name}: {field} = {shown(numbers)} is not supported; expected a list of layer numbers"
             )
-        return tuple(index not in dense and (index + 1) % step == 0 for index in range(count))
+        return tuple(index in numbers for index in range(self.size("num_hidden_layers")))
 
     def mlp_kinds(self) -> tuple[str, ...]:
         """The kind of the second half of each layer, "dense" or "sparse", from mlp_layer_types."""
@@ -226,6 +252,16 @@ class Fields:
                 f"each of {count} layers"
             )
         return tuple(kinds)
+
+    def chunks(self) -> tuple[Window | None, ...]:
+        """The window of each layer's attention, None for all tokens. Layers of the kind "chunked_attention" have
+        chunks of attention_chunk_size."""
+        kinds = self.layer_kinds(("full_attention", "chunked_attention"))
+        if "chunked_attention" not in kinds:
+            self.skip("attention_chunk_size")
+            return (None,) * len(kinds)
+        window = Window(self.size("attention_chunk_size"), chunked=True)
+        return tuple(window if kind == "chunked_attention" else None for kind in kinds)
 
     def windows(self) -> tuple[Window | None, ...]:
         """The window of each layer's attention, None for all tokens.
@@ -260,7 +296,7 @@ class Fields:
         self._rope_type(self.get("rope_parameters"), kind)
         try:
             config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
-            parameters = _Parameters(_of_kind(config.rope_parameters, kind), others)
+            parameters = ReadParameters(_of_kind(config.rope_parameters, kind), others)
             share = parameters.get("partial_rotary_factor")
             proportional = parameters.get("rope_type") == "proportional"  # rotates the others by zero
             rotated = head_dim if share is None or proportional else int(head_dim * share)
@@ -305,31 +341,6 @@ def _of_kind(parameters: Any, kind: str | None) -> Any:
     if kind is not None and isinstance(parameters, dict) and isinstance(parameters.get(kind), dict):
         return parameters[kind]
     return parameters
-
-
-class _Parameters(Mapping[str, Any]):
-    """The parameters of a RoPE. The object records which ones were read."""
-
-    def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
-        self._values = values
-        # "type" is the old name of rope_type; "finetuned" does not change the frequencies.
-        self._read = {"rope_type", "type", "finetuned", *read}
-
-    def __getitem__(self, field: str) -> Any:
-        self._read.add(field)
-        return self._values[field]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def unread(self) -> list[str]:
-        """The names that were not read and have a value."""
-        return [
-            field for field, value in self._values.items() if field not in self._read and value is not None
-        ]
 
 
 def check_values(values: Mapping[str, Any], name: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from flexgen.formats import Encoding
 from flexgen.kernels.scoring import Window
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
+from flexgen.models.norm_spec import NormSpec as NormSpec
 from flexgen.models.sources import Names, Source, Stacked
 
 
@@ -34,21 +35,6 @@ class RopeSpec:
     long_inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
     """True: pair `j` has the values 2j and 2j + 1. False: the values j and j + len(inv_freq)."""
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """An RMS norm or a layer norm over the last dimension."""
-
-    kind: Literal["rms", "layer"]
-    eps: float
-    weight: bool = True
-    bias: bool = False
-    plus: float = 0.0
-    """A number that is added to the stored weight."""
-    cast: Literal["before", "after"] = "before"
-    """When an RMS norm rounds to the model's dtype: before or after the product with the weight. A layer norm always
-    rounds after it."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +65,11 @@ class QKNormSpec:
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor(p / length))."""
+    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor((p + offset) / length))."""
 
     beta: float
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +128,18 @@ class AttentionSpec:
     rope: RopeSpec | None = None
     query_scaling: QueryScaling | None = None
 
+    keys_as_values: bool = False
+    """Whether the values are the keys before their norm and rotation. There is no projection of values then."""
+    value_norm: NormSpec | None = None
+    """The norm of each head of the values. It has no weight."""
+    value_scale: float = 1.0
+    """The factor of the values."""
+    value_dim: int | None = None
+    """The size of a head of the values, at most `head_dim`. None: `head_dim`. The cache stores narrower values with
+    zeros behind them, because the keys and values of a page have one shape."""
+    gate: bool = False
+    """Whether the result of attention is multiplied by the sigmoid of a projection of the layer's input."""
+
     score_scale: float | None = None
     """The factor of the attention scores. None: head_dim ** -0.5."""
     scores: ScoreSpec = ScoreSpec()
@@ -154,6 +153,11 @@ class AttentionSpec:
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def out_size(self) -> int:
+        """The width of the result of attention, before the output projection."""
+        return self.heads * (self.value_dim or self.head_dim)
 
     @property
     def scale(self) -> float:
@@ -182,6 +186,8 @@ class LayerSpec:
     connections (opt-350m)."""
     residual_scale: float = 1.0
     """The factor of the outputs of attention and MLP."""
+    scaled: bool = False
+    """Whether the layer's output is multiplied by a stored number."""
 
 
 @dataclass(frozen=True)

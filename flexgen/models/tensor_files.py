@@ -20,6 +20,7 @@ from flexgen.models.plain_files import reading
 from flexgen.models.samples import sample
 from flexgen.models.sources import Source
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
+from flexgen.models.text_part import text_tensors
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor
 
 class TensorFiles(ABC):
     """The common part of all files: a directory, the metadata of its tensors by name, and the encodings of quantized
-    weights."""
+    weights.
+
+    Of a multimodal checkpoint, it has the tensors of the text model only (`text_tensors`).
+    """
 
     def __init__(
         self, directory: Path, tensors: dict[str, StoredTensor], encodings: Sequence[Encoding] = ()
     ) -> None:
         self.directory: Path | None = directory
-        self._tensors = tensors
+        self._tensors = text_tensors(tensors)
         self._encodings = encodings
         self._encoded: dict[str, EncodedWeight | None] = {}
 

@@ -30,7 +30,7 @@ def to_spec(fields: Fields) -> ModelSpec:
         router(fields, "num_local_experts", bias=True, scored="chosen"),
         "intermediate_size",
         clamped=ClampedGLU(fields.number("swiglu_alpha"), fields.positive("swiglu_limit")),
-        interleaved=True,
+        first="interleaved",
         bias=True,
     )
     layers = [

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flexgen.kernels.e4m3 import E4M3, scaled
 from flexgen.kernels.heads import EncodedHeads, HeadFormat
+from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import ALIGNMENT, Codec
 from flexgen.units import align
@@ -135,6 +136,12 @@ class FP8Matrix(QuantizedMatrix):
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def stored(self) -> StoredMatrix:
+        out_size, in_size = self.codes.shape
+        form = MatrixForm((out_size, in_size), bits=8, scale_type=_SCALE, e4m3=True)
+        return StoredMatrix(form, self.codes, self.scales)
 
     def gather(self, ids: Tensor) -> Tensor:
         taken = ids.flatten()
