@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 _FROM_HALF = 2.0**14
-"""The quotient of an e2m1 and the float16 with the same bits of sign, exponent and mantissa: their exponent biases are
-1 and 15."""
+"""The quotient of an e2m1 and the float16 with the same bits: their exponent biases are 1 and 15."""
 
 
 def scaled(codes: Tensor, scales: Tensor) -> Tensor:

@@ -43,14 +43,14 @@ class Stored(MatrixCodec[Sequence[Tensor]]):
         dtype: torch.dtype,
         decoded: Callable[[], Tensor],
     ) -> QuantizedMatrix:
-        return StoredMatrix(tuple(encoded), dtype, decoded)
+        return CheckpointMatrix(tuple(encoded), dtype, decoded)
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float:
         return plain * dtype.itemsize / (self.encoding.host_bytes if on_host else _DEVICE_BYTES)
 
 
 @dataclass(frozen=True)
-class StoredMatrix(QuantizedMatrix):
+class CheckpointMatrix(QuantizedMatrix):
     """A matrix as the tensors of a checkpoint."""
 
     parts: tuple[Tensor, ...]
