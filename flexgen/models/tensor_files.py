@@ -292,7 +292,7 @@ def make_header(
     return header, {name: base + offset for name, offset in offsets.items()}
 
 
-class _PlainFiles(TensorFiles):
+class PlainFiles(TensorFiles):
     """Files in which each tensor is one run of bytes in row-major order. Only headers are kept in memory."""
 
     @property
@@ -345,14 +345,14 @@ class _PlainFiles(TensorFiles):
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 
-class SafetensorsCheckpoint(_PlainFiles):
+class SafetensorsCheckpoint(PlainFiles):
     """One or more safetensors files of one directory."""
 
     def __init__(self, directory: Path, files: Sequence[Path]) -> None:
         super().__init__(directory, by_name(item for path in files for item in read_header(path).items()))
 
 
-class NumpyCheckpoint(_PlainFiles):
+class NumpyCheckpoint(PlainFiles):
     """An OPT checkpoint that FlexGen 0.1 converted: a folder with one numpy file per tensor, named after the tensor.
 
     Its names have layer_norm in place of final_layer_norm. Its lm_head.weight is a copy of the embedding and is not
