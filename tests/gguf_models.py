@@ -73,6 +73,15 @@ def tiny(given: Tiny, **changes: Any) -> PreTrainedModel:
     return random_model(CONFIG_MAPPING[given.family](**config))
 
 
+def round_matrices(model: PreTrainedModel, kind: str) -> None:
+    """Give the matrices whose rows fit the blocks of a type the values that it can store."""
+    number = gguf.GGMLQuantizationType[kind]
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.shape[1] % gguf.GGML_QUANT_SIZES[number][0]:
+            blocks = gguf.quantize(parameter.detach().numpy(), number)
+            parameter.data.copy_(Tensor(gguf.dequantize(blocks, number)))
+
+
 def write_gguf(path: Path, architecture: str, model: PreTrainedModel, **options: Any) -> Path:
     """Write a model; `options` are those of `_Writer`. Returns the first file."""
     return _Writer(path, architecture, **options).write(model)

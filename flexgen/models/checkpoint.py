@@ -153,6 +153,8 @@ def open_model(
         or name.count("/") > 1
     ):
         raise ModelError(f"{shown_path(name)}: there is no such directory")
+    if directory.suffix == GGUF_SUFFIX:
+        raise ModelError(f"{shown_path(name)}: there is no such file")
     if len(name) > MOST_OF_PATH:  # the hub's own message would contain all of it
         raise ModelError(
             f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"

@@ -18,7 +18,7 @@ from flexgen.models.tensor_files import Extent, PlainFiles, StoredTensor, finite
 DECODED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """The quantized types that are read. llama.cpp mixes some of them in a file: Q4_K_M has Q4_K, Q5_0, Q6_K and Q8_0."""
 _PIECE = 1 << 20
-"""Values that are decoded at once. The package takes up to 30 bytes for each."""
+"""Values that are decoded at once. The package takes about nine bytes for each."""
 
 
 class GGUFCheckpoint(PlainFiles):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ from gguf_models import FILES, Tiny, tiny, write_gguf
 from flexgen.errors import ModelError
 from flexgen.models import open_model
 from flexgen.models.gguf_families import ARCHITECTURES
+from flexgen.models.gguf_files import DECODED
 
 IDS = torch.randint(4, 60, (3, 14), generator=torch.Generator().manual_seed(1))
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 STARTS = [0] * len(IDS)
 VARIANTS = [(architecture, number) for architecture, files in FILES.items() for number in range(len(files))]
 
 
 def test_every_architecture_has_tiny_files() -> None:
     assert sorted(ARCHITECTURES) == sorted(FILES)
+
+
+def test_the_documentation_lists_every_architecture_and_type() -> None:
+    (about,) = re.findall(r"\*\*GGUF files\.\*\*(.*?)\n- \*\*", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    for architecture in ARCHITECTURES:
+        assert f"`{architecture}`" in about
+    for kind in DECODED:
+        assert kind in about or kind in ("Q3_K", "Q4_K", "Q5_K")  # "Q2_K to Q6_K"
 
 
 @pytest.mark.parametrize(("architecture", "number"), VARIANTS)

@@ -114,11 +114,26 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+def test_weights_of_another_config_cannot_be_a_gguf_file(tmp_path: Path) -> None:
+    model = tiny(Tiny("llama"))
+    write_gguf(tmp_path / "model.gguf", "llama", model)
+    with pytest.raises(
+        CheckpointError, match=r"model\.gguf is in the GGUF format.*: give this file as the model"
+    ):
+        open_model(model.config, weights=tmp_path)
+
+
 def test_other_weights_in_a_folder_are_preferred(tmp_path: Path) -> None:
     model = tiny(Tiny("llama"))
     model.save_pretrained(tmp_path)
     write_gguf(tmp_path / "model.gguf", "llama", model)
     assert not isinstance(open_model(tmp_path)[1], GGUFCheckpoint)
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "somewhere/missing.gguf"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match=r"missing\.gguf: there is no such file"):
+        open_model(name)
 
 
 def test_dummy_weights_need_the_metadata_only(tmp_path: Path) -> None:
