@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError
 from flexgen.models.gguf_header import GGUFHeader, package
+from flexgen.models.headers import StoredTensor
 from flexgen.models.plain_files import reading
 from flexgen.models.spec import WeightSpec
-from flexgen.models.tensor_files import Extent, PlainFiles, StoredTensor, finite
+from flexgen.models.tensor_files import Extent, PlainFiles, finite
 
 DECODED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """The quantized types that are read. llama.cpp mixes some of them in a file: Q4_K_M has Q4_K, Q5_0, Q6_K and Q8_0."""
@@ -62,11 +63,11 @@ class GGUFCheckpoint(PlainFiles):
         with reading(stored.path), stored.path.open("rb", buffering=0) as file:
             for begin in range(0, len(rows), step):
                 end = min(begin + step, len(rows))
-                decoded = self._decoded(file, stored, width, range(first + begin, first + end), weight)
+                decoded = self._decoded_rows(file, stored, width, range(first + begin, first + end), weight)
                 made[begin:end] = finite(decoded.to(made.dtype), decoded, stored.path, weight)
         return made
 
-    def _decoded(
+    def _decoded_rows(
         self, file: FileIO, stored: StoredTensor, width: int, rows: range, weight: WeightSpec
     ) -> Tensor:
         """Rows of a stored matrix, of `width` values each, in float32."""

@@ -17,8 +17,9 @@ import torch
 
 from flexgen.errors import CheckpointError, shown
 from flexgen.models.folders import SHARD
+from flexgen.models.headers import StoredTensor
 from flexgen.models.plain_files import reading
-from flexgen.models.tensor_files import StoredTensor, by_name
+from flexgen.models.tensor_files import by_name
 from flexgen.units import align
 
 _MAGIC = b"GGUF"

@@ -7,6 +7,7 @@ files; there is no other list of them.
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -79,7 +80,7 @@ def spec_from_config(config: PreTrainedConfig, name: str) -> ModelSpec:
     fields = Fields(config, name)
     spec = _family(config.model_type, name).to_spec(fields)
     fields.check_all_read()
-    return spec
+    return replace(spec, encodings=fields.encodings())
 
 
 def _family(model_type: Any, name: str) -> Family:
