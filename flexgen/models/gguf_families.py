@@ -327,7 +327,7 @@ def _converted(spec: ModelSpec, known: Architecture, metadata: Metadata) -> Mode
         return replace(
             given,
             attention=replace(own, qk_norm=qk_norm, rope=rope(own.rope)),
-            mlp=replace(mlp, interleaved=False) if isinstance(mlp, MixtureSpec) else mlp,
+            mlp=replace(mlp, first="separate") if isinstance(mlp, MixtureSpec) else mlp,
             norms=replace(norms, **{name: norm(each) for name, each in vars(norms).items()}),
         )
 
