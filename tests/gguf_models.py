@@ -48,9 +48,12 @@ FILES: dict[str, list[Tiny]] = {
     "gemma2": [Tiny("gemma2", 0, _UNSCALED)],
     "gemma3": [Tiny("gemma3_text", 0, _UNSCALED | dict(layer_types=None, num_hidden_layers=7))],
     "glm4": [Tiny("glm4"), Tiny("glm4", 1)],
+    "glm4moe": [Tiny("glm4_moe"), Tiny("glm4_moe", 1)],
     "gpt-oss": [Tiny("gpt_oss", 0, dict(swiglu_limit=7.0))],
     "granite": [Tiny("granite")],
+    "granitemoe": [Tiny("granitemoeshared"), Tiny("granitemoeshared", 1)],
     "llama": [Tiny("llama"), Tiny("llama", 1), Tiny("llama", 1, _LINEAR), Tiny("mistral"), Tiny("mixtral")],
+    "minimax-m2": [Tiny("minimax_m2")],
     "olmo2": [Tiny("olmo2")],
     "olmoe": [Tiny("olmoe")],
     "phi3": [Tiny("phi3"), Tiny("phi3", 0, _PARTIAL), Tiny("phi3", 0, _LONG | dict(sliding_window=7))],
@@ -63,7 +66,15 @@ FILES: dict[str, list[Tiny]] = {
 """Tiny models of each architecture, which together use all of its keys."""
 
 _WINDOWED = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "phi3")
-_PAIRED = ("arcee", "granite", "llama", "smollm3")
+_PAIRED = ("arcee", "granite", "granitemoe", "llama", "smollm3")
+_RENAMED = {
+    ".block_sparse_moe.": ".mlp.",
+    "mlp.router.": "mlp.gate.",
+    "mlp.e_score": "mlp.gate.e_score",
+    "e_score_correction_bias": "e_score_correction.bias",
+    "shared_mlp.output_linear": "mlp.shared_experts.down_proj",
+}
+"""Names of layers as convert_hf_to_gguf.py knows them."""
 _EXPERTS = re.compile(r"(?P<module>.*\.experts)\.(?P<name>gate_up_proj|down_proj)(?P<bias>_bias)?")
 
 
@@ -171,7 +182,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
-    if config.model_type == "granite":
+    if config.model_type.startswith("granite"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -181,14 +192,28 @@ def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_experts(writer: gguf.GGUFWriter, config: Any) -> None:
-    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if count:
-        writer.add_expert_count(count)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "gpt_oss":
+    counts = [getattr(config, f"{kind}_experts", None) for kind in ("num_local", "num", "n_routed")]
+    if not (count := next(filter(None, counts), None)):
+        return
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type in ("gpt_oss", "minimax_m2"):
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    elif count and hasattr(config, "moe_intermediate_size"):
+    elif hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if getattr(config, "shared_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
+    if config.model_type in ("glm4_moe", "minimax_m2"):
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if config.model_type == "glm4_moe":
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_nextn_predict_layers(config.num_nextn_predict_layers)
+        writer.add_block_count(config.num_hidden_layers + config.num_nextn_predict_layers)
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
@@ -238,7 +263,13 @@ def _separate(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, with those of experts as a stack for each projection."""
     for name, tensor in model.state_dict().items():
         name = f"{name}.weight" if name.endswith("sinks") else name
-        name = name.replace(".block_sparse_moe.", ".mlp.").replace("mlp.router.", "mlp.gate.")
+        for given, known in _RENAMED.items():
+            name = name.replace(given, known)
+        if name.endswith("shared_mlp.input_linear.weight"):
+            shared = name.replace("shared_mlp.input_linear", "mlp.shared_experts.{}_proj")
+            for which, part in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                yield shared.format(which), part
+            continue
         if not (match := _EXPERTS.fullmatch(name)):
             yield name, tensor
             continue

@@ -13,7 +13,7 @@ from gguf_models import FILES, Tiny, tiny, write_gguf
 
 from flexgen.errors import ModelError
 from flexgen.models import open_model
-from flexgen.models.gguf_families import ARCHITECTURES
+from flexgen.models.gguf_architectures import ARCHITECTURES
 from flexgen.models.gguf_files import DECODED
 
 IDS = torch.randint(4, 60, (3, 14), generator=torch.Generator().manual_seed(1))
