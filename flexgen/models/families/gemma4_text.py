@@ -6,7 +6,16 @@ from flexgen.models.families.gemma2 import NAMES as GEMMA2
 from flexgen.models.fields import Fields
 from flexgen.models.mlp_spec import MixtureNorms, MixtureSpec
 from flexgen.models.sources import Stacked
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec, NormSpec, QKNormSpec
+from flexgen.models.spec import (
+    AttentionSpec,
+    LayerNorms,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    QKNormSpec,
+    ScoreSpec,
+    ValueSpec,
+)
 from flexgen.models.tables import (
     attention,
     gated_mlp,
@@ -29,7 +38,7 @@ NAMES = GEMMA2 | llama_names(
         "mlp_in": "layers.{i}.pre_feedforward_layernorm",
         "mlp_out": _NORM,
         "router": "layers.{i}.router.proj",
-        "router_norm": "layers.{i}.router.scale",
+        "router_in": "layers.{i}.router.scale",
         "expert_scale": "layers.{i}.router.per_expert_scale",
         "experts_in": "layers.{i}.pre_feedforward_layernorm_2",
         "experts_out": f"{_NORM}_2",
@@ -72,9 +81,8 @@ def _attention(fields: Fields, own: Fields, norm: NormSpec, kind: str, **others:
         out_bias=bias,
         qk_norm=QKNormSpec(norm),
         rope=own.rope(head_dim(own), partial=True, kind=kind),
-        keys_as_values=shared,
-        value_norm=NormSpec("rms", norm.eps, weight=False),
-        score_scale=1.0,
+        values=ValueSpec(from_keys=shared, norm=NormSpec("rms", norm.eps, weight=False)),
+        scores=ScoreSpec(scale=1.0),
         **others,
     )
 
@@ -85,12 +93,12 @@ def _experts(fields: Fields, norm: NormSpec) -> MixtureSpec:
         router(
             fields,
             top_k="top_k_experts",
-            norm=NormSpec("rms", norm.eps),
-            logit_scale=fields.size("hidden_size") ** -0.5,
             normalised=True,
-            expert_scale=True,
         ),
         activation="hidden_activation",
         shared=gated_mlp(fields, field="hidden_activation"),
-        norms=MixtureNorms(norm, norm, norm, norm),
+        expert_scale=True,
+        norms=MixtureNorms(
+            NormSpec("rms", norm.eps), norm, norm, norm, norm, router_scale=fields.size("hidden_size") ** -0.5
+        ),
     )
