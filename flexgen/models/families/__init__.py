@@ -38,6 +38,12 @@ def known_families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def about(family: str) -> str:
+    """The models of a family in words: the first line of its module's docstring."""
+    text = import_module(f"{__name__}.{family}").__doc__ or ""
+    return text.partition("\n")[0].removesuffix(".")
+
+
 def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
     """The transformers config for the contents of a config.json. Raises ModelError."""
     from transformers import CONFIG_MAPPING  # takes seconds to import, so only when a config is read
