@@ -19,6 +19,7 @@ LAYERS = [
     {"policy", "workload", "schedule", "demo"},
     {"results"},
     {"kernels"},
+    {"formats"},
     {"models", "quant"},
     {"layout"},
     {"memory"},

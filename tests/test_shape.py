@@ -21,7 +21,10 @@ PARAMETERS = {
     "hf/model.py FlexGenForCausalLM.forward": TRANSFORMERS,
     "kernels/triton_groupwise.py _decode": TRITON,
     "kernels/triton_groupwise.py _add_product": TRITON,
+    "kernels/triton_groupwise.py multiply_tile": TRITON,
+    "kernels/triton_groupwise.py store_tile": TRITON,
     "kernels/triton_groupwise.py _multiply": TRITON,
+    "kernels/triton_grouped.py _multiply_groups": TRITON,
 }
 ATTRIBUTES = {
     "flex_opt/config.py OptConfig": PAPER,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexgen.kernels.groupwise import check_packed, dequantise
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available, triton_kernels
-from flexgen.kernels.packed import Packed
+from flexgen.kernels.packed import MatrixForm, Packed, StoredMatrix
 from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 
 DOTS = "avx512_bf16"
@@ -46,6 +46,13 @@ class GroupwiseMatrix(QuantizedMatrix):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.packed.values, self.packed.scales, self.packed.minimums))
+
+    @property
+    def stored(self) -> StoredMatrix:
+        packed = self.packed
+        out_size, in_size = packed.shape
+        form = MatrixForm((out_size, in_size), packed.bits, packed.group, packed.scales.dtype)
+        return StoredMatrix(form, packed.values, packed.scales, packed.minimums)
 
     def fused_rows(self, dtype: torch.dtype) -> int:
         return EVERY_ROW if self._rounds else fused_rows(self.packed, dtype)

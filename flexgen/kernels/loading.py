@@ -84,3 +84,9 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         return None
     _log.info("kernels on %s: Triton", device)
     return kernels
+
+
+@functools.cache
+def triton_grouped(device: torch.device) -> ModuleType | None:
+    """`flexgen.kernels.triton_grouped` for a GPU for which there are `triton_kernels`, or None."""
+    return importlib.import_module("flexgen.kernels.triton_grouped") if triton_kernels(device) else None

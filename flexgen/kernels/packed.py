@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,3 +27,27 @@ class Packed:
     def shape(self) -> torch.Size:
         """The shape of the decoded tensor."""
         return torch.Size((*self.scales.shape[:-1], self.scales.shape[-1] * self.group))
+
+
+class MatrixForm(NamedTuple):
+    """How a matrix is stored, for kernels that read its parts by address.
+
+    With 4 or 8 bits: codes, as in `Packed`, with scales and minimums for each `group`. e4m3: codes are floats of 8
+    bits, with a scale for each row and without minimums. With 0 bits: values in the dtype of the product.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group: int = 1
+    scale_type: torch.dtype = torch.float32
+    e4m3: bool = False
+    biased: bool = False
+
+
+class StoredMatrix(NamedTuple):
+    """A matrix as kernels read it. Parts that its form does not have are None."""
+
+    form: MatrixForm
+    values: Tensor
+    scales: Tensor | None = None
+    minimums: Tensor | None = None

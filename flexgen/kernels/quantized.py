@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.packed import StoredMatrix
+
 EVERY_ROW = 1 << 30
 """`QuantizedMatrix.fused_rows` if the fused product is faster for any number of rows."""
 
@@ -31,6 +33,11 @@ class QuantizedMatrix(ABC):
     @abstractmethod
     def gather(self, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape) as (*ids.shape, in) in `dtype`. Decodes only these rows."""
+
+    @property
+    def stored(self) -> StoredMatrix | None:
+        """The matrix as kernels for groups of matrices read it; None if they do not know its form."""
+        return None
 
     def fused_rows(self, dtype: torch.dtype) -> int:
         """The maximum rows of an x in `dtype` for which `multiply` is faster than a product with the decoded matrix.

@@ -18,11 +18,11 @@ from flexgen.kernels.packed import Packed
 
 _DECODED = 1024
 """Bytes of codes that a program decodes."""
-_CODES = 64
+CODES = 64
 """Bytes of codes per row of W that a program multiplies at a time; a power of two."""
-_OUT = 32
+OUT = 32
 """Rows of W per program: enough for large reads, and few enough for many programs."""
-_LEAST_ROWS, _MOST_ROWS = 16, 64
+LEAST_ROWS, MOST_ROWS = 16, 64
 """The minimum and maximum rows of x per program. Matrix units need at least 16."""
 
 
@@ -56,50 +56,93 @@ def _add_product(sums, x, rows, has_row, within, valid, weights):
     return tl.dot(part, tl.trans(weights.to(part.dtype)), sums, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # batches of any size share one kernel
-def _multiply(
-    x, values, scales, minimums, bias, y, num_rows, out_size, in_size,
-    GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
+@triton.jit
+def multiply_tile(
+    x, m, has_row, n, has_out, values, scales, minimums, in_size,
+    GROUP: tl.constexpr, BITS: tl.constexpr, E4M3: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
+    """Rows m (ROWS) of x @ rows n (OUT) of the matrix, transposed, in float32. `in_size`: the columns of both.
+
+    BITS is 4 or 8 for codes with a scale and a minimum for each GROUP of a row, or 0 for values in the dtype of x.
+    E4M3: codes are floats of 8 bits, and `scales` has one for each row.
+    """
     GROUP_OCTETS: tl.constexpr = GROUP * BITS // 8
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    has_row, has_out = m < num_rows, n < out_size
-    groups = in_size // GROUP
-    octets = groups * GROUP_OCTETS
     rows = m.to(tl.int64) * in_size
-    code_rows = n.to(tl.int64) * octets
-    group_rows = n.to(tl.int64) * groups
     sums = tl.zeros((ROWS, OUT), dtype=tl.float32)
-    for begin in range(0, octets, CODES):
-        at = begin + tl.arange(0, CODES)
-        valid = at < octets
-        group = at // GROUP_OCTETS
-        first = group * GROUP + at % GROUP_OCTETS
-        both = has_out[:, None] & valid[None, :]
-        codes = tl.load(values + code_rows[:, None] + at[None, :], mask=both, other=0)
-        scale = tl.load(scales + group_rows[:, None] + group[None, :], mask=both, other=0).to(tl.float32)
-        minimum = tl.load(minimums + group_rows[:, None] + group[None, :], mask=both, other=0).to(tl.float32)
-        if BITS == 8:
-            weights = codes.to(tl.float32) * scale + minimum
-            sums = _add_product(sums, x, rows, has_row, first, valid, weights)
-        else:
-            low = (codes & 15).to(tl.float32) * scale + minimum
-            sums = _add_product(sums, x, rows, has_row, first, valid, low)
-            high = (codes >> 4).to(tl.float32) * scale + minimum
-            sums = _add_product(sums, x, rows, has_row, first + GROUP_OCTETS, valid, high)
+    if BITS == 0:
+        for begin in range(0, in_size, CODES):
+            at = begin + tl.arange(0, CODES)
+            valid = at < in_size
+            both = has_out[:, None] & valid[None, :]
+            weights = tl.load(values + (n.to(tl.int64) * in_size)[:, None] + at[None, :], mask=both, other=0)
+            sums = _add_product(sums, x, rows, has_row, at, valid, weights)
+    elif E4M3:
+        # A code with its exponent and mantissa in those of a float16 is 2 ** 8 times too small.
+        scale = tl.load(scales + n, mask=has_out, other=0).to(tl.float32)[:, None] * 256
+        for begin in range(0, in_size, CODES):
+            at = begin + tl.arange(0, CODES)
+            valid = at < in_size
+            both = has_out[:, None] & valid[None, :]
+            codes = tl.load(values + (n.to(tl.int64) * in_size)[:, None] + at[None, :], mask=both, other=0)
+            wide = codes.to(tl.uint16)
+            halves = (((wide & 128) << 8) | ((wide & 127) << 7)).to(tl.float16, bitcast=True)
+            sums = _add_product(sums, x, rows, has_row, at, valid, halves.to(tl.float32) * scale)
+    else:
+        groups = in_size // GROUP
+        octets = groups * GROUP_OCTETS
+        code_rows = n.to(tl.int64) * octets
+        group_rows = n.to(tl.int64) * groups
+        for begin in range(0, octets, CODES):
+            at = begin + tl.arange(0, CODES)
+            valid = at < octets
+            group = at // GROUP_OCTETS
+            first = group * GROUP + at % GROUP_OCTETS
+            both = has_out[:, None] & valid[None, :]
+            codes = tl.load(values + code_rows[:, None] + at[None, :], mask=both, other=0)
+            place = group_rows[:, None] + group[None, :]
+            scale = tl.load(scales + place, mask=both, other=0).to(tl.float32)
+            minimum = tl.load(minimums + place, mask=both, other=0).to(tl.float32)
+            if BITS == 8:
+                weights = codes.to(tl.float32) * scale + minimum
+                sums = _add_product(sums, x, rows, has_row, first, valid, weights)
+            else:
+                low = (codes & 15).to(tl.float32) * scale + minimum
+                sums = _add_product(sums, x, rows, has_row, first, valid, low)
+                high = (codes >> 4).to(tl.float32) * scale + minimum
+                sums = _add_product(sums, x, rows, has_row, first + GROUP_OCTETS, valid, high)
+    return sums
+
+
+@triton.jit
+def store_tile(sums, bias, y, m, has_row, n, has_out, out_size, BIASED: tl.constexpr):
+    """Store `sums` (ROWS, OUT), plus `bias`, in rows m and columns n of y."""
     if BIASED:
         sums += tl.load(bias + n, mask=has_out, other=0).to(tl.float32)[None, :]
     place = m.to(tl.int64)[:, None] * out_size + n[None, :]
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=has_row[:, None] & has_out[None, :])
 
 
+@triton.jit(do_not_specialize=["num_rows"])  # batches of any size share one kernel
+def _multiply(
+    x, values, scales, minimums, bias, y, num_rows, out_size, in_size,
+    GROUP: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    has_row, has_out = m < num_rows, n < out_size
+    sums = multiply_tile(
+        x, m, has_row, n, has_out, values, scales, minimums, in_size, GROUP, BITS, False, ROWS, OUT, CODES
+    )
+    store_tile(sums, bias, y, m, has_row, n, has_out, out_size, BIASED)
+
+
 def dequantise(packed: Packed, out: Tensor) -> Tensor:
     """Fill `out`, which is contiguous and has the shape of `packed`, and return it."""
     octets = packed.values.numel()
     if octets:
-        with _on(out.device):
+        with on(out.device):
             _decode[(triton.cdiv(octets, _DECODED),)](
                 packed.values,
                 packed.scales,
@@ -129,9 +172,9 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     out_size, in_size = packed.shape
     num_rows = x.numel() // in_size
     y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype, device=x.device)
-    rows = min(max(triton.next_power_of_2(num_rows), _LEAST_ROWS), _MOST_ROWS)
-    with _on(x.device):
-        _multiply[(triton.cdiv(out_size, _OUT), triton.cdiv(num_rows, rows))](
+    rows = min(max(triton.next_power_of_2(num_rows), LEAST_ROWS), MOST_ROWS)
+    with on(x.device):
+        _multiply[(triton.cdiv(out_size, OUT), triton.cdiv(num_rows, rows))](
             x,
             packed.values,
             packed.scales,
@@ -145,12 +188,12 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
             BITS=packed.bits,
             BIASED=bias is not None,
             ROWS=rows,
-            OUT=_OUT,
-            CODES=_CODES,
+            OUT=OUT,
+            CODES=CODES,
         )
     return y
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """A context that makes `device` the current GPU, on which Triton launches. Triton's interpreter needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -45,9 +45,10 @@ def replayed(
 
     A replay repeats the same kernels at the same addresses. So all rows of the cache and of the hidden states must be
     on the GPU, and attention must be dense, with plain scores and without a window. All weights of the layer must be
-    there too, without a codec, because batches share decoded weights, in buffers that layers use in turn. The host
-    must not need a result meanwhile, as it does for a mixture of experts. The embedding and the head are excluded:
-    they are two layers of many, and their inputs and results differ from call to call.
+    there too, without a codec, because batches share decoded weights, in buffers that layers use in turn. Mixtures of
+    experts are included, but replayed only if the GPU multiplies all experts without the host (`Layer.reads_back`),
+    which is known only when it computes. The embedding and the head are excluded: they are two layers of many, and
+    their inputs and results differ from call to call.
     """
     resident = all(share.percent(Tier.GPU) == 100 for share in (policy.cache, policy.activations))
     if workspaces.captured is None or not resident or policy.attn_sparsity < 1:
@@ -56,10 +57,9 @@ def replayed(
         j
         for j, layer in enumerate(layers)
         if isinstance(layer, TransformerLayer)
-        and not layer.reads_back
         and not _masked_otherwise(layer)
         and all(
-            topology.in_place(placement.of(weight)) and placement.codec(weight) is None
+            topology.in_place(placement.of(weight)) and placement.decoder(weight) is None
             for weight in whole_weights(layer, placement, topology)
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.attention import Attention
-from flexgen.models.layer import AttentionLayer, Context, Weights
+from flexgen.models.layer import AttentionLayer, Context, MatrixGroup, Weights
 from flexgen.models.mixture import feed_forward
 from flexgen.models.mlp import FeedForward
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -43,8 +44,14 @@ class Block(AttentionLayer):
         return tuple(weight for weight in self.weights if weight.name in names)
 
     @property
-    def reads_back(self) -> bool:
-        return self.mlp.reads_back
+    def groups(self) -> Sequence[MatrixGroup]:
+        def own(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(f"mlp.{name}" for name in names)
+
+        return [MatrixGroup(f"mlp.{name}", own(m), own(biases)) for name, m, biases in self.mlp.groups]
+
+    def reads_back(self, tokens: int, weights: Weights) -> bool:
+        return self.mlp.reads_back(tokens, _half(weights, "mlp."))
 
     def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:
         return self.mlp.multiplies(weight, tokens)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
+from flexgen.formats import Encoding
 from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.build import build_layers
 from flexgen.models.cached_specs import read_spec
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
@@ -27,7 +29,7 @@ from flexgen.models.hub import HubOptions
 from flexgen.models.known import config_of, known_name, known_names, known_repository
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
-from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -68,13 +70,24 @@ class Checkpoint(Protocol):
         It is computed from headers and samples of the values, and takes about as long as opening the files.
         """
 
+    def encoded(self, weight: WeightSpec) -> EncodedWeight | None:
+        """The tensors of a weight that is stored quantized; None for other weights.
+
+        Raises CheckpointError if one of the tensors is missing or has the wrong shape or dtype.
+        """
+
     def extent(self, weight: WeightSpec) -> Extent | None:
-        """The place of the weight's bytes in a file; None if they cannot be read in place (`.bin`, dummy)."""
+        """The place of the weight's bytes in a file.
+
+        None if they cannot be read in place (`.bin`, dummy), or if the weight is stored quantized: then each of its
+        tensors has an extent.
+        """
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A new contiguous host tensor: the whole weight, or a range of rows of its first dimension.
 
-        dtype: the dtype of the model. A weight with a dtype of its own is returned in that.
+        dtype: the dtype of the model. A weight with a dtype of its own is returned in that. A weight that is stored
+        quantized is decoded completely, also for a few rows.
 
         Raises CheckpointError, also for values that are not finite.
         """
@@ -108,7 +121,7 @@ def open_model(
         directory = weights.expanduser()
         if not os.path.isdir(directory):
             raise CheckpointError(f"weights is {shown_path(weights)}: there is no such directory")
-        files = _open_files(directory)
+        files = _open_files(directory, spec.encodings)
         unsaid = _is_config(model) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
     if not isinstance(weights, str) or weights not in ("checkpoint", "dummy"):
@@ -183,19 +196,24 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
             spec = replace(spec, eos_token_ids=ids)
     if dummy:
         return spec, DummyCheckpoint(directory)
-    files = _open_files(directory)
+    files = _open_files(directory, spec.encodings)
     return _as_stored(spec, files, not has_dtype), files
 
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
-    """The spec, completed from the files: the dtype if the config has none, and whether the head is tied."""
+    """The spec, completed from the files: the dtype if the config has none, whether the head is tied, and which
+    matrices are quantized."""
     files.check_unquantized()
     files.check_depth(spec)
     embed, head = _vocabulary(spec)
-    if dtype_unsaid and files.holds(embed):
+    if dtype_unsaid and files.holds(embed) and not files.encoded(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
     if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
         spec = replace(spec, tied_head=False)
+    if spec.encodings:
+        weights = (weight for layer in build_layers(spec) for weight in layer.weights)
+        found = {weight.key: files.encoded(weight) for weight in weights}
+        spec = replace(spec, encoded={key: encoded for key, encoded in found.items() if encoded is not None})
     return spec
 
 
@@ -209,6 +227,8 @@ def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
 
 def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
     """Whether a head that the config calls tied has its own values. Like transformers, these are used."""
+    if files.encoded(embed) or files.encoded(head):
+        return files.encoded(embed) is None
     dtype = files.dtype_of(embed)
     return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
@@ -227,7 +247,7 @@ def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = Mod
     return values
 
 
-def _open_files(directory: Path) -> _Files:
+def _open_files(directory: Path, encodings: Sequence[Encoding]) -> _Files:
     formats: tuple[tuple[str, type[SafetensorsCheckpoint] | type[BinCheckpoint]], ...] = (
         ("model.safetensors", SafetensorsCheckpoint),
         ("pytorch_model.bin", BinCheckpoint),
@@ -238,9 +258,9 @@ def _open_files(directory: Path) -> _Files:
     for single, checkpoint in formats:
         index = directory / f"{single}.index.json"
         if (directory / single).exists() or (directory / single).is_symlink():
-            return checkpoint(directory, [directory / single])
+            return checkpoint(directory, [directory / single], encodings)
         if index.exists() or index.is_symlink():
-            return checkpoint(directory, _shards(index))
+            return checkpoint(directory, _shards(index), encodings)
         looked_for += [single, index.name]
     fix = other_format(directory) or "Use weights='dummy' for random weights"
     raise CheckpointError(

@@ -18,7 +18,19 @@ from flexgen.models.sources import tensors
 from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, WeightSpec
 
 Weights = Mapping[str, Any]
-"""The weights of a layer by name: tensors, or for encoded matrices objects that `linear` and `embedding` accept."""
+"""The weights of a layer by name: tensors, or for encoded matrices objects that `linear` and `embedding` accept. On a
+GPU also the `GroupedMatrices` of `Layer.groups`."""
+
+
+class MatrixGroup(NamedTuple):
+    """The names of matrices that a layer multiplies with a group of rows each, and of their biases, if they have any.
+
+    name: that of their `GroupedMatrices` in the weights of a layer, if the device has products of groups.
+    """
+
+    name: str
+    matrices: tuple[str, ...]
+    biases: tuple[str, ...] = ()
 
 
 class Chunk(NamedTuple):
@@ -115,8 +127,12 @@ class Layer(ABC):
         return sorted(units.values(), key=lambda unit: -sum(weight.numel for weight in unit))
 
     @property
-    def reads_back(self) -> bool:
-        """Whether the host needs a result of the device while it computes the layer."""
+    def groups(self) -> Sequence[MatrixGroup]:
+        """The matrices that are multiplied with groups of rows, in calls for all groups."""
+        return ()
+
+    def reads_back(self, tokens: int, weights: Weights) -> bool:
+        """Whether the host needs a result of the device while it computes the layer for `tokens` tokens."""
         return False
 
     def multiplies(self, weight: WeightSpec, tokens: int) -> tuple[float, float]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from flexgen.kernels import grouped
 from flexgen.kernels.linear import linear
 from flexgen.kernels.workspaces import Workspaces
-from flexgen.models.layer import Weights, linear_weights
+from flexgen.models.layer import MatrixGroup, Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
+from flexgen.models.norms import norm_weights, norm_workspace, normalise
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.sources import OneRow, Source
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -29,8 +30,7 @@ class Mixture(FeedForward):
     """x + the sum of the chosen experts' outputs with their factors + shared(x).
 
     The weights of expert 3 are "experts.3.gate.weight", "experts.3.up.weight" and "experts.3.down.weight", or with
-    both first matrices interleaved "experts.3.gate_up.weight". An expert
-    that no token chooses is not computed.
+    both first matrices in one "experts.3.gate_up.weight". An expert that no token chooses is not computed.
     """
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
@@ -38,15 +38,38 @@ class Mixture(FeedForward):
         weights = _router_weights(spec, mixture.router, index) + _expert_weights(spec, mixture, index)
         if mixture.shared is not None:
             weights += mlp_weights(spec, mixture.shared, index, "shared.")
+        if mixture.norms is not None:
+            for place, norm in vars(mixture.norms).items():
+                weights += norm_weights(spec, norm, place, index, place)
         if mixture.shared_gate:
             (gate,) = linear_weights(spec, "shared_gate", 1, spec.hidden_size, bias=False, index=index)
             weights += (replace(gate, encodable=False),)
         super().__init__(spec, index, weights)
 
     @property
-    def reads_back(self) -> bool:
-        """The number of tokens of each expert."""
-        return True
+    def groups(self) -> Sequence[MatrixGroup]:
+        """The matrices of all experts, by module."""
+
+        def own(module: str, part: str) -> tuple[str, ...]:
+            return tuple(f"experts.{n}.{module}.{part}" for n in range(self._mixture.router.experts))
+
+        return [
+            MatrixGroup(
+                _group(module), own(module, "weight"), own(module, "bias") if self._mixture.bias else ()
+            )
+            for module in self._matrices
+        ]
+
+    def reads_back(self, tokens: int, weights: Weights) -> bool:
+        """The number of tokens of each expert, if no product of all experts reads it on the device."""
+        return not self._in_one_product(tokens * self._mixture.router.top_k, weights)
+
+    def _in_one_product(self, choices: int, weights: Weights) -> bool:
+        """Whether all experts are multiplied at once."""
+        products = [weights.get(_group(module)) for module in self._matrices]
+        return choices <= self.spec.chunk_tokens and all(
+            p is not None and p.serves(choices) for p in products
+        )
 
     @property
     def _mixture(self) -> MixtureSpec:
@@ -59,9 +82,15 @@ class Mixture(FeedForward):
 
     def network(self, x: Tensor, weights: Weights) -> Tensor:
         mixture, flat = self._mixture, x.reshape(-1, x.shape[-1])
+        norms = mixture.norms
         out = self._chosen(flat, weights)
+        if norms is not None:
+            out = normalise(norms.experts_out, out.to(x.dtype), weights, "experts_out").float()
         if mixture.shared is not None:
-            shared = compute_mlp(mixture.shared, flat, weights, "shared.")
+            given = flat if norms is None else normalise(norms.shared_in, flat, weights, "shared_in")
+            shared = compute_mlp(mixture.shared, given, weights, "shared.")
+            if norms is not None:
+                shared = normalise(norms.shared_out, shared, weights, "shared_out")
             if mixture.shared_gate:
                 shared.mul_(linear(flat, weights["shared_gate.weight"]).sigmoid_())
             out += shared
@@ -71,8 +100,11 @@ class Mixture(FeedForward):
 
     def _chosen(self, x: Tensor, weights: Weights) -> Tensor:
         """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
-        router = self._mixture.router
+        mixture = self._mixture
+        router = mixture.router
         chosen, factors = route(router, x, weights)
+        if mixture.norms is not None:
+            x = normalise(mixture.norms.experts_in, x, weights, "experts_in")
         # The choices in the order of their experts, and where those of each expert end.
         experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(router.experts, device=x.device)
@@ -81,24 +113,33 @@ class Mixture(FeedForward):
         if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for number, (begin, end) in _spans(ends).items():
-                rows = tokens[begin:end]
-                outputs = self._outputs(x[rows], self._each({number: (0, len(rows))}, weights))
-                out.index_add_(0, rows, outputs * factors[begin:end])
+                rows, product = tokens[begin:end], self._each({number: (0, end - begin)}, weights)
+                out.index_add_(0, rows, self._weighted(x[rows], factors[begin:end], product))
             return out
-        product = self._grouped(x, ends, weights) or self._each(_spans(ends), weights)
+        together = self._in_one_product(len(order), weights)
+        product = self._grouped(ends, weights) if together else self._each(_spans(ends), weights)
         # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
         by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-        by_token[order] = self._outputs(x[tokens], product) * factors
+        by_token[order] = self._weighted(x[tokens], factors, product)
         return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _weighted(self, x: Tensor, factors: Tensor, product: _Product) -> Tensor:
+        """The output of each row's expert for x (choices, hidden), with the factors (choices, 1) in float32."""
+        if self._mixture.weighted == "inputs":
+            return self._outputs(x * factors.to(x.dtype), product).float()
+        return self._outputs(x, product) * factors
 
     def _outputs(self, x: Tensor, product: _Product) -> Tensor:
         """The output of each row's expert for x (choices, hidden)."""
-        if self._mixture.interleaved:
-            (both,) = product(x, ("gate_up",))
-            inner = self._inner(both[:, 0::2], both[:, 1::2])
-            del both
-        else:
+        if self._mixture.first == "separate":
             inner = self._inner(*product(x, ("gate", "up")))
+        else:
+            (both,) = product(x, ("gate_up",))
+            halves = (
+                both.chunk(2, dim=-1) if self._mixture.first == "halves" else (both[:, 0::2], both[:, 1::2])
+            )
+            inner = self._inner(*halves)
+            del both, halves
         return product(inner, ("down",))[0]
 
     def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -124,18 +165,9 @@ class Mixture(FeedForward):
 
         return product
 
-    def _grouped(self, x: Tensor, ends: Tensor, weights: Weights) -> _Product | None:
-        """Products of all experts at once, if torch's grouped product can multiply them."""
-        if self._mixture.bias or not grouped.available(x.device, x.dtype):
-            return None
-        experts = range(self._mixture.router.experts)
-        stacks: dict[str, Tensor] = {}
-        for module in self._matrices:
-            stack = grouped.stacked([weights[f"experts.{number}.{module}.weight"] for number in experts])
-            if stack is None:
-                return None
-            stacks[module] = stack
-        return lambda y, modules: [grouped.grouped_linear(y, stacks[module], ends) for module in modules]
+    def _grouped(self, ends: Tensor, weights: Weights) -> _Product:
+        """Products of all experts at once. The rows of expert n end at ends[n]."""
+        return lambda x, modules: [weights[_group(module)].multiply(x, ends) for module in modules]
 
     @property
     def _matrices(self) -> dict[str, tuple[int, int]]:
@@ -161,6 +193,7 @@ class Mixture(FeedForward):
         # Logits, scores, scores of the choice and a copy without some groups; values and indices of the choice.
         scores = tokens * 4 * router.experts * float32
         scores += states * float32 if router.wide else 0
+        scores += norm_workspace(router.norm, hidden, tokens, dtype)
         choices = tokens * router.top_k * (3 * int64 + 3 * float32) + router.experts * (int64 + float32)
         routing = max(scores, workspaces.product(tokens, router.experts, hidden, dtype)) + choices
         # Few choices at once, with their outputs in both orders; or one expert at once, which all tokens may choose.
@@ -173,7 +206,16 @@ class Mixture(FeedForward):
         shared = 0
         if mixture.shared is not None:
             shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
+        if mixture.norms is not None:  # the inputs of the experts and of `shared`, or the norm of an output
+            expert += states * dtype.itemsize
+            shared += states * dtype.itemsize
+            shared = max(shared, norm_workspace(mixture.norms.shared_out, hidden, 2 * tokens, dtype))
         return max(routing, choices + states * float32 + max(expert, shared, states * dtype.itemsize))
+
+
+def _group(module: str) -> str:
+    """The name of the `GroupedMatrices` of all experts."""
+    return f"experts.{module}.weight"
 
 
 def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
@@ -183,7 +225,8 @@ def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
 
 
 def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[WeightSpec, ...]:
-    """The weights "router.weight" (experts, hidden), "router.bias" (experts) and "correction" (experts)."""
+    """The weights "router.weight" (experts, hidden), "router.bias" (experts), "correction" (experts),
+    "router_norm.weight" (hidden) and "expert_scale" (experts)."""
     dtype = torch.float32 if router.wide else None
     parts = linear_weights(spec, "router", router.experts, spec.hidden_size, router.bias, index)
     weights = tuple(replace(weight, dtype=dtype, encodable=False) for weight in parts)
@@ -195,13 +238,19 @@ def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[We
             for name in spec.names["correction"]
         )
         weights += (WeightSpec("correction", (router.experts,), sources, dtype=torch.float32),)
+    if router.norm is not None:
+        sources = tuple(map(Source, spec.module_names("router_norm", index)))
+        weights += (WeightSpec("router_norm.weight", (spec.hidden_size,), sources),)
+    if router.expert_scale:
+        sources = tuple(map(Source, spec.module_names("expert_scale", index)))
+        weights += (WeightSpec("expert_scale", (router.experts,), sources),)
     return weights
 
 
 def _matrices(spec: ModelSpec, mixture: MixtureSpec) -> dict[str, tuple[int, int]]:
     """The shapes of an expert's matrices."""
     into, out = (mixture.size, spec.hidden_size), (spec.hidden_size, mixture.size)
-    if mixture.interleaved:
+    if mixture.first != "separate":
         return {"gate_up": (2 * mixture.size, spec.hidden_size), "down": out}
     return {"gate": into, "up": into, "down": out}
 
@@ -242,8 +291,10 @@ def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
 
 def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """The experts that each token of x (tokens, hidden) chooses and their float32 factors, both (tokens, top_k)."""
-    given = x.float() if router.wide else x
+    given = normalise(router.norm, x.float() if router.wide else x, weights, "router_norm")
     logits = linear(given, weights["router.weight"], weights.get("router.bias")).float()
+    if router.logit_scale != 1:
+        logits *= router.logit_scale
     scores = _scores(router, logits) if router.scored == "all" else logits
     offered = scores + weights["correction"] if router.correction else scores
     if router.groups > 1:
@@ -254,6 +305,8 @@ def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tens
         factors = _scores(router, factors)
     if router.normalised:
         factors = factors / factors.sum(-1, keepdim=True).clamp_min(router.least_sum)
+    if router.expert_scale:
+        factors = factors * weights["expert_scale"][chosen]
     return chosen, factors * router.scale if router.scale != 1 else factors
 
 

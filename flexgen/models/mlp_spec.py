@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flexgen.models.norm_spec import NormSpec
+
 
 @dataclass(frozen=True)
 class MLPSpec:
@@ -31,6 +33,10 @@ class RouterSpec:
     experts: int
     top_k: int
 
+    norm: NormSpec | None = None
+    """The norm of the router's input."""
+    logit_scale: float = 1.0
+    """The factor of the logits."""
     bias: bool = False
     """Whether the logits have a bias."""
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -50,6 +56,8 @@ class RouterSpec:
     """The smallest divisor."""
     scale: float = 1.0
     """The factor of all factors."""
+    expert_scale: bool = False
+    """Whether each expert has a stored number, by which its factors are multiplied."""
     wide: bool = False
     """Whether the weights and the logits are float32, whatever the model's dtype."""
 
@@ -61,6 +69,17 @@ class ClampedGLU:
 
     alpha: float
     limit: float
+
+
+@dataclass(frozen=True)
+class MixtureNorms:
+    """The norms of a mixture whose router, experts and shared MLP do not have the same input: before and after the
+    experts, before and after the shared MLP."""
+
+    experts_in: NormSpec
+    experts_out: NormSpec
+    shared_in: NormSpec
+    shared_out: NormSpec
 
 
 @dataclass(frozen=True)
@@ -76,15 +95,20 @@ class MixtureSpec:
     activation: str
     clamped: ClampedGLU | None = None
     """The product that replaces activation(gate) * up."""
-    interleaved: bool = False
-    """Whether one matrix of each expert has the rows of both projections alternately, the gate first."""
+    first: Literal["separate", "halves", "interleaved"] = "separate"
+    """Whether the projections to the inner width are two matrices of each expert, or one with the rows of both: all
+    rows of the gate first, or a row of each in turn."""
     bias: bool = False
+    weighted: Literal["outputs", "inputs"] = "outputs"
+    """What the router's factors multiply: the experts' outputs or their inputs."""
 
     shared: MLPSpec | None = None
     shared_gate: bool = False
     """Whether the output of `shared` is multiplied by the sigmoid of the product with a vector."""
     scale: float = 1.0
     """The factor of the output."""
+    norms: MixtureNorms | None = None
+    """None: router, experts and `shared` have the same input."""
 
     def hit(self, tokens: float) -> float:
         """The expected number of different experts for `tokens` tokens, if all experts are equally likely and tokens

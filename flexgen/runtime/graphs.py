@@ -147,9 +147,11 @@ class CellGraphs:
         self._buffers.clear()
         self._taken.close()
 
-    def serves(self, cell: BoundCell) -> bool:
-        """Whether `compute` computes this cell."""
-        return self._pays and cell.token > 0 and cell.layer in self._layers and cell.span.length < LONGEST
+    def serves(self, cell: BoundCell, rows: int, weights: Weights) -> bool:
+        """Whether `compute` computes this cell of `rows` rows."""
+        if not (self._pays and cell.token > 0 and cell.layer in self._layers):
+            return False
+        return cell.span.length < LONGEST and not self._layers[cell.layer].reads_back(rows, weights)
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, 1, hidden). Part of the cell's computation.

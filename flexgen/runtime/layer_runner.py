@@ -110,7 +110,7 @@ class LayerRunner:
             x, rows = lookup.take(x.shape, cell.slot)
             weights = {**weights, lookup.name: rows}
         graphs, keeps_hidden = self._buffers.graphs, self._output.wants_hidden(cell.layer)
-        if graphs is not None and graphs.serves(cell) and not keeps_hidden:
+        if graphs is not None and graphs.serves(cell, len(x), weights) and not keeps_hidden:
             self._keep(cell, graphs.compute(cell, self._context(cell), x, weights))
             return
         layer = self._model.layers[cell.layer]

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.policy import CODECS as NAMES
-from flexgen.policy import Auto, Policy, Share, Split, Tier
+from flexgen.policy import STORED, Auto, Policy, Share, Split, Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.job import Job
 from flexgen.quant import CODECS, head_format
@@ -63,13 +63,15 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
-                columns += [Column(what, tier, codec) for codec in NAMES if self._may(what, codec)]
+                columns += [Column(what, tier, codec) for codec in (*NAMES, STORED) if self._may(what, codec)]
         return tuple(columns)
 
     def _may(self, what: str, codec: str) -> bool:
         """Whether a codec may be chosen for a class of data and the machine has its rates."""
         if codec == "none":
             return True
+        if codec == STORED:  # lossless
+            return what == "weights" and bool(self._job.spec.encoded)
         if not self._lossy or what == "activations" or not CODECS[codec].searched:
             return False
         if what == "cache" and self._settled.attn_sparsity < 1:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import TINY, random_model
+from tiny_families import COUNT_PADDING, TINY, random_model
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from flexgen.engine.model import OptLM
@@ -38,6 +38,11 @@ STRUCTURES = {
     "windows, heads' norms": ("gemma3_text", 0),
     "windows in all layers": ("mistral", 1),
     "ALiBi, norm of embeddings": ("bloom", 1),
+    "sinks, clamped experts": ("gpt_oss", 0),
+    "gated attention, norms around a mixture": ("afmoe", 0),
+    "chunks, experts with weighted inputs": ("llama4_text", 0),
+    "heads of two sizes, an MLP next to the experts": ("gemma4_text", 0),
+    "values narrower than keys, sinks": ("mimo_v2_flash", 0),
 }
 
 
@@ -59,6 +64,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tupl
 
 def _greedy(model: PreTrainedModel, prompts: list[list[int]], tokens: int, pad: int) -> np.ndarray:
     width = max(map(len, prompts))
+    if model.config.model_type in COUNT_PADDING and len(prompts) > 1:
+        rows = [_greedy(model, [prompt], tokens, pad)[0] for prompt in prompts]
+        return np.stack([np.pad(row, (width + tokens - len(row), 0), constant_values=pad) for row in rows])
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():

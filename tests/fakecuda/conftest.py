@@ -12,6 +12,7 @@ from flexgen.runtime.lookup import Lookup
 
 try:
     from simulated import runtime
+    from simulated.groups import grouped_kernels  # noqa: F401
 
     SIMULATED = runtime.running() and torch.cuda.is_available()
 except ImportError:

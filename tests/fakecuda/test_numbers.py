@@ -74,6 +74,22 @@ def test_ids_of_a_mixture_are_those_of_the_cpu(dtype, changes, monkeypatch):
     assert bool(together) == (dtype == "bfloat16" and changes is cases.RESIDENT)
 
 
+@pytest.mark.parametrize("changes", [{}, cases.RESIDENT, dict(sep_layer=False)], ids=str)
+@pytest.mark.parametrize("codec", ["none", "int4", "int8", "fp8"])
+@pytest.mark.parametrize("config", [cases.MIXTURE, cases.GPT_OSS], ids=["plain", "biased"])
+def test_ids_of_a_mixture_whose_experts_are_multiplied_in_one_launch(config, codec, changes, grouped_kernels):
+    """In float32, for which torch has no grouped product; with matrices on all tiers, and with biases."""
+    shares = changes.get("weights", cases.THIRDS)
+    policy = cases.policy(**changes | dict(weights=cases.encoded(codec, shares)))
+    expected = cases.ids_on("emulated", config, policy)
+    runtime.reset()
+    with in_every_thread(Numbers):
+        found = cases.ids_on("cuda", config, policy)
+    np.testing.assert_array_equal(found, expected)
+    assert runtime.counters().hazards == 0
+    assert grouped_kernels.calls > 20
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, dict(cache=cases.encoded("int4", {"cpu": 50, "disk": 50})), dict(attn_sparsity=0.5)],

@@ -77,7 +77,7 @@ def test_compiled_for_a_gpu(kernels, capability, dtype, bits, tmp_path, monkeypa
     multiply = {"x": f"*{dtype}", **packed, "bias": f"*{dtype}", "y": f"*{dtype}", **sizes}
     constants = {"GROUP": 64, "BITS": bits}
     # The most rows of x of one program, which take the most shared memory.
-    tile = {"BIASED": True, "ROWS": kernels._MOST_ROWS, "OUT": kernels._OUT, "CODES": kernels._CODES}
+    tile = {"BIASED": True, "ROWS": kernels.MOST_ROWS, "OUT": kernels.OUT, "CODES": kernels.CODES}
     for kernel, signature, more in (
         (kernels._decode, decode, {"BLOCK": kernels._DECODED}),
         (kernels._multiply, multiply, tile),

@@ -10,6 +10,8 @@ import torch
 from tiny_families import TINY
 from transformers import CONFIG_MAPPING
 
+from flexgen.kernels import grouped
+from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.models import build_layers, open_model
 from flexgen.models.mixture import Mixture, route
 from flexgen.models.mlp_spec import RouterSpec
@@ -116,15 +118,36 @@ def test_a_grouped_product_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatc
             begin += weight.numel
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     one_by_one = layer.forward(x, weights, None)
+    assert layer.reads_back(15, weights)
     calls = []
-    monkeypatch.setattr("flexgen.kernels.grouped.available", lambda *of: calls.append(of) or True)
+    monkeypatch.setattr("flexgen.kernels.grouped.available", lambda *of: True)
+    grouped_linear = grouped.grouped_linear
+    monkeypatch.setattr(grouped, "grouped_linear", lambda *of: calls.append(of) or grouped_linear(*of))
+    for name, matrices, biases in layer.groups:
+        assert not biases
+        weights[name] = grouped_matrices([weights[matrix] for matrix in matrices], None, torch.bfloat16)
+    assert not layer.reads_back(15, weights)
     together = layer.forward(x, weights, None)
     torch.testing.assert_close(together, one_by_one)
-    assert calls == [(x.device, torch.bfloat16)]
-    many = replace(layer.spec, chunk_tokens=44)  # 15 tokens with three choices each
-    without = Mixture(many, layer.index).forward(x, weights, None)
-    torch.testing.assert_close(without, one_by_one)
-    assert len(calls) == 1, "for many choices, one expert after another"
+    assert len(calls) == 3, "gate, up and down"
+    many = Mixture(replace(layer.spec, chunk_tokens=44), layer.index)  # 15 tokens with three choices each
+    assert many.reads_back(15, weights) and not many.reads_back(14, weights)
+    torch.testing.assert_close(many.forward(x, weights, None), one_by_one)
+    assert len(calls) == 3, "for many choices, one expert after another"
+
+
+def test_a_group_has_the_matrices_and_biases_of_all_experts() -> None:
+    spec, _ = open_model(CONFIG_MAPPING["gpt_oss"](**TINY["gpt_oss"][1]), "dummy")
+    for sep_layer, prefix in ((True, ""), (False, "mlp.")):
+        layer = next(layer for layer in build_layers(spec, sep_layer) if layer.groups)
+        names = [weight.name for weight in layer.weights]
+        count = layer.layer_spec.mlp.router.experts
+        assert [group.name for group in layer.groups] == [
+            f"{prefix}experts.gate_up.weight", f"{prefix}experts.down.weight"
+        ]  # fmt: skip
+        for group in layer.groups:
+            assert len(group.matrices) == len(group.biases) == count
+            assert set(group.matrices) | set(group.biases) <= set(names)
 
 
 def test_what_decides_is_not_rounded_by_a_codec() -> None:
@@ -154,10 +177,10 @@ def test_the_expected_experts_of_some_tokens(tokens: int) -> None:
     assert rows * share * 7 == pytest.approx(3 * tokens), "every token is multiplied by three experts"
 
 
-def test_a_mixture_needs_the_host_and_an_mlp_does_not() -> None:
+def test_without_grouped_products_a_mixture_needs_the_host_and_an_mlp_does_not() -> None:
     spec, _ = open_model(CONFIG_MAPPING["qwen3_moe"](**TINY["qwen3_moe"][1]), "dummy")
     for sep_layer in (True, False):
-        waits = {layer.name for layer in build_layers(spec, sep_layer) if layer.reads_back}
+        waits = {layer.name for layer in build_layers(spec, sep_layer) if layer.reads_back(4, {})}
         assert waits == {"layers.1.mlp" if sep_layer else "layers.1"}
 
 

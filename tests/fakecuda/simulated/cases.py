@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -44,6 +45,11 @@ MIXTURE = Qwen3MoeConfig(
     vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=64, moe_intermediate_size=64, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True,
     max_position_embeddings=128, decoder_sparse_step=1, mlp_only_layers=[0],
+)  # fmt: skip
+GPT_OSS = GptOssConfig(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, num_local_experts=5, num_experts_per_tok=2, sliding_window=5, max_position_embeddings=128,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
 )  # fmt: skip
 _TINY: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

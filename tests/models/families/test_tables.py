@@ -130,6 +130,17 @@ def _norm_after_rope(spec: ModelSpec) -> ModelSpec:
     return _part("attention", qk_norm=replace(norm, after_rope=True))(spec)
 
 
+def _query_offset(spec: ModelSpec) -> ModelSpec:
+    """Query scaling without the offset of positions."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        form = layer.attention.query_scaling
+        scaling = form and replace(form, offset=0)
+        return replace(layer, attention=replace(layer.attention, query_scaling=scaling))
+
+    return replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
 MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "pairs of neighbours": ("glm", 0, _rope(interleaved=False)),
     "pairs of halves": ("gpt_neox", 0, _rope(interleaved=True)),
@@ -176,6 +187,20 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "shared expert": ("granitemoeshared", 0, _mixture(shared=None)),
     "gate of a shared expert": ("qwen2_moe", 0, _mixture(shared_gate=False)),
     "average with a shared expert": ("cohere2_moe", 0, _mixture(scale=1.0)),
+    "gate of attention": ("afmoe", 0, _part("attention", gate=False)),
+    "queries scaled from position 1": ("llama4_text", 0, _query_offset),
+    "norm of queries and keys after the rotation": ("llama4_text", 0, _part("attention", qk_norm=None)),
+    "weighted inputs of experts": ("llama4_text", 0, _mixture(weighted="outputs")),
+    "halves of a fused matrix": ("llama4_text", 0, _mixture(first="interleaved")),
+    "chunks of a kind of layer": ("llama4_text", 0, _part("attention", window=Window(5))),
+    "norm of values": ("gemma4_text", 0, _part("attention", value_norm=None)),
+    "scale of a layer": ("gemma4_text", 0, _layers(scaled=False)),
+    "norm of a router's input": ("gemma4_text", 0, _router(norm=None)),
+    "scale of a router's logits": ("gemma4_text", 0, _router(logit_scale=1.0)),
+    "scales of experts": ("gemma4_text", 0, _router(expert_scale=False)),
+    "norms of a mixture": ("gemma4_text", 0, _mixture(norms=None)),
+    "scale of values": ("mimo_v2_flash", 0, _part("attention", value_scale=1.0)),
+    "sinks": ("mimo_v2_flash", 0, _part("attention", scores=ScoreSpec())),
     "windows": ("mistral", 1, _part("attention", window=None)),
     "sizes of windows": ("gemma3_text", 0, _part("attention", window=Window(5))),
     "chunks": ("mistral", 1, _part("attention", window=Window(5, chunked=True))),
@@ -220,6 +245,17 @@ def test_when_a_norm_rounds_shows_in_bfloat16(tiny_model: Any, save: Any, runner
 
 
 OF_NO_CONSEQUENCE = {
+    "afmoe": {"global_attn_every_n_layers", "sliding_window"},
+    "gemma4_text": {"vocab_size_per_layer_input", "use_double_wide_mlp"},
+    "llama4_text": {
+        "no_rope_layer_interval",
+        "interleave_moe_layer_step",
+        "moe_layers",
+        "intermediate_size_mlp",  # without dense layers
+        "attention_chunk_size",  # without layers of that kind
+        "attn_scale",  # without attn_temperature_tuning
+        "floor_scale",
+    },
     "cohere2_moe": {
         "rope_theta",
         "sliding_window_pattern",
