@@ -46,7 +46,8 @@ PARAMETERS = {
     "falcon-7b": 6_921_720_704, "falcon-40b": 41_303_293_952, "falcon-180b": 178.56e9,
     "bloom-560m": 559_214_592, "bloom-7b1": 7_069_016_064, "bloom": 176_247_271_424,
     "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "gpt-neox-20b": 20_554_567_680,
-    "gpt-j-6b": 6_050_882_784, "codegen-16b": 16.03e9, "gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "llama-4-scout": 107.8e9, "llama-4-maverick": 400.7e9, "mimo-v2-flash": 309e9,
+    "gpt-j-6b": 6_050_882_784, "codegen-16b": 16.03e9, "gpt2": 124_439_808, "gpt2-xl": 1_557_611_200,
+    "llama-4-scout": 107.8e9, "llama-4-maverick": 400.7e9, "mimo-v2-flash": 309e9,
 }  # fmt: skip
 
 
