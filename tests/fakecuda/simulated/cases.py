@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -58,6 +59,9 @@ _TINY: dict[str, Any] = dict(
 MISTRAL = MistralConfig(**_TINY, sliding_window=5)
 GEMMA2 = Gemma2Config(
     **_TINY, head_dim=16, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+)
+GEMMA3 = Gemma3TextConfig(
+    **_TINY, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
 )
 BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
