@@ -57,8 +57,8 @@ NEOX = GPTNeoXConfig(
 """A parallel residual, and RoPE of a part of each head."""
 MIXTURE = Qwen3MoeConfig(
     vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-    head_dim=128, moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[], decoder_sparse_step=1,
-    max_position_embeddings=512,
+    head_dim=128, moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[],
+    decoder_sparse_step=1, max_position_embeddings=512,
 )  # fmt: skip
 WINDOWED = MistralConfig(
     vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
