@@ -31,25 +31,28 @@ from flexgen.models.tables import (
 
 _EXPERTS = "layers.{i}.experts"
 _NORM = "layers.{i}.post_feedforward_layernorm"
-NAMES = GEMMA2 | llama_names(
-    {
-        "attention_out": "layers.{i}.post_attention_layernorm",
-        "layer_scale": "layers.{i}.layer_scalar",
-        "mlp_in": "layers.{i}.pre_feedforward_layernorm",
-        "mlp_out": _NORM,
-        "router": "layers.{i}.router.proj",
-        "router_in": "layers.{i}.router.scale",
-        "expert_scale": "layers.{i}.router.per_expert_scale",
-        "experts_in": "layers.{i}.pre_feedforward_layernorm_2",
-        "experts_out": f"{_NORM}_2",
-        "experts.gate": Stacked(f"{_EXPERTS}.gate_up_proj", 0, 2),
-        "experts.up": Stacked(f"{_EXPERTS}.gate_up_proj", 1, 2),
-        "experts.down": Stacked(f"{_EXPERTS}.down_proj"),
-        "shared_in": "layers.{i}.pre_feedforward_layernorm",
-        "shared_out": f"{_NORM}_1",
-        **gated_modules("shared.", "layers.{i}.mlp"),
-    }
-)
+NAMES = {
+    **GEMMA2,
+    **llama_names(
+        {
+            "attention_out": "layers.{i}.post_attention_layernorm",
+            "layer_scale": "layers.{i}.layer_scalar",
+            "mlp_in": "layers.{i}.pre_feedforward_layernorm",
+            "mlp_out": _NORM,
+            "router": "layers.{i}.router.proj",
+            "router_in": "layers.{i}.router.scale",
+            "expert_scale": "layers.{i}.router.per_expert_scale",
+            "experts_in": "layers.{i}.pre_feedforward_layernorm_2",
+            "experts_out": f"{_NORM}_2",
+            "experts.gate": Stacked(f"{_EXPERTS}.gate_up_proj", 0, 2),
+            "experts.up": Stacked(f"{_EXPERTS}.gate_up_proj", 1, 2),
+            "experts.down": Stacked(f"{_EXPERTS}.down_proj"),
+            "shared_in": "layers.{i}.pre_feedforward_layernorm",
+            "shared_out": f"{_NORM}_1",
+            **gated_modules("shared.", "layers.{i}.mlp"),
+        }
+    ),
+}
 
 
 def to_spec(fields: Fields) -> ModelSpec:

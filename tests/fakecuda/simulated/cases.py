@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     Gemma4TextConfig,
     GptOssConfig,
     Llama4TextConfig,
@@ -75,6 +76,7 @@ GEMMA4 = Gemma4TextConfig(
 MIMO = MiMoV2FlashConfig(
     **_TINY, head_dim=12, v_head_dim=8, sliding_window=5, layer_types=_KINDS, mlp_layer_types=["dense", "dense"],
 )  # fmt: skip
+GEMMA3 = Gemma3TextConfig(**_TINY, head_dim=16, sliding_window=5, layer_types=_KINDS)
 BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 

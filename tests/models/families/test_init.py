@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,17 +24,6 @@ def test_every_family_names_all_of_its_modules() -> None:
         layers = build_layers(spec.first_layers(1))
         assert all(weight.sources for layer in layers for weight in layer.weights)
         assert spec.family == name
-
-
-def test_the_documentation_lists_every_family() -> None:
-    """docs/models.md, in the words of the modules' docstrings."""
-    rows = []
-    for name in known_families():
-        about = (import_module(f"flexgen.models.families.{name}").__doc__ or "").partition("\n")[0]
-        rows.append(f"| `{name}` | {about.removesuffix('.')} |")
-    table = "\n".join(["| `model_type` | Models |", "|---|---|", *rows, ""])
-    docs = Path(__file__).parents[3] / "docs" / "models.md"
-    assert table in docs.read_text(encoding="utf-8"), f"write this into docs/models.md:\n{table}"
 
 
 def test_a_file_in_the_folder_is_a_family(uneven: Any) -> None:
