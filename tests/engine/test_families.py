@@ -214,7 +214,9 @@ def test_weights_that_files_store_in_another_shape_are_read_whole_or_by_rows(
         assert (files.extent(weight) is None) == weight.transposed
 
 
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "qwen3_moe", "minimax_m2"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "granitemoe", "qwen3_moe", "minimax_m2", "afmoe", "mimo_v2_flash"]
+)
 def test_experts_are_read_from_stacks_and_from_tensors_of_their_own(
     family: str, saved: Any, prompts: Any, mixed: Any, tmp_path: Path
 ) -> None:
