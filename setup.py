@@ -37,7 +37,9 @@ setup(
     packages=[*find_packages(include=["flexgen", "flexgen.*"]), "flexllmgen"],
     package_dir={"flexllmgen": "flexgen/flex_opt/flexllmgen"},
     entry_points={"console_scripts": ["flexgen = flexgen.__main__:main"]},
-    package_data={"flexgen": ["py.typed", "demo/model/*", "models/*.toml", "predict/*.toml", "kernels/*.pyi"]},
+    package_data={
+        "flexgen": ["py.typed", "demo/model/*", "models/*.toml", "predict/*.toml", "kernels/*.pyi"]
+    },
     ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place
     # transformers brings huggingface_hub and tokenizers, in the versions it works with.

@@ -72,8 +72,12 @@ class _Kernels:
         self.tables: dict[int, tuple[Tensor, list[list[Tensor]]]] = {}
         self.calls = 0
 
-    def remember(self, table: Tensor, stored: Sequence[StoredMatrix], biases: Sequence[Tensor] | None) -> None:
-        parts = [[part for part in column if part is not None] for column in list(zip(*stored, strict=True))[1:]]
+    def remember(
+        self, table: Tensor, stored: Sequence[StoredMatrix], biases: Sequence[Tensor] | None
+    ) -> None:
+        parts = [
+            [part for part in column if part is not None] for column in list(zip(*stored, strict=True))[1:]
+        ]
         self.tables[table.data_ptr()] = table, [*parts, list(biases or ())]
 
     def multiply(self, x: Tensor, ends: Tensor, addresses: Tensor, form: MatrixForm) -> Tensor:
