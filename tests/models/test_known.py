@@ -47,6 +47,7 @@ PARAMETERS = {
     "bloom-560m": 559_214_592, "bloom-7b1": 7_069_016_064, "bloom": 176_247_271_424,
     "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "gpt-neox-20b": 20_554_567_680,
     "gpt-j-6b": 6_050_882_784, "codegen-16b": 16.03e9, "gpt2": 124_439_808, "gpt2-xl": 1_557_611_200,
+    "llama-4-scout": 107.8e9, "llama-4-maverick": 400.7e9, "mimo-v2-flash": 309e9,
 }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_known_models_are_in_bfloat16_unless_the_file_says_otherwise() -> None:
 def test_only_some_models_are_published_in_fewer_bits() -> None:
     quantized = {name: published_format(name) for name in known_names() if published_format(name)}
     assert quantized == {
-        "gpt-oss-20b": "mxfp4 experts", "gpt-oss-120b": "mxfp4 experts", "minimax-m2": "fp8",
+        "gpt-oss-20b": "mxfp4 experts", "gpt-oss-120b": "mxfp4 experts", "minimax-m2": "fp8", "mimo-v2-flash": "fp8",
     }  # fmt: skip
 
 

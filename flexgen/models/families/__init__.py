@@ -40,6 +40,12 @@ def known_families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def about(family: str) -> str:
+    """The models of a family in words: the first line of its module's docstring."""
+    text = import_module(f"{__name__}.{family}").__doc__ or ""
+    return text.partition("\n")[0].removesuffix(".")
+
+
 def config_from_dict(values: dict[str, Any], name: str) -> PreTrainedConfig:
     """The transformers config for the contents of a config.json, which may be those of a multimodal model.
 
