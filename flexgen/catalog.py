@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -97,7 +98,10 @@ def catalog(args: argparse.Namespace) -> None:
     for name in tqdm(names, desc="search", unit="model", disable=None if hardware else True, leave=False):
         spec, _ = open_model(name, "dummy")
         sizes.append(size_entry(spec, fit(spec, hardware, workload, args.lossy) if hardware else None))
-    found = {"families": [asdict(one) for one in families], "models": [asdict(one) for one in sizes]}
+    found: dict[str, Any] = {
+        "families": [asdict(one) for one in families],
+        "models": [asdict(one) for one in sizes],
+    }
     if hardware:
         found |= {"hardware": hardware.name, "workload": asdict(workload)}
     if args.json != "-":

@@ -29,6 +29,8 @@ class BlockFP8(Encoding):
     rows: int
     columns: int
 
+    host_bytes = 12
+
     @property
     def name(self) -> str:
         rows, columns = (size or "all" for size in (self.rows, self.columns))

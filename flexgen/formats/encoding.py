@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Part(NamedTuple):
 
 class Encoding(ABC):
     """How a checkpoint stores a quantized matrix (out, in). Instances are immutable, hashable and picklable."""
+
+    host_bytes: ClassVar[int]
+    """Bytes that a core reads from memory in the time it takes to decode one value, measured on an EPYC."""
 
     @property
     def rows_at_once(self) -> int:

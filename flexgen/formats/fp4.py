@@ -8,18 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.formats.encoding import Encoding, Part, Settings, check_groups, repeated
-from flexgen.kernels.e2m1 import widened
-from flexgen.kernels.e4m3 import E4M3, scaled
+from flexgen.formats.encoding import Encoding, Part, Settings, check_groups
+from flexgen.kernels import e2m1, e4m3
 
 _MX_GROUP = 32
-_MX_BIAS = 127
 _NV_GROUP = 16
 
 
 @dataclass(frozen=True)
 class MXFP4(Encoding):
-    """e2m1 values, and a power of two for each 32 of a row, stored as its exponent plus 127.
+    """e2m1 values, and a power of two for each 32 of a row, stored as its exponent plus 127 (e8m0).
 
     by_group: whether the codes have a dimension for the groups, (out, in / 32, 16).
     """
@@ -27,6 +25,8 @@ class MXFP4(Encoding):
     codes: str = "_blocks"
     scale: str = "_scales"
     by_group: bool = True
+
+    host_bytes = 14
 
     @property
     def name(self) -> str:
@@ -48,9 +48,8 @@ class MXFP4(Encoding):
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
         codes, scales = (part[begin:end] for part in parts)
-        exponents = scales.view(torch.uint8).to(torch.int32) - _MX_BIAS
-        groups = widened(codes.flatten(1)).unflatten(1, (-1, _MX_GROUP))
-        return torch.ldexp(groups, exponents[..., None]).flatten(1)
+        factors = scales.view(torch.float8_e8m0fnu).to(torch.float32)
+        return e2m1.scaled(codes.flatten(1), factors).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class NVFP4(Encoding):
     codes: str
     overall: str
     divides: bool
+
+    host_bytes = 16
 
     @property
     def name(self) -> str:
@@ -77,16 +78,15 @@ class NVFP4(Encoding):
         check_groups(columns, _NV_GROUP)
         return (
             Part(self.codes, (torch.uint8,), (rows, columns // 2)),
-            Part(".weight_scale", (E4M3,), (rows, columns // _NV_GROUP)),
+            Part(".weight_scale", (e4m3.E4M3,), (rows, columns // _NV_GROUP)),
             Part(self.overall, (torch.float32,), (1,)),
         )
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
         codes, scales, overall = parts
         factor = overall.reciprocal() if self.divides else overall
-        factors = scaled(scales[begin:end].view(torch.uint8), factor)
-        made = widened(codes[begin:end])
-        return made.mul_(repeated(factors, made.shape[1], _NV_GROUP))
+        factors = e4m3.scaled(scales[begin:end].view(torch.uint8), factor)
+        return e2m1.scaled(codes[begin:end], factors).flatten(1)
 
 
 def read_mxfp4(settings: Settings) -> tuple[Encoding, ...]:

@@ -45,6 +45,8 @@ class PackedRows(Encoding):
     group: int
     symmetric: bool
 
+    host_bytes = 15
+
     @property
     def name(self) -> str:
         return f"int{self.bits} pack-quantized"
@@ -92,6 +94,8 @@ class GPTQ(Encoding):
     group: int
     added: int
 
+    host_bytes = 33
+
     @property
     def name(self) -> str:
         return f"int{self.bits} gptq"
@@ -126,6 +130,8 @@ class AWQ(Encoding):
 
     group: int
 
+    host_bytes = 28
+
     @property
     def name(self) -> str:
         return "int4 awq"
@@ -154,12 +160,17 @@ class AWQ(Encoding):
         words, zeros, scales = parts
         each = len(_AWQ_ORDER)
         some = slice(begin // each, math.ceil(end / each))
-        codes, zeros = (_in_order(unpacked(part[:, some], 4)).T[: end - begin] for part in (words, zeros))
+        codes, zeros = (_rows_of(part[:, some].T)[: end - begin] for part in (words, zeros))
         return _dequantised(codes, zeros, scales[:, begin:end].T, self.group or codes.shape[1])
 
 
-def _in_order(codes: Tensor) -> Tensor:
-    return codes.unflatten(-1, (-1, len(_AWQ_ORDER)))[..., list(_AWQ_ORDER)].flatten(-2)
+def _rows_of(words: Tensor) -> Tensor:
+    """The integers in words of AWQ (rows / 8, n), as (rows, n) in float32."""
+    words = words.contiguous()
+    rows = torch.empty(len(words), len(_AWQ_ORDER), words.shape[1], device=words.device)
+    for number, place in enumerate(_AWQ_ORDER):
+        rows[:, number].copy_((words >> 4 * place).bitwise_and_(0x0F))
+    return rows.flatten(0, 1)
 
 
 def read_gptq(settings: Settings) -> tuple[Encoding, ...]:

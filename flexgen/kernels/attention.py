@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
-from flexgen.kernels.scoring import Scoring, bend, capped, softmax_with_sinks, visible_from
+from flexgen.kernels.scoring import Scoring, Window, bend, capped, softmax_with_sinks, visible_from
 from flexgen.units import align
 
 MASK_ALIGNMENT = 16
@@ -143,15 +143,30 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     return hidden.masked_fill_(padding, float("-inf"))[:, None, None, :tokens]
 
 
-def hide_positions(hidden: Tensor, starts: Tensor, length: int) -> None:
-    """Fill `hidden` (rows, 1, 1, tokens), a mask of `attend_fused` for more than `length` positions.
+def hide_places(
+    hidden: Tensor, starts: Tensor, length: int, places: int, window: Window | None = None
+) -> None:
+    """Fill `hidden` (rows, 1, 1, >= places), a mask of `attend_fused` for a cache with `places` places.
 
-    With this mask, attention over all tokens equals attention over the first `length` ones without padding, so the
-    shape of the operation does not change with each token. For the next token, set its position to 0: one launch.
+    Place n stores the last of the first `length` positions that is n modulo `places`, if there is one. With this
+    mask, attention over all places equals attention of the query at position length - 1, so the shape of the
+    operation does not change with each token. starts (rows,): each row's first position that is not padding.
     """
-    positions = torch.arange(hidden.shape[-1], device=hidden.device)
-    seen = (positions >= starts[:, None]) & (positions < length)
+    last = length - 1
+    positions = last - (last - torch.arange(hidden.shape[-1], device=hidden.device)).remainder(places)
+    first = starts if window is None else window.starts(starts, length)
+    seen = positions >= first.clamp_min(0)[:, None]
     hidden.fill_(float("-inf"))[:, 0, 0].masked_fill_(seen, 0.0)
+
+
+def hide_next_place(hidden: Tensor, length: int, places: int, window: Window | None = None) -> None:
+    """Change the mask of `hide_places` for `length` - 1 positions to that for `length`, in one launch or two.
+
+    Not for a window in chunks: when its chunk ends, a query hides many positions at once.
+    """
+    if window is not None and length > window.size:
+        hidden[..., (length - 1 - window.size) % places].fill_(float("-inf"))
+    hidden[..., (length - 1) % places].zero_()
 
 
 def probabilities_in_torch(

@@ -31,6 +31,12 @@ class BatchCache:
         return zip(*(layout.segments for layout in self.layouts), strict=True)
 
     @property
+    def whole_segments(self) -> dict[AttentionSpec, CacheSegment]:
+        """The segment of all rows for each kind of attention, if the rows are on one tier."""
+        segments = (layout.segments for layout in self.layouts)
+        return {own: segment for own, (segment,) in zip(self.kinds, segments, strict=True)}
+
+    @property
     def _linked(self) -> bool:
         return not self.topology.shares_host_memory
 

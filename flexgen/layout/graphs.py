@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
 from flexgen.kernels.attention import MASK_ALIGNMENT
+from flexgen.kernels.scoring import Window
 from flexgen.kernels.workspaces import Workspaces
+from flexgen.layout.cache import CacheSegment
 from flexgen.layout.cache_needs import BatchCache
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
@@ -18,7 +20,7 @@ from flexgen.layout.rows import whole_weights
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer
 from flexgen.models.layer import AttentionLayer, TransformerLayer
-from flexgen.models.spec import RopeSpec
+from flexgen.models.spec import AttentionSpec, RopeSpec
 from flexgen.policy import Policy, Tier
 from flexgen.units import ALIGNMENT, align
 
@@ -44,7 +46,7 @@ def replayed(
     """The numbers of the layers whose decode cells a call may replay as CUDA graphs.
 
     A replay repeats the same kernels at the same addresses. So all rows of the cache and of the hidden states must be
-    on the GPU, and attention must be dense, with plain scores and without a window. All weights of the layer must be
+    on the GPU, and attention must be dense, with plain scores. All weights of the layer must be
     there too, without a codec, because batches share decoded weights, in buffers that layers use in turn. Mixtures of
     experts are included, but replayed only if the GPU multiplies all experts without the host (`Layer.reads_back`),
     which is known only when it computes. The embedding and the head are excluded: they are two layers of many, and
@@ -57,20 +59,12 @@ def replayed(
         j
         for j, layer in enumerate(layers)
         if isinstance(layer, TransformerLayer)
-        and not _masked_otherwise(layer)
+        and (not isinstance(layer, AttentionLayer) or layer.layer_spec.attention.scores.plain)
         and all(
             topology.in_place(placement.of(weight)) and placement.decoder(weight) is None
             for weight in whole_weights(layer, placement, topology)
         )
     )
-
-
-def _masked_otherwise(layer: Layer) -> bool:
-    """Whether attention of the layer is more than that of plain scores with the mask that the graphs share."""
-    if not isinstance(layer, AttentionLayer):
-        return False
-    own = layer.layer_spec.attention
-    return own.window is not None or not own.scores.plain
 
 
 def extent(length: int, capacity: int) -> int:
@@ -85,47 +79,77 @@ def extent(length: int, capacity: int) -> int:
 
 
 @dataclass(frozen=True)
+class Places:
+    """The places of a layer's cached tokens in its pages. Layers with the same places and window share a mask.
+
+    Position n is stored in place n % count. With fewer places than positions, the pages are a ring.
+    """
+
+    pages: int
+    page_tokens: int
+    window: Window | None
+
+    @property
+    def count(self) -> int:
+        return self.pages * self.page_tokens
+
+    def extent(self, length: int) -> int:
+        """The number of places over which a replay computes attention."""
+        return extent(min(length, self.count), self.count)
+
+
+@dataclass(frozen=True)
 class StepLayout:
     """The layout of the buffer from which the graphs of one batch read the data of the token.
 
-    `hidden` (rows, 1, hidden) stores the hidden states between two layers. `mask` (rows, 1, 1, capacity) is that of
-    `attend_fused`, `positions` (rows, 1) that of `Context`, `index` (1,) the position in the cache, and `factors` the
-    `token_factors` of each of `ropes`.
+    `hidden` (rows, 1, hidden) stores the hidden states between two layers, and `positions` (rows, 1) is that of
+    `Context`. For each of `places`, `mask` (rows, 1, 1, count) is that of `attend_fused`, and `index` (2,) is the
+    page of the token and its place in the page. `factors` is the `token_factors` of each of `ropes`.
     """
 
     rows: int
     hidden_size: int
-    capacity: int
     dtype: torch.dtype
+    places: tuple[Places, ...]
     ropes: tuple[RopeSpec, ...]
 
     @property
     def shapes(self) -> list[tuple[Shape, torch.dtype]]:
-        """The shapes of hidden, mask, positions, index, and each of factors."""
+        """The shapes of hidden, positions, each mask, each index, and each of factors."""
+        counts = [align(own.count, MASK_ALIGNMENT) for own in self.places]
         return [
             ((self.rows, 1, self.hidden_size), self.dtype),
-            ((self.rows, 1, 1, align(self.capacity, MASK_ALIGNMENT)), self.dtype),
             ((self.rows, 1), torch.int64),
-            ((1,), torch.int64),
+            *(((self.rows, 1, 1, count), self.dtype) for count in counts),
+            *(((2,), torch.int64) for _ in counts),
             *(((self.rows, 4, 1, len(rope.inv_freq)), self.dtype) for rope in self.ropes),
         ]
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def extents(self) -> list[tuple[int, int]]:
         """For each of `shapes`, its offset and the earliest offset of the next one, in bytes."""
         sizes = (align(torch.Size(shape).numel() * dtype.itemsize, ALIGNMENT) for shape, dtype in self.shapes)
         return list(pairwise(accumulate(sizes, initial=0)))
 
     @property
     def nbytes(self) -> int:
-        return self.places[-1][1]
+        return self.extents[-1][1]
 
 
-def step_layout(layers: Sequence[Layer], rows: int, capacity: int, dtype: torch.dtype) -> StepLayout:
-    """The layout for a batch of `rows` rows. layers: the layers that are replayed."""
-    ropes = [layer.layer_spec.attention.rope for layer in layers if isinstance(layer, AttentionLayer)]
-    found = tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
-    return StepLayout(rows, layers[0].spec.hidden_size, capacity, dtype, found)
+def cache_places(segment: CacheSegment, own: AttentionSpec) -> Places:
+    """The places of a layer's cache with this segment for all rows."""
+    return Places(segment.pages, segment.page_tokens, own.window)
+
+
+def step_layout(
+    layers: Sequence[Layer], segments: Mapping[AttentionSpec, CacheSegment], rows: int, dtype: torch.dtype
+) -> StepLayout:
+    """The layout for a batch of `rows` rows. layers: the layers that are replayed. segments: one for all rows of a
+    batch, for each kind of attention."""
+    attention = [layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer)]
+    places = dict.fromkeys(cache_places(segments[own], own) for own in attention)
+    ropes = dict.fromkeys(own.rope for own in attention if own.rope is not None)
+    return StepLayout(rows, layers[0].spec.hidden_size, dtype, tuple(places), tuple(ropes))
 
 
 def graph_needs(
@@ -141,7 +165,7 @@ def graph_needs(
     """
     if not layers or workspaces.captured is None:
         return []
-    steps = (step_layout(layers, cache.rows, capacity, dtype).nbytes for cache in batches)
+    steps = (step_layout(layers, cache.whole_segments, cache.rows, dtype).nbytes for cache in batches)
     graphs = len(layers) * len(batches) * _BYTES_EACH
     one = Passes(1, 0)
     temporary = max(

@@ -35,8 +35,8 @@ class Attention(AttentionLayer):
         own = layer.attention
         if own.qkv == "separate":
             sizes = {"q": own.q_size, "k": own.kv_size}
-            if not own.keys_as_values:
-                sizes["v"] = own.kv_heads * (own.value_dim or own.head_dim)
+            if not own.values.from_keys:
+                sizes["v"] = own.kv_heads * own.value_dim
         else:
             sizes = {"qkv": own.q_size + 2 * own.kv_size}
         weights = norm_weights(spec, layer.norms.attention_in, "attention_in", index)
@@ -89,9 +89,9 @@ class Attention(AttentionLayer):
                 .view(*x.shape[:2], own.kv_heads if name != "q" else own.heads, -1)
                 .transpose(1, 2)
                 for name in names
-                if name != "v" or not own.keys_as_values
+                if name != "v" or not own.values.from_keys
             }
-            made = [by_name["k" if name == "v" and own.keys_as_values else name] for name in names]
+            made = [by_name["k" if name == "v" and own.values.from_keys else name] for name in names]
         else:
             flat = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
             made = [each.transpose(1, 2) for each in split_qkv(own, flat)]
@@ -102,10 +102,10 @@ class Attention(AttentionLayer):
     def _stored_values(self, v: Tensor) -> Tensor:
         """v (batch, kv_heads, seq, value_dim) with its norm and factor, (batch, kv_heads, seq, head_dim)."""
         own = self.layer_spec.attention
-        v = normalise(own.value_norm, v, {})
-        if own.value_scale != 1:
-            v = v * own.value_scale
-        return v if own.value_dim is None else F.pad(v, (0, own.head_dim - own.value_dim))
+        v = normalise(own.values.norm, v, {})
+        if own.values.scale != 1:
+            v = v * own.values.scale
+        return v if own.value_dim == own.head_dim else F.pad(v, (0, own.head_dim - own.value_dim))
 
     def _normalised(self, made: list[Tensor], weights: Weights, names: str, rotated: bool) -> list[Tensor]:
         """`made` with the norm of queries and keys, if it belongs after (`rotated`) or before the rotation."""
@@ -134,7 +134,7 @@ class Attention(AttentionLayer):
         return made
 
     def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
-        form = self.layer_spec.attention.query_scaling
+        form = self.layer_spec.attention.scores.by_position
         return q if form is None else scale_queries(q, positions, form)
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
@@ -219,10 +219,13 @@ class Attention(AttentionLayer):
             project += qkv
         if own.qk_norm is not None:
             project += tokens * own.q_size * item + norm_workspace(
-                own.qk_norm.norm, own.q_size, tokens, dtype
+                own.qk_norm.norm, own.q_size, tokens, dtype, workspaces
             )
-        if own.value_norm is not None:
-            project += norm_workspace(own.value_norm, own.kv_size, tokens, dtype)
+        if own.values.norm is not None:
+            # The norm makes the projected values contiguous.
+            project += tokens * own.kv_size * item + norm_workspace(
+                own.values.norm, own.kv_size, tokens, dtype, workspaces
+            )
         if own.rope is not None:
             # Angles, cos and sin in float32; then the two halves and the rotated copy of the queries.
             project += tokens * own.head_dim * 3 * torch.float32.itemsize + 3 * tokens * own.q_size * item
@@ -252,9 +255,9 @@ class Attention(AttentionLayer):
         merge = 2 * outputs + 2 * tokens * hidden * item
         if own.gate:  # the normalised input and the gate
             merge += tokens * hidden * item + outputs
-            merge += norm_workspace(layer.norms.attention_in, hidden, tokens, dtype)
+            merge += norm_workspace(layer.norms.attention_in, hidden, tokens, dtype, workspaces)
         norm_in, norm_out = (
-            norm_workspace(norm, hidden, tokens, dtype)
+            norm_workspace(norm, hidden, tokens, dtype, workspaces)
             for norm in (layer.norms.attention_in, layer.norms.attention_out)
         )
         first = own.q_size if own.qkv == "separate" else own.q_size + 2 * own.kv_size

@@ -23,7 +23,7 @@ import torch
 from flexgen import formats
 from flexgen.formats import block_fp8, fp4, integers
 from flexgen.kernels import scoring
-from flexgen.models import families, mlp_spec, sources
+from flexgen.models import families, mlp_spec, norm_spec, sources
 from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 _MODULES = {
-    module.__name__: module for module in (spec_module, mlp_spec, sources, scoring, block_fp8, fp4, integers)
+    module.__name__: module
+    for module in (spec_module, mlp_spec, norm_spec, sources, scoring, block_fp8, fp4, integers)
 }
 """The modules with the classes of specs and of their parts."""
 

@@ -24,7 +24,10 @@ from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import spec_from_config
 from flexgen.models.fields import token_ids
-from flexgen.models.folders import check_folder, other_format, shard_path
+from flexgen.models.folders import GGUF_SUFFIX, check_folder, only_gguf, other_format, shard_path
+from flexgen.models.gguf_families import spec_from_gguf
+from flexgen.models.gguf_files import GGUFCheckpoint
+from flexgen.models.gguf_header import all_shards, read_headers
 from flexgen.models.hub import HubOptions
 from flexgen.models.known import config_of, known_name, known_names, known_repository
 from flexgen.models.layer import Layer
@@ -48,7 +51,7 @@ _SUBDIRECTORIES = ["*/*"]
 _NUMPY_SUFFIX = "-np"
 """The end of the name of FlexGen 0.1's folder for a model, after the name of the model."""
 
-_Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint
+_Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint | GGUFCheckpoint
 
 
 class Checkpoint(Protocol):
@@ -56,7 +59,7 @@ class Checkpoint(Protocol):
 
     @property
     def directory(self) -> Path | None:
-        """The directory of the tokenizer; None for a model without one."""
+        """The directory of the tokenizer, or a GGUF file that contains it; None for a model without one."""
 
     @property
     def sources(self) -> Sequence[Path]:
@@ -106,8 +109,9 @@ def open_model(
 ) -> tuple[ModelSpec, Checkpoint]:
     """Open a model and return its spec and its checkpoint.
 
-    model: "demo", a directory in Hugging Face's layout, a known name ("opt-30b"), a hub id or a transformers
-        config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if it has a known name.
+    model: "demo", a directory in Hugging Face's layout, a GGUF file or a directory with one, a known name
+        ("opt-30b"), a hub id or a transformers config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if
+        it has a known name.
     weights: "checkpoint", "dummy" for random weights, or the `Path` of the directory with the weights of `model`.
     hub: options of downloads.
 
@@ -152,6 +156,8 @@ def open_model(
     known = known_name(name)
     if known is not None and dummy:
         return spec_from_config(config_of(known), known), DummyCheckpoint()
+    if os.path.exists(directory) and directory.suffix == GGUF_SUFFIX:
+        return _open_gguf(directory, name, dummy)
     if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that contains it and {_CONFIG}"
@@ -163,6 +169,8 @@ def open_model(
         or name.count("/") > 1
     ):
         raise ModelError(f"{shown_path(name)}: there is no such directory")
+    if directory.suffix == GGUF_SUFFIX:
+        raise ModelError(f"{shown_path(name)}: there is no such file")
     if len(name) > MOST_OF_PATH:  # the hub's own message would contain all of it
         raise ModelError(
             f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"
@@ -182,7 +190,18 @@ def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
     return isinstance(model, PreTrainedConfig)
 
 
+def _open_gguf(path: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    header = read_headers(all_shards(path))
+    spec = spec_from_gguf(header, name)
+    if dummy:
+        return spec, DummyCheckpoint(path)
+    files = GGUFCheckpoint(path, header)
+    return _as_stored(spec, files, False), files
+
+
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    if (gguf := only_gguf(directory)) is not None:
+        return _open_gguf(gguf, name, dummy)
     check_folder(directory, _CONFIG)
     numpy = (directory / NumpyCheckpoint.MARK).exists()
     known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX)) if numpy else None

@@ -39,8 +39,11 @@ class Mixture(FeedForward):
         if mixture.shared is not None:
             weights += mlp_weights(spec, mixture.shared, index, "shared.")
         if mixture.norms is not None:
-            for place, norm in vars(mixture.norms).items():
-                weights += norm_weights(spec, norm, place, index, place)
+            for place in ("experts_in", "experts_out", "shared_in", "shared_out"):
+                weights += norm_weights(spec, getattr(mixture.norms, place), place, index, place)
+            weights += _vector(spec, "router_in", spec.hidden_size, index, "router_in.weight")
+        if mixture.expert_scale:
+            weights += _vector(spec, "expert_scale", mixture.router.experts, index, "expert_scale")
         if mixture.shared_gate:
             (gate,) = linear_weights(spec, "shared_gate", 1, spec.hidden_size, bias=False, index=index)
             weights += (replace(gate, encodable=False),)
@@ -102,7 +105,9 @@ class Mixture(FeedForward):
         """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
         mixture = self._mixture
         router = mixture.router
-        chosen, factors = route(router, x, weights)
+        chosen, factors = route(router, self._of_router(x, weights), weights)
+        if mixture.expert_scale:
+            factors = factors * weights["expert_scale"][chosen]
         if mixture.norms is not None:
             x = normalise(mixture.norms.experts_in, x, weights, "experts_in")
         # The choices in the order of their experts, and where those of each expert end.
@@ -122,6 +127,13 @@ class Mixture(FeedForward):
         by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
         by_token[order] = self._weighted(x[tokens], factors, product)
         return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _of_router(self, x: Tensor, weights: Weights) -> Tensor:
+        """The input of the router, from that of the mixture."""
+        norms = self._mixture.norms
+        if norms is None:
+            return x
+        return normalise(norms.router_in, x, weights, "router_in").mul_(norms.router_scale)
 
     def _weighted(self, x: Tensor, factors: Tensor, product: _Product) -> Tensor:
         """The output of each row's expert for x (choices, hidden), with the factors (choices, 1) in float32."""
@@ -193,7 +205,6 @@ class Mixture(FeedForward):
         # Logits, scores, scores of the choice and a copy without some groups; values and indices of the choice.
         scores = tokens * 4 * router.experts * float32
         scores += states * float32 if router.wide else 0
-        scores += norm_workspace(router.norm, hidden, tokens, dtype)
         choices = tokens * router.top_k * (3 * int64 + 3 * float32) + router.experts * (int64 + float32)
         routing = max(scores, workspaces.product(tokens, router.experts, hidden, dtype)) + choices
         # Few choices at once, with their outputs in both orders; or one expert at once, which all tokens may choose.
@@ -201,15 +212,22 @@ class Mixture(FeedForward):
         rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
         expert = rows * hidden * (dtype.itemsize + 2 * float32)
         expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
-        # The product with one matrix before it is copied, and the temporaries of a clamped product.
-        expert += rows * max(hidden, (5 if mixture.clamped else 1) * mixture.size) * dtype.itemsize
+        # The product with one matrix before it is copied. The temporaries of a clamped product; or the product with
+        # a fused matrix, which stays while it is multiplied again, and a contiguous copy of a half of it.
+        inner = 5 if mixture.clamped else 1 if mixture.first == "separate" else 3
+        expert += rows * max(hidden, inner * mixture.size) * dtype.itemsize
+        if mixture.weighted == "inputs":
+            expert += rows * hidden * dtype.itemsize
         shared = 0
         if mixture.shared is not None:
             shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
-        if mixture.norms is not None:  # the inputs of the experts and of `shared`, or the norm of an output
+        if mixture.norms is not None:  # the input of the router; those of the experts and of `shared`
+            routing += norm_workspace(mixture.norms.router_in, hidden, tokens, dtype, workspaces)
             expert += states * dtype.itemsize
             shared += states * dtype.itemsize
-            shared = max(shared, norm_workspace(mixture.norms.shared_out, hidden, 2 * tokens, dtype))
+            shared = max(
+                shared, norm_workspace(mixture.norms.shared_out, hidden, 2 * tokens, dtype, workspaces)
+            )
         return max(routing, choices + states * float32 + max(expert, shared, states * dtype.itemsize))
 
 
@@ -224,9 +242,13 @@ def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
     return mixture
 
 
+def _vector(spec: ModelSpec, module: str, size: int, index: int, name: str) -> tuple[WeightSpec, ...]:
+    """A weight (size) whose name in checkpoints is that of the module."""
+    return (WeightSpec(name, (size,), tuple(map(Source, spec.module_names(module, index)))),)
+
+
 def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[WeightSpec, ...]:
-    """The weights "router.weight" (experts, hidden), "router.bias" (experts), "correction" (experts),
-    "router_norm.weight" (hidden) and "expert_scale" (experts)."""
+    """The weights "router.weight" (experts, hidden), "router.bias" (experts) and "correction" (experts)."""
     dtype = torch.float32 if router.wide else None
     parts = linear_weights(spec, "router", router.experts, spec.hidden_size, router.bias, index)
     weights = tuple(replace(weight, dtype=dtype, encodable=False) for weight in parts)
@@ -238,12 +260,6 @@ def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[We
             for name in spec.names["correction"]
         )
         weights += (WeightSpec("correction", (router.experts,), sources, dtype=torch.float32),)
-    if router.norm is not None:
-        sources = tuple(map(Source, spec.module_names("router_norm", index)))
-        weights += (WeightSpec("router_norm.weight", (spec.hidden_size,), sources),)
-    if router.expert_scale:
-        sources = tuple(map(Source, spec.module_names("expert_scale", index)))
-        weights += (WeightSpec("expert_scale", (router.experts,), sources),)
     return weights
 
 
@@ -291,10 +307,8 @@ def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
 
 def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """The experts that each token of x (tokens, hidden) chooses and their float32 factors, both (tokens, top_k)."""
-    given = normalise(router.norm, x.float() if router.wide else x, weights, "router_norm")
+    given = x.float() if router.wide else x
     logits = linear(given, weights["router.weight"], weights.get("router.bias")).float()
-    if router.logit_scale != 1:
-        logits *= router.logit_scale
     scores = _scores(router, logits) if router.scored == "all" else logits
     offered = scores + weights["correction"] if router.correction else scores
     if router.groups > 1:
@@ -305,8 +319,6 @@ def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tens
         factors = _scores(router, factors)
     if router.normalised:
         factors = factors / factors.sum(-1, keepdim=True).clamp_min(router.least_sum)
-    if router.expert_scale:
-        factors = factors * weights["expert_scale"][chosen]
     return chosen, factors * router.scale if router.scale != 1 else factors
 
 

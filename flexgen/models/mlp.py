@@ -77,7 +77,7 @@ class FeedForward(TransformerLayer):
         spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
         hidden = tokens * spec.hidden_size * dtype.itemsize
         norm_in, norm_out = (
-            norm_workspace(norm, spec.hidden_size, tokens, dtype)
+            norm_workspace(norm, spec.hidden_size, tokens, dtype, workspaces)
             for norm in (self.norm_in, self.layer_spec.norms.mlp_out)
         )
         normed = 0 if self.norm_in is None else hidden

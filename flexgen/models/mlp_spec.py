@@ -33,10 +33,6 @@ class RouterSpec:
     experts: int
     top_k: int
 
-    norm: NormSpec | None = None
-    """The norm of the router's input."""
-    logit_scale: float = 1.0
-    """The factor of the logits."""
     bias: bool = False
     """Whether the logits have a bias."""
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -56,8 +52,6 @@ class RouterSpec:
     """The smallest divisor."""
     scale: float = 1.0
     """The factor of all factors."""
-    expert_scale: bool = False
-    """Whether each expert has a stored number, by which its factors are multiplied."""
     wide: bool = False
     """Whether the weights and the logits are float32, whatever the model's dtype."""
 
@@ -73,13 +67,16 @@ class ClampedGLU:
 
 @dataclass(frozen=True)
 class MixtureNorms:
-    """The norms of a mixture whose router, experts and shared MLP do not have the same input: before and after the
-    experts, before and after the shared MLP."""
+    """The norms of a mixture whose router, experts and shared MLP do not have the same input: before the router,
+    before and after the experts, before and after the shared MLP."""
 
+    router_in: NormSpec
     experts_in: NormSpec
     experts_out: NormSpec
     shared_in: NormSpec
     shared_out: NormSpec
+    router_scale: float = 1.0
+    """The factor of the router's input, after its norm."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,8 @@ class MixtureSpec:
     """Whether the output of `shared` is multiplied by the sigmoid of the product with a vector."""
     scale: float = 1.0
     """The factor of the output."""
+    expert_scale: bool = False
+    """Whether each expert has a stored number, by which its factors are multiplied."""
     norms: MixtureNorms | None = None
     """None: router, experts and `shared` have the same input."""
 

@@ -73,21 +73,40 @@ class QueryScaling:
 
 
 @dataclass(frozen=True)
-class ScoreSpec:
-    """The steps between the scaling of attention scores and their softmax.
+class ValueSpec:
+    """How the values of attention are made.
 
-    cap: scores are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key
-    position - query position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes
-    part in the softmax but has no value.
+    from_keys: the values are the keys before their norm and rotation, and there is no projection of values. norm: the
+    norm of each head, which has no weight. scale: the factor of the values. dim: the size of a head, at most that of
+    the keys (None). The cache stores narrower values with zeros behind them, because the keys and values of a page
+    have one shape.
     """
 
+    from_keys: bool = False
+    norm: NormSpec | None = None
+    scale: float = 1.0
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """The steps from the products of queries and keys to their softmax.
+
+    scale: the factor of the products; None for head_dim ** -0.5. by_position: another factor of queries. cap: scores
+    are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key position - query
+    position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes part in the
+    softmax but has no value.
+    """
+
+    scale: float | None = None
+    by_position: QueryScaling | None = None
     cap: float | None = None
     alibi: tuple[float, ...] = ()
     sinks: bool = False
 
     @property
     def plain(self) -> bool:
-        """Whether there are no such steps."""
+        """Whether the scores are only scaled."""
         return self.cap is None and not self.alibi and not self.sinks
 
 
@@ -126,22 +145,10 @@ class AttentionSpec:
 
     qk_norm: QKNormSpec | None = None
     rope: RopeSpec | None = None
-    query_scaling: QueryScaling | None = None
-
-    keys_as_values: bool = False
-    """Whether the values are the keys before their norm and rotation. There is no projection of values then."""
-    value_norm: NormSpec | None = None
-    """The norm of each head of the values. It has no weight."""
-    value_scale: float = 1.0
-    """The factor of the values."""
-    value_dim: int | None = None
-    """The size of a head of the values, at most `head_dim`. None: `head_dim`. The cache stores narrower values with
-    zeros behind them, because the keys and values of a page have one shape."""
+    values: ValueSpec = ValueSpec()
     gate: bool = False
     """Whether the result of attention is multiplied by the sigmoid of a projection of the layer's input."""
 
-    score_scale: float | None = None
-    """The factor of the attention scores. None: head_dim ** -0.5."""
     scores: ScoreSpec = ScoreSpec()
     window: Window | None = None
     """The tokens that a query attends to. None: all tokens up to itself."""
@@ -155,13 +162,18 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        """The size of a head of the values."""
+        return self.values.dim or self.head_dim
+
+    @property
     def out_size(self) -> int:
         """The width of the result of attention, before the output projection."""
-        return self.heads * (self.value_dim or self.head_dim)
+        return self.heads * self.value_dim
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+        return self.head_dim**-0.5 if self.scores.scale is None else self.scores.scale
 
     @property
     def cache(self) -> CacheShape:

@@ -246,7 +246,7 @@ def _some(items: Sequence[str], limit: int = 8) -> str:
     return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
 
 
-class _PlainFiles(TensorFiles):
+class PlainFiles(TensorFiles):
     """Files in which each tensor is one run of bytes in row-major order. Only headers are kept in memory."""
 
     @property
@@ -303,7 +303,7 @@ class _PlainFiles(TensorFiles):
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 
-class SafetensorsCheckpoint(_PlainFiles):
+class SafetensorsCheckpoint(PlainFiles):
     """One or more safetensors files of one directory."""
 
     def __init__(self, directory: Path, files: Sequence[Path], encodings: Sequence[Encoding] = ()) -> None:
@@ -311,7 +311,7 @@ class SafetensorsCheckpoint(_PlainFiles):
         super().__init__(directory, tensors, encodings)
 
 
-class NumpyCheckpoint(_PlainFiles):
+class NumpyCheckpoint(PlainFiles):
     """An OPT checkpoint that FlexGen 0.1 converted: a folder with one numpy file per tensor, named after the tensor.
 
     Its names have layer_norm in place of final_layer_norm. Its lm_head.weight is a copy of the embedding and is not

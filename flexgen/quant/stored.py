@@ -16,8 +16,6 @@ from flexgen.formats import Encoding
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import MatrixCodec
 
-_HOST_BYTES = 20
-"""Bytes that a core reads from memory in the time it takes to decode one value."""
 _DEVICE_BYTES = 16
 """Bytes of memory that a GPU reads and writes to decode one value, for temporaries in float32."""
 
@@ -45,14 +43,14 @@ class Stored(MatrixCodec[Sequence[Tensor]]):
         dtype: torch.dtype,
         decoded: Callable[[], Tensor],
     ) -> QuantizedMatrix:
-        return StoredMatrix(tuple(encoded), dtype, decoded)
+        return CheckpointMatrix(tuple(encoded), dtype, decoded)
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float:
-        return plain * dtype.itemsize / (_HOST_BYTES if on_host else _DEVICE_BYTES)
+        return plain * dtype.itemsize / (self.encoding.host_bytes if on_host else _DEVICE_BYTES)
 
 
 @dataclass(frozen=True)
-class StoredMatrix(QuantizedMatrix):
+class CheckpointMatrix(QuantizedMatrix):
     """A matrix as the tensors of a checkpoint."""
 
     parts: tuple[Tensor, ...]

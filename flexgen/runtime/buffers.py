@@ -97,7 +97,8 @@ class Buffers:
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
         if resident:
-            graphs = CellGraphs(model.layers, resident, cache, workload.capacity, device)
+            whole = {own: segments[j][0][0] for j, own in attention.items()}
+            graphs = CellGraphs(model.layers, resident, cache, whole, device)
             self._close.append(graphs.close)
         self.block = BlockBuffers(cache, activations, lookup, graphs)
 

@@ -7,22 +7,23 @@ filled before the token's first layer. The hidden states between two layers have
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from flexgen.errors import shown
-from flexgen.kernels.attention import hide_positions
+from flexgen.kernels.attention import hide_next_place, hide_places
 from flexgen.kernels.scoring import Scoring
-from flexgen.layout.graphs import LONGEST, StepLayout, extent, step_layout
+from flexgen.layout.cache import CacheSegment
+from flexgen.layout.graphs import LONGEST, Places, StepLayout, cache_places, step_layout
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.store import tensor_at
 from flexgen.memory.taken import Taken
 from flexgen.models import Layer, Weights
-from flexgen.models.layer import Chunk, Context
-from flexgen.models.spec import RopeSpec
+from flexgen.models.layer import AttentionLayer, Chunk, Context
+from flexgen.models.spec import AttentionSpec, RopeSpec
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.pages import Fixed
@@ -41,11 +42,13 @@ class _Step:
     def __init__(self, buffer: Tensor, layout: StepLayout) -> None:
         made = [
             tensor_at(buffer, begin, shape, dtype)
-            for (begin, _), (shape, dtype) in zip(layout.places, layout.shapes, strict=True)
+            for (begin, _), (shape, dtype) in zip(layout.extents, layout.shapes, strict=True)
         ]
-        self.hidden, self._hidden_positions, self.positions, self._index, *factors = made
+        self.hidden, self.positions, *others = made
+        kinds = len(layout.places)
+        masks, indices, factors = others[:kinds], others[kinds : 2 * kinds], others[2 * kinds :]
+        self._masks = dict(zip(layout.places, zip(masks, indices, strict=True), strict=True))
         self.factors = dict(zip(layout.ropes, factors, strict=True))
-        self._capacity = layout.capacity
         self._length = 0  # of the token in the buffer; 0 for none
 
     def fill(self, cell: BoundCell, context: Context) -> None:
@@ -53,18 +56,22 @@ class _Step:
         length = cell.span.length + 1
         if length == self._length:
             return
-        if length == self._length + 1:
-            self._hidden_positions[..., length - 1].zero_()
-        else:
-            hide_positions(self._hidden_positions, cell.padding.on_device, length)
-        self._index.fill_(length - 1)
+        for places, (hidden, index) in self._masks.items():
+            count, window = places.count, places.window
+            if length == self._length + 1 and not (window is not None and window.chunked):
+                hide_next_place(hidden, length, count, window)
+            else:
+                hide_places(hidden, cell.padding.on_device, length, count, window)
+            for target, number in zip(index, divmod((length - 1) % count, places.page_tokens), strict=True):
+                target.fill_(number)
         self.positions.copy_(context.positions)
         for rope, factors in self.factors.items():
             factors.copy_(context.rope_factors(rope, factors.dtype))
         self._length = length
 
-    def at(self) -> Fixed:
-        return Fixed(self._index, self._hidden_positions, extent(self._length, self._capacity))
+    def at(self, places: Places) -> Fixed:
+        hidden, index = self._masks[places]
+        return Fixed(index, hidden, places.extent(self._length))
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class _Replayed:
     step: _Step
     cache: KVCache
     cell: BoundCell
-    at: Fixed
+    at: Fixed | None
+    """None for a layer without a cache."""
     text_length = None
     last_only = True
 
@@ -86,6 +94,7 @@ class _Replayed:
         return self.step.factors[rope]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        assert self.at is not None
         return self.cache.attend_at(self.cell, self.at, q, k, v, scoring)
 
     def keep_new(self, k: Tensor, v: Tensor) -> None:
@@ -105,8 +114,8 @@ class _Graph:
 class CellGraphs:
     """Graphs of the decode cells of one block.
 
-    replayed: the numbers of the layers that have graphs (see `layout.graphs.replayed`). capacity: the maximum number
-    of tokens of a row; the ring of a window holds fewer. After the device has refused a capture, no cell has a graph.
+    replayed: the numbers of the layers that have graphs (see `layout.graphs.replayed`). segments: those of the cache,
+    which have all rows of a batch, by kind of attention. After the device has refused a capture, no cell has a graph.
     """
 
     def __init__(
@@ -114,12 +123,12 @@ class CellGraphs:
         layers: Sequence[Layer],
         replayed: Sequence[int],
         cache: KVCache,
-        capacity: int,
+        segments: Mapping[AttentionSpec, CacheSegment],
         device: ComputeDevice,
     ) -> None:
         self._layers = {j: layers[j] for j in replayed}
         self._cache = cache
-        self._capacity = capacity
+        self._segments = segments
         self._device = device
         self._taken = Taken()
         self._buffers: dict[int, Tensor] = {}
@@ -162,10 +171,10 @@ class CellGraphs:
         step.fill(cell, context)
         if x is not step.hidden:
             step.hidden.copy_(x)
-        at = step.at()
+        at = self._at(cell, step)
         work = partial(self._layer, cell, _Replayed(step, self._cache, cell, at), weights)
         key = cell.layer, cell.batch
-        positions = at.extent if self._layers[cell.layer].has_cache else 0
+        positions = 0 if at is None else at.extent
         graph = self._captured.get(key)
         if graph is None or graph.extent != positions:
             graph = self._capture(key, positions, work)
@@ -175,6 +184,13 @@ class CellGraphs:
             graph.replay()
         self._computed.add(key)
         return step.hidden
+
+    def _at(self, cell: BoundCell, step: _Step) -> Fixed | None:
+        layer = self._layers[cell.layer]
+        if not isinstance(layer, AttentionLayer):
+            return None
+        own = layer.layer_spec.attention
+        return step.at(cache_places(self._segments[own], own))
 
     def _layer(self, cell: BoundCell, context: _Replayed, weights: Weights) -> None:
         hidden = context.step.hidden
@@ -201,7 +217,7 @@ class CellGraphs:
     def _step(self, cell: BoundCell, x: Tensor) -> _Step:
         batch = cell.batch
         if batch not in self._steps:
-            layout = step_layout([*self._layers.values()], len(x), self._capacity, x.dtype)
+            layout = step_layout([*self._layers.values()], self._segments, len(x), x.dtype)
             if batch not in self._buffers:  # batches never grow
                 self._buffers[batch] = self._taken.buffer(self._device.memory, layout.nbytes, "CUDA graphs")
             self._steps[batch] = _Step(self._buffers[batch], layout)

@@ -213,13 +213,12 @@ class KVCache:
     def attend_at(
         self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
-        """`attend` in a decode step, in a form that a CUDA graph can capture. All rows are in one page on the
+        """`attend` in a decode step, in a form that a CUDA graph can capture. The pages of all rows are on the
         device."""
         (part,) = self._storage.parts(cell)
-        (page,) = part.pages
         heads = part.segment.heads
-        put_at(page, at.index, *heads.encode_both(k, v))
-        return attend_fixed(page, at, heads, q, scoring)
+        put_at(part.pages, at.index, *heads.encode_both(k, v))
+        return attend_fixed(part.pages, at, heads, q, scoring)
 
     def attend_on_host(self, cell: BoundCell, scoring: Scoring) -> None:
         """`attend` for the rows of the host, after `host.send`. `host.fetch` returns the result."""

@@ -50,9 +50,15 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
         done += count
 
 
-def put_at(page: Page, position: Tensor, k: Tensor, v: Tensor) -> None:
-    """`put` for one token of each row of a page, at `position` (1,) int64 on the page's device."""
-    _whole(page).index_copy_(2, position, torch.cat((k, v)))
+def put_at(pages: Sequence[Page], index: Tensor, k: Tensor, v: Tensor) -> None:
+    """`put` for one token of each row. index: the page and the place in it, (2,) int64 on the device of the pages."""
+    both = torch.cat((k, v))
+    if len(pages) == 1:
+        _whole(pages[0]).index_copy_(2, index[1:], both)
+        return
+    first, apart = _whole(pages[0]), pages[1][0].storage_offset() - pages[0][0].storage_offset()
+    every = first.as_strided((len(pages), *first.shape), (apart, *first.stride()))
+    every.movedim(3, 1).index_put_((index[:1], index[1:]), both.movedim(2, 0))
 
 
 def _whole(page: Page) -> Tensor:
@@ -153,8 +159,8 @@ def attend(
 class Fixed:
     """The position of one new token of each row in tensors on the device, for attention in a CUDA graph.
 
-    `index` (1,) int64 is the position. `hidden` is the mask of `attend_fused` for all positions up to it. Attention
-    is over `extent` positions.
+    `index` (2,) int64 is that of `put_at`. `hidden` is the mask of `attend_fused` for the places of all pages.
+    Attention is over the first `extent` places.
     """
 
     index: Tensor
@@ -162,9 +168,9 @@ class Fixed:
     extent: int
 
 
-def attend_fixed(page: Page, at: Fixed, heads: HeadFormat, q: Tensor, scoring: Scoring) -> Tensor:
-    """`attend` for the new token, q (rows, heads, 1, head_dim), over a page with its keys and values (`put_at`)."""
-    return attend_fused(q, [page], range(at.extent), at.hidden, scoring.scale, heads)
+def attend_fixed(pages: Sequence[Page], at: Fixed, heads: HeadFormat, q: Tensor, scoring: Scoring) -> Tensor:
+    """`attend` for the new token, q (rows, heads, 1, head_dim), over pages with its keys and values (`put_at`)."""
+    return attend_fused(q, pages, range(at.extent), at.hidden, scoring.scale, heads)
 
 
 def attend_several(

@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_moe": dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32),
 }
+DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 MXFP4 = "mxfp4 of gpt-oss"
 LENGTHS = [3, 7, 5, 9]
 Saved = Callable[[str, str], tuple[Path, PreTrainedModel]]
@@ -110,9 +111,10 @@ def stored(policy: Policy) -> Policy:
     return policy.replace(weights=shares)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", [*FORMATS, MXFP4])
-def test_greedy_ids_of_stored_weights(form: str, saved: Saved, prompts: Any, mixed: Any) -> None:
-    check(saved(form, "qwen3_moe"), stored(mixed(gpu_batch_size=2)), "emulated", prompts(LENGTHS))
+def test_greedy_ids_of_stored_weights(form: str, device: str, saved: Saved, prompts: Any, mixed: Any) -> None:
+    check(saved(form, "qwen3_moe"), stored(mixed(gpu_batch_size=2)), device, prompts(LENGTHS))
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
+from piece_sizes import piece_sizes
 from simulated import cases, runtime
 from simulated.numbers import Numbers
 from simulated.threads import in_every_thread
@@ -55,6 +56,40 @@ def test_a_token_waits_for_events_only_and_copies_pinned_memory_only(attend_on):
         "d2h pinned",
         "h2d pinned",
     }
+
+
+MIXTURES = {
+    "torch": (cases.MIXTURE, "bfloat16", cases.RESIDENT),
+    "one launch": (cases.MIXTURE, "float16", cases.RESIDENT),
+    "biased": (cases.GPT_OSS, "float16", cases.RESIDENT),
+    "from all tiers": (cases.MIXTURE, "float16", {}),
+    "int4": (cases.MIXTURE, "float16", cases.RESIDENT | dict(weights=cases.encoded("int4", {"gpu": 100}))),
+    "fp8 from all tiers": (cases.MIXTURE, "bfloat16", dict(weights=cases.encoded("fp8"))),
+    "windows": (cases.MISTRAL, "float16", cases.RESIDENT),
+    "windows on all tiers": (cases.MISTRAL, "float16", {}),
+}
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_token_of_a_mixture_or_with_windows_waits_for_ids_only(name, graphs, grouped_kernels, monkeypatch):
+    """The host does not wait for the routes of tokens, and uploads nothing from pageable memory."""
+    config, dtype, changes = MIXTURES[name]
+    if not graphs:
+        monkeypatch.setattr("flexgen.runtime.graphs.MIN_TOKENS", 1000)
+    with (
+        piece_sizes(page_tokens=4, memory_page_tokens=4),
+        cases.valid_ids(),
+        cases.open_on("cuda", config, cases.policy(**changes), dtype) as model,
+    ):
+        model.generate(cases.PROMPTS, 4, stop=())  # tables are uploaded once
+        (few_waits, few_copies), (waits, copies) = of_a_call(model, 14), of_a_call(model, 34)
+    more = {name for name in waits if waits[name] != few_waits.get(name)}
+    assert more == {"cudaEventSynchronize"}
+    kinds = {kind for kind in copies if copies[kind] != few_copies.get(kind)}
+    assert kinds <= {"d2d", "d2h pinned", "h2d pinned"}
+    if changes is cases.RESIDENT:
+        assert copies["d2h pinned"] - few_copies["d2h pinned"] == 20 * len(cases.PROMPTS) * 8, "ids"
 
 
 def test_numbers_that_ids_are_drawn_by_come_from_pinned_memory():

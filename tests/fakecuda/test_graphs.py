@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 import torch
+from piece_sizes import piece_sizes
 from simulated import cases, runtime
 from simulated.numbers import Numbers, in_host_memory
 from simulated.threads import in_every_thread
@@ -154,6 +155,31 @@ def test_logits_are_those_of_the_cpu(config, policy):
     assert_as_on_the_cpu(lambda device: logits_on(device, config, policy=policy))
 
 
+@pytest.mark.parametrize("config", [cases.MISTRAL, cases.GEMMA3], ids=["windows", "some windows"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        resident(),
+        resident(num_gpu_batches=1, gpu_batch_size=9),
+        resident(sep_layer=False),
+        resident(prefill_chunk=8),
+    ],
+    ids=["three batches", "one batch", "whole layers", "parts of prompts"],
+)
+@pytest.mark.parametrize("page_tokens", [3, 128], ids=["ring", "page"])
+def test_logits_with_windows_are_those_of_the_cpu(config, policy, page_tokens):
+    """A window of 5 is a ring of three pages of 3 tokens; with pages of 128, all tokens are in one page."""
+    with piece_sizes(page_tokens=page_tokens, memory_page_tokens=page_tokens):
+        assert_as_on_the_cpu(lambda device: logits_on(device, config, policy=policy))
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+def test_logits_of_a_mixture_are_those_of_the_cpu(sep_layer, grouped_kernels):
+    policy = resident(sep_layer=sep_layer)
+    assert_as_on_the_cpu(lambda device: logits_on(device, cases.MIXTURE, policy=policy))
+    assert grouped_kernels.calls
+
+
 @pytest.mark.parametrize("codec", ["int4", "int8", "fp8"])
 def test_logits_over_an_encoded_cache_are_those_without_graphs(codec, monkeypatch):
     """The CPU has kernels of its own for such a cache, which round in other places. A code may be the next one."""
@@ -245,6 +271,42 @@ def test_a_layer_of_a_batch_is_one_launch_a_token(config, sep_layer):
     counted = runtime.counters()
     assert counted.graph_launches == (tokens - FIRST) * LAYERS * (2 if sep_layer else 1) * batches
     assert counted.graph_kernels > 5 * counted.graph_launches
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+@pytest.mark.parametrize(
+    ("config", "dtype", "layers"),
+    [
+        (cases.MISTRAL, "float16", 4),
+        (cases.GEMMA3, "float16", 4),
+        (cases.MIXTURE, "bfloat16", 4),
+        (cases.GEMMA2, "float16", 2),
+    ],
+    ids=["windows", "some windows", "mixture", "caps"],
+)
+def test_a_layer_with_a_window_or_experts_is_one_launch_a_token(config, dtype, layers, sep_layer):
+    """In bfloat16, experts are multiplied by torch's grouped product. Capped scores are not replayed."""
+    tokens, batches, capped = 24, 3, config is cases.GEMMA2
+    replayed = layers if sep_layer else (0 if capped else layers // 2)
+    with (
+        piece_sizes(page_tokens=4, memory_page_tokens=4),
+        cases.valid_ids(),
+        cases.open_on("cuda", config, resident(sep_layer=sep_layer), dtype) as model,
+    ):
+        runtime.reset()
+        model.generate(LONG, tokens, stop=())
+    counted = runtime.counters()
+    assert counted.graph_launches == (tokens - FIRST) * replayed * batches
+    assert counted.graph_kernels >= 5 * counted.graph_launches
+
+
+@pytest.mark.parametrize("sep_layer", [True, False])
+def test_experts_that_need_the_host_are_not_captured(sep_layer):
+    """In float32 without Triton; the other layers are."""
+    runtime.reset()
+    with cases.valid_ids():
+        ids_on("cuda", cases.MIXTURE, policy=resident(sep_layer=sep_layer))
+    assert runtime.counters().graph_launches == (24 - FIRST) * (3 if sep_layer else 1) * 3
 
 
 @each_model

@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-cuda`")
 
 import torch
+from piece_sizes import piece_sizes
 from simulated import cases, runtime
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen3MoeConfig
 
 from flexgen.kernels import groupwise, groupwise_linear, loading
 from flexgen.kernels.attention import attend_fused
@@ -26,6 +27,19 @@ def opt(layers):
 
 def llama(layers):
     return LlamaConfig(num_hidden_layers=layers, num_key_value_heads=2, intermediate_size=512, **SHAPE)
+
+
+def windowed(layers):
+    return MistralConfig(
+        num_hidden_layers=layers, num_key_value_heads=2, intermediate_size=512, sliding_window=64, **SHAPE
+    )
+
+
+def mixture(layers):
+    return Qwen3MoeConfig(
+        num_hidden_layers=layers, num_key_value_heads=2, moe_intermediate_size=128, num_experts=8, head_dim=64,
+        num_experts_per_tok=2, mlp_only_layers=[], decoder_sparse_step=1, **SHAPE,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +101,62 @@ def test_a_layer_stays_within_its_budget(name, make, prompt):
     first, later = by_kernel(make, cases.policy(**fields | changes), prompt)
     assert first.total() <= prefill, first.most_common()
     assert 0 < later.total() <= decode, later.most_common()
+
+
+OF_LAYERS = {
+    "window": (windowed, {}, 60, 24),
+    "window, cache in host memory": (windowed, {"cache": IN_HOST_MEMORY}, 60, 28),
+    "mixture": (mixture, {}, 150, 60),
+    "int4 mixture": (mixture, {"weights": cases.encoded("int4", ALL)}, 250, 80),
+    "fp8 mixture": (mixture, {"weights": cases.encoded("fp8", ALL)}, 250, 80),
+    "int4 mixture in host memory": (mixture, {"weights": cases.encoded("int4", IN_HOST_MEMORY)}, 250, 80),
+}
+"""Kinds of layers, changes of a policy, and launches as in `BUDGETS`."""
+
+
+@pytest.mark.parametrize("prompt", [20, 500])
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_a_layer_of_another_kind_stays_within_its_budget(name, prompt, grouped_kernels):
+    """Pages of 16 tokens, so that a window of 64 is a ring of five pages."""
+    make, changes, prefill, decode = OF_LAYERS[name]
+    fields = dict(
+        gpu_batch_size=2, num_gpu_batches=1, weights=ALL, cache=ALL, activations=ALL, attend_on="gpu"
+    )
+    with piece_sizes(page_tokens=16, memory_page_tokens=16):
+        first, later = by_kernel(make, cases.policy(**fields | changes), prompt)
+    print("LAUNCHES", name, prompt, first.total(), later.total())
+    assert first.total() <= prefill, first.most_common()
+    assert 0 < later.total() <= decode, later.most_common()
+
+
+IN_GRAPHS = {"opt": (opt, 18), "llama": (llama, 24), "window": (windowed, 30), "mixture": (mixture, 60)}
+"""Kernels of a layer's attention and MLP in their two graphs."""
+
+
+@pytest.mark.parametrize("name", IN_GRAPHS)
+def test_a_layer_in_graphs_is_two_launches_of_few_kernels(name, grouped_kernels):
+    make, most = IN_GRAPHS[name]
+    policy = cases.policy(gpu_batch_size=2, num_gpu_batches=1, **cases.RESIDENT)
+
+    def counted(layers, tokens):
+        with cases.open_on("cuda", make(layers), policy, "float16") as model:
+            model.generate([[5] * 100, [7] * 98], tokens, stop=())
+            runtime.reset()
+            model.generate([[5] * 100, [7] * 98], tokens, stop=())
+            torch.cuda.synchronize()
+            of = runtime.counters()
+            return of.graph_launches, of.graph_kernels, of.kernels
+
+    with piece_sizes(page_tokens=16, memory_page_tokens=16), cases.valid_ids():
+        few, many = (
+            [b - a for a, b in zip(counted(layers, 12), counted(layers, 20), strict=True)]
+            for layers in (2, 4)
+        )
+    launches, kernels, others = ((b - a) / 8 / 2 for a, b in zip(few, many, strict=True))
+    print("LAUNCHES", name, launches, kernels, others)
+    assert launches == 2
+    assert 5 < kernels <= most
+    assert others == 0, "kernels of a token outside of graphs do not grow with the layers"
 
 
 def test_the_largest_matrix_of_opt_30b_is_decoded_in_three_launches():

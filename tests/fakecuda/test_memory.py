@@ -16,8 +16,10 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     LogitsProcessorList,
+    MistralConfig,
     OPTConfig,
     Phi3Config,
+    Qwen3MoeConfig,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -53,6 +55,16 @@ NEOX = GPTNeoXConfig(
     max_position_embeddings=512,
 )  # fmt: skip
 """A parallel residual, and RoPE of a part of each head."""
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=128, moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[],
+    decoder_sparse_step=1, max_position_embeddings=512,
+)  # fmt: skip
+WINDOWED = MistralConfig(
+    vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+    intermediate_size=2816, max_position_embeddings=512, sliding_window=100,
+)  # fmt: skip
+"""A ring of two pages of 128 tokens."""
 LENGTHS = [256] * 8 + [200] * 8 + [100] * 8 + [256] * 8
 PROMPTS = [[5 + n % 100 for n in range(length)] for length in LENGTHS]
 ON_GPU = {"gpu": 100}
@@ -131,9 +143,31 @@ def test_a_call_of_another_structure_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 weights", "fp8 weights", "int4 on the GPU"])
+def test_a_call_of_a_mixture_takes_what_was_planned(name, dtype, gpu, grouped_kernels):
+    if dtype == "bfloat16" and torch.cuda.get_device_capability(gpu) < (8, 0):
+        pytest.skip("computed in float16")
+    plan, peak, reserved = called(gpu, MIXTURE, GREEDY, dtype=dtype, tokens=12, **CLASSES[name])
+    assert peak <= plan
+    print("MEM", name, dtype, plan >> 20, peak >> 20, reserved >> 20)
+    assert plan <= 1.4 * max(peak, reserved)
+    assert reserved <= max(1.1 * plan, plan + 160 * MIB)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["on the GPU", "thirds", "thirds, attention on the host", "int4 weights", "int4 cache", "fp8 on the GPU"],
+)
+def test_a_call_with_windows_takes_what_was_planned(name, gpu):
+    assert_planned(*called(gpu, WINDOWED, GREEDY, **CLASSES[name]))
+
+
 @pytest.mark.parametrize("cache", [ON_GPU, INT4_ON_GPU, FP8_ON_GPU], ids=["plain", "int4", "fp8"])
-@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
-def test_cuda_graphs_take_what_was_planned(config, cache, gpu):
+@pytest.mark.parametrize(
+    "config", [OPT, LLAMA, WINDOWED, MIXTURE], ids=["opt", "llama", "windows", "mixture"]
+)
+def test_cuda_graphs_take_what_was_planned(config, cache, gpu, grouped_kernels):
     runtime.reset()
     changes = CLASSES["on the GPU"] | dict(cache=cache)
     plan, peak, reserved = called(gpu, config, GREEDY, tokens=16, **changes)

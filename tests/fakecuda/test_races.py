@@ -13,6 +13,7 @@ pytest.importorskip("simulated", reason="runs on the simulated GPU: `make test-c
 import torch
 from piece_sizes import piece_sizes
 from simulated import cases, runtime
+from simulated.groups import simulated_kernels
 from simulated.numbers import Numbers
 from simulated.races import watched
 from simulated.threads import in_every_thread
@@ -117,9 +118,38 @@ def test_no_policy_and_order_races_on_a_ring_of_pages(policy, order, dtype):
     assert races.operations > 100
 
 
-@pytest.mark.parametrize("config", [cases.OPT, cases.LLAMA], ids=["opt", "llama"])
-def test_graphs_do_not_race(config):
+@settings(max_examples=5, phases=cases.WITHOUT_SHRINKING)
+@given(
+    config=st.sampled_from([cases.MIXTURE, cases.GPT_OSS]),
+    policy=cases.policies(),
+    order=cases.orders(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_no_policy_and_order_races_in_a_mixture(config, policy, order, dtype):
+    """With experts that are multiplied in one launch, wherever they are stored."""
+    runtime.reset()
     with (
+        simulated_kernels() as kernels,
+        cases.valid_ids(),
+        watched() as races,
+        cases.open_on("cuda", config, policy, dtype, order=order) as model,
+    ):
+        model.generate(cases.PROMPTS, 6, stop=STOPS)
+        torch.cuda.synchronize()
+    assert races.hazards.total() == 0, str(races)
+    assert runtime.counters().hazards == 0
+    assert races.operations > 100
+    assert kernels.calls or dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [cases.OPT, cases.LLAMA, cases.MISTRAL, cases.MIXTURE],
+    ids=["opt", "llama", "windows", "mixture"],
+)
+def test_graphs_do_not_race(config, grouped_kernels):
+    with (
+        piece_sizes(page_tokens=4, memory_page_tokens=4),
         cases.valid_ids(),
         watched() as races,
         cases.open_on("cuda", config, cases.policy(**cases.RESIDENT), "float16") as model,

@@ -16,9 +16,10 @@ from flexgen.kernels.attention import (
     attend_in_torch,
     decode_attention,
     hidden_positions,
-    hide_positions,
+    hide_next_place,
+    hide_places,
 )
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Scoring, Window, visible
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = float("nan")
@@ -274,7 +275,35 @@ def test_a_mask_makes_attention_over_more_positions_that_of_the_first_ones(
 ):
     case = Case(dtype, rows, kv_heads, group, 32, [length + beyond], length, starts, unused=3.0)
     mask = torch.full((rows, 1, 1, length + beyond), GARBAGE, dtype=dtype)
-    hide_positions(mask, case.starts, length)
+    hide_places(mask, case.starts, length, length + beyond)
     form = heads_module.PlainHeads(32, dtype)
     found = attend_fused(case.q, case.pages, range(length + beyond), mask, case.scale, form)
     case.check(found, "torch")
+
+
+@relaxed
+@given(
+    starts=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    first=st.integers(6, 30),
+    tokens=st.integers(1, 30),
+    size=st.integers(1, 12),
+    beyond=st.integers(0, 9),
+    kind=st.sampled_from(["none", "last", "chunked"]),
+)
+def test_masks_of_places_show_the_positions_that_a_query_attends_to(
+    starts, first, tokens, size, beyond, kind
+):
+    """Token after token, in a ring for a window and in a cache with a place for each position."""
+    window = None if kind == "none" else Window(size, kind == "chunked")
+    for places in {first + tokens + beyond} | ({size + beyond} if window else set()):
+        mask = torch.full((len(starts), 1, 1, places + beyond), 3.0)
+        for length in range(first, first + tokens):
+            if length == first or kind == "chunked":
+                hide_places(mask, torch.tensor(starts), length, places, window)
+            else:
+                hide_next_place(mask, length, places, window)
+            for start, row in zip(starts, mask[:, 0, 0, :places], strict=True):
+                seen = visible(window, range(length - 1, length), range(length), start, mask.device)[0]
+                expected = {n % places for n in range(start, length) if seen[n]}
+                assert {n for n, value in enumerate(row.tolist()) if value == 0} == expected
+                assert set(row.tolist()) <= {0, float("-inf")}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, OPTConfig
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MixtralConfig, OPTConfig
 
 from flexgen.kernels.workspaces import GPU, HOST, gpu_workspaces
+from flexgen.layout.cache import cache_segments
 from flexgen.layout.graphs import extent, replayed, step_layout
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import Target, plan_memory
@@ -33,6 +34,16 @@ LLAMA = LlamaConfig(
     vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=256,
 )  # fmt: skip
+
+
+_TINY = dict(
+    vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=256, head_dim=32,
+)  # fmt: skip
+_KINDS = ["sliding_attention", "full_attention"]
+GEMMA2 = Gemma2Config(**_TINY, sliding_window=5, layer_types=_KINDS)
+GEMMA3 = Gemma3TextConfig(**_TINY, sliding_window=5, layer_types=_KINDS)
+MIXTURE = MixtralConfig(**_TINY, num_local_experts=3)
 
 
 def layers_of(config, sep_layer=True):
@@ -85,14 +96,46 @@ def test_extents_hold_the_text_and_are_few(capacity, data):
 @pytest.mark.parametrize(("config", "ropes"), [(OPT, 0), (LLAMA, 1)], ids=["opt", "llama"])
 def test_what_changes_with_the_token_has_a_place_of_its_own(config, ropes):
     layers = layers_of(config)[1:-1]
-    layout = step_layout(layers, 3, 100, torch.float16)
-    assert [shape for shape, _ in layout.shapes[:4]] == [(3, 1, 128), (3, 1, 1, 112), (3, 1), (1,)]
+    layout = step_layout(layers, segments_of(layers, 3, 100), 3, torch.float16)
+    assert [shape for shape, _ in layout.shapes[:4]] == [(3, 1, 128), (3, 1), (3, 1, 1, 112), (2,)]
     assert [shape for shape, _ in layout.shapes[4:]] == [(3, 4, 1, 16)] * ropes
-    for (begin, end), (shape, dtype) in zip(layout.places, layout.shapes, strict=True):
+    for (begin, end), (shape, dtype) in zip(layout.extents, layout.shapes, strict=True):
         assert begin % ALIGNMENT == 0
         assert end - begin >= torch.Size(shape).numel() * dtype.itemsize
-    assert all(a[1] == b[0] for a, b in zip(layout.places, layout.places[1:], strict=False))
-    assert layout.nbytes == layout.places[-1][1]
+    assert all(a[1] == b[0] for a, b in zip(layout.extents, layout.extents[1:], strict=False))
+    assert layout.nbytes == layout.extents[-1][1]
+
+
+def segments_of(layers, rows, capacity):
+    policy = Policy(**RESIDENT)
+    own = {layer.layer_spec.attention for layer in layers}
+    return {
+        each: cache_segments(each.cache, policy, rows, capacity, torch.float16, LINKED)[0] for each in own
+    }
+
+
+@pytest.mark.parametrize(("capacity", "ring"), [(1000, True), (200, False)])
+def test_layers_with_a_window_have_a_mask_over_their_ring(capacity, ring):
+    layers, found = numbers(GEMMA3)
+    assert len(found) == len(layers) - 2, "layers with and without a window"
+    resident = [layers[j] for j in found]
+    segments = segments_of([layer for layer in resident if layer.has_cache], 3, capacity)
+    layout = step_layout(resident, segments, 3, torch.float16)
+    whole, windowed = sorted(layout.places, key=lambda places: places.window is not None)
+    assert (whole.count, whole.window) == (capacity, None)
+    assert windowed.window.size == 5 and (windowed.pages > 1) == ring
+    assert windowed.count == (windowed.pages * LINKED.pieces.memory_page_tokens if ring else capacity)
+    assert windowed.extent(capacity) == windowed.count
+
+
+def test_scores_that_are_capped_have_no_graph():
+    layers, found = numbers(GEMMA2)
+    assert [layers[j].has_cache for j in found] == [False] * 2
+
+
+def test_a_mixture_may_have_a_graph():
+    layers, found = numbers(MIXTURE)
+    assert len(found) == len(layers) - 2
 
 
 def test_the_plan_has_graphs_of_what_is_resident_and_only_of_that():

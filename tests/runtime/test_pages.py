@@ -5,29 +5,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.kernels.attention import decode_attention, hide_positions
+from flexgen.kernels.attention import decode_attention, hide_places
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Scoring, Window
 from flexgen.runtime.pages import Fixed, attend_fixed, put, put_at
 
 FORMS = [PlainHeads(32, torch.float32), GroupwiseHeads(32, 4, 32)]
 
 
-def page_of(form, rows, kv_heads, tokens):
-    both = torch.zeros(2, rows, kv_heads, tokens, form.width, dtype=form.dtype)
-    return both[0], both[1]
+def pages_of(form, rows, kv_heads, tokens, count):
+    """Pages with a gap after each, as in a store."""
+    size = 2 * rows * kv_heads * tokens * form.width
+    buffer = torch.zeros(count, size + 8, dtype=form.dtype)
+    both = buffer[:, :size].view(count, 2, rows, kv_heads, tokens, form.width)
+    return [(page[0], page[1]) for page in both]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
-@given(rows=st.integers(1, 3), kv_heads=st.integers(1, 2), tokens=st.integers(1, 9), data=st.data())
-def test_put_at_is_put_of_one_token(form, rows, kv_heads, tokens, data):
-    position = data.draw(st.integers(0, tokens - 1))
+@given(
+    rows=st.integers(1, 3), kv_heads=st.integers(1, 2), tokens=st.integers(1, 9), count=st.integers(1, 4),
+    position=st.integers(0, 50),
+)  # fmt: skip
+def test_put_at_is_put_of_one_token(form, rows, kv_heads, tokens, count, position):
+    """In a page, or in a ring of pages."""
     k, v = (form.encode(torch.randn(rows, kv_heads, 1, 32)) for _ in range(2))
-    expected, found = (page_of(form, rows, kv_heads, tokens) for _ in range(2))
-    put([expected], position, k, v)
-    put_at(found, torch.tensor([position]), k, v)
+    expected, found = (pages_of(form, rows, kv_heads, tokens, count) for _ in range(2))
+    put(expected, position, k, v)
+    put_at(found, torch.tensor(divmod(position % (count * tokens), tokens)), k, v)
     for a, b in zip(expected, found, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
@@ -36,24 +42,30 @@ def test_put_at_is_put_of_one_token(form, rows, kv_heads, tokens, data):
     data=st.data(),
 )  # fmt: skip
 def test_attention_of_following_tokens_over_a_fixed_extent(form, rows, kv_heads, group, tokens, data):
-    """Token after token, with one mask, as over the tokens that are there."""
+    """Token after token, with one mask, as over the tokens that are there. With a window, the pages are a ring."""
     first = data.draw(st.integers(1, tokens - 1))
-    extents = data.draw(st.lists(st.integers(0, tokens), min_size=tokens, max_size=tokens))
     starts = torch.tensor(data.draw(st.lists(st.integers(0, first - 1), min_size=rows, max_size=rows)))
-    page, plain = page_of(form, rows, kv_heads, tokens), page_of(form, rows, kv_heads, tokens)
-    before = [form.encode(torch.randn(rows, kv_heads, first, 32)) for _ in range(2)]
-    for each in (page, plain):
-        put([each], 0, *before)
-    mask = torch.empty(rows, 1, 1, tokens)
-    hide_positions(mask, starts, first)
+    window = data.draw(st.sampled_from([None, Window(5), Window(5, chunked=True)]))
+    count, page_tokens = (1, tokens) if window is None else (3, 2)
+    places = count * page_tokens
+    pages, plain = (
+        pages_of(form, rows, kv_heads, page_tokens, count),
+        pages_of(form, rows, kv_heads, tokens, 1),
+    )
+    for position in range(first):
+        before = [form.encode(torch.randn(rows, kv_heads, 1, 32)) for _ in range(2)]
+        put(pages, position, *before)
+        put(plain, position, *before)
+    mask = torch.empty(rows, 1, 1, places)
+    scoring = Scoring(0.2, window=window)
     for length in range(first + 1, tokens + 1):
         q = torch.randn(rows, kv_heads * group, 1, 32)
         k, v = (torch.randn(rows, kv_heads, 1, 32) for _ in range(2))
-        mask[..., length - 1].zero_()
-        scoring = Scoring(0.2)
-        at = Fixed(torch.tensor([length - 1]), mask, max(length, extents[length - 1]))
-        put_at(page, at.index, *form.encode_both(k, v))
-        found = attend_fixed(page, at, form, q, scoring)
-        put([plain], length - 1, *form.encode_both(k, v))
-        expected = decode_attention(q, [plain], length, starts, scoring, form)
+        hide_places(mask, starts, length, places, window)
+        extent = data.draw(st.integers(min(length, places), places))
+        at = Fixed(torch.tensor(divmod((length - 1) % places, page_tokens)), mask, extent)
+        put_at(pages, at.index, *form.encode_both(k, v))
+        found = attend_fixed(pages, at, form, q, scoring)
+        put(plain, length - 1, *form.encode_both(k, v))
+        expected = decode_attention(q, plain, length, starts, scoring, form)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,16 @@ from flexgen.models.families.gemma2 import NAMES as GEMMA2
 from flexgen.models.fields import Fields
 from flexgen.models.mlp_spec import MixtureNorms, MixtureSpec
 from flexgen.models.sources import Stacked
-from flexgen.models.spec import AttentionSpec, LayerNorms, LayerSpec, ModelSpec, NormSpec, QKNormSpec
+from flexgen.models.spec import (
+    AttentionSpec,
+    LayerNorms,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    QKNormSpec,
+    ScoreSpec,
+    ValueSpec,
+)
 from flexgen.models.tables import (
     attention,
     gated_mlp,
@@ -22,25 +31,28 @@ from flexgen.models.tables import (
 
 _EXPERTS = "layers.{i}.experts"
 _NORM = "layers.{i}.post_feedforward_layernorm"
-NAMES = GEMMA2 | llama_names(
-    {
-        "attention_out": "layers.{i}.post_attention_layernorm",
-        "layer_scale": "layers.{i}.layer_scalar",
-        "mlp_in": "layers.{i}.pre_feedforward_layernorm",
-        "mlp_out": _NORM,
-        "router": "layers.{i}.router.proj",
-        "router_norm": "layers.{i}.router.scale",
-        "expert_scale": "layers.{i}.router.per_expert_scale",
-        "experts_in": "layers.{i}.pre_feedforward_layernorm_2",
-        "experts_out": f"{_NORM}_2",
-        "experts.gate": Stacked(f"{_EXPERTS}.gate_up_proj", 0, 2),
-        "experts.up": Stacked(f"{_EXPERTS}.gate_up_proj", 1, 2),
-        "experts.down": Stacked(f"{_EXPERTS}.down_proj"),
-        "shared_in": "layers.{i}.pre_feedforward_layernorm",
-        "shared_out": f"{_NORM}_1",
-        **gated_modules("shared.", "layers.{i}.mlp"),
-    }
-)
+NAMES = {
+    **GEMMA2,
+    **llama_names(
+        {
+            "attention_out": "layers.{i}.post_attention_layernorm",
+            "layer_scale": "layers.{i}.layer_scalar",
+            "mlp_in": "layers.{i}.pre_feedforward_layernorm",
+            "mlp_out": _NORM,
+            "router": "layers.{i}.router.proj",
+            "router_in": "layers.{i}.router.scale",
+            "expert_scale": "layers.{i}.router.per_expert_scale",
+            "experts_in": "layers.{i}.pre_feedforward_layernorm_2",
+            "experts_out": f"{_NORM}_2",
+            "experts.gate": Stacked(f"{_EXPERTS}.gate_up_proj", 0, 2),
+            "experts.up": Stacked(f"{_EXPERTS}.gate_up_proj", 1, 2),
+            "experts.down": Stacked(f"{_EXPERTS}.down_proj"),
+            "shared_in": "layers.{i}.pre_feedforward_layernorm",
+            "shared_out": f"{_NORM}_1",
+            **gated_modules("shared.", "layers.{i}.mlp"),
+        }
+    ),
+}
 
 
 def to_spec(fields: Fields) -> ModelSpec:
@@ -72,9 +84,8 @@ def _attention(fields: Fields, own: Fields, norm: NormSpec, kind: str, **others:
         out_bias=bias,
         qk_norm=QKNormSpec(norm),
         rope=own.rope(head_dim(own), partial=True, kind=kind),
-        keys_as_values=shared,
-        value_norm=NormSpec("rms", norm.eps, weight=False),
-        score_scale=1.0,
+        values=ValueSpec(from_keys=shared, norm=NormSpec("rms", norm.eps, weight=False)),
+        scores=ScoreSpec(scale=1.0),
         **others,
     )
 
@@ -85,12 +96,12 @@ def _experts(fields: Fields, norm: NormSpec) -> MixtureSpec:
         router(
             fields,
             top_k="top_k_experts",
-            norm=NormSpec("rms", norm.eps),
-            logit_scale=fields.size("hidden_size") ** -0.5,
             normalised=True,
-            expert_scale=True,
         ),
         activation="hidden_activation",
         shared=gated_mlp(fields, field="hidden_activation"),
-        norms=MixtureNorms(norm, norm, norm, norm),
+        expert_scale=True,
+        norms=MixtureNorms(
+            NormSpec("rms", norm.eps), norm, norm, norm, norm, router_scale=fields.size("hidden_size") ** -0.5
+        ),
     )

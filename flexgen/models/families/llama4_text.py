@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexgen.models.fields import Fields
 from flexgen.models.mlp_spec import MLPSpec
 from flexgen.models.sources import Stacked
-from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, QKNormSpec, QueryScaling
+from flexgen.models.spec import LayerSpec, ModelSpec, NormSpec, QKNormSpec, QueryScaling, ScoreSpec
 from flexgen.models.tables import (
     attention,
     both_in,
@@ -56,7 +56,7 @@ def to_spec(fields: Fields) -> ModelSpec:
                 out_bias=bias,
                 rope=rope if rotates else None,
                 qk_norm=qk_norm if rotates else None,
-                query_scaling=scaling if scaled and not rotates else None,
+                scores=ScoreSpec(by_position=scaling if scaled and not rotates else None),
                 window=window,
             ),
             experts if mixed else dense,

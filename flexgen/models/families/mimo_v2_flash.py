@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from flexgen.errors import ModelError
 from flexgen.models.fields import Fields
-from flexgen.models.spec import AttentionSpec, LayerSpec, ModelSpec, ScoreSpec
+from flexgen.models.spec import AttentionSpec, LayerSpec, ModelSpec, ScoreSpec, ValueSpec
 from flexgen.models.tables import (
     MIXTURE_MODULES,
     attention,
@@ -46,14 +46,12 @@ def _attention(fields: Fields, kind: str) -> AttentionSpec:
     size, values = head_dim(fields), fields.size("v_head_dim")
     if values > size:
         raise ModelError(f"{fields.name}: v_head_dim = {values} exceeds head_dim = {size}")
+    scale = 1.0 if fields.get("attention_value_scale") is None else fields.number("attention_value_scale")
     own = attention(
         fields,
         qkv_bias=fields.flag("attention_bias"),
         rope=fields.rope(size, partial=True, kind=kind),
-        value_scale=1.0
-        if fields.get("attention_value_scale") is None
-        else fields.number("attention_value_scale"),
-        value_dim=None if values == size else values,
+        values=ValueSpec(scale=scale, dim=None if values == size else values),
     )
     if kind == "full_attention":
         return own

@@ -6,7 +6,8 @@ sees what it reads. On the CPU it decodes each matrix and multiplies it with its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -72,8 +73,12 @@ class _Kernels:
         self.tables: dict[int, tuple[Tensor, list[list[Tensor]]]] = {}
         self.calls = 0
 
-    def remember(self, table: Tensor, stored: Sequence[StoredMatrix], biases: Sequence[Tensor] | None) -> None:
-        parts = [[part for part in column if part is not None] for column in list(zip(*stored, strict=True))[1:]]
+    def remember(
+        self, table: Tensor, stored: Sequence[StoredMatrix], biases: Sequence[Tensor] | None
+    ) -> None:
+        parts = [
+            [part for part in column if part is not None] for column in list(zip(*stored, strict=True))[1:]
+        ]
         self.tables[table.data_ptr()] = table, [*parts, list(biases or ())]
 
     def multiply(self, x: Tensor, ends: Tensor, addresses: Tensor, form: MatrixForm) -> Tensor:
@@ -84,8 +89,8 @@ class _Kernels:
         )
 
 
-@pytest.fixture
-def grouped_kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
+@contextlib.contextmanager
+def simulated_kernels() -> Iterator[_Kernels]:
     """The kernels, which the engine uses meanwhile. `calls`: of their product."""
     kernels, make = _Kernels(), grouped_matrices.address_table
 
@@ -94,6 +99,13 @@ def grouped_kernels(monkeypatch: pytest.MonkeyPatch) -> _Kernels:
         kernels.remember(table, stored, biases)
         return table
 
-    monkeypatch.setattr(grouped_matrices, "address_table", address_table)
-    monkeypatch.setattr(grouped_matrices, "triton_grouped", lambda device: kernels)
-    return kernels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_matrices, "address_table", address_table)
+        patch.setattr(grouped_matrices, "triton_grouped", lambda device: kernels)
+        yield kernels
+
+
+@pytest.fixture
+def grouped_kernels() -> Iterator[_Kernels]:
+    with simulated_kernels() as kernels:
+        yield kernels

@@ -36,7 +36,8 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "__path__", families.__path__[:1])
         with pytest.raises(
-            ModelError, match="model_type = 'uneven' is not supported; supported: arcee, .*, starcoder2$"
+            ModelError,
+            match="model_type = 'uneven' is not supported; supported: afmoe, arcee, .*, starcoder2$",
         ):
             spec_from_config(uneven.UnevenConfig(), "mine")
 
@@ -46,7 +47,9 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     [None, "", 7, ["opt"], "fields", "__init__", "..spec", "opt.SIZES", "OPT", "Llama", "lla-ma"],
 )
 def test_an_unknown_family_is_refused(model_type: Any) -> None:
-    with pytest.raises(ModelError, match="model_type = .* is not supported; supported: arcee, .*, opt"):
+    with pytest.raises(
+        ModelError, match="model_type = .* is not supported; supported: afmoe, arcee, .*, opt"
+    ):
         config_from_dict({"model_type": model_type}, "mine")
 
 
