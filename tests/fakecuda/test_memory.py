@@ -57,8 +57,8 @@ NEOX = GPTNeoXConfig(
 """A parallel residual, and RoPE of a part of each head."""
 MIXTURE = Qwen3MoeConfig(
     vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-    head_dim=128, moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[], decoder_sparse_step=1,
-    max_position_embeddings=512,
+    head_dim=128, moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[],
+    decoder_sparse_step=1, max_position_embeddings=512,
 )  # fmt: skip
 WINDOWED = MistralConfig(
     vocab_size=16384, hidden_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
@@ -150,15 +150,11 @@ def test_a_call_of_a_mixture_takes_what_was_planned(name, dtype, gpu, grouped_ke
         pytest.skip("computed in float16")
     plan, peak, reserved = called(gpu, MIXTURE, GREEDY, dtype=dtype, tokens=12, **CLASSES[name])
     assert peak <= plan
-    print("MEM", name, dtype, plan >> 20, peak >> 20, reserved >> 20)
     assert plan <= 1.4 * max(peak, reserved)
     assert reserved <= max(1.1 * plan, plan + 160 * MIB)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["on the GPU", "thirds", "thirds, attention on the host", "int4 weights", "int4 cache", "fp8 on the GPU"],
-)
+@pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 cache", "fp8 on the GPU"])
 def test_a_call_with_windows_takes_what_was_planned(name, gpu):
     assert_planned(*called(gpu, WINDOWED, GREEDY, **CLASSES[name]))
 
