@@ -70,8 +70,11 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [(name, False) for name in MIXTURES]
+    + [(name, True) for name in ("torch", "one launch", "biased", "windows")],
+)
 def test_a_token_of_a_mixture_or_with_windows_waits_for_ids_only(name, graphs, grouped_kernels, monkeypatch):
     """The host does not wait for the routes of tokens, and uploads nothing from pageable memory."""
     config, dtype, changes = MIXTURES[name]
