@@ -62,16 +62,14 @@ def linears(
     If the compiled kernel multiplies all of them fastest, one call does. x is converted once, and the threads do not
     wait for each other after each product.
     """
-    first = weights[0]
-    if not isinstance(first, Tensor):
-        if all(
-            not isinstance(w, Tensor) and x.numel() <= w.fused_rows(x.dtype) * x.shape[-1] for w in weights
-        ):
-            return first.multiply_all(x, weights, biases)
-    elif all(
-        isinstance(w, Tensor) and half_linear.fastest(x, w) is half_linear.multiply_natively for w in weights
-    ):
-        return half_linear.multiply_all_natively(x, weights, biases)
+    encoded = [w for w in weights if not isinstance(w, Tensor)]
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    few = all(x.numel() <= matrix.fused_rows(x.dtype) * x.shape[-1] for matrix in encoded)
+    if len(encoded) == len(weights) and few:
+        return encoded[0].multiply_all(x, encoded, biases)
+    natively = all(half_linear.fastest(x, w) is half_linear.multiply_natively for w in plain)
+    if len(plain) == len(weights) and natively:
+        return half_linear.multiply_all_natively(x, plain, biases)
     return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
