@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tiny_families import TINY
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from flexgen.errors import ModelError
 from flexgen.models import build_layers, families, open_model
@@ -55,12 +55,10 @@ def test_an_unknown_family_is_refused(model_type: Any) -> None:
 
 def test_a_hyphen_is_written_as_an_underscore(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in transformers' own modules: "gpt-sw3" is gpt_sw3."""
-    (tmp_path / "made_up.py").write_text(
-        "def to_spec(fields):\n    return fields.name, fields.get('model_type')\n"
-    )
+    (tmp_path / "made_up.py").write_text("from flexgen.models.families.llama import to_spec\n")
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
 
-    class MadeUp(PreTrainedConfig):
+    class MadeUp(LlamaConfig):
         model_type = "made-up"
 
-    assert spec_from_config(MadeUp(), "mine") == ("mine", "made-up")
+    assert spec_from_config(MadeUp(), "mine").family == "made_up"
