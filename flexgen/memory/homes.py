@@ -154,12 +154,13 @@ class Homes:
         """The bytes that the tier stores for the weight, in pieces: the offset of each piece, and the piece (uint8).
 
         A piece is read and encoded from a few rows at a time, so that a large vocabulary is never in memory in both
-        forms. The bytes between the pieces are zero.
+        forms. A matrix that files store as (in, out) or quantized is one piece. The bytes between the pieces are
+        zero.
         """
         codec = self.placement.codec(weight)
         count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
         step = max(self._machine.device.topology.pieces.read_bytes // width, 1)
-        if self._checkpoint.encoded(weight):  # every read decodes all of it
+        if self._checkpoint.encoded(weight) or weight.transposed:  # every read takes all of it
             step = count
         for first in range(0, count, step):
             rows = range(first, min(first + step, count))

@@ -42,7 +42,10 @@ __all__ = ["Checkpoint", "Extent", "open_model"]
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_TEXT_FILES = [_CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_tokens*.json", "chat_template*"]
+_TEXT_FILES = [
+    _CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_tokens*.json", "chat_template*", "*.model",
+    "*.tiktoken", "tekken.json",
+]  # fmt: skip
 _SUBDIRECTORIES = ["*/*"]
 
 _NUMPY_SUFFIX = "-np"

@@ -187,6 +187,18 @@ def test_dummy_weights_of_a_hub_id_fetch_the_config_alone(make_model, save, hub)
     assert served.asked == ["someone/model/config.json"]
 
 
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "tekken.json", "vocab.json"],
+)
+def test_all_kinds_of_tokenizers_are_downloaded(file, make_model, save, hub):
+    directory = save(make_model("opt"))
+    (directory / file).write_text("{}")
+    served = hub(directory)
+    open_model("someone/mine")
+    assert (served.target / file).exists()
+
+
 def test_a_known_name_with_weights_is_a_hub_id(make_model, save, hub):
     served = hub(save(make_model("opt")))
     open_model("opt-30b")
