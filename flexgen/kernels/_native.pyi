@@ -79,19 +79,16 @@ def packed_linear(
     type: int,
     scale_type: int,
     bits: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
     x: int,
-    y: int,
-    bias: int,
-    values: int,
-    scales: int,
-    minimums: int,
+    matrices: list[tuple[int, int, int, int, int, int]],
     rounded: bool,
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows of x, out, in, group. `bias`: 0 for none. `rounded`: round x to int8, with a scale for each
-    group; only for the variant avx512_bf16 and groups of 64."""
+    """The products of x with all matrices. `shape`: rows of x, in, group. Each matrix: out, y, bias (0 for none),
+    values, scales, minimums. `rounded`: round x to int8, with a scale for each group; only for the variant
+    avx512_bf16 and groups of 64."""
 
 def packed_linears(
     type: int,
@@ -102,8 +99,8 @@ def packed_linears(
     threads: int,
     /,
 ) -> None:
-    """`packed_linear` for several matrices of one shape. `shape`: out, in, group. Each product: rows of x, x, y,
-    values, scales, minimums."""
+    """Products of several x, each with a matrix of its own, all of one shape. `shape`: out, in, group. Each product:
+    rows of x, x, y, values, scales, minimums."""
 
 def rms_norm(
     type: int,
@@ -118,6 +115,19 @@ def rms_norm(
     /,
 ) -> None:
     """`shape`: rows, size. `weight`: 0 for none."""
+
+def rotate(
+    type: int,
+    shape: tuple[int, int, int, int, int],
+    q: int,
+    q_stride: int,
+    k: int,
+    k_stride: int,
+    factors: int,
+    threads: int,
+    /,
+) -> None:
+    """Rotate q and k in place. `shape`: rows, heads, kv_heads, head_dim, pairs. Strides: elements between rows."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""

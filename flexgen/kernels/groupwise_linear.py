@@ -8,8 +8,9 @@ multiplies it with all rows of x. Otherwise, a library's product with the decode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +61,40 @@ class GroupwiseMatrix(QuantizedMatrix):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return (multiply_rounded if self._rounds else multiply)(x, self.packed, bias)
 
+    def multiply_all(
+        self, x: Tensor, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        alike = [m for m in matrices if isinstance(m, GroupwiseMatrix) and m._form == self._form]
+        if len(alike) < len(matrices) or not self._form or not _fits_kernel(x, self._rounds):
+            return super().multiply_all(x, matrices, biases)
+        return multiply_all_natively(x, [matrix.packed for matrix in alike], biases, self._rounds)
+
+    @cached_property
+    def _form(self) -> tuple[object, ...]:
+        """How the compiled kernels read the matrix: matrices with the same form can share a call. () if they cannot
+        read it."""
+        packed = self.packed
+        check_packed(packed)
+        parts = packed.values, packed.scales, packed.minimums
+        if not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
+            return ()
+        if self._rounds and packed.group != _DOTS_GROUP:
+            return ()
+        return packed.bits, packed.group, packed.shape[1], packed.scales.dtype, self._rounds
+
     @property
     def _rounds(self) -> bool:
         return self.rounded and self.packed.values.device.type == "cpu"
 
     def gather(self, ids: Tensor) -> Tensor:
         return gather(self.packed, ids, self.dtype)
+
+
+def _fits_kernel(x: Tensor, rounded: bool) -> bool:
+    """Whether the compiled kernels multiply x, with or without rounding it to int8."""
+    if x.device.type != "cpu" or x.dtype not in NUMBERS or not x.numel() or not announce():
+        return False
+    return not rounded or native.variant() == DOTS
 
 
 def fused_rows(packed: Packed, dtype: torch.dtype) -> int:
@@ -154,24 +183,38 @@ def multiply_natively(x: Tensor, packed: Packed, bias: Tensor | None = None, rou
 
     rounded: as `multiply_rounded`; only for the variant `DOTS` and groups of 64.
     """
-    x = x.contiguous()
-    out_size, in_size = packed.shape
-    y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
+    return multiply_all_natively(x, [packed], [bias], rounded)[0]
+
+
+def multiply_all_natively(
+    x: Tensor, matrices: Sequence[Packed], biases: Sequence[Tensor | None], rounded: bool = False
+) -> list[Tensor]:
+    """`multiply_natively` of x with several matrices in one call. They differ only in their values and numbers of
+    rows."""
+    x, first = x.contiguous(), matrices[0]
+    in_size = x.shape[-1]
+    ys = [torch.empty(*x.shape[:-1], len(packed.values), dtype=x.dtype) for packed in matrices]
     native.packed_linear(
         NUMBERS[x.dtype],
-        NUMBERS[packed.scales.dtype],
-        packed.bits,
-        (x.numel() // in_size, out_size, in_size, packed.group),
+        NUMBERS[first.scales.dtype],
+        first.bits,
+        (x.numel() // in_size, in_size, first.group),
         x.data_ptr(),
-        y.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        packed.values.data_ptr(),
-        packed.scales.data_ptr(),
-        packed.minimums.data_ptr(),
+        [
+            (
+                len(packed.values),
+                y.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                packed.values.data_ptr(),
+                packed.scales.data_ptr(),
+                packed.minimums.data_ptr(),
+            )
+            for packed, bias, y in zip(matrices, biases, ys, strict=True)
+        ],
         rounded,
         torch.get_num_threads(),
     )
-    return y
+    return ys
 
 
 def multiply_in_torch(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,24 +99,30 @@ def multiply_natively(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     It reads each weight once for several rows of x and does not write it.
     """
-    out_size, in_size = weight.shape
+    return multiply_all_natively(x, [weight], [bias])[0]
+
+
+def multiply_all_natively(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`multiply_natively` of x with several matrices in one call."""
+    in_size = x.shape[-1]
     x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], out_size, dtype=x.dtype)
+    ys = [torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype) for weight in weights]
     native.packed_linear(
         NUMBERS[x.dtype],
-        NUMBERS[weight.dtype],
+        NUMBERS[x.dtype],
         16,
-        (x.numel() // in_size, out_size, in_size, in_size),
+        (x.numel() // in_size, in_size, in_size),
         x.data_ptr(),
-        y.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        weight.data_ptr(),
-        0,
-        0,
+        [
+            (len(weight), y.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.data_ptr(), 0, 0)
+            for weight, bias, y in zip(weights, biases, ys, strict=True)
+        ],
         False,
         torch.get_num_threads(),
     )
-    return y
+    return ys
 
 
 def multiply_in_pieces(

@@ -7,6 +7,8 @@ weight to its own layout in every product, unless `prelayout` has converted it o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,25 @@ def linear(x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None = No
     if product := half_linear.fastest(x, weight):
         return product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor | QuantizedMatrix], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """`linear` of x with several matrices of the same kind.
+
+    If the compiled kernel multiplies all of them fastest, one call does. x is converted once, and the threads do not
+    wait for each other after each product.
+    """
+    encoded = [w for w in weights if not isinstance(w, Tensor)]
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    few = all(x.numel() <= matrix.fused_rows(x.dtype) * x.shape[-1] for matrix in encoded)
+    if len(encoded) == len(weights) and few:
+        return encoded[0].multiply_all(x, encoded, biases)
+    natively = all(half_linear.fastest(x, w) is half_linear.multiply_natively for w in plain)
+    if len(plain) == len(weights) and natively:
+        return half_linear.multiply_all_natively(x, plain, biases)
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def embedding(ids: Tensor, weight: Tensor | QuantizedMatrix) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +49,9 @@ class QuantizedMatrix(ABC):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) @ matrix transposed + bias (out). Does not decode the matrix if there is a fused kernel."""
         return F.linear(x, self.decoded(), bias)
+
+    def multiply_all(
+        self, x: Tensor, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """`multiply` of x with each of `matrices`, of which this one is the first."""
+        return [matrix.multiply(x, bias) for matrix, bias in zip(matrices, biases, strict=True)]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
+from flexgen.kernels.rotation import rotate_token
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import AttentionLayer, Context, Weights, chunks, linear_weights
@@ -15,7 +16,6 @@ from flexgen.models.ops import (
     MASK_VALUES,
     apply_rope,
     rope_tables,
-    rotate_token,
     scale_queries,
     scored_bytes,
 )
@@ -93,8 +93,8 @@ class Attention(AttentionLayer):
             }
             made = [by_name["k" if name == "v" and own.values.from_keys else name] for name in names]
         else:
-            flat = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
-            made = [each.transpose(1, 2) for each in split_qkv(own, flat)]
+            fused = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
+            made = [each.transpose(1, 2) for each in split_qkv(own, fused)]
         if "v" in names:
             made[-1] = self._stored_values(made[-1])
         return self._normalised(made, weights, names, rotated=False)

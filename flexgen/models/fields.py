@@ -108,7 +108,8 @@ class Fields:
         """
         if self._config.is_heterogeneous:
             for field in sorted(self._config.per_layer_attributes - self._read):
-                self._check_uniform(field)
+                if not unrelated(field):
+                    self._check_uniform(field)
         default = vars(type(self._config)())
         for field, value in vars(self._config).items():
             if field in self._read or unrelated(field):

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from flexgen.kernels.linear import linear
+from flexgen.kernels.linear import linear, linears
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, TransformerLayer, Weights, linear_weights, slices
 from flexgen.models.mlp_spec import MLPSpec
@@ -135,7 +135,13 @@ def compute_mlp(mlp: MLPSpec, x: Tensor, weights: Weights, prefix: str = "") -> 
         gate, up = product(x, "gate_up").chunk(2, dim=-1)
         inner = activation(gate) * up
         del gate, up
-    elif mlp.gated:
+    elif mlp.gated and mlp.activation in IN_PLACE:
+        names = [f"{prefix}gate", f"{prefix}up"]
+        matrices = [weights[f"{name}.weight"] for name in names]
+        gate, up = linears(x, matrices, [weights.get(f"{name}.bias") for name in names])
+        inner = activation(gate).mul_(up)
+        del gate, up
+    elif mlp.gated:  # less memory: the result of the activation replaces the gate
         inner = activation(product(x, "gate"))
         inner.mul_(product(x, "up"))
     else:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.rotation import pairs_of
 from flexgen.kernels.scoring import Scoring, Window, bend, capped, softmax_with_sinks, visible
 from flexgen.models.spec import QueryScaling, RopeSpec
 
@@ -78,46 +79,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     """
     width = 2 * cos.shape[-1]
     partial = width < x.shape[-1]
-    first, second = _pairs(x[..., :width] if partial else x, interleaved)
+    first, second = pairs_of(x[..., :width] if partial else x, interleaved)
     turned = first * cos - second * sin, second * cos + first * sin
     rotated = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat((rotated, x[..., width:]), dim=-1) if partial else rotated
-
-
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second values of the rotary pairs."""
-    if interleaved:
-        return x[..., 0::2], x[..., 1::2]
-    first, second = x.chunk(2, dim=-1)
-    return first, second
-
-
-def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
-    """The factors of `rotate_token`, (batch, 4, 1, n), from `rope_tables` of one position per row."""
-    return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
-
-
-def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """`apply_rope` for q (batch, heads, 1, head_dim) and k (batch, kv_heads, 1, head_dim), in three launches, or
-    in five if only a part of each head is rotated."""
-    batch, heads, _, head_dim = q.shape
-    half = factors.shape[-1]
-    partial = 2 * half < head_dim
-    (q1, q2), (k1, k2) = (_pairs(x[..., : 2 * half] if partial else x, interleaved) for x in (q, k))
-    parts = torch.cat((q1, k1, q2, k2, q2, k2, q1, k1), dim=1).view(batch, 4, -1, half)
-    parts.mul_(factors)
-    products, others = parts.chunk(2, dim=1)
-    if interleaved:
-        out = parts.new_empty(batch, parts.shape[2], half, 2)
-        torch.add(products, others, out=out.permute(0, 3, 1, 2))
-    else:
-        out = parts.new_empty(batch, parts.shape[2], 2, half)
-        torch.add(products, others, out=out.transpose(1, 2))
-    rotated = out.view(batch, -1, 1, 2 * half)
-    if partial:
-        rest = torch.cat((q[..., 2 * half :], k[..., 2 * half :]), dim=1)
-        rotated = torch.cat((rotated, rest), dim=-1)
-    return rotated.narrow(1, 0, heads), rotated.narrow(1, heads, rotated.shape[1] - heads)
 
 
 def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:

@@ -36,6 +36,10 @@ class RopeSpec:
     interleaved: bool = False
     """True: pair `j` has the values 2j and 2j + 1. False: the values j and j + len(inv_freq)."""
 
+    def __hash__(self) -> int:
+        # Each layer looks up its factors for each token. To hash the frequencies would take longer than the rest.
+        return hash((self.kind, self.scaling, self.theta, self.factor, self.interleaved))
+
 
 @dataclass(frozen=True)
 class LayerNorms:

@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring
 from flexgen.memory.device import ComputeDevice
 from flexgen.models import Chunk
 from flexgen.models.attention import Attention
 from flexgen.models.dummy import DummyCheckpoint
-from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.ops import causal_attention, rope_tables
 from flexgen.models.spec import LayerSpec, ModelSpec, RopeSpec
 from flexgen.predict.arithmetic import layer_numbers
 from flexgen.predict.hardware import Points, interpolated, seconds_of_each

@@ -261,8 +261,8 @@ class KVCache:
             cached = self._pages(part, replace(cell, span=Span(span.length, 0)))
             first = max(span.length - segment.window + 1, 0)
             self._joined[segment.tier] = joined(cached, first, span.length, k, v)
-        stored = segment.stored(span.new)
-        k, v = k[:, :, span.new - stored :], v[:, :, span.new - stored :]
+        if (stored := segment.stored(span.new)) < span.new:
+            k, v = (x[:, :, span.new - stored :] for x in (k, v))
         if leaves_device(segment, span, self._device.topology):
             buffers.new = k.contiguous(), v.contiguous()  # until `store` has copied them
             if not span.length or buffers.device is None or joins:

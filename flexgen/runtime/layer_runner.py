@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring
 from flexgen.models import Chunk, Weights
 from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
-from flexgen.models.ops import rope_tables, token_factors
+from flexgen.models.ops import rope_tables
 from flexgen.models.spec import RopeSpec
 from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell

@@ -104,14 +104,14 @@ def test_a_layer_stays_within_its_budget(name, make, prompt):
 
 
 OF_LAYERS = {
-    "window": (windowed, {}, 60, 24),
-    "window, cache in host memory": (windowed, {"cache": IN_HOST_MEMORY}, 60, 28),
-    "mixture": (mixture, {}, 150, 60),
-    "int4 mixture": (mixture, {"weights": cases.encoded("int4", ALL)}, 250, 80),
-    "fp8 mixture": (mixture, {"weights": cases.encoded("fp8", ALL)}, 250, 80),
-    "int4 mixture in host memory": (mixture, {"weights": cases.encoded("int4", IN_HOST_MEMORY)}, 250, 80),
+    "window": (windowed, {}, 240, 26),
+    "window, cache in host memory": (windowed, {"cache": IN_HOST_MEMORY}, 240, 30),
+    "mixture": (mixture, {}, 65, 40),
+    "int4 mixture": (mixture, {"weights": cases.encoded("int4", ALL)}, 78, 53),
+    "fp8 mixture": (mixture, {"weights": cases.encoded("fp8", ALL)}, 73, 49),
+    "int4 mixture in host memory": (mixture, {"weights": cases.encoded("int4", IN_HOST_MEMORY)}, 78, 53),
 }
-"""Kinds of layers, changes of a policy, and launches as in `BUDGETS`."""
+"""Kinds of layers, changes of a policy, and launches as in `BUDGETS`. A prompt attends by blocks of a window."""
 
 
 @pytest.mark.parametrize("prompt", [20, 500])
@@ -124,12 +124,11 @@ def test_a_layer_of_another_kind_stays_within_its_budget(name, prompt, grouped_k
     )
     with piece_sizes(page_tokens=16, memory_page_tokens=16):
         first, later = by_kernel(make, cases.policy(**fields | changes), prompt)
-    print("LAUNCHES", name, prompt, first.total(), later.total())
     assert first.total() <= prefill, first.most_common()
     assert 0 < later.total() <= decode, later.most_common()
 
 
-IN_GRAPHS = {"opt": (opt, 18), "llama": (llama, 24), "window": (windowed, 30), "mixture": (mixture, 60)}
+IN_GRAPHS = {"opt": (opt, 15), "llama": (llama, 21), "window": (windowed, 23), "mixture": (mixture, 41)}
 """Kernels of a layer's attention and MLP in their two graphs."""
 
 
@@ -153,7 +152,6 @@ def test_a_layer_in_graphs_is_two_launches_of_few_kernels(name, grouped_kernels)
             for layers in (2, 4)
         )
     launches, kernels, others = ((b - a) / 8 / 2 for a, b in zip(few, many, strict=True))
-    print("LAUNCHES", name, launches, kernels, others)
     assert launches == 2
     assert 5 < kernels <= most
     assert others == 0, "kernels of a token outside of graphs do not grow with the layers"

@@ -143,22 +143,25 @@ def test_a_call_of_another_structure_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 weights", "fp8 weights", "int4 on the GPU"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("on the GPU", "bfloat16")]
+    + [
+        (name, "float16")
+        for name in ("on the GPU", "thirds", "int4 weights", "fp8 weights", "int4 on the GPU")
+    ],
+)
 def test_a_call_of_a_mixture_takes_what_was_planned(name, dtype, gpu, grouped_kernels):
+    """In bfloat16 with torch's grouped product."""
     if dtype == "bfloat16" and torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("computed in float16")
     plan, peak, reserved = called(gpu, MIXTURE, GREEDY, dtype=dtype, tokens=12, **CLASSES[name])
     assert peak <= plan
-    print("MEM", name, dtype, plan >> 20, peak >> 20, reserved >> 20)
     assert plan <= 1.4 * max(peak, reserved)
     assert reserved <= max(1.1 * plan, plan + 160 * MIB)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["on the GPU", "thirds", "thirds, attention on the host", "int4 weights", "int4 cache", "fp8 on the GPU"],
-)
+@pytest.mark.parametrize("name", ["on the GPU", "thirds", "int4 cache", "fp8 on the GPU"])
 def test_a_call_with_windows_takes_what_was_planned(name, gpu):
     assert_planned(*called(gpu, WINDOWED, GREEDY, **CLASSES[name]))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flexgen.kernels import half_linear
+from flexgen.kernels.loading import native_available
 from flexgen.kernels.workspaces import GPU, HOST, GpuWorkspaces, choice_bytes, choice_rows, gpu_workspaces
 from flexgen.units import MIB
 
@@ -17,6 +18,16 @@ def test_only_the_host_widens_half_types(monkeypatch):
     assert HOST.product(1024, 512, 512, torch.float32) == 0
     assert GPU.product(1024, 512, 512, torch.float16) == 0
     assert HOST.fixed == 0 < GPU.fixed
+
+
+@pytest.mark.skipif(not native_available(), reason="the compiled kernels are not built")
+def test_a_compiled_norm_takes_nothing_and_one_in_torch_two_copies(monkeypatch):
+    assert HOST.rms_norm(100, 64, torch.bfloat16) == 0
+    copies = 2 * 100 * 64 * torch.float32.itemsize
+    assert copies < HOST.rms_norm(100, 64, torch.float64) < 1.1 * copies
+    monkeypatch.setenv("FLEXGEN_NATIVE", "0")
+    assert copies < HOST.rms_norm(100, 64, torch.bfloat16) < 1.1 * copies
+    assert GPU.rms_norm(100, 64, torch.bfloat16) == HOST.rms_norm(100, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

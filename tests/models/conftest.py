@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring
 from flexgen.models import build_layers, open_model
-from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.ops import causal_attention, rope_tables
 from flexgen.models.spec import RopeSpec
 
 OPT = dict(

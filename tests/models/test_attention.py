@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
+from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring, Window
 from flexgen.models.attention import Attention
-from flexgen.models.ops import causal_attention, rope_tables, token_factors
+from flexgen.models.ops import causal_attention, rope_tables
 from flexgen.models.rope import rope_spec
 from flexgen.models.spec import (
     AttentionSpec,

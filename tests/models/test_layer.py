@@ -29,10 +29,11 @@ from transformers import (
 )
 
 from flexgen.kernels.attention import attend_in_torch
+from flexgen.kernels.rotation import token_factors
 from flexgen.models import build_layers, open_model
 from flexgen.models.block import Block
 from flexgen.models.mlp import MLP
-from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables, token_factors
+from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables
 
 ROWS, PAGE = 4, 128
 GROUPED = dict(

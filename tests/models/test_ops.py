@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.rotation import rotate_token, token_factors
 from flexgen.kernels.scoring import Scoring, Window
 from flexgen.models import ops
-from flexgen.models.ops import apply_rope, causal_attention, query_blocks, rotate_token, token_factors
+from flexgen.models.ops import apply_rope, causal_attention, query_blocks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -160,6 +161,6 @@ def test_a_prompt_without_padding_is_one_call_and_equals_explicit_zeros():
 def test_a_token_is_rotated_as_a_prompt_is(dtype):
     q, k = torch.randn(3, 4, 1, 16).to(dtype), torch.randn(3, 2, 1, 16).to(dtype)
     cos, sin = (torch.rand(3, 1, 1, 8).to(dtype) for _ in range(2))
-    rotated = rotate_token(q, k, token_factors(cos, sin))
+    rotated = rotate_token(q.clone(), k.clone(), token_factors(cos, sin))
     for found, x in zip(rotated, (q, k), strict=True):
         torch.testing.assert_close(found, apply_rope(x, cos, sin), rtol=0, atol=0)

@@ -44,6 +44,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "rotation.h"
 #include "sparse.h"
 
 static bool supported() {
@@ -66,5 +67,6 @@ const Variant avx2_variant = {
     avx2::sparse::choose_any,
     avx2::sparse::attend_chosen_any,
     avx2::norms::normalise_any,
+    avx2::rotation::rotate_any,
 };
 #endif

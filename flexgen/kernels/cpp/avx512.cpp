@@ -25,5 +25,6 @@ const Variant avx512_variant = {
     avx512::sparse::choose_any,
     avx512::sparse::attend_chosen_any,
     avx512::norms::normalise_any,
+    avx512::rotation::rotate_any,
 };
 #endif

@@ -69,4 +69,5 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "rotation.h"
 #include "sparse.h"

@@ -30,5 +30,6 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::sparse::choose_any,
     avx512_bf16::sparse::attend_chosen_any,
     avx512_bf16::norms::normalise_any,
+    avx512_bf16::rotation::rotate_any,
 };
 #endif

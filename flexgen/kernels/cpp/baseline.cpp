@@ -61,6 +61,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "rotation.h"
 #include "sparse.h"
 
 static bool supported() { return true; }
@@ -79,4 +80,5 @@ const Variant baseline_variant = {
     baseline::sparse::choose_any,
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,
+    baseline::rotation::rotate_any,
 };

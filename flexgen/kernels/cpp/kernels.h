@@ -21,6 +21,8 @@ struct Half {
 };
 enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+inline int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+
 struct Page {
     const void *k, *v;  // each (rows, kv_heads, tokens), head_bytes for each
     int64_t begin, tokens;  // position of its first token, and its capacity
@@ -143,6 +145,15 @@ struct RmsNorm {
     float eps, plus;
 };
 
+// Rotary positions of one token of each row, in place. Value j < half of a head and value j + half are a pair.
+struct Rotation {
+    Type type;  // bfloat16 or float16
+    int64_t heads, head_dim, half;
+    void *x;  // (rows, heads, head_dim), with `stride` elements between rows
+    int64_t stride;
+    const void *factors;  // (rows, 4, half): cos, cos, -sin, sin
+};
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -157,6 +168,7 @@ struct Variant {
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);
     void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
+    void (*rotate)(const Rotation &, int64_t begin, int64_t end);  // rows
 };
 
 extern const Variant baseline_variant;

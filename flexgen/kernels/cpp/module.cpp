@@ -10,17 +10,13 @@
 #include "experts.h"
 #include "kernels.h"
 #include "pool.h"
+#include "products.h"
 
 namespace {
 
-// Below this much memory, other threads cost more than they save.
-constexpr int64_t BYTES_FOR_THREADS = 256 << 10;
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
-// The same for products with one row of x, which read the memory of a piece in order.
-constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
-constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product with encoded W
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -29,12 +25,6 @@ const Variant *const VARIANTS[] = {  // best first
     &baseline_variant,
 };
 const Variant *variant = nullptr;
-
-int useful_threads(int threads, int64_t nbytes) {
-    return nbytes < BYTES_FOR_THREADS ? 1 : threads;
-}
-
-int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
 // Call `work` without the interpreter's lock. Returns false and sets a Python error if it runs out of memory.
 template <class Work>
@@ -217,63 +207,31 @@ PyObject *groupwise(PyObject *args, bool pack) {
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
 
-void multiply_at_once(PackedLinear &job, int threads) {
-    const int64_t row_bytes = job.in * job.bits / 8;
-    threads = useful_threads(threads, row_bytes * job.out * job.rows);
-    const Variant *now = variant;
-    now->prepare_linear(job);
-    std::atomic<int64_t> ordered{0};
-    const auto order = [&, now] {
-        for (int64_t part; (part = ordered.fetch_add(1)) < job.parts;) now->order_linear(job, part, part + 1);
-    };
-    if (job.parts) run_on_threads(job.parts > 1 ? threads : 1, order);
-    // A piece is a whole number of blocks, with at least four pieces for each thread. A block of x is read once for each
-    // piece, so with tiles a piece has many rows of W.
-    const int64_t most = std::min(job.tiled ? 4 * job.block : WEIGHT_PIECE_BYTES / row_bytes, job.out / (4 * threads));
-    const int64_t piece = std::max<int64_t>(1, most / job.block) * job.block;
-    std::atomic<int64_t> claimed{0};
-    run_on_threads(threads, [&, now] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < job.out;)
-            now->linear(job, begin, std::min(begin + piece, job.out));
-    });
-}
-
-// Encoded W: x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
-void multiply(PackedLinear &job, int threads) {
-    if (job.bits == 16) return multiply_at_once(job, threads);
-    const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
-        PackedLinear own = job;
-        own.rows = end - begin;
-        own.x = (const char *)job.x + begin * job.in * element_bytes(job.type);
-        own.y = (char *)job.y + begin * job.out * element_bytes(job.type);
-        multiply_at_once(own, threads);
-    }
-}
-
 PyObject *py_packed_linear(PyObject *, PyObject *args) {
     PackedLinear job;
     int type, scale_type, threads;
-    long long rows, out, in, group, x, y, bias, packed, scales, minimums;
+    long long rows, in, group, x;
     int rounded;
-    if (!PyArg_ParseTuple(args, "iii(LLLL)LLLLLLpi", &type, &scale_type, &job.bits, &rows, &out, &in, &group, &x,
-                          &y, &bias, &packed, &scales, &minimums, &rounded, &threads))
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "iii(LLL)LO!pi", &type, &scale_type, &job.bits, &rows, &in, &group, &x, &PyList_Type,
+                          &list, &rounded, &threads))
         return nullptr;
     job.rounded = rounded;
     job.type = (Type)type;
     job.scale_type = (Type)scale_type;
     job.rows = rows;
-    job.out = out;
     job.in = in;
     job.group = group;
     job.x = (const void *)x;
-    job.y = (void *)y;
-    job.bias = (const void *)bias;
-    job.packed = (const uint8_t *)packed;
-    job.scales = (const void *)scales;
-    job.minimums = (const void *)minimums;
-    if (!without_gil([&] { multiply(job, threads); })) return nullptr;
+    std::vector<Matrix> matrices;
+    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(list); ++n) {
+        long long out, y, bias, packed, scales, minimums;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, n), "LLLLLL", &out, &y, &bias, &packed, &scales, &minimums))
+            return nullptr;
+        matrices.push_back({out, (char *)y, (const void *)bias, (const uint8_t *)packed, (const void *)scales,
+                            (const void *)minimums});
+    }
+    if (!without_gil([&] { multiply(*variant, job, matrices, threads); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -340,6 +298,37 @@ PyObject *py_rms_norm(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *py_rotate(PyObject *, PyObject *args) {
+    Rotation q, k;
+    int type, threads;
+    long long rows, heads, kv_heads, head_dim, half, q_at, q_stride, k_at, k_stride, factors;
+    if (!PyArg_ParseTuple(args, "i(LLLLL)LLLLLi", &type, &rows, &heads, &kv_heads, &head_dim, &half, &q_at, &q_stride,
+                          &k_at, &k_stride, &factors, &threads))
+        return nullptr;
+    q.type = (Type)type;
+    q.head_dim = head_dim;
+    q.half = half;
+    q.factors = (const void *)factors;
+    k = q;
+    q.heads = heads;
+    q.x = (void *)q_at;
+    q.stride = q_stride;
+    k.heads = kv_heads;
+    k.x = (void *)k_at;
+    k.stride = k_stride;
+    const Variant *now = variant;
+    std::atomic<int64_t> claimed{0};
+    const auto claim = [&, now] {
+        for (int64_t row; (row = claimed.fetch_add(1)) < rows;) {
+            now->rotate(q, row, row + 1);
+            now->rotate(k, row, row + 1);
+        }
+    };
+    const int useful = useful_threads(threads, rows * (heads + kv_heads) * head_dim * element_bytes(q.type));
+    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
     int threads;
@@ -388,6 +377,7 @@ PyMethodDef METHODS[] = {
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
+    {"rotate", py_rotate, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

@@ -3,14 +3,6 @@
 namespace VARIANT {
 namespace norms {
 
-// Rounded to T and back, as a tensor of that type would store it.
-template <class T>
-INLINE Vec rounded(Vec x) {
-    T stored[LANES];
-    store(stored, x);
-    return load(stored);
-}
-
 template <class T>
 INLINE Vec scaled(const RmsNorm &job, Vec x, Vec weight) {
     const Vec factor = weight + splat(job.plus);

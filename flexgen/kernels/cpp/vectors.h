@@ -87,6 +87,14 @@ INLINE void store_part(T *to, Vec x, int64_t count) {
     memcpy(to, part, count * sizeof(T));
 }
 
+// Rounded to T and back, as a tensor of that type would store it.
+template <class T>
+INLINE Vec rounded(Vec x) {
+    T stored[LANES];
+    store(stored, x);
+    return load(stored);
+}
+
 INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from flexgen.errors import ModelError
 from flexgen.models.fields import Fields
+from flexgen.models.mlp_spec import MixtureSpec
 from flexgen.models.spec import AttentionSpec, LayerSpec, ModelSpec, ScoreSpec, ValueSpec
 from flexgen.models.tables import (
     MIXTURE_MODULES,
@@ -39,6 +40,7 @@ def to_spec(fields: Fields) -> ModelSpec:
         )
         for kind, window, mlp in zip(fields.layer_kinds(), fields.windows(), fields.mlp_kinds(), strict=True)
     ]
+    _check_published(fields, layers)
     return model(fields, NAMES, layers, norm)
 
 
@@ -57,3 +59,29 @@ def _attention(fields: Fields, kind: str) -> AttentionSpec:
         return own
     fields.multiple("num_attention_heads", own.heads, "twice num_key_value_heads", 2 * own.kv_heads)
     return replace(own, kv_heads=2 * own.kv_heads, scores=ScoreSpec(sinks=True))
+
+
+def _check_published(fields: Fields, layers: list[LayerSpec]) -> None:
+    """Refuse fields of published configs with other values than those that transformers assumes."""
+    windowed = [layer.attention for layer in layers if layer.attention.window is not None]
+    assumed: dict[str, object] = {
+        "hybrid_layer_pattern": [int(layer.attention.window is not None) for layer in layers],
+        "moe_layer_freq": [int(isinstance(layer.mlp, MixtureSpec)) for layer in layers],
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "layernorm_epsilon": fields.get("rms_norm_eps"),
+    }
+    for own in windowed:
+        assumed |= {
+            "swa_num_attention_heads": own.heads,
+            "swa_num_key_value_heads": own.kv_heads,
+            "swa_head_dim": own.head_dim,
+            "swa_v_head_dim": own.value_dim,
+            "sliding_window_size": own.window and own.window.size - 1,
+            "swa_rope_theta": own.rope and own.rope.theta,
+        }
+    for field, value in assumed.items():
+        fields.one_of(field, (None, value))
+    fields.skip("attention_chunk_size", "hybrid_block_size")  # the windows say the same

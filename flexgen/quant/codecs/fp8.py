@@ -8,8 +8,8 @@ encoded and looked up by rows, and a new token does not change the cached tokens
 A value takes 8 bits, and a row 32 more. The error of a value is at most 2 ** -4 of it, or 2 ** -10 of the scale for
 values below 2 ** -6 of the scale, which is 35 millionths of the largest value of the row.
 
-All arithmetic is torch's. A product with any number of rows decodes the whole matrix, and attention decodes each page
-of the cache for each token.
+All arithmetic is torch's, except for the experts of a mixture on a GPU. Other products of any size decode the whole
+matrix, and attention decodes each page of the cache for each token.
 """
 
 from __future__ import annotations

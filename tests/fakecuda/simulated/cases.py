@@ -63,10 +63,10 @@ MISTRAL = MistralConfig(**_TINY, sliding_window=5)
 GEMMA2 = Gemma2Config(
     **_TINY, head_dim=16, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
 )
-_MIXED: dict[str, Any] = _TINY | dict(num_experts_per_tok=2, num_experts=5, num_local_experts=5)
 _KINDS = ["sliding_attention", "full_attention"]
 LLAMA4 = Llama4TextConfig(
-    **_MIXED, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], attention_chunk_size=5, floor_scale=4,
+    **_TINY, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], attention_chunk_size=5, floor_scale=4,
+    num_local_experts=5, num_experts_per_tok=1,
 )  # fmt: skip
 GEMMA4 = Gemma4TextConfig(
     **_TINY, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=5,

@@ -61,4 +61,5 @@ def test_a_hyphen_is_written_as_an_underscore(tmp_path: Any, monkeypatch: pytest
     class MadeUp(LlamaConfig):
         model_type = "made-up"
 
-    assert spec_from_config(MadeUp(), "mine").family == "made_up"
+    spec = spec_from_config(MadeUp(), "mine")
+    assert (spec.name, spec.family) == ("mine", "made_up")
