@@ -5,7 +5,9 @@ from setuptools import Extension, find_packages, setup
 PLOT = ["matplotlib>=3.8"]
 # Builds of torch for GPUs bring the Triton that fits them. Without a GPU only its own test uses it, which needs none.
 GPU = ['triton>=3.3; platform_system == "Linux"']
-TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT, *GPU]
+# Older versions do not know MXFP4.
+GGUF = ["gguf>=0.18"]
+TEST = ["pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", *PLOT, *GPU, *GGUF]
 
 # ruff formats the signatures of the API reference.
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29", "ruff>=0.9"]
@@ -37,7 +39,9 @@ setup(
     packages=[*find_packages(include=["flexgen", "flexgen.*"]), "flexllmgen"],
     package_dir={"flexllmgen": "flexgen/flex_opt/flexllmgen"},
     entry_points={"console_scripts": ["flexgen = flexgen.__main__:main"]},
-    package_data={"flexgen": ["py.typed", "demo/model/*", "predict/*.toml", "kernels/*.pyi"]},
+    package_data={
+        "flexgen": ["py.typed", "demo/model/*", "models/*.toml", "predict/*.toml", "kernels/*.pyi"]
+    },
     ext_modules=[kernels],
     zip_safe=False,  # the demo model is read in place
     # transformers brings huggingface_hub and tokenizers, in the versions it works with.
@@ -53,7 +57,14 @@ setup(
         "sentencepiece",
         "protobuf",
     ],
-    extras_require={"gpu": GPU, "plot": PLOT, "test": TEST, "docs": DOCS, "dev": [*TEST, *DOCS, "build"]},
+    extras_require={
+        "gguf": GGUF,
+        "gpu": GPU,
+        "plot": PLOT,
+        "test": TEST,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "build"],
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

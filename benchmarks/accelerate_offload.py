@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from cgroup import MemoryGroup, drop_caches
 from record import RESULTS, load_results, save
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3MoeConfig
 
 from flexgen.units import format_bytes, parse_bytes
 
@@ -51,6 +51,11 @@ SHAPES = {
     "llama-1b-32k": LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, vocab_size=32_000, tie_word_embeddings=True,
+    ),
+    "qwen3-30b-a3b-cut": Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+        vocab_size=32_000, max_position_embeddings=2048, mlp_only_layers=[],
     ),
     "tiny": OPTConfig(
         hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=256

@@ -5,7 +5,9 @@
 
 PATH is the Python of a separate environment: one with llama-cpp-python (built for this processor) and gguf, one with
 vLLM. An engine without a path is left out; transformers is that of this environment. DIR stores random weights of a
-Llama shape with 1.04B parameters, written once in bfloat16, and its GGUF files.
+Llama shape with 1.04B parameters, written once in bfloat16, and its GGUF files. With `--model qwen3-30b-a3b-cut`, the
+model has two layers of the Qwen3-30B-A3B shape, each with 128 experts, and a vocabulary of 32,000; these results are
+in `cpu_peers_mixture.json`.
 
 A case is a number format and a batch, such as `int4-8`. Formats of 16 bits are compared with all engines, `int8` and
 `int4` (8.5 and 4.5 bits per weight) with llama.cpp's Q8_0 and Q4_0, which have the same bits. All engines get the
@@ -42,9 +44,9 @@ from record import RESULTS, load_results, save
 from flexgen.probe.measured import measured
 from flexgen.units import parse_bytes
 
-NAME = "cpu_peers"
 PEERS = Path(__file__).resolve().parent / "peers"
-MODEL = "llama-1b-32k"
+MODELS = {"llama-1b-32k": "cpu_peers", "qwen3-30b-a3b-cut": "cpu_peers_mixture"}
+"""The models by name, with the name of their results."""
 PROMPT_LEN = 128
 FORMATS = ("bf16", "fp16", "int8", "int4")
 BATCHES = (1, 8, 32)
@@ -87,12 +89,12 @@ ENGINES = {
 
 def main() -> None:
     args = make_parser().parse_args()
-    path = args.out or RESULTS / f"{NAME}{'_limited' if args.limit else ''}.json"
+    path = args.out or RESULTS / f"{MODELS[args.model]}{'_limited' if args.limit else ''}.json"
     torch.set_num_threads(args.threads)
     if args.limit:
         measured("cpu", args.work_dir)
-    if not (args.work_dir / MODEL).exists():
-        write_model(MODEL, args.work_dir / MODEL)
+    if not (args.work_dir / args.model).exists():
+        write_model(args.model, args.work_dir / args.model)
     for case in args.case or CASES:
         found = (measure_limited if args.limit else measure)(case, args)
         document = load_results(path)
@@ -170,7 +172,7 @@ def make_job(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """The argument of the workers."""
     form, batch = case.split("-")
     return {
-        "model": str((args.work_dir / MODEL).resolve()),
+        "model": str((args.work_dir / args.model).resolve()),
         "folder": str(args.work_dir.resolve()),
         "format": form,
         "batch": int(batch),
@@ -306,6 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add: Callable[..., Any] = parser.add_argument
     add("--work-dir", type=Path, required=True)
+    add("--model", choices=MODELS, default="llama-1b-32k")
     add("--llama-python", help="a Python with llama-cpp-python and gguf")
     add("--vllm-python", help="a Python with vLLM")
     add("--case", choices=CASES, action="append", help="run only this case (may be repeated)")

@@ -4,8 +4,9 @@
 
 The cases are: all weights on disk with large and with small batches, and the KV cache on disk. The model has eight
 layers of the OPT-1.3B shape with random weights in bfloat16, on the CPU. Its vocabulary is reduced to a third, so
-that the head is as large a part as in the whole model. The order `normal` is measured too, for comparison. DIR should
-be on a real disk; the model's 0.9 GB are written there once.
+that the head is as large a part as in the whole model. In the case `mixture`, two layers of the Qwen3-30B-A3B shape
+are streamed from host memory to an emulated device, over a link of 2 GiB/s. The order `normal` is measured too, for
+comparison. DIR should be on a real disk; the first model's 0.9 GB are written there once.
 
 It also reports the share of a run in which the slowest lane of each phase was busy. This share does not depend on the
 slowdown of a lane by others, nor on changes of the machine between the run and the measurement of the lanes alone.
@@ -18,25 +19,47 @@ import contextlib
 import math
 from collections import Counter
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from record import RESULTS, interleaved, load_results, save
-from transformers import OPTConfig
+from transformers import OPTConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from flexgen import OptLM, Policy
 from flexgen.results.report import bound_seconds
 from flexgen.results.trace import Event, LaneName, Phase
 
-MODEL = OPTConfig(
+OPT = OPTConfig(
     vocab_size=16_384, hidden_size=2048, ffn_dim=8192, num_hidden_layers=8, num_attention_heads=32,
     word_embed_proj_dim=2048,
 )  # fmt: skip
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=16_384, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+    num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, max_position_embeddings=2048, mlp_only_layers=[],
+)  # fmt: skip
 DISK, CPU = {"disk": 100}, {"cpu": 100}
-CASES: dict[str, tuple[Policy, int, int]] = {
-    # name: policy, prompt tokens, new tokens
-    "weights on disk, 1 x 4": (Policy(gpu_batch_size=4, weights=DISK), 64, 8),
-    "weights on disk, 4 x 16": (Policy(gpu_batch_size=16, num_gpu_batches=4, weights=DISK), 64, 8),
-    "cache on disk, 4 x 8": (Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, cache=DISK), 128, 16),
+
+
+class Case(NamedTuple):
+    """A job: its policy, and the numbers of prompt tokens and new tokens."""
+
+    policy: Policy
+    prompt_len: int
+    new: int
+    model: PreTrainedConfig = OPT
+    device: str = "cpu"
+
+
+CASES = {
+    "weights on disk, 1 x 4": Case(Policy(gpu_batch_size=4, weights=DISK), 64, 8),
+    "weights on disk, 4 x 16": Case(Policy(gpu_batch_size=16, num_gpu_batches=4, weights=DISK), 64, 8),
+    "cache on disk, 4 x 8": Case(
+        Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, cache=DISK), 128, 16
+    ),
+    "mixture, 4 x 8": Case(
+        Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU), 32, 8, MIXTURE, "emulated:link=2GiB"
+    ),
 }
 
 
@@ -71,26 +94,27 @@ def main() -> None:
     args = parser.parse_args()
     figures = load_results(RESULTS / "overlap.json").get("figures", {}) if args.resume else {}
     for name in args.case or CASES:
-        policy, prompt_len, tokens = CASES[name]
-        prompts = np.random.default_rng(0).integers(4, MODEL.vocab_size, size=(policy.block_size, prompt_len))
+        case = CASES[name]
+        size = case.policy.block_size, case.prompt_len
+        prompts = np.random.default_rng(0).integers(4, case.model.vocab_size, size=size)
         with contextlib.ExitStack() as stack:
             cases = {}
             for overlap in (True, False):
                 model = stack.enter_context(
                     OptLM(
-                        MODEL,
-                        policy.replace(overlap=overlap),
-                        device="cpu",
+                        case.model,
+                        case.policy.replace(overlap=overlap),
+                        device=case.device,
                         dtype="bfloat16",
                         weights="dummy",
                         offload_dir=args.offload_dir,
                     )
                 )
                 model.generate(prompts[:1, :4], 1, stop=())
-                cases["overlap" if overlap else "normal"] = partial(run, model, prompts, tokens)
+                cases["overlap" if overlap else "normal"] = partial(run, model, prompts, case.new)
             figures[name] = interleaved(cases, args.repeats)
         document = {
-            "model": "8 layers of the OPT-1.3B shape, a third of its vocabulary, bfloat16",
+            "model": "8 layers of the OPT-1.3B shape; mixture: 2 layers of Qwen3-30B-A3B; 16,384 tokens, bfloat16",
             "figures": figures,
         }
         path = save("overlap", document)  # later cases may be interrupted

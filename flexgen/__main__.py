@@ -1,4 +1,4 @@
-"""`flexgen COMMAND ...`, or `python -m flexgen COMMAND ...`: the same as `python -m flexgen.COMMAND ...`."""
+"""`flexgen COMMAND ...`, or `python -m flexgen COMMAND ...`: mostly the same as `python -m flexgen.COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ COMMANDS = {
     "batch": "continue every prompt of a file; resumes after an interruption",
     "bench": "run a job and print its throughput, placement and bottleneck",
     "simulate": "predict the throughput of a job on hardware that you describe",
+    "models": "list models, their sizes, and their speed on a machine",
     "measure": "measure this machine for predictions and searches",
     "tune": "find the best policy for a job with trial runs",
     "flex_opt": "the benchmark of FlexGen 0.1, with its flags",
 }
-"""The commands by name, each a module of the package, with a description."""
+"""The commands by name, with a description."""
+_MODULES = {"models": "catalog"}
+"""The commands that are not a module of the same name: flexgen.models is the package of the models themselves."""
+
+
+def module_of(command: str) -> str:
+    """The name of the module in `flexgen` that is the command."""
+    return _MODULES.get(command, command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    status: int = importlib.import_module(f"flexgen.{name}").main(rest[:-1])
+    status: int = importlib.import_module(f"flexgen.{module_of(name)}").main(rest[:-1])
     return status
 
 

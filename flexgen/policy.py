@@ -25,8 +25,9 @@ from flexgen.errors import PolicyError, cut, did_you_mean, shown
 from flexgen.units import LARGEST_COUNT
 
 CODECS = ("none", *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parent}/quant/codecs"])))
-"""The valid names of a codec: "none" and the names of the modules in `flexgen/quant/codecs`. These modules need
-torch, so they are not imported here."""
+"""The names of codecs: "none" and the modules in `flexgen/quant/codecs`. To import them would import torch."""
+STORED = "stored"
+"""The codec of weights that keeps the form of a quantized checkpoint. Plain weights have no codec then."""
 
 SUM_TOLERANCE = 1e-6
 """The tolerance for the sum of the three percentages of a split."""
@@ -130,9 +131,10 @@ class Share:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "percent", _percent(self.percent))
-        if not isinstance(self.codec, str) or self.codec not in CODECS:
-            hint = did_you_mean(self.codec, CODECS)
-            raise PolicyError(f"codec {shown(self.codec)} is not known; known: {', '.join(CODECS)}{hint}")
+        known = (*CODECS, STORED)
+        if not isinstance(self.codec, str) or self.codec not in known:
+            all_known = f"{', '.join(known)}{did_you_mean(self.codec, known)}"
+            raise PolicyError(f"codec {shown(self.codec)} is not known; known: {all_known}")
 
     @classmethod
     def of(cls, given: ShareLike) -> Share:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flexgen import __main__
-from flexgen.__main__ import COMMANDS
+from flexgen.__main__ import COMMANDS, module_of
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
@@ -28,7 +28,7 @@ def test_an_unknown_command_is_refused_with_the_one_that_is_like_it(capsys):
 def test_a_command_gets_the_arguments_behind_its_name(name, monkeypatch):
     given = []
     monkeypatch.setattr(
-        importlib.import_module(f"flexgen.{name}"), "main", lambda argv: given.append(argv) or 7
+        importlib.import_module(f"flexgen.{module_of(name)}"), "main", lambda argv: given.append(argv) or 7
     )
     assert __main__.main([name, "--flag", "value"]) == 7
     assert given == [["--flag", "value"]]

@@ -151,7 +151,36 @@ _GRANITE = dict(
     embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=4.0
 )
 _STEPS = dict(decoder_sparse_step=2, num_hidden_layers=4, mlp_only_layers=[3])
+_MIMO = _ROUTED | dict(num_key_value_heads=1, n_routed_experts=8, layer_types=_KINDS)
 TINY |= {
+    "afmoe": [
+        _NARROW
+        | dict(head_dim=12, layer_types=_KINDS, sliding_window=5, num_dense_layers=1, mup_enabled=True)
+        | dict(num_shared_experts=1, route_scale=1.4),
+        _NARROW | dict(head_dim=8, sliding_window=40, global_attn_every_n_layers=2, attention_bias=True),
+    ],
+    "gemma4_text": [
+        _WIDE
+        | dict(global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True)
+        | dict(layer_types=_KINDS[1:] + _KINDS[:2], sliding_window=4, num_hidden_layers=4)
+        | dict(enable_moe_block=True, num_experts=7, top_k_experts=3, moe_intermediate_size=24)
+        | dict(final_logit_softcapping=3.0, hidden_size_per_layer_input=0),
+        _WIDE
+        | dict(global_head_dim=12, num_hidden_layers=2, layer_types=_KINDS[:2], sliding_window=6)
+        | dict(attention_bias=True, hidden_size_per_layer_input=0),
+    ],
+    "llama4_text": [
+        _LOCAL
+        | dict(head_dim=12, intermediate_size_mlp=48, no_rope_layers=[1, 0, 1], attention_chunk_size=5)
+        | dict(moe_layers=[0, 1], floor_scale=4, attn_scale=0.5),
+        _LOCAL
+        | dict(head_dim=8, intermediate_size_mlp=24, no_rope_layers=[0, 1, 1], attention_chunk_size=None)
+        | dict(use_qk_norm=False, attn_temperature_tuning=False, attention_bias=True),
+    ],
+    "mimo_v2_flash": [
+        _MIMO | dict(v_head_dim=8, sliding_window=5, n_group=4, topk_group=2),
+        _MIMO | dict(v_head_dim=12, sliding_window=5, attention_value_scale=None, attention_bias=True),
+    ],
     "cohere2_moe": [
         _MIXTURE
         | dict(
@@ -215,6 +244,11 @@ TINY |= {
 }
 
 
+COUNT_PADDING = {"llama4_text"}
+"""Families for which transformers counts the padding before a prompt as positions. The prompts of a reference run
+alone."""
+
+
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model in the config's dtype with random weights, such that every one of them matters to the logits."""
     torch.manual_seed(0)
@@ -230,6 +264,8 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):  # of a router
                 buffer.normal_(std=0.15)
+            if name.endswith("layer_scalar"):
+                buffer.normal_(mean=1.0, std=0.15)
     model.tie_weights()
     model.generation_config.eos_token_id = None  # a row stops where a test says so
     model.config.dtype = dtype

@@ -1,8 +1,9 @@
-"""A Llama checkpoint in safetensors as a GGUF file for llama.cpp, with numpy and the gguf package only."""
+"""A Llama or Qwen3-MoE checkpoint in safetensors as a GGUF file for llama.cpp, with numpy and gguf only."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +27,18 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
+ROUTER = "mlp.gate.weight"
+"""llama.cpp computes the router in float32."""
 
 
 def write_gguf(model: Path, path: Path, form: str) -> None:
@@ -40,7 +49,8 @@ def write_gguf(model: Path, path: Path, form: str) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     partial = path.with_name(f"{path.name}.part")
-    writer = GGUFWriter(partial, "llama")
+    mixture = config["model_type"] == "qwen3_moe"
+    writer = GGUFWriter(partial, "qwen3moe" if mixture else "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -53,11 +63,28 @@ def write_gguf(model: Path, path: Path, form: str) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
+    if mixture:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    experts: dict[str, dict[int, np.ndarray]] = {}
     for name, values in tensors(model / "model.safetensors"):
-        if ".q_proj" in name or ".k_proj" in name:
+        if not mixture and (".q_proj" in name or ".k_proj" in name):
             values = interleaved_halves(values, heads if ".q_proj" in name else kv_heads)
-        kind = FORMATS[form] if values.ndim == 2 else GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), quantize(values, kind), raw_dtype=kind)
+        kind = FORMATS[form] if values.ndim == 2 and not name.endswith(ROUTER) else GGMLQuantizationType.F32
+        stored = quantize(values, kind)
+        if ".experts." not in name:
+            writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
+            continue
+        before, number, after = re.split(r"(?<=experts\.)(\d+)\.", name)
+        stack = experts.setdefault(before + after, {})
+        stack[int(number)] = stored
+        if len(stack) == config["num_experts"]:
+            matrices = [stack[n] for n in range(len(stack))]
+            writer.add_tensor(gguf_name(before + after), np.stack(matrices), raw_dtype=kind)
+            del experts[before + after]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from flexgen.errors import ModelError, RequestError, shown
+from flexgen.models.folders import GGUF_SUFFIX
 from flexgen.models.plain_files import check_file
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
@@ -26,28 +27,37 @@ Messages = Sequence[Mapping[str, str]]
 """A chat: messages, each with a `role` and a `content`."""
 
 
-def load_tokenizer(directory: Path | None, model: str) -> Any:
-    """The tokenizer in `directory`, the directory of `model`. It does not use the network.
+def load_tokenizer(place: Path | None, model: str) -> Any:
+    """The tokenizer of `model` in `place`, a directory or a GGUF file. It does not use the network.
+
+    Files of a tokenizer next to a GGUF file are preferred to the tokenizer in it, which takes longer to read.
 
     Raises ModelError if there is none or transformers cannot read it, and CheckpointError if one of its files is a
     Git LFS pointer or a broken link.
     """
+    gguf = place if place is not None and place.suffix == GGUF_SUFFIX else None
+    directory, options = place, dict[str, Any]()
+    if gguf is not None:
+        directory = gguf.parent
     if directory is None or not any(file for name in _VOCABULARIES for file in directory.glob(name)):
-        where = f"{model} has no files" if directory is None else f"no {_VOCABULARIES[0]} in {directory}"
-        raise ModelError(
-            f"{model} has no tokenizer ({where}): put its tokenizer files next to its config, or give ids"
-        )
+        if gguf is None:
+            where = f"{model} has no files" if directory is None else f"no {_VOCABULARIES[0]} in {directory}"
+            raise ModelError(
+                f"{model} has no tokenizer ({where}): put its tokenizer files next to its config, or give ids"
+            )
+        directory, options = gguf.parent, {"gguf_file": gguf.name}
     for name in (*_VOCABULARIES, "tokenizer_config.json", "merges.txt"):
         for file in directory.glob(name):
             check_file(file)
     from transformers import AutoTokenizer  # takes seconds to import, and ids need no tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
     except Exception as error:  # of any class: transformers reads these files with code of many authors
         reason = str(error).strip().partition("\n")[0]
+        fix = "Put the files of the model's tokenizer next to it" if options else "Replace its files"
         raise ModelError(
-            f"{directory}: the tokenizer cannot be read: {reason}. Replace its files, or give ids"
+            f"{gguf if options else directory}: the tokenizer cannot be read: {reason}. {fix}, or give ids"
         ) from error
 
 

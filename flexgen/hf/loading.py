@@ -36,7 +36,7 @@ _UNSUPPORTED = {
     "from_flax": _FILES,
     "from_tf": _FILES,
     "generation_config": "pass it to generate, or assign it to model.generation_config",
-    "gguf_file": _FILES,
+    "gguf_file": "give the path of the file itself, from_pretrained('folder/model.gguf')",
     "ignore_mismatched_sizes": "every weight must have the shape in the config",
     "key_mapping": "the names of a family's weights are fixed; rename them in the files",
     "kernel_config": "flexgen has its own kernels",

@@ -21,6 +21,8 @@ from flexgen.hf.loss import check_labels, loss_of
 from flexgen.hf.max_memory import read_max_memory
 from flexgen.hf.pretrained import Pretrained
 from flexgen.models import HubOptions
+from flexgen.models.folders import GGUF_SUFFIX
+from flexgen.models.gguf_families import config_from_gguf
 from flexgen.policy import Policy
 
 
@@ -82,8 +84,7 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
             path_or_id, policy, device=device, dtype=dtype, offload_dir=offload_folder, max_memory=limits,
             progress=progress, hub=hub,
         )  # fmt: skip
-        directory = lm.tokenizer_dir
-        config = AutoConfig.from_pretrained(directory)
+        config, directory = _config(lm.tokenizer_dir)
         config.name_or_path = str(path_or_id)
         try:
             generation_config = GenerationConfig.from_pretrained(directory)
@@ -174,3 +175,10 @@ class FlexGenForCausalLM(Pretrained, Generation, GenerationMixin):
         if output_hidden_states:
             output["hidden_states"] = tuple(states[:, past:].to(back) for states in result.hidden)
         return output.to_tuple() if return_dict is False else output
+
+
+def _config(place: Path | None) -> tuple[PreTrainedConfig, Path | None]:
+    """The config of a model in a directory or a GGUF file, and the directory."""
+    if place is not None and place.suffix == GGUF_SUFFIX:
+        return config_from_gguf(place), place.parent
+    return AutoConfig.from_pretrained(place), place

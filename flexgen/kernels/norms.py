@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 
 
 def rms_norm(
@@ -24,6 +24,17 @@ def rms_norm(
     if x.device.type == "cpu" and x.dtype in NUMBERS and x.numel() and fits and announce():
         return rms_norm_natively(x, weight, eps, plus, round_first)
     return rms_norm_in_torch(x, weight, eps, plus, round_first)
+
+
+def host_workspace_bytes(rows: int, size: int, dtype: torch.dtype) -> int:
+    """Temporary bytes of `rms_norm` for contiguous x (rows, size) on a CPU, in addition to the result."""
+    return 0 if native_available() and dtype in NUMBERS else torch_workspace_bytes(rows, size)
+
+
+def torch_workspace_bytes(rows: int, size: int) -> int:
+    """The same for the version in torch: two copies of x, the mean and the factor of each row, and the weight and its
+    sum with `plus`, all in float32."""
+    return (2 * rows * size + 2 * rows + 2 * size) * torch.float32.itemsize
 
 
 def rms_norm_natively(x: Tensor, weight: Tensor | None, eps: float, plus: float, round_first: bool) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from flexgen.kernels import groupwise_linear, half_linear
+from flexgen.kernels import groupwise_linear, half_linear, norms
 from flexgen.kernels.flash_splits import split_bytes
 from flexgen.units import KIB, MIB
 
@@ -58,6 +58,9 @@ class Workspaces(Protocol):
     ) -> int:
         """Bytes for attention of a prompt's `queries` over `keys` tokens, with the same heads on both sides."""
 
+    def rms_norm(self, rows: int, size: int, dtype: torch.dtype) -> int:
+        """Bytes for the RMS norm of x (rows, size)."""
+
 
 @dataclass(frozen=True)
 class HostWorkspaces:
@@ -75,6 +78,9 @@ class HostWorkspaces:
         self, rows: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype
     ) -> int:
         return 0
+
+    def rms_norm(self, rows: int, size: int, dtype: torch.dtype) -> int:
+        return norms.host_workspace_bytes(rows, size, dtype)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,10 @@ class GpuWorkspaces:
             return accumulated
         sums = rows * heads * keys * torch.float32.itemsize
         return max(accumulated, sums + split_bytes(rows, heads, keys, head_dim, self.multiprocessors))
+
+    def rms_norm(self, rows: int, size: int, dtype: torch.dtype) -> int:
+        # torch has one kernel for it, but only for the most usual norms.
+        return norms.torch_workspace_bytes(rows, size)
 
 
 def gpu_workspaces(capability: float) -> GpuWorkspaces:

@@ -200,10 +200,10 @@ class CacheLayout:
         """The segments whose cached tokens must move for the step's attention."""
         if not span.length:
             return []
-        return [s for s in self._loaded if not s.resident or span.extends]
+        return [s for s in self.loaded if not s.resident or span.extends]
 
     @cached_property
-    def _loaded(self) -> tuple[CacheSegment, ...]:
+    def loaded(self) -> tuple[CacheSegment, ...]:
         """The segments whose cached tokens move in some steps."""
         return tuple(s for s in self.segments if not (s.resident and s.on_device))
 
@@ -221,11 +221,11 @@ class CacheLayout:
 
     def store(self, span: Span) -> Routes:
         """The routes of the new keys and values to their homes."""
-        routes = (self.outward(segment, span, segment.flushed(span)) for segment in self._stored)
+        routes = (self.outward(segment, span, segment.flushed(span)) for segment in self.stored)
         return tuple(route for route in routes if route.moves)
 
     @cached_property
-    def _stored(self) -> tuple[CacheSegment, ...]:
+    def stored(self) -> tuple[CacheSegment, ...]:
         """The segments whose new tokens move in some steps."""
         return tuple(
             s for s in self.segments if s.tier is Tier.DISK or leaves_device(s, _PROMPT, self.topology)

@@ -61,7 +61,7 @@ def replayed(
         if isinstance(layer, TransformerLayer)
         and (not isinstance(layer, AttentionLayer) or layer.layer_spec.attention.scores.plain)
         and all(
-            topology.in_place(placement.of(weight)) and placement.codec(weight) is None
+            topology.in_place(placement.of(weight)) and placement.decoder(weight) is None
             for weight in whole_weights(layer, placement, topology)
         )
     )

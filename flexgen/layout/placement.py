@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flexgen.models import Layer, WeightSpec
-from flexgen.policy import Split, Tier
-from flexgen.quant import Codec, codec_for
+from flexgen.models.spec import EncodedWeight
+from flexgen.policy import STORED, Split, Tier
+from flexgen.quant import Codec, MatrixCodec, Stored, codec_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,13 +19,14 @@ class Placement:
     """The tier and codec of every weight by its key, and the bytes on each tier. Compared by identity, so that
     derived results can be cached.
 
-    `nbytes` counts stored bytes, after encoding. `share` is the share of the model in `dtype`, as in the percentages
-    of a policy.
+    A weight in `stored` keeps the tensors in which the checkpoint stores it. `nbytes` counts stored bytes, after
+    encoding. `share` is the share of the model in `dtype`, as in the percentages of a policy.
     """
 
     dtype: torch.dtype
     tiers: dict[str, Tier]
     codecs: dict[str, Codec]
+    stored: dict[str, EncodedWeight]
     nbytes: dict[Tier, int]
     share: dict[Tier, int]
 
@@ -31,10 +34,28 @@ class Placement:
         return self.tiers[weight.key]
 
     def codec(self, weight: WeightSpec) -> Codec | None:
+        """The codec that encodes the weight."""
         return self.codecs.get(weight.key)
+
+    def decoder(self, weight: WeightSpec) -> MatrixCodec[Any] | None:
+        """The codec that decodes the weight: `codec`, or that of the encoding in which the checkpoint stores it."""
+        stored = self.stored.get(weight.key)
+        return Stored(stored.encoding) if stored else self.codec(weight)
+
+    def parts(self, weight: WeightSpec) -> tuple[WeightSpec, ...]:
+        """The tensors that are stored and moved for the weight: itself, or those of the checkpoint."""
+        stored = self.stored.get(weight.key)
+        return stored.parts if stored else (weight,)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether any weight is not stored in the model's dtype."""
+        return bool(self.codecs or self.stored)
 
     def stored_bytes(self, weight: WeightSpec) -> int:
         """Bytes of the weight in its stored form, in which it also moves."""
+        if stored := self.stored.get(weight.key):
+            return sum(part.nbytes(self.dtype) for part in stored.parts)
         codec = self.codec(weight)
         return codec.nbytes(weight.shape) if codec else weight.nbytes(self.dtype)
 
@@ -54,9 +75,10 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     once.
     A vocabulary that is larger than any layer would determine the size of its slot. So it goes to the fastest tier
     whose share has room for it, and the other units compensate for that.
-    A tier's codec is used for the tensors that it fits: all matrices except the table of positions.
+    A tier's codec is used for the tensors that it fits: all matrices except the table of positions. The codec
+    "stored" keeps the matrices that the checkpoint stores quantized in that form, except for tables.
     """
-    placement = Placement(dtype, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
+    placement = Placement(dtype, {}, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
     percents = {tier: split.percent(tier) for tier in Tier if split.percent(tier) > 0}
     between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
@@ -79,5 +101,9 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
                 codec = codec_for(split[tier].codec, weight.shape)
                 if codec and weight.encodable:
                     placement.codecs[weight.key] = codec
+                encoded = layer.spec.encoded.get(weight.key)
+                if encoded and split[tier].codec == STORED and weight.encodable and not weight.looked_up:
+                    placement.stored[weight.key] = encoded
+                    placement.tiers.update(dict.fromkeys((part.key for part in encoded.parts), tier))
                 placement.nbytes[tier] += placement.stored_bytes(weight)
     return placement

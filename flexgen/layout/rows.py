@@ -40,6 +40,11 @@ def whole_weights(layer: Layer, placement: Placement, topology: Topology) -> lis
     return [weight for weight in layer.weights if weight is not table]
 
 
+def moved_tensors(layer: Layer, placement: Placement, topology: Topology) -> list[WeightSpec]:
+    """The tensors of `whole_weights`: several for a weight in the form of a quantized checkpoint."""
+    return [part for weight in whole_weights(layer, placement, topology) for part in placement.parts(weight)]
+
+
 @dataclass(frozen=True)
 class LookupSizes:
     """Bytes of the buffers for the rows that one cell looks up, at most `rows`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import whole_weights
+from flexgen.layout.rows import moved_tensors
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
@@ -53,7 +53,7 @@ def _slot_sizes(
     from_disk, arriving = [], []
     for layer in layers:
         moved = dict.fromkeys(Tier, 0)
-        for weight in whole_weights(layer, placement, topology):
+        for weight in moved_tensors(layer, placement, topology):
             moved[placement.of(weight)] += align(placement.stored_bytes(weight), ALIGNMENT) + GAP + 2 * BLOCK
         from_disk.append(moved[Tier.DISK])
         arriving.append(sum(n for tier, n in moved.items() if not topology.in_place(tier)))
@@ -70,9 +70,9 @@ def _slot_sizes(
 
 def encoded_products(layer: Layer, placement: Placement) -> list[WeightSpec]:
     """Encoded weights that the layer multiplies with. Not a table, whose rows are read in their stored form."""
-    if not placement.codecs:
+    if not placement.encodes:
         return []
-    return [weight for weight in layer.weights if weight is not layer.table and placement.codec(weight)]
+    return [weight for weight in layer.weights if weight is not layer.table and placement.decoder(weight)]
 
 
 def decoded_bytes(layer: Layer, placement: Placement) -> int:
@@ -82,15 +82,17 @@ def decoded_bytes(layer: Layer, placement: Placement) -> int:
 
 def decoding_bytes(layers: Sequence[Layer], placement: Placement) -> int:
     """Temporary bytes to decode the largest encoded matrix of all layers on a GPU, in addition to the result."""
-    if not placement.codecs:
+    if not placement.encodes:
         return 0
-    encoded = ((placement.codec(w), w.shape) for layer in layers for w in encoded_products(layer, placement))
+    encoded = (
+        (placement.decoder(w), w.shape) for layer in layers for w in encoded_products(layer, placement)
+    )
     return max((codec.decode_workspace(shape) for codec, shape in encoded if codec), default=0)
 
 
 def decodes(layer: Layer, placement: Placement, tokens: int, topology: Topology) -> bool:
     """Whether the layer may decode matrices to compute `tokens` tokens. A codec with a fused kernel does not decode
     for few rows."""
-    codecs = {placement.codec(weight) for weight in encoded_products(layer, placement)}
+    codecs = {placement.decoder(weight) for weight in encoded_products(layer, placement)}
     on_host, dtype = topology.shares_host_memory, placement.dtype
     return any(codec and tokens > codec.certain_fused_rows(on_host, dtype) for codec in codecs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flexgen.layout.moves import Kind, Move, Range, Route, Routes, cut
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import whole_weights
+from flexgen.layout.rows import moved_tensors
 from flexgen.layout.topology import Topology
 from flexgen.models import Layer, WeightSpec
 from flexgen.policy import Tier
@@ -77,14 +77,15 @@ def weight_layouts(layers: Sequence[Layer], placement: Placement, topology: Topo
     at_home: dict[str, tuple[str, int, int]] = {}  # by key: the layer that it is loaded with, begin, end
     for layer in layers:
         for tier in Tier:
-            new = [w for w in layer.weights if placement.of(w) is tier and w.key not in at_home]
+            here = [w for w in layer.weights if placement.of(w) is tier]
+            new = [part for w in here for part in placement.parts(w) if part.key not in at_home]
             offsets, _ = lay_out(new, placement)
             for weight, offset in zip(new, offsets, strict=True):
                 at_home[weight.key] = layer.name, offset, offset + placement.stored_bytes(weight)
     layouts = []
     for layer in layers:
         found: dict[tuple[Tier, str], list[tuple[int, int]]] = {}
-        for weight in whole_weights(layer, placement, topology):
+        for weight in moved_tensors(layer, placement, topology):
             tier = placement.of(weight)
             home, begin, end = at_home[weight.key]
             if not topology.in_place(tier):

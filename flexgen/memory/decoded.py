@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexgen.memory.store import Store, tensor_at
-from flexgen.quant import Codec
+from flexgen.quant import MatrixCodec
 
 
 class Decoding:
     """An encoded weight in the model's dtype, decoded on its first use in a visit."""
 
-    def __init__(self, codec: Codec, encoded: Tensor, make: Callable[[], Tensor]) -> None:
+    def __init__(self, codec: MatrixCodec[Any], encoded: Any, make: Callable[[], Tensor]) -> None:
         self._codec = codec
         self._encoded = encoded
         self._make = make

@@ -136,8 +136,8 @@ class DiskLane(ThreadLane):
             self._flying -= 1
             self._changed.notify()
 
-    def drain(self) -> None:
-        super().drain()
+    def _wait(self) -> None:
+        super()._wait()
         landed = HostDone()
         self._flights.put(landed)
         landed.wait()

@@ -20,12 +20,15 @@ from flexgen.memory.disk import ReadJob, Transfer
 _PIECE = 1 << 16
 """Values per piece of the check. A piece fits in the cache of a core."""
 
-_EXPONENTS: dict[torch.dtype, tuple[type[np.uint16] | type[np.uint32], int]] = {
+_EXPONENTS: dict[torch.dtype, tuple[type[np.uint8] | type[np.uint16] | type[np.uint32], int]] = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float16: (np.uint16, 0x7C00),
     torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float8_e4m3fn: (np.uint8, 0x7F),
+    torch.float8_e8m0fnu: (np.uint8, 0xFF),
 }
-"""The exponent bits of a value, which are all ones only in NaN and infinite values."""
+"""The bits of a value that are all ones only in NaN and infinite values: the exponent, or all bits except for the
+sign."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Part:
 
 def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None:
     """Raise CheckpointError if `data`, the bytes of values in `dtype`, contains NaN or infinite values."""
+    if dtype not in _EXPONENTS:  # integers
+        return
     kind, exponent = _EXPONENTS[dtype]
     values = data.numpy().view(kind)
     room = np.empty(min(_PIECE, len(values)), kind)

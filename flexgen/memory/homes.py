@@ -20,7 +20,7 @@ from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
-from flexgen.models.tensor_files import make_header, read_header
+from flexgen.models.headers import make_header, read_header
 from flexgen.policy import Tier
 from flexgen.units import ALIGNMENT, format_bytes
 
@@ -39,7 +39,8 @@ class HostRegion:
 Home = Tensor | HostRegion | Extent
 """A tensor in the compute device's memory, a region of host memory, or bytes of a file.
 
-An encoded weight is stored as the bytes of its codec in all three.
+An encoded weight is stored as the bytes of its codec in all three. Each tensor of a weight in the form of a quantized
+checkpoint has a home of its own.
 """
 
 
@@ -87,11 +88,11 @@ class Homes:
             self._to_disk(layer, new[Tier.DISK], conversions)
 
     def _by_tier(self, layers: Sequence[Layer]) -> list[dict[Tier, list[WeightSpec]]]:
-        """The weights of each layer that no earlier layer has."""
+        """The tensors of each layer that no earlier layer has."""
         seen, found = set(self._by_key), []
         for layer in layers:
             new: dict[Tier, list[WeightSpec]] = {tier: [] for tier in Tier}
-            for weight in layer.weights:
+            for weight in (part for each in layer.weights for part in self.placement.parts(each)):
                 if weight.key not in seen:
                     seen.add(weight.key)
                     new[self.placement.of(weight)].append(weight)
@@ -158,6 +159,8 @@ class Homes:
         codec = self.placement.codec(weight)
         count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
         step = max(self._machine.device.topology.pieces.read_bytes // width, 1)
+        if self._checkpoint.encoded(weight):  # every read decodes all of it
+            step = count
         for first in range(0, count, step):
             rows = range(first, min(first + step, count))
             tensor = self._checkpoint.read(weight, self._dtype, rows)
@@ -189,8 +192,9 @@ class Homes:
         self, weights: Sequence[WeightSpec]
     ) -> tuple[list[WeightSpec], bytes, dict[str, int], int]:
         """The weights in the order of the file, its header, the offset of each weight, and the bytes of the file."""
-        # Encoded weights come first: their size is a multiple of the alignment of their parts.
-        ordered = sorted(weights, key=lambda weight: self.placement.codec(weight) is None)
+        # Encoded weights come first: their size is a multiple of the alignment of their parts. The others follow by
+        # the sizes of their values, so that each begins at a multiple of it.
+        ordered = sorted(weights, key=self._order)
         forms = {weight.key: self._form(weight)[::-1] for weight in ordered}
         header, offsets = make_header(forms, ALIGNMENT)
         return (
@@ -199,6 +203,9 @@ class Homes:
             offsets,
             max(offsets[w.key] + self.placement.stored_bytes(w) for w in ordered),
         )
+
+    def _order(self, weight: WeightSpec) -> tuple[bool, int]:
+        return self.placement.codec(weight) is None, -weight.dtype_in(self._dtype).itemsize
 
     def _write(
         self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions
@@ -249,7 +256,9 @@ def stored_bytes(
     """Bytes of weights that the disk already stores: those in the checkpoint's files in `dtype`, and those that
     earlier runs converted to `offload_dir`."""
     weights = {weight.key: weight for layer in layers for weight in layer.weights}
-    extents = (_in_place(checkpoint, weight, dtype) for weight in weights.values())
+    encoded = map(checkpoint.encoded, weights.values())
+    parts = [part for each in encoded if each for part in each.parts]
+    extents = (_in_place(checkpoint, weight, dtype) for weight in (*weights.values(), *parts))
     stored = sum(extent.nbytes for extent in extents if extent)
     if offload_dir is not None:
         stored += converted_bytes(layers[0].spec.name, checkpoint, offload_dir)

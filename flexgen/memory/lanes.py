@@ -172,6 +172,7 @@ class ThreadLane(Lane):
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], Step, HostDone] | HostDone | None]
         self._queue = queue.SimpleQueue()
         self._cancelled = False
+        self._used = False  # since the last drain
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._serve, name=f"flexgen-{name}", daemon=True)
 
@@ -181,6 +182,7 @@ class ThreadLane(Lane):
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         done = HostDone()
+        self._used = True
         self._queue.put((job, after, step, done))
         return done
 
@@ -221,10 +223,15 @@ class ThreadLane(Lane):
         self._cancelled = True
 
     def drain(self) -> None:
+        if self._used:  # to wake a thread takes as long as a step of a small model
+            self._wait()
+        self._cancelled = self._used = False
+
+    def _wait(self) -> None:
+        """Wait until all jobs have ended."""
         served = HostDone()
         self._queue.put(served)
         served.wait()
-        self._cancelled = False
 
     def end(self) -> None:
         self._queue.put(None)

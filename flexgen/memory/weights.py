@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.layout.placement import Placement
-from flexgen.layout.rows import whole_weights
+from flexgen.layout.rows import moved_tensors, whole_weights
 from flexgen.layout.weight_slots import SlotSizes, decoded_bytes, encoded_products
 from flexgen.layout.weights import WeightLayout
 from flexgen.memory.decoded import Decoding, DecodingRooms
@@ -20,7 +20,7 @@ from flexgen.memory.homes import Homes
 from flexgen.memory.machine import Machine
 from flexgen.memory.transfer import Chains
 from flexgen.memory.weight_transfers import WeightTransfers
-from flexgen.models import Layer, Weights
+from flexgen.models import Layer, Weights, WeightSpec
 from flexgen.units import ALIGNMENT, align
 
 
@@ -52,8 +52,10 @@ class WeightSlots:
         self.turns = sizes.turns
         self._homes = homes
         self.placement = placement
-        self._layers = [whole_weights(layer, placement, machine.device.topology) for layer in layers]
-        self._transfers = WeightTransfers(self._layers, homes, sizes, placement, machine)
+        topology = machine.device.topology
+        self._layers = [whole_weights(layer, placement, topology) for layer in layers]
+        moved = [moved_tensors(layer, placement, topology) for layer in layers]
+        self._transfers = WeightTransfers(moved, homes, sizes, placement, machine)
         self._groups = [layer.groups for layer in layers]
         self._products = [encoded_products(layer, placement) for layer in layers]
         # Room for any layer except the last one, which computes so few tokens that it usually decodes nothing.
@@ -94,28 +96,32 @@ class WeightSlots:
         self._rooms.close()
 
     def _view(self, layer: int, slot: int, room: int) -> _LayerViews:
-        stored: dict[str, Tensor] = {}
-        for weight in self._layers[layer]:
-            home = self._homes[weight]
-            if isinstance(home, Tensor):
-                stored[weight.name] = home
-        stored |= {weight.name: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
-        weights: dict[str, Any] = dict(stored)
+        stored = {weight.key: tensor for weight, tensor in self._transfers.arrived(layer, slot)}
+        weights: dict[str, Any] = {}
         dtype, decodings, end = self.placement.dtype, [], 0
         multiplied = {weight.name for weight in self._products[layer]}
         for weight in self._layers[layer]:
-            if codec := self.placement.codec(weight):
+            parts = [self._tensor(part, stored) for part in self.placement.parts(weight)]
+            if codec := self.placement.decoder(weight):
                 # Rows of a table are read in their stored form: the decoding is never used.
                 make = partial(torch.empty, weight.shape, dtype=dtype)
                 if weight.name in multiplied:
                     place = self._rooms[room].place
                     make = partial(place, self._room_bytes[layer], end, weight.shape, dtype)
                     end = align(end + weight.nbytes(dtype), ALIGNMENT)
-                decodings.append(Decoding(codec, stored[weight.name], make))
-                weights[weight.name] = codec.matrix(stored[weight.name], weight.shape, dtype, decodings[-1])
+                encoded = parts if weight.key in self.placement.stored else parts[0]
+                decodings.append(Decoding(codec, encoded, make))
+                weights[weight.name] = codec.matrix(encoded, weight.shape, dtype, decodings[-1])
+            else:
+                (weights[weight.name],) = parts
         for name, matrices, biases in self._groups[layer]:
             own_biases = [weights[each] for each in biases] or None
             group = grouped_matrices([weights[each] for each in matrices], own_biases, dtype)
             if group is not None:
                 weights[name] = group
         return _LayerViews(weights, tuple(decodings))
+
+    def _tensor(self, weight: WeightSpec, arrived: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of a weight on the compute device, in its stored form."""
+        home = self._homes[weight]
+        return home if isinstance(home, Tensor) else arrived[weight.key]

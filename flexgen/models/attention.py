@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.linear import linear
@@ -33,7 +34,9 @@ class Attention(AttentionLayer):
         hidden, layer = spec.hidden_size, spec.layers[index]
         own = layer.attention
         if own.qkv == "separate":
-            sizes = {"q": own.q_size, "k": own.kv_size, "v": own.kv_size}
+            sizes = {"q": own.q_size, "k": own.kv_size}
+            if not own.values.from_keys:
+                sizes["v"] = own.kv_heads * own.value_dim
         else:
             sizes = {"qkv": own.q_size + 2 * own.kv_size}
         weights = norm_weights(spec, layer.norms.attention_in, "attention_in", index)
@@ -43,7 +46,9 @@ class Attention(AttentionLayer):
         if own.scores.sinks:
             sources = tuple(map(Source, spec.module_names("sinks", index)))
             weights += (WeightSpec("sinks", (own.heads,), sources),)
-        weights += linear_weights(spec, "out", hidden, own.q_size, own.out_bias, index)
+        if own.gate:
+            weights += linear_weights(spec, "attention_gate", own.out_size, hidden, bias=False, index=index)
+        weights += linear_weights(spec, "out", hidden, own.out_size, own.out_bias, index)
         weights += norm_weights(spec, layer.norms.attention_out, "attention_out", index, "out_norm")
         super().__init__(spec, f"layers.{index}.attention", weights, index)
 
@@ -79,16 +84,28 @@ class Attention(AttentionLayer):
         layer = self.layer_spec
         own, normed = layer.attention, normalise(layer.norms.attention_in, x, weights)
         if own.qkv == "separate":
-            made = [
-                linear(normed, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-                .view(*x.shape[:2], -1, own.head_dim)
+            by_name = {
+                name: linear(normed, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+                .view(*x.shape[:2], own.kv_heads if name != "q" else own.heads, -1)
                 .transpose(1, 2)
                 for name in names
-            ]
+                if name != "v" or not own.values.from_keys
+            }
+            made = [by_name["k" if name == "v" and own.values.from_keys else name] for name in names]
         else:
             flat = linear(normed, weights["qkv.weight"], weights.get("qkv.bias"))
             made = [each.transpose(1, 2) for each in split_qkv(own, flat)]
+        if "v" in names:
+            made[-1] = self._stored_values(made[-1])
         return self._normalised(made, weights, names, rotated=False)
+
+    def _stored_values(self, v: Tensor) -> Tensor:
+        """v (batch, kv_heads, seq, value_dim) with its norm and factor, (batch, kv_heads, seq, head_dim)."""
+        own = self.layer_spec.attention
+        v = normalise(own.values.norm, v, {})
+        if own.values.scale != 1:
+            v = v * own.values.scale
+        return v if own.value_dim == own.head_dim else F.pad(v, (0, own.head_dim - own.value_dim))
 
     def _normalised(self, made: list[Tensor], weights: Weights, names: str, rotated: bool) -> list[Tensor]:
         """`made` with the norm of queries and keys, if it belongs after (`rotated`) or before the rotation."""
@@ -117,7 +134,7 @@ class Attention(AttentionLayer):
         return made
 
     def _scaled(self, q: Tensor, positions: Tensor) -> Tensor:
-        form = self.layer_spec.attention.query_scaling
+        form = self.layer_spec.attention.scores.by_position
         return q if form is None else scale_queries(q, positions, form)
 
     def _in_chunks(self, x: Tensor, weights: Weights, ctx: Context) -> Tensor:
@@ -154,14 +171,18 @@ class Attention(AttentionLayer):
 
     def output(self, outputs: Tensor, x: Tensor, weights: Weights) -> Tensor:
         layer = self.layer_spec
-        merged = outputs.transpose(1, 2).reshape(*x.shape[:2], layer.attention.q_size)
+        own = layer.attention
+        merged = outputs[..., : own.value_dim].transpose(1, 2).reshape(*x.shape[:2], own.out_size)
+        if own.gate:
+            normed = normalise(layer.norms.attention_in, x, weights)
+            merged = merged * linear(normed, weights["attention_gate.weight"]).sigmoid_()
+            del normed
         out = linear(merged, weights["out.weight"], weights.get("out.bias"))
         return self.joined(out, layer.norms.attention_out, x, weights)
 
     def flops(self, rows: int, seq: int, context: int) -> int:
-        own = self.layer_spec.attention
-        projections = self.spec.hidden_size * (2 * own.q_size + 2 * own.kv_size)
-        return 2 * rows * seq * projections + self.attention_flops(rows, seq, context)
+        values = sum(weight.numel for weight in self.weights if len(weight.shape) == 2)
+        return 2 * rows * seq * values + self.attention_flops(rows, seq, context)
 
     def attention_flops(self, rows: int, seq: int, context: int) -> int:
         own = self.layer_spec.attention
@@ -198,7 +219,12 @@ class Attention(AttentionLayer):
             project += qkv
         if own.qk_norm is not None:
             project += tokens * own.q_size * item + norm_workspace(
-                own.qk_norm.norm, own.q_size, tokens, dtype
+                own.qk_norm.norm, own.q_size, tokens, dtype, workspaces
+            )
+        if own.values.norm is not None:
+            # The norm makes the projected values contiguous.
+            project += tokens * own.kv_size * item + norm_workspace(
+                own.values.norm, own.kv_size, tokens, dtype, workspaces
             )
         if own.rope is not None:
             # Angles, cos and sin in float32; then the two halves and the rotated copy of the queries.
@@ -227,11 +253,14 @@ class Attention(AttentionLayer):
         if own.qkv != "separate":  # the values are a view, which keeps the whole product
             attend += tokens * (own.q_size + own.kv_size) * item
         merge = 2 * outputs + 2 * tokens * hidden * item
+        if own.gate:  # the normalised input and the gate
+            merge += tokens * hidden * item + outputs
+            merge += norm_workspace(layer.norms.attention_in, hidden, tokens, dtype, workspaces)
         norm_in, norm_out = (
-            norm_workspace(norm, hidden, tokens, dtype)
+            norm_workspace(norm, hidden, tokens, dtype, workspaces)
             for norm in (layer.norms.attention_in, layer.norms.attention_out)
         )
         first = own.q_size if own.qkv == "separate" else own.q_size + 2 * own.kv_size
-        shapes = (first, hidden), (hidden, own.q_size)
+        shapes = (first, hidden), (hidden, own.out_size)
         products = max(workspaces.product(tokens, *shape, dtype) for shape in shapes)
         return max(norm_in, project + products, attend, merge + products + norm_out)

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CheckpointError
+from flexgen.formats import Encoding
+from flexgen.models.headers import DTYPES, SHOWN_CHARACTERS, StoredTensor
 from flexgen.models.plain_files import check_file, reading
 from flexgen.models.samples import archive_content
 from flexgen.models.spec import WeightSpec
-from flexgen.models.tensor_files import DTYPES, SHOWN_CHARACTERS, StoredTensor, TensorFiles, by_name, finite
+from flexgen.models.tensor_files import TensorFiles, by_name, finite
 
 
 class BinCheckpoint(TensorFiles):
     """One or more `.bin` files of one directory, read with `weights_only`, so that no code of a file runs."""
 
-    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
+    def __init__(self, directory: Path, files: Sequence[Path], encodings: Sequence[Encoding] = ()) -> None:
         self._legacy: tuple[Path, dict[str, Any]] | None = None
         found = []
         for path in files:
@@ -30,7 +32,7 @@ class BinCheckpoint(TensorFiles):
                 if isinstance(name, str) and isinstance(tensor, Tensor):
                     dtype = tensor.dtype if tensor.dtype in DTYPES.values() else None
                     found.append((name, StoredTensor(path, str(tensor.dtype), dtype, tuple(tensor.shape))))
-        super().__init__(directory, by_name(found))
+        super().__init__(directory, by_name(found), encodings)
 
     @property
     def fingerprint(self) -> str:
@@ -47,7 +49,8 @@ class BinCheckpoint(TensorFiles):
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """See `Checkpoint.read`. The file is mapped only during this call."""
-        self.dtype_of(weight)
+        if (encoded := self.encoded(weight)) is not None:
+            return self._decoded(weight, encoded, dtype, rows)
         source, stored = self._find(weight)
         tensor, dtype = self._load(stored.path)[source.name], weight.dtype_in(dtype)
         part = tensor.flatten()[source.skipped :][: weight.numel]

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from flexgen import formats
+from flexgen.formats import block_fp8, fp4, integers
 from flexgen.kernels import scoring
-from flexgen.models import families, mlp_spec, sources
+from flexgen.models import families, mlp_spec, norm_spec, sources
 from flexgen.models import spec as spec_module
 from flexgen.models.families import config_from_dict, spec_from_config
 from flexgen.models.spec import ModelSpec
@@ -30,7 +32,10 @@ from flexgen.user_cache import cache_folder, keep
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
-_MODULES = {module.__name__: module for module in (spec_module, mlp_spec, sources, scoring)}
+_MODULES = {
+    module.__name__: module
+    for module in (spec_module, mlp_spec, norm_spec, sources, scoring, block_fp8, fp4, integers)
+}
 """The modules with the classes of specs and of their parts."""
 
 
@@ -61,9 +66,9 @@ def _path(values: Mapping[str, Any]) -> Path:
 
 
 def _source() -> str:
-    """A digest of the source files that make specs: this package and families from elsewhere."""
+    """A digest of the source files that make specs: this package, formats, and families from elsewhere."""
     digest = hashlib.sha256(Path(scoring.__file__).read_bytes())
-    for folder in (_PACKAGE, *map(Path, families.__path__)):
+    for folder in (_PACKAGE, *map(Path, (*formats.__path__, *families.__path__))):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -16,18 +16,23 @@ from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
 from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
+from flexgen.formats import Encoding
 from flexgen.models.bin_files import BinCheckpoint
+from flexgen.models.build import build_layers
 from flexgen.models.cached_specs import read_spec
 from flexgen.models.dummy import DummyCheckpoint
 from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.families import spec_from_config
 from flexgen.models.fields import token_ids
-from flexgen.models.folders import check_folder, other_format, shard_path
+from flexgen.models.folders import GGUF_SUFFIX, check_folder, only_gguf, other_format, shard_path
+from flexgen.models.gguf_families import spec_from_gguf
+from flexgen.models.gguf_files import GGUFCheckpoint
+from flexgen.models.gguf_header import all_shards, read_headers
 from flexgen.models.hub import HubOptions
-from flexgen.models.known import KNOWN, config_of, known_name, known_repository
+from flexgen.models.known import config_of, known_name, known_names, known_repository
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
-from flexgen.models.spec import ModelSpec, WeightSpec
+from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -43,7 +48,7 @@ _SUBDIRECTORIES = ["*/*"]
 _NUMPY_SUFFIX = "-np"
 """The end of the name of FlexGen 0.1's folder for a model, after the name of the model."""
 
-_Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint
+_Files = SafetensorsCheckpoint | BinCheckpoint | NumpyCheckpoint | GGUFCheckpoint
 
 
 class Checkpoint(Protocol):
@@ -51,7 +56,7 @@ class Checkpoint(Protocol):
 
     @property
     def directory(self) -> Path | None:
-        """The directory of the tokenizer; None for a model without one."""
+        """The directory of the tokenizer, or a GGUF file that contains it; None for a model without one."""
 
     @property
     def sources(self) -> Sequence[Path]:
@@ -68,13 +73,24 @@ class Checkpoint(Protocol):
         It is computed from headers and samples of the values, and takes about as long as opening the files.
         """
 
+    def encoded(self, weight: WeightSpec) -> EncodedWeight | None:
+        """The tensors of a weight that is stored quantized; None for other weights.
+
+        Raises CheckpointError if one of the tensors is missing or has the wrong shape or dtype.
+        """
+
     def extent(self, weight: WeightSpec) -> Extent | None:
-        """The place of the weight's bytes in a file; None if they cannot be read in place (`.bin`, dummy)."""
+        """The place of the weight's bytes in a file.
+
+        None if they cannot be read in place (`.bin`, dummy), or if the weight is stored quantized: then each of its
+        tensors has an extent.
+        """
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """A new contiguous host tensor: the whole weight, or a range of rows of its first dimension.
 
-        dtype: the dtype of the model. A weight with a dtype of its own is returned in that.
+        dtype: the dtype of the model. A weight with a dtype of its own is returned in that. A weight that is stored
+        quantized is decoded completely, also for a few rows.
 
         Raises CheckpointError, also for values that are not finite.
         """
@@ -90,8 +106,9 @@ def open_model(
 ) -> tuple[ModelSpec, Checkpoint]:
     """Open a model and return its spec and its checkpoint.
 
-    model: "demo", a directory in Hugging Face's layout, a known name ("opt-30b"), a hub id or a transformers
-        config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if it has a known name.
+    model: "demo", a directory in Hugging Face's layout, a GGUF file or a directory with one, a known name
+        ("opt-30b"), a hub id or a transformers config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if
+        it has a known name.
     weights: "checkpoint", "dummy" for random weights, or the `Path` of the directory with the weights of `model`.
     hub: options of downloads.
 
@@ -108,7 +125,7 @@ def open_model(
         directory = weights.expanduser()
         if not os.path.isdir(directory):
             raise CheckpointError(f"weights is {shown_path(weights)}: there is no such directory")
-        files = _open_files(directory)
+        files = _open_files(directory, spec.encodings)
         unsaid = _is_config(model) and model.dtype is None
         return _as_stored(spec, files, unsaid), files
     if not isinstance(weights, str) or weights not in ("checkpoint", "dummy"):
@@ -136,6 +153,8 @@ def open_model(
     known = known_name(name)
     if known is not None and dummy:
         return spec_from_config(config_of(known), known), DummyCheckpoint()
+    if os.path.exists(directory) and directory.suffix == GGUF_SUFFIX:
+        return _open_gguf(directory, name, dummy)
     if os.path.exists(directory):
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that contains it and {_CONFIG}"
@@ -147,6 +166,8 @@ def open_model(
         or name.count("/") > 1
     ):
         raise ModelError(f"{shown_path(name)}: there is no such directory")
+    if directory.suffix == GGUF_SUFFIX:
+        raise ModelError(f"{shown_path(name)}: there is no such file")
     if len(name) > MOST_OF_PATH:  # the hub's own message would contain all of it
         raise ModelError(
             f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"
@@ -166,10 +187,22 @@ def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
     return isinstance(model, PreTrainedConfig)
 
 
+def _open_gguf(path: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    header = read_headers(all_shards(path))
+    spec = spec_from_gguf(header, name)
+    if dummy:
+        return spec, DummyCheckpoint(path)
+    files = GGUFCheckpoint(path, header)
+    return _as_stored(spec, files, False), files
+
+
 def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoint]:
+    if (gguf := only_gguf(directory)) is not None:
+        return _open_gguf(gguf, name, dummy)
     check_folder(directory, _CONFIG)
-    known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX))
-    if known is not None and (directory / NumpyCheckpoint.MARK).exists():
+    numpy = (directory / NumpyCheckpoint.MARK).exists()
+    known = known_name(directory.name.removesuffix(_NUMPY_SUFFIX)) if numpy else None
+    if known is not None:
         config = config_of(known)
         spec, has_dtype = spec_from_config(config, name), config.dtype is not None
     else:
@@ -182,19 +215,24 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
             spec = replace(spec, eos_token_ids=ids)
     if dummy:
         return spec, DummyCheckpoint(directory)
-    files = _open_files(directory)
+    files = _open_files(directory, spec.encodings)
     return _as_stored(spec, files, not has_dtype), files
 
 
 def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
-    """The spec, completed from the files: the dtype if the config has none, and whether the head is tied."""
+    """The spec, completed from the files: the dtype if the config has none, whether the head is tied, and which
+    matrices are quantized."""
     files.check_unquantized()
     files.check_depth(spec)
     embed, head = _vocabulary(spec)
-    if dtype_unsaid and files.holds(embed):
+    if dtype_unsaid and files.holds(embed) and not files.encoded(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
     if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
         spec = replace(spec, tied_head=False)
+    if spec.encodings:
+        weights = (weight for layer in build_layers(spec) for weight in layer.weights)
+        found = {weight.key: files.encoded(weight) for weight in weights}
+        spec = replace(spec, encoded={key: encoded for key, encoded in found.items() if encoded is not None})
     return spec
 
 
@@ -208,6 +246,8 @@ def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
 
 def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
     """Whether a head that the config calls tied has its own values. Like transformers, these are used."""
+    if files.encoded(embed) or files.encoded(head):
+        return files.encoded(embed) is None
     dtype = files.dtype_of(embed)
     return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
@@ -226,7 +266,7 @@ def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = Mod
     return values
 
 
-def _open_files(directory: Path) -> _Files:
+def _open_files(directory: Path, encodings: Sequence[Encoding]) -> _Files:
     formats: tuple[tuple[str, type[SafetensorsCheckpoint] | type[BinCheckpoint]], ...] = (
         ("model.safetensors", SafetensorsCheckpoint),
         ("pytorch_model.bin", BinCheckpoint),
@@ -237,9 +277,9 @@ def _open_files(directory: Path) -> _Files:
     for single, checkpoint in formats:
         index = directory / f"{single}.index.json"
         if (directory / single).exists() or (directory / single).is_symlink():
-            return checkpoint(directory, [directory / single])
+            return checkpoint(directory, [directory / single], encodings)
         if index.exists() or index.is_symlink():
-            return checkpoint(directory, _shards(index))
+            return checkpoint(directory, _shards(index), encodings)
         looked_for += [single, index.name]
     fix = other_format(directory) or "Use weights='dummy' for random weights"
     raise CheckpointError(
@@ -293,4 +333,4 @@ def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) ->
 
 
 def _similar(name: str) -> str:
-    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *KNOWN))
+    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *known_names()))

@@ -42,6 +42,9 @@ class DummyCheckpoint:
 
     fingerprint = identity
 
+    def encoded(self, weight: WeightSpec) -> None:
+        """Always None: no weight is stored quantized."""
+
     def extent(self, weight: WeightSpec) -> None:
         """Always None: there is no file."""
 

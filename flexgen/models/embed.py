@@ -81,7 +81,7 @@ class InputEmbed(Layer):
         products = (
             workspaces.product(tokens, spec.hidden_size, spec.embed_size, dtype) if spec.projected else 0
         )
-        norm = norm_workspace(spec.embed_norm, spec.hidden_size, tokens, dtype)
+        norm = norm_workspace(spec.embed_norm, spec.hidden_size, tokens, dtype, workspaces)
         return tokens * (widths * dtype.itemsize + torch.int64.itemsize) + products + norm + result
 
 
@@ -130,5 +130,5 @@ class Head(Layer):
             workspaces.product(tokens, spec.vocab_size, spec.embed_size, dtype),
             workspaces.product(tokens, spec.embed_size, spec.hidden_size, dtype) if spec.projected else 0,
         )
-        norm = norm_workspace(spec.final_norm, spec.hidden_size, tokens, dtype)
+        norm = norm_workspace(spec.final_norm, spec.hidden_size, tokens, dtype, workspaces)
         return tokens * widths * dtype.itemsize + norm + products

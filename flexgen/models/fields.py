@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexgen.errors import ModelError, shown
+from flexgen.formats import Encoding, read_encodings
 from flexgen.kernels.scoring import Window
 from flexgen.models.ops import ACTIVATIONS
-from flexgen.models.rope import KINDS, rope_spec
+from flexgen.models.rope import KINDS, ReadParameters, rope_spec
 from flexgen.models.spec import RopeSpec
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -29,7 +30,7 @@ _DTYPES = {
 }
 
 _QUANTIZED = ("quantization_config", "compression_config")
-"""Fields in which GPTQ, AWQ, bitsandbytes, fp8 and others describe their quantization."""
+"""Fields in which a config describes the quantization of its weights."""
 
 _UNRELATED = {
     "model_type", "is_decoder", "architectures", "transformers_version", "auto_map", "name_or_path",
@@ -67,8 +68,6 @@ class Fields:
     """
 
     def __init__(self, config: PreTrainedConfig, name: str) -> None:
-        for field in _QUANTIZED:
-            check_unquantized(getattr(config, field, None), name, field)
         self._config = config
         self._read = set(_QUANTIZED)
         self.name = name
@@ -76,7 +75,26 @@ class Fields:
     def get(self, field: str) -> Any:
         """The value of `field`; None if it is absent."""
         self._read.add(self._config.attribute_map.get(field, field))
+        self._check_uniform(field)
         return getattr(self._config, field, None)
+
+    def of_layers(self) -> list[Fields]:
+        """The fields of each layer, for families in which some fields may differ between layers."""
+        if not self._config.is_heterogeneous:
+            return [self] * self.size("num_hidden_layers")
+        layers = []
+        for config in self._config.per_layer_config:
+            layer = copy.copy(self)  # with the same record of what was read
+            layer._config = config
+            layers.append(layer)
+        return layers
+
+    def _check_uniform(self, field: str) -> None:
+        """Raise ModelError if the layers have different values of `field`."""
+        if self._config.is_heterogeneous and field in self._config.per_layer_attributes:
+            raise ModelError(
+                f"{self.name}: layers with different values of {field} (per_layer_config) are not supported"
+            )
 
     def skip(self, *fields: str) -> None:
         """Mark fields as read that do not change the results, or that the config's class has converted to other
@@ -88,6 +106,9 @@ class Fields:
 
         The default of a field that the class does not have is None or False.
         """
+        if self._config.is_heterogeneous:
+            for field in sorted(self._config.per_layer_attributes - self._read):
+                self._check_uniform(field)
         default = vars(type(self._config)())
         for field, value in vars(self._config).items():
             if field in self._read or unrelated(field):
@@ -99,6 +120,15 @@ class Fields:
                     f"{self.name}: {field} = {shown(value)} is not supported: no layer of this family uses it"
                     f"{usual}. If it does not change the model's results, remove it from the config"
                 )
+
+    def encodings(self) -> tuple[Encoding, ...]:
+        """The encodings in which the checkpoint stores quantized matrices; empty if it is not quantized."""
+        found: list[Encoding] = []
+        for field in _QUANTIZED:
+            value = getattr(self._config, field, None)
+            as_dict = getattr(value, "to_dict", None)  # of transformers' own object
+            found += read_encodings(as_dict() if as_dict else value, self.name, field)
+        return tuple(dict.fromkeys(found))
 
     # One field
 
@@ -200,13 +230,17 @@ class Fields:
 
     def mixtures_by_step(self) -> tuple[bool, ...]:
         """For each layer, whether it is a mixture: each decoder_sparse_step-th one, except for mlp_only_layers."""
-        count, step = self.size("num_hidden_layers"), self.size("decoder_sparse_step")
-        dense = self.get("mlp_only_layers")
-        if not isinstance(dense, list | tuple) or not all(type(index) is int for index in dense):
+        dense, step = self.numbered_layers("mlp_only_layers"), self.size("decoder_sparse_step")
+        return tuple(not only and (index + 1) % step == 0 for index, only in enumerate(dense))
+
+    def numbered_layers(self, field: str) -> tuple[bool, ...]:
+        """For each layer, whether its number is in the list in `field`."""
+        numbers = self.get(field)
+        if not isinstance(numbers, list | tuple) or not all(type(index) is int for index in numbers):
             raise ModelError(
-                f"{self.name}: mlp_only_layers = {shown(dense)} is not supported; expected a list of layer numbers"
+                f"{self.name}: {field} = {shown(numbers)} is not supported; expected a list of layer numbers"
             )
-        return tuple(index not in dense and (index + 1) % step == 0 for index in range(count))
+        return tuple(index in numbers for index in range(self.size("num_hidden_layers")))
 
     def mlp_kinds(self) -> tuple[str, ...]:
         """The kind of the second half of each layer, "dense" or "sparse", from mlp_layer_types."""
@@ -218,6 +252,16 @@ class Fields:
                 f"each of {count} layers"
             )
         return tuple(kinds)
+
+    def chunks(self) -> tuple[Window | None, ...]:
+        """The window of each layer's attention, None for all tokens. Layers of the kind "chunked_attention" have
+        chunks of attention_chunk_size."""
+        kinds = self.layer_kinds(("full_attention", "chunked_attention"))
+        if "chunked_attention" not in kinds:
+            self.skip("attention_chunk_size")
+            return (None,) * len(kinds)
+        window = Window(self.size("attention_chunk_size"), chunked=True)
+        return tuple(window if kind == "chunked_attention" else None for kind in kinds)
 
     def windows(self) -> tuple[Window | None, ...]:
         """The window of each layer's attention, None for all tokens.
@@ -252,7 +296,7 @@ class Fields:
         self._rope_type(self.get("rope_parameters"), kind)
         try:
             config.standardize_rope_params()  # adds lengths and theta from outside of the parameters
-            parameters = _Parameters(_of_kind(config.rope_parameters, kind), others)
+            parameters = ReadParameters(_of_kind(config.rope_parameters, kind), others)
             share = parameters.get("partial_rotary_factor")
             proportional = parameters.get("rope_type") == "proportional"  # rotates the others by zero
             rotated = head_dim if share is None or proportional else int(head_dim * share)
@@ -299,52 +343,16 @@ def _of_kind(parameters: Any, kind: str | None) -> Any:
     return parameters
 
 
-class _Parameters(Mapping[str, Any]):
-    """The parameters of a RoPE. The object records which ones were read."""
-
-    def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
-        self._values = values
-        # "type" is the old name of rope_type; "finetuned" does not change the frequencies.
-        self._read = {"rope_type", "type", "finetuned", *read}
-
-    def __getitem__(self, field: str) -> Any:
-        self._read.add(field)
-        return self._values[field]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def unread(self) -> list[str]:
-        """The names that were not read and have a value."""
-        return [
-            field for field, value in self._values.items() if field not in self._read and value is not None
-        ]
-
-
 def check_values(values: Mapping[str, Any], name: str) -> None:
     """Check values on which transformers would fail without a useful message. Raises ModelError."""
     for field in _QUANTIZED:
-        check_unquantized(values.get(field), name, field)
+        read_encodings(values.get(field), name, field)
     kinds = values.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ModelError(f"{name}: layer_types = {shown(kinds)} is not supported; expected a list of names")
     for field in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"):
         if field in values:
             check_size(values[field], name, field)
-
-
-def check_unquantized(value: Any, name: str, field: str) -> None:
-    """Raises ModelError unless `value`, of a field of `_QUANTIZED`, is None."""
-    if value is None:
-        return
-    method = value.get("quant_method") if isinstance(value, dict) else value
-    raise ModelError(
-        f"{name}: the weights are quantized ({field}: {shown(method)}), which is not supported. Use a checkpoint in "
-        "float16, bfloat16 or float32; a policy with the codec int4 or int8 quantizes it when it is opened"
-    )
 
 
 def check_size(value: Any, name: str, field: str) -> int:

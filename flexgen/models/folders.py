@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path, PurePosixPath
 
 from flexgen.errors import CheckpointError, ModelError, shown
@@ -17,10 +18,7 @@ _CACHED = "models--"
 
 _HUB_FORMAT = "the repository of the original model usually has it in Hugging Face's layout"
 _OTHER_FORMATS = {
-    "*.gguf": (
-        "llama.cpp's GGUF format",
-        f"{_HUB_FORMAT}. Otherwise load it with transformers' from_pretrained(gguf_file=...), then save_pretrained",
-    ),
+    "*.gguf": ("the GGUF format", "give this file as the model, because it contains the config too"),
     "consolidated*.pth": (
         "Meta's own layout",
         "convert it with transformers' convert_llama_weights_to_hf script, or download the -hf repository",
@@ -33,6 +31,13 @@ _OTHER_FORMATS = {
     ),
 }
 """Weights in formats of other programs, by the pattern of their file names."""
+
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "decoder.*")
+"""Weights that are opened before GGUF files in the same folder."""
+
+GGUF_SUFFIX = ".gguf"
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""The name of one of the GGUF files of a model in several files."""
 
 
 def shard_path(index: Path, name: object) -> Path:
@@ -55,6 +60,26 @@ def other_format(directory: Path) -> str:
         if found := sorted(path.name for path in directory.glob(pattern)):
             return f"{found[0]} is in {kind}, which is not supported: {fix}"
     return ""
+
+
+def only_gguf(directory: Path) -> Path | None:
+    """The GGUF file of a folder without other weights; None if there is none.
+
+    Of a model in several files, it is the first one. Files of vision models (mmproj) do not count. Raises ModelError
+    if there are several models.
+    """
+    if any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
+        return None
+    found = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("mmproj"))
+    firsts = [
+        path for path in found if not (match := SHARD.fullmatch(path.name)) or int(match["number"]) == 1
+    ]
+    if len(firsts) > 1:
+        raise ModelError(
+            f"{directory} has several GGUF files: give the path of one, for example {firsts[0]}. The others are "
+            f"{', '.join(path.name for path in firsts[1:6])}"
+        )
+    return next(iter(firsts or found), None)
 
 
 def check_folder(directory: Path, config: str) -> None:

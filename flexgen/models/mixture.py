@@ -15,6 +15,7 @@ from flexgen.kernels.workspaces import Workspaces
 from flexgen.models.layer import MatrixGroup, Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
+from flexgen.models.norms import norm_weights, norm_workspace, normalise
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.sources import OneRow, Source
 from flexgen.models.spec import ModelSpec, WeightSpec
@@ -29,8 +30,7 @@ class Mixture(FeedForward):
     """x + the sum of the chosen experts' outputs with their factors + shared(x).
 
     The weights of expert 3 are "experts.3.gate.weight", "experts.3.up.weight" and "experts.3.down.weight", or with
-    both first matrices interleaved "experts.3.gate_up.weight". An expert
-    that no token chooses is not computed.
+    both first matrices in one "experts.3.gate_up.weight". An expert that no token chooses is not computed.
     """
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
@@ -38,6 +38,12 @@ class Mixture(FeedForward):
         weights = _router_weights(spec, mixture.router, index) + _expert_weights(spec, mixture, index)
         if mixture.shared is not None:
             weights += mlp_weights(spec, mixture.shared, index, "shared.")
+        if mixture.norms is not None:
+            for place in ("experts_in", "experts_out", "shared_in", "shared_out"):
+                weights += norm_weights(spec, getattr(mixture.norms, place), place, index, place)
+            weights += _vector(spec, "router_in", spec.hidden_size, index, "router_in.weight")
+        if mixture.expert_scale:
+            weights += _vector(spec, "expert_scale", mixture.router.experts, index, "expert_scale")
         if mixture.shared_gate:
             (gate,) = linear_weights(spec, "shared_gate", 1, spec.hidden_size, bias=False, index=index)
             weights += (replace(gate, encodable=False),)
@@ -79,9 +85,15 @@ class Mixture(FeedForward):
 
     def network(self, x: Tensor, weights: Weights) -> Tensor:
         mixture, flat = self._mixture, x.reshape(-1, x.shape[-1])
+        norms = mixture.norms
         out = self._chosen(flat, weights)
+        if norms is not None:
+            out = normalise(norms.experts_out, out.to(x.dtype), weights, "experts_out").float()
         if mixture.shared is not None:
-            shared = compute_mlp(mixture.shared, flat, weights, "shared.")
+            given = flat if norms is None else normalise(norms.shared_in, flat, weights, "shared_in")
+            shared = compute_mlp(mixture.shared, given, weights, "shared.")
+            if norms is not None:
+                shared = normalise(norms.shared_out, shared, weights, "shared_out")
             if mixture.shared_gate:
                 shared.mul_(linear(flat, weights["shared_gate.weight"]).sigmoid_())
             out += shared
@@ -91,8 +103,13 @@ class Mixture(FeedForward):
 
     def _chosen(self, x: Tensor, weights: Weights) -> Tensor:
         """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
-        router = self._mixture.router
-        chosen, factors = route(router, x, weights)
+        mixture = self._mixture
+        router = mixture.router
+        chosen, factors = route(router, self._of_router(x, weights), weights)
+        if mixture.expert_scale:
+            factors = factors * weights["expert_scale"][chosen]
+        if mixture.norms is not None:
+            x = normalise(mixture.norms.experts_in, x, weights, "experts_in")
         # The choices in the order of their experts, and where those of each expert end.
         experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(router.experts, device=x.device)
@@ -101,25 +118,40 @@ class Mixture(FeedForward):
         if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for number, (begin, end) in _spans(ends).items():
-                rows = tokens[begin:end]
-                outputs = self._outputs(x[rows], self._each({number: (0, len(rows))}, weights))
-                out.index_add_(0, rows, outputs * factors[begin:end])
+                rows, product = tokens[begin:end], self._each({number: (0, end - begin)}, weights)
+                out.index_add_(0, rows, self._weighted(x[rows], factors[begin:end], product))
             return out
         together = self._in_one_product(len(order), weights)
         product = self._grouped(ends, weights) if together else self._each(_spans(ends), weights)
         # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
         by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-        by_token[order] = self._outputs(x[tokens], product) * factors
+        by_token[order] = self._weighted(x[tokens], factors, product)
         return by_token.view(*chosen.shape, -1).sum(dim=1)
+
+    def _of_router(self, x: Tensor, weights: Weights) -> Tensor:
+        """The input of the router, from that of the mixture."""
+        norms = self._mixture.norms
+        if norms is None:
+            return x
+        return normalise(norms.router_in, x, weights, "router_in").mul_(norms.router_scale)
+
+    def _weighted(self, x: Tensor, factors: Tensor, product: _Product) -> Tensor:
+        """The output of each row's expert for x (choices, hidden), with the factors (choices, 1) in float32."""
+        if self._mixture.weighted == "inputs":
+            return self._outputs(x * factors.to(x.dtype), product).float()
+        return self._outputs(x, product) * factors
 
     def _outputs(self, x: Tensor, product: _Product) -> Tensor:
         """The output of each row's expert for x (choices, hidden)."""
-        if self._mixture.interleaved:
-            (both,) = product(x, ("gate_up",))
-            inner = self._inner(both[:, 0::2], both[:, 1::2])
-            del both
-        else:
+        if self._mixture.first == "separate":
             inner = self._inner(*product(x, ("gate", "up")))
+        else:
+            (both,) = product(x, ("gate_up",))
+            halves = (
+                both.chunk(2, dim=-1) if self._mixture.first == "halves" else (both[:, 0::2], both[:, 1::2])
+            )
+            inner = self._inner(*halves)
+            del both, halves
         return product(inner, ("down",))[0]
 
     def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -180,11 +212,22 @@ class Mixture(FeedForward):
         rows = max(tokens, min(tokens * router.top_k, self.spec.chunk_tokens))
         expert = rows * hidden * (dtype.itemsize + 2 * float32)
         expert += mlp_workspace(self._expert, hidden, rows, dtype, workspaces)
-        # The product with one matrix before it is copied, and the temporaries of a clamped product.
-        expert += rows * max(hidden, (5 if mixture.clamped else 1) * mixture.size) * dtype.itemsize
+        # The product with one matrix before it is copied. The temporaries of a clamped product; or the product with
+        # a fused matrix, which stays while it is multiplied again, and a contiguous copy of a half of it.
+        inner = 5 if mixture.clamped else 1 if mixture.first == "separate" else 3
+        expert += rows * max(hidden, inner * mixture.size) * dtype.itemsize
+        if mixture.weighted == "inputs":
+            expert += rows * hidden * dtype.itemsize
         shared = 0
         if mixture.shared is not None:
             shared = mlp_workspace(mixture.shared, hidden, tokens, dtype, workspaces)
+        if mixture.norms is not None:  # the input of the router; those of the experts and of `shared`
+            routing += norm_workspace(mixture.norms.router_in, hidden, tokens, dtype, workspaces)
+            expert += states * dtype.itemsize
+            shared += states * dtype.itemsize
+            shared = max(
+                shared, norm_workspace(mixture.norms.shared_out, hidden, 2 * tokens, dtype, workspaces)
+            )
         return max(routing, choices + states * float32 + max(expert, shared, states * dtype.itemsize))
 
 
@@ -197,6 +240,11 @@ def _mixture(spec: ModelSpec, index: int) -> MixtureSpec:
     mixture = spec.layers[index].mlp
     assert isinstance(mixture, MixtureSpec)
     return mixture
+
+
+def _vector(spec: ModelSpec, module: str, size: int, index: int, name: str) -> tuple[WeightSpec, ...]:
+    """A weight (size) whose name in checkpoints is that of the module."""
+    return (WeightSpec(name, (size,), tuple(map(Source, spec.module_names(module, index)))),)
 
 
 def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[WeightSpec, ...]:
@@ -218,7 +266,7 @@ def _router_weights(spec: ModelSpec, router: RouterSpec, index: int) -> tuple[We
 def _matrices(spec: ModelSpec, mixture: MixtureSpec) -> dict[str, tuple[int, int]]:
     """The shapes of an expert's matrices."""
     into, out = (mixture.size, spec.hidden_size), (spec.hidden_size, mixture.size)
-    if mixture.interleaved:
+    if mixture.first != "separate":
         return {"gate_up": (2 * mixture.size, spec.hidden_size), "down": out}
     return {"gate": into, "up": into, "down": out}
 

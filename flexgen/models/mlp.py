@@ -13,6 +13,7 @@ from flexgen.models.layer import Context, TransformerLayer, Weights, linear_weig
 from flexgen.models.mlp_spec import MLPSpec
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
 from flexgen.models.ops import ACTIVATIONS, IN_PLACE
+from flexgen.models.sources import Source
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
 
@@ -24,6 +25,8 @@ class FeedForward(TransformerLayer):
         norms = spec.layers[index].norms
         first = norm_weights(spec, norms.mlp_in, "mlp_in", index)
         last = norm_weights(spec, norms.mlp_out, "mlp_out", index, "out_norm")
+        if spec.layers[index].scaled:
+            last += (WeightSpec("scale", (1,), tuple(map(Source, spec.module_names("layer_scale", index)))),)
         super().__init__(spec, f"layers.{index}.mlp", first + weights + last, index)
 
     @property
@@ -62,7 +65,8 @@ class FeedForward(TransformerLayer):
     def _transform(self, x: Tensor, onto: Tensor, weights: Weights) -> Tensor:
         # No name for the normalised input, so that it is freed before the residual connection.
         out = self.network(normalise(self.norm_in, x, weights), weights)
-        return self.joined(out, self.layer_spec.norms.mlp_out, onto, weights)
+        out = self.joined(out, self.layer_spec.norms.mlp_out, onto, weights)
+        return out.mul_(weights["scale"]) if self.layer_spec.scaled else out
 
     def flops(self, rows: int, seq: int, context: int) -> int:
         return self.network_flops(rows * seq)
@@ -73,7 +77,7 @@ class FeedForward(TransformerLayer):
         spec, tokens = self.spec, min(rows * seq, self.spec.chunk_tokens)
         hidden = tokens * spec.hidden_size * dtype.itemsize
         norm_in, norm_out = (
-            norm_workspace(norm, spec.hidden_size, tokens, dtype)
+            norm_workspace(norm, spec.hidden_size, tokens, dtype, workspaces)
             for norm in (self.norm_in, self.layer_spec.norms.mlp_out)
         )
         normed = 0 if self.norm_in is None else hidden

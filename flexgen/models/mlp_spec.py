@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flexgen.models.norm_spec import NormSpec
+
 
 @dataclass(frozen=True)
 class MLPSpec:
@@ -64,6 +66,20 @@ class ClampedGLU:
 
 
 @dataclass(frozen=True)
+class MixtureNorms:
+    """The norms of a mixture whose router, experts and shared MLP do not have the same input: before the router,
+    before and after the experts, before and after the shared MLP."""
+
+    router_in: NormSpec
+    experts_in: NormSpec
+    experts_out: NormSpec
+    shared_in: NormSpec
+    shared_out: NormSpec
+    router_scale: float = 1.0
+    """The factor of the router's input, after its norm."""
+
+
+@dataclass(frozen=True)
 class MixtureSpec:
     """A mixture of experts: gated MLPs of inner width `size`, of which a router chooses some for each token.
 
@@ -76,15 +92,22 @@ class MixtureSpec:
     activation: str
     clamped: ClampedGLU | None = None
     """The product that replaces activation(gate) * up."""
-    interleaved: bool = False
-    """Whether one matrix of each expert has the rows of both projections alternately, the gate first."""
+    first: Literal["separate", "halves", "interleaved"] = "separate"
+    """Whether the projections to the inner width are two matrices of each expert, or one with the rows of both: all
+    rows of the gate first, or a row of each in turn."""
     bias: bool = False
+    weighted: Literal["outputs", "inputs"] = "outputs"
+    """What the router's factors multiply: the experts' outputs or their inputs."""
 
     shared: MLPSpec | None = None
     shared_gate: bool = False
     """Whether the output of `shared` is multiplied by the sigmoid of the product with a vector."""
     scale: float = 1.0
     """The factor of the output."""
+    expert_scale: bool = False
+    """Whether each expert has a stored number, by which its factors are multiplied."""
+    norms: MixtureNorms | None = None
+    """None: router, experts and `shared` have the same input."""
 
     def hit(self, tokens: float) -> float:
         """The expected number of different experts for `tokens` tokens, if all experts are equally likely and tokens

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.norms import rms_norm
+from flexgen.kernels.workspaces import Workspaces
 from flexgen.models.sources import tensors
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
@@ -44,11 +45,15 @@ def norm_weights(
     return tuple(WeightSpec(f"{name}.{part}", shape, tensors(names, part)) for part in parts)
 
 
-def norm_workspace(norm: NormSpec | None, size: int, tokens: int, dtype: torch.dtype) -> int:
-    """The peak bytes to normalise `tokens` rows of `size` values, including the result."""
+def norm_workspace(
+    norm: NormSpec | None, size: int, tokens: int, dtype: torch.dtype, workspaces: Workspaces
+) -> int:
+    """The peak bytes to normalise `tokens` contiguous rows of `size` values, including the result."""
     if norm is None:
         return 0
-    # Like transformers, an RMS norm uses two float32 copies. Both norms store two numbers per row.
-    float32_copies = 2 * torch.float32.itemsize if norm.kind == "rms" else 0
+    result = tokens * size * dtype.itemsize
+    if norm.kind == "rms":
+        return result + workspaces.rms_norm(tokens, size, dtype)
+    # A layer norm stores two numbers for each row.
     weight = 2 * size * torch.float32.itemsize if norm.plus else 0
-    return tokens * (size * (dtype.itemsize + float32_copies) + 2 * torch.float32.itemsize) + weight
+    return result + 2 * tokens * torch.float32.itemsize + weight

@@ -122,7 +122,7 @@ def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = Fals
 
 def scale_queries(q: Tensor, positions: Tensor, form: QueryScaling) -> Tensor:
     """Scale q (batch, heads, seq, head_dim) in place for `positions` (batch, seq). Returns q."""
-    factors = 1 + form.beta * torch.log(1 + torch.floor(positions / form.length))
+    factors = 1 + form.beta * torch.log(1 + torch.floor((positions + form.offset) / form.length))
     return q.mul_(factors[:, None, :, None].to(q.dtype))
 
 

@@ -6,7 +6,7 @@ The arithmetic has the same order as in transformers, so the frequencies are equ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,31 @@ from flexgen.models.spec import RopeSpec
 
 Parameters = Mapping[str, Any]
 """The `rope_parameters` of a config, with `rope_theta` and the lengths needed for the kind."""
+
+
+class ReadParameters(Mapping[str, Any]):
+    """The parameters of a RoPE. The object records which ones were read."""
+
+    def __init__(self, values: dict[str, Any], read: Sequence[str]) -> None:
+        self._values = values
+        # "type" is the old name of rope_type; "finetuned" does not change the frequencies.
+        self._read = {"rope_type", "type", "finetuned", *read}
+
+    def __getitem__(self, field: str) -> Any:
+        self._read.add(field)
+        return self._values[field]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unread(self) -> list[str]:
+        """The names that were not read and have a value."""
+        return [
+            field for field, value in self._values.items() if field not in self._read and value is not None
+        ]
 
 
 def rope_spec(parameters: Parameters, head_dim: int, max_positions: int) -> RopeSpec:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen.formats import Encoding
 from flexgen.kernels.scoring import Window
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
+from flexgen.models.norm_spec import NormSpec as NormSpec
 from flexgen.models.sources import Names, Source, Stacked
 
 
@@ -32,21 +35,6 @@ class RopeSpec:
     long_inv_freq: tuple[float, ...] = ()
     interleaved: bool = False
     """True: pair `j` has the values 2j and 2j + 1. False: the values j and j + len(inv_freq)."""
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """An RMS norm or a layer norm over the last dimension."""
-
-    kind: Literal["rms", "layer"]
-    eps: float
-    weight: bool = True
-    bias: bool = False
-    plus: float = 0.0
-    """A number that is added to the stored weight."""
-    cast: Literal["before", "after"] = "before"
-    """When an RMS norm rounds to the model's dtype: before or after the product with the weight. A layer norm always
-    rounds after it."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +65,48 @@ class QKNormSpec:
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor(p / length))."""
+    """Queries at position `p` are multiplied by 1 + beta * log(1 + floor((p + offset) / length))."""
 
     beta: float
     length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """How the values of attention are made.
+
+    from_keys: the values are the keys before their norm and rotation, and there is no projection of values. norm: the
+    norm of each head, which has no weight. scale: the factor of the values. dim: the size of a head, at most that of
+    the keys (None). The cache stores narrower values with zeros behind them, because the keys and values of a page
+    have one shape.
+    """
+
+    from_keys: bool = False
+    norm: NormSpec | None = None
+    scale: float = 1.0
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """The steps between the scaling of attention scores and their softmax.
+    """The steps from the products of queries and keys to their softmax.
 
-    cap: scores are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key
-    position - query position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes
-    part in the softmax but has no value.
+    scale: the factor of the products; None for head_dim ** -0.5. by_position: another factor of queries. cap: scores
+    are limited to this size, cap * tanh(score / cap). alibi: the slope of each head; slope * (key position - query
+    position) is added to a score. sinks: whether each head has a learned score ("sinks") that takes part in the
+    softmax but has no value.
     """
 
+    scale: float | None = None
+    by_position: QueryScaling | None = None
     cap: float | None = None
     alibi: tuple[float, ...] = ()
     sinks: bool = False
 
     @property
     def plain(self) -> bool:
-        """Whether there are no such steps."""
+        """Whether the scores are only scaled."""
         return self.cap is None and not self.alibi and not self.sinks
 
 
@@ -137,10 +145,10 @@ class AttentionSpec:
 
     qk_norm: QKNormSpec | None = None
     rope: RopeSpec | None = None
-    query_scaling: QueryScaling | None = None
+    values: ValueSpec = ValueSpec()
+    gate: bool = False
+    """Whether the result of attention is multiplied by the sigmoid of a projection of the layer's input."""
 
-    score_scale: float | None = None
-    """The factor of the attention scores. None: head_dim ** -0.5."""
     scores: ScoreSpec = ScoreSpec()
     window: Window | None = None
     """The tokens that a query attends to. None: all tokens up to itself."""
@@ -154,8 +162,18 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        """The size of a head of the values."""
+        return self.values.dim or self.head_dim
+
+    @property
+    def out_size(self) -> int:
+        """The width of the result of attention, before the output projection."""
+        return self.heads * self.value_dim
+
+    @property
     def scale(self) -> float:
-        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+        return self.head_dim**-0.5 if self.scores.scale is None else self.scores.scale
 
     @property
     def cache(self) -> CacheShape:
@@ -180,6 +198,8 @@ class LayerSpec:
     connections (opt-350m)."""
     residual_scale: float = 1.0
     """The factor of the outputs of attention and MLP."""
+    scaled: bool = False
+    """Whether the layer's output is multiplied by a stored number."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +223,8 @@ class WeightSpec:
     """Whether a codec may round it. The rows of a table of positions are added directly, and a router chooses."""
     unit: str = ""
     """Weights of a layer with the same unit go to the same tier: the matrices of an expert. Empty: it is alone."""
+    quantized: bool = False
+    """Whether it is one of the tensors that a checkpoint stores for a quantized weight."""
 
     @property
     def looked_up(self) -> bool:
@@ -222,7 +244,8 @@ class WeightSpec:
     @cached_property
     def key(self) -> str:
         """The identity of the tensor in the model. A tied head and the embedding have the same key."""
-        return str(self.sources[0])
+        # The first tensor of a quantized weight may have the weight's own name.
+        return f"{self.sources[0]}{' (quantized)' if self.quantized else ''}"
 
     @cached_property
     def numel(self) -> int:
@@ -231,6 +254,14 @@ class WeightSpec:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weight in a model of the dtype `dtype`."""
         return self.numel * self.dtype_in(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A matrix that a checkpoint stores quantized. `parts` are its tensors, in the order of `Encoding.parts`."""
+
+    encoding: Encoding
+    parts: tuple[WeightSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -276,6 +307,10 @@ class ModelSpec:
 
     transposed: frozenset[str] = frozenset()
     """The modules whose matrices are stored as (in, out) in files."""
+    encodings: tuple[Encoding, ...] = ()
+    """The encodings in which a quantized checkpoint stores its matrices. It may store some of them plainly."""
+    encoded: Mapping[str, EncodedWeight] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """The matrices that the checkpoint's files store quantized, by key."""
 
     chunk_tokens: int = 4096
     """The maximum number of tokens that a layer computes at once. It limits the memory for a long prompt. Products

@@ -32,6 +32,7 @@ LLAMA_MODULES = {
     "qkv": "layers.{i}.self_attn.qkv_proj",
     "q_norm": "layers.{i}.self_attn.q_norm",
     "k_norm": "layers.{i}.self_attn.k_norm",
+    "attention_gate": "layers.{i}.self_attn.gate_proj",
     "out": "layers.{i}.self_attn.o_proj",
     "mlp_in": "layers.{i}.post_attention_layernorm",
     "gate": "layers.{i}.mlp.gate_proj",
@@ -172,10 +173,14 @@ def grouped_router(fields: Fields, experts: str = "n_routed_experts") -> RouterS
 
 
 def mixture(
-    fields: Fields, router: RouterSpec, size: str = "moe_intermediate_size", **others: Any
+    fields: Fields,
+    router: RouterSpec,
+    size: str = "moe_intermediate_size",
+    activation: str = "hidden_act",
+    **others: Any,
 ) -> MixtureSpec:
-    """A mixture with experts of the width in the field `size`, with the activation hidden_act."""
-    return MixtureSpec(router, fields.size(size), fields.activation(), **others)
+    """A mixture with experts of the width in the field `size`, with the activation in the field `activation`."""
+    return MixtureSpec(router, fields.size(size), fields.activation(activation), **others)
 
 
 def shared_experts(

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flexgen.errors import CheckpointError, shown
+from flexgen.formats import Encoding, instead
+from flexgen.kernels.e4m3 import E4M3, has_nan
+from flexgen.models.headers import FLOATS, StoredTensor, read_header, read_numpy_header
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.samples import sample
 from flexgen.models.sources import Source
-from flexgen.models.spec import ModelSpec, WeightSpec
-from flexgen.units import align
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NUMPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
-_LENGTH_BYTES = 8
-SHOWN_CHARACTERS = 200  # the maximum number of characters of a file's contents in a message
-_HEADER_LIMIT = 100_000_000  # the published limit of the format
+from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
+from flexgen.models.text_part import text_tensors
 
 
 @dataclass(frozen=True)
@@ -42,18 +34,6 @@ class Extent:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """The metadata of a tensor in a file. `kind` is the file's name of the dtype; `dtype` is None for non-floats."""
-
-    path: Path
-    kind: str
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    offset: int = 0
-    nbytes: int = 0
-
-
 _QUANTIZED = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -65,6 +45,7 @@ _QUANTIZED = {
     "weight_packed": "compressed-tensors",
 }
 """Quantization methods by the last part of a tensor's name."""
+_CONFIG_FIELD = "quantization_config"
 
 
 def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
@@ -80,12 +61,20 @@ def by_name(found: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor
     return tensors
 
 
-class TensorFiles:
-    """The common part of all formats: a directory, and the metadata of its tensors by name."""
+class TensorFiles(ABC):
+    """The common part of all files: a directory, the metadata of its tensors by name, and the encodings of quantized
+    weights.
 
-    def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
+    Of a multimodal checkpoint, it has the tensors of the text model only (`text_tensors`).
+    """
+
+    def __init__(
+        self, directory: Path, tensors: dict[str, StoredTensor], encodings: Sequence[Encoding] = ()
+    ) -> None:
         self.directory: Path | None = directory
-        self._tensors = tensors
+        self._tensors = text_tensors(tensors)
+        self._encodings = encodings
+        self._encoded: dict[str, EncodedWeight | None] = {}
 
     @property
     def sources(self) -> list[Path]:
@@ -103,28 +92,111 @@ class TensorFiles:
 
     def holds(self, weight: WeightSpec) -> bool:
         """Whether any of the weight's sources exists."""
-        return self._source(weight) is not None
+        return self._source(weight) is not None or self.encoded(weight) is not None
 
     def dtype_of(self, weight: WeightSpec) -> torch.dtype:
         """The dtype of the stored weight. Raises CheckpointError if it is missing or not a float."""
         source, stored = self._find(weight)
-        if stored.dtype is None:
-            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        if stored.dtype not in FLOATS.values():
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS.values())
             raise CheckpointError(
                 f"{stored.path}: {source.name} has dtype {stored.kind}, which is not supported; "
                 f"supported: {supported}"
             )
+        assert stored.dtype is not None
         return stored.dtype
 
+    @abstractmethod
+    def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+        """See `Checkpoint.read`."""
+
+    def encoded(self, weight: WeightSpec) -> EncodedWeight | None:
+        """The tensors of a weight that is stored quantized; None for other weights.
+
+        Raises CheckpointError if one of the tensors is missing or has the wrong shape or dtype.
+        """
+        if not self._encodings or len(weight.shape) != 2 or weight.quantized:
+            return None
+        if weight.key not in self._encoded:
+            self._encoded[weight.key] = self._find_encoded(weight)
+        return self._encoded[weight.key]
+
+    def _find_encoded(self, weight: WeightSpec) -> EncodedWeight | None:
+        for source in weight.sources:
+            module = source.name.removesuffix(".weight")
+            for encoding in self._encodings:
+                suffix, dtype = encoding.mark
+                stored = self._tensors.get(module + suffix)
+                if stored is not None and stored.dtype is dtype:
+                    return EncodedWeight(encoding, self._parts(weight, source, encoding))
+        return None
+
+    def _parts(self, weight: WeightSpec, source: Source, encoding: Encoding) -> tuple[WeightSpec, ...]:
+        """The tensors of a weight that is stored at `source` in `encoding`."""
+        where = f"{self.directory}: {weight.key} is stored in {encoding.name}"
+        if len(source.take) > 1:
+            raise CheckpointError(
+                f"{where} as some rows of a matrix, which is not supported: use a checkpoint that is not quantized"
+            )
+        rows, columns = weight.shape
+        try:
+            parts = encoding.parts((rows, columns))
+        except ValueError as error:
+            raise CheckpointError(f"{where}, but {error}: use a checkpoint that is not quantized") from error
+        found = []
+        for part in parts:
+            name = source.name.removesuffix(".weight") + part.suffix
+            stored = self._tensors.get(name)
+            stack = (*source.shape[:1], *part.shape)
+            if stored is None:
+                raise CheckpointError(
+                    f"{where}, but {name} is missing: the checkpoint is not complete. Download it again"
+                )
+            if (
+                stored.dtype not in part.dtypes
+                or stored.shape != stack
+                and (stored.shape, stack) != ((), (1,))
+            ):
+                expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in part.dtypes)
+                raise CheckpointError(
+                    f"{where}, but {name} is {stored.kind} {stored.shape}; expected {expected} {stack}: the "
+                    "quantization_config in config.json belongs to another checkpoint. Download it again"
+                )
+            found.append(
+                WeightSpec(
+                    weight.name + part.suffix,
+                    part.shape,
+                    (Source(name, source.take, stack if source.take else ()),),
+                    dtype=stored.dtype,
+                    encodable=False,
+                    quantized=True,
+                )
+            )
+        return tuple(found)
+
+    def _decoded(
+        self, weight: WeightSpec, encoded: EncodedWeight, dtype: torch.dtype, rows: range | None
+    ) -> Tensor:
+        """A quantized weight, or some of its rows, in the dtype that a model of the dtype `dtype` needs."""
+        parts = [self.read(part, dtype) for part in encoded.parts]
+        out = torch.empty(weight.shape, dtype=weight.dtype_in(dtype))
+        encoded.encoding.decode(parts, out)
+        if not all(value.isfinite() for value in out.aminmax()):
+            wide = torch.empty(weight.shape)
+            encoded.encoding.decode(parts, wide)
+            finite(out, wide, self._find(encoded.parts[0])[1].path, weight)
+        return out if rows is None else out[rows.start : rows.stop]
+
     def check_unquantized(self) -> None:
-        """Raises CheckpointError for tensors that only quantized checkpoints have, regardless of the config."""
+        """Raises CheckpointError for tensors that only quantized checkpoints have if the config has no encodings."""
+        if self._encodings:
+            return
         for name, stored in self._tensors.items():
             method = _QUANTIZED.get(name.rpartition(".")[2])
             if method or "float8" in stored.kind or stored.kind.startswith("F8"):
                 raise CheckpointError(
                     f"{stored.path}: {shown(name)} ({stored.kind}) belongs to quantized weights "
-                    f"({method or 'fp8'}), which are not supported. Use a checkpoint in float16, bfloat16 or "
-                    "float32; a policy with the codec int4 or int8 quantizes it when it is opened"
+                    f"({method or 'fp8'}), but config.json has no {_CONFIG_FIELD} that describes them. {instead()}"
                 )
 
     def check_depth(self, spec: ModelSpec) -> None:
@@ -138,7 +210,7 @@ class TensorFiles:
     def verify(self, layers: Sequence[Layer]) -> None:
         """Raises CheckpointError for missing tensors, wrong shapes and unsupported dtypes."""
         missing, wrong = [], []
-        weights = [weight for layer in layers for weight in layer.weights]
+        weights = [w for layer in layers for w in layer.weights if self.encoded(w) is None]
         for weight in weights:
             source = self._source(weight)
             if source is None:
@@ -174,121 +246,7 @@ def _some(items: Sequence[str], limit: int = 8) -> str:
     return "; ".join(items[:limit]) + (f"; and {len(items) - limit} more" if len(items) > limit else "")
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The metadata of the tensors in a safetensors file by name.
-
-    Raises CheckpointError if the file is not a safetensors file or is truncated.
-    """
-    with reading(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or not 2 <= length <= min(_HEADER_LIMIT, size - _LENGTH_BYTES):
-            raise CheckpointError(
-                f"{path}: not a complete safetensors file: it has {size} bytes and a header of {length} bytes. Copy "
-                "or download it again"
-            )
-        text = file.read(length)
-    base = _LENGTH_BYTES + length
-    tensors = {}
-    try:
-        for name, entry in json.loads(text, object_pairs_hook=_unique).items():
-            if name == "__metadata__":
-                continue
-            begin, end = _whole(entry["data_offsets"])
-            kind, shape = str(entry["dtype"])[:SHOWN_CHARACTERS], _whole(entry["shape"])
-            if min(shape, default=0) < 0:
-                raise ValueError(f"{name} has a negative dimension")
-            tensors[name] = StoredTensor(path, kind, DTYPES.get(kind), shape, base + begin, end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read: {shown(error)}") from error
-    _check_extents(path, tensors, base, size)
-    return tensors
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header. Raises ValueError for a duplicate name."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name is duplicated")
-    return values
-
-
-def _whole(values: Any) -> tuple[int, ...]:
-    """Offsets or a shape. Raises ValueError unless `values` is a list of integers of at most 63 bits."""
-    if not isinstance(values, list) or not all(type(n) is int and abs(n) < 2**63 for n in values):
-        raise ValueError(f"expected a list of integers, found {str(values)[:SHOWN_CHARACTERS]}")
-    return tuple(values)
-
-
-def _check_extents(path: Path, tensors: Mapping[str, StoredTensor], base: int, size: int) -> None:
-    """Raises CheckpointError unless the bytes of each tensor fit its shape, are in the file, and do not overlap."""
-    for name, stored in tensors.items():
-        end = stored.offset + stored.nbytes
-        if stored.offset < base or stored.nbytes < 0 or end > size:
-            raise CheckpointError(
-                f"{path}: {name} is at bytes {stored.offset} to {end}, but the file has {size} bytes: it is "
-                "truncated or damaged. Copy or download it again"
-            )
-        if stored.dtype is not None and stored.nbytes != math.prod(stored.shape) * stored.dtype.itemsize:
-            raise CheckpointError(
-                f"{path}: {name} of shape {stored.shape} in {stored.kind} cannot have {stored.nbytes} bytes: the "
-                "file is damaged. Copy or download it again"
-            )
-    filled = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
-    for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
-        if begin < end:
-            raise CheckpointError(
-                f"{path}: {name} and {following} overlap at byte {begin}: the file is damaged. Copy or download it "
-                "again"
-            )
-
-
-def read_numpy_header(path: Path) -> StoredTensor:
-    """The metadata of a numpy file. Raises CheckpointError if the array is not C-ordered or not complete."""
-    with reading(path), path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read(file)
-        except Exception as error:  # numpy evaluates text from the file, which can raise anything
-            raise CheckpointError(f"{path}: not a numpy file: {str(error)[:SHOWN_CHARACTERS]}") from error
-        offset = file.tell()
-    nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
-    if fortran_order:
-        raise CheckpointError(f"{path}: the array is in Fortran order; save it with np.ascontiguousarray")
-    if offset + nbytes != size:
-        raise CheckpointError(
-            f"{path}: an array of shape {shape} in {dtype} needs {offset + nbytes} bytes, but the file has {size}: "
-            "it is truncated or damaged. Copy or convert it again"
-        )
-    return StoredTensor(path, str(dtype), _NUMPY_DTYPES.get(dtype.str), shape, offset, nbytes)
-
-
-def make_header(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], alignment: int
-) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file with these tensors, one after another, and the offset of each in the file.
-
-    The offset of the first tensor is a multiple of `alignment`. Raises KeyError for an unsupported dtype.
-    """
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()} | {torch.uint8: "U8"}
-    entries, offsets, end = {}, {}, 0
-    for name, (dtype, shape) in tensors.items():
-        offsets[name] = end
-        end += math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": (offsets[name], end)}
-    text = json.dumps(entries).encode()
-    base = align(_LENGTH_BYTES + len(text), alignment)
-    text = text.ljust(base - _LENGTH_BYTES)  # the format allows spaces
-    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    return header, {name: base + offset for name, offset in offsets.items()}
-
-
-class _PlainFiles(TensorFiles):
+class PlainFiles(TensorFiles):
     """Files in which each tensor is one run of bytes in row-major order. Only headers are kept in memory."""
 
     @property
@@ -307,17 +265,21 @@ class _PlainFiles(TensorFiles):
     def extent(self, weight: WeightSpec) -> Extent | None:
         """The place of the weight's bytes; None for a transposed matrix. Raises CheckpointError if it is missing or
         not a float."""
-        return None if weight.transposed else self._extent(weight)
+        return None if weight.transposed or self.encoded(weight) else self._extent(weight)
 
     def _extent(self, weight: WeightSpec) -> Extent:
         """The place of the weight's bytes, transposed or not."""
-        dtype, (source, stored) = self.dtype_of(weight), self._find(weight)
+        source, stored = self._find(weight)
+        # The tensors of quantized weights have other dtypes, which were checked when they were found.
+        dtype = stored.dtype if weight.quantized and stored.dtype else self.dtype_of(weight)
         offset = stored.offset + source.skipped * dtype.itemsize
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         return Extent(stored.path, offset, weight.numel * dtype.itemsize, dtype, shape)
 
     def read(self, weight: WeightSpec, dtype: torch.dtype, rows: range | None = None) -> Tensor:
         """See `Checkpoint.read`. It uses plain reads, so that no file stays mapped."""
+        if (encoded := self.encoded(weight)) is not None:
+            return self._decoded(weight, encoded, dtype, rows)
         extent, dtype = self._extent(weight), weight.dtype_in(dtype)
         if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
@@ -341,14 +303,15 @@ class _PlainFiles(TensorFiles):
         return finite(stored.to(dtype), stored, extent.path, weight)
 
 
-class SafetensorsCheckpoint(_PlainFiles):
+class SafetensorsCheckpoint(PlainFiles):
     """One or more safetensors files of one directory."""
 
-    def __init__(self, directory: Path, files: Sequence[Path]) -> None:
-        super().__init__(directory, by_name(item for path in files for item in read_header(path).items()))
+    def __init__(self, directory: Path, files: Sequence[Path], encodings: Sequence[Encoding] = ()) -> None:
+        tensors = by_name(item for path in files for item in read_header(path).items())
+        super().__init__(directory, tensors, encodings)
 
 
-class NumpyCheckpoint(_PlainFiles):
+class NumpyCheckpoint(PlainFiles):
     """An OPT checkpoint that FlexGen 0.1 converted: a folder with one numpy file per tensor, named after the tensor.
 
     Its names have layer_norm in place of final_layer_norm. Its lm_head.weight is a copy of the embedding and is not
@@ -371,6 +334,10 @@ class NumpyCheckpoint(_PlainFiles):
 
 def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
     """`made`, which is `stored` converted to another dtype. Raises CheckpointError unless all values are finite."""
+    if made.dtype is E4M3 and has_nan(made.view(torch.uint8)):
+        raise _not_finite(path, weight)
+    if made.dtype.itemsize == 1 or not made.dtype.is_floating_point:
+        return made
     if not made.numel() or all(value.isfinite() for value in made.aminmax()):  # NaN spreads to both
         return made
     if all(value.isfinite() for value in stored.aminmax()):
@@ -378,7 +345,11 @@ def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tens
             f"{path}: {weight.key} has values outside the range of {str(made.dtype).removeprefix('torch.')}: open "
             "the model with dtype='bfloat16' or 'float32'"
         )
-    raise CheckpointError(
+    raise _not_finite(path, weight)
+
+
+def _not_finite(path: Path, weight: WeightSpec) -> CheckpointError:
+    return CheckpointError(
         f"{path}: {weight.key} contains NaN or infinite values: the file is damaged, or the training diverged. Copy "
         "or download it again"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from flexgen.layout.cache import CacheSegment
 from flexgen.layout.placement import Placement
@@ -12,7 +13,7 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.hardware import Hardware
-from flexgen.quant import Codec
+from flexgen.quant import MatrixCodec
 from flexgen.results.trace import LaneName
 
 
@@ -66,7 +67,7 @@ class Arithmetic:
             kind = (
                 weight.shape,
                 weight.looked_up,
-                self._placement.codec(weight),
+                self._placement.decoder(weight),
                 self._stays(weight),
                 each,
                 share,
@@ -80,7 +81,7 @@ class Arithmetic:
     def _product(self, weight: WeightSpec, rows: float, first: bool) -> float:
         """Seconds of a product with a matrix, for an input of `rows` rows."""
         hardware, name = self._hardware, self._name
-        flops, codec = 2 * rows * weight.numel, self._placement.codec(weight)
+        flops, codec = 2 * rows * weight.numel, self._placement.decoder(weight)
         if codec is None:
             return flops / hardware.product_rate(name, rows, packed=self._stays(weight))
         plain = flops / hardware.product_rate(name, rows)
@@ -101,14 +102,14 @@ class Arithmetic:
             and self._hardware.topology.in_place(self._placement.of(weight))
         )
 
-    def _fused_rows(self, codec: Codec) -> float:
+    def _fused_rows(self, codec: MatrixCodec[Any]) -> float:
         """The maximum number of rows for which a product uses the encoded matrix without decoding it."""
         measured = self._hardware.encoded_products.get(f"{self._name} {codec.name}")
         if measured is None:
             return codec.expected_fused_rows(self._hardware.topology.shares_host_memory, self._dtype)
         return measured[-1][0] if measured else 0
 
-    def decoding(self, codec: Codec, values: int) -> float:
+    def decoding(self, codec: MatrixCodec[Any], values: int) -> float:
         """Seconds of decoding `values` weights on the compute device."""
         return values * self._dtype.itemsize / decoding_rate(self._hardware, self._dtype, codec)
 
@@ -170,7 +171,7 @@ def alike_layers(layers: Sequence[Layer], placement: Placement, by_tier: bool) -
     seen: dict[object, int] = {}
     first = []
     for n, layer in enumerate(layers):
-        formats = tuple((placement.codec(w), by_tier and placement.of(w)) for w in layer.weights)
+        formats = tuple((placement.decoder(w), by_tier and placement.of(w)) for w in layer.weights)
         kind: object = n if layer.layer_spec is None else (type(layer), layer.layer_spec, formats)
         first.append(seen.setdefault(kind, n))
     return first

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flexgen.kernels.heads import HeadFormat
 from flexgen.predict.hardware import Hardware
-from flexgen.quant import Codec
+from flexgen.quant import MatrixCodec
 
 
-def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: Codec) -> float:
+def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any]) -> float:
     """The output bytes/s of decoding weights from `codec` to `dtype`. Raises HardwareError if it is unknown."""
     name = _name(dtype)
     if not hardware.decodes(name, codec.name) and (plain := hardware.device_attention.get(name)):

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from flexgen.errors import PolicyError
 from flexgen.kernels.heads import HeadFormat, PlainHeads
-from flexgen.quant.codec import Codec
+from flexgen.policy import STORED
+from flexgen.quant.codec import Codec, MatrixCodec
 from flexgen.quant.codecs import CODECS
+from flexgen.quant.stored import Stored
 
-__all__ = ["CODECS", "Codec", "codec_for", "head_format"]
+__all__ = ["CODECS", "Codec", "MatrixCodec", "Stored", "codec_for", "head_format"]
 
 
 def codec_for(name: str, shape: Sequence[int]) -> Codec | None:
@@ -24,4 +27,9 @@ def head_format(name: str, head_dim: int, dtype: torch.dtype) -> HeadFormat:
 
     Raises PolicyError if the codec cannot store heads of this size.
     """
+    if name == STORED:
+        raise PolicyError(
+            f"cache: codec {STORED!r} is the form of a checkpoint's weights, so only weights can have it; use "
+            "another codec for the cache"
+        )
     return CODECS[name].heads(head_dim) if name in CODECS else PlainHeads(head_dim, dtype)

@@ -89,6 +89,10 @@ class Activations:
         """Release all memory and files."""
         self._taken.close()
 
+    def moves(self, batch: int) -> bool:
+        """Whether rows of the batch leave the device between two layers."""
+        return bool(self._layouts[batch].away)
+
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the batch's rows that are not on the device to the cell's slot."""
         layout = self._layouts[cell.batch]

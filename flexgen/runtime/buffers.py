@@ -76,10 +76,12 @@ class Buffers:
             if isinstance(layer, AttentionLayer)
         }
         storage = workload.capacity, dtype, machine.device.topology
-        segments = {
-            j: [cache_segments(own.cache, model.policy, rows, *storage) for rows in batches]
-            for j, own in attention.items()
+        kinds = {
+            (shape, rows): cache_segments(shape, model.policy, rows, *storage)
+            for shape in {own.cache for own in attention.values()}
+            for rows in set(batches)
         }
+        segments = {j: [kinds[own.cache, rows] for rows in batches] for j, own in attention.items()}
         heads = {j: own.heads for j, own in attention.items()}
         self.batches = list(batches)
         cache = KVCache(segments, heads, passes.new, machine, slots, passes.extends)

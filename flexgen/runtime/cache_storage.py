@@ -52,7 +52,8 @@ class CacheStorage:
                 for layer, part in zip(layers, self._make_parts(of_tier), strict=True):
                     self._parts[layer, batch].append(part)
         self._made = self._parts
-        self._layouts = self._layouts_of(self._parts)
+        self.layouts = self._layouts_of(self._parts)
+        """The layouts by layer and batch, with the moves for attention and back home."""
         every = [segment for batches in layers.values() for segments in batches for segment in segments]
         self._slots = {
             tier: [self._make_slot([s for s in every if s.tier is tier], new) for _ in range(slots)]
@@ -66,10 +67,6 @@ class CacheStorage:
     def parts(self, cell: BoundCell) -> Sequence[Part]:
         """The parts of the cell's layer and batch."""
         return self._parts[cell.layer, cell.batch]
-
-    def layout(self, cell: BoundCell) -> CacheLayout:
-        """The layout of the cell's cache, with the moves for attention and back home."""
-        return self._layouts[cell.layer, cell.batch]
 
     def slot(self, tier: Tier, cell: BoundCell) -> Slot:
         """The cell's buffers for the part of a tier."""
@@ -169,7 +166,7 @@ class CacheStorage:
 
     def _continue_with(self, parts: dict[tuple[int, int], list[Part]]) -> None:
         self._parts = parts
-        self._layouts = self._layouts_of(parts)
+        self.layouts = self._layouts_of(parts)
 
     def reset(self) -> None:
         """Continue with the batches for which the cache was made, for other prompts."""

@@ -21,6 +21,7 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import Output, Prompts
+from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
 from flexgen.workload import Workload
@@ -143,7 +144,7 @@ class Call:
         run = range(first, max(first, 0) + 1 if output.by_token else tokens)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         offset = self.timing.total + time.perf_counter() - self._began
-        steps = self._checked(order(generation.grid))
+        steps = self._checked(order(generation.grid), generation.idle)
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
         self.timing.trace.extend(events, offset)
         if output.by_token:
@@ -155,9 +156,13 @@ class Call:
             self.timing.prefill += max(known, default=now) - self.timing.total
         return generation
 
-    def _checked(self, steps: Iterable[Step]) -> Iterator[Step]:
+    def _checked(self, steps: Iterable[Step], idle: frozenset[Place]) -> Iterator[Step]:
+        """The steps that are not idle, each after a check whether the call ends."""
         in_use = self._model.in_use
         for step in steps:
+            op, _, layer, batch = step
+            if (op, layer, batch) in idle:
+                continue
             in_use.check()
             if self._check is not None:
                 self._check()
@@ -186,7 +191,7 @@ class Call:
         generation = self._generation(prompts, output, grid, first)
         grid = replace(grid, tokens=len(sampled))
         alone = _LaneAlone(generation, lane, [token - first for token in sampled])
-        trace = execute(self._checked(normal(grid)), grid, alone, self._model.lanes, sampled)
+        trace = execute(self._checked(normal(grid), alone.idle), grid, alone, self._model.lanes, sampled)
         seconds = dict.fromkeys(sampled, 0.0)
         for event in trace.events:
             seconds[event.step.token] += event.end - event.start
@@ -223,6 +228,7 @@ class _LaneAlone:
         self._work = work
         self._lane = lane
         self._tokens = tokens
+        self.idle = work.idle
 
     def chains(self, step: Step) -> Chains:
         chains = self._work.chains(step._replace(token=self._tokens[step.token]))

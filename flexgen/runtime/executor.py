@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from flexgen.memory.lanes import Done, Lanes
 from flexgen.memory.transfer import Chains
 from flexgen.results.trace import Trace
-from flexgen.schedule.steps import Grid, Op, Step, needs
+from flexgen.schedule.idle import Place, busy_steps
+from flexgen.schedule.steps import Grid, Op, Step
 
 _WINDOW = 256
 """The maximum number of issued steps that are not done. It limits memory and the delay of Ctrl-C."""
@@ -19,6 +19,10 @@ _WINDOW = 256
 
 class Work(Protocol):
     """The work of the steps of a schedule."""
+
+    @property
+    def idle(self) -> frozenset[Place]:
+        """Steps without work in every pass, which a schedule may leave out. The stores of new ids are never idle."""
 
     def chains(self, step: Step) -> Chains:
         """The work of a step, or () if its data is already in place."""
@@ -71,6 +75,7 @@ class _Run:
     def __init__(self, grid: Grid, work: Work, lanes: Lanes, tokens: Sequence[int] | None = None) -> None:
         self._tokens = range(grid.tokens) if tokens is None else tokens
         self._grid = grid
+        self._busy = busy_steps(grid, work.idle)
         self._work = work
         self._lanes = lanes
         self._done: dict[Step, tuple[Done, ...]] = {}
@@ -78,7 +83,8 @@ class _Run:
         self._token = 0  # the latest token whose predecessors have ended
 
     def issue(self, step: Step) -> None:
-        after = tuple({id(d): d for needed in needs(step, self._grid) for d in self._done[needed]}.values())
+        needed = self._busy.needs(step)
+        after = tuple({id(done): done for other in needed for done in self._done[other]}.values())
         chains = self._work.chains(step)
         if not chains:
             self._done[step] = after  # done when the steps that it needs are done
@@ -99,12 +105,9 @@ class _Run:
         """Whether the run has ended with the previous token. Checked at the first computation of a token."""
         if step.op is not Op.COMPUTE or step.token <= self._token:
             return False
-        before, head = step.token - 1, self._grid.layers - 1
-        stores = [Step(Op.STORE_HIDDEN, before, head, k) for k in range(self._grid.batches)]
-        cache_stores = (
-            Step(Op.STORE_CACHE, before, *cell[1:]) for cell in replace(self._grid, tokens=1).cells()
-        )
-        if any(store not in self._done for store in (*stores, *cache_stores)):
+        before = step.token - 1
+        stores = self._busy.stores(before)
+        if any(store not in self._done for store in stores):
             return False  # the order has not issued all of the previous token: check again later
         self._token = step.token
         # No step needs a step that is more slots behind.
@@ -113,7 +116,8 @@ class _Run:
         if not self._work.can_finish:
             return False
         for store in stores:
-            _wait_all(self._done[store])
+            if store.op is Op.STORE_HIDDEN:  # new ids
+                _wait_all(self._done[store])
         return self._work.finished(before)
 
     def wait(self) -> None:

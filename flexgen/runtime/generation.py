@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.results.trace import LaneName
@@ -11,6 +12,7 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.model import Model
 from flexgen.runtime.tokens import Output, Prompts
+from flexgen.schedule.idle import Place
 from flexgen.schedule.steps import Grid, Op, Step
 
 
@@ -52,6 +54,31 @@ class Generation:
             return False
         self.next = self.first + token + 1
         return True
+
+    @cached_property
+    def idle(self) -> frozenset[Place]:
+        return frozenset(self._find_idle())
+
+    def _find_idle(self) -> Iterator[Place]:
+        layers, cache, head = self._model.layers, self._buffers.cache, self.grid.layers - 1
+        moves_hidden = [self._buffers.activations.moves(k) for k in range(self.grid.batches)]
+        for j, layer in enumerate(layers):
+            if not self._model.weights.layouts[j].runs:
+                yield from (Place(Op.LOAD_WEIGHTS, j, piece) for piece in range(self.grid.weight_pieces))
+            keeps_hidden, cached = j == head or self._output.wants_hidden(j), layer.has_cache
+            for k, moves in enumerate(moves_hidden):
+                if not (cached and cache.loads(j, k)):
+                    yield Place(Op.LOAD_CACHE, j, k)
+                if not (cached and cache.stores(j, k)):
+                    yield Place(Op.STORE_CACHE, j, k)
+                if not (moves if j else self._loads_ids):
+                    yield Place(Op.LOAD_HIDDEN, j, k)
+                if not (moves or keeps_hidden):
+                    yield Place(Op.STORE_HIDDEN, j, k)
+
+    @property
+    def _loads_ids(self) -> bool:
+        return self._buffers.lookup is not None or not self._model.machine.device.shares_host_memory
 
     def chains(self, step: Step) -> Chains:
         """The work of a step, or () if no data must move."""

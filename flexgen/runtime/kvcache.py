@@ -84,13 +84,25 @@ class KVCache:
 
     # Moves
 
+    def loads(self, layer: int, batch: int) -> bool:
+        """Whether `load` has work in some step of this layer and batch."""
+        return bool(self._storage.layouts[layer, batch].loaded)
+
+    def stores(self, layer: int, batch: int) -> bool:
+        """Whether `store` has work in some step of this layer and batch."""
+        return bool(self._storage.layouts[layer, batch].stored)
+
     def load(self, cell: BoundCell) -> Chains:
         """The work that loads the cached tokens for attention."""
-        return self._bind(cell, self._storage.layout(cell).load(cell.span), self._jobs.load)
+        return self._bind(
+            cell, self._storage.layouts[cell.layer, cell.batch].load(cell.span), self._jobs.load
+        )
 
     def store(self, cell: BoundCell) -> Chains:
         """The work that moves the new keys and values home, after `attend`."""
-        return self._bind(cell, self._storage.layout(cell).store(cell.span), self._jobs.store)
+        return self._bind(
+            cell, self._storage.layouts[cell.layer, cell.batch].store(cell.span), self._jobs.store
+        )
 
     def _bind(self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]) -> Chains:
         if not routes:
@@ -158,9 +170,10 @@ class KVCache:
         """`attend` for the part `chunk` of a cell of several tokens, after `keep`: its q, and k and v of the cell."""
         rows, padding = range(len(k))[chunk.rows], cell.padding
         if not cell.span.length:
-            seen = (chunk.rows, slice(None), slice(chunk.tokens.stop))
+            if len(rows) < len(k) or chunk.tokens.stop < k.shape[2]:
+                k, v = (x[chunk.rows, :, : chunk.tokens.stop] for x in (k, v))
             starts = padding.starts[chunk.rows] if padding.any else None
-            return causal_attention(q, k[seen], v[seen], starts, scoring)
+            return causal_attention(q, k, v, starts, scoring)
         length, outs = cell.span.length + chunk.tokens.stop, []
         for part in self._storage.parts(cell):
             own = part.segment.rows

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.policy import CODECS as NAMES
-from flexgen.policy import Auto, Policy, Share, Split, Tier
+from flexgen.policy import STORED, Auto, Policy, Share, Split, Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.job import Job
 from flexgen.quant import CODECS, head_format
@@ -22,12 +22,16 @@ _MOST_CELLS = 6_500
 
 
 class Choices:
-    """All policies with the given fields. `fixed`: the names of the given fields."""
+    """All policies with the given fields. `fixed`: the names of the given fields.
 
-    def __init__(self, job: Job, auto: Auto) -> None:
+    every: of the batch sizes and numbers of batches, only each n-th one is a choice.
+    """
+
+    def __init__(self, job: Job, auto: Auto, every: int = 1) -> None:
         self._job = job
         self._settled = Policy.from_dict(auto.fixed)
         self._lossy = auto.lossy
+        self._every = every
         self._shared = job.hardware.topology.shares_host_memory
         self.fixed = frozenset(auto.fixed)
         # If the compute device is the host, its memory is the one tier CPU.
@@ -59,13 +63,15 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
-                columns += [Column(what, tier, codec) for codec in NAMES if self._may(what, codec)]
+                columns += [Column(what, tier, codec) for codec in (*NAMES, STORED) if self._may(what, codec)]
         return tuple(columns)
 
     def _may(self, what: str, codec: str) -> bool:
         """Whether a codec may be chosen for a class of data and the machine has its rates."""
         if codec == "none":
             return True
+        if codec == STORED:  # lossless
+            return what == "weights" and bool(self._job.spec.encoded)
         if not self._lossy or what == "activations" or not CODECS[codec].searched:
             return False
         if what == "cache" and self._settled.attn_sparsity < 1:
@@ -104,8 +110,10 @@ class Choices:
         prompts, settled = self._job.workload.num_prompts, self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
         most = max(_MOST_CELLS // (2 * self._job.spec.num_layers + 2), 1)
-        sizes = [settled.gpu_batch_size] if size_fixed else _ladder(prompts)
-        numbers = [settled.num_gpu_batches] if batches_fixed else _ladder(min(prompts, _MOST_BATCHES, most))
+        sizes = [settled.gpu_batch_size] if size_fixed else self._ladder(prompts)
+        numbers = (
+            [settled.num_gpu_batches] if batches_fixed else self._ladder(min(prompts, _MOST_BATCHES, most))
+        )
         shapes: set[tuple[int, int]] = set()
         for size in sizes:
             for batches in numbers:
@@ -117,6 +125,16 @@ class Choices:
         for size, batches in sorted(shapes):
             by_size.setdefault(size, []).append(batches)
         return by_size
+
+    def _ladder(self, most: int) -> list[int]:
+        """1, 2, 3, 4, 6, 8, 12, ... up to `most`, and `most`. Of those between, only each `every`-th one."""
+        steps = {most}
+        power = 1
+        while power <= most:
+            steps |= {power, *([power // 2 * 3] if power > 1 else [])}
+            power *= 2
+        ladder = sorted(step for step in steps if step <= most)
+        return sorted({1, *ladder[:: -self._every]})
 
     def rounded(self, form: Policy, shares: Shares) -> Policy:
         """`form` with `shares` as whole percentages; those of cache and activations match whole rows of a batch."""
@@ -131,16 +149,6 @@ class Choices:
             percents = _whole(percents, 100)
             splits[what] = {c.tier: Share(int(p), c.codec) for c, p in zip(own, percents, strict=True) if p}
         return form.replace(**splits)
-
-
-def _ladder(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, and `most`."""
-    steps = {most}
-    power = 1
-    while power <= most:
-        steps |= {power, *([power // 2 * 3] if power > 1 else [])}
-        power *= 2
-    return sorted(step for step in steps if step <= most)
 
 
 def _whole(parts: np.ndarray, total: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from flexgen.predict.job import Job
 from flexgen.predict.prediction import Prediction
 from flexgen.schedule.orders import Slots
 from flexgen.search.choices import Choices
+from flexgen.search.effort import THOROUGH, Effort
 from flexgen.search.limits import limits_in_words
 from flexgen.search.linear import CLASSES, Solution, one_codec_each
 from flexgen.search.moves import Short, filled, moves, squeezed
@@ -34,14 +35,8 @@ from flexgen.workload import Workload
 
 _ALL_OPEN = Auto()
 """No field of the policy is given, and the search may not choose codecs."""
-_CELLS = 25_000
-"""The maximum number of cells to simulate for the ranking of solutions, and again to improve the winner."""
-_LAST_CELLS = 40_000
-"""The maximum number of cells of whole models to simulate at the end, for the winner and some others."""
 _REORDERED = 2
 """The number of best shapes to try in every order."""
-_ORDER_CELLS = 10_000
-"""The maximum number of cells to simulate for these orders."""
 _OWN_ORDER = 0.01
 """The share of the time by which another order must be faster than the policy's own order. A policy file does not
 store an order, so you have to pass it to every run."""
@@ -142,10 +137,13 @@ def find_policy(
     return find_for_job(Job.checked(spec, hardware, workload, dtype, order), auto)
 
 
-def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None) -> Search:
+def find_for_job(
+    job: Job, auto: Auto, top: int = 5, slots: Slots | None = None, effort: Effort = THOROUGH
+) -> Search:
     """`find_policy` for a job that was checked, with at most `top` candidates.
 
     slots: the maximum slots of an order that is not the policy's own; None sets no limit.
+    effort: how much to compute.
     """
     began = time.perf_counter()
     # If nothing fits, prompts are computed in chunks, of the first chunk size that fits.
@@ -155,7 +153,7 @@ def find_for_job(job: Job, auto: Auto, top: int = 5, slots: Slots | None = None)
     considered, refused = 0, None
     with _without_collections():
         for fixed in given:
-            finder = _Finder(job, Choices(job, replace(auto, fixed=fixed)), slots)
+            finder = _Finder(job, Choices(job, replace(auto, fixed=fixed), effort.every), slots, effort)
             try:
                 best, *others = finder.ranked(max(top, 1))
             except CapacityError as error:
@@ -185,9 +183,10 @@ def _without_collections() -> Iterator[None]:
 
 
 class _Finder:
-    def __init__(self, job: Job, choices: Choices, slots: Slots | None) -> None:
+    def __init__(self, job: Job, choices: Choices, slots: Slots | None, effort: Effort) -> None:
         self._job = job
         self._choices = choices
+        self._effort = effort
         self._programs = Programs(job, choices, slots)
         self._simulations = Simulations(job)
         self._tried: dict[Run, Solved] = {}
@@ -248,7 +247,7 @@ class _Finder:
         simulations = self._simulations
         for solved in self._programs.all():
             beaten = self._took and solved.seconds > min(self._took.values())
-            if len(self._tried) >= top and (beaten or simulations.laid_out > _CELLS):
+            if len(self._tried) >= top and (beaten or simulations.laid_out > self._effort.cells):
                 break
             self._try(solved)
         if not self._tried:
@@ -262,7 +261,7 @@ class _Finder:
         best = self._in_best_order(self._improved(first))
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
-            if len(kept) < top and (len(kept) < 2 or laid_out < _LAST_CELLS):
+            if len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):
                 kept.append(run)
                 laid_out += simulations.cells(run.policy)[0]
         candidates = {run: self._candidate(run) for run in kept}
@@ -289,7 +288,7 @@ class _Finder:
             for run in self._programs.other_orders(solved.form, solved.order)
         ]
         others = [solved for run in runs if (solved := self._programs.of(*run))]
-        until = self._simulations.laid_out + _ORDER_CELLS
+        until = self._simulations.laid_out + self._effort.order_cells
         for solved in by_seconds(others):
             if solved.seconds < min(self._took.values()) and self._simulations.laid_out < until:
                 self._try(solved)
@@ -320,7 +319,7 @@ class _Finder:
         Fixed costs, whole rows and the free memory of tiers are not linear, so the program's solution is not optimal.
         """
         simulations, solved = self._simulations, self._tried[run]
-        until = simulations.laid_out + _CELLS
+        until = simulations.laid_out + self._effort.cells
         least = self._took[run]
         for step in _STEPS:
             better = True

@@ -6,6 +6,7 @@ tests/models/families/test_tables.py holds every family's layers against transfo
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_families import TINY, random_model
+from tiny_families import COUNT_PADDING, TINY, random_model
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from flexgen.engine.model import OptLM
 from flexgen.models import ModelSpec, WeightSpec, build_layers, open_model
 from flexgen.policy import Policy
 from flexgen.quant import codec_for
+from flexgen.schedule.orders import ORDERS
 
 DEVICES = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = [3, 7, 5, 9, 2, 6, 4, 8]
@@ -38,6 +40,11 @@ STRUCTURES = {
     "windows, heads' norms": ("gemma3_text", 0),
     "windows in all layers": ("mistral", 1),
     "ALiBi, norm of embeddings": ("bloom", 1),
+    "sinks, clamped experts": ("gpt_oss", 0),
+    "gated attention, norms around a mixture": ("afmoe", 0),
+    "chunks, experts with weighted inputs": ("llama4_text", 0),
+    "heads of two sizes, an MLP next to the experts": ("gemma4_text", 0),
+    "values narrower than keys, sinks": ("mimo_v2_flash", 0),
 }
 
 
@@ -59,6 +66,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tupl
 
 def _greedy(model: PreTrainedModel, prompts: list[list[int]], tokens: int, pad: int) -> np.ndarray:
     width = max(map(len, prompts))
+    if model.config.model_type in COUNT_PADDING and len(prompts) > 1:
+        rows = [_greedy(model, [prompt], tokens, pad)[0] for prompt in prompts]
+        return np.stack([np.pad(row, (width + tokens - len(row), 0), constant_values=pad) for row in rows])
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
@@ -97,7 +107,7 @@ def test_greedy_ids_with_everything_on_the_gpu(family: str, saved: Any, prompts:
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("sep_layer", [True, False])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_orders_and_places_of_attention(
+def test_layers_and_places_of_attention(
     structure: str, sep_layer: bool, attend_on: str, saved: Any, prompts: Any, mixed: Any
 ) -> None:
     directory, model = saved(*STRUCTURES[structure])
@@ -108,6 +118,29 @@ def test_orders_and_places_of_attention(
         assert all(lm.placement.nbytes.values()), "a tier without weights would prove less"
         pad = lm.spec.pad_token_id or 0
     np.testing.assert_array_equal(ours[:, -10:], _greedy(model, given, 10, pad)[:, -10:])
+
+
+MIXTURES_AND_WINDOWS = [
+    name
+    for name in STRUCTURES
+    if {"experts", "windows", "mixture", "chunks", "sinks"} & set(re.split(r"\W+", name))
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("structure", MIXTURES_AND_WINDOWS)
+def test_every_order_with_mixtures_and_windows(
+    structure: str, device: str, saved: Any, prompts: Any, mixed: Any
+) -> None:
+    directory, model = saved(*STRUCTURES[structure])
+    given, ids = prompts(LENGTHS), {}
+    for order in ORDERS:
+        with OptLM(directory, mixed(), device=device, order=order, progress=False) as lm:
+            ids[order] = lm.generate(given, 10, stop=())[:, -10:]
+            pad = lm.spec.pad_token_id or 0
+    expected = _greedy(model, given, 10, pad)[:, -10:]
+    for order, found in ids.items():
+        np.testing.assert_array_equal(found, expected, err_msg=order)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

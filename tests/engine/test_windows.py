@@ -31,7 +31,7 @@ def test_every_order_far_beyond_the_window(
     np.testing.assert_array_equal(out, model.greedy(rows, TOKENS))
 
 
-@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("name", [GEMMA, MISTRAL])
@@ -86,6 +86,41 @@ def test_a_conversation_continues_or_starts_again(device: str, tiny: Any) -> Non
         for given in (text[:12], text, text[:19] + [30, 31], text[:9] + [40], text[:9] + [40, 41, 42]):
             out = talk.generate(given, 9, stop=())
             np.testing.assert_array_equal(out, model.greedy([given], 9)[0])
+
+
+@pytest.mark.parametrize("codec", ["none", "int4", "fp8"])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_conversation_with_a_ring_says_what_one_with_all_pages_says(
+    device: str, codec: str, tiny: Any
+) -> None:
+    """Turns of text and answers, until the text is several times as long as the ring of 8 tokens."""
+    said = []
+    policy = Policy(cache={"cpu": {"percent": 100, "codec": codec}}, gpu_batch_size=1)
+    for page_tokens in (4, 64):
+        with (
+            piece_sizes(page_tokens=page_tokens, memory_page_tokens=page_tokens),
+            OptLM(tiny(MISTRAL).directory, policy, device=device, progress=False) as lm,
+            lm.conversation() as talk,
+        ):
+            text: list[int] = []
+            for new in ([5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]):
+                text = talk.generate([*text, *new], 7, stop=()).tolist()
+            said.append(text)
+    assert said[0] == said[1] and len(said[0]) == 13 + 4 * 7
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("name", [GEMMA, MISTRAL])
+def test_a_stream_has_the_ids_of_a_call(name: str, device: str, tiny: Any, prompts: Any, mixed: Any) -> None:
+    """Rows end at different tokens, so that rings move to other batches."""
+    model, rows = tiny(name), prompts(LENGTHS)
+    whole, width = model.greedy(rows, TOKENS), max(LENGTHS)
+    stops = {int(row[width + 7 + n]) for n, row in enumerate(whole[:3])}
+    with OptLM(model.directory, mixed(), device=device, progress=False) as lm:
+        found = dict(lm.stream(rows, TOKENS, stop=sorted(stops)))
+    for number, row in enumerate(whole[:, width:].tolist()):
+        ends = next((n for n, token in enumerate(row) if token in stops), TOKENS - 1)
+        assert found[number].tolist() == row[: ends + 1]
 
 
 def test_sparse_attention_is_dense_in_layers_with_a_window(tiny: Any, prompts: Any, mixed: Any) -> None:

@@ -56,6 +56,23 @@ def test_ids_with_windows_caps_and_alibi_are_those_of_the_cpu(config, policy, or
     assert runtime.counters().hazards == 0
 
 
+@pytest.mark.parametrize("attend_on", ["gpu", "cpu"])
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize(
+    "config", [cases.GPT_OSS, cases.LLAMA4, cases.GEMMA4, cases.MIMO], ids=lambda c: c.model_type
+)
+def test_ids_with_sinks_chunks_and_uneven_heads_are_those_of_the_cpu(config, resident, attend_on):
+    """The text grows past the windows and chunks of 5; a ring has two pages."""
+    policy = cases.policy(**cases.RESIDENT) if resident else cases.policy(attend_on=attend_on)
+    with piece_sizes(page_tokens=4, memory_page_tokens=4):
+        expected = cases.ids_on("emulated", config, policy)
+        runtime.reset()
+        with in_every_thread(Numbers):
+            found = cases.ids_on("cuda", config, policy)
+    np.testing.assert_array_equal(found, expected)
+    assert runtime.counters().hazards == 0
+
+
 @pytest.mark.parametrize(
     "changes", [{}, cases.RESIDENT, dict(sep_layer=False)], ids=["thirds", "resident", "blocks"]
 )

@@ -32,7 +32,7 @@ def test_a_usual_call_of_transformers_opens(saved: Any, inputs: Any) -> None:
         ({"quantization_config": object()}, "codec"),
         ({"load_in_8bit": True}, "codec"),
         ({"attn_implementation": "flash_attention_2"}, "its own attention kernels"),
-        ({"gguf_file": "model.gguf"}, "safetensors"),
+        ({"gguf_file": "model.gguf"}, r"from_pretrained\('folder/model\.gguf'\)"),
         ({"state_dict": {}}, "save_pretrained"),
         ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "device_map of 2 modules.* Policy"),
         ({"device_map": {"": "disk"}}, r"weights=\{'disk': 100\}"),

@@ -154,6 +154,15 @@ def test_drain_returns_when_nothing_runs(lane):
     assert ended == [True]
 
 
+@pytest.mark.parametrize("kind", [ThreadLane, DiskLane])
+def test_drain_does_not_wake_a_lane_without_jobs(kind):
+    lane = kind(LaneName.DISK_READ)  # not started, so that it cannot answer
+    drain = threading.Thread(target=lane.drain, daemon=True)
+    drain.start()
+    drain.join(PATIENCE)
+    assert not drain.is_alive()
+
+
 def test_drain_does_not_raise(lane):
     lane.submit(boom, (), STEP)
     lane.drain()

@@ -118,7 +118,7 @@ def test_errors_of_config(make_model, save):
         open_model(config.parent)
     _edit(config, model_type="mamba")
     with pytest.raises(
-        ModelError, match="model_type = 'mamba' is not supported; supported: arcee, .*, llama"
+        ModelError, match="model_type = 'mamba' is not supported; supported: afmoe, arcee, .*, llama"
     ):
         open_model(config.parent)
     config.write_text("[]")

@@ -147,7 +147,6 @@ def test_a_tensor_that_two_shards_have(format, indexed, make_model, save):
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("model-Q4_K_M.gguf", r"model-Q4_K_M\.gguf is in llama\.cpp's GGUF format.*gguf_file="),
         ("consolidated.00.pth", r"is in Meta's own layout.*convert_llama_weights_to_hf"),
         ("tf_model.h5", "is in TensorFlow's format.*save_pretrained"),
     ],

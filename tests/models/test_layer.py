@@ -10,14 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AfmoeConfig,
     CodeGenConfig,
     CohereConfig,
     FalconConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MiMoV2FlashConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -71,6 +75,22 @@ CONFIGS = {
     "experts in groups": Glm4MoeConfig(
         **GROUPED, head_dim=16, n_routed_experts=4, num_experts_per_tok=4, n_group=2, topk_group=2,
         moe_intermediate_size=96, first_k_dense_replace=0,
+    ),
+    "gate": AfmoeConfig(
+        **GROUPED, head_dim=16, layer_types=["full_attention"], num_dense_layers=1, num_experts=2,
+        num_experts_per_tok=2, moe_intermediate_size=96,
+    ),
+    "experts with weighted inputs": Llama4TextConfig(
+        **GROUPED, head_dim=16, num_local_experts=2, num_experts_per_tok=2, no_rope_layers=[1],
+        layer_types=["full_attention"], moe_layers=[0],
+    ),
+    "values from keys, an MLP next to experts": Gemma4TextConfig(
+        **GROUPED, global_head_dim=16, attention_k_eq_v=True, layer_types=["full_attention"],
+        hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=2, top_k_experts=2,
+        moe_intermediate_size=96,
+    ),
+    "narrow values": MiMoV2FlashConfig(
+        **GROUPED, head_dim=24, v_head_dim=16, layer_types=["full_attention"], mlp_layer_types=["dense"],
     ),
 }  # fmt: skip
 
@@ -133,9 +153,8 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
             peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
-            # The estimate has room for norms in torch, which the compiled kernel does not need, and for the copies of
-            # the compiled products, which `peak_bytes` does not see.
-            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 4.5
+            # The estimate has room for the copies of the compiled products, which `peak_bytes` does not see.
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 

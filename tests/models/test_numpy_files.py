@@ -8,7 +8,8 @@ import torch
 
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.models import build_layers, open_model
-from flexgen.models.tensor_files import NumpyCheckpoint, StoredTensor, read_numpy_header
+from flexgen.models.headers import StoredTensor, read_numpy_header
+from flexgen.models.tensor_files import NumpyCheckpoint
 
 
 @pytest.fixture

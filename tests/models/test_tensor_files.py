@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from flexgen.errors import CheckpointError
 from flexgen.models import build_layers, open_model
 from flexgen.models.bin_files import BinCheckpoint
-from flexgen.models.tensor_files import SafetensorsCheckpoint, StoredTensor, read_header
+from flexgen.models.headers import StoredTensor, read_header
+from flexgen.models.tensor_files import SafetensorsCheckpoint
 
 
 def _all_weights(spec):
@@ -361,7 +362,8 @@ def test_quantized_weights_whose_config_does_not_say_so(name, dtype, method, for
     else:
         torch.save(tensors, directory / "pytorch_model.bin")
     with pytest.raises(
-        CheckpointError, match=rf"quantized weights \({method}\), which are not supported.*float16"
+        CheckpointError,
+        match=rf"quantized weights \({method}\), but config.json has no quantization_config.*float16",
     ):
         open_model(directory)
 

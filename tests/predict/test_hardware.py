@@ -34,7 +34,7 @@ def test_presets_load(name):
 
 def test_the_machines_that_were_asked_for_are_there():
     assert set(NAMES) >= {
-        *["t4", "t4-paper", "rtx-3090", "rtx-4090", "a100-80g", "h100", "h200", "laptop-16g"],
+        *["t4", "t4-paper", "l4", "rtx-3090", "rtx-4090", "a100-80g", "h100", "h200", "laptop-16g"],
     }
 
 

@@ -25,6 +25,8 @@ from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.prediction import predict
 from flexgen.predict.workspaces import workspaces_on
+from flexgen.quant import CODECS
+from flexgen.quant.groupwise import RoundedGroupwise
 from flexgen.schedule.orders import ORDERS
 from flexgen.search.corners import Corners
 from flexgen.search.find import find_for_job, find_policy
@@ -314,6 +316,23 @@ def test_codecs_only_where_they_are_allowed_and_known(opt, machine):
     chosen = {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
     assert not chosen & {"int4", "int8"}, "a codec that expects nothing of a machine needs its figures"
     assert "fp8" in chosen, "fp8 expects its rates of the machine's memory"
+
+
+def test_codecs_that_round_activations_are_only_chosen_by_name(opt, host, monkeypatch):
+    """They would be chosen: on this machine they are far faster than the other codecs."""
+    rounded = ("int4_a8", "int8_a8")
+    decoding = {codec: 1e12 if codec in rounded else 1e6 for codec in CODECS if codec != "fp8"}
+    hardware = host(capacity={"cpu": "150MiB", "disk": "4GiB"}, decoding=decoding)
+    workload, shape = Workload(100, 5, 8), {"gpu_batch_size": 4, "num_gpu_batches": 2}
+
+    def chosen(fixed):
+        found = find_policy(opt, hardware, workload, Auto(fixed, lossy=True)).best.policy
+        return {split[tier].codec for split in (found.weights, found.cache) for tier in Tier}
+
+    assert not chosen(shape) & set(rounded)
+    assert "int8_a8" in chosen(shape | {"weights": {"disk": {"percent": 100, "codec": "int8_a8"}}})
+    monkeypatch.setattr(RoundedGroupwise, "searched", True)
+    assert chosen(shape) & set(rounded)
 
 
 def test_a_host_has_two_tiers_and_nowhere_else_to_attend(opt, host):

@@ -26,8 +26,10 @@ def to_spec(fields: Fields) -> ModelSpec:
                 qkv_bias=bias,
                 out_bias=bias,
                 rope=rope,
-                score_scale=fields.positive("query_pre_attn_scalar") ** -0.5,
-                scores=ScoreSpec(cap=fields.cap("attn_logit_softcapping")),
+                scores=ScoreSpec(
+                    scale=fields.positive("query_pre_attn_scalar") ** -0.5,
+                    cap=fields.cap("attn_logit_softcapping"),
+                ),
                 window=window,
             ),
             gated_mlp(fields, field="hidden_activation"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexgen.models.families.gemma2 import NAMES
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerNorms, LayerSpec, ModelSpec, QKNormSpec
+from flexgen.models.spec import LayerNorms, LayerSpec, ModelSpec, QKNormSpec, ScoreSpec
 from flexgen.models.tables import attention, gated_mlp, gemma_scales, head_dim, model, rms
 
 
@@ -22,7 +22,7 @@ def to_spec(fields: Fields) -> ModelSpec:
                 out_bias=bias,
                 qk_norm=QKNormSpec(norm),
                 rope=fields.rope(head_dim(fields), kind=kind),
-                score_scale=fields.positive("query_pre_attn_scalar") ** -0.5,
+                scores=ScoreSpec(scale=fields.positive("query_pre_attn_scalar") ** -0.5),
                 window=window,
             ),
             gated_mlp(fields, field="hidden_activation"),

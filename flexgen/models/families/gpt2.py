@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerSpec, ModelSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import attention, both_in, gpt_mlp, gpt_names, layer_norm, model
 
 NAMES = gpt_names(
@@ -23,7 +23,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     layers = [layer] * fields.size("num_hidden_layers")
     if fields.flag("scale_attn_by_inverse_layer_idx"):
         layers = [
-            replace(layer, attention=replace(heads, score_scale=heads.scale / number))
+            replace(layer, attention=replace(heads, scores=ScoreSpec(scale=heads.scale / number)))
             for number, layer in enumerate(layers, 1)
         ]
     return model(

@@ -1,4 +1,4 @@
-"""gpt-oss 20b and 120b in bfloat16: attention sinks, windows in every other layer, and clamped experts."""
+"""gpt-oss 20b and 120b, in MXFP4 or bfloat16: attention sinks, windows in every other layer, and clamped experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_spec(fields: Fields) -> ModelSpec:
         router(fields, "num_local_experts", bias=True, scored="chosen"),
         "intermediate_size",
         clamped=ClampedGLU(fields.number("swiglu_alpha"), fields.positive("swiglu_limit")),
-        interleaved=True,
+        first="interleaved",
         bias=True,
     )
     layers = [

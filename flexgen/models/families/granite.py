@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexgen.models.fields import Fields
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec
 from flexgen.models.sources import Names
-from flexgen.models.spec import LayerSpec, ModelSpec
+from flexgen.models.spec import LayerSpec, ModelSpec, ScoreSpec
 from flexgen.models.tables import attention, both_in, gated_mlp, head_dim, llama_names, model, rms
 
 
@@ -23,7 +23,7 @@ def granite(fields: Fields, names: Names, mlp: MLPSpec | MixtureSpec) -> ModelSp
             qkv_bias=bias,
             out_bias=bias,
             rope=fields.rope(head_dim(fields)),
-            score_scale=fields.number("attention_multiplier"),
+            scores=ScoreSpec(scale=fields.number("attention_multiplier")),
         ),
         mlp,
         both_in(norm),

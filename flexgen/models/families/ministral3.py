@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexgen.errors import ModelError, shown
 from flexgen.models.fields import Fields
-from flexgen.models.spec import LayerSpec, ModelSpec, QueryScaling
+from flexgen.models.spec import LayerSpec, ModelSpec, QueryScaling, ScoreSpec
 from flexgen.models.tables import alike, attention, both_in, gated_mlp, head_dim, llama_names, model, rms
 
 _BETA = "llama_4_scaling_beta"
@@ -17,5 +17,7 @@ def to_spec(fields: Fields) -> ModelSpec:
     if not isinstance(beta, int | float):
         raise ModelError(f"{fields.name}: {_BETA} = {shown(beta)} in rope_parameters is not a number")
     scaling = QueryScaling(float(beta), rope.original_max_positions)
-    layer = LayerSpec(attention(fields, rope=rope, query_scaling=scaling), gated_mlp(fields), both_in(norm))
+    layer = LayerSpec(
+        attention(fields, rope=rope, scores=ScoreSpec(by_position=scaling)), gated_mlp(fields), both_in(norm)
+    )
     return model(fields, llama_names(), alike(fields, layer), norm)

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexgen.kernels.e4m3 import E4M3, scaled
 from flexgen.kernels.heads import EncodedHeads, HeadFormat
 from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import ALIGNMENT, Codec
 from flexgen.units import align
 
-_E4M3 = torch.float8_e4m3fn
 _SCALE = torch.float32
-_LARGEST = torch.finfo(_E4M3).max
+_LARGEST = torch.finfo(E4M3).max
 
 _LEAST_SCALE = torch.finfo(_SCALE).tiny
 _MOST_SCALE = 7.59e35
@@ -37,9 +37,6 @@ _MOST_SCALE = 7.59e35
 
 PIECE = 1 << 19
 """Values decoded at once on a CPU. The temporaries take 6 bytes a value (3 MiB); memory plans do not count them."""
-
-_FROM_HALF = 2.0**8
-"""The quotient of an e4m3 and the float16 with the same bits: their exponent biases are 7 and 15."""
 
 _HOST_BYTES = 14
 """Bytes that a core reads from memory in the time it takes to decode one value: 13 to 16, measured on an EPYC."""
@@ -49,7 +46,7 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Encode the rows of x (..., n), which is finite, to `codes` (..., n), uint8, and `scales` (...), float32."""
     least, most = x.aminmax(dim=-1)
     scales.copy_(torch.maximum(most, -least).to(_SCALE).div_(_LARGEST).clamp_(_LEAST_SCALE, _MOST_SCALE))
-    codes.copy_((x / scales[..., None]).to(_E4M3).view(torch.uint8))
+    codes.copy_((x / scales[..., None]).to(E4M3).view(torch.uint8))
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -60,7 +57,7 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 def decode_by_type(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Decode with torch's conversion, without temporaries."""
-    out.copy_(codes.view(_E4M3)).mul_(scales[..., None])
+    out.copy_(codes.view(E4M3)).mul_(scales[..., None])
 
 
 def decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor, piece: int = PIECE) -> None:
@@ -68,14 +65,7 @@ def decode_by_bits(codes: Tensor, scales: Tensor, out: Tensor, piece: int = PIEC
     rows = (codes.flatten(0, -2), scales.flatten(), out.flatten(0, -2))
     step = max(piece // out.shape[-1], 1)
     for some, scale, target in zip(*(part.split(step) for part in rows), strict=True):
-        target.copy_(_halved(some).mul_((scale * _FROM_HALF)[:, None]))
-
-
-def _halved(codes: Tensor) -> Tensor:
-    """Codes (uint8) in float32, `_FROM_HALF` times too small."""
-    # A sign-extended and shifted code has its sign in two bits, then the exponent. The second bit is cleared.
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return bits.view(torch.float16).to(torch.float32)
+        target.copy_(scaled(some, scale[:, None]))
 
 
 def _expected_decoding(plain: float, dtype: torch.dtype, on_host: bool) -> float:

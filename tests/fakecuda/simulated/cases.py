@@ -16,8 +16,11 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MiMoV2FlashConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -60,9 +63,20 @@ MISTRAL = MistralConfig(**_TINY, sliding_window=5)
 GEMMA2 = Gemma2Config(
     **_TINY, head_dim=16, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
 )
-GEMMA3 = Gemma3TextConfig(
-    **_TINY, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
-)
+_MIXED: dict[str, Any] = _TINY | dict(num_experts_per_tok=2, num_experts=5, num_local_experts=5)
+_KINDS = ["sliding_attention", "full_attention"]
+LLAMA4 = Llama4TextConfig(
+    **_MIXED, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], attention_chunk_size=5, floor_scale=4,
+)  # fmt: skip
+GEMMA4 = Gemma4TextConfig(
+    **_TINY, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=5,
+    layer_types=_KINDS, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=5, top_k_experts=2,
+    moe_intermediate_size=32,
+)  # fmt: skip
+MIMO = MiMoV2FlashConfig(
+    **_TINY, head_dim=12, v_head_dim=8, sliding_window=5, layer_types=_KINDS, mlp_layer_types=["dense", "dense"],
+)  # fmt: skip
+GEMMA3 = Gemma3TextConfig(**_TINY, head_dim=16, sliding_window=5, layer_types=_KINDS)
 BLOOM = BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
 PROMPTS = [list(range(5, 5 + n)) for n in (3, 9, 4, 4, 7, 2, 5, 6, 3)]
 

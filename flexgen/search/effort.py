@@ -1,0 +1,27 @@
+"""How much a search computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The limits of one search.
+
+    cells: the maximum number of cells to simulate for the ranking of solutions, and again to improve the winner.
+    last_cells: the same for whole models at the end, for the winner and some others.
+    order_cells: the same for the best shapes in every order.
+    every: of the possible batch sizes and numbers of batches, only each n-th one is tried.
+    """
+
+    cells: int = 25_000
+    last_cells: int = 40_000
+    order_cells: int = 10_000
+    every: int = 1
+
+
+THOROUGH = Effort()
+"""For a policy that will run."""
+QUICK = Effort(cells=1_500, last_cells=3_000, order_cells=500, every=3)
+"""For figures that compare models. It takes a quarter of the time, and its policies are a few percent slower."""

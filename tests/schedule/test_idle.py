@@ -1,0 +1,73 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.schedule.idle import BusySteps, Place, busy_steps
+from flexgen.schedule.steps import Grid, Op, Step, all_steps, needs
+
+grids = st.builds(
+    Grid,
+    tokens=st.integers(1, 7),
+    layers=st.integers(1, 5),
+    batches=st.integers(1, 3),
+    weight_pieces=st.integers(1, 2),
+    weight_slots=st.integers(1, 4),
+    cell_slots=st.integers(1, 4),
+    splits_attention=st.booleans(),
+    feeds_ids=st.booleans(),
+)
+
+
+def place(step):
+    return Place(step.op, step.layer, step.batch)
+
+
+def without(idle, step, grid):
+    """The needs of a step, with those of idle steps in place of these, found step by step."""
+    found = set()
+    for other in needs(step, grid):
+        if place(other) not in idle:
+            found.add(other)
+        elif other.op is not Op.LOAD_WEIGHTS:
+            found |= without(idle, other, grid)
+    return found
+
+
+@given(grid=grids, data=st.data())
+def test_a_step_needs_the_needs_of_idle_steps_in_their_place(grid, data):
+    places = sorted({place(step) for step in all_steps(grid) if step.op is not Op.COMPUTE}, key=str)
+    idle = frozenset(data.draw(st.sets(st.sampled_from(places))))
+    busy = BusySteps(grid, idle)
+    for step in all_steps(grid):
+        if place(step) not in idle:
+            found = busy.needs(step)
+            assert set(found) == without(idle, step, grid)
+            assert len(set(found)) == len(found)
+
+
+@given(grid=grids)
+def test_without_idle_steps_all_needs_are_those_of_the_schedule(grid):
+    busy = BusySteps(grid, frozenset())
+    for step in all_steps(grid):
+        assert set(busy.needs(step)) == set(needs(step, grid))
+
+
+def test_weights_in_place_do_not_wait_for_a_slot():
+    grid = Grid(tokens=2, layers=5, batches=3, weight_slots=2, cell_slots=1)
+    idle = frozenset(place(step) for step in all_steps(grid) if step.op is not Op.COMPUTE)
+    assert set(BusySteps(grid, idle).needs(Step(Op.COMPUTE, 1, 3, 0))) == {
+        Step(Op.COMPUTE, 0, 3, 0),  # its cache
+        Step(Op.COMPUTE, 1, 2, 0),  # its hidden states
+        Step(Op.COMPUTE, 1, 2, 2),  # its buffers
+    }
+
+
+def test_the_stores_of_a_pass_are_those_with_work():
+    grid = Grid(tokens=2, layers=3, batches=1)
+    idle = frozenset({Place(Op.STORE_CACHE, 0, 0), Place(Op.STORE_CACHE, 2, 0)})
+    assert BusySteps(grid, idle).stores(1) == [Step(Op.STORE_HIDDEN, 1, 2, 0), Step(Op.STORE_CACHE, 1, 1, 0)]
+
+
+def test_needs_are_kept_for_runs_of_any_length():
+    idle = frozenset({Place(Op.STORE_CACHE, 0, 0)})
+    assert busy_steps(Grid(5, 3, 1), idle) is busy_steps(Grid(9, 3, 1), idle)
+    assert busy_steps(Grid(5, 3, 2), idle) is not busy_steps(Grid(5, 3, 1), idle)
