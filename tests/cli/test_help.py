@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flexgen.__main__ import COMMANDS
+from flexgen.__main__ import COMMANDS, module_of
 from flexgen.cli.help import HelpFormatter
 
 
@@ -24,7 +24,7 @@ def parser_of(monkeypatch):
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         with pytest.raises(SystemExit):
-            importlib.import_module(f"flexgen.{name}").main([])
+            importlib.import_module(f"flexgen.{module_of(name)}").main([])
         return parsers[0]
 
     return capture

@@ -16,7 +16,7 @@ from piece_sizes import piece_sizes
 from flexgen.engine.model import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO
-from flexgen.models import Head
+from flexgen.models.embed import Head
 from flexgen.policy import Policy, Tier
 from flexgen.runtime import compaction
 from flexgen.runtime.kvcache import KVCache

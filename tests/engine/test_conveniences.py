@@ -17,7 +17,7 @@ from flexgen.demo import MODEL_DIR
 from flexgen.engine.model import OptLM
 from flexgen.engine.scoring import log_likelihoods
 from flexgen.errors import LaneError, ModelError, RequestError
-from flexgen.models import Head
+from flexgen.models.embed import Head
 from flexgen.policy import Policy
 from flexgen.runtime.stream import Stream
 

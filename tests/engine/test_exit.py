@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import sys
 from flexgen import OptLM, Policy
-from flexgen.models import InputEmbed
+from flexgen.models.embed import InputEmbed
 
 parts = {"gpu": 34, "cpu": 33, "disk": 33}
 policy = Policy(gpu_batch_size=2, num_gpu_batches=2, weights=parts, cache=parts, activations=parts)

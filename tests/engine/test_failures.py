@@ -18,7 +18,7 @@ from flexgen.memory.disk import DiskIO
 from flexgen.memory.disk_store import DiskStore
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
 from flexgen.memory.store import Store
-from flexgen.models import Head, InputEmbed
+from flexgen.models.embed import Head, InputEmbed
 from flexgen.policy import Tier
 from flexgen.runtime.executor import _Run
 from flexgen.schedule.orders import ORDERS

@@ -14,7 +14,8 @@ from piece_sizes import piece_sizes
 from flexgen.engine.model import OptLM
 from flexgen.memory.transfer import Chains, Stage
 from flexgen.memory.weights import WeightSlots
-from flexgen.models import Attention, Head, InputEmbed
+from flexgen.models.attention import Attention
+from flexgen.models.embed import Head, InputEmbed
 from flexgen.models.mlp import MLP
 from flexgen.policy import Policy
 from flexgen.results.trace import Event, LaneName, Phase

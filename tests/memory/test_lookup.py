@@ -17,7 +17,8 @@ from flexgen.memory.disk import DiskIO
 from flexgen.memory.homes import Homes
 from flexgen.memory.lookup import open_table
 from flexgen.memory.machine import Machine
-from flexgen.models import InputEmbed, WeightSpec, build_layers, open_model
+from flexgen.models import WeightSpec, build_layers, open_model
+from flexgen.models.embed import InputEmbed
 from flexgen.models.sources import Source
 from flexgen.models.tensor_files import SafetensorsCheckpoint
 from flexgen.policy import Split, Tier
