@@ -182,9 +182,13 @@ class ThreadLane(Lane):
 
     def submit(self, job: Job, after: Sequence[Done], step: Step) -> Done:
         done = HostDone()
+        self._enqueue(job, after, step, done)
+        return done
+
+    def _enqueue(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
+        """Give the job to the thread."""
         self._used = True
         self._queue.put((job, after, step, done))
-        return done
 
     def _serve(self) -> None:
         if self._beside_compute:

@@ -185,7 +185,7 @@ class CopyLane(ThreadLane):
         if idle and not blocks and all(other.enqueued for other in after):
             return self._on_stream.submit(job, after, step)
         done = self._last = QueuedDone()
-        self._queue.put((job, after, step, done))
+        self._enqueue(job, after, step, done)
         return done
 
     def _run(self, job: Job, after: Sequence[Done], step: Step, done: HostDone) -> None:
