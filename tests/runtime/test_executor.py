@@ -354,8 +354,12 @@ def test_an_interrupt_while_the_caller_waits(name):
     opened, after = threading.Event(), []
 
     def interrupt():
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        assert opened.wait(PATIENCE)
+        # A signal that arrives just before the caller begins to wait does not end the wait, but the next one does.
+        for _ in range(4):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if opened.wait(PATIENCE / 4):
+                return
+        raise AssertionError("the caller did not notice the interrupt")
 
     hooks = {Step(Op.COMPUTE, 0, 1, 0): interrupt, Step(Op.COMPUTE, 0, 1, 1): lambda: after.append(1)}
     work = Logged(grid, seed=4, hooks=hooks, only=dict.fromkeys(hooks, LaneName.COMPUTE))
