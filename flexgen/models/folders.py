@@ -8,6 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from flexgen.errors import CheckpointError, ModelError, shown
+from flexgen.models.plain_files import explaining
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,12 @@ def only_gguf(directory: Path) -> Path | None:
     """The GGUF file of a folder without other weights; None if there is none.
 
     Of a model in several files, it is the first one. Files of vision models (mmproj) do not count. Raises ModelError
-    if there are several models.
+    if there are several models, CheckpointError if the folder cannot be listed.
     """
-    if any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
-        return None
-    found = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("mmproj"))
+    with explaining(directory):
+        if any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
+            return None
+        found = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("mmproj"))
     firsts = [
         path for path in found if not (match := SHARD.fullmatch(path.name)) or int(match["number"]) == 1
     ]

@@ -23,8 +23,15 @@ _FIXES = {
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Call `check_file(path)`, and turn an OSError in the body into a CheckpointError with path, cause and fix."""
-    try:
+    with explaining(path):
         check_file(path)
+        yield
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turn an OSError in the body, which reads a file or lists a directory, into a CheckpointError with the fix."""
+    try:
         yield
     except OSError as error:
         fix = _FIXES.get(error.errno or 0, "give a file that you have permission to read")
