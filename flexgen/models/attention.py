@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.linear import linear
+from flexgen.kernels.linear import linear, linears
 from flexgen.kernels.rotation import rotate_token
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
@@ -84,12 +84,14 @@ class Attention(AttentionLayer):
         layer = self.layer_spec
         own, normed = layer.attention, normalise(layer.norms.attention_in, x, weights)
         if own.qkv == "separate":
+            multiplied = [name for name in names if name != "v" or not own.values.from_keys]
+            matrices = [weights[f"{name}.weight"] for name in multiplied]
+            products = linears(normed, matrices, [weights.get(f"{name}.bias") for name in multiplied])
             by_name = {
-                name: linear(normed, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-                .view(*x.shape[:2], own.kv_heads if name != "q" else own.heads, -1)
-                .transpose(1, 2)
-                for name in names
-                if name != "v" or not own.values.from_keys
+                name: product.view(*x.shape[:2], own.kv_heads if name != "q" else own.heads, -1).transpose(
+                    1, 2
+                )
+                for name, product in zip(multiplied, products, strict=True)
             }
             made = [by_name["k" if name == "v" and own.values.from_keys else name] for name in names]
         else:

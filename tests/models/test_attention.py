@@ -12,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 
 from flexgen.kernels.rotation import token_factors
 from flexgen.kernels.scoring import Scoring, Window
+from flexgen.models import attention
 from flexgen.models.attention import Attention
 from flexgen.models.ops import causal_attention, rope_tables
 from flexgen.models.rope import rope_spec
@@ -53,9 +54,9 @@ class WholePrompt:
         raise AssertionError("one chunk")
 
 
-def layer_of(attention: AttentionSpec) -> Attention:
+def layer_of(own: AttentionSpec) -> Attention:
     names = {name: (f"layers.{{i}}.{name}",) for name in ("q", "k", "v", "out", "sinks", "q_norm", "k_norm")}
-    layer = LayerSpec(attention, MLPSpec(8, "silu"), LayerNorms())
+    layer = LayerSpec(own, MLPSpec(8, "silu"), LayerNorms())
     spec = ModelSpec(
         name="mine", family="none", names=names, dtype=torch.float32, layers=(layer,), hidden_size=HIDDEN,
         vocab_size=8, max_positions=64, embed_size=HIDDEN, bos_token_id=None, pad_token_id=None,
@@ -114,6 +115,20 @@ def test_a_norm_after_the_rotation(tokens: int) -> None:
     found = normed.qkv(x, weights, context)
     for made, expected in zip(found, (_rms(q), _rms(k), v), strict=True):
         torch.testing.assert_close(made, expected)
+
+
+def test_queries_keys_and_values_are_multiplied_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    several, calls = attention.linears, []
+
+    def counted(x: Tensor, weights: Any, biases: Any) -> list[Tensor]:
+        calls.append(len(weights))
+        return several(x, weights, biases)
+
+    monkeypatch.setattr(attention, "linears", counted)
+    layer = layer_of(AttentionSpec(4, 2, 8, rope=ROPE))
+    weights = {weight.name: torch.randn(weight.shape) for weight in layer.weights}
+    layer.qkv(torch.randn(1, 1, HIDDEN), weights, WholePrompt(1))
+    assert calls == [3]
 
 
 def _rms(x: Tensor) -> Tensor:
