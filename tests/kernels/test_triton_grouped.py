@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from triton_interpreter import INTERPRETED, SHARED_KIB, check_in_the_interpreter, needs_triton, runs_kernels
 
 from flexgen.kernels import grouped_matrices as module
 from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.quant import codec_for
 from flexgen.units import KIB
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter computes with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
-SHARED_KIB = {75: 64, 80: 163, 89: 99, 90: 227}
-"""Limits of one program, by compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-def runs_kernels(test):
-    """On a GPU, where `-m gpu` selects it; in the interpreter's process it needs none."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +28,7 @@ def kernels():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "not compiled_for", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 skipped" in done.stdout, done.stdout  # itself
+    check_in_the_interpreter(__file__)
 
 
 FORMS = {"plain": (0, False), "int4": (4, False), "int8": (8, False), "fp8": (8, True)}

@@ -1,13 +1,9 @@
-"""The Triton kernels against float64: on the GPU where there is one, elsewhere in Triton's interpreter. Without a GPU
-they are compiled for some, too: the interpreter knows nothing of types, layouts and shared memory.
-
-The interpreter is chosen by the environment when Triton is imported, so the tests run in a process of their own.
+"""The Triton kernels for encoded matrices against float64. Without a GPU they are also compiled for some: the
+interpreter knows nothing of types, layouts and shared memory.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 
@@ -15,26 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_interpreter import INTERPRETED, SHARED_KIB, check_in_the_interpreter, needs_triton, runs_kernels
 
 from flexgen.kernels.groupwise import dequantise_in_torch, quantise
 from flexgen.units import KIB
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter computes with numpy, which has no bfloat16: it multiplies the bits, and rounds to zero.
 MULTIPLIED = [torch.float32, torch.float16] if INTERPRETED else DTYPES
-
-# Limits of one program, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
-SHARED_KIB = {75: 64, 80: 163, 86: 99, 90: 227}
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-def runs_kernels(test):
-    """On a GPU, where `-m gpu` selects it; in the interpreter's process it needs none."""
-    return test if INTERPRETED else pytest.mark.gpu(test)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +31,7 @@ def kernels():
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "not compiled_for", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 skipped" in done.stdout, done.stdout  # itself
+    check_in_the_interpreter(__file__)
 
 
 @needs_triton
