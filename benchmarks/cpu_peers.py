@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate_offload import write_model
 from cgroup import MemoryGroup, drop_caches
 from cpu_kernels import read_cases
 from record import RESULTS, load_results, save
+from shapes import write_model
 
 from flexgen.probe.measured import measured
 from flexgen.units import parse_bytes
