@@ -63,7 +63,7 @@ def linears(
     wait for each other after each product.
     """
     encoded = [w for w in weights if not isinstance(w, Tensor)]
-    plain = [w for w in weights if isinstance(w, Tensor)]
+    plain = [w for w in weights if isinstance(w, Tensor) and not w.is_mkldnn]
     few = all(x.numel() <= matrix.fused_rows(x.dtype) * x.shape[-1] for matrix in encoded)
     if len(encoded) == len(weights) and few:
         return encoded[0].multiply_all(x, encoded, biases)

@@ -8,7 +8,7 @@ from flexgen import OptLM, Policy
 from flexgen.kernels import groupwise_linear, half_linear
 from flexgen.kernels.groupwise import dequantise_in_torch, quantise
 from flexgen.kernels.groupwise_linear import GroupwiseMatrix
-from flexgen.kernels.linear import has_prelayout, linear, linears, prelayout
+from flexgen.kernels.linear import linear, linears, prelayout
 
 needs_prelayout = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -70,6 +70,15 @@ def test_the_engine_lays_out_what_it_multiplies_and_only_that(monkeypatch):
     torch.testing.assert_close(
         logits[0], logits[1], rtol=0.02, atol=0.04
     )  # sums in another order, rounded 24 times
+
+
+@pytest.mark.parametrize("laid_out", [1, 2])
+def test_several_products_with_weights_that_are_laid_out(laid_out):
+    """All of them, or the first one only."""
+    x, weights = torch.randn(1, 256).bfloat16(), [torch.randn(n, 256).bfloat16() for n in (512, 128)]
+    given = [prelayout(weight) for weight in weights[:laid_out]] + weights[laid_out:]
+    for y, weight in zip(linears(x, given, [None, None]), given, strict=True):
+        assert y.equal(linear(x, weight))
 
 
 FORMS = ["plain", "int4", "int8", "int4_a8", "mixed"]
