@@ -8,7 +8,7 @@ from flexgen import OptLM, Policy
 from flexgen.kernels import groupwise_linear, half_linear
 from flexgen.kernels.groupwise import dequantise_in_torch, quantise
 from flexgen.kernels.groupwise_linear import GroupwiseMatrix
-from flexgen.kernels.linear import linear, linears, prelayout
+from flexgen.kernels.linear import has_prelayout, linear, linears, prelayout
 
 needs_prelayout = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
