@@ -54,11 +54,10 @@ class FamilyEntry:
 
 @dataclass(frozen=True)
 class Fit:
-    """A known size on a machine. fits: whether a policy fits; None if that is unknown.
+    """A known size on a machine.
 
-    reason: why there is no prediction; None if there is one.
-
-    policy: the placement in words. tokens_s: predicted new tokens per second.
+    fits: whether a policy fits; None if that is unknown. tokens_s: predicted new tokens per second. policy: the
+    placement in words. reason: why there is no prediction; None if there is one.
     """
 
     hardware: str
@@ -153,9 +152,8 @@ def fit(spec: ModelSpec, hardware: Hardware, workload: Workload, lossy: bool = F
         best = find_for_job(Job.checked(spec, hardware, workload), Auto({}, lossy), top=1, effort=QUICK).best
     except CapacityError as error:
         return Fit(hardware.name, False, reason=str(error))
-    except (
-        FlexGenError
-    ) as error:  # the text is too long for its positions, or the machine has no figures for its dtype
+    except FlexGenError as error:
+        # The text is too long for the model's positions, or the machine has no figures for its dtype.
         return Fit(hardware.name, None, reason=str(error))
     report = best.prediction.report
     return Fit(hardware.name, True, best.tokens_s, _placement(best.policy), str(report.bottleneck))

@@ -151,7 +151,7 @@ def ids_on(
 
 @contextlib.contextmanager
 def valid_ids() -> Iterator[None]:
-    """Without computed numbers, ids are garbage and name rows that a table does not have."""
+    """Ids of the vocabulary, so that stops end rows. Without computed numbers, ids are garbage."""
     made = itertools.count()
 
     def valid(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

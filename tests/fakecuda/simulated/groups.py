@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from flexgen.kernels import grouped_matrices
 from flexgen.kernels.groupwise import dequantise_in_torch
 from flexgen.kernels.packed import MatrixForm, Packed, StoredMatrix
 from flexgen.quant.codecs import fp8
 
-_operations = torch.library.Library("flexgen_simulated", "DEF")
+_operations = library.Library("flexgen_simulated", "DEF")
 _operations.define(
     "multiply_groups(Tensor x, Tensor ends, Tensor addresses, Tensor[] values, Tensor[] scales, Tensor[] minimums, "
     "Tensor[] biases, int[] shape, int bits, int group, bool e4m3) -> Tensor"
