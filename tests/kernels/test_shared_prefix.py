@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flexgen.kernels.attention import decode_part, part_in_torch
 from flexgen.kernels.partial import merge
 from flexgen.kernels.scoring import Scoring, Window
-from flexgen.kernels.shared_prefix import attend_prefix, prefix_in_torch
+from flexgen.kernels.shared_prefix import attend_prefix
 from flexgen.models.ops import causal_part
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -74,8 +74,11 @@ class Case:
             )
 
 
-def attend(version):
-    return prefix_in_torch if version == "torch" else attend_prefix
+@pytest.fixture
+def attend(version, monkeypatch):
+    if version == "torch":
+        monkeypatch.setattr("flexgen.kernels.shared_prefix.prefix_compiled", lambda *_: None)
+    return attend_prefix
 
 
 @relaxed
@@ -94,14 +97,14 @@ def attend(version):
     data=st.data(),
 )
 def test_cut_anywhere_and_merged_it_is_attention_over_all_tokens(
-    version, dtype, rows, kv_heads, group, dim, prefix, own, cap, alibi, sinks, window, data
+    attend, version, dtype, rows, kv_heads, group, dim, prefix, own, cap, alibi, sinks, window, data
 ):
     new = data.draw(st.integers(1, min(own, 5)))
     starts = data.draw(st.lists(st.integers(0, own - 1), min_size=rows, max_size=rows))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(prefix - 1, 1)), max_size=3)) - {prefix})
     case = Case(dtype, rows, kv_heads, group, dim, prefix, own, new, starts)
     scoring = scoring_of(kv_heads * group, dim, cap, alibi, sinks, window)
-    parts = case.prefix_parts(attend(version), scoring, cuts)
+    parts = case.prefix_parts(attend, scoring, cuts)
     after = scoring.after(prefix)
     case.check(merge([*parts, causal_part(case.q, *case.own, starts, after)], dtype), scoring)
     if new == 1:
@@ -112,10 +115,10 @@ def test_cut_anywhere_and_merged_it_is_attention_over_all_tokens(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 31, 500, 1025])
-def test_the_log_sum_exp_is_that_of_the_scores(version, dtype, tokens):
+def test_the_log_sum_exp_is_that_of_the_scores(attend, dtype, tokens):
     case = Case(dtype, 3, 2, 3, 48, tokens, 1, 1, [0, 0, 0])
     scoring = scoring_of(6, 48)
-    values, lse = attend(version)(case.q, *case.prefix, scoring)
+    values, lse = attend(case.q, *case.prefix, scoring)
     assert values.dtype is lse.dtype is torch.float32
     k, v = (x.double().repeat_interleave(3, dim=0) for x in case.prefix)
     scores = case.q.double() @ k.mT * scoring.scale
@@ -124,35 +127,35 @@ def test_the_log_sum_exp_is_that_of_the_scores(version, dtype, tokens):
     torch.testing.assert_close(values.double(), scores.softmax(-1) @ v, rtol=0, atol=LIMITS[dtype])
 
 
-def test_a_query_that_attends_to_no_token_of_the_prefix(version):
+def test_a_query_that_attends_to_no_token_of_the_prefix(attend):
     """The window of the first row is past the prefix; the query of the second is padding."""
     case = Case(torch.float32, 3, 1, 2, 16, 20, 9, 1, [0, 0, 0])
     scoring = scoring_of(2, 16, window=Window(8))
     positions = torch.tensor([28, 19, 24])
-    values, lse = attend(version)(case.q, *case.prefix, scoring, positions)
+    values, lse = attend(case.q, *case.prefix, scoring, positions)
     assert not values[:2].any()
     assert (lse[:2] == -math.inf).all()
     assert values[2].all()
     assert lse[2].isfinite().all()
-    empty = merge([attend(version)(case.q, *case.prefix, scoring, positions)] * 2, torch.float32)
+    empty = merge([attend(case.q, *case.prefix, scoring, positions)] * 2, torch.float32)
     assert not empty[:2].any()
     assert empty[2].all()
 
 
-def test_scores_of_any_size_do_not_overflow(version):
+def test_scores_of_any_size_do_not_overflow(attend):
     case = Case(torch.float32, 2, 1, 2, 16, 90, 4, 1, [0, 0])
     case.q *= 1e4
     scoring = scoring_of(2, 16)
-    parts = case.prefix_parts(attend(version), scoring, [40])
+    parts = case.prefix_parts(attend, scoring, [40])
     case.check(merge([*parts, decode_part(case.q, [case.own], 4, None, scoring)], torch.float32), scoring)
 
 
-def test_what_is_no_number_stays_in_its_own_answers(version):
+def test_what_is_no_number_stays_in_its_own_answers(attend):
     case = Case(torch.float32, 2, 2, 2, 16, 90, 4, 1, [0, 0])
     scoring = scoring_of(4, 16)
-    expected, _ = attend(version)(case.q, *case.prefix, scoring)
+    expected, _ = attend(case.q, *case.prefix, scoring)
     case.q[1, 0, 0, 5] = math.nan
-    prefix = attend(version)(case.q, *case.prefix, scoring)
+    prefix = attend(case.q, *case.prefix, scoring)
     out = merge([prefix, decode_part(case.q, [case.own], 4, None, scoring)], torch.float32)
     assert prefix.values[1, 0].isnan().all()
     assert out[1, 0].isnan().all()
@@ -164,9 +167,10 @@ def test_what_is_no_number_stays_in_its_own_answers(version):
 def test_scores_in_torch_are_built_for_a_few_queries_at_a_time(monkeypatch, at_once):
     case = Case(torch.float32, 3, 2, 2, 16, 50, 7, 6, [0, 3, 5])
     scoring = scoring_of(4, 16, window=Window(40))
-    whole = prefix_in_torch(case.q, *case.prefix, scoring, case.positions)
+    whole = attend_prefix(case.q, *case.prefix, scoring, case.positions)
+    monkeypatch.setattr("flexgen.kernels.shared_prefix.prefix_compiled", lambda *_: None)
     monkeypatch.setattr("flexgen.kernels.shared_prefix.SCORE_VALUES", at_once)
-    found = prefix_in_torch(case.q, *case.prefix, scoring, case.positions)
+    found = attend_prefix(case.q, *case.prefix, scoring, case.positions)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
 
