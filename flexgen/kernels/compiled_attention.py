@@ -75,8 +75,6 @@ def prefix_compiled(
     rows, heads, new, head_dim = q.shape
     kv_heads, tokens = k.shape[:2]
     part = _empty_part(q)
-    if not q.numel():
-        return part
     q = q.contiguous()
     if k.stride() != v.stride() or k.stride()[1:] != (head_dim, 1):
         k, v = k.contiguous(), v.contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.compiled_attention import prefix_compiled
-from flexgen.kernels.partial import Partial
+from flexgen.kernels.partial import Partial, flash_part
 from flexgen.kernels.scoring import Scoring, Window, capped, constants, softmax_part
 
 SCORE_VALUES = 1 << 23
@@ -25,12 +25,15 @@ def attend_prefix(
     positions (rows,): integers, the positions of each row's first new token; the others follow. They count from the
     start of the text, so a row without padding that has n own tokens in its cache begins at the tokens of all its
     prefixes plus n. Needed for windows and ALiBi. A query before base + tokens is padding and attends to nothing.
-    None: no padding. base: the position of the first token of k and v, for a prefix after another prefix.
+    Leave them out for other layers, where they cost time: then padding has results of no meaning.
+    base: the position of the first token of k and v, for a prefix after another prefix.
 
     Leaves out sinks: they are in the part with the row's own tokens (`Scoring.after`).
     Raises ValueError if shapes do not match, or positions are missing.
     """
     _check(q, k, v, scoring, positions)
+    if not q.numel():
+        return Partial(q.float(), q.new_empty(q.shape[:3], dtype=torch.float32))
     first = None
     if positions is not None:
         keys, new = range(base, base + k.shape[1]), torch.arange(q.shape[2], device=positions.device)
@@ -42,7 +45,7 @@ def attend_prefix(
 def _check(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, positions: Tensor | None) -> None:
     rows, heads, _, head_dim = q.shape
     kv_heads = k.shape[0]
-    if k.dim() != 3 or k.shape != v.shape or k.shape[2] != head_dim or not kv_heads or heads % kv_heads:
+    if k.dim() != 3 or k.shape != v.shape or k.shape[2] != head_dim or not k.numel() or heads % kv_heads:
         raise ValueError(
             f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: expected (rows, heads, new, "
             "head_dim) and (kv_heads, tokens, head_dim), and a multiple of kv_heads heads"
@@ -77,6 +80,10 @@ def prefix_in_torch(
     positions: Tensor | None = None,
 ) -> Partial:
     """`prefix_compiled` in torch, on every device. Computes a few queries at a time, within `SCORE_VALUES`."""
+    if first is None and scoring.cap is None and not scoring.slopes:
+        part = _fused(q, k, v, scoring.scale)
+        if part is not None:
+            return part
     rows, heads, new, head_dim = q.shape
     tokens = k.shape[1]
     values = q.new_empty(rows, heads, new, head_dim, dtype=torch.float32)
@@ -100,21 +107,35 @@ def prefix_in_torch(
     return Partial(values, lse)
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial | None:
+    """All queries of a K/V head as those of one row, with torch's fused attention if it supports them."""
+    part = flash_part(_by_kv_head(q, len(k))[None], k[None], v[None], scale)
+    if part is None:
+        return None
+    values, lse = part
+    return Partial(_by_row(values[0], q), _by_row(lse[0].unsqueeze(-1), q).squeeze(-1))
+
+
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """x (rows, heads, new, n) as (kv_heads, rows * group * new, n)."""
+    rows, n = x.shape[0], x.shape[3]
+    return x.reshape(rows, kv_heads, -1, n).transpose(0, 1).reshape(kv_heads, -1, n)
+
+
+def _by_row(x: Tensor, q: Tensor) -> Tensor:
+    """The inverse of `_by_kv_head`, for x of any last dimension."""
+    rows, heads, new, _ = q.shape
+    return x.reshape(len(x), rows, -1, x.shape[2]).transpose(0, 1).reshape(rows, heads, new, x.shape[2])
+
+
 def _scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     """The scores (rows, heads, new, tokens) in float32, for all tokens and without a bias."""
-    rows, heads, new, head_dim = q.shape
-    kv_heads, tokens = k.shape[:2]
     # q is scaled before the product, because the product could overflow in float16.
-    query = (q * scoring.scale).reshape(rows, kv_heads, -1, head_dim).transpose(0, 1)
-    products = (query.reshape(kv_heads, -1, head_dim) @ k.mT).float().view(kv_heads, rows, -1, tokens)
-    scores = products.transpose(0, 1).reshape(rows, heads, new, tokens)
+    products = _by_kv_head(q * scoring.scale, len(k)) @ k.mT
+    scores = _by_row(products.float(), q)
     return scores if scoring.cap is None else capped(scores, scoring.cap)
 
 
 def _weighted(probabilities: Tensor, v: Tensor) -> Tensor:
     """The sums of values (rows, heads, new, head_dim)."""
-    rows, heads, new, tokens = probabilities.shape
-    kv_heads = v.shape[0]
-    weights = probabilities.view(rows, kv_heads, -1, tokens).transpose(0, 1).reshape(kv_heads, -1, tokens)
-    values = (weights @ v).view(kv_heads, rows, -1, v.shape[2]).transpose(0, 1)
-    return values.reshape(rows, heads, new, v.shape[2])
+    return _by_row(_by_kv_head(probabilities, len(v)) @ v, probabilities)
