@@ -16,6 +16,7 @@ OWN_COMMANDS = set(map(module_of, COMMANDS)) - {"flex_opt"}
 LAYERS = [
     {"errors"},
     {"units", "user_cache"},
+    {"policy_fields"},
     {"policy", "workload", "schedule", "demo"},
     {"results"},
     {"kernels"},
@@ -31,7 +32,17 @@ LAYERS = [
     OWN_COMMANDS,
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = {"errors", "units", "user_cache", "policy", "workload", "schedule", "demo", "results"}
+WITHOUT_TORCH = {
+    "errors",
+    "units",
+    "user_cache",
+    "policy_fields",
+    "policy",
+    "workload",
+    "schedule",
+    "demo",
+    "results",
+}
 FLAGS = {
     Path("cli", name)
     for name in ("flags.py", "answers.py", "help.py", "interrupts.py", "job_file.py", "prompts.py")

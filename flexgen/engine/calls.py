@@ -69,6 +69,8 @@ class CallPlans:
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
         if whole_prompts:
             policy = chosen.policy.replace(prefill_chunk=0)
+            if plan(policy).shortage(limits):
+                policy = policy.replace(share_prefix=False)
         else:
             policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)

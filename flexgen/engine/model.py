@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -327,11 +327,13 @@ class OptLM(Conveniences):
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         active, pad, reserve = self._machine.device.active(), pad_id(self.spec), plan.workspace(Tier.GPU)
         with active, torch.inference_mode(), (call := Call(model, workload, pad, None, reserve)), call:
-            for numbers, prompts in call.blocks(request):
-                with contextlib.closing(
-                    result.output(prompts, numbers, self._machine, self._plans.slots.cells)
-                ) as output:
+            place = self._machine, self._plans.slots.cells
+            for numbers, prompts in call.blocks(
+                request, lambda prefix: closing(result.output(prefix, [0], *place))
+            ):
+                with closing(result.output(prompts, numbers, *place)) as output:
                     call.run(prompts, 1, output)
+            result.spread(call.shared)
             self.stats = self._meter.stats(model, call, plan, request, 0)
         return result
 
@@ -351,7 +353,7 @@ class OptLM(Conveniences):
         self, request: Request, last_only: bool, hidden_states: bool
     ) -> tuple[Workload, Model, MemoryPlan]:
         check_positions(self.spec, request, 0)
-        workload = Workload(request.longest, 1, len(request.prompts))
+        workload = workload_of(self.spec, request, 1)
         topology, cells = self._machine.device.topology, self._plans.slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
         every = hidden_states or not last_only

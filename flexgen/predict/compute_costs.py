@@ -87,12 +87,11 @@ class ComputeCosts:
 
     def _prefix_attention(self, index: int, rows: int) -> float:
         """Seconds of attention of one token of each row over the shared prefix, on the device."""
-        shared = self._passes.shared
-        return (
-            self._model.arithmetic.prefix_attention(self._model.layers[index], rows, shared)
-            if shared
-            else 0.0
-        )
+        shared, layer = self._passes.shared, self._model.layers[index]
+        if not shared:
+            return 0.0
+        assert isinstance(layer, AttentionLayer)
+        return self._model.arithmetic.prefix_attention(layer, rows, shared)
 
     def load_attention(self, index: int, token: int, rows: int) -> Loads:
         """Copy the host's attention output to the device."""

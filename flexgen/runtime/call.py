@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -46,6 +47,15 @@ class Timing:
     @property
     def decode(self) -> float:
         return self.total - self.prefill
+
+
+PrefixOutput = Callable[[Prompts], AbstractContextManager[Output]]
+"""Makes the output of the block that computes a prefix."""
+
+
+def _first_token(prompts: Prompts) -> AbstractContextManager[Output]:
+    """The output of a prefix whose logits are not needed."""
+    return nullcontext(NewTokens(prompts, 1, Sampled()))
 
 
 class Call:
@@ -108,12 +118,14 @@ class Call:
         """The order for a block of `batches` batches."""
         return self._model.order_of(batches)
 
-    def blocks(self, request: Request) -> Iterator[tuple[list[int], Prompts]]:
+    def blocks(
+        self, request: Request, prefix_output: PrefixOutput = _first_token
+    ) -> Iterator[tuple[list[int], Prompts]]:
         """The numbers of the prompts of each block, prepared. Before the first one, `share` computes their prefix."""
         shared = shared_tokens(self._workload, self._model.policy)
         own = request.after(shared)
         if shared:
-            self.share(request.prompts[0][:shared])
+            self.share(request.prompts[0][:shared], prefix_output)
         for rows in own.blocks(self._model.policy.block_size):
             yield rows, self.prepare([own.prompts[n] for n in rows])
 
@@ -122,11 +134,13 @@ class Call:
         """The number of tokens with which all prompts begin and that are computed once."""
         return self._buffers.prefix.length if self._buffers.prefix else 0
 
-    def share(self, prefix: np.ndarray, lanes: Sequence[LaneName] = ()) -> dict[LaneName, dict[Phase, float]]:
+    def share(
+        self, prefix: np.ndarray, output: PrefixOutput = _first_token, lanes: Sequence[LaneName] = ()
+    ) -> dict[LaneName, dict[Phase, float]]:
         """Compute the ids with which all prompts of the call begin, before the first block. `prepare` then gets
         prompts without them.
 
-        lanes: those to time, as by `time_lane`.
+        output: makes the output of this block. lanes: those to time, as by `time_lane`.
         """
         model = self._model
         one = replace(model, policy=prefix_policy(model.policy), slots=prefix_slots(model.slots))
@@ -134,11 +148,11 @@ class Call:
         block.timing = self.timing
         try:
             prompts = block.prepare([prefix])
-            output = NewTokens(prompts, 1, Sampled())
-            block.run(prompts, 1, output)
+            with output(prompts) as received:
+                block.run(prompts, 1, received)
+                timed = {lane: block.time_lane(lane, prompts, 1, received) for lane in lanes}
             self.timing.ran.clear()
             self.positions_computed = block.positions_computed
-            timed = {lane: block.time_lane(lane, prompts, 1, output) for lane in lanes}
             self._buffers.prefix = SharedPrefix(block._buffers.keep_cache(), len(prefix))
         finally:
             run_all([block._free_prompts, block._buffers.close])

@@ -38,7 +38,7 @@ def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Pha
 
     with active, torch.inference_mode(), (call := Call(model, workload, 0)), call:
         if shared:
-            add(call.share(request.prompts[0][:shared], lanes))
+            add(call.share(request.prompts[0][:shared], lanes=lanes))
         timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
         for rows in own.blocks(model.policy.block_size):
             lengths = tuple(len(own.prompts[n]) for n in rows)

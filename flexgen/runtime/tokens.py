@@ -118,6 +118,11 @@ class Prompts:
         span, padding = self._span(token, batch), self._grouping.padding[batch]
         return BoundCell(token, layer, batch, slot, span, padding)
 
+    @property
+    def shared(self) -> int:
+        """The number of tokens before the prompts, which all rows share."""
+        return self._passes.shared
+
     def _span(self, token: int, batch: int) -> Span:
         return self._passes.span(token, self._grouping.widths[batch])
 
