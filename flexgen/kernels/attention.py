@@ -63,7 +63,8 @@ def decode_part(
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
     check_pages(q, pages, length, form)
-    return part_in_torch(q, pages, length, starts, scoring, form)
+    part = form.attend_part(q, pages, length, starts, scoring)
+    return part_in_torch(q, pages, length, starts, scoring, form) if part is None else part
 
 
 def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:

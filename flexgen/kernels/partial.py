@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+_FLASH_ALIGNMENT = 8
+"""FlashAttention on a GPU computes heads of a multiple of so many values."""
 
 
 class Partial(NamedTuple):
@@ -37,3 +41,25 @@ def merge(parts: Sequence[Partial], dtype: torch.dtype) -> Tensor:
         if n < len(parts):
             lse = torch.logaddexp(lse, part.lse)
     return values.to(dtype)
+
+
+def flash_part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> Partial | None:
+    """Plain attention with torch's fused kernels, which do not store the scores; q, k and v (rows, heads, tokens,
+    head_dim) have equal numbers of heads.
+
+    mask: 0 or -inf in the dtype of q, if not `causal`; each query attends to a token. Returns None if no fused kernel
+    with a log-sum-exp supports the device, dtype and shape, or the mask.
+    """
+    if q.device.type == "cpu":
+        values, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return Partial(values.float(), lse.float())
+    if not q.is_cuda or mask is not None or q.shape[-1] % _FLASH_ALIGNMENT:
+        return None
+    if not can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+        return None
+    values, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return Partial(values.float(), lse)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.partial import Partial
+from flexgen.kernels.partial import Partial, flash_part
 from flexgen.kernels.rotation import pairs_of
 from flexgen.kernels.scoring import (
     Scoring,
@@ -116,34 +116,28 @@ Results = tuple[Tensor, ...]
 
 
 class _Softmax(NamedTuple):
-    """The two ways to compute a block: torch's fused attention (q, k, v, mask, is_causal, scale), and the softmax of
-    scores with sinks, which returns the probabilities in place of the attention. `fused` is None if scores must be
-    built."""
+    """The two ways to compute a block of queries.
 
-    fused: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Results] | None
+    `fused` (q, k, v, scale, causal, mask) is torch's fused attention, or None if scores must be built. `of_scores`
+    (scores, sinks) returns the probabilities in place of the attention.
+    """
+
+    fused: Callable[[Tensor, Tensor, Tensor, float, bool, Tensor | None], Results | None]
     of_scores: Callable[[Tensor, Tensor | None], Results]
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Results:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Results:
     return (F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale),)
 
 
-def _fused_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Results:
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    values, lse = fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    return values, lse
-
-
 _WHOLE = _Softmax(_fused, lambda scores, sinks: (softmax_with_sinks(scores, sinks),))
-_PART_ON_CPU = _Softmax(_fused_part, softmax_part)
-_PART = _Softmax(None, softmax_part)
+_PART = _Softmax(flash_part, softmax_part)
 
 
 def causal_part(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scoring: Scoring) -> Partial:
     """`causal_attention` as a part of the attention over more tokens. With sinks, these are in the part."""
-    softmax = _PART_ON_CPU if q.device.type == "cpu" else _PART
-    values, lse = _attend_runs(q, k, v, starts, scoring, softmax)
-    return Partial(values.float(), lse.float())
+    values, lse = _attend_runs(q, k, v, starts, scoring, _PART)
+    return Partial(values.float(), lse)
 
 
 def causal_attention(
@@ -199,7 +193,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softm
     """start: the position of the rows' first token, at most 0."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    if not scoring.plain or softmax.fused is None:
+    if not scoring.plain:
         return _attend_scored(q, k, v, scoring, start, softmax)
     if heads == kv_heads:
         return _attend_last(q, k, v, scoring, start, softmax)
@@ -241,9 +235,9 @@ def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, 
     window = scoring.window
     if window is not None and window.first(keys - 1 - start) + start <= 0:
         window = None  # no query has more tokens before it
-    assert softmax.fused is not None
     if queries == keys and window is None:
-        return softmax.fused(q, k, v, None, True, scoring.scale)
+        found = softmax.fused(q, k, v, scoring.scale, True, None)
+        return _attend_scored(q, k, v, scoring, start, softmax) if found is None else found
     # `is_causal` would align the first query with the first key here, so use a mask. For few queries it is small at
     # any length, and kernels with a mask do not store the scores either.
     results = _room(q, softmax)
@@ -256,8 +250,11 @@ def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, 
             mask.masked_fill_(visible(window, block, seen, start, q.device), 0.0)
         here, there = slice(block.start - begin, block.stop - begin), slice(seen.start, seen.stop)
         some = q[:, :, here], k[:, :, there], v[:, :, there]
-        for out, found in zip(results, softmax.fused(*some, mask, False, scoring.scale), strict=True):
-            out[:, :, here] = found
+        found = softmax.fused(*some, scoring.scale, False, mask)
+        if found is None:
+            return _attend_scored(q, k, v, scoring, start, softmax)
+        for out, part in zip(results, found, strict=True):
+            out[:, :, here] = part
     return results
 
 
@@ -284,8 +281,8 @@ def _attend_scored(
         del scores
         weights = probabilities.to(q.dtype).view(batch, kv_heads, -1, len(seen))
         values = (weights @ v[:, :, there]).view(batch, heads, len(block), head_dim)
-        for out, found in zip(results, (values, *lse), strict=True):
-            out[:, :, here] = found
+        for out, part in zip(results, (values, *lse), strict=True):
+            out[:, :, here] = part
     return results
 
 
