@@ -78,8 +78,6 @@ class BatchCache:
         segments = [segment for segments in self._by_tier for segment in segments]
         there = [s.device_bytes() for s in segments if s.on_device and self._linked]
         there += [s.extending_bytes(passes.new) for s in segments if passes.extends]
-        if passes.shared:
-            there += [merging_bytes(own, self.rows, passes) for own in self.kinds]
         return max(max(s.workspace_bytes(passes.new) for s in segments), *there, 0)
 
     def _of_tier(self, segments: tuple[CacheSegment, ...], passes: Passes, slots: int) -> Iterator[Need]:
@@ -126,14 +124,15 @@ def batch_cache(
     return BatchCache(kinds, tuple(layouts), rows, topology)
 
 
-def merging_bytes(own: AttentionSpec, rows: int, passes: Passes) -> int:
-    """Temporary bytes to attend to a shared prefix, and to merge the result with attention over the rows' own tokens.
+def merging_bytes(own: AttentionSpec, tokens: int, shared: int) -> int:
+    """Temporary bytes of attention of `tokens` new tokens over a prefix of `shared` tokens, and of the merge with
+    attention over the rows' own tokens.
 
-    They consist of three results in float32, and of the scores of some rows: a product, scores and probabilities in
-    float32, and copies in the dtype of the computation.
+    They consist of three results in float32, and of the scores of some queries: a product, scores and probabilities
+    in float32, and copies in the dtype of the computation.
     """
-    queries = rows * own.heads * passes.new
-    scores = max(min(SCORE_VALUES, queries * passes.shared), own.heads * passes.shared)
+    queries = tokens * own.heads
+    scores = max(min(SCORE_VALUES, queries * shared), own.heads * shared)
     return torch.float32.itemsize * (3 * queries * (own.head_dim + 1) + 5 * scores)
 
 

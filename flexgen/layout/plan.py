@@ -14,7 +14,7 @@ import torch
 
 from flexgen.errors import PolicyError
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
-from flexgen.layout.cache_needs import BatchCache, batch_cache
+from flexgen.layout.cache_needs import BatchCache, batch_cache, merging_bytes
 from flexgen.layout.graphs import graph_needs, replayed
 from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
@@ -228,6 +228,10 @@ class _Block:
         gathered, workspace = cache.gathered(self._capacity), self._workspace(rows)
         needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
         needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
+        if shared := self.passes.shared:
+            tokens = min(rows * passes.new, max(self._spec.chunk_tokens, rows))
+            merging = max(merging_bytes(own, tokens, shared) for own in cache.kinds)
+            needs.append(Need(Tier.GPU, "cache", "workspace", merging))
         return needs
 
     def _workspace(self, rows: int) -> int:

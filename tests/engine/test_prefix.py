@@ -78,7 +78,7 @@ def shared(lm: OptLM, rows: list[list[int]], stop: Sequence[int] = (), length: i
 
 @pytest.mark.parametrize("cache", [{"gpu": 100}, {"cpu": 100}, {"disk": 100}, THIRDS], ids=str)
 @pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ids_are_those_of_whole_prompts(
     name: str, device: str, attend_on: str, cache: dict[str, float], family: Any, whole: Any, mixed: Any
