@@ -23,6 +23,9 @@ FAMILIES = [OPT, LLAMA, WINDOW, *OTHERS]
 PREFIX, TOKENS = 33, 8
 OWN = [3, 7, 1, 5, 4, 2, 7]
 """The lengths of what the prompts do not share. With 48 positions of the tiny models, they are 7 at most."""
+PLACES = [("cpu", "cpu"), ("emulated", "cpu"), ("emulated", "gpu")]
+"""Devices, and what attends to cache that is not on the device. A CPU attends to all of it."""
+ON_GPU = [pytest.param("cuda", attend_on, marks=pytest.mark.gpu) for attend_on in ("cpu", "gpu")]
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
 
 
@@ -77,8 +80,7 @@ def shared(lm: OptLM, rows: list[list[int]], stop: Sequence[int] = (), length: i
 
 
 @pytest.mark.parametrize("cache", [{"gpu": 100}, {"cpu": 100}, {"disk": 100}, THIRDS], ids=str)
-@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
-@pytest.mark.parametrize("device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("device", "attend_on"), [*PLACES, *ON_GPU])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ids_are_those_of_whole_prompts(
     name: str, device: str, attend_on: str, cache: dict[str, float], family: Any, whole: Any, mixed: Any
@@ -89,8 +91,7 @@ def test_ids_are_those_of_whole_prompts(
         np.testing.assert_array_equal(shared(lm, rows), whole(name, rows))
 
 
-@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize(("device", "attend_on"), PLACES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order(order: str, device: str, attend_on: str, family: Any, whole: Any, mixed: Any) -> None:
     rows = sharing(OWN)
@@ -182,8 +183,7 @@ def test_streams_texts_and_samples(tiny: Any, mixed: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-@pytest.mark.parametrize("attend_on", ["cpu", "gpu"])
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize(("device", "attend_on"), PLACES)
 @pytest.mark.parametrize("cache", [{"gpu": 100}, {"cpu": 100}, {"disk": 100}, THIRDS], ids=str)
 def test_a_call_takes_at_most_what_was_planned(
     cache: dict[str, float], device: str, attend_on: str, chunk: int, tiny: Any, mixed: Any
