@@ -151,7 +151,7 @@ class Call:
             with output(prompts) as received:
                 block.run(prompts, 1, received)
                 timed = {lane: block.time_lane(lane, prompts, 1, received) for lane in lanes}
-            self.timing.ran.clear()
+            self.timing.ran.clear()  # it counts the tokens of prompts only
             self.positions_computed = block.positions_computed
             self._buffers.prefix = SharedPrefix(block._buffers.keep_cache(), len(prefix))
         finally:

@@ -105,14 +105,15 @@ class HostAttention:
         """Write the new keys and values to the pages of their rows in host memory, and compute attention."""
         q, k, v = self._question(cell).split(self._heads[cell.layer], dim=1)
         scoring = self._on_host(cell.layer, scoring)
-        *answer, first = *self._answer(self._answered, cell), self._rows[cell.layer, cell.batch][0]
+        answer, first = self._answer(self._answered, cell), self._rows[cell.layer, cell.batch][0]
         for segment, put, bring in parts:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             pages = put(segment.heads.encode(k[here]), segment.heads.encode(v[here]))
             with all_threads():
                 found = attend(pages, cell, segment, q[here], scoring, bring)
-            for target, part in zip(answer, found if isinstance(found, Partial) else (found,), strict=True):
-                target[here] = part
+            tensors = found if isinstance(found, Partial) else (found,)
+            for target, source in zip(answer, tensors, strict=True):
+                target[here] = source
 
     def _on_host(self, layer: int, scoring: Scoring) -> Scoring:
         """`scoring` with the layer's sinks in host memory. They are copied once."""
