@@ -57,7 +57,10 @@ def random_cache(form, rows, kv_heads, group, length):
 def test_parts_merge_to_decode_attention(
     version, form, rows, kv_heads, group, length, page_tokens, cap, sinks, window, data
 ):
-    """Cut between two pages: each part attends to its own pages, and one of them has the sinks."""
+    """Cut between two pages: each part attends to its own pages, and one of them has the sinks.
+
+    Both sides are in float32, so the limit is larger than for the exact result.
+    """
     q, k, v = random_cache(form, rows, kv_heads, group, length)
     starts = torch.tensor(data.draw(st.lists(st.integers(0, length - 1), min_size=rows, max_size=rows)))
     scores = torch.randn(kv_heads * group) if sinks else None
@@ -68,7 +71,7 @@ def test_parts_merge_to_decode_attention(
     expected = decode_attention(q, pages, length, starts, whole, form)
     alone = part(q, pages, length, starts, whole, form)
     assert alone.values.dtype is alone.lse.dtype is torch.float32
-    limit = {torch.float32: 1e-6, torch.bfloat16: 0.03, torch.float16: 0.004}[q.dtype]
+    limit = {torch.float32: 3e-6, torch.bfloat16: 0.03, torch.float16: 0.004}[q.dtype]
     torch.testing.assert_close(alone.values.to(q.dtype), expected, rtol=0, atol=limit)
 
     cut = data.draw(st.integers(0, len(pages) - 1))
