@@ -81,9 +81,9 @@ def prefix_in_torch(
 ) -> Partial:
     """`prefix_compiled` in torch, on every device. Computes a few queries at a time, within `SCORE_VALUES`."""
     if first is None and scoring.cap is None and not scoring.slopes:
-        part = _fused(q, k, v, scoring.scale)
-        if part is not None:
-            return part
+        fused = _fused(q, k, v, scoring.scale)
+        if fused is not None:
+            return fused
     rows, heads, new, head_dim = q.shape
     tokens = k.shape[1]
     values = q.new_empty(rows, heads, new, head_dim, dtype=torch.float32)
