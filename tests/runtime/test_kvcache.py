@@ -180,7 +180,7 @@ def test_every_kind_of_segment_across_pages(
         history.cache.close()
 
 
-WINDOWS = st.one_of(st.none(), st.builds(Window, st.integers(1, 12), st.booleans()))
+WINDOWS = st.one_of(st.none(), st.builds(Window, st.integers(1, 12), st.booleans(), st.just(0)))
 SPLITS = st.sampled_from(
     [
         {"gpu": 34, "cpu": 33, "disk": 33},
