@@ -32,6 +32,7 @@ from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
+from flexgen.models.tied_head import has_own_values
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig
@@ -108,7 +109,8 @@ def open_model(
     hub: options of downloads.
 
     Only a hub id uses the network; with "dummy", only for its config.json. The function reads headers but no weights,
-    with one exception: if a file has both an embedding and a head that the config calls tied, it compares the two.
+    with one exception: if a file has both an embedding and a head that the config calls tied, it compares the two. It
+    remembers the result for files that do not change.
 
     Raises ModelError and CheckpointError.
     """
@@ -238,7 +240,7 @@ def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
     embed, head = _vocabulary(spec)
     if dtype_unsaid and files.holds(embed) and not files.encoded(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
-    if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
+    if spec.tied_head and files.holds(embed) and files.holds(head) and has_own_values(files, embed, head):
         spec = replace(spec, tied_head=False)
     if spec.encodings:
         weights = (weight for layer in build_layers(spec) for weight in layer.weights)
@@ -253,14 +255,6 @@ def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
     ends = (InputEmbed(untied), "embed.weight"), (Head(untied), "head.weight")
     embed, head = (next(w for w in layer.weights if w.name == name) for layer, name in ends)
     return embed, head
-
-
-def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
-    """Whether a head that the config calls tied has its own values. Like transformers, these are used."""
-    if files.encoded(embed) or files.encoded(head):
-        return files.encoded(embed) is None
-    dtype = files.dtype_of(embed)
-    return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
 
 def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
