@@ -59,7 +59,7 @@ def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None
 
 
 class CheckedRanges:
-    """The byte ranges of each weight that were checked. A call may read a weight in other pieces than the last one."""
+    """The byte ranges of each weight that were checked. A call may read it in other pieces than the last one."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, list[tuple[int, int]]] = {}  # disjoint and sorted
