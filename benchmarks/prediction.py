@@ -82,6 +82,12 @@ def a_round(
     return {"device": device, "hardware": [before.to_dict(), behind.to_dict()], "runs": runs}, behind
 
 
+def last_measured(rounds: Sequence[dict[str, Any]], device: str) -> Hardware | None:
+    """The last measurement of the device in the results."""
+    found = [each["hardware"][-1] for each in rounds if each["device"] == device]
+    return Hardware.from_dict(found[-1], device) if found else None
+
+
 def foresee(cases: CaseSet, case: Case, machine: Sequence[Hardware]) -> dict[str, Any]:
     """The mean of the predictions from each measurement of the machine, for one run of a policy."""
     spec, _ = open_model(cases.model, "dummy")
@@ -171,6 +177,11 @@ def main() -> None:
         action="store_true",
         help="add rounds to those in the results, and predict all of them again",
     )
+    add(
+        "--reuse",
+        action="store_true",
+        help="with --resume, start with the last measurement in the results instead of a new one",
+    )
     add("--out", help="write the results to this file")
     args = parser.parse_args()
     cases = HELD_OUT if args.held_out else DEVELOPED
@@ -182,7 +193,8 @@ def main() -> None:
         if case.device.startswith(args.device) and name.startswith(tuple(args.case or ("",)))
     ]
     for device, some in itertools.groupby(names, lambda name: cases.cases[name].device):
-        wanted, machine = list(some), measured(device, args.offload_dir, again=True)
+        wanted, machine = list(some), last_measured(rounds, device) if args.reuse else None
+        machine = machine or measured(device, args.offload_dir, again=True)
         for _ in range(args.rounds):
             found, machine = a_round(cases, device, wanted, args.offload_dir, machine)
             rounds.append(found)
