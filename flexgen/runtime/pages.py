@@ -17,6 +17,7 @@ from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
 from flexgen.models.ops import causal_attention, causal_part
+from flexgen.runtime.attended import Attended
 from flexgen.runtime.cell import BoundCell
 
 Page = tuple[Tensor, Tensor]
@@ -125,12 +126,14 @@ def attend(
     q: Tensor,
     scoring: Scoring,
     bring: Bring | None = None,
-) -> Tensor:
+) -> Attended:
     """Attention of one new token of the segment's rows, over pages that include this token.
 
-    q and the result are (rows, heads, 1, head_dim), for these rows. bring: reads chosen values that are not in the
-    pages yet.
+    q and the result are (rows, heads, 1, head_dim), for these rows. If the cell has a prefix, the result is a part.
+    bring: reads chosen values that are not in the pages yet.
     """
+    if cell.prefix is not None:
+        return attend_part(pages, cell, segment, q, scoring)
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
     first = padding.first_visible(segment.rows, scoring.window, length - 1)
     pages, base = stretch(pages, segment.page_tokens, first, length)
