@@ -14,6 +14,7 @@ from flexgen.kernels.attention import decode_attention, decode_part, part_in_tor
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 from flexgen.kernels.partial import Partial, merge
 from flexgen.kernels.scoring import Scoring, Window
+from flexgen.quant.codecs.fp8 import FP8Heads
 
 relaxed = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DIM = 32
@@ -24,6 +25,7 @@ FORMS = st.sampled_from(
         PlainHeads(DIM, torch.float16),
         GroupwiseHeads(DIM, 4, 16),
         GroupwiseHeads(DIM, 8, 32),
+        FP8Heads(DIM),  # without a compiled kernel
     ]
 )
 
@@ -51,7 +53,7 @@ def random_cache(form, rows, kv_heads, group, length):
     page_tokens=st.integers(1, 300),
     cap=st.sampled_from([None, 5.0]),
     sinks=st.booleans(),
-    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 200))),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 200), st.booleans(), st.integers(0, 90))),
     data=st.data(),
 )
 def test_parts_merge_to_decode_attention(

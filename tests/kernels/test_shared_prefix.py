@@ -70,7 +70,7 @@ class Case:
             padded = max(start - (tokens - new), 0)
             expected = textbook.attention(self.q[row : row + 1, :, padded:], k, v, [0], scoring)
             torch.testing.assert_close(
-                out[row : row + 1, :, padded:].double(), expected, rtol=0, atol=LIMITS[out.dtype]
+                out[row : row + 1, :, padded:].double(), expected, rtol=1e-6, atol=LIMITS[out.dtype]
             )
 
 
@@ -93,7 +93,7 @@ def attend(version, monkeypatch):
     cap=st.sampled_from([None, 0.5, 30.0]),
     alibi=st.booleans(),
     sinks=st.booleans(),
-    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 120), st.booleans())),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 120), st.booleans(), st.just(0))),
     data=st.data(),
 )
 def test_cut_anywhere_and_merged_it_is_attention_over_all_tokens(
