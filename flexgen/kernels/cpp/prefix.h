@@ -4,7 +4,10 @@
 // K/V head and a block of queries: those of several rows, of all query heads that share the K/V head. They are in the
 // lanes of vectors, and keys and values are broadcast to all lanes. So the products need no sums over lanes, the softmax
 // needs no shuffles, and K and V are used in their own order. The queries of a task are divided into panels of one or
-// two vectors. TOKENS tokens are widened to float32 once, and used by all panels while they are in the cache.
+// two vectors. TOKENS tokens are converted once, and used by all panels while they are in the cache.
+//
+// Operands are words of 32 bits: a number in float32, or with instructions for it a pair in bfloat16. A pair of keys or
+// queries is of adjacent columns, a pair of values or weights is of adjacent tokens. Sums are in float32.
 
 namespace VARIANT {
 namespace prefix {
@@ -16,7 +19,7 @@ constexpr int64_t TOKENS = 64;  // a multiple of SUM_REGISTERS
 struct Panel {
     int64_t count;  // of queries
     int vectors;  // 1 or 2
-    float *q, *sum;  // queries times the scale (head_dim, lanes), and sums of values (padded head_dim, lanes)
+    float *q, *sum;  // words of the queries (head_dim, lanes), and sums of values (padded head_dim, lanes)
     std::vector<float> room;  // for both
     float maximum[WIDE * LANES], total[WIDE * LANES];
     float slopes[WIDE * LANES], positions[WIDE * LANES];
@@ -26,7 +29,7 @@ struct Panel {
     int lanes() const { return vectors * LANES; }
 };
 
-// A block of tokens in float32, (TOKENS, padded head_dim) each.
+// Words of keys and values of a block of tokens, with a stride of `padded`.
 struct Tile {
     std::vector<float> k, v;
     int64_t begin, tokens, dim, padded;  // padded with zeros to a multiple of SUM_REGISTERS
@@ -38,39 +41,96 @@ struct Tile {
     }
 };
 
-// The scores of SUM_REGISTERS / J tokens with a panel of J vectors.
-template <int J>
-APART void score(const float *k, int64_t stride, const float *q, int64_t dim, float *scores) {
+// Products in float32.
+struct Widened {
+    static constexpr int NUMBERS = 1;  // in a word
+
+    INLINE static Vec add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
+    template <class T>
+    TARGET static void keys(const T *from, int64_t dim, float *to) { linear::widen(from, to, dim); }
+    template <class T>
+    TARGET static void values(const T *from, int64_t tokens, int64_t dim, int64_t stride, float *to) {
+        for (int64_t t = 0; t < tokens; ++t) linear::widen(from + t * dim, to + t * stride, dim);
+    }
+    template <int J>
+    INLINE static void weights(float *, int64_t) {}
+};
+
+#ifdef FLEXGEN_DOT_BF16
+// Products of pairs in bfloat16, to which the exponentials of the scores are rounded.
+struct Paired {
+    static constexpr int NUMBERS = 2;
+
+    INLINE static Vec add(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    TARGET static void keys(const Bf16 *from, int64_t dim, float *to) {
+        to[dim / 2] = 0.0f;  // the last pair may have one number
+        memcpy(to, from, dim * sizeof(Bf16));
+    }
+    TARGET static void values(const Bf16 *from, int64_t tokens, int64_t dim, int64_t stride, float *to) {
+        for (int64_t t = 0; t < tokens; t += 2, from += 2 * dim, to += stride) {
+            for (int64_t d = 0; d < dim; d += LANES) {
+                const int64_t count = std::min<int64_t>(LANES, dim - d);
+                const Words low = to_words(shorts_part(from + d, count));
+                const Words high = t + 1 < tokens ? to_words(shorts_part(from + dim + d, count)) : Words{};
+                const Vec pairs = (Vec)(low | high << 16);
+                count == LANES ? store(to + d, pairs) : store_part(to + d, pairs, count);
+            }
+        }
+    }
+    // Convert weights to pairs in their place.
+    template <int J>
+    TARGET static void weights(float *at, int64_t tokens) {
+        Shorts32 order;
+        for (int i = 0; i < 2 * LANES; ++i) order[i] = (uint16_t)(i / 2 + i % 2 * LANES);
+        for (int64_t t = 0; t < tokens; t += 2) {
+            for (int j = 0; j < J; ++j) {
+                const Vec first = load(at + (t * J + j) * LANES);
+                const Vec second = t + 1 < tokens ? load(at + ((t + 1) * J + j) * LANES) : Vec{};
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+                store(at + (t / 2 * J + j) * LANES, (Vec)_mm512_permutexvar_epi16((__m512i)order, both));
+            }
+        }
+    }
+
+private:
+    typedef uint16_t Shorts32 __attribute__((vector_size(64)));
+};
+#endif
+
+// The scores of SUM_REGISTERS / J tokens with a panel of J vectors. words: of a key.
+template <class Kind, int J>
+APART void score(const float *k, int64_t stride, const float *q, int64_t words, float scale, float *scores) {
     constexpr int KEYS = SUM_REGISTERS / J;
     Vec sum[KEYS][J];
     UNROLLED for (int i = 0; i < KEYS; ++i)
         UNROLLED for (int j = 0; j < J; ++j) sum[i][j] = Vec{};
-    for (const float *const end = k + dim; k < end; ++k, q += J * LANES) {
+    for (const float *const end = k + words; k < end; ++k, q += J * LANES) {
         Vec queries[J];
         UNROLLED for (int j = 0; j < J; ++j) queries[j] = load(q + j * LANES);
         UNROLLED for (int i = 0; i < KEYS; ++i) {
             const Vec key = splat(k[i * stride]);
-            UNROLLED for (int j = 0; j < J; ++j) sum[i][j] = fma(key, queries[j], sum[i][j]);
+            UNROLLED for (int j = 0; j < J; ++j) sum[i][j] = Kind::add(sum[i][j], key, queries[j]);
         }
     }
     UNROLLED for (int i = 0; i < KEYS; ++i)
-        UNROLLED for (int j = 0; j < J; ++j) store(scores + (i * J + j) * LANES, sum[i][j]);
+        UNROLLED for (int j = 0; j < J; ++j) store(scores + (i * J + j) * LANES, sum[i][j] * scale);
 }
 
 // Add SUM_REGISTERS / J columns of the values, weighted by the exponentials of the scores, to `sums` times `shrink`.
-template <int J>
-APART void add(const float *v, int64_t stride, const float *weights, int64_t tokens, const float *shrink, float *sums) {
+// words: of a column.
+template <class Kind, int J>
+APART void add(const float *v, int64_t stride, const float *weights, int64_t words, const float *shrink, float *sums) {
     constexpr int COLUMNS = SUM_REGISTERS / J;
     Vec sum[COLUMNS][J];
     UNROLLED for (int i = 0; i < COLUMNS; ++i)
         UNROLLED for (int j = 0; j < J; ++j)
             sum[i][j] = load(sums + (i * J + j) * LANES) * load(shrink + j * LANES);
-    for (const float *const end = weights + tokens * J * LANES; weights < end; weights += J * LANES, v += stride) {
+    for (const float *const end = weights + words * J * LANES; weights < end; weights += J * LANES, v += stride) {
         Vec weight[J];
         UNROLLED for (int j = 0; j < J; ++j) weight[j] = load(weights + j * LANES);
         UNROLLED for (int i = 0; i < COLUMNS; ++i) {
             const Vec value = splat(v[i]);
-            UNROLLED for (int j = 0; j < J; ++j) sum[i][j] = fma(value, weight[j], sum[i][j]);
+            UNROLLED for (int j = 0; j < J; ++j) sum[i][j] = Kind::add(sum[i][j], value, weight[j]);
         }
     }
     UNROLLED for (int i = 0; i < COLUMNS; ++i)
@@ -127,21 +187,23 @@ APART void exponentials(Panel &panel, int64_t tokens, float *scores, float *shri
     }
 }
 
-template <int J>
+template <class Kind, int J>
 TARGET void attend_tile(const PrefixAttention &job, Panel &panel, const Tile &tile, float *scores) {
-    constexpr int AT_ONCE = SUM_REGISTERS / J;
+    constexpr int AT_ONCE = SUM_REGISTERS / J, NUMBERS = Kind::NUMBERS;
+    const int64_t columns = (tile.dim + NUMBERS - 1) / NUMBERS, rows = (tile.tokens + NUMBERS - 1) / NUMBERS;
     float shrink[WIDE * LANES];
     for (int64_t t = 0; t < tile.tokens; t += AT_ONCE)
-        score<J>(&tile.k[t * tile.padded], tile.padded, panel.q, tile.dim, scores + t * J * LANES);
+        score<Kind, J>(&tile.k[t * tile.padded], tile.padded, panel.q, columns, job.scale, scores + t * J * LANES);
     if (job.cap != 0.0f || job.slopes) adjust<J>(job, panel, tile, scores);
     if (panel.latest > tile.begin) hide<J>(panel, tile, scores);
     exponentials<J>(panel, tile.tokens, scores, shrink);
+    Kind::template weights<J>(scores, tile.tokens);
     for (int64_t d = 0; d < tile.dim; d += AT_ONCE)
-        add<J>(&tile.v[d], tile.padded, scores, tile.tokens, shrink, panel.sum + d * J * LANES);
+        add<Kind, J>(&tile.v[d], tile.padded, scores, rows, shrink, panel.sum + d * J * LANES);
 }
 
 // Load `panel.count` queries of a K/V head, starting at query `begin`.
-template <class T>
+template <class Kind, class T>
 TARGET void begin_panel(const PrefixAttention &job, Panel &panel, int64_t kv_head, int64_t begin, int64_t padded) {
     const int64_t dim = job.head_dim, lanes = panel.lanes();
     panel.q = linear::aligned(panel.room, (dim + padded) * lanes);
@@ -154,11 +216,11 @@ TARGET void begin_panel(const PrefixAttention &job, Panel &panel, int64_t kv_hea
     std::fill_n(panel.first, WIDE * LANES, 0);
     panel.earliest = (int32_t)job.tokens;
     panel.latest = 0;
-    std::vector<float> wide(dim);
+    std::vector<float> words(dim + 1);
     for (int64_t m = 0; m < panel.count; ++m) {
         const int64_t query = begin + m, place = job.place(kv_head, query);
-        linear::widen((const T *)job.q + place * dim, wide.data(), dim);
-        for (int64_t d = 0; d < dim; ++d) panel.q[d * lanes + m] = wide[d] * job.scale;
+        Kind::keys((const T *)job.q + place * dim, dim, words.data());
+        for (int64_t i = 0; i * Kind::NUMBERS < dim; ++i) memcpy(panel.q + i * lanes + m, &words[i], sizeof(float));
         const int64_t row = query / (job.group() * job.fresh), token = query % job.fresh;
         if (job.slopes) {
             panel.slopes[m] = job.slopes[place / job.fresh % job.heads];
@@ -182,7 +244,7 @@ TARGET inline void write_panel(const PrefixAttention &job, const Panel &panel, i
     }
 }
 
-template <class T>
+template <class Kind, class T>
 TARGET void attend(PrefixAttention &job) {
     constexpr int64_t MOST = WIDE * LANES;
     const int64_t dim = job.head_dim, stride = job.head_stride;
@@ -200,22 +262,21 @@ TARGET void attend(PrefixAttention &job) {
             const int64_t from = begin + (int64_t)n * MOST;
             panels[n].count = std::min(MOST, end - from);
             panels[n].vectors = panels[n].count > LANES ? 2 : 1;
-            begin_panel<T>(job, panels[n], kv_head, from, tile.padded);
+            begin_panel<Kind, T>(job, panels[n], kv_head, from, tile.padded);
             token = std::min<int64_t>(token, panels[n].earliest);
         }
         const int64_t last = std::min((split + 1) * job.split_tokens, job.tokens);
         for (token = std::max(token, split * job.split_tokens); token < last; token += TOKENS) {
             tile.begin = token;
             tile.tokens = std::min(TOKENS, last - token);
-            for (int64_t t = 0; t < tile.tokens; ++t) {
-                const int64_t at = kv_head * stride + (token + t) * dim;
-                linear::widen((const T *)job.k + at, &tile.k[t * tile.padded], dim);
-                linear::widen((const T *)job.v + at, &tile.v[t * tile.padded], dim);
-            }
+            const int64_t at = kv_head * stride + token * dim;
+            for (int64_t t = 0; t < tile.tokens; ++t)
+                Kind::keys((const T *)job.k + at + t * dim, dim, &tile.k[t * tile.padded]);
+            Kind::values((const T *)job.v + at, tile.tokens, dim, tile.padded, tile.v.data());
             for (Panel &panel : panels) {
                 if (panel.earliest >= token + tile.tokens) continue;
-                panel.vectors == 1 ? attend_tile<1>(job, panel, tile, scores)
-                                   : attend_tile<2>(job, panel, tile, scores);
+                panel.vectors == 1 ? attend_tile<Kind, 1>(job, panel, tile, scores)
+                                   : attend_tile<Kind, 2>(job, panel, tile, scores);
             }
         }
         for (size_t n = 0; n < panels.size(); ++n)
@@ -224,9 +285,12 @@ TARGET void attend(PrefixAttention &job) {
 }
 
 void attend_any(PrefixAttention &job) {
-    if (job.type == Type::float32) return attend<float>(job);
-    if (job.type == Type::bfloat16) return attend<Bf16>(job);
-    attend<Half>(job);
+    if (job.type == Type::float32) return attend<Widened, float>(job);
+#ifdef FLEXGEN_DOT_BF16
+    if (job.type == Type::bfloat16) return attend<Paired, Bf16>(job);
+#endif
+    if (job.type == Type::bfloat16) return attend<Widened, Bf16>(job);
+    attend<Widened, Half>(job);
 }
 
 }  // namespace prefix
