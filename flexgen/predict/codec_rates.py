@@ -21,6 +21,19 @@ def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any
     return hardware.decoding_rate(name, codec.name)
 
 
+def fused_seconds(
+    hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any], values: int, rows: float
+) -> float | None:
+    """The seconds of a product of `rows` rows with a matrix of `values` values in its encoded form, if the codec has
+    an estimate and the machine has no measurement."""
+    name = _name(dtype)
+    plain = hardware.device_attention.get(name)
+    if plain is None or f"{name} {codec.name}" in hardware.encoded_products:
+        return None
+    nbytes = codec.expected_product(rows, hardware.topology.shares_host_memory)
+    return None if nbytes is None else values * nbytes / plain
+
+
 def attention_rate(
     hardware: Hardware, dtype: torch.dtype, codec: str, heads: HeadFormat, on_device: bool
 ) -> float:
