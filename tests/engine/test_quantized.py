@@ -173,13 +173,19 @@ def test_a_plain_checkpoint_has_nothing_stored(codec: str, prompts: Any, tmp_pat
         assert bool(lm.placement.codecs) == (codec == "int8")
 
 
-def test_values_on_disk_that_are_not_finite(prompts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "suffix", "nan"),
+    [("fp8 in blocks", "weight", 0x7F), ("mxfp4 pack", "weight_scale", 0xFF)],
+)
+def test_values_on_disk_that_are_not_finite(
+    form: str, suffix: str, nan: int, prompts: Any, tmp_path: Path
+) -> None:
     """Weights that are read in place are checked when they are first read."""
-    save_quantized(tiny("qwen3"), FORMATS["fp8 in blocks"], tmp_path)
+    save_quantized(tiny("qwen3"), FORMATS[form], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[5, 7] = 0x7F
+    tensors[f"model.layers.1.mlp.up_proj.{suffix}"].view(torch.uint8)[5, 1] = nan
     save_file(tensors, tmp_path / "model.safetensors")
-    policy, match = stored(Policy(**ALL_DISK)), "up_proj.weight.* contains NaN or infinite values"
+    policy, match = stored(Policy(**ALL_DISK)), f"up_proj.{suffix}.* contains NaN or infinite values"
     with (
         OptLM(tmp_path, policy, device="cpu", progress=False) as lm,
         pytest.raises(LaneError, match=match),
