@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexgen.kernels.e4m3 import E4M3
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.units import align
 
@@ -172,6 +173,15 @@ class EncodedMatrix(QuantizedMatrix):
     def gather(self, ids: Tensor) -> Tensor:
         """See `QuantizedMatrix.gather`. Decodes all rows: tables are never stored in this form."""
         return self.decoded()[ids]
+
+    @property
+    def stored(self) -> StoredMatrix | None:
+        """FP8 with a scale for each row, which the kernel of a GPU for all experts knows."""
+        form, (codes, scales, *_) = self.encoded.form, self.encoded.parts
+        if form != EncodedForm(Code.E4M3, group=0) or scales.dtype not in NUMBERS:
+            return None
+        stored = MatrixForm(self.encoded.shape, form.code.bits, scale_type=scales.dtype, e4m3=True)
+        return StoredMatrix(stored, codes.view(torch.uint8), scales)
 
     def fused_rows(self, dtype: torch.dtype) -> int:
         return host_fused_rows(dtype) if self.encoded.call is not None else 0
