@@ -47,7 +47,7 @@ class Encoding(ABC):
     """How a checkpoint stores a quantized matrix (out, in). Instances are immutable, hashable and picklable."""
 
     host_bytes: ClassVar[int]
-    """Bytes that a core reads from memory in the time it takes to decode one value, measured on an EPYC."""
+    """Bytes that a core reads from memory in the time it takes to decode one value in torch, measured on an EPYC."""
 
     @property
     def rows_at_once(self) -> int:

@@ -24,10 +24,22 @@ from flexgen.units import align
 
 _STEP = 32
 """Groups of rows of codes are multiples or divisors of it: the values that the widest variant unpacks at once."""
-_UNPACK_BYTES, _ROW_BYTES = 0.5, 0.2
-"""Bytes that a core reads from memory in the time in which it unpacks a value, and multiplies it with a row of x.
-Measured on an EPYC (benchmarks/packed_linear.py)."""
-_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 64}
+
+
+class _Times(NamedTuple):
+    """Bytes that a core reads from memory in the time in which it unpacks a value, multiplies it with a row of x, and
+    decodes it. rows: the maximum rows for which a product is faster than decoding and a library's product."""
+
+    unpack: float
+    row: float
+    decode: float
+    rows: dict[torch.dtype, int]
+
+
+# As benchmarks/packed_linear.py measured on an EPYC. Products with words are faster, because x is read number by
+# number, and decoding is slower, because the matrix is transposed.
+_BY_ROWS = _Times(1.0, 0.6, 3, {torch.bfloat16: 8, torch.float16: 16, torch.float32: 16})
+_BY_WORDS = _Times(0.9, 0.4, 20, dict.fromkeys(NUMBERS, 64))
 
 
 class Code(IntEnum):
@@ -88,6 +100,23 @@ class EncodedForm(NamedTuple):
         if self.order is Order.DOWN:
             return group % (32 // self.code.bits) == 0
         return self.order is Order.ACROSS or group % _STEP == 0 or (group > 1 and _STEP % group == 0)
+
+    @property
+    def _times(self) -> _Times:
+        return _BY_ROWS if self.order is Order.ROWS else _BY_WORDS
+
+    def fused_rows(self, dtype: torch.dtype) -> int:
+        """`QuantizedMatrix.fused_rows` on a CPU with the compiled kernel."""
+        return self._times.rows.get(dtype, 0) if self.served else 0
+
+    def product_bytes(self, rows: float) -> float:
+        """Bytes that a core reads from memory in the time of a compiled product of `rows` rows with one value."""
+        return max(self.code.bits / 8, self._times.unpack + rows * self._times.row)
+
+    @property
+    def decode_bytes(self) -> float:
+        """Bytes that a core reads from memory in the time in which the compiled kernel decodes a value."""
+        return self._times.decode
 
 
 class _Call(NamedTuple):
@@ -184,7 +213,7 @@ class EncodedMatrix(QuantizedMatrix):
         return StoredMatrix(stored, codes.view(torch.uint8), scales)
 
     def fused_rows(self, dtype: torch.dtype) -> int:
-        return host_fused_rows(dtype) if self.encoded.call is not None else 0
+        return self.encoded.form.fused_rows(dtype) if self.encoded.call is not None else 0
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self._fits(x):
@@ -203,21 +232,6 @@ class EncodedMatrix(QuantizedMatrix):
     def _fits(self, x: Tensor) -> bool:
         plain = x.device.type == "cpu" and x.dtype in NUMBERS and x.numel() > 0
         return plain and self.encoded.call is not None
-
-
-def host_fused_rows(dtype: torch.dtype) -> int:
-    """`QuantizedMatrix.fused_rows` of a matrix that the compiled kernel multiplies, on this machine's CPU."""
-    return expected_fused_rows(dtype) if announce() else 0
-
-
-def expected_fused_rows(dtype: torch.dtype) -> int:
-    """`host_fused_rows` on a machine that has the kernel; it may be another machine."""
-    return _ROWS.get(dtype, 0)
-
-
-def product_bytes(form: EncodedForm, rows: float) -> float:
-    """Bytes that a core reads from memory in the time of a product of `rows` rows with one value of the matrix."""
-    return max(form.code.bits / 8, _UNPACK_BYTES + rows * _ROW_BYTES)
 
 
 def _multiply_natively(

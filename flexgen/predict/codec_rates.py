@@ -24,11 +24,10 @@ def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any
 def fused_seconds(
     hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any], values: int, rows: float
 ) -> float | None:
-    """The seconds of a product of `rows` rows with a matrix of `values` values in its encoded form, if the codec has
-    an estimate and the machine has no measurement."""
-    name = _name(dtype)
-    plain = hardware.device_attention.get(name)
-    if plain is None or f"{name} {codec.name}" in hardware.encoded_products:
+    """The seconds of a product of `rows` rows with a matrix of `values` values in its encoded form, or None if the
+    codec has no estimate."""
+    plain = hardware.device_attention.get(_name(dtype))
+    if plain is None:
         return None
     nbytes = codec.expected_product(rows, hardware.topology.shares_host_memory)
     return None if nbytes is None else values * nbytes / plain

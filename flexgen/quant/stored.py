@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen.formats import Encoding
-from flexgen.kernels.encoded_linear import (
-    EncodedMatrix,
-    EncodedParts,
-    expected_fused_rows,
-    host_fused_rows,
-    product_bytes,
-)
+from flexgen.kernels.encoded_linear import EncodedMatrix, EncodedParts
 from flexgen.kernels.loading import native_available
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import MatrixCodec
@@ -56,17 +50,16 @@ class Stored(MatrixCodec[Sequence[Tensor]]):
         return EncodedMatrix(parts, dtype, decoded)
 
     def expected_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        return expected_fused_rows(dtype) if on_host and self._served else 0
+        return self.encoding.form.fused_rows(dtype) if on_host else 0
 
     def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
-        return host_fused_rows(dtype) if on_host and self._served and native_available() else 0
+        return self.expected_fused_rows(on_host, dtype) if native_available() else 0
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float:
-        return plain * dtype.itemsize / (self.encoding.host_bytes if on_host else _DEVICE_BYTES)
+        form = self.encoding.form
+        on_core = form.decode_bytes if form.served else self.encoding.host_bytes
+        return plain * dtype.itemsize / (on_core if on_host else _DEVICE_BYTES)
 
     def expected_product(self, rows: float, on_host: bool) -> float | None:
-        return product_bytes(self.encoding.form, rows) if on_host and self._served else None
-
-    @property
-    def _served(self) -> bool:
-        return self.encoding.form.served
+        form = self.encoding.form
+        return form.product_bytes(rows) if on_host and form.served else None

@@ -219,3 +219,15 @@ def test_a_codec_rounds_the_dequantized_weights(
         with OptLM(each, Policy(gpu_batch_size=4, **coded), device="cpu", progress=False) as lm:
             made.append(lm.generate(prompts(LENGTHS), 8, stop=()))
     np.testing.assert_array_equal(*made)
+
+
+@pytest.mark.parametrize("options", [ALL_CPU, ALL_DISK], ids=["memory", "disk"])
+def test_dummy_weights_in_the_published_format(options: dict[str, Any], prompts: Any, tmp_path: Path) -> None:
+    config = tiny("gpt_oss", num_local_experts=5, num_experts_per_tok=2).config
+    config.quantization_config = dict(quant_method="mxfp4")
+    with OptLM(
+        config, stored(Policy(**options)), weights="dummy", device="cpu", offload_dir=tmp_path, progress=False
+    ) as lm:
+        assert len(lm.placement.stored) == 2 * 5 * 2, "the matrices of all experts of two layers"
+        first, again = (lm.generate(prompts([3, 5]), 4, stop=()) for _ in range(2))
+    np.testing.assert_array_equal(first, again)

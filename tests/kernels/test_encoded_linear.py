@@ -18,7 +18,6 @@ from flexgen.kernels.encoded_linear import (
     EncodedMatrix,
     EncodedParts,
     Order,
-    host_fused_rows,
 )
 from flexgen.kernels.grouped import each_linear
 from flexgen.kernels.linear import linear, linears
@@ -75,8 +74,8 @@ def test_every_format(form: str, shape: tuple[int, int], variant: str) -> None:
         bias = rows_of_x(1, shape[0], dtype)[0]
         for rows in (1, 2, 3, 5, 8, 17):
             x = rows_of_x(rows, shape[1], dtype)
-            case.check(linear(x, case.matrix), x)
-            case.check(linear(x, case.matrix, bias), x, bias)
+            case.check(case.matrix.multiply(x), x)
+            case.check(case.matrix.multiply(x, bias), x, bias)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_rows_that_are_not_whole_vectors(form: str, shape: tuple[int, int], vari
     case = Case(form, shape, torch.float32)
     for rows in (1, 4):
         x = rows_of_x(rows, shape[1], torch.float32)
-        case.check(linear(x, case.matrix), x)
+        case.check(case.matrix.multiply(x), x)
 
 
 @pytest.mark.parametrize("form", SERVED)
@@ -128,7 +127,7 @@ def test_every_code_of_eight_bits(variant: str) -> None:
     form = EncodedForm(Code.E4M3, 0, scale_rows=0)
     parts = EncodedParts(form, (codes, torch.tensor([2.0])), (4, 64))
     matrix = EncodedMatrix(parts, torch.float32, refuse)
-    assert torch.equal(linear(torch.eye(64), matrix).T, 2 * finite)
+    assert torch.equal(matrix.multiply(torch.eye(64)).T, 2 * finite)
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (40, 96), (136, 160), (264, 384)], ids=str)
@@ -165,8 +164,8 @@ def test_experts_in_one_call(form: str, variant: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(EncodedMatrix, "multiply", lambda *args: calls.append(args) or call(*args))
     spans: Sequence[tuple[int, int]] = [(0, 1), (1, 4), (4, 5), (5, 17)]
     shape = (264, 128)
-    columns = [[Case(form, shape, torch.bfloat16) for _ in spans] for _ in range(2)]
-    x = rows_of_x(17, shape[1], torch.bfloat16)
+    columns = [[Case(form, shape, torch.float16) for _ in spans] for _ in range(2)]
+    x = rows_of_x(17, shape[1], torch.float16)
     found = each_linear(x, spans, [[case.matrix for case in column] for column in columns], shape[0])
     assert not calls, "each matrix has a call of its own"
     for column, y in zip(columns, found, strict=True):
@@ -177,7 +176,7 @@ def test_experts_in_one_call(form: str, variant: str, monkeypatch: pytest.Monkey
 def test_many_rows_use_the_decoded_matrix(variant: str) -> None:
     decoded = torch.randn(40, 64)
     case = Case("int4 pack", (40, 64), torch.float32, lambda: decoded)
-    x = rows_of_x(host_fused_rows(torch.float32) + 1, 64, torch.float32)
+    x = rows_of_x(case.matrix.fused_rows(torch.float32) + 1, 64, torch.float32)
     assert torch.equal(linear(x, case.matrix), x @ decoded.T)
     case.check(linear(x[:-1], case.matrix), x[:-1])
 
