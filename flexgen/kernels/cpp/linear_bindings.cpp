@@ -1,12 +1,11 @@
-// The functions of the module for products of matrices.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// Products with matrices, and their decoding, for Python.
+#include "bindings.h"
 
 #include <algorithm>
 #include <atomic>
 
 #include "experts.h"
-#include "module.h"
+#include "pool.h"
 #include "products.h"
 
 // An encoding, or None. Returns false and sets a Python error for other objects.
