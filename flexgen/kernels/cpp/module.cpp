@@ -1,11 +1,13 @@
 // flexgen.kernels._native: the kernels for Python, with addresses as integers. The callers in flexgen/kernels/*.py
 // check types, shapes and contiguity, because this module cannot.
-#include "bindings.h"
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include <algorithm>
 #include <atomic>
 
 #include "experts.h"
+#include "module.h"
 #include "pool.h"
 #include "products.h"
 

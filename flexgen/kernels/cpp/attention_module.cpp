@@ -1,8 +1,10 @@
-// Functions for Python: attention over pages, over a shared prefix, and over chosen tokens.
-#include "bindings.h"
+// The functions of the module for attention: over pages, over a shared prefix, and over chosen tokens.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include <algorithm>
 
+#include "module.h"
 #include "pool.h"
 
 namespace {

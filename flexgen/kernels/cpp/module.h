@@ -1,8 +1,6 @@
-// What the functions for Python share. attention_bindings.cpp has those of attention, module.cpp has the others and
-// registers all of them.
+// What the files of the Python module share.
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <exception>
