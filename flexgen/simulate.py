@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--device", default="auto", help="device, with --hardware measured")
     add("--offload-dir", metavar="DIR", help="directory on the disk, with --hardware measured")
-    add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
+    add("--model", default="demo", help="`demo`, a directory, a GGUF file, a hub id or a known name")
     add(
         "--dtype",
         default="auto",

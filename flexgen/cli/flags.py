@@ -120,10 +120,10 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
     """Add the flags that choose the model and the device. dummy: also offer random weights."""
     add = parser.add_argument
     if dummy:
-        add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
+        add("--model", default="demo", help="`demo`, a directory, a GGUF file, a hub id or a known name")
         add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random weights")
     else:
-        add("--model", default="demo", help="`demo`, a directory or a hub id")
+        add("--model", default="demo", help="`demo`, a directory, a GGUF file or a hub id")
     add("--device", default="auto", help=DEVICES)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")

@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 class OptLM(Conveniences):
     """A language model that may be larger than its device's memory.
 
-    model: "demo", a Hugging Face model directory, a hub id, a known OPT name ("opt-30b") or a transformers config.
+    model: "demo", a Hugging Face model directory, a GGUF file, a hub id, a known name or a transformers config.
     policy: a `Policy`, the path of its TOML file, "auto", or `Auto(...)` with some fields given. "auto" measures the
         machine once and searches for the fastest policy. A call of another workload may get another policy, with the
         weights in the same places.
