@@ -1,10 +1,8 @@
-// The functions of the module for attention: over pages, over a shared prefix, and over chosen tokens.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// Functions for Python: attention over pages, over a shared prefix, and over chosen tokens.
+#include "bindings.h"
 
 #include <algorithm>
 
-#include "module.h"
 #include "pool.h"
 
 namespace {
