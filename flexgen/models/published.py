@@ -1,13 +1,10 @@
-"""The bytes of a model in the format of its published weights."""
+"""The bytes of weights in the format in which they are published."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from flexgen.models.known import Format
-from flexgen.models.layer import Layer
 from flexgen.models.spec import WeightSpec
 
 _FP8_BLOCK = 128
@@ -16,16 +13,11 @@ _MXFP4_GROUP = 32
 """MXFP4 has 4 bits for each value, and a scale of 8 bits for each group of 32 values."""
 
 
-def published_bytes(layers: Sequence[Layer], dtype: torch.dtype, form: Format | None) -> int:
-    """The bytes of all weights of `layers`. dtype: that of the model, in which the weights without a format are.
+def published_bytes(weight: WeightSpec, dtype: torch.dtype, form: Format | None) -> int:
+    """The bytes of a weight. dtype: that of the model, in which the weights without a format are.
 
     Names of files, headers and padding are not included.
     """
-    weights = {weight.key: weight for layer in layers for weight in layer.weights}
-    return sum(_nbytes(weight, dtype, form) for weight in weights.values())
-
-
-def _nbytes(weight: WeightSpec, dtype: torch.dtype, form: Format | None) -> int:
     matrix = len(weight.shape) == 2 and weight.encodable
     if form == "mxfp4 experts" and matrix and weight.unit:
         return weight.numel // 2 + weight.numel // _MXFP4_GROUP
