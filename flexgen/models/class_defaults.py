@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig
 
 
-@cache
 def class_defaults(kind: type[PreTrainedConfig]) -> Mapping[str, Any]:
     """The fields of a config class, with their defaults.
 

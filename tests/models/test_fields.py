@@ -14,7 +14,6 @@ from transformers.utils.logging import warning_once
 
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.models import ModelSpec, open_model
-from flexgen.models.class_defaults import class_defaults
 from flexgen.models.families import config_from_dict, spec_from_config
 
 LLAMA = dict(
@@ -149,7 +148,6 @@ def test_more_layers_than_tensors_are_refused_when_the_files_are_opened(make_mod
 def test_no_warning_of_transformers_about_the_defaults_of_a_class(caplog: pytest.LogCaptureFixture) -> None:
     """The class of StarCoder2 has stop ids outside of its vocabulary by default."""
     config = CONFIG_MAPPING["starcoder2"](**TINY["starcoder2"][0])
-    class_defaults.cache_clear()
     warning_once.cache_clear()
     spec_from_config(config, "mine")
     assert not caplog.records
