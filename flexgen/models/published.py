@@ -1,4 +1,4 @@
-"""The format of a model's published weights: which matrices it encodes, and the bytes of the model."""
+"""The format of a model's published weights: which matrices it encodes, and their bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from flexgen.formats import Encoding
 from flexgen.formats.block_fp8 import BlockFP8
 from flexgen.formats.fp4 import MXFP4
 from flexgen.models.known import Format
-from flexgen.models.layer import Layer
 from flexgen.models.sources import Source
 from flexgen.models.spec import EncodedWeight, WeightSpec
 
@@ -54,15 +53,10 @@ def published(weight: WeightSpec, encodings: Sequence[Encoding]) -> EncodedWeigh
     )
 
 
-def published_bytes(layers: Sequence[Layer], dtype: torch.dtype, form: Format | None) -> int:
-    """The bytes of all weights of `layers`. dtype: that of the model, in which the weights without a format are.
+def published_bytes(weight: WeightSpec, dtype: torch.dtype, form: Format | None) -> int:
+    """The bytes of a weight. dtype: that of the model, in which the weights without a format are.
 
     Names of files, headers and padding are not included.
     """
-    encodings = [ENCODINGS[form]] if form else []
-    weights = {weight.key: weight for layer in layers for weight in layer.weights}
-    total = 0
-    for weight in weights.values():
-        encoded = published(weight, encodings)
-        total += sum(part.nbytes(dtype) for part in (encoded.parts if encoded else (weight,)))
-    return total
+    encoded = published(weight, [ENCODINGS[form]] if form else [])
+    return sum(part.nbytes(dtype) for part in (encoded.parts if encoded else (weight,)))
