@@ -90,8 +90,8 @@ def test_a_prefix_is_computed_once(capsys):
     )
     assert (whole["prefix"], shared["prefix"]) == (0, 160)
     assert shared["prefill_s"] < whole["prefill_s"] and shared["prompt_tokens"] == whole["prompt_tokens"]
-    # The 8 rows have 160 tokens fewer, and one row more has them: 12 layers of 768 keys and values. Staging is smaller
-    # too.
+    # The 8 rows have 160 tokens fewer, and one row more has them: 12 layers of 768 keys and values. Staging is
+    # smaller too.
     saved = whole["plan_bytes"]["cpu"] - shared["plan_bytes"]["cpu"]
     assert 1 <= saved / (7 * 160 * 12 * 2 * 768 * 2) < 1.3
     card = run(f"{job} --prefix-len 160", capsys)
