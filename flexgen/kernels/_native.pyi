@@ -129,6 +129,11 @@ def rotate(
 ) -> None:
     """Rotate q and k in place. `shape`: rows, heads, kv_heads, head_dim, pairs. Strides: elements between rows."""
 
+def silu_product(
+    type: int, shape: tuple[int, int], gate: int, up: int, stride: int, y: int, y_stride: int, threads: int, /
+) -> None:
+    """`shape`: rows, size. `stride`: elements between rows of gate and of up. y may be gate."""
+
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
 

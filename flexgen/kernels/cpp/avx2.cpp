@@ -41,6 +41,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace avx2
 
 #include "attention.h"
+#include "gates.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
@@ -68,5 +69,6 @@ const Variant avx2_variant = {
     avx2::sparse::attend_chosen_any,
     avx2::norms::normalise_any,
     avx2::rotation::rotate_any,
+    avx2::gates::multiply_any,
 };
 #endif

@@ -58,6 +58,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace baseline
 
 #include "attention.h"
+#include "gates.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
@@ -81,4 +82,5 @@ const Variant baseline_variant = {
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,
     baseline::rotation::rotate_any,
+    baseline::gates::multiply_any,
 };

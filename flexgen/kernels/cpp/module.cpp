@@ -271,6 +271,20 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+// Call `work(begin, end)` for all rows, in pieces that threads share.
+template <class Work>
+PyObject *by_rows(int64_t rows, int64_t row_bytes, int threads, const Work &work) {
+    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
+    std::atomic<int64_t> claimed{0};
+    const auto claim = [&] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
+            work(begin, std::min<int64_t>(begin + piece, rows));
+    };
+    const int useful = useful_threads(threads, rows * row_bytes);
+    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject *py_rms_norm(PyObject *, PyObject *args) {
     RmsNorm job;
     int type, round_first, threads;
@@ -285,17 +299,9 @@ PyObject *py_rms_norm(PyObject *, PyObject *args) {
     job.x = (const void *)x;
     job.weight = (const void *)weight;
     job.y = (void *)y;
-    const int64_t row_bytes = size * element_bytes(job.type);
-    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
-    std::atomic<int64_t> claimed{0};
     const Variant *now = variant;
-    const auto claim = [&, now] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
-            now->rms_norm(job, begin, std::min<int64_t>(begin + piece, rows));
-    };
-    const int useful = useful_threads(threads, rows * row_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
+    const auto work = [&job, now](int64_t begin, int64_t end) { now->rms_norm(job, begin, end); };
+    return by_rows(rows, size * element_bytes(job.type), threads, work);
 }
 
 PyObject *py_rotate(PyObject *, PyObject *args) {
@@ -327,6 +333,25 @@ PyObject *py_rotate(PyObject *, PyObject *args) {
     const int useful = useful_threads(threads, rows * (heads + kv_heads) * head_dim * element_bytes(q.type));
     if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
     Py_RETURN_NONE;
+}
+
+PyObject *py_silu_product(PyObject *, PyObject *args) {
+    SiluProduct job;
+    int type, threads;
+    long long rows, size, gate, up, stride, y, y_stride;
+    if (!PyArg_ParseTuple(args, "i(LL)LLLLLi", &type, &rows, &size, &gate, &up, &stride, &y, &y_stride, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.rows = rows;
+    job.size = size;
+    job.gate = (const void *)gate;
+    job.up = (const void *)up;
+    job.stride = stride;
+    job.y = (void *)y;
+    job.y_stride = y_stride;
+    const Variant *now = variant;
+    const auto work = [&job, now](int64_t begin, int64_t end) { now->silu_product(job, begin, end); };
+    return by_rows(rows, size * element_bytes(job.type), threads, work);
 }
 
 PyObject *py_read(PyObject *, PyObject *args) {
@@ -378,6 +403,7 @@ PyMethodDef METHODS[] = {
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
+    {"silu_product", py_silu_product, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},
