@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen.kernels.gates import silu_product
+from flexgen.kernels.elementwise import silu_product
 from flexgen.kernels.rotation import pairs_of
 from flexgen.kernels.scoring import Scoring, Window, bend, capped, softmax_with_sinks, visible
 from flexgen.models.spec import QueryScaling, RopeSpec

@@ -66,7 +66,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace VARIANT
 
 #include "attention.h"
-#include "gates.h"
+#include "elementwise.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"

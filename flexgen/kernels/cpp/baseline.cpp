@@ -58,7 +58,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace baseline
 
 #include "attention.h"
-#include "gates.h"
+#include "elementwise.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
@@ -82,5 +82,6 @@ const Variant baseline_variant = {
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,
     baseline::rotation::rotate_any,
-    baseline::gates::multiply_any,
+    baseline::elementwise::silu_product_any,
+    baseline::elementwise::add_any,
 };

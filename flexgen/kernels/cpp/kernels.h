@@ -180,6 +180,7 @@ struct Variant {
     void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
     void (*rotate)(const Rotation &, int64_t begin, int64_t end);  // rows
     void (*silu_product)(const SiluProduct &, int64_t begin, int64_t end);  // rows
+    void (*add)(Type, void *out, const void *x, int64_t begin, int64_t end);  // out += x, elements
 };
 
 extern const Variant baseline_variant;

@@ -5,18 +5,16 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
 
+#include "attention_calls.h"
+#include "calls.h"
+#include "elementwise_calls.h"
 #include "experts.h"
-#include "kernels.h"
-#include "pool.h"
 #include "products.h"
 
-namespace {
+const Variant *variant = nullptr;
 
-// The approximate size of a piece of work for one thread.
-constexpr int64_t PIECE_BYTES = 64 << 10;
-constexpr int64_t MIN_SPLIT_TOKENS = 128;
+namespace {
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -24,157 +22,6 @@ const Variant *const VARIANTS[] = {  // best first
 #endif
     &baseline_variant,
 };
-const Variant *variant = nullptr;
-
-// Call `work` without the interpreter's lock. Returns false and sets a Python error if it runs out of memory.
-template <class Work>
-bool without_gil(const Work &work) {
-    bool done = true;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
-        work();
-    } catch (const std::exception &) {
-        done = false;
-    }
-    Py_END_ALLOW_THREADS;
-    if (!done) PyErr_NoMemory();
-    return done;
-}
-
-void attend(Attention &job, int threads) {
-    const int64_t token_bytes = 2 * job.head_bytes;
-    threads = useful_threads(threads, job.items() * job.length * token_bytes);
-    job.split_tokens = job.length;
-    if (threads > 1 && job.items() < 4 * threads) {
-        // There are too few rows and heads to keep all threads busy to the end, so divide the tokens too.
-        const int64_t wanted = (4 * threads + job.items() - 1) / job.items();
-        job.split_tokens = std::max(MIN_SPLIT_TOKENS, (job.length + wanted - 1) / wanted);
-        job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
-        if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
-    }
-    // A row with only padding is not visited.
-    if (job.starts) memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    run_on_threads(threads, [&job, now] { now->attend(job); });
-    if (job.splits > 1) now->merge(job);
-}
-
-bool integers(PyObject *list, std::vector<int64_t> &out) {
-    if (!PyList_Check(list)) {
-        PyErr_SetString(PyExc_TypeError, "expected a list of integers");
-        return false;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-        out.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list, i)));
-        if (out.back() == -1 && PyErr_Occurred()) return false;
-    }
-    return true;
-}
-
-PyObject *py_decode_attention(PyObject *, PyObject *args) {
-    int type, threads;
-    long long q, out, starts, slopes, sinks;
-    PyObject *keys, *values, *tokens;
-    Attention job;
-    long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &rows, &heads, &kv_heads,
-                          &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
-                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.cap, &slopes,
-                          &sinks, &threads))
-        return nullptr;
-    std::vector<int64_t> k, v, n;
-    if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
-    job.type = (Type)type;
-    job.q = (const void *)q;
-    job.out = (void *)out;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.length = length;
-    job.code_group = code_group;
-    job.head_bytes = head_bytes;
-    job.starts = (const int64_t *)starts;
-    job.slopes = (const float *)slopes;
-    job.sinks = (const float *)sinks;
-    int64_t total = 0;
-    for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {
-        job.pages.push_back({(const void *)k[i], (const void *)v[i], total, n[i]});
-        total += n[i];
-    }
-    if (length < 1 || length > total) {
-        return PyErr_Format(PyExc_ValueError, "length %lld, but the pages hold %lld tokens", length,
-                            (long long)total);
-    }
-    if (!without_gil([&] { attend(job, threads); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-// The addresses of keys or values, and the number of tokens in each page.
-bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
-    std::vector<int64_t> at, n;
-    if (!integers(addresses, at) || !integers(tokens, n)) return false;
-    int64_t total = 0;
-    for (size_t i = 0; i < std::min(at.size(), n.size()); ++i) {
-        const void *k = keys ? (const void *)at[i] : nullptr, *v = keys ? nullptr : (const void *)at[i];
-        pages.push_back({k, v, total, n[i]});
-        total += n[i];
-    }
-    return true;
-}
-
-PyObject *py_choose(PyObject *, PyObject *args) {
-    int type, threads;
-    long long q, rows, heads, kv_heads, head_dim, length, starts, unit, most, positions, weights;
-    PyObject *keys, *tokens;
-    Choice job;
-    if (!PyArg_ParseTuple(args, "iL(LLLL)O!O!LLfdLLLLi", &type, &q, &rows, &heads, &kv_heads, &head_dim,
-                          &PyList_Type, &keys, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.share,
-                          &unit, &most, &positions, &weights, &threads))
-        return nullptr;
-    if (!pages_of(keys, tokens, true, job.pages)) return nullptr;
-    job.type = (Type)type;
-    job.q = (const void *)q;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.length = length;
-    job.starts = (const int64_t *)starts;
-    job.unit = unit;
-    job.most = most;
-    job.positions = (int64_t *)positions;
-    job.weights = (float *)weights;
-    const int useful = useful_threads(threads, job.items() * length * head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->choose(job); }); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_attend_chosen(PyObject *, PyObject *args) {
-    int type, threads;
-    long long rows, heads, kv_heads, head_dim, most, positions, weights, out;
-    PyObject *values, *tokens;
-    Chosen job;
-    if (!PyArg_ParseTuple(args, "i(LLLL)LLLO!O!Li", &type, &rows, &heads, &kv_heads, &head_dim, &most,
-                          &positions, &weights, &PyList_Type, &values, &PyList_Type, &tokens, &out, &threads))
-        return nullptr;
-    if (!pages_of(values, tokens, false, job.pages)) return nullptr;
-    job.type = (Type)type;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.most = most;
-    job.positions = (const int64_t *)positions;
-    job.weights = (const float *)weights;
-    job.out = (void *)out;
-    const int useful = useful_threads(threads, job.items() * most * head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->attend_chosen(job); }); }))
-        return nullptr;
-    Py_RETURN_NONE;
-}
 
 PyObject *groupwise(PyObject *args, bool pack) {
     Groupwise job;
@@ -200,7 +47,7 @@ PyObject *groupwise(PyObject *args, bool pack) {
             work(job, begin, std::min(begin + piece, job.groups));
     };
     const int useful = useful_threads(threads, groups * group_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    if (!run_once([&] { run_on_threads(useful, claim); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -231,8 +78,11 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
         matrices.push_back({out, (char *)y, (const void *)bias, (const uint8_t *)packed, (const void *)scales,
                             (const void *)minimums});
     }
-    if (!without_gil([&] { multiply(*variant, job, matrices, threads); })) return nullptr;
-    Py_RETURN_NONE;
+    const auto call = [job, matrices, now = variant](int64_t, int most) {
+        PackedLinear own = job;
+        multiply(*now, own, matrices, most);
+    };
+    return run(call, threads);
 }
 
 PyObject *py_packed_linears(PyObject *, PyObject *args) {
@@ -267,91 +117,8 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     }
     const Variant &now = *variant;
     const int useful = useful_threads(threads, nbytes);
-    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
+    if (!jobs.empty() && !run_once([&] { multiply_each(now, jobs, useful); })) return nullptr;
     Py_RETURN_NONE;
-}
-
-// Call `work(begin, end)` for all rows, in pieces that threads share.
-template <class Work>
-PyObject *by_rows(int64_t rows, int64_t row_bytes, int threads, const Work &work) {
-    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
-    std::atomic<int64_t> claimed{0};
-    const auto claim = [&] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
-            work(begin, std::min<int64_t>(begin + piece, rows));
-    };
-    const int useful = useful_threads(threads, rows * row_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_rms_norm(PyObject *, PyObject *args) {
-    RmsNorm job;
-    int type, round_first, threads;
-    long long rows, size, x, weight, y;
-    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
-                          &job.plus, &threads))
-        return nullptr;
-    job.type = (Type)type;
-    job.round_first = round_first;
-    job.rows = rows;
-    job.size = size;
-    job.x = (const void *)x;
-    job.weight = (const void *)weight;
-    job.y = (void *)y;
-    const Variant *now = variant;
-    const auto work = [&job, now](int64_t begin, int64_t end) { now->rms_norm(job, begin, end); };
-    return by_rows(rows, size * element_bytes(job.type), threads, work);
-}
-
-PyObject *py_rotate(PyObject *, PyObject *args) {
-    Rotation q, k;
-    int type, threads;
-    long long rows, heads, kv_heads, head_dim, half, q_at, q_stride, k_at, k_stride, factors;
-    if (!PyArg_ParseTuple(args, "i(LLLLL)LLLLLi", &type, &rows, &heads, &kv_heads, &head_dim, &half, &q_at, &q_stride,
-                          &k_at, &k_stride, &factors, &threads))
-        return nullptr;
-    q.type = (Type)type;
-    q.head_dim = head_dim;
-    q.half = half;
-    q.factors = (const void *)factors;
-    k = q;
-    q.heads = heads;
-    q.x = (void *)q_at;
-    q.stride = q_stride;
-    k.heads = kv_heads;
-    k.x = (void *)k_at;
-    k.stride = k_stride;
-    const Variant *now = variant;
-    std::atomic<int64_t> claimed{0};
-    const auto claim = [&, now] {
-        for (int64_t row; (row = claimed.fetch_add(1)) < rows;) {
-            now->rotate(q, row, row + 1);
-            now->rotate(k, row, row + 1);
-        }
-    };
-    const int useful = useful_threads(threads, rows * (heads + kv_heads) * head_dim * element_bytes(q.type));
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_silu_product(PyObject *, PyObject *args) {
-    SiluProduct job;
-    int type, threads;
-    long long rows, size, gate, up, stride, y, y_stride;
-    if (!PyArg_ParseTuple(args, "i(LL)LLLLLi", &type, &rows, &size, &gate, &up, &stride, &y, &y_stride, &threads))
-        return nullptr;
-    job.type = (Type)type;
-    job.rows = rows;
-    job.size = size;
-    job.gate = (const void *)gate;
-    job.up = (const void *)up;
-    job.stride = stride;
-    job.y = (void *)y;
-    job.y_stride = y_stride;
-    const Variant *now = variant;
-    const auto work = [&job, now](int64_t begin, int64_t end) { now->silu_product(job, begin, end); };
-    return by_rows(rows, size * element_bytes(job.type), threads, work);
 }
 
 PyObject *py_read(PyObject *, PyObject *args) {
@@ -404,6 +171,11 @@ PyMethodDef METHODS[] = {
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
     {"silu_product", py_silu_product, METH_VARARGS, nullptr},
+    {"add", py_add, METH_VARARGS, nullptr},
+    {"store_token", py_store_token, METH_VARARGS, nullptr},
+    {"record", py_record, METH_NOARGS, nullptr},
+    {"end_record", py_end_record, METH_NOARGS, nullptr},
+    {"replay", py_replay, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

@@ -1,4 +1,7 @@
-"""Products with a SiLU gate, as in the MLP of Llama. On a CPU, one compiled call reads gate and up once."""
+"""Elementwise operations of a layer: the product with a SiLU gate, and the residual connection.
+
+On a CPU, they are compiled calls, which a tape can record (`kernels.tape`).
+"""
 
 from __future__ import annotations
 
@@ -50,3 +53,14 @@ def silu_product_in_torch(gate: Tensor, up: Tensor) -> Tensor:
     """`silu_product` in torch, on every device."""
     gate = F.silu(gate, inplace=True)
     return gate.mul_(up) if gate.is_contiguous() else gate * up
+
+
+def add_(out: Tensor, x: Tensor) -> Tensor:
+    """Add x to out, in place. Returns out."""
+    same = out.shape == x.shape and out.dtype is x.dtype
+    fits = same and out.device.type == "cpu" and out.dtype in NUMBERS and out.numel()
+    if fits and out.is_contiguous() and x.is_contiguous() and announce():
+        threads = torch.get_num_threads()
+        native.add(NUMBERS[out.dtype], out.numel(), out.data_ptr(), x.data_ptr(), threads)
+        return out
+    return out.add_(x)
