@@ -17,7 +17,13 @@ _TYPES = torch.bfloat16, torch.float16
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for tensors of the same shape and strides, contiguous. It may overwrite gate."""
-    if gate.device.type == "cpu" and gate.dtype in _TYPES and gate.numel() and _by_rows(gate, up) and announce():
+    if (
+        gate.device.type == "cpu"
+        and gate.dtype in _TYPES
+        and gate.numel()
+        and _by_rows(gate, up)
+        and announce()
+    ):
         return silu_product_natively(gate, up)
     return silu_product_in_torch(gate, up)
 

@@ -23,7 +23,7 @@ from flexgen.runtime.kvcache import KVCache
 from flexgen.units import MIB
 
 MIN_TOKENS = 3
-"""A run of more than this number of tokens is recorded. To record a cell takes about twice as long as to compute it."""
+"""A run of more than this number of tokens is recorded: to record a cell takes longer than to compute it."""
 MOST_BYTES = 4 * MIB
 """Bytes of temporaries that the tapes of a block keep. Further cells are computed without tapes: with many rows, the
 code between the kernels takes a small part of the time."""

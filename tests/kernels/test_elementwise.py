@@ -1,11 +1,11 @@
-"""Products with a SiLU gate: the compiled kernel against float64 and against torch."""
+"""Elementwise operations: the compiled kernel against float64 and against torch."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.kernels.gates import silu_product, silu_product_in_torch, silu_product_natively
+from flexgen.kernels.elementwise import add_, silu_product, silu_product_in_torch, silu_product_natively
 from flexgen.kernels.loading import native, native_available
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
@@ -69,7 +69,25 @@ def test_halves_of_a_tensor_are_not_overwritten():
 @pytest.mark.parametrize("form", ["transposed", "every second", "empty"])
 def test_other_forms_are_computed_in_torch(dtype, form):
     gate, up = operands((6, 8), dtype, halves=False)
-    view = {"transposed": lambda x: x.t(), "every second": lambda x: x[:, ::2], "empty": lambda x: x[:0]}[form]
+    view = {"transposed": lambda x: x.t(), "every second": lambda x: x[:, ::2], "empty": lambda x: x[:0]}[
+        form
+    ]
     expected = torch.nn.functional.silu(view(gate)) * view(up)
     found = silu_product(view(gate), view(up))
     assert found.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [(1, 1, 77), (3, 64), (130, 700)])
+def test_a_sum_is_that_of_torch(version, dtype, shape, monkeypatch):
+    if version == "torch":
+        monkeypatch.setattr("flexgen.kernels.elementwise.announce", lambda: False)
+    out, x = (torch.randn(shape).to(dtype) for _ in range(2))
+    expected = out + x
+    assert add_(out, x) is out and out.equal(expected)
+
+
+def test_sums_of_other_forms_are_computed_in_torch():
+    out, x = torch.randn(6, 8), torch.randn(8, 6)
+    expected = out + x.t(), out + x[0, 0]
+    assert add_(out.clone(), x.t()).equal(expected[0]) and add_(out, x[0, 0]).equal(expected[1])

@@ -16,7 +16,9 @@ def in_version(version, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_token_is_copied_to_its_place_and_nothing_else_changes(in_version, dtype, rows):
     fused = torch.randint(0, 200, (rows, 1, 5 * 2, 6)).to(dtype)
-    _, k, v = (each.transpose(1, 2) for each in fused.split([6, 2, 2], dim=2))  # two heads of keys, and of values
+    _, k, v = (
+        each.transpose(1, 2) for each in fused.split([6, 2, 2], dim=2)
+    )  # two heads of keys, and of values
     shape = rows, 2, 4, 6
     pages = [tuple(torch.randint(0, 200, shape).to(dtype) for _ in range(2)) for _ in range(3)]
     before = [tuple(x.clone() for x in page) for page in pages]

@@ -60,16 +60,15 @@ def tokens(count):
 
 def test_a_tape_repeats_a_layer_for_later_tokens(variant, monkeypatch):
     monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 8)
-    plain, recorded = Layer(), Layer()
+    plain, recorded, same_x = Layer(), Layer(), torch.empty(1, 1, HIDDEN).bfloat16()
     for position, (x, factors) in enumerate(tokens(6)):
         plain.factors.copy_(factors)
         recorded.factors.copy_(factors)
         expected = plain.forward(x, position)
+        same_x.copy_(x)
         if position == 0:
-            same_x = x.clone()
             y, tape = record(lambda: recorded.forward(same_x, 0))
         else:
-            same_x.copy_(x)
             tape.replay(position)
         assert y.equal(expected)
     assert all(a.equal(b) for a, b in zip(sum(plain.pages, ()), sum(recorded.pages, ()), strict=True))

@@ -1,8 +1,10 @@
 """Decode cells as tapes: the ids are those of cells that are computed kernel by kernel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, MistralConfig, OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.kernels.loading import native_available
@@ -13,6 +15,8 @@ SHAPE = dict(
     vocab_size=64, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=300
 )
 LLAMA = LlamaConfig(num_key_value_heads=2, intermediate_size=128, **SHAPE)
+GELU = LlamaConfig(num_key_value_heads=2, intermediate_size=128, hidden_act="gelu", **SHAPE)
+WINDOWED = MistralConfig(num_key_value_heads=2, intermediate_size=128, sliding_window=8, **SHAPE)
 OPT = OPTConfig(word_embed_proj_dim=64, ffn_dim=128, **SHAPE)
 PROMPTS = [list(range(5, 25)), list(range(25, 45)), list(range(9, 29))]
 NEW = 12
@@ -25,8 +29,8 @@ def replays(monkeypatch):
     """The numbers of tokens of each replay."""
     found, replay = [], Tape.replay
     monkeypatch.setattr(Tape, "replay", lambda tape, later: found.append(later) or replay(tape, later))
-    # The kernels of all processors, not only of those without instructions for bfloat16.
-    monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 8)
+    # With instructions for tiles of bfloat16, a library would multiply its own layout of a matrix.
+    monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 64)
     return found
 
 
@@ -85,30 +89,36 @@ def test_each_block_and_each_group_of_rows_has_its_own_tapes(replays, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "case", ["padding", "weights on disk", "float32", "layer norms", "few tokens", "window"]
+    ("prompts", "options"),
+    [
+        ([PROMPTS[0], PROMPTS[1][:11]], {"own": policy(rows=2)}),
+        (PROMPTS[:1], {"config": WINDOWED}),
+        (PROMPTS[:1], {"own": replace(policy(), attn_sparsity=0.5)}),
+        (PROMPTS[:1], {"own": replace(policy(), cache={"disk": 100})}),
+    ],
+    ids=["padding", "window", "sparse attention", "cache on disk"],
 )
-def test_other_cells_are_computed_kernel_by_kernel(replays, monkeypatch, case, tmp_path):
-    """`attention` counts as served if a replay of it is possible; what cannot be recorded must not be replayed."""
-    prompts, options = PROMPTS[:1], {}
-    if case == "padding":
-        prompts, options = [PROMPTS[0], PROMPTS[1][:11]], {"own": policy(rows=2)}
-    if case == "weights on disk":
-        options = {"own": policy(weights="disk"), "offload_dir": tmp_path}
-    if case == "float32":
-        options = {"dtype": "float32"}
-    if case == "layer norms":
-        options = {"config": OPT}
-    if case == "few tokens":
-        options = {"new": recorded.MIN_TOKENS}
-    if case == "window":
-        config = LLAMA.to_dict() | {"model_type": "mistral", "sliding_window": 8}
-        from transformers import MistralConfig
-
-        options = {"config": MistralConfig(**{k: v for k, v in config.items() if k != "model_type"})}
+def test_where_only_attention_changes_with_the_token_mlps_are_replayed(
+    replays, monkeypatch, prompts, options
+):
     expected = without_tapes(monkeypatch, prompts, **options)
     assert generated(prompts, **options) == expected
-    mlps = 3 * (NEW - 2) if case in ("padding", "window") else 0
-    assert len(replays) == mlps
+    assert len(replays) == 3 * (NEW - 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"own": policy(weights="disk")},
+        {"config": OPT},
+        {"dtype": "float32", "config": GELU},
+        {"new": recorded.MIN_TOKENS},
+    ],
+    ids=["weights on disk", "layer norms", "another gate", "few tokens"],
+)
+def test_other_cells_are_computed_kernel_by_kernel(replays, monkeypatch, options, tmp_path):
+    expected = without_tapes(monkeypatch, PROMPTS[:1], offload_dir=tmp_path, **options)
+    assert generated(PROMPTS[:1], offload_dir=tmp_path, **options) == expected and not replays
 
 
 def test_tapes_keep_a_limited_amount_of_memory(replays, monkeypatch):
