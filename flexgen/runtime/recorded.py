@@ -31,10 +31,12 @@ code between the kernels takes a small part of the time."""
 
 @dataclass
 class _Token:
-    """The rotary factors of a batch in one pass, at fixed addresses. `source`: the factors that were copied."""
+    """The data of a batch in one pass at fixed addresses: `buffers` with the rotary factors, copied from `sources`,
+    and the result of the layer that was recorded last."""
 
     buffers: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
     sources: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
+    y: Tensor | None = None
 
     def factors(self, rope: RopeSpec, dtype: torch.dtype, context: Context) -> Tensor:
         key, source = (rope, dtype), context.rope_factors(rope, dtype)
@@ -143,7 +145,10 @@ class RecordedCells:
             token.factors(rope, x.dtype, context)
         found = self._recorded.get((cell.layer, cell.batch))
         if found is None:
-            return self._record(cell, _Recording(context, self._cache, cell, token), x, weights)
+            if token.y is not x:  # a tensor that others overwrite or free
+                x = x.clone()
+            token.y = self._record(cell, _Recording(context, self._cache, cell, token), x, weights)
+            return token.y
         if x is not found.x:
             found.x.copy_(x)
         found.tape.replay(cell.span.length - found.length)

@@ -95,8 +95,9 @@ def test_each_block_and_each_group_of_rows_has_its_own_tapes(replays, monkeypatc
         (PROMPTS[:1], {"config": WINDOWED}),
         (PROMPTS[:1], {"own": replace(policy(), attn_sparsity=0.5)}),
         (PROMPTS[:1], {"own": replace(policy(), cache={"disk": 100})}),
+        (PROMPTS[:1], {"own": replace(policy(), cache={"disk": 100}, activations={"disk": 100})}),
     ],
-    ids=["padding", "window", "sparse attention", "cache on disk"],
+    ids=["padding", "window", "sparse attention", "cache on disk", "cache and activations on disk"],
 )
 def test_where_only_attention_changes_with_the_token_mlps_are_replayed(
     replays, monkeypatch, prompts, options
