@@ -77,6 +77,11 @@ class _Watch(TorchDispatchMode):
         self.allocated: list[Tensor] = []
         self.others: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler for the first operation, which takes a second."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -1,5 +1,8 @@
 """Tapes of compiled calls."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,6 +126,14 @@ def test_after_an_error_nothing_is_recorded():
     y.zero_()
     tape.replay(0)
     assert not y.count_nonzero() and expected.count_nonzero()
+
+
+def test_a_recording_does_not_load_the_compiler_of_torch():
+    code = (
+        "import sys, torch; from flexgen.kernels.norms import rms_norm; from flexgen.kernels.tape import record; "
+        "record(lambda: rms_norm(torch.ones(2, 8).view(4, 4), None, 1e-5)); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_compiled_kernels_there_is_no_tape(monkeypatch):
