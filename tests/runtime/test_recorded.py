@@ -71,13 +71,13 @@ def test_tapes_continue_on_the_next_page_of_the_cache(replays, monkeypatch):
     assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 198 * 6
 
 
-def test_whole_layers_several_batches_and_rows(replays, monkeypatch):
-    prompts, own = PROMPTS + [PROMPTS[0][::-1]], policy(batches=2, rows=2)
-    for options in ({}, {"sep_layer": False}):
-        replays.clear()
-        expected = without_tapes(monkeypatch, prompts, own=own, **options)
-        assert generated(prompts, own=own, **options) == expected
-        assert len(replays) == (NEW - 2) * 2 * (3 if options else 6)
+@pytest.mark.parametrize("sep_layer", [True, False])
+def test_several_batches_and_rows(replays, monkeypatch, sep_layer):
+    prompts = PROMPTS + [PROMPTS[0][::-1]]
+    own = replace(policy(batches=2, rows=2), sep_layer=sep_layer)
+    expected = without_tapes(monkeypatch, prompts, own=own)
+    assert generated(prompts, own=own) == expected
+    assert len(replays) == (NEW - 2) * 2 * (6 if sep_layer else 3)
 
 
 def test_each_block_and_each_group_of_rows_has_its_own_tapes(replays, monkeypatch):

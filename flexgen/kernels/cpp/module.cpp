@@ -1,16 +1,13 @@
 // flexgen.kernels._native: the kernels for Python, with addresses as integers. The callers in flexgen/kernels/*.py
 // check types, shapes and contiguity, because this module cannot.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "attention_calls.h"
-#include "calls.h"
-#include "elementwise_calls.h"
 #include "experts.h"
 #include "products.h"
+#include "tape.h"
 
 const Variant *variant = nullptr;
 
@@ -163,6 +160,7 @@ PyObject *py_set_variant(PyObject *, PyObject *name) {
 PyMethodDef METHODS[] = {
     {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
     {"choose", py_choose, METH_VARARGS, nullptr},
+    {"attend_prefix", py_attend_prefix, METH_VARARGS, nullptr},
     {"attend_chosen", py_attend_chosen, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},

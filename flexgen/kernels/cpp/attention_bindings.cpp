@@ -1,19 +1,20 @@
-// The functions of the module for attention of one new token of each row.
-#pragma once
+// Functions for Python: attention over pages, over a shared prefix, and over chosen tokens.
+#include "bindings.h"
 
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
 
-#include "calls.h"
+#include "pool.h"
+#include "tape.h"
 
 namespace {
 
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
 void attend(Attention &job, const Variant &now, int threads) {
-    if (job.length < 1 || job.length > job.pages.back().begin + job.pages.back().tokens)
-        throw std::out_of_range("the length of the cache is not within its pages");
+    if (job.length > job.pages.back().begin + job.pages.back().tokens)
+        throw std::out_of_range("the cache has no room for another token");
     job.claimed = 0;
     job.splits = 1;
     job.partial.clear();
@@ -27,20 +28,70 @@ void attend(Attention &job, const Variant &now, int threads) {
         job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
         if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
     }
-    // A row with only padding is not visited.
-    if (job.starts) memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.type));
+    if (job.starts) {  // a row with only padding is not visited
+        memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.lse ? Type::float32 : job.type));
+        if (job.lse) std::fill_n(job.lse, job.rows * job.heads, -INFINITY);
+    }
     run_on_threads(threads, [&] { now.attend(job); });
     if (job.splits > 1) now.merge(job);
 }
 
+// With few tasks, the tokens are divided too, so that the threads of a large processor all have work.
+constexpr int64_t PREFIX_TASKS = 32, PREFIX_SPLIT_TOKENS = 256;
+
+// Merge the results of the splits of each query.
+void merge(const PrefixAttention &job) {
+    for (int64_t place = 0; place < job.places(); ++place) {
+        float largest = -INFINITY, total = 0.0f, *out = job.out + place * job.head_dim;
+        for (int64_t s = 0; s < job.splits; ++s) largest = std::max(largest, job.sums(s)[place]);
+        std::fill_n(out, job.head_dim, 0.0f);
+        for (int64_t s = 0; s < job.splits; ++s) {
+            const float sum = job.sums(s)[place], *values = job.values(s) + place * job.head_dim;
+            if (sum == -INFINITY) continue;  // no token
+            const float weight = std::exp(sum - largest);
+            total += weight;
+            for (int64_t i = 0; i < job.head_dim; ++i) out[i] += weight * values[i];
+        }
+        job.lse[place] = total == 0.0f ? -INFINITY : largest + std::log(total);
+        for (int64_t i = 0; total != 0.0f && i < job.head_dim; ++i) out[i] /= total;
+    }
+}
+
+void attend(PrefixAttention &job, int threads) {
+    const int64_t tasks = std::max<int64_t>(job.tasks(), 1), most = job.tokens / PREFIX_SPLIT_TOKENS;
+    const int64_t wanted = std::max<int64_t>(std::min((PREFIX_TASKS + tasks - 1) / tasks, most), 1);
+    job.split_tokens = (job.tokens + wanted - 1) / wanted;
+    job.splits = (job.tokens + job.split_tokens - 1) / job.split_tokens;
+    if (job.splits > 1) job.partial.resize(job.splits * job.places() * (job.head_dim + 1));
+    const Variant *now = variant;
+    const int64_t work = job.queries() * job.kv_heads * job.tokens * job.head_dim / 4;  // as for bytes of memory
+    run_on_threads(useful_threads(threads, work), [&job, now] { now->attend_prefix(job); });
+    if (job.splits > 1) merge(job);
+}
+
+// The addresses of keys or values, and the number of tokens in each page.
+bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
+    std::vector<int64_t> at, n;
+    if (!integers(addresses, at) || !integers(tokens, n)) return false;
+    int64_t total = 0;
+    for (size_t i = 0; i < std::min(at.size(), n.size()); ++i) {
+        const void *k = keys ? (const void *)at[i] : nullptr, *v = keys ? nullptr : (const void *)at[i];
+        pages.push_back({k, v, total, n[i]});
+        total += n[i];
+    }
+    return true;
+}
+
+}  // namespace
+
 PyObject *py_decode_attention(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, out, starts, slopes, sinks;
+    long long q, out, lse, starts, slopes, sinks;
     PyObject *keys, *values, *tokens;
     const auto made = std::make_shared<Attention>();
     Attention &job = *made;
     long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &rows, &heads, &kv_heads,
+    if (!PyArg_ParseTuple(args, "iLLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
                           &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
                           &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.cap, &slopes,
                           &sinks, &threads))
@@ -50,6 +101,7 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.type = (Type)type;
     job.q = (const void *)q;
     job.out = (void *)out;
+    job.lse = (float *)lse;
     job.rows = rows;
     job.heads = heads;
     job.kv_heads = kv_heads;
@@ -76,17 +128,32 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     return run(call, threads);
 }
 
-// The addresses of keys or values, and the number of tokens in each page.
-bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
-    std::vector<int64_t> at, n;
-    if (!integers(addresses, at) || !integers(tokens, n)) return false;
-    int64_t total = 0;
-    for (size_t i = 0; i < std::min(at.size(), n.size()); ++i) {
-        const void *k = keys ? (const void *)at[i] : nullptr, *v = keys ? nullptr : (const void *)at[i];
-        pages.push_back({k, v, total, n[i]});
-        total += n[i];
-    }
-    return true;
+PyObject *py_attend_prefix(PyObject *, PyObject *args) {
+    int type, threads;
+    long long q, k, v, out, lse, rows, heads, kv_heads, fresh, head_dim, tokens, stride, first, positions, slopes;
+    PrefixAttention job;
+    if (!PyArg_ParseTuple(args, "iLLLLL(LLLLLLL)LL(ffL)i", &type, &q, &k, &v, &out, &lse, &rows, &heads, &kv_heads,
+                          &fresh, &head_dim, &tokens, &stride, &first, &positions, &job.scale, &job.cap, &slopes,
+                          &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.q = (const void *)q;
+    job.k = (const void *)k;
+    job.v = (const void *)v;
+    job.out = (float *)out;
+    job.lse = (float *)lse;
+    job.rows = rows;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.fresh = fresh;
+    job.head_dim = head_dim;
+    job.tokens = tokens;
+    job.head_stride = stride;
+    job.first = (const int64_t *)first;
+    job.positions = (const int64_t *)positions;
+    job.slopes = (const float *)slopes;
+    if (!run_once([&] { attend(job, threads); })) return nullptr;
+    Py_RETURN_NONE;
 }
 
 PyObject *py_choose(PyObject *, PyObject *args) {
@@ -141,5 +208,3 @@ PyObject *py_attend_chosen(PyObject *, PyObject *args) {
         return nullptr;
     Py_RETURN_NONE;
 }
-
-}  // namespace

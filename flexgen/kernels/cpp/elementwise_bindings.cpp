@@ -1,11 +1,10 @@
-// The functions of the module for kernels that work on each row or each head.
-#pragma once
-
+// Functions for Python: kernels that work on each row or each head.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
-#include "calls.h"
+#include "pool.h"
+#include "tape.h"
 
 namespace {
 
@@ -19,6 +18,24 @@ void by_rows(int64_t rows, int64_t row_bytes, int threads, const Work &work) {
             work(begin, std::min<int64_t>(begin + piece, rows));
     });
 }
+
+// The new key or value of one token of each row, and the pages in which it is stored.
+struct NewHeads {
+    const char *from;
+    int64_t row_stride, head_stride;  // bytes
+    std::vector<int64_t> pages;  // (rows, kv_heads, page_tokens, head_bytes)
+
+    void store(int64_t rows, int64_t heads, int64_t page_tokens, int64_t head_bytes, int64_t position) const {
+        const int64_t page = position / page_tokens, place = position % page_tokens;
+        if (page >= (int64_t)pages.size()) throw std::out_of_range("the cache has no room for another token");
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t head = 0; head < heads; ++head)
+                memcpy((char *)pages[page] + ((row * heads + head) * page_tokens + place) * head_bytes,
+                       from + row * row_stride + head * head_stride, head_bytes);
+    }
+};
+
+}  // namespace
 
 PyObject *py_rms_norm(PyObject *, PyObject *args) {
     RmsNorm job;
@@ -103,22 +120,6 @@ PyObject *py_add(PyObject *, PyObject *args) {
     return run(call, threads);
 }
 
-// The new key or value of one token of each row, and the pages in which it is stored.
-struct NewHeads {
-    const char *from;
-    int64_t row_stride, head_stride;  // bytes
-    std::vector<int64_t> pages;  // (rows, kv_heads, page_tokens, head_bytes)
-
-    void store(int64_t rows, int64_t heads, int64_t page_tokens, int64_t head_bytes, int64_t position) const {
-        const int64_t page = position / page_tokens, place = position % page_tokens;
-        if (page >= (int64_t)pages.size()) throw std::out_of_range("the cache has no room for another token");
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t head = 0; head < heads; ++head)
-                memcpy((char *)pages[page] + ((row * heads + head) * page_tokens + place) * head_bytes,
-                       from + row * row_stride + head * head_stride, head_bytes);
-    }
-};
-
 PyObject *py_store_token(PyObject *, PyObject *args) {
     long long rows, heads, page_tokens, head_bytes, position, k_at, v_at, k_row, k_head, v_row, v_head;
     PyObject *keys, *values;
@@ -139,5 +140,3 @@ PyObject *py_store_token(PyObject *, PyObject *args) {
     };
     return run(call, 1);
 }
-
-}  // namespace
