@@ -17,8 +17,8 @@ from flexgen.runtime.graphs import CellGraphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.model import Model
-from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.prefix import SharedPrefix
+from flexgen.runtime.recorded import RecordedCells
 from flexgen.workload import Workload
 
 
