@@ -131,8 +131,9 @@ class RecordedCells:
         layer = self._layers[cell.layer]
         if not isinstance(layer, AttentionLayer):
             return True
-        window = layer.layer_spec.attention.window
-        return window is None and not cell.padding.any and self._cache.records(cell.layer, cell.batch)
+        if layer.layer_spec.attention.window is not None or cell.padding.any or cell.prefix is not None:
+            return False
+        return self._cache.records(cell.layer, cell.batch)
 
     def compute(self, cell: BoundCell, context: Context, x: Tensor, weights: Weights) -> Tensor:
         """The layer's result, from hidden states x (rows, 1, hidden). Part of the cell's computation.
