@@ -105,7 +105,7 @@ class Buffers:
         if resident and self.prefix is None:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
-        elif device.torch_device.type == "cpu" and self.prefix is None:
+        elif device.torch_device.type == "cpu":
             in_place = [j for j, layout in enumerate(model.weights.layouts) if not layout.runs]
             replays = RecordedCells(model.layers, in_place, cache)
         if replays is not None:
