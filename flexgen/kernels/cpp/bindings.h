@@ -1,5 +1,6 @@
-// What the functions for Python share. attention_bindings.cpp has those of attention, elementwise_bindings.cpp those of
-// rows and heads, tape.cpp those of recordings. module.cpp has the others and registers all of them.
+// What the functions for Python share. attention_bindings.cpp has those of attention, linear_bindings.cpp those of
+// products, elementwise_bindings.cpp those of rows and heads, and tape.cpp those of recordings. module.cpp has the others
+// and registers all of them.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -54,6 +55,9 @@ PyObject *py_decode_attention(PyObject *, PyObject *args);
 PyObject *py_attend_prefix(PyObject *, PyObject *args);
 PyObject *py_choose(PyObject *, PyObject *args);
 PyObject *py_attend_chosen(PyObject *, PyObject *args);
+PyObject *py_packed_linear(PyObject *, PyObject *args);
+PyObject *py_packed_linears(PyObject *, PyObject *args);
+PyObject *py_decode(PyObject *, PyObject *args);
 PyObject *py_rms_norm(PyObject *, PyObject *args);
 PyObject *py_rotate(PyObject *, PyObject *args);
 PyObject *py_silu_product(PyObject *, PyObject *args);
