@@ -166,6 +166,38 @@ def rotate(
 ) -> None:
     """Rotate q and k in place. `shape`: rows, heads, kv_heads, head_dim, pairs. Strides: elements between rows."""
 
+def silu_product(
+    type: int, shape: tuple[int, int], gate: int, up: int, stride: int, y: int, y_stride: int, threads: int, /
+) -> None:
+    """`shape`: rows, size. `stride`: elements between rows of gate and of up. y may be gate."""
+
+def add(type: int, count: int, out: int, x: int, threads: int, /) -> None:
+    """out += x."""
+
+def store_token(
+    shape: tuple[int, int, int, int],
+    position: int,
+    k: int,
+    k_strides: tuple[int, int],
+    k_pages: list[int],
+    v: int,
+    v_strides: tuple[int, int],
+    v_pages: list[int],
+    /,
+) -> None:
+    """Copy the keys and values of one token of each row to its place in the pages. `shape`: rows, kv_heads, tokens of
+    a page, bytes of a head. Strides: bytes between rows and between heads."""
+
+def record() -> None:
+    """Record the calls of this thread from now on."""
+
+def end_record() -> object | None:
+    """The recorded calls; None if a kernel was called that cannot be recorded."""
+
+def replay(calls: object, later: int, threads: int, /) -> None:
+    """Repeat recorded calls, with `later` more tokens in the cache: `store_token` and `decode_attention` add it to
+    their position and length. Raises RuntimeError if the pages have no room for them."""
+
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
 

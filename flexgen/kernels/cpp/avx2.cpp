@@ -49,6 +49,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace avx2
 
 #include "attention.h"
+#include "elementwise.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
@@ -79,5 +80,7 @@ const Variant avx2_variant = {
     avx2::sparse::attend_chosen_any,
     avx2::norms::normalise_any,
     avx2::rotation::rotate_any,
+    avx2::elementwise::silu_product_any,
+    avx2::elementwise::add_any,
 };
 #endif

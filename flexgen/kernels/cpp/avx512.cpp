@@ -28,5 +28,7 @@ const Variant avx512_variant = {
     avx512::sparse::attend_chosen_any,
     avx512::norms::normalise_any,
     avx512::rotation::rotate_any,
+    avx512::elementwise::silu_product_any,
+    avx512::elementwise::add_any,
 };
 #endif

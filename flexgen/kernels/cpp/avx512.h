@@ -70,6 +70,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace VARIANT
 
 #include "attention.h"
+#include "elementwise.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"

@@ -68,6 +68,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 }  // namespace baseline
 
 #include "attention.h"
+#include "elementwise.h"
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
@@ -94,4 +95,6 @@ const Variant baseline_variant = {
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,
     baseline::rotation::rotate_any,
+    baseline::elementwise::silu_product_any,
+    baseline::elementwise::add_any,
 };

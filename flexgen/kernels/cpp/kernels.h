@@ -218,6 +218,16 @@ struct Rotation {
     const void *factors;  // (rows, 4, half): cos, cos, -sin, sin
 };
 
+// y = silu(gate) * up, row by row. y may be gate.
+struct SiluProduct {
+    Type type;  // bfloat16 or float16
+    int64_t rows, size;
+    const void *gate, *up;
+    int64_t stride;  // elements between rows of gate, and of up
+    void *y;
+    int64_t y_stride;
+};
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -235,6 +245,8 @@ struct Variant {
     void (*attend_chosen)(Chosen &);
     void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows
     void (*rotate)(const Rotation &, int64_t begin, int64_t end);  // rows
+    void (*silu_product)(const SiluProduct &, int64_t begin, int64_t end);  // rows
+    void (*add)(Type, void *out, const void *x, int64_t begin, int64_t end);  // out += x, elements
 };
 
 extern const Variant baseline_variant;

@@ -177,6 +177,7 @@ TARGET void prepare_any(PackedLinear &job) {
     job.tiled = job.rows > (job.bits == 16 ? 1 : FEW);
     if (job.tiled) return prepare_tiled(job);
     job.operand = job.x;
+    if (job.bits == 16) job.block = LANES;
     if (by_pairs(job) || job.type == Type::float32) return;
     float *wide = aligned(job.wide, job.rows * job.in);
     widen(job.type, job.x, 0, wide, job.rows * job.in);

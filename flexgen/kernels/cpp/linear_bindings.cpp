@@ -7,6 +7,7 @@
 #include "experts.h"
 #include "pool.h"
 #include "products.h"
+#include "tape.h"
 
 // An encoding, or None. Returns false and sets a Python error for other objects.
 static bool read_encoding(PyObject *form, Encoding &to) {
@@ -35,7 +36,6 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
                           &list, &rounded, &form, &threads) ||
         !read_encoding(form, encoding))
         return nullptr;
-    if (form != Py_None) job.encoding = &encoding;
     job.rounded = rounded;
     job.type = (Type)type;
     job.scale_type = (Type)scale_type;
@@ -51,8 +51,13 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
         matrices.push_back({out, (char *)y, (const void *)bias, (const uint8_t *)packed, (const void *)scales,
                             (const void *)minimums});
     }
-    if (!without_gil([&] { multiply(*variant, job, matrices, threads); })) return nullptr;
-    Py_RETURN_NONE;
+    const bool encoded = form != Py_None;
+    const auto call = [job, matrices, encoding, encoded, now = variant](int64_t, int most) {
+        PackedLinear own = job;
+        if (encoded) own.encoding = &encoding;
+        multiply(*now, own, matrices, most);
+    };
+    return run(call, threads);
 }
 
 PyObject *py_packed_linears(PyObject *, PyObject *args) {
@@ -90,7 +95,7 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     }
     const Variant &now = *variant;
     const int useful = useful_threads(threads, nbytes);
-    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
+    if (!jobs.empty() && !run_once([&] { multiply_each(now, jobs, useful); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -121,6 +126,6 @@ PyObject *py_decode(PyObject *, PyObject *args) {
             now->decode(job, begin, std::min(begin + ENCODED_BLOCK, job.out));
     };
     const int useful = useful_threads(threads, out * in * element_bytes(job.type));
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    if (!run_once([&] { run_on_threads(useful, claim); })) return nullptr;
     Py_RETURN_NONE;
 }

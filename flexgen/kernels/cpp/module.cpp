@@ -6,13 +6,11 @@
 #include <atomic>
 
 #include "pool.h"
+#include "tape.h"
 
 const Variant *variant = nullptr;
 
 namespace {
-
-// The approximate size of a piece of work for one thread.
-constexpr int64_t PIECE_BYTES = 64 << 10;
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -45,70 +43,12 @@ PyObject *groupwise(PyObject *args, bool pack) {
             work(job, begin, std::min(begin + piece, job.groups));
     };
     const int useful = useful_threads(threads, groups * group_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    if (!run_once([&] { run_on_threads(useful, claim); })) return nullptr;
     Py_RETURN_NONE;
 }
 
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
-
-PyObject *py_rms_norm(PyObject *, PyObject *args) {
-    RmsNorm job;
-    int type, round_first, threads;
-    long long rows, size, x, weight, y;
-    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
-                          &job.plus, &threads))
-        return nullptr;
-    job.type = (Type)type;
-    job.round_first = round_first;
-    job.rows = rows;
-    job.size = size;
-    job.x = (const void *)x;
-    job.weight = (const void *)weight;
-    job.y = (void *)y;
-    const int64_t row_bytes = size * element_bytes(job.type);
-    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
-    std::atomic<int64_t> claimed{0};
-    const Variant *now = variant;
-    const auto claim = [&, now] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
-            now->rms_norm(job, begin, std::min<int64_t>(begin + piece, rows));
-    };
-    const int useful = useful_threads(threads, rows * row_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_rotate(PyObject *, PyObject *args) {
-    Rotation q, k;
-    int type, threads;
-    long long rows, heads, kv_heads, head_dim, half, q_at, q_stride, k_at, k_stride, factors;
-    if (!PyArg_ParseTuple(args, "i(LLLLL)LLLLLi", &type, &rows, &heads, &kv_heads, &head_dim, &half, &q_at, &q_stride,
-                          &k_at, &k_stride, &factors, &threads))
-        return nullptr;
-    q.type = (Type)type;
-    q.head_dim = head_dim;
-    q.half = half;
-    q.factors = (const void *)factors;
-    k = q;
-    q.heads = heads;
-    q.x = (void *)q_at;
-    q.stride = q_stride;
-    k.heads = kv_heads;
-    k.x = (void *)k_at;
-    k.stride = k_stride;
-    const Variant *now = variant;
-    std::atomic<int64_t> claimed{0};
-    const auto claim = [&, now] {
-        for (int64_t row; (row = claimed.fetch_add(1)) < rows;) {
-            now->rotate(q, row, row + 1);
-            now->rotate(k, row, row + 1);
-        }
-    };
-    const int useful = useful_threads(threads, rows * (heads + kv_heads) * head_dim * element_bytes(q.type));
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
 
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
@@ -161,6 +101,12 @@ PyMethodDef METHODS[] = {
     {"decode", py_decode, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
+    {"silu_product", py_silu_product, METH_VARARGS, nullptr},
+    {"add", py_add, METH_VARARGS, nullptr},
+    {"store_token", py_store_token, METH_VARARGS, nullptr},
+    {"record", py_record, METH_NOARGS, nullptr},
+    {"end_record", py_end_record, METH_NOARGS, nullptr},
+    {"replay", py_replay, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

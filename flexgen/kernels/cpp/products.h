@@ -8,8 +8,8 @@
 #include "kernels.h"
 #include "pool.h"
 
-// The approximate size of a piece of W for one thread, if x has one row: the memory of a piece is read in order.
-constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
+// The approximate size of a piece of W, if x has one row. At the end of a product, a thread waits for at most one piece.
+constexpr int64_t WEIGHT_PIECE_BYTES = 64 << 10;
 constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product with encoded W
 
 // One of the matrices that are multiplied with the same x.
@@ -51,19 +51,15 @@ inline void multiply_at_once(const Variant &variant, PackedLinear &job, const st
         products.push_back(std::move(product));
         count += (matrix.out + piece - 1) / piece;
     }
-    std::atomic<int64_t> claimed{0};
-    run_on_threads(threads, [&] {
-        for (int64_t n; (n = claimed.fetch_add(1)) < count;) {
-            for (const PackedLinear &product : products) {
-                const int64_t pieces = (product.out + piece - 1) / piece;
-                if (n < pieces) {
-                    variant.linear(product, n * piece, std::min((n + 1) * piece, product.out));
-                    break;
-                }
-                n -= pieces;
-            }
+    Pieces pieces(count, threads);
+    const auto multiply_piece = [&](int64_t n) {
+        for (const PackedLinear &product : products) {
+            const int64_t own = (product.out + piece - 1) / piece;
+            if (n < own) return variant.linear(product, n * piece, std::min((n + 1) * piece, product.out));
+            n -= own;
         }
-    });
+    };
+    run_on_threads(threads, [&] { pieces.share(multiply_piece); });
 }
 
 // Encoded W: x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
