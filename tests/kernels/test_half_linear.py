@@ -42,12 +42,12 @@ def assert_exact(found, x, weight, bias):
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(
     dtype=st.sampled_from(HALVES),
-    rows=st.one_of(st.integers(1, 20), st.integers(60, 140)),
-    out_size=st.integers(1, 70),
+    rows=st.one_of(st.integers(1, 40), st.integers(60, 140), st.integers(255, 260)),
+    out_size=st.integers(1, 140),
     in_size=st.one_of(st.integers(1, 150), st.integers(1000, 1100), st.integers(2030, 2120)),
     biased=st.booleans(),
 )
-def test_few_rows(variant, dtype, rows, out_size, in_size, biased):
+def test_every_shape(variant, dtype, rows, out_size, in_size, biased):
     before = native.variant()
     native.set_variant(variant)
     try:
@@ -87,8 +87,27 @@ def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_depends_on_no_other(variant):
+    """Neither a row of x nor a row of the matrix."""
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        for dtype in HALVES:
+            x, weight, _ = operands(dtype, (37,), 75, 130, False)
+            together = multiply_natively(x, weight)
+            x[1:], weight[1:] = float("nan"), float("nan")
+            alone = multiply_natively(x, weight)
+            assert (
+                alone[0, 0].equal(together[0, 0]) and alone[1:].isnan().all() and alone[0, 1:].isnan().all()
+            )
+    finally:
+        native.set_variant(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 33])
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 300])
 def test_results_do_not_depend_on_the_threads(variant, dtype, rows, monkeypatch):
     before = native.variant()
     native.set_variant(variant)

@@ -10,7 +10,7 @@
 
 // The approximate size of a piece of W for one thread, if x has one row: the memory of a piece is read in order.
 constexpr int64_t WEIGHT_PIECE_BYTES = 256 << 10;
-constexpr int64_t ROWS_AT_ONCE = 256;  // of x, in a product with encoded W
+constexpr int64_t ROWS_AT_ONCE = 256;  // of x
 
 // One of the matrices that are multiplied with the same x.
 struct Matrix {
@@ -66,9 +66,9 @@ inline void multiply_at_once(const Variant &variant, PackedLinear &job, const st
     });
 }
 
-// Encoded W: x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
+// x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
 inline void multiply(const Variant &variant, PackedLinear &job, const std::vector<Matrix> &matrices, int threads) {
-    if (job.bits == 16) return multiply_at_once(variant, job, matrices, threads);
+    if (job.rows <= ROWS_AT_ONCE) return multiply_at_once(variant, job, matrices, threads);
     const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, item = element_bytes(job.type);
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t begin = job.rows * part / parts, end = job.rows * (part + 1) / parts;
