@@ -2,8 +2,9 @@
 
 For few rows, the compiled kernel is the fastest (benchmarks/host_linear.py). It reads the matrix where it is stored,
 so a tied head and streamed weights are as fast as others. With instructions for products of bfloat16, it is the
-fastest for many rows too. Without instructions for a type, the type only saves storage and bandwidth: the kernel
-widens values to float32 in registers and caches, and for many rows a library's float32 product takes widened pieces.
+fastest for many rows too (benchmarks/packed_linear.py). Without instructions for a type, the type only saves storage
+and bandwidth: the kernel widens values to float32 in registers and caches, and for many rows a library's float32
+product takes widened pieces.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.kernels import half_linear
+from flexgen.kernels.groupwise_linear import SPAN
 from flexgen.kernels.half_linear import (
     fastest,
     multiply_in_pieces,
@@ -16,6 +17,7 @@ from flexgen.kernels.half_linear import (
 )
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.quantized import EVERY_ROW
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
 HALVES = [torch.bfloat16, torch.float16]
@@ -172,8 +174,15 @@ def test_workspace_is_the_memory_in_addition_to_the_result(rows, biased, peak_by
 
 def test_the_workspace_is_that_of_the_way_a_product_is_computed(monkeypatch):
     monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
+    monkeypatch.setattr(half_linear, "native_rows", lambda dtype: 64)
     assert workspace_bytes(2500, 300, 512, torch.bfloat16) == pieces_bytes(2500, 300, 512) > 0
     assert workspace_bytes(2500, 300, 512, torch.float32) == 0
-    if native_available():
-        widened = workspace_bytes(6, 300, 512, torch.bfloat16)
-        assert 8 * 512 * torch.float32.itemsize < widened < workspace_bytes(8, 300, 1024, torch.bfloat16)
+    widened = workspace_bytes(6, 300, 512, torch.bfloat16)
+    assert 8 * 512 * torch.float32.itemsize < widened < workspace_bytes(8, 300, 1024, torch.bfloat16)
+
+
+def test_the_kernel_copies_a_limited_number_of_rows_at_once(monkeypatch):
+    monkeypatch.setattr(half_linear, "native_rows", lambda dtype: EVERY_ROW)
+    limit = workspace_bytes(SPAN, 300, 512, torch.bfloat16)
+    assert limit > workspace_bytes(SPAN // 2, 300, 512, torch.bfloat16)
+    assert workspace_bytes(2500, 300, 512, torch.bfloat16) == limit

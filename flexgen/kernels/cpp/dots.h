@@ -65,7 +65,7 @@ INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
 namespace VARIANT {
 namespace dots {
 
-constexpr int64_t FEW_PLAIN = 16;  // up to this many rows of x, tiles.h multiplies a matrix in bfloat16
+constexpr int64_t FEW_PLAIN = 64;  // up to this many rows of x, tiles.h multiplies a matrix in bfloat16
 
 // Whether W can be multiplied here: groups are whole chunks, and a scale of rounded x belongs to one group.
 inline bool fits(const PackedLinear &job) {
@@ -78,7 +78,8 @@ template <class Kind, int BITS>
 TARGET void prepare_bits(PackedLinear &job) {
     if (BITS != 16 && job.rows <= MOST_FEW) return prepare_few<Kind, BITS>(job);
     job.tiled = true;
-    job.block = fused(job) ? 2 * STRIP : PANEL;
+    job.block = PANEL;
+    job.piece = fused(job) ? 4 * PANEL : PIECE_PANELS * PANEL;
     prepare_strips<Kind, BITS>(job);
 }
 template <class Kind, int BITS>

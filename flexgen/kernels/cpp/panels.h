@@ -9,7 +9,8 @@ namespace VARIANT {
 namespace dots {
 
 constexpr int64_t PANEL = 2 * STRIP;  // rows of W
-constexpr int64_t PANEL_CHUNKS = 32;  // the maximum
+constexpr int64_t PANEL_CHUNKS = 16;  // the maximum
+constexpr int64_t PIECE_PANELS = 16;  // the rows of a piece of W
 constexpr int64_t FIRST_CHUNKS = 8;  // of the first rows of a piece of W, which were not prefetched
 
 // The bytes of the rows of the next panel, which are prefetched line by line.

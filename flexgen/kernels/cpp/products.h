@@ -37,7 +37,7 @@ inline void multiply_at_once(const Variant &variant, PackedLinear &job, const st
     if (job.parts) run_on_threads(job.parts > 1 ? threads : 1, order);
     // A piece is a whole number of blocks, with at least four pieces for each thread. A block of x is read once for each
     // piece, so with tiles a piece has many rows of W.
-    const int64_t most = std::min(job.tiled ? 4 * job.block : WEIGHT_PIECE_BYTES / row_bytes, out / (4 * threads));
+    const int64_t most = std::min(job.tiled ? job.piece : WEIGHT_PIECE_BYTES / row_bytes, out / (4 * threads));
     const int64_t piece = std::max<int64_t>(1, most / job.block) * job.block;
     std::vector<PackedLinear> products;
     for (const Matrix &matrix : matrices) {
