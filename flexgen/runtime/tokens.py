@@ -118,6 +118,11 @@ class Prompts:
         span, padding = self._span(token, batch), self._grouping.padding[batch]
         return BoundCell(token, layer, batch, slot, span, padding)
 
+    @property
+    def shared(self) -> int:
+        """The number of tokens before the prompts, which all rows share."""
+        return self._passes.shared
+
     def _span(self, token: int, batch: int) -> Span:
         return self._passes.span(token, self._grouping.widths[batch])
 
@@ -181,16 +186,18 @@ class Prompts:
         return self._grouping.places[batch]
 
     def positions(self, cell: BoundCell) -> Tensor:
-        """(rows, new) on the compute device, counted from the row's first token; 0 for padding."""
+        """(rows, new) on the compute device, counted from the row's first token, which may be in a shared prefix.
+        Padding has the position of the first token that is not."""
         span = cell.span
         columns = torch.arange(span.length, span.length + span.new, device=self.device.torch_device)
-        return (columns - cell.padding.on_device[:, None]).clamp_(min=0)
+        positions = (columns - cell.padding.on_device[:, None]).clamp_(min=0)
+        return positions.add_(self._passes.shared) if self._passes.shared else positions
 
     def text_length(self, cell: BoundCell) -> Tensor | None:
         """See `Context`. It is the length of the prompt if the cell computes a part of the prompt."""
         if cell.token > 0 or self.first == 0:
             return None
-        length = self._passes.cached + self._grouping.widths[cell.batch]
+        length = self._passes.shared + self._passes.cached + self._grouping.widths[cell.batch]
         return torch.full((), length, device=self.device.torch_device)
 
 
