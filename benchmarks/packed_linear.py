@@ -6,10 +6,11 @@
 
 These figures are the reason for `fused_rows` in `kernels.groupwise_linear`: the most rows of x for which the fused
 product is at least as fast as the product with an already decoded matrix. `decode` is the cost of decoding, once for
-each visit of a layer. `laid out` is the plain matrix in oneDNN's layout, in which the CPU keeps bfloat16 weights, and
-`a8` the fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its
-share of that bandwidth. `--published` adds the formats of checkpoints, with random bytes
-(`kernels.encoded_linear`). On a GPU (--device cuda), the Triton kernels are measured.
+each visit of a layer. `matrix` is the product of the library with the plain matrix, and `linear` that of flexgen.
+`laid out` is the plain matrix in oneDNN's layout, if flexgen stores bfloat16 weights in it on this CPU, and `a8` the
+fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its share of
+that bandwidth. `--published` adds the formats of checkpoints, with random bytes (`kernels.encoded_linear`). On a GPU
+(--device cuda), the Triton kernels are measured.
 """
 
 from __future__ import annotations
@@ -146,13 +147,15 @@ def cases_of(
     plain = [weight.to(dtype) for _ in range(max(MEMORY // (weight.numel() * dtype.itemsize), 1))]
     x = {count: torch.randn(count, in_size).to(device, dtype) for count in rows}
     cases: dict[str, Callable[[], dict[str, float]]] = {}
-    nbytes = {"matrix": plain[0].nbytes, "laid out": plain[0].nbytes}
+    nbytes = dict.fromkeys(("matrix", "linear", "laid out"), plain[0].nbytes)
     if device == "cpu":
         memory = torch.ones(MEMORY >> 20 << 20, dtype=torch.uint8)
         cases["read"] = partial(read_rate, memory)
     laid_out = [prelayout(each) for each in plain] if device == "cpu" and has_prelayout(dtype) else []
     for count in rows:
         cases[f"matrix, {count} rows"] = partial(rate, partial(F.linear, x[count]), plain, seconds)
+        if device == "cpu":
+            cases[f"linear, {count} rows"] = partial(rate, partial(linear, x[count]), plain, seconds)
         if laid_out:
             cases[f"laid out, {count} rows"] = partial(rate, partial(linear, x[count]), laid_out, seconds)
     out = torch.empty_like(plain[0])

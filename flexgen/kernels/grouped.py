@@ -115,16 +115,17 @@ def _native_form(
 
 
 def _form(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix, rows: int) -> _Form | None:
+    if rows > SPAN:  # x is copied for all matrices at once
+        return None
     if isinstance(matrix, EncodedMatrix):
         call = matrix.encoded.call
-        if call is None or rows > min(matrix.fused_rows(dtype), SPAN):
+        if call is None or rows > matrix.fused_rows(dtype):
             return None
         return _Form(call.scale_type, call.bits, call.group, call.encoding)
     if isinstance(matrix, GroupwiseMatrix):
         packed = matrix.packed
         plain = all(part.is_contiguous() for part in (packed.values, packed.scales, packed.minimums))
-        # x is copied for all matrices at once, so the rows of each are limited.
-        if not plain or matrix.rounded or rows > min(matrix.fused_rows(dtype), SPAN):
+        if not plain or matrix.rounded or rows > matrix.fused_rows(dtype):
             return None
         return _Form(NUMBERS[packed.scales.dtype], packed.bits, packed.group)
     if not isinstance(matrix, Tensor) or matrix.is_mkldnn or matrix.dtype is not dtype:

@@ -189,6 +189,7 @@ struct PackedLinear {
     // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
     // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
     int64_t block = 48;  // a multiple of the blocks of linear.h and tiles.h
+    int64_t piece = 4 * 48;  // the most rows of W that a thread takes at a time, if x has many rows
     int64_t parts = 0;  // of the conversion of x, left to `order_linear`
     bool tiled = false;
     const void *operand = nullptr;
