@@ -11,9 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +30,7 @@ from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL
 from flexgen.errors import CapacityError, FlexGenError, ModelError, did_you_mean, shown
 from flexgen.layout.placement import place_weights
-from flexgen.models import ModelSpec, build_layers, open_model
+from flexgen.models import ModelSpec, WeightSpec, build_layers, open_model
 from flexgen.models.families import about, config_from_dict, known_families, spec_from_config
 from flexgen.models.known import known_name, known_names, known_repository, published_format
 from flexgen.models.mlp_spec import MixtureSpec
@@ -34,12 +40,14 @@ from flexgen.policy import Auto, Policy, Split, Tier
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.job import Job
 from flexgen.probe.measured import find_hardware
-from flexgen.search.effort import QUICK
+from flexgen.search.effort import SURVEY
 from flexgen.search.find import find_for_job
 from flexgen.workload import Workload
 
 _CODECS = ("int8", "int4")
 """The codecs whose bytes are listed."""
+_SEARCHES_EACH = 8
+"""The least number of searches for a process: its start takes as long as a few."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,10 @@ def catalog(args: argparse.Namespace) -> None:
     hardware = find_hardware(args.hardware) if args.hardware else None
     workload = Workload(args.prompt_len, args.gen_len, args.num_prompts)
     families = [] if args.names else family_entries()
-    sizes = []
+    entries = size_entries(names, hardware, workload, args.lossy)
     # Sizes without predictions take no time, and need no bar.
-    for name in tqdm(names, desc="search", unit="model", disable=None if hardware else True, leave=False):
-        spec, _ = open_model(name, "dummy")
-        sizes.append(size_entry(spec, fit(spec, hardware, workload, args.lossy) if hardware else None))
+    bar = tqdm(entries, "search", len(names), unit="model", disable=None if hardware else True, leave=False)
+    sizes = list(bar)
     found: dict[str, Any] = {
         "families": [asdict(one) for one in families],
         "models": [asdict(one) for one in sizes],
@@ -123,20 +130,59 @@ def family_entries() -> list[FamilyEntry]:
     ]
 
 
+def size_entries(
+    names: Sequence[str], hardware: Hardware | None = None, workload: Workload = USUAL, lossy: bool = False
+) -> Iterator[SizeEntry]:
+    """The entries of known sizes, in this order, with predictions if `hardware` is given. lossy: as in `fit`.
+
+    Many searches run in several processes, because a search is computed by Python code.
+    """
+    figures = hardware.to_dict() if hardware else None  # unlike the object, they can be sent to a process
+    entry = partial(_named_entry, figures=figures, workload=workload, lossy=lossy)
+    processes = min(len(os.sched_getaffinity(0)), len(names) // _SEARCHES_EACH) if hardware else 1
+    if processes < 2:
+        yield from map(entry, names)
+        return
+    # A plain fork could copy a lock that another thread of this process holds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flexgen.catalog"])
+    with ProcessPoolExecutor(processes, context, _ignore_interrupts) as pool:
+        yield from pool.map(entry, names)
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the process that waits for the results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _named_entry(name: str, figures: dict[str, Any] | None, workload: Workload, lossy: bool) -> SizeEntry:
+    spec, _ = open_model(name, "dummy")
+    return size_entry(spec, fit(spec, Hardware.from_dict(figures), workload, lossy) if figures else None)
+
+
 def size_entry(spec: ModelSpec, fit: Fit | None = None) -> SizeEntry:
     """The entry of a known size, whose name is that of the spec."""
-    layers, form = build_layers(spec), published_format(spec.name)
-    unique = {weight.key: weight.numel for layer in layers for weight in layer.weights}
-    nbytes = {"bfloat16": published_bytes(layers, torch.bfloat16, None)}
+    form, counts = published_format(spec.name), Counter(spec.layers)
+    layers = build_layers(replace(spec, layers=tuple(counts)))  # one of each kind: they differ in names only
+    weights = {
+        w.key: (w, counts[layer.layer_spec] if layer.layer_spec else 1)
+        for layer in layers
+        for w in layer.weights
+    }
+
+    def total(nbytes: Callable[[WeightSpec], int]) -> int:
+        return sum(count * nbytes(weight) for weight, count in weights.values())
+
+    nbytes = {"bfloat16": total(lambda weight: weight.nbytes(torch.bfloat16))}
     for codec in _CODECS:
-        placement = place_weights(layers, Split.of({"cpu": {"percent": 100, "codec": codec}}), torch.bfloat16)
-        nbytes[codec] = placement.nbytes[Tier.CPU]
-    nbytes["published"] = published_bytes(layers, spec.dtype, form)
+        split = Split.of({"cpu": {"percent": 100, "codec": codec}})
+        nbytes[codec] = total(place_weights(layers, split, torch.bfloat16).stored_bytes)
+    nbytes["published"] = total(partial(published_bytes, dtype=spec.dtype, form=form))
     return SizeEntry(
         spec.name,
         known_repository(spec.name),
         spec.family,
-        sum(unique.values()),
+        total(lambda weight: weight.numel),
         nbytes,
         form or str(spec.dtype).removeprefix("torch."),
         fit,
@@ -149,7 +195,7 @@ def fit(spec: ModelSpec, hardware: Hardware, workload: Workload, lossy: bool = F
     lossy: whether the policy may use codecs.
     """
     try:
-        best = find_for_job(Job.checked(spec, hardware, workload), Auto({}, lossy), top=1, effort=QUICK).best
+        best = find_for_job(Job.checked(spec, hardware, workload), Auto({}, lossy), top=1, effort=SURVEY).best
     except CapacityError as error:
         return Fit(hardware.name, False, reason=str(error))
     except FlexGenError as error:
@@ -266,7 +312,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--hardware",
         metavar="NAME",
         help="also search for a policy on this machine: a preset (t4, l4, ...), a file NAME.toml, or `measured` for "
-        "this machine. All sizes take some minutes, a single one a few seconds",
+        "this machine. It takes a second or two for each size; many sizes use all cores",
     )
     add("--prompt-len", type=count, default=USUAL.prompt_len, metavar="N", help="tokens of each prompt")
     add("--gen-len", type=count, default=USUAL.gen_len, metavar="N", help="new tokens of each prompt")

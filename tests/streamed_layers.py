@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,14 +45,17 @@ LLAMA = dict(
 )  # fmt: skip
 
 
-def _save(directory: Path, family: str, dtype: torch.dtype, format: str, **changes: Any) -> Path:
+def _save(
+    directory: Path, family: str, dtype: torch.dtype, format: str, number: int | None, **changes: Any
+) -> Path:
     torch.manual_seed(0)
-    if family == "opt":
+    if number is None and family == "opt":
         model = OPTForCausalLM(OPTConfig(**{**OPT, **changes}))
-    elif family == "llama":
+    elif number is None and family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes}))
     else:
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**TINY[family][0], **changes}))
+        fields = copy.deepcopy(TINY[family][number or 0])
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**fields, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -73,15 +77,23 @@ def _save(directory: Path, family: str, dtype: torch.dtype, format: str, **chang
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`saved("opt", torch.float16, "bin", num_hidden_layers=2)`: a directory, made once; not to be changed."""
+    """`saved("opt", torch.float16, "bin", num_hidden_layers=2)`: a directory, made once; not to be changed.
+
+    `saved("qwen3", number=1)` has the second of the family's tiny configs. Without a number, the config of opt and
+    llama is the one above, and that of another family its first.
+    """
     made: dict[Any, Path] = {}
 
     def directory(
-        family: str = "opt", dtype: torch.dtype = torch.float32, format: str = "safetensors", **changes: Any
+        family: str = "opt",
+        dtype: torch.dtype = torch.float32,
+        format: str = "safetensors",
+        number: int | None = None,
+        **changes: Any,
     ) -> Path:
-        key = (family, dtype, format, *sorted(changes.items()))
+        key = (family, dtype, format, number, *sorted(changes.items()))
         if key not in made:
-            made[key] = _save(tmp_path_factory.mktemp("model"), family, dtype, format, **changes)
+            made[key] = _save(tmp_path_factory.mktemp("model"), family, dtype, format, number, **changes)
         return made[key]
 
     return directory

@@ -75,6 +75,16 @@ def test_predictions_and_their_json(capsys):
     assert small["policy"].startswith("weights 100% cpu; 1 x ")
 
 
+def test_searches_in_several_processes_give_the_same_entries_in_the_same_order(monkeypatch):
+    names = ["opt-350m", "qwen3-0.6b", "opt-125m"]
+    asked = Hardware.preset("laptop-16g"), Workload(32, 4, 4)
+    alone = list(catalog.size_entries(names, *asked))
+    monkeypatch.setattr(catalog, "_SEARCHES_EACH", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    assert list(catalog.size_entries(names, *asked)) == alone
+    assert [one.name for one in alone] == names and all(one.fit.fits for one in alone)
+
+
 def test_the_table_has_speed_and_policy(capsys):
     head, row = listed(f"opt-125m --hardware laptop-16g {SMALL}", capsys).splitlines()
     assert head.endswith("Policy") and row.endswith("x 4 prompts")

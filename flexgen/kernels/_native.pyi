@@ -102,12 +102,14 @@ def packed_linear(
     x: int,
     matrices: list[tuple[int, int, int, int, int, int]],
     rounded: bool,
+    encoding: tuple[int, int, int, int, int, int, bool] | None,
     threads: int,
     /,
 ) -> None:
     """The products of x with all matrices. `shape`: rows of x, in, group. Each matrix: out, y, bias (0 for none),
     values, scales, minimums. `rounded`: round x to int8, with a scale for each group; only for the variant
-    avx512_bf16 and groups of 64."""
+    avx512_bf16 and groups of 64. `encoding`: None for group-wise integers and half types; otherwise `Encoding` of
+    cpp/kernels.h, and minimums are zero points or the scale of the whole matrix."""
 
 def packed_linears(
     type: int,
@@ -115,11 +117,27 @@ def packed_linears(
     bits: int,
     shape: tuple[int, int, int],
     products: list[tuple[int, int, int, int, int, int]],
+    encoding: tuple[int, int, int, int, int, int, bool] | None,
     threads: int,
     /,
 ) -> None:
     """Products of several x, each with a matrix of its own, all of one shape. `shape`: out, in, group. Each product:
     rows of x, x, y, values, scales, minimums."""
+
+def decode(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int],
+    y: int,
+    values: int,
+    scales: int,
+    minimums: int,
+    encoding: tuple[int, int, int, int, int, int, bool],
+    threads: int,
+    /,
+) -> None:
+    """Decode a matrix to y, of `type`. `shape`: out, in, group."""
 
 def rms_norm(
     type: int,
@@ -147,6 +165,38 @@ def rotate(
     /,
 ) -> None:
     """Rotate q and k in place. `shape`: rows, heads, kv_heads, head_dim, pairs. Strides: elements between rows."""
+
+def silu_product(
+    type: int, shape: tuple[int, int], gate: int, up: int, stride: int, y: int, y_stride: int, threads: int, /
+) -> None:
+    """`shape`: rows, size. `stride`: elements between rows of gate and of up. y may be gate."""
+
+def add(type: int, count: int, out: int, x: int, threads: int, /) -> None:
+    """out += x."""
+
+def store_token(
+    shape: tuple[int, int, int, int],
+    position: int,
+    k: int,
+    k_strides: tuple[int, int],
+    k_pages: list[int],
+    v: int,
+    v_strides: tuple[int, int],
+    v_pages: list[int],
+    /,
+) -> None:
+    """Copy the keys and values of one token of each row to its place in the pages. `shape`: rows, kv_heads, tokens of
+    a page, bytes of a head. Strides: bytes between rows and between heads."""
+
+def record() -> None:
+    """Record the calls of this thread from now on."""
+
+def end_record() -> object | None:
+    """The recorded calls; None if a kernel was called that cannot be recorded."""
+
+def replay(calls: object, later: int, threads: int, /) -> None:
+    """Repeat recorded calls, with `later` more tokens in the cache: `store_token` and `decode_attention` add it to
+    their position and length. Raises RuntimeError if the pages have no room for them."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""

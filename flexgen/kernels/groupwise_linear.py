@@ -2,8 +2,8 @@
 
 A product of few rows is bound by the reads of the weights. Encoded weights have a quarter (int4) or half (int8) of
 the bytes of a 16-bit matrix, and a decoded matrix must also be written and read. A product of many rows is
-compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernel decodes a tile of the matrix in a cache and
-multiplies it with all rows of x. Otherwise, a library's product with the decoded matrix is faster.
+compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernel decodes a panel of the matrix in a cache
+and multiplies it with all rows of x. Otherwise, a library's product with the decoded matrix is faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
 DOTS = "avx512_bf16"
 """The compiled variant with dot products of bfloat16 and of int8."""
 SPAN = 256
-"""Rows of x that a compiled product puts in its own layout at once (cpp/module.cpp)."""
+"""Rows of x that a compiled product puts in its own layout at once (cpp/products.h)."""
 _DOTS_GROUP = 64
 """Groups of the kernels with dot products are multiples of it; x is rounded to int8 in groups of this size."""
 
@@ -212,6 +212,7 @@ def multiply_all_natively(
             for packed, bias, y in zip(matrices, biases, ys, strict=True)
         ],
         rounded,
+        None,
         torch.get_num_threads(),
     )
     return ys

@@ -1,10 +1,10 @@
 """Products in bfloat16 and float16 on a CPU.
 
 For few rows, the compiled kernel is the fastest (benchmarks/host_linear.py). It reads the matrix where it is stored,
-so a tied head and streamed weights are as fast as others. With instructions for products of bfloat16, it uses them,
-and a library multiplies many rows. Without instructions for a type, the type only saves storage and bandwidth: the
-kernel widens values to float32 in registers and caches, and for many rows a library's float32 product takes widened
-pieces.
+so a tied head and streamed weights are as fast as others. With instructions for products of bfloat16, it is the
+fastest for many rows too (benchmarks/packed_linear.py). Without instructions for a type, the type only saves storage
+and bandwidth: the kernel widens values to float32 in registers and caches, and for many rows a library's float32
+product takes widened pieces.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flexgen.kernels.groupwise_linear import SPAN
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
+from flexgen.kernels.quantized import EVERY_ROW
 from flexgen.units import MIB, align
 
 _HALVES = (torch.bfloat16, torch.float16)
-_PAIRED_ROWS = 64
-"""The maximum rows of x for which the compiled kernel is at least as fast as the library, if it has instructions for
-products of bfloat16."""
 _WIDENED_ROWS = 256
-"""The same if it widens."""
+"""The maximum rows of x for which the compiled kernel is at least as fast as the library, if it widens."""
 _ROWS_BESIDE_AMX = 8
 """The same if the CPU has instructions for tiles of the type (AMX). It is not measured: reading the matrix limits so
 few rows."""
@@ -57,7 +56,7 @@ def _rows(dtype: torch.dtype) -> int:
     if _has_tiles(dtype):
         return _ROWS_BESIDE_AMX
     if dtype is torch.bfloat16 and native.variant() == "avx512_bf16":
-        return _PAIRED_ROWS
+        return EVERY_ROW
     return 0 if has_products(dtype) else _WIDENED_ROWS
 
 
@@ -77,7 +76,7 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
     if rows <= native_rows(dtype):
         paired = dtype is torch.bfloat16 and has_products(dtype)
         item = dtype.itemsize if paired else torch.float32.itemsize
-        return align(rows, _TILE_ROWS) * (align(in_size * item, _LINE) + _LINE)
+        return align(min(rows, SPAN), _TILE_ROWS) * (align(in_size * item, _LINE) + _LINE)
     return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 
@@ -120,6 +119,7 @@ def multiply_all_natively(
             for weight, bias, y in zip(weights, biases, ys, strict=True)
         ],
         False,
+        None,
         torch.get_num_threads(),
     )
     return ys

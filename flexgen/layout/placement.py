@@ -81,6 +81,7 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
     placement = Placement(dtype, {}, {}, {}, dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0))
     placed = placement.share
     percents = {tier: split.percent(tier) for tier in Tier if split.percent(tier) > 0}
+    codecs = {tier: split[tier].codec for tier in percents}
     between = max((layer.weight_bytes(dtype) for layer in layers[1:-1]), default=0)
     total = 0
     for layer in layers:
@@ -96,13 +97,18 @@ def place_weights(layers: Sequence[Layer], split: Split, dtype: torch.dtype) -> 
                 shares = {t: whole * percent / 100 for t, percent in percents.items()}
                 tier = next((t for t in shares if shares[t] - placed[t] >= nbytes), tier)
             placed[tier] += nbytes
+            placement.tiers.update((weight.key, tier) for weight in unit)
+            if (
+                codecs[tier] == "none"
+            ):  # a shortcut, because a search places tens of thousands of experts often
+                placement.nbytes[tier] += nbytes
+                continue
             for weight in unit:
-                placement.tiers[weight.key] = tier
-                codec = codec_for(split[tier].codec, weight.shape)
+                codec = codec_for(codecs[tier], weight.shape)
                 if codec and weight.encodable:
                     placement.codecs[weight.key] = codec
                 encoded = layer.spec.encoded.get(weight.key)
-                if encoded and split[tier].codec == STORED and weight.encodable and not weight.looked_up:
+                if encoded and codecs[tier] == STORED and weight.encodable and not weight.looked_up:
                     placement.stored[weight.key] = encoded
                     placement.tiers.update(dict.fromkeys((part.key for part in encoded.parts), tier))
                 placement.nbytes[tier] += placement.stored_bytes(weight)

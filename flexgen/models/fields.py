@@ -13,6 +13,7 @@ import torch
 from flexgen.errors import ModelError, shown
 from flexgen.formats import Encoding, read_encodings
 from flexgen.kernels.scoring import Window
+from flexgen.models.class_defaults import class_defaults
 from flexgen.models.ops import ACTIVATIONS
 from flexgen.models.rope import KINDS, ReadParameters, rope_spec
 from flexgen.models.spec import RopeSpec
@@ -110,7 +111,7 @@ class Fields:
             for field in sorted(self._config.per_layer_attributes - self._read):
                 if not unrelated(field):
                     self._check_uniform(field)
-        default = vars(type(self._config)())
+        default = class_defaults(type(self._config))
         for field, value in vars(self._config).items():
             if field in self._read or unrelated(field):
                 continue

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexgen.kernels.elementwise import add_
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.norms import normalise
@@ -200,11 +201,11 @@ class TransformerLayer(Layer):
         """The hidden states x plus `out`, the output of attention or MLP, with its norm. May overwrite `out`."""
         layer = self.layer_spec
         if layer.residual == "post":
-            return normalise(norm, out.add_(x), weights, "out_norm")
+            return normalise(norm, add_(out, x), weights, "out_norm")
         out = normalise(norm, out, weights, "out_norm")
         if layer.residual_scale != 1:
             out.mul_(layer.residual_scale)
-        return out.add_(x)
+        return add_(out, x)
 
 
 class AttentionLayer(TransformerLayer):

@@ -16,7 +16,7 @@ from flexgen.models.layer import MatrixGroup, Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
 from flexgen.models.mlp_spec import MixtureSpec, MLPSpec, RouterSpec
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
-from flexgen.models.ops import ACTIVATIONS
+from flexgen.models.ops import gated
 from flexgen.models.sources import OneRow, Source
 from flexgen.models.spec import ModelSpec, WeightSpec
 
@@ -157,7 +157,7 @@ class Mixture(FeedForward):
     def _inner(self, gate: Tensor, up: Tensor) -> Tensor:
         form = self._mixture.clamped
         if form is None:
-            return ACTIVATIONS[self._mixture.activation](gate).mul_(up)
+            return gated(self._mixture.activation, gate, up)
         gate = gate.clamp(max=form.limit)
         gate.mul_((gate * form.alpha).sigmoid_())
         return up.clamp(-form.limit, form.limit).add_(1).mul_(gate)

@@ -12,7 +12,7 @@ from flexgen.kernels.workspaces import HOST, Workspaces
 from flexgen.models.layer import Context, TransformerLayer, Weights, linear_weights, slices
 from flexgen.models.mlp_spec import MLPSpec
 from flexgen.models.norms import norm_weights, norm_workspace, normalise
-from flexgen.models.ops import ACTIVATIONS, IN_PLACE
+from flexgen.models.ops import ACTIVATIONS, IN_PLACE, gated
 from flexgen.models.sources import Source
 from flexgen.models.spec import ModelSpec, NormSpec, WeightSpec
 
@@ -133,13 +133,13 @@ def compute_mlp(mlp: MLPSpec, x: Tensor, weights: Weights, prefix: str = "") -> 
     activation = ACTIVATIONS[mlp.activation]
     if mlp.fused:
         gate, up = product(x, "gate_up").chunk(2, dim=-1)
-        inner = activation(gate) * up
+        inner = gated(mlp.activation, gate, up)
         del gate, up
     elif mlp.gated and mlp.activation in IN_PLACE:
         names = [f"{prefix}gate", f"{prefix}up"]
         matrices = [weights[f"{name}.weight"] for name in names]
         gate, up = linears(x, matrices, [weights.get(f"{name}.bias") for name in names])
-        inner = activation(gate).mul_(up)
+        inner = gated(mlp.activation, gate, up)
         del gate, up
     elif mlp.gated:  # less memory: the result of the activation replaces the gate
         inner = activation(product(x, "gate"))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.elementwise import silu_product
 from flexgen.kernels.partial import Partial, flash_part
 from flexgen.kernels.rotation import pairs_of
 from flexgen.kernels.scoring import (
@@ -48,6 +49,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 IN_PLACE = frozenset({"relu", "relu2", "silu", "swish"})
 """The activations that overwrite their argument, and so allocate no memory."""
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """The activation of gate, times up: contiguous. It may overwrite gate."""
+    if activation in ("silu", "swish"):
+        return silu_product(gate, up)
+    active = ACTIVATIONS[activation](gate)
+    return active.mul_(up) if active.is_contiguous() else active * up
 
 
 @functools.lru_cache(maxsize=32)

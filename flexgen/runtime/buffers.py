@@ -18,29 +18,30 @@ from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
+from flexgen.runtime.recorded import RecordedCells
 from flexgen.workload import Workload
 
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """The buffers of a block's cells. `lookup`: None if the table is used in place. `graphs`: None if no cell is
+    """The buffers of a block's cells. `lookup`: None if the table is used in place. `replays`: None if no cell is
     replayed. `prefix`: the tokens that all rows share; None if they share none."""
 
     cache: KVCache
     activations: Activations
     lookup: Lookup | None
-    graphs: CellGraphs | None
+    replays: CellGraphs | RecordedCells | None
     prefix: SharedPrefix | None = None
 
     def expect(self, tokens: int) -> None:
         """Announce that the next run computes `tokens` tokens with the present batches."""
-        if self.graphs is not None:
-            self.graphs.expect(tokens)
+        if self.replays is not None:
+            self.replays.expect(tokens)
 
     def end_run(self) -> None:
         """Discard the state of these batches. No step may be in flight."""
-        if self.graphs is not None:
-            self.graphs.drop()
+        if self.replays is not None:
+            self.replays.drop()
 
     def reset(self, model: Model, batches: Sequence[int]) -> None:
         """Continue with the batches for which the buffers were made, for other prompts."""
@@ -96,15 +97,20 @@ class Buffers:
         if model.table is not None:
             lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
             self._close.append(lookup.close)
-        graphs, device = None, machine.device
+        replays: CellGraphs | RecordedCells | None = None
+        device = machine.device
         resident = replayed(
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
         if resident and self.prefix is None:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
-            graphs = CellGraphs(model.layers, resident, cache, whole, device)
-            self._close.append(graphs.close)
-        self.block = BlockBuffers(cache, activations, lookup, graphs, self.prefix)
+            replays = CellGraphs(model.layers, resident, cache, whole, device)
+        elif device.torch_device.type == "cpu":
+            in_place = [j for j, layout in enumerate(model.weights.layouts) if not layout.runs]
+            replays = RecordedCells(model.layers, in_place, cache)
+        if replays is not None:
+            self._close.append(replays.close)
+        self.block = BlockBuffers(cache, activations, lookup, replays, self.prefix)
 
     def end_call(self) -> None:
         """Discard the state of a call in buffers that outlive it."""

@@ -66,7 +66,11 @@ class CacheStorage:
 
     def parts(self, cell: BoundCell) -> Sequence[Part]:
         """The parts of the cell's layer and batch."""
-        return self._parts[cell.layer, cell.batch]
+        return self.parts_of(cell.layer, cell.batch)
+
+    def parts_of(self, layer: int, batch: int) -> Sequence[Part]:
+        """The parts of a layer and batch."""
+        return self._parts[layer, batch]
 
     def slot(self, tier: Tier, cell: BoundCell) -> Slot:
         """The cell's buffers for the part of a tier."""

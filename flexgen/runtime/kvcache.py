@@ -15,6 +15,8 @@ from functools import partial
 
 from torch import Tensor
 
+from flexgen.kernels.attention import decode_attention
+from flexgen.kernels.new_tokens import store_token
 from flexgen.kernels.partial import merge
 from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import CacheSegment, Span, leaves_device
@@ -232,6 +234,22 @@ class KVCache:
         heads = part.segment.heads
         put_at(part.pages, at.index, *heads.encode_both(k, v))
         return attend_fixed(part.pages, at, heads, q, scoring)
+
+    def attend_in_place(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """`attend` in a decode step, in a form that a tape can record (`kernels.tape`), for cells that
+        `records`."""
+        (part,) = self._storage.parts(cell)
+        heads, length = part.segment.heads, cell.span.length
+        store_token(part.pages, length, *heads.encode_both(k, v))
+        starts = cell.padding.of(part.segment.rows, q.device)
+        return decode_attention(q, part.pages, length + 1, starts, scoring, heads)
+
+    def records(self, layer: int, batch: int) -> bool:
+        """Whether the pages of all rows stay in place in the memory of the CPU, and have all tokens."""
+        parts = self._storage.parts_of(layer, batch)
+        segment = parts[0].segment
+        in_place = len(parts) == 1 and segment.resident and segment.on_device and bool(parts[0].pages)
+        return in_place and segment.window is None and not segment.sparse
 
     def attend_on_host(self, cell: BoundCell, scoring: Scoring) -> None:
         """`attend` for the rows of the host, after `host.send`. `host.fetch` returns the result."""

@@ -110,9 +110,9 @@ class LayerRunner:
         if cell.layer == 0 and lookup is not None:
             x, rows = lookup.take(x.shape, cell.slot)
             weights = {**weights, lookup.name: rows}
-        graphs, keeps_hidden = self._buffers.graphs, self._output.wants_hidden(cell.layer)
-        if graphs is not None and graphs.serves(cell, len(x), weights) and not keeps_hidden:
-            self._keep(cell, graphs.compute(cell, self._context(cell), x, weights))
+        replays, keeps_hidden = self._buffers.replays, self._output.wants_hidden(cell.layer)
+        if replays is not None and replays.serves(cell, len(x), weights) and not keeps_hidden:
+            self._keep(cell, replays.compute(cell, self._context(cell), x, weights))
             return
         layer = self._model.layers[cell.layer]
         if isinstance(layer, Head) and keeps_hidden:

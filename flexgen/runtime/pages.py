@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen.kernels.attention import attend_fused, decode_attention, decode_part, join
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.new_tokens import store_token
 from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
@@ -37,6 +38,10 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
     Page n is at index n % len(pages). At most that number of pages is written: the last ones.
     """
     page_tokens, tokens = pages[0][0].shape[2], k.shape[2]
+    if tokens == 1 and not k.is_cuda:
+        number, place = divmod(position, page_tokens)
+        store_token([pages[number % len(pages)]], place, k, v)
+        return
     first = (position + tokens - 1) // page_tokens - len(pages) + 1
     done = max(first * page_tokens - position, 0)
     while done < tokens:

@@ -1,11 +1,14 @@
 """Products in half types on the CPU: both ways against float64, and where they are used."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.kernels import half_linear
+from flexgen.kernels.groupwise_linear import SPAN
 from flexgen.kernels.half_linear import (
     fastest,
     multiply_in_pieces,
@@ -16,6 +19,7 @@ from flexgen.kernels.half_linear import (
 )
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.quantized import EVERY_ROW
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
 HALVES = [torch.bfloat16, torch.float16]
@@ -42,12 +46,12 @@ def assert_exact(found, x, weight, bias):
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(
     dtype=st.sampled_from(HALVES),
-    rows=st.one_of(st.integers(1, 20), st.integers(60, 140)),
-    out_size=st.integers(1, 70),
+    rows=st.one_of(st.integers(1, 40), st.integers(60, 140), st.integers(255, 260)),
+    out_size=st.integers(1, 140),
     in_size=st.one_of(st.integers(1, 150), st.integers(1000, 1100), st.integers(2030, 2120)),
     biased=st.booleans(),
 )
-def test_few_rows(variant, dtype, rows, out_size, in_size, biased):
+def test_every_shape(variant, dtype, rows, out_size, in_size, biased):
     before = native.variant()
     native.set_variant(variant)
     try:
@@ -87,8 +91,26 @@ def test_linear_widens_what_the_processor_does_not_multiply(rows, monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_depends_on_no_other(variant):
+    """Neither a row of x nor a row of the matrix."""
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        for dtype, rows in itertools.product(HALVES, (37, 70)):
+            x, weight, _ = operands(dtype, (rows,), 75, 130, False)
+            together = multiply_natively(x, weight)
+            x[1:], weight[1:] = float("nan"), float("nan")
+            alone = multiply_natively(x, weight)
+            assert alone[0, 0].equal(together[0, 0])
+            assert alone[1:].isnan().all() and alone[0, 1:].isnan().all()
+    finally:
+        native.set_variant(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 33])
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 300])
 def test_results_do_not_depend_on_the_threads(variant, dtype, rows, monkeypatch):
     before = native.variant()
     native.set_variant(variant)
@@ -153,8 +175,15 @@ def test_workspace_is_the_memory_in_addition_to_the_result(rows, biased, peak_by
 
 def test_the_workspace_is_that_of_the_way_a_product_is_computed(monkeypatch):
     monkeypatch.setattr(half_linear, "has_products", lambda dtype: dtype not in HALVES)
+    monkeypatch.setattr(half_linear, "native_rows", lambda dtype: 64)
     assert workspace_bytes(2500, 300, 512, torch.bfloat16) == pieces_bytes(2500, 300, 512) > 0
     assert workspace_bytes(2500, 300, 512, torch.float32) == 0
-    if native_available():
-        widened = workspace_bytes(6, 300, 512, torch.bfloat16)
-        assert 8 * 512 * torch.float32.itemsize < widened < workspace_bytes(8, 300, 1024, torch.bfloat16)
+    widened = workspace_bytes(6, 300, 512, torch.bfloat16)
+    assert 8 * 512 * torch.float32.itemsize < widened < workspace_bytes(8, 300, 1024, torch.bfloat16)
+
+
+def test_the_kernel_copies_a_limited_number_of_rows_at_once(monkeypatch):
+    monkeypatch.setattr(half_linear, "native_rows", lambda dtype: EVERY_ROW)
+    limit = workspace_bytes(SPAN, 300, 512, torch.bfloat16)
+    assert limit > workspace_bytes(SPAN // 2, 300, 512, torch.bfloat16)
+    assert workspace_bytes(2500, 300, 512, torch.bfloat16) == limit

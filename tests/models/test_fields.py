@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import TINY
+from transformers import CONFIG_MAPPING
+from transformers.utils.logging import warning_once
 
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.models import ModelSpec, open_model
@@ -140,3 +143,14 @@ def test_more_layers_than_tensors_are_refused_when_the_files_are_opened(make_mod
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 9999}))
     with pytest.raises(CheckpointError, match="has 9999 layers, but the files contain only [0-9]+ tensors"):
         open_model(config.parent)
+
+
+def test_no_warning_of_transformers_about_the_defaults_of_a_class(caplog: pytest.LogCaptureFixture) -> None:
+    """The class of StarCoder2 has stop ids outside of its vocabulary by default."""
+    config = CONFIG_MAPPING["starcoder2"](**TINY["starcoder2"][0])
+    warning_once.cache_clear()
+    spec_from_config(config, "mine")
+    assert not caplog.records
+    warning_once.cache_clear()
+    type(config)()
+    assert "within the vocabulary" in caplog.text, "without this, the test proves nothing"

@@ -23,9 +23,12 @@ const Variant avx512_variant = {
     avx512::linear::prepare_any,
     avx512::linear::order_any,
     avx512::linear::multiply_any,
+    avx512::encoded::decode_any,
     avx512::sparse::choose_any,
     avx512::sparse::attend_chosen_any,
     avx512::norms::normalise_any,
     avx512::rotation::rotate_any,
+    avx512::elementwise::silu_product_any,
+    avx512::elementwise::add_any,
 };
 #endif

@@ -28,9 +28,12 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::linear::prepare_any,
     avx512_bf16::linear::order_any,
     avx512_bf16::linear::multiply_any,
+    avx512_bf16::encoded::decode_any,
     avx512_bf16::sparse::choose_any,
     avx512_bf16::sparse::attend_chosen_any,
     avx512_bf16::norms::normalise_any,
     avx512_bf16::rotation::rotate_any,
+    avx512_bf16::elementwise::silu_product_any,
+    avx512_bf16::elementwise::add_any,
 };
 #endif

@@ -9,24 +9,27 @@
 #include "kernels.h"
 #include "pool.h"
 
-// Rows of W in a piece: a multiple of the blocks of all variants.
+// Rows of W in a piece, rounded up to whole blocks.
 constexpr int64_t EXPERT_PIECE = 96;
 
 // Calls the functions of `variant` for products for every job. All jobs have equal sizes, except for their rows.
 inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &jobs, int threads) {
     const int64_t count = (int64_t)jobs.size();
-    std::atomic<int64_t> prepared{0}, claimed{0};
+    std::atomic<int64_t> prepared{0};
     run_on_threads(std::min<int64_t>(threads, count), [&] {
         for (int64_t n; (n = prepared.fetch_add(1)) < count;) {
             variant.prepare_linear(jobs[n]);
             if (jobs[n].parts) variant.order_linear(jobs[n], 0, jobs[n].parts);
         }
     });
-    const int64_t out = jobs[0].out, pieces = (out + EXPERT_PIECE - 1) / EXPERT_PIECE;
-    run_on_threads(threads, [&] {
-        for (int64_t n; (n = claimed.fetch_add(1)) < count * pieces;) {
-            const int64_t begin = n % pieces * EXPERT_PIECE;
-            variant.linear(jobs[n / pieces], begin, std::min(begin + EXPERT_PIECE, out));
-        }
-    });
+    int64_t block = 1;  // the largest of all jobs, of which the others are divisors
+    for (const PackedLinear &job : jobs) block = std::max(block, job.block);
+    const int64_t piece = (EXPERT_PIECE + block - 1) / block * block;
+    const int64_t out = jobs[0].out, each = (out + piece - 1) / piece;
+    Pieces pieces(count * each, threads);
+    const auto multiply_piece = [&](int64_t n) {
+        const int64_t begin = n % each * piece;
+        variant.linear(jobs[n / each], begin, std::min(begin + piece, out));
+    };
+    run_on_threads(threads, [&] { pieces.share(multiply_piece); });
 }

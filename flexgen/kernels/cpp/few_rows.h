@@ -72,6 +72,15 @@ INLINE void add_line(__m512i codes, const uint32_t *x, int64_t width, const floa
     }
 }
 
+// Each row of scales is a short run of its own, which a processor does not prefetch early enough.
+INLINE void prefetch_scales(const PackedLinear &job, int64_t row) {
+    const int64_t bytes = job.groups() * (int64_t)sizeof(Half);
+    for (int64_t at = row * bytes; at < (row + 1) * bytes; at += LINE) {
+        __builtin_prefetch((const uint8_t *)job.scales + at);
+        __builtin_prefetch((const uint8_t *)job.minimums + at);
+    }
+}
+
 template <class Kind, int BITS, int X>
 APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end) {
     const int64_t stride = padded(chunks_of(job)), width = few_width<Kind, BITS>(job);
@@ -86,6 +95,7 @@ APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end
         for (int64_t k = 0; k < count; ++k)
             chunk_scales<Kind, BITS>(job, n + k, every + 2 * k * stride, every + (2 * k + 1) * stride);
         for (int64_t k = 0; k < count; ++k) {
+            prefetch_scales(job, n + k + LANES);
             const uint8_t *codes = job.packed + (n + k) * bytes;
             const float *scales = every + 2 * k * stride, *minimums = scales + stride;
             Vec total[2][X] = {};  // alternately, because a sum has to wait for the previous one

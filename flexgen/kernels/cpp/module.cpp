@@ -1,22 +1,16 @@
 // flexgen.kernels._native: the kernels for Python, with addresses as integers. The callers in flexgen/kernels/*.py
 // check types, shapes and contiguity, because this module cannot.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <atomic>
 
-#include "experts.h"
-#include "module.h"
 #include "pool.h"
-#include "products.h"
+#include "tape.h"
 
 const Variant *variant = nullptr;
 
 namespace {
-
-// The approximate size of a piece of work for one thread.
-constexpr int64_t PIECE_BYTES = 64 << 10;
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -24,6 +18,7 @@ const Variant *const VARIANTS[] = {  // best first
 #endif
     &baseline_variant,
 };
+
 PyObject *groupwise(PyObject *args, bool pack) {
     Groupwise job;
     int type, scale_type, threads;
@@ -48,134 +43,12 @@ PyObject *groupwise(PyObject *args, bool pack) {
             work(job, begin, std::min(begin + piece, job.groups));
     };
     const int useful = useful_threads(threads, groups * group_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
+    if (!run_once([&] { run_on_threads(useful, claim); })) return nullptr;
     Py_RETURN_NONE;
 }
 
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
-
-PyObject *py_packed_linear(PyObject *, PyObject *args) {
-    PackedLinear job;
-    int type, scale_type, threads;
-    long long rows, in, group, x;
-    int rounded;
-    PyObject *list;
-    if (!PyArg_ParseTuple(args, "iii(LLL)LO!pi", &type, &scale_type, &job.bits, &rows, &in, &group, &x, &PyList_Type,
-                          &list, &rounded, &threads))
-        return nullptr;
-    job.rounded = rounded;
-    job.type = (Type)type;
-    job.scale_type = (Type)scale_type;
-    job.rows = rows;
-    job.in = in;
-    job.group = group;
-    job.x = (const void *)x;
-    std::vector<Matrix> matrices;
-    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(list); ++n) {
-        long long out, y, bias, packed, scales, minimums;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, n), "LLLLLL", &out, &y, &bias, &packed, &scales, &minimums))
-            return nullptr;
-        matrices.push_back({out, (char *)y, (const void *)bias, (const uint8_t *)packed, (const void *)scales,
-                            (const void *)minimums});
-    }
-    if (!without_gil([&] { multiply(*variant, job, matrices, threads); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_packed_linears(PyObject *, PyObject *args) {
-    PackedLinear one;
-    int type, scale_type, threads;
-    long long out, in, group;
-    PyObject *products;
-    if (!PyArg_ParseTuple(args, "iii(LLL)O!i", &type, &scale_type, &one.bits, &out, &in, &group, &PyList_Type,
-                          &products, &threads))
-        return nullptr;
-    one.type = (Type)type;
-    one.scale_type = (Type)scale_type;
-    one.out = out;
-    one.in = in;
-    one.group = group;
-    one.bias = nullptr;
-    std::vector<PackedLinear> jobs;
-    int64_t nbytes = 0;
-    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(products); ++n) {
-        long long rows, x, y, packed, scales, minimums;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(products, n), "LLLLLL", &rows, &x, &y, &packed, &scales, &minimums))
-            return nullptr;
-        PackedLinear job = one;
-        job.rows = rows;
-        job.x = (const void *)x;
-        job.y = (void *)y;
-        job.packed = (const uint8_t *)packed;
-        job.scales = (const void *)scales;
-        job.minimums = (const void *)minimums;
-        jobs.push_back(job);
-        nbytes += rows * out * in * one.bits / 8;
-    }
-    const Variant &now = *variant;
-    const int useful = useful_threads(threads, nbytes);
-    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_rms_norm(PyObject *, PyObject *args) {
-    RmsNorm job;
-    int type, round_first, threads;
-    long long rows, size, x, weight, y;
-    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
-                          &job.plus, &threads))
-        return nullptr;
-    job.type = (Type)type;
-    job.round_first = round_first;
-    job.rows = rows;
-    job.size = size;
-    job.x = (const void *)x;
-    job.weight = (const void *)weight;
-    job.y = (void *)y;
-    const int64_t row_bytes = size * element_bytes(job.type);
-    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
-    std::atomic<int64_t> claimed{0};
-    const Variant *now = variant;
-    const auto claim = [&, now] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
-            now->rms_norm(job, begin, std::min<int64_t>(begin + piece, rows));
-    };
-    const int useful = useful_threads(threads, rows * row_bytes);
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_rotate(PyObject *, PyObject *args) {
-    Rotation q, k;
-    int type, threads;
-    long long rows, heads, kv_heads, head_dim, half, q_at, q_stride, k_at, k_stride, factors;
-    if (!PyArg_ParseTuple(args, "i(LLLLL)LLLLLi", &type, &rows, &heads, &kv_heads, &head_dim, &half, &q_at, &q_stride,
-                          &k_at, &k_stride, &factors, &threads))
-        return nullptr;
-    q.type = (Type)type;
-    q.head_dim = head_dim;
-    q.half = half;
-    q.factors = (const void *)factors;
-    k = q;
-    q.heads = heads;
-    q.x = (void *)q_at;
-    q.stride = q_stride;
-    k.heads = kv_heads;
-    k.x = (void *)k_at;
-    k.stride = k_stride;
-    const Variant *now = variant;
-    std::atomic<int64_t> claimed{0};
-    const auto claim = [&, now] {
-        for (int64_t row; (row = claimed.fetch_add(1)) < rows;) {
-            now->rotate(q, row, row + 1);
-            now->rotate(k, row, row + 1);
-        }
-    };
-    const int useful = useful_threads(threads, rows * (heads + kv_heads) * head_dim * element_bytes(q.type));
-    if (!without_gil([&] { run_on_threads(useful, claim); })) return nullptr;
-    Py_RETURN_NONE;
-}
 
 PyObject *py_read(PyObject *, PyObject *args) {
     long long address, nbytes;
@@ -225,8 +98,15 @@ PyMethodDef METHODS[] = {
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
+    {"decode", py_decode, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
+    {"silu_product", py_silu_product, METH_VARARGS, nullptr},
+    {"add", py_add, METH_VARARGS, nullptr},
+    {"store_token", py_store_token, METH_VARARGS, nullptr},
+    {"record", py_record, METH_NOARGS, nullptr},
+    {"end_record", py_end_record, METH_NOARGS, nullptr},
+    {"replay", py_replay, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},

@@ -1,17 +1,23 @@
-// The functions of the module for attention: over pages, over a shared prefix, and over chosen tokens.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// Functions for Python: attention over pages, over a shared prefix, and over chosen tokens.
+#include "bindings.h"
 
 #include <algorithm>
+#include <memory>
+#include <stdexcept>
 
-#include "module.h"
 #include "pool.h"
+#include "tape.h"
 
 namespace {
 
 constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
-void attend(Attention &job, int threads) {
+void attend(Attention &job, const Variant &now, int threads) {
+    if (job.length > job.pages.back().begin + job.pages.back().tokens)
+        throw std::out_of_range("the cache has no room for another token");
+    job.claimed = 0;
+    job.splits = 1;
+    job.partial.clear();
     const int64_t token_bytes = 2 * job.head_bytes;
     threads = useful_threads(threads, job.items() * job.length * token_bytes);
     job.split_tokens = job.length;
@@ -26,9 +32,8 @@ void attend(Attention &job, int threads) {
         memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.lse ? Type::float32 : job.type));
         if (job.lse) std::fill_n(job.lse, job.rows * job.heads, -INFINITY);
     }
-    const Variant *now = variant;
-    run_on_threads(threads, [&job, now] { now->attend(job); });
-    if (job.splits > 1) now->merge(job);
+    run_on_threads(threads, [&] { now.attend(job); });
+    if (job.splits > 1) now.merge(job);
 }
 
 // With few tasks, the tokens are divided too, so that the threads of a large processor all have work.
@@ -64,18 +69,6 @@ void attend(PrefixAttention &job, int threads) {
     if (job.splits > 1) merge(job);
 }
 
-bool integers(PyObject *list, std::vector<int64_t> &out) {
-    if (!PyList_Check(list)) {
-        PyErr_SetString(PyExc_TypeError, "expected a list of integers");
-        return false;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-        out.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list, i)));
-        if (out.back() == -1 && PyErr_Occurred()) return false;
-    }
-    return true;
-}
-
 // The addresses of keys or values, and the number of tokens in each page.
 bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
     std::vector<int64_t> at, n;
@@ -95,7 +88,8 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     int type, threads;
     long long q, out, lse, starts, slopes, sinks;
     PyObject *keys, *values, *tokens;
-    Attention job;
+    const auto made = std::make_shared<Attention>();
+    Attention &job = *made;
     long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
     if (!PyArg_ParseTuple(args, "iLLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
                           &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
@@ -127,8 +121,11 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
         return PyErr_Format(PyExc_ValueError, "length %lld, but the pages hold %lld tokens", length,
                             (long long)total);
     }
-    if (!without_gil([&] { attend(job, threads); })) return nullptr;
-    Py_RETURN_NONE;
+    const auto call = [made, length, now = variant](int64_t later, int most) {
+        made->length = length + later;
+        attend(*made, *now, most);
+    };
+    return run(call, threads);
 }
 
 PyObject *py_attend_prefix(PyObject *, PyObject *args) {
@@ -155,7 +152,7 @@ PyObject *py_attend_prefix(PyObject *, PyObject *args) {
     job.first = (const int64_t *)first;
     job.positions = (const int64_t *)positions;
     job.slopes = (const float *)slopes;
-    if (!without_gil([&] { attend(job, threads); })) return nullptr;
+    if (!run_once([&] { attend(job, threads); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -183,7 +180,7 @@ PyObject *py_choose(PyObject *, PyObject *args) {
     job.weights = (float *)weights;
     const int useful = useful_threads(threads, job.items() * length * head_dim * element_bytes(job.type));
     const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->choose(job); }); })) return nullptr;
+    if (!run_once([&] { run_on_threads(useful, [&job, now] { now->choose(job); }); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -207,7 +204,7 @@ PyObject *py_attend_chosen(PyObject *, PyObject *args) {
     job.out = (void *)out;
     const int useful = useful_threads(threads, job.items() * most * head_dim * element_bytes(job.type));
     const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->attend_chosen(job); }); }))
+    if (!run_once([&] { run_on_threads(useful, [&job, now] { now->attend_chosen(job); }); }))
         return nullptr;
     Py_RETURN_NONE;
 }

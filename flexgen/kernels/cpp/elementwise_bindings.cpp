@@ -1,0 +1,142 @@
+// Functions for Python: kernels that work on each row or each head.
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "pool.h"
+#include "tape.h"
+
+namespace {
+
+// Call `work(begin, end)` for all rows, in pieces that threads share.
+template <class Work>
+void by_rows(int64_t rows, int64_t row_bytes, int threads, const Work &work) {
+    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
+    std::atomic<int64_t> claimed{0};
+    run_on_threads(useful_threads(threads, rows * row_bytes), [&] {
+        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
+            work(begin, std::min<int64_t>(begin + piece, rows));
+    });
+}
+
+// The new key or value of one token of each row, and the pages in which it is stored.
+struct NewHeads {
+    const char *from;
+    int64_t row_stride, head_stride;  // bytes
+    std::vector<int64_t> pages;  // (rows, kv_heads, page_tokens, head_bytes)
+
+    void store(int64_t rows, int64_t heads, int64_t page_tokens, int64_t head_bytes, int64_t position) const {
+        const int64_t page = position / page_tokens, place = position % page_tokens;
+        if (page >= (int64_t)pages.size()) throw std::out_of_range("the cache has no room for another token");
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t head = 0; head < heads; ++head)
+                memcpy((char *)pages[page] + ((row * heads + head) * page_tokens + place) * head_bytes,
+                       from + row * row_stride + head * head_stride, head_bytes);
+    }
+};
+
+}  // namespace
+
+PyObject *py_rms_norm(PyObject *, PyObject *args) {
+    RmsNorm job;
+    int type, round_first, threads;
+    long long rows, size, x, weight, y;
+    if (!PyArg_ParseTuple(args, "ip(LL)LLLffi", &type, &round_first, &rows, &size, &x, &weight, &y, &job.eps,
+                          &job.plus, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.round_first = round_first;
+    job.rows = rows;
+    job.size = size;
+    job.x = (const void *)x;
+    job.weight = (const void *)weight;
+    job.y = (void *)y;
+    const auto call = [job, kernel = variant->rms_norm](int64_t, int most) {
+        by_rows(job.rows, job.size * element_bytes(job.type), most,
+                [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+    };
+    return run(call, threads);
+}
+
+PyObject *py_rotate(PyObject *, PyObject *args) {
+    Rotation q, k;
+    int type, threads;
+    long long rows, heads, kv_heads, head_dim, half, q_at, q_stride, k_at, k_stride, factors;
+    if (!PyArg_ParseTuple(args, "i(LLLLL)LLLLLi", &type, &rows, &heads, &kv_heads, &head_dim, &half, &q_at, &q_stride,
+                          &k_at, &k_stride, &factors, &threads))
+        return nullptr;
+    q.type = (Type)type;
+    q.head_dim = head_dim;
+    q.half = half;
+    q.factors = (const void *)factors;
+    k = q;
+    q.heads = heads;
+    q.x = (void *)q_at;
+    q.stride = q_stride;
+    k.heads = kv_heads;
+    k.x = (void *)k_at;
+    k.stride = k_stride;
+    const auto call = [q, k, rows, kernel = variant->rotate](int64_t, int most) {
+        by_rows(rows, (q.heads + k.heads) * q.head_dim * element_bytes(q.type), most,
+                [&](int64_t begin, int64_t end) {
+                    kernel(q, begin, end);
+                    kernel(k, begin, end);
+                });
+    };
+    return run(call, threads);
+}
+
+PyObject *py_silu_product(PyObject *, PyObject *args) {
+    SiluProduct job;
+    int type, threads;
+    long long rows, size, gate, up, stride, y, y_stride;
+    if (!PyArg_ParseTuple(args, "i(LL)LLLLLi", &type, &rows, &size, &gate, &up, &stride, &y, &y_stride, &threads))
+        return nullptr;
+    job.type = (Type)type;
+    job.rows = rows;
+    job.size = size;
+    job.gate = (const void *)gate;
+    job.up = (const void *)up;
+    job.stride = stride;
+    job.y = (void *)y;
+    job.y_stride = y_stride;
+    const auto call = [job, kernel = variant->silu_product](int64_t, int most) {
+        by_rows(job.rows, job.size * element_bytes(job.type), most,
+                [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+    };
+    return run(call, threads);
+}
+
+PyObject *py_add(PyObject *, PyObject *args) {
+    int type, threads;
+    long long count, out, x;
+    if (!PyArg_ParseTuple(args, "iLLLi", &type, &count, &out, &x, &threads)) return nullptr;
+    const auto call = [=, kernel = variant->add](int64_t, int most) {
+        // Values are rows of one element.
+        by_rows(count, element_bytes((Type)type), most, [&](int64_t begin, int64_t end) {
+            kernel((Type)type, (void *)out, (const void *)x, begin, end);
+        });
+    };
+    return run(call, threads);
+}
+
+PyObject *py_store_token(PyObject *, PyObject *args) {
+    long long rows, heads, page_tokens, head_bytes, position, k_at, v_at, k_row, k_head, v_row, v_head;
+    PyObject *keys, *values;
+    NewHeads k, v;
+    if (!PyArg_ParseTuple(args, "(LLLL)LL(LL)O!L(LL)O!", &rows, &heads, &page_tokens, &head_bytes, &position, &k_at,
+                          &k_row, &k_head, &PyList_Type, &keys, &v_at, &v_row, &v_head, &PyList_Type, &values))
+        return nullptr;
+    if (!integers(keys, k.pages) || !integers(values, v.pages)) return nullptr;
+    k.from = (const char *)k_at;
+    k.row_stride = k_row;
+    k.head_stride = k_head;
+    v.from = (const char *)v_at;
+    v.row_stride = v_row;
+    v.head_stride = v_head;
+    const auto call = [=](int64_t later, int) {
+        k.store(rows, heads, page_tokens, head_bytes, position + later);
+        v.store(rows, heads, page_tokens, head_bytes, position + later);
+    };
+    return run(call, 1);
+}

@@ -1,0 +1,93 @@
+"""Tapes: compiled calls that are recorded once and repeated for later tokens, without Python code between them.
+
+While the weights of a layer pass through the caches, the interpreter's code and data leave them. So on a CPU, the
+Python code between two products takes several times as long as usual. In a decode step of a small batch, that is a
+considerable part of the time. A decode cell calls the same kernels with the same addresses for each token. Only the
+number of cached tokens grows, which `Tape.replay` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexgen.kernels.loading import native, native_available
+
+_Result = TypeVar("_Result")
+_ALLOCATIONS = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+    }
+)
+
+
+class Tape:
+    """Recorded calls, and the tensors whose addresses they contain."""
+
+    def __init__(self, calls: object, tensors: list[Tensor]) -> None:
+        self._calls = calls
+        self._tensors = tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that were allocated while it was recorded."""
+        return sum(x.nbytes for x in self._tensors)
+
+    def replay(self, later: int) -> None:
+        """Repeat the calls for the token that is `later` tokens after the recorded one.
+
+        Raises RuntimeError if the pages of the cache have no room for it.
+        """
+        native.replay(self._calls, later, torch.get_num_threads())
+
+
+def record(work: Callable[[], _Result]) -> tuple[_Result, Tape | None]:
+    """The result of `work`, and a tape that repeats it.
+
+    The tape is None if `work` also uses operations of torch, or kernels that cannot be recorded. Views and new
+    tensors are no such operations. `work` must not depend on values of tensors, and the caller keeps its inputs at
+    their addresses.
+    """
+    if not native_available():
+        return work(), None
+    watch = _Watch()
+    native.record()
+    try:
+        with watch:
+            result = work()
+    finally:
+        calls = native.end_record()
+    whole = calls is not None and not watch.others
+    return result, Tape(calls, watch.allocated) if whole else None
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps the tensors that torch allocates. `others`: the operations of torch that are neither allocations nor
+    views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []
+        self.others: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler for the first operation, which takes a second."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.allocated.append(result)
+        elif not func.is_view:
+            self.others.append(func)
+        return result
