@@ -11,11 +11,12 @@ def decode_attention(
     page_tokens: list[int],
     length: int,
     starts: int,
+    ends: int,
     scoring: tuple[float, float, int, int],
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none.
+    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`, `ends`: 0 for none.
     `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none."""
 
 def choose(
@@ -26,6 +27,7 @@ def choose(
     page_tokens: list[int],
     length: int,
     starts: int,
+    ends: int,
     scale: float,
     share: float,
     unit: int,
@@ -35,7 +37,7 @@ def choose(
     threads: int,
     /,
 ) -> None:
-    """`shape` and `starts` as above; `positions` int64, `weights` float32."""
+    """`shape`, `starts` and `ends` as above; `positions` int64, `weights` float32."""
 
 def attend_chosen(
     type: int,

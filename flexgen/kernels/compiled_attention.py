@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
-from flexgen.kernels.scoring import Scoring, constants, visible_from
+from flexgen.kernels.scoring import Length, Scoring, constants, longest, visible_from
 
 
 class HeadLayout(NamedTuple):
@@ -24,14 +24,14 @@ class HeadLayout(NamedTuple):
 def attend_compiled(
     q: Tensor,
     pages: Sequence[tuple[Tensor, Tensor]],
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     layout: HeadLayout,
 ) -> Tensor | None:
     """`decode_attention` over pages of this layout, or None if there is no kernel for the device or dtype of q.
 
-    Reads keys and values once, in place, and skips padding.
+    Reads keys and values once, in place, and skips padding and what is beyond a row's length.
     """
     if q.device.type != "cpu" or q.dtype not in NUMBERS or not announce():
         return None
@@ -40,6 +40,7 @@ def attend_compiled(
     out = torch.empty_like(q)
     if not q.numel():
         return out
+    ends = length.contiguous() if isinstance(length, Tensor) else None
     starts = visible_from(scoring.window, starts, length, rows, q.device)
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
@@ -59,8 +60,9 @@ def attend_compiled(
         [k.data_ptr() for k, _ in pages],
         [v.data_ptr() for _, v in pages],
         [k.shape[2] for k, _ in pages],
-        length,
+        longest(length, 0),
         0 if starts is None else starts.data_ptr(),
+        0 if ends is None else ends.data_ptr(),
         (
             scoring.scale,
             scoring.cap or 0.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Length, Scoring
 from flexgen.units import align
 
 _WORD = 4
@@ -83,7 +83,7 @@ class HeadFormat(ABC):
         """Bytes of the keys and values that a GPU decodes at once, for `heads` heads of `tokens` tokens in total."""
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """`decode_attention` with a kernel for this format, or None if there is none for the device and dtype of q.
 
@@ -133,7 +133,7 @@ class PlainHeads(HeadFormat):
         return 0
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         return attend_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
 
@@ -243,7 +243,7 @@ class GroupwiseHeads(EncodedHeads):
         return decode_workspace(values, self.bits, self.group)
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         layout = HeadLayout(self.bits, self.group, self.nbytes)
         return attend_compiled(q, pages, length, starts, scoring, layout)

@@ -9,6 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Length = int | Tensor
+"""A number of positions: that of all rows, or int64 (rows,) with the number of each row, at least 1."""
+
+
+def longest(length: Length, places: int) -> int:
+    """The largest of the rows' lengths. For lengths on a GPU it is the limit `places`: to read them is to wait."""
+    if isinstance(length, int):
+        return length
+    return int(length.max()) if length.device.type == "cpu" and length.numel() else places
+
 
 class Window(NamedTuple):
     """The positions that a query attends to: at most `size`, the last of them its own.
@@ -24,7 +34,7 @@ class Window(NamedTuple):
         """The first position that the query at `position` attends to. Positions count from the start of the row."""
         return position // self.size * self.size if self.chunked else max(position - self.size + 1, 0)
 
-    def starts(self, starts: Tensor, length: int) -> Tensor:
+    def starts(self, starts: Tensor, length: Length) -> Tensor:
         """The first visible position of each row for the query at position length - 1.
 
         starts (rows,): the positions of the rows' first tokens, which may be negative. Positions count from the start
@@ -68,13 +78,13 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def visible_from(
-    window: Window | None, starts: Tensor | None, length: int, rows: int, device: torch.device
+    window: Window | None, starts: Tensor | None, length: Length, rows: int, device: torch.device
 ) -> Tensor | None:
     """The first visible position of each row for the query at position length - 1, (rows,) int64; None for 0.
 
-    starts: as for `Window.starts`; None for 0.
+    starts: as for `Window.starts`; None for 0. Lengths of rows are on the device of `starts`.
     """
-    if window is None or (starts is None and length <= window.size):
+    if window is None or (starts is None and isinstance(length, int) and length <= window.size):
         return starts
     if starts is None:
         starts = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -103,11 +113,17 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat((scores, extra), dim=-1), dim=-1)[..., :-1]
 
 
-def bend(scores: Tensor, slopes: tuple[float, ...], queries: range, keys: range) -> None:
-    """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions."""
+def bend(scores: Tensor, slopes: tuple[float, ...], queries: range | Tensor, keys: range) -> None:
+    """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions.
+
+    queries: a range, or the position of the only query of each row, (rows,).
+    """
     device = scores.device
-    q = torch.arange(queries.start, queries.stop, device=device)[:, None]
     k = torch.arange(keys.start, keys.stop, device=device)
+    if isinstance(queries, Tensor):
+        q = queries[:, None, None, None]
+    else:
+        q = torch.arange(queries.start, queries.stop, device=device)[:, None]
     scores += constants(slopes, device)[:, None, None] * (k - q)
 
 
