@@ -281,7 +281,8 @@ class OptLM(Conveniences):
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            for rows in request.blocks(model.policy.block_size):
+            # Where rows may end early, all prompts are given at once, so that others enter in their place.
+            for rows in request.blocks(len(out) if choice.can_end else model.policy.block_size):
                 prompts = call.prepare([request.prompts[n] for n in rows])
                 made = WholeCallTokens if whole else NewTokens
                 output = made(prompts, tokens, choice, rows, all_listeners)

@@ -168,7 +168,7 @@ def hide_places(
     mask, attention over all places equals attention of the query at position length - 1, so the shape of the
     operation does not change with each token. starts (rows,): each row's first position that is not padding.
     """
-    last = length - 1 if isinstance(length, int) else length[:, None] - 1
+    last: Length = length - 1 if isinstance(length, int) else length[:, None] - 1
     positions = last - (last - torch.arange(hidden.shape[-1], device=hidden.device)).remainder(places)
     first = starts if window is None else window.starts(starts, length)
     seen = positions >= first.clamp_min(0)[:, None]
@@ -216,7 +216,7 @@ def probabilities_in_torch(
     if scoring.cap is not None:
         capped(by_head, scoring.cap)
     if scoring.slopes:
-        last = range(length - 1, length) if isinstance(length, int) else length - 1
+        last: range | Tensor = range(length - 1, length) if isinstance(length, int) else length - 1
         bend(by_head, scoring.slopes, last, range(total))
     scores[:, :, most:] = float("-inf")
     if isinstance(length, Tensor):

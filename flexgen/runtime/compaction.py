@@ -1,8 +1,8 @@
-"""Compaction: rows that have stopped leave their batches, and the cache of the others moves together."""
+"""Compaction: rows that have stopped leave their batches, the cache of the others moves together, prompts enter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,24 +19,39 @@ With at most half of the rows left, each later token reads at least the same num
 
 
 def regrouped(
-    batches: Sequence[Sequence[int]], stopped: Sequence[bool], tokens_left: int
+    batches: Sequence[Sequence[int]],
+    stopped: Sequence[bool],
+    tokens_left: int,
+    entering: Collection[int] = (),
 ) -> list[list[int]] | None:
     """The rows of each batch for later tokens: [] if every row has stopped, None to continue without a change.
 
-    batches: the numbers of the rows of each batch. stopped: indexed by these numbers. If at most half of the computed
-    rows still generate, they move together into full batches. So each compaction moves at most half the rows of the
-    one before, and all of them together cost at most one move of the whole block. The size of the batches stays the
-    same, so that weights are used for many rows. A batch without a row that still generates is always dropped,
-    because that moves nothing.
+    batches: the numbers of the rows of each batch. stopped: indexed by these numbers. entering: the numbers of the
+    batches whose prompts are not computed yet; they stay as they are.
+
+    If at most half of the computed rows still generate, they move together into full batches. So without prompts that
+    enter, each compaction moves at most half the rows of the one before, and all of them together cost at most one
+    move of the whole block. The size of the batches stays the same, so that weights are used for many rows. A batch
+    without a row that still generates is always dropped, because that moves nothing.
     """
     live = [[row for row in batch if not stopped[row]] for batch in batches]
-    rows = [row for batch in live for row in batch]
-    if rows and 2 * len(rows) <= sum(map(len, batches)) and tokens_left >= _PAID_BACK:
-        size = max(map(len, batches))
-        return [rows[n : n + size] for n in range(0, len(rows), size)]
+    count = sum(map(len, live))
+    if count and 2 * count <= sum(map(len, batches)) and tokens_left >= _PAID_BACK:
+        return gathered(batches, stopped, entering)
     if all(live):
         return None
     return [list(batch) for batch, going in zip(batches, live, strict=True) if going]
+
+
+def gathered(
+    batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
+) -> list[list[int]]:
+    """The rows that still generate, in full batches, in the order that `CacheStorage.regroup` needs."""
+    rows = [row for k, batch in enumerate(batches) if k not in entering for row in batch if not stopped[row]]
+    size = max(map(len, batches))
+    full = [rows[n : n + size] for n in range(0, len(rows), size)]
+    first = {row: k for k, batch in enumerate(batches) for row in batch}
+    return sorted([*full, *(list(batches[k]) for k in entering)], key=lambda batch: first[batch[0]])
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,25 @@ class Moved:
 
     `rows`: the previous (batch, row in the batch) of each row. `lengths`: the cached columns of each previous batch.
     `length`: the cached columns of this one. All rows of a batch end in the same column, so they all move by the same
-    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows.
+    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows. `new`: the number
+    of rows of a batch of prompts that enter, which has no previous rows and no cached columns.
     """
 
     rows: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     length: int
     whole: int | None
+    new: int = 0
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self.rows) or self.new
+
+    @property
+    def moves(self) -> bool:
+        """Whether cached tokens must be copied."""
+        return self.whole is None and not self.new
 
     def sources(self) -> set[int]:
         """The previous batches of the rows."""
