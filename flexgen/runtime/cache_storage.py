@@ -139,29 +139,32 @@ class CacheStorage:
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
         """Continue with these batches, with their rows on the tiers by `split`. No transfer may be in flight.
 
-        If rows move, a new batch overwrites the old one of its number. The new batches up to that number have room
-        for all rows of the old ones, so it overwrites only rows that have been read. Batches of prompts that enter
-        come last. The temporary memory is at most that of one batch's rows in one layer (see `gather`).
-        If no row moves, batches keep their memory, and prompts enter in that of the batches that have ended.
+        Batches that stay keep their memory. The n-th batch of rows that move overwrites the n-th of the batches from
+        which rows move. These batches up to the n-th are no larger than the new ones up to it, so it overwrites only
+        rows that have been read. Batches of prompts that enter come last, and use the memory that is left. The
+        temporary memory is at most that of one batch's rows in one layer (see `gather`).
         """
-        layers, stay = {layer for layer, _ in self._parts}, not any(moved.moves for moved in batches)
-        owners = list(range(len(batches)))
-        if stay:
-            kept = {moved.whole for moved in batches}
-            free = [k for k in range(len(self._rooms) // len(layers)) if k not in kept]
-            owners = [free.pop(0) if moved.whole is None else moved.whole for moved in batches]
-            self._rooms = {(j, n): self._rooms[j, k] for j in layers for n, k in enumerate([*owners, *free])}
+        layers = {layer for layer, _ in self._parts}
+        moving = [moved for moved in batches if moved.moves]
+        sources = sorted({batch for moved in moving for batch in moved.sources()})[: len(moving)]
+        taken = {*sources, *(moved.whole for moved in batches)}
+        left = [k for k in range(len(self._rooms) // len(layers)) if k not in taken]
+        owners = [
+            moved.whole if moved.whole is not None else (sources if moved.moves else left).pop(0)
+            for moved in batches
+        ]
+        self._rooms = {(j, n): self._rooms[j, k] for j in layers for n, k in enumerate([*owners, *left])}
         parts: dict[tuple[int, int], list[Part]] = {}
         for j in layers:
-            for k, moved in enumerate(batches):
-                if moved.whole is not None and stay:
+            for k, (moved, owner) in enumerate(zip(batches, owners, strict=True)):
+                if moved.whole is not None:
                     parts[j, k] = self._parts[j, moved.whole]
                     continue
                 tiers = split.rows(moved.count)
                 rooms = [part for part in self._rooms[j, k] if tiers[part.segment.tier]]
                 segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in rooms]
                 if moved.new:
-                    before = {part.segment: part for part in self._parts.get((j, owners[k]), ())}
+                    before = {part.segment: part for part in self._parts.get((j, owner), ())}
                     some = zip(rooms, segments, strict=True)
                     parts[j, k] = [
                         before.get(segment) or self._emptied(room, segment) for room, segment in some

@@ -67,6 +67,39 @@ class Batch:
         return Padding(starts, there.to(self.device), there)
 
 
+class _PromptIds:
+    """The ids of prompts, and host memory (`rooms`) for those of the batches that are computed next."""
+
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        passes: Passes,
+        pad_id: int,
+        rooms: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        self._prompts = prompts
+        self._passes = passes
+        self.pad_id = pad_id
+        self.rooms = rooms
+        self._device = device
+
+    def batch(self, rows: Sequence[int], room: int, began: int) -> Batch:
+        """A batch of prompts that are computed next, with padded ids in memory number `room`."""
+        lengths = tuple(len(self._prompts[row]) for row in rows)
+        width = max(lengths)
+        ids = torch.full((len(rows), width), self.pad_id)
+        for row, n in zip(ids, rows, strict=True):
+            row[width - len(self._prompts[n]) :] = torch.from_numpy(self._prompts[n])
+        parts, into = {}, self.rooms[room]
+        for token in range(self._passes.first, 1):
+            span = self._passes.span(token, width)
+            begin, new = span.length - self._passes.cached, span.new
+            part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
+            parts[token] = part.copy_(ids[:, begin : begin + new])
+        return Batch(tuple(rows), (began,) * len(rows), lengths, self._device, parts, room)
+
+
 class Prompts:
     """The prompts of one block, left-padded to one width per batch, and the newest id of every row.
 
@@ -91,25 +124,22 @@ class Prompts:
         slots: int = SLOTS,
     ) -> None:
         self._taken = Taken()
-        self._prompts = prompts
         self.device = machine.device
-        self.pad_id = pad_id
         self.lengths = [len(prompt) for prompt in prompts]
         self._passes = passes
         seated = sum(batches)
         groups = [list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))]
         later = range(seated, len(prompts))
         self.waiting = [list(later[n : n + batches[0]]) for n in range(0, len(later), batches[0])]
-        self.places = len(batches)
-        """The number of batches for which the block has room."""
         later_sizes = [self._positions(rows) for rows in self.waiting]
         sizes = [self._positions(rows) for rows in groups]
         self.positions_computed = sum(sizes) + sum(later_sizes)
         sizes = [max([size, *later_sizes]) for size in sizes]
         buffer = self._taken.buffer(machine.host, (sum(sizes) + seated) * torch.int64.itemsize, "prompts")
-        *self._rooms, self.newest = buffer.view(torch.int64).split([*sizes, seated])
+        *rooms, self.newest = buffer.view(torch.int64).split([*sizes, seated])
         self.newest.zero_()
-        self._group([self._entering(rows, k, 0) for k, rows in enumerate(groups)])
+        self._ids = _PromptIds(prompts, passes, pad_id, rooms, self.device.torch_device)
+        self._group([self._ids.batch(rows, k, 0) for k, rows in enumerate(groups)])
         self._slots = [
             torch.zeros(max(sizes), dtype=torch.int64, device=self.device.torch_device)
             for _ in range(0 if self.device.shares_host_memory else slots)
@@ -120,25 +150,19 @@ class Prompts:
         """The positions of the prompts of a batch, including padding."""
         return len(rows) * max(self.lengths[row] for row in rows)
 
-    def _entering(self, rows: Sequence[int], room: int, began: int) -> Batch:
-        """A batch whose prompts are computed next, with ids in the memory for prompts number `room`."""
-        lengths = tuple(self.lengths[row] for row in rows)
-        width = max(lengths)
-        ids = torch.full((len(rows), width), self.pad_id)
-        for row, n in zip(ids, rows, strict=True):
-            row[width - len(self._prompts[n]) :] = torch.from_numpy(self._prompts[n])
-        parts, into = {}, self._rooms[room]
-        for token in range(self.first, 1):
-            span = self._passes.span(token, width)
-            begin, new = span.length - self._passes.cached, span.new
-            part = into[len(rows) * begin : len(rows) * (begin + new)].view(len(rows), new)
-            parts[token] = part.copy_(ids[:, begin : begin + new])
-        return Batch(tuple(rows), (began,) * len(rows), lengths, self.device.torch_device, parts, room)
-
     def _group(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
         sizes = accumulate((len(batch.rows) for batch in batches), initial=0)
         self._in_newest = [slice(a, b) for a, b in pairwise(sizes)]
+
+    @property
+    def pad_id(self) -> int:
+        return self._ids.pad_id
+
+    @property
+    def places(self) -> int:
+        """The number of batches for which the block has room."""
+        return len(self._ids.rooms)
 
     @property
     def batches(self) -> list[list[int]]:
@@ -207,7 +231,7 @@ class Prompts:
             if rows[0] not in began:
                 self.waiting.remove(list(rows))
                 first = self._passes.first_of(max(self.lengths[row] for row in rows))
-                made.append(self._entering(rows, rooms.pop(0), max(number - first, 0)))
+                made.append(self._ids.batch(rows, rooms.pop(0), max(number - first, 0)))
             elif tuple(rows) in before:
                 made.append(old[before[tuple(rows)]])
             else:

@@ -154,7 +154,7 @@ class NewTokens:
         if self._prompts.passes_left(number + 1, tokens) < 1:  # columns must begin anew
             kept = gathered(self._prompts.batches, ended, entering)
         else:
-            kept = regrouped(self._prompts.batches, ended, left, entering)
+            kept = regrouped(self._prompts.batches, ended, left, entering, bool(waiting))
         if kept is None:
             return None
         return [*kept, *waiting[: self._prompts.places - len(kept)]]
