@@ -31,6 +31,7 @@ from flexgen.kernels.attention import attend_in_torch, decode_attention
 from flexgen.kernels.groupwise import quantise
 from flexgen.kernels.heads import HeadFormat
 from flexgen.kernels.loading import native, native_available
+from flexgen.kernels.scoring import Scoring
 from flexgen.quant import CODECS, head_format
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,7 +51,7 @@ LAYOUTS = {
 }
 
 
-Arguments = tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, float, HeadFormat]
+Arguments = tuple[Tensor, list[tuple[Tensor, Tensor]], int, Tensor | None, Scoring, HeadFormat]
 
 
 class Case(NamedTuple):
@@ -69,7 +70,7 @@ def case(memory: Tensor, codec: str, dtype: torch.dtype, group: int, dim: int, l
     tokens = rows * length - (int(starts.sum()) if starts is not None else 0)
     q = torch.randn(rows, KV_HEADS * group, 1, dim).to(dtype)
     nbytes = 2 * tokens * KV_HEADS * form.nbytes
-    return Case(nbytes, (q, [(both[0], both[1])], length, starts, dim**-0.5, form))
+    return Case(nbytes, (q, [(both[0], both[1])], length, starts, Scoring(dim**-0.5), form))
 
 
 def rate(nbytes: int, call: Callable[[], object]) -> dict[str, float]:

@@ -4,7 +4,7 @@
 
 The cases are: all weights on disk with large and with small batches, and the KV cache on disk. The model has eight
 layers of the OPT-1.3B shape with random weights in bfloat16, on the CPU. Its vocabulary is reduced to a third, so
-that the head is as large a part as in the whole model. In the case `mixture`, two layers of the Qwen3-30B-A3B shape
+that the head is as large a part as in the whole model. In the case `mixture`, four layers of the Qwen3-30B-A3B shape
 are streamed from host memory to an emulated device, over a link of 2 GiB/s. The order `normal` is measured too, for
 comparison. DIR should be on a real disk; the first model's 0.9 GB are written there once.
 
@@ -35,7 +35,7 @@ OPT = OPTConfig(
 )  # fmt: skip
 MIXTURE = Qwen3MoeConfig(
     vocab_size=16_384, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
-    num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=4,
+    num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4,
     head_dim=128, max_position_embeddings=2048, mlp_only_layers=[],
 )  # fmt: skip
 DISK, CPU = {"disk": 100}, {"cpu": 100}
@@ -58,7 +58,11 @@ CASES = {
         Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, cache=DISK), 128, 16
     ),
     "mixture, 4 x 8": Case(
-        Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU), 32, 8, MIXTURE, "emulated:link=2GiB"
+        Policy(gpu_batch_size=8, num_gpu_batches=4, weights=CPU, sep_layer=False),
+        32,
+        8,
+        MIXTURE,
+        "emulated:link=2GiB",
     ),
 }
 
@@ -114,7 +118,7 @@ def main() -> None:
                 cases["overlap" if overlap else "normal"] = partial(run, model, prompts, case.new)
             figures[name] = interleaved(cases, args.repeats)
         document = {
-            "model": "8 layers of the OPT-1.3B shape; mixture: 2 layers of Qwen3-30B-A3B; 16,384 tokens, bfloat16",
+            "model": "8 layers of the OPT-1.3B shape; mixture: 4 layers of Qwen3-30B-A3B; 16,384 tokens, bfloat16",
             "figures": figures,
         }
         path = save("overlap", document)  # later cases may be interrupted

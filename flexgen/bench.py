@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from flexgen import demo
-from flexgen.cli.flags import OutputFile, add_model_flags, add_policy_flags, count, read_policy, run
+from flexgen.cli.flags import (
+    OutputFile,
+    add_model_flags,
+    add_policy_flags,
+    add_prefix_flag,
+    count,
+    read_policy,
+    run,
+)
 from flexgen.cli.help import HelpFormatter
 from flexgen.engine import OptLM, scoring
 from flexgen.engine.auto import USUAL, known_machine, this_machine
@@ -122,7 +130,7 @@ def asked_workload(args: argparse.Namespace, records: Records | None) -> Workloa
     if records:
         return Workload(max(map(len, records.prompts)), args.gen_len or _DEMO_GEN_LEN, len(records.prompts))
     lengths = args.prompt_len or USUAL.prompt_len, args.gen_len or USUAL.gen_len
-    return Workload(*lengths, args.num_prompts or USUAL.num_prompts)
+    return Workload(*lengths, args.num_prompts or USUAL.num_prompts, args.prefix_len)
 
 
 def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) -> Job:
@@ -135,6 +143,7 @@ def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) ->
     ids = random.integers(
         0, model.spec.vocab_size, size=(args.num_prompts or model.policy.block_size, asked.prompt_len)
     )
+    ids[:, : asked.prefix] = ids[0, : asked.prefix]
     return Job(list(ids), asked.gen_len)
 
 
@@ -191,6 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of each prompt, as random ids (default: 512; the demo model gets records of its tasks)",
     )
+    add_prefix_flag(parser)
     add("--gen-len", type=count, metavar="N", help="new tokens of each prompt (default: 32; demo: 24)")
     add("--num-prompts", type=count, metavar="N", help="number of prompts (default: one block; demo: 1024)")
     add("--cut-gen-len", type=count, metavar="N", help="run only N tokens and extrapolate the decode time")

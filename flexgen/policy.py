@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import operator
 import pkgutil
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 from flexgen.errors import PolicyError, cut, did_you_mean, shown
-from flexgen.units import LARGEST_COUNT
+from flexgen.policy_fields import Converted, fraction, percentage, refuse_unknown, whole_number
 
 CODECS = ("none", *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parent}/quant/codecs"])))
 """The names of codecs: "none" and the modules in `flexgen/quant/codecs`. To import them would import torch."""
@@ -41,87 +39,6 @@ class Tier(StrEnum):
     DISK = "disk"
 
 
-Given = TypeVar("Given")
-Held = TypeVar("Held")
-
-
-class _Converted(Generic[Given, Held]):
-    """A dataclass field that accepts a short form (20, {"gpu": 20}) and stores the full form."""
-
-    def __init__(self, convert: Callable[[Given], Held], default: Held) -> None:
-        self.convert = convert
-        self.default = default
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Held: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> Held: ...
-    def __get__(self, instance: object | None, owner: type) -> Held:
-        if instance is None:
-            return self.default
-        held: Held = instance.__dict__[self.name]
-        return held
-
-    def __set__(self, instance: object, given: Given) -> None:
-        try:
-            instance.__dict__[self.name] = self.convert(given)
-        except PolicyError as error:
-            raise PolicyError(f"{self.name}: {error}") from None
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = [str(name) for name in known]
-    for key in given:
-        if key not in known:
-            raise PolicyError(
-                f"unknown key {shown(key)}; known: {', '.join(known)}{did_you_mean(key, known)}"
-            )
-
-
-def _percent(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise PolicyError(
-            f"{shown(value)} ({type(value).__name__}) is not a percentage; write a number from 0 to 100"
-        )
-    percent = _float(value)
-    if not 0 <= percent <= 100:  # NaN fails this too
-        raise PolicyError(f"{percent:g} percent is outside 0 to 100; write 20 for a fifth")
-    return percent + 0.0  # -0.0 becomes 0.0
-
-
-def _float(value: Any) -> float:
-    """The value as a float; infinite if it is too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _count(name: str, value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise PolicyError(
-            f"{name} is {shown(value)} ({type(value).__name__}); it must be a whole number >= {least}"
-        )
-    if value < least:
-        raise PolicyError(f"{name} is {shown(value)}; it must be at least {least}")
-    if (count := operator.index(value)) > LARGEST_COUNT:
-        raise PolicyError(f"{name} is {shown(count)}; it must be at most {LARGEST_COUNT}")
-    return count
-
-
-def _fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise PolicyError(
-            f"{name} is {shown(value)} ({type(value).__name__}); it must be a number above 0, at most 1"
-        )
-    if not 0 < (fraction := _float(value)) <= 1:  # NaN fails this too
-        raise PolicyError(f"{name} is {fraction:g}; it must be above 0 and at most 1; write 0.1 for a tenth")
-    return fraction
-
-
 @dataclass(frozen=True)
 class Share:
     """The part of a split on one tier: `percent` (0 to 100), stored with `codec`."""
@@ -130,7 +47,7 @@ class Share:
     codec: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "percent", _percent(self.percent))
+        object.__setattr__(self, "percent", percentage(self.percent))
         known = (*CODECS, STORED)
         if not isinstance(self.codec, str) or self.codec not in known:
             all_known = f"{', '.join(known)}{did_you_mean(self.codec, known)}"
@@ -143,7 +60,7 @@ class Share:
             return given
         if not isinstance(given, Mapping):
             return cls(given)
-        _refuse_unknown(given, ("percent", "codec"))
+        refuse_unknown(given, ("percent", "codec"))
         if "percent" not in given:
             raise PolicyError(
                 f"{shown(given)} has no percent; write {{ percent = 50, codec = {CODECS[0]!r} }} or a number"
@@ -158,9 +75,9 @@ ShareLike = Share | float | Mapping[str, Any]
 class Split:
     """The distribution of one kind of data over the tiers. The three percentages sum to 100."""
 
-    gpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
-    cpu: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
-    disk: _Converted[ShareLike, Share] = _Converted(Share.of, Share(0.0))
+    gpu: Converted[ShareLike, Share] = Converted(Share.of, Share(0.0))
+    cpu: Converted[ShareLike, Share] = Converted(Share.of, Share(0.0))
+    disk: Converted[ShareLike, Share] = Converted(Share.of, Share(0.0))
 
     def __post_init__(self) -> None:
         total = math.fsum(self.percent(tier) for tier in Tier)
@@ -179,7 +96,7 @@ class Split:
             raise PolicyError(
                 f"{shown(given)} ({kind}) is not a split; write percentages by tier: {{ gpu = 20, cpu = 80 }}"
             )
-        _refuse_unknown(given, tuple(Tier))
+        refuse_unknown(given, tuple(Tier))
         return cls(**given)
 
     def __getitem__(self, tier: Tier | str) -> Share:
@@ -239,23 +156,25 @@ class Policy:
     overlap: overlap transfers with the computation.
     sep_layer: stream attention and MLP as two units.
     pin_weight: pin all host memory that a GPU reads: weights, cache, hidden states and staging.
+    share_prefix: compute and store the tokens with which all prompts of a call begin only once.
     """
 
     gpu_batch_size: int = 1
     num_gpu_batches: int = 1
-    weights: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
-    cache: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
-    activations: _Converted[SplitLike, Split] = _Converted(Split.of, _ALL_GPU)
+    weights: Converted[SplitLike, Split] = Converted(Split.of, _ALL_GPU)
+    cache: Converted[SplitLike, Split] = Converted(Split.of, _ALL_GPU)
+    activations: Converted[SplitLike, Split] = Converted(Split.of, _ALL_GPU)
     attend_on: str = "cpu"
     attn_sparsity: float = 1.0
     prefill_chunk: int = 0
     overlap: bool = True
     sep_layer: bool = True
     pin_weight: bool = True
+    share_prefix: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefill_chunk", 0)):
-            object.__setattr__(self, name, _count(name, getattr(self, name), least))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')
         for tier in Tier:
@@ -264,14 +183,14 @@ class Policy:
                     f"activations: codec {codec!r} on {tier}; only weights and cache can have a codec, "
                     "leave it out here"
                 )
-        object.__setattr__(self, "attn_sparsity", _fraction("attn_sparsity", self.attn_sparsity))
+        object.__setattr__(self, "attn_sparsity", fraction("attn_sparsity", self.attn_sparsity))
         for tier in Tier:
             if self.attn_sparsity < 1 and (codec := self.cache[tier].codec) != "none":
                 raise PolicyError(
                     f"attn_sparsity is {self.attn_sparsity:g} with codec {codec!r} for the cache on {tier}; "
                     "sparse attention needs a cache without a codec: leave out one of the two"
                 )
-        for name in ("overlap", "sep_layer", "pin_weight"):
+        for name in ("overlap", "sep_layer", "pin_weight", "share_prefix"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(
                     f"{name} is {shown(value)} ({type(value).__name__}); it must be true or false"
@@ -287,7 +206,7 @@ class Policy:
         """A policy from the keys of its TOML; the inverse of `to_dict`."""
         if not isinstance(fields, Mapping):
             raise PolicyError(f"the policy is a {type(fields).__name__}; give a mapping of its fields")
-        _refuse_unknown(fields, tuple(field.name for field in dataclasses.fields(cls)))
+        refuse_unknown(fields, tuple(field.name for field in dataclasses.fields(cls)))
         return cls(**fields)
 
     @classmethod
@@ -334,7 +253,7 @@ class Policy:
 
     def replace(self, **changes: Any) -> Policy:
         """A copy of the policy with some fields changed."""
-        _refuse_unknown(changes, self.__dataclass_fields__)
+        refuse_unknown(changes, self.__dataclass_fields__)
         return dataclasses.replace(self, **changes)
 
 

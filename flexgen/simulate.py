@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flexgen.cli.flags import OutputFile, add_policy_flags, count, read_policy, run
+from flexgen.cli.flags import OutputFile, add_policy_flags, add_prefix_flag, count, read_policy, run
 from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, AutoPolicy
 from flexgen.models import open_model
@@ -32,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def simulate(args: argparse.Namespace) -> Report:
     """Predict the job and print its card."""
     policy, order = read_policy(args), args.order
+    lengths = args.prompt_len, args.gen_len
     spec, _ = open_model(args.model, "dummy")
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
     if isinstance(policy, Auto):
-        workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or USUAL.num_prompts)
+        workload = Workload(*lengths, args.num_prompts or USUAL.num_prompts, args.prefix_len)
         found = AutoPolicy(policy, Job.checked(spec, hardware, workload, args.dtype, order)).opened
         policy, order = found.policy, found.order
-    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or policy.block_size)
+    workload = Workload(*lengths, args.num_prompts or policy.block_size, args.prefix_len)
     prediction = predict_job(Job.checked(spec, hardware, workload, args.dtype, order), policy, args.samples)
     report = prediction.report
     if args.trace:
@@ -68,13 +69,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--device", default="auto", help="device, with --hardware measured")
     add("--offload-dir", metavar="DIR", help="directory on the disk, with --hardware measured")
-    add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
+    add("--model", default="demo", help="`demo`, a directory, a GGUF file, a hub id or a known name")
     add(
         "--dtype",
         default="auto",
         help="auto, float32, bfloat16 or float16, if the machine has figures for it",
     )
     add("--prompt-len", type=count, default=512, metavar="N", help="tokens of each prompt")
+    add_prefix_flag(parser)
     add("--gen-len", type=count, default=32, metavar="N", help="new tokens of each prompt")
     add(
         "--num-prompts",

@@ -18,7 +18,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexgen.cli.flags import AUTO, OutputFile, add_model_flags, add_policy_flags, count, fixed_fields, run
+from flexgen.cli.flags import (
+    AUTO,
+    OutputFile,
+    add_model_flags,
+    add_policy_flags,
+    add_prefix_flag,
+    count,
+    fixed_fields,
+    run,
+)
 from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, own_order, this_machine
 from flexgen.errors import RequestError
@@ -55,7 +64,7 @@ def tune(args: argparse.Namespace) -> None:
         if args.hardware
         else this_machine(args.device, args.offload_dir)
     )
-    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts)
+    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts, args.prefix_len)
     tuning = Tuning(
         Job.checked(spec, hardware, workload, args.dtype, args.order),
         Auto(fixed_fields(args), args.lossy),
@@ -145,6 +154,7 @@ def command(args: argparse.Namespace, order: str | None) -> str:
         "dtype": None if args.dtype == "auto" else args.dtype,
         "offload-dir": None if machine else args.offload_dir,
         "prompt-len": args.prompt_len,
+        "prefix-len": args.prefix_len or None,
         "gen-len": args.gen_len,
         "num-prompts": args.num_prompts,
     }
@@ -186,6 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("num_prompts", "prompts of the job"),
     ):
         add(f"--{name.replace('_', '-')}", type=count, default=getattr(USUAL, name), metavar="N", help=what)
+    add_prefix_flag(parser)
     add(
         "--top",
         type=count,

@@ -44,6 +44,7 @@ FILES: dict[str, list[Tiny]] = {
     "arcee": [Tiny("arcee", 0, _PLAIN_ROPE)],
     "cohere2": [Tiny("cohere2", 0, dict(layer_types=None, num_hidden_layers=4, sliding_window=5))],
     "command-r": [Tiny("cohere"), Tiny("cohere", 1)],
+    "ernie4_5": [Tiny("ernie4_5"), Tiny("ernie4_5", 1)],
     "gemma": [Tiny("gemma")],
     "gemma2": [Tiny("gemma2", 0, _UNSCALED)],
     "gemma3": [Tiny("gemma3_text", 0, _UNSCALED | dict(layer_types=None, num_hidden_layers=7))],

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from flexgen.engine import auto
 from flexgen.memory.gpu import open_device
-from flexgen.models import cached_specs, families
+from flexgen.models import cached_specs, families, tied_head
 from flexgen.predict.hardware import Hardware
 from flexgen.schedule.steps import Grid
 
@@ -73,11 +73,12 @@ def nothing_is_measured():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def specs_are_cached_for_this_session(tmp_path_factory):
-    """Tests neither read specs from the user's cache nor write to it."""
+def models_are_cached_for_this_session(tmp_path_factory):
+    """Tests neither read facts about models from the user's cache nor write to it."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
-        patch.setattr(cached_specs, "cache_folder", lambda kind: folder / kind)
+        for module in (cached_specs, tied_head):
+            patch.setattr(module, "cache_folder", lambda kind: folder / kind)
         yield
 
 

@@ -16,6 +16,7 @@ OWN_COMMANDS = set(map(module_of, COMMANDS)) - {"flex_opt"}
 LAYERS = [
     {"errors"},
     {"units", "user_cache"},
+    {"policy_fields"},
     {"policy", "workload", "schedule", "demo"},
     {"results"},
     {"kernels"},
@@ -31,7 +32,17 @@ LAYERS = [
     OWN_COMMANDS,
     {"__init__", "__main__"},
 ]
-WITHOUT_TORCH = {"errors", "units", "user_cache", "policy", "workload", "schedule", "demo", "results"}
+WITHOUT_TORCH = {
+    "errors",
+    "units",
+    "user_cache",
+    "policy_fields",
+    "policy",
+    "workload",
+    "schedule",
+    "demo",
+    "results",
+}
 FLAGS = {
     Path("cli", name)
     for name in ("flags.py", "answers.py", "help.py", "interrupts.py", "job_file.py", "prompts.py")
@@ -195,7 +206,7 @@ def test_the_root_has_only_commands_and_modules_without_torch():
         - set(map(module_of, COMMANDS))
         - {"__init__", "__main__"}
     )
-    assert others == {"errors", "policy", "units", "user_cache", "workload"}, (
+    assert others == {"errors", "policy", "policy_fields", "units", "user_cache", "workload"}, (
         "add a command to COMMANDS in flexgen/__main__.py; put any other module into a folder"
     )
 

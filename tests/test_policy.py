@@ -46,6 +46,7 @@ policies = st.builds(
     overlap=st.booleans(),
     sep_layer=st.booleans(),
     pin_weight=st.booleans(),
+    share_prefix=st.booleans(),
 )
 
 
@@ -231,7 +232,7 @@ def test_rows_refuse_a_negative_count():
         ({"overlap": 1}, r"overlap is 1 \(int\); it must be true or false"),
         ({"sep_layer": "yes"}, "sep_layer is 'yes'"),
         ({"gpu_batchsize": 4}, "unknown key 'gpu_batchsize'.*did you mean 'gpu_batch_size'"),
-        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*pin_weight$"),
+        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*share_prefix$"),
     ],
 )
 def test_invalid_values_are_refused(fields, message):

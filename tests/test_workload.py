@@ -11,6 +11,14 @@ def test_capacity_is_prompt_and_generated_tokens():
     assert Workload(prompt_len=512, gen_len=32, num_prompts=64).capacity == 544
 
 
+def test_a_prefix_is_shorter_than_the_prompts():
+    assert Workload(8, 1, 3, prefix=7).prefix == 7 and Workload(8, 1, 3).prefix == 0
+    with pytest.raises(RequestError, match="prefix is 8, but the prompts have 8 tokens"):
+        Workload(8, 1, 3, prefix=8)
+    with pytest.raises(RequestError, match="prefix is -1; it must be at least 0"):
+        Workload(8, 1, 3, prefix=-1)
+
+
 def test_numpy_integers_become_plain_ones():
     workload = Workload(np.int64(3), np.int32(2), np.int64(1))
     assert workload == Workload(3, 2, 1)

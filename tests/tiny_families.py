@@ -52,6 +52,7 @@ TINY: dict[str, list[dict[str, Any]]] = {
         _SIZES | dict(use_qk_norm=True, attention_bias=True, logit_scale=2.0),
     ],
     "cohere2": [_SIZES | dict(layer_types=_KINDS, sliding_window=5, logit_scale=0.3)],
+    "ernie4_5": [_WIDE, _WIDE | dict(use_bias=True, tie_word_embeddings=False)],
     "exaone4": [
         _SIZES | dict(sliding_window=None, layer_types=["full_attention"] * 3),
         _SIZES | dict(sliding_window=4, layer_types=_KINDS),

@@ -19,8 +19,16 @@ def prompt_ids(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(4, 30_000, size=(batch, length))
 
 
+_answers: list[int] = []  # the original standard output, after `job`
+
+
 def job() -> dict[str, Any]:
-    """The job of this process: its first argument."""
+    """The job of this process: its first argument.
+
+    From here on, what libraries print to standard output goes to standard error: vLLM logs while it opens a model.
+    """
+    _answers.append(os.dup(1))
+    os.dup2(2, 1)
     found: dict[str, Any] = json.loads(sys.argv[1])
     return found
 
@@ -28,10 +36,9 @@ def job() -> dict[str, Any]:
 def serve(opened: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
     """Report `opened`, then call `run` and report its result for each line of standard input.
 
-    Reports go to the original standard output. What libraries print goes to standard error.
+    Call `job` before. Reports go to the original standard output.
     """
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
+    with os.fdopen(_answers.pop(), "w") as answers:
         print(json.dumps(opened), file=answers, flush=True)
         for _ in sys.stdin:
             print(json.dumps(run()), file=answers, flush=True)

@@ -16,8 +16,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def main() -> None:
-    work = job()
     preload_openmp()
+    work = job()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{work['threads'] - 1}",

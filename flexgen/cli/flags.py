@@ -120,10 +120,10 @@ def add_model_flags(parser: argparse.ArgumentParser, dummy: bool = False) -> Non
     """Add the flags that choose the model and the device. dummy: also offer random weights."""
     add = parser.add_argument
     if dummy:
-        add("--model", default="demo", help="`demo`, a directory, a hub id or a known OPT name")
+        add("--model", default="demo", help="`demo`, a directory, a GGUF file, a hub id or a known name")
         add("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random weights")
     else:
-        add("--model", default="demo", help="`demo`, a directory or a hub id")
+        add("--model", default="demo", help="`demo`, a directory, a GGUF file or a hub id")
     add("--device", default="auto", help=DEVICES)
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--offload-dir", metavar="DIR", help="directory of the disk tier (default: a temporary directory)")
@@ -179,6 +179,7 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         ("--overlap", "overlap transfers with the computation"),
         ("--sep-layer", "stream attention and MLP as separate layers"),
         ("--pin-weight", "pin host memory, so that a GPU can read it directly"),
+        ("--share-prefix", "compute tokens with which all prompts begin once"),
         ("--cpu-cache-compute", "compute attention on the CPU over cache that is off the GPU"),
     ):
         add(name, type=_yes_or_no, nargs="?", const=True, metavar="BOOL", help=help)
@@ -207,7 +208,8 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
     if args.percent:
         given = Policy.from_percent(*args.percent)
         changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
-    for name in ("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "overlap", "sep_layer", "pin_weight"):
+    shape = "gpu_batch_size", "num_gpu_batches", "prefill_chunk"
+    for name in (*shape, "overlap", "sep_layer", "pin_weight", "share_prefix"):
         if (value := getattr(args, name)) is not None:
             changes[name] = value
     if args.cpu_cache_compute is not None:
@@ -215,6 +217,17 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
     if args.attn_sparsity is not None:
         changes["attn_sparsity"] = args.attn_sparsity
     return changes
+
+
+def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag for `Workload.prefix`."""
+    parser.add_argument(
+        "--prefix-len",
+        type=count,
+        default=0,
+        metavar="N",
+        help="tokens with which all prompts begin, fewer than --prompt-len; they are computed once (default: 0)",
+    )
 
 
 def count(text: str) -> int:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from flexgen.engine.auto import AutoPolicy, Chosen
 from flexgen.errors import CapacityError
@@ -13,6 +14,7 @@ from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_c
 from flexgen.layout.needs import ExtraNeeds, MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, plan_memory
+from flexgen.layout.weights import weight_layouts
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer
 from flexgen.policy import Policy
@@ -20,6 +22,12 @@ from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.in_use import InUse
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
 from flexgen.workload import Workload
+
+_PASS_IN_PLACE = 128
+"""Positions. With fewer rows, products of matrices take about as long."""
+_PASS_THAT_LOADS = 16_384
+"""Positions that a device computes while all weights arrive: two passes at 2000 to 8000 positions each, for a link of
+12 to 25 GB/s and 50 to 100 TFLOPS."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,16 @@ class CallPlans:
     auto: AutoPolicy | None
     in_use: InUse
     retained: dict[Buffers, tuple[Need, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def call_positions(self) -> float:
+        """The number of positions that a call computes in the time that its passes take for any number of rows.
+
+        It is a rough estimate, from the share of the weights that move to the compute device in each pass.
+        """
+        layouts = weight_layouts(self.layers, self.placement, self.machine.device.topology)
+        moved = sum(layout.nbytes for layout in layouts) / max(sum(self.placement.nbytes.values()), 1)
+        return _PASS_IN_PLACE + _PASS_THAT_LOADS * moved
 
     def of_weights(self) -> MemoryPlan:
         """The plan of the weights alone, before any call. Raises CapacityError if they do not fit."""
@@ -69,6 +87,8 @@ class CallPlans:
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
         if whole_prompts:
             policy = chosen.policy.replace(prefill_chunk=0)
+            if plan(policy).shortage(limits):
+                policy = policy.replace(share_prefix=False)
         else:
             policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexgen.layout.prefix import sharing
 from flexgen.models import ModelSpec
 from flexgen.runtime.choice import Choice
 from flexgen.runtime.request import Request, check_length, pad_id
+from flexgen.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Completion:
     choice: Choice
     tokens: int | None = None
     pad: int | None = None
+
+    def workload(self, spec: ModelSpec) -> Workload:
+        """The workload of the call."""
+        return workload_of(spec, self.request, self.max_new_tokens)
 
     def check(self, spec: ModelSpec) -> None:
         """Raises RequestError if the text is longer than the model's positions."""
@@ -45,3 +51,8 @@ class Completion:
         for row, prompt in zip(out, request.prompts, strict=True):
             row[request.width - len(prompt) : request.width] = prompt
         return out
+
+
+def workload_of(spec: ModelSpec, request: Request, gen_len: int) -> Workload:
+    """The workload of a request, with the prefix that its prompts can share."""
+    return sharing(spec, Workload(request.longest, gen_len, len(request.prompts), request.prefix))

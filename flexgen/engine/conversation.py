@@ -17,7 +17,6 @@ from flexgen.engine.completion import Completion
 from flexgen.engine.conveniences import Conveniences
 from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.needs import MemoryPlan
-from flexgen.models import ModelSpec
 from flexgen.policy import Tier
 from flexgen.results.report import Report
 from flexgen.runtime.buffers import Buffers
@@ -180,7 +179,7 @@ class Conversation(Conveniences):
         shared = min(len(before), len(prompt) - 1)
         unlike = np.flatnonzero(before[:shared] != prompt[:shared])
         longest = max(self._text.length, len(prompt))
-        if any(longest > limit for limit in _unstretched(self.spec)):
+        if self.spec.stretches(longest):
             return 0  # the rotary frequencies of all keys change with the length of the text
         return int(unlike[0]) if len(unlike) else shared
 
@@ -213,13 +212,3 @@ class Conversation(Conveniences):
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
         """`OptLM.last_report`."""
         return self._lm.last_report(request, max_new_tokens, tokens)
-
-
-def _unstretched(spec: ModelSpec) -> set[int]:
-    """The lengths up to which the rotary frequencies of the layers do not depend on the length of the text."""
-    ropes = (layer.attention.rope for layer in spec.layers)
-    return {
-        rope.original_max_positions
-        for rope in ropes
-        if rope is not None and rope.kind in ("dynamic", "longrope")
-    }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flexgen.engine.completion import Completion
+from flexgen.engine.completion import Completion, workload_of
 from flexgen.engine.conveniences import Conveniences
 from flexgen.engine.conversation import Conversation
 from flexgen.engine.opening import Place, open_weights, read_policy
@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 class OptLM(Conveniences):
     """A language model that may be larger than its device's memory.
 
-    model: "demo", a Hugging Face model directory, a hub id, a known OPT name ("opt-30b") or a transformers config.
+    model: "demo", a Hugging Face model directory, a GGUF file, a hub id, a known name or a transformers config.
     policy: a `Policy`, the path of its TOML file, "auto", or `Auto(...)` with some fields given. "auto" measures the
         machine once and searches for the fastest policy. A call of another workload may get another policy, with the
         weights in the same places.
@@ -267,7 +267,7 @@ class OptLM(Conveniences):
         completion.check(self.spec)
         request, choice, tokens = completion.request, completion.choice, completion.run
         pad = completion.pad_id(self.spec)
-        workload = Workload(request.longest, completion.max_new_tokens, len(request.prompts))
+        workload = completion.workload(self.spec)
         if whole := choice.whole_call:
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
@@ -281,9 +281,7 @@ class OptLM(Conveniences):
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            # Where rows may end early, all prompts are given at once, so that others enter in their place.
-            for rows in request.blocks(len(out) if choice.can_end else model.policy.block_size):
-                prompts = call.prepare([request.prompts[n] for n in rows])
+            for rows, prompts in call.blocks(request, waits=choice.can_end):
                 made = WholeCallTokens if whole else NewTokens
                 output = made(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
@@ -329,12 +327,13 @@ class OptLM(Conveniences):
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         active, pad, reserve = self._machine.device.active(), pad_id(self.spec), plan.workspace(Tier.GPU)
         with active, torch.inference_mode(), (call := Call(model, workload, pad, None, reserve)), call:
-            for numbers in request.blocks(model.policy.block_size):
-                prompts = call.prepare([request.prompts[n] for n in numbers])
-                with contextlib.closing(
-                    result.output(prompts, numbers, self._machine, self._plans.slots.cells)
-                ) as output:
+            place = self._machine, self._plans.slots.cells
+            for numbers, prompts in call.blocks(
+                request, lambda prefix: closing(result.output(prefix, [0], *place))
+            ):
+                with closing(result.output(prompts, numbers, *place)) as output:
                     call.run(prompts, 1, output)
+            result.spread(call.shared)
             self.stats = self._meter.stats(model, call, plan, request, 0)
         return result
 
@@ -354,7 +353,7 @@ class OptLM(Conveniences):
         self, request: Request, last_only: bool, hidden_states: bool
     ) -> tuple[Workload, Model, MemoryPlan]:
         check_positions(self.spec, request, 0)
-        workload = Workload(request.longest, 1, len(request.prompts))
+        workload = workload_of(self.spec, request, 1)
         topology, cells = self._machine.device.topology, self._plans.slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
         every = hidden_states or not last_only
@@ -373,7 +372,7 @@ class OptLM(Conveniences):
         """
         request = read_request(self.spec, inputs)
         check_length(self.spec, request, max_new_tokens)
-        workload = Workload(request.longest, max_new_tokens, len(request.prompts))
+        workload = workload_of(self.spec, request, max_new_tokens)
         model, _ = self._prepared(workload)
         return lane_seconds(model, request, workload)
 

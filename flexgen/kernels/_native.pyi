@@ -4,6 +4,7 @@ def decode_attention(
     type: int,
     q: int,
     out: int,
+    lse: int,
     shape: tuple[int, int, int, int],
     format: tuple[int, int, int],
     keys: list[int],
@@ -17,7 +18,25 @@ def decode_attention(
     /,
 ) -> None:
     """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`, `ends`: 0 for none.
-    `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none."""
+    `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none. `lse`: float32, 0 for none;
+    with it, `out` is float32."""
+
+def attend_prefix(
+    type: int,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    shape: tuple[int, int, int, int, int, int, int],
+    first: int,
+    positions: int,
+    scoring: tuple[float, float, int],
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows, heads, kv_heads, new tokens, head_dim, tokens, elements between K/V heads. `first` (rows, new),
+    `positions` (rows,): int64, 0 for none. `scoring`: as above, without sinks. `out` and `lse`: float32."""
 
 def choose(
     type: int,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
+from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import (
     Length,
     Scoring,
@@ -16,6 +17,7 @@ from flexgen.kernels.scoring import (
     bend,
     capped,
     longest,
+    softmax_part,
     softmax_with_sinks,
     visible_from,
 )
@@ -48,6 +50,24 @@ def decode_attention(
     check_pages(q, pages, length, form)
     outputs = form.attend(q, pages, length, starts, scoring)
     return attend_in_torch(q, pages, length, starts, scoring, form) if outputs is None else outputs
+
+
+def decode_part(
+    q: Tensor,
+    pages: Pages,
+    length: Length,
+    starts: Tensor | None,
+    scoring: Scoring,
+    form: HeadFormat | None = None,
+) -> Partial:
+    """`decode_attention` as a part of the attention over more tokens, with the log-sum-exp of its scores.
+
+    With sinks, these are in the part.
+    """
+    form = form or PlainHeads(q.shape[-1], q.dtype)
+    check_pages(q, pages, length, form)
+    part = form.attend_part(q, pages, length, starts, scoring)
+    return part_in_torch(q, pages, length, starts, scoring, form) if part is None else part
 
 
 def check_pages(q: Tensor, pages: Pages, length: Length, form: HeadFormat | None = None) -> None:
@@ -100,6 +120,22 @@ def attend_in_torch(
     probabilities = probabilities_in_torch(q, pages, length, starts, scoring, form).to(q.dtype)
     total = sum(k.shape[2] for k, _ in pages)
     return weigh_in_torch(probabilities, pages, longest(length, total), form).view(q.shape)
+
+
+def part_in_torch(
+    q: Tensor,
+    pages: Pages,
+    length: Length,
+    starts: Tensor | None,
+    scoring: Scoring,
+    form: HeadFormat | None = None,
+) -> Partial:
+    """`decode_part` in torch, on every device; see `attend_in_torch`."""
+    scores = _scores_in_torch(q, pages, length, starts, scoring, form)
+    probabilities, lse = softmax_part(scores, scoring.sinks)
+    products = probabilities.to(q.dtype).view(-1, q.shape[1] // pages[0][0].shape[1], scores.shape[-1])
+    most = longest(length, scores.shape[-1])
+    return Partial(_sums_in_torch(products, pages, most, form).view(q.shape), lse)
 
 
 def attend_fused(
@@ -200,6 +236,20 @@ def probabilities_in_torch(
     form: HeadFormat | None = None,
 ) -> Tensor:
     """Softmax of the scores, (rows * kv_heads, group, tokens of all pages) in float32; zero if no token is valid."""
+    scores = _scores_in_torch(q, pages, length, starts, scoring, form)
+    probabilities = softmax_with_sinks(scores, scoring.sinks)
+    return probabilities.reshape(-1, q.shape[1] // pages[0][0].shape[1], scores.shape[-1])
+
+
+def _scores_in_torch(
+    q: Tensor,
+    pages: Pages,
+    length: Length,
+    starts: Tensor | None,
+    scoring: Scoring,
+    form: HeadFormat | None,
+) -> Tensor:
+    """The scores (rows, heads, 1, tokens of all pages) in float32, without sinks; -inf for tokens that are hidden."""
     rows, heads, _, head_dim = q.shape
     form = form or PlainHeads(head_dim, q.dtype)
     kv_heads = pages[0][0].shape[1]
@@ -226,7 +276,7 @@ def probabilities_in_torch(
     if starts is not None:
         padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]
         by_head.masked_fill_(padding[:, None, None], float("-inf"))
-    return softmax_with_sinks(by_head, scoring.sinks).reshape(scores.shape)
+    return by_head
 
 
 def weigh_in_torch(
@@ -236,13 +286,20 @@ def weigh_in_torch(
 
     Returns (..., group, head_dim). Decodes only the first `length` tokens of encoded pages.
     """
+    return _sums_in_torch(probabilities, pages, length, form).to(probabilities.dtype)
+
+
+def _sums_in_torch(
+    probabilities: Tensor, pages: Pages, length: int | None, form: HeadFormat | None
+) -> Tensor:
+    """`weigh_in_torch` in float32."""
     items, group, tokens = probabilities.shape
     form = form or PlainHeads(pages[0][1].shape[3], probabilities.dtype)
     out = torch.zeros(items, group, form.head_dim, dtype=torch.float32, device=probabilities.device)
     for begin, part in _decoded([v for _, v in pages], length or tokens, form, probabilities.dtype):
         values = part.view(items, part.shape[2], form.head_dim)
         out += torch.bmm(probabilities[:, :, begin : begin + values.shape[1]], values)
-    return out.to(probabilities.dtype)
+    return out
 
 
 def _decoded(

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel for attention of one new token per row over a paged cache."""
+"""The compiled CPU kernels for attention of one new token per row over a paged cache, and over a shared prefix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
+from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Length, Scoring, constants, longest, visible_from
 
 
@@ -33,42 +34,135 @@ def attend_compiled(
 
     Reads keys and values once, in place, and skips padding and what is beyond a row's length.
     """
-    if q.device.type != "cpu" or q.dtype not in NUMBERS or not announce():
+    if not _has_kernel(q):
         return None
-    rows, heads, _, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _attend(q.contiguous(), pages, _Range(length, starts), scoring, layout, _Results(out))
+    return out
+
+
+def part_compiled(
+    q: Tensor,
+    pages: Sequence[tuple[Tensor, Tensor]],
+    length: Length,
+    starts: Tensor | None,
+    scoring: Scoring,
+    layout: HeadLayout,
+) -> Partial | None:
+    """`attend_compiled` for `decode_part`."""
+    if not _has_kernel(q):
+        return None
+    part = _empty_part(q)
+    _attend(q.contiguous(), pages, _Range(length, starts), scoring, layout, _Results(*part))
+    return part
+
+
+def prefix_compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    first: Tensor | None,
+    positions: Tensor | None,
+) -> Partial | None:
+    """`attend_prefix`, or None if there is no kernel for the device or dtype of q.
+
+    first (rows, new): the first token of k and v that each query attends to, at most their number; None for 0.
+    positions (rows,): those of the first new tokens, relative to the first token of k and v; only needed with slopes.
+    """
+    if not _has_kernel(q):
+        return None
+    rows, heads, new, head_dim = q.shape
+    kv_heads, tokens = k.shape[:2]
+    part = _empty_part(q)
     q = q.contiguous()
-    out = torch.empty_like(q)
+    if k.stride() != v.stride() or k.stride()[1:] != (head_dim, 1):
+        k, v = k.contiguous(), v.contiguous()
+    first, positions = (
+        None if x is None else x.to("cpu", torch.int64).contiguous() for x in (first, positions)
+    )
+    slopes = _by_head(constants(scoring.slopes, q.device) if scoring.slopes else None, heads)
+    native.attend_prefix(
+        NUMBERS[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        part.values.data_ptr(),
+        part.lse.data_ptr(),
+        (rows, heads, kv_heads, new, head_dim, tokens, k.stride(0)),
+        _address(first),
+        _address(positions),
+        (scoring.scale, scoring.cap or 0.0, _address(slopes)),
+        torch.get_num_threads(),
+    )
+    return part
+
+
+class _Range(NamedTuple):
+    """The positions of the cache: the first `length` of each row, from `starts` on."""
+
+    length: Length
+    starts: Tensor | None
+
+
+class _Results(NamedTuple):
+    """The tensors that the kernel writes: `out` in the dtype of q, or a part."""
+
+    out: Tensor
+    lse: Tensor | None = None
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in NUMBERS and announce()
+
+
+def _empty_part(q: Tensor) -> Partial:
+    return Partial(torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:3], dtype=torch.float32))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _by_head(x: Tensor | None, heads: int) -> Tensor | None:
+    """x, checked: (heads,) on the CPU."""
+    if x is not None and (x.shape != (heads,) or x.device.type != "cpu"):
+        raise ValueError(f"slopes and sinks must be {heads} numbers on cpu, one per head")
+    return x
+
+
+def _attend(
+    q: Tensor,
+    pages: Sequence[tuple[Tensor, Tensor]],
+    seen: _Range,
+    scoring: Scoring,
+    layout: HeadLayout,
+    results: _Results,
+) -> None:
+    rows, heads, _, head_dim = q.shape
     if not q.numel():
-        return out
-    ends = length.contiguous() if isinstance(length, Tensor) else None
-    starts = visible_from(scoring.window, starts, length, rows, q.device)
+        return
+    ends = seen.length.contiguous() if isinstance(seen.length, Tensor) else None
+    starts = visible_from(scoring.window, seen.starts, seen.length, rows, q.device)
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
         if starts.shape != (rows,) or int(starts.min()) < 0:
             raise ValueError(f"starts must be {rows} integers of at least 0, one per row")
-    slopes = constants(scoring.slopes, q.device) if scoring.slopes else None
-    sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
-    for each in (slopes, sinks):
-        if each is not None and (each.shape != (heads,) or each.device != q.device):
-            raise ValueError(f"slopes and sinks must be {heads} numbers on {q.device}, one per head")
+    slopes = _by_head(constants(scoring.slopes, q.device) if scoring.slopes else None, heads)
+    sinks = _by_head(None if scoring.sinks is None else scoring.sinks.float().contiguous(), heads)
     native.decode_attention(
         NUMBERS[q.dtype],
         q.data_ptr(),
-        out.data_ptr(),
+        results.out.data_ptr(),
+        _address(results.lse),
         (rows, heads, pages[0][0].shape[1], head_dim),
         layout,
         [k.data_ptr() for k, _ in pages],
         [v.data_ptr() for _, v in pages],
         [k.shape[2] for k, _ in pages],
-        longest(length, 0),
-        0 if starts is None else starts.data_ptr(),
-        0 if ends is None else ends.data_ptr(),
-        (
-            scoring.scale,
-            scoring.cap or 0.0,
-            0 if slopes is None else slopes.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(),
-        ),
+        longest(seen.length, 0),
+        _address(starts),
+        _address(ends),
+        (scoring.scale, scoring.cap or 0.0, _address(slopes), _address(sinks)),
         torch.get_num_threads(),
     )
-    return out

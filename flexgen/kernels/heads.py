@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled
+from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled, part_compiled
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
+from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Length, Scoring
 from flexgen.units import align
 
@@ -91,6 +92,12 @@ class HeadFormat(ABC):
         """
         return None
 
+    def attend_part(
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
+    ) -> Partial | None:
+        """The same for `decode_part`."""
+        return None
+
     def expected_attention(self, plain: float, dtype: torch.dtype, on_host: bool) -> float | None:
         """The expected speed of attention over pages in this format in bytes/s, or None if it must be measured.
 
@@ -136,6 +143,11 @@ class PlainHeads(HeadFormat):
         self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         return attend_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
+
+    def attend_part(
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
+    ) -> Partial | None:
+        return part_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +259,12 @@ class GroupwiseHeads(EncodedHeads):
     ) -> Tensor | None:
         layout = HeadLayout(self.bits, self.group, self.nbytes)
         return attend_compiled(q, pages, length, starts, scoring, layout)
+
+    def attend_part(
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
+    ) -> Partial | None:
+        layout = HeadLayout(self.bits, self.group, self.nbytes)
+        return part_compiled(q, pages, length, starts, scoring, layout)
 
     def _view(self, stored: Tensor) -> Packed:
         pairs = stored[..., : self._codes].view(torch.float16).unflatten(-1, (-1, 2))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_Positions = TypeVar("_Positions", int, Tensor)
 
 Length = int | Tensor
 """A number of positions: that of all rows, or int64 (rows,) with the number of each row, at least 1."""
@@ -24,15 +26,19 @@ class Window(NamedTuple):
     """The positions that a query attends to: at most `size`, the last of them its own.
 
     chunked: a text is divided into chunks of `size` positions, and a query attends to positions of its own chunk.
-    Otherwise a query attends to the last `size` positions.
+    Otherwise a query attends to the last `size` positions. before: the number of tokens that precede a row and are
+    stored elsewhere (a shared prefix). Chunks begin at the first of them.
     """
 
     size: int
     chunked: bool = False
+    before: int = 0
 
     def first(self, position: int) -> int:
         """The first position that the query at `position` attends to. Positions count from the start of the row."""
-        return position // self.size * self.size if self.chunked else max(position - self.size + 1, 0)
+        if self.chunked:
+            return max(self._chunk(position + self.before) - self.before, 0)
+        return max(position - self.size + 1, 0)
 
     def starts(self, starts: Tensor, length: Length) -> Tensor:
         """The first visible position of each row for the query at position length - 1.
@@ -41,8 +47,13 @@ class Window(NamedTuple):
         of the cache, here and in the result.
         """
         if self.chunked:
-            return starts + (length - 1 - starts).div(self.size, rounding_mode="floor") * self.size
+            origins = starts - self.before
+            return torch.maximum(origins + self._chunk(length - 1 - origins), starts)
         return starts.clamp_min(length - self.size)
+
+    def _chunk(self, positions: _Positions) -> _Positions:
+        """The first position of the chunk of each position."""
+        return positions // self.size * self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +76,15 @@ class Scoring:
         """Whether the scores are only scaled and masked."""
         return self.cap is None and not self.slopes and self.sinks is None
 
+    def after(self, prefix: int) -> Scoring:
+        """The scoring of a row's own tokens, if `prefix` tokens that precede them are stored elsewhere.
+
+        It has the sinks. So `attend_prefix` leaves them out.
+        """
+        if self.window is None or not self.window.chunked or not prefix:
+            return self
+        return replace(self, window=self.window._replace(before=self.window.before + prefix))
+
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """The slopes of "Train Short, Test Long" (arXiv 2108.12409): a geometric sequence from 2 ** (-8 / heads).
@@ -84,9 +104,11 @@ def visible_from(
 
     starts: as for `Window.starts`; None for 0. Lengths of rows are on the device of `starts`.
     """
-    if window is None or (starts is None and isinstance(length, int) and length <= window.size):
+    if window is None:
         return starts
     if starts is None:
+        if isinstance(length, int) and length + window.before <= window.size:
+            return None
         starts = torch.zeros(rows, dtype=torch.int64, device=device)
     return window.starts(starts, length).clamp_min(0)
 
@@ -113,6 +135,17 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat((scores, extra), dim=-1), dim=-1)[..., :-1]
 
 
+def softmax_part(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`softmax_with_sinks`, and the log-sum-exp of the scores and the sink, (rows, heads, queries).
+
+    Rows with only -inf result in zero.
+    """
+    lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
+    return (scores - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp_(), lse
+
+
 def bend(scores: Tensor, slopes: tuple[float, ...], queries: range | Tensor, keys: range) -> None:
     """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions.
 
@@ -137,5 +170,6 @@ def visible(window: Window | None, queries: range, keys: range, start: int, devi
     if window is None:
         return k <= q
     if window.chunked:
-        return (k <= q) & (k >= (q - start).div(window.size, rounding_mode="floor") * window.size + start)
+        origin = start - window.before
+        return (k <= q) & (k >= (q - origin).div(window.size, rounding_mode="floor") * window.size + origin)
     return (k <= q) & (k > q - window.size)

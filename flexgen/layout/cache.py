@@ -252,9 +252,15 @@ class CacheLayout:
         kv_bytes = self.segments[0].kv_heads * self.segments[0].head_dim * self.segments[0].dtype.itemsize
         return Move(LaneName.FROM_DEVICE, self.host_rows * (self.query_bytes + 2 * kv_bytes))
 
-    def answer(self) -> Move:
-        """The move of the host's results to the device."""
-        return Move(LaneName.TO_DEVICE, self.host_rows * self.query_bytes)
+    def answer(self, in_part: bool = False) -> Move:
+        """The move of the host's results to the device. in_part: as for `answer_bytes`."""
+        return Move(LaneName.TO_DEVICE, self.host_rows * self.answer_bytes(in_part))
+
+    def answer_bytes(self, in_part: bool) -> int:
+        """The size of the host's result for one row. in_part: whether the device attends to other tokens of the row,
+        so that the result has the log-sum-exp of each head, in float32."""
+        head = self.segments[0].head_dim * self.segments[0].dtype.itemsize
+        return self.query_bytes + in_part * (self.query_bytes // head) * torch.float32.itemsize
 
 
 def leaves_device(segment: CacheSegment, span: Span, topology: Topology) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexgen.kernels.shared_prefix import SCORE_VALUES
 from flexgen.layout.cache import CacheLayout, CacheSegment, cache_layout
 from flexgen.layout.needs import Need
 from flexgen.layout.passes import Passes
@@ -63,7 +64,7 @@ class BatchCache:
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
         needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
         if asked := self.layouts[0].host_rows:
-            answer = slots * max(layout.query_bytes for layout in self.layouts)
+            answer = slots * max(layout.answer_bytes(bool(passes.shared)) for layout in self.layouts)
             qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
             needs.append(Need(Tier.CPU, "cache", "staging", asked * (qkv + answer)))
             needs.append(Need(Tier.GPU, "cache", "slots", asked * answer))
@@ -121,6 +122,18 @@ def batch_cache(
     """The cache of a batch of `rows` prompts of at most `capacity` tokens each."""
     layouts = (cache_layout(own, policy, rows, capacity, dtype, topology) for own in kinds)
     return BatchCache(kinds, tuple(layouts), rows, topology)
+
+
+def merging_bytes(own: AttentionSpec, tokens: int, shared: int) -> int:
+    """Temporary bytes of attention of `tokens` new tokens over a prefix of `shared` tokens, and of the merge with
+    attention over the rows' own tokens.
+
+    They consist of three results in float32, and of the scores of some queries: a product, scores and probabilities
+    in float32, and copies in the dtype of the computation.
+    """
+    queries = tokens * own.heads
+    scores = max(min(SCORE_VALUES, queries * shared), own.heads * shared)
+    return torch.float32.itemsize * (3 * queries * (own.head_dim + 1) + 5 * scores)
 
 
 def _choice_bytes(segment: CacheSegment, heads: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 
 from flexgen.errors import CapacityError
 from flexgen.layout.needs import MemoryPlan, Shortage
@@ -40,11 +41,15 @@ def parts_of(prompt_len: int) -> Iterator[int]:
 
 def with_fitting_chunk(plan: Plan, policy: Policy, limits: Limits, prompt_len: int) -> Policy:
     """`policy` if its plan is within `limits`, else `policy` with the largest `prefill_chunk` whose plan is: a half,
-    a quarter ... of the prompts or of its present chunk. Returns `policy` if none of them fits."""
-    if not plan(policy).shortage(limits):
-        return policy
-    cuts = (policy.replace(prefill_chunk=n) for n in parts_of(policy.prefill_chunk or prompt_len))
-    return next((cut for cut in cuts if not plan(cut).shortage(limits)), policy)
+    a quarter ... of the prompts or of its present chunk.
+
+    If none of them fits, the same without a shared prefix, because its slots may be too large. Returns `policy` if
+    nothing fits.
+    """
+    chunks = (policy.prefill_chunk, *parts_of(policy.prefill_chunk or prompt_len))
+    cuts = [policy.replace(prefill_chunk=n) for n in chunks]
+    apart = (cut.replace(share_prefix=False) for cut in cuts if cut.share_prefix)
+    return next((cut for cut in chain(cuts, apart) if not plan(cut).shortage(limits)), policy)
 
 
 def largest_fitting(plan: Plan, policy: Policy, limits: Limits) -> Policy | None:

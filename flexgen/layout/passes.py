@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen.layout.cache import Span
+from flexgen.layout.prefix import shared_tokens
+from flexgen.policy import Policy
+from flexgen.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,20 @@ class Passes:
     numbers. Prompts are divided from their end, so that the same pass computes the first new token of every batch.
 
     cached: the number of tokens before the prompts that are already in the cache.
+    shared: the number of tokens before those of the cache, which are stored once for all rows (see
+        `layout/prefix.py`). Spans do not count them.
     """
 
     width: int
     chunk: int = 0
     cached: int = 0
+    shared: int = 0
+
+    @classmethod
+    def of(cls, workload: Workload, policy: Policy) -> Passes:
+        """The passes of a block of `workload`, over the tokens that its prompts do not share."""
+        shared = shared_tokens(workload, policy)
+        return cls(workload.prompt_len - shared, policy.prefill_chunk, shared=shared)
 
     @property
     def first(self) -> int:

@@ -14,12 +14,13 @@ import torch
 
 from flexgen.errors import PolicyError
 from flexgen.kernels.workspaces import HOST, Workspaces, choice_bytes
-from flexgen.layout.cache_needs import BatchCache, batch_cache
+from flexgen.layout.cache_needs import BatchCache, batch_cache, merging_bytes
 from flexgen.layout.graphs import graph_needs, replayed
 from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
@@ -70,10 +71,23 @@ def plan_memory(
     needs.append(Need(Tier.GPU, "weights", "slots", sum(sizes.device)))
     needs.append(Need(Tier.CPU, "weights", "staging", sum(sizes.staging)))
     if workload is not None:
-        needs += _Block(layers, placement, policy, target, workload, all_logits).needs()
+        block = _Block(layers, placement, policy, target, workload, all_logits)
+        needs += block.needs() if not block.passes.shared else _with_prefix(block)
     if target.topology.shares_host_memory:
         needs = [replace(need, tier=Tier.CPU) if need.tier is Tier.GPU else need for need in needs]
     return MemoryPlan(tuple(Need(*key, nbytes) for key, nbytes in _summed(needs)), sizes)
+
+
+def _with_prefix(block: _Block) -> list[Need]:
+    """The needs of a block that follows the block of its prefix. Only the cache of the prefix exists in both."""
+    target = replace(block.target, slots=prefix_slots(block.target.slots))
+    policy, workload = prefix_policy(block.policy), prefix_workload(block.passes.shared)
+    before = replace(block, policy=policy, workload=workload, target=target).needs()
+    kept = [need for need in before if need.what == "cache" and need.role != "workspace"]
+    totals = dict(_summed([*block.needs(), *kept]))
+    for key, nbytes in _summed(before):
+        totals[key] = max(totals.get(key, 0), nbytes)
+    return [Need(*key, nbytes) for key, nbytes in totals.items()]
 
 
 def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
@@ -115,15 +129,20 @@ class _Block:
         return not self.target.topology.shares_host_memory
 
     @property
-    def _passes(self) -> Passes:
-        return Passes(self.workload.prompt_len, self.policy.prefill_chunk)
+    def passes(self) -> Passes:
+        return Passes.of(self.workload, self.policy)
+
+    @property
+    def _capacity(self) -> int:
+        """The largest length of one row in the cache."""
+        return self.workload.capacity - self.passes.shared
 
     @property
     def _batches(self) -> list[int]:
         return batch_sizes(self.policy, self.workload.num_prompts)
 
     def needs(self) -> list[Need]:
-        kinds, capacity = _kinds_of_attention(self.layers), self.workload.capacity
+        kinds, capacity = _kinds_of_attention(self.layers), self._capacity
         dtype, topology = self.placement.dtype, self.target.topology
         cache = {
             rows: batch_cache(kinds, self.policy, rows, capacity, dtype, topology)
@@ -132,7 +151,7 @@ class _Block:
         needs = []
         for rows in self._batches:
             needs += cache[rows].homes()
-            needs += self._hidden(rows).homes(self._passes.new)
+            needs += self._hidden(rows).homes(self.passes.new)
         # All batches use the same slots: each slot is as large as the largest batch needs.
         largest: dict[tuple[Tier, str, str], int] = {}
         for of_batch in cache.values():
@@ -142,7 +161,7 @@ class _Block:
         needs.append(Need(Tier.GPU, "libraries", "workspace", self.target.workspaces.fixed))
         needs += self._decoded(cache.values())
         needs += self._looked_up()
-        if not self.all_logits:
+        if not self.all_logits and not self.passes.shared:
             needs += self._graphs([cache[rows] for rows in self._batches])
         return needs + self._logits() if self.all_logits else needs
 
@@ -159,7 +178,7 @@ class _Block:
     def _decoded(self, cache: Iterable[BatchCache]) -> Iterator[Need]:
         """The needs of decoded matrices in the model's dtype, and the temporaries of decoding."""
         placement, topology, rows = self.placement, self.target.topology, max(self._batches)
-        positions = rows * self._passes.new
+        positions = rows * self.passes.new
         nbytes = [
             decoded_bytes(layer, placement)
             for layer in self.layers
@@ -173,13 +192,13 @@ class _Block:
         ]
         yield Need(Tier.GPU, "weights", "workspace", self.target.slots.decoded * max(nbytes, default=0))
         if self._linked:  # without Triton; a product has ended before keys and values are encoded
-            passing = min(of_batch.passing_bytes(self._passes) for of_batch in cache)
+            passing = min(of_batch.passing_bytes(self.passes) for of_batch in cache)
             decoding = max(decoding_bytes(self.layers, placement) - passing, 0)
             yield Need(Tier.GPU, "weights", "workspace", decoding)
 
     def _looked_up(self) -> Iterator[Need]:
         """The needs of the rows of the embedding table."""
-        positions, cells = max(self._batches) * self._passes.new, self.target.slots.cells
+        positions, cells = max(self._batches) * self.passes.new, self.target.slots.cells
         lookup = lookup_sizes(self.layers, self.placement, self.target.topology, positions)
         yield Need(Tier.GPU, "weights", "slots", cells * lookup.slot)
         yield Need(Tier.CPU, "weights", "staging", cells * lookup.staging + lookup.scratch)
@@ -198,7 +217,7 @@ class _Block:
 
     def _in_flight(self, cache: BatchCache) -> list[Need]:
         """The slots, staging and workspace of a batch in computation."""
-        rows, passes, slots = cache.rows, self._passes, self.target.slots.cells
+        rows, passes, slots = cache.rows, self.passes, self.target.slots.cells
         states = self._hidden(rows)
         needs = cache.in_flight(passes, slots, states.token_bytes) + states.in_flight(passes.new, slots)
         hidden = activation_bytes(self._spec, rows, passes.new, self.placement.dtype)
@@ -206,9 +225,13 @@ class _Block:
         # result until its rows have left. If some rows stay, they are copied together with those that arrive.
         moving = (slots + (states.resident > 0)) * hidden if states.resident < rows else 0
         # During compaction nothing is computed, so the gathered rows of a batch use the memory of the workspace.
-        gathered, workspace = cache.gathered(self.workload.capacity), self._workspace(rows)
+        gathered, workspace = cache.gathered(self._capacity), self._workspace(rows)
         needs.append(Need(Tier.GPU, "activations", "workspace", max(workspace + moving, gathered[Tier.GPU])))
         needs.append(Need(Tier.CPU, "cache", "workspace", gathered[Tier.CPU]))
+        if shared := self.passes.shared:
+            tokens = min(rows * passes.new, max(self._spec.chunk_tokens, rows))
+            merging = max(merging_bytes(own, tokens, shared) for own in cache.kinds)
+            needs.append(Need(Tier.GPU, "cache", "workspace", merging))
         return needs
 
     def _workspace(self, rows: int) -> int:
@@ -216,7 +239,7 @@ class _Block:
         dtype, workload = self.placement.dtype, self.workload
         # Layers need the most for the prefill, or its last part, or for the last token. The head computes one
         # position of each row.
-        steps = [(self._passes.new, workload.prompt_len), (1, workload.capacity)]
+        steps = [(self.passes.new, workload.prompt_len), (1, workload.capacity)]
         workspace = max(
             layer.workspace_bytes(
                 rows,

@@ -58,10 +58,31 @@ def check_finite(data: Tensor, dtype: torch.dtype, path: Path, key: str) -> None
             )
 
 
+class CheckedRanges:
+    """The byte ranges of each weight that were checked. A call may read it in other pieces than the last one."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, list[tuple[int, int]]] = {}  # disjoint and sorted
+
+    def __contains__(self, part: Part) -> bool:
+        begin, end = part.offset, part.offset + part.data.nbytes
+        return any(first <= begin and end <= last for first, last in self._by_key.get(part.key, ()))
+
+    def add(self, part: Part) -> None:
+        merged: list[tuple[int, int]] = []
+        added = part.offset, part.offset + part.data.nbytes
+        for begin, end in sorted([*self._by_key.get(part.key, ()), added]):
+            if merged and begin <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(merged[-1][1], end)
+            else:
+                merged.append((begin, end))
+        self._by_key[part.key] = merged  # if two threads add at the same time, one range is checked again
+
+
 class CheckedRead:
     """A `ReadJob` that then checks the `parts` that are not in `checked`, and adds them to `checked`."""
 
-    def __init__(self, job: ReadJob, parts: Sequence[Part], checked: set[tuple[str, int, int]]) -> None:
+    def __init__(self, job: ReadJob, parts: Sequence[Part], checked: CheckedRanges) -> None:
         self._job = job
         self._parts = parts
         self._checked = checked
@@ -80,10 +101,9 @@ class CheckedRead:
     def check(self) -> None:
         """Raise CheckpointError with the name of the tensor that contains NaN or infinite values."""
         for part in self._parts:
-            key = part.key, part.offset, part.data.nbytes
-            if key not in self._checked:
+            if part not in self._checked:
                 check_finite(part.data, part.dtype, part.path, part.key)
-                self._checked.add(key)
+                self._checked.add(part)
 
 
 @dataclass(frozen=True)

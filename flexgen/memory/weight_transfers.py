@@ -19,7 +19,7 @@ from flexgen.layout.weight_slots import SlotSizes
 from flexgen.layout.weights import WeightLayout
 from flexgen.memory.cargo import Cargo, cargo_of
 from flexgen.memory.disk import Read, ReadJob
-from flexgen.memory.first_read import CheckedRead, Part
+from flexgen.memory.first_read import CheckedRanges, CheckedRead, Part
 from flexgen.memory.homes import Homes
 from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
@@ -56,7 +56,7 @@ class WeightTransfers:
         self.slots = [machine.device.memory.allocate(n, "weight slots") for n in sizes.device]
         self._staging = [machine.host.allocate(n, "staging of weights") for n in sizes.staging]
         self._chains: dict[tuple[int, int, int, int], Chains] = {}
-        self._checked: set[tuple[str, int, int]] = set()
+        self._checked = CheckedRanges()
 
     def arrived(self, layer: int, slot: int) -> Iterator[tuple[WeightSpec, Tensor]]:
         """The layer's weights that are loaded, as views of the slot. An encoded weight is a view of its bytes."""

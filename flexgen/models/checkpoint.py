@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from flexgen.demo import MODEL_DIR
-from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, did_you_mean, shown, shown_path
+from flexgen.errors import MOST_OF_PATH, CheckpointError, ModelError, shown, shown_path
 from flexgen.formats import Encoding
 from flexgen.models.bin_files import BinCheckpoint
 from flexgen.models.build import build_layers
@@ -28,12 +26,13 @@ from flexgen.models.folders import GGUF_SUFFIX, check_folder, only_gguf, other_f
 from flexgen.models.gguf_families import spec_from_gguf
 from flexgen.models.gguf_files import GGUFCheckpoint
 from flexgen.models.gguf_header import all_shards, read_headers
-from flexgen.models.hub import HubOptions
-from flexgen.models.known import config_of, known_name, known_names, known_repository
+from flexgen.models.hub import HubOptions, download, download_config, download_gguf, split_file
+from flexgen.models.known import config_of, known_name, known_repository
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
+from flexgen.models.tied_head import has_own_values
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig
@@ -42,12 +41,6 @@ __all__ = ["Checkpoint", "Extent", "open_model"]
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
-_TEXT_FILES = [
-    _CONFIG, _GENERATION, "tokenizer*", "vocab*", "merges.txt", "*_tokens*.json", "chat_template*", "*.model",
-    "*.tiktoken", "tekken.json",
-]  # fmt: skip
-_SUBDIRECTORIES = ["*/*"]
-
 _NUMPY_SUFFIX = "-np"
 """The end of the name of FlexGen 0.1's folder for a model, after the name of the model."""
 
@@ -110,13 +103,14 @@ def open_model(
     """Open a model and return its spec and its checkpoint.
 
     model: "demo", a directory in Hugging Face's layout, a GGUF file or a directory with one, a known name
-        ("opt-30b"), a hub id or a transformers config. A directory of FlexGen 0.1 ("opt-30b-np") is accepted too if
-        it has a known name.
+        ("opt-30b"), a hub id, a hub id with a GGUF file ("org/model-GGUF:Q4_K_M") or a transformers config. A
+        directory of FlexGen 0.1 ("opt-30b-np") is accepted too if it has a known name.
     weights: "checkpoint", "dummy" for random weights, or the `Path` of the directory with the weights of `model`.
     hub: options of downloads.
 
     Only a hub id uses the network; with "dummy", only for its config.json. The function reads headers but no weights,
-    with one exception: if a file has both an embedding and a head that the config calls tied, it compares the two.
+    with one exception: if a file has both an embedding and a head that the config calls tied, it compares the two. It
+    remembers the result for files that do not change.
 
     Raises ModelError and CheckpointError.
     """
@@ -162,24 +156,40 @@ def open_model(
         other = other_format(directory.parent) if directory.suffix != ".safetensors" else ""
         fix = other or f"give the directory that contains it and {_CONFIG}"
         raise ModelError(f"{shown_path(name)} is a file; {fix}")
-    if (
-        isinstance(model, Path)
-        or directory.is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-    ):
-        raise ModelError(f"{shown_path(name)}: there is no such directory")
-    if directory.suffix == GGUF_SUFFIX:
-        raise ModelError(f"{shown_path(name)}: there is no such file")
+    if isinstance(model, Path) or directory.is_absolute() or name.startswith((".", "~")):
+        raise _missing(name)
+    return _open_from_hub(name, dummy, hub)
+
+
+def _missing(name: str) -> ModelError:
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if not name.endswith(GGUF_SUFFIX):
+        return ModelError(f"{shown_path(name)}: there is no such directory")
+    hint = f". For a file on the hub, write {owner}/{repository}:{file}" if owner.strip(".~") and file else ""
+    return ModelError(f"{shown_path(name)}: there is no such file{hint}")
+
+
+def _open_from_hub(name: str, dummy: bool, hub: HubOptions) -> tuple[ModelSpec, Checkpoint]:
+    """Open the model of a hub id or a known name. A name with more parts is meant as a path."""
+    repository, file = split_file(name)
+    if repository.count("/") > 1 or (file is None and name.endswith(GGUF_SUFFIX)):
+        raise _missing(name)
     if len(name) > MOST_OF_PATH:  # the hub's own message would contain all of it
         raise ModelError(
             f"{shown(name)}: neither a local directory nor a hub id, which has at most 96 characters"
         )
+    if file is not None:
+        if dummy:
+            raise ModelError(
+                f"{name}: with weights='dummy' no GGUF file is downloaded. Give the hub id of the original model or "
+                "a known name"
+            )
+        return _open_gguf(download_gguf(repository, file, hub), name, dummy)
+    known = known_name(name)
     repository = name if known is None else known_repository(known)
-    if dummy:
-        config = Path(_ask_hub(repository, huggingface_hub.hf_hub_download, hub, filename=_CONFIG))
-        return _open_directory(config.parent, name, dummy)
-    return _open_directory(_download(repository, hub), name, dummy)
+    place = download_config(repository, hub) if dummy else download(repository, hub)
+    return (_open_gguf if place.suffix == GGUF_SUFFIX else _open_directory)(place, name, dummy)
 
 
 def _is_config(model: Any) -> TypeGuard[PreTrainedConfig]:
@@ -230,7 +240,7 @@ def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
     embed, head = _vocabulary(spec)
     if dtype_unsaid and files.holds(embed) and not files.encoded(embed):
         spec = replace(spec, dtype=files.dtype_of(embed))
-    if spec.tied_head and files.holds(embed) and files.holds(head) and _differ(files, embed, head):
+    if spec.tied_head and files.holds(embed) and files.holds(head) and has_own_values(files, embed, head):
         spec = replace(spec, tied_head=False)
     if spec.encodings:
         weights = (weight for layer in build_layers(spec) for weight in layer.weights)
@@ -245,14 +255,6 @@ def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:
     ends = (InputEmbed(untied), "embed.weight"), (Head(untied), "head.weight")
     embed, head = (next(w for w in layer.weights if w.name == name) for layer, name in ends)
     return embed, head
-
-
-def _differ(files: _Files, embed: WeightSpec, head: WeightSpec) -> bool:
-    """Whether a head that the config calls tied has its own values. Like transformers, these are used."""
-    if files.encoded(embed) or files.encoded(head):
-        return files.encoded(embed) is None
-    dtype = files.dtype_of(embed)
-    return files.dtype_of(head) != dtype or not torch.equal(files.read(embed, dtype), files.read(head, dtype))
 
 
 def _read_json(path: Path, error_class: type[ModelError | CheckpointError] = ModelError) -> dict[str, Any]:
@@ -302,38 +304,3 @@ def _shards(index: Path) -> list[Path]:
             f"{index.parent}: files in {index.name} are missing: {', '.join(missing)}; download them again"
         )
     return files
-
-
-def _download(repository: str, hub: HubOptions) -> Path:
-    """Download a repository and return the directory with its config, tokenizer and weights in one format."""
-    for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
-        patterns = [*_TEXT_FILES, weights]
-        snapshot = _ask_hub(
-            repository,
-            huggingface_hub.snapshot_download,
-            hub,
-            allow_patterns=patterns,
-            ignore_patterns=_SUBDIRECTORIES,
-        )
-        if any(file.match(weights) for file in Path(snapshot).iterdir()):
-            break
-    return Path(snapshot)
-
-
-def _ask_hub(repository: str, download: Any, hub: HubOptions, **options: Any) -> str:
-    """One request to the hub or its local cache. Raises ModelError, with the hub's own message."""
-    try:
-        return str(download(repository, **hub.arguments(), **options))
-    except HFValidationError as error:
-        reason = "neither a local directory nor a hub id"
-        raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
-    except LocalEntryNotFoundError as error:
-        reason = "not a local directory, and the hub cannot be reached"
-        raise ModelError(f"{repository}: {reason}{_similar(repository)}: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = "not a local directory, and the hub reports"
-        raise ModelError(f"{repository}{_similar(repository)}: {reason}: {error}") from error
-
-
-def _similar(name: str) -> str:
-    return did_you_mean(name.removeprefix("facebook/").lower(), ("demo", *known_names()))

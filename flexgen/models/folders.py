@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from flexgen.errors import CheckpointError, ModelError, shown
@@ -72,16 +73,24 @@ def only_gguf(directory: Path) -> Path | None:
     with explaining(directory):
         if any(file for pattern in _WEIGHTS for file in directory.glob(pattern)):
             return None
-        found = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("mmproj"))
-    firsts = [
-        path for path in found if not (match := SHARD.fullmatch(path.name)) or int(match["number"]) == 1
-    ]
+        found = sorted(path.name for path in directory.glob("*.gguf") if not _is_vision(path.name))
+    firsts = first_files(found)
     if len(firsts) > 1:
         raise ModelError(
-            f"{directory} has several GGUF files: give the path of one, for example {firsts[0]}. The others are "
-            f"{', '.join(path.name for path in firsts[1:6])}"
+            f"{directory} has several GGUF files: give the path of one, for example {directory / firsts[0]}. The "
+            f"others are {', '.join(firsts[1:6])}"
         )
-    return next(iter(firsts or found), None)
+    return next((directory / name for name in firsts or found), None)
+
+
+def first_files(names: Iterable[str]) -> list[str]:
+    """The GGUF files to open: of a model in several files the first one, and none of vision models (mmproj)."""
+    numbers = {name: SHARD.fullmatch(name) for name in names if not _is_vision(PurePosixPath(name).name)}
+    return [name for name, match in numbers.items() if not match or int(match["number"]) == 1]
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith("mmproj")
 
 
 def check_folder(directory: Path, config: str) -> None:

@@ -175,6 +175,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "command-r": Architecture(
         "cohere", _LOGITS, flags=_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"}, eps=_LAYER_NORM
     ),
+    "ernie4_5": Architecture("ernie4_5", flags={"use_bias": "blk.0.attn_q.bias"}),
     "gemma": Architecture("gemma"),
     "gemma2": Architecture("gemma2", _WINDOW | _CAPS, others=_gemma2),
     "gemma3": Architecture("gemma3_text", _WINDOW | _CAPS, others=_gemma3),

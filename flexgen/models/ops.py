@@ -6,13 +6,23 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.partial import Partial, flash_part
 from flexgen.kernels.rotation import pairs_of
-from flexgen.kernels.scoring import Scoring, Window, bend, capped, softmax_with_sinks, visible
+from flexgen.kernels.scoring import (
+    Scoring,
+    Window,
+    bend,
+    capped,
+    softmax_part,
+    softmax_with_sinks,
+    visible,
+)
 from flexgen.models.spec import QueryScaling, RopeSpec
 
 
@@ -101,6 +111,35 @@ SCORE_VALUES = 1 << 23
 in float32. A single query of every head may have more."""
 
 
+Results = tuple[Tensor, ...]
+"""Attention (batch, heads, queries, head_dim); for a part also its log-sum-exp (batch, heads, queries)."""
+
+
+class _Softmax(NamedTuple):
+    """The two ways to compute a block of queries.
+
+    `fused` (q, k, v, scale, causal, mask) is torch's fused attention, or None if scores must be built. `of_scores`
+    (scores, sinks) returns the probabilities in place of the attention.
+    """
+
+    fused: Callable[[Tensor, Tensor, Tensor, float, bool, Tensor | None], Results | None]
+    of_scores: Callable[[Tensor, Tensor | None], Results]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Results:
+    return (F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale),)
+
+
+_WHOLE = _Softmax(_fused, lambda scores, sinks: (softmax_with_sinks(scores, sinks),))
+_PART = _Softmax(flash_part, softmax_part)
+
+
+def causal_part(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scoring: Scoring) -> Partial:
+    """`causal_attention` as a part of the attention over more tokens. With sinks, these are in the part."""
+    values, lse = _attend_runs(q, k, v, starts, scoring, _PART)
+    return Partial(values.float(), lse)
+
+
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scoring: Scoring
 ) -> Tensor:
@@ -114,11 +153,28 @@ def causal_attention(
     Padding needs no mask: adjacent rows with the same start run together on a slice without the padding. Slices are
     views, so rows sorted by length need the fewest calls. Plain scores (queries, seq) are never stored in memory.
     """
+    return _attend_runs(q, k, v, starts, scoring, _WHOLE)[0]
+
+
+def _room(q: Tensor, softmax: _Softmax) -> Results:
+    """Memory for the results. Values are stored by token, so that merging the heads afterwards is a view."""
     batch, heads, queries, head_dim = q.shape
+    values = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    if softmax is _WHOLE:
+        return (values,)
+    return values, q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _attend_runs(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | None, scoring: Scoring, softmax: _Softmax
+) -> Results:
+    """`causal_attention`, of runs of adjacent rows with the same start."""
+    queries = q.shape[2]
     if starts is None or not any(starts):
-        return _causal(q, k, v, scoring)
-    # Token-major, so that merging the heads afterwards is a view.
-    out = q.new_zeros(batch, queries, heads, head_dim).transpose(1, 2)
+        return _causal(q, k, v, scoring, 0, softmax)
+    results = _room(q, softmax)
+    for out, padding in zip(results, (0.0, -math.inf), strict=False):
+        out.fill_(padding)
     before = k.shape[2] - queries
     begin = 0
     for start, run in itertools.groupby(starts):
@@ -127,29 +183,30 @@ def causal_attention(
         if first < queries:
             rows = slice(begin, end)
             some = q[rows, :, first:], k[rows, :, padded:], v[rows, :, padded:]
-            out[rows, :, first:] = _causal(*some, scoring, min(start, 0))
+            for out, found in zip(results, _causal(*some, scoring, min(start, 0), softmax), strict=True):
+                out[rows, :, first:] = found
         begin = end
-    return out
+    return results
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int = 0) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softmax: _Softmax) -> Results:
     """start: the position of the rows' first token, at most 0."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     if not scoring.plain:
-        return _attend_scored(q, k, v, scoring, start)
+        return _attend_scored(q, k, v, scoring, start, softmax)
     if heads == kv_heads:
-        return _attend_last(q, k, v, scoring, start)
+        return _attend_last(q, k, v, scoring, start, softmax)
     # `enable_gqa` falls back to full score matrices on CUDA in float32.
     if batch == 1:
         # The heads of a group share one view of their K and V.
         shape = (kv_heads, heads // kv_heads, keys, head_dim)
         k, v = (x.transpose(0, 1).expand(shape) for x in (k, v))
-        out = _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scoring, start)
-        return out.flatten(0, 1).unsqueeze(0)
+        out = _attend_last(q.unflatten(1, shape[:2]).squeeze(0), k, v, scoring, start, softmax)
+        return tuple(x.flatten(0, 1).unsqueeze(0) for x in out)
     # The copies are small compared to the attention, and one call serves all rows.
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    return _attend_last(q, k, v, scoring, start)
+    return _attend_last(q, k, v, scoring, start, softmax)
 
 
 def query_blocks(
@@ -172,17 +229,18 @@ def query_blocks(
         begin = end
 
 
-def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int) -> Tensor:
+def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softmax: _Softmax) -> Results:
     """Causal attention of plain scores with equal numbers of heads, for the queries of the last keys."""
     queries, keys = q.shape[2], k.shape[2]
     window = scoring.window
     if window is not None and window.first(keys - 1 - start) + start <= 0:
         window = None  # no query has more tokens before it
     if queries == keys and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scoring.scale)
+        found = softmax.fused(q, k, v, scoring.scale, True, None)
+        return _attend_scored(q, k, v, scoring, start, softmax) if found is None else found
     # `is_causal` would align the first query with the first key here, so use a mask. For few queries it is small at
     # any length, and kernels with a mask do not store the scores either.
-    out = torch.empty_like(q)
+    results = _room(q, softmax)
     begin = keys - queries
     for block, seen in query_blocks(queries, keys, window, MASK_VALUES, start):
         mask = torch.full((len(block), len(seen)), -math.inf, dtype=q.dtype, device=q.device)
@@ -191,17 +249,22 @@ def _attend_last(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int) 
         else:
             mask.masked_fill_(visible(window, block, seen, start, q.device), 0.0)
         here, there = slice(block.start - begin, block.stop - begin), slice(seen.start, seen.stop)
-        out[:, :, here] = F.scaled_dot_product_attention(
-            q[:, :, here], k[:, :, there], v[:, :, there], attn_mask=mask, scale=scoring.scale
-        )
-    return out
+        some = q[:, :, here], k[:, :, there], v[:, :, there]
+        found = softmax.fused(*some, scoring.scale, False, mask)
+        if found is None:
+            return _attend_scored(q, k, v, scoring, start, softmax)
+        for out, part in zip(results, found, strict=True):
+            out[:, :, here] = part
+    return results
 
 
-def _attend_scored(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int) -> Tensor:
+def _attend_scored(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softmax: _Softmax
+) -> Results:
     """`_causal` for scores with a cap, a bias or sinks, which torch's fused attention does not have."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    results = _room(q, softmax)
     begin = keys - queries
     for block, seen in query_blocks(
         queries, keys, scoring.window, SCORE_VALUES // max(batch * heads, 1), start
@@ -214,11 +277,13 @@ def _attend_scored(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int
         if scoring.slopes:
             bend(scores, scoring.slopes, block, seen)
         scores.masked_fill_(~visible(scoring.window, block, seen, start, q.device), -math.inf)
-        probabilities = softmax_with_sinks(scores, scoring.sinks).to(q.dtype)
+        probabilities, *lse = softmax.of_scores(scores, scoring.sinks)
         del scores
-        values = probabilities.view(batch, kv_heads, -1, len(seen)) @ v[:, :, there]
-        out[:, :, here] = values.view(batch, heads, len(block), head_dim)
-    return out
+        weights = probabilities.to(q.dtype).view(batch, kv_heads, -1, len(seen))
+        values = (weights @ v[:, :, there]).view(batch, heads, len(block), head_dim)
+        for out, part in zip(results, (values, *lse), strict=True):
+            out[:, :, here] = part
+    return results
 
 
 def scored_bytes(rows: int, heads: int, queries: int, keys: int, dtype: torch.dtype) -> int:

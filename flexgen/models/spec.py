@@ -330,6 +330,13 @@ class ModelSpec:
         """The maximum number of positions: the rows of a learned table, or infinite."""
         return self.max_positions if self.positions == "learned" else math.inf
 
+    def stretches(self, length: int) -> bool:
+        """Whether rotary frequencies, and with them the keys of all tokens, depend on the length of a text of
+        `length` tokens."""
+        ropes = (layer.attention.rope for layer in self.layers)
+        stretched = (rope for rope in ropes if rope is not None and rope.kind in ("dynamic", "longrope"))
+        return any(length > rope.original_max_positions for rope in stretched)
+
     @property
     def projected(self) -> bool:
         return self.embed_size != self.hidden_size

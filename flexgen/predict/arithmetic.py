@@ -13,7 +13,7 @@ from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
 from flexgen.predict.hardware import Hardware
-from flexgen.quant import MatrixCodec
+from flexgen.quant import MatrixCodec, head_format
 from flexgen.results.trace import LaneName
 
 
@@ -119,6 +119,17 @@ class Arithmetic:
         """Seconds of attention for `tokens` new tokens of each row, the last of them with `context` tokens."""
         flops = layer.attention_flops(rows, tokens, context)
         return flops / self._hardware.figure("prefill_attention", self._name)
+
+    def prefix_attention(self, layer: AttentionLayer, rows: int, tokens: int) -> float:
+        """Seconds of attention of one new token of each row over `tokens` shared tokens, on the compute device.
+
+        All rows read the same keys and values, so it is a product of matrices, unless there are few rows.
+        """
+        own = layer.layer_spec.attention
+        nbytes = 2 * own.kv_size * tokens * self._dtype.itemsize
+        form = head_format("none", own.head_dim, self._dtype)
+        read = nbytes / attention_rate(self._hardware, self._dtype, "none", form, True)
+        return max(read, self.prompt_attention(layer, rows, 1, tokens))
 
     def token_attention(self, segments: Sequence[CacheSegment], context: int) -> tuple[float, float]:
         """Seconds of attention for one new token of each row, on the compute device and on the host, in parallel.

@@ -24,9 +24,9 @@ class CacheCosts:
         self, model: PlacedModel, policy: Policy, workload: Workload, sizes: Iterable[int], every_token: bool
     ) -> None:
         self._model = model
-        self._passes = Passes(workload.prompt_len, policy.prefill_chunk)
-        self._prompt = workload.prompt_len
-        self._capacity = workload.capacity
+        self._passes = Passes.of(workload, policy)
+        self._prompt = self._passes.width
+        self._capacity = self._prompt + workload.gen_len
         self._every_token = every_token
         dtype, topology = model.placement.dtype, model.hardware.topology
         self._layouts = {

@@ -47,14 +47,16 @@ class ComputeCosts:
             seconds -= arithmetic.projection(layer, rows, first)
             return ((Load(LaneName.COMPUTE, 0, seconds + self._fixed.cell / 2),),)
         if layer.has_cache and not span.decodes:
-            seconds += arithmetic.prompt_attention(layer, rows, new, span.length + new)
+            context = self._passes.shared + span.length + new
+            seconds += arithmetic.prompt_attention(layer, rows, new, context)
         elif layer.has_cache:
             # Device and host compute attention of their rows in parallel. Queries and attention outputs cross the
             # link within the computation.
             layout = self._cache.layout(index, rows)
-            seconds += max(arithmetic.token_attention(layout.segments, span.length + 1))
+            device, host = arithmetic.token_attention(layout.segments, span.length + 1)
+            seconds += max(device + self._prefix_attention(index, rows), host)
             if layout.host_rows:
-                for move in (layout.ask(), layout.answer()):
+                for move in (layout.ask(), layout.answer(bool(self._passes.shared))):
                     crossed += move.nbytes
                     seconds += model.lanes.seconds(move)
         seconds += self._fixed.cell + (self._fixed.attention if layer.has_cache else 0.0)
@@ -79,15 +81,23 @@ class ComputeCosts:
         context = self._passes.span(token).length + 1
         device, host = self._model.arithmetic.token_attention(segments, context)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
-        if any(segment.on_device for segment in segments):
-            chains += ((Load(LaneName.COMPUTE, 0, device),),)
+        if self._passes.shared or any(segment.on_device for segment in segments):
+            chains += ((Load(LaneName.COMPUTE, 0, device + self._prefix_attention(index, rows)),),)
         return chains
+
+    def _prefix_attention(self, index: int, rows: int) -> float:
+        """Seconds of attention of one token of each row over the shared prefix, on the device."""
+        shared, layer = self._passes.shared, self._model.layers[index]
+        if not shared:
+            return 0.0
+        assert isinstance(layer, AttentionLayer)
+        return self._model.arithmetic.prefix_attention(layer, rows, shared)
 
     def load_attention(self, index: int, token: int, rows: int) -> Loads:
         """Copy the host's attention output to the device."""
         if not self._splits(index, token, rows):
             return ()
-        return ((self._model.lanes.load(self._cache.layout(index, rows).answer()),),)
+        return ((self._model.lanes.load(self._cache.layout(index, rows).answer(bool(self._passes.shared))),),)
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in two steps, with attention on the host between them."""

@@ -21,6 +21,7 @@ from flexgen.predict.compute_costs import ComputeCosts
 from flexgen.predict.hidden_costs import HiddenCosts
 from flexgen.predict.loads import Loads
 from flexgen.predict.placed import PlacedModel
+from flexgen.predict.prefix_costs import PrefixCosts
 from flexgen.predict.timeline import Costs
 from flexgen.results.trace import LaneName
 from flexgen.schedule.orders import Order
@@ -49,7 +50,7 @@ class StepCosts:
     """The work of each step of one block of a workload. Loads of weights are equal for all tokens."""
 
     def __init__(self, model: PlacedModel, policy: Policy, workload: Workload, block: CostedBlock) -> None:
-        passes = Passes(workload.prompt_len, policy.prefill_chunk)
+        passes = Passes.of(workload, policy)
         every_token = range(passes.first, workload.gen_len)
         self._model = model
         self._order = block.order
@@ -57,6 +58,8 @@ class StepCosts:
         self._tokens = block.tokens or every_token
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
+        self._prefix = PrefixCosts(model, policy, passes.shared)
+        self.alike = self._prefix.alike
         self.weight_pieces = count_pieces(model.layouts, len(self._batches))
         sizes = set(self._batches)
         self._cache = CacheCosts(model, policy, workload, sizes, len(self._tokens) == len(every_token))
@@ -120,7 +123,7 @@ class StepCosts:
         op, i, j, k = step
         match op:
             case Op.LOAD_WEIGHTS:
-                return op, self._model.alike.weights[j], k, 0, False
+                return op, self.alike.weights[j], k, 0, False
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
                 return op, layer, self._tokens[i], self._batches[k], False
@@ -135,7 +138,8 @@ class StepCosts:
         op, layer, token, rows, flag = key
         match op:
             case Op.LOAD_WEIGHTS:
-                return self._model.load_weights(layer, token, self.weight_pieces)
+                weights = self._model.load_weights(layer, token, self.weight_pieces)
+                return (*weights, *(self._prefix.load(layer) if token == 0 else ()))
             case Op.LOAD_CACHE:
                 return self._cache.load(layer, token, rows)
             case Op.LOAD_HIDDEN:

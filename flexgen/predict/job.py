@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.errors import RequestError, ScheduleError, shown
+from flexgen.layout.prefix import sharing
 from flexgen.models import ModelSpec
 from flexgen.policy import Policy
 from flexgen.predict.hardware import Hardware
@@ -53,7 +54,7 @@ class Job:
             raise RequestError(
                 f"dtype {shown(name)} has no figures for {shown(hardware.name)}; use one of {known}, or 'auto'"
             )
-        return cls(spec, hardware, workload, getattr(torch, name), order)
+        return cls(spec, hardware, sharing(spec, workload), getattr(torch, name), order)
 
     @property
     def dtype_name(self) -> str:

@@ -14,6 +14,7 @@ from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, batch_sizes, plan_memory
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload, shared_tokens
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
@@ -25,7 +26,7 @@ from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
 from flexgen.results.trace import LaneName, Phase, Trace
-from flexgen.schedule.orders import Order
+from flexgen.schedule.orders import Order, Slots
 from flexgen.schedule.steps import Op
 from flexgen.units import format_bytes
 from flexgen.workload import Workload
@@ -114,10 +115,14 @@ def predict_job(
     full, rest = divmod(workload.num_prompts, policy.block_size)
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     model = PlacedModel(layers, placement, job.hardware)
-    made = {prompts: _block(job, policy, model, prompts, samples) for prompts in set(shapes)}
-    blocks = tuple(made[prompts] for prompts in shapes)
+    slots = job.order_for(policy).slots
+    made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
+    blocks = [made[prompts] for prompts in shapes]
+    if shared := shared_tokens(workload, policy):
+        one = replace(job, workload=prefix_workload(shared))
+        blocks.insert(0, _block(one, prefix_policy(policy), model, 1, prefix_slots(slots), None))
     batches = batch_sizes(policy, workload.num_prompts)
-    laid_out = sum(token >= 0 for token in blocks[0].tokens)
+    laid_out = sum(token >= 0 for token in blocks[-1].tokens)
     report = Report(
         model=job.spec.name,
         policy=policy,
@@ -130,13 +135,14 @@ def predict_job(
         prefill_s=sum(block.prefill for block in blocks),
         decode_s=sum(block.decode for block in blocks),
         prompt_tokens=workload.num_prompts * workload.prompt_len,
+        prefix=shared,
         phases=_summed([block.phases for block in blocks]),
         plan_bytes=plan.by_tier,
         peak_bytes={},
         placement=placement_table(policy, placement.percent, batches),
         projected_from=laid_out if laid_out < workload.gen_len else None,
     )
-    return Prediction(report, plan, tuple(layer.name for layer in layers), blocks)
+    return Prediction(report, plan, tuple(layer.name for layer in layers), tuple(blocks))
 
 
 def roofline(
@@ -185,7 +191,7 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
 
     Cache over which the host computes attention counts only if prompts are computed in chunks.
     """
-    in_parts = Passes(job.workload.prompt_len, policy.prefill_chunk).extends
+    in_parts = Passes.of(job.workload, policy).extends
     stays = ("home", "slots") if job.hardware.topology.host_attends(policy) and not in_parts else ()
     return sum(
         need.nbytes
@@ -196,27 +202,29 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
     )
 
 
-def _block(job: Job, policy: Policy, model: PlacedModel, prompts: int, samples: int | None) -> _Block:
+def _block(
+    job: Job, policy: Policy, model: PlacedModel, prompts: int, slots: Slots, samples: int | None
+) -> _Block:
+    """slots: those of a full block, which may run in another order."""
     hardware, workload, layers = job.hardware, job.workload, model.layers
     batches = len(batch_sizes(policy, prompts))
-    parts = range(Passes(workload.prompt_len, policy.prefill_chunk).first, 0)  # passes that generate no token
+    parts = range(Passes.of(workload, policy).first, 0)  # passes that generate no token
     lead = len(parts)
     if samples is None and (workload.gen_len + lead) * len(layers) * batches > _EXACT_CELLS:
         samples = _SAMPLES
     new, flushing = sampled_tokens(workload.gen_len, samples, bool(policy.cache.percent(Tier.DISK)))
     tokens = [*parts, *new]
-    asked, full = job.order_for(policy, batches), job.order_for(policy)
+    asked = job.order_for(policy, batches)
 
     def costs_in(order: Order) -> StepCosts:
         block = CostedBlock(prompts, order, tokens, [lead + n for n in flushing])
         return StepCosts(model, policy, workload, block)
 
     costs = costs_in(asked)
-    # The slots are those of a full block, which may run in another order.
     shape = len(tokens), len(layers), batches, costs.weight_pieces
-    grid = asked.grid(*shape, full.slots, costs.feeds_ids)
+    grid = asked.grid(*shape, slots, costs.feeds_ids)
     steps = numbered(asked, grid)
-    timeline = play_with_losses(steps, works_of(steps, costs, model.alike), hardware.losses, lead + 1)
+    timeline = play_with_losses(steps, works_of(steps, costs, costs.alike), hardware.losses, lead + 1)
     ends = timeline.last_ends(Op.STORE_HIDDEN, len(layers) - 1)[
         lead:
     ]  # the times at which each token is known for all rows

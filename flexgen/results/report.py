@@ -59,6 +59,7 @@ class Report:
     new_tokens: the new tokens of all prompts, if some stopped before `gen_len`.
     perplexity: the perplexity of the correct answers, if they are known.
     predicted: the prediction of the same run, if the machine's figures are known.
+    prefix: the number of tokens with which all prompts begin and that are computed once.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Report:
     new_tokens: int | None = None
     perplexity: float | None = None
     predicted: Report | None = None
+    prefix: int = 0
 
     @property
     def total_s(self) -> float:
@@ -201,6 +203,7 @@ class Report:
         rows = [
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
             ("prompts", self._sizes()),
+            *([("prefix", self._prefix())] if self.prefix else []),
             ("schedule", self._schedule()),
             *self._placement_rows(),
             ("prefill", self._prefill()),
@@ -230,6 +233,9 @@ class Report:
         early = f" at most, {self.new_tokens} in total" if self.new_tokens is not None else ""
         sizes = f"{self.num_prompts} of up to {self.prompt_len} tokens{ragged}, {self.gen_len} new tokens each{early}"
         return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
+
+    def _prefix(self) -> str:
+        return f"{self.prefix:,} tokens, computed once for {self.num_prompts:,} prompts"
 
     def _schedule(self) -> str:
         shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"

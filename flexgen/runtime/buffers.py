@@ -17,18 +17,20 @@ from flexgen.runtime.graphs import CellGraphs
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.lookup import Lookup
 from flexgen.runtime.model import Model
+from flexgen.runtime.prefix import SharedPrefix
 from flexgen.workload import Workload
 
 
 @dataclass(frozen=True)
 class BlockBuffers:
     """The buffers of a block's cells. `lookup`: None if the table is used in place. `graphs`: None if no cell is
-    replayed."""
+    replayed. `prefix`: the tokens that all rows share; None if they share none."""
 
     cache: KVCache
     activations: Activations
     lookup: Lookup | None
     graphs: CellGraphs | None
+    prefix: SharedPrefix | None = None
 
     def expect(self, tokens: int) -> None:
         """Announce that the next run computes `tokens` tokens with the present batches."""
@@ -55,6 +57,7 @@ class BlockBuffers:
 
 class Buffers:
     """The buffers for blocks of one shape. `batches`: the rows of each GPU batch, or [] while there are no buffers.
+    `prefix`: the tokens that all rows of the next buffers share. The caller closes it.
 
     `make` allocates them and `close` releases them, any number of times. A call has its own buffers. Those of a text
     whose cache is kept outlive its calls.
@@ -63,19 +66,20 @@ class Buffers:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.block: BlockBuffers | None = None
+        self.prefix: SharedPrefix | None = None
         self._close: list[Callable[[], object]] = []
 
     def make(self, model: Model, workload: Workload, batches: Sequence[int]) -> None:
         """Allocate the memory of a block with these batches."""
         self.close()
         machine, slots, dtype = model.machine, model.slots.cells, model.dtype
-        passes = Passes(workload.prompt_len, model.policy.prefill_chunk)
+        passes = Passes.of(workload, model.policy)
         attention = {
             j: layer.layer_spec.attention
             for j, layer in enumerate(model.layers)
             if isinstance(layer, AttentionLayer)
         }
-        storage = workload.capacity, dtype, machine.device.topology
+        storage = workload.capacity - passes.shared, dtype, machine.device.topology
         kinds = {
             (shape, rows): cache_segments(shape, model.policy, rows, *storage)
             for shape in {own.cache for own in attention.values()}
@@ -84,7 +88,7 @@ class Buffers:
         segments = {j: [kinds[own.cache, rows] for rows in batches] for j, own in attention.items()}
         heads = {j: own.heads for j, own in attention.items()}
         self.batches = list(batches)
-        cache = KVCache(segments, heads, passes.new, machine, slots, passes.extends)
+        cache = KVCache(segments, heads, passes, machine, slots)
         self._close.append(cache.close)
         activations = Activations(_hidden_layouts(model, batches), passes.new, dtype, machine, slots)
         self._close.append(activations.close)
@@ -96,16 +100,24 @@ class Buffers:
         resident = replayed(
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
-        if resident:
+        if resident and self.prefix is None:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             graphs = CellGraphs(model.layers, resident, cache, whole, device)
             self._close.append(graphs.close)
-        self.block = BlockBuffers(cache, activations, lookup, graphs)
+        self.block = BlockBuffers(cache, activations, lookup, graphs, self.prefix)
 
     def end_call(self) -> None:
         """Discard the state of a call in buffers that outlive it."""
         if self.block is not None:
             self.block.end_run()
+
+    def keep_cache(self) -> KVCache:
+        """Release everything except the cache, which the caller closes."""
+        assert self.block is not None
+        cache = self.block.cache
+        self._close.remove(cache.close)
+        self.close()
+        return cache
 
     def close(self) -> None:
         """Release all memory and files."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from flexgen.layout.cache import CacheLayout, CacheSegment, Span
+from flexgen.layout.passes import Passes
 from flexgen.memory.disk import Read
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store
@@ -33,14 +34,13 @@ class CacheStorage:
         self,
         layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
         heads: Mapping[int, int],
-        new: int,
+        passes: Passes,
         machine: Machine,
         slots: int,
-        extends: bool,
     ) -> None:
         self._machine = machine
         self._heads = heads
-        self._extends = extends
+        self._passes = passes
         self._jobs = CacheJobs(machine)
         self._taken = Taken()
         self._files = itertools.count()
@@ -57,7 +57,7 @@ class CacheStorage:
         """The layouts by layer and batch, with the moves for attention and back home."""
         every = [segment for batches in layers.values() for segments in batches for segment in segments]
         self._slots = {
-            tier: [self._make_slot([s for s in every if s.tier is tier], new) for _ in range(slots)]
+            tier: [self._make_slot([s for s in every if s.tier is tier]) for _ in range(slots)]
             for tier in {segment.tier for segment in every}
         }
 
@@ -102,15 +102,15 @@ class CacheStorage:
 
     def _reaches_device(self, segment: CacheSegment) -> bool:
         """Whether the compute device computes attention over the segment in some step."""
-        return segment.on_device or self._extends
+        return segment.on_device or self._passes.extends
 
-    def _make_slot(self, segments: Sequence[CacheSegment], new: int) -> Slot:
+    def _make_slot(self, segments: Sequence[CacheSegment]) -> Slot:
         """Buffers for the parts of one tier, each large enough for all layers and batches."""
         largest = max(segment.nbytes for segment in segments)
         tier, on_device = segments[0].tier, self._reaches_device(segments[0])
         topology = self._machine.device.topology
         in_device = on_device and not topology.in_place(tier) and not topology.shares_host_memory
-        fresh = max(segment.token_bytes(segment.stored(new)) for segment in segments)
+        fresh = max(segment.token_bytes(segment.stored(self._passes.new)) for segment in segments)
         return Slot(
             device=self._take(self._machine.device.memory, largest, "slots of the KV cache")
             if in_device

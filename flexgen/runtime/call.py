@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,16 +13,20 @@ import numpy as np
 from flexgen.errors import LaneError
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload, shared_tokens
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
 from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.buffers import BlockBuffers, Buffers
+from flexgen.runtime.choice import Sampled
 from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.model import Model
+from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prompts import Prompts
-from flexgen.runtime.tokens import Output
+from flexgen.runtime.request import Request
+from flexgen.runtime.tokens import NewTokens, Output
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
@@ -45,6 +50,15 @@ class Timing:
     @property
     def decode(self) -> float:
         return self.total - self.prefill
+
+
+PrefixOutput = Callable[[Prompts], AbstractContextManager[Output]]
+"""Makes the output of the block that computes a prefix."""
+
+
+def _first_token(prompts: Prompts) -> AbstractContextManager[Output]:
+    """The output of a prefix whose logits are not needed."""
+    return nullcontext(NewTokens(prompts, 1, Sampled()))
 
 
 class Call:
@@ -99,12 +113,56 @@ class Call:
                 self._model.weights.release_decoded,
                 self._buffers.end_call if self._retains else self._buffers.close,
                 self._free_prompts,
+                self._free_prefix,
             ]
         run_all(self._undo)
 
     def order_of(self, batches: int) -> Order:
         """The order for a block of `batches` batches."""
         return self._model.order_of(batches)
+
+    def blocks(
+        self, request: Request, prefix_output: PrefixOutput = _first_token, waits: bool = False
+    ) -> Iterator[tuple[list[int], Prompts]]:
+        """The numbers of the prompts of each block, prepared. Before the first one, `share` computes their prefix.
+
+        waits: whether all prompts are given to one block, where those beyond its size wait until rows have ended.
+        """
+        shared = shared_tokens(self._workload, self._model.policy)
+        own = request.after(shared)
+        if shared:
+            self.share(request.prompts[0][:shared], prefix_output)
+        for rows in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
+            yield rows, self.prepare([own.prompts[n] for n in rows])
+
+    @property
+    def shared(self) -> int:
+        """The number of tokens with which all prompts begin and that are computed once."""
+        return self._buffers.prefix.length if self._buffers.prefix else 0
+
+    def share(
+        self, prefix: np.ndarray, output: PrefixOutput = _first_token, lanes: Sequence[LaneName] = ()
+    ) -> dict[LaneName, dict[Phase, float]]:
+        """Compute the ids with which all prompts of the call begin, before the first block. `prepare` then gets
+        prompts without them.
+
+        output: makes the output of this block. lanes: those to time, as by `time_lane`.
+        """
+        model = self._model
+        one = replace(model, policy=prefix_policy(model.policy), slots=prefix_slots(model.slots))
+        block = Call(one, prefix_workload(len(prefix)), self._pad_id, self._check, self._workspace)
+        block.timing = self.timing
+        try:
+            prompts = block.prepare([prefix])
+            with output(prompts) as received:
+                block.run(prompts, 1, received)
+                timed = {lane: block.time_lane(lane, prompts, 1, received) for lane in lanes}
+            self.timing.ran.clear()  # it counts the tokens of prompts only
+            self.positions_computed = block.positions_computed
+            self._buffers.prefix = SharedPrefix(block._buffers.keep_cache(), len(prefix))
+        finally:
+            run_all([block._free_prompts, block._buffers.close])
+        return timed
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
         """Accept the prompts of the next block. Prompts beyond the policy's block size enter when rows of others have
@@ -118,7 +176,7 @@ class Call:
             self._model.machine.device.reserve(self._workspace)
         elif buffers.block is not None:
             buffers.block.reset(self._model, batches)
-        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached)
+        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached, self.shared)
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
@@ -224,6 +282,11 @@ class Call:
     def _block(self) -> BlockBuffers:
         assert self._buffers.block is not None, "prepare comes before run"
         return self._buffers.block
+
+    def _free_prefix(self) -> None:
+        if self._buffers.prefix is not None:
+            self._buffers.prefix.close()
+            self._buffers.prefix = None
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

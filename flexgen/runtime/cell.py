@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.attention import hidden_positions
-from flexgen.kernels.scoring import Window
+from flexgen.kernels.partial import Partial
+from flexgen.kernels.scoring import Scoring, Window
 from flexgen.layout.cache import Span
+from flexgen.runtime.prefix_pages import PrefixPages
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class BoundCell:
     `token`: the new token that the pass computes, as in `Passes`, of the rows that have the most. `slot`: the number
     of its buffers. `span`: the tokens of each row that it computes. `padding`: the padding of the batch.
     `number`: the number of the pass, which is the same for all batches.
+    `prefix`: the tokens that all rows share, before those of the cache.
     """
 
     token: int
@@ -93,3 +96,23 @@ class BoundCell:
     span: Span
     padding: Padding
     number: int = 0
+    prefix: PrefixPages | None = None
+
+    def own(self, scoring: Scoring) -> Scoring:
+        """The scoring of attention over the tokens of the cache."""
+        return scoring if self.prefix is None else scoring.after(self.prefix.length)
+
+    def attend_prefix(
+        self, q: Tensor, scoring: Scoring, rows: slice = slice(None), done: int = 0
+    ) -> list[Partial]:
+        """Attention over the shared prefix, in parts. There is none without a prefix.
+
+        q (rows, heads, new, head_dim): the queries of some rows, after the first `done` new tokens of each.
+        """
+        if self.prefix is None:
+            return []
+        positions = None
+        if scoring.window is not None or scoring.slopes:
+            first = self.prefix.length + self.span.length + done
+            positions = first - self.padding.on_device[rows]
+        return self.prefix.attend(q, scoring, positions)

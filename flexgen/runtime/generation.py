@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 
 from flexgen.memory.transfer import Chains, Stage
@@ -11,6 +12,7 @@ from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.model import Model
+from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.tokens import Output
 from flexgen.schedule.idle import Place
@@ -37,6 +39,7 @@ class Generation:
         self.next = first + grid.tokens
         """The number of the first pass after this run."""
         self._model = model
+        self._weights = model.weights
         self._buffers = buffers
         self._prompts = prompts
         self._output = output
@@ -64,8 +67,10 @@ class Generation:
         layers, cache, head = self._model.layers, self._buffers.cache, self.grid.layers - 1
         moves_hidden = [self._buffers.activations.moves(k) for k in range(self.grid.batches)]
         for j, layer in enumerate(layers):
-            if not self._model.weights.layouts[j].runs:
-                yield from (Place(Op.LOAD_WEIGHTS, j, piece) for piece in range(self.grid.weight_pieces))
+            if not self._weights.layouts[j].runs:
+                prefix = self._prefix_of(j)
+                first = int(prefix is not None and prefix.loads(j))  # the first piece brings the prefix too
+                yield from (Place(Op.LOAD_WEIGHTS, j, n) for n in range(first, self.grid.weight_pieces))
             keeps_hidden, cached = j == head or self._output.wants_hidden(j), layer.has_cache
             for k, moves in enumerate(moves_hidden):
                 if not (cached and cache.loads(j, k)):
@@ -85,8 +90,10 @@ class Generation:
         """The work of a step, or () if no data must move."""
         op, i, j, k = step
         if op is Op.LOAD_WEIGHTS:
-            weights = self._model.weights
-            return weights.chains(j, weights.turns.slot(i, j), k, self.grid.weight_pieces)
+            slot = self._weights.turns.slot(i, j)
+            chains = self._weights.chains(j, slot, k, self.grid.weight_pieces)
+            prefix = self._prefix_of(j)
+            return chains if prefix is None or k else (*chains, *prefix.load(j, slot))
         cell, last = self._cell(step), j == self.grid.layers - 1
         if not cell.span.new or (last and cell.token < 0):
             return ()  # shorter prompts begin in a later pass, or the head has no new token to compute
@@ -112,8 +119,15 @@ class Generation:
         slot, number = self.grid.cell_slot(i, j, k), self.first + i
         cell = self._cells.get(slot)
         if cell is None or (cell.number, cell.layer, cell.batch) != (number, j, k):
-            cell = self._cells[slot] = self._prompts.cell(number, j, k, slot)
+            cell = self._prompts.cell(number, j, k, slot)
+            if prefix := self._prefix_of(j):
+                cell = replace(cell, prefix=prefix.pages(j, self._weights.turns.slot(i, j)))
+            self._cells[slot] = cell
         return cell
+
+    def _prefix_of(self, layer: int) -> SharedPrefix | None:
+        """The tokens that all rows share, for a layer with a cache. None if they share none."""
+        return self._buffers.prefix if self._model.layers[layer].has_cache else None
 
     def _load_ids(self, cell: BoundCell) -> Chains:
         """The work that loads the ids of the first layer, and the rows of the table if they are gathered."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.threads import all_threads
 from flexgen.layout.cache import CacheSegment
@@ -19,6 +20,7 @@ from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
+from flexgen.runtime.attended import Attended
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.pages import Bring, Page, attend
 
@@ -28,6 +30,8 @@ Put = Callable[[Tensor, Tensor], Sequence[Page]]
 
 class HostAttention:
     """Computes attention for the host's rows, and owns the buffers for it. Its arguments are those of `KVCache`.
+
+    in_part: whether the device attends to other tokens of these rows, so that the results are parts to be merged.
 
     A cell calls `collect`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
     the host, the link and the compute lane.
@@ -40,8 +44,10 @@ class HostAttention:
         heads: Mapping[int, int],
         machine: Machine,
         slots: int = SLOTS,
+        in_part: bool = False,
     ) -> None:
         self._device = machine.device
+        self._in_part = in_part
         self._taken = Taken()
         self.regroup({(j, k): some for j, batches in layers.items() for k, some in enumerate(batches)})
         self._sinks: dict[int, Tensor] = {}
@@ -55,7 +61,7 @@ class HostAttention:
         self._head_dim = {j: segment.head_dim for j, segment in first.items()}
         row = max(map(len, self._rows.values())) * self._dtype.itemsize
         asked = row * max(sum(self._heads[j]) * self._head_dim[j] for j in layers)
-        answered = row * max(heads[j] * self._head_dim[j] for j in layers)
+        answered = max(map(len, self._rows.values())) * max(map(self._answer_bytes, layers))
         host, device = machine.host, machine.device.memory
         self._asked = [self._take(host, asked) for _ in range(slots)]
         self._answered = [self._take(host, answered) for _ in range(slots)]
@@ -104,7 +110,10 @@ class HostAttention:
             here = slice(segment.rows.start - first, segment.rows.stop - first)
             pages = put(segment.heads.encode(k[here]), segment.heads.encode(v[here]))
             with all_threads():
-                answer[here] = attend(pages, cell, segment, q[here], scoring, bring)
+                found = attend(pages, cell, segment, q[here], scoring, bring)
+            tensors = found if isinstance(found, Partial) else (found,)
+            for target, source in zip(answer, tensors, strict=True):
+                target[here] = source
 
     def _on_host(self, layer: int, scoring: Scoring) -> Scoring:
         """`scoring` with the layer's sinks in host memory. They are copied once."""
@@ -116,18 +125,29 @@ class HostAttention:
 
     def fetch(self, cell: BoundCell) -> None:
         """Copy the result to the device."""
-        self._device.to_device(self._answer(self._arrived, cell), self._answer(self._answered, cell))
+        nbytes = len(self._rows[cell.layer, cell.batch]) * self._answer_bytes(cell.layer)
+        self._device.to_device(self._arrived[cell.slot][:nbytes], self._answered[cell.slot][:nbytes])
 
-    def take(self, cell: BoundCell) -> Tensor:
+    def take(self, cell: BoundCell) -> Attended:
         """The result (host rows, heads, 1, head_dim) on the device. It is valid until the slot's next cell."""
-        return self._answer(self._arrived, cell)
+        values, *lse = self._answer(self._arrived, cell)
+        return Partial(values.float(), *lse) if lse else values
 
     def _question(self, cell: BoundCell) -> Tensor:
         rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
         shape = rows, sum(self._heads[layer]), 1, self._head_dim[layer]
         return tensor_at(self._asked[cell.slot], 0, shape, self._dtype)
 
-    def _answer(self, buffers: Sequence[Tensor], cell: BoundCell) -> Tensor:
+    def _answer(self, buffers: Sequence[Tensor], cell: BoundCell) -> tuple[Tensor, ...]:
+        """The values of the results, and behind them the log-sum-exp of each head if the results are parts."""
         rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
         shape = rows, self._heads[layer][0], 1, self._head_dim[layer]
-        return tensor_at(buffers[cell.slot], 0, shape, self._dtype)
+        values = tensor_at(buffers[cell.slot], 0, shape, self._dtype)
+        if not self._in_part:
+            return (values,)
+        return values, tensor_at(buffers[cell.slot], values.nbytes, shape[:3], torch.float32)
+
+    def _answer_bytes(self, layer: int) -> int:
+        """The size of the result of one row."""
+        values = self._head_dim[layer] * self._dtype.itemsize
+        return self._heads[layer][0] * (values + self._in_part * torch.float32.itemsize)

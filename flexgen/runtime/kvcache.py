@@ -13,20 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from flexgen.kernels.partial import merge
 from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import CacheSegment, Span, leaves_device
 from flexgen.layout.moves import Move, Routes
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
 from flexgen.models import Chunk
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import causal_attention, causal_part
 from flexgen.policy import Split, Tier
+from flexgen.runtime.attended import Attended, OnDevice, together, with_prefix
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
@@ -43,6 +45,7 @@ from flexgen.runtime.pages import (
     joined,
     put,
     put_at,
+    several_part,
     stretch,
 )
 from flexgen.runtime.parts import Part, Slot
@@ -53,8 +56,7 @@ class KVCache:
     """Keys and values of layers. layers: the segments of each batch, by number of the layer. heads: the number of
     query heads of each layer.
 
-    new: the maximum number of tokens of a row in a cell. extends: whether some cells compute several tokens after
-    cached ones.
+    passes: those of the largest block.
     """
 
     @whole_or_closed
@@ -62,10 +64,9 @@ class KVCache:
         self,
         layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
         heads: Mapping[int, int],
-        new: int,
+        passes: Passes,
         machine: Machine,
         slots: int = SLOTS,
-        extends: bool = False,
     ) -> None:
         self._device = machine.device
         self._jobs = CacheJobs(machine)
@@ -73,9 +74,9 @@ class KVCache:
         self._values = ValueReader(machine.io)
         self._taken.also(self._values.close)
         self._joined: dict[Tier, Stretch] = {}  # tokens of rings, while a cell of several tokens is computed
-        self._storage = CacheStorage(layers, heads, new, machine, slots, extends)
+        self._storage = CacheStorage(layers, heads, passes, machine, slots)
         self._taken.also(self._storage.close)
-        self.host = HostAttention(layers, heads, machine, slots)
+        self.host = HostAttention(layers, heads, machine, slots, in_part=passes.shared > 0)
         self._taken.also(self.host.close)
 
     def close(self) -> None:
@@ -111,6 +112,13 @@ class KVCache:
         parts = {part.segment.tier: part for part in storage.parts(cell)}
         return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move))
 
+    def cached(self, cell: BoundCell) -> Stretch:
+        """The cached tokens of a batch whose rows are on one tier, in the memory in which the device computes
+        attention. The oldest tokens of a ring are left out."""
+        (part,), length = self._storage.parts(cell), cell.span.length
+        first = 0 if part.segment.window is None else max(length - part.segment.window + 1, 0)
+        return stretch(self._pages(part, cell), part.segment.page_tokens, first, length)
+
     # Rows that leave or move
 
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
@@ -140,8 +148,8 @@ class KVCache:
         return cell.span.decodes and self.host.attends(cell)
 
     def asks_device(self, cell: BoundCell) -> bool:
-        """Whether the device computes attention for rows of the batch while the host does it for others."""
-        return any(part.segment.on_device for part in self._storage.parts(cell))
+        """Whether the device computes attention while the host does it for some rows."""
+        return cell.prefix is not None or any(p.segment.on_device for p in self._storage.parts(cell))
 
     def attend(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Attention of the new tokens, whose keys and values are stored. Part of the cell's computation.
@@ -169,12 +177,17 @@ class KVCache:
     ) -> Tensor:
         """`attend` for the part `chunk` of a cell of several tokens, after `keep`: its q, and k and v of the cell."""
         rows, padding = range(len(k))[chunk.rows], cell.padding
+        prefix = cell.attend_prefix(q, scoring, chunk.rows, chunk.tokens.start)
+        scoring = cell.own(scoring)
         if not cell.span.length:
             if len(rows) < len(k) or chunk.tokens.stop < k.shape[2]:
                 k, v = (x[chunk.rows, :, : chunk.tokens.stop] for x in (k, v))
             starts = padding.starts[chunk.rows] if padding.any else None
-            return causal_attention(q, k, v, starts, scoring)
-        length, outs = cell.span.length + chunk.tokens.stop, []
+            if not prefix:
+                return causal_attention(q, k, v, starts, scoring)
+            return merge([causal_part(q, k, v, starts, scoring), *prefix], q.dtype)
+        length, outs = cell.span.length + chunk.tokens.stop, list[Attended]()
+        attend_own = several_part if prefix else attend_several
         for part in self._storage.parts(cell):
             own = part.segment.rows
             shared = slice(max(rows.start, own.start), min(rows.stop, own.stop))
@@ -187,10 +200,10 @@ class KVCache:
                 cached = Stretch([(k[within], v[within]) for k, v in whole.pages], whole.base)
                 queries = q[shared.start - rows.start : shared.stop - rows.start]
                 starts = padding.starts[shared]
-                outs.append(attend_several(cached, part.segment.heads, queries, starts, length, scoring))
+                outs.append(attend_own(cached, part.segment.heads, queries, starts, length, scoring))
         if rows.stop == len(k) and chunk.tokens.stop == cell.span.new:
             self._joined.clear()
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return with_prefix(together(outs), prefix, q.dtype)
 
     def _pages(self, part: Part, cell: BoundCell) -> Sequence[Page]:
         """Pages with all tokens of the cell, in the memory in which the device computes attention."""
@@ -201,14 +214,14 @@ class KVCache:
 
     def attend_on_device(
         self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
-    ) -> list[Tensor]:
-        """`attend` in a decode step for the rows of the device. Returns one result per part."""
-        outs = []
+    ) -> OnDevice:
+        """`attend` in a decode step for the rows of the device, and for all rows over a shared prefix."""
+        outs = list[Attended]()
         for part in self._storage.parts(cell):
             if part.segment.on_device:
                 pages, bring = self._keep(part, cell, k, v), self._bring(part, cell)
-                outs.append(attend(pages, cell, part.segment, part.rows_of(q), scoring, bring))
-        return outs
+                outs.append(attend(pages, cell, part.segment, part.rows_of(q), cell.own(scoring), bring))
+        return OnDevice(outs, cell.attend_prefix(q, scoring))
 
     def attend_at(
         self, cell: BoundCell, at: Fixed, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
@@ -231,12 +244,12 @@ class KVCache:
             for part in self._storage.parts(cell)
             if not part.segment.on_device
         )
-        self.host.attend(cell, parts, scoring)
+        self.host.attend(cell, parts, cell.own(scoring))
 
-    def join(self, cell: BoundCell, on_device: Sequence[Tensor]) -> Tensor:
+    def join(self, cell: BoundCell, on_device: OnDevice) -> Tensor:
         """The results of all rows: those of the device, followed by that of the host if it computed any."""
-        outs = [*on_device, self.host.take(cell)] if self.asks_host(cell) else on_device
-        return outs[0] if len(outs) == 1 else torch.cat(list(outs))
+        outs = [*on_device.own, self.host.take(cell)] if self.asks_host(cell) else on_device.own
+        return with_prefix(together(outs), on_device.prefix, self._storage.parts(cell)[0].segment.dtype)
 
     def _bring(self, part: Part, cell: BoundCell) -> Bring | None:
         """A function that reads chosen values of a part on disk to its pages, or None if they came with the keys."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from flexgen.layout.prefix import shared_tokens
 from flexgen.policy import Tier
 from flexgen.results.report import timed_lanes
 from flexgen.results.trace import LaneName, Phase
@@ -22,21 +25,29 @@ def lane_seconds(model: Model, request: Request, workload: Workload) -> dict[Pha
     tokens = workload.gen_len
     seconds: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
     active = model.machine.device.active()
+    shared = shared_tokens(workload, model.policy)
+    own = request.after(shared)
+
+    def add(timed: Mapping[LaneName, Mapping[Phase, float]]) -> None:
+        for lane, alone in timed.items():
+            if lane is LaneName.HOST and model.machine.device.shares_cores:
+                lane = LaneName.COMPUTE  # one resource: the lower bound is their sum
+            for phase, taken in alone.items():
+                if taken:
+                    seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken
+
     with active, torch.inference_mode(), (call := Call(model, workload, 0)), call:
+        if shared:
+            add(call.share(request.prompts[0][:shared], lanes=lanes))
         timed: dict[tuple[int, ...], dict[LaneName, dict[Phase, float]]] = {}
-        for rows in request.blocks(model.policy.block_size):
-            lengths = tuple(len(request.prompts[n]) for n in rows)
+        for rows in own.blocks(model.policy.block_size):
+            lengths = tuple(len(own.prompts[n]) for n in rows)
             if lengths not in timed:
-                prompts = call.prepare([request.prompts[n] for n in rows])
+                prompts = call.prepare([own.prompts[n] for n in rows])
                 output = NewTokens(prompts, tokens, Sampled())
                 # Reads of bytes that were never written do not access the disk, and no rows have been looked up yet.
                 if on_disk or model.table is not None:
                     call.run(prompts, 1, output)
                 timed[lengths] = {lane: call.time_lane(lane, prompts, tokens, output) for lane in lanes}
-            for lane, alone in timed[lengths].items():
-                if lane is LaneName.HOST and model.machine.device.shares_cores:
-                    lane = LaneName.COMPUTE  # one resource: the lower bound is their sum
-                for phase, taken in alone.items():
-                    if taken:
-                        seconds[phase][lane] = seconds[phase].get(lane, 0.0) + taken
+            add(timed[lengths])
     return seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +14,7 @@ from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import rope_tables
 from flexgen.models.spec import RopeSpec
+from flexgen.runtime.attended import OnDevice
 from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache
@@ -77,7 +77,7 @@ class _Half:
 
     x: Tensor
     qkv: tuple[Tensor, Tensor, Tensor]
-    attention: Sequence[Tensor] = ()
+    attention: OnDevice = OnDevice()
 
 
 class LayerRunner:

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import attend_fused, decode_attention, join
+from flexgen.kernels.attention import attend_fused, decode_attention, decode_part, join
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
-from flexgen.models.ops import causal_attention
+from flexgen.models.ops import causal_attention, causal_part
+from flexgen.runtime.attended import Attended
 from flexgen.runtime.cell import BoundCell
 
 Page = tuple[Tensor, Tensor]
@@ -133,12 +135,14 @@ def attend(
     q: Tensor,
     scoring: Scoring,
     bring: Bring | None = None,
-) -> Tensor:
+) -> Attended:
     """Attention of one new token of the segment's rows, over pages that include this token.
 
-    q and the result are (rows, heads, 1, head_dim), for these rows. bring: reads chosen values that are not in the
-    pages yet.
+    q and the result are (rows, heads, 1, head_dim), for these rows. If the cell has a prefix, the result is a part.
+    bring: reads chosen values that are not in the pages yet.
     """
+    if cell.prefix is not None:
+        return attend_part(pages, cell, segment, q, scoring)
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
     first = padding.first_visible(segment.rows, scoring.window, length - 1)
     pages, base = stretch(pages, segment.page_tokens, first, length)
@@ -162,6 +166,19 @@ def attend(
     if bring is not None:
         bring(choice)
     return attend_chosen(choice, pages)
+
+
+def attend_part(
+    pages: Sequence[Page], cell: BoundCell, segment: CacheSegment, q: Tensor, scoring: Scoring
+) -> Partial:
+    """`attend` as a part of the attention over more tokens. The segment is not sparse."""
+    length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
+    first = padding.first_visible(segment.rows, scoring.window, length - 1)
+    pages, base = stretch(pages, segment.page_tokens, first, length)
+    if q.is_cuda:
+        pages = [join(pages)]  # launches per page would take longer
+    starts = padding.of(segment.rows, q.device, base)
+    return decode_part(q, pages, length - base, starts, scoring, segment.heads)
 
 
 @dataclass(frozen=True)
@@ -194,9 +211,27 @@ def attend_several(
     count, query_heads, new, head_dim = q.shape
     # Stored by token, so that merging the heads afterwards is a view.
     out = q.new_empty(count, new, query_heads, head_dim).transpose(1, 2)
-    tokens = length - cached.base
-    for n, start in enumerate(starts):
-        row = slice(n, n + 1)
-        k, v = (heads.whole(x, tokens, q.dtype) for x in join(cached.pages, row))
-        out[row] = causal_attention(q[row], k, v, (start - cached.base,), scoring)
+    for row, k, v in _row_by_row(cached, heads, q, length):
+        out[row] = causal_attention(q[row], k, v, (starts[row.start] - cached.base,), scoring)
     return out
+
+
+def several_part(
+    cached: Stretch, heads: HeadFormat, q: Tensor, starts: Sequence[int], length: int, scoring: Scoring
+) -> Partial:
+    """`attend_several` as a part of the attention over more tokens."""
+    rows = [
+        causal_part(q[row], k, v, (starts[row.start] - cached.base,), scoring)
+        for row, k, v in _row_by_row(cached, heads, q, length)
+    ]
+    return Partial(torch.cat([row.values for row in rows]), torch.cat([row.lse for row in rows]))
+
+
+def _row_by_row(
+    cached: Stretch, heads: HeadFormat, q: Tensor, length: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The decoded keys and values of each row up to `length`, in the dtype of q."""
+    for n in range(len(q)):
+        row = slice(n, n + 1)
+        k, v = (heads.whole(x, length - cached.base, q.dtype) for x in join(cached.pages, row))
+        yield row, k, v

@@ -190,7 +190,8 @@ class Forward:
     def output(
         self, prompts: Prompts, rows: Sequence[int], machine: Machine, slots: int = SLOTS
     ) -> AllPositions:
-        """The output of the block with these rows of the request. slots: the number of cell slots."""
+        """The output of the block with these rows of the request, or of the block that computes their prefix, for
+        the first row. slots: the number of cell slots."""
         taken, device = Taken(), machine.device
         largest = max(map(len, prompts.batches))
 
@@ -203,8 +204,10 @@ class Forward:
             nbytes = max(staging_bytes(largest, positions, n, dtype, most) for _, positions, n in shapes)
             return [taken.buffer(machine.host, nbytes, "results") for _ in range(slots)]
 
-        columns = self._request.columns
-        places = [(n, slice(int(columns[n][0]), int(columns[n][-1]) + 1)) for n in rows]
+        places = []
+        for n, length in zip(rows, prompts.lengths, strict=True):
+            begin = int(self._request.columns[n][0]) + prompts.shared
+            places.append((n, slice(begin, begin + length)))
         # A slot's next cell waits until hidden states have left. Logits leave together with the last hidden states.
         staged = staging(self._hidden.values())
         hidden = {
@@ -214,6 +217,13 @@ class Forward:
             places = [(n, slice(0, 1)) for n in rows]
         logits = _Kept(self.logits, prompts, places, device, staging([self.logits]))
         return AllPositions(logits, hidden, self._last_only, taken)
+
+    def spread(self, prefix: int) -> None:
+        """Copy the results of the first `prefix` positions of the first row to the other rows, which share them."""
+        starts = [int(columns[0]) for columns in self._request.columns]
+        for target in (*(() if self._last_only else (self.logits,)), *self.hidden):
+            for row, start in enumerate(starts[1:], 1):
+                target[row, start : start + prefix] = target[0, starts[0] : starts[0] + prefix]
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:

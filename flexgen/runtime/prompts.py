@@ -186,6 +186,11 @@ class Prompts:
     def _span(self, number: int, batch: int) -> Span:
         return self._passes.span(number - self._batches[batch].first, self._batches[batch].width)
 
+    @property
+    def shared(self) -> int:
+        """The number of tokens before the prompts, which all rows share."""
+        return self._passes.shared
+
     def passes_left(self, number: int, tokens: int) -> int:
         """The number of passes from `number` on until some row has all of its `tokens` new tokens."""
         return tokens - number + min(batch.first for batch in self._batches)
@@ -292,14 +297,16 @@ class Prompts:
         return self._in_newest[batch]
 
     def positions(self, cell: BoundCell) -> Tensor:
-        """(rows, new) on the compute device, counted from the row's first token; 0 for padding."""
+        """(rows, new) on the compute device, counted from the row's first token, which may be in a shared prefix.
+        Padding has the position of the first token that is not."""
         span = cell.span
         columns = torch.arange(span.length, span.length + span.new, device=self.device.torch_device)
-        return (columns - cell.padding.on_device[:, None]).clamp_(min=0)
+        positions = (columns - cell.padding.on_device[:, None]).clamp_(min=0)
+        return positions.add_(self._passes.shared) if self._passes.shared else positions
 
     def text_length(self, cell: BoundCell) -> Tensor | None:
         """See `Context`. It is the length of the prompt if the cell computes a part of the prompt."""
         if cell.token > 0 or self.first == 0:
             return None
-        length = self._passes.cached + self._batches[cell.batch].width
+        length = self._passes.shared + self._passes.cached + self._batches[cell.batch].width
         return torch.full((), length, device=self.device.torch_device)

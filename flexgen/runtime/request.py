@@ -6,7 +6,7 @@ import functools
 import logging
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,21 @@ class Request:
     @property
     def longest(self) -> int:
         return max(map(len, self.prompts))
+
+    @property
+    def prefix(self) -> int:
+        """The number of ids with which all prompts begin, at least one fewer than the shortest has."""
+        first, *others = self.prompts
+        shared = min(map(len, self.prompts)) - 1
+        for prompt in others:
+            unlike = np.flatnonzero(first[:shared] != prompt[:shared])
+            shared = int(unlike[0]) if len(unlike) else shared
+        return shared
+
+    def after(self, prefix: int) -> Request:
+        """The request without the first `prefix` ids of each prompt."""
+        prompts = tuple(prompt[prefix:] for prompt in self.prompts)
+        return replace(self, prompts=prompts) if prefix else self
 
     def blocks(self, size: int) -> list[list[int]]:
         """The prompts' numbers in blocks of `size`, longest first. Adjacent prompts have similar lengths, so that the

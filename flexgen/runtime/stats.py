@@ -22,7 +22,8 @@ class Stats:
     """Figures of the last call: times and events, its policy, the order of a full block, tokens, and planned and
     measured bytes by tier.
 
-    `prompt_tokens` excludes padding; `positions_computed` includes the padding of the batches.
+    `prompt_tokens` excludes padding; `positions_computed` includes the padding of the batches. `prefix`: the number
+    of tokens that all prompts share and that were computed once.
     """
 
     timing: Timing
@@ -34,11 +35,13 @@ class Stats:
     prompt_tokens: int
     new_tokens: int
     positions_computed: int
+    prefix: int = 0
 
     @property
     def padded_share(self) -> float:
         """The share of padding in the positions that the prefill computed, from 0 to 1."""
-        return 1 - self.prompt_tokens / self.positions_computed
+        again = self.prefix * (self.num_prompts - 1)  # tokens that were computed for another prompt
+        return 1 - (self.prompt_tokens - again) / self.positions_computed
 
     def report(
         self, model: str, device: str, placement: Placement, prompt_len: int, gen_len: int, tokens: int
@@ -64,6 +67,7 @@ class Stats:
             prefill_s=self.timing.prefill,
             decode_s=self.timing.decode if projected is None else projected,
             prompt_tokens=self.prompt_tokens,
+            prefix=self.prefix,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,
@@ -92,5 +96,5 @@ class Meter:
             Tier.DISK: self.weights_on_disk + machine.disk.peak,
         }
         order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
-        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
+        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed, call.shared
         return Stats(call.timing, model.policy, order, plan, peak, *counts)

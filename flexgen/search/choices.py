@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from flexgen.errors import HardwareError, PolicyError
+from flexgen.models.mlp_spec import MixtureSpec
 from flexgen.policy import CODECS as NAMES
 from flexgen.policy import STORED, Auto, Policy, Share, Split, Tier
 from flexgen.predict.codec_rates import attention_rate, decoding_rate
@@ -48,6 +49,16 @@ class Choices:
             apart = (True, False) if attend_on == "cpu" and not self._shared else (True,)
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
+
+    @cached_property
+    def joins_layers(self) -> bool:
+        """Whether whole layers (`sep_layer = false`) may overlap much better than attention and MLPs apart.
+
+        The experts are almost all of a mixture's layer. Apart from attention, they are every second unit, so two
+        slots that the units use in turn serve all of them with one slot, and no load overlaps with their arithmetic.
+        """
+        mixture = any(isinstance(layer.mlp, MixtureSpec) for layer in self._job.spec.layers)
+        return mixture and "sep_layer" not in self.fixed
 
     @property
     def _on_device(self) -> bool:

@@ -125,7 +125,7 @@ class Corners:
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
         gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         new, flushing = _few_tokens(gen_len, on_disk)
-        parts = range(Passes(self._job.workload.prompt_len, policy.prefill_chunk).first, 0)
+        parts = range(Passes.of(self._job.workload, policy).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
         block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])

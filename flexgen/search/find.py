@@ -256,6 +256,8 @@ class _Finder:
             if simulations.short(run):
                 raise self._too_small(run)
             self._add(run, solved)
+        if self._choices.joins_layers:
+            self._try_units()
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
@@ -279,12 +281,23 @@ class _Finder:
             self._tried[run] = solved
             self._took[run] = self._simulations.seconds(run, solved.figures)
 
+    def _best_shapes(self) -> list[Solved]:
+        best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
+        return list(best.values())[:_REORDERED]
+
+    def _try_units(self) -> None:
+        """Try the best shapes with whole layers, or with attention and MLPs apart if their layers are whole. The work
+        of each lane is the same, so it does not show which of them overlaps better."""
+        for solved in self._best_shapes():
+            form = solved.form.replace(sep_layer=not solved.form.sep_layer)
+            if other := self._programs.of(form, solved.order):
+                self._try(other)
+
     def _try_orders(self) -> None:
         """Try the best shapes in the other orders. The work of each lane does not show which order is fastest."""
-        best = {self._tried[run].form: self._tried[run] for run in sorted(self._took, key=self._score)}
         runs = [
             run
-            for solved in list(best.values())[:_REORDERED]
+            for solved in self._best_shapes()
             for run in self._programs.other_orders(solved.form, solved.order)
         ]
         others = [solved for run in runs if (solved := self._programs.of(*run))]

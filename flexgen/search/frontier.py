@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen.errors import CapacityError, RequestError
@@ -38,7 +38,7 @@ def find_frontier(find: Callable[[Workload], Search], workload: Workload) -> lis
     points = []
     for prompts in _doubling(workload.num_prompts):
         try:
-            best = find(Workload(workload.prompt_len, workload.gen_len, prompts)).best
+            best = find(replace(workload, num_prompts=prompts)).best
         except CapacityError:
             break
         report = best.prediction.report

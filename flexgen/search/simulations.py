@@ -79,7 +79,7 @@ class Simulations:
             layers = min(layers, _FEW_LAYERS * (2 if policy.sep_layer else 1) + 2)
         prompts = min(self._job.workload.num_prompts, policy.block_size)
         cells, gen_len = layers * -(-prompts // policy.gpu_batch_size), self._job.workload.gen_len
-        parts = -Passes(self._job.workload.prompt_len, policy.prefill_chunk).first
+        parts = -Passes.of(self._job.workload, policy).first
         if cells * (parts + gen_len) <= _EXACT_CELLS:
             return cells * (parts + gen_len), True
         tokens, _ = sampled_tokens(gen_len, 1, bool(policy.cache.percent(Tier.DISK)))

@@ -26,9 +26,11 @@ _LEAST_LAYERS, _LEAST_TOKENS = 2, 4
 
 def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Report:
     """The report of a run, with its prediction and its roofline if `hardware` has the figures for them."""
-    # The length of the prompts is the mean of the computed lengths, with padding.
-    computed = report.prompt_tokens / (1 - report.padded_share)
-    workload = Workload(max(round(computed / report.num_prompts), 1), report.gen_len, report.num_prompts)
+    # The length of the prompts is the mean of the computed lengths, with padding, after the prefix.
+    prompts, shared = report.num_prompts, report.prefix
+    computed = (report.prompt_tokens - shared * (prompts - 1)) / (1 - report.padded_share)
+    length = shared + max(round((computed - shared) / prompts), 1)
+    workload = Workload(length, report.gen_len, prompts, shared)
     # The run did fit, so the memory that is free now does not matter.
     hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
     job = spec, report.policy, hardware, workload
@@ -73,7 +75,7 @@ def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shap
     prompts = min(policy.block_size, workload.num_prompts)
     layers, tokens = min(_LEAST_LAYERS, spec.num_layers), min(_LEAST_TOKENS, workload.gen_len)
     while True:
-        yield Shape(layers, Workload(workload.prompt_len, tokens, prompts))
+        yield Shape(layers, replace(workload, gen_len=tokens, num_prompts=prompts))
         if (layers, tokens) == (spec.num_layers, workload.gen_len):
             return
         # Layers grow first, so that both ends of the model and of a block are a small part of the time.
@@ -116,6 +118,7 @@ def run_trial(
     with OptLM(**opening, policy=policy, order=order, num_layers=shape.layers) as model:
         random = np.random.default_rng(seed)
         ids = random.integers(0, model.spec.vocab_size, size=(job.num_prompts, job.prompt_len))
+        ids[:, : job.prefix] = ids[0, : job.prefix]
         warm_up(model, list(ids), job.gen_len)
         _, report = model.generate(ids, job.gen_len, stop=(), stats=True)
         return replace(report, phases=model.lane_seconds(ids, job.gen_len)) if lanes else report

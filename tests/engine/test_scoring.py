@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTCo
 
 from flexgen import OptLM, Policy, bench
 from flexgen.demo import MODEL_DIR, records
-from flexgen.engine.scoring import log_likelihoods, perplexity, score
+from flexgen.engine.scoring import calls_of, log_likelihoods, perplexity, score
 from flexgen.errors import CapacityError
 
 THIRDS = {"gpu": 34, "cpu": 33, "disk": 33}
@@ -90,6 +90,37 @@ def test_texts_score_as_in_transformers(lengths, rows, family, tmp_path_factory)
     assert [len(scores) + 1 for scores in found] == lengths
     for scores, ids in zip(found, texts, strict=True):
         assert scores.sum().item() == pytest.approx(by_transformers(reference, ids), rel=1e-4)
+
+
+def test_answers_to_one_question_run_together():
+    """Two questions with three answers each, one with a single answer, and texts that share nothing."""
+    random = np.random.default_rng(0)
+    questions = [random.integers(3, 90, length).tolist() for length in (60, 80, 70)]
+    answers = [*[(0, n) for n in range(3)], (2, 0), *[(1, n) for n in range(3)]]
+    texts = [[*questions[q], 3 + n, 7] for q, n in answers] + [random.integers(3, 90, 9).tolist()] * 2
+    asked = []
+
+    def forward(ids):
+        asked.append(sorted(texts.index(text) for text in ids))
+        return torch.zeros(len(ids), max(map(len, ids)), 96)
+
+    for call_positions, together in ((8, True), (100_000, False), (math.inf, False)):
+        asked.clear()
+        found = score(forward, texts, 4, call_positions)
+        assert [len(scores) + 1 for scores in found] == [len(text) for text in texts]
+        assert ([0, 1, 2] in asked and [4, 5, 6] in asked) == together
+        assert sorted(n for call in asked for n in call) == [0, 1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_the_best_level_of_a_tree_is_shared():
+    """All texts begin with one instruction, and three of each document with that document too."""
+    random = np.random.default_rng(0)
+    instruction = random.integers(3, 90, 40).tolist()
+    documents = [random.integers(3, 90, 100).tolist() for _ in range(4)]
+    texts = [[*instruction, *document, 3 + n] for n in range(3) for document in documents]
+    calls = list(calls_of(texts, 12, call_positions=16))
+    assert sorted(map(sorted, calls)) == [[d, d + 4, d + 8] for d in range(4)]
+    assert list(map(sorted, calls_of(texts, 12, call_positions=5000))) == [list(range(12))]
 
 
 @pytest.mark.slow

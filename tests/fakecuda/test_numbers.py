@@ -16,8 +16,13 @@ from simulated.threads import in_every_thread
 from flexgen.engine.completion import Completion
 from flexgen.errors import LaneError
 from flexgen.kernels import grouped
+from flexgen.kernels.attention import decode_part
 from flexgen.kernels.heads import HeadFormat
+from flexgen.kernels.partial import merge
+from flexgen.kernels.scoring import Scoring, Window
+from flexgen.kernels.shared_prefix import attend_prefix
 from flexgen.models.embed import InputEmbed
+from flexgen.models.ops import causal_part
 from flexgen.quant import CODECS
 from flexgen.runtime.request import read_request
 from flexgen.runtime.sampler import INVALID
@@ -120,6 +125,33 @@ def test_attention_reads_all_pages_from_the_link_together(changes, monkeypatch):
         with in_every_thread(Numbers):
             found = cases.ids_on("cuda", cases.LLAMA, policy)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("window", [None, Window(20), Window(25, chunked=True)])
+def test_parts_of_attention_merge_to_those_of_the_cpu(dtype, window):
+    """With and without torch's fused attention, for the tokens of a prompt and for one token."""
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randn(2, 2, 30, 16, generator=generator).to(dtype)
+    own = torch.randn(2, 3, 2, 9, 16, generator=generator).to(dtype)
+    scoring = Scoring(0.25, window=window)
+    for new in (9, 1):
+        q = torch.randn(3, 4, new, 16, generator=generator).to(dtype)
+        positions = None if window is None else torch.full((3,), 30 + 9 - new)
+
+        def merged(device, new=new, query=q, positions=positions):
+            there = [x.to(device) for x in (query, prefix, own)]
+            at = None if positions is None else positions.to(device)
+            q, (k, v), mine = there
+            after = scoring.after(30)
+            part = causal_part(q, *mine, None, after) if new > 1 else decode_part(q, [mine], 9, None, after)
+            return merge([attend_prefix(q, k, v, scoring, at), part], dtype).cpu()
+
+        with in_every_thread(Numbers):
+            found = merged("cuda")
+        torch.testing.assert_close(
+            found, merged("cpu"), rtol=0, atol=1e-6 if dtype is torch.float32 else 4e-3
+        )
 
 
 class _Best:

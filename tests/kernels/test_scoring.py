@@ -149,6 +149,28 @@ def test_the_first_visible_position(size, chunked, length, start):
     assert mask.sum() == len(seen)
 
 
+@given(size=st.integers(1, 9), before=st.integers(0, 20), length=st.integers(1, 20), start=st.integers(0, 19))
+def test_chunks_of_a_window_begin_before_the_row(size, before, length, start):
+    """The first tokens of the text are stored elsewhere, and padding is before the others."""
+    start = min(start, length - 1)
+    text = before + length - start  # without padding
+    scoring = Scoring(1.0, window=Window(size, chunked=True))
+    seen = [key for key in range(text) if textbook.sees(scoring, text - 1, key, 0)]
+    window = scoring.after(before).window
+    assert window is not None
+    expected = max(seen[0] - before, 0)
+    assert window.first(length - 1 - start) == expected
+    first = visible_from(window, torch.tensor([start]), length, 1, torch.device("cpu"))
+    assert first is not None
+    assert int(first[0]) == expected + start
+    mask = visible(window, range(length - 1, length), range(start, length), start, first.device)
+    assert mask.sum() == text - before - expected
+    unpadded = visible_from(window, None, length, 1, first.device)
+    last = before + length
+    begin = max((last - 1) // size * size - before, 0)
+    assert (0 if unpadded is None else int(unpadded[0])) == begin
+
+
 @pytest.mark.parametrize(
     ("heads", "slopes"),
     [(4, [2**-2, 2**-4, 2**-6, 2**-8]), (3, [2**-4, 2**-8, 2**-2]), (1, [2**-8])],

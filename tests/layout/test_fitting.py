@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.errors import CapacityError
-from flexgen.layout.fitting import fitting_plan, largest_fitting
+from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_chunk
 from flexgen.layout.limits import Limits
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.placement import place_weights
@@ -127,3 +127,20 @@ def test_two_tiers_in_host_memory_are_held_against_it_together():
     assert plan.shortage(limits) == ""
     limits.host = 4 * MIB
     assert "needs 5 MiB on the gpu and cpu tiers together, which has 4 MiB" in plan.shortage(limits)
+
+
+@pytest.mark.parametrize(
+    ("limit", "chunk", "share"),
+    [(500, 0, True), (140, 32, True), (90, 64, False), (60, 32, False), (10, 0, True)],
+)
+def test_a_prefix_is_not_shared_if_only_that_fits(limit, chunk, share):
+    """Parts of prompts come first. The last limit is too small for anything: the policy stays, for the message."""
+
+    def plan(policy):
+        tokens = policy.prefill_chunk or 128
+        nbytes = tokens + 100 * policy.share_prefix
+        return MemoryPlan((Need(Tier.GPU, "cache", "slots", nbytes),), SlotSizes(Turns(3, 2), (), ()))
+
+    limits = {Tier.GPU: limit, Tier.CPU: None, Tier.DISK: None}
+    found = with_fitting_chunk(plan, Policy(), limits, 128)
+    assert (found.prefill_chunk, found.share_prefix) == (chunk, share)

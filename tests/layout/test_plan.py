@@ -240,7 +240,7 @@ def opened(layers, policy, workload, machine, dtype, slots):
     heads = {j: own.heads for j, own in attention.items()}
     passes = Passes(workload.prompt_len, policy.prefill_chunk)
     hidden = [hidden_layout(SPEC, policy, rows, dtype, topology) for rows in batches]
-    yield "cache", lambda: KVCache(cached, heads, passes.new, machine, slots, passes.extends)
+    yield "cache", lambda: KVCache(cached, heads, passes, machine, slots)
     yield (
         "activations",
         lambda: Activations(hidden, passes.new, dtype, machine, slots),

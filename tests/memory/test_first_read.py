@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flexgen.errors import CheckpointError, LaneError
 from flexgen.memory import first_read
-from flexgen.memory.first_read import check_finite
+from flexgen.memory.first_read import CheckedRanges, Part, check_finite
 from flexgen.policy import Split
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,6 +66,23 @@ def test_a_value_that_is_not_finite_is_found_with_its_tensor(
         assert refused == 1
 
 
+def part(begin: int, end: int, key: str = "a") -> Part:
+    return Part(key, Path("file"), begin, torch.empty(end - begin, dtype=torch.uint8), torch.bfloat16)
+
+
+def test_a_range_is_checked_if_its_pieces_were() -> None:
+    checked = CheckedRanges()
+    for begin, end in ((0, 10), (20, 30), (10, 20)):
+        checked.add(part(begin, end))
+    for begin, end in ((0, 30), (5, 25), (29, 30)):
+        assert part(begin, end) in checked
+    for begin, end in ((0, 31), (30, 31), (40, 50)):
+        assert part(begin, end) not in checked
+    assert part(0, 30, "b") not in checked
+    checked.add(part(40, 50))
+    assert part(0, 50) not in checked and part(45, 50) in checked
+
+
 def test_values_are_checked_once(stream: Any, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     check = first_read.check_finite
@@ -80,3 +97,15 @@ def test_values_are_checked_once(stream: Any, saved: Any, monkeypatch: pytest.Mo
             for slot in (0, 1):
                 model.bring(1, slot)
         assert sorted(checked) == sorted(weight.key for weight in model.layers[1].weights)
+
+
+def test_values_are_not_checked_again_in_other_pieces(
+    stream: Any, saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(first_read, "check_finite", lambda data, dtype, path, key: checked.append(key))
+    with stream(saved("opt"), DISK, "emulated") as model:
+        model.bring(1, 0)
+        once = len(checked)
+        model.bring(1, 0, pieces=3)
+        assert len(checked) == once > 0

@@ -145,7 +145,9 @@ class _Hub:
         self.asked: list[str] = []
         target.mkdir()
 
-    def snapshot(self, repository, allow_patterns, ignore_patterns):
+    def snapshot(self, repository, allow_patterns, ignore_patterns=(), dry_run=False):
+        if dry_run:  # lists the files
+            return []
         self.asked.append(repository)
         for file in self.source.iterdir():
             if any(file.match(pattern) for pattern in allow_patterns):

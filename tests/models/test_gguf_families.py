@@ -27,7 +27,7 @@ def test_every_architecture_has_tiny_files() -> None:
 
 
 def test_the_documentation_lists_every_architecture_and_type() -> None:
-    (about,) = re.findall(r"\*\*GGUF files\.\*\*(.*?)\n- \*\*", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (about,) = re.findall(r"\n## GGUF files\n(.*?)\n## ", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     for architecture in ARCHITECTURES:
         assert f"`{architecture}`" in about
     for kind in DECODED:

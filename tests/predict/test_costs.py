@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flexgen import OptLM, Policy
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes
+from flexgen.layout.prefix import prefix_policy, prefix_workload, shared_tokens
 from flexgen.layout.rows import lookup_sizes, read_bytes
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
@@ -107,6 +109,28 @@ def counted():
         yield moved
 
 
+class Ran(NamedTuple):
+    """A block of a run."""
+
+    policy: Policy
+    workload: Workload
+    sizes: list[int]
+
+    @property
+    def passes(self):
+        return Passes.of(self.workload, self.policy)
+
+    @property
+    def count(self):
+        """The number of passes."""
+        return self.workload.gen_len - self.passes.first
+
+    @property
+    def parts(self):
+        """The number of tokens of each part of a prompt."""
+        return [self.passes.span(token).new for token in range(self.passes.first, 1)]
+
+
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     policy=POLICIES,
@@ -114,6 +138,7 @@ def counted():
     device=st.sampled_from(["emulated", "cpu"]),
     order=st.none() | st.sampled_from(sorted(ORDERS)),
     prompts=st.integers(1, 8),
+    prefix=st.sampled_from([0, 0, 32, 35]),
     prompt_len=st.integers(1, 12),
     tokens=st.integers(1, 7),
 )
@@ -123,6 +148,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     device,
     order,
     prompts,
+    prefix,
     prompt_len,
     tokens,
     configs,
@@ -135,8 +161,10 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     """Stage by stage, and byte by byte on every lane, in a run of each policy."""
     prompts = min(prompts, policy.block_size)
     hardware = host() if device == "cpu" else machine()
-    workload = Workload(prompt_len, tokens, prompts)
     sizes = batch_sizes(policy, prompts)
+    if sizes[0] == 1:  # all prompts of this test are equal then
+        prefix = 0
+    workload = Workload(prefix + prompt_len, tokens, prompts, prefix)
 
     def spread(rows, seq=1):
         """Ids that are spread evenly over the vocabulary, as the cost model assumes."""
@@ -145,10 +173,17 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     monkeypatch.setattr(
         "flexgen.runtime.choice.sample", lambda logits, *_, **__: torch.from_numpy(spread(len(logits))[:, 0])
     )
-    passes = Passes(prompt_len, policy.prefill_chunk)
-    first = passes.first
-    parts = [passes.span(token).new for token in range(first, 1)]
-    ids = np.concatenate([np.concatenate([spread(rows, new) for new in parts], axis=1) for rows in sizes])
+    blocks = [Ran(policy, workload, sizes)]
+    if shared := shared_tokens(workload, policy):
+        blocks.insert(0, Ran(prefix_policy(policy), prefix_workload(shared), [1]))
+
+    def prompt_ids(block):
+        """The ids of the parts of each batch."""
+        return [np.concatenate([spread(rows, new) for new in block.parts], axis=1) for rows in block.sizes]
+
+    ids = np.concatenate(prompt_ids(blocks[-1]))
+    if shared:
+        ids = np.concatenate([np.repeat(*prompt_ids(blocks[0]), prompts, axis=0), ids], axis=1)
     unlike = uneven.UnevenConfig(("wide", "narrow", "post-norm"), VOCABULARY)
     config = unlike if name == "uneven" else configs[name]
     with OptLM(config, policy, device=device, weights="dummy", progress=False, order=order) as model:
@@ -159,18 +194,21 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
         cargo = model._model.weights._transfers._cargo
         files = [[c for c in per if not isinstance(c.source, torch.Tensor)] for per in cargo]
         layers, placement, table = model._layers, model.placement, model._model.table
-    asked = hardware.topology.choose_order(order, policy, len(sizes))
-    costs = StepCosts(PlacedModel(layers, placement, hardware), policy, workload, CostedBlock(prompts, asked))
-    count = tokens - first
-    grid = asked.grid(count, len(layers), len(sizes), costs.weight_pieces, feeds_ids=costs.feeds_ids)
+        assert model.stats.prefix == shared
     predicted: Counter = Counter()
     stages: Counter = Counter()
-    for step in all_steps(grid):
-        for chain in costs.loads(step):
-            for load in chain:
-                predicted[load.lane] += load.nbytes
-                named = step._replace(token=step.token + first)
-                stages[named, load.lane] += step.op is not Op.LOAD_WEIGHTS
+    placed = PlacedModel(layers, placement, hardware)
+    for block in blocks:
+        asked = hardware.topology.choose_order(order, block.policy, len(block.sizes))
+        costs = StepCosts(placed, block.policy, block.workload, CostedBlock(sum(block.sizes), asked))
+        shape = block.count, len(layers), len(block.sizes), costs.weight_pieces
+        for step in all_steps(asked.grid(*shape, feeds_ids=costs.feeds_ids)):
+            for chain in costs.loads(step):
+                for load in chain:
+                    predicted[load.lane] += load.nbytes
+                    named = step._replace(token=step.token + block.passes.first)
+                    stages[named, load.lane] += step.op is not Op.LOAD_WEIGHTS
+    count = sum(block.count for block in blocks)
     # What a read brings along before, between and behind the weights depends on the file alone.
     for cargo in itertools.chain(*files):
         own = sum(placement.stored_bytes(weight) for weight, _ in cargo.weights)
@@ -179,14 +217,17 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
             predicted[LaneName.TO_DEVICE] += count * (cargo.end - cargo.lead - own)
     # So does where the table begins in it.
     if table is not None and isinstance(table._home, Extent):
-        scratch = lookup_sizes(layers, placement, hardware.topology, max(sizes) * passes.new).scratch
-        for rows in sizes:
-            for ids in (*(spread(rows, new) for new in parts), *[spread(rows)] * (tokens - 1)):
-                at_zero, there = (
-                    read_bytes(table.weight, placement, ids.ravel(), begin, scratch)
-                    for begin in (0, table._home.offset)
-                )
-                predicted[LaneName.DISK_READ] += there - at_zero
+        for block in blocks:
+            most = max(block.sizes) * block.passes.new
+            scratch = lookup_sizes(layers, placement, hardware.topology, most).scratch
+            for rows in block.sizes:
+                later = [spread(rows)] * (block.workload.gen_len - 1)
+                for ids in (*(spread(rows, new) for new in block.parts), *later):
+                    at_zero, there = (
+                        read_bytes(table.weight, placement, ids.ravel(), begin, scratch)
+                        for begin in (0, table._home.offset)
+                    )
+                    predicted[LaneName.DISK_READ] += there - at_zero
     # Copies within host memory cross no link: they are stages, but no device is asked.
     if device != "cpu":
         del predicted[LaneName.HOST]

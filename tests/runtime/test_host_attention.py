@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexgen.kernels.scoring import Scoring
 from flexgen.layout.cache import Span, cache_segments
+from flexgen.layout.passes import Passes
 from flexgen.layout.topology import LINKED
 from flexgen.models.spec import AttentionSpec
 from flexgen.policy import Policy
@@ -39,7 +40,9 @@ def test_cells_under_way_at_once(cache: dict[str, float], machine: Any, run: Any
             cache_segments(own.cache, policy, rows, PROMPT + 4, torch.float32, LINKED) for rows in BATCHES
         ]
         whole, split = (
-            stack.enter_context(closing(KVCache({LAYER: segments}, {LAYER: own.heads}, PROMPT, m, slots=3)))
+            stack.enter_context(
+                closing(KVCache({LAYER: segments}, {LAYER: own.heads}, Passes(PROMPT), m, slots=3))
+            )
             for m in (one, other)
         )
         prompt = [BoundCell(0, LAYER, k, k, Span(0, PROMPT), padding[k]) for k in range(len(BATCHES))]
@@ -75,7 +78,7 @@ def test_nothing_is_taken_where_the_host_attends_to_nothing(machine: Any, spec: 
     with machine("emulated") as m:
         for policy in (Policy(cache={"gpu": 100}), Policy(cache={"cpu": 100}, attend_on="gpu")):
             segments = {LAYER: [cache_segments(own.cache, policy, 2, 8, torch.float32, LINKED)]}
-            with closing(KVCache(segments, {LAYER: own.heads}, 4, m)) as cache:
+            with closing(KVCache(segments, {LAYER: own.heads}, Passes(4), m)) as cache:
                 none = Padding((0, 0), torch.zeros(2), torch.zeros(2))
                 cell = BoundCell(1, LAYER, 0, 0, Span(4, 1), none)
                 assert not cache.host.attends(cell) and not cache.asks_host(cell)

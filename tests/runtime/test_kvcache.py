@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen.kernels.scoring import Scoring, Window
 from flexgen.layout.cache import CacheLayout, Span, cache_segments
+from flexgen.layout.passes import Passes
 from flexgen.layout.topology import LINKED
 from flexgen.memory.machine import Machine
 from flexgen.models.layer import chunks
@@ -61,7 +62,8 @@ class History:
         }
         self.segments = layers[LAYERS[0]]
         heads = dict.fromkeys(LAYERS, self.heads)
-        self.cache = KVCache(layers, heads, prompt, machine, extends=extends)
+        passes = Passes(prompt + extends, prompt if extends else 0)
+        self.cache = KVCache(layers, heads, passes, machine)
         self.batches = batches
         self.padding = []
         for rows in batches:
@@ -178,7 +180,7 @@ def test_every_kind_of_segment_across_pages(
         history.cache.close()
 
 
-WINDOWS = st.one_of(st.none(), st.builds(Window, st.integers(1, 12), st.booleans()))
+WINDOWS = st.one_of(st.none(), st.builds(Window, st.integers(1, 12), st.booleans(), st.just(0)))
 SPLITS = st.sampled_from(
     [
         {"gpu": 34, "cpu": 33, "disk": 33},

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from flexgen.kernels.attention import decode_attention, hide_places
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 from flexgen.kernels.scoring import Scoring, Window
-from flexgen.runtime.pages import Fixed, attend_fixed, put, put_at
+from flexgen.runtime.pages import Fixed, attend_fixed, attend_several, put, put_at, several_part, stretch
 
 FORMS = [PlainHeads(32, torch.float32), GroupwiseHeads(32, 4, 32)]
 
@@ -87,3 +87,21 @@ def test_attention_of_following_tokens_over_a_fixed_extent(form, rows, kv_heads,
         put(plain, length - 1, *form.encode_both(k, v))
         expected = decode_attention(q, plain, length, starts, scoring, form)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
+@pytest.mark.parametrize("window", [None, Window(5)])
+def test_several_tokens_as_a_part(form, window):
+    """Rows with padding, in a ring of pages for a window. Alone, the part is the whole."""
+    length, new, starts = 18, 3, [0, 4, 17]
+    pages = pages_of(form, 3, 2, 3, 4 if window else 6)
+    k, v = (form.encode(torch.randn(3, 2, length, 32)) for _ in range(2))
+    put(pages, 0, k, v)
+    q = torch.randn(3, 4, new, 32)
+    cached = stretch(pages, 3, 0 if window is None else length - new - 4, length)
+    scoring = Scoring(0.2, window=window)
+    values, lse = several_part(cached, form, q, starts, length, scoring)
+    expected = attend_several(cached, form, q, starts, length, scoring)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+    padding = torch.arange(length - new, length) < torch.tensor(starts)[:, None]
+    assert torch.equal(lse == float("-inf"), padding[:, None].expand(3, 4, new))

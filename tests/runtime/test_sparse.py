@@ -17,6 +17,7 @@ from torch import Tensor
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.sparse_attention import Choice, Sparsity
 from flexgen.layout.cache import CacheSegment, Span, cache_segments
+from flexgen.layout.passes import Passes
 from flexgen.memory.disk import DiskIO, Read
 from flexgen.memory.machine import Machine
 from flexgen.models.spec import CacheShape
@@ -76,7 +77,7 @@ class History:
         self.segments = cache_segments(
             CacheShape(KV_HEADS, HEAD_DIM), policy, len(starts), capacity, torch.float32, topology
         )
-        self.cache = KVCache({0: [self.segments]}, {0: self.heads}, capacity, machine)
+        self.cache = KVCache({0: [self.segments]}, {0: self.heads}, Passes(capacity), machine)
         there = torch.tensor(starts)
         self.padding = Padding(tuple(starts), there, there)
         self.generator = torch.Generator().manual_seed(len(starts) + capacity)

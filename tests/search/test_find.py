@@ -290,6 +290,23 @@ def test_no_other_order_is_faster(gpu, attend_on, host, overlap, opt, machine):
     assert best.order == own or seconds[best.order] < 0.995 * seconds.get(own, np.inf)
 
 
+def test_layers_of_a_mixture_are_whole_if_that_overlaps_better():
+    """Apart from attention, all experts pass through one of the two slots: nothing overlaps with their arithmetic."""
+    spec, _ = open_model("qwen3-30b-a3b", "dummy")
+    spec = replace(spec, layers=spec.layers[:8])
+    card = Hardware.preset("rtx-4090")
+    hardware = card.replace(capacity=card.capacity | {Tier.GPU: 5 << 30})
+    job = Job.checked(spec, hardware, Workload(256, 32, 512))
+    given = {"attend_on": "gpu", "gpu_batch_size": 64, "num_gpu_batches": 8}
+    best = find_for_job(job, Auto(given), top=1).best
+    apart, whole = (
+        find_for_job(job, Auto(given | {"sep_layer": sep_layer}), top=1).best for sep_layer in (True, False)
+    )
+    assert not best.policy.sep_layer
+    assert best.tokens_s >= 0.99 * whole.tokens_s and best.tokens_s > 1.05 * apart.tokens_s
+    assert best.prediction.report.bound_share > 0.9
+
+
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_a_fixed_order_is_kept(order, opt, machine):
     found = find_policy(opt, small(machine, "170MiB"), Workload(16, 8, 8), Auto(ON_HOST), order=order)

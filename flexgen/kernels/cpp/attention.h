@@ -86,6 +86,13 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
     for (int64_t i = tokens * HEADS; i % LANES; ++i) scores[i] = -INFINITY;
 }
 
+// cap * tanh(score / cap)
+INLINE Vec capped(Vec score, float cap) {
+    const Vec e = exponential(larger(score, -score) * (-2.0f / cap));
+    const Vec size = (1.0f - e) / (1.0f + e) * cap;
+    return score < 0.0f ? -size : size;
+}
+
 // Cap the scores of a block and add the bias of ALiBi.
 template <int HEADS>
 APART void adjust(const Heads &heads, const Pass &pass) {
@@ -95,11 +102,7 @@ APART void adjust(const Heads &heads, const Pass &pass) {
     for (int i = 0; i < LANES; ++i) distance[i] = (float)(pass.distance + i / HEADS);
     for (int64_t i = 0; i < used; i += LANES, distance += (float)(LANES / HEADS)) {
         Vec score = raw<Vec>(pass.scores + i);
-        if (pass.cap != 0.0f) {
-            const Vec e = exponential(larger(score, -score) * (-2.0f / pass.cap));
-            const Vec capped = (1.0f - e) / (1.0f + e) * pass.cap;
-            score = score < 0.0f ? -capped : capped;
-        }
+        if (pass.cap != 0.0f) score = capped(score, pass.cap);
         store(pass.scores + i, fma(slopes, distance, score));
     }
     for (int64_t i = used; i % LANES; ++i) pass.scores[i] = -INFINITY;
@@ -269,12 +272,29 @@ inline float sink(const Attention &job, int64_t head, float maximum) {
     return job.sinks ? std::exp(job.sinks[head % job.heads] - maximum) : 0.0f;
 }
 
+// The log of the sum of the exponentials of a head's scores and its sink. total: of the scores, relative to the maximum.
+inline float log_sum_exp(const Attention &job, int64_t head, float maximum, float total) {
+    if (!job.sinks) return maximum + std::log(total);
+    const float sink = job.sinks[head % job.heads], largest = std::max(maximum, sink);
+    return largest + std::log(total * std::exp(maximum - largest) + std::exp(sink - largest));
+}
+
 template <class T>
 TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
     for (int64_t at = 0; at < dim; at += LANES) {
         const int64_t count = std::min<int64_t>(LANES, dim - at);
         store_part(out + at, load_part(sum + at, count) * factor, count);
     }
+}
+
+// Write the result of a head, from the sums over its tokens.
+template <class T>
+TARGET void finish(const Attention &job, int64_t head, const float *sum, float maximum, float total) {
+    const int64_t dim = job.head_dim;
+    const float factor = 1.0f / (total + sink(job, head, maximum));
+    if (!job.lse) return write((T *)job.out + head * dim, sum, factor, dim);
+    write((float *)job.out + head * dim, sum, factor, dim);
+    job.lse[head] = log_sum_exp(job, head, maximum, total);
 }
 
 // T: the element type of the queries and the output.
@@ -319,8 +339,7 @@ TARGET void attend(Attention &job) {
                 const float *sum = packing ? unpacked(parts[n], pass, h) : in_order<T>(parts[n], pass, h);
                 const float total = parts[n].total_of(h);
                 if (job.splits == 1) {
-                    const float all = total + sink(job, head + h, parts[n].maximum[h]);
-                    write((T *)job.out + (head + h) * dim, sum, 1.0f / all, dim);
+                    finish<T>(job, head + h, sum, parts[n].maximum[h], total);
                     continue;
                 }
                 const int64_t within = (int64_t)n * MAX_HEADS + h;
@@ -354,8 +373,7 @@ TARGET void merge(const Attention &job) {
                 for (int64_t i = 0; i < dim; ++i) sum[i] += factor * partial[2 + i];
             }
             if (total == 0.0f) continue;
-            const float all = total + sink(job, item * group + h, maximum);
-            write((T *)job.out + (item * group + h) * dim, sum.data(), 1.0f / all, dim);
+            finish<T>(job, item * group + h, sum.data(), maximum, total);
         }
     }
 }

@@ -44,6 +44,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "prefix.h"
 #include "rotation.h"
 #include "sparse.h"
 
@@ -58,6 +59,7 @@ const Variant avx2_variant = {
     supported,
     avx2::attention::attend_any,
     avx2::attention::merge_any,
+    avx2::prefix::attend_any,
     avx2::groupwise::dequantise_any,
     avx2::groupwise::quantise_any,
     avx2::read,

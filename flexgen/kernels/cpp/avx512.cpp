@@ -16,6 +16,7 @@ const Variant avx512_variant = {
     supported,
     avx512::attention::attend_any,
     avx512::attention::merge_any,
+    avx512::prefix::attend_any,
     avx512::groupwise::dequantise_any,
     avx512::groupwise::quantise_any,
     avx512::read,

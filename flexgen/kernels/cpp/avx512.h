@@ -69,5 +69,6 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "prefix.h"
 #include "rotation.h"
 #include "sparse.h"

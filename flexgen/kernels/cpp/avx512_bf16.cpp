@@ -21,6 +21,7 @@ const Variant avx512_bf16_variant = {
     supported,
     avx512_bf16::attention::attend_any,
     avx512_bf16::attention::merge_any,
+    avx512_bf16::prefix::attend_any,
     avx512_bf16::groupwise::dequantise_any,
     avx512_bf16::groupwise::quantise_any,
     avx512_bf16::read,

@@ -61,6 +61,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "groupwise.h"
 #include "linear.h"
 #include "norms.h"
+#include "prefix.h"
 #include "rotation.h"
 #include "sparse.h"
 
@@ -71,6 +72,7 @@ const Variant baseline_variant = {
     supported,
     baseline::attention::attend_any,
     baseline::attention::merge_any,
+    baseline::prefix::attend_any,
     baseline::groupwise::dequantise_any,
     baseline::groupwise::quantise_any,
     baseline::read,

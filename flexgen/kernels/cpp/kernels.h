@@ -34,6 +34,7 @@ struct Attention {
     Type type;
     const void *q;  // (rows, heads, head_dim), like out
     void *out;
+    float *lse = nullptr;  // (rows, heads) or null: the log-sum-exp of the scores and the sink. With it, out is float32
     int64_t rows, heads, kv_heads, head_dim, length;
     int bits;  // of the codes in the pages (packed.h); 0 for elements of `type`
     int64_t code_group;  // elements that share a scale
@@ -57,6 +58,42 @@ struct Attention {
     int64_t end(int64_t item) const { return ends ? ends[item / kv_heads] : length; }
     // For each query head: the maximum score, the sum of exponentials, then the weighted sum of values.
     int64_t partial_size() const { return group() * (2 + head_dim); }
+};
+
+// Attention over keys and values that all rows share, as a part of the attention over more tokens: each query is after
+// all of them. A task is a K/V head, a block of its queries (all those of all rows), and one of `splits` ranges of
+// tokens. Splits do not depend on the number of threads.
+struct PrefixAttention {
+    static constexpr int64_t QUERIES = 64;  // of a task
+
+    Type type;
+    const void *q;  // (rows, heads, fresh, head_dim), like `out`
+    const void *k, *v;  // (kv_heads, tokens, head_dim), with `head_stride` elements between heads
+    float *out, *lse;  // lse (rows, heads, fresh)
+    int64_t rows, heads, kv_heads, fresh, head_dim, tokens, head_stride;
+    const int64_t *first;  // (rows, fresh) or null: the first token that a query attends to, at most `tokens`
+    const int64_t *positions;  // (rows,): of the first new token, relative to the first token; only with slopes
+    float scale, cap;  // as in Attention
+    const float *slopes;  // (heads,) or null
+
+    int64_t splits = 1, split_tokens = 0;
+    std::vector<float> partial;  // with splits: for each of them, values like `out` and sums like `lse`
+    std::atomic<int64_t> claimed{0};
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t queries() const { return rows * group() * fresh; }  // of a K/V head
+    int64_t blocks() const { return (queries() + QUERIES - 1) / QUERIES; }
+    int64_t tasks() const { return kv_heads * blocks() * splits; }
+    // The index of a query of a K/V head in (rows, heads, fresh).
+    int64_t place(int64_t kv_head, int64_t query) const {
+        const int64_t each = group() * fresh;
+        return query / each * heads * fresh + kv_head * each + query % each;
+    }
+    int64_t places() const { return rows * heads * fresh; }
+    float *values(int64_t split) const {
+        return splits == 1 ? out : (float *)partial.data() + split * places() * (head_dim + 1);
+    }
+    float *sums(int64_t split) const { return splits == 1 ? lse : values(split) + places() * head_dim; }
 };
 
 // The number of elements in a share of `count`; flexgen/kernels/sparse_attention.py explains why not the plain ceiling.
@@ -163,6 +200,7 @@ struct Variant {
     bool (*supported)();
     void (*attend)(Attention &);  // called on each thread; claims tasks until none are left
     void (*merge)(const Attention &);  // with splits: merges the partial results into `out`
+    void (*attend_prefix)(PrefixAttention &);  // called on each thread, like `attend`
     void (*dequantise)(const Groupwise &, int64_t begin, int64_t end);  // groups
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // reads every byte once; nbytes is a multiple of 1024

@@ -1,22 +1,20 @@
 // flexgen.kernels._native: the kernels for Python, with addresses as integers. The callers in flexgen/kernels/*.py
 // check types, shapes and contiguity, because this module cannot.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
 
 #include "experts.h"
-#include "kernels.h"
 #include "pool.h"
 #include "products.h"
+
+const Variant *variant = nullptr;
 
 namespace {
 
 // The approximate size of a piece of work for one thread.
 constexpr int64_t PIECE_BYTES = 64 << 10;
-constexpr int64_t MIN_SPLIT_TOKENS = 128;
 
 const Variant *const VARIANTS[] = {  // best first
 #ifdef FLEXGEN_X86
@@ -24,160 +22,6 @@ const Variant *const VARIANTS[] = {  // best first
 #endif
     &baseline_variant,
 };
-const Variant *variant = nullptr;
-
-// Call `work` without the interpreter's lock. Returns false and sets a Python error if it runs out of memory.
-template <class Work>
-bool without_gil(const Work &work) {
-    bool done = true;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
-        work();
-    } catch (const std::exception &) {
-        done = false;
-    }
-    Py_END_ALLOW_THREADS;
-    if (!done) PyErr_NoMemory();
-    return done;
-}
-
-void attend(Attention &job, int threads) {
-    const int64_t token_bytes = 2 * job.head_bytes;
-    threads = useful_threads(threads, job.items() * job.length * token_bytes);
-    job.split_tokens = job.length;
-    if (threads > 1 && job.items() < 4 * threads) {
-        // There are too few rows and heads to keep all threads busy to the end, so divide the tokens too.
-        const int64_t wanted = (4 * threads + job.items() - 1) / job.items();
-        job.split_tokens = std::max(MIN_SPLIT_TOKENS, (job.length + wanted - 1) / wanted);
-        job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
-        if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
-    }
-    // A row without tokens is not visited.
-    if (job.starts) memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    run_on_threads(threads, [&job, now] { now->attend(job); });
-    if (job.splits > 1) now->merge(job);
-}
-
-bool integers(PyObject *list, std::vector<int64_t> &out) {
-    if (!PyList_Check(list)) {
-        PyErr_SetString(PyExc_TypeError, "expected a list of integers");
-        return false;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-        out.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list, i)));
-        if (out.back() == -1 && PyErr_Occurred()) return false;
-    }
-    return true;
-}
-
-PyObject *py_decode_attention(PyObject *, PyObject *args) {
-    int type, threads;
-    long long q, out, starts, ends, slopes, sinks;
-    PyObject *keys, *values, *tokens;
-    Attention job;
-    long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLL(LLLL)(iLL)O!O!O!LLL(ffLL)i", &type, &q, &out, &rows, &heads, &kv_heads,
-                          &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
-                          &values, &PyList_Type, &tokens, &length, &starts, &ends, &job.scale, &job.cap,
-                          &slopes, &sinks, &threads))
-        return nullptr;
-    std::vector<int64_t> k, v, n;
-    if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
-    job.type = (Type)type;
-    job.q = (const void *)q;
-    job.out = (void *)out;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.length = length;
-    job.code_group = code_group;
-    job.head_bytes = head_bytes;
-    job.starts = (const int64_t *)starts;
-    job.ends = (const int64_t *)ends;
-    job.slopes = (const float *)slopes;
-    job.sinks = (const float *)sinks;
-    int64_t total = 0;
-    for (size_t i = 0; i < std::min({k.size(), v.size(), n.size()}); ++i) {
-        job.pages.push_back({(const void *)k[i], (const void *)v[i], total, n[i]});
-        total += n[i];
-    }
-    if (length < 1 || length > total) {
-        return PyErr_Format(PyExc_ValueError, "length %lld, but the pages hold %lld tokens", length,
-                            (long long)total);
-    }
-    if (!without_gil([&] { attend(job, threads); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-// The addresses of keys or values, and the number of tokens in each page.
-bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page> &pages) {
-    std::vector<int64_t> at, n;
-    if (!integers(addresses, at) || !integers(tokens, n)) return false;
-    int64_t total = 0;
-    for (size_t i = 0; i < std::min(at.size(), n.size()); ++i) {
-        const void *k = keys ? (const void *)at[i] : nullptr, *v = keys ? nullptr : (const void *)at[i];
-        pages.push_back({k, v, total, n[i]});
-        total += n[i];
-    }
-    return true;
-}
-
-PyObject *py_choose(PyObject *, PyObject *args) {
-    int type, threads;
-    long long q, rows, heads, kv_heads, head_dim, length, starts, ends, unit, most, positions, weights;
-    PyObject *keys, *tokens;
-    Choice job;
-    if (!PyArg_ParseTuple(args, "iL(LLLL)O!O!LLLfdLLLLi", &type, &q, &rows, &heads, &kv_heads, &head_dim,
-                          &PyList_Type, &keys, &PyList_Type, &tokens, &length, &starts, &ends, &job.scale,
-                          &job.share, &unit, &most, &positions, &weights, &threads))
-        return nullptr;
-    if (!pages_of(keys, tokens, true, job.pages)) return nullptr;
-    job.type = (Type)type;
-    job.q = (const void *)q;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.length = length;
-    job.starts = (const int64_t *)starts;
-    job.ends = (const int64_t *)ends;
-    job.unit = unit;
-    job.most = most;
-    job.positions = (int64_t *)positions;
-    job.weights = (float *)weights;
-    const int useful = useful_threads(threads, job.items() * length * head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->choose(job); }); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_attend_chosen(PyObject *, PyObject *args) {
-    int type, threads;
-    long long rows, heads, kv_heads, head_dim, most, positions, weights, out;
-    PyObject *values, *tokens;
-    Chosen job;
-    if (!PyArg_ParseTuple(args, "i(LLLL)LLLO!O!Li", &type, &rows, &heads, &kv_heads, &head_dim, &most,
-                          &positions, &weights, &PyList_Type, &values, &PyList_Type, &tokens, &out, &threads))
-        return nullptr;
-    if (!pages_of(values, tokens, false, job.pages)) return nullptr;
-    job.type = (Type)type;
-    job.rows = rows;
-    job.heads = heads;
-    job.kv_heads = kv_heads;
-    job.head_dim = head_dim;
-    job.most = most;
-    job.positions = (const int64_t *)positions;
-    job.weights = (const float *)weights;
-    job.out = (void *)out;
-    const int useful = useful_threads(threads, job.items() * most * head_dim * element_bytes(job.type));
-    const Variant *now = variant;
-    if (!without_gil([&] { run_on_threads(useful, [&job, now] { now->attend_chosen(job); }); }))
-        return nullptr;
-    Py_RETURN_NONE;
-}
-
 PyObject *groupwise(PyObject *args, bool pack) {
     Groupwise job;
     int type, scale_type, threads;
@@ -373,6 +217,7 @@ PyObject *py_set_variant(PyObject *, PyObject *name) {
 PyMethodDef METHODS[] = {
     {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
     {"choose", py_choose, METH_VARARGS, nullptr},
+    {"attend_prefix", py_attend_prefix, METH_VARARGS, nullptr},
     {"attend_chosen", py_attend_chosen, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},

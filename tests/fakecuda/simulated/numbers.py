@@ -54,6 +54,17 @@ def _on_gpu(value: Any) -> bool:
     )
 
 
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None = None
+) -> tuple[Tensor | None, ...]:
+    """The results that the CPU's kernel has too: the attention and its log-sum-exp."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return (*on_cpu(q, k, v, dropout, causal, scale=scale), *[None] * 7)
+
+
+_FOR_GPU_ONLY = {torch.ops.aten._scaled_dot_product_flash_attention.default: _flash_attention}
+
+
 class Numbers(TorchDispatchMode):
     """Right numbers from a simulated GPU, in the thread that enters it."""
 
@@ -71,6 +82,7 @@ class Numbers(TorchDispatchMode):
         if name in _NO_KERNEL or _is_view(func, given, result):
             return result
         there, options = pytree.tree_map(_there, args), pytree.tree_map(_there, kwargs)
+        on_cpu = _FOR_GPU_ONLY.get(func, func)
         own = {id(value) for value in given}
         # What was given, such as an `out=`, is written by the second run.
         targets = [
@@ -79,8 +91,8 @@ class Numbers(TorchDispatchMode):
         ]
 
         def compute() -> None:
-            for target, made in zip(targets, pytree.tree_leaves(func(*there, **options)), strict=True):
-                if target is not None:
+            for target, made in zip(targets, pytree.tree_leaves(on_cpu(*there, **options)), strict=True):
+                if target is not None and made is not None:
                     target.copy_(made)
 
         _now_or_in_graph(compute)

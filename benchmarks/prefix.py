@@ -1,0 +1,76 @@
+"""The benefit of a shared prefix: tokens/s of prompts that begin with the same ids, with and without sharing.
+
+    python benchmarks/prefix.py
+
+The model has eight layers of the OPT-1.3B shape with random weights in float32, on the CPU, with everything in
+memory. Prompts have --prefix ids in common and --own ids of their own. With sharing, --prompts prompts run. Without
+sharing, every prompt takes the same time, so --apart prompts are enough; both report new tokens per second. As a
+check, the result has the share of the first --apart prompts for which both make the same ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from record import interleaved, save
+from transformers import OPTConfig
+
+from flexgen import OptLM, Policy
+
+SHAPE = dict(hidden_size=2048, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--layers", type=int, default=8)
+    add("--prefix", type=int, default=400, help="ids that all prompts share")
+    add("--own", type=int, default=32, help="other ids of each prompt")
+    add("--gen-len", type=int, default=8)
+    add("--prompts", type=int, default=256)
+    add("--apart", type=int, default=32, help="prompts of the run without sharing")
+    add("--batch", type=int, default=64)
+    add("--repeats", type=int, default=1)
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 50_000, size=(args.prompts, args.prefix + args.own))
+    ids[:, : args.prefix] = ids[0, : args.prefix]
+    config = OPTConfig(num_hidden_layers=args.layers, **SHAPE)
+    policy = Policy(
+        gpu_batch_size=args.batch,
+        num_gpu_batches=-(-args.prompts // args.batch),
+        weights={"cpu": 100},
+        cache={"cpu": 100},
+        activations={"cpu": 100},
+    )
+    kept: dict[bool, np.ndarray] = {}
+
+    def run(share: bool, prompts: int) -> dict[str, float]:
+        models = dict(weights="dummy", dtype="float32", device="cpu", progress=False)
+        with OptLM(config, policy.replace(share_prefix=share), **models) as model:
+            model.generate(ids[:2, -args.own :], 2, stop=())  # libraries load their kernels
+            kept[share], report = model.generate(ids[:prompts], args.gen_len, stop=(), stats=True)
+        assert report.prefix == args.prefix * share
+        return {
+            "prefill_s": report.prefill_s,
+            "decode_s": report.decode_s,
+            "tokens_s": report.throughput_tokens_s,
+        }
+
+    cases = {"shared": lambda: run(True, args.prompts), "whole prompts": lambda: run(False, args.apart)}
+    found = interleaved(cases, args.repeats)
+    both = min(map(len, kept.values()))
+    shared, whole = (found[name]["tokens_s"]["median"] for name in cases)
+    equal = float((kept[True][:both] == kept[False][:both]).all(axis=1).mean())
+    print(
+        f"{shared:.1f} against {whole:.1f} tokens/s: {shared / whole:.1f} times; {equal:.0%} of the rows are equal"
+    )
+    save("prefix", {"arguments": vars(args), "cases": found, "ratio": shared / whole, "equal_rows": equal})
+
+
+if __name__ == "__main__":
+    main()
