@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,8 +149,19 @@ def gather(
                 for target, part in zip(both, parts, strict=True):
                     begin = column + shift - origin
                     stored = _recoded(part, old, segment)
-                    carry(target[places[0] : places[-1] + 1, :, begin : begin + stored.shape[2]], stored)
+                    columns = slice(begin, begin + stored.shape[2])
+                    for place, some in _adjacent(places):
+                        carry(target[place, :, columns], stored[some])
     return held
+
+
+def _adjacent(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of adjacent places, and their indices in `places`."""
+    begin = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + 1:
+            yield slice(places[begin], places[end - 1] + 1), slice(begin, end)
+            begin = end
 
 
 def _on_device(segment: CacheSegment, device: ComputeDevice) -> bool:

@@ -178,6 +178,17 @@ def test_the_rows_of_each_pass(
     assert passes == numbers
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_rows_that_began_at_many_different_passes(device: str, tiny: Any, prompts: Any, mixed: Any) -> None:
+    """Large batches, whose rows come from several batches and are sorted by the numbers of their tokens."""
+    rng = np.random.default_rng(1)
+    model, rows = tiny(NAME), prompts(rng.integers(2, 6, 90).tolist())
+    times = rng.integers(1, TOKENS + 1, len(rows)).tolist()
+    policy = mixed(cache=SPLITS[3], gpu_batch_size=8, num_gpu_batches=4)
+    with OptLM(model.directory, policy, device=device, progress=False) as lm:
+        np.testing.assert_array_equal(generated(lm, rows, Timed(times)), expected(model, rows, times))
+
+
 def test_samples_do_not_depend_on_the_batches(tiny: Any, prompts: Any, mixed: Any) -> None:
     model, rows = tiny(NAME), prompts([5, 3, 9, 2, 7, 4, 6, 3, 8, 2, 5, 4])
     times, made = geometric(len(rows)), []

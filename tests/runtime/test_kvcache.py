@@ -388,7 +388,7 @@ def test_a_batch_stays_while_others_move_and_prompts_enter(
         regroup(
             [
                 Moved(whole, (8, 8, 8), 8, 1),
-                Moved(((0, 1), (2, 0), (2, 2)), (8, 8, 8), 8, None),
+                Moved(((2, 0), (0, 1), (2, 2)), (8, 8, 8), 8, None),  # as sorted by their numbers of tokens
                 Moved((), (8, 8, 8), 0, None, 3),
             ]
         )
