@@ -1,13 +1,15 @@
-"""Fused products with int4 and int8 weights, compared with decoding and with products of the plain matrix.
+"""Fused products with int4, int8 and published formats, compared with decoding and products of the plain matrix.
 
     python benchmarks/packed_linear.py
     python benchmarks/packed_linear.py --dtype float32 float16 --rows 1 8 16 24 64
+    python benchmarks/packed_linear.py --shapes 8192x2048 --rows 1 8 32 --published
 
 These figures are the reason for `fused_rows` in `kernels.groupwise_linear`: the most rows of x for which the fused
 product is at least as fast as the product with an already decoded matrix. `decode` is the cost of decoding, once for
 each visit of a layer. `laid out` is the plain matrix in oneDNN's layout, in which the CPU keeps bfloat16 weights, and
 `a8` the fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its
-share of that bandwidth. On a GPU (--device cuda), the Triton kernels are measured.
+share of that bandwidth. `--published` adds the formats of checkpoints, with random bytes
+(`kernels.encoded_linear`). On a GPU (--device cuda), the Triton kernels are measured.
 """
 
 from __future__ import annotations
@@ -24,16 +26,33 @@ import torch.nn.functional as F
 from record import interleaved, save
 from torch import Tensor
 
+from flexgen.formats import Encoding
+from flexgen.formats.block_fp8 import BlockFP8
+from flexgen.formats.fp4 import MXFP4, NVFP4
+from flexgen.formats.integers import AWQ, GPTQ, PackedRows
 from flexgen.kernels.groupwise import dequantise, quantise
 from flexgen.kernels.groupwise_linear import multiply, multiply_rounded
 from flexgen.kernels.linear import has_prelayout, linear, prelayout
 from flexgen.kernels.loading import native, native_available
 from flexgen.kernels.packed import Packed
+from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.models.dummy import DummyCheckpoint
+from flexgen.models.sources import Source
+from flexgen.models.spec import WeightSpec
+from flexgen.quant import Stored
 
 SHAPES = ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192))  # out, in
 ROWS = (1, 2, 4, 8, 16, 32, 1024, 4096)
 BITS = (4, 8)
 GROUP = 64
+PUBLISHED: dict[str, Encoding] = {
+    "fp8 (128 x 128)": BlockFP8(".weight_scale_inv", 128, 128),
+    "mxfp4": MXFP4(),
+    "nvfp4": NVFP4(".weight_packed", ".weight_global_scale", divides=True),
+    "int4 pack-quantized": PackedRows(4, 128, symmetric=True),
+    "int4 gptq": GPTQ(4, 128, added=1),
+    "int4 awq": AWQ(128),
+}
 MEMORY = 192 << 20  # bytes of weights in rotation, so that none stays in a processor cache
 
 
@@ -66,8 +85,60 @@ def packed_bytes(packed: Packed) -> int:
     return packed.values.nbytes + packed.scales.nbytes + packed.minimums.nbytes
 
 
+def published_matrices(
+    encoding: Encoding, shape: tuple[int, int], dtype: torch.dtype
+) -> list[QuantizedMatrix]:
+    """Matrices of random bytes."""
+    checkpoint, matrices = DummyCheckpoint(encodings=[encoding]), []
+    while sum(matrix.nbytes for matrix in matrices) < MEMORY:
+        name = f"{len(matrices)}.weight"
+        encoded = checkpoint.encoded(WeightSpec(name, shape, (Source(name),), unit="expert"))
+        assert encoded is not None
+        parts = [checkpoint.read(part, dtype) for part in encoded.parts]
+        out = torch.empty(shape, dtype=dtype)
+        matrices.append(Stored(encoding).matrix(parts, shape, dtype, partial(decoded, encoding, parts, out)))
+    return matrices
+
+
+def decoded(encoding: Encoding, parts: Sequence[Tensor], out: Tensor) -> Tensor:
+    encoding.decode(parts, out)
+    return out
+
+
+def add_published(
+    cases: dict[str, Callable[[], dict[str, float]]],
+    nbytes: dict[str, int],
+    shape: tuple[int, int],
+    x: dict[int, Tensor],
+    seconds: float,
+) -> None:
+    """Add the cases of `PUBLISHED`. "decoded" is a product that decodes the matrix first."""
+    for name, encoding in PUBLISHED.items():
+        matrices = published_matrices(encoding, shape, next(iter(x.values())).dtype)
+        nbytes[name] = nbytes[f"{name} decoded"] = matrices[0].nbytes
+        for count, rows in x.items():
+            cases[f"{name}, {count} rows"] = partial(rate, partial(_multiply, rows), matrices, seconds)
+        one = x[min(x)]
+        cases[f"{name} decoded, {len(one)} rows"] = partial(
+            rate, partial(_decode_first, one), matrices[:1], seconds
+        )
+
+
+def _multiply(x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+    return matrix.multiply(x)
+
+
+def _decode_first(x: Tensor, matrix: QuantizedMatrix) -> Tensor:
+    return linear(x, matrix.decoded())
+
+
 def cases_of(
-    shape: tuple[int, int], dtype: torch.dtype, rows: Sequence[int], device: str, seconds: float
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: Sequence[int],
+    device: str,
+    seconds: float,
+    published: bool = False,
 ) -> tuple[dict[str, Callable[[], dict[str, float]]], dict[str, int]]:
     """The cases by name, and the bytes of the matrix in the cases of each form."""
     out_size, in_size = shape
@@ -94,7 +165,14 @@ def cases_of(
             if device == "cpu":
                 rounded = partial(multiply_rounded, x[count])
                 cases[f"int{bits} a8, {count} rows"] = partial(rate, rounded, kept, seconds)
+    if published:
+        add_published(cases, nbytes, shape, x, seconds)
     return cases, nbytes
+
+
+def _shape(text: str) -> tuple[int, int]:
+    out_size, in_size = map(int, text.split("x"))
+    return out_size, in_size
 
 
 @torch.inference_mode()
@@ -107,13 +185,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--seconds", type=float, default=0.05, help="minimum time of one measurement")
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="such as 8192x2048: out, in")
+    parser.add_argument("--published", action="store_true", help="also the formats of quantized checkpoints")
     parser.add_argument("--out", help="write the results to this file")
     args = parser.parse_args()
     if args.device == "cpu" and not native_available():
         parser.error("the compiled kernels are not built or are disabled")
     results = []
-    for shape, name in itertools.product(SHAPES, args.dtype):
-        cases, nbytes = cases_of(shape, getattr(torch, name), args.rows, args.device, args.seconds)
+    for shape, name in itertools.product(args.shapes, args.dtype):
+        cases, nbytes = cases_of(
+            shape, getattr(torch, name), args.rows, args.device, args.seconds, args.published
+        )
         found = interleaved(cases, args.repeats)
         print(f"\n{shape[0]} x {shape[1]}, {name}")
         read = found["read"]["GB/s"]["median"] if "read" in found else None
@@ -131,6 +213,7 @@ def main() -> None:
         results.append({"shape": list(shape), "dtype": name, "bytes": nbytes, "figures": found})
     variant = native.variant() if args.device == "cpu" else torch.cuda.get_device_name()
     name = "packed_linear" if args.device == "cpu" else "packed_linear_gpu"
+    name += "_published" if args.published else ""
     path = Path(args.out) if args.out else None
     print(save(name, {"kernels": variant, "group": GROUP, "products": results}, path))
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ from prediction_cases import DEVELOPED, HELD_OUT, Case, CaseSet
 from record import RESULTS, load_results, save
 
 from flexgen import OptLM
-from flexgen.models import open_model
+from flexgen.models import build_layers, open_model
 from flexgen.predict.hardware import Hardware
 from flexgen.predict.prediction import predict
 from flexgen.probe.measured import measured
+from flexgen.results.trace import Trace
 from flexgen.workload import Workload
 
 PHASES = ("seconds", "prefill_s", "decode_s")
@@ -54,8 +57,26 @@ def run(cases: CaseSet, name: str, folder: str) -> dict[str, Any]:
             "seconds": timing.total, "prefill_s": timing.prefill, "decode_s": timing.decode,
             "stolen": stolen(before, after),
             "order": model.stats.order,
-            "busy_s": {str(lane): seconds for lane, seconds in timing.trace.busy().items()},
+            "busy_s": busy(timing.trace, layer_names(cases, case)),
         }  # fmt: skip
+
+
+def layer_names(cases: CaseSet, case: Case) -> list[str]:
+    """The names of the layers, indexed by `Step.layer`."""
+    return [layer.name for layer in build_layers(open_model(cases.model, "dummy")[0], case.policy.sep_layer)]
+
+
+def busy(trace: Trace, names: Sequence[str]) -> dict[str, float]:
+    """Seconds of work by phase, lane and kind of layer, such as "decode compute layers.*.mlp".
+
+    The lanes of a run that differ most from the prediction show the cause of an error.
+    """
+    seconds: Counter[str] = Counter()
+    for event in trace.events:
+        phase = "prefill" if event.step.token <= 0 else "decode"
+        kind = re.sub(r"\d+", "*", names[event.step.layer])
+        seconds[f"{phase} {event.lane} {kind}"] += event.end - event.start
+    return dict(seconds)
 
 
 def stolen(before: Any, after: Any) -> float:
@@ -102,7 +123,7 @@ def foresee(cases: CaseSet, case: Case, machine: Sequence[Hardware]) -> dict[str
     return foretold | {
         "seconds": foretold["prefill_s"] + foretold["decode_s"],
         "by_measurement": [each.report.total_s for each in predictions],
-        "busy_s": {str(lane): seconds for lane, seconds in predictions[-1].trace().busy().items()},
+        "busy_s": busy(predictions[-1].trace(), predictions[-1].layer_names),
     }
 
 

@@ -87,6 +87,12 @@ def test_demo_may_be_timed_on_random_ids(capsys):
     assert "correct answers" not in capsys.readouterr().out
 
 
+def test_random_prompts_may_share_a_prefix(capsys):
+    flags = "--device cpu --prompt-len 40 --prefix-len 36 --gen-len 2 --num-prompts 4 --no-bound"
+    assert bench.main(flags.split()) == 0
+    assert "36 tokens, computed once for 4 prompts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -80,3 +80,20 @@ def test_bad_input_is_one_clear_line(flags, said, capsys):
     assert simulate.main(shlex.split(flags)) == 1
     err = capsys.readouterr().err
     assert said in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_prefix_is_computed_once(capsys):
+    shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 100 0 0 100 100 0 --prompt-len 200 --gen-len 4"
+    job = f"--model opt-125m --hardware t4 {shape}"
+    whole, shared = (
+        json.loads(run(f"{job} {prefix} --json -", capsys)) for prefix in ("", "--prefix-len 160")
+    )
+    assert (whole["prefix"], shared["prefix"]) == (0, 160)
+    assert shared["prefill_s"] < whole["prefill_s"] and shared["prompt_tokens"] == whole["prompt_tokens"]
+    # The 8 rows have 160 tokens fewer, and one row more has them: 12 layers of 768 keys and values. Staging is smaller
+    # too.
+    saved = whole["plan_bytes"]["cpu"] - shared["plan_bytes"]["cpu"]
+    assert 1 <= saved / (7 * 160 * 12 * 2 * 768 * 2) < 1.3
+    card = run(f"{job} --prefix-len 160", capsys)
+    assert "prefix         160 tokens, computed once for 8 prompts" in card
+    assert "prefix  " not in run(job, capsys)

@@ -19,7 +19,8 @@ def sees(scoring: Scoring, query: int, key: int, start: int) -> bool:
     if window is None:
         return True
     if window.chunked:
-        return (query - start) // window.size == (key - start) // window.size
+        origin = start - window.before
+        return (query - origin) // window.size == (key - origin) // window.size
     return query - key < window.size
 
 

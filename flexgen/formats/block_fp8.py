@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import ModelError, shown
-from flexgen.formats.encoding import FLOAT_SCALES, Encoding, Part, Settings, repeated
+from flexgen.formats.encoding import E8M0, FLOAT_SCALES, Encoding, Part, Settings, repeated
 from flexgen.kernels.e4m3 import E4M3, scaled
+from flexgen.kernels.encoded_linear import Code, EncodedForm
 
 WHOLE = 0
 """The size of a block that is as large as the dimension."""
@@ -44,6 +45,10 @@ class BlockFP8(Encoding):
     def mark(self) -> tuple[str, torch.dtype]:
         return ".weight", E4M3
 
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(Code.E4M3, self.columns, scale_rows=self.rows)
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         if self.rows == self.columns == WHOLE:
             scales: tuple[int, ...] = (1,)
@@ -52,7 +57,7 @@ class BlockFP8(Encoding):
             scales = tuple(math.ceil(size / (block or size)) for size, block in blocks)
         return (
             Part(".weight", (E4M3,), shape),
-            Part(self.scale, (*FLOAT_SCALES, torch.float8_e8m0fnu), scales),
+            Part(self.scale, (*FLOAT_SCALES, E8M0), scales),
         )
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:

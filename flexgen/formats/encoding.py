@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import ModelError, shown
+from flexgen.kernels.encoded_linear import EncodedForm, EncodedParts
 
 _PIECE = 1 << 19
 """Values decoded at once on a CPU, so that the temporaries fit in its caches."""
@@ -18,6 +19,8 @@ _GPU_PIECE = 1 << 25
 _VALUE_BYTES = 16
 """An upper bound of the temporary bytes per value while it is decoded."""
 
+E8M0 = torch.float8_e8m0fnu
+"""Powers of two, stored as the exponent plus 127."""
 FLOAT_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,12 +35,19 @@ class Part(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...]
 
+    def read_as(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the values of a part that is stored in `dtype`, one of `dtypes`.
+
+        Powers of two are also stored as uint8. Only as e8m0, their NaN (255) is found when the file is read.
+        """
+        return E8M0 if dtype is torch.uint8 and E8M0 in self.dtypes else dtype
+
 
 class Encoding(ABC):
     """How a checkpoint stores a quantized matrix (out, in). Instances are immutable, hashable and picklable."""
 
     host_bytes: ClassVar[int]
-    """Bytes that a core reads from memory in the time it takes to decode one value, measured on an EPYC."""
+    """Bytes that a core reads from memory in the time it takes to decode one value in torch, measured on an EPYC."""
 
     @property
     def rows_at_once(self) -> int:
@@ -54,9 +64,17 @@ class Encoding(ABC):
     def mark(self) -> tuple[str, torch.dtype]:
         """The suffix and the dtype of the first part. Its presence shows that a matrix is stored in this encoding."""
 
+    @property
+    @abstractmethod
+    def form(self) -> EncodedForm:
+        """How the codes and scales are stored, for kernels."""
+
     @abstractmethod
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """The tensors of a matrix of `shape`. Raises ValueError, with the reason, if there is none of this shape."""
+        """The tensors of a matrix of `shape`: the codes, the scales, and perhaps zero points or another scale.
+
+        Raises ValueError, with the reason, if there is no matrix of this shape.
+        """
 
     @abstractmethod
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
@@ -68,6 +86,8 @@ class Encoding(ABC):
     def decode(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """Write the matrix to `out` (out, in), rounded to the dtype of `out`."""
         rows, width = out.shape
+        if EncodedParts(self.form, tuple(parts), (rows, width)).decode(out):
+            return
         piece = _PIECE if out.device.type == "cpu" else _GPU_PIECE
         step = max(piece // width // self.rows_at_once, 1) * self.rows_at_once
         for begin in range(0, rows, step):

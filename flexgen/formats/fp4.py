@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.formats.encoding import Encoding, Part, Settings, check_groups
+from flexgen.formats.encoding import E8M0, Encoding, Part, Settings, check_groups
 from flexgen.kernels import e2m1, e4m3
+from flexgen.kernels.encoded_linear import Code, EncodedForm
 
 _MX_GROUP = 32
 _NV_GROUP = 16
@@ -36,6 +37,10 @@ class MXFP4(Encoding):
     def mark(self) -> tuple[str, torch.dtype]:
         return self.codes, torch.uint8
 
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(Code.E2M1, _MX_GROUP)
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape
         check_groups(columns, _MX_GROUP)
@@ -43,12 +48,12 @@ class MXFP4(Encoding):
         codes = (rows, groups, _MX_GROUP // 2) if self.by_group else (rows, columns // 2)
         return (
             Part(self.codes, (torch.uint8,), codes),
-            Part(self.scale, (torch.uint8, torch.float8_e8m0fnu), (rows, groups)),
+            Part(self.scale, (torch.uint8, E8M0), (rows, groups)),
         )
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
         codes, scales = (part[begin:end] for part in parts)
-        factors = scales.view(torch.float8_e8m0fnu).to(torch.float32)
+        factors = scales.view(E8M0).to(torch.float32)
         return e2m1.scaled(codes.flatten(1), factors).flatten(1)
 
 
@@ -72,6 +77,10 @@ class NVFP4(Encoding):
     @property
     def mark(self) -> tuple[str, torch.dtype]:
         return self.codes, torch.uint8
+
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(Code.E2M1, _NV_GROUP, divides=self.divides)
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from flexgen.errors import ModelError
 from flexgen.formats.encoding import FLOAT_SCALES, Encoding, Part, Settings, check_groups, repeated
+from flexgen.kernels.encoded_linear import Code, EncodedForm, Order
 
 _WORD = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """The place in a word of AWQ of each of eight columns."""
+
+
+def _code(bits: int) -> Code:
+    return Code.INT4 if bits == 4 else Code.INT8
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
@@ -58,6 +63,10 @@ class PackedRows(Encoding):
     @property
     def mark(self) -> tuple[str, torch.dtype]:
         return ".weight_packed", torch.int32
+
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(_code(self.bits), self.group)
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape
@@ -104,6 +113,10 @@ class GPTQ(Encoding):
     def mark(self) -> tuple[str, torch.dtype]:
         return ".qweight", torch.int32
 
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(_code(self.bits), self.group, Order.DOWN, added=self.added)
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape
         group, each = self.group or columns, _WORD // self.bits
@@ -113,12 +126,12 @@ class GPTQ(Encoding):
         groups = columns // group
         return (
             Part(".qweight", (torch.int32,), (columns // each, rows)),
-            Part(".qzeros", (torch.int32,), (groups, rows // each)),
             Part(".scales", FLOAT_SCALES, (groups, rows)),
+            Part(".qzeros", (torch.int32,), (groups, rows // each)),
         )
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
-        words, zeros, scales = parts
+        words, scales, zeros = parts
         codes = unpacked(words[:, begin:end].T, self.bits)
         zeros = unpacked(zeros, self.bits)[:, begin:end].T + self.added
         return _dequantised(codes, zeros, scales[:, begin:end].T, self.group or codes.shape[1])
@@ -144,6 +157,10 @@ class AWQ(Encoding):
     def mark(self) -> tuple[str, torch.dtype]:
         return ".qweight", torch.int32
 
+    @property
+    def form(self) -> EncodedForm:
+        return EncodedForm(Code.INT4, self.group, Order.ACROSS)
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape
         group, each = self.group or columns, len(_AWQ_ORDER)
@@ -152,12 +169,12 @@ class AWQ(Encoding):
             raise ValueError(f"its number of rows, {rows}, is not a multiple of {each}")
         return (
             Part(".qweight", (torch.int32,), (columns, rows // each)),
-            Part(".qzeros", (torch.int32,), (columns // group, rows // each)),
             Part(".scales", FLOAT_SCALES, (columns // group, rows)),
+            Part(".qzeros", (torch.int32,), (columns // group, rows // each)),
         )
 
     def values(self, parts: Sequence[Tensor], begin: int, end: int) -> Tensor:
-        words, zeros, scales = parts
+        words, scales, zeros = parts
         each = len(_AWQ_ORDER)
         some = slice(begin // each, math.ceil(end / each))
         codes, zeros = (_rows_of(part[:, some].T)[: end - begin] for part in (words, zeros))

@@ -104,12 +104,14 @@ def packed_linear(
     x: int,
     matrices: list[tuple[int, int, int, int, int, int]],
     rounded: bool,
+    encoding: tuple[int, int, int, int, int, int, bool] | None,
     threads: int,
     /,
 ) -> None:
     """The products of x with all matrices. `shape`: rows of x, in, group. Each matrix: out, y, bias (0 for none),
     values, scales, minimums. `rounded`: round x to int8, with a scale for each group; only for the variant
-    avx512_bf16 and groups of 64."""
+    avx512_bf16 and groups of 64. `encoding`: None for group-wise integers and half types; otherwise `Encoding` of
+    cpp/kernels.h, and minimums are zero points or the scale of the whole matrix."""
 
 def packed_linears(
     type: int,
@@ -117,11 +119,27 @@ def packed_linears(
     bits: int,
     shape: tuple[int, int, int],
     products: list[tuple[int, int, int, int, int, int]],
+    encoding: tuple[int, int, int, int, int, int, bool] | None,
     threads: int,
     /,
 ) -> None:
     """Products of several x, each with a matrix of its own, all of one shape. `shape`: out, in, group. Each product:
     rows of x, x, y, values, scales, minimums."""
+
+def decode(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int],
+    y: int,
+    values: int,
+    scales: int,
+    minimums: int,
+    encoding: tuple[int, int, int, int, int, int, bool],
+    threads: int,
+    /,
+) -> None:
+    """Decode a matrix to y, of `type`. `shape`: out, in, group."""
 
 def rms_norm(
     type: int,

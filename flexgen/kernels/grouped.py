@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels import half_linear
+from flexgen.kernels.encoded_linear import EncodedMatrix
 from flexgen.kernels.groupwise_linear import SPAN, GroupwiseMatrix
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import NUMBERS, announce, native
@@ -96,9 +97,10 @@ def each_linear(
 class _Form(NamedTuple):
     """How the matrices of a call are stored, as `native.packed_linears` needs it."""
 
-    scale_type: torch.dtype
+    scale_type: int
     bits: int
     group: int
+    encoding: tuple[int, int, int, int, int, int, bool] | None = None
 
 
 def _native_form(
@@ -113,17 +115,22 @@ def _native_form(
 
 
 def _form(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix, rows: int) -> _Form | None:
+    if isinstance(matrix, EncodedMatrix):
+        call = matrix.encoded.call
+        if call is None or rows > min(matrix.fused_rows(dtype), SPAN):
+            return None
+        return _Form(call.scale_type, call.bits, call.group, call.encoding)
     if isinstance(matrix, GroupwiseMatrix):
         packed = matrix.packed
         plain = all(part.is_contiguous() for part in (packed.values, packed.scales, packed.minimums))
         # x is copied for all matrices at once, so the rows of each are limited.
         if not plain or matrix.rounded or rows > min(matrix.fused_rows(dtype), SPAN):
             return None
-        return _Form(packed.scales.dtype, packed.bits, packed.group)
+        return _Form(NUMBERS[packed.scales.dtype], packed.bits, packed.group)
     if not isinstance(matrix, Tensor) or matrix.is_mkldnn or matrix.dtype is not dtype:
         return None
     few = rows <= half_linear.native_rows(dtype) and matrix.is_contiguous()
-    return _Form(dtype, _HALF_BITS, matrix.shape[1]) if few else None
+    return _Form(NUMBERS[dtype], _HALF_BITS, matrix.shape[1]) if few else None
 
 
 def _multiply_natively(
@@ -143,16 +150,19 @@ def _multiply_natively(
             products.append((*addresses, *_addresses(matrix)))
     native.packed_linears(
         NUMBERS[x.dtype],
-        NUMBERS[form.scale_type],
+        form.scale_type,
         form.bits,
         (out_size, in_size, form.group),
         products,
+        form.encoding,
         torch.get_num_threads(),
     )
 
 
 def _addresses(matrix: Tensor | QuantizedMatrix) -> tuple[int, int, int]:
-    """The addresses of values, scales and minimums."""
+    """The addresses of values, scales and minimums; 0 for none."""
+    if isinstance(matrix, EncodedMatrix):
+        return matrix.encoded.addresses
     if isinstance(matrix, GroupwiseMatrix):
         packed = matrix.packed
         return packed.values.data_ptr(), packed.scales.data_ptr(), packed.minimums.data_ptr()

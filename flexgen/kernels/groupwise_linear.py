@@ -212,6 +212,7 @@ def multiply_all_natively(
             for packed, bias, y in zip(matrices, biases, ys, strict=True)
         ],
         rounded,
+        None,
         torch.get_num_threads(),
     )
     return ys

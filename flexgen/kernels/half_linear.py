@@ -120,6 +120,7 @@ def multiply_all_natively(
             for weight, bias, y in zip(weights, biases, ys, strict=True)
         ],
         False,
+        None,
         torch.get_num_threads(),
     )
     return ys

@@ -36,9 +36,13 @@ class Window(NamedTuple):
 
     def first(self, position: int) -> int:
         """The first position that the query at `position` attends to. Positions count from the start of the row."""
+        return max(self.begin(position), 0)
+
+    def begin(self, position: _Positions) -> _Positions:
+        """The first position of the window of the query at `position`. It may be negative, before the row."""
         if self.chunked:
-            return max(self._chunk(position + self.before) - self.before, 0)
-        return max(position - self.size + 1, 0)
+            return (position + self.before) // self.size * self.size - self.before
+        return position - self.size + 1
 
     def starts(self, starts: Tensor, length: Length) -> Tensor:
         """The first visible position of each row for the query at position length - 1.
@@ -47,13 +51,8 @@ class Window(NamedTuple):
         of the cache, here and in the result.
         """
         if self.chunked:
-            origins = starts - self.before
-            return torch.maximum(origins + self._chunk(length - 1 - origins), starts)
+            return torch.maximum(starts + self.begin(length - 1 - starts), starts)
         return starts.clamp_min(length - self.size)
-
-    def _chunk(self, positions: _Positions) -> _Positions:
-        """The first position of the chunk of each position."""
-        return positions // self.size * self.size
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,10 +63,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, positions: Tensor 
 def _first_seen(window: Window | None, positions: Tensor, keys: range) -> Tensor:
     """The index of the first of `keys` that each query at `positions` (rows, new) attends to; len(keys) for none."""
     first = torch.zeros_like(positions)
-    if window is not None and window.chunked:
-        first = positions.div(window.size, rounding_mode="floor") * window.size
-    elif window is not None:
-        first = positions - window.size + 1
+    if window is not None:
+        first = window.begin(positions)
     padding = positions < keys.stop
     return (first - keys.start).clamp(0, len(keys)).masked_fill_(padding, len(keys))
 

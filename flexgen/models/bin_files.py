@@ -54,6 +54,8 @@ class BinCheckpoint(TensorFiles):
         source, stored = self._find(weight)
         tensor, dtype = self._load(stored.path)[source.name], weight.dtype_in(dtype)
         part = tensor.flatten()[source.skipped :][: weight.numel]
+        if weight.quantized:  # perhaps powers of two that are stored as integers
+            part = part.view(dtype)
         tensor = part.view(weight.shape[::-1]).T if weight.transposed else part.view(weight.shape)
         if rows is not None:
             tensor = tensor[rows.start : rows.stop]

@@ -27,9 +27,10 @@ from flexgen.models.gguf_families import spec_from_gguf
 from flexgen.models.gguf_files import GGUFCheckpoint
 from flexgen.models.gguf_header import all_shards, read_headers
 from flexgen.models.hub import HubOptions, download, download_config, download_gguf, split_file
-from flexgen.models.known import config_of, known_name, known_repository
+from flexgen.models.known import config_of, known_name, known_repository, published_format
 from flexgen.models.layer import Layer
 from flexgen.models.plain_files import reading
+from flexgen.models.published import ENCODINGS
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
 from flexgen.models.tensor_files import Extent, NumpyCheckpoint, SafetensorsCheckpoint
 from flexgen.models.tied_head import has_own_values
@@ -136,7 +137,7 @@ def open_model(
                 "a config has no weights: give the directory or hub id of the model, weights=Path(directory) or "
                 "weights='dummy'"
             )
-        return spec_from_config(model, model.name_or_path or model.model_type), DummyCheckpoint()
+        return _dummy(spec_from_config(model, model.name_or_path or model.model_type))
     if not isinstance(model, str | Path):
         raise ModelError(
             f"model is a {type(model).__name__}; give a name, a directory or a transformers config"
@@ -149,7 +150,8 @@ def open_model(
         return _open_directory(directory, name, dummy)
     known = known_name(name)
     if known is not None and dummy:
-        return spec_from_config(config_of(known), known), DummyCheckpoint()
+        spec, form = spec_from_config(config_of(known), known), published_format(known)
+        return _dummy(replace(spec, encodings=(ENCODINGS[form],)) if form else spec)
     if os.path.exists(directory) and directory.suffix == GGUF_SUFFIX:
         return _open_gguf(directory, name, dummy)
     if os.path.exists(directory):
@@ -204,7 +206,7 @@ def _open_gguf(path: Path, name: str, dummy: bool) -> tuple[ModelSpec, Checkpoin
     header = read_headers(all_shards(path))
     spec = spec_from_gguf(header, name)
     if dummy:
-        return spec, DummyCheckpoint(path)
+        return _dummy(spec, path)
     files = GGUFCheckpoint(path, header)
     return _as_stored(spec, files, False), files
 
@@ -227,7 +229,7 @@ def _open_directory(directory: Path, name: str, dummy: bool) -> tuple[ModelSpec,
             ids = token_ids(ids, f"{name}, {_GENERATION}", "eos_token_id", spec.vocab_size)
             spec = replace(spec, eos_token_ids=ids)
     if dummy:
-        return spec, DummyCheckpoint(directory)
+        return _dummy(spec, directory)
     files = _open_files(directory, spec.encodings)
     return _as_stored(spec, files, not has_dtype), files
 
@@ -242,11 +244,21 @@ def _as_stored(spec: ModelSpec, files: _Files, dtype_unsaid: bool) -> ModelSpec:
         spec = replace(spec, dtype=files.dtype_of(embed))
     if spec.tied_head and files.holds(embed) and files.holds(head) and has_own_values(files, embed, head):
         spec = replace(spec, tied_head=False)
-    if spec.encodings:
-        weights = (weight for layer in build_layers(spec) for weight in layer.weights)
-        found = {weight.key: files.encoded(weight) for weight in weights}
-        spec = replace(spec, encoded={key: encoded for key, encoded in found.items() if encoded is not None})
-    return spec
+    return _with_encoded(spec, files)
+
+
+def _with_encoded(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec with the matrices that the checkpoint stores quantized."""
+    if not spec.encodings:
+        return spec
+    weights = (weight for layer in build_layers(spec) for weight in layer.weights)
+    found = {weight.key: checkpoint.encoded(weight) for weight in weights}
+    return replace(spec, encoded={key: encoded for key, encoded in found.items() if encoded is not None})
+
+
+def _dummy(spec: ModelSpec, directory: Path | None = None) -> tuple[ModelSpec, Checkpoint]:
+    checkpoint = DummyCheckpoint(directory, spec.encodings)
+    return _with_encoded(spec, checkpoint), checkpoint
 
 
 def _vocabulary(spec: ModelSpec) -> tuple[WeightSpec, WeightSpec]:

@@ -1,4 +1,4 @@
-"""The bytes of a model in the format of its published weights."""
+"""The format of a model's published weights: which matrices it encodes, and the bytes of the model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,52 @@ from collections.abc import Sequence
 
 import torch
 
+from flexgen.formats import Encoding
+from flexgen.formats.block_fp8 import BlockFP8
+from flexgen.formats.fp4 import MXFP4
 from flexgen.models.known import Format
 from flexgen.models.layer import Layer
-from flexgen.models.spec import WeightSpec
+from flexgen.models.sources import Source
+from flexgen.models.spec import EncodedWeight, WeightSpec
 
-_FP8_BLOCK = 128
-"""Published fp8 weights have a float32 scale for each block of 128 x 128 values."""
-_MXFP4_GROUP = 32
-"""MXFP4 has 4 bits for each value, and a scale of 8 bits for each group of 32 values."""
+ENCODINGS: dict[Format, Encoding] = {
+    "fp8": BlockFP8(".weight_scale_inv", 128, 128),
+    "mxfp4 experts": MXFP4(),
+}
+
+
+def published(weight: WeightSpec, encodings: Sequence[Encoding]) -> EncodedWeight | None:
+    """The tensors in which releases in the first of `encodings` usually store a weight; None for a plain one.
+
+    The MXFP4 of gpt-oss is for experts only. Other formats are for all matrices but embeddings, routers and head.
+    """
+    if len(weight.shape) != 2 or not weight.encodable or weight.quantized or not encodings:
+        return None
+    encoding = encodings[0]
+    for_experts = isinstance(encoding, MXFP4) and encoding.by_group
+    if not weight.unit if for_experts else weight.looked_up or weight.name == "head.weight":
+        return None
+    rows, columns = weight.shape
+    try:
+        parts = encoding.parts((rows, columns))
+    except ValueError:  # no matrix of this shape
+        return None
+    source = weight.sources[0]
+    name = source.name.removesuffix(".weight")
+    return EncodedWeight(
+        encoding,
+        tuple(
+            WeightSpec(
+                weight.name + part.suffix,
+                part.shape,
+                (Source(name + part.suffix, source.take),),
+                dtype=part.read_as(part.dtypes[0]),
+                encodable=False,
+                quantized=True,
+            )
+            for part in parts
+        ),
+    )
 
 
 def published_bytes(layers: Sequence[Layer], dtype: torch.dtype, form: Format | None) -> int:
@@ -21,15 +59,10 @@ def published_bytes(layers: Sequence[Layer], dtype: torch.dtype, form: Format | 
 
     Names of files, headers and padding are not included.
     """
+    encodings = [ENCODINGS[form]] if form else []
     weights = {weight.key: weight for layer in layers for weight in layer.weights}
-    return sum(_nbytes(weight, dtype, form) for weight in weights.values())
-
-
-def _nbytes(weight: WeightSpec, dtype: torch.dtype, form: Format | None) -> int:
-    matrix = len(weight.shape) == 2 and weight.encodable
-    if form == "mxfp4 experts" and matrix and weight.unit:
-        return weight.numel // 2 + weight.numel // _MXFP4_GROUP
-    if form == "fp8" and matrix and not weight.looked_up and weight.name != "head.weight":
-        rows, columns = (-(-size // _FP8_BLOCK) for size in weight.shape)
-        return weight.numel + 4 * rows * columns
-    return weight.nbytes(dtype)
+    total = 0
+    for weight in weights.values():
+        encoded = published(weight, encodings)
+        total += sum(part.nbytes(dtype) for part in (encoded.parts if encoded else (weight,)))
+    return total

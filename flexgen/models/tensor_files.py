@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexgen.errors import CheckpointError, shown
 from flexgen.formats import Encoding, instead
+from flexgen.formats.encoding import E8M0
 from flexgen.kernels.e4m3 import E4M3, has_nan
 from flexgen.models.headers import FLOATS, StoredTensor, read_header, read_numpy_header
 from flexgen.models.layer import Layer
@@ -167,7 +168,7 @@ class TensorFiles(ABC):
                     weight.name + part.suffix,
                     part.shape,
                     (Source(name, source.take, stack if source.take else ()),),
-                    dtype=stored.dtype,
+                    dtype=part.read_as(stored.dtype),
                     encodable=False,
                     quantized=True,
                 )
@@ -271,7 +272,7 @@ class PlainFiles(TensorFiles):
         """The place of the weight's bytes, transposed or not."""
         source, stored = self._find(weight)
         # The tensors of quantized weights have other dtypes, which were checked when they were found.
-        dtype = stored.dtype if weight.quantized and stored.dtype else self.dtype_of(weight)
+        dtype = weight.dtype if weight.quantized and weight.dtype else self.dtype_of(weight)
         offset = stored.offset + source.skipped * dtype.itemsize
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         return Extent(stored.path, offset, weight.numel * dtype.itemsize, dtype, shape)
@@ -334,7 +335,8 @@ class NumpyCheckpoint(PlainFiles):
 
 def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tensor:
     """`made`, which is `stored` converted to another dtype. Raises CheckpointError unless all values are finite."""
-    if made.dtype is E4M3 and has_nan(made.view(torch.uint8)):
+    nan_codes = {E4M3: has_nan, E8M0: _has_nan_power}.get(made.dtype)
+    if nan_codes and nan_codes(made.view(torch.uint8)):
         raise _not_finite(path, weight)
     if made.dtype.itemsize == 1 or not made.dtype.is_floating_point:
         return made
@@ -346,6 +348,11 @@ def finite(made: Tensor, stored: Tensor, path: Path, weight: WeightSpec) -> Tens
             "the model with dtype='bfloat16' or 'float32'"
         )
     raise _not_finite(path, weight)
+
+
+def _has_nan_power(codes: Tensor) -> bool:
+    """Whether any of the codes (uint8) of powers of two is NaN."""
+    return bool(codes.eq(0xFF).any())
 
 
 def _not_finite(path: Path, weight: WeightSpec) -> CheckpointError:

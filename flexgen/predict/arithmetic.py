@@ -11,7 +11,7 @@ from flexgen.layout.placement import Placement
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.layer import AttentionLayer
 from flexgen.policy import Tier
-from flexgen.predict.codec_rates import attention_rate, decoding_rate
+from flexgen.predict.codec_rates import attention_rate, decoding_rate, fused_seconds
 from flexgen.predict.hardware import Hardware
 from flexgen.quant import MatrixCodec, head_format
 from flexgen.results.trace import LaneName
@@ -90,6 +90,9 @@ class Arithmetic:
             return plain + (self.decoding(codec, weight.numel) if decodes else 0.0)
         if encoded := hardware.encoded_rate(name, codec.name, rows):
             return flops / encoded
+        expected = fused_seconds(hardware, self._dtype, codec, weight.numel, rows)
+        if expected is not None:
+            return expected
         # The product uses the encoded matrix, so it reads fewer bytes.
         stored = plain * self._placement.stored_bytes(weight) / weight.nbytes(self._dtype)
         return max(stored, flops / hardware.product_rate(name, math.inf))

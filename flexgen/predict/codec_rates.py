@@ -21,6 +21,18 @@ def decoding_rate(hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any
     return hardware.decoding_rate(name, codec.name)
 
 
+def fused_seconds(
+    hardware: Hardware, dtype: torch.dtype, codec: MatrixCodec[Any], values: int, rows: float
+) -> float | None:
+    """The seconds of a product of `rows` rows with a matrix of `values` values in its encoded form, or None if the
+    codec has no estimate."""
+    plain = hardware.device_attention.get(_name(dtype))
+    if plain is None:
+        return None
+    nbytes = codec.expected_product(rows, hardware.topology.shares_host_memory)
+    return None if nbytes is None else values * nbytes / plain
+
+
 def attention_rate(
     hardware: Hardware, dtype: torch.dtype, codec: str, heads: HeadFormat, on_device: bool
 ) -> float:

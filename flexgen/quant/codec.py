@@ -63,6 +63,14 @@ class MatrixCodec(ABC, Generic[Encoded]):
         """
         return None
 
+    def expected_product(self, rows: float, on_host: bool) -> float | None:
+        """The time of a fused product of `rows` rows with one value of the matrix, if it was not measured.
+
+        It is in bytes that the device reads from memory in this time. None: the product takes the time to read the
+        encoded matrix, or that of the flops of a product with a plain one.
+        """
+        return None
+
 
 class Codec(MatrixCodec[Tensor]):
     """Encodes a tensor as one run of bytes, so that stores and lanes do not depend on its contents.

@@ -1,7 +1,7 @@
 """The codec `stored`: matrices in the encoding in which a quantized checkpoint stores them, byte by byte.
 
-It only decodes: nothing is encoded, so it is not in the registry of codecs. A product with any number of rows decodes
-the whole matrix.
+It only decodes: nothing is encoded, so it is not in the registry of codecs. On a CPU, a compiled kernel multiplies a
+few rows with the encoded matrix. Other products decode the whole matrix.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from flexgen.formats import Encoding
+from flexgen.kernels.encoded_linear import EncodedMatrix, EncodedParts
+from flexgen.kernels.loading import native_available
 from flexgen.kernels.quantized import QuantizedMatrix
 from flexgen.quant.codec import MatrixCodec
 
@@ -43,24 +45,21 @@ class Stored(MatrixCodec[Sequence[Tensor]]):
         dtype: torch.dtype,
         decoded: Callable[[], Tensor],
     ) -> QuantizedMatrix:
-        return CheckpointMatrix(tuple(encoded), dtype, decoded)
+        out_size, in_size = shape
+        parts = EncodedParts(self.encoding.form, tuple(encoded), (out_size, in_size))
+        return EncodedMatrix(parts, dtype, decoded)
+
+    def expected_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
+        return self.encoding.form.fused_rows(dtype) if on_host else 0
+
+    def certain_fused_rows(self, on_host: bool, dtype: torch.dtype) -> int:
+        return self.expected_fused_rows(on_host, dtype) if native_available() else 0
 
     def expected_decoding(self, plain: float, dtype: torch.dtype, on_host: bool) -> float:
-        return plain * dtype.itemsize / (self.encoding.host_bytes if on_host else _DEVICE_BYTES)
+        form = self.encoding.form
+        on_core = form.decode_bytes if form.served else self.encoding.host_bytes
+        return plain * dtype.itemsize / (on_core if on_host else _DEVICE_BYTES)
 
-
-@dataclass(frozen=True)
-class CheckpointMatrix(QuantizedMatrix):
-    """A matrix as the tensors of a checkpoint."""
-
-    parts: tuple[Tensor, ...]
-    dtype: torch.dtype
-    decoded: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """See `QuantizedMatrix.gather`. Decodes all rows: tables are never stored in this form."""
-        return self.decoded()[ids]
+    def expected_product(self, rows: float, on_host: bool) -> float | None:
+        form = self.encoding.form
+        return form.product_bytes(rows) if on_host and form.served else None

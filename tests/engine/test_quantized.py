@@ -173,13 +173,19 @@ def test_a_plain_checkpoint_has_nothing_stored(codec: str, prompts: Any, tmp_pat
         assert bool(lm.placement.codecs) == (codec == "int8")
 
 
-def test_values_on_disk_that_are_not_finite(prompts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "suffix", "nan"),
+    [("fp8 in blocks", "weight", 0x7F), ("mxfp4 pack", "weight_scale", 0xFF)],
+)
+def test_values_on_disk_that_are_not_finite(
+    form: str, suffix: str, nan: int, prompts: Any, tmp_path: Path
+) -> None:
     """Weights that are read in place are checked when they are first read."""
-    save_quantized(tiny("qwen3"), FORMATS["fp8 in blocks"], tmp_path)
+    save_quantized(tiny("qwen3"), FORMATS[form], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[5, 7] = 0x7F
+    tensors[f"model.layers.1.mlp.up_proj.{suffix}"].view(torch.uint8)[5, 1] = nan
     save_file(tensors, tmp_path / "model.safetensors")
-    policy, match = stored(Policy(**ALL_DISK)), "up_proj.weight.* contains NaN or infinite values"
+    policy, match = stored(Policy(**ALL_DISK)), f"up_proj.{suffix}.* contains NaN or infinite values"
     with (
         OptLM(tmp_path, policy, device="cpu", progress=False) as lm,
         pytest.raises(LaneError, match=match),
@@ -213,3 +219,15 @@ def test_a_codec_rounds_the_dequantized_weights(
         with OptLM(each, Policy(gpu_batch_size=4, **coded), device="cpu", progress=False) as lm:
             made.append(lm.generate(prompts(LENGTHS), 8, stop=()))
     np.testing.assert_array_equal(*made)
+
+
+@pytest.mark.parametrize("options", [ALL_CPU, ALL_DISK], ids=["memory", "disk"])
+def test_dummy_weights_in_the_published_format(options: dict[str, Any], prompts: Any, tmp_path: Path) -> None:
+    config = tiny("gpt_oss", num_local_experts=5, num_experts_per_tok=2).config
+    config.quantization_config = dict(quant_method="mxfp4")
+    with OptLM(
+        config, stored(Policy(**options)), weights="dummy", device="cpu", offload_dir=tmp_path, progress=False
+    ) as lm:
+        assert len(lm.placement.stored) == 2 * 5 * 2, "the matrices of all experts of two layers"
+        first, again = (lm.generate(prompts([3, 5]), 4, stop=()) for _ in range(2))
+    np.testing.assert_array_equal(first, again)

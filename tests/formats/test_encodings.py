@@ -36,8 +36,11 @@ def in_order(encoding: Encoding, tensors: dict[str, Tensor], shape: tuple[int, i
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
-def test_values(form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole, and in pieces of a few rows."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values(compiled: bool, form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled kernel, if there is one; and in torch, whole, and in pieces of a few rows."""
+    if not compiled:
+        monkeypatch.setattr("flexgen.kernels.encoded_linear.announce", lambda: False)
     torch.manual_seed(0)
     tensors, expected = FORMATS[form].round(torch.randn(shape))
     encoding = encoding_of(FORMATS[form].config)
@@ -73,12 +76,12 @@ def test_known_values() -> None:
     words = torch.tensor([[0x76543210] + [0] * 7], dtype=torch.int32)
     zeros = torch.tensor([[0x77777777]], dtype=torch.int32)  # 7 is stored for a zero point of 8
     out = torch.empty(8, 8)
-    gptq.decode([words, zeros, torch.full((1, 8), 0.5)], out)
+    gptq.decode([words, torch.full((1, 8), 0.5), zeros], out)
     assert out[0].tolist() == [(code - 8) / 2 for code in range(8)]
 
     awq = encoding_of(dict(quant_method="awq", bits=4, group_size=8, zero_point=True))
     words = torch.tensor([[0x75316420]] + [[0]] * 7, dtype=torch.int32)  # columns 0, 2, 4, 6, 1, 3, 5, 7
-    awq.decode([words, torch.zeros(1, 1, dtype=torch.int32), torch.full((1, 8), 0.5)], out)
+    awq.decode([words, torch.full((1, 8), 0.5), torch.zeros(1, 1, dtype=torch.int32)], out)
     assert out[:, 0].tolist() == [code / 2 for code in range(8)]
 
 
@@ -202,7 +205,7 @@ def test_groups_that_do_not_divide_a_row(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["fp8 in blocks", "awq"])
+@pytest.mark.parametrize("form", ["fp8 in blocks", "awq", "mxfp4 pack"])
 def test_values_that_are_not_finite(form: str, tmp_path: Path) -> None:
     save_quantized(tiny("qwen3"), FORMATS[form], tmp_path)
     path = tmp_path / "model.safetensors"
@@ -210,6 +213,8 @@ def test_values_that_are_not_finite(form: str, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj"
     if form == "awq":
         tensors[f"{name}.scales"][1, 3] = torch.inf
+    elif form == "mxfp4 pack":
+        tensors[f"{name}.weight_scale"][5, 1] = 255
     else:
         tensors[f"{name}.weight"].view(torch.uint8)[5, 7] = 0xFF
     save_file(tensors, path)

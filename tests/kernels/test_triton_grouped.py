@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from triton_interpreter import INTERPRETED, SHARED_KIB, check_in_the_interpreter, needs_triton, runs_kernels
 
 from flexgen.kernels import grouped_matrices as module
+from flexgen.kernels.encoded_linear import Code, EncodedForm, EncodedMatrix, EncodedParts
 from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.quant import codec_for
 from flexgen.units import KIB
@@ -129,3 +130,24 @@ def test_every_code_of_fp8_has_its_value(kernels, monkeypatch):
     x[:, 0] = 1
     ends = torch.ones(1, dtype=torch.int32, device=DEVICE)
     assert torch.equal(grouped_matrices([matrix], None, torch.float32).multiply(x, ends)[0].cpu(), values)
+
+
+@needs_triton
+@runs_kernels
+def test_fp8_of_checkpoints_with_a_scale_for_each_row(kernels, monkeypatch):
+    monkeypatch.setattr(module, "triton_grouped", lambda device: kernels)
+    values, scales = torch.randn(33, 64).to(torch.float8_e4m3fn), torch.rand(33, 1) + 0.5
+    parts = tuple(part.to(DEVICE) for part in (values, scales))
+    encoded = EncodedParts(EncodedForm(Code.E4M3, group=0), parts, (33, 64))
+    matrix = EncodedMatrix(encoded, torch.float32, lambda: pytest.fail("it is decoded"))
+    x, ends = torch.randn(5, 64).to(DEVICE), torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    y = grouped_matrices([matrix], None, torch.float32).multiply(x, ends)
+    torch.testing.assert_close(y.cpu(), x.cpu() @ (values.float() * scales).T)
+
+
+@pytest.mark.parametrize(
+    "form", [EncodedForm(Code.E4M3, 128, scale_rows=128), EncodedForm(Code.E2M1, 32)], ids=str
+)
+def test_other_formats_of_checkpoints_have_no_kernel_for_groups(form):
+    parts = torch.zeros(128, 128, dtype=torch.uint8), torch.ones(1, 1)
+    assert EncodedMatrix(EncodedParts(form, parts, (128, 128)), torch.float32, torch.Tensor).stored is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from transformers import LlamaConfig
+from quantized_checkpoints import FORMATS
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from flexgen.models import WeightSpec, build_layers, open_model
 from flexgen.models.dummy import DummyCheckpoint
@@ -49,3 +51,42 @@ def test_norms_scale_by_one_and_shapes_are_those_of_the_specs():
             assert values.shape == weight.shape
             assert checkpoint.extent(weight) is None
             assert (values == 1).all() == weight.name.endswith("norm.weight")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_weights_of_a_published_format_have_random_bytes_of_that_format(form: str) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=3, num_experts_per_tok=2, moe_intermediate_size=64, quantization_config=FORMATS[form].config,
+    )  # fmt: skip
+    spec, checkpoint = open_model(config, "dummy")
+    weights = {weight.name: weight for layer in build_layers(spec) for weight in layer.weights}
+    encoded = {name for name, weight in weights.items() if weight.key in spec.encoded}
+    matrices = {name for name, weight in weights.items() if len(weight.shape) == 2}
+    assert matrices - encoded == {"embed.weight", "head.weight", "router.weight"}
+    for name in encoded:
+        weight = weights[name]
+        own = spec.encoded[weight.key]
+        parts = [checkpoint.read(part, torch.float32) for part in own.parts]
+        for part, stored in zip(own.encoding.parts(weight.shape), parts, strict=True):
+            assert stored.shape == part.shape and stored.dtype is part.read_as(part.dtypes[0])
+        values = torch.empty(weight.shape)
+        own.encoding.decode(parts, values)
+        assert 0.01 < values.std() < 0.04
+        assert len(values.unique(dim=0)) == len(values)
+        assert checkpoint.read(weight, torch.float32).shape == weight.shape, "without the codec `stored`"
+
+
+def test_known_models_have_the_format_of_their_release() -> None:
+    spec, checkpoint = open_model("gpt-oss-20b", "dummy")
+    layers = build_layers(spec)
+    experts = [
+        w
+        for layer in layers
+        for w in layer.weights
+        if ".gate_up.weight" in w.name or ".down.weight" in w.name
+    ]
+    assert experts and {weight.key for weight in experts} == set(spec.encoded)
+    codes, scales = spec.encoded[experts[0].key].parts
+    assert checkpoint.read(codes, spec.dtype, range(3)).shape == (3, *codes.shape[1:])
+    assert checkpoint.read(scales, spec.dtype).float().unique().tolist() == [2.0**-7]

@@ -61,7 +61,7 @@ def test_causal_attention(device, shape, seq, starts):
     cap=st.sampled_from([None, 0.7]),
     alibi=st.booleans(),
     sinks=st.booleans(),
-    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 9), st.booleans())),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 9), st.booleans(), st.just(0))),
 )
 def test_causal_attention_of_every_scoring(device, shape, seq, queries, starts, cap, alibi, sinks, window):
     kv_heads, group, dim = shape
@@ -118,7 +118,7 @@ def test_half_precision_stays_within_its_rounding(dtype):
 @given(
     keys=st.integers(1, 40),
     queries=st.integers(1, 40),
-    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 50), st.booleans())),
+    window=st.one_of(st.none(), st.builds(Window, st.integers(1, 50), st.booleans(), st.just(0))),
     most=st.integers(1, 300),
     start=st.integers(-7, 0),
 )

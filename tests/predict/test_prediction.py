@@ -228,7 +228,7 @@ def test_weights_that_the_disk_cannot_hold_are_refused_by_their_size(opt, machin
 
 
 def test_what_does_not_fit_is_refused_as_the_engine_does(opt, configs, machine):
-    policy = Policy(gpu_batch_size=8, num_gpu_batches=2)
+    policy = Policy(gpu_batch_size=8, num_gpu_batches=2, share_prefix=False)  # all prompts are equal
     small = machine(capacity={"gpu": "2MiB", "cpu": "1GiB", "disk": "1GiB"})
     with pytest.raises(CapacityError) as predicted:
         predict(opt, policy, small, Workload(100, 4, 16))

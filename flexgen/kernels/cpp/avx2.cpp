@@ -29,6 +29,14 @@ INLINE void store_octets(uint8_t *to, Words x) {
     _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(shorts, shorts));
 }
 
+INLINE Shorts load_signed(const uint8_t *from) {
+    return (Shorts)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)from));
+}
+INLINE Vec lookup(const float *table, Words codes) {
+    const __m256 low = _mm256_permutevar8x32_ps(load(table), (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps(load(table + LANES), (__m256i)codes);
+    return _mm256_blendv_ps(low, high, (__m256)(codes << 28));
+}
 INLINE Vec permute(Vec x, Words lanes) { return _mm256_permutevar8x32_ps(x, (__m256i)lanes); }
 
 // Lane i of the result is the sum of all lanes of x[i].
@@ -66,6 +74,7 @@ const Variant avx2_variant = {
     avx2::linear::prepare_any,
     avx2::linear::order_any,
     avx2::linear::multiply_any,
+    avx2::encoded::decode_any,
     avx2::sparse::choose_any,
     avx2::sparse::attend_chosen_any,
     avx2::norms::normalise_any,

@@ -23,6 +23,7 @@ const Variant avx512_variant = {
     avx512::linear::prepare_any,
     avx512::linear::order_any,
     avx512::linear::multiply_any,
+    avx512::encoded::decode_any,
     avx512::sparse::choose_any,
     avx512::sparse::attend_chosen_any,
     avx512::norms::normalise_any,

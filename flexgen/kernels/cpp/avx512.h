@@ -23,6 +23,10 @@ INLINE void store_octets(uint8_t *to, Words x) {
     memcpy(to, &octets, sizeof octets);
 }
 
+INLINE Shorts load_signed(const uint8_t *from) { return (Shorts)_mm256_cvtepi8_epi16(raw<__m128i>(from)); }
+INLINE Vec lookup(const float *table, Words codes) {
+    return _mm512_permutexvar_ps((__m512i)codes, load(table));
+}
 INLINE Vec permute(Vec x, Words lanes) { return _mm512_permutexvar_ps((__m512i)lanes, x); }
 
 // Load or store the first `count` < LANES elements, and no bytes beyond them.

@@ -28,6 +28,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::linear::prepare_any,
     avx512_bf16::linear::order_any,
     avx512_bf16::linear::multiply_any,
+    avx512_bf16::encoded::decode_any,
     avx512_bf16::sparse::choose_any,
     avx512_bf16::sparse::attend_chosen_any,
     avx512_bf16::norms::normalise_any,

@@ -46,6 +46,16 @@ INLINE void store_octets(uint8_t *to, Words x) {
     for (int i = 0; i < LANES; ++i) to[i] = (uint8_t)x[i];
 }
 
+INLINE Shorts load_signed(const uint8_t *from) {
+    Shorts found;
+    for (int i = 0; i < LANES; ++i) found[i] = (uint16_t)(int8_t)from[i];
+    return found;
+}
+INLINE Vec lookup(const float *table, Words codes) {
+    Vec found;
+    for (int i = 0; i < LANES; ++i) found[i] = table[codes[i] & 15];
+    return found;
+}
 INLINE Vec permute(Vec x, Words lanes) { return Vec{x[lanes[0]], x[lanes[1]], x[lanes[2]], x[lanes[3]]}; }
 
 // Lane i of the result is the sum of all lanes of x[i].
@@ -79,6 +89,7 @@ const Variant baseline_variant = {
     baseline::linear::prepare_any,
     baseline::linear::order_any,
     baseline::linear::multiply_any,
+    baseline::encoded::decode_any,
     baseline::sparse::choose_any,
     baseline::sparse::attend_chosen_any,
     baseline::norms::normalise_any,

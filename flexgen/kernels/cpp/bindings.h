@@ -1,5 +1,5 @@
-// What the functions for Python share. attention_bindings.cpp has those of attention, module.cpp has the others and
-// registers all of them.
+// What the functions for Python share. attention_bindings.cpp has those of attention, linear_bindings.cpp those of
+// products, and module.cpp has the others and registers all of them.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -30,3 +30,6 @@ PyObject *py_decode_attention(PyObject *, PyObject *args);
 PyObject *py_attend_prefix(PyObject *, PyObject *args);
 PyObject *py_choose(PyObject *, PyObject *args);
 PyObject *py_attend_chosen(PyObject *, PyObject *args);
+PyObject *py_packed_linear(PyObject *, PyObject *args);
+PyObject *py_packed_linears(PyObject *, PyObject *args);
+PyObject *py_decode(PyObject *, PyObject *args);

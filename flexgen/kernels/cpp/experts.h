@@ -9,7 +9,7 @@
 #include "kernels.h"
 #include "pool.h"
 
-// Rows of W in a piece: a multiple of the blocks of all variants.
+// Rows of W in a piece, rounded up to whole blocks.
 constexpr int64_t EXPERT_PIECE = 96;
 
 // Calls the functions of `variant` for products for every job. All jobs have equal sizes, except for their rows.
@@ -22,11 +22,14 @@ inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &job
             if (jobs[n].parts) variant.order_linear(jobs[n], 0, jobs[n].parts);
         }
     });
-    const int64_t out = jobs[0].out, pieces = (out + EXPERT_PIECE - 1) / EXPERT_PIECE;
+    int64_t block = 1;  // the largest of all jobs, of which the others are divisors
+    for (const PackedLinear &job : jobs) block = std::max(block, job.block);
+    const int64_t piece = (EXPERT_PIECE + block - 1) / block * block;
+    const int64_t out = jobs[0].out, pieces = (out + piece - 1) / piece;
     run_on_threads(threads, [&] {
         for (int64_t n; (n = claimed.fetch_add(1)) < count * pieces;) {
-            const int64_t begin = n % pieces * EXPERT_PIECE;
-            variant.linear(jobs[n / pieces], begin, std::min(begin + EXPERT_PIECE, out));
+            const int64_t begin = n % pieces * piece;
+            variant.linear(jobs[n / pieces], begin, std::min(begin + piece, out));
         }
     });
 }

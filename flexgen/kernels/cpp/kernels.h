@@ -150,6 +150,30 @@ struct Groupwise {
     void *scales, *minimums;  // (groups,)
 };
 
+// How a published format stores W (flexgen/formats): a value is (code - zero point) * scale.
+enum class Order : int {
+    rows = 0,  // rows of codes
+    down = 1,  // words (in / 8, out), each with consecutive values of a row: GPTQ
+    across = 2,  // words (in, out / 8), each with values of eight rows: AWQ
+};
+enum class Code : int { int4 = 0, int8 = 1, e2m1 = 2, e4m3 = 3 };
+enum class Scale : int {
+    number = 0,  // of `PackedLinear.scale_type`
+    power = 1,  // e8m0
+    e4m3 = 2,  // times a scale of the whole matrix
+};
+// Ranges of rows of W in words begin at multiples of it.
+constexpr int64_t ENCODED_BLOCK = 128;
+struct Encoding {
+    Order order;
+    Code code;
+    Scale scale;
+    int64_t row_bytes;  // of codes, for rows of codes
+    int64_t scale_rows;  // rows of W with the same scales, for rows of codes
+    int added;  // to each zero point of a word
+    bool divides;  // whether the scale of the matrix divides values
+};
+
 // y (rows, out) = x (rows, in) times the transpose of W (out, in), plus bias (out,) unless null. W is Groupwise, with
 // groups along `in`, or with 16 bits a plain matrix of the half type `scale_type`. Sums are in float32.
 struct PackedLinear {
@@ -162,6 +186,9 @@ struct PackedLinear {
     const void *scales, *minimums;  // (out, groups)
 
     bool rounded = false;  // x is rounded to int8, with a scale for each group
+    // Otherwise W is in this encoding. `scales` has its layout. `minimums` are packed zero points, the scale of the
+    // whole matrix, or null for integers with the zero point in the middle of their range.
+    const Encoding *encoding = nullptr;
 
     // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
     // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
@@ -207,6 +234,7 @@ struct Variant {
     void (*prepare_linear)(PackedLinear &);
     void (*order_linear)(const PackedLinear &, int64_t first, int64_t last);  // parts, if `prepare_linear` left some
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
+    void (*decode)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W with an encoding, to `y`
     void (*choose)(Choice &);  // called on each thread, like `attend`
     void (*attend_chosen)(Chosen &);
     void (*rms_norm)(const RmsNorm &, int64_t begin, int64_t end);  // rows

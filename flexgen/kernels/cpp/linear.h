@@ -22,6 +22,7 @@ struct Rows {
     std::vector<float> scales, minimums;
 };
 
+inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t groups) { return (groups + LANES - 1) / LANES * LANES; }
 
 // x in float32: q * scale + minimum is exactly the float32 value that `dequantise` writes.
@@ -148,6 +149,7 @@ inline float *aligned(std::vector<float> &room, int64_t count) {
 }  // namespace linear
 }  // namespace VARIANT
 
+#include "decode.h"
 #include "tiles.h"
 #ifdef FLEXGEN_DOT_BF16
 #include "dots.h"
@@ -157,6 +159,7 @@ namespace VARIANT {
 namespace linear {
 
 void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
+    if (job.encoding) return encoded::multiply(job, begin, end);
 #ifdef FLEXGEN_DOT_BF16
     if (dots::fits(job)) return dots::multiply(job, begin, end);
 #endif
@@ -167,6 +170,7 @@ void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
 
 // Convert x to the layout of `multiply_any`, once for all rows of W.
 TARGET void prepare_any(PackedLinear &job) {
+    if (job.encoding) return encoded::prepare(job);
 #ifdef FLEXGEN_DOT_BF16
     if (dots::fits(job)) return dots::prepare(job);
 #endif

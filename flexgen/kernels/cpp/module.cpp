@@ -5,9 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "experts.h"
 #include "pool.h"
-#include "products.h"
 
 const Variant *variant = nullptr;
 
@@ -22,6 +20,7 @@ const Variant *const VARIANTS[] = {  // best first
 #endif
     &baseline_variant,
 };
+
 PyObject *groupwise(PyObject *args, bool pack) {
     Groupwise job;
     int type, scale_type, threads;
@@ -52,70 +51,6 @@ PyObject *groupwise(PyObject *args, bool pack) {
 
 PyObject *py_quantise(PyObject *, PyObject *args) { return groupwise(args, true); }
 PyObject *py_dequantise(PyObject *, PyObject *args) { return groupwise(args, false); }
-
-PyObject *py_packed_linear(PyObject *, PyObject *args) {
-    PackedLinear job;
-    int type, scale_type, threads;
-    long long rows, in, group, x;
-    int rounded;
-    PyObject *list;
-    if (!PyArg_ParseTuple(args, "iii(LLL)LO!pi", &type, &scale_type, &job.bits, &rows, &in, &group, &x, &PyList_Type,
-                          &list, &rounded, &threads))
-        return nullptr;
-    job.rounded = rounded;
-    job.type = (Type)type;
-    job.scale_type = (Type)scale_type;
-    job.rows = rows;
-    job.in = in;
-    job.group = group;
-    job.x = (const void *)x;
-    std::vector<Matrix> matrices;
-    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(list); ++n) {
-        long long out, y, bias, packed, scales, minimums;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, n), "LLLLLL", &out, &y, &bias, &packed, &scales, &minimums))
-            return nullptr;
-        matrices.push_back({out, (char *)y, (const void *)bias, (const uint8_t *)packed, (const void *)scales,
-                            (const void *)minimums});
-    }
-    if (!without_gil([&] { multiply(*variant, job, matrices, threads); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
-PyObject *py_packed_linears(PyObject *, PyObject *args) {
-    PackedLinear one;
-    int type, scale_type, threads;
-    long long out, in, group;
-    PyObject *products;
-    if (!PyArg_ParseTuple(args, "iii(LLL)O!i", &type, &scale_type, &one.bits, &out, &in, &group, &PyList_Type,
-                          &products, &threads))
-        return nullptr;
-    one.type = (Type)type;
-    one.scale_type = (Type)scale_type;
-    one.out = out;
-    one.in = in;
-    one.group = group;
-    one.bias = nullptr;
-    std::vector<PackedLinear> jobs;
-    int64_t nbytes = 0;
-    for (Py_ssize_t n = 0; n < PyList_GET_SIZE(products); ++n) {
-        long long rows, x, y, packed, scales, minimums;
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(products, n), "LLLLLL", &rows, &x, &y, &packed, &scales, &minimums))
-            return nullptr;
-        PackedLinear job = one;
-        job.rows = rows;
-        job.x = (const void *)x;
-        job.y = (void *)y;
-        job.packed = (const uint8_t *)packed;
-        job.scales = (const void *)scales;
-        job.minimums = (const void *)minimums;
-        jobs.push_back(job);
-        nbytes += rows * out * in * one.bits / 8;
-    }
-    const Variant &now = *variant;
-    const int useful = useful_threads(threads, nbytes);
-    if (!jobs.empty() && !without_gil([&] { multiply_each(now, jobs, useful); })) return nullptr;
-    Py_RETURN_NONE;
-}
 
 PyObject *py_rms_norm(PyObject *, PyObject *args) {
     RmsNorm job;
@@ -223,6 +158,7 @@ PyMethodDef METHODS[] = {
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
+    {"decode", py_decode, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},

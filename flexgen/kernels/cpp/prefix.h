@@ -16,8 +16,8 @@ constexpr int64_t TOKENS = 64;  // a multiple of SUM_REGISTERS
 struct Panel {
     int64_t count;  // of queries
     int vectors;  // 1 or 2
-    std::vector<float> q;  // (head_dim, lanes), times the scale
-    std::vector<float> sum;  // (padded head_dim, lanes): of the values
+    float *q, *sum;  // queries times the scale (head_dim, lanes), and sums of values (padded head_dim, lanes)
+    std::vector<float> room;  // for both
     float maximum[WIDE * LANES], total[WIDE * LANES];
     float slopes[WIDE * LANES], positions[WIDE * LANES];
     int32_t first[WIDE * LANES];  // the first token that a query attends to
@@ -132,20 +132,21 @@ TARGET void attend_tile(const PrefixAttention &job, Panel &panel, const Tile &ti
     constexpr int AT_ONCE = SUM_REGISTERS / J;
     float shrink[WIDE * LANES];
     for (int64_t t = 0; t < tile.tokens; t += AT_ONCE)
-        score<J>(&tile.k[t * tile.padded], tile.padded, panel.q.data(), tile.dim, scores + t * J * LANES);
+        score<J>(&tile.k[t * tile.padded], tile.padded, panel.q, tile.dim, scores + t * J * LANES);
     if (job.cap != 0.0f || job.slopes) adjust<J>(job, panel, tile, scores);
     if (panel.latest > tile.begin) hide<J>(panel, tile, scores);
     exponentials<J>(panel, tile.tokens, scores, shrink);
     for (int64_t d = 0; d < tile.dim; d += AT_ONCE)
-        add<J>(&tile.v[d], tile.padded, scores, tile.tokens, shrink, &panel.sum[d * J * LANES]);
+        add<J>(&tile.v[d], tile.padded, scores, tile.tokens, shrink, panel.sum + d * J * LANES);
 }
 
 // Load `panel.count` queries of a K/V head, starting at query `begin`.
 template <class T>
 TARGET void begin_panel(const PrefixAttention &job, Panel &panel, int64_t kv_head, int64_t begin, int64_t padded) {
     const int64_t dim = job.head_dim, lanes = panel.lanes();
-    panel.q.assign(dim * lanes, 0.0f);
-    panel.sum.assign(padded * lanes, 0.0f);
+    panel.q = linear::aligned(panel.room, (dim + padded) * lanes);
+    panel.sum = panel.q + dim * lanes;
+    std::fill_n(panel.q, (dim + padded) * lanes, 0.0f);
     std::fill_n(panel.maximum, WIDE * LANES, -INFINITY);
     std::fill_n(panel.total, WIDE * LANES, 0.0f);
     std::fill_n(panel.slopes, WIDE * LANES, 0.0f);
@@ -186,7 +187,8 @@ TARGET void attend(PrefixAttention &job) {
     constexpr int64_t MOST = WIDE * LANES;
     const int64_t dim = job.head_dim, stride = job.head_stride;
     Tile tile(dim);
-    std::vector<float> scores(TOKENS * MOST);
+    std::vector<float> room;
+    float *const scores = linear::aligned(room, TOKENS * MOST);
     std::vector<Panel> panels;
     for (int64_t task; (task = job.claimed.fetch_add(1, std::memory_order_relaxed)) < job.tasks();) {
         const int64_t split = task % job.splits, block = task / job.splits % job.blocks();
@@ -212,8 +214,8 @@ TARGET void attend(PrefixAttention &job) {
             }
             for (Panel &panel : panels) {
                 if (panel.earliest >= token + tile.tokens) continue;
-                panel.vectors == 1 ? attend_tile<1>(job, panel, tile, scores.data())
-                                   : attend_tile<2>(job, panel, tile, scores.data());
+                panel.vectors == 1 ? attend_tile<1>(job, panel, tile, scores)
+                                   : attend_tile<2>(job, panel, tile, scores);
             }
         }
         for (size_t n = 0; n < panels.size(); ++n)

@@ -21,8 +21,6 @@ constexpr int64_t AT_ONCE = 64;  // rows of x that are multiplied with the same 
 constexpr int64_t FEW = 16;  // up to this many rows of x, half types are widened in each tile
 constexpr int SUM_VECTORS = (TILE_X * TILE_WEIGHTS + LANES - 1) / LANES;  // the sums of a tile, one float each
 
-inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 // Products in float32: rows of x are widened once, rows of W (of type W) in registers.
 template <class W>
 struct Widened {

@@ -13,6 +13,7 @@
 // unrolled.
 #define APART TARGET __attribute__((noinline))
 #define UNROLLED _Pragma("GCC unroll 32")
+#define INLINE_LAMBDA TARGET __attribute__((always_inline))
 
 namespace VARIANT {
 
@@ -29,6 +30,8 @@ INLINE float from_half_scalar(uint16_t x);
 INLINE Words to_words(Shorts x);
 INLINE Words load_octets(const uint8_t *from);
 INLINE void store_octets(uint8_t *to, Words x);  // each lane is below 256
+INLINE Shorts load_signed(const uint8_t *from);  // octets with their sign
+INLINE Vec lookup(const float *table, Words codes);  // of 16 values, by the last four bits of each word
 INLINE Vec permute(Vec x, Words lanes);  // lane i of the result is x[lanes[i]]; lanes below LANES
 
 template <class V>

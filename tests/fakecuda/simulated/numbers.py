@@ -55,7 +55,7 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, scale: float | None = None
 ) -> tuple[Tensor | None, ...]:
     """The results that the CPU's kernel has too: the attention and its log-sum-exp."""
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
