@@ -14,7 +14,7 @@ from flexgen.kernels.scoring import Scoring, Window, alibi_slopes, visible, visi
 from flexgen.kernels.sparse_attention import Sparsity, choose
 
 relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-windows = st.one_of(st.none(), st.builds(Window, st.integers(1, 60), st.booleans()))
+windows = st.one_of(st.none(), st.builds(Window, st.integers(1, 60), st.booleans(), st.just(0)))
 
 
 def scoring_of(heads, cap, alibi, sinks, window):
