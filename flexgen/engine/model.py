@@ -281,7 +281,7 @@ class OptLM(Conveniences):
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            for rows, prompts in call.blocks(request):
+            for rows, prompts in call.blocks(request, waits=choice.can_end):
                 made = WholeCallTokens if whole else NewTokens
                 output = made(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)

@@ -12,11 +12,12 @@ def decode_attention(
     page_tokens: list[int],
     length: int,
     starts: int,
+    ends: int,
     scoring: tuple[float, float, int, int],
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`: 0 for none.
+    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`, `ends`: 0 for none.
     `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none. `lse`: float32, 0 for none;
     with it, `out` is float32."""
 
@@ -45,6 +46,7 @@ def choose(
     page_tokens: list[int],
     length: int,
     starts: int,
+    ends: int,
     scale: float,
     share: float,
     unit: int,
@@ -54,7 +56,7 @@ def choose(
     threads: int,
     /,
 ) -> None:
-    """`shape` and `starts` as above; `positions` int64, `weights` float32."""
+    """`shape`, `starts` and `ends` as above; `positions` int64, `weights` float32."""
 
 def attend_chosen(
     type: int,

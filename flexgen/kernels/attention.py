@@ -11,10 +11,12 @@ from torch import Tensor
 from flexgen.kernels.heads import HeadFormat, Pages, PlainHeads
 from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import (
+    Length,
     Scoring,
     Window,
     bend,
     capped,
+    longest,
     softmax_part,
     softmax_with_sinks,
     visible_from,
@@ -29,7 +31,7 @@ call."""
 def decode_attention(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None = None,
@@ -38,7 +40,8 @@ def decode_attention(
 
     q (rows, heads, 1, head_dim): in the dtype of the cache; heads is a multiple of kv_heads. form: the format of
     heads in the pages. Plain memory beyond `length` must be finite, because only the compiled kernel never reads it:
-    allocate pages zero-filled.
+    allocate pages zero-filled. If rows have different lengths, this is also true for encoded memory. The new token of
+    a row is its last position, length - 1. Lengths on a GPU are not checked.
     starts (rows,): integers below `length`. Positions before a row's start are padding; None for no padding. Without
     the oldest pages of a window, positions count from the first page, and starts may be negative.
     Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
@@ -52,7 +55,7 @@ def decode_attention(
 def decode_part(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None = None,
@@ -67,7 +70,7 @@ def decode_part(
     return part_in_torch(q, pages, length, starts, scoring, form) if part is None else part
 
 
-def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = None) -> None:
+def check_pages(q: Tensor, pages: Pages, length: Length, form: HeadFormat | None = None) -> None:
     """Raise ValueError if q, the pages and the length do not match: the compiled kernels do not check them."""
     form = form or PlainHeads(q.shape[-1], q.dtype)
     rows, heads, queries, head_dim = q.shape
@@ -90,14 +93,19 @@ def check_pages(q: Tensor, pages: Pages, length: int, form: HeadFormat | None = 
             if not x.is_contiguous() or x.device != q.device:
                 raise ValueError(f"a page must be contiguous, on {q.device}")
         total += tokens
-    if not 1 <= length <= total:
+    if isinstance(length, Tensor):
+        if length.shape != (rows,) or length.dtype is not torch.int64 or length.device != q.device:
+            raise ValueError(f"lengths must be {rows} int64 values on {q.device}, one per row")
+        if length.device.type == "cpu" and rows and not 1 <= int(length.min()) <= int(length.max()) <= total:
+            raise ValueError(f"lengths {length.tolist()}, but the pages have {total} tokens")
+    elif not 1 <= length <= total:
         raise ValueError(f"length {length}, but the pages have {total} tokens")
 
 
 def attend_in_torch(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None = None,
@@ -110,13 +118,14 @@ def attend_in_torch(
     `length`.
     """
     probabilities = probabilities_in_torch(q, pages, length, starts, scoring, form).to(q.dtype)
-    return weigh_in_torch(probabilities, pages, length, form).view(q.shape)
+    total = sum(k.shape[2] for k, _ in pages)
+    return weigh_in_torch(probabilities, pages, longest(length, total), form).view(q.shape)
 
 
 def part_in_torch(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None = None,
@@ -125,7 +134,8 @@ def part_in_torch(
     scores = _scores_in_torch(q, pages, length, starts, scoring, form)
     probabilities, lse = softmax_part(scores, scoring.sinks)
     products = probabilities.to(q.dtype).view(-1, q.shape[1] // pages[0][0].shape[1], scores.shape[-1])
-    return Partial(_sums_in_torch(products, pages, length, form).view(q.shape), lse)
+    most = longest(length, scores.shape[-1])
+    return Partial(_sums_in_torch(products, pages, most, form).view(q.shape), lse)
 
 
 def attend_fused(
@@ -186,7 +196,7 @@ def hidden_positions(starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def hide_places(
-    hidden: Tensor, starts: Tensor, length: int, places: int, window: Window | None = None
+    hidden: Tensor, starts: Tensor, length: Length, places: int, window: Window | None = None
 ) -> None:
     """Fill `hidden` (rows, 1, 1, >= places), a mask of `attend_fused` for a cache with `places` places.
 
@@ -194,18 +204,24 @@ def hide_places(
     mask, attention over all places equals attention of the query at position length - 1, so the shape of the
     operation does not change with each token. starts (rows,): each row's first position that is not padding.
     """
-    last = length - 1
+    last: Length = length - 1 if isinstance(length, int) else length[:, None] - 1
     positions = last - (last - torch.arange(hidden.shape[-1], device=hidden.device)).remainder(places)
     first = starts if window is None else window.starts(starts, length)
     seen = positions >= first.clamp_min(0)[:, None]
     hidden.fill_(float("-inf"))[:, 0, 0].masked_fill_(seen, 0.0)
 
 
-def hide_next_place(hidden: Tensor, length: int, places: int, window: Window | None = None) -> None:
-    """Change the mask of `hide_places` for `length` - 1 positions to that for `length`, in one launch or two.
+def hide_next_place(hidden: Tensor, length: Length, places: int, window: Window | None = None) -> None:
+    """Change the mask of `hide_places` for `length` - 1 positions to that for `length`, in a few launches.
 
     Not for a window in chunks: when its chunk ends, a query hides many positions at once.
     """
+    if isinstance(length, Tensor):
+        by_row, last = hidden[:, 0, 0], length[:, None] - 1
+        if window is not None:  # a place that is not used yet in rows that are shorter than the window
+            by_row.scatter_(1, (last - window.size) % places, float("-inf"))
+        by_row.scatter_(1, last % places, 0.0)
+        return
     if window is not None and length > window.size:
         hidden[..., (length - 1 - window.size) % places].fill_(float("-inf"))
     hidden[..., (length - 1) % places].zero_()
@@ -214,7 +230,7 @@ def hide_next_place(hidden: Tensor, length: int, places: int, window: Window | N
 def probabilities_in_torch(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None = None,
@@ -228,7 +244,7 @@ def probabilities_in_torch(
 def _scores_in_torch(
     q: Tensor,
     pages: Pages,
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     form: HeadFormat | None,
@@ -242,15 +258,20 @@ def _scores_in_torch(
     query = (q * scoring.scale).reshape(rows * kv_heads, group, head_dim)
     total = sum(k.shape[2] for k, _ in pages)
     scores = torch.empty(rows * kv_heads, group, total, dtype=torch.float32, device=q.device)
-    for begin, part in _decoded([k for k, _ in pages], length, form, q.dtype):
+    most = longest(length, total)
+    for begin, part in _decoded([k for k, _ in pages], most, form, q.dtype):
         keys = part.view(rows * kv_heads, part.shape[2], head_dim)
         scores[:, :, begin : begin + keys.shape[1]] = torch.bmm(query, keys.transpose(1, 2))
     by_head = scores.view(rows, heads, 1, total)
     if scoring.cap is not None:
         capped(by_head, scoring.cap)
     if scoring.slopes:
-        bend(by_head, scoring.slopes, range(length - 1, length), range(total))
-    scores[:, :, length:] = float("-inf")
+        last: range | Tensor = range(length - 1, length) if isinstance(length, int) else length - 1
+        bend(by_head, scoring.slopes, last, range(total))
+    scores[:, :, most:] = float("-inf")
+    if isinstance(length, Tensor):
+        beyond = torch.arange(total, device=q.device) >= length[:, None]
+        by_head.masked_fill_(beyond[:, None, None], float("-inf"))
     starts = visible_from(scoring.window, starts, length, rows, q.device)
     if starts is not None:
         padding = torch.arange(total, device=q.device) < starts.to(q.device)[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native
 from flexgen.kernels.partial import Partial
-from flexgen.kernels.scoring import Scoring, constants, visible_from
+from flexgen.kernels.scoring import Length, Scoring, constants, longest, visible_from
 
 
 class HeadLayout(NamedTuple):
@@ -25,14 +25,14 @@ class HeadLayout(NamedTuple):
 def attend_compiled(
     q: Tensor,
     pages: Sequence[tuple[Tensor, Tensor]],
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     layout: HeadLayout,
 ) -> Tensor | None:
     """`decode_attention` over pages of this layout, or None if there is no kernel for the device or dtype of q.
 
-    Reads keys and values once, in place, and skips padding.
+    Reads keys and values once, in place, and skips padding and what is beyond a row's length.
     """
     if not _has_kernel(q):
         return None
@@ -44,7 +44,7 @@ def attend_compiled(
 def part_compiled(
     q: Tensor,
     pages: Sequence[tuple[Tensor, Tensor]],
-    length: int,
+    length: Length,
     starts: Tensor | None,
     scoring: Scoring,
     layout: HeadLayout,
@@ -99,9 +99,9 @@ def prefix_compiled(
 
 
 class _Range(NamedTuple):
-    """The positions of the cache: the first `length`, from `starts` of each row."""
+    """The positions of the cache: the first `length` of each row, from `starts` on."""
 
-    length: int
+    length: Length
     starts: Tensor | None
 
 
@@ -142,6 +142,7 @@ def _attend(
     rows, heads, _, head_dim = q.shape
     if not q.numel():
         return
+    ends = seen.length.contiguous() if isinstance(seen.length, Tensor) else None
     starts = visible_from(scoring.window, seen.starts, seen.length, rows, q.device)
     if starts is not None:
         starts = starts.to("cpu", torch.int64).contiguous()
@@ -159,8 +160,9 @@ def _attend(
         [k.data_ptr() for k, _ in pages],
         [v.data_ptr() for _, v in pages],
         [k.shape[2] for k, _ in pages],
-        seen.length,
+        longest(seen.length, 0),
         _address(starts),
+        _address(ends),
         (scoring.scale, scoring.cap or 0.0, _address(slopes), _address(sinks)),
         torch.get_num_threads(),
     )

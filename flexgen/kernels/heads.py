@@ -18,7 +18,7 @@ from flexgen.kernels.compiled_attention import HeadLayout, attend_compiled, part
 from flexgen.kernels.groupwise import decode_workspace, dequantise, quantise
 from flexgen.kernels.packed import Packed
 from flexgen.kernels.partial import Partial
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Length, Scoring
 from flexgen.units import align
 
 _WORD = 4
@@ -84,7 +84,7 @@ class HeadFormat(ABC):
         """Bytes of the keys and values that a GPU decodes at once, for `heads` heads of `tokens` tokens in total."""
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         """`decode_attention` with a kernel for this format, or None if there is none for the device and dtype of q.
 
@@ -93,7 +93,7 @@ class HeadFormat(ABC):
         return None
 
     def attend_part(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Partial | None:
         """The same for `decode_part`."""
         return None
@@ -140,12 +140,12 @@ class PlainHeads(HeadFormat):
         return 0
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         return attend_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
 
     def attend_part(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Partial | None:
         return part_compiled(q, pages, length, starts, scoring, HeadLayout(0, 0, self.nbytes))
 
@@ -255,13 +255,13 @@ class GroupwiseHeads(EncodedHeads):
         return decode_workspace(values, self.bits, self.group)
 
     def attend(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Tensor | None:
         layout = HeadLayout(self.bits, self.group, self.nbytes)
         return attend_compiled(q, pages, length, starts, scoring, layout)
 
     def attend_part(
-        self, q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring
+        self, q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring
     ) -> Partial | None:
         layout = HeadLayout(self.bits, self.group, self.nbytes)
         return part_compiled(q, pages, length, starts, scoring, layout)

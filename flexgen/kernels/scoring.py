@@ -11,6 +11,16 @@ from torch import Tensor
 
 _Positions = TypeVar("_Positions", int, Tensor)
 
+Length = int | Tensor
+"""A number of positions: that of all rows, or int64 (rows,) with the number of each row, at least 1."""
+
+
+def longest(length: Length, places: int) -> int:
+    """The largest of the rows' lengths. For lengths on a GPU it is the limit `places`: to read them is to wait."""
+    if isinstance(length, int):
+        return length
+    return int(length.max()) if length.device.type == "cpu" and length.numel() else places
+
 
 class Window(NamedTuple):
     """The positions that a query attends to: at most `size`, the last of them its own.
@@ -34,7 +44,7 @@ class Window(NamedTuple):
             return (position + self.before) // self.size * self.size - self.before
         return position - self.size + 1
 
-    def starts(self, starts: Tensor, length: int) -> Tensor:
+    def starts(self, starts: Tensor, length: Length) -> Tensor:
         """The first visible position of each row for the query at position length - 1.
 
         starts (rows,): the positions of the rows' first tokens, which may be negative. Positions count from the start
@@ -87,15 +97,17 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def visible_from(
-    window: Window | None, starts: Tensor | None, length: int, rows: int, device: torch.device
+    window: Window | None, starts: Tensor | None, length: Length, rows: int, device: torch.device
 ) -> Tensor | None:
     """The first visible position of each row for the query at position length - 1, (rows,) int64; None for 0.
 
-    starts: as for `Window.starts`; None for 0.
+    starts: as for `Window.starts`; None for 0. Lengths of rows are on the device of `starts`.
     """
-    if window is None or (starts is None and length + window.before <= window.size):
+    if window is None:
         return starts
     if starts is None:
+        if isinstance(length, int) and length + window.before <= window.size:
+            return None
         starts = torch.zeros(rows, dtype=torch.int64, device=device)
     return window.starts(starts, length).clamp_min(0)
 
@@ -133,11 +145,17 @@ def softmax_part(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return (scores - lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)).exp_(), lse
 
 
-def bend(scores: Tensor, slopes: tuple[float, ...], queries: range, keys: range) -> None:
-    """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions."""
+def bend(scores: Tensor, slopes: tuple[float, ...], queries: range | Tensor, keys: range) -> None:
+    """Add ALiBi's bias to `scores` (rows, heads, queries, keys) in place, for these positions.
+
+    queries: a range, or the position of the only query of each row, (rows,).
+    """
     device = scores.device
-    q = torch.arange(queries.start, queries.stop, device=device)[:, None]
     k = torch.arange(keys.start, keys.stop, device=device)
+    if isinstance(queries, Tensor):
+        q = queries[:, None, None, None]
+    else:
+        q = torch.arange(queries.start, queries.stop, device=device)[:, None]
     scores += constants(slopes, device)[:, None, None] * (k - q)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexgen.kernels.attention import check_pages, probabilities_in_torch, weigh_in_torch
 from flexgen.kernels.heads import Pages
 from flexgen.kernels.loading import NUMBERS, announce, native
-from flexgen.kernels.scoring import Scoring
+from flexgen.kernels.scoring import Length, Scoring, longest
 
 _ROUNDING = 1e-9
 """A share of a count is rounded down if it exceeds an integer by less than this: 0.1 of 30 is 3."""
@@ -58,12 +58,13 @@ class Sparsity:
 
 
 def choose(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """Score the keys of the first `length` positions and choose tokens. Does not read values.
 
-    The other arguments are those of `decode_attention`. The last position is the new token. Compiled kernels compute
-    scores in float32, torch in the dtype of q. Raises ValueError unless scores are plain and without a window.
+    The other arguments are those of `decode_attention`. The last position of a row is the new token. Compiled
+    kernels compute scores in float32, torch in the dtype of q. Raises ValueError unless scores are plain and without
+    a window.
     """
     if not scoring.plain or scoring.window is not None:
         raise ValueError("sparse attention needs plain scores without a window")
@@ -85,11 +86,13 @@ def attend_chosen(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_natively(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """`choose` with the compiled kernel. It reads keys once, in their pages, and skips padding."""
     rows, heads, _, head_dim = q.shape
-    kv_heads, most = pages[0][0].shape[1], sparsity.most(length)
+    whole = longest(length, 0)
+    kv_heads, most = pages[0][0].shape[1], sparsity.most(whole)
+    ends = length.contiguous() if isinstance(length, Tensor) else None
     q = q.contiguous()
     positions = torch.empty(rows, kv_heads, most, dtype=torch.int64)
     weights = torch.empty(rows, heads, most, dtype=torch.float32)
@@ -103,8 +106,9 @@ def choose_natively(
         (rows, heads, kv_heads, head_dim),
         [k.data_ptr() for k, _ in pages],
         [k.shape[2] for k, _ in pages],
-        length,
+        whole,
         0 if starts is None else starts.data_ptr(),
+        0 if ends is None else ends.data_ptr(),
         scoring.scale,
         sparsity.share,
         sparsity.unit,
@@ -136,32 +140,37 @@ def attend_chosen_natively(choice: Choice, pages: Pages) -> Tensor:
 
 
 def choose_in_torch(
-    q: Tensor, pages: Pages, length: int, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
+    q: Tensor, pages: Pages, length: Length, starts: Tensor | None, scoring: Scoring, sparsity: Sparsity
 ) -> Choice:
     """`choose` in torch, on every device. It does not wait for the device."""
     rows, heads = q.shape[:2]
-    kv_heads, cached, device = pages[0][0].shape[1], length - 1, q.device
-    unit = sparsity.unit
-    group, blocks = heads // kv_heads, -(-cached // unit)
+    kv_heads, device, unit = pages[0][0].shape[1], q.device, sparsity.unit
+    most = longest(length, sum(k.shape[2] for k, _ in pages)) - 1
+    group, blocks = heads // kv_heads, -(-most // unit)
     probabilities = probabilities_in_torch(q, pages, length, starts, scoring).unflatten(0, (rows, kv_heads))
     starts = torch.zeros(rows, dtype=torch.int64, device=device) if starts is None else starts.to(device)
     ranked = torch.zeros(rows, kv_heads, blocks * unit, dtype=torch.float32, device=device)
-    torch.sum(probabilities[..., :cached], dim=2, out=ranked[..., :cached])
+    torch.sum(probabilities[..., :most], dim=2, out=ranked[..., :most])
+    if isinstance(length, Tensor):  # the new token of a row may be at a place of other rows' cached tokens
+        cached = length - 1
+        ranked.masked_fill_((torch.arange(blocks * unit, device=device) >= cached[:, None])[:, None], 0.0)
+    else:
+        cached = torch.full((rows,), most, device=device)
     if unit > 1:
         ranked = ranked.view(rows, kv_heads, blocks, unit).sum(-1)
-    first = starts // unit
-    padding = torch.arange(blocks, device=device) < first[:, None]
-    ranked.masked_fill_(padding[:, None], -1.0)  # less than a probability that was rounded to zero
+    first, end, number = starts // unit, (cached + unit - 1) // unit, torch.arange(blocks, device=device)
+    others = (number < first[:, None]) | (number >= end[:, None])
+    ranked.masked_fill_(others[:, None], -1.0)  # less than a probability that was rounded to zero
     best = ranked.topk(sparsity.chosen_blocks(blocks), dim=-1).indices
     # Rows have different numbers of blocks, which only the device knows.
-    counts = torch.where(starts < cached, blocks - first, 0)
+    counts = torch.where(starts < cached, end - first, 0)
     keep = (counts.double() * sparsity.share - _ROUNDING).ceil().clamp_min(1).minimum(counts)
     chosen = torch.arange(best.shape[-1], device=device) < keep[:, None]
     positions = (best[..., None] * unit + torch.arange(unit, device=device)).flatten(2)
     real = chosen[:, None].expand_as(best).repeat_interleave(unit, dim=-1)
-    real = real & (positions >= starts[:, None, None]) & (positions < cached)
-    positions = positions.masked_fill_(~real, cached)
-    positions = torch.nn.functional.pad(positions, (0, 1), value=cached)
+    new = cached[:, None, None].expand(rows, kv_heads, 1)
+    real = real & (positions >= starts[:, None, None]) & (positions < new)
+    positions = torch.cat((torch.where(real, positions, new), new), dim=-1)
     real = torch.nn.functional.pad(real, (0, 1), value=True)
     weights = probabilities.gather(3, positions[:, :, None].expand(-1, -1, group, -1)) * real[:, :, None]
     return Choice(positions, weights.flatten(1, 2))

@@ -37,7 +37,11 @@ class Passes:
     @property
     def first(self) -> int:
         """The number of the first pass."""
-        return 1 - self._parts(self.width)
+        return self.first_of(self.width)
+
+    def first_of(self, width: int) -> int:
+        """The number of the first pass that computes tokens of prompts with `width` tokens."""
+        return 1 - self._parts(width)
 
     @property
     def new(self) -> int:

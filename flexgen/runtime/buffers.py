@@ -53,7 +53,7 @@ class BlockBuffers:
         """Continue with these batches. No transfer may be in flight."""
         self.end_run()
         self.cache.regroup(batches, model.policy.cache)
-        self.activations.regroup(_hidden_layouts(model, [len(moved.rows) for moved in batches]))
+        self.activations.regroup(_hidden_layouts(model, [moved.count for moved in batches]))
 
 
 class Buffers:

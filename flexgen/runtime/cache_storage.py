@@ -52,6 +52,7 @@ class CacheStorage:
                 for layer, part in zip(layers, self._make_parts(of_tier), strict=True):
                     self._parts[layer, batch].append(part)
         self._made = self._parts
+        self._rooms = self._parts  # as made: the memory of each batch, of which a smaller batch uses a part
         self.layouts = self._layouts_of(self._parts)
         """The layouts by layer and batch, with the moves for attention and back home."""
         every = [segment for batches in layers.values() for segments in batches for segment in segments]
@@ -142,29 +143,41 @@ class CacheStorage:
     def regroup(self, batches: Sequence[Moved], split: Split) -> None:
         """Continue with these batches, with their rows on the tiers by `split`. No transfer may be in flight.
 
-        A new batch overwrites the old one of its number. The new batches up to that number have room for all rows of
-        the old ones, so it overwrites only rows that have been read. The temporary memory is at most that of one
-        batch's rows in one layer (see `gather`).
+        Batches that stay keep their memory. The n-th batch of rows that move overwrites the n-th of the batches from
+        which rows move. These batches up to the n-th are no larger than the new ones up to it, so it overwrites only
+        rows that have been read. Batches of prompts that enter come last, and use the memory that is left. The
+        temporary memory is at most that of one batch's rows in one layer (see `gather`).
         """
-        if all(moved.whole is not None for moved in batches):
-            parts_of_batches = {
-                (j, k): self._parts[j, moved.whole]
-                for j in {layer for layer, _ in self._parts}
-                for k, moved in enumerate(batches)
-                if moved.whole is not None
-            }
-            self._continue_with(parts_of_batches)
-            return
+        layers = {layer for layer, _ in self._parts}
+        moving = [moved for moved in batches if moved.moves]
+        sources = sorted({batch for moved in moving for batch in moved.sources()})[: len(moving)]
+        taken = {*sources, *(moved.whole for moved in batches)}
+        left = [k for k in range(len(self._rooms) // len(layers)) if k not in taken]
+        owners = [
+            moved.whole if moved.whole is not None else (sources if moved.moves else left).pop(0)
+            for moved in batches
+        ]
+        self._rooms = {(j, n): self._rooms[j, k] for j in layers for n, k in enumerate([*owners, *left])}
         parts: dict[tuple[int, int], list[Part]] = {}
-        for j in {layer for layer, _ in self._parts}:
-            for k, moved in enumerate(batches):
-                tiers = split.rows(len(moved.rows))
-                places = [part for part in self._parts[j, k] if tiers[part.segment.tier]]
-                segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in places]
+        for j in layers:
+            for k, (moved, owner) in enumerate(zip(batches, owners, strict=True)):
+                if moved.whole is not None:
+                    parts[j, k] = self._parts[j, moved.whole]
+                    continue
+                tiers = split.rows(moved.count)
+                rooms = [part for part in self._rooms[j, k] if tiers[part.segment.tier]]
+                segments = [replace(part.segment, rows=tiers[part.segment.tier]) for part in rooms]
+                if moved.new:
+                    before = {part.segment: part for part in self._parts.get((j, owner), ())}
+                    some = zip(rooms, segments, strict=True)
+                    parts[j, k] = [
+                        before.get(segment) or self._emptied(room, segment) for room, segment in some
+                    ]
+                    continue
                 held = gather(moved, segments, self._histories(j, moved), self._machine.device)
                 parts[j, k] = [
                     self._refill(part, segment, moved.length, *both)
-                    for part, segment, both in zip(places, segments, held, strict=True)
+                    for part, segment, both in zip(rooms, segments, held, strict=True)
                 ]
         self._continue_with(parts)
 
@@ -176,6 +189,7 @@ class CacheStorage:
         """Continue with the batches for which the cache was made, for other prompts."""
         if self._parts is self._made:
             return
+        self._rooms = self._made
         self._continue_with(self._made)
         for part in itertools.chain.from_iterable(self._made.values()):
             for memory in (part.home, part.tail):
@@ -206,15 +220,20 @@ class CacheStorage:
                         self._machine.io.read(self._jobs.reads(part, buffers.host, span.length))
                     yield batch, part.segment, self._jobs.working_pages(part, buffers, span)
 
+    def _emptied(self, part: Part, segment: CacheSegment) -> Part:
+        """The part for the rows of `segment`, without tokens. It had other shapes: values that are not filled must be
+        finite."""
+        if part.home is not None:
+            home = part.home[: segment.nbytes].zero_()
+            return replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
+        assert part.tail is not None
+        tail = part.tail[: segment.page_bytes].zero_()
+        return replace(part, segment=segment, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+
     def _refill(self, part: Part, segment: CacheSegment, length: int, k: Tensor, v: Tensor) -> Part:
         """The part, filled with the keys and values of the rows of `segment`, the last of `length` tokens."""
         span, buffers = Span(0, length), self._slots[segment.tier][0]
-        if part.home is not None:
-            home = part.home[: segment.nbytes].zero_()
-            part = replace(part, segment=segment, home=home, pages=tuple(pages_in(home, segment)))
-        elif part.tail is not None:
-            tail = part.tail[: segment.page_bytes].zero_()
-            part = replace(part, segment=segment, tail=tail, tail_page=tuple(pages_in(tail, segment)))
+        part = self._emptied(part, segment)
         self._jobs.put(part, buffers, span, k, v)
         if segment.flushed(span):
             self._machine.io.write(self._jobs.flush(part, buffers, span))

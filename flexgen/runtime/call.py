@@ -24,8 +24,9 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
+from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
-from flexgen.runtime.tokens import NewTokens, Output, Prompts
+from flexgen.runtime.tokens import NewTokens, Output
 from flexgen.schedule.idle import Place
 from flexgen.schedule.orders import Order, normal
 from flexgen.schedule.steps import Grid, Op, Step
@@ -35,8 +36,10 @@ from flexgen.workload import Workload
 @dataclass
 class Timing:
     """Seconds and events of a call. The prefill of a block ends when the first new token of all its rows is known.
+    Passes in which prompts enter while other rows decode also count as prefill.
 
-    `ran`: the number of tokens that each block ran, fewer than requested if all of its rows stopped earlier.
+    `ran`: the number of passes that each block ran after its prompts, fewer than tokens were requested if all of its
+    rows stopped earlier, and more if prompts entered.
     """
 
     prefill: float = 0.0
@@ -119,14 +122,17 @@ class Call:
         return self._model.order_of(batches)
 
     def blocks(
-        self, request: Request, prefix_output: PrefixOutput = _first_token
+        self, request: Request, prefix_output: PrefixOutput = _first_token, waits: bool = False
     ) -> Iterator[tuple[list[int], Prompts]]:
-        """The numbers of the prompts of each block, prepared. Before the first one, `share` computes their prefix."""
+        """The numbers of the prompts of each block, prepared. Before the first one, `share` computes their prefix.
+
+        waits: whether all prompts are given to one block, where those beyond its size wait until rows have ended.
+        """
         shared = shared_tokens(self._workload, self._model.policy)
         own = request.after(shared)
         if shared:
             self.share(request.prompts[0][:shared], prefix_output)
-        for rows in own.blocks(self._model.policy.block_size):
+        for rows in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
             yield rows, self.prepare([own.prompts[n] for n in rows])
 
     @property
@@ -159,8 +165,8 @@ class Call:
         return timed
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:
-        """Accept the prompts of the next block, at most the policy's block size. `cached`: the number of tokens of
-        each row before them, which retained buffers have."""
+        """Accept the prompts of the next block. Prompts beyond the policy's block size enter when rows of others have
+        ended. `cached`: the number of tokens of each row before them, which retained buffers have."""
         self._began = time.perf_counter()
         self._free_prompts()
         batches = batch_sizes(self._model.policy, len(prompts))
@@ -181,35 +187,44 @@ class Call:
         """Generate `tokens` tokens for the prepared prompts, or fewer if all rows stop. `output` receives the result.
 
         One run continues as long as the batches are the same. When rows that have stopped leave, the others are
-        regrouped, and a new run continues with the next token. With an output that is `by_token`, each token is a
-        run.
+        regrouped, batches of waiting prompts enter, and a new run continues with the next pass. With an output that
+        is `by_token`, each token is a run.
         """
+        self.timing.prefill += self._elapsed() - self.timing.total  # the preparation
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
         while generation.following:
+            number = generation.next
             if generation.following != prompts.batches:
-                self._regroup(prompts, generation.following, generation.next)
-                self._block.expect(tokens - generation.next)
-            generation = self._execute(prompts, tokens, output, generation.next)
+                if (restarted := prompts.restart(generation.following)) is not None:
+                    self.timing.ran.append(number)
+                    number = restarted
+                self._regroup(prompts, generation.following, number)
+                self._block.expect(prompts.passes_left(number, tokens))
+            generation = self._execute(prompts, tokens, output, number)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
+        offset = self._elapsed()
         order = self._model.order_of(len(prompts.batches))
-        run = range(first, max(first, 0) + 1 if output.by_token else tokens)
+        passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
+        run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
-        offset = self.timing.total + time.perf_counter() - self._began
         steps = self._checked(order(generation.grid), generation.idle)
         events = execute(steps, generation.grid, generation, self._model.lanes, run).events
         self.timing.trace.extend(events, offset)
-        if output.by_token:
+        if output.by_token or (output.can_finish and generation.following is None):
             generation.finished(len(run) - 1)
-        if first <= 0:
-            head = Op.STORE_HIDDEN, 0, len(self._model.layers) - 1
+        if prompts.newest_begins >= first:
+            head = Op.STORE_HIDDEN, prompts.newest_begins, len(self._model.layers) - 1
             known = [offset + event.end for event in events if event.step[:3] == head]
-            now = self.timing.total + time.perf_counter() - self._began
-            self.timing.prefill += max(known, default=now) - self.timing.total
+            self.timing.prefill += max(known, default=self._elapsed()) - offset
         return generation
+
+    def _elapsed(self) -> float:
+        """Seconds of the call, without those between its blocks."""
+        return self.timing.total + time.perf_counter() - self._began
 
     def _checked(self, steps: Iterable[Step], idle: frozenset[Place]) -> Iterator[Step]:
         """The steps that are not idle, each after a check whether the call ends."""

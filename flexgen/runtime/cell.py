@@ -83,9 +83,10 @@ class Padding:
 class BoundCell:
     """A cell of the schedule, bound to a slot and to the tokens of its pass. All parts of a block use it.
 
-    `token`: the new token that the pass computes, as in `Passes`. `slot`: the number of its buffers. `span`: the
-    tokens of each row that it computes. `padding`: the padding of the batch. `prefix`: the tokens that all rows
-    share, before those of the cache.
+    `token`: the new token that the pass computes, as in `Passes`, of the rows that have the most. `slot`: the number
+    of its buffers. `span`: the tokens of each row that it computes. `padding`: the padding of the batch.
+    `number`: the number of the pass, which is the same for all batches.
+    `prefix`: the tokens that all rows share, before those of the cache.
     """
 
     token: int
@@ -94,6 +95,7 @@ class BoundCell:
     slot: int
     span: Span
     padding: Padding
+    number: int = 0
     prefix: PrefixPages | None = None
 
     def own(self, scoring: Scoring) -> Scoring:

@@ -1,8 +1,8 @@
-"""Compaction: rows that have stopped leave their batches, and the cache of the others moves together."""
+"""Compaction: rows that have stopped leave their batches, the cache of the others moves together, prompts enter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +18,69 @@ _PAID_BACK = 2
 With at most half of the rows left, each later token reads at least the same number of bytes less."""
 
 
+_GIVE = 4
+"""While prompts wait, at most this number of batches move to free one of them. More batches are full more often, and
+each prompt that enters moves more rows: with four, at most three rows."""
+
+
 def regrouped(
-    batches: Sequence[Sequence[int]], stopped: Sequence[bool], tokens_left: int
+    batches: Sequence[Sequence[int]],
+    stopped: Sequence[bool],
+    tokens_left: int,
+    entering: Collection[int] = (),
+    waiting: bool = False,
 ) -> list[list[int]] | None:
     """The rows of each batch for later tokens: [] if every row has stopped, None to continue without a change.
 
-    batches: the numbers of the rows of each batch. stopped: indexed by these numbers. If at most half of the computed
-    rows still generate, they move together into full batches. So each compaction moves at most half the rows of the
-    one before, and all of them together cost at most one move of the whole block. The size of the batches stays the
-    same, so that weights are used for many rows. A batch without a row that still generates is always dropped,
-    because that moves nothing.
+    batches: the numbers of the rows of each batch. stopped: indexed by these numbers. entering: the numbers of the
+    batches whose prompts are not computed yet; they stay as they are. waiting: whether prompts wait for a free batch.
+
+    If at most half of the computed rows still generate, they move together into full batches. So each compaction
+    moves at most half the rows of the one before, and all of them together cost at most one move of the whole block.
+    The size of the batches stays the same, so that weights are used for many rows. A batch without a row that still
+    generates is always dropped, because that moves nothing. If prompts wait, the rows of the emptiest batches move as
+    soon as this frees a batch.
     """
     live = [[row for row in batch if not stopped[row]] for batch in batches]
-    rows = [row for batch in live for row in batch]
-    if rows and 2 * len(rows) <= sum(map(len, batches)) and tokens_left >= _PAID_BACK:
-        size = max(map(len, batches))
-        return [rows[n : n + size] for n in range(0, len(rows), size)]
+    count = sum(map(len, live))
+    if count and tokens_left >= _PAID_BACK:
+        if waiting:
+            if kept := _freed(batches, live, entering):
+                return kept
+        elif 2 * count <= sum(map(len, batches)):
+            return gathered(batches, stopped, entering)
     if all(live):
         return None
     return [list(batch) for batch, going in zip(batches, live, strict=True) if going]
+
+
+def gathered(
+    batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
+) -> list[list[int]]:
+    """The rows that still generate, in full batches, and the batches that are entering."""
+    rows = [row for k, batch in enumerate(batches) if k not in entering for row in batch if not stopped[row]]
+    return [*(list(batches[k]) for k in entering), *_full(rows, batches)]
+
+
+def _full(rows: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    size = max(map(len, batches))
+    return [list(rows[n : n + size]) for n in range(0, len(rows), size)]
+
+
+def _freed(
+    batches: Sequence[Sequence[int]], live: Sequence[Sequence[int]], entering: Collection[int]
+) -> list[list[int]] | None:
+    """The batches with one less: the rows of the emptiest ones together. None if they are too full for that."""
+    emptiest = sorted(
+        (k for k, rows in enumerate(live) if rows and k not in entering), key=lambda k: len(live[k])
+    )
+    for count in range(2, min(len(emptiest), _GIVE) + 1):
+        together = sorted(emptiest[:count])
+        moved = _full([row for k in together for row in live[k]], batches)
+        if len(moved) < count:
+            stay = (k for k, rows in enumerate(live) if rows and k not in together)
+            return [*(list(batches[k]) for k in stay), *moved]
+    return None
 
 
 @dataclass(frozen=True)
@@ -45,13 +89,25 @@ class Moved:
 
     `rows`: the previous (batch, row in the batch) of each row. `lengths`: the cached columns of each previous batch.
     `length`: the cached columns of this one. All rows of a batch end in the same column, so they all move by the same
-    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows.
+    number of columns. `whole`: the number of the previous batch, if this one has exactly its rows. `new`: the number
+    of rows of a batch of prompts that enter, which has no previous rows and no cached columns.
     """
 
     rows: tuple[tuple[int, int], ...]
     lengths: tuple[int, ...]
     length: int
     whole: int | None
+    new: int = 0
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self.rows) or self.new
+
+    @property
+    def moves(self) -> bool:
+        """Whether cached tokens must be copied."""
+        return self.whole is None and not self.new
 
     def sources(self) -> set[int]:
         """The previous batches of the rows."""
@@ -93,8 +149,19 @@ def gather(
                 for target, part in zip(both, parts, strict=True):
                     begin = column + shift - origin
                     stored = _recoded(part, old, segment)
-                    carry(target[places[0] : places[-1] + 1, :, begin : begin + stored.shape[2]], stored)
+                    columns = slice(begin, begin + stored.shape[2])
+                    for place, some in _adjacent(places):
+                        carry(target[place, :, columns], stored[some])
     return held
+
+
+def _adjacent(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of adjacent places, and their indices in `places`."""
+    begin = 0
+    for end in range(1, len(places) + 1):
+        if end == len(places) or places[end] != places[end - 1] + 1:
+            yield slice(places[begin], places[end - 1] + 1), slice(begin, end)
+            begin = end
 
 
 def _on_device(segment: CacheSegment, device: ComputeDevice) -> bool:

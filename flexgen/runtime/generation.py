@@ -13,7 +13,8 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
-from flexgen.runtime.tokens import Output, Prompts
+from flexgen.runtime.prompts import Prompts
+from flexgen.runtime.tokens import Output
 from flexgen.schedule.idle import Place
 from flexgen.schedule.steps import Grid, Op, Step
 
@@ -30,13 +31,13 @@ class Generation:
         output: Output,
         first: int = 0,
     ) -> None:
-        """first: the token that the grid's first pass computes, as in `Passes`. Earlier tokens are in the cache."""
+        """first: the number of the grid's first pass in the call. Earlier tokens are in the cache."""
         self.grid = grid
         self.first = first
         self.following: list[list[int]] | None = None
         """The rows of each batch that continue after a run that has ended early, or [] if none does."""
         self.next = first + grid.tokens
-        """The first token of the text after this run."""
+        """The number of the first pass after this run."""
         self._model = model
         self._weights = model.weights
         self._buffers = buffers
@@ -115,10 +116,10 @@ class Generation:
     def _cell(self, step: Step) -> BoundCell:
         """The cell of a step: one object for all consecutive steps of a cell in its slot."""
         _, i, j, k = step
-        slot, token = self.grid.cell_slot(i, j, k), self.first + i
+        slot, number = self.grid.cell_slot(i, j, k), self.first + i
         cell = self._cells.get(slot)
-        if cell is None or (cell.token, cell.layer, cell.batch) != (token, j, k):
-            cell = self._prompts.cell(token, j, k, slot)
+        if cell is None or (cell.number, cell.layer, cell.batch) != (number, j, k):
+            cell = self._prompts.cell(number, j, k, slot)
             if prefix := self._prefix_of(j):
                 cell = replace(cell, prefix=prefix.pages(j, self._weights.turns.slot(i, j)))
             self._cells[slot] = cell
@@ -132,7 +133,7 @@ class Generation:
         """The work that loads the ids of the first layer, and the rows of the table if they are gathered."""
         if self._buffers.lookup is not None:
             return self._buffers.lookup.load(self._prompts.source(cell), cell.slot)
-        return () if self._runner.feeds(cell.token) else self._prompts.load(cell)
+        return () if self._runner.feeds(cell) else self._prompts.load(cell)
 
     def _splits(self, cell: BoundCell) -> bool:
         """Whether the cell is computed in halves, with attention between them."""

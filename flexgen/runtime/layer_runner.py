@@ -19,7 +19,8 @@ from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.model import Model
-from flexgen.runtime.tokens import Output, Prompts
+from flexgen.runtime.prompts import Prompts
+from flexgen.runtime.tokens import Output
 from flexgen.schedule.steps import Grid
 
 
@@ -82,7 +83,7 @@ class _Half:
 class LayerRunner:
     """Computes the cells of one run: a whole layer, or two halves with host attention between them.
 
-    first: the token of the grid's first pass. All methods except `feeds` are jobs of the compute lane.
+    first: the number of the grid's first pass. All methods except `feeds` are jobs of the compute lane.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class LayerRunner:
         self._halves: dict[int, _Half] = {}  # by slot, between `project` and `finish`
         self._run = object()  # distinguishes the visits of this run from all others; an id could be reused
 
-    def feeds(self, token: int) -> bool:
-        """Whether the ids that the token reads are on the device, from the previous token in this run."""
-        return self._grid.feeds_ids and token > max(self._first, 0)
+    def feeds(self, cell: BoundCell) -> bool:
+        """Whether the ids that the cell reads are on the device, from the previous token in this run."""
+        return self._grid.feeds_ids and cell.token > 0 and cell.number > self._first
 
     # A whole layer
 
@@ -160,12 +161,12 @@ class LayerRunner:
         self._positions[cell.batch] = _Positions(
             self._prompts.positions(cell), self._prompts.text_length(cell)
         )
-        return self._prompts.fed(cell.batch) if self.feeds(cell.token) else self._prompts.take(cell)
+        return self._prompts.fed(cell.batch) if self.feeds(cell) else self._prompts.take(cell)
 
     def _weights(self, cell: BoundCell) -> Weights:
-        weights, token = self._model.weights, cell.token - self._first
-        slot = weights.turns.slot(token, cell.layer)
-        return weights.weights(cell.layer, slot, visit=(self._run, token, cell.layer))
+        weights, number = self._model.weights, cell.number - self._first
+        slot = weights.turns.slot(number, cell.layer)
+        return weights.weights(cell.layer, slot, visit=(self._run, number, cell.layer))
 
     def _context(self, cell: BoundCell) -> _CellContext:
         return _CellContext(cell, self._buffers.cache, self._output.last_only, self._positions[cell.batch])

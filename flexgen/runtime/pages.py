@@ -58,14 +58,23 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
 
 
 def put_at(pages: Sequence[Page], index: Tensor, k: Tensor, v: Tensor) -> None:
-    """`put` for one token of each row. index: the page and the place in it, (2,) int64 on the device of the pages."""
+    """`put` for one token of each row.
+
+    index: the page and the place in it, int64 on the device of the pages: (2,) for all rows, or (2, rows).
+    """
     both = torch.cat((k, v))
-    if len(pages) == 1:
-        _whole(pages[0]).index_copy_(2, index[1:], both)
+    first = _whole(pages[0])
+    if index.dim() == 1 and len(pages) == 1:
+        first.index_copy_(2, index[1:], both)
         return
-    first, apart = _whole(pages[0]), pages[1][0].storage_offset() - pages[0][0].storage_offset()
+    apart = pages[1][0].storage_offset() - pages[0][0].storage_offset() if len(pages) > 1 else 0
     every = first.as_strided((len(pages), *first.shape), (apart, *first.stride()))
-    every.movedim(3, 1).index_put_((index[:1], index[1:]), both.movedim(2, 0))
+    if index.dim() == 1:
+        every.movedim(3, 1).index_put_((index[:1], index[1:]), both.movedim(2, 0))
+        return
+    page, place = torch.cat((index, index), dim=1)
+    row = torch.arange(len(both), device=both.device)
+    every.permute(0, 1, 3, 2, 4).index_put_((page, row, place), both.squeeze(2))
 
 
 def _whole(page: Page) -> Tensor:

@@ -24,8 +24,8 @@ from flexgen.models.mlp import FeedForward
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
 from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
-from flexgen.runtime.tokens import Prompts
 
 
 class _Part(NamedTuple):

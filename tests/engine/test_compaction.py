@@ -78,7 +78,8 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows move together whenever one has stopped, which is more often than it pays."""
 
-    def regrouped(batches: Any, stopped: Any, tokens_left: int) -> Any:
+    def regrouped(batches: Any, stopped: Any, tokens_left: int, entering: Any, waiting: bool) -> Any:
+        assert not entering, "there are no parts of prompts"
         rows = [row for batch in batches for row in batch if not stopped[row]]
         size = max(map(len, batches))
         same = len(rows) == sum(map(len, batches))

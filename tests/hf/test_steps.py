@@ -231,7 +231,7 @@ def test_transformers_own_are_called_batch_by_batch(
     blocks, run = [], Call.run
 
     def counted(call: Call, prompts: Any, *rest: Any) -> None:
-        blocks.append([len(rows) for rows in prompts.batches])
+        blocks.append([[len(rows) for rows in batches] for batches in (prompts.batches, prompts.waiting)])
         run(call, prompts, *rest)
 
     monkeypatch.setattr(Call, "run", counted)
@@ -239,10 +239,10 @@ def test_transformers_own_are_called_batch_by_batch(
     options |= processors(TemperatureLogitsWarper(0.5))
     made = [each.generate(**inputs(LENGTHS), max_new_tokens=8, **options) for each in (model, reference)]
     assert made[0].equal(made[1])
-    assert blocks == [[2, 2], [1]]  # for the policy's two batches of two rows, and the rest
+    assert blocks == [[[2, 2], [1]]]  # the policy's two batches of two rows, and the rest, which enters later
     blocks.clear()
     model.generate(**inputs(LENGTHS), max_new_tokens=8, **processors(Pull()))
-    assert blocks == [[2, 2, 1]]
+    assert blocks == [[[2, 2, 1], []]]
 
 
 def fits_up_to(nbytes: int, monkeypatch: Any, model: FlexGenForCausalLM) -> None:

@@ -93,12 +93,12 @@ class History:
         """A cell of the first batch in the first slot."""
         return BoundCell(0, LAYERS[0], 0, 0, span, self.padding[0])
 
-    def step(self, span: Span, atol: float) -> None:
-        """One token (or the prompt) of every layer and batch."""
+    def step(self, span: Span, atol: float, batches: list[int] | None = None) -> None:
+        """One token (or the prompt) of every layer and of these batches, or of all."""
         for layer in LAYERS:
             scoring = Scoring(HEAD_DIM**-0.5, window=self.windows[layer])
-            for batch, rows in enumerate(self.batches):
-                slot = self.cells % 2
+            for batch in range(len(self.batches)) if batches is None else batches:
+                rows, slot = self.batches[batch], self.cells % 2
                 self.cells += 1
                 q = self.random(rows, self.heads, span.new)
                 k, v = (self.random(rows, self.kv_heads, span.new) for _ in range(2))
@@ -354,6 +354,62 @@ def test_rows_move_together_and_go_on(
         for kept in (history.keys, history.values):
             kept.update({(j, n): torch.empty(3, 2, 0, HEAD_DIM) for j in LAYERS for n in range(3)})
         history.check(9)
+        history.cache.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("window", [None, Window(3)])
+@pytest.mark.parametrize("cache", [{str(tier): 100} for tier in Tier] + [{"gpu": 34, "cpu": 33, "disk": 33}])
+def test_a_batch_stays_while_others_move_and_prompts_enter(
+    cache: dict[str, int], window: Window | None, device: str, machine: Any, run: Any
+) -> None:
+    policy = Policy(cache=cache)
+    with machine(device) as m:
+        history = History(m, run, policy, [3, 3, 3], 5, 9, 2, [0], window=window)
+        history.check(3)
+        whole = tuple((1, n) for n in range(3))
+
+        def regroup(moved: list[Moved]) -> None:
+            used = m.host.used, m.device.memory.used, m.disk.used
+            history.cache.regroup(moved, policy.cache)
+            assert (m.host.used, m.device.memory.used, m.disk.used) == used
+            for kept in (history.keys, history.values):
+                before = dict(kept)
+                kept.clear()
+                for layer in LAYERS:
+                    for batch, each in enumerate(moved):
+                        rows = [before[layer, source][row] for source, row in each.rows]
+                        kept[layer, batch] = (
+                            torch.stack(rows) if rows else torch.empty(each.new, 2, 0, HEAD_DIM)
+                        )
+            history.batches = [each.count for each in moved]
+            history.padding = [Padding((0,) * n, torch.zeros(n), torch.zeros(n)) for n in history.batches]
+
+        regroup(
+            [
+                Moved(whole, (8, 8, 8), 8, 1),
+                Moved(((2, 0), (0, 1), (2, 2)), (8, 8, 8), 8, None),  # as sorted by their numbers of tokens
+                Moved((), (8, 8, 8), 0, None, 3),
+            ]
+        )
+        history.step(Span(0, 4), 1e-5, [2])
+        for token in range(3):
+            history.step(Span(8 + token, 1), 1e-5, [0, 1])
+            history.step(Span(4 + token, 1), 1e-5, [2])
+        lengths = (11, 11, 7)
+        entered = tuple((2, n) for n in range(3))
+        regroup(
+            [
+                Moved(entered, lengths, 7, 2),
+                Moved(((0, 0), (1, 2)), lengths, 11, None),
+                Moved((), lengths, 0, None, 2),  # fewer than the batch that was there
+            ]
+        )
+        history.step(Span(0, 5), 1e-5, [2])
+        for token in range(3):
+            history.step(Span(7 + token, 1), 1e-5, [0])
+            history.step(Span(11 + token, 1), 1e-5, [1])
+            history.step(Span(5 + token, 1), 1e-5, [2])
         history.cache.close()
 
 

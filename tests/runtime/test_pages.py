@@ -38,6 +38,24 @@ def test_put_at_is_put_of_one_token(form, rows, kv_heads, tokens, count, positio
 
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
 @given(
+    kv_heads=st.integers(1, 2), tokens=st.integers(1, 9), count=st.integers(1, 4),
+    positions=st.lists(st.integers(0, 50), min_size=1, max_size=4),
+)  # fmt: skip
+def test_put_at_a_position_of_each_row(form, kv_heads, tokens, count, positions):
+    rows = len(positions)
+    k, v = (form.encode(torch.randn(rows, kv_heads, 1, 32)) for _ in range(2))
+    expected, found = (pages_of(form, rows, kv_heads, tokens, count) for _ in range(2))
+    for row, position in enumerate(positions):
+        own = slice(row, row + 1)
+        put([(a[own], b[own]) for a, b in expected], position, k[own], v[own])
+    index = [divmod(position % (count * tokens), tokens) for position in positions]
+    put_at(found, torch.tensor(index).T, k, v)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
+@given(
     rows=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), tokens=st.integers(2, 40),
     data=st.data(),
 )  # fmt: skip

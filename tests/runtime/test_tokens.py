@@ -16,8 +16,9 @@ from flexgen.models import build_layers, open_model
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.positions import Forward
+from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
-from flexgen.runtime.tokens import NewTokens, Prompts
+from flexgen.runtime.tokens import NewTokens
 
 PAD = 1
 GIVEN = [[5, 6, 7, 8], [9, 10], [11], [12, 13, 14]]
@@ -75,9 +76,10 @@ def test_new_ids_are_read_by_the_next_token(device: str, machine: Any, run: Any)
                 expected = [[n] for n in ids[2 * batch : 2 * batch + 2]]
                 assert prompts.take(following).tolist() == expected
                 assert prompts.fed(batch).tolist() == expected
+            assert output.following(token) == (None if token < 2 else [])
         assert output.ids.tolist() == [[3, 7, 11], [4, 8, 12], [5, 9, 13], [6, 10, 14]]
         assert output.count == sum(sizes) == 12
-        assert not output.can_finish and output.following(1) is None
+        assert not output.can_finish
         prompts.close()
 
 

@@ -325,7 +325,7 @@ TARGET void attend(Attention &job) {
     for (bool more = blocks.next(block); more; block = next) {
         more = blocks.next(next);
         pass.tokens = block.tokens;
-        pass.distance = block.begin - (job.length - 1);
+        pass.distance = block.begin - (job.end(block.item) - 1);
         for (size_t n = 0; n < parts.size(); ++n) {
             const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
             if (block.first) {
@@ -367,7 +367,7 @@ TARGET void merge(const Attention &job) {
             std::fill(sum.begin(), sum.end(), 0.0f);
             for (int64_t s = 0; s < job.splits; ++s) {
                 const float *partial = first + s * job.partial_size();
-                if (partial[1] == 0.0f) continue;  // only padding
+                if (partial[1] == 0.0f) continue;  // no token of the row
                 const float factor = std::exp(partial[0] - maximum);
                 total += factor * partial[1];
                 for (int64_t i = 0; i < dim; ++i) sum[i] += factor * partial[2 + i];

@@ -28,7 +28,7 @@ void attend(Attention &job, const Variant &now, int threads) {
         job.splits = (job.length + job.split_tokens - 1) / job.split_tokens;
         if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
     }
-    if (job.starts) {  // a row with only padding is not visited
+    if (job.starts) {  // a row without tokens is not visited
         memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.lse ? Type::float32 : job.type));
         if (job.lse) std::fill_n(job.lse, job.rows * job.heads, -INFINITY);
     }
@@ -86,15 +86,15 @@ bool pages_of(PyObject *addresses, PyObject *tokens, bool keys, std::vector<Page
 
 PyObject *py_decode_attention(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, out, lse, starts, slopes, sinks;
+    long long q, out, lse, starts, ends, slopes, sinks;
     PyObject *keys, *values, *tokens;
     const auto made = std::make_shared<Attention>();
     Attention &job = *made;
     long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLLL(LLLL)(iLL)O!O!O!LL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
+    if (!PyArg_ParseTuple(args, "iLLL(LLLL)(iLL)O!O!O!LLL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
                           &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
-                          &values, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.cap, &slopes,
-                          &sinks, &threads))
+                          &values, &PyList_Type, &tokens, &length, &starts, &ends, &job.scale, &job.cap,
+                          &slopes, &sinks, &threads))
         return nullptr;
     std::vector<int64_t> k, v, n;
     if (!integers(keys, k) || !integers(values, v) || !integers(tokens, n)) return nullptr;
@@ -110,6 +110,7 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.code_group = code_group;
     job.head_bytes = head_bytes;
     job.starts = (const int64_t *)starts;
+    job.ends = (const int64_t *)ends;
     job.slopes = (const float *)slopes;
     job.sinks = (const float *)sinks;
     int64_t total = 0;
@@ -158,12 +159,12 @@ PyObject *py_attend_prefix(PyObject *, PyObject *args) {
 
 PyObject *py_choose(PyObject *, PyObject *args) {
     int type, threads;
-    long long q, rows, heads, kv_heads, head_dim, length, starts, unit, most, positions, weights;
+    long long q, rows, heads, kv_heads, head_dim, length, starts, ends, unit, most, positions, weights;
     PyObject *keys, *tokens;
     Choice job;
-    if (!PyArg_ParseTuple(args, "iL(LLLL)O!O!LLfdLLLLi", &type, &q, &rows, &heads, &kv_heads, &head_dim,
-                          &PyList_Type, &keys, &PyList_Type, &tokens, &length, &starts, &job.scale, &job.share,
-                          &unit, &most, &positions, &weights, &threads))
+    if (!PyArg_ParseTuple(args, "iL(LLLL)O!O!LLLfdLLLLi", &type, &q, &rows, &heads, &kv_heads, &head_dim,
+                          &PyList_Type, &keys, &PyList_Type, &tokens, &length, &starts, &ends, &job.scale,
+                          &job.share, &unit, &most, &positions, &weights, &threads))
         return nullptr;
     if (!pages_of(keys, tokens, true, job.pages)) return nullptr;
     job.type = (Type)type;
@@ -174,6 +175,7 @@ PyObject *py_choose(PyObject *, PyObject *args) {
     job.head_dim = head_dim;
     job.length = length;
     job.starts = (const int64_t *)starts;
+    job.ends = (const int64_t *)ends;
     job.unit = unit;
     job.most = most;
     job.positions = (int64_t *)positions;

@@ -47,13 +47,13 @@ public:
     }
 
 private:
-    bool claim() {  // claims the next task with a token that is not padding
+    bool claim() {  // claims the next task with a token of its row
         do {
             task_ = job_.claimed.fetch_add(1, std::memory_order_relaxed);
             if (task_ >= job_.tasks()) return false;
             item_ = task_ / job_.splits;
             const int64_t begin = task_ % job_.splits * job_.split_tokens;
-            end_ = std::min(begin + job_.split_tokens, job_.length);
+            end_ = std::min(begin + job_.split_tokens, job_.end(item_));
             token_ = std::max(begin, job_.start(item_));
         } while (token_ >= end_);
         page_ = 0;

@@ -40,10 +40,11 @@ struct Attention {
     int64_t code_group;  // elements that share a scale
     int64_t head_bytes;  // bytes of one head's key or value of one token
     const int64_t *starts;  // (rows,) or null
+    const int64_t *ends;  // (rows,), the largest of them `length`; null if all are
     std::vector<Page> pages;
     float scale;
     float cap = 0.0f;  // scores become cap * tanh(score / cap); 0 for no cap
-    const float *slopes = nullptr;  // (heads,) or null; a score changes by slope * (position - length + 1) (ALiBi)
+    const float *slopes = nullptr;  // (heads,) or null; a score changes by slope * (position - end + 1) (ALiBi)
     const float *sinks = nullptr;  // (heads,) or null: a score without a value, which takes part in the softmax
 
     int64_t splits = 1, split_tokens = 0;
@@ -54,6 +55,7 @@ struct Attention {
     int64_t items() const { return rows * kv_heads; }
     int64_t tasks() const { return items() * splits; }
     int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
+    int64_t end(int64_t item) const { return ends ? ends[item / kv_heads] : length; }
     // For each query head: the maximum score, the sum of exponentials, then the weighted sum of values.
     int64_t partial_size() const { return group() * (2 + head_dim); }
 };
@@ -108,6 +110,7 @@ struct Choice {
     const void *q;  // (rows, heads, head_dim)
     int64_t rows, heads, kv_heads, head_dim, length;
     const int64_t *starts;  // (rows,) or null
+    const int64_t *ends;  // (rows,), the largest of them `length`; null if all are
     std::vector<Page> pages;
     float scale;
     double share;
@@ -119,6 +122,7 @@ struct Choice {
     int64_t group() const { return heads / kv_heads; }
     int64_t items() const { return rows * kv_heads; }
     int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
+    int64_t end(int64_t item) const { return ends ? ends[item / kv_heads] : length; }
 };
 
 // The second half: the weighted sum of the chosen values. Pages have only values.

@@ -85,13 +85,13 @@ struct Item {
     }
 
     TARGET void attend_to_keys(const Choice &job, int64_t item, int64_t begin, Pass pass) {
-        const int64_t dim = job.head_dim, token_bytes = dim * (int64_t)sizeof(T);
+        const int64_t length = job.end(item), dim = job.head_dim, token_bytes = dim * (int64_t)sizeof(T);
         for (size_t n = 0; n < sets.size(); ++n) {
             const int64_t head = item * job.group() + (int64_t)n * MAX_HEADS;
             attention::begin_task<T>(sets[n], (const T *)job.q + head * dim, pass);
         }
         for (const Page &page : job.pages) {
-            const int64_t end = std::min(page.begin + page.tokens, job.length);
+            const int64_t end = std::min(page.begin + page.tokens, length);
             const char *keys = (const char *)page.k + item * page.tokens * token_bytes;
             for (int64_t token = std::max(begin, page.begin); token < end; token += CHUNK_TOKENS) {
                 const char *k = keys + (token - page.begin) * token_bytes;
@@ -103,7 +103,7 @@ struct Item {
                 }
             }
         }
-        pass.tokens = job.length - begin;
+        pass.tokens = length - begin;
         std::fill_n(weights.begin(), pass.tokens, 0.0f);
         for (size_t n = 0; n < sets.size(); ++n) {
             const int64_t heads = sets[n].width();
@@ -113,9 +113,9 @@ struct Item {
         }
     }
 
-    // Write the chosen tokens in ascending order, without the new token, and return their number.
-    TARGET int64_t pick(const Choice &job, int64_t begin, int64_t *positions) {
-        const int64_t cached = job.length - 1;
+    // Write the chosen ones of the tokens from `begin` to `cached`, the position of the new one, in ascending order, and
+    // return their number.
+    TARGET int64_t pick(const Choice &job, int64_t begin, int64_t cached, int64_t *positions) {
         if (begin >= cached) return 0;
         const int64_t first = begin / job.unit, count = (cached - 1) / job.unit - first + 1;
         blocks.assign((count + LANES - 1) / LANES * LANES, 0.0f);
@@ -146,9 +146,10 @@ struct Item {
 
     TARGET void write(const Choice &job, int64_t item, int64_t begin) {
         int64_t *positions = job.positions + item * job.most;
-        const int64_t picked = begin < job.length ? pick(job, begin, positions) : -1;
+        const int64_t cached = job.end(item) - 1;
+        const int64_t picked = begin <= cached ? pick(job, begin, cached, positions) : -1;
         // The new token follows. It also fills the unused places of a row with padding.
-        std::fill(positions + std::max<int64_t>(picked, 0), positions + job.most, job.length - 1);
+        std::fill(positions + std::max<int64_t>(picked, 0), positions + job.most, cached);
         for (int64_t h = 0; h < job.group(); ++h) {
             float *weights = job.weights + (item * job.group() + h) * job.most;
             const Heads &set = sets[h / MAX_HEADS];
@@ -174,7 +175,7 @@ TARGET void choose(Choice &job) {
     Item<T> item(job, pass.padded);
     for (int64_t n; (n = job.claimed.fetch_add(1, std::memory_order_relaxed)) < job.items();) {
         const int64_t begin = job.start(n);
-        if (begin < job.length) item.attend_to_keys(job, n, begin, pass);
+        if (begin < job.end(n)) item.attend_to_keys(job, n, begin, pass);
         item.write(job, n, begin);
     }
 }
