@@ -71,7 +71,8 @@ def assert_read_once(model, reads):
         if not (isinstance(home, Extent) and home.path.parent == directory):
             encoded = model.checkpoint.encoded(part)
             for each in encoded.parts if encoded else (part,):
-                expected += each.numel * (each.dtype or model.checkpoint.dtype_of(each)).itemsize
+                dtype = each.dtype if each.quantized else model.checkpoint.dtype_of(each)
+                expected += each.numel * dtype.itemsize
     own = {name: spans for name, spans in reads.items() if Path(name).parent == directory}
     assert read_twice(own) == []
     assert sum(end - begin for spans in own.values() for begin, end in spans) == expected > 0
