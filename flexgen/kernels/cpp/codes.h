@@ -50,6 +50,7 @@ struct Pairs {
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)codes, (__m512bh)x);
     }
+    INLINE static Sum both(Sum a, Sum b) { return a + b; }
     INLINE static Vec number(Sum sum) { return sum; }
 
     // A word of a dword has four codes, the first in its low bits. The last bits of 16 in bfloat16 count eighths, so a
@@ -89,6 +90,7 @@ struct Bytes {
     static constexpr float offset(int) { return 0.0f; }
 
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+    INLINE static Sum both(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE static Vec number(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 
     INLINE static void unpack(__m512i dwords, __m512i (&to)[2], std::integral_constant<int, 4>) {

@@ -80,7 +80,7 @@ APART void add_fused(Strip &strip, const uint32_t *x, const Scaling &scaling, fl
     UNROLLED
     for (int m = 0; m < X; ++m) {
         UNROLLED
-        for (int chain = 1; chain < CHAINS; ++chain) sum[0][m] += sum[chain][m];
+        for (int chain = 1; chain < CHAINS; ++chain) sum[0][m] = Kind::both(sum[0][m], sum[chain][m]);
         const Vec both = Kind::ROUNDED ? scale * splat(x_scales[m]) : scale;
         const Vec total = fma(minimum, splat(sums[m]), load(totals + m * STRIP));
         store(totals + m * STRIP, fma(Kind::number(sum[0][m]), both, total));
