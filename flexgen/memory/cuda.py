@@ -121,6 +121,9 @@ class CudaDevice(ComputeDevice):
         if self._compute is not None:
             self._shared.reserve(self._compute, nbytes)
 
+    def return_freed(self) -> None:
+        self._shared.return_freed()
+
     def end_call(self, call: Hashable) -> None:
         self._shared.end(call)
 

@@ -96,6 +96,9 @@ class ComputeDevice(ABC):
     def reserve(self, nbytes: int) -> None:  # noqa: B027 (only a GPU has to)
         """Reserve `nbytes` of contiguous memory for the temporaries of the compute lane, if possible."""
 
+    def return_freed(self) -> None:  # noqa: B027 (only a GPU has to)
+        """Return freed memory to the driver, before buffers of other sizes are allocated."""
+
     @property
     def graphs(self) -> Graphs:
         """The graphs of a device whose `workspaces.captured` is a number. Raises RuntimeError if it refuses to

@@ -133,6 +133,11 @@ class SharedGpu:
                 torch.empty(int(nbytes * (1 + _HOLES)), dtype=torch.uint8, device=self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def return_freed(self) -> None:
+        """Return the freed memory that torch keeps for later tensors of similar sizes."""
+        with self._lock, torch.cuda.device(self._device):
+            torch.cuda.empty_cache()
+
     def peak(self, user: GpuUser) -> int:
         """The peak of the model's bytes.
 

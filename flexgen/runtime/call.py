@@ -150,7 +150,7 @@ class Call:
         """
         model = self._model
         one = replace(model, policy=prefix_policy(model.policy), slots=prefix_slots(model.slots))
-        block = Call(one, prefix_workload(len(prefix)), self._pad_id, self._check, self._workspace)
+        block = Call(one, prefix_workload(len(prefix)), self._pad_id, self._check, 0)
         block.timing = self.timing
         try:
             prompts = block.prepare([prefix])
@@ -161,7 +161,7 @@ class Call:
             self.positions_computed = block.positions_computed
             self._buffers.prefix = SharedPrefix(block._buffers.keep_cache(), len(prefix))
         finally:
-            run_all([block._free_prompts, block._buffers.close])
+            run_all([block._free_prompts, block._buffers.close, model.machine.device.return_freed])
         return timed
 
     def prepare(self, prompts: Sequence[np.ndarray], cached: int = 0) -> Prompts:

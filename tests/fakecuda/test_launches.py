@@ -81,12 +81,12 @@ BUDGETS = {
     "int4 cache": ({"cache": cases.encoded("int4", ALL)}, 72, 55),
     "fp8 weights": ({"weights": cases.encoded("fp8", ALL)}, 60, 36),
     "fp8 cache": ({"cache": cases.encoded("fp8", ALL)}, 58, 38),
-    "sparse": ({"attn_sparsity": 0.5}, 45, 70),
+    "sparse": ({"attn_sparsity": 0.5}, 45, 72),
     "cache in host memory": ({"cache": IN_HOST_MEMORY}, 45, 23),
     "cache on disk": ({"cache": ON_DISK}, 45, 23),
     "int4 cache in host memory": ({"cache": cases.encoded("int4", IN_HOST_MEMORY)}, 72, 55),
     "fp8 cache in host memory": ({"cache": cases.encoded("fp8", IN_HOST_MEMORY)}, 58, 41),
-    "sparse, cache in host memory": ({"attn_sparsity": 0.5, "cache": IN_HOST_MEMORY}, 45, 73),
+    "sparse, cache in host memory": ({"attn_sparsity": 0.5, "cache": IN_HOST_MEMORY}, 45, 75),
 }
 """Changes of a policy, and launches of a layer: in the prefill, and of a later token at any length."""
 

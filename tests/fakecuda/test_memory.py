@@ -66,7 +66,8 @@ WINDOWED = MistralConfig(
 )  # fmt: skip
 """A ring of two pages of 128 tokens."""
 LENGTHS = [256] * 8 + [200] * 8 + [100] * 8 + [256] * 8
-PROMPTS = [[5 + n % 100 for n in range(length)] for length in LENGTHS]
+PROMPTS = [[5 + (row + n) % 100 for n in range(length)] for row, length in enumerate(LENGTHS)]
+"""They share no prefix, whose memory is that of a block of its own."""
 ON_GPU = {"gpu": 100}
 INT4_ON_GPU = cases.encoded("int4", ON_GPU)
 FP8_ON_GPU = cases.encoded("fp8", ON_GPU)
@@ -135,6 +136,12 @@ def assert_planned(plan, peak, reserved):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_call_takes_what_was_planned(name, config, gpu):
     assert_planned(*called(gpu, config, GREEDY, **CLASSES[name]))
+
+
+@pytest.mark.parametrize("name", ["on the GPU", "thirds", "thirds, attention on the host", "int4 cache"])
+def test_a_shared_prefix_takes_what_was_planned(name, gpu):
+    prompts = [PROMPTS[0][:150] + prompt[:100] for prompt in PROMPTS]
+    assert_planned(*called(gpu, LLAMA, GREEDY, prompts, **CLASSES[name]))
 
 
 @pytest.mark.parametrize("config", [PHI3, NEOX], ids=["fused", "parallel"])
@@ -269,7 +276,9 @@ def test_temporaries_of_a_wide_model_are_reserved_together(gpu):
         vocab_size=1024, hidden_size=4096, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
         intermediate_size=14336, max_position_embeddings=1024,
     )  # fmt: skip
-    plan, _, reserved = called(gpu, wide, GREEDY, [PROMPTS[0] * 2] * 32, **CLASSES["on the GPU"])
+    plan, _, reserved = called(
+        gpu, wide, GREEDY, [[n, *PROMPTS[0] * 2][:512] for n in range(32)], **CLASSES["on the GPU"]
+    )
     assert reserved <= 1.1 * plan
 
 
