@@ -27,6 +27,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from flexgen.engine.completion import Completion
 from flexgen.hf.processors import RowProcessors
 from flexgen.hf.steps import HFChoice, IdsSoFar
 from flexgen.kernels.scoring import Scoring
@@ -34,6 +35,7 @@ from flexgen.kernels.workspaces import choice_bytes, choice_rows
 from flexgen.memory.gpu import open_device
 from flexgen.models.ops import causal_attention
 from flexgen.policy import Tier
+from flexgen.runtime.request import read_request
 from flexgen.runtime.sampler import sample
 from flexgen.units import GIB, KIB, MIB
 
@@ -308,9 +310,11 @@ def test_attention_does_without_cudnn_during_a_call_only():
     seen = []
     with small() as model:
         assert backend.cudnn_sdp_enabled()
-        for _ in model.stream(cases.PROMPTS, 3):
-            seen.append(backend.cudnn_sdp_enabled())
-        assert not any(seen) and backend.cudnn_sdp_enabled()
+        model.generate_with(
+            Completion(read_request(model.spec, cases.PROMPTS), 3, model.sampled(stop=())),
+            check=lambda: seen.append(backend.cudnn_sdp_enabled()),
+        )
+        assert seen and not any(seen) and backend.cudnn_sdp_enabled()
         backend.enable_cudnn_sdp(False)  # by the user
         try:
             model.generate(cases.PROMPTS, 2)
