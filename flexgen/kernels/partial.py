@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 _FLASH_ALIGNMENT = 8
-"""FlashAttention on a GPU computes heads of a multiple of so many values."""
+"""The size of a head in FlashAttention on a GPU is a multiple of this number of values."""
 
 
 class Partial(NamedTuple):

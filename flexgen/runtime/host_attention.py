@@ -20,7 +20,7 @@ from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
 from flexgen.memory.taken import Taken, whole_or_closed
-from flexgen.runtime.attended import Attended
+from flexgen.runtime.attention_outputs import AttentionOutput
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.pages import Bring, Page, attend
 
@@ -128,7 +128,7 @@ class HostAttention:
         nbytes = len(self._rows[cell.layer, cell.batch]) * self._answer_bytes(cell.layer)
         self._device.to_device(self._arrived[cell.slot][:nbytes], self._answered[cell.slot][:nbytes])
 
-    def take(self, cell: BoundCell) -> Attended:
+    def take(self, cell: BoundCell) -> AttentionOutput:
         """The result (host rows, heads, 1, head_dim) on the device. It is valid until the slot's next cell."""
         values, *lse = self._answer(self._arrived, cell)
         return Partial(values.float(), *lse) if lse else values

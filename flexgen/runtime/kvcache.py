@@ -30,7 +30,7 @@ from flexgen.memory.transfer import Chains, bind
 from flexgen.models import Chunk
 from flexgen.models.ops import causal_attention, causal_part
 from flexgen.policy import Split, Tier
-from flexgen.runtime.attended import Attended, OnDevice, together, with_prefix
+from flexgen.runtime.attention_outputs import AttentionOutput, OnDevice, together, with_prefix
 from flexgen.runtime.cache_jobs import CacheJobs
 from flexgen.runtime.cache_storage import CacheStorage
 from flexgen.runtime.cell import BoundCell
@@ -188,7 +188,7 @@ class KVCache:
             if not prefix:
                 return causal_attention(q, k, v, starts, scoring)
             return merge([causal_part(q, k, v, starts, scoring), *prefix], q.dtype)
-        length, outs = cell.span.length + chunk.tokens.stop, list[Attended]()
+        length, outs = cell.span.length + chunk.tokens.stop, list[AttentionOutput]()
         attend_own = several_part if prefix else attend_several
         for part in self._storage.parts(cell):
             own = part.segment.rows
@@ -218,7 +218,7 @@ class KVCache:
         self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> OnDevice:
         """`attend` in a decode step for the rows of the device, and for all rows over a shared prefix."""
-        outs = list[Attended]()
+        outs = list[AttentionOutput]()
         for part in self._storage.parts(cell):
             if part.segment.on_device:
                 pages, bring = self._keep(part, cell, k, v), self._bring(part, cell)

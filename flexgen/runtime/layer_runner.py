@@ -14,7 +14,7 @@ from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer
 from flexgen.models.ops import rope_tables
 from flexgen.models.spec import RopeSpec
-from flexgen.runtime.attended import OnDevice
+from flexgen.runtime.attention_outputs import OnDevice
 from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache

@@ -18,7 +18,7 @@ from flexgen.kernels.sparse_attention import Choice, attend_chosen, choose
 from flexgen.layout.cache import CacheSegment
 from flexgen.memory.store import tensor_at
 from flexgen.models.ops import causal_attention, causal_part
-from flexgen.runtime.attended import Attended
+from flexgen.runtime.attention_outputs import AttentionOutput
 from flexgen.runtime.cell import BoundCell
 
 Page = tuple[Tensor, Tensor]
@@ -140,7 +140,7 @@ def attend(
     q: Tensor,
     scoring: Scoring,
     bring: Bring | None = None,
-) -> Attended:
+) -> AttentionOutput:
     """Attention of one new token of the segment's rows, over pages that include this token.
 
     q and the result are (rows, heads, 1, head_dim), for these rows. If the cell has a prefix, the result is a part.

@@ -151,7 +151,7 @@ class NewTokens:
         began, entering = self._prompts.began(), self._prompts.entering(number + 1)
         left = max((tokens - 1 - number + at for row, at in began.items() if not ended[row]), default=0)
         kept: list[list[int]] | None
-        if self._prompts.passes_left(number + 1, tokens) < 1:  # columns must begin anew
+        if self._prompts.passes_left(number + 1, tokens) < 1:  # the next prompts start in column 0
             kept = gathered(self._prompts.batches, ended, entering)
         else:
             kept = regrouped(self._prompts.batches, ended, left, entering, bool(waiting))

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from flexgen.models.embed import Head
 from flexgen.policy import Policy
 
 VOCAB, POSITIONS, PAD = 64, 48, 1
@@ -176,3 +177,17 @@ def _small_pages() -> Iterator[None]:
 def threads() -> Callable[[], set[str]]:
     """Names of the threads that flexgen has running."""
     return lambda: {t.name for t in threading.enumerate() if t.name.startswith("flexgen-")}
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch that the head computed, in order."""
+    counts: list[int] = []
+    forward = Head.forward
+
+    def counted(self: Head, x: Any, *args: Any) -> Any:
+        counts.append(len(x))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(Head, "forward", counted)
+    return counts

@@ -16,7 +16,6 @@ from piece_sizes import piece_sizes
 from flexgen.engine.model import OptLM
 from flexgen.errors import LaneError
 from flexgen.memory.disk import DiskIO
-from flexgen.models.embed import Head
 from flexgen.policy import Policy, Tier
 from flexgen.runtime import compaction
 from flexgen.runtime.kvcache import KVCache
@@ -58,20 +57,6 @@ def _stops(rows: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[int]]:
     found = ends(free, stop)
     assert len(set(found)) >= 5 and max(found) > 8, "rows must stop at different tokens, some of them late"
     return stop, found
-
-
-@pytest.fixture
-def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that the head computed, in order."""
-    counts: list[int] = []
-    forward = Head.forward
-
-    def counted(self: Head, x: Any, *args: Any) -> Any:
-        counts.append(len(x))
-        return forward(self, x, *args)
-
-    monkeypatch.setattr(Head, "forward", counted)
-    return counts
 
 
 @pytest.fixture

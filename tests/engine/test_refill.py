@@ -16,7 +16,6 @@ from torch import Tensor
 from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.memory.disk import DiskIO
-from flexgen.models.embed import Head
 from flexgen.policy import Policy
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.request import read_request
@@ -62,20 +61,6 @@ def expected(model: Any, rows: Any, times: Sequence[int], tokens: int = TOKENS) 
     for row, given_ids in zip(out, rows, strict=True):
         row[: width - len(given_ids)] = PAD
     return out
-
-
-@pytest.fixture
-def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every batch that the head computed, in order."""
-    counts: list[int] = []
-    forward = Head.forward
-
-    def counted(self: Head, x: Any, *args: Any) -> Any:
-        counts.append(len(x))
-        return forward(self, x, *args)
-
-    monkeypatch.setattr(Head, "forward", counted)
-    return counts
 
 
 def geometric(rows: int, seed: int = 0) -> list[int]:

@@ -64,7 +64,7 @@ inline void multiply_at_once(const Variant &variant, PackedLinear &job, const st
     job.wide = std::move(wide);
 }
 
-// x in the layout of the variant and the pending sums take memory, so many rows are multiplied in parts.
+// x in the layout of the variant and the pending sums take memory, so products of many rows are computed in parts.
 inline void multiply(const Variant &variant, PackedLinear &job, const std::vector<Matrix> &matrices, int threads) {
     if (job.rows <= ROWS_AT_ONCE) return multiply_at_once(variant, job, matrices, threads);
     const int64_t parts = (job.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, item = element_bytes(job.type);

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import PolicyError, cut, did_you_mean, shown
-from flexgen.policy_fields import Converted, fraction, percentage, refuse_unknown, whole_number
+from flexgen.policy.fields import Converted, fraction, percentage, refuse_unknown, whole_number
 
-CODECS = ("none", *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parent}/quant/codecs"])))
+CODECS = (
+    "none",
+    *sorted(m.name for m in pkgutil.iter_modules([f"{Path(__file__).parents[1]}/quant/codecs"])),
+)
 """The names of codecs: "none" and the modules in `flexgen/quant/codecs`. To import them would import torch."""
 STORED = "stored"
 """The codec of weights that keeps the form of a quantized checkpoint. Plain weights have no codec then."""

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -326,7 +325,3 @@ def make_parser() -> argparse.ArgumentParser:
         help="append the results to FILE as a line of JSON; - prints only this line",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.kernels.partial import Partial, merge
 
-Attended = Tensor | Partial
+AttentionOutput = Tensor | Partial
 """Attention of some rows over all their tokens, (rows, heads, new, head_dim), or over the tokens of their cache."""
 
 
@@ -18,11 +18,11 @@ class OnDevice(NamedTuple):
     """The device's part of the attention of one token: over the cache of its rows, by tier, and of all rows over each
     page of a shared prefix."""
 
-    own: Sequence[Attended] = ()
+    own: Sequence[AttentionOutput] = ()
     prefix: Sequence[Partial] = ()
 
 
-def together(outs: Sequence[Attended]) -> Attended:
+def together(outs: Sequence[AttentionOutput]) -> AttentionOutput:
     """The results of consecutive rows as one."""
     if len(outs) == 1:
         return outs[0]
@@ -33,7 +33,7 @@ def together(outs: Sequence[Attended]) -> Attended:
     return Partial(torch.cat([part.values for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def with_prefix(own: Attended, prefix: Sequence[Partial], dtype: torch.dtype) -> Tensor:
+def with_prefix(own: AttentionOutput, prefix: Sequence[Partial], dtype: torch.dtype) -> Tensor:
     """Attention over all tokens of the rows: the cache's, and those of each page of the prefix. `own` is whole if
     there is no prefix."""
     return own if isinstance(own, Tensor) else merge([own, *prefix], dtype)
