@@ -79,10 +79,14 @@ def plan_memory(
 
 
 def _with_prefix(block: _Block) -> list[Need]:
-    """The needs of a block that follows the block of its prefix. Only the cache of the prefix exists in both."""
+    """The needs of a block that follows the block of its prefix. Only the cache of the prefix exists in both.
+
+    The block of the prefix decodes nothing, so it replays no CUDA graphs.
+    """
     target = replace(block.target, slots=prefix_slots(block.target.slots))
     policy, workload = prefix_policy(block.policy), prefix_workload(block.passes.shared)
     before = replace(block, policy=policy, workload=workload, target=target).needs()
+    before = [need for need in before if need.what != "graphs"]
     kept = [need for need in before if need.what == "cache" and need.role != "workspace"]
     totals = dict(_summed([*block.needs(), *kept]))
     for key, nbytes in _summed(before):

@@ -139,14 +139,15 @@ def test_a_mixture_may_have_a_graph():
 
 
 def test_the_plan_has_graphs_of_what_is_resident_and_only_of_that():
-    def planned(**changes):
+    def planned(prefix=0, **changes):
         policy = Policy(**RESIDENT | changes)
         layers = layers_of(LLAMA)
         placement = place_weights(layers, policy.weights, torch.float16)
-        workload = Workload(100, 20, 8)
+        workload = Workload(100, 20, 8, prefix=prefix)
         plan = plan_memory(layers, placement, policy, Target(LINKED, workspaces=HOPPER), workload)
         return plan.on(Tier.GPU, "graphs")
 
     assert HOPPER.captured < planned() < HOPPER.captured + MIB
     assert planned() < planned(num_gpu_batches=2)
     assert planned(cache={"cpu": 100}) == 0
+    assert planned(prefix=40) == 0  # neither the calls with a prefix nor the block that computes it
