@@ -1,4 +1,8 @@
-"""Rotary positions of single tokens. On a CPU, one compiled call does the work of a dozen small operations."""
+"""Rotary positions. On a CPU, one compiled call does the work of a dozen small operations.
+
+`rotate_token` rotates the queries and keys of one token per row, whose factors are the same in all layers.
+`rotate_tokens` rotates the heads of any number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch import Tensor
 from flexgen.kernels.loading import NUMBERS, announce, native
 
 _TYPES = torch.bfloat16, torch.float16
-"""A kernel for float32 could round differently from the rotation of prompts in torch."""
+"""A kernel for float32 could round differently from the rotation in torch."""
 
 
 def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,6 +51,31 @@ def rotate_natively(q: Tensor, k: Tensor, factors: Tensor) -> tuple[Tensor, Tens
         torch.get_num_threads(),
     )
     return q, k
+
+
+def rotates_tokens(x: Tensor, cos: Tensor) -> bool:
+    """Whether `rotate_tokens` accepts these tensors: heads by token, as projections return them, on the CPU."""
+    if x.device.type != "cpu" or x.dtype not in _TYPES or x.dtype is not cos.dtype or not x.numel():
+        return False
+    batch, heads, seq, head_dim = x.shape
+    by_token = x.stride(3) == 1 and (heads == 1 or x.stride(1) == head_dim)
+    in_order = batch == 1 or x.stride(0) == seq * x.stride(2)
+    return by_token and in_order and cos.shape[:3] == (batch, 1, seq) and announce()
+
+
+def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (batch, heads, seq, head_dim) by cos and sin (batch, 1, seq, n), in place. Returns x.
+
+    The pairs of a head are (j, j + n). Each result is equal to that of torch.
+    """
+    batch, heads, seq, head_dim = x.shape
+    factors = torch.stack((cos, cos, -sin, sin), dim=3)  # (batch, 1, seq, 4, n): those of each token together
+    sizes = batch * seq, heads, 0, head_dim, cos.shape[3]  # no keys: x is everything
+    stride, threads = x.stride(2), torch.get_num_threads()
+    native.rotate(
+        NUMBERS[x.dtype], sizes, x.data_ptr(), stride, x.data_ptr(), stride, factors.data_ptr(), threads
+    )
+    return x
 
 
 def rotate_in_torch(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexgen.kernels.elementwise import silu_product
 from flexgen.kernels.partial import Partial, flash_part
-from flexgen.kernels.rotation import pairs_of
+from flexgen.kernels.rotation import pairs_of, rotate_tokens, rotates_tokens
 from flexgen.kernels.scoring import (
     Scoring,
     Window,
@@ -94,8 +94,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
     """Rotate the first 2n values of each head of x (batch, heads, seq, head_dim), where n is the last dimension of
     cos.
 
-    The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
+    It may overwrite x. The pairs are (j, j + n), or (2j, 2j + 1) if they are `interleaved`.
     """
+    if not interleaved and rotates_tokens(x, cos):
+        return rotate_tokens(x, cos, sin)
     width = 2 * cos.shape[-1]
     partial = width < x.shape[-1]
     first, second = pairs_of(x[..., :width] if partial else x, interleaved)

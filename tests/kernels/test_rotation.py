@@ -1,4 +1,4 @@
-"""Rotary positions of single tokens: the compiled kernel against float64 and against torch."""
+"""Rotary positions: the compiled kernel against float64 and against torch."""
 
 import pytest
 import torch
@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.kernels.loading import native, native_available
-from flexgen.kernels.rotation import rotate_in_torch, rotate_natively, rotate_token, token_factors
+from flexgen.kernels.rotation import (
+    pairs_of,
+    rotate_in_torch,
+    rotate_natively,
+    rotate_token,
+    rotate_tokens,
+    rotates_tokens,
+    token_factors,
+)
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
 VARIANTS = native.variants() if native_available() else []
@@ -80,3 +88,48 @@ def test_other_forms_are_rotated_in_torch(interleaved, dtype):
     expected = rotate_in_torch(q, k, factors, interleaved)
     for found, other in zip(rotate_token(q, k, factors, interleaved), expected, strict=True):
         assert found.equal(other)
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    seq=st.integers(1, 6),
+    others=st.integers(0, 2),
+    pairs=st.integers(1, 40),
+    rest=st.integers(0, 20),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_tokens_are_rotated_as_in_torch(variant, batch, heads, seq, others, pairs, rest, dtype, seed):
+    """In a fused product, the heads of the queries are followed by other heads, which do not change."""
+    generator = torch.Generator().manual_seed(seed)
+    product = torch.randn(batch, seq, heads + others, 2 * pairs + rest, generator=generator).to(dtype)
+    angles = torch.rand(batch, 1, seq, pairs, generator=generator) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    before, x = product.clone(), product[:, :, :heads].transpose(1, 2)
+    first, second = pairs_of(x[..., : 2 * pairs], interleaved=False)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    chosen = native.variant()
+    native.set_variant(variant)
+    try:
+        assert rotates_tokens(x, cos)
+        found = rotate_tokens(x, cos, sin)
+    finally:
+        native.set_variant(chosen)
+    assert found[..., : 2 * pairs].equal(turned)
+    kept = before[:, :, :heads].transpose(1, 2)
+    assert found[..., 2 * pairs :].equal(kept[..., 2 * pairs :])
+    assert product[:, :, heads:].equal(before[:, :, heads:])
+
+
+@needs_kernel
+def test_heads_that_are_not_stored_by_token_are_left_to_torch():
+    x, cos = torch.ones(2, 3, 4, 8, dtype=torch.bfloat16), torch.ones(2, 1, 4, 4, dtype=torch.bfloat16)
+    by_token = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert rotates_tokens(by_token, cos)
+    assert not rotates_tokens(x, cos)
+    assert not rotates_tokens(by_token.float(), cos.float())
+    assert not rotates_tokens(by_token, cos[:1])
+    assert not rotates_tokens(by_token[:, :, ::2], cos[:, :, ::2].expand(2, 1, 2, 4)[:1])
