@@ -24,7 +24,7 @@ from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
 from flexgen.runtime import tokens
-from flexgen.runtime.compaction import regrouped
+from flexgen.schedule.admission import regrouped
 
 STOP = 2
 CASES = {

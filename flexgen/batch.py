@@ -36,6 +36,8 @@ from flexgen.units import format_seconds
 from flexgen.workload import Workload
 
 _SEED_BITS = 64
+_PROMPTS_OF_A_CALL = 1 << 14
+"""A call keeps the ids of its prompts and answers in memory: 134 MB for texts of 1,024 tokens."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,30 +173,45 @@ def _answer(args: argparse.Namespace, job: Job, answers: Answers, policy: Policy
                 "the policy has changed: with a half-precision dtype, later answers may differ by rounding"
             )
         answers.begin(run)
-        save_every = args.save_every * model.policy.block_size
         begun, new_tokens, first = time.perf_counter(), 0, answers.count
         while not answers.complete:
-            rows = range(answers.count, min(answers.count + save_every, answers.total))
-            texts = model.generate_text(
-                [job.ids[row] for row in rows],
-                args.max_tokens,
-                stop=args.stop,
-                do_sample=args.temperature > 0,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                seed=seed,
-                first_row=rows.start,
-            )
-            answers.save(texts)
+            _answer_some(args, job, answers, model, seed)
             assert model.stats is not None
             new_tokens += model.stats.new_tokens
-            print_stderr(f"{answers.count} of {answers.total} prompts answered")
     seconds = time.perf_counter() - begun
     print(
         f"{args.answers}: {answers.total - first} prompts answered, {new_tokens} new tokens in "
         f"{format_seconds(seconds)} ({new_tokens / seconds:.4g} tokens/s)"
     )
+
+
+def _answer_some(args: argparse.Namespace, job: Job, answers: Answers, model: OptLM, seed: int) -> None:
+    """Answer the next prompts in one call, and save answers in order as soon as `--save-every` blocks have them."""
+    save_every = args.save_every * model.policy.block_size
+    rows = range(answers.count, min(answers.count + max(_PROMPTS_OF_A_CALL, save_every), answers.total))
+    texts = model.stream_texts(
+        [job.ids[row] for row in rows],
+        args.max_tokens,
+        stop=args.stop,
+        sort_within=save_every,
+        do_sample=args.temperature > 0,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+        first_row=rows.start,
+    )
+    with texts:
+        early: dict[int, str] = {}  # answers that are not saved yet, because one before them is missing
+        ready: list[str] = []
+        for number, text in texts:
+            early[number] = text
+            while (following := answers.count - rows.start + len(ready)) in early:
+                ready.append(early.pop(following))
+            if len(ready) >= save_every or (ready and following == len(rows)):
+                answers.save(ready)
+                ready = []
+                print_stderr(f"{answers.count} of {answers.total} prompts answered")
 
 
 def file_mode(text: str) -> int:
@@ -229,7 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=count,
         default=4,
         metavar="BLOCKS",
-        help="save answers after this number of blocks; the prompts of a save are sorted by length",
+        help="save answers after this number of blocks; prompts are sorted by length within this number",
     )
     add(
         "--file-mode",

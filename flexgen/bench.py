@@ -21,6 +21,7 @@ import numpy as np
 from flexgen import demo
 from flexgen.cli.flags import (
     OutputFile,
+    add_mean_new_flag,
     add_model_flags,
     add_policy_flags,
     add_prefix_flag,
@@ -31,7 +32,7 @@ from flexgen.cli.flags import (
 from flexgen.cli.help import HelpFormatter
 from flexgen.engine import OptLM, scoring
 from flexgen.engine.auto import USUAL, known_machine, this_machine
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.policy import Policy
 from flexgen.results.report import Report
 from flexgen.runtime.debug import tokens_to_run
@@ -55,6 +56,11 @@ def bench(args: argparse.Namespace) -> Report:
     workload = asked_workload(args, records)
     # Raises before weights are loaded.
     tokens_to_run(workload.gen_len, args.cut_gen_len, None, projected=True)
+    if args.cut_gen_len is not None and args.mean_new is not None:
+        raise RequestError(
+            f"--cut-gen-len is {args.cut_gen_len} and --mean-new is {args.mean_new:g}: the time of a run whose rows "
+            "end early cannot be projected from its first tokens. Leave out one of the two"
+        )
     hardware = known_machine(args.device, args.offload_dir) if isinstance(policy, Policy) else None
     if args.predict:
         hardware = this_machine(args.device, args.offload_dir)
@@ -72,12 +78,18 @@ def bench(args: argparse.Namespace) -> Report:
         if args.warm_up:
             warm_up(model, job.prompts, job.gen_len)
         ids, report = model.generate(
-            job.prompts, job.gen_len, stop=(), cut_gen_len=args.cut_gen_len, seed=args.seed, stats=True
+            job.prompts,
+            workload_of(job, args).answers(),
+            stop=(),
+            cut_gen_len=args.cut_gen_len,
+            seed=args.seed,
+            stats=True,
         )
         if args.trace:
             assert model.stats is not None
             model.stats.timing.trace.save(args.trace, model.layer_names)
-        phases = model.lane_seconds(job.prompts, job.gen_len) if args.bound else {}
+        bound = args.bound and args.mean_new is None  # the lanes are timed for rows that do not end early
+        phases = model.lane_seconds(job.prompts, job.gen_len) if bound else {}
         perplexity = answer_perplexity(model, job)
         report = dataclasses.replace(report, model=str(args.model), phases=phases, perplexity=perplexity)
         hardware = model.auto.job.hardware if model.auto else hardware
@@ -127,10 +139,17 @@ def make_records(args: argparse.Namespace) -> Records | None:
 
 def asked_workload(args: argparse.Namespace, records: Records | None) -> Workload:
     """The workload for the search of a policy."""
+    mean = args.mean_new
     if records:
-        return Workload(max(map(len, records.prompts)), args.gen_len or _DEMO_GEN_LEN, len(records.prompts))
+        longest, gen_len = max(map(len, records.prompts)), args.gen_len or _DEMO_GEN_LEN
+        return Workload(longest, gen_len, len(records.prompts), mean_new=mean)
     lengths = args.prompt_len or USUAL.prompt_len, args.gen_len or USUAL.gen_len
-    return Workload(*lengths, args.num_prompts or USUAL.num_prompts, args.prefix_len)
+    return Workload(*lengths, args.num_prompts or USUAL.num_prompts, args.prefix_len, mean)
+
+
+def workload_of(job: Job, args: argparse.Namespace) -> Workload:
+    """The workload of the job that runs."""
+    return Workload(job.prompt_len, job.gen_len, len(job.prompts), mean_new=args.mean_new)
 
 
 def make_job(model: OptLM, args: argparse.Namespace, records: Records | None) -> Job:
@@ -203,6 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_prefix_flag(parser)
     add("--gen-len", type=count, metavar="N", help="new tokens of each prompt (default: 32; demo: 24)")
     add("--num-prompts", type=count, metavar="N", help="number of prompts (default: one block; demo: 1024)")
+    add_mean_new_flag(parser)
     add("--cut-gen-len", type=count, metavar="N", help="run only N tokens and extrapolate the decode time")
     add("--seed", type=int, default=0, help="seed of the prompts and records")
     add("--json", type=OutputFile, metavar="FILE", help="append the results to FILE as a line of JSON")

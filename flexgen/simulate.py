@@ -12,7 +12,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flexgen.cli.flags import OutputFile, add_policy_flags, add_prefix_flag, count, read_policy, run
+from flexgen.cli.flags import (
+    OutputFile,
+    add_mean_new_flag,
+    add_policy_flags,
+    add_prefix_flag,
+    count,
+    read_policy,
+    run,
+)
 from flexgen.cli.help import HelpFormatter
 from flexgen.engine.auto import USUAL, AutoPolicy
 from flexgen.models import open_model
@@ -32,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def simulate(args: argparse.Namespace) -> Report:
     """Predict the job and print its card."""
     policy, order = read_policy(args), args.order
-    lengths = args.prompt_len, args.gen_len
+    lengths, more = (args.prompt_len, args.gen_len), (args.prefix_len, args.mean_new)
     spec, _ = open_model(args.model, "dummy")
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
     if isinstance(policy, Auto):
-        workload = Workload(*lengths, args.num_prompts or USUAL.num_prompts, args.prefix_len)
+        workload = Workload(*lengths, args.num_prompts or USUAL.num_prompts, *more)
         found = AutoPolicy(policy, Job.checked(spec, hardware, workload, args.dtype, order)).opened
         policy, order = found.policy, found.order
-    workload = Workload(*lengths, args.num_prompts or policy.block_size, args.prefix_len)
+    workload = Workload(*lengths, args.num_prompts or policy.block_size, *more)
     prediction = predict_job(Job.checked(spec, hardware, workload, args.dtype, order), policy, args.samples)
     report = prediction.report
     if args.trace:
@@ -78,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-len", type=count, default=512, metavar="N", help="tokens of each prompt")
     add_prefix_flag(parser)
     add("--gen-len", type=count, default=32, metavar="N", help="new tokens of each prompt")
+    add_mean_new_flag(parser)
     add(
         "--num-prompts",
         type=count,

@@ -21,6 +21,7 @@ from pathlib import Path
 from flexgen.cli.flags import (
     AUTO,
     OutputFile,
+    add_mean_new_flag,
     add_model_flags,
     add_policy_flags,
     add_prefix_flag,
@@ -64,7 +65,7 @@ def tune(args: argparse.Namespace) -> None:
         if args.hardware
         else this_machine(args.device, args.offload_dir)
     )
-    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts, args.prefix_len)
+    workload = Workload(args.prompt_len, args.gen_len, args.num_prompts, args.prefix_len, args.mean_new)
     tuning = Tuning(
         Job.checked(spec, hardware, workload, args.dtype, args.order),
         Auto(fixed_fields(args), args.lossy),
@@ -156,6 +157,7 @@ def command(args: argparse.Namespace, order: str | None) -> str:
         "prompt-len": args.prompt_len,
         "prefix-len": args.prefix_len or None,
         "gen-len": args.gen_len,
+        "mean-new": args.mean_new,
         "num-prompts": args.num_prompts,
     }
     flags = (f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
@@ -197,6 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name.replace('_', '-')}", type=count, default=getattr(USUAL, name), metavar="N", help=what)
     add_prefix_flag(parser)
+    add_mean_new_flag(parser)
     add(
         "--top",
         type=count,

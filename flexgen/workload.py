@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import operator
+import random
 from dataclasses import dataclass
 
 from flexgen.errors import RequestError, shown
@@ -16,16 +18,21 @@ class Workload:
     """`num_prompts` prompts of `prompt_len` tokens, with `gen_len` new tokens for each.
 
     Shorter prompts are padded to `prompt_len`. prefix: the number of tokens with which all prompts begin, fewer than
-    `prompt_len`. Raises RequestError unless all are integers up to `LARGEST_COUNT`, and the others at least 1.
+    `prompt_len`. mean_new: the mean number of new tokens if rows may end early, from 1 to `gen_len`; None if all have
+    `gen_len`. Raises RequestError unless the others are integers up to `LARGEST_COUNT`, and all but `prefix` at least
+    1.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int
     prefix: int = 0
+    mean_new: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.name == "mean_new":
+                continue
             value, least = getattr(self, field.name), int(field.name != "prefix")
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 kind = type(value).__name__
@@ -43,7 +50,39 @@ class Workload:
                 "because at least the last token of a prompt is computed for each prompt"
             )
 
+        mean = self.mean_new
+        if mean is None:
+            return
+        if isinstance(mean, bool) or not isinstance(mean, numbers.Real):
+            raise RequestError(f"mean_new is {shown(mean)} ({type(mean).__name__}); it must be a number")
+        if not 1 <= mean <= self.gen_len:
+            raise RequestError(
+                f"mean_new is {shown(mean)}; it must be from 1 to gen_len, which is {self.gen_len}"
+            )
+        object.__setattr__(self, "mean_new", float(mean))
+
     @property
     def capacity(self) -> int:
         """The largest length of one row: the prompt and all its new tokens."""
         return self.prompt_len + self.gen_len
+
+    def answers(self) -> list[int]:
+        """The number of new tokens of each prompt, as predictions assume them.
+
+        Without `mean_new`, all are `gen_len`. Otherwise they are the quantiles of a geometric distribution (each
+        token ends its row with the same probability), cut off at `gen_len`, with the mean `mean_new`. Their order is
+        random, and equal for equal workloads.
+        """
+        if self.mean_new is None or self.mean_new == self.gen_len:
+            return [self.gen_len] * self.num_prompts
+        if self.mean_new == 1:
+            return [1] * self.num_prompts
+        low, high = 0.0, 1.0  # the probability to continue
+        for _ in range(60):
+            going = (low + high) / 2
+            mean = (1 - going**self.gen_len) / (1 - going)
+            low, high = (going, high) if mean < self.mean_new else (low, going)
+        left = ((n + 0.5) / self.num_prompts for n in range(self.num_prompts))
+        counts = [min(max(math.ceil(math.log(share) / math.log(low)), 1), self.gen_len) for share in left]
+        random.Random(0).shuffle(counts)
+        return counts

@@ -7,6 +7,7 @@ import stat
 import pytest
 
 from flexgen import batch
+from flexgen.cli.answers import Answers
 from flexgen.demo import MODEL_DIR
 from flexgen.engine.model import OptLM
 
@@ -47,19 +48,19 @@ class Ended(Exception):
 
 
 @pytest.fixture
-def ends_in_call(monkeypatch):
-    """`ends_in_call(n)`: the n-th call of a model is the last thing that the process does."""
-    generate = OptLM.generate_text
+def ends_in_save(monkeypatch):
+    """`ends_in_save(n)`: the process ends just before its n-th save."""
+    save = Answers.save
 
-    def arm(calls):
-        left = iter(range(calls - 1))
+    def arm(saves):
+        left = iter(range(saves - 1))
 
         def counted(*args, **options):
             if next(left, None) is None:
                 raise Ended
-            return generate(*args, **options)
+            return save(*args, **options)
 
-        monkeypatch.setattr(OptLM, "generate_text", counted)
+        monkeypatch.setattr(Answers, "save", counted)
 
     yield arm
 
@@ -83,15 +84,15 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
     assert [line["prompt"] for line in found] == ["Date: 26 Apr 2019", "Length:\x0b 4 km"]
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4])
-def test_a_job_that_was_cut_off_resumes_to_the_same_answers(calls, job, tmp_path, ends_in_call):
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_job_that_was_cut_off_resumes_to_the_same_answers(saves, job, tmp_path, ends_in_save):
     whole = tmp_path / "whole.jsonl"
     assert start((job[0], whole)) == 0
-    ends_in_call(calls)
+    ends_in_save(saves)
     with pytest.raises(Ended):
         start(job)
-    assert job[1].read_text().count("\n") == 2 * (calls - 1)
-    ends_in_call(100)
+    assert 2 * (saves - 1) <= job[1].read_text().count("\n") < len(PROMPTS)
+    ends_in_save(100)
     assert start(job) == 0
     assert job[1].read_text() == whole.read_text()
 
@@ -109,7 +110,7 @@ OTHER_WAYS = {
 
 
 @pytest.mark.parametrize("way", OTHER_WAYS)
-def test_samples_are_the_same_however_the_job_runs(way, job, tmp_path, ends_in_call):
+def test_samples_are_the_same_however_the_job_runs(way, job, tmp_path, ends_in_save):
     flags, block = OTHER_WAYS[way]
     whole = tmp_path / "whole.jsonl"
     assert start((job[0], whole)) == 0
@@ -117,10 +118,10 @@ def test_samples_are_the_same_however_the_job_runs(way, job, tmp_path, ends_in_c
     assert job[1].read_bytes() == whole.read_bytes()
     # Cut off in one way, and resumed in the other.
     mixed = job[0], tmp_path / "mixed.jsonl"
-    ends_in_call(2)
+    ends_in_save(2)
     with pytest.raises(Ended):
         start(mixed)
-    ends_in_call(100)
+    ends_in_save(100)
     assert start(mixed, *flags, block=block) == 0
     assert mixed[1].read_bytes() == whole.read_bytes()
 
@@ -132,13 +133,13 @@ def test_equal_prompts_draw_each_for_itself(tmp_path):
     assert len(set(answers.read_text().splitlines())) == 6
 
 
-def test_answers_that_were_edited_are_refused(job, ends_in_call, capsys):
-    ends_in_call(4)
+def test_answers_that_were_edited_are_refused(job, ends_in_save, capsys):
+    ends_in_save(3)
     with pytest.raises(Ended):
         start(job)
     rows = job[1].read_text().splitlines(keepends=True)
     job[1].write_text("".join([rows[1], rows[0], *rows[2:]]))
-    ends_in_call(100)
+    ends_in_save(100)
     assert start(job) == 1
     assert "line 1 is not the answer of its prompt" in capsys.readouterr().err
     job[1].write_text("".join(rows))
@@ -202,14 +203,14 @@ def test_answers_are_for_their_owner_alone_unless_asked_otherwise(job, tmp_path,
         assert "is not a mode; write three octal digits" in capsys.readouterr().err
 
 
-def test_a_resumed_job_keeps_its_seed_and_policy(job, ends_in_call, capsys):
+def test_a_resumed_job_keeps_its_seed_and_policy(job, ends_in_save, capsys):
     flags = ["--device", "cpu", "--max-tokens", "6", "--gpu-batch-size", "2", "--save-every", "1"]
-    ends_in_call(2)
+    ends_in_save(2)
     with pytest.raises(Ended):
         batch.main([*map(str, job), *flags])
     said = run_of(job)
     assert "policy: " in capsys.readouterr().err
-    ends_in_call(100)
+    ends_in_save(100)
     assert batch.main([*map(str, job), *flags]) == 0
     assert run_of(job) == said
     assert "policy: " not in capsys.readouterr().err  # no search
@@ -224,18 +225,18 @@ def test_a_job_that_is_done_is_left_alone(job, capsys, monkeypatch):
     assert job[1].read_bytes() == before
 
 
-def test_another_policy_may_resume(job, ends_in_call, capsys):
-    ends_in_call(2)
+def test_another_policy_may_resume(job, ends_in_save, capsys):
+    ends_in_save(2)
     with pytest.raises(Ended):
         start(job, "--temperature", "0")
-    ends_in_call(100)
+    ends_in_save(100)
     assert start(job, "--temperature", "0", block=["--gpu-batch-size", "3", *BLOCK[2:]]) == 0
     assert "the policy has changed" in capsys.readouterr().err
     assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
 
 
-def test_a_changed_job_is_refused(job, ends_in_call, capsys):
-    ends_in_call(2)
+def test_a_changed_job_is_refused(job, ends_in_save, capsys):
+    ends_in_save(2)
     with pytest.raises(Ended):
         start(job)
     before = job[1].read_bytes()
@@ -250,10 +251,10 @@ def test_a_changed_job_is_refused(job, ends_in_call, capsys):
     assert job[1].read_bytes() == before
 
 
-def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path, ends_in_call, capsys):
+def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path, ends_in_save, capsys):
     model = tmp_path / "model"
     shutil.copytree(MODEL_DIR, model)
-    ends_in_call(2)
+    ends_in_save(2)
     with pytest.raises(Ended):
         start(job, "--model", model)
     before = job[1].read_bytes()
@@ -267,7 +268,7 @@ def test_a_copy_of_the_model_resumes_and_another_model_is_refused(job, tmp_path,
     )
     assert job[1].read_bytes() == before
     weights.write_bytes(right)
-    ends_in_call(100)
+    ends_in_save(100)
     assert start(job, "--model", model.rename(tmp_path / "moved")) == 0
     assert [json.loads(line)["id"] for line in job[1].read_text().splitlines()] == list(range(7))
 
@@ -289,8 +290,8 @@ DAMAGED_RUNS = {
 
 
 @pytest.mark.parametrize("case", DAMAGED_RUNS)
-def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_call, capsys):
-    ends_in_call(2)
+def test_a_job_file_that_is_damaged_is_refused(case, job, ends_in_save, capsys):
+    ends_in_save(2)
     with pytest.raises(Ended):
         start(job)
     path = job[1].with_name("answers.jsonl.job")

@@ -20,9 +20,36 @@ def test_a_prefix_is_shorter_than_the_prompts():
 
 
 def test_numpy_integers_become_plain_ones():
-    workload = Workload(np.int64(3), np.int32(2), np.int64(1))
-    assert workload == Workload(3, 2, 1)
-    assert all(type(value) is int for value in dataclasses.astuple(workload))
+    workload = Workload(np.int64(3), np.int32(2), np.int64(1), mean_new=np.float32(1.5))
+    assert workload == Workload(3, 2, 1, mean_new=1.5)
+    *sizes, mean = dataclasses.astuple(workload)
+    assert all(type(value) is int for value in sizes) and type(mean) is float
+
+
+def test_answers_have_the_mean_and_end_with_the_longest():
+    assert Workload(8, 5, 3).answers() == [5] * 3 == Workload(8, 5, 3, mean_new=5).answers()
+    assert Workload(8, 5, 3, mean_new=1).answers() == [1] * 3
+    for mean in (1.5, 13, 40, 63):
+        answers = Workload(8, 64, 1000, mean_new=mean).answers()
+        assert np.mean(answers) == pytest.approx(mean, rel=0.02)
+        assert min(answers) >= 1 and max(answers) <= 64
+        assert answers != sorted(answers), "short and long ones are mixed"
+        assert answers == Workload(8, 64, 1000, mean_new=mean).answers()
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (0.5, "mean_new is 0.5; it must be from 1 to gen_len, which is 5"),
+        (6, "mean_new is 6; it must be from 1 to gen_len"),
+        (float("nan"), "mean_new is nan; it must be from 1"),
+        ("3", r"mean_new is '3' \(str\); it must be a number"),
+        (True, r"mean_new is True \(bool\); it must be a number"),
+    ],
+)
+def test_a_mean_beyond_the_new_tokens_is_refused(mean, said):
+    with pytest.raises(RequestError, match=said):
+        Workload(8, 5, 3, mean_new=mean)
 
 
 def test_workload_cannot_be_changed_in_place():

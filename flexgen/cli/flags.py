@@ -230,6 +230,16 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mean_new_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag for `Workload.mean_new`."""
+    parser.add_argument(
+        "--mean-new",
+        type=float,
+        metavar="N",
+        help="mean new tokens of a prompt, if rows end early; at most --gen-len (default: --gen-len for all rows)",
+    )
+
+
 def count(text: str) -> int:
     """Parse a whole number from 1 to `LARGEST_COUNT`, for argparse."""
     digits = len(str(LARGEST_COUNT))  # Python parses at most 4300

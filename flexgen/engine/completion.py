@@ -9,7 +9,7 @@ import numpy as np
 from flexgen.layout.prefix import sharing
 from flexgen.models import ModelSpec
 from flexgen.runtime.choice import Choice
-from flexgen.runtime.request import Request, check_length, pad_id
+from flexgen.runtime.request import NewTokenCounts, Request, new_token_counts, pad_id
 from flexgen.workload import Workload
 
 
@@ -17,37 +17,44 @@ from flexgen.workload import Workload
 class Completion:
     """New tokens for prompts that `read_request` has read.
 
+    max_new_tokens: of every prompt, or one number for each; then `choice` ends the rows (see `limited`).
     choice: chooses each token. It identifies a prompt by its number in the request.
-    tokens: the number of tokens to run; the rest of the `max_new_tokens` are pad ids. None runs all.
+    tokens: the number of tokens to run; the rest of the `most` are pad ids. None runs all.
     pad: the id that follows the end of a row; None is the model's pad id.
     """
 
     request: Request
-    max_new_tokens: int
+    max_new_tokens: NewTokenCounts
     choice: Choice
     tokens: int | None = None
     pad: int | None = None
 
     def workload(self, spec: ModelSpec) -> Workload:
         """The workload of the call."""
-        return workload_of(spec, self.request, self.max_new_tokens)
+        return workload_of(spec, self.request, self.most)
+
+    @property
+    def most(self) -> int:
+        """The maximum number of new tokens of a prompt."""
+        counts = self.max_new_tokens
+        return counts if isinstance(counts, int) else int(max(counts))
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises RequestError if the text is longer than the model's positions."""
-        check_length(spec, self.request, self.max_new_tokens)
+        """Raises RequestError if a text is longer than the model's positions."""
+        new_token_counts(spec, self.request, self.max_new_tokens)
 
     @property
     def run(self) -> int:
         """The number of new tokens to run."""
-        return self.max_new_tokens if self.tokens is None else self.tokens
+        return self.most if self.tokens is None else self.tokens
 
     def pad_id(self, spec: ModelSpec) -> int:
         return pad_id(spec) if self.pad is None else self.pad
 
     def blank(self, pad: int) -> np.ndarray:
-        """(prompts, width + max_new_tokens) int64: the prompts, with `pad` before and after them."""
+        """(prompts, width + most) int64: the prompts, with `pad` before and after them."""
         request = self.request
-        out = np.full((len(request.prompts), request.width + self.max_new_tokens), pad, dtype=np.int64)
+        out = np.full((len(request.prompts), request.width + self.most), pad, dtype=np.int64)
         for row, prompt in zip(out, request.prompts, strict=True):
             row[request.width - len(prompt) : request.width] = prompt
         return out

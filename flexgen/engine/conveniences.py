@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -20,13 +21,15 @@ from flexgen.engine.text import Decoder, Messages, encode, encode_chat, is_chat,
 from flexgen.errors import RequestError, shown
 from flexgen.models import ModelSpec
 from flexgen.results.report import Report
-from flexgen.runtime.choice import Choice, NewIds, Rows
+from flexgen.runtime.choice import Choice, Limited, NewIds, Rows, limited
 from flexgen.runtime.request import (
     IdRows,
+    NewTokenCounts,
     Request,
     check_length,
     check_positions,
     check_whole,
+    new_token_counts,
     read_request,
 )
 from flexgen.runtime.stats import Stats
@@ -70,14 +73,19 @@ class Conveniences(ABC):
         return load_tokenizer(self.tokenizer_dir, self.spec.name)
 
     def stream(
-        self, inputs: IdRows, max_new_tokens: int = 32, *, attention_mask: Any = None, **sampling: Any
+        self,
+        inputs: IdRows,
+        max_new_tokens: NewTokenCounts = 32,
+        *,
+        attention_mask: Any = None,
+        **sampling: Any,
     ) -> Stream[tuple[int, np.ndarray]]:
         """Return an iterator over (number of the prompt, its new ids), in the order in which rows end.
 
         The new ids are an int64 array. It ends with the stop id, if the row has one.
 
         inputs: the prompts, as in `generate`.
-        max_new_tokens: the number of tokens to generate for each prompt.
+        max_new_tokens: the number of tokens to generate for each prompt, or one number per prompt, as in `generate`.
         attention_mask: as in `generate`.
         sampling: do_sample, temperature, stop, top_k, top_p and seed, as in `generate`.
 
@@ -87,14 +95,12 @@ class Conveniences(ABC):
         Raises as `generate` does. CapacityError and LaneError are raised by the iterator.
         """
         request = read_request(self.spec, inputs, attention_mask)
-        check_length(self.spec, request, max_new_tokens)
-        choice = self.sampled(**sampling)
+        counts = new_token_counts(self.spec, request, max_new_tokens)
+        choice = limited(self.sampled(**sampling), counts)
 
         def run(writer: StreamWriter[tuple[int, np.ndarray]]) -> None:
             listeners = [_EndedRows(writer.put)]
-            self.generate_with(
-                Completion(request, max_new_tokens, choice), listeners=listeners, check=writer.check
-            )
+            self.generate_with(Completion(request, counts, choice), listeners=listeners, check=writer.check)
 
         return self._streaming(run)
 
@@ -135,7 +141,7 @@ class Conveniences(ABC):
     def generate_text(
         self,
         prompts: Sequence[Text],
-        max_new_tokens: int = 32,
+        max_new_tokens: NewTokenCounts = 32,
         *,
         stop: str | Iterable[str] = (),
         special_tokens: bool = True,
@@ -147,7 +153,7 @@ class Conveniences(ABC):
     def generate_text(
         self,
         prompts: Sequence[Text],
-        max_new_tokens: int = 32,
+        max_new_tokens: NewTokenCounts = 32,
         *,
         stop: str | Iterable[str] = (),
         special_tokens: bool = True,
@@ -158,7 +164,7 @@ class Conveniences(ABC):
     def generate_text(
         self,
         prompts: Sequence[Text],
-        max_new_tokens: int = 32,
+        max_new_tokens: NewTokenCounts = 32,
         *,
         stop: str | Iterable[str] = (),
         special_tokens: bool = True,
@@ -168,7 +174,7 @@ class Conveniences(ABC):
         """Return the completion of each prompt, as text without special tokens.
 
         prompts: a list of strings, id lists or chats.
-        max_new_tokens: the number of tokens to generate for each prompt.
+        max_new_tokens: the number of tokens to generate for each prompt, or one number per prompt, as in `generate`.
         stop: a string or several. The first one that appears ends the completion, which does not contain it. A
             special token (`"<|im_end|>"`) can be a stop string. The model's end ids end a completion too.
         special_tokens: whether to start each text with the special tokens that the tokenizer adds, such as BOS. A
@@ -179,24 +185,76 @@ class Conveniences(ABC):
         Raises ModelError if the model has no tokenizer, or no chat template for a chat, and as `generate` does.
         """
         request = self._read(prompts, special_tokens)
+        counts = new_token_counts(self.spec, request, max_new_tokens)
+        texts = [""] * len(request.prompts)
+        self._complete(request, counts, stop_strings(stop), self.sampled(**sampling), texts.__setitem__)
+        return (texts, self.last_report(request, max(counts), max(counts))) if stats else texts
+
+    def stream_texts(
+        self,
+        prompts: Sequence[Text],
+        max_new_tokens: NewTokenCounts = 32,
+        *,
+        stop: str | Iterable[str] = (),
+        special_tokens: bool = True,
+        sort_within: int | None = None,
+        **sampling: Any,
+    ) -> Stream[tuple[int, str]]:
+        """Return an iterator over (number of the prompt, its completion), in the order in which rows end.
+
+        The completions are those of `generate_text`.
+
+        prompts, max_new_tokens, stop, special_tokens, sampling: as in `generate_text`.
+        sort_within: prompts are sorted by length, which saves padding, but only within groups of this number, so that
+            early prompts are answered early. None sorts all.
+
+        The stream runs, ends and raises as that of `stream` does.
+        """
+        request = self._read(prompts, special_tokens)
+        if sort_within is not None:
+            check_whole("sort_within", sort_within, 1)
+            request = replace(request, sorted_in=sort_within)
+        counts = new_token_counts(self.spec, request, max_new_tokens)
         stops, choice = stop_strings(stop), self.sampled(**sampling)
-        texts_of: list[list[str]] = [[] for _ in request.prompts]
+
+        def run(writer: StreamWriter[tuple[int, str]]) -> None:
+            def ended(row: int, text: str) -> None:
+                writer.put((row, text))
+
+            self._complete(request, counts, stops, choice, ended, check=writer.check)
+
+        return self._streaming(run)
+
+    def _complete(
+        self,
+        request: Request,
+        counts: Sequence[int],
+        stops: Sequence[str],
+        choice: Choice,
+        ended: Callable[[int, str], object],
+        **options: Any,
+    ) -> None:
+        """Generate up to `counts` tokens for each prompt, and call `ended` with each row that ends and its text."""
+        tokenizer = self.tokenizer
         if stops:
-            texts = _Texts(
-                choice, self.tokenizer, request.prompts, stops, lambda row, piece: texts_of[row].append(piece)
-            )
-            self.generate_with(Completion(request, max_new_tokens, texts))
-            texts.finish()
-        else:
-            # To decode ids as they arrive would take the host longer than a small model takes to generate them.
-            tokenizer, rows = self.tokenizer, dict[int, np.ndarray]()
-            listener = _EndedRows(lambda ended: rows.update([ended]))
-            self.generate_with(Completion(request, max_new_tokens, choice), listeners=[listener])
-            for n, prompt in enumerate(request.prompts):
-                decoder = Decoder(tokenizer, prompt)
-                texts_of[n] = [decoder.add(rows[n]), decoder.end()]
-        found = ["".join(pieces) for pieces in texts_of]
-        return (found, self.last_report(request, max_new_tokens, max_new_tokens)) if stats else found
+            pieces: list[list[str]] = [[] for _ in request.prompts]
+
+            def emit(row: int, piece: str) -> None:
+                pieces[row].append(piece)
+
+            texts = _Texts(Limited(choice, counts), tokenizer, request.prompts, stops, emit)
+            texts.when_ended = lambda row: ended(row, "".join(pieces[row]))
+            self.generate_with(Completion(request, counts, texts), **options)
+            return
+
+        def decode(row_and_ids: tuple[int, np.ndarray]) -> None:
+            # All ids at once: to decode them as they arrive takes longer than a small model takes to generate them.
+            row, ids = row_and_ids
+            decoder = Decoder(tokenizer, request.prompts[row])
+            ended(row, decoder.add(ids) + decoder.end())
+
+        completion = Completion(request, counts, limited(choice, counts))
+        self.generate_with(completion, listeners=[_EndedRows(decode)], **options)
 
     def score(
         self, texts: Sequence[Text], rows: int = scoring.ROWS, *, special_tokens: bool = True
@@ -300,6 +358,8 @@ class _Texts:
         self._choice = choice
         self._emit = emit
         self._open = {n: Decoder(tokenizer, prompt, stop) for n, prompt in enumerate(prompts)}
+        self.when_ended: Callable[[int], object] | None = None
+        """Called with each row that has ended, after its last piece."""
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         return self._choice.choose(logits, rows, token)
@@ -325,3 +385,5 @@ class _Texts:
 
     def _end(self, row: int) -> None:
         self._emit(row, self._open.pop(row).end())
+        if self.when_ended is not None:
+            self.when_ended(row)

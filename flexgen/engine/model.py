@@ -30,7 +30,7 @@ from flexgen.policy import Auto, Policy, Tier
 from flexgen.results.report import Report
 from flexgen.results.trace import LaneName, Phase
 from flexgen.runtime.call import Call
-from flexgen.runtime.choice import Choice, Listener, Sampled
+from flexgen.runtime.choice import Choice, Listener, Sampled, limited
 from flexgen.runtime.debug import order_to_run, summary, tokens_to_run
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.lane_timing import lane_seconds
@@ -38,11 +38,12 @@ from flexgen.runtime.model import Model
 from flexgen.runtime.positions import Forward, hidden_needs
 from flexgen.runtime.request import (
     IdRows,
+    NewTokenCounts,
     Request,
     check_bool,
-    check_length,
     check_positions,
     check_whole,
+    new_token_counts,
     pad_id,
     read_request,
     stop_ids,
@@ -194,7 +195,7 @@ class OptLM(Conveniences):
     def generate(  # type: ignore[misc]
         self,
         inputs: IdRows,
-        max_new_tokens: int = 32,
+        max_new_tokens: NewTokenCounts = 32,
         do_sample: bool = False,
         temperature: float = 1.0,
         stop: int | Iterable[int] | None = None,
@@ -213,7 +214,7 @@ class OptLM(Conveniences):
 
         inputs: ids as an array or tensor (prompts, prompt_len), or a list of id lists of any lengths. The number of
             prompts is not limited. Shorter prompts are padded on the left, also in the result.
-        max_new_tokens: the number of tokens to generate for each prompt.
+        max_new_tokens: the number of tokens to generate for each prompt, or a sequence of one number per prompt.
         do_sample: True draws each token; False takes the most probable token.
         temperature, top_k, top_p: the distribution of the draws, see `sample`.
         stop: the id or ids that end a row. None is the model's end ids; `()` never stops. Pad ids follow the stop id.
@@ -232,18 +233,18 @@ class OptLM(Conveniences):
         LaneError, with its cause, if a step fails.
         """
         request = read_request(self.spec, inputs, attention_mask)
-        check_length(self.spec, request, max_new_tokens)
+        counts = new_token_counts(self.spec, request, max_new_tokens)
         choice = self.sampled(
             do_sample, temperature, stop, top_k=top_k, top_p=top_p, seed=seed, first_row=first_row
         )
-        tokens = tokens_to_run(max_new_tokens, cut_gen_len, debug_mode, projected=stats)
+        tokens = tokens_to_run(most := max(counts), cut_gen_len, debug_mode, projected=stats)
         check_whole("verbose", int(verbose) if isinstance(verbose, bool) else verbose, 0)
         order = order_to_run(debug_mode)
-        out = self.generate_with(Completion(request, max_new_tokens, choice, tokens), order=order)
+        out = self.generate_with(Completion(request, counts, limited(choice, counts), tokens), order=order)
         if (debug_mode or verbose) and (done := self.stats):
-            ran = done.timing, len(out), done.new_tokens, tokens, max_new_tokens, debug_mode
+            ran = done.timing, len(out), done.new_tokens, tokens, most, debug_mode
             print(summary(*ran), file=sys.stderr)
-        return (out, self.last_report(request, max_new_tokens, tokens)) if stats else out
+        return (out, self.last_report(request, most, tokens)) if stats else out
 
     def generate_with(
         self,
@@ -371,8 +372,8 @@ class OptLM(Conveniences):
         for some tokens, while the others are idle. Blocks of equal lengths are timed once. Raises as `generate` does.
         """
         request = read_request(self.spec, inputs)
-        check_length(self.spec, request, max_new_tokens)
-        workload = workload_of(self.spec, request, max_new_tokens)
+        counts = new_token_counts(self.spec, request, max_new_tokens)
+        workload = workload_of(self.spec, request, max(counts))
         model, _ = self._prepared(workload)
         return lane_seconds(model, request, workload)
 

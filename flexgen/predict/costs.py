@@ -37,13 +37,16 @@ class CostedBlock:
 
     tokens: the passes of the grid, numbered as in `Passes` (up to 0: the prefill). None is all passes. If some are
         missing, the bytes that a token reads of a cache on disk are interpolated linearly.
+        An element may also be a sequence with the token of each batch.
     flushing: the indices of the tokens that write a page.
+    batches: the rows of each batch; None divides the prompts by the policy.
     """
 
     prompts: int
     order: Order
-    tokens: Sequence[int] | None = None
+    tokens: Sequence[int | Sequence[int]] | None = None
     flushing: Collection[int] = ()
+    batches: Sequence[int] | None = None
 
 
 class StepCosts:
@@ -54,8 +57,8 @@ class StepCosts:
         every_token = range(passes.first, workload.gen_len)
         self._model = model
         self._order = block.order
-        self._batches = batch_sizes(policy, block.prompts)
-        self._tokens = block.tokens or every_token
+        self._batches = block.batches or batch_sizes(policy, block.prompts)
+        self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
         self._prefix = PrefixCosts(model, policy, passes.shared)
@@ -77,6 +80,13 @@ class StepCosts:
     def flushes(self) -> int:
         """The number of tokens of the decode that write pages of a cache on disk."""
         return self._cache.flushes
+
+    @property
+    def cached_token_bytes(self) -> int:
+        """The bytes of one token of a batch of the first size in the cache, in all layers."""
+        rows = self._batches[0]
+        cells = (n for n in self._model.alike.cells if self._model.layers[n].has_cache)
+        return sum(s.token_bytes(1) for n in cells for s in self._cache.layout(n, rows).segments)
 
     def __call__(self, step: Step) -> Costs:
         """The step's chains as (lane, seconds)."""
@@ -121,18 +131,21 @@ class StepCosts:
             represents those that write pages.
         """
         op, i, j, k = step
+        if op is Op.LOAD_WEIGHTS:
+            return op, self.alike.weights[j], k, 0, False
+        token = self._tokens[i]
+        if not isinstance(token, int):
+            token = token[k]
         match op:
-            case Op.LOAD_WEIGHTS:
-                return op, self.alike.weights[j], k, 0, False
             case Op.LOAD_HIDDEN | Op.STORE_HIDDEN:  # equal between any two layers
                 layer = j if j == self._model.last else min(j, 1)
-                return op, layer, self._tokens[i], self._batches[k], False
+                return op, layer, token, self._batches[k], False
             case Op.COMPUTE | Op.PROJECT:
-                return op, self._model.alike.cells[j], self._tokens[i], self._batches[k], k == 0
+                return op, self._model.alike.cells[j], token, self._batches[k], k == 0
             case Op.STORE_CACHE:
-                return op, self._model.alike.cells[j], self._tokens[i], self._batches[k], i in self._flushing
+                return op, self._model.alike.cells[j], token, self._batches[k], i in self._flushing
             case _:
-                return op, self._model.alike.cells[j], self._tokens[i], self._batches[k], False
+                return op, self._model.alike.cells[j], token, self._batches[k], False
 
     def _loads(self, key: _Key) -> Loads:
         op, layer, token, rows, flag = key

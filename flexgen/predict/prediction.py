@@ -22,6 +22,7 @@ from flexgen.predict.hardware import Fixed, Hardware
 from flexgen.predict.job import Job
 from flexgen.predict.numbering import numbered
 from flexgen.predict.placed import PlacedModel, Placements
+from flexgen.predict.refill import RefilledBlock, refilled_block
 from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.results.report import ByPhase, Report, placement_table, timed_lanes
@@ -62,7 +63,8 @@ class Prediction:
     _blocks: tuple[_Block, ...] = field(repr=False)
 
     def trace(self) -> Trace:
-        """The events of the call, block after block. A sampled prediction has those of the sampled tokens only."""
+        """The events of the call, block after block. A sampled prediction has those of the sampled tokens only, and
+        one in which rows end early those of the first two passes."""
         trace, begin = Trace(), 0.0
         for block in self._blocks:
             named = ((e, e.step._replace(token=block.tokens[e.step.token])) for e in block.timeline.events)
@@ -116,8 +118,13 @@ def predict_job(
     shapes = [policy.block_size] * full + ([rest] if rest else [])
     model = PlacedModel(layers, placement, job.hardware)
     slots = job.order_for(policy).slots
-    made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
-    blocks = [made[prompts] for prompts in shapes]
+    refilled = None
+    if workload.mean_new is not None:
+        refilled = refilled_block(job, policy, model, slots)
+        blocks = [_refilled(refilled)]
+    else:
+        made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
+        blocks = [made[prompts] for prompts in shapes]
     if shared := shared_tokens(workload, policy):
         one = replace(job, workload=prefix_workload(shared))
         blocks.insert(0, _block(one, prefix_policy(policy), model, 1, prefix_slots(slots), None))
@@ -140,7 +147,9 @@ def predict_job(
         plan_bytes=plan.by_tier,
         peak_bytes={},
         placement=placement_table(policy, placement.percent, batches),
-        projected_from=laid_out if laid_out < workload.gen_len else None,
+        projected_from=laid_out if refilled is None and laid_out < workload.gen_len else None,
+        new_tokens=refilled and refilled.new_tokens,
+        stages=refilled.stages if refilled and len(refilled.stages) > 1 else {},
     )
     return Prediction(report, plan, tuple(layer.name for layer in layers), tuple(blocks))
 
@@ -200,6 +209,12 @@ def _copied(plan: MemoryPlan, job: Job, policy: Policy) -> int:
         and need.role != "workspace"
         and not (need.what == "cache" and need.role in stays)
     )
+
+
+def _refilled(refilled: RefilledBlock) -> _Block:
+    """The block, with the timeline of its first two passes."""
+    first, timeline = refilled.timed[0]
+    return _Block(refilled.prefill, refilled.decode, refilled.phases, range(first, first + 2), timeline)
 
 
 def _block(

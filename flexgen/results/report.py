@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 from flexgen.policy import Policy, Split, Tier
 from flexgen.results.trace import LaneName, Phase
@@ -43,6 +44,22 @@ _DERIVED = (
 """The properties in a report's JSON, in addition to its fields."""
 
 
+class Stage(StrEnum):
+    """The stages of a call in which prompts enter when rows have ended: before the first enters, while prompts wait,
+    and after the last has entered."""
+
+    FILL = "fill"
+    STEADY = "steady"
+    DRAIN = "drain"
+
+
+class PlacesUsed(NamedTuple):
+    """The seconds of a stage, and the share of the block's places whose row still generates, 0 to 1."""
+
+    seconds: float
+    used: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The time and memory of a run or of its prediction.
@@ -60,6 +77,7 @@ class Report:
     perplexity: the perplexity of the correct answers, if they are known.
     predicted: the prediction of the same run, if the machine's figures are known.
     prefix: the number of tokens with which all prompts begin and that are computed once.
+    stages: those of a call in which prompts entered when rows had ended.
     """
 
     model: str
@@ -84,6 +102,7 @@ class Report:
     perplexity: float | None = None
     predicted: Report | None = None
     prefix: int = 0
+    stages: Mapping[Stage, PlacesUsed] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
@@ -187,6 +206,7 @@ class Report:
             "plan_bytes": {str(tier): count for tier, count in self.plan_bytes.items()},
             "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
             "placement": placement,
+            "stages": {str(stage): found._asdict() for stage, found in self.stages.items()},
             "predicted": self.predicted and self.predicted._prediction(),
             **{name: getattr(self, name) for name in _DERIVED},
         }
@@ -208,6 +228,7 @@ class Report:
             *self._placement_rows(),
             ("prefill", self._prefill()),
             ("decode", self._decode()),
+            *([("stages", self._stages())] if self.stages else []),
             ("throughput", self._throughput()),
             *(
                 (f"bytes {tier}", self._bytes(tier))
@@ -262,6 +283,12 @@ class Report:
         projected = f", projected from {self.projected_from} tokens" if self.projected_from else ""
         took = f"{format_seconds(self.decode_s)}, {self.decode_tokens_s:,.1f} tokens/s{projected}"
         return took + (f"; predicted {format_seconds(self.predicted.decode_s)}" if self.predicted else "")
+
+    def _stages(self) -> str:
+        return ", ".join(
+            f"{stage} {format_seconds(seconds)} with {used:.0%} of the places in use"
+            for stage, (seconds, used) in self.stages.items()
+        )
 
     def _throughput(self) -> str:
         took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in total)"

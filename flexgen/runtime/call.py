@@ -17,6 +17,7 @@ from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload, 
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
+from flexgen.results.report import PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase, Trace
 from flexgen.runtime.buffers import BlockBuffers, Buffers
 from flexgen.runtime.choice import Sampled
@@ -40,12 +41,26 @@ class Timing:
 
     `ran`: the number of passes that each block ran after its prompts, fewer than tokens were requested if all of its
     rows stopped earlier, and more if prompts entered.
+    `stages`: seconds, new tokens and passes * places of each stage.
     """
 
     prefill: float = 0.0
     total: float = 0.0
     trace: Trace = field(default_factory=Trace)
     ran: list[int] = field(default_factory=list)
+    stages: dict[Stage, tuple[float, int, int]] = field(default_factory=dict)
+
+    @property
+    def places_used(self) -> dict[Stage, PlacesUsed]:
+        """The stages of the call; none if no prompt entered when rows had ended."""
+        if len(self.stages) < 2:
+            return {}
+        return {stage: PlacesUsed(seconds, new / of) for stage, (seconds, new, of) in self.stages.items()}
+
+    def count_run(self, stage: Stage, seconds: float, new_tokens: int, places: int) -> None:
+        """Add a run to its stage. places: those of all its passes."""
+        before = self.stages.get(stage, (0.0, 0, 0))
+        self.stages[stage] = before[0] + seconds, before[1] + new_tokens, before[2] + places
 
     @property
     def decode(self) -> float:
@@ -96,6 +111,8 @@ class Call:
         self._retains = retained is not None
         self._undo: list[Callable[[], object]] | None = None
         self._began = 0.0
+        self._counted = 0.0
+        """Seconds of the call that are counted in the stages of `timing`."""
         self.timing = Timing()
         self.positions_computed = 0
         """Positions of the prompts of all blocks, including the padding of their batches."""
@@ -190,6 +207,7 @@ class Call:
         regrouped, batches of waiting prompts enter, and a new run continues with the next pass. With an output that
         is `by_token`, each token is a run.
         """
+        self._counted = self.timing.total
         self.timing.prefill += self._elapsed() - self.timing.total  # the preparation
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
@@ -206,7 +224,8 @@ class Call:
         self.timing.ran.append(generation.next)
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
-        offset = self._elapsed()
+        offset, stage = self._elapsed(), prompts.stage
+        made = output.count if isinstance(output, NewTokens) else 0
         order = self._model.order_of(len(prompts.batches))
         passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
         run = range(first, first + passes)
@@ -220,6 +239,10 @@ class Call:
             head = Op.STORE_HIDDEN, prompts.newest_begins, len(self._model.layers) - 1
             known = [offset + event.end for event in events if event.step[:3] == head]
             self.timing.prefill += max(known, default=self._elapsed()) - offset
+        if isinstance(output, NewTokens):
+            now, places = self._elapsed(), (generation.next - first) * len(prompts.newest)
+            self.timing.count_run(stage, now - self._counted, output.count - made, places)
+            self._counted = now
         return generation
 
     def _elapsed(self) -> float:

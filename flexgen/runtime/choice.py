@@ -90,6 +90,29 @@ class Sampled:
         return torch.isin(ids, self._stop_ids)
 
 
+class Limited:
+    """Another choice, for rows that end after different numbers of tokens: row n after `counts[n]` at the latest."""
+
+    can_end = True
+
+    def __init__(self, choice: Choice, counts: Sequence[int]) -> None:
+        self._choice = choice
+        self._counts = torch.tensor(counts, dtype=torch.int64)
+        self.whole_call = choice.whole_call
+
+    def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
+        return self._choice.choose(logits, rows, token)
+
+    def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:
+        ended = self._counts[list(rows)] <= token + 1
+        return ended | self._choice.ends(ids, rows, token) if self._choice.can_end else ended
+
+
+def limited(choice: Choice, counts: Sequence[int]) -> Choice:
+    """`choice` for rows of at most `counts` tokens. It is unchanged if these are equal."""
+    return choice if len(set(counts)) == 1 else Limited(choice, counts)
+
+
 @dataclass(frozen=True)
 class NewIds:
     """One new token of each row of a GPU batch.

@@ -18,6 +18,7 @@ from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.taken import Taken, whole_or_closed
 from flexgen.memory.transfer import Chains, bind
+from flexgen.results.report import Stage
 from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.compaction import Moved
 
@@ -145,6 +146,7 @@ class Prompts:
             for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
+        self._entered = False
 
     def _positions(self, rows: Sequence[int]) -> int:
         """The positions of the prompts of a batch, including padding."""
@@ -163,6 +165,13 @@ class Prompts:
     def places(self) -> int:
         """The number of batches for which the block has room."""
         return len(self._ids.rooms)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the block with the present batches."""
+        if not self._entered:
+            return Stage.FILL
+        return Stage.STEADY if self.waiting else Stage.DRAIN
 
     @property
     def batches(self) -> list[list[int]]:
@@ -235,6 +244,7 @@ class Prompts:
         for rows in batches:
             if rows[0] not in began:
                 self.waiting.remove(list(rows))
+                self._entered = True
                 first = self._passes.first_of(max(self.lengths[row] for row in rows))
                 made.append(self._ids.batch(rows, rooms.pop(0), max(number - first, 0)))
             elif tuple(rows) in before:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 IdRows = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray | Tensor
 """Prompts: a (prompts, prompt_len) array or tensor, or a list of id lists of any lengths."""
 
+NewTokenCounts = int | Sequence[int] | np.ndarray
+"""The maximum number of new tokens of every prompt, or one number for each prompt."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -30,6 +33,8 @@ class Request:
     width: int
     columns: tuple[np.ndarray, ...]
     """The columns of each prompt's ids in the caller's array."""
+    sorted_in: int | None = None
+    """The number of adjacent prompts that are sorted by length together. None sorts all."""
 
     @property
     def longest(self) -> int:
@@ -52,8 +57,9 @@ class Request:
 
     def blocks(self, size: int) -> list[list[int]]:
         """The prompts' numbers in blocks of `size`, longest first. Adjacent prompts have similar lengths, so that the
-        rows of a batch need little padding, and the most memory is needed first."""
-        order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n]))
+        rows of a batch need little padding."""
+        together = self.sorted_in or len(self.prompts)
+        order = sorted(range(len(self.prompts)), key=lambda n: (n // together, -len(self.prompts[n])))
         return [order[n : n + size] for n in range(0, len(order), size)]
 
 
@@ -189,6 +195,28 @@ def check_bool(name: str, value: object) -> None:
     """Raise RequestError unless `value` is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{name} is {shown(value)}; it must be True or False")
+
+
+def new_token_counts(spec: ModelSpec, request: Request, max_new_tokens: NewTokenCounts) -> list[int]:
+    """The maximum number of new tokens of each prompt.
+
+    Raises RequestError unless `max_new_tokens` is a valid number, or one for each prompt, and each fits after its
+    prompt.
+    """
+    if isinstance(max_new_tokens, np.ndarray | Tensor):
+        max_new_tokens = max_new_tokens.tolist()
+    if isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, Sequence):
+        check_length(spec, request, max_new_tokens)
+        return [int(max_new_tokens)] * len(request.prompts)
+    if len(max_new_tokens) != len(request.prompts):
+        raise RequestError(
+            f"max_new_tokens has {len(max_new_tokens)} numbers for {len(request.prompts)} prompts; give one number, "
+            "or one for each prompt"
+        )
+    for row, (prompt, count) in enumerate(zip(request.prompts, max_new_tokens, strict=True)):
+        check_whole(f"max_new_tokens[{row}]", count, 1, LARGEST_COUNT)
+        check_room(spec, f"prompt {row}", len(prompt), count)
+    return [int(count) for count in max_new_tokens]
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:

@@ -68,6 +68,7 @@ class Stats:
             decode_s=self.timing.decode if projected is None else projected,
             prompt_tokens=self.prompt_tokens,
             prefix=self.prefix,
+            stages=self.timing.places_used,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,

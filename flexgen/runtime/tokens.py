@@ -19,9 +19,9 @@ from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.transfer import Chains, bind
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
-from flexgen.runtime.compaction import gathered, regrouped
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.sampler import INVALID
+from flexgen.schedule.admission import gathered, regrouped
 
 
 class Output(Protocol):

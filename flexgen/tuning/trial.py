@@ -30,7 +30,8 @@ def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Repo
     prompts, shared = report.num_prompts, report.prefix
     computed = (report.prompt_tokens - shared * (prompts - 1)) / (1 - report.padded_share)
     length = shared + max(round((computed - shared) / prompts), 1)
-    workload = Workload(length, report.gen_len, prompts, shared)
+    mean = None if report.new_tokens is None else max(report.new_tokens / prompts, 1.0)
+    workload = Workload(length, report.gen_len, prompts, shared, mean)
     # The run did fit, so the memory that is free now does not matter.
     hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
     job = spec, report.policy, hardware, workload
@@ -60,7 +61,8 @@ def warm_up(model: OptLM, prompts: Sequence[np.ndarray] | np.ndarray, gen_len: i
 
 @dataclass(frozen=True)
 class Shape:
-    """The part of a job that a trial runs: one block of prompts, the first `layers` layers, and fewer tokens."""
+    """The part of a job that a trial runs: one block of prompts, the first `layers` layers, and fewer tokens. No row
+    ends early."""
 
     layers: int
     workload: Workload
@@ -75,7 +77,7 @@ def shapes(spec: ModelSpec, policy: Policy, workload: Workload) -> Iterator[Shap
     prompts = min(policy.block_size, workload.num_prompts)
     layers, tokens = min(_LEAST_LAYERS, spec.num_layers), min(_LEAST_TOKENS, workload.gen_len)
     while True:
-        yield Shape(layers, replace(workload, gen_len=tokens, num_prompts=prompts))
+        yield Shape(layers, replace(workload, gen_len=tokens, num_prompts=prompts, mean_new=None))
         if (layers, tokens) == (spec.num_layers, workload.gen_len):
             return
         # Layers grow first, so that both ends of the model and of a block are a small part of the time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen.runtime.compaction import gathered, regrouped
+from flexgen.schedule.admission import gathered, regrouped
 
 BATCHES = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 

@@ -1,0 +1,93 @@
+"""The benefit of prompts that enter when rows end: tokens/s with it, and block after block.
+
+    python benchmarks/refill.py
+
+Answers have different lengths: geometric (a mean of 13 tokens, at most 64), uniform (1 to 64) and fixed (64). Each
+row ends at its length (`max_new_tokens` per prompt). With refill, one call gets all prompts. Without, each block of
+4 x 16 prompts is a call, which ends with its longest answer. Rows that remain in a block are still compacted.
+
+The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
+small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import numpy as np
+from record import interleaved, save
+from transformers import OPTConfig
+
+from flexgen import OptLM, Policy
+
+SHAPE = dict(
+    vocab_size=2048, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, ffn_dim=1024,
+    word_embed_proj_dim=256, max_position_embeddings=128,
+)  # fmt: skip
+POLICY = Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100})
+MOST = 64
+MEAN = 13
+
+
+def answers(kind: str, prompts: int) -> list[int]:
+    """The number of new tokens of each prompt."""
+    rng = np.random.default_rng(0)
+    match kind:
+        case "geometric":
+            return rng.geometric(1 / MEAN, size=prompts).clip(1, MOST).tolist()
+        case "uniform":
+            return rng.integers(1, MOST + 1, size=prompts).tolist()
+        case _:
+            return [MOST] * prompts
+
+
+def run(model: OptLM, prompts: np.ndarray, counts: list[int], at_a_time: int) -> dict[str, float]:
+    seconds, passes, new_tokens = 0.0, 0, 0
+    for first in range(0, len(prompts), at_a_time):
+        some = slice(first, first + at_a_time)
+        model.generate(prompts[some], counts[some], stop=())
+        assert model.stats is not None
+        seconds += model.stats.timing.total
+        passes += sum(model.stats.timing.ran)
+        new_tokens += model.stats.new_tokens
+    assert new_tokens == sum(counts)
+    return {"tokens_s": new_tokens / seconds, "seconds": seconds, "passes": passes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompt-len", type=int, default=32)
+    parser.add_argument("--answers", nargs="+", default=["geometric", "uniform", "fixed"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args()
+    prompts = np.random.default_rng(1).integers(4, SHAPE["vocab_size"], size=(args.prompts, args.prompt_len))
+    figures, ratios = {}, {}
+    with OptLM(
+        OPTConfig(**SHAPE),
+        POLICY,
+        device="emulated:link=256MiB",
+        dtype="float32",
+        weights="dummy",
+        progress=False,
+    ) as model:
+        model.generate(prompts[:16], 2, stop=())
+        for kind in args.answers:
+            counts = answers(kind, args.prompts)
+            cases = {
+                "refill": partial(run, model, prompts, counts, args.prompts),
+                "blocks": partial(run, model, prompts, counts, POLICY.block_size),
+            }
+            found = figures[kind] = interleaved(cases, args.repeats)
+            ratios[kind] = found["refill"]["tokens_s"]["median"] / found["blocks"]["tokens_s"]["median"]
+            print(f"{kind}: {ratios[kind]:.2f} times the tokens/s of block after block")
+            if not args.no_save:  # later cases may be interrupted
+                save("refill", {"arguments": vars(args), "figures": figures, "ratios": ratios})
+
+
+if __name__ == "__main__":
+    main()

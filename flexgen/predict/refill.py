@@ -1,0 +1,223 @@
+"""Predicts a block in which rows end early and prompts that wait enter: its passes, and their seconds.
+
+The passes are those of the runtime, from the same rule (`schedule/admission.py`), for the lengths of
+`Workload.answers`. A few passes of each kind are timed, and the seconds of the others are interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from flexgen.layout.passes import Passes
+from flexgen.layout.plan import batch_sizes
+from flexgen.policy import Policy
+from flexgen.predict.costs import CostedBlock, StepCosts
+from flexgen.predict.job import Job
+from flexgen.predict.numbering import numbered
+from flexgen.predict.placed import PlacedModel
+from flexgen.predict.timeline import Timeline, play_with_losses, works_of
+from flexgen.results.report import ByPhase, PlacesUsed, Stage
+from flexgen.results.trace import LaneName, Phase
+from flexgen.schedule.admission import gathered, regrouped
+from flexgen.schedule.orders import Slots
+from flexgen.schedule.steps import Op
+from flexgen.workload import Workload
+
+_BLOCKS = 16
+"""Only this number of blocks of prompts is simulated. The others are like those between the first and the last."""
+_COPIES = 2
+"""A row that moves is copied to temporary memory and back."""
+
+
+@dataclass(frozen=True)
+class RefilledPass:
+    """One pass of a block.
+
+    rows: of each batch. tokens: of each batch, the new token of the rows that have the most, as in `Passes`.
+    live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
+    over rows. begins, ends: whether the batches before it, and after it, are others. stage: see `Stage`.
+    """
+
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    live: int
+    stage: Stage
+    moved: int = 0
+    begins: bool = True
+    ends: bool = True
+
+    @property
+    def entering(self) -> int:
+        """The number of batches whose prompts are computed."""
+        return sum(token <= 0 for token in self.tokens)
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Passes of one kind differ in the lengths of their rows, and little in the number of rows."""
+        return len(self.tokens), self.entering, self.begins
+
+    @property
+    def mean_token(self) -> float:
+        return sum(self.tokens) / len(self.tokens)
+
+
+def refilled_passes(answers: Sequence[int], policy: Policy, passes: Passes) -> Iterator[RefilledPass]:
+    """The passes of a block whose prompts have these numbers of new tokens, up to the end of the last row."""
+    sizes, longest, lead = batch_sizes(policy, len(answers)), max(answers), -passes.first
+    seated = sum(sizes)
+    batches = [list(range(*ends)) for ends in pairwise(accumulate(sizes, initial=0))]
+    waiting = [list(range(n, min(n + sizes[0], len(answers)))) for n in range(seated, len(answers), sizes[0])]
+    began = dict.fromkeys(range(seated), lead)
+    ended = [False] * len(answers)
+    number, stage, begins, moved = 0, Stage.FILL, True, 0
+    while batches:
+        first = [min(began[row] for row in batch) for batch in batches]
+        running = [row for batch in batches for row in batch if not ended[row] and began[row] <= number]
+        for row in running:
+            ended[row] = number - began[row] + 1 >= answers[row]
+        number += 1
+        entering = [k for k, begin in enumerate(first) if begin >= number]
+        left = max((longest - number + began[row] for b in batches for row in b if not ended[row]), default=0)
+        if longest - number + min(first) < 1:  # as in `NewTokens.following`
+            kept: list[list[int]] | None = gathered(batches, ended, entering)
+        else:
+            kept = regrouped(batches, ended, left, entering, bool(waiting))
+        following = batches if kept is None else [*kept, *waiting[: len(sizes) - len(kept)]]
+        changed = following != batches
+        tokens = tuple(number - 1 - begin for begin in first)
+        yield RefilledPass(tuple(map(len, batches)), tokens, len(running), stage, moved, begins, ends=changed)
+        moved, begins = 0, changed
+        if not changed:
+            continue
+        before = {frozenset(batch) for batch in batches}
+        for batch in following:
+            if batch[0] not in began:
+                waiting.remove(batch)
+                began.update(dict.fromkeys(batch, number + lead))
+                stage = Stage.STEADY
+            elif frozenset(batch) not in before:
+                moved += sum(passes.width + number - began[row] for row in batch)
+        if stage is Stage.STEADY and not waiting:
+            stage = Stage.DRAIN
+        batches = following
+
+
+@dataclass(frozen=True)
+class RefilledBlock:
+    """Seconds of the passes in which prompts enter and of the others, seconds of each lane alone by phase, the stages
+    of the block, the new tokens, and the timelines of the passes that were timed, with their tokens."""
+
+    prefill: float
+    decode: float
+    phases: ByPhase
+    stages: dict[Stage, PlacesUsed]
+    new_tokens: int
+    timed: Sequence[tuple[int, Timeline]] = field(repr=False)
+
+
+def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -> RefilledBlock:
+    """The prediction of a workload with `mean_new`. A cache on disk is not charged for the pages that it writes.
+
+    slots: those of a full block.
+    """
+    workload, places = job.workload, min(policy.block_size, job.workload.num_prompts)
+    simulated = min(workload.num_prompts, _BLOCKS * policy.block_size)
+    part = replace(workload, num_prompts=simulated)
+    passes = list(refilled_passes(part.answers(), policy, Passes.of(workload, policy)))
+    times = _PassTimes(job, policy, model, slots, passes)
+    # The prompts that are not simulated repeat the steady stage.
+    repeats = 1 + (workload.num_prompts - simulated) / max(simulated - 2 * places, 1)
+    seconds = dict.fromkeys(Phase, 0.0)
+    phases: dict[Phase, dict[LaneName, float]] = {phase: {} for phase in Phase}
+    spent, live, count = (dict.fromkeys(Stage, 0.0) for _ in range(3))
+    for one in passes:
+        weight = repeats if one.stage is Stage.STEADY else 1.0
+        phase = Phase.PREFILL if one.entering else Phase.DECODE
+        took, lanes = times.of(one)
+        seconds[phase] += weight * took
+        spent[one.stage] += weight * took
+        live[one.stage] += one.live
+        count[one.stage] += places
+        for lane, alone in lanes.items():
+            phases[phase][lane] = phases[phase].get(lane, 0.0) + weight * alone
+    stages = {stage: PlacesUsed(spent[stage], live[stage] / count[stage]) for stage in Stage if count[stage]}
+    new_tokens = round(sum(part.answers()) * workload.num_prompts / simulated)
+    return RefilledBlock(
+        seconds[Phase.PREFILL], seconds[Phase.DECODE], phases, stages, new_tokens, times.timed
+    )
+
+
+class _PassTimes:
+    """The seconds of passes. Of each kind, those with the shortest and the longest rows are timed."""
+
+    def __init__(
+        self, job: Job, policy: Policy, model: PlacedModel, slots: Slots, passes: Sequence[RefilledPass]
+    ) -> None:
+        self._job = job
+        self._policy = policy
+        self._model = model
+        self._slots = slots
+        self.timed: list[tuple[int, Timeline]] = []
+        self._known: dict[tuple[int, int, bool], list[tuple[float, float, float, dict[LaneName, float]]]] = {}
+        kinds: dict[tuple[int, int, bool], list[RefilledPass]] = {}
+        for one in passes:
+            kinds.setdefault(one.kind, []).append(one)
+        for kind, some in kinds.items():
+            ends = min(some, key=lambda one: one.mean_token), max(some, key=lambda one: one.mean_token)
+            self._known[kind] = [(one.mean_token, *self._timed(one)) for one in dict.fromkeys(ends)]
+
+    def of(self, one: RefilledPass) -> tuple[float, dict[LaneName, float]]:
+        """The seconds of a pass, and those of each lane alone."""
+        known = self._known[one.kind]
+        at = [token for token, *_ in known]
+
+        def between(values: Sequence[float]) -> float:
+            return float(np.interp(one.mean_token, at, values))
+
+        seconds = between([took for _, took, _, _ in known])
+        if one.ends:
+            seconds += between([rest for _, _, rest, _ in known])
+        lanes = {lane: between([busy.get(lane, 0.0) for *_, busy in known]) for lane in known[-1][3]}
+        return seconds + one.moved * self._token_copy, lanes
+
+    def _timed(self, one: RefilledPass) -> tuple[float, float, dict[LaneName, float]]:
+        """The seconds of a pass, those until the steps that are issued ahead are done, and those of each lane."""
+        job, batches, layers = self._job, len(one.rows), len(self._model.layers)
+        # A pass that begins a run comes first; others have one before them. One after them has its weights loaded.
+        ahead = range(2) if one.begins else range(-1, 2)
+        tokens = [tuple(token + n for token in one.tokens) for n in ahead]
+        order = job.order_for(self._policy, batches)
+        block = CostedBlock(sum(one.rows), order, tokens, batches=one.rows)
+        costs = StepCosts(self._model, self._policy, job.workload, block)
+        grid = order.grid(len(tokens), layers, batches, costs.weight_pieces, self._slots, costs.feeds_ids)
+        steps = numbered(order, grid)
+        works = works_of(steps, costs, costs.alike)
+        timeline = play_with_losses(steps, works, job.hardware.losses, int(bool(one.entering)))
+        self.timed.append((one.tokens[0], timeline))
+        known = [0.0, *timeline.last_ends(Op.STORE_HIDDEN, layers - 1)]
+        n = ahead.index(0)
+        issued = sum(len(section.entries) for section in steps.sections[: (n + 1) * layers])
+        rest = max(timeline.done[:issued]) - known[n + 1]
+        lanes: dict[LaneName, float] = {}
+        for visit, work in zip(steps.visits(), works, strict=True):
+            if visit // layers == n:
+                for chain in work:
+                    for lane, seconds in chain:
+                        lanes[lane] = lanes.get(lane, 0.0) + seconds
+        return known[n + 1] - known[n], max(rest, 0.0), lanes
+
+    @cached_property
+    def _token_copy(self) -> float:
+        """Seconds that move the cache of one token of one row, in all layers."""
+        rate = self._job.hardware.bandwidth.get(LaneName.HOST)
+        if rate is None:
+            return 0.0
+        workload = Workload(1, 1, 1)
+        block = CostedBlock(1, self._job.order_for(self._policy, 1), batches=[1])
+        costs = StepCosts(self._model, self._policy, workload, block)
+        return _COPIES * costs.cached_token_bytes / rate
