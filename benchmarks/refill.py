@@ -8,6 +8,9 @@ row ends at its length (`max_new_tokens` per prompt). With refill, one call gets
 
 The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
 small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights.
+
+With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
+(`Workload.mean_new`). The machine is measured first if its figures are not known.
 """
 
 from __future__ import annotations
@@ -20,11 +23,16 @@ from record import interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
+from flexgen.engine.auto import this_machine
+from flexgen.predict.hardware import Hardware
+from flexgen.predict.prediction import predict
+from flexgen.workload import Workload
 
 SHAPE = dict(
     vocab_size=2048, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, ffn_dim=1024,
     word_embed_proj_dim=256, max_position_embeddings=128,
 )  # fmt: skip
+DEVICE = "emulated:link=256MiB"
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100})
 MOST = 64
 MEAN = 13
@@ -55,6 +63,12 @@ def run(model: OptLM, prompts: np.ndarray, counts: list[int], at_a_time: int) ->
     return {"tokens_s": new_tokens / seconds, "seconds": seconds, "passes": passes}
 
 
+def predicted(model: OptLM, counts: list[int], prompt_len: int, at_a_time: int, machine: Hardware) -> float:
+    """The predicted tokens/s of calls of `at_a_time` prompts, from the mean number of new tokens."""
+    workload = Workload(prompt_len, MOST, at_a_time, mean_new=float(np.mean(counts)))
+    return predict(model.spec, POLICY, machine, workload, dtype="float32").report.throughput_tokens_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,30 +77,33 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--answers", nargs="+", default=["geometric", "uniform", "fixed"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--predict", action="store_true", help="also predict each case")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     prompts = np.random.default_rng(1).integers(4, SHAPE["vocab_size"], size=(args.prompts, args.prompt_len))
-    figures, ratios = {}, {}
-    with OptLM(
-        OPTConfig(**SHAPE),
-        POLICY,
-        device="emulated:link=256MiB",
-        dtype="float32",
-        weights="dummy",
-        progress=False,
-    ) as model:
+    figures, ratios, predictions = {}, {}, {}
+    machine = this_machine(DEVICE, None) if args.predict else None
+    options = dict(device=DEVICE, dtype="float32", weights="dummy", progress=False)
+    with OptLM(OPTConfig(**SHAPE), POLICY, **options) as model:
         model.generate(prompts[:16], 2, stop=())
         for kind in args.answers:
             counts = answers(kind, args.prompts)
-            cases = {
-                "refill": partial(run, model, prompts, counts, args.prompts),
-                "blocks": partial(run, model, prompts, counts, POLICY.block_size),
-            }
+            at_a_time = {"refill": args.prompts, "blocks": POLICY.block_size}
+            cases = {name: partial(run, model, prompts, counts, size) for name, size in at_a_time.items()}
             found = figures[kind] = interleaved(cases, args.repeats)
-            ratios[kind] = found["refill"]["tokens_s"]["median"] / found["blocks"]["tokens_s"]["median"]
+            speeds = {name: found[name]["tokens_s"]["median"] for name in cases}
+            ratios[kind] = speeds["refill"] / speeds["blocks"]
             print(f"{kind}: {ratios[kind]:.2f} times the tokens/s of block after block")
+            for name, size in at_a_time.items() if machine else ():
+                expected = predicted(model, counts, args.prompt_len, size, machine)
+                predictions[f"{kind}, {name}"] = {
+                    "tokens_s": expected,
+                    "of_measured": expected / speeds[name],
+                }
+                print(f"{kind}, {name}: predicted {expected:.1f} tokens/s, measured {speeds[name]:.1f}")
             if not args.no_save:  # later cases may be interrupted
-                save("refill", {"arguments": vars(args), "figures": figures, "ratios": ratios})
+                found_so_far = {"figures": figures, "ratios": ratios, "predicted": predictions}
+                save("refill", {"arguments": vars(args), **found_so_far})
 
 
 if __name__ == "__main__":

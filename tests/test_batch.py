@@ -1,10 +1,15 @@
 """`python -m flexgen.batch`: an answer for each prompt, in order, after any interruption."""
 
 import json
+import random
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
+from hypothesis import settings
 
 from flexgen import batch
 from flexgen.cli.answers import Answers
@@ -335,3 +340,40 @@ def test_invalid_flags_leave_no_answers(job, tmp_path, capsys):
         assert not job[1].exists()
     assert batch.main([str(tmp_path / "nowhere.txt"), str(job[1])]) == 1
     assert "nowhere.txt" in capsys.readouterr().err
+
+
+def kills():
+    """The number of kills: few in a normal run, 20 with `--hypothesis-profile=explore`."""
+    return 20 if settings.get_current_profile_name() == "explore" else 2
+
+
+def test_a_job_that_is_killed_at_random_moments_resumes_to_the_same_answers(tmp_path, capsys):
+    """Answers end early at a stop string, so prompts enter while others run, and answers are saved in between."""
+    texts = [f"Weight: {n}.5 t\nUnit: {('kg', 'g', 't')[n % 3]}\nAnswer:" for n in range(120)]
+    prompts, whole, killed = (tmp_path / name for name in ("prompts.json", "whole.jsonl", "killed.jsonl"))
+    prompts.write_text(json.dumps(texts))
+    flags = [
+        *("--dtype", "float32", "--device", "emulated:link=128MiB", "--max-tokens", "24", "--stop", "1"),
+        *("--temperature", "1.5", "--seed", "3", "--save-every", "1", "--gpu-batch-size", "2"),
+        *("--num-gpu-batches", "3", "--percent", "0", "100", "100", "0", "100", "0"),
+    ]
+    rng = random.Random(kills())
+    deaths = 0
+    while deaths < kills():
+        job = [sys.executable, "-m", "flexgen.batch", prompts, killed, *flags]
+        with subprocess.Popen([*map(str, job)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            for _ in range(rng.randrange(1, 4)):  # saves
+                process.stderr.readline()
+            try:
+                process.wait(rng.uniform(0, 0.3))
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.stderr.read()
+        deaths += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:  # it was done: the next kills are those of a new job
+            killed.unlink()
+            killed.with_name(killed.name + ".job").unlink()
+    assert batch.main([str(prompts), str(killed), *flags]) == 0
+    assert batch.main([str(prompts), str(whole), *flags]) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    assert len(whole.read_text().splitlines()) == len(texts)

@@ -40,7 +40,8 @@ class RefilledPass:
 
     rows: of each batch. tokens: of each batch, the new token of the rows that have the most, as in `Passes`.
     live: the number of rows that get a new token. moved: the cached tokens that were copied before the pass, summed
-    over rows. begins, ends: whether the batches before it, and after it, are others. stage: see `Stage`.
+    over rows. begins: whether a run begins with it, because the batches before it were others. cut: whether its run
+    ends with it and before the last pass of its grid, so that loads for the next pass were issued in vain.
     """
 
     rows: tuple[int, ...]
@@ -49,7 +50,7 @@ class RefilledPass:
     stage: Stage
     moved: int = 0
     begins: bool = True
-    ends: bool = True
+    cut: bool = True
 
     @property
     def entering(self) -> int:
@@ -83,14 +84,17 @@ def refilled_passes(answers: Sequence[int], policy: Policy, passes: Passes) -> I
         number += 1
         entering = [k for k, begin in enumerate(first) if begin >= number]
         left = max((longest - number + began[row] for b in batches for row in b if not ended[row]), default=0)
-        if longest - number + min(first) < 1:  # as in `NewTokens.following`
+        # As in `NewTokens.following`: whether a row has all of its tokens.
+        if last := longest - number + min(first) < 1:
             kept: list[list[int]] | None = gathered(batches, ended, entering)
         else:
             kept = regrouped(batches, ended, left, entering, bool(waiting))
         following = batches if kept is None else [*kept, *waiting[: len(sizes) - len(kept)]]
         changed = following != batches
         tokens = tuple(number - 1 - begin for begin in first)
-        yield RefilledPass(tuple(map(len, batches)), tokens, len(running), stage, moved, begins, ends=changed)
+        yield RefilledPass(
+            tuple(map(len, batches)), tokens, len(running), stage, moved, begins, changed and not last
+        )
         moved, begins = 0, changed
         if not changed:
             continue
@@ -180,7 +184,7 @@ class _PassTimes:
             return float(np.interp(one.mean_token, at, values))
 
         seconds = between([took for _, took, _, _ in known])
-        if one.ends:
+        if one.cut:
             seconds += between([rest for _, _, rest, _ in known])
         lanes = {lane: between([busy.get(lane, 0.0) for *_, busy in known]) for lane in known[-1][3]}
         return seconds + one.moved * self._token_copy, lanes

@@ -266,6 +266,22 @@ def test_text_comes_in_pieces(demo: OptLM, completions: list[str]) -> None:
     assert "".join(demo.stream_text(TEXTS[0], 24, **drawn)) == demo.generate_text(TEXTS[:1], 24, **drawn)[0]
 
 
+@pytest.mark.parametrize("within", [None, 1, 2])
+def test_texts_come_as_they_end(demo: OptLM, completions: list[str], within: int | None) -> None:
+    stop = completions[0][2:4]
+    for stops in ((), stop):
+        cut = [text.partition(stop)[0] if stops else text for text in completions]
+        found = list(demo.stream_texts(TEXTS, 24, stop=stops, sort_within=within))
+        assert sorted(found) == list(enumerate(cut))
+    counts = [3, 24, 5]
+    found = dict(demo.stream_texts(TEXTS, counts, sort_within=within))
+    assert found[1] == completions[1]
+    assert [found[n] for n in range(3)] == demo.generate_text(TEXTS, counts)
+    assert all(text.startswith(found[n]) for n, text in enumerate(completions))
+    with pytest.raises(RequestError, match="sort_within is 0; it must be a whole number >= 1"):
+        demo.stream_texts(TEXTS, 24, sort_within=0)
+
+
 def test_what_might_have_begun_a_stop_comes_at_the_end(demo: OptLM) -> None:
     (text,) = demo.generate_text(TEXTS[1:2], 3)
     stop = f"{text[-1]} and more"

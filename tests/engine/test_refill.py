@@ -15,8 +15,13 @@ from torch import Tensor
 
 from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
+from flexgen.errors import RequestError
+from flexgen.layout.passes import Passes
+from flexgen.layout.prefix import SHORTEST
 from flexgen.memory.disk import DiskIO
 from flexgen.policy import Policy
+from flexgen.predict.refill import refilled_passes
+from flexgen.results.report import Stage
 from flexgen.runtime.choice import NewIds, Sampled
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
@@ -99,6 +104,7 @@ def test_ids_are_those_of_transformers(
     page=st.integers(1, 6),
     chunk=st.sampled_from([0, 3]),
     seed=st.integers(0, 99),
+    prefix=st.sampled_from([0, 0, SHORTEST]),
 )
 def test_any_times_to_end(
     data: st.DataObject,
@@ -112,11 +118,16 @@ def test_any_times_to_end(
     page: int,
     chunk: int,
     seed: int,
+    prefix: int,
     tiny: Any,
     prompts: Any,
     model_names: list[str],
 ) -> None:
-    model, rows = tiny(data.draw(st.sampled_from(model_names))), prompts(lengths, seed)
+    model = tiny(data.draw(st.sampled_from(model_names)))
+    if prefix:  # the models have 48 positions
+        lengths = [min(length, 4) for length in lengths]
+    (head,) = prompts([prefix], seed + 1)
+    rows = [head + own for own in prompts(lengths, seed)]
     times = data.draw(st.lists(st.integers(1, TOKENS), min_size=len(rows), max_size=len(rows)))
     policy = Policy(
         gpu_batch_size=size, num_gpu_batches=batches, cache=cache, activations=cache, attend_on=attend_on,
@@ -127,6 +138,8 @@ def test_any_times_to_end(
         OptLM(model.directory, policy, device=device, progress=False, order=order) as lm,
     ):
         np.testing.assert_array_equal(generated(lm, rows, Timed(times)), expected(model, rows, times))
+        assert lm.stats is not None
+        assert (lm.stats.prefix >= SHORTEST) == (prefix > 0 and len(rows) > 1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -240,3 +253,69 @@ def test_an_error_after_prompts_have_entered_leaves_a_working_model(
         np.testing.assert_array_equal(
             generated(lm, rows, Timed([2, 1] * 4)), expected(model, rows, [2, 1] * 4)
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_each_prompt_has_its_own_number_of_tokens(device: str, tiny: Any, prompts: Any, mixed: Any) -> None:
+    model, rows = tiny(NAME), prompts([5, 3, 9, 2, 7, 4, 6, 3, 8])
+    times = geometric(len(rows))
+    with OptLM(model.directory, mixed(gpu_batch_size=2), device=device, progress=False) as lm:
+        out = lm.generate(rows, times, stop=())
+        streamed = dict(lm.stream(rows, np.array(times), stop=()))
+    width, longest = max(map(len, rows)), max(times)
+    assert out.shape == (len(rows), width + longest)
+    every = model.greedy(rows, longest)[:, width:]
+    for n, time in enumerate(times):
+        np.testing.assert_array_equal(out[n, width : width + time], every[n, :time])
+        assert (out[n, width + time :] == lm.spec.pad_token_id).all()
+        np.testing.assert_array_equal(streamed[n], every[n, :time])
+
+
+def test_numbers_of_tokens_that_are_wrong(tiny: Any, prompts: Any, mixed: Any) -> None:
+    rows = prompts([5, 30])
+    with OptLM(tiny(NAME).directory, mixed(), device="cpu", progress=False) as lm:
+        for wrong, said in (
+            ([3], r"max_new_tokens has 1 numbers for 2 prompts; give one number, or one for each prompt"),
+            ([3, 0], r"max_new_tokens\[1\] is 0; it must be a whole number >= 1"),
+            ([True, 2], r"max_new_tokens\[0\] is True"),
+            ([3, 2.5], r"max_new_tokens\[1\] is 2.5"),
+            ("34", "max_new_tokens is '34'"),
+        ):
+            with pytest.raises(RequestError, match=said):
+                lm.generate(rows, wrong)
+    with OptLM(tiny("opt").directory, mixed(), device="cpu", progress=False) as lm:
+        with pytest.raises(
+            RequestError, match="prompt 1 has 30 ids and 19 more are requested: 49 exceed the 48"
+        ):
+            lm.generate(rows, [43, 19])
+        assert lm.generate(rows, [43, 18], stop=()).shape == (2, 73)
+
+
+@settings(max_examples=15)
+@given(
+    times=st.lists(st.integers(1, TOKENS), min_size=1, max_size=24),
+    size=st.integers(1, 4),
+    batches=st.integers(1, 4),
+    chunk=st.sampled_from([0, 3]),
+)
+def test_predictions_assume_the_passes_of_a_run(
+    times: list[int], size: int, batches: int, chunk: int, tiny: Any, prompts: Any
+) -> None:
+    rows = prompts([5] * len(times))
+    policy = Policy(gpu_batch_size=size, num_gpu_batches=batches, prefill_chunk=chunk)
+    passes = list(refilled_passes(times, policy, Passes(5, chunk)))
+    with OptLM(tiny(NAME).directory, policy, device="cpu", progress=False) as lm:
+        lm.generate(rows, times, stop=())
+        assert lm.stats is not None
+        timing = lm.stats.timing
+    computed = [
+        event.step.batch
+        for event in timing.trace.events
+        if event.step.op is Op.COMPUTE and event.step.layer == 1
+    ]
+    assert computed == [batch for one in passes for batch in range(len(one.rows))]
+    for stage in Stage:
+        some = [one for one in passes if one.stage is stage]
+        _, new, places = timing.stages.get(stage, (0.0, 0, 0))
+        assert new == sum(one.live for one in some)
+        assert places == len(some) * min(policy.block_size, len(times))

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from flexgen.policy import Policy, Tier
-from flexgen.results.report import Report, bound_seconds
+from flexgen.results.report import PlacesUsed, Report, Stage, bound_seconds
 from flexgen.results.trace import LaneName, Phase
 
 KEYS = """model policy device prompt_len gen_len num_prompts prefill_s decode_s total_s prefill_tokens_s
@@ -160,3 +160,16 @@ def test_the_bottleneck_has_the_largest_part_of_the_bound():
     same = {phase: {LaneName.DISK_READ: 2.0, LaneName.COMPUTE: 1.0} for phase in Phase}
     assert report(phases=same).bottleneck is LaneName.DISK_READ
     assert "hardware allows: the run waits for disk_read" in report(phases=same).card()
+
+
+def test_stages_are_on_the_card_and_in_the_json():
+    stages = {
+        Stage.FILL: PlacesUsed(0.5, 1.0),
+        Stage.STEADY: PlacesUsed(6.0, 0.875),
+        Stage.DRAIN: PlacesUsed(1.5, 0.3),
+    }
+    found = report(stages=stages, new_tokens=31)
+    (line,) = (line for line in found.card().splitlines() if line.startswith("stages"))
+    assert "fill 500 ms with 100% of the places in use, steady 6 s with 88%" in line
+    assert json.loads(found.to_json())["stages"]["drain"] == {"seconds": 1.5, "used": 0.3}
+    assert "stages" not in report().card() and json.loads(report().to_json())["stages"] == {}
