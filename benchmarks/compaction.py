@@ -2,9 +2,9 @@
 
     python benchmarks/compaction.py
 
-Rows stop at times drawn uniformly from 1 to --gen-len, in place of texts of different lengths: at that time, a stop
-id is chosen instead of the best id. Both sides have the same times, the same policy and the same ids, and stop with
-the last row; without compaction, all rows are computed until then. The model has eight layers of the OPT-1.3B shape
+Rows end at times drawn uniformly from 1 to --gen-len, in place of texts of different lengths (`max_new_tokens` per
+prompt). Both sides have the same times, the same policy and the same ids, and stop with the last row; without
+compaction, all rows are computed until then. The model has eight layers of the OPT-1.3B shape
 with random weights in bfloat16, on the CPU, with the cache in memory and on disk (in --offload-dir, by default a
 temporary directory).
 """
@@ -12,21 +12,17 @@ temporary directory).
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
 import numpy as np
-import torch
 from record import interleaved, save
 from transformers import OPTConfig
 
 from flexgen import OptLM, Policy
-from flexgen.runtime import tokens
 from flexgen.schedule.admission import regrouped
 
-STOP = 2
 CASES = {
     "cache in memory": Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100}, cache={"cpu": 100}),
     "cache on disk": Policy(gpu_batch_size=16, num_gpu_batches=4, weights={"cpu": 100}, cache={"disk": 100}),
@@ -34,38 +30,18 @@ CASES = {
 }
 
 
-def all_or_nothing(batches: list[list[int]], stopped: list[bool], tokens_left: int) -> list[list[int]] | None:
+def all_or_nothing(batches: list[list[int]], stopped: list[bool], *_: object) -> list[list[int]] | None:
     """The rule without compaction: a block ends when its last row has stopped."""
     return [] if all(stopped) else None
 
 
-class TimedStops(tokens.NewTokens):
-    """Stops row n of the block with token `times[n]`."""
-
-    times: np.ndarray
-
-    def _record(self, token: int, batch: int, slot: int) -> None:
-        chosen = self._chosen[slot]
-        due = torch.from_numpy(self.times[self._prompts.batches[batch]] == token)
-        # Only the chosen id may stop a row.
-        chosen.masked_fill_(chosen == STOP, STOP + 1).masked_fill_(due.to(chosen.device), STOP)
-        super()._record(token, batch, slot)
-
-
-@contextlib.contextmanager
-def stopping(times: np.ndarray, rule: object) -> Iterator[None]:
-    with (
-        mock.patch("flexgen.engine.model.NewTokens", type("Stops", (TimedStops,), {"times": times})),
-        mock.patch("flexgen.runtime.tokens.regrouped", rule),
-    ):
-        yield
-
-
-def run(model: OptLM, prompts: np.ndarray, gen_len: int, times: np.ndarray, rule: object) -> dict[str, float]:
-    with stopping(times, rule):
-        model.generate(prompts, gen_len, stop=STOP)
+def run(
+    model: OptLM, prompts: np.ndarray, times: np.ndarray, rule: Callable[..., object]
+) -> dict[str, float]:
+    with mock.patch("flexgen.runtime.tokens.regrouped", rule):
+        model.generate(prompts, times, stop=())
     assert model.stats is not None
-    assert model.stats.new_tokens == (times + 1).sum()
+    assert model.stats.new_tokens == times.sum()
     timing = model.stats.timing
     return {
         "decode_s": timing.decode,
@@ -97,14 +73,14 @@ def main() -> None:
     for name in args.case or CASES:
         policy, random = CASES[name], np.random.default_rng(0)
         prompts = random.integers(4, 50_000, size=(policy.block_size, args.prompt_len))
-        times = random.integers(0, args.gen_len, size=policy.block_size)
+        times = random.integers(1, args.gen_len + 1, size=policy.block_size)
         with OptLM(
             config, policy, device="cpu", dtype="bfloat16", weights="dummy", offload_dir=args.offload_dir
         ) as model:
             model.generate(prompts[:1, :4], 1, stop=())
             cases = {
-                "with": partial(run, model, prompts, args.gen_len, times, regrouped),
-                "without": partial(run, model, prompts, args.gen_len, times, all_or_nothing),
+                "with": partial(run, model, prompts, times, regrouped),
+                "without": partial(run, model, prompts, times, all_or_nothing),
             }
             figures[name] = interleaved(cases, args.repeats)
         if not args.no_save:  # later cases may be interrupted

@@ -93,6 +93,18 @@ def test_random_prompts_may_share_a_prefix(capsys):
     assert "36 tokens, computed once for 4 prompts" in capsys.readouterr().out
 
 
+def test_rows_may_end_early(capsys, tmp_path):
+    flags = "--device cpu --prompt-len 8 --gen-len 12 --num-prompts 12 --gpu-batch-size 2 --num-gpu-batches 2"
+    flags += f" --percent 100 0 100 0 100 0 --mean-new 4 --json {tmp_path / 'out'}"
+    assert bench.main(flags.split()) == 0
+    assert "48 in total" in (card := capsys.readouterr().out) and "of the places in use" in card
+    found = json.loads((tmp_path / "out").read_text())
+    assert sum(stage["seconds"] for stage in found["stages"].values()) == pytest.approx(
+        found["total_s"], rel=0.1
+    )
+    assert 0 < found["stages"]["drain"]["used"] < found["stages"]["fill"]["used"] <= 1
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -103,6 +115,10 @@ def test_random_prompts_may_share_a_prefix(capsys):
         ("--device emulated:memory=64KiB", "gpu tier"),
         ("--prompt-len 600", "512 positions"),
         ("--cut-gen-len 1", "cut_gen_len is 1"),
+        (
+            "--cut-gen-len 2 --mean-new 3",
+            "--cut-gen-len is 2 and --mean-new is 3: the time of a run whose rows end",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, said, capsys):

@@ -97,3 +97,14 @@ def test_a_prefix_is_computed_once(capsys):
     card = run(f"{job} --prefix-len 160", capsys)
     assert "prefix         160 tokens, computed once for 8 prompts" in card
     assert "prefix  " not in run(job, capsys)
+
+
+def test_rows_that_end_early_are_refilled(capsys):
+    shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 0 100 100 0 100 0 --prompt-len 32 --gen-len 32"
+    job = f"--model opt-125m --hardware t4 {shape} --num-prompts 64"
+    whole, early = (json.loads(run(f"{job} {more} --json -", capsys)) for more in ("", "--mean-new 8"))
+    assert early["total_s"] < whole["total_s"] / 2 and early["new_tokens"] == pytest.approx(512, rel=0.05)
+    assert list(early["stages"]) == ["fill", "steady", "drain"] and whole["stages"] == {}
+    assert "of the places in use" in run(f"{job} --mean-new 8", capsys)
+    assert simulate.main(shlex.split(f"{job} --mean-new 33")) == 1
+    assert "mean_new is 33.0; it must be from 1 to gen_len, which is 32" in capsys.readouterr().err
