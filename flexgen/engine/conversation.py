@@ -116,7 +116,7 @@ class Conversation(Conveniences):
         completion.check(self.spec)
         prompt, pad = request.prompts[0], completion.pad_id(self.spec)
         self._opened()  # raises if the model is closed
-        (model, workload, plan), grows = self._room_for(len(prompt) + completion.max_new_tokens)
+        (model, workload, plan), grows = self._room_for(len(prompt) + completion.most)
         device, buffers = model.machine.device, self._buffers
         out = completion.blank(pad)
         call = Call(model, workload, pad, check, plan.workspace(Tier.GPU), buffers)

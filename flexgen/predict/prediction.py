@@ -148,7 +148,7 @@ def predict_job(
         peak_bytes={},
         placement=placement_table(policy, placement.percent, batches),
         projected_from=laid_out if refilled is None and laid_out < workload.gen_len else None,
-        new_tokens=refilled and refilled.new_tokens,
+        new_tokens=refilled.new_tokens if refilled else None,
         stages=refilled.stages if refilled and len(refilled.stages) > 1 else {},
     )
     return Prediction(report, plan, tuple(layer.name for layer in layers), tuple(blocks))

@@ -203,20 +203,21 @@ def new_token_counts(spec: ModelSpec, request: Request, max_new_tokens: NewToken
     Raises RequestError unless `max_new_tokens` is a valid number, or one for each prompt, and each fits after its
     prompt.
     """
-    if isinstance(max_new_tokens, np.ndarray | Tensor):
-        max_new_tokens = max_new_tokens.tolist()
-    if isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, Sequence):
-        check_length(spec, request, max_new_tokens)
-        return [int(max_new_tokens)] * len(request.prompts)
-    if len(max_new_tokens) != len(request.prompts):
+    given: Any = max_new_tokens
+    if isinstance(given, np.ndarray | Tensor):
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        check_length(spec, request, given)
+        return [int(given)] * len(request.prompts)
+    if len(given) != len(request.prompts):
         raise RequestError(
-            f"max_new_tokens has {len(max_new_tokens)} numbers for {len(request.prompts)} prompts; give one number, "
-            "or one for each prompt"
+            f"max_new_tokens has {len(given)} numbers for {len(request.prompts)} prompts; give one number, or one for "
+            "each prompt"
         )
-    for row, (prompt, count) in enumerate(zip(request.prompts, max_new_tokens, strict=True)):
+    for row, (prompt, count) in enumerate(zip(request.prompts, given, strict=True)):
         check_whole(f"max_new_tokens[{row}]", count, 1, LARGEST_COUNT)
         check_room(spec, f"prompt {row}", len(prompt), count)
-    return [int(count) for count in max_new_tokens]
+    return [int(count) for count in given]
 
 
 def check_length(spec: ModelSpec, request: Request, max_new_tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,10 @@ def cut(ids: np.ndarray, width: int, times: Sequence[int]) -> np.ndarray:
     return ids
 
 
-def generated(lm: OptLM, rows: Any, choice: Timed, tokens: int = TOKENS, **options: Any) -> np.ndarray:
-    request = read_request(lm.spec, rows)
+def generated(
+    lm: OptLM, rows: Any, choice: Timed, tokens: int = TOKENS, sorted_in: int | None = None, **options: Any
+) -> np.ndarray:
+    request = replace(read_request(lm.spec, rows), sorted_in=sorted_in)
     return lm.generate_with(Completion(request, tokens, choice, pad=PAD), **options)
 
 
@@ -105,6 +108,7 @@ def test_ids_are_those_of_transformers(
     chunk=st.sampled_from([0, 3]),
     seed=st.integers(0, 99),
     prefix=st.sampled_from([0, 0, SHORTEST]),
+    sorted_in=st.sampled_from([None, 1, 3]),
 )
 def test_any_times_to_end(
     data: st.DataObject,
@@ -119,6 +123,7 @@ def test_any_times_to_end(
     chunk: int,
     seed: int,
     prefix: int,
+    sorted_in: int | None,
     tiny: Any,
     prompts: Any,
     model_names: list[str],
@@ -137,7 +142,8 @@ def test_any_times_to_end(
         piece_sizes(page_tokens=page),
         OptLM(model.directory, policy, device=device, progress=False, order=order) as lm,
     ):
-        np.testing.assert_array_equal(generated(lm, rows, Timed(times)), expected(model, rows, times))
+        ids = generated(lm, rows, Timed(times), sorted_in=sorted_in)
+        np.testing.assert_array_equal(ids, expected(model, rows, times))
         assert lm.stats is not None
         assert (lm.stats.prefix >= SHORTEST) == (prefix > 0 and len(rows) > 1)
 
