@@ -211,8 +211,8 @@ def new_token_counts(spec: ModelSpec, request: Request, max_new_tokens: NewToken
         return [int(given)] * len(request.prompts)
     if len(given) != len(request.prompts):
         raise RequestError(
-            f"max_new_tokens has {len(given)} numbers for {len(request.prompts)} prompts; give one number, or one for "
-            "each prompt"
+            f"max_new_tokens has {len(given)} numbers for {len(request.prompts)} prompts; give one number, or one "
+            "for each prompt"
         )
     for row, (prompt, count) in enumerate(zip(request.prompts, given, strict=True)):
         check_whole(f"max_new_tokens[{row}]", count, 1, LARGEST_COUNT)
