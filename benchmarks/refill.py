@@ -7,7 +7,8 @@ row ends at its length (`max_new_tokens` per prompt). With refill, one call gets
 4 x 16 prompts is a call, which ends with its longest answer. Rows that remain in a block are still compacted.
 
 The device is emulated, with a link of 256 MiB/s, and all weights are in host memory. The model has four layers of a
-small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights.
+small OPT shape with random weights in float32: a pass takes as long as the link takes for its weights. One thread
+computes, so that another core is free for the copies of the link.
 
 With --predict, the result also has the predicted tokens/s of each case, from the mean length of its answers alone
 (`Workload.mean_new`). The machine is measured first if its figures are not known.
@@ -19,6 +20,7 @@ import argparse
 from functools import partial
 
 import numpy as np
+import torch
 from record import interleaved, save
 from transformers import OPTConfig
 
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="also predict each case")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     prompts = np.random.default_rng(1).integers(4, SHAPE["vocab_size"], size=(args.prompts, args.prompt_len))
     figures, ratios, predictions = {}, {}, {}
     machine = this_machine(DEVICE, None) if args.predict else None
