@@ -206,7 +206,8 @@ def new_token_counts(spec: ModelSpec, request: Request, max_new_tokens: NewToken
     given: Any = max_new_tokens
     if isinstance(given, np.ndarray | Tensor):
         given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    one_number = isinstance(given, str) or not isinstance(given, Sequence)
+    if one_number:
         check_length(spec, request, given)
         return [int(given)] * len(request.prompts)
     if len(given) != len(request.prompts):
