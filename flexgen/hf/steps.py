@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from flexgen.hf.processors import RowProcessors, independent_of_rows
+from flexgen.kernels.largest import largest
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.layout.needs import Need
 from flexgen.policy import Tier
 from flexgen.runtime.choice import NewIds, Rows
 from flexgen.runtime.draws import seed_from_torch, uniforms
-from flexgen.runtime.sampler import best, draw_by_scores
+from flexgen.runtime.sampler import draw_by_scores
 
 _FEWER = 3 / 4
 """The share of `choice_rows` to process at once. Processors of transformers use up to 64 bytes for each score."""
@@ -150,7 +151,7 @@ class HFChoice:
             self._scores.keep(scores, rows, token)
         if self._seed is not None:
             return draw_by_scores(scores, uniforms(self._seed, rows, token, scores.device))
-        return best(scores)
+        return largest(scores)
 
     @_as_in_transformers()
     def ends(self, ids: Tensor, rows: Rows, token: int) -> Tensor:

@@ -176,6 +176,10 @@ def silu_product(
 def add(type: int, count: int, out: int, x: int, threads: int, /) -> None:
     """out += x."""
 
+def largest(type: int, shape: tuple[int, int], x: int, stride: int, indices: int, threads: int, /) -> None:
+    """The index (int64) of the first of the largest values of each row, or -1 for a row with a NaN. `shape`: rows,
+    size. `stride`: elements between rows."""
+
 def store_token(
     shape: tuple[int, int, int, int],
     position: int,
@@ -196,9 +200,10 @@ def record() -> None:
 def end_record() -> object | None:
     """The recorded calls; None if a kernel was called that cannot be recorded."""
 
-def replay(calls: object, later: int, threads: int, /) -> None:
-    """Repeat recorded calls, with `later` more tokens in the cache: `store_token` and `decode_attention` add it to
-    their position and length. Raises RuntimeError if the pages have no room for them."""
+def replay(tapes: tuple[object, ...], later: int, threads: int, /) -> list[float]:
+    """Repeat recorded calls, one tape after the other, with `later` more tokens in the cache: `store_token` and
+    `decode_attention` add it to their position and length. Returns the seconds from the beginning to the end of each
+    tape. Raises RuntimeError if the pages have no room for the tokens."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""

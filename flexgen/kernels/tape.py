@@ -3,12 +3,12 @@
 While the weights of a layer pass through the caches, the interpreter's code and data leave them. So on a CPU, the
 Python code between two products takes several times as long as usual. In a decode step of a small batch, that is a
 considerable part of the time. A decode cell calls the same kernels with the same addresses for each token. Only the
-number of cached tokens grows, which `Tape.replay` takes.
+number of cached tokens grows, which `replay` takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ class Tape:
     """Recorded calls, and the tensors whose addresses they contain."""
 
     def __init__(self, calls: object, tensors: list[Tensor]) -> None:
-        self._calls = calls
+        self.calls = calls
         self._tensors = tensors
 
     @property
@@ -40,12 +40,14 @@ class Tape:
         """Bytes of the tensors that were allocated while it was recorded."""
         return sum(x.nbytes for x in self._tensors)
 
-    def replay(self, later: int) -> None:
-        """Repeat the calls for the token that is `later` tokens after the recorded one.
 
-        Raises RuntimeError if the pages of the cache have no room for it.
-        """
-        native.replay(self._calls, later, torch.get_num_threads())
+def replay(tapes: Sequence[Tape], later: int) -> list[float]:
+    """Repeat the calls of the tapes, one tape after the other, for the token `later` tokens after the recorded one.
+
+    Returns the seconds from the beginning to the end of each tape. Raises RuntimeError if the pages of the cache have
+    no room for the token.
+    """
+    return native.replay(tuple(tape.calls for tape in tapes), later, torch.get_num_threads())
 
 
 def record(work: Callable[[], _Result]) -> tuple[_Result, Tape | None]:

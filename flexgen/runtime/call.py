@@ -231,7 +231,8 @@ class Call:
         run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
         steps = self._checked(order(generation.grid), generation.idle)
-        events = execute(steps, generation.grid, generation, self._model.lanes, run).events
+        trace = execute(steps, generation.grid, generation, self._model.lanes, run)
+        events = list(generation.by_cell(trace.events))
         self.timing.trace.extend(events, offset)
         if output.by_token or (output.can_finish and generation.following is None):
             generation.finished(len(run) - 1)

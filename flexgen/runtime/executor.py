@@ -22,7 +22,8 @@ class Work(Protocol):
 
     @property
     def idle(self) -> frozenset[Place]:
-        """Steps without work in every pass, which a schedule may leave out. The stores of new ids are never idle."""
+        """Steps without work of their own in every pass, which a schedule may leave out. The stores of new ids are
+        never idle."""
 
     def chains(self, step: Step) -> Chains:
         """The work of a step, or () if its data is already in place."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
 from flexgen.memory.transfer import Chains, Stage
-from flexgen.results.trace import LaneName
+from flexgen.results.trace import Event, LaneName
 from flexgen.runtime.buffers import BlockBuffers
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.layer_runner import LayerRunner
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prompts import Prompts
+from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.tokens import Output
 from flexgen.schedule.idle import Place
-from flexgen.schedule.steps import Grid, Op, Step
+from flexgen.schedule.steps import Grid, Op, Step, all_steps
 
 
 class Generation:
@@ -48,19 +49,59 @@ class Generation:
 
     @property
     def can_finish(self) -> bool:
-        return self._output.can_finish
+        return self._output.can_finish or (self._computes_only and not self._joined)
 
     def finished(self, token: int) -> bool:
-        if self.first + token < 0:
+        number = self.first + token
+        if number < 0:
             return False
-        self.following = self._output.following(self.first + token)
+        if self._output.can_finish or self._output.by_token:
+            self.following = self._output.following(number)
+        # In this pass, the cells that will be replayed were recorded.
+        recorded = not self._joined and number == max(self._prompts.newest_begins + 1, self.first)
+        if self.following is None and recorded and token + 1 < self.grid.tokens and self._find_joined():
+            self.following = self._prompts.batches  # the same rows, in a run with joined cells
         if self.following is None:
             return False
-        self.next = self.first + token + 1
+        self.next = number + 1
         return True
 
     @cached_property
     def idle(self) -> frozenset[Place]:
+        others = (j for layers in self._joined.values() for j in layers[1:])
+        return self._without_work | {Place(Op.COMPUTE, j, 0) for j in others}
+
+    @cached_property
+    def _joined(self) -> Mapping[int, range]:
+        """The layers whose cells are computed in one call, by the first of them."""
+        return self._find_joined() if self._computes_only else {}
+
+    def _find_joined(self) -> Mapping[int, range]:
+        joined: dict[int, range] = {}
+        if not isinstance(replays := self._buffers.replays, RecordedCells):
+            return joined
+        first = 0
+        for j in range(self.grid.layers - 1):  # the head also chooses ids
+            if replays.joins(j, 0):
+                joined[first] = range(first, j + 1)
+            else:
+                first = j
+        return joined
+
+    @cached_property
+    def _computes_only(self) -> bool:
+        """Whether the run has one batch and nothing to do between two of its cells, except for its new ids.
+
+        With several batches, a layer computes all of them while its weights may be in a cache.
+        """
+        if self.grid.batches > 1 or self.grid.splits_attention:
+            return False
+        steps = all_steps(replace(self.grid, tokens=1))
+        moves = {Place(op, j, k) for op, _, j, k in steps if op is not Op.COMPUTE} - self._without_work
+        return moves == {Place(Op.STORE_HIDDEN, self.grid.layers - 1, 0)}
+
+    @cached_property
+    def _without_work(self) -> frozenset[Place]:
         return frozenset(self._find_idle())
 
     def _find_idle(self) -> Iterator[Place]:
@@ -109,9 +150,23 @@ class Generation:
                 return self._buffers.cache.store(cell) if self._model.layers[j].has_cache else ()
             case Op.PROJECT | Op.ATTEND | Op.LOAD_ATTENTION:
                 return self._attention(op, cell) if self._splits(cell) else ()
+            case _ if layers := self._joined.get(j):
+                return ((Stage(LaneName.COMPUTE, partial(self._runner.compute_joined, cell, layers)),),)
             case _:
                 work = self._runner.finish if self._splits(cell) else self._runner.compute
                 return ((Stage(LaneName.COMPUTE, partial(work, cell)),),)
+
+    def by_cell(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events of the run, with one event for each of the cells that were computed in one call."""
+        for event in events:
+            op, number, first, k = event.step
+            if op is not Op.COMPUTE or first not in self._joined:
+                yield event
+                continue
+            end = event.start
+            for j, seconds in zip(self._joined[first], self._runner.ends(number, first), strict=True):
+                start, end = end, event.start + seconds
+                yield Event(Step(op, number, j, k), event.lane, start, end)
 
     def _cell(self, step: Step) -> BoundCell:
         """The cell of a step: one object for all consecutive steps of a cell in its slot."""

@@ -20,6 +20,7 @@ from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.kvcache import KVCache
 from flexgen.runtime.model import Model
 from flexgen.runtime.prompts import Prompts
+from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.tokens import Output
 from flexgen.schedule.steps import Grid
 
@@ -97,6 +98,7 @@ class LayerRunner:
         self._first = first
         self._positions: dict[int, _Positions] = {}  # by batch
         self._halves: dict[int, _Half] = {}  # by slot, between `project` and `finish`
+        self._ends: dict[tuple[int, int], list[float]] = {}  # by pass and first layer, until `ends`
         self._run = object()  # distinguishes the visits of this run from all others; an id could be reused
 
     def feeds(self, cell: BoundCell) -> bool:
@@ -119,6 +121,20 @@ class LayerRunner:
         if isinstance(layer, Head) and keeps_hidden:
             self._output.keep_hidden(cell, layer.final(x, weights))
         self._keep(cell, layer.forward(x, weights, self._context(cell)))
+
+    # Several layers
+
+    def compute_joined(self, cell: BoundCell, layers: range) -> None:
+        """Compute the cells of consecutive layers (`RecordedCells.joins`) in one call. `cell` is the first one."""
+        replays = self._buffers.replays
+        assert isinstance(replays, RecordedCells)
+        y, ends = replays.replay(cell, layers, self._context(cell), self._input(cell))
+        self._ends[cell.number, cell.layer] = ends
+        self._keep(cell, y)
+
+    def ends(self, number: int, layer: int) -> list[float]:
+        """The seconds from the beginning of `compute_joined` to the end of each layer. Can be read once."""
+        return self._ends.pop((number, layer))
 
     # A layer in halves
 

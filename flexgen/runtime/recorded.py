@@ -1,7 +1,8 @@
 """Decode cells on a CPU as tapes: the kernels of a layer are recorded for one token and repeated for later ones.
 
-All layers share the data of the token. The rotary factors have a buffer, because a tape reads the same addresses for
-each token. The hidden states between two layers stay where the tape of the first layer writes them.
+All layers share the data of the token. The rotary factors have buffers, because a tape reads the same addresses for
+each token. The hidden states between two layers stay where the tape of the first layer writes them. So if no data
+moves between consecutive cells, one call replays all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.scoring import Scoring
-from flexgen.kernels.tape import Tape, record
+from flexgen.kernels.tape import Tape, record, replay
 from flexgen.models import Layer, Weights
+from flexgen.models.embed import Head
 from flexgen.models.layer import AttentionLayer, Chunk, Context, TransformerLayer
 from flexgen.models.spec import RopeSpec
 from flexgen.runtime.cell import BoundCell
@@ -31,22 +33,25 @@ code between the kernels takes a small part of the time."""
 
 @dataclass
 class _Token:
-    """The data of a batch in one pass at fixed addresses: `buffers` with the rotary factors, copied from `sources`,
-    and the result of the layer that was recorded last."""
+    """The data of a batch in one pass at fixed addresses: the rotary factors of its `positions`, and the result of
+    the layer that was recorded last."""
 
-    buffers: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
-    sources: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
+    factors: dict[tuple[RopeSpec, torch.dtype], Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
     y: Tensor | None = None
 
-    def factors(self, rope: RopeSpec, dtype: torch.dtype, context: Context) -> Tensor:
-        key, source = (rope, dtype), context.rope_factors(rope, dtype)
-        if self.sources.get(key) is not source:
-            if key not in self.buffers:
-                self.buffers[key] = source.clone()
-            else:
-                self.buffers[key].copy_(source)
-            self.sources[key] = source
-        return self.buffers[key]
+    def fill(self, context: Context) -> None:
+        """Fill the buffers for the positions of the cell, unless another layer has already done it."""
+        if context.positions is self.positions:
+            return
+        for (rope, dtype), factors in self.factors.items():
+            factors.copy_(context.rope_factors(rope, dtype))
+        self.positions = context.positions
+
+    def add(self, rope: RopeSpec, dtype: torch.dtype, context: Context) -> None:
+        """Add a buffer, unless another layer has already added it."""
+        if (rope, dtype) not in self.factors:
+            self.factors[rope, dtype] = context.rope_factors(rope, dtype).clone()
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class _Recording:
         return self.context.last_only
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
-        return self.token.buffers[rope, dtype]
+        return self.token.factors[rope, dtype]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         return self.cache.attend_in_place(self.cell, q, k, v, scoring)
@@ -94,13 +99,13 @@ class _Recorded:
 
 
 class RecordedCells:
-    """Tapes of the decode cells of one block. It has the methods of `CellGraphs`.
+    """Tapes of the decode cells of one block. It has the methods of `CellGraphs`, and `replay` for several layers.
 
     in_place: the numbers of the layers whose weights do not move, so that they stay at their addresses.
     """
 
     def __init__(self, layers: Sequence[Layer], in_place: Sequence[int], cache: KVCache) -> None:
-        self._layers = {j: layers[j] for j in in_place if isinstance(layers[j], TransformerLayer)}
+        self._layers = {j: layers[j] for j in in_place if isinstance(layers[j], TransformerLayer | Head)}
         self._cache = cache
         self.drop()
 
@@ -140,20 +145,37 @@ class RecordedCells:
 
         The layer of the next token overwrites the result. context: the context of the cell without tapes.
         """
+        if (cell.layer, cell.batch) in self._recorded:
+            return self.replay(cell, range(cell.layer, cell.layer + 1), context, x)[0]
         layer, token = self._layers[cell.layer], self._tokens.setdefault(cell.batch, _Token())
-        rope = layer.layer_spec.attention.rope if isinstance(layer, AttentionLayer) else None
-        if rope is not None:
-            token.factors(rope, x.dtype, context)
-        found = self._recorded.get((cell.layer, cell.batch))
-        if found is None:
-            if token.y is not x:  # a tensor that others overwrite or free
-                x = x.clone()
-            token.y = self._record(cell, _Recording(context, self._cache, cell, token), x, weights)
-            return token.y
-        if x is not found.x:
-            found.x.copy_(x)
-        found.tape.replay(cell.span.length - found.length)
-        return found.y
+        token.fill(context)
+        if isinstance(layer, AttentionLayer) and (rope := layer.layer_spec.attention.rope) is not None:
+            token.add(rope, x.dtype, context)
+        if token.y is not x:  # a tensor that others overwrite or free
+            x = x.clone()
+        token.y = self._record(cell, _Recording(context, self._cache, cell, token), x, weights)
+        return token.y
+
+    def joins(self, layer: int, batch: int) -> bool:
+        """Whether the tape of a cell continues that of the previous layer, so that one call can `replay` both."""
+        before, own = (self._recorded.get((j, batch)) for j in (layer - 1, layer))
+        if not self._pays or before is None or own is None:
+            return False
+        return own.x is before.y and own.length == before.length
+
+    def replay(
+        self, cell: BoundCell, layers: range, context: Context, x: Tensor
+    ) -> tuple[Tensor, list[float]]:
+        """Compute consecutive layers that `joins`, from hidden states x. The cell is that of the first one.
+
+        Returns the result of the last layer, and the seconds from the beginning to the end of each.
+        """
+        self._tokens[cell.batch].fill(context)
+        tapes = [found for j in layers if (found := self._recorded[j, cell.batch]) is not None]
+        first, last = tapes[0], tapes[-1]
+        if x is not first.x:
+            first.x.copy_(x)
+        return last.y, replay([found.tape for found in tapes], cell.span.length - first.length)
 
     def _record(self, cell: BoundCell, context: _Recording, x: Tensor, weights: Weights) -> Tensor:
         layer = self._layers[cell.layer]

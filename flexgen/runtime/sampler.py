@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import RequestError, shown
+from flexgen.kernels.largest import NO_INDEX, largest
 from flexgen.kernels.workspaces import choice_rows
 from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.request import check_whole
 
-INVALID = -1
+INVALID = NO_INDEX
 """Replaces the id of a row with NaN or infinite scores, for which no id can be chosen.
 
 Ids are copied to host memory anyway, so this check does not wait for a GPU.
@@ -72,7 +73,7 @@ def sample(
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        return best(logits)
+        return largest(logits)
     if uniforms is None:
         uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
     options = float(temperature), top_k, top_p
@@ -128,12 +129,6 @@ def _keep_mass(scaled: Tensor, best: Tensor, top_p: float) -> None:
 def _total(scaled: Tensor) -> Tensor:
     """The sums (batch, 1) of the exponentials of each row."""
     return scaled.exp().sum(dim=-1, keepdim=True)
-
-
-def best(scores: Tensor) -> Tensor:
-    """Ids (batch,) int64 of the largest value of each row of scores (batch, vocab); `INVALID` for rows with a NaN."""
-    ids = scores.argmax(dim=-1)  # NaN counts as the largest
-    return torch.where(scores.gather(-1, ids[:, None]).squeeze(-1).isnan(), INVALID, ids)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:

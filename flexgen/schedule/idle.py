@@ -1,8 +1,10 @@
 """The needs of a run that leaves out its idle steps.
 
 If data is used where it is stored, most steps of a schedule have no work in any pass. Such a step is *idle*. A run
-does not issue it, and the steps that need it wait for its own needs instead. The needs of a step are the same in each
-pass, except for the first passes, so they are computed once and kept for later runs.
+does not issue it, and the steps that need it wait for its own needs instead. A computation is idle if that of an
+earlier layer includes it; steps that need it wait for the latter. Its loads and stores must be idle too, because the
+earlier computation does not wait for them. The needs of a step are the same in each pass, except for the first
+passes, so they are computed once and kept for later runs.
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ class BusySteps:
             found: dict[_Needed, None] = {}
             for other in needs(Step(op, self._steady, layer, batch), self._grid):
                 back, behind = self._steady - other.token, Place(other.op, other.layer, other.batch)
+                while other.op is Op.COMPUTE and behind in self._idle:
+                    behind = behind._replace(layer=behind.layer - 1)  # the computation that includes it
                 if behind not in self._idle:
-                    found[_Needed(other.op, back, other.layer, other.batch)] = None
+                    found[_Needed(behind.op, back, behind.layer, behind.batch)] = None
                 elif other.op is not Op.LOAD_WEIGHTS:  # weights in place need no slot, so no earlier layer
                     for n in self._needs_of(behind):
                         found[n._replace(back=back + n.back)] = None

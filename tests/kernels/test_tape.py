@@ -15,7 +15,7 @@ from flexgen.kernels.new_tokens import store_token
 from flexgen.kernels.norms import rms_norm
 from flexgen.kernels.rotation import rotate_token
 from flexgen.kernels.scoring import Scoring
-from flexgen.kernels.tape import record
+from flexgen.kernels.tape import record, replay
 
 HIDDEN, HEADS, KV_HEADS, DIM = 64, 4, 2, 16
 
@@ -72,11 +72,24 @@ def test_a_tape_repeats_a_layer_for_later_tokens(variant, monkeypatch):
         if position == 0:
             y, tape = record(lambda: recorded.forward(same_x, 0))
         else:
-            tape.replay(position)
+            replay([tape], position)
         assert y.equal(expected)
     assert all(a.equal(b) for a, b in zip(sum(plain.pages, ()), sum(recorded.pages, ()), strict=True))
     with pytest.raises(RuntimeError, match="no room for another token"):
-        tape.replay(6)
+        replay([tape], 6)
+
+
+def test_several_tapes_are_replayed_in_order():
+    weight = torch.rand(HIDDEN).bfloat16()
+    x = torch.randn(1, HIDDEN).bfloat16()
+    y, first = record(lambda: rms_norm(x, weight, 1e-5))
+    _, second = record(lambda: add_(x, y))
+    before = x.clone()
+    for _ in range(3):
+        before += rms_norm(before, weight, 1e-5)
+        ends = replay([first, second], 0)
+    assert x.equal(before) and replay([], 0) == []
+    assert len(ends) == 2 and 0 < ends[0] < ends[1]
 
 
 def test_a_tape_does_not_depend_on_the_threads(monkeypatch):
@@ -86,7 +99,7 @@ def test_a_tape_does_not_depend_on_the_threads(monkeypatch):
     expected = y.clone()
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        tape.replay(0)
+        replay([tape], 0)
         assert y.equal(expected)
 
 
@@ -97,7 +110,7 @@ def test_a_tape_keeps_the_tensors_of_its_calls():
     expected = y.clone()
     others = [torch.full_like(x, 7.0) for _ in range(20)]
     y.zero_()
-    tape.replay(0)
+    replay([tape], 0)
     assert y.equal(expected) and all((other == 7).all() for other in others)
 
 
@@ -124,7 +137,7 @@ def test_after_an_error_nothing_is_recorded():
     y = rms_norm(x, None, 1e-5)
     expected = y.clone()
     y.zero_()
-    tape.replay(0)
+    replay([tape], 0)
     assert not y.count_nonzero() and expected.count_nonzero()
 
 

@@ -1,15 +1,19 @@
 """Decode cells as tapes: the ids are those of cells that are computed kernel by kernel."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, OPTConfig
+from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
 from flexgen import OptLM, Policy
+from flexgen.engine.completion import Completion
 from flexgen.kernels.loading import native_available
-from flexgen.kernels.tape import Tape
 from flexgen.runtime import recorded
+from flexgen.runtime.choice import Sampled
+from flexgen.runtime.recorded import RecordedCells
+from flexgen.runtime.request import read_request
 
 SHAPE = dict(
     vocab_size=64, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=300
@@ -25,13 +29,25 @@ pytestmark = pytest.mark.skipif(not native_available(), reason="no compiled kern
 
 
 @pytest.fixture
-def replays(monkeypatch):
-    """The numbers of tokens of each replay."""
-    found, replay = [], Tape.replay
-    monkeypatch.setattr(Tape, "replay", lambda tape, later: found.append(later) or replay(tape, later))
+def calls(monkeypatch):
+    """For each call that replays tapes: the number of tapes, and by how many tokens they are later."""
+    found, replay = [], recorded.replay
+
+    def counted(tapes, later):
+        found.append((len(tapes), later))
+        return replay(tapes, later)
+
+    monkeypatch.setattr(recorded, "replay", counted)
     # With instructions for tiles of bfloat16, a library would multiply its own layout of a matrix.
     monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 64)
     return found
+
+
+@pytest.fixture
+def replays(calls, monkeypatch):
+    """`calls` with one tape each."""
+    monkeypatch.setattr(RecordedCells, "joins", lambda cells, layer, batch: False)
+    return calls
 
 
 def policy(batches=1, weights="cpu", codec="none", rows=1):
@@ -44,9 +60,9 @@ def policy(batches=1, weights="cpu", codec="none", rows=1):
     )
 
 
-def generated(prompts, config=LLAMA, own=None, dtype="bfloat16", new=NEW, stop=(), **options):
+def generated(prompts, config=LLAMA, own=None, dtype="bfloat16", new=NEW, stop=(), device="cpu", **options):
     own = own or policy()
-    with OptLM(config, own, device="cpu", weights="dummy", dtype=dtype, progress=False, **options) as model:
+    with OptLM(config, own, device=device, weights="dummy", dtype=dtype, progress=False, **options) as model:
         return model.generate(prompts, new, stop=stop).tolist()
 
 
@@ -63,12 +79,12 @@ def test_each_layer_is_recorded_once_and_replayed_at_each_later_token(replays, m
     assert not replays
     assert generated(PROMPTS[:1], own=policy(codec=codec), dtype=dtype) == expected
     # Of the tokens, the first is that of the prompt, and the second one is recorded.
-    assert replays == [later for later in range(1, NEW - 1) for _ in range(2 * 3)]
+    assert replays == [(1, later) for later in range(1, NEW - 1) for _ in range(2 * 3 + 1)]
 
 
 def test_tapes_continue_on_the_next_page_of_the_cache(replays, monkeypatch):
     expected = without_tapes(monkeypatch, PROMPTS[:1], new=200)
-    assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 198 * 6
+    assert generated(PROMPTS[:1], new=200) == expected and len(replays) == 198 * 7
 
 
 @pytest.mark.parametrize("sep_layer", [True, False])
@@ -77,7 +93,7 @@ def test_several_batches_and_rows(replays, monkeypatch, sep_layer):
     own = replace(policy(batches=2, rows=2), sep_layer=sep_layer)
     expected = without_tapes(monkeypatch, prompts, own=own)
     assert generated(prompts, own=own) == expected
-    assert len(replays) == (NEW - 2) * 2 * (6 if sep_layer else 3)
+    assert len(replays) == (NEW - 2) * 2 * (7 if sep_layer else 4)
 
 
 def test_each_block_and_each_group_of_rows_has_its_own_tapes(replays, monkeypatch):
@@ -104,7 +120,7 @@ def test_where_only_attention_changes_with_the_token_mlps_are_replayed(
 ):
     expected = without_tapes(monkeypatch, prompts, **options)
     assert generated(prompts, **options) == expected
-    assert len(replays) == 3 * (NEW - 2)
+    assert len(replays) == (3 + 1) * (NEW - 2)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +142,7 @@ def test_tapes_keep_a_limited_amount_of_memory(replays, monkeypatch):
     expected = without_tapes(monkeypatch, PROMPTS[:1])
     monkeypatch.setattr(recorded, "MOST_BYTES", 4 * 1024)
     assert generated(PROMPTS[:1]) == expected
-    assert 0 < len(replays) < (NEW - 2) * 6
+    assert 0 < len(replays) < (NEW - 2) * 7
 
 
 def test_threads_may_change_between_calls(replays):
@@ -138,3 +154,91 @@ def test_threads_may_change_between_calls(replays):
         assert generated(PROMPTS[:1]) == one
     finally:
         torch.set_num_threads(before)
+
+
+# Several layers in one call
+
+
+def without_joining(monkeypatch, *args, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedCells, "joins", lambda cells, layer, batch: False)
+        return generated(*args, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("codec", ["none", "int4"])
+def test_if_nothing_moves_one_call_replays_all_layers_of_a_pass(calls, monkeypatch, codec, rows):
+    own, prompts = policy(codec=codec, rows=rows), PROMPTS[:rows]
+    expected = without_tapes(monkeypatch, prompts, own=own)
+    assert generated(prompts, own=own) == expected
+    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (6, 1)]  # layers, head
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"own": policy(batches=3)},
+        {"own": replace(policy(), cache={"disk": 100})},
+        {"own": replace(policy(), activations={"disk": 100})},
+        {"own": replace(policy(), weights={"gpu": 100}, cache={"gpu": 50, "cpu": 50}), "device": "emulated"},
+    ],
+    ids=["several batches", "cache", "activations", "a link"],
+)
+def test_layers_are_replayed_one_by_one_if_data_may_move_between_them(calls, monkeypatch, options, tmp_path):
+    prompts = PROMPTS[: options.get("own", policy()).num_gpu_batches]
+    expected = without_tapes(monkeypatch, prompts, offload_dir=tmp_path, **options)
+    assert generated(prompts, offload_dir=tmp_path, **options) == expected
+    assert {tapes for tapes, _ in calls} == {1}
+
+
+def test_layers_without_a_tape_separate_those_that_are_replayed_together(calls, monkeypatch):
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    mixed = Qwen2Config(
+        num_key_value_heads=2, intermediate_size=128, use_sliding_window=True, sliding_window=8,
+        max_window_layers=2, layer_types=kinds, **SHAPE,
+    )  # fmt: skip
+    expected = without_tapes(monkeypatch, PROMPTS[:1], config=mixed)
+    assert generated(PROMPTS[:1], config=mixed) == expected
+    # The attention and the MLP of two layers, then the last MLP and the head.
+    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (4, 1, 1)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5])
+def test_rows_that_end_between_passes_with_joined_layers(calls, monkeypatch, stop_after):
+    own = policy(rows=3)
+    plain = without_tapes(monkeypatch, PROMPTS, own=own)
+    stop = [row[len(PROMPTS[0]) + stop_after] for row in plain[:2]]
+    expected = without_tapes(monkeypatch, PROMPTS, own=own, stop=stop, new=30)
+    calls.clear()
+    assert generated(PROMPTS, own=own, stop=stop, new=30) == expected
+    assert calls == [] or max(tapes for tapes, _ in calls) == 6
+
+
+def test_the_trace_has_an_event_for_each_cell(calls, monkeypatch):
+    traces = []
+    for joins in (True, False):
+        with monkeypatch.context() as patch:
+            if not joins:
+                patch.setattr(RecordedCells, "joins", lambda cells, layer, batch: False)
+            with OptLM(
+                LLAMA, policy(), device="cpu", weights="dummy", dtype="bfloat16", progress=False
+            ) as model:
+                model.generate(PROMPTS[:1], NEW)
+                traces.append(model.stats.timing.trace.events)
+        assert (6 in [tapes for tapes, _ in calls]) is joins
+        calls.clear()
+    joined, single = traces
+    assert [event.step for event in joined] == [event.step for event in single]
+    assert all(event.start <= event.end for event in joined)
+    assert all(a.end <= b.start for a, b in pairwise(joined))
+
+
+def test_each_token_of_a_choice_for_the_whole_call(calls, monkeypatch):
+    class WholeCall(Sampled):
+        whole_call = True
+
+    expected = without_tapes(monkeypatch, PROMPTS[:1])
+    with OptLM(LLAMA, policy(), device="cpu", weights="dummy", dtype="bfloat16", progress=False) as model:
+        request = Completion(read_request(model.spec, PROMPTS[:1]), NEW, WholeCall())
+        assert model.generate_with(request).tolist() == expected
+    assert calls == [(tapes, later) for later in range(1, NEW - 1) for tapes in (6, 1)]

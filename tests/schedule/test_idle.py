@@ -71,3 +71,22 @@ def test_needs_are_kept_for_runs_of_any_length():
     idle = frozenset({Place(Op.STORE_CACHE, 0, 0)})
     assert busy_steps(Grid(5, 3, 1), idle) is busy_steps(Grid(9, 3, 1), idle)
     assert busy_steps(Grid(5, 3, 2), idle) is not busy_steps(Grid(5, 3, 1), idle)
+
+
+@given(layers=st.integers(3, 7), cell_slots=st.integers(1, 4), data=st.data())
+def test_who_needs_an_included_computation_waits_for_the_one_that_includes_it(layers, cell_slots, data):
+    grid = Grid(tokens=7, layers=layers, batches=1, cell_slots=cell_slots)
+    included = data.draw(st.sets(st.integers(2, layers - 2)) if layers > 3 else st.just(set()))
+    ids = Step(Op.STORE_HIDDEN, 0, layers - 1, 0)
+    idle = {place(step) for step in all_steps(grid) if step.op is not Op.COMPUTE} - {place(ids)}
+    before = BusySteps(grid, frozenset(idle))
+    after = BusySteps(grid, frozenset(idle | {Place(Op.COMPUTE, j, 0) for j in included}))
+
+    def including(step):
+        while step.op is Op.COMPUTE and step.layer in included:
+            step = step._replace(layer=step.layer - 1)
+        return step
+
+    for step in all_steps(grid):
+        if place(step) not in idle and including(step) == step:
+            assert set(after.needs(step)) == {including(other) for other in before.needs(step)}

@@ -51,6 +51,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "elementwise.h"
 #include "groupwise.h"
+#include "largest.h"
 #include "linear.h"
 #include "norms.h"
 #include "prefix.h"
@@ -82,5 +83,6 @@ const Variant avx2_variant = {
     avx2::rotation::rotate_any,
     avx2::elementwise::silu_product_any,
     avx2::elementwise::add_any,
+    avx2::largest::find_any,
 };
 #endif

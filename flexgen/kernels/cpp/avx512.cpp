@@ -30,5 +30,6 @@ const Variant avx512_variant = {
     avx512::rotation::rotate_any,
     avx512::elementwise::silu_product_any,
     avx512::elementwise::add_any,
+    avx512::largest::find_any,
 };
 #endif

@@ -72,6 +72,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "elementwise.h"
 #include "groupwise.h"
+#include "largest.h"
 #include "linear.h"
 #include "norms.h"
 #include "prefix.h"

@@ -35,5 +35,6 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::rotation::rotate_any,
     avx512_bf16::elementwise::silu_product_any,
     avx512_bf16::elementwise::add_any,
+    avx512_bf16::largest::find_any,
 };
 #endif

@@ -70,6 +70,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "attention.h"
 #include "elementwise.h"
 #include "groupwise.h"
+#include "largest.h"
 #include "linear.h"
 #include "norms.h"
 #include "prefix.h"
@@ -97,4 +98,5 @@ const Variant baseline_variant = {
     baseline::rotation::rotate_any,
     baseline::elementwise::silu_product_any,
     baseline::elementwise::add_any,
+    baseline::largest::find_any,
 };

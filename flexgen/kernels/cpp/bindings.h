@@ -62,6 +62,7 @@ PyObject *py_rms_norm(PyObject *, PyObject *args);
 PyObject *py_rotate(PyObject *, PyObject *args);
 PyObject *py_silu_product(PyObject *, PyObject *args);
 PyObject *py_add(PyObject *, PyObject *args);
+PyObject *py_largest(PyObject *, PyObject *args);
 PyObject *py_store_token(PyObject *, PyObject *args);
 PyObject *py_record(PyObject *, PyObject *);
 PyObject *py_end_record(PyObject *, PyObject *);

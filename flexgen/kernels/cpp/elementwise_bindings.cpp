@@ -120,6 +120,23 @@ PyObject *py_add(PyObject *, PyObject *args) {
     return run(call, threads);
 }
 
+PyObject *py_largest(PyObject *, PyObject *args) {
+    Largest job;
+    int type, threads;
+    long long rows, size, x, stride, indices;
+    if (!PyArg_ParseTuple(args, "i(LL)LLLi", &type, &rows, &size, &x, &stride, &indices, &threads)) return nullptr;
+    job.type = (Type)type;
+    job.size = size;
+    job.x = (const void *)x;
+    job.stride = stride;
+    job.indices = (int64_t *)indices;
+    const auto call = [job, rows, kernel = variant->largest](int64_t, int most) {
+        by_rows(rows, job.size * element_bytes(job.type), most,
+                [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+    };
+    return run(call, threads);
+}
+
 PyObject *py_store_token(PyObject *, PyObject *args) {
     long long rows, heads, page_tokens, head_bytes, position, k_at, v_at, k_row, k_head, v_row, v_head;
     PyObject *keys, *values;

@@ -233,6 +233,16 @@ struct SiluProduct {
     int64_t y_stride;
 };
 
+// The index of the first of the largest values of each row, or `NO_INDEX` for a row with a NaN.
+struct Largest {
+    Type type;
+    int64_t size;
+    const void *x;  // (rows, size), with `stride` elements between rows
+    int64_t stride;
+    int64_t *indices;  // (rows,)
+};
+constexpr int64_t NO_INDEX = -1;
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -252,6 +262,7 @@ struct Variant {
     void (*rotate)(const Rotation &, int64_t begin, int64_t end);  // rows
     void (*silu_product)(const SiluProduct &, int64_t begin, int64_t end);  // rows
     void (*add)(Type, void *out, const void *x, int64_t begin, int64_t end);  // out += x, elements
+    void (*largest)(const Largest &, int64_t begin, int64_t end);  // rows
 };
 
 extern const Variant baseline_variant;

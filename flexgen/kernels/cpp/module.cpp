@@ -103,6 +103,7 @@ PyMethodDef METHODS[] = {
     {"rotate", py_rotate, METH_VARARGS, nullptr},
     {"silu_product", py_silu_product, METH_VARARGS, nullptr},
     {"add", py_add, METH_VARARGS, nullptr},
+    {"largest", py_largest, METH_VARARGS, nullptr},
     {"store_token", py_store_token, METH_VARARGS, nullptr},
     {"record", py_record, METH_NOARGS, nullptr},
     {"end_record", py_end_record, METH_NOARGS, nullptr},
