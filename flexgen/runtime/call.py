@@ -230,7 +230,7 @@ class Call:
         passes = max(-first, 0) + 1 if output.by_token else prompts.passes_left(first, tokens)
         run = range(first, first + passes)
         generation = self._generation(prompts, output, self._grid(order, prompts, len(run)), first)
-        steps = self._checked(order(generation.grid), generation.idle)
+        steps = self._checked(generation.steps(order), generation.idle)
         trace = execute(steps, generation.grid, generation, self._model.lanes, run)
         events = list(generation.by_cell(trace.events))
         self.timing.trace.extend(events, offset)

@@ -17,6 +17,7 @@ from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.recorded import RecordedCells
 from flexgen.runtime.tokens import Output
 from flexgen.schedule.idle import Place
+from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
 
 
@@ -70,6 +71,16 @@ class Generation:
     def idle(self) -> frozenset[Place]:
         others = (j for layers in self._joined.values() for j in layers[1:])
         return self._without_work | {Place(Op.COMPUTE, j, 0) for j in others}
+
+    def steps(self, order: Order) -> Iterator[Step]:
+        """The steps of the order. It may leave out idle ones."""
+        if not self._computes_only:
+            return order(self.grid)
+        # In all orders, the same steps are not idle, and each needs the one before. There are few of them: an order
+        # would take longer to yield the others than the loop to issue these.
+        layers = [j for j in range(self.grid.layers) if Place(Op.COMPUTE, j, 0) not in self.idle]
+        each = [*((Op.COMPUTE, j) for j in layers), (Op.STORE_HIDDEN, self.grid.layers - 1)]
+        return (Step(op, i, j) for i in range(self.grid.tokens) for op, j in each)
 
     @cached_property
     def _joined(self) -> Mapping[int, range]:

@@ -24,6 +24,7 @@ WINDOWED = MistralConfig(num_key_value_heads=2, intermediate_size=128, sliding_w
 OPT = OPTConfig(word_embed_proj_dim=64, ffn_dim=128, **SHAPE)
 PROMPTS = [list(range(5, 25)), list(range(25, 45)), list(range(9, 29))]
 NEW = 12
+ALL_ON_DEVICE = {name: {"gpu": 100} for name in ("weights", "cache", "activations")}
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
 
@@ -180,7 +181,7 @@ def test_if_nothing_moves_one_call_replays_all_layers_of_a_pass(calls, monkeypat
         {"own": policy(batches=3)},
         {"own": replace(policy(), cache={"disk": 100})},
         {"own": replace(policy(), activations={"disk": 100})},
-        {"own": replace(policy(), weights={"gpu": 100}, cache={"gpu": 50, "cpu": 50}), "device": "emulated"},
+        {"own": Policy(gpu_batch_size=1, **ALL_ON_DEVICE), "device": "emulated"},
     ],
     ids=["several batches", "cache", "activations", "a link"],
 )

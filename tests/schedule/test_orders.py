@@ -196,3 +196,17 @@ def test_an_order_that_is_not_legal_is_refused_by_name():
             check_order("forgets_the_last_layer")
     finally:
         del ORDERS["forgets_the_last_layer"]
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_with_one_batch_all_orders_compute_in_the_same_order(name):
+    """So a run in which nothing moves needs no order (`Generation.steps`)."""
+    grid = Grid(tokens=4, layers=5, batches=1, weight_pieces=2, weight_slots=3, cell_slots=4)
+    head = grid.layers - 1
+    issued = [
+        step
+        for step in ORDERS[name](grid)
+        if step.op is Op.COMPUTE or (step.op is Op.STORE_HIDDEN and step.layer == head)
+    ]
+    each = [*((Op.COMPUTE, j) for j in range(grid.layers)), (Op.STORE_HIDDEN, head)]
+    assert issued == [Step(op, i, j) for i in range(grid.tokens) for op, j in each]
