@@ -5,8 +5,9 @@
 namespace VARIANT {
 namespace dots {
 
-constexpr int MOST_FEW = 2;
-constexpr int64_t AHEAD = 4096;  // bytes
+constexpr int64_t AHEAD = 8192;  // bytes from a line to the one that is prefetched: to the L2 cache, because the L1 cache can
+                                 // wait for few lines at a time
+constexpr int AT_ONCE = 4;  // lines that are multiplied at once
 
 // A line of codes: two chunks of four bits, or one of eight.
 template <int BITS>
@@ -16,6 +17,23 @@ inline int64_t lines_of(const PackedLinear &job) { return (job.in * job.bits / 8
 template <class Kind, int BITS>
 inline int64_t few_width(const PackedLinear &job) {
     return lines_of(job) * steps_of<Kind, BITS> * LANES;
+}
+
+// Put a chunk of x in the order of `unpack_line`, with LANES dwords between its operands.
+template <int BITS>
+INLINE void order_line(const PackedLinear &job, int64_t row, int64_t c, const Ordered &, uint32_t *to, Pairs) {
+    const Bf16 *x = (const Bf16 *)job.x + row * job.in;
+    const Places at = places(job, c);
+    for (int64_t octet = 0; octet < VALUES / 8; ++octet) {  // of consecutive values
+        const int64_t half = octet / 4, lane = BITS == 8 ? octet / 2 : octet % 4 / 2;
+        const int64_t operand = BITS == 8 ? octet % 2 : 2 * half + octet % 2;
+        memcpy(to + operand * LANES + 4 * lane, x + (half ? at.second : at.first) + octet % 4 * 8, 8 * sizeof(Bf16));
+    }
+}
+template <int BITS>
+INLINE void order_line(const PackedLinear &, int64_t, int64_t, const Ordered &chunk, uint32_t *to, Bytes) {
+    constexpr int STEPS = steps_of<Bytes, BITS>;
+    for (int64_t step = 0; step < chunk_steps<Bytes>; ++step) to[step % STEPS * LANES + step / STEPS] = chunk.steps[step];
 }
 
 // x: for each row, a vector for each step of the dwords of a line. `sums`: (rows, padded chunks). `x_scales`: for each
@@ -35,8 +53,7 @@ TARGET void prepare_few(PackedLinear &job) {
             order_chunk<BITS>(job, m, c, chunk, Kind());
             const int64_t line = c / line_chunks<BITS>, lane = c % line_chunks<BITS> * DWORDS;
             uint32_t *to = operand + m * width + line * STEPS * LANES + lane;
-            for (int64_t step = 0; step < chunk_steps<Kind>; ++step)
-                to[step % STEPS * LANES + step / STEPS] = chunk.steps[step];
+            order_line<BITS>(job, m, c, chunk, to, Kind());
             if (Kind::ROUNDED) std::fill_n(scales + m * line_scales + line * LANES + lane, DWORDS, chunk.scale);
             sums[m * stride + c] = chunk.sum;
         }
@@ -53,22 +70,35 @@ INLINE Vec line_scale(const float *scales, int64_t line) {
     return _mm512_mask_broadcastss_ps(splat(scales[2 * line]), 0xff00, _mm_load_ss(scales + 2 * line + 1));
 }
 
-template <class Kind, int BITS, int X>
-INLINE void add_line(__m512i codes, const uint32_t *x, int64_t width, const float *scales, const float *x_scales,
-                     int64_t line_scales, int64_t line, Vec (&total)[X]) {
+// Add the products of LINES lines. A product waits several cycles for the previous one of its sum, and a processor looks
+// only a few lines ahead, so the sums of the lines take turns.
+template <class Kind, int BITS, int X, int LINES>
+INLINE void add_lines(const __m512i (&codes)[LINES], const uint32_t *x, int64_t width, const float *scales,
+                      const float *x_scales, int64_t line_scales, int64_t line, Vec (&total)[LINES][X]) {
     constexpr int STEPS = steps_of<Kind, BITS>;
-    __m512i w[STEPS];
-    Kind::unpack(codes, w, std::integral_constant<int, BITS>());
-    const Vec scale = line_scale<BITS>(scales, line);
+    __m512i w[LINES][STEPS];
+    typename Kind::Sum sum[LINES][X] = {};
     x += line * STEPS * LANES;
     UNROLLED
-    for (int m = 0; m < X; ++m) {
-        typename Kind::Sum sum = {};
+    for (int n = 0; n < LINES; ++n) Kind::unpack_line(codes[n], w[n], std::integral_constant<int, BITS>());
+    UNROLLED
+    for (int step = 0; step < STEPS; ++step) {
         UNROLLED
-        for (int step = 0; step < STEPS; ++step)
-            sum = Kind::add(sum, w[step], load_line(x + m * width + step * LANES));
-        const Vec both = Kind::ROUNDED ? scale * load(x_scales + m * line_scales + line * LANES) : scale;
-        total[m] = fma(Kind::number(sum), both, total[m]);
+        for (int n = 0; n < LINES; ++n) {
+            UNROLLED
+            for (int m = 0; m < X; ++m)
+                sum[n][m] = Kind::add(sum[n][m], w[n][step], load_line(x + m * width + (n * STEPS + step) * LANES));
+        }
+    }
+    UNROLLED
+    for (int n = 0; n < LINES; ++n) {
+        const Vec scale = line_scale<BITS>(scales, line + n);
+        UNROLLED
+        for (int m = 0; m < X; ++m) {
+            const Vec both =
+                Kind::ROUNDED ? scale * load(x_scales + m * line_scales + (line + n) * LANES) : scale;
+            total[n][m] = fma(Kind::number(sum[n][m]), both, total[n][m]);
+        }
     }
 }
 
@@ -98,26 +128,33 @@ APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end
             prefetch_scales(job, n + k + LANES);
             const uint8_t *codes = job.packed + (n + k) * bytes;
             const float *scales = every + 2 * k * stride, *minimums = scales + stride;
-            Vec total[2][X] = {};  // alternately, because a sum has to wait for the previous one
+            Vec total[AT_ONCE][X] = {}, rest[1][X] = {};
             for (int64_t c = 0; c < stride; c += LANES)
                 for (int m = 0; m < X; ++m)
                     total[1][m] = fma(load(minimums + c), load(job.sums + m * stride + c), total[1][m]);
             int64_t line = 0;
-            for (; (line + 2) * LINE <= bytes; line += 2) {
-                __builtin_prefetch(codes + line * LINE + AHEAD);
-                __builtin_prefetch(codes + line * LINE + AHEAD + LINE);
+            for (; (line + AT_ONCE) * LINE <= bytes; line += AT_ONCE) {
+                __m512i some[AT_ONCE];
                 UNROLLED
-                for (int64_t part = 0; part < 2; ++part)
-                    add_line<Kind, BITS, X>(load_line(codes + (line + part) * LINE), x, width, scales,
-                                            job.x_scales, line_scales, line + part, total[part]);
+                for (int64_t n = 0; n < AT_ONCE; ++n) {
+                    __builtin_prefetch(codes + (line + n) * LINE + AHEAD, 0, 2);
+                    some[n] = kept(load_line(codes + (line + n) * LINE));
+                }
+                add_lines<Kind, BITS, X>(some, x, width, scales, job.x_scales, line_scales, line, total);
             }
             for (; line < lines; ++line) {
                 const bool whole = (line + 1) * LINE <= bytes;
-                const __m512i some = whole ? load_line(codes + line * LINE)
-                                           : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE));
-                add_line<Kind, BITS, X>(some, x, width, scales, job.x_scales, line_scales, line, total[0]);
+                const __m512i some[] = {whole ? load_line(codes + line * LINE)
+                                              : _mm512_zextsi256_si512(raw<__m256i>(codes + line * LINE))};
+                add_lines<Kind, BITS, X>(some, x, width, scales, job.x_scales, line_scales, line, rest);
             }
-            for (int m = 0; m < X; ++m) sums[m][k] = total[0][m] + total[1][m];
+            UNROLLED
+            for (int m = 0; m < X; ++m) {
+                Vec sum = rest[0][m];
+                UNROLLED
+                for (int n = 0; n < AT_ONCE; ++n) sum += total[n][m];
+                sums[m][k] = sum;
+            }
         }
         for (int m = 0; m < X; ++m) write_outputs(job, VARIANT::sums(sums[m]), m, n, count);
     }
@@ -125,7 +162,7 @@ APART void multiply_few_rows(const PackedLinear &job, int64_t begin, int64_t end
 
 template <class Kind, int BITS>
 TARGET void multiply_few(const PackedLinear &job, int64_t begin, int64_t end) {
-    static_assert(MOST_FEW == 2, "");
+    static_assert(linear::INTEGERS_BY_DOTS[0].rows == 2, "");
     if (job.rows == 1) return multiply_few_rows<Kind, BITS, 1>(job, begin, end);
     multiply_few_rows<Kind, BITS, 2>(job, begin, end);
 }
