@@ -57,7 +57,7 @@ INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
 }  // namespace dots
 }  // namespace VARIANT
 
-#include "few_rows.h"
+#include "lines.h"
 #include "strips.h"
 #include "fused.h"
 #include "panels.h"
@@ -68,7 +68,7 @@ namespace dots {
 template <class Kind, int BITS>
 TARGET void prepare_bits(PackedLinear &job) {
     const Method method = method_of(job);
-    if (BITS != 16 && method == Method::lines) return prepare_few<Kind, BITS>(job);
+    if (BITS != 16 && method == Method::lines) return prepare_line<Kind, BITS>(job);
     job.tiled = true;
     job.block = PANEL;
     job.piece = method == Method::strips ? 4 * PANEL : PIECE_PANELS * PANEL;
@@ -78,7 +78,7 @@ template <class Kind, int BITS>
 TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     if constexpr (BITS != 16) {
         const Method method = method_of(job);
-        if (method == Method::lines) return multiply_few<Kind, BITS>(job, begin, end);
+        if (method == Method::lines) return multiply_lines<Kind, BITS>(job, begin, end);
         if (method == Method::strips) return multiply_fused<Kind, BITS>(job, begin, end);
     }
     multiply_panels<Kind, BITS>(job, begin, end);

@@ -8,7 +8,7 @@ namespace VARIANT {
 namespace linear {
 
 enum class Method {
-    lines,  // few_rows.h: a row of W after the other, line by line
+    lines,  // lines.h: a row of W after the other, line by line
     strips,  // fused.h: 16 rows of W at a time, unpacked in registers for each block of x
     panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
     vector,  // tiles.h: a row of W after the other
@@ -23,7 +23,7 @@ struct Range {
 constexpr int64_t ANY = INT64_MAX;
 
 // With dot products of bfloat16 or int8:
-constexpr Range INTEGERS_BY_DOTS[] = {{2, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
+constexpr Range INTEGERS_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
 constexpr Range BFLOAT16_BY_DOTS[] = {{1, Method::vector}, {64, Method::tiles}, {ANY, Method::panels}};
 // In float32:
 constexpr Range INTEGERS[] = {{16, Method::blocks}, {ANY, Method::tiles}};
