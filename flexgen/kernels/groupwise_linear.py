@@ -2,8 +2,8 @@
 
 A product of few rows is bound by the reads of the weights. Encoded weights have a quarter (int4) or half (int8) of
 the bytes of a 16-bit matrix, and a decoded matrix must also be written and read. A product of many rows is
-compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernel decodes a panel of the matrix in a cache
-and multiplies it with all rows of x. Otherwise, a library's product with the decoded matrix is faster.
+compute-bound. With dot products of bfloat16 (`DOTS`), the compiled kernels decode in registers, or for many rows of x
+in a cache (cpp/methods.h). Otherwise, a library's product with the decoded matrix is faster.
 """
 
 from __future__ import annotations

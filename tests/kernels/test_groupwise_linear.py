@@ -84,13 +84,14 @@ def test_every_shape(version, dtype, rows, out, groups, bits, group, scales, bia
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_of_rows(version, dtype, bits):
-    for rows in [*range(1, 18), 28, 29, 43]:
+    # Blocks of x have up to 16 rows, and from 65 rows another kernel multiplies (cpp/methods.h).
+    for rows in [*range(1, 18), 28, 29, 32, 33, 43, 64, 65]:
         case = Case(dtype, rows, 37, 33, bits)
         case.check(product(version)(*case.arguments), version)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 3, 14, 31, 300])
+@pytest.mark.parametrize("rows", [1, 3, 14, 31, 64, 300])
 def test_large_matrices_are_split_over_threads(variant, bits, rows):
     case = Case(torch.bfloat16, rows, 1501, 16, bits)
     torch.set_num_threads(1)
@@ -104,7 +105,7 @@ def test_large_matrices_are_split_over_threads(variant, bits, rows):
 @relaxed
 @given(
     dtype=st.sampled_from(DTYPES),
-    rows=st.one_of(st.integers(1, 33), st.integers(255, 258)),
+    rows=st.one_of(st.integers(1, 33), st.integers(60, 70), st.integers(255, 258)),
     out=st.integers(1, 70),
     groups=st.integers(1, 5),
     bits=st.sampled_from([4, 8]),
@@ -173,7 +174,7 @@ def test_each_code_meets_its_value(variant):
 
 def test_a_row_depends_on_no_other(variant):
     for dtype in DTYPES:
-        for rows in (13, 37):
+        for rows in (13, 37, 70):
             case = Case(dtype, rows, 21, 3)
             together = multiply_natively(*case.arguments)
             case.x[1:] = float("nan")

@@ -13,29 +13,38 @@ namespace VARIANT {
 namespace dots {
 
 using linear::aligned;
+using linear::Method;
+using linear::method_of;
 using linear::padded;
 using linear::widen;
 
-constexpr int64_t VALUES = 64;  // of a chunk
+constexpr int64_t VALUES = linear::DOTS_GROUP;  // of a chunk
 constexpr int64_t LINE = 64;  // bytes
 
 INLINE __m512i load_line(const void *from) { return _mm512_loadu_si512(from); }
+// A value that is used several times. Compilers would load it from memory for each use, and a core loads only one vector
+// in a cycle.
+INLINE __m512i kept(__m512i x) {
+    asm("" : "+v"(x));
+    return x;
+}
 INLINE __m512i broadcast(const uint32_t *from) { return _mm512_set1_epi32((int)*from); }
 
-// Half of each code below 128 in bfloat16, in two tables of bytes.
-struct Halves {
+// 127.5 - i in bfloat16, in two tables of bytes.
+struct Distances {
     uint8_t low[128] = {}, high[128] = {};
-    constexpr Halves() {
-        for (int code = 1; code < 128; ++code) {
+    constexpr Distances() {
+        for (int i = 0; i < 128; ++i) {
+            const int halves = 255 - 2 * i;  // always odd
             int exponent = 0;
-            while (code >> (exponent + 1)) ++exponent;
-            const int bits = ((126 + exponent) << 7) | ((code << (7 - exponent)) & 0x7f);
-            low[code] = (uint8_t)bits;
-            high[code] = (uint8_t)(bits >> 8);
+            while (halves >> (exponent + 1)) ++exponent;
+            const int bits = ((126 + exponent) << 7) | ((halves << (7 - exponent)) & 0x7f);
+            low[i] = (uint8_t)bits;
+            high[i] = (uint8_t)(bits >> 8);
         }
     }
 };
-alignas(LINE) constexpr Halves HALVES;
+alignas(LINE) constexpr Distances DISTANCES;
 
 // x in bfloat16.
 struct Pairs {
@@ -43,40 +52,71 @@ struct Pairs {
     static constexpr int EACH = 2;  // values of an operand
     static constexpr bool ROUNDED = false;
 
-    // An operand is `code / factor + offset`.
-    static constexpr float factor(int bits) { return bits == 8 ? 2.0f : 1.0f; }
-    static constexpr float offset(int bits) { return bits == 4 ? 16.0f : 0.0f; }
+    // An operand is `factor * (code + offset)`.
+    static constexpr float factor(int bits) { return bits == 4 ? 2.0f : 1.0f; }
+    static constexpr float offset(int bits) { return bits == 4 ? 16.0f : -127.5f; }
 
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)codes, (__m512bh)x);
     }
+    // Compilers would load x to a register first.
+    INLINE static Sum add_each(Sum sum, __m512i codes, const uint32_t *x) {
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
+        return sum;
+    }
     INLINE static Sum both(Sum a, Sum b) { return a + b; }
     INLINE static Vec number(Sum sum) { return sum; }
 
-    // A word of a dword has four codes, the first in its low bits. The last bits of 16 in bfloat16 count eighths, so a
-    // code in front of them is added to 16.
+    // A word of a dword has four codes, the first in its low bits. The last bit of 32 in bfloat16 counts quarters, so a code
+    // that ends three bits before it counts twice.
     INLINE static void unpack(__m512i dwords, __m512i (&to)[4], std::integral_constant<int, 4>) {
-        const __m512i mask = _mm512_set1_epi16(0x0078), sixteen = _mm512_set1_epi16(0x4180);  // 0xea: a & b | c
-        to[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(dwords, 3), mask, sixteen, 0xea);
-        to[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 1), mask, sixteen, 0xea);
-        to[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 5), mask, sixteen, 0xea);
-        to[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 9), mask, sixteen, 0xea);
+        const __m512i mask = _mm512_set1_epi16(0x0078), base = _mm512_set1_epi16(0x4200);  // 0xea: a & b | c
+        to[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(dwords, 3), mask, base, 0xea);
+        to[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 1), mask, base, 0xea);
+        to[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 5), mask, base, 0xea);
+        to[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(dwords, 9), mask, base, 0xea);
+    }
+
+    // A line of codes, in another order: operand `2 * half + part` has, of each 16 bytes of codes, the 8 bytes of a part.
+    // With four bits, the halves are the low and the high nibbles. 32 in bfloat16 has a low byte of zero, so a shift and a
+    // mask give the low bytes of all operands of a half.
+    INLINE static void unpack_line(__m512i codes, __m512i (&to)[4], std::integral_constant<int, 4>) {
+        const __m512i mask = _mm512_set1_epi8(0x78), high = _mm512_set1_epi8(0x42);
+        const __m512i first = _mm512_and_si512(_mm512_slli_epi16(codes, 3), mask);
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(codes, 1), mask);
+        to[0] = _mm512_unpacklo_epi8(first, high);
+        to[1] = _mm512_unpackhi_epi8(first, high);
+        to[2] = _mm512_unpacklo_epi8(second, high);
+        to[3] = _mm512_unpackhi_epi8(second, high);
+    }
+    INLINE static void unpack_line(__m512i codes, __m512i (&to)[2], std::integral_constant<int, 8>) {
+        __m512i low, high;
+        split(codes, low, high);
+        to[0] = _mm512_unpacklo_epi8(low, high);
+        to[1] = _mm512_unpackhi_epi8(low, high);
     }
 
     // A dword has two values.
     INLINE static void unpack(__m512i dwords, __m512i (&to)[1], std::integral_constant<int, 16>) { to[0] = dwords; }
 
-    // A code from 128 has the bits 1xxxxxxx, and half of it in bfloat16 has the bytes 0x42 and 1xxxxxxx.
     INLINE static void unpack(__m512i codes, __m512i (&to)[2], std::integral_constant<int, 8>) {
-        const __mmask64 large = _mm512_movepi8_mask(codes);
-        const __m512i low = _mm512_mask2_permutex2var_epi8(load_line(HALVES.low), codes, ~large,
-                                                           load_line(HALVES.low + LINE));
-        const __m512i found =
-            _mm512_permutex2var_epi8(load_line(HALVES.high), codes, load_line(HALVES.high + LINE));
-        const __m512i high = _mm512_mask_blend_epi8(large, found, _mm512_set1_epi8(0x42));
-        const __m512i mask = _mm512_set1_epi16(0x00ff);  // 0xca: low bytes from the second operand
-        to[0] = _mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xca);
-        to[1] = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xca);
+        __m512i low, high;
+        split(codes, low, high);
+        const __mmask64 second = 0xaaaaaaaaaaaaaaaa;  // bytes of each word
+        to[0] = _mm512_mask_blend_epi8(second, low, _mm512_slli_epi16(high, 8));
+        to[1] = _mm512_mask_blend_epi8(second, _mm512_srli_epi16(low, 8), high);
+    }
+
+private:
+    // The low and high bytes of the operands of codes of eight bits. Codes on both sides of 127.5 have the same distances
+    // from it, so tables of 128 entries have all of them: the index of a code is the smaller one of itself and its
+    // complement. Codes below 127.5 are negative.
+    INLINE static void split(__m512i codes, __m512i &low, __m512i &high) {
+        const __m512i index = _mm512_min_epu8(codes, _mm512_sub_epi8(kept(_mm512_set1_epi8(-1)), codes));
+        low = _mm512_permutex2var_epi8(load_line(DISTANCES.low), index, load_line(DISTANCES.low + LINE));
+        const __m512i distance =
+            _mm512_permutex2var_epi8(load_line(DISTANCES.high), index, load_line(DISTANCES.high + LINE));
+        high = _mm512_ternarylogic_epi32(distance, codes, _mm512_set1_epi8((char)0x80), 0xf2);  // 0xf2: a | ~b & c
     }
 };
 
@@ -90,6 +130,10 @@ struct Bytes {
     static constexpr float offset(int) { return 0.0f; }
 
     INLINE static Sum add(Sum sum, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+    INLINE static Sum add_each(Sum sum, __m512i codes, const uint32_t *x) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*x));
+        return sum;
+    }
     INLINE static Sum both(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE static Vec number(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 
@@ -99,6 +143,8 @@ struct Bytes {
         to[1] = _mm512_and_si512(_mm512_srli_epi16(dwords, 4), mask);
     }
     INLINE static void unpack(__m512i dwords, __m512i (&to)[1], std::integral_constant<int, 8>) { to[0] = dwords; }
+    template <class Bits, int STEPS>
+    INLINE static void unpack_line(__m512i codes, __m512i (&to)[STEPS], Bits bits) { unpack(codes, to, bits); }
 };
 
 template <class Kind, int BITS>
@@ -200,9 +246,8 @@ INLINE void chunk_scales_as(const PackedLinear &job, int64_t row, float *scales,
         const bool whole = g + LANES <= groups;
         const Vec some = whole ? load(from + g) : load_part(from + g, groups - g);
         const Vec shift = whole ? load(least + g) : load_part(least + g, groups - g);
-        const Vec scale = some * Kind::factor(BITS);
-        store(scales + g, scale);
-        store(minimums + g, fma(splat(-Kind::offset(BITS)), scale, shift));
+        store(scales + g, some * (1.0f / Kind::factor(BITS)));
+        store(minimums + g, fma(splat(-Kind::offset(BITS)), some, shift));
     }
     if (each == 1) return;
     for (int64_t c = padded(chunks); c-- > 0;) {

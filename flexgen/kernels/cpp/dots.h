@@ -57,7 +57,7 @@ INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
 }  // namespace dots
 }  // namespace VARIANT
 
-#include "few_rows.h"
+#include "lines.h"
 #include "strips.h"
 #include "fused.h"
 #include "panels.h"
@@ -65,28 +65,21 @@ INLINE void transpose(const float *from, int64_t stride, Vec (&to)[LANES]) {
 namespace VARIANT {
 namespace dots {
 
-constexpr int64_t FEW_PLAIN = 64;  // up to this many rows of x, tiles.h multiplies a matrix in bfloat16
-
-// Whether W can be multiplied here: groups are whole chunks, and a scale of rounded x belongs to one group.
-inline bool fits(const PackedLinear &job) {
-    if (job.bits == 16) return linear::by_pairs(job) && job.rows > FEW_PLAIN;
-    if (job.group % VALUES) return false;
-    return job.rounded ? job.group == VALUES : job.type == Type::bfloat16;
-}
-
 template <class Kind, int BITS>
 TARGET void prepare_bits(PackedLinear &job) {
-    if (BITS != 16 && job.rows <= MOST_FEW) return prepare_few<Kind, BITS>(job);
+    const Method method = method_of(job);
+    if (BITS != 16 && method == Method::lines) return prepare_line<Kind, BITS>(job);
     job.tiled = true;
     job.block = PANEL;
-    job.piece = fused(job) ? 4 * PANEL : PIECE_PANELS * PANEL;
+    job.piece = method == Method::strips ? 4 * PANEL : PIECE_PANELS * PANEL;
     prepare_strips<Kind, BITS>(job);
 }
 template <class Kind, int BITS>
 TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     if constexpr (BITS != 16) {
-        if (job.rows <= MOST_FEW) return multiply_few<Kind, BITS>(job, begin, end);
-        if (fused(job)) return multiply_fused<Kind, BITS>(job, begin, end);
+        const Method method = method_of(job);
+        if (method == Method::lines) return multiply_lines<Kind, BITS>(job, begin, end);
+        if (method == Method::strips) return multiply_fused<Kind, BITS>(job, begin, end);
     }
     multiply_panels<Kind, BITS>(job, begin, end);
 }

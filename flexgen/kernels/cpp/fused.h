@@ -1,131 +1,101 @@
-// Products of up to MOST_FUSED rows of x with group-wise integers. The unpacked codes stay in registers.
+// Products of up to 64 rows of x (methods.h) with group-wise integers. The unpacked codes stay in registers. The arithmetic
+// units for products are busy while other units unpack, so unpacking again for each block of 16 rows of x costs less than
+// writing the unpacked codes and reading them.
 //
-// While the codes of a strip are multiplied, those of the next one are read in the order of the memory and put into a
-// buffer, by pieces of 32 bytes, in the order of use. Reading 16 rows in step misleads prefetchers, and rows of a large
-// power of two share the sets of a cache.
+// The 16 rows of a strip are read in step, which no prefetcher of a processor expects. So while a strip is multiplied, the
+// next one, which is one run of memory, is prefetched line by line.
 #pragma once
 
 namespace VARIANT {
 namespace dots {
 
-// The distance of rows in a buffer: an odd number of lines, so that rows do not share the sets of a cache.
-inline int64_t buffer_stride(const PackedLinear &job) { return (job.in * job.bits / 8 / LINE | 1) * LINE + LINE * 2; }
-
-// Copies rows of codes to a buffer, in the order of the memory.
-struct Reader {
-    const uint8_t *from, *end;
-    uint8_t *to;
-    int64_t pieces, gap, at;  // of a row; between rows in the buffer; the next piece of the row
-
-    Reader(const PackedLinear &job, int64_t n, int64_t end_row, uint8_t *to)
-        : from(job.packed + n * pieces_of(job) * PIECE), end(job.packed + end_row * pieces_of(job) * PIECE), to(to),
-          pieces(pieces_of(job)), gap(buffer_stride(job) - pieces * PIECE), at(0) {}
-
-    INLINE void read(int64_t count) {
-        while (count > 0 && from < end) {
-            const int64_t some = std::min(count, pieces - at);
-            int64_t i = 0;
-            for (; i + 2 <= some; i += 2, from += LINE, to += LINE) {
-                __builtin_prefetch(from + AHEAD);
-                _mm512_storeu_si512(to, load_line(from));
-            }
-            for (; i < some; ++i, from += PIECE, to += PIECE)
-                _mm256_storeu_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-            count -= some;
-            at += some;
-            if (at == pieces) at = 0, to += gap;
-        }
-    }
-};
-
-// The codes of a chunk of a strip: the transposed dwords of its first piece, the place of its further pieces, and the
-// first piece of the next chunk, which is transposed meanwhile.
-struct Strip {
-    __m512i *now, *next;
-    const uint8_t *codes, *following;
-    int64_t stride;
-};
-
 // The independent sums of a row of x: a sum has to wait for the previous one, which takes several cycles.
 constexpr int fused_chains(int x) { return x <= 3 ? 4 : x <= 8 ? 2 : 1; }
 
-// Multiply a chunk of a strip with X rows of x, and add the products to `totals` (X, STRIP).
+// Multiply a strip, whose rows of `stride` bytes begin at `codes`, with X rows of x. The products are added to `totals` (X,
+// STRIP). `room` is for the dwords of two pieces.
 template <class Kind, int BITS, int X>
-APART void add_fused(Strip &strip, const uint32_t *x, const Scaling &scaling, float *totals) {
+APART void multiply_strip(const uint8_t *codes, int64_t stride, const uint32_t *x, Scaling scaling, int64_t chunks,
+                          __m512i (*room)[8], float *totals) {
     constexpr int STEPS = steps_of<Kind, BITS>;
     constexpr int64_t PIECES = VALUES * BITS / 8 / PIECE;
     constexpr int CHAINS = fused_chains(X);
-    typename Kind::Sum sum[CHAINS][X] = {};
-    for (int64_t piece = 0; piece < PIECES; ++piece) {
-        const uint8_t *ahead = piece + 1 < PIECES ? strip.codes + (piece + 1) * PIECE : strip.following;
-        Transposer transposer{ahead, strip.stride, strip.next, {}, {}};
-        UNROLLED
-        for (int i = 0; i < 8; ++i) {
-            __m512i w[STEPS];
-            Kind::unpack(strip.now[i], w, std::integral_constant<int, BITS>());
-            transposer.work(i);
+    const uint8_t *ahead = codes + STRIP * stride, *last = codes + (chunks * PIECES - 1) * PIECE;
+    __m512i *now = room[0], *next = room[1];
+    Transposer first{codes, stride, now, {}, {}};
+    UNROLLED
+    for (int i = 0; i < 8; ++i) first.work(i);
+    for (int64_t c = 0; c < chunks; ++c) {
+        typename Kind::Sum sum[CHAINS][X] = {};
+        for (int64_t piece = 0; piece < PIECES; ++piece) {
+            codes = std::min(codes + PIECE, last);
+            Transposer transposer{codes, stride, next, {}, {}};
             UNROLLED
-            for (int step = 0; step < STEPS; ++step, x += X) {
+            for (int i = 0; i < 8; ++i) {
+                __m512i w[STEPS];
+                Kind::unpack(kept(now[i]), w, std::integral_constant<int, BITS>());
+                transposer.work(i);
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += LINE;
                 UNROLLED
-                for (int m = 0; m < X; ++m) {
-                    typename Kind::Sum &to = sum[(i * STEPS + step) % CHAINS][m];
-                    to = Kind::add(to, w[step], broadcast(x + m));
+                for (int step = 0; step < STEPS; ++step, x += X) {
+                    UNROLLED
+                    for (int m = 0; m < X; ++m) {
+                        typename Kind::Sum &to = sum[(i * STEPS + step) % CHAINS][m];
+                        to = Kind::add_each(to, w[step], x + m);
+                    }
                 }
             }
+            std::swap(now, next);
         }
-        std::swap(strip.now, strip.next);
-    }
-    const Vec scale = load(scaling.scales), minimum = load(scaling.minimums);
-    const float *sums = scaling.sums, *x_scales = scaling.x_scales;
-    UNROLLED
-    for (int m = 0; m < X; ++m) {
+        const Vec scale = load(scaling.scales + c * STRIP), minimum = load(scaling.minimums + c * STRIP);
         UNROLLED
-        for (int chain = 1; chain < CHAINS; ++chain) sum[0][m] = Kind::both(sum[0][m], sum[chain][m]);
-        const Vec both = Kind::ROUNDED ? scale * splat(x_scales[m]) : scale;
-        const Vec total = fma(minimum, splat(sums[m]), load(totals + m * STRIP));
-        store(totals + m * STRIP, fma(Kind::number(sum[0][m]), both, total));
+        for (int m = 0; m < X; ++m) {
+            UNROLLED
+            for (int chain = 1; chain < CHAINS; ++chain) sum[0][m] = Kind::both(sum[0][m], sum[chain][m]);
+            const Vec both = Kind::ROUNDED ? scale * splat(scaling.x_scales[c * X + m]) : scale;
+            const Vec total = fma(minimum, splat(scaling.sums[c * X + m]), load(totals + m * STRIP));
+            store(totals + m * STRIP, fma(Kind::number(sum[0][m]), both, total));
+        }
     }
 }
 
-typedef void (*AddFused)(Strip &, const uint32_t *, const Scaling &, float *);
+typedef void (*MultiplyStrip)(const uint8_t *, int64_t, const uint32_t *, Scaling, int64_t, __m512i (*)[8], float *);
 
 template <class Kind, int BITS, int... N>
-inline AddFused fused_function(int64_t rows, std::integer_sequence<int, N...>) {
-    constexpr AddFused functions[] = {add_fused<Kind, BITS, N + 1>...};
+inline MultiplyStrip strip_function(int64_t rows, std::integer_sequence<int, N...>) {
+    constexpr MultiplyStrip functions[] = {multiply_strip<Kind, BITS, N + 1>...};
     return functions[rows - 1];
 }
 
 template <class Kind, int BITS>
 TARGET void multiply_fused(const PackedLinear &job, int64_t begin, int64_t end) {
-    constexpr int64_t CHUNK_BYTES = VALUES * BITS / 8, STEPS = chunk_steps<Kind>;
-    const int64_t chunks = chunks_of(job), stride = padded(chunks), rows = job.rows;
-    const int64_t distance = buffer_stride(job), buffer_bytes = STRIP * distance;
+    constexpr int64_t STEPS = chunk_steps<Kind>;
+    const int64_t chunks = chunks_of(job), stride = padded(chunks), row_bytes = job.in * BITS / 8;
+    const int64_t blocks = blocks_of(job);
     static thread_local std::vector<float> room;
-    uint8_t *now = (uint8_t *)aligned(room, 2 * buffer_bytes / (int64_t)sizeof(float) +
-                                                STRIP * (rows + 2 * chunks + 2 * stride));
-    uint8_t *next = now + buffer_bytes;
-    float *totals = (float *)(next + buffer_bytes), *scales = totals + rows * STRIP;
-    float *minimums = scales + chunks * STRIP, *row = minimums + chunks * STRIP;
+    float *totals = aligned(room, STRIP * (job.rows + 2 * chunks + 2 * stride) + STRIP * row_bytes / (int64_t)sizeof(float));
+    float *scales = totals + job.rows * STRIP, *minimums = scales + chunks * STRIP, *row = minimums + chunks * STRIP;
+    uint8_t *incomplete = (uint8_t *)(row + 2 * STRIP * stride);
     __m512i dwords[2][8];
-    const AddFused add = fused_function<Kind, BITS>(rows, Rows<MOST_FUSED>());
-    Reader(job, begin, end, now).read(STRIP * pieces_of(job));
-    Strip strip{dwords[0], dwords[1], nullptr, nullptr, distance};
-    Transposer transposer{now, distance, strip.now, {}, {}};
-    for (int i = 0; i < 8; ++i) transposer.work(i);
-    for (int64_t n = begin; n < end; n += STRIP, std::swap(now, next)) {
+    for (int64_t n = begin; n < end; n += STRIP) {
         const int64_t count = std::min(STRIP, end - n);
-        strip_scales<Kind, BITS>(job, n, count, STRIP, row, scales, minimums);
-        std::fill_n(totals, rows * STRIP, 0.0f);
-        Reader reader(job, n + count, end, next);
-        for (int64_t c = 0; c < chunks; ++c) {
-            reader.read(CHUNK_BYTES / PIECE * STRIP);
-            strip.codes = now + c * CHUNK_BYTES;
-            strip.following = c + 1 < chunks ? strip.codes + CHUNK_BYTES : next;
-            const Scaling scaling{scales + c * STRIP, minimums + c * STRIP, job.sums + c * rows,
-                                  job.x_scales + c * rows};
-            add(strip, (const uint32_t *)job.operand + c * rows * STEPS, scaling, totals);
+        const uint8_t *codes = job.packed + n * row_bytes;
+        if (count < STRIP) {  // memory beyond the matrix must not be read
+            memcpy(incomplete, codes, count * row_bytes);
+            memset(incomplete + count * row_bytes, 0, (STRIP - count) * row_bytes);
+            codes = incomplete;
         }
-        for (int64_t m = 0; m < rows; ++m) write_outputs(job, load(totals + m * STRIP), m, n, count);
+        strip_scales<Kind, BITS>(job, n, count, STRIP, row, scales, minimums);
+        std::fill_n(totals, job.rows * STRIP, 0.0f);
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t m = block_begin(job, block, blocks), x_rows = block_begin(job, block + 1, blocks) - m;
+            const int64_t first = m * chunks;
+            const MultiplyStrip multiply = strip_function<Kind, BITS>(x_rows, Rows<MOST_FUSED>());
+            multiply(codes, row_bytes, (const uint32_t *)job.operand + first * STEPS,
+                     {scales, minimums, job.sums + first, job.x_scales + first}, chunks, dwords, totals + m * STRIP);
+        }
+        for (int64_t m = 0; m < job.rows; ++m) write_outputs(job, load(totals + m * STRIP), m, n, count);
     }
 }
 

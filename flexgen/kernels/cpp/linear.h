@@ -5,6 +5,8 @@
 // codes of the next block are prefetched. Further blocks of x find the codes in the L1 cache.
 #include <algorithm>
 
+#include "methods.h"
+
 namespace VARIANT {
 namespace linear {
 
@@ -160,28 +162,41 @@ namespace linear {
 
 void multiply_any(const PackedLinear &job, int64_t begin, int64_t end) {
     if (job.encoding) return encoded::multiply(job, begin, end);
+    switch (method_of(job)) {
+    case Method::vector: return multiply_plain_vector(job, begin, end);
+    case Method::tiles: return multiply_tiled(job, begin, end);
+    case Method::blocks: return multiply_bits<Wide>(job, begin, end);
+    default:
 #ifdef FLEXGEN_DOT_BF16
-    if (dots::fits(job)) return dots::multiply(job, begin, end);
+        dots::multiply(job, begin, end);
 #endif
-    if (job.tiled) return multiply_tiled(job, begin, end);
-    if (job.bits == 16) return multiply_plain_vector(job, begin, end);
-    multiply_bits<Wide>(job, begin, end);
+        return;
+    }
 }
 
-// Convert x to the layout of `multiply_any`, once for all rows of W.
-TARGET void prepare_any(PackedLinear &job) {
-    if (job.encoding) return encoded::prepare(job);
-#ifdef FLEXGEN_DOT_BF16
-    if (dots::fits(job)) return dots::prepare(job);
-#endif
-    job.tiled = job.rows > (job.bits == 16 ? 1 : FEW);
-    if (job.tiled) return prepare_tiled(job);
+// Convert x to float32, unless it is multiplied in its own type.
+TARGET inline void prepare_rows(PackedLinear &job) {
     job.operand = job.x;
     if (job.bits == 16) job.block = LANES;
     if (by_pairs(job) || job.type == Type::float32) return;
     float *wide = aligned(job.wide, job.rows * job.in);
     widen(job.type, job.x, 0, wide, job.rows * job.in);
     job.operand = wide;
+}
+
+// Convert x to the layout of `multiply_any`, once for all rows of W.
+TARGET void prepare_any(PackedLinear &job) {
+    if (job.encoding) return encoded::prepare(job);
+    switch (method_of(job)) {
+    case Method::vector:
+    case Method::blocks: return prepare_rows(job);
+    case Method::tiles: return prepare_tiled(job);
+    default:
+#ifdef FLEXGEN_DOT_BF16
+        dots::prepare(job);
+#endif
+        return;
+    }
 }
 
 // Do parts of the conversion that `prepare_any` left.

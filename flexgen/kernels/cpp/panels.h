@@ -1,4 +1,4 @@
-// Products of many rows of x with group-wise integers or with a matrix in bfloat16.
+// Products of many rows of x (methods.h) with group-wise integers or with a matrix in bfloat16.
 //
 // A panel is PANEL_CHUNKS chunks of two strips of W, unpacked to operands in the order of use. It is unpacked once, to the
 // L2 cache, and multiplied with all rows of x, in blocks with all sums in registers. Meanwhile, the codes of the next panel

@@ -1,6 +1,6 @@
 // Rows of x for products with strips, 16 rows of W at a time. A vector has one operand of each of the rows of a strip, so
 // the scales of the rows are vectors too and the sums need no shuffles. For few rows of x, the codes are unpacked while
-// they are multiplied (fused.h); for more, they are unpacked before (panels.h).
+// they are multiplied (fused.h); for more, they are unpacked once, before (panels.h).
 #pragma once
 
 #include <utility>
@@ -14,13 +14,10 @@ constexpr int64_t PIECE = 32;  // bytes: 8 dwords
 // Rows of x with all sums in registers: those of a strip, those of two, and those of two together with their totals.
 constexpr int MOST_FUSED = 16, MOST_PLAIN = 14, MOST_SCALED = 7;
 
-inline int64_t pieces_of(const PackedLinear &job) { return job.in * job.bits / 8 / PIECE; }
-
 // The number of blocks of rows of x, and the first row of each; they differ by one row at most.
-inline bool fused(const PackedLinear &job) { return job.bits != 16 && job.rows <= MOST_FUSED; }
 inline int64_t blocks_of(const PackedLinear &job) {
-    const int64_t most = job.bits == 16 ? MOST_PLAIN : MOST_SCALED;
-    return fused(job) ? 1 : (job.rows + most - 1) / most;
+    const int64_t most = job.bits == 16 ? MOST_PLAIN : method_of(job) == Method::strips ? MOST_FUSED : MOST_SCALED;
+    return (job.rows + most - 1) / most;
 }
 inline int64_t block_begin(const PackedLinear &job, int64_t block, int64_t blocks) { return job.rows * block / blocks; }
 

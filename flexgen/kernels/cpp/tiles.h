@@ -18,7 +18,6 @@ constexpr int TILE_X = 4;
 constexpr int TILE_WEIGHTS = SUM_REGISTERS == 16 ? 6 : 3;  // with these and one row of x, all registers are in use
 constexpr int64_t DEPTH_BYTES = 4096;
 constexpr int64_t AT_ONCE = 64;  // rows of x that are multiplied with the same rows of W
-constexpr int64_t FEW = 16;  // up to this many rows of x, half types are widened in each tile
 constexpr int SUM_VECTORS = (TILE_X * TILE_WEIGHTS + LANES - 1) / LANES;  // the sums of a tile, one float each
 
 // Products in float32: rows of x are widened once, rows of W (of type W) in registers.
@@ -52,12 +51,6 @@ struct Paired {
         return _mm512_dpbf16_ps(sum, weights, values);
     }
 };
-
-inline bool by_pairs(const PackedLinear &job) {
-    return job.bits == 16 && job.type == Type::bfloat16 && job.scale_type == Type::bfloat16;
-}
-#else
-inline bool by_pairs(const PackedLinear &) { return false; }
 #endif
 
 // The values that are multiplied at a time: with integers, whole groups of W.
@@ -262,13 +255,14 @@ TARGET inline void multiply_tiled(const PackedLinear &job, int64_t begin, int64_
         return multiply_all<Paired, false>(job, begin, end);
     }
 #endif
-    if (job.rows > FEW || job.bits != 16 || job.in % LANES) return multiply_all<Widened<float>, false>(job, begin, end);
+    if (job.rows > WIDENED_IN_TILES || job.bits != 16 || job.in % LANES) return multiply_all<Widened<float>, false>(job, begin, end);
     if (job.scale_type == Type::bfloat16) return multiply_all<Widened<Bf16>, true>(job, begin, end);
     multiply_all<Widened<Half>, true>(job, begin, end);
 }
 
 // Copy x (whole tiles of rows, `pitch_of` values each), with zeros where a tile reads beyond a row or the last row.
 TARGET inline void prepare_tiled(PackedLinear &job) {
+    job.tiled = true;
     const int64_t rows = whole(job.rows, TILE_X), item = by_pairs(job) ? sizeof(Bf16) : sizeof(float);
     const int64_t pitch = by_pairs(job) ? pitch_of<Bf16>(job.in) : pitch_of<float>(job.in);
     auto *to = (uint8_t *)aligned(job.wide, rows * pitch * item / sizeof(float));

@@ -1,0 +1,66 @@
+// Which kernel multiplies how many rows of x. The numbers are measured on an EPYC (Zen 4); benchmarks/packed_linear.py times
+// the products. Another choice changes the order of sums, but not their exactness.
+#pragma once
+
+#include <cstdint>
+
+namespace VARIANT {
+namespace linear {
+
+enum class Method {
+    lines,  // lines.h: a row of W after the other, line by line
+    strips,  // fused.h: 16 rows of W at a time, unpacked in registers for each block of x
+    panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
+    vector,  // tiles.h: a row of W after the other
+    tiles,  // tiles.h: a few rows of W at a time
+    blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
+};
+
+struct Range {
+    int64_t rows;  // the maximum
+    Method method;
+};
+constexpr int64_t ANY = INT64_MAX;
+
+// With dot products of bfloat16 or int8:
+constexpr Range INTEGERS_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
+constexpr Range BFLOAT16_BY_DOTS[] = {{1, Method::vector}, {64, Method::tiles}, {ANY, Method::panels}};
+// In float32:
+constexpr Range INTEGERS[] = {{16, Method::blocks}, {ANY, Method::tiles}};
+constexpr Range HALVES[] = {{1, Method::vector}, {ANY, Method::tiles}};
+constexpr int64_t WIDENED_IN_TILES = 16;  // up to this many rows of x, tiles widen half types in registers
+
+constexpr int64_t DOTS_GROUP = 64;  // groups for dot products are multiples of it
+
+// Whether dot products multiply two matrices in bfloat16.
+inline bool by_pairs(const PackedLinear &job) {
+#ifdef FLEXGEN_DOT_BF16
+    return job.bits == 16 && job.type == Type::bfloat16 && job.scale_type == Type::bfloat16;
+#else
+    (void)job;
+    return false;
+#endif
+}
+
+// Whether dot products multiply integers. A scale of rounded x belongs to one group.
+inline bool by_dots(const PackedLinear &job) {
+#ifdef FLEXGEN_DOT_BF16
+    if (job.bits == 16 || job.group % DOTS_GROUP) return false;
+    return job.rounded ? job.group == DOTS_GROUP : job.type == Type::bfloat16;
+#else
+    (void)job;
+    return false;
+#endif
+}
+
+inline Method method_of(const PackedLinear &job) {
+    const Range *range = by_dots(job) ? INTEGERS_BY_DOTS
+                         : by_pairs(job) ? BFLOAT16_BY_DOTS
+                         : job.bits == 16 ? HALVES
+                                          : INTEGERS;
+    while (job.rows > range->rows) ++range;
+    return range->method;
+}
+
+}  // namespace linear
+}  // namespace VARIANT
