@@ -40,20 +40,29 @@ class Workers:
         if not tasks:
             return
         self._pool = self._pool or threads.pool(self.count, "open")
-        futures = [self._pool.submit(_alone, task) for task in tasks]
+        failed = threading.Event()
+        futures = [self._pool.submit(_run, task, failed) for task in tasks]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
         finally:  # also after Ctrl-C: no task may write to a buffer that its owner has released
+            failed.set()
             for future in futures:
                 future.cancel()
             wait(futures)
 
 
-def _alone(task: Callable[[], object]) -> None:
-    take_no_others()  # the tasks are as many as the cores
-    task()
+def _run(task: Callable[[], object], failed: threading.Event) -> None:
+    """Run a task, unless another one has failed."""
+    if failed.is_set():
+        return
+    take_no_others()  # each core has a thread of its own
+    try:
+        task()
+    except BaseException:
+        failed.set()
+        raise
 
 
 _own = threading.local()
