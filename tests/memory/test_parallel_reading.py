@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ WIDE = dict(hidden_size=128, ffn_dim=192, word_embed_proj_dim=128)  # whole grou
 
 
 @pytest.fixture
-def three_threads():
+def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
