@@ -9,12 +9,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-from flexgen.errors import CheckpointError
 from flexgen.kernels.threads import take_no_others
 from flexgen.memory import threads
 from flexgen.memory.first_read import check_finite
 from flexgen.models.checkpoint import Extent
-from flexgen.models.plain_files import reading
+from flexgen.models.plain_files import read_into
 
 
 class Workers:
@@ -84,16 +83,5 @@ def read_checked(extent: Extent, key: str, begin: int, out: Tensor) -> None:
 
     Raises CheckpointError if the file cannot be read or is too short, and for NaN and infinite values.
     """
-    view = memoryview(out.numpy())  # type: ignore[arg-type]
-    with reading(extent.path), extent.path.open("rb", buffering=0) as file:
-        file.seek(extent.offset + begin)
-        done = 0
-        while done < len(view):  # one read returns at most 2 GiB
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(
-                    f"{extent.path}: the file ends within {key}: it has changed since it was opened. Open the model "
-                    "again"
-                )
-            done += count
+    read_into(memoryview(out.numpy()), extent.path, extent.offset + begin, key)  # type: ignore[arg-type]
     check_finite(out, extent.dtype, extent.path, key)
