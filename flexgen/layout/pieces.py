@@ -23,6 +23,10 @@ class PieceSizes:
     """Bytes of a weight that are read, and converted or encoded, at once when a model is opened. They keep all
     threads busy and are few compared with a layer."""
 
+    thread_bytes: int = 1 * MIB
+    """The same where each thread reads pieces of its own. A piece stays in the cache of a core until it is checked,
+    encoded and stored."""
+
     memory_page_tokens: int = 128
     """Tokens per page in memory. Whole pages move, and the compiled CPU kernels read page by page."""
 

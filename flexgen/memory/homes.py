@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from flexgen.layout.placement import Placement
 from flexgen.layout.weights import lay_out
 from flexgen.memory.conversions import SUFFIX, Conversions, converted_bytes
 from flexgen.memory.machine import Machine
+from flexgen.memory.parallel_reading import Workers, read_checked, staging
 from flexgen.memory.store import Store, tensor_at
 from flexgen.models import Layer, WeightSpec
 from flexgen.models.checkpoint import Checkpoint, Extent
@@ -25,6 +27,9 @@ from flexgen.policy import Tier
 from flexgen.units import ALIGNMENT, format_bytes
 
 logger = logging.getLogger(__name__)
+
+_LEAST_PIECES = 4
+"""Pieces for each thread in a layer that several threads read. One or two pieces of each are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Homes:
         self._device = machine.device
         self._host = machine.host
         self._disk = machine.disk
+        self._pieces_of = machine.device.topology.pieces
         self._by_key: dict[str, Home] = {}
 
     def __getitem__(self, weight: WeightSpec) -> Home:
@@ -82,10 +88,11 @@ class Homes:
         by_layer = self._by_tier(layers)
         conversions = Conversions(self._disk, layers[0].spec.name, self._checkpoint)
         self._check_disk(layers, by_layer, conversions)
-        for layer, new in zip(shown(layers), by_layer, strict=True):
-            self._to_memory(layer, new[Tier.GPU], self._device.memory, on_device=True)
-            self._to_memory(layer, new[Tier.CPU], self._host, on_device=self._device.shares_host_memory)
-            self._to_disk(layer, new[Tier.DISK], conversions)
+        with Workers() as workers:
+            for layer, new in zip(shown(layers), by_layer, strict=True):
+                self._to_memory(layer, new[Tier.GPU], self._device.memory, True, workers)
+                self._to_memory(layer, new[Tier.CPU], self._host, self._device.shares_host_memory, workers)
+                self._to_disk(layer, new[Tier.DISK], conversions)
 
     def _by_tier(self, layers: Sequence[Layer]) -> list[dict[Tier, list[WeightSpec]]]:
         """The tensors of each layer that no earlier layer has."""
@@ -122,7 +129,14 @@ class Homes:
                 "checkpoint's own dtype"
             )
 
-    def _to_memory(self, layer: Layer, weights: Sequence[WeightSpec], store: Store, on_device: bool) -> None:
+    def _to_memory(
+        self,
+        layer: Layer,
+        weights: Sequence[WeightSpec],
+        store: Store,
+        on_device: bool,
+        workers: Workers,
+    ) -> None:
         prelayout = self._device.prelayout(self._dtype) if on_device else None
         if prelayout is not None:
             multiplied = [
@@ -138,11 +152,48 @@ class Homes:
             return
         offsets, end = lay_out(weights, self.placement)
         buffer = store.allocate(end, f"weights of {layer.name}")
+        self._fill(buffer, list(zip(weights, offsets, strict=True)), workers)
         for weight, offset in zip(weights, offsets, strict=True):
-            for begin, piece in self._pieces(weight):
-                buffer[offset + begin : offset + begin + piece.nbytes].copy_(piece)
             view = tensor_at(buffer, offset, *self._form(weight))
             self._by_key[weight.key] = view if on_device else HostRegion(buffer, offset, view.nbytes)
+
+    def _fill(self, buffer: Tensor, weights: Sequence[tuple[WeightSpec, int]], workers: Workers) -> None:
+        """Write the weights to their offsets of a buffer.
+
+        In host memory, all workers share the weights that can be read a few rows at a time, unless the layer is so
+        small that the pieces in work would be a large part of it.
+        """
+        at_once = self._pieces_of.thread_bytes
+        shared = [
+            (weight, offset, extent)
+            for weight, offset in weights
+            if buffer.device.type == "cpu" and (extent := self._stored(weight)) is not None
+        ]
+        if sum(weight.nbytes(self._dtype) for weight, *_ in shared) < _LEAST_PIECES * workers.count * at_once:
+            shared = []
+        workers.run(
+            partial(self._read_rows, weight, extent, rows, buffer[offset:])
+            for weight, offset, extent in shared
+            for rows in self._row_ranges(weight, at_once)
+        )
+        done = {weight.key for weight, *_ in shared}
+        for weight, offset in weights:
+            if weight.key not in done:
+                for begin, piece in self._pieces(weight):
+                    buffer[offset + begin : offset + begin + piece.nbytes].copy_(piece)
+
+    def _read_rows(self, weight: WeightSpec, extent: Extent, rows: range, out: Tensor) -> None:
+        """Read some rows of a weight and write them, in the form of its tier, to their place in `out`."""
+        width = extent.nbytes // weight.shape[0]
+        begin, nbytes = rows.start * width, len(rows) * width
+        if self.placement.codec(weight) is None:
+            read_checked(extent, weight.key, begin, out[begin : begin + nbytes])
+            return
+        buffer = staging(nbytes)
+        read_checked(extent, weight.key, begin, buffer)
+        tensor = buffer.view(extent.dtype).view(len(rows), *weight.shape[1:])
+        for place, piece in self._encoded(weight, rows.start, tensor):
+            out[place : place + piece.nbytes].copy_(piece)
 
     def _form(self, weight: WeightSpec) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype in which the tier stores the weight: its own, or those of the bytes of its codec."""
@@ -157,23 +208,31 @@ class Homes:
         forms. A matrix that files store as (in, out) or quantized is one piece. The bytes between the pieces are
         zero.
         """
-        codec = self.placement.codec(weight)
-        count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
-        step = max(self._machine.device.topology.pieces.read_bytes // width, 1)
-        if self._checkpoint.encoded(weight) or weight.transposed:  # every read takes all of it
-            step = count
-        for first in range(0, count, step):
-            rows = range(first, min(first + step, count))
+        whole = self._checkpoint.encoded(weight) or weight.transposed  # every read takes all of it
+        ranges = [range(weight.shape[0])] if whole else self._row_ranges(weight, self._pieces_of.read_bytes)
+        width = weight.nbytes(self._dtype) // weight.shape[0]
+        for rows in ranges:
             tensor = self._checkpoint.read(weight, self._dtype, rows)
-            if codec is None:
-                yield first * width, tensor.flatten().view(torch.uint8)
-                continue
-            encoded = codec.encode(tensor)
-            # The rows of each of the codec's parts are contiguous.
-            for (place, row), (begin, _) in zip(
-                codec.rows(weight.shape), codec.rows(tensor.shape), strict=True
-            ):
-                yield place + first * row, encoded[begin : begin + len(rows) * row]
+            if self.placement.codec(weight) is None:
+                yield rows.start * width, tensor.flatten().view(torch.uint8)
+            else:
+                yield from self._encoded(weight, rows.start, tensor)
+
+    def _row_ranges(self, weight: WeightSpec, nbytes: int) -> Iterator[range]:
+        """All rows of a weight, in ranges of about `nbytes` in the dtype of the model."""
+        count, width = weight.shape[0], weight.nbytes(self._dtype) // weight.shape[0]
+        step = max(nbytes // width, 1)
+        return (range(first, min(first + step, count)) for first in range(0, count, step))
+
+    def _encoded(self, weight: WeightSpec, first: int, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The bytes of the rows of `tensor`, which are rows of the weight from `first` on, in the weight's codec: the
+        offset in the encoded weight of each piece, and the piece (uint8)."""
+        codec = self.placement.codec(weight)
+        assert codec is not None
+        encoded = codec.encode(tensor)
+        # The rows of each of the codec's parts are contiguous.
+        for (place, row), (begin, _) in zip(codec.rows(weight.shape), codec.rows(tensor.shape), strict=True):
+            yield place + first * row, encoded[begin : begin + len(tensor) * row]
 
     def _to_disk(self, layer: Layer, weights: Sequence[WeightSpec], conversions: Conversions) -> None:
         elsewhere = []
@@ -187,7 +246,11 @@ class Homes:
 
     def _in_place(self, weight: WeightSpec) -> Extent | None:
         """The extent of the weight in a file of the checkpoint, if it is stored there in the needed form."""
-        return None if self.placement.codec(weight) else _in_place(self._checkpoint, weight, self._dtype)
+        return None if self.placement.codec(weight) else self._stored(weight)
+
+    def _stored(self, weight: WeightSpec) -> Extent | None:
+        """The extent of the weight in a file of the checkpoint, if it is stored there in the dtype of the model."""
+        return _in_place(self._checkpoint, weight, self._dtype)
 
     def _file_layout(
         self, weights: Sequence[WeightSpec]

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flexgen.errors import ModelError, did_you_mean, shown
 from flexgen.models.folders import GGUF_SUFFIX, SHARD, first_files
@@ -108,6 +107,8 @@ def download_gguf(repository: str, file: str, hub: HubOptions) -> Path:
 
 def _gguf_names(repository: str, hub: HubOptions) -> list[str]:
     """The GGUF files of a repository; if the hub cannot be reached, those in the cache."""
+    from huggingface_hub.errors import HFValidationError
+
     snapshot = huggingface_hub.snapshot_download
     if not hub.local_files_only:
         try:
@@ -154,6 +155,9 @@ def _listed(names: list[str]) -> str:
 
 def _ask(repository: str, download: Any, hub: HubOptions, **options: Any) -> str:
     """One request to the hub or its local cache. Raises ModelError, with the hub's own message."""
+    # Imports an HTTP client, which takes a tenth of the time of flexgen's import.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return str(download(repository, **hub.arguments(), **options))
     except HFValidationError as error:

@@ -40,6 +40,23 @@ def explaining(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_into(out: memoryview, path: Path, offset: int, key: str) -> None:
+    """Fill `out` with bytes of the weight `key`, from `offset` of the file on.
+
+    Raises CheckpointError if the file cannot be read or ends before.
+    """
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(out):  # one read returns at most 2 GiB
+            count = file.readinto(out[done:])
+            if not count:
+                raise CheckpointError(
+                    f"{path}: the file ends within {key}: it has changed since it was opened. Open the model again"
+                )
+            done += count
+
+
 def check_file(path: Path) -> None:
     """Raises CheckpointError unless `path` is, or links to, a regular file that is not a Git LFS pointer.
 

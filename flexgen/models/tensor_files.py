@@ -17,7 +17,7 @@ from flexgen.formats.encoding import E8M0
 from flexgen.kernels.e4m3 import E4M3, has_nan
 from flexgen.models.headers import FLOATS, StoredTensor, read_header, read_numpy_header
 from flexgen.models.layer import Layer
-from flexgen.models.plain_files import reading
+from flexgen.models.plain_files import read_into, reading
 from flexgen.models.samples import sample
 from flexgen.models.sources import Source
 from flexgen.models.spec import EncodedWeight, ModelSpec, WeightSpec
@@ -285,19 +285,7 @@ class PlainFiles(TensorFiles):
         if rows is not None and not weight.transposed:
             extent = _rows_of(extent, rows)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        with reading(extent.path), extent.path.open("rb", buffering=0) as file:
-            file.seek(extent.offset)
-            done = 0
-            # One read returns at most 2 GiB.
-            while done < extent.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{extent.path}: the file ends within {weight.key}: it has changed since it was opened. "
-                        "Open the model again"
-                    )
-                done += count
+        read_into(memoryview(buffer.numpy()), extent.path, extent.offset, weight.key)  # type: ignore[arg-type]
         stored = buffer.view(extent.dtype).view(extent.shape)
         if weight.transposed:
             stored = stored.T[slice(None) if rows is None else slice(rows.start, rows.stop)].contiguous()

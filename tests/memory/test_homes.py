@@ -317,11 +317,13 @@ def test_files_that_are_written_in_pieces_are_those_of_whole_tensors(
             assert model.homes[weight].nbytes == model.placement.stored_bytes(weight)
 
 
+@pytest.mark.parametrize("pieces", [{"read_bytes": 7 * 128 * 2}, {"thread_bytes": 7 * 128 * 2}], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, codec, device):
+def test_what_is_encoded_in_pieces_into_memory_is_whole(stream, saved, codec, device, pieces):
+    """By one thread after the other, or by all threads at once."""
     split = Split(gpu=Share(50, codec), cpu=Share(50, codec))
-    with piece_sizes(read_bytes=7 * 128 * 2):
+    with piece_sizes(**pieces):
         model = stream(saved("opt", **WIDE), split, device, dtype=torch.bfloat16)
     for layer in model.layers:
         for weight in layer.weights:

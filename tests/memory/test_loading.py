@@ -82,7 +82,7 @@ def assert_read_once(model, reads):
 def test_no_tensor_is_read_twice(family, number, stream, saved, reads):
     directory = saved(family, torch.bfloat16, number=number)
     reads.clear()
-    with piece_sizes(read_bytes=SMALL):
+    with piece_sizes(read_bytes=SMALL, thread_bytes=SMALL):
         model = stream(directory, MIXED, "emulated", dtype=torch.bfloat16)
     assert_read_once(model, reads)
 
@@ -91,7 +91,7 @@ def test_no_tensor_is_read_twice(family, number, stream, saved, reads):
 def test_no_tensor_is_read_twice_to_encode_it(family, stream, saved, reads):
     directory = saved(family, torch.bfloat16, number=0)
     reads.clear()
-    with piece_sizes(read_bytes=SMALL):
+    with piece_sizes(read_bytes=SMALL, thread_bytes=SMALL):
         model = stream(directory, ENCODED, "emulated", dtype=torch.bfloat16)
     assert_read_once(model, reads)
 
