@@ -4,9 +4,9 @@
     python benchmarks/module_batches.py
 
 A batch of flexgen passes through attention and experts with the same number of rows. For each policy, three runs are
-simulated: the run itself; a run that multiplies all rows of a block at once, in all products; and such a run whose
-weights also fill the device memory that the batches' workspace takes, as if attention of a few rows needed none. The
-gain of the third run over the first one is the bound. Nothing is measured.
+simulated: the run itself; a run that multiplies all rows of a block at once, in products where that is faster; and
+such a run whose weights also fill the device memory that the batches' workspace takes, as if attention of a few rows
+needed none. The gain of the third run over the first one is the bound. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ _products, _projection = Arithmetic.products, Arithmetic.projection
 
 
 def in_blocks(job: Job, policy: Policy) -> Prediction:
-    """The prediction if each product multiplies all rows of a block, and every batch takes its share of the time."""
+    """The prediction if products multiply all rows of a block where that is faster, and each batch takes its share.
+
+    It may be slower: few rows are multiplied with an encoded matrix, and for many rows the matrix is decoded.
+    """
+    count = policy.num_gpu_batches
 
     def products(self: Arithmetic, layer: Layer, rows: int, new: int, first: bool) -> float:
-        return _products(self, layer, rows * policy.num_gpu_batches, new, True) / policy.num_gpu_batches
+        whole = _products(self, layer, rows * count, new, True) / count
+        return min(whole, _products(self, layer, rows, new, first))
 
     def projection(self: Arithmetic, layer: AttentionLayer, rows: int, first: bool) -> float:
-        return _projection(self, layer, rows * policy.num_gpu_batches, True) / policy.num_gpu_batches
+        whole = _projection(self, layer, rows * count, True) / count
+        return min(whole, _projection(self, layer, rows, first))
 
     with patch.multiple(Arithmetic, products=products, projection=projection):
         return predict_job(job, policy)
