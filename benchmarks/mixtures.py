@@ -51,10 +51,15 @@ OTHERS = [
 ]
 
 
+def job_of(model: str, machine: str, workload: Workload) -> Job:
+    """The job of a row."""
+    spec, _ = open_model(model, "dummy")
+    return Job.checked(spec, Hardware.preset(machine), workload)
+
+
 def simulated(case: Case, lossy: bool) -> dict[str, Any]:
     """The best policy of a quick search: its speed, the bound of that speed, and where its weights are."""
-    spec, _ = open_model(case.model, "dummy")
-    job = Job.checked(spec, Hardware.preset(case.machine), case.workload)
+    job = job_of(case.model, case.machine, case.workload)
     try:
         best = find_for_job(job, Auto({}, lossy), top=1, effort=QUICK).best
     except CapacityError as error:

@@ -9,14 +9,16 @@ product is at least as fast as the product with an already decoded matrix. `deco
 each visit of a layer. `matrix` is the product of the library with the plain matrix, and `linear` that of flexgen.
 `laid out` is the plain matrix in oneDNN's layout, if flexgen stores bfloat16 weights in it on this CPU, and `a8` the
 fused product with activations rounded to int8. `read` is the bandwidth of memory; next to a product is its share of
-that bandwidth. `--published` adds the formats of checkpoints, with random bytes (`kernels.encoded_linear`). On a GPU
-(--device cuda), the Triton kernels are measured.
+that bandwidth. `--published` adds the formats of checkpoints, with random bytes (`kernels.encoded_linear`), and the
+time that predictions expect of them: they are not measured when flexgen measures a machine. On a GPU (--device cuda),
+the Triton kernels are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -99,6 +101,13 @@ def published_matrices(
         out = torch.empty(shape, dtype=dtype)
         matrices.append(Stored(encoding).matrix(parts, shape, dtype, partial(decoded, encoding, parts, out)))
     return matrices
+
+
+def expected_ms(encoding: Encoding, shape: tuple[int, int], rows: int, read: float) -> float:
+    """The milliseconds that predictions expect of a fused product. read: GB/s of reading memory."""
+    nbytes = Stored(encoding).expected_product(rows, on_host=True)
+    assert nbytes is not None
+    return math.prod(shape) * nbytes / read / 1e6
 
 
 def decoded(encoding: Encoding, parts: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -212,6 +221,8 @@ def main() -> None:
                 form, count = case.split(", ")
                 line += f"{2 * shape[0] * shape[1] * int(count.split()[0]) / ms / 1e6:>8.0f} GFLOP/s"
                 line += f"{nbytes[form] / ms / 1e6 / read:>8.0%} of read" if read else ""
+                if read and form in PUBLISHED:
+                    line += f"{expected_ms(PUBLISHED[form], shape, int(count.split()[0]), read):>8.3f} ms expected"
             print(line)
         results.append({"shape": list(shape), "dtype": name, "bytes": nbytes, "figures": found})
     variant = native.variant() if args.device == "cpu" else torch.cuda.get_device_name()

@@ -50,6 +50,7 @@ def write_gguf(model: Path, path: Path, form: str) -> None:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     partial = path.with_name(f"{path.name}.part")
     mixture = config["model_type"] == "qwen3_moe"
+    count = config.get("num_local_experts", config.get("num_experts"))  # transformers 5 writes the first name
     writer = GGUFWriter(partial, "qwen3moe" if mixture else "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -66,7 +67,7 @@ def write_gguf(model: Path, path: Path, form: str) -> None:
     if mixture:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_count(count)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     experts: dict[str, dict[int, np.ndarray]] = {}
@@ -81,7 +82,7 @@ def write_gguf(model: Path, path: Path, form: str) -> None:
         before, number, after = re.split(r"(?<=experts\.)(\d+)\.", name)
         stack = experts.setdefault(before + after, {})
         stack[int(number)] = stored
-        if len(stack) == config["num_experts"]:
+        if len(stack) == count:
             matrices = [stack[n] for n in range(len(stack))]
             writer.add_tensor(gguf_name(before + after), np.stack(matrices), raw_dtype=kind)
             del experts[before + after]

@@ -205,7 +205,8 @@ def read_gptq(settings: Settings) -> tuple[Encoding, ...]:
 def read_awq(settings: Settings) -> tuple[Encoding, ...]:
     """The encodings of `quant_method: awq`."""
     settings.one_of("bits", (4,))
-    settings.one_of("zero_point", (True,))
+    # Files of version gemm have zero points in both cases: without them, gptqmodel writes 8 for all.
+    settings.one_of("zero_point", (True, False))
     settings.one_of("version", ("gemm", "GEMM", None))
     return (AWQ(_group(settings)),)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from quantized_checkpoints import FORMATS, mxfp4, save_quantized, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from flexgen.errors import CheckpointError, ModelError
 from flexgen.formats import METHODS, Encoding, read_encodings
 from flexgen.models import build_layers, open_model
 
+SAMPLES = Path(__file__).with_name("library_samples.safetensors")
 SHAPES = [(8, 32), (24, 96), (136, 160), (264, 384)]
 
 
@@ -85,34 +87,29 @@ def test_known_values() -> None:
     assert out[:, 0].tolist() == [code / 2 for code in range(8)]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_integers_that_compressed_tensors_packed(bits: int, symmetric: bool) -> None:
-    """Its own library packs them, if it is installed."""
-    packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    torch.manual_seed(0)
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (20, 48), dtype=torch.int8)
-    zeros = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (20, 3), dtype=torch.int8)
-    if symmetric:
-        zeros.zero_()
-    scales = torch.rand(20, 3).bfloat16()
-    expected = (codes.unflatten(1, (3, 16)).float() - zeros[..., None].float()) * scales.float()[..., None]
-    weights = dict(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=16)
-    encoding = encoding_of(
-        dict(
-            quant_method="compressed-tensors",
-            format="pack-quantized",
-            config_groups=dict(a=dict(weights=weights)),
-        )
-    )
+with safe_open(SAMPLES, "pt") as file:
+    WRITTEN: dict[str, str] = file.metadata()
+"""The samples of `write_library_samples.py`, with their settings as JSON."""
+
+
+@pytest.mark.parametrize("name", sorted(WRITTEN))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_matrices_that_their_libraries_wrote(
+    compiled: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compressed-tensors and gptqmodel wrote the tensors, and decoded them to the values."""
+    if not compiled:
+        monkeypatch.setattr("flexgen.kernels.encoded_linear.announce", lambda: False)
     tensors = {
-        ".weight_packed": packing.pack_to_int32(codes, bits),
-        ".weight_scale": scales,
-        ".weight_zero_point": packing.pack_to_int32(zeros, bits, packed_dim=0),
+        key.removeprefix(f"{name}/"): tensor
+        for key, tensor in load_file(SAMPLES).items()
+        if key.startswith(f"{name}/")
     }
-    out = torch.empty(20, 48)
-    encoding.decode(in_order(encoding, tensors, (20, 48)), out)
-    torch.testing.assert_close(out, expected.flatten(1))
+    expected = tensors.pop("values")
+    encoding, out = encoding_of(json.loads(WRITTEN[name])["config"]), torch.empty_like(expected)
+    encoding.decode(in_order(encoding, tensors, (expected.shape[0], expected.shape[1])), out)
+    assert expected.unique().numel() > 10
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -139,7 +136,7 @@ def changed(**weights: Any) -> dict[str, Any]:
         (FORMATS["gptq"].config | dict(group_size="128"), "group_size = '128' is not a size"),
         (FORMATS["gptq"].config | dict(checkpoint_format="marlin"), "checkpoint_format = 'marlin'"),
         (FORMATS["awq"].config | dict(version="gemv"), "version = 'gemv'.*'gemm'"),
-        (FORMATS["awq"].config | dict(zero_point=False), "zero_point = False"),
+        (FORMATS["awq"].config | dict(zero_point="no"), "zero_point = 'no'"),
         (FORMATS["fp8 in blocks"].config | dict(weight_block_size=[128]), r"weight_block_size = \[128\].*two sizes"),
         (FORMATS["fp8 in blocks"].config | dict(fmt="e5m2"), "fmt = 'e5m2'"),
         (FORMATS["modelopt fp8"].config | dict(quant_algo="W4A8_AWQ"), "quant_algo = 'W4A8_AWQ'"),
