@@ -1,11 +1,15 @@
 """The benefit of a shared prefix: tokens/s of prompts that begin with the same ids, with and without sharing.
 
     python benchmarks/prefix.py
+    python benchmarks/prefix.py --documents 4
 
 The model has eight layers of the OPT-1.3B shape with random weights in float32, on the CPU, with everything in
 memory. Prompts have --prefix ids in common and --own ids of their own. With sharing, --prompts prompts run. Without
 sharing, every prompt takes the same time, so --apart prompts are enough; both report new tokens per second. As a
 check, the result has the share of the first --apart prompts for which both make the same ids.
+
+With --documents, each prompt has one of that number of documents of --document-len ids between the common ids and its
+own. Prompts with the same document are mixed with the others.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ def main() -> None:
     add("--layers", type=int, default=8)
     add("--prefix", type=int, default=400, help="ids that all prompts share")
     add("--own", type=int, default=32, help="other ids of each prompt")
+    add("--documents", type=int, default=0, help="documents, of which each prompt has one")
+    add("--document-len", type=int, default=200, help="ids of each document")
     add("--gen-len", type=int, default=8)
     add("--prompts", type=int, default=256)
     add("--apart", type=int, default=32, help="prompts of the run without sharing")
@@ -39,6 +45,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 50_000, size=(args.prompts, args.prefix + args.own))
     ids[:, : args.prefix] = ids[0, : args.prefix]
+    if args.documents:
+        documents = rng.integers(5, 50_000, size=(args.documents, args.document_len))
+        chosen = documents[np.arange(args.prompts) % args.documents]
+        ids = np.concatenate([ids[:, : args.prefix], chosen, ids[:, args.prefix :]], axis=1)
     config = OPTConfig(num_hidden_layers=args.layers, **SHAPE)
     policy = Policy(
         gpu_batch_size=args.batch,
@@ -55,6 +65,7 @@ def main() -> None:
             model.generate(ids[:2, -args.own :], 2, stop=())  # libraries load their kernels
             kept[share], report = model.generate(ids[:prompts], args.gen_len, stop=(), stats=True)
         assert report.prefix == args.prefix * share
+        assert report.prefix_groups == (max(args.documents, 1) if share else 1)
         return {
             "prefill_s": report.prefill_s,
             "decode_s": report.decode_s,
@@ -69,7 +80,10 @@ def main() -> None:
     print(
         f"{shared:.1f} against {whole:.1f} tokens/s: {shared / whole:.1f} times; {equal:.0%} of the rows are equal"
     )
-    save("prefix", {"arguments": vars(args), "cases": found, "ratio": shared / whole, "equal_rows": equal})
+    save(
+        "prefix_tree" if args.documents else "prefix",
+        {"arguments": vars(args), "cases": found, "ratio": shared / whole, "equal_rows": equal},
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numbers
 import operator
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flexgen.errors import RequestError, shown
 from flexgen.units import LARGEST_COUNT
@@ -17,10 +18,15 @@ from flexgen.units import LARGEST_COUNT
 class Workload:
     """`num_prompts` prompts of `prompt_len` tokens, with `gen_len` new tokens for each.
 
-    Shorter prompts are padded to `prompt_len`. prefix: the number of tokens with which all prompts begin, fewer than
-    `prompt_len`. mean_new: the mean number of new tokens if rows may end early, from 1 to `gen_len`; None if all have
-    `gen_len`. Raises RequestError unless the others are integers up to `LARGEST_COUNT`, and all but `prefix` at least
-    1.
+    Shorter prompts are padded to `prompt_len`.
+
+    prefix: the number of tokens with which all prompts begin, fewer than `prompt_len`.
+    mean_new: the mean number of new tokens if rows may end early, from 1 to `gen_len`; None if all have `gen_len`.
+    cuts: where the prefix is divided into parts that are computed and stored one after another, because prompts of
+        other groups share only the first ones. Token numbers in increasing order, from 1 to `prefix` - 1.
+
+    Raises RequestError for other values, unless the others are integers up to `LARGEST_COUNT`, and all but `prefix`
+    at least 1.
     """
 
     prompt_len: int
@@ -28,10 +34,11 @@ class Workload:
     num_prompts: int
     prefix: int = 0
     mean_new: float | None = None
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name == "mean_new":
+            if field.name in ("mean_new", "cuts"):
                 continue
             value, least = getattr(self, field.name), int(field.name != "prefix")
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -48,6 +55,13 @@ class Workload:
             raise RequestError(
                 f"prefix is {self.prefix}, but the prompts have {self.prompt_len} tokens; it must be smaller, "
                 "because at least the last token of a prompt is computed for each prompt"
+            )
+        object.__setattr__(self, "cuts", tuple(self.cuts))
+        ends = (0, *self.cuts, self.prefix)
+        if self.cuts and any(begin >= end for begin, end in pairwise(ends)):
+            raise RequestError(
+                f"cuts are {shown(self.cuts)}; they must increase from 1 to {self.prefix - 1}, the last token number "
+                "of the prefix"
             )
 
         mean = self.mean_new

@@ -19,10 +19,17 @@ def test_a_prefix_is_shorter_than_the_prompts():
         Workload(8, 1, 3, prefix=-1)
 
 
+@pytest.mark.parametrize("cuts", [(0,), (5, 5), (6, 5), (7,), (9,)])
+def test_cuts_divide_the_prefix(cuts):
+    assert Workload(8, 1, 3, prefix=7, cuts=[2, 6]).cuts == (2, 6)
+    with pytest.raises(RequestError, match=r"cuts are .*they must increase from 1 to 6"):
+        Workload(8, 1, 3, prefix=7, cuts=cuts)
+
+
 def test_numpy_integers_become_plain_ones():
     workload = Workload(np.int64(3), np.int32(2), np.int64(1), mean_new=np.float32(1.5))
     assert workload == Workload(3, 2, 1, mean_new=1.5)
-    *sizes, mean = dataclasses.astuple(workload)
+    *sizes, mean, _ = dataclasses.astuple(workload)
     assert all(type(value) is int for value in sizes) and type(mean) is float
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 from flexgen.engine.auto import AutoPolicy, Chosen
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, RequestError
 from flexgen.layout.fitting import fitting_plan, largest_fitting, with_fitting_chunk
 from flexgen.layout.needs import ExtraNeeds, MemoryPlan, Need
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, plan_memory
+from flexgen.layout.prefix import shared_tokens, shares
 from flexgen.layout.weights import weight_layouts
 from flexgen.memory.machine import Machine
 from flexgen.models import Layer
 from flexgen.policy import Policy
 from flexgen.runtime.buffers import Buffers
 from flexgen.runtime.in_use import InUse
+from flexgen.runtime.prefix_groups import BlockPasses, PrefixGroup, covering, one_group, prefix_groups
+from flexgen.runtime.request import Request
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
 from flexgen.workload import Workload
 
@@ -65,38 +69,69 @@ class CallPlans:
 
     def of_call(
         self,
-        workload: Workload,
+        workloads: Sequence[Workload],
         all_logits: bool = False,
         extra_needs: ExtraNeeds | None = None,
         whole_prompts: bool = False,
     ) -> tuple[Chosen, MemoryPlan]:
         """The policy and the order of a call, and its plan, which fits the machine and counts the caller's needs.
 
+        workloads: those of the call's groups of prompts, which run one after another. A policy that is searched for
+            is that of the first.
+
         If whole prompts do not fit, the policy gets a `prefill_chunk` that fits, unless the caller needs the results
         of all positions (`whole_prompts`). A policy that was searched for gets a smaller batch shape if it has to.
 
         Raises CapacityError if the call does not fit, with a batch shape that fits if there is one.
         """
-        plan, limits, chosen = (
-            self._plan_of(workload, all_logits, extra_needs),
-            self.machine.limits(),
-            self.opened,
-        )
+        plans = [self._plan_of(workload, all_logits, extra_needs) for workload in workloads]
+        limits, chosen = self.machine.limits(), self.opened
+
+        def plan(policy: Policy) -> MemoryPlan:
+            return reduce(MemoryPlan.or_larger, (plan(policy) for plan in plans))
+
         if self.auto is not None and not self.auto.once:
-            chosen = self.auto.for_call(workload, lambda policy: not plan(policy).shortage(limits))
+            chosen = self.auto.for_call(workloads[0], lambda policy: not plan(policy).shortage(limits))
             chosen = replace(chosen, policy=largest_fitting(plan, chosen.policy, limits) or chosen.policy)
         if whole_prompts:
             policy = chosen.policy.replace(prefill_chunk=0)
             if plan(policy).shortage(limits):
                 policy = policy.replace(share_prefix=False)
         else:
-            policy = with_fitting_chunk(plan, chosen.policy, limits, workload.prompt_len)
+            longest = max(workload.prompt_len for workload in workloads)
+            policy = with_fitting_chunk(plan, chosen.policy, limits, longest)
         return replace(chosen, policy=policy), fitting_plan(plan, policy, limits)
 
+    def of_groups(
+        self,
+        request: Request,
+        workload: Workload,
+        all_logits: bool = False,
+        extra_needs: ExtraNeeds | None = None,
+        whole_prompts: bool = False,
+    ) -> tuple[list[PrefixGroup], Chosen, MemoryPlan]:
+        """`of_call` for a request with this workload, and its prompts in groups with their prefixes.
+
+        If the prefixes of several groups do not fit, all prompts are one group. The block size that decides which
+        groups are worth their passes is that of the policy that the model was opened with.
+        """
+        needs = all_logits, extra_needs, whole_prompts
+        policy, stretches = self.opened.policy, self.layers[0].spec.stretches(workload.capacity)
+        if shares(policy) and not stretches:
+            passes = BlockPasses(policy.block_size, workload.gen_len, self.call_positions / 2)
+            groups = prefix_groups(request, shared_tokens(workload, policy), passes)
+            if len(groups) > 1:
+                with suppress(CapacityError, RequestError):
+                    chosen, plan = self.of_call(covering(groups, request, workload.gen_len), *needs)
+                    if shares(chosen.policy):
+                        return groups, chosen, plan
+        chosen, plan = self.of_call([workload], *needs)
+        return [one_group(request, shared_tokens(workload, chosen.policy))], chosen, plan
+
     def of_one_block(
-        self, workload: Workload, extra_needs: ExtraNeeds | None = None
-    ) -> tuple[Chosen, MemoryPlan]:
-        """`of_call` for a call that runs as one block; its rows set the number of GPU batches.
+        self, request: Request, workload: Workload, extra_needs: ExtraNeeds | None = None
+    ) -> tuple[list[PrefixGroup], Chosen, MemoryPlan]:
+        """`of_groups` for a call that runs as one block; its rows set the number of GPU batches.
 
         A policy that was searched for gets smaller batches if it has to. `extra_needs` grow with the rows.
 
@@ -126,7 +161,7 @@ class CallPlans:
         orders = (chosen.order, overlap_multi_batch.name, normal.name)
         slots = {name: topology.choose_order(name, fitting, batches).slots for name in orders}
         order = next(name for name in orders if slots[name].fit(self.slots))
-        return Chosen(fitting, order), plan(fitting)
+        return [one_group(request, shared_tokens(workload, fitting))], Chosen(fitting, order), plan(fitting)
 
     def of_text(self, workload: Workload, buffers: Buffers) -> tuple[Chosen, MemoryPlan]:
         """`of_call` for calls that extend one text, whose cache is in `buffers`."""

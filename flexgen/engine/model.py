@@ -36,6 +36,7 @@ from flexgen.runtime.draws import MAX_SEED
 from flexgen.runtime.lane_timing import lane_seconds
 from flexgen.runtime.model import Model
 from flexgen.runtime.positions import Forward, hidden_needs
+from flexgen.runtime.prefix_groups import PrefixGroup
 from flexgen.runtime.request import (
     IdRows,
     NewTokenCounts,
@@ -273,7 +274,7 @@ class OptLM(Conveniences):
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
             extra_needs = [*extra_needs, *logits]
-        model, plan = self._prepared(workload, extra_needs=lambda policy: extra_needs, one_block=whole)
+        groups, model, plan = self._prepared(request, workload, False, lambda _: extra_needs, whole)
         model = model if order is None else replace(model, order=order)
         out = completion.blank(pad)
         new_tokens = 0
@@ -282,7 +283,7 @@ class OptLM(Conveniences):
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            for rows, prompts in call.blocks(request, waits=choice.can_end):
+            for rows, prompts in call.blocks(request, groups, waits=choice.can_end):
                 made = WholeCallTokens if whole else NewTokens
                 output = made(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
@@ -324,17 +325,17 @@ class OptLM(Conveniences):
 
         last_only: whether to compute only the logits of each prompt's last position.
         """
-        workload, model, plan = self._prepared_forward(request, last_only, hidden_states)
+        workload, groups, model, plan = self._prepared_forward(request, last_only, hidden_states)
         result = Forward(self._layers, request, self.dtype, last_only, hidden_states)
         active, pad, reserve = self._machine.device.active(), pad_id(self.spec), plan.workspace(Tier.GPU)
         with active, torch.inference_mode(), (call := Call(model, workload, pad, None, reserve)), call:
             place = self._machine, self._plans.slots.cells
             for numbers, prompts in call.blocks(
-                request, lambda prefix: closing(result.output(prefix, [0], *place))
+                request, groups, lambda prefix, row: closing(result.output(prefix, [row], *place))
             ):
                 with closing(result.output(prompts, numbers, *place)) as output:
                     call.run(prompts, 1, output)
-            result.spread(call.shared)
+                result.spread(numbers, call.prefix)
             self.stats = self._meter.stats(model, call, plan, request, 0)
         return result
 
@@ -352,15 +353,14 @@ class OptLM(Conveniences):
 
     def _prepared_forward(
         self, request: Request, last_only: bool, hidden_states: bool
-    ) -> tuple[Workload, Model, MemoryPlan]:
+    ) -> tuple[Workload, Sequence[PrefixGroup], Model, MemoryPlan]:
         check_positions(self.spec, request, 0)
         workload = workload_of(self.spec, request, 1)
         topology, cells = self._machine.device.topology, self._plans.slots.cells
         hidden = partial(hidden_needs, self._layers, request, cells, self.dtype, topology)
         every = hidden_states or not last_only
-        return workload, *self._prepared(
-            workload, not last_only, hidden if hidden_states else None, whole_prompts=every
-        )
+        needs = hidden if hidden_states else None
+        return workload, *self._prepared(request, workload, not last_only, needs, whole_prompts=every)
 
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Return the seconds that each lane, running alone, takes for `generate` on these prompts.
@@ -372,26 +372,26 @@ class OptLM(Conveniences):
         for some tokens, while the others are idle. Blocks of equal lengths are timed once. Raises as `generate` does.
         """
         request = read_request(self.spec, inputs)
-        counts = new_token_counts(self.spec, request, max_new_tokens)
-        workload = workload_of(self.spec, request, max(counts))
-        model, _ = self._prepared(workload)
-        return lane_seconds(model, request, workload)
+        workload = workload_of(self.spec, request, max(new_token_counts(self.spec, request, max_new_tokens)))
+        groups, model, _ = self._prepared(request, workload)
+        return lane_seconds(model, request, groups, workload)
 
     def _prepared(
         self,
+        request: Request,
         workload: Workload,
         all_logits: bool = False,
         extra_needs: ExtraNeeds | None = None,
         one_block: bool = False,
         whole_prompts: bool = False,
-    ) -> tuple[Model, MemoryPlan]:
-        """The model with the policy and the order of a call, and the plan. Raises as `CallPlans.of_call` does."""
+    ) -> tuple[Sequence[PrefixGroup], Model, MemoryPlan]:
+        """The groups of a call's prompts, the model with the call's policy and order, and the plan of `CallPlans`."""
         model, plans = self._opened(), self._plans
         if one_block:
-            chosen, plan = plans.of_one_block(workload, extra_needs)
+            groups, chosen, plan = plans.of_one_block(request, workload, extra_needs)
         else:
-            chosen, plan = plans.of_call(workload, all_logits, extra_needs, whole_prompts)
-        return replace(model, policy=chosen.policy, order=chosen.order), plan
+            groups, chosen, plan = plans.of_groups(request, workload, all_logits, extra_needs, whole_prompts)
+        return groups, replace(model, policy=chosen.policy, order=chosen.order), plan
 
     def last_report(self, request: Request, max_new_tokens: int, tokens: int) -> Report:
         """The report of the last call, which ran `tokens` of `max_new_tokens` for `request`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen.layout.limits import Limits
 from flexgen.layout.weight_slots import SlotSizes
@@ -58,6 +59,13 @@ class MemoryPlan:
     def workspace(self, tier: Tier) -> int:
         """Bytes on `tier` that are allocated only while the computation runs."""
         return sum(n.nbytes for n in self.needs if n.tier is tier and n.role == "workspace")
+
+    def or_larger(self, other: MemoryPlan) -> MemoryPlan:
+        """The plan of a part of a call that runs before or after the part of `other`: the larger of each two needs.
+        Both are plans of the same weights."""
+        keys = dict.fromkeys((n.tier, n.what, n.role) for n in (*self.needs, *other.needs))
+        mine, theirs = (Counter({(n.tier, n.what, n.role): n.nbytes for n in p.needs}) for p in (self, other))
+        return replace(self, needs=tuple(Need(*key, max(mine[key], theirs[key])) for key in keys))
 
     @property
     def by_tier(self) -> dict[Tier, int]:

@@ -20,7 +20,7 @@ from flexgen.layout.hidden import HiddenLayout, activation_bytes, hidden_layout
 from flexgen.layout.needs import MemoryPlan, Need
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
-from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads
 from flexgen.layout.rows import lookup_sizes
 from flexgen.layout.topology import Topology
 from flexgen.layout.weight_slots import decoded_bytes, decodes, decoding_bytes, slot_sizes
@@ -79,18 +79,24 @@ def plan_memory(
 
 
 def _with_prefix(block: _Block) -> list[Need]:
-    """The needs of a block that follows the block of its prefix. Only the cache of the prefix exists in both.
+    """The needs of a block that follows the blocks of its prefix. Only the cache of the prefix remains of these.
 
-    The block of the prefix decodes nothing, so it replays no CUDA graphs.
+    The blocks of a prefix decode nothing, so they replay no CUDA graphs.
     """
     target = replace(block.target, slots=prefix_slots(block.target.slots))
-    policy, workload = prefix_policy(block.policy), prefix_workload(block.passes.shared)
-    before = replace(block, policy=policy, workload=workload, target=target).needs()
-    before = [need for need in before if need.what != "graphs"]
-    kept = [need for need in before if need.what == "cache" and need.role != "workspace"]
-    totals = dict(_summed([*block.needs(), *kept]))
-    for key, nbytes in _summed(before):
-        totals[key] = max(totals.get(key, 0), nbytes)
+    policy, kept = prefix_policy(block.policy), list[Need]()
+    totals: dict[tuple[Tier, str, str], int] = {}
+
+    def also(needs: Iterable[Need]) -> None:
+        for key, nbytes in _summed([*needs, *kept]):
+            totals[key] = max(totals.get(key, 0), nbytes)
+
+    for workload in prefix_workloads(block.workload, block.policy):
+        before = replace(block, policy=policy, workload=workload, target=target).needs()
+        before = [need for need in before if need.what != "graphs"]
+        also(before)
+        kept += [need for need in before if need.what == "cache" and need.role != "workspace"]
+    also(block.needs())
     return [Need(*key, nbytes) for key, nbytes in totals.items()]
 
 

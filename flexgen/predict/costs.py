@@ -61,7 +61,7 @@ class StepCosts:
         self._tokens: Sequence[int | Sequence[int]] = block.tokens or every_token
         self._flushing = block.flushing
         self._timed: dict[_Key, Costs] = {}
-        self._prefix = PrefixCosts(model, policy, passes.shared)
+        self._prefix = PrefixCosts(model, policy, workload)
         self.alike = self._prefix.alike
         self.weight_pieces = count_pieces(model.layouts, len(self._batches))
         sizes = set(self._batches)

@@ -14,7 +14,7 @@ from flexgen.layout.needs import MemoryPlan
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import Placement
 from flexgen.layout.plan import Target, batch_sizes, plan_memory
-from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload, shared_tokens
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads, shared_tokens
 from flexgen.models import Layer, ModelSpec
 from flexgen.policy import Policy, Tier
 from flexgen.predict.costs import CostedBlock, StepCosts
@@ -125,10 +125,11 @@ def predict_job(
     else:
         made = {prompts: _block(job, policy, model, prompts, slots, samples) for prompts in set(shapes)}
         blocks = [made[prompts] for prompts in shapes]
-    if shared := shared_tokens(workload, policy):
-        one = replace(job, workload=prefix_workload(shared))
-        blocks.insert(0, _block(one, prefix_policy(policy), model, 1, prefix_slots(slots), None))
-    batches = batch_sizes(policy, workload.num_prompts)
+    blocks[:0] = [
+        _block(replace(job, workload=part), prefix_policy(policy), model, 1, prefix_slots(slots), None)
+        for part in prefix_workloads(workload, policy)
+    ]
+    batches, shared = batch_sizes(policy, workload.num_prompts), shared_tokens(workload, policy)
     laid_out = sum(token >= 0 for token in blocks[-1].tokens)
     report = Report(
         model=job.spec.name,
@@ -143,6 +144,7 @@ def predict_job(
         decode_s=sum(block.decode for block in blocks),
         prompt_tokens=workload.num_prompts * workload.prompt_len,
         prefix=shared,
+        reused_tokens=shared * (workload.num_prompts - 1),
         phases=_summed([block.phases for block in blocks]),
         plan_bytes=plan.by_tier,
         peak_bytes={},

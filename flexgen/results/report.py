@@ -77,6 +77,8 @@ class Report:
     perplexity: the perplexity of the correct answers, if they are known.
     predicted: the prediction of the same run, if the machine's figures are known.
     prefix: the number of tokens with which all prompts begin and that are computed once.
+    prefix_groups: the number of groups of prompts, each with its own prefix.
+    reused_tokens: the number of tokens of the prompts that were computed for another prompt only.
     stages: those of a call in which prompts entered when rows had ended.
     """
 
@@ -102,6 +104,8 @@ class Report:
     perplexity: float | None = None
     predicted: Report | None = None
     prefix: int = 0
+    prefix_groups: int = 1
+    reused_tokens: int = 0
     stages: Mapping[Stage, PlacesUsed] = field(default_factory=dict)
 
     @property
@@ -223,7 +227,7 @@ class Report:
         rows = [
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
             ("prompts", self._sizes()),
-            *([("prefix", self._prefix())] if self.prefix else []),
+            *([("prefix", self._prefix())] if self.prefix or self.prefix_groups > 1 else []),
             ("schedule", self._schedule()),
             *self._placement_rows(),
             ("prefill", self._prefill()),
@@ -256,7 +260,13 @@ class Report:
         return sizes + (f", {self.padded_share:.1%} padding" if self.padded_share else "")
 
     def _prefix(self) -> str:
-        return f"{self.prefix:,} tokens, computed once for {self.num_prompts:,} prompts"
+        if self.prefix_groups == 1:
+            return f"{self.prefix:,} tokens, computed once for {self.num_prompts:,} prompts"
+        saved = self.reused_tokens / self.prompt_tokens
+        return (
+            f"{self.prefix:,} tokens of all prompts, and more in {self.prefix_groups:,} groups: {saved:.0%} of the "
+            "prompts' tokens were not computed again"
+        )
 
     def _schedule(self) -> str:
         shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"

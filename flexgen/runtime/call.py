@@ -13,7 +13,7 @@ import numpy as np
 from flexgen.errors import LaneError
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import batch_sizes
-from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workload, shared_tokens
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads, shared_tokens
 from flexgen.layout.weights import count_pieces
 from flexgen.memory.taken import run_all
 from flexgen.memory.transfer import Chains
@@ -25,6 +25,7 @@ from flexgen.runtime.executor import Work, execute
 from flexgen.runtime.generation import Generation
 from flexgen.runtime.model import Model
 from flexgen.runtime.prefix import SharedPrefix
+from flexgen.runtime.prefix_groups import PrefixGroup
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
 from flexgen.runtime.tokens import NewTokens, Output
@@ -67,11 +68,11 @@ class Timing:
         return self.total - self.prefill
 
 
-PrefixOutput = Callable[[Prompts], AbstractContextManager[Output]]
-"""Makes the output of the block that computes a prefix."""
+PrefixOutput = Callable[[Prompts, int], AbstractContextManager[Output]]
+"""Makes the output of the block that computes a part of a prefix, from the ids of the prompt with this number."""
 
 
-def _first_token(prompts: Prompts) -> AbstractContextManager[Output]:
+def _first_token(prompts: Prompts, row: int) -> AbstractContextManager[Output]:
     """The output of a prefix whose logits are not needed."""
     return nullcontext(NewTokens(prompts, 1, Sampled()))
 
@@ -114,6 +115,12 @@ class Call:
         self._counted = 0.0
         """Seconds of the call that are counted in the stages of `timing`."""
         self.timing = Timing()
+        self.shared = shared_tokens(workload, model.policy)
+        """The number of tokens with which all prompts of the call begin and that are computed once."""
+        self.groups = 0
+        """The number of groups of prompts that have begun, each with its own prefix."""
+        self.reused = 0
+        """The number of tokens of the prompts that were not computed, because they were computed for another one."""
         self.positions_computed = 0
         """Positions of the prompts of all blocks, including the padding of their batches."""
 
@@ -139,44 +146,74 @@ class Call:
         return self._model.order_of(batches)
 
     def blocks(
-        self, request: Request, prefix_output: PrefixOutput = _first_token, waits: bool = False
+        self,
+        request: Request,
+        groups: Sequence[PrefixGroup],
+        prefix_output: PrefixOutput = _first_token,
+        waits: bool = False,
     ) -> Iterator[tuple[list[int], Prompts]]:
-        """The numbers of the prompts of each block, prepared. Before the first one, `share` computes their prefix.
+        """The numbers of the prompts of each block, prepared, group by group. `begin` computes the prefix of a group.
 
-        waits: whether all prompts are given to one block, where those beyond its size wait until rows have ended.
+        waits: whether all prompts of a group are given to one block, where those beyond its size wait until rows have
+            ended.
         """
-        shared = shared_tokens(self._workload, self._model.policy)
-        own = request.after(shared)
-        if shared:
-            self.share(request.prompts[0][:shared], prefix_output)
-        for rows in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
-            yield rows, self.prepare([own.prompts[n] for n in rows])
+        for group in groups:
+            self.begin(group, request, prefix_output)
+            own = group.prompts(request)
+            for some in own.blocks(len(own.prompts) if waits else self._model.policy.block_size):
+                yield [group.rows[n] for n in some], self.prepare([own.prompts[n] for n in some])
 
     @property
-    def shared(self) -> int:
-        """The number of tokens with which all prompts begin and that are computed once."""
-        return self._buffers.prefix.length if self._buffers.prefix else 0
+    def prefix(self) -> tuple[SharedPrefix, ...]:
+        """The prefix of the present group after each of its parts; () if its prompts share none."""
+        return self._buffers.prefix.parts if self._buffers.prefix else ()
 
-    def share(
-        self, prefix: np.ndarray, output: PrefixOutput = _first_token, lanes: Sequence[LaneName] = ()
-    ) -> dict[LaneName, dict[Phase, float]]:
-        """Compute the ids with which all prompts of the call begin, before the first block. `prepare` then gets
-        prompts without them.
+    def begin(
+        self,
+        group: PrefixGroup,
+        request: Request,
+        output: PrefixOutput = _first_token,
+        lanes: Sequence[LaneName] = (),
+    ) -> list[dict[LaneName, dict[Phase, float]]]:
+        """Compute the prefix of a group, before its first block. `prepare` then gets its prompts without the prefix.
 
-        output: makes the output of this block. lanes: those to time, as by `time_lane`.
+        Parts that the prefix of the group before also has are used again. The others are freed.
+
+        output: makes the outputs of the blocks of one row. lanes: those to time in each of them, as by `time_lane`.
         """
-        model = self._model
+        self._free_prompts()
+        self._buffers.close()
+        row, prompts = group.rows[0], request.prompts
+        for part in reversed(self.prefix):
+            ends = tuple(before.length for before in part.parts)
+            same = np.array_equal(prompts[part.row][: part.length], prompts[row][: part.length])
+            if same and ends == group.ends[: len(ends)]:
+                break
+            self._buffers.prefix = part.close()
+        self._workload = group.workload(request, self._workload.gen_len)
+        parts = prefix_workloads(self._workload, self._model.policy)[len(self.prefix) :]
+        self.groups += 1
+        self.reused += len(group.rows) * group.shared - sum(part.prompt_len - part.prefix for part in parts)
+        return [self._share(part, row, prompts[row], output, lanes) for part in parts]
+
+    def _share(
+        self, part: Workload, row: int, prompt: np.ndarray, output: PrefixOutput, lanes: Sequence[LaneName]
+    ) -> dict[LaneName, dict[Phase, float]]:
+        """Compute the next part of the prefix. `prompt`: that of number `row`, whose ids are used."""
+        model, before, ran = self._model, self._buffers.prefix, len(self.timing.ran)
         one = replace(model, policy=prefix_policy(model.policy), slots=prefix_slots(model.slots))
-        block = Call(one, prefix_workload(len(prefix)), self._pad_id, self._check, 0)
+        block = Call(one, part, self._pad_id, self._check, 0)
         block.timing = self.timing
+        block._buffers.prefix = before
         try:
-            prompts = block.prepare([prefix])
-            with output(prompts) as received:
+            prompts = block.prepare([prompt[part.prefix : part.prompt_len]])
+            with output(prompts, row) as received:
                 block.run(prompts, 1, received)
                 timed = {lane: block.time_lane(lane, prompts, 1, received) for lane in lanes}
-            self.timing.ran.clear()  # it counts the tokens of prompts only
-            self.positions_computed = block.positions_computed
-            self._buffers.prefix = SharedPrefix(block._buffers.keep_cache(), len(prefix))
+            del self.timing.ran[ran:]  # it counts the tokens of prompts only
+            self.positions_computed += block.positions_computed
+            cache = block._buffers.keep_cache()
+            self._buffers.prefix = SharedPrefix(cache, part.prompt_len, before, row)
         finally:
             run_all([block._free_prompts, block._buffers.close, model.machine.device.return_freed])
         return timed
@@ -193,7 +230,8 @@ class Call:
             self._model.machine.device.reserve(self._workspace)
         elif buffers.block is not None:
             buffers.block.reset(self._model, batches)
-        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached, self.shared)
+        shared = buffers.prefix.length if buffers.prefix else 0
+        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached, shared)
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
@@ -308,9 +346,8 @@ class Call:
         return self._buffers.block
 
     def _free_prefix(self) -> None:
-        if self._buffers.prefix is not None:
-            self._buffers.prefix.close()
-            self._buffers.prefix = None
+        while self._buffers.prefix is not None:
+            self._buffers.prefix = self._buffers.prefix.close()
 
     def _free_prompts(self) -> None:
         if self._prompts is not None:

@@ -24,6 +24,7 @@ from flexgen.models.mlp import FeedForward
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
 from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.prefix import SharedPrefix
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.request import Request
 
@@ -190,8 +191,8 @@ class Forward:
     def output(
         self, prompts: Prompts, rows: Sequence[int], machine: Machine, slots: int = SLOTS
     ) -> AllPositions:
-        """The output of the block with these rows of the request, or of the block that computes their prefix, for
-        the first row. slots: the number of cell slots."""
+        """The output of the block with these rows of the request, or of a block that computes a part of a prefix, for
+        one row. slots: the number of cell slots."""
         taken, device = Taken(), machine.device
         largest = max(map(len, prompts.batches))
 
@@ -218,12 +219,19 @@ class Forward:
         logits = _Kept(self.logits, prompts, places, device, staging([self.logits]))
         return AllPositions(logits, hidden, self._last_only, taken)
 
-    def spread(self, prefix: int) -> None:
-        """Copy the results of the first `prefix` positions of the first row to the other rows, which share them."""
-        starts = [int(columns[0]) for columns in self._request.columns]
+    def spread(self, rows: Sequence[int], prefix: Sequence[SharedPrefix]) -> None:
+        """Copy the results of each part of a prefix from the row that computed them to `rows`, which share them."""
         for target in (*(() if self._last_only else (self.logits,)), *self.hidden):
-            for row, start in enumerate(starts[1:], 1):
-                target[row, start : start + prefix] = target[0, starts[0] : starts[0] + prefix]
+            for part in prefix:
+                source = target[part.row, self._at(part.row, part.tokens)]
+                for row in rows:
+                    if row != part.row:
+                        target[row, self._at(row, part.tokens)] = source
+
+    def _at(self, row: int, tokens: range) -> slice:
+        """The columns of these tokens of a row."""
+        begin = int(self._request.columns[row][0])
+        return slice(begin + tokens.start, begin + tokens.stop)
 
 
 def hidden_sizes(layers: Sequence[Layer]) -> dict[int, int]:

@@ -50,6 +50,11 @@ class Request:
             shared = int(unlike[0]) if len(unlike) else shared
         return shared
 
+    def only(self, rows: Sequence[int]) -> Request:
+        """The prompts with these numbers, in this order."""
+        prompts, columns = (tuple(some[n] for n in rows) for some in (self.prompts, self.columns))
+        return replace(self, prompts=prompts, columns=columns)
+
     def after(self, prefix: int) -> Request:
         """The request without the first `prefix` ids of each prompt."""
         prompts = tuple(prompt[prefix:] for prompt in self.prompts)

@@ -23,7 +23,8 @@ class Stats:
     measured bytes by tier.
 
     `prompt_tokens` excludes padding; `positions_computed` includes the padding of the batches. `prefix`: the number
-    of tokens that all prompts share and that were computed once.
+    of tokens that all prompts share and that were computed once. `groups`: the number of groups of prompts, each with
+    its own prefix. `reused`: the number of tokens that were computed for another prompt only.
     """
 
     timing: Timing
@@ -36,12 +37,13 @@ class Stats:
     new_tokens: int
     positions_computed: int
     prefix: int = 0
+    groups: int = 1
+    reused: int = 0
 
     @property
     def padded_share(self) -> float:
         """The share of padding in the positions that the prefill computed, from 0 to 1."""
-        again = self.prefix * (self.num_prompts - 1)  # tokens that were computed for another prompt
-        return 1 - (self.prompt_tokens - again) / self.positions_computed
+        return 1 - (self.prompt_tokens - self.reused) / self.positions_computed
 
     def report(
         self, model: str, device: str, placement: Placement, prompt_len: int, gen_len: int, tokens: int
@@ -68,6 +70,8 @@ class Stats:
             decode_s=self.timing.decode if projected is None else projected,
             prompt_tokens=self.prompt_tokens,
             prefix=self.prefix,
+            prefix_groups=self.groups,
+            reused_tokens=self.reused,
             stages=self.timing.places_used,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
@@ -97,5 +101,6 @@ class Meter:
             Tier.DISK: self.weights_on_disk + machine.disk.peak,
         }
         order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
-        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed, call.shared
-        return Stats(call.timing, model.policy, order, plan, peak, *counts)
+        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
+        sharing = call.shared, call.groups, call.reused
+        return Stats(call.timing, model.policy, order, plan, peak, *counts, *sharing)

@@ -1,7 +1,8 @@
 """The coefficients of a linear program, from the cost model and the memory plan.
 
 Both are evaluated at the corners: policies with all weights on one tier, the whole cache on one tier, and all
-activations on one tier. No formula of a size or of a time is duplicated here.
+activations on one tier. No formula of a size or of a time is duplicated here. The blocks that compute a shared prefix
+count as a part of each block of prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from flexgen.errors import HardwareError, PolicyError
 from flexgen.layout.passes import Passes
 from flexgen.layout.plan import Target, plan_memory
+from flexgen.layout.prefix import prefix_policy, prefix_slots, prefix_workloads
 from flexgen.layout.weight_slots import slot_sizes
 from flexgen.models.spec import LayerSpec
 from flexgen.policy import Policy, Share, Split, Tier
@@ -27,7 +29,8 @@ from flexgen.predict.prediction import decode_seconds
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
 from flexgen.schedule.steps import Grid, Op, Step, all_steps
-from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures
+from flexgen.search.linear import IN_TURN, LANE_ROW, ROWS, UNHIDDEN, Column, Figures, blocks
+from flexgen.workload import Workload
 
 _TURN = (Op.LOAD_HIDDEN, Op.PROJECT, Op.ATTEND, Op.LOAD_ATTENTION, Op.COMPUTE, Op.STORE_HIDDEN)
 
@@ -39,9 +42,17 @@ _DEPENDS = {
     Op.STORE_HIDDEN: ("activations",),
     Op.STORE_CACHE: ("cache",),
 }
-"""The classes of data that the seconds of a step depend on."""
+"""The classes of data that the seconds of a step depend on. A shared prefix arrives with the weights, and its home
+depends on the cache."""
 
 _Kinds = tuple[LayerSpec, ...]
+
+
+class _Corner(NamedTuple):
+    """The values of a policy that stores a class of data by one column (see `Corners._corner`)."""
+
+    column: Column
+    lines: np.ndarray
 
 
 class _Addition(NamedTuple):
@@ -62,7 +73,7 @@ class Corners:
         self._small: dict[int, tuple[Placements, list[_Addition]]] = {}
         self._workspaces = workspaces_on(job.hardware)
         self._models: dict[tuple[bool, Split], PlacedModel] = {}
-        self._known: dict[tuple[Policy, tuple[Column, ...]], list[tuple[Column, np.ndarray]]] = {}
+        self._known: dict[tuple[Policy, tuple[Column, ...]], list[_Corner]] = {}
 
     def order(self, form: Policy) -> Order:
         """The order of policies of this form, which does not depend on their free shares."""
@@ -77,15 +88,15 @@ class Corners:
         if key not in self._known:
             self._known[key] = self._evaluate(first, columns)
         known = self._known[key]
-        batches = np.array([1.0, form.num_gpu_batches])
-        values = {column: batches @ lines for column, lines in known}
+        batches = np.array([1.0, form.num_gpu_batches, 1 / blocks(self._job.workload, form)])
+        values = {corner.column: batches @ corner.lines for corner in known}
         start = {column.what: column for column in reversed(values)}
         base = values[start["weights"]]
         change = [values[column] - values[start[column.what]] for column in values]
         serial = self.order(form).serial
         return Figures(tuple(values), base, np.array(change), serial)
 
-    def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[tuple[Column, np.ndarray]]:
+    def _evaluate(self, form: Policy, columns: Sequence[Column]) -> list[_Corner]:
         start = {column.what: column for column in reversed(columns)}
         order = self.order(form)
 
@@ -98,38 +109,55 @@ class Corners:
         found = []
         for column in columns:
             if column == start[column.what]:
-                found.append((column, at_start))
+                found.append(_Corner(column, at_start))
                 continue
             policy = at(start | {column.what: column})
             # Steps that do not depend on this class of data have the same times as at the start.
             others = [op for op in Op if column.what in _DEPENDS[op]]
+            if column.what == "cache" and prefix_workloads(self._job.workload, policy):
+                others.append(Op.LOAD_WEIGHTS)
             try:
                 corner = self._corner(policy, order, seconds | self._seconds(policy, order, others))
             except (HardwareError, PolicyError):
                 continue  # the codec has no figures, or does not support the head size
-            found.append((column, corner))
+            found.append(_Corner(column, corner))
         return found
 
     def _corner(self, policy: Policy, order: Order, seconds: Mapping[Op, np.ndarray]) -> np.ndarray:
-        """(2, rows * 2 + 3): the part that does not depend on the number of batches, and the part of each batch."""
+        """(3, rows * 2 + 3): the part that does not depend on the number of batches, the part of each batch, and the
+        part of a shared prefix, which runs once for all blocks."""
         taken = np.sum(list(seconds.values()), axis=0)
-        return np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
+        block = np.concatenate([taken.reshape(2, -1), self._bytes(policy, order)], axis=1)
+        return np.concatenate([block, self._prefix_seconds(policy)[None]])
 
-    def _seconds(self, policy: Policy, order: Order, ops: Collection[Op]) -> dict[Op, np.ndarray]:
-        """The seconds (2, phases, rows) of the steps of each of `ops`.
+    def _prefix_seconds(self, policy: Policy) -> np.ndarray:
+        """(rows * 2 + 3): the seconds of the blocks that compute the prefix. The plan of a block has their bytes."""
+        one, total = prefix_policy(policy), np.zeros(2 * ROWS + 3)
+        order = self._job.order_for(one)
+        order = replace(order, slots=prefix_slots(order.slots))
+        for part in prefix_workloads(self._job.workload, policy):
+            seconds = sum(self._seconds(one, order, list(Op), part).values())
+            total[:-3] += np.sum(seconds, axis=0).ravel()
+        return total
+
+    def _seconds(
+        self, policy: Policy, order: Order, ops: Collection[Op], workload: Workload | None = None
+    ) -> dict[Op, np.ndarray]:
+        """The seconds (2, phases, rows) of the steps of each of `ops`. workload: None is that of the job.
 
         They come from a model with one layer of each kind, which counts as often as the whole model has it.
         """
         model = self._model(policy)
         layers = model.layers
         repeated = [self._counts[layer.layer_spec] if layer.layer_spec else 1 for layer in layers]
-        gen_len, on_disk = self._job.workload.gen_len, bool(policy.cache.percent(Tier.DISK))
+        workload = workload or self._job.workload
+        gen_len, on_disk = workload.gen_len, bool(policy.cache.percent(Tier.DISK))
         new, flushing = _few_tokens(gen_len, on_disk)
-        parts = range(Passes.of(self._job.workload, policy).first, 0)
+        parts = range(Passes.of(workload, policy).first, 0)
         lead, tokens = len(parts), [*parts, *new]
         several = policy.num_gpu_batches > 1
         block = CostedBlock(policy.block_size, order, tokens, [lead + n for n in flushing])
-        costs = StepCosts(model, policy, self._job.workload, block)
+        costs = StepCosts(model, policy, workload, block)
         sums = {op: [[[0.0] * len(tokens) for _ in range(ROWS)] for _ in range(2)] for op in ops}
         shape = 1, len(layers), policy.num_gpu_batches, costs.weight_pieces
         for op, _, layer, batch in all_steps(Grid(*shape, splits_attention=order.splits_attention)):

@@ -14,6 +14,7 @@ import numpy as np
 
 from flexgen.policy import Policy, Tier
 from flexgen.results.trace import LaneName
+from flexgen.workload import Workload
 
 CLASSES = "weights", "cache", "activations"
 LANES = tuple(LaneName)
@@ -50,6 +51,11 @@ def shares_of(policy: Policy) -> Shares:
         for tier in Tier
         if split.percent(tier)
     }
+
+
+def blocks(workload: Workload, policy: Policy) -> float:
+    """The workload's time as a multiple of the time of a full block."""
+    return max(workload.num_prompts / policy.block_size, 1.0)
 
 
 @dataclass(frozen=True)

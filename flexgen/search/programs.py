@@ -14,8 +14,8 @@ from flexgen.predict.job import Job
 from flexgen.schedule.orders import ORDERS, Slots
 from flexgen.search.choices import Choices
 from flexgen.search.corners import Corners
-from flexgen.search.linear import Figures, Solution, one_codec_each
-from flexgen.search.simulations import Run, blocks
+from flexgen.search.linear import Figures, Solution, blocks, one_codec_each
+from flexgen.search.simulations import Run
 
 _BEST = 8
 """The number of best shapes of a form whose next smaller and next larger batch sizes are tried too."""

@@ -21,8 +21,7 @@ from flexgen.predict.placed import Placements
 from flexgen.predict.prediction import Prediction, predict_job, sampled_tokens
 from flexgen.predict.workspaces import workspaces_on
 from flexgen.schedule.orders import Order
-from flexgen.search.linear import Figures, shares_of
-from flexgen.workload import Workload
+from flexgen.search.linear import Figures, blocks, shares_of
 
 _FEW_LAYERS = 6
 """The transformer layers of the small model whose overlap represents that of deeper models."""
@@ -127,8 +126,3 @@ class Simulations:
         begin = min(range(len(layers) - few + 1), key=unlike)
         spec = replace(self._job.spec, layers=layers[begin : begin + few])
         return replace(self._job, spec=spec, hardware=self._unlimited), Placements(spec, self._job.dtype)
-
-
-def blocks(workload: Workload, policy: Policy) -> float:
-    """The workload's time as a multiple of the time of a full block."""
-    return max(workload.num_prompts / policy.block_size, 1.0)

@@ -144,3 +144,12 @@ def test_a_prefix_is_not_shared_if_only_that_fits(limit, chunk, share):
     limits = {Tier.GPU: limit, Tier.CPU: None, Tier.DISK: None}
     found = with_fitting_chunk(plan, Policy(), limits, 128)
     assert (found.prefill_chunk, found.share_prefix) == (chunk, share)
+
+
+def test_the_larger_of_two_plans():
+    """A call whose parts run one after another needs the larger of each two needs."""
+    slots = SlotSizes(Turns(3, 2), (), ())
+    one = MemoryPlan((Need(Tier.GPU, "cache", "home", 10), Need(Tier.CPU, "cache", "home", 7)), slots)
+    other = MemoryPlan((Need(Tier.GPU, "cache", "home", 12), Need(Tier.CPU, "cache", "staging", 3)), slots)
+    assert one.or_larger(other).by_tier == {Tier.GPU: 12, Tier.CPU: 10, Tier.DISK: 0}
+    assert one.or_larger(one) == one

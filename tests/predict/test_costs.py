@@ -16,7 +16,7 @@ from flexgen import OptLM, Policy
 from flexgen.layout.passes import Passes
 from flexgen.layout.placement import place_weights
 from flexgen.layout.plan import batch_sizes
-from flexgen.layout.prefix import prefix_policy, prefix_workload, shared_tokens
+from flexgen.layout.prefix import prefix_policy, prefix_workloads, shared_tokens
 from flexgen.layout.rows import lookup_sizes, read_bytes
 from flexgen.memory.disk import DiskIO
 from flexgen.memory.gpu import EmulatedDevice, HostDevice
@@ -175,7 +175,7 @@ def test_the_engine_moves_these_bytes_on_these_lanes(
     )
     blocks = [Ran(policy, workload, sizes)]
     if shared := shared_tokens(workload, policy):
-        blocks.insert(0, Ran(prefix_policy(policy), prefix_workload(shared), [1]))
+        blocks[:0] = [Ran(prefix_policy(policy), part, [1]) for part in prefix_workloads(workload, policy)]
 
     def prompt_ids(block):
         """The ids of the parts of each batch."""

@@ -8,6 +8,7 @@ from flexgen import Policy
 from flexgen.models import open_model
 from flexgen.policy import Tier
 from flexgen.predict.job import Job
+from flexgen.predict.prediction import predict_job
 from flexgen.search.corners import Corners
 from flexgen.search.linear import CLASSES, Column
 from flexgen.workload import Workload
@@ -31,3 +32,21 @@ def test_a_step_that_does_not_depend_on_a_class_takes_the_same(attend_on, batche
         at = (start | {column.what: column}).values()
         alone = Corners(job).figures(form, list(at)).base
         assert np.allclose(figures.at(dict.fromkeys(at, 1.0)), alone, rtol=1e-9, atol=1e-12), column
+
+
+@pytest.mark.parametrize("cuts", [(), (40,)])
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("cache", [Tier.GPU, Tier.CPU])
+def test_seconds_include_the_blocks_of_a_prefix(cache, blocks, cuts, configs, machine):
+    """The seconds of each lane, times the number of blocks, are those of the prediction of the whole job."""
+    spec, _ = open_model(configs["opt"], "dummy")
+    workload = Workload(90, 3, 4 * blocks, prefix=80, cuts=cuts)
+    job = Job(spec, machine(), workload, torch.float32)
+    columns = [Column("weights", Tier.CPU), Column("cache", cache), Column("activations", Tier.GPU)]
+    split = {column.what: {column.tier: 100} for column in columns}
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=2, attend_on="gpu", **split)
+    figures = Corners(job).figures(policy, columns)
+    seconds = figures.seconds(dict.fromkeys(columns, 1.0))
+    for of_phase, predicted in zip(seconds, predict_job(job, policy).report.phases.values(), strict=True):
+        for lane, alone in predicted.items():
+            assert of_phase[lane] * blocks == pytest.approx(alone, rel=1e-6), lane
