@@ -19,7 +19,8 @@ class Workload:
 
     Shorter prompts are padded to `prompt_len`. prefix: the number of tokens with which all prompts begin, fewer than
     `prompt_len`. mean_new: the mean number of new tokens if rows may end early, from 1 to `gen_len`; None if all have
-    `gen_len`. Raises RequestError unless the others are integers up to `LARGEST_COUNT`, and all but `prefix` at least
+    `gen_len`. copied: the mean number of new tokens of a row in a pass with guesses (`Policy.guess`); 1 if no guess
+    is right. Raises RequestError unless the others are integers up to `LARGEST_COUNT`, and all but `prefix` at least
     1.
     """
 
@@ -28,10 +29,11 @@ class Workload:
     num_prompts: int
     prefix: int = 0
     mean_new: float | None = None
+    copied: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name == "mean_new":
+            if field.name in ("mean_new", "copied"):
                 continue
             value, least = getattr(self, field.name), int(field.name != "prefix")
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -44,6 +46,13 @@ class Workload:
             if (count := operator.index(value)) > LARGEST_COUNT:
                 raise RequestError(f"{field.name} is {shown(value)}; it must be at most {LARGEST_COUNT}")
             object.__setattr__(self, field.name, count)
+        copied = self.copied
+        if isinstance(copied, bool) or not isinstance(copied, numbers.Real) or not 1 <= copied < math.inf:
+            raise RequestError(
+                f"copied is {shown(copied)}; it must be a finite number of at least 1: the mean number of new tokens "
+                "of a row in a pass with guesses"
+            )
+        object.__setattr__(self, "copied", float(copied))
         if self.prefix >= self.prompt_len:
             raise RequestError(
                 f"prefix is {self.prefix}, but the prompts have {self.prompt_len} tokens; it must be smaller, "
@@ -86,3 +95,7 @@ class Workload:
         counts = [min(max(math.ceil(math.log(share) / math.log(low)), 1), self.gen_len) for share in left]
         random.Random(0).shuffle(counts)
         return counts
+
+    def tokens_in_pass(self, guess: int) -> float:
+        """The expected number of new tokens of a row in a pass of the decode with up to `guess` guesses."""
+        return min(self.copied, 1 + guess)

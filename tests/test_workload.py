@@ -19,10 +19,22 @@ def test_a_prefix_is_shorter_than_the_prompts():
         Workload(8, 1, 3, prefix=-1)
 
 
+@pytest.mark.parametrize("copied", [0.9, -1, float("nan"), float("inf"), True, "2", None])
+def test_tokens_in_a_pass_are_a_number_of_at_least_1(copied):
+    with pytest.raises(RequestError, match="copied is .*; it must be a finite number of at least 1"):
+        Workload(8, 1, 3, copied=copied)
+
+
+def test_a_pass_keeps_at_most_all_guesses():
+    workload = Workload(8, 1, 3, copied=3)
+    assert workload.copied == 3.0 and Workload(8, 1, 3).copied == 1.0
+    assert [workload.tokens_in_pass(guess) for guess in (0, 1, 4)] == [1, 2, 3]
+
+
 def test_numpy_integers_become_plain_ones():
     workload = Workload(np.int64(3), np.int32(2), np.int64(1), mean_new=np.float32(1.5))
     assert workload == Workload(3, 2, 1, mean_new=1.5)
-    *sizes, mean = dataclasses.astuple(workload)
+    *sizes, mean, _ = dataclasses.astuple(workload)
     assert all(type(value) is int for value in sizes) and type(mean) is float
 
 

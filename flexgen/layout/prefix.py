@@ -44,7 +44,7 @@ def prefix_workload(tokens: int) -> Workload:
 
 def prefix_policy(policy: Policy) -> Policy:
     """The policy of the block that computes a prefix. Its cache is on the home of the prefix."""
-    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu"}
+    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu", "guess": 0}
     return policy.replace(**one, cache={prefix_home(policy): 100})
 
 

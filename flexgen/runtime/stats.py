@@ -69,6 +69,8 @@ class Stats:
             prompt_tokens=self.prompt_tokens,
             prefix=self.prefix,
             stages=self.timing.places_used,
+            guesses_made=self.timing.guesses_made,
+            guesses_kept=self.timing.guesses_kept,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,
