@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def simulate(args: argparse.Namespace) -> Report:
     """Predict the job and print its card."""
     policy, order = read_policy(args), args.order
-    lengths, more = (args.prompt_len, args.gen_len), (args.prefix_len, args.mean_new)
+    lengths, more = (args.prompt_len, args.gen_len), (args.prefix_len, args.mean_new, args.copied)
     spec, _ = open_model(args.model, "dummy")
     hardware = find_hardware(args.hardware, args.device, args.offload_dir)
     if isinstance(policy, Auto):
@@ -87,6 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_prefix_flag(parser)
     add("--gen-len", type=count, default=32, metavar="N", help="new tokens of each prompt")
     add_mean_new_flag(parser)
+    add(
+        "--copied",
+        type=float,
+        default=1.0,
+        metavar="TOKENS",
+        help="mean new tokens of a row in a pass with guesses (--guess), as the card of a run shows (default: 1)",
+    )
     add(
         "--num-prompts",
         type=count,

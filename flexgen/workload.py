@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 import operator
@@ -22,6 +21,7 @@ class Workload:
 
     prefix: the number of tokens with which all prompts begin, fewer than `prompt_len`.
     mean_new: the mean number of new tokens if rows may end early, from 1 to `gen_len`; None if all have `gen_len`.
+    copied: the mean number of new tokens of a row in a pass with guesses (`Policy.guess`); 1 if no guess is right.
     cuts: where the prefix is divided into parts that are computed and stored one after another, because prompts of
         other groups share only the first ones. Token numbers in increasing order, from 1 to `prefix` - 1.
 
@@ -34,46 +34,40 @@ class Workload:
     num_prompts: int
     prefix: int = 0
     mean_new: float | None = None
+    copied: float = 1.0
     cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name in ("mean_new", "cuts"):
-                continue
-            value, least = getattr(self, field.name), int(field.name != "prefix")
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                kind = type(value).__name__
+        for name in ("prompt_len", "gen_len", "num_prompts", "prefix"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
+        object.__setattr__(self, "cuts", tuple(self.cuts))
+        self._check_prefix()
+        if self.mean_new is not None:
+            if not _is_real(self.mean_new) or not 1 <= self.mean_new <= self.gen_len:
                 raise RequestError(
-                    f"{field.name} is {shown(value)} ({kind}); it must be a whole number >= {least}"
+                    f"mean_new is {shown(self.mean_new)}; it must be a number from 1 to gen_len, which is "
+                    f"{self.gen_len}"
                 )
-            if value < least:
-                raise RequestError(f"{field.name} is {shown(value)}; it must be at least {least}")
-            if (count := operator.index(value)) > LARGEST_COUNT:
-                raise RequestError(f"{field.name} is {shown(value)}; it must be at most {LARGEST_COUNT}")
-            object.__setattr__(self, field.name, count)
+            object.__setattr__(self, "mean_new", float(self.mean_new))
+        if not _is_real(self.copied) or not 1 <= self.copied < math.inf:
+            raise RequestError(
+                f"copied is {shown(self.copied)}; it must be a finite number of at least 1: the mean number of new "
+                "tokens of a row in a pass with guesses"
+            )
+        object.__setattr__(self, "copied", float(self.copied))
+
+    def _check_prefix(self) -> None:
         if self.prefix >= self.prompt_len:
             raise RequestError(
                 f"prefix is {self.prefix}, but the prompts have {self.prompt_len} tokens; it must be smaller, "
                 "because at least the last token of a prompt is computed for each prompt"
             )
-        object.__setattr__(self, "cuts", tuple(self.cuts))
         ends = (0, *self.cuts, self.prefix)
         if self.cuts and any(begin >= end for begin, end in pairwise(ends)):
             raise RequestError(
                 f"cuts are {shown(self.cuts)}; they must increase from 1 to {self.prefix - 1}, the last token number "
                 "of the prefix"
             )
-
-        mean = self.mean_new
-        if mean is None:
-            return
-        if isinstance(mean, bool) or not isinstance(mean, numbers.Real):
-            raise RequestError(f"mean_new is {shown(mean)} ({type(mean).__name__}); it must be a number")
-        if not 1 <= mean <= self.gen_len:
-            raise RequestError(
-                f"mean_new is {shown(mean)}; it must be from 1 to gen_len, which is {self.gen_len}"
-            )
-        object.__setattr__(self, "mean_new", float(mean))
 
     @property
     def capacity(self) -> int:
@@ -100,3 +94,24 @@ class Workload:
         counts = [min(max(math.ceil(math.log(share) / math.log(low)), 1), self.gen_len) for share in left]
         random.Random(0).shuffle(counts)
         return counts
+
+    def tokens_in_pass(self, guess: int) -> float:
+        """The expected number of new tokens of a row in a pass of the decode with up to `guess` guesses."""
+        return min(self.copied, 1 + guess)
+
+
+def _count(name: str, value: object) -> int:
+    """`value` as an integer. Raises RequestError if it is none, too small or too large."""
+    least = int(name != "prefix")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        kind = type(value).__name__
+        raise RequestError(f"{name} is {shown(value)} ({kind}); it must be a whole number >= {least}")
+    if value < least:
+        raise RequestError(f"{name} is {shown(value)}; it must be at least {least}")
+    if (count := operator.index(value)) > LARGEST_COUNT:
+        raise RequestError(f"{name} is {shown(value)}; it must be at most {LARGEST_COUNT}")
+    return count
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

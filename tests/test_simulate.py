@@ -82,6 +82,16 @@ def test_bad_input_is_one_clear_line(flags, said, capsys):
     assert said in err and len(err.strip().splitlines()) == 1
 
 
+def test_guesses_save_passes_over_a_slow_link(capsys):
+    shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 0 100 100 0 100 0 --prompt-len 200 --gen-len 40"
+    job = f"--model opt-125m --hardware t4 {shape}"
+    plain, guessing = (
+        json.loads(run(f"{job} {flags} --json -", capsys)) for flags in ("", "--guess 4 --copied 2.5")
+    )
+    assert (plain["policy"]["guess"], guessing["policy"]["guess"]) == (0, 4)
+    assert 0.35 < guessing["decode_s"] / plain["decode_s"] < 0.6
+
+
 def test_a_prefix_is_computed_once(capsys):
     shape = "--gpu-batch-size 4 --num-gpu-batches 2 --percent 100 0 0 100 100 0 --prompt-len 200 --gen-len 4"
     job = f"--model opt-125m --hardware t4 {shape}"

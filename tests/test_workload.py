@@ -26,11 +26,23 @@ def test_cuts_divide_the_prefix(cuts):
         Workload(8, 1, 3, prefix=7, cuts=cuts)
 
 
+@pytest.mark.parametrize("copied", [0.9, -1, float("nan"), float("inf"), True, "2", None])
+def test_tokens_in_a_pass_are_a_number_of_at_least_1(copied):
+    with pytest.raises(RequestError, match="copied is .*; it must be a finite number of at least 1"):
+        Workload(8, 1, 3, copied=copied)
+
+
+def test_a_pass_keeps_at_most_all_guesses():
+    workload = Workload(8, 1, 3, copied=3)
+    assert workload.copied == 3.0 and Workload(8, 1, 3).copied == 1.0
+    assert [workload.tokens_in_pass(guess) for guess in (0, 1, 4)] == [1, 2, 3]
+
+
 def test_numpy_integers_become_plain_ones():
     workload = Workload(np.int64(3), np.int32(2), np.int64(1), mean_new=np.float32(1.5))
     assert workload == Workload(3, 2, 1, mean_new=1.5)
-    *sizes, mean, _ = dataclasses.astuple(workload)
-    assert all(type(value) is int for value in sizes) and type(mean) is float
+    sizes = workload.prompt_len, workload.gen_len, workload.num_prompts, workload.prefix
+    assert all(type(value) is int for value in sizes) and type(workload.mean_new) is float
 
 
 def test_answers_have_the_mean_and_end_with_the_longest():
@@ -47,11 +59,11 @@ def test_answers_have_the_mean_and_end_with_the_longest():
 @pytest.mark.parametrize(
     ("mean", "said"),
     [
-        (0.5, "mean_new is 0.5; it must be from 1 to gen_len, which is 5"),
-        (6, "mean_new is 6; it must be from 1 to gen_len"),
-        (float("nan"), "mean_new is nan; it must be from 1"),
-        ("3", r"mean_new is '3' \(str\); it must be a number"),
-        (True, r"mean_new is True \(bool\); it must be a number"),
+        (0.5, "mean_new is 0.5; it must be a number from 1 to gen_len, which is 5"),
+        (6, "mean_new is 6; it must be a number from 1 to gen_len"),
+        (float("nan"), "mean_new is nan; it must be a number from 1"),
+        ("3", "mean_new is '3'; it must be a number"),
+        (True, "mean_new is True; it must be a number"),
     ],
 )
 def test_a_mean_beyond_the_new_tokens_is_refused(mean, said):

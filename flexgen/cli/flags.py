@@ -175,6 +175,12 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the cached values that decoding uses, above 0, at most 1 (exact)",
     )
+    add(
+        "--guess",
+        type=int,
+        metavar="TOKENS",
+        help="maximum number of guesses of next tokens that a pass of the decode also computes (default: 0)",
+    )
     for name, help in (
         ("--overlap", "overlap transfers with the computation"),
         ("--sep-layer", "stream attention and MLP as separate layers"),
@@ -209,7 +215,7 @@ def fixed_fields(args: argparse.Namespace) -> dict[str, Any]:
         given = Policy.from_percent(*args.percent)
         changes = {name: getattr(given, name) for name in ("weights", "cache", "activations")}
     shape = "gpu_batch_size", "num_gpu_batches", "prefill_chunk"
-    for name in (*shape, "overlap", "sep_layer", "pin_weight", "share_prefix"):
+    for name in (*shape, "guess", "overlap", "sep_layer", "pin_weight", "share_prefix"):
         if (value := getattr(args, name)) is not None:
             changes[name] = value
     if args.cpu_cache_compute is not None:

@@ -147,7 +147,8 @@ class AutoPolicy:
         asked, held = self.job.order, self._slots(self.opened)
         for order in (asked,) if asked else (None, overlap_multi_batch.name, normal.name):
             try:
-                job = replace(self.job, order=order).for_workload(workload)
+                known = replace(workload, copied=self.job.workload.copied)  # a call does not know it
+                job = replace(self.job, order=order).for_workload(known)
                 search = find_for_job(job, Auto(fixed, self._auto.lossy), slots=held)
             except FlexGenError as error:
                 _log.info("this call keeps the policy of the opening: %s", error)

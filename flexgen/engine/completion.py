@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flexgen.layout.prefix import sharing
 from flexgen.models import ModelSpec
+from flexgen.policy import Policy
 from flexgen.runtime.choice import Choice
+from flexgen.runtime.guesses import Guesses, Propose, copied
 from flexgen.runtime.request import NewTokenCounts, Request, new_token_counts, pad_id
 from flexgen.workload import Workload
 
@@ -21,6 +24,7 @@ class Completion:
     choice: chooses each token. It identifies a prompt by its number in the request.
     tokens: the number of tokens to run; the rest of the `most` are pad ids. None runs all.
     pad: the id that follows the end of a row; None is the model's pad id.
+    propose: makes the guesses if the policy has them. They do not change the result.
     """
 
     request: Request
@@ -28,6 +32,7 @@ class Completion:
     choice: Choice
     tokens: int | None = None
     pad: int | None = None
+    propose: Propose = copied
 
     def workload(self, spec: ModelSpec) -> Workload:
         """The workload of the call."""
@@ -47,6 +52,27 @@ class Completion:
     def run(self) -> int:
         """The number of new tokens to run."""
         return self.most if self.tokens is None else self.tokens
+
+    def guess(self, policy: Policy) -> int:
+        """The maximum number of guesses of a row in a pass of the call.
+
+        A choice of the whole call, or one that depends on the ids so far, makes one token of each row after another.
+        A call that is cut makes no guesses, because its time per token stands for that of the other tokens.
+        """
+        cut = self.run < self.most
+        if not policy.guess or cut or self.choice.whole_call:
+            return 0
+        return policy.guess if self.choice.by_logits else 0
+
+    def ends_rows_apart(self, policy: Policy) -> bool:
+        """Whether rows may end in different passes, so that prompts enter in batches whose rows have ended."""
+        return self.choice.can_end or self.guess(policy) > 0
+
+    def guesses(self, rows: Sequence[int], policy: Policy) -> Guesses | None:
+        """The guesses for a block of the prompts with these numbers, or None if it makes none."""
+        if not (guess := self.guess(policy)):
+            return None
+        return Guesses([self.request.prompts[row] for row in rows], self.run, guess, self.propose)
 
     def pad_id(self, spec: ModelSpec) -> int:
         return pad_id(spec) if self.pad is None else self.pad

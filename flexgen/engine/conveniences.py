@@ -355,6 +355,7 @@ class _Texts:
         stop: Sequence[str],
         emit: Callable[[int, str], object],
     ) -> None:
+        self.by_logits = choice.by_logits
         self._choice = choice
         self._emit = emit
         self._open = {n: Decoder(tokenizer, prompt, stop) for n, prompt in enumerate(prompts)}

@@ -263,13 +263,12 @@ class OptLM(Conveniences):
         check: called before each step; its exceptions end the call, unchanged. It disables the progress bar.
         order: the name of an order that replaces the policy's own; the model's slots must be enough for it.
 
-        A choice with `whole_call` runs all prompts in one block. Raises as `generate` does; an exception of the
-        choice or of a listener is the cause of a LaneError.
+        A choice with `whole_call` runs all prompts in one block. For guesses, see `Completion.guess`. Raises as
+        `generate` does; an exception of the choice or of a listener is the cause of a LaneError.
         """
         completion.check(self.spec)
         request, choice, tokens = completion.request, completion.choice, completion.run
-        pad = completion.pad_id(self.spec)
-        workload = completion.workload(self.spec)
+        pad, workload = completion.pad_id(self.spec), completion.workload(self.spec)
         if whole := choice.whole_call:
             topology = self._machine.device.topology
             logits = whole_call_needs(workload.num_prompts, self.spec.vocab_size, self.dtype, topology)
@@ -283,9 +282,12 @@ class OptLM(Conveniences):
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            for rows, prompts in call.blocks(request, groups, waits=choice.can_end):
-                made = WholeCallTokens if whole else NewTokens
-                output = made(prompts, tokens, choice, rows, all_listeners)
+            waits = completion.ends_rows_apart(model.policy)
+            for rows, prompts in call.blocks(request, groups, waits=waits):
+                prompts.guesses = completion.guesses(rows, model.policy)
+                output = (WholeCallTokens if whole else NewTokens)(
+                    prompts, tokens, choice, rows, all_listeners
+                )
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count
@@ -365,7 +367,7 @@ class OptLM(Conveniences):
     def lane_seconds(self, inputs: IdRows, max_new_tokens: int) -> dict[Phase, dict[LaneName, float]]:
         """Return the seconds that each lane, running alone, takes for `generate` on these prompts.
 
-        inputs, max_new_tokens: as in `generate`; rows do not stop early.
+        inputs, max_new_tokens: as in `generate`; rows do not stop early, and no guesses are made.
 
         The slowest lane of the prefill plus the slowest lane of the decode (`report.bound_seconds`) is a lower bound
         of the run's time, because a block's decode starts after its prefill. Each lane runs its steps of each block,

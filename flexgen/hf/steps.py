@@ -118,6 +118,7 @@ class HFChoice:
         logits: Record | None = None,
     ) -> None:
         self.whole_call = processors.whole_call or not independent_of_rows(criteria)
+        self.by_logits = False  # processors see the ids so far
         self._ids = ids
         self._processors = processors
         self._criteria = criteria

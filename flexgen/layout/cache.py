@@ -155,21 +155,27 @@ class CacheSegment:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached tokens."""
+    """The tokens of one step: `length` are cached, `new` are computed. The first step has no cached tokens.
+
+    guessed: the last of the new tokens that are guesses. With guesses, rows have different numbers of cached tokens,
+    and `length` is that of the longest row or more.
+    """
 
     length: int
     new: int
+    guessed: int = 0
 
     @property
     def decodes(self) -> bool:
-        """Whether it computes one token after cached ones. Only for these steps does the host compute attention, and
-        only in them is attention sparse: with more new tokens, attention is compute-bound."""
-        return self.length > 0 and self.new == 1
+        """Whether it computes one token, and guesses of the next ones, after cached ones. Only for these steps does
+        the host compute attention, and only in them is attention sparse: with more new tokens, attention is
+        compute-bound."""
+        return self.length > 0 and self.new == 1 + self.guessed
 
     @property
     def extends(self) -> bool:
         """Whether it computes several tokens after cached ones."""
-        return self.length > 0 and self.new > 1
+        return self.length > 0 and self.new > 1 + self.guessed
 
     def pages(self, page_tokens: int) -> tuple[int, int]:
         """The numbers of the pages for the first new token and for the first token of the next step."""
@@ -247,18 +253,18 @@ class CacheLayout:
         """The number of rows whose attention the host computes."""
         return sum(len(segment.rows) for segment in self.segments if not segment.on_device)
 
-    def ask(self) -> Move:
-        """The move of the queries, new keys and new values of the host's rows from the device."""
+    def ask(self, new: int = 1) -> Move:
+        """The move of the queries, new keys and new values of `new` tokens of the host's rows from the device."""
         kv_bytes = self.segments[0].kv_heads * self.segments[0].head_dim * self.segments[0].dtype.itemsize
-        return Move(LaneName.FROM_DEVICE, self.host_rows * (self.query_bytes + 2 * kv_bytes))
+        return Move(LaneName.FROM_DEVICE, self.host_rows * new * (self.query_bytes + 2 * kv_bytes))
 
-    def answer(self, in_part: bool = False) -> Move:
+    def answer(self, in_part: bool = False, new: int = 1) -> Move:
         """The move of the host's results to the device. in_part: as for `answer_bytes`."""
-        return Move(LaneName.TO_DEVICE, self.host_rows * self.answer_bytes(in_part))
+        return Move(LaneName.TO_DEVICE, self.host_rows * new * self.answer_bytes(in_part))
 
     def answer_bytes(self, in_part: bool) -> int:
-        """The size of the host's result for one row. in_part: whether the device attends to other tokens of the row,
-        so that the result has the log-sum-exp of each head, in float32."""
+        """The size of the host's result for one token of one row. in_part: whether the device attends to other tokens
+        of the row, so that the result has the log-sum-exp of each head, in float32."""
         head = self.segments[0].head_dim * self.segments[0].dtype.itemsize
         return self.query_bytes + in_part * (self.query_bytes // head) * torch.float32.itemsize
 
@@ -291,7 +297,8 @@ def cache_segments(
     """The segments that store `capacity` tokens of each of a batch's `rows` prompts, one for each tier with rows.
 
     The rows of a tier depend only on the policy, so they are the same for every layer. With a window, a segment has
-    the pages of a ring if they are fewer. Attention with a window is never sparse: it reads few tokens anyway.
+    the pages of a ring if they are fewer. Attention with a window is never sparse: it reads few tokens anyway. With
+    guesses there are no rings: a guess that is not kept would have overwritten a token that is still read.
     """
     share = policy.attn_sparsity if shape.window is None else 1.0
     segments = []
@@ -307,7 +314,8 @@ def cache_segments(
             page_tokens = topology.pieces.tokens_on_disk(2 * len(part) * shape.kv_heads, form.nbytes)
         # Wherever a window begins in a page, its tokens are in that many pages.
         ring = -(-(shape.window.size - 1) // page_tokens) + 1 if shape.window else 0
-        window = shape.window.size if shape.window and ring * page_tokens < capacity else None
+        rings = shape.window is not None and not policy.guess and ring * page_tokens < capacity
+        window = shape.window.size if shape.window and rings else None
         if window is None and tier is Tier.GPU and not topology.shares_host_memory:
             page_tokens = capacity  # it never moves, and a GPU processes all of it at once
         pages = ring if window else -(-capacity // page_tokens)

@@ -64,12 +64,13 @@ class BatchCache:
         needs = [need for segments in self._by_tier for need in self._of_tier(segments, passes, slots)]
         needs.append(Need(Tier.GPU, "cache", "workspace", self.passing_bytes(passes)))
         if asked := self.layouts[0].host_rows:
-            answer = slots * max(layout.answer_bytes(bool(passes.shared)) for layout in self.layouts)
-            qkv = slots * max(layout.ask().nbytes for layout in self.layouts) // asked
+            new, part = passes.decoded, bool(passes.shared)
+            answer = slots * max(layout.answer_bytes(part) * new for layout in self.layouts)
+            qkv = slots * max(layout.ask(new).nbytes for layout in self.layouts) // asked
             needs.append(Need(Tier.CPU, "cache", "staging", asked * (qkv + answer)))
             needs.append(Need(Tier.GPU, "cache", "slots", asked * answer))
             # Between the halves of a layer: its input, queries, keys and values, and the copies that leave.
-            between = slots * hidden_bytes + qkv
+            between = slots * hidden_bytes * new + qkv
             needs.append(Need(Tier.GPU, "cache", "workspace", self.rows * between + asked * qkv))
         return needs
 

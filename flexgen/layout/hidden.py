@@ -102,9 +102,9 @@ class IdLayout:
         lanes = self.topology.inward(Tier.CPU)
         return (along(Tier.CPU, lanes, self._nbytes(tokens), 0),) if lanes else ()
 
-    def store(self) -> Routes:
-        """The route of the next id of each row to host memory."""
-        home = along(Tier.CPU, self.topology.outward(Tier.CPU), self._nbytes(1), 0)
+    def store(self, tokens: int = 1) -> Routes:
+        """The route of the next `tokens` ids of each row to host memory."""
+        home = along(Tier.CPU, self.topology.outward(Tier.CPU), self._nbytes(tokens), 0)
         return (Route(Tier.CPU, (*home.moves, Move(LaneName.HOST, 0, Kind.RECORD))),)
 
     def _nbytes(self, tokens: int) -> int:

@@ -21,18 +21,20 @@ class Passes:
     cached: the number of tokens before the prompts that are already in the cache.
     shared: the number of tokens before those of the cache, which are stored once for all rows (see
         `layout/prefix.py`). Spans do not count them.
+    guess: the maximum number of guesses that a pass of the decode computes after the newest token of each row.
     """
 
     width: int
     chunk: int = 0
     cached: int = 0
     shared: int = 0
+    guess: int = 0
 
     @classmethod
     def of(cls, workload: Workload, policy: Policy) -> Passes:
         """The passes of a block of `workload`, over the tokens that its prompts do not share."""
         shared = shared_tokens(workload, policy)
-        return cls(workload.prompt_len - shared, policy.prefill_chunk, shared=shared)
+        return cls(workload.prompt_len - shared, policy.prefill_chunk, shared=shared, guess=policy.guess)
 
     @property
     def first(self) -> int:
@@ -46,25 +48,40 @@ class Passes:
     @property
     def new(self) -> int:
         """The maximum number of tokens of a row that a pass computes."""
+        return max(self._part, self.decoded)
+
+    @property
+    def decoded(self) -> int:
+        """The maximum number of tokens of a row that a pass of the decode computes."""
+        return 1 + self.guess
+
+    @property
+    def _part(self) -> int:
+        """The maximum number of tokens of a prompt in one pass."""
         return min(self.width, self.chunk or self.width)
 
     @property
     def extends(self) -> bool:
         """Whether some passes compute several tokens after cached ones."""
-        return self.new < self.width
+        return self._part < self.width
 
     def span(self, token: int, width: int | None = None) -> Span:
         """The tokens that a pass computes of prompts with `width` tokens, at most the width of the block. The span
-        has no new tokens if such prompts have fewer parts."""
+        has no new tokens if such prompts have fewer parts. For `token` > 0, it is that of a row without guesses
+        that were kept."""
         width = width or self.width
         if token > 0:
-            return Span(self.cached + width + token - 1, 1)
+            return Span(self.cached + width + token - 1, self.decoded, self.guess)
         parts = self._parts(width)
         part = parts - 1 + token
         if part < 0:
             return Span(self.cached, 0)
         begin, end = (width * n // parts for n in (part, part + 1))
         return Span(self.cached + begin, end - begin)
+
+    def capacity(self, gen_len: int) -> int:
+        """The number of columns of the cache for `gen_len` new tokens. The last guesses may be beyond them."""
+        return self.cached + self.width + gen_len + self.guess
 
     def _parts(self, width: int) -> int:
         return -(-width // self.chunk) if self.chunk else 1

@@ -63,6 +63,7 @@ def plan_memory(
     support the model's scores.
     """
     _check_sparsity(layers, policy)  # raises before weights are loaded, like the formats of heads
+    _check_guess(layers, policy, workload)
     for tier in Tier:
         for attention in _kinds_of_attention(layers):
             head_format(policy.cache[tier].codec, attention.head_dim, placement.dtype)
@@ -114,6 +115,24 @@ def _check_sparsity(layers: Sequence[Layer], policy: Policy) -> None:
             )
 
 
+def _check_guess(layers: Sequence[Layer], policy: Policy, workload: Workload | None) -> None:
+    """Raise PolicyError if a pass of the decode with guesses has more tokens than layers compute at once, or if keys
+    depend on the length of the text."""
+    spec, rows, guess = layers[0].spec, policy.gpu_batch_size, policy.guess
+    if not guess:
+        return
+    if rows * (1 + guess) > spec.chunk_tokens:
+        raise PolicyError(
+            f"guess is {guess} with gpu_batch_size = {rows}: a pass of the decode has up to {rows * (1 + guess)} "
+            f"tokens, and {spec.name} computes at most {spec.chunk_tokens} at once; lower one of the two"
+        )
+    if workload is not None and spec.stretches(workload.capacity):
+        raise PolicyError(
+            f"guess is {guess} for texts of {workload.capacity} tokens, but the keys of {spec.name} change with the "
+            "length of such a text; set guess to 0 or shorten the texts"
+        )
+
+
 def _kinds_of_attention(layers: Iterable[Layer]) -> Counter[AttentionSpec]:
     """The number of layers with each kind of attention."""
     return Counter(layer.layer_spec.attention for layer in layers if isinstance(layer, AttentionLayer))
@@ -144,8 +163,8 @@ class _Block:
 
     @property
     def _capacity(self) -> int:
-        """The largest length of one row in the cache."""
-        return self.workload.capacity - self.passes.shared
+        """The columns of the cache."""
+        return self.passes.capacity(self.workload.gen_len)
 
     @property
     def _batches(self) -> list[int]:
@@ -171,7 +190,7 @@ class _Block:
         needs.append(Need(Tier.GPU, "libraries", "workspace", self.target.workspaces.fixed))
         needs += self._decoded(cache.values())
         needs += self._looked_up()
-        if not self.all_logits and not self.passes.shared:
+        if not (self.all_logits or self.passes.shared or self.passes.guess):
             needs += self._graphs([cache[rows] for rows in self._batches])
         return needs + self._logits() if self.all_logits else needs
 
@@ -196,7 +215,7 @@ class _Block:
             if decodes(
                 layer,
                 placement,
-                rows if layer is self.layers[-1] and not self.all_logits else positions,
+                rows * self.passes.decoded if layer is self.layers[-1] and not self.all_logits else positions,
                 topology,
             )
         ]
@@ -247,13 +266,16 @@ class _Block:
     def _workspace(self, rows: int) -> int:
         """Bytes of the temporaries to compute a batch of `rows` rows and to choose its ids."""
         dtype, workload = self.placement.dtype, self.workload
+        decoded = self.passes.decoded
         # Layers need the most for the prefill, or its last part, or for the last token. The head computes one
-        # position of each row.
+        # position of each row, and those of its guesses.
         steps = [(self.passes.new, workload.prompt_len), (1, workload.capacity)]
+        if self.passes.guess:
+            steps.append((decoded, workload.capacity + self.passes.guess))
         workspace = max(
             layer.workspace_bytes(
                 rows,
-                1 if layer is self.layers[-1] and not self.all_logits else new,
+                decoded if layer is self.layers[-1] and not self.all_logits else new,
                 context,
                 dtype,
                 self.target.workspaces,
@@ -261,10 +283,12 @@ class _Block:
             for layer in one_of_each_kind(self.layers)
             for new, context in steps
         )
-        # Ids are chosen when the head's workspace, except the logits, is free again.
+        # Ids are chosen when the head's workspace, except the logits, is free again. With guesses, those of one token
+        # of each row are copied.
         logits = rows * self._spec.vocab_size * dtype.itemsize
         if not self.all_logits:
-            return max(workspace, logits + choice_bytes(rows, self._spec.vocab_size))
+            together = decoded + bool(self.passes.guess)
+            return max(workspace, logits * together + choice_bytes(rows, self._spec.vocab_size))
         if self._linked:  # meanwhile, logits of other batches are in flight to host memory
             others = min(self.target.slots.cells, len(self._batches) - 1)
             workspace += others * logits * workload.prompt_len

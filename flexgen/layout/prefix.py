@@ -57,7 +57,7 @@ def prefix_workloads(workload: Workload, policy: Policy) -> tuple[Workload, ...]
 
 def prefix_policy(policy: Policy) -> Policy:
     """The policy of the blocks that compute a prefix. Their cache is on the home of the prefix."""
-    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu"}
+    one = {"gpu_batch_size": 1, "num_gpu_batches": 1, "attend_on": "gpu", "guess": 0}
     return policy.replace(**one, cache={prefix_home(policy): 100})
 
 

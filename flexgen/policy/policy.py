@@ -160,6 +160,9 @@ class Policy:
     sep_layer: stream attention and MLP as two units.
     pin_weight: pin all host memory that a GPU reads: weights, cache, hidden states and staging.
     share_prefix: compute and store the tokens with which all prompts of a call begin only once.
+    guess: the maximum number of guesses of the next tokens of a row that a pass of the decode also computes. A guess
+        copies what followed an earlier occurrence of the newest tokens in the prompt or its answer. It does not
+        change the result. 0 makes no guesses.
     """
 
     gpu_batch_size: int = 1
@@ -174,9 +177,11 @@ class Policy:
     sep_layer: bool = True
     pin_weight: bool = True
     share_prefix: bool = True
+    guess: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefill_chunk", 0)):
+        counts = (("gpu_batch_size", 1), ("num_gpu_batches", 1), ("prefill_chunk", 0), ("guess", 0))
+        for name, least in counts:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.attend_on, str) or self.attend_on not in (Tier.CPU, Tier.GPU):
             raise PolicyError(f'attend_on is {shown(self.attend_on)}; it must be "cpu" or "gpu"')
@@ -193,11 +198,23 @@ class Policy:
                     f"attn_sparsity is {self.attn_sparsity:g} with codec {codec!r} for the cache on {tier}; "
                     "sparse attention needs a cache without a codec: leave out one of the two"
                 )
+        if self.guess and (reason := self._against_guesses()):
+            raise PolicyError(f"guess is {self.guess} with {reason}; set guess to 0 or change the other one")
         for name in ("overlap", "sep_layer", "pin_weight", "share_prefix"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(
                     f"{name} is {shown(value)} ({type(value).__name__}); it must be true or false"
                 )
+
+    def _against_guesses(self) -> str | None:
+        """The field with which guesses do not work: with them, rows have different numbers of cached tokens."""
+        if self.attn_sparsity < 1:
+            return (
+                f"attn_sparsity = {self.attn_sparsity:g}, which chooses tokens for one new token of each row"
+            )
+        if percent := self.cache.percent(Tier.DISK):
+            return f"{percent:g} percent of the cache on disk, where a page has the same tokens of all rows"
+        return None
 
     @property
     def block_size(self) -> int:

@@ -29,8 +29,9 @@ class CacheCosts:
         self._capacity = self._prompt + workload.gen_len
         self._every_token = every_token
         dtype, topology = model.placement.dtype, model.hardware.topology
+        columns = self._passes.capacity(workload.gen_len)
         self._layouts = {
-            (n, rows): cache_layout(layer.layer_spec.attention, policy, rows, self._capacity, dtype, topology)
+            (n, rows): cache_layout(layer.layer_spec.attention, policy, rows, columns, dtype, topology)
             for n in set(model.alike.cells)
             if isinstance(layer := model.layers[n], AttentionLayer)
             for rows in sizes

@@ -39,7 +39,8 @@ class ComputeCosts:
         layer, arithmetic = model.layers[index], model.arithmetic
         if index == model.last and token < 0:
             return ()
-        new = 1 if index == model.last else span.new  # the head computes the last position only
+        # The head computes the last position of a prompt only.
+        new = 1 if index == model.last and token <= 0 else span.new
         seconds = arithmetic.products(layer, rows, new, first) + self._embedded(index, rows * new)
         crossed = 0
         if self._splits(index, token, rows):
@@ -53,10 +54,10 @@ class ComputeCosts:
             # Device and host compute attention of their rows in parallel. Queries and attention outputs cross the
             # link within the computation.
             layout = self._cache.layout(index, rows)
-            device, host = arithmetic.token_attention(layout.segments, span.length + 1)
-            seconds += max(device + self._prefix_attention(index, rows), host)
+            device, host = self._token_attention(index, token, rows)
+            seconds += max(device, host)
             if layout.host_rows:
-                for move in (layout.ask(), layout.answer(bool(self._passes.shared))):
+                for move in (layout.ask(new), layout.answer(bool(self._passes.shared), new)):
                     crossed += move.nbytes
                     seconds += model.lanes.seconds(move)
         seconds += self._fixed.cell + (self._fixed.attention if layer.has_cache else 0.0)
@@ -70,7 +71,8 @@ class ComputeCosts:
         assert isinstance(layer, AttentionLayer)
         seconds = self._fixed.cell / 2 + self._fixed.attention
         seconds += self._model.arithmetic.projection(layer, rows, first)
-        ask = self._model.lanes.load(self._cache.layout(index, rows).ask())
+        new = self._passes.span(token).new
+        ask = self._model.lanes.load(self._cache.layout(index, rows).ask(new))
         return ((Load(LaneName.COMPUTE, 0, seconds), ask),)
 
     def attend(self, index: int, token: int, rows: int) -> Loads:
@@ -78,12 +80,18 @@ class ComputeCosts:
         if not self._splits(index, token, rows):
             return ()
         segments = self._cache.layout(index, rows).segments
-        context = self._passes.span(token).length + 1
-        device, host = self._model.arithmetic.token_attention(segments, context)
+        device, host = self._token_attention(index, token, rows)
         chains: Loads = ((Load(LaneName.HOST, 0, host),),)
         if self._passes.shared or any(segment.on_device for segment in segments):
-            chains += ((Load(LaneName.COMPUTE, 0, device + self._prefix_attention(index, rows)),),)
+            chains += ((Load(LaneName.COMPUTE, 0, device),),)
         return chains
+
+    def _token_attention(self, index: int, token: int, rows: int) -> tuple[float, float]:
+        """Seconds of attention of one token of each row and its guesses, on the device and on the host. Each of them
+        reads the cache."""
+        span, segments = self._passes.span(token), self._cache.layout(index, rows).segments
+        device, host = self._model.arithmetic.token_attention(segments, span.length + 1)
+        return device * span.new + self._prefix_attention(index, rows * span.new), host * span.new
 
     def _prefix_attention(self, index: int, rows: int) -> float:
         """Seconds of attention of one token of each row over the shared prefix, on the device."""
@@ -97,7 +105,8 @@ class ComputeCosts:
         """Copy the host's attention output to the device."""
         if not self._splits(index, token, rows):
             return ()
-        return ((self._model.lanes.load(self._cache.layout(index, rows).answer(bool(self._passes.shared))),),)
+        layout, new = self._cache.layout(index, rows), self._passes.span(token).new
+        return ((self._model.lanes.load(layout.answer(bool(self._passes.shared), new)),),)
 
     def _splits(self, index: int, token: int, rows: int) -> bool:
         """Whether a cell is computed in two steps, with attention on the host between them."""

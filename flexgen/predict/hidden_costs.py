@@ -28,7 +28,8 @@ class HiddenCosts:
         topology = model.hardware.topology
         self._layouts = {rows: hidden_layout(spec, policy, rows, dtype, topology) for rows in sizes}
         self._table = row_layout(model.layers, model.placement, topology, max(sizes) * passes.new)
-        self.feeds_ids = topology.keeps_ids(self.gathers_rows) and not serial  # see `Grid`
+        keeps = topology.keeps_ids(self.gathers_rows) and not policy.guess
+        self.feeds_ids = keeps and not serial  # see `Grid`
 
     @property
     def gathers_rows(self) -> bool:
@@ -51,7 +52,8 @@ class HiddenCosts:
     def store(self, layer: int, token: int, rows: int) -> Loads:
         """The loads that store hidden states, or the next ids from the last layer."""
         if layer == self._model.last:
-            return self._model.lanes.loads(self._ids(rows).store()) if token >= 0 else ()
+            new = self._passes.span(token).new if token > 0 else 1
+            return self._model.lanes.loads(self._ids(rows).store(new)) if token >= 0 else ()
         return self._model.lanes.loads(self._layouts[rows].store(self._passes.span(token).new))
 
     def _ids(self, rows: int) -> IdLayout:

@@ -248,7 +248,8 @@ def _block(
     trailing = timeline.span - ends[-1]
 
     def decode(seconds: Sequence[float]) -> float:
-        return decode_seconds(seconds, new, flushing, workload.gen_len, costs.flushes)
+        every = decode_seconds(seconds, new, flushing, workload.gen_len, costs.flushes)
+        return every / workload.tokens_in_pass(policy.guess)
 
     took = [end - before for before, end in pairwise([0.0, *ends])]
     # As in a run's lane times, attention on the host is separate from computation on the device.

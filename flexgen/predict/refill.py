@@ -6,6 +6,7 @@ The passes are those of the runtime, from the same rule (`schedule/admission.py`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from flexgen.predict.placed import PlacedModel
 from flexgen.predict.timeline import Timeline, play_with_losses, works_of
 from flexgen.results.report import ByPhase, PlacesUsed, Stage
 from flexgen.results.trace import LaneName, Phase
-from flexgen.schedule.admission import gathered, regrouped
+from flexgen.schedule.admission import gathered, regrouped, unmoved
 from flexgen.schedule.orders import Slots
 from flexgen.schedule.steps import Op
 from flexgen.workload import Workload
@@ -85,8 +86,12 @@ def refilled_passes(answers: Sequence[int], policy: Policy, passes: Passes) -> I
         entering = [k for k, begin in enumerate(first) if begin >= number]
         left = max((longest - number + began[row] for b in batches for row in b if not ended[row]), default=0)
         # As in `NewTokens.following`: whether a row has all of its tokens.
-        if last := longest - number + min(first) < 1:
-            kept: list[list[int]] | None = gathered(batches, ended, entering)
+        last = longest - number + min(first) < 1
+        kept: list[list[int]] | None
+        if policy.guess:
+            kept = unmoved(batches, ended, entering)
+        elif last:
+            kept = gathered(batches, ended, entering)
         else:
             kept = regrouped(batches, ended, left, entering, bool(waiting))
         following = batches if kept is None else [*kept, *waiting[: len(sizes) - len(kept)]]
@@ -132,7 +137,10 @@ def refilled_block(job: Job, policy: Policy, model: PlacedModel, slots: Slots) -
     workload, places = job.workload, min(policy.block_size, job.workload.num_prompts)
     simulated = min(workload.num_prompts, _BLOCKS * policy.block_size)
     part = replace(workload, num_prompts=simulated)
-    passes = list(refilled_passes(part.answers(), policy, Passes.of(workload, policy)))
+    # With guesses, a row needs fewer passes. The growth of its cache from pass to pass is that of one token.
+    in_pass = workload.tokens_in_pass(policy.guess)
+    answers = [1 + math.ceil((new - 1) / in_pass) for new in part.answers()]
+    passes = list(refilled_passes(answers, policy, Passes.of(workload, policy)))
     times = _PassTimes(job, policy, model, slots, passes)
     # The prompts that are not simulated repeat the steady stage.
     repeats = 1 + (workload.num_prompts - simulated) / max(simulated - 2 * places, 1)

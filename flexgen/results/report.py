@@ -80,6 +80,8 @@ class Report:
     prefix_groups: the number of groups of prompts, each with its own prefix.
     reused_tokens: the number of tokens of the prompts that were computed for another prompt only.
     stages: those of a call in which prompts entered when rows had ended.
+    guesses_made, guesses_kept: the numbers of guesses of next tokens (`Policy.guess`) that passes computed, and of
+        those that were right. A prediction has none.
     """
 
     model: str
@@ -107,6 +109,8 @@ class Report:
     prefix_groups: int = 1
     reused_tokens: int = 0
     stages: Mapping[Stage, PlacesUsed] = field(default_factory=dict)
+    guesses_made: int = 0
+    guesses_kept: int = 0
 
     @property
     def total_s(self) -> float:
@@ -127,6 +131,12 @@ class Report:
     def throughput_tokens_s(self) -> float:
         """New tokens per second of the total time."""
         return _rate(self._made, self.total_s)
+
+    @property
+    def copied(self) -> float:
+        """The mean number of new tokens of a row in a pass of the decode, as in `Workload`."""
+        later = self._made - self.num_prompts
+        return later / (later - self.guesses_kept) if self.guesses_kept else 1.0
 
     @property
     def _made(self) -> int:
@@ -233,6 +243,7 @@ class Report:
             ("prefill", self._prefill()),
             ("decode", self._decode()),
             *([("stages", self._stages())] if self.stages else []),
+            *([("guesses", self._guesses())] if self.guesses_made else []),
             ("throughput", self._throughput()),
             *(
                 (f"bytes {tier}", self._bytes(tier))
@@ -267,6 +278,10 @@ class Report:
             f"{self.prefix:,} tokens of all prompts, and more in {self.prefix_groups:,} groups: {saved:.0%} of the "
             "prompts' tokens were not computed again"
         )
+
+    def _guesses(self) -> str:
+        kept = f"{self.guesses_made:,} of next tokens, {self.guesses_kept:,} kept"
+        return f"{kept}: {self.copied:.2f} tokens per row and pass"
 
     def _schedule(self) -> str:
         shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"

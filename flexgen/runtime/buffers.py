@@ -80,7 +80,7 @@ class Buffers:
             for j, layer in enumerate(model.layers)
             if isinstance(layer, AttentionLayer)
         }
-        storage = workload.capacity - passes.shared, dtype, machine.device.topology
+        storage = passes.capacity(workload.gen_len), dtype, machine.device.topology
         kinds = {
             (shape, rows): cache_segments(shape, model.policy, rows, *storage)
             for shape in {own.cache for own in attention.values()}
@@ -97,12 +97,14 @@ class Buffers:
         if model.table is not None:
             lookup = Lookup(model.table, max(batches) * passes.new, dtype, machine, slots)
             self._close.append(lookup.close)
-        replays: CellGraphs | RecordedCells | None = None
+        replays: CellGraphs | RecordedCells | None = None  # a replay has one length for all rows
         device = machine.device
         resident = replayed(
             model.layers, model.weights.placement, model.policy, device.topology, device.workspaces
         )
-        if resident and self.prefix is None:
+        if model.policy.guess:
+            pass
+        elif resident and self.prefix is None:
             whole = {own: segments[j][0][0] for j, own in attention.items()}
             replays = CellGraphs(model.layers, resident, cache, whole, device)
         elif device.torch_device.type == "cpu":

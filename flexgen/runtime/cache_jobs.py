@@ -13,7 +13,8 @@ from flexgen.memory.disk import Read, ReadJob, Write
 from flexgen.memory.lanes import Job
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import tensor_at
-from flexgen.runtime.pages import Page, put
+from flexgen.runtime.cell import BoundCell
+from flexgen.runtime.pages import Page, put, put_by_row
 from flexgen.runtime.parts import Part, Slot
 from flexgen.runtime.sparse import key_reads
 
@@ -26,9 +27,9 @@ class CacheJobs:
         self._topology = machine.device.topology
         self._io = machine.io
 
-    def load(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
+    def load(self, part: Part, buffers: Slot, cell: BoundCell, move: Move) -> Job:
         """The job of a move of the cached tokens to the memory in which attention reads them."""
-        segment = part.segment
+        segment, span = part.segment, cell.span
         full, length = segment.full_pages(span.length), span.length
         if move.kind is Kind.READ:
             assert part.file is not None and buffers.host is not None
@@ -57,15 +58,15 @@ class CacheJobs:
         for begin, source in sources:
             self._device.to_device(target[begin : begin + source.nbytes], source)
 
-    def store(self, part: Part, buffers: Slot, span: Span, move: Move) -> Job:
+    def store(self, part: Part, buffers: Slot, cell: BoundCell, move: Move) -> Job:
         """The job of a move of the new keys and values to their home."""
         match move.kind:
             case Kind.COPY:
-                return partial(self._copy_out, part, buffers, span)
+                return partial(self._copy_out, part, buffers, cell.span)
             case Kind.PUT:
-                return partial(self._put_fresh, part, buffers, span)
+                return partial(self._put_fresh, part, buffers, cell)
             case _:
-                return partial(self._io.write, self.flush(part, buffers, span))
+                return partial(self._io.write, self.flush(part, buffers, cell.span))
 
     def _fresh(self, part: Part, buffers: Slot, span: Span) -> tuple[Tensor, Tensor]:
         assert buffers.fresh is not None
@@ -80,14 +81,23 @@ class CacheJobs:
         for target, source in zip(self._fresh(part, buffers, span), buffers.new, strict=True):
             self._device.from_device(target, source)
 
-    def _put_fresh(self, part: Part, buffers: Slot, span: Span) -> None:
-        self.put(part, buffers, span, *self._fresh(part, buffers, span))
+    def _put_fresh(self, part: Part, buffers: Slot, cell: BoundCell) -> None:
+        lengths = cell.lengths(part.segment.rows)
+        self.put(part, buffers, cell.span, *self._fresh(part, buffers, cell.span), lengths)
 
-    def put(self, part: Part, buffers: Slot, span: Span, k: Tensor, v: Tensor) -> Sequence[Page]:
+    def put(
+        self,
+        part: Part,
+        buffers: Slot,
+        span: Span,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Sequence[Page]:
         """Write the last new keys and values, in their stored form, to the working pages, and return these.
 
-        Call it once per step: a tail that the step fills moves to the slot, which has the other full pages, and later
-        tokens begin a new tail.
+        lengths: as for `put_by_row`, for rows with different numbers of cached tokens. Call it once per step: a tail
+        that the step fills moves to the slot, which has the other full pages, and later tokens begin a new tail.
         """
         first, last = span.pages(part.segment.page_tokens)
         if buffers.host is not None and last > first and span.length % part.segment.page_tokens:
@@ -95,7 +105,10 @@ class CacheJobs:
             begin = part.segment.place(first)
             buffers.host[begin : begin + part.tail.nbytes].copy_(part.tail)
         pages = self.working_pages(part, buffers, span)
-        put(pages, span.length + span.new - k.shape[2], k, v)
+        if lengths is None:
+            put(pages, span.length + span.new - k.shape[2], k, v)
+        else:
+            put_by_row(pages, lengths, k, v)
         return pages
 
     def working_pages(self, part: Part, buffers: Slot, span: Span) -> Sequence[Page]:

@@ -43,12 +43,15 @@ class Timing:
     `ran`: the number of passes that each block ran after its prompts, fewer than tokens were requested if all of its
     rows stopped earlier, and more if prompts entered.
     `stages`: seconds, new tokens and passes * places of each stage.
+    `guesses_made`, `guesses_kept`: as in `Report`.
     """
 
     prefill: float = 0.0
     total: float = 0.0
     trace: Trace = field(default_factory=Trace)
     ran: list[int] = field(default_factory=list)
+    guesses_made: int = 0
+    guesses_kept: int = 0
     stages: dict[Stage, tuple[float, int, int]] = field(default_factory=dict)
 
     @property
@@ -230,8 +233,9 @@ class Call:
             self._model.machine.device.reserve(self._workspace)
         elif buffers.block is not None:
             buffers.block.reset(self._model, batches)
+        policy, width = self._model.policy, max(map(len, prompts))
         shared = buffers.prefix.length if buffers.prefix else 0
-        passes = Passes(max(map(len, prompts)), self._model.policy.prefill_chunk, cached, shared)
+        passes = Passes(width, policy.prefill_chunk, cached, shared, policy.guess)
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
@@ -260,6 +264,9 @@ class Call:
             generation = self._execute(prompts, tokens, output, number)
         self.timing.total += time.perf_counter() - self._began
         self.timing.ran.append(generation.next)
+        if prompts.guesses is not None:
+            self.timing.guesses_made += prompts.guesses.made
+            self.timing.guesses_kept += prompts.guesses.kept
 
     def _execute(self, prompts: Prompts, tokens: int, output: Output, first: int) -> Generation:
         offset, stage = self._elapsed(), prompts.stage

@@ -12,6 +12,7 @@ from flexgen.kernels.attention import hidden_positions
 from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring, Window
 from flexgen.layout.cache import Span
+from flexgen.runtime.guesses import NewIdsOfPass
 from flexgen.runtime.prefix_pages import PrefixPages
 
 
@@ -87,6 +88,7 @@ class BoundCell:
     of its buffers. `span`: the tokens of each row that it computes. `padding`: the padding of the batch.
     `number`: the number of the pass, which is the same for all batches.
     `prefix`: the tokens that all rows share, before those of the cache.
+    `guesses`: the new tokens of a pass of the decode if the block makes guesses.
     """
 
     token: int
@@ -97,6 +99,12 @@ class BoundCell:
     padding: Padding
     number: int = 0
     prefix: PrefixPages | None = None
+    guesses: NewIdsOfPass | None = None
+
+    def lengths(self, rows: range) -> Tensor | None:
+        """(rows,) int64 in host memory: the cached tokens of each row, with its padding. None if all rows have
+        `span.length`. Only jobs of the cell may read it, because the pass before sets it."""
+        return None if self.guesses is None else self.guesses.lengths[rows.start : rows.stop]
 
     def own(self, scoring: Scoring) -> Scoring:
         """The scoring of attention over the tokens of the cache."""
@@ -113,6 +121,6 @@ class BoundCell:
             return []
         positions = None
         if scoring.window is not None or scoring.slopes:
-            first = self.prefix.length + self.span.length + done
-            positions = first - self.padding.on_device[rows]
+            lengths = self.span.length if self.guesses is None else self.guesses.lengths[rows]
+            positions = self.prefix.length + lengths + done - self.padding.on_device[rows]
         return self.prefix.attend(q, scoring, positions)

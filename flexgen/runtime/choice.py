@@ -37,6 +37,12 @@ class Choice(Protocol):
     def can_end(self) -> bool:
         """Whether a row may end before the last token."""
 
+    @property
+    def by_logits(self) -> bool:
+        """Whether `choose` depends only on the logits and on the numbers of the row and the token. Only then are
+        guesses made: `choose` is called for the tokens after a guess before `ends` has returned for it, and again
+        with the same numbers if the guess is wrong."""
+
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         """The ids (rows,) int64 of new token `token`, counted from 0, for logits (rows, vocab); `INVALID` for a row
         whose logits are NaN or infinite.
@@ -60,6 +66,7 @@ class Sampled:
     """
 
     whole_call = False
+    by_logits = True
 
     def __init__(
         self,
@@ -99,6 +106,7 @@ class Limited:
         self._choice = choice
         self._counts = torch.tensor(counts, dtype=torch.int64)
         self.whole_call = choice.whole_call
+        self.by_logits = choice.by_logits
 
     def choose(self, logits: Tensor, rows: Rows, token: int) -> Tensor:
         return self._choice.choose(logits, rows, token)

@@ -16,6 +16,7 @@ from flexgen.kernels.partial import Partial
 from flexgen.kernels.scoring import Scoring
 from flexgen.kernels.threads import all_threads
 from flexgen.layout.cache import CacheSegment
+from flexgen.layout.passes import Passes
 from flexgen.layout.plan import SLOTS
 from flexgen.memory.machine import Machine
 from flexgen.memory.store import Store, tensor_at
@@ -31,7 +32,7 @@ Put = Callable[[Tensor, Tensor], Sequence[Page]]
 class HostAttention:
     """Computes attention for the host's rows, and owns the buffers for it. Its arguments are those of `KVCache`.
 
-    in_part: whether the device attends to other tokens of these rows, so that the results are parts to be merged.
+    If the rows share a prefix, the device attends to it, and the results are parts to be merged.
 
     A cell calls `collect`, `send`, `attend`, `fetch` and `take`, in this order: on the compute lane, the link,
     the host, the link and the compute lane.
@@ -42,12 +43,12 @@ class HostAttention:
         self,
         layers: Mapping[int, Sequence[Sequence[CacheSegment]]],
         heads: Mapping[int, int],
+        passes: Passes,
         machine: Machine,
         slots: int = SLOTS,
-        in_part: bool = False,
     ) -> None:
         self._device = machine.device
-        self._in_part = in_part
+        self._in_part = passes.shared > 0
         self._taken = Taken()
         self.regroup({(j, k): some for j, batches in layers.items() for k, some in enumerate(batches)})
         self._sinks: dict[int, Tensor] = {}
@@ -59,9 +60,9 @@ class HostAttention:
         # For each layer: heads of queries, keys and values, and values per head.
         self._heads = {j: (heads[j], s.kv_heads, s.kv_heads) for j, s in first.items()}
         self._head_dim = {j: segment.head_dim for j, segment in first.items()}
-        row = max(map(len, self._rows.values())) * self._dtype.itemsize
-        asked = row * max(sum(self._heads[j]) * self._head_dim[j] for j in layers)
-        answered = max(map(len, self._rows.values())) * max(map(self._answer_bytes, layers))
+        tokens = max(map(len, self._rows.values())) * passes.decoded
+        asked = tokens * self._dtype.itemsize * max(sum(self._heads[j]) * self._head_dim[j] for j in layers)
+        answered = tokens * max(map(self._answer_bytes, layers))
         host, device = machine.host, machine.device.memory
         self._asked = [self._take(host, asked) for _ in range(slots)]
         self._answered = [self._take(host, answered) for _ in range(slots)]
@@ -88,7 +89,7 @@ class HostAttention:
         return bool(self._rows[cell.layer, cell.batch])
 
     def collect(self, cell: BoundCell, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Gather the host's rows on the device, from q (rows, heads, 1, head_dim), k and v of all rows."""
+        """Gather the host's rows on the device, from q (rows, heads, new, head_dim), k and v of all rows."""
         first, last = self._rows[cell.layer, cell.batch][0], self._rows[cell.layer, cell.batch][-1]
         self._leaving[cell.slot] = torch.cat([x[first : last + 1] for x in (q, k, v)], dim=1)
 
@@ -125,29 +126,30 @@ class HostAttention:
 
     def fetch(self, cell: BoundCell) -> None:
         """Copy the result to the device."""
-        nbytes = len(self._rows[cell.layer, cell.batch]) * self._answer_bytes(cell.layer)
+        tokens = len(self._rows[cell.layer, cell.batch]) * cell.span.new
+        nbytes = tokens * self._answer_bytes(cell.layer)
         self._device.to_device(self._arrived[cell.slot][:nbytes], self._answered[cell.slot][:nbytes])
 
     def take(self, cell: BoundCell) -> AttentionOutput:
-        """The result (host rows, heads, 1, head_dim) on the device. It is valid until the slot's next cell."""
+        """The result (host rows, heads, new, head_dim) on the device. It is valid until the slot's next cell."""
         values, *lse = self._answer(self._arrived, cell)
         return Partial(values.float(), *lse) if lse else values
 
     def _question(self, cell: BoundCell) -> Tensor:
         rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
-        shape = rows, sum(self._heads[layer]), 1, self._head_dim[layer]
+        shape = rows, sum(self._heads[layer]), cell.span.new, self._head_dim[layer]
         return tensor_at(self._asked[cell.slot], 0, shape, self._dtype)
 
     def _answer(self, buffers: Sequence[Tensor], cell: BoundCell) -> tuple[Tensor, ...]:
         """The values of the results, and behind them the log-sum-exp of each head if the results are parts."""
         rows, layer = len(self._rows[cell.layer, cell.batch]), cell.layer
-        shape = rows, self._heads[layer][0], 1, self._head_dim[layer]
+        shape = rows, self._heads[layer][0], cell.span.new, self._head_dim[layer]
         values = tensor_at(buffers[cell.slot], 0, shape, self._dtype)
         if not self._in_part:
             return (values,)
         return values, tensor_at(buffers[cell.slot], values.nbytes, shape[:3], torch.float32)
 
     def _answer_bytes(self, layer: int) -> int:
-        """The size of the result of one row."""
+        """The size of the result of one token of one row."""
         values = self._head_dim[layer] * self._dtype.itemsize
         return self._heads[layer][0] * (values + self._in_part * torch.float32.itemsize)

@@ -47,6 +47,7 @@ from flexgen.runtime.pages import (
     joined,
     put,
     put_at,
+    put_by_row,
     several_part,
     stretch,
 )
@@ -78,7 +79,7 @@ class KVCache:
         self._joined: dict[Tier, Stretch] = {}  # tokens of rings, while a cell of several tokens is computed
         self._storage = CacheStorage(layers, heads, passes, machine, slots)
         self._taken.also(self._storage.close)
-        self.host = HostAttention(layers, heads, machine, slots, in_part=passes.shared > 0)
+        self.host = HostAttention(layers, heads, passes, machine, slots)
         self._taken.also(self.host.close)
 
     def close(self) -> None:
@@ -107,12 +108,14 @@ class KVCache:
             cell, self._storage.layouts[cell.layer, cell.batch].store(cell.span), self._jobs.store
         )
 
-    def _bind(self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, Span, Move], Job]) -> Chains:
+    def _bind(
+        self, cell: BoundCell, routes: Routes, job: Callable[[Part, Slot, BoundCell, Move], Job]
+    ) -> Chains:
         if not routes:
             return ()
         storage = self._storage
         parts = {part.segment.tier: part for part in storage.parts(cell)}
-        return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell.span, move))
+        return bind(routes, lambda tier, move: job(parts[tier], storage.slot(tier, cell), cell, move))
 
     def cached(self, cell: BoundCell) -> Stretch:
         """The cached tokens of a batch whose rows are on one tier, in the memory in which the device computes
@@ -146,7 +149,8 @@ class KVCache:
     # Attention
 
     def asks_host(self, cell: BoundCell) -> bool:
-        """Whether the host computes attention for rows of the batch, which it does for one new token per row."""
+        """Whether the host computes attention for rows of the batch, which it does for one new token per row, and
+        its guesses."""
         return cell.span.decodes and self.host.attends(cell)
 
     def asks_device(self, cell: BoundCell) -> bool:
@@ -256,7 +260,13 @@ class KVCache:
         parts = (
             (
                 part.segment,
-                partial(self._jobs.put, part, self._storage.slot(part.segment.tier, cell), cell.span),
+                partial(
+                    self._jobs.put,
+                    part,
+                    self._storage.slot(part.segment.tier, cell),
+                    cell.span,
+                    lengths=cell.lengths(part.segment.rows),
+                ),
                 self._bring(part, cell),
             )
             for part in self._storage.parts(cell)
@@ -286,6 +296,7 @@ class KVCache:
         """Accept the new keys and values of a part. Returns the pages on the device that now have all tokens."""
         segment, buffers, span = part.segment, self._storage.slot(part.segment.tier, cell), cell.span
         k, v = segment.heads.encode_both(part.rows_of(k), part.rows_of(v))
+        lengths = cell.lengths(segment.rows)
         joins = segment.window is not None and span.extends
         if joins:  # the new tokens overwrite cached ones that they attend to
             assert segment.window is not None
@@ -299,6 +310,9 @@ class KVCache:
             if not span.length or buffers.device is None or joins:
                 return ()
             pages = buffers.pages(buffers.device, segment)
-            put(pages, span.length, k, v)
+            if lengths is None:
+                put(pages, span.length, k, v)
+            else:
+                put_by_row(pages, lengths, k, v)
             return pages
-        return self._jobs.put(part, buffers, span, k, v)
+        return self._jobs.put(part, buffers, span, k, v, lengths)

@@ -185,7 +185,8 @@ class LayerRunner:
         return weights.weights(cell.layer, slot, visit=(self._run, number, cell.layer))
 
     def _context(self, cell: BoundCell) -> _CellContext:
-        return _CellContext(cell, self._buffers.cache, self._output.last_only, self._positions[cell.batch])
+        last_only = self._output.last_only and cell.guesses is None
+        return _CellContext(cell, self._buffers.cache, last_only, self._positions[cell.batch])
 
     def _keep(self, cell: BoundCell, y: Tensor) -> None:
         if cell.layer == len(self._model.layers) - 1:

@@ -36,8 +36,10 @@ class Model:
 
     @property
     def feeds_ids(self) -> bool:
-        """Whether new ids feed the next token on the device, if the order allows it."""
-        return self.machine.device.topology.keeps_ids(table_is_gathered=self.table is not None)
+        """Whether new ids feed the next token on the device, if the order allows it. Guesses are made on the host."""
+        return not self.policy.guess and self.machine.device.topology.keeps_ids(
+            table_is_gathered=self.table is not None
+        )
 
     def order_of(self, batches: int) -> Order:
         """The order for a block of `batches` batches."""

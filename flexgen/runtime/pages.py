@@ -58,9 +58,10 @@ def put(pages: Sequence[Page], position: int, k: Tensor, v: Tensor) -> None:
 
 
 def put_at(pages: Sequence[Page], index: Tensor, k: Tensor, v: Tensor) -> None:
-    """`put` for one token of each row.
+    """`put` for one token of each row, or for several with an index of three dimensions.
 
-    index: the page and the place in it, int64 on the device of the pages: (2,) for all rows, or (2, rows).
+    index: the page and the place in it, int64 on the device of the pages: (2,) for all rows, (2, rows), or
+    (2, rows, tokens).
     """
     both = torch.cat((k, v))
     first = _whole(pages[0])
@@ -74,7 +75,19 @@ def put_at(pages: Sequence[Page], index: Tensor, k: Tensor, v: Tensor) -> None:
         return
     page, place = torch.cat((index, index), dim=1)
     row = torch.arange(len(both), device=both.device)
-    every.permute(0, 1, 3, 2, 4).index_put_((page, row, place), both.squeeze(2))
+    if index.dim() == 2:
+        both = both.squeeze(2)
+    else:
+        row, both = row[:, None], both.transpose(1, 2)
+    every.permute(0, 1, 3, 2, 4).index_put_((page, row, place), both)
+
+
+def put_by_row(pages: Sequence[Page], lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """`put` for rows with different numbers of cached tokens, `lengths` (rows,) int64 in host memory. The pages have
+    all tokens."""
+    positions = lengths.to(k.device)[:, None] + torch.arange(k.shape[2], device=k.device)
+    page_tokens = pages[0][0].shape[2]
+    put_at(pages, torch.stack((positions // page_tokens, positions % page_tokens)), k, v)
 
 
 def _whole(page: Page) -> Tensor:
@@ -143,9 +156,12 @@ def attend(
 ) -> AttentionOutput:
     """Attention of one new token of the segment's rows, over pages that include this token.
 
-    q and the result are (rows, heads, 1, head_dim), for these rows. If the cell has a prefix, the result is a part.
+    q and the result are (rows, heads, 1, head_dim), for these rows; with guesses, they have all new tokens. If the
+    cell has a prefix, the result is a part.
     bring: reads chosen values that are not in the pages yet.
     """
+    if cell.guesses is not None:
+        return attend_by_row(pages, cell, segment, q, scoring)
     if cell.prefix is not None:
         return attend_part(pages, cell, segment, q, scoring)
     length, padding = cell.span.length + cell.span.new, cell.padding.before(cell.span.length)
@@ -184,6 +200,24 @@ def attend_part(
         pages = [join(pages)]  # launches per page would take longer
     starts = padding.of(segment.rows, q.device, base)
     return decode_part(q, pages, length - base, starts, scoring, segment.heads)
+
+
+def attend_by_row(
+    pages: Sequence[Page], cell: BoundCell, segment: CacheSegment, q: Tensor, scoring: Scoring
+) -> AttentionOutput:
+    """`attend` for rows with different numbers of cached tokens: for a new token of each row after another, as for
+    one. q and the result are (rows, heads, new, head_dim). The pages have all tokens."""
+    lengths = cell.lengths(segment.rows)
+    assert lengths is not None
+    lengths, starts = lengths.to(q.device), cell.padding.of(segment.rows, q.device)
+    form, new = segment.heads, range(1, q.shape[2] + 1)
+    queries = zip(new, q.split(1, dim=2), strict=True)
+    if cell.prefix is None:
+        outs = [decode_attention(one, pages, lengths + n, starts, scoring, form) for n, one in queries]
+        return torch.cat(outs, dim=2)
+    parts = [decode_part(one, pages, lengths + n, starts, scoring, form) for n, one in queries]
+    values, lse = (torch.cat(some, dim=2) for some in zip(*parts, strict=True))
+    return Partial(values, lse)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, chain, groupby, pairwise
 
@@ -21,6 +21,7 @@ from flexgen.memory.transfer import Chains, bind
 from flexgen.results.report import Stage
 from flexgen.runtime.cell import BoundCell, Padding
 from flexgen.runtime.compaction import Moved
+from flexgen.runtime.guesses import Guesses
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,9 @@ class Prompts:
 
     Pass 0 computes the first new token of the prompts that have begun together. Prompts that enter later use the
     numbers of the other rows' passes.
+
+    `guesses`: None if the decode makes none. With guesses, a pass may have several new tokens of a row, and rows do
+    not move to other batches.
     """
 
     @whole_or_closed
@@ -127,7 +131,7 @@ class Prompts:
         self._taken = Taken()
         self.device = machine.device
         self.lengths = [len(prompt) for prompt in prompts]
-        self._passes = passes
+        self._passes = replace(passes, guess=0)  # those of the decode depend on `guesses`
         seated = sum(batches)
         groups = [list(range(a, b)) for a, b in pairwise(accumulate(batches, initial=0))]
         later = range(seated, len(prompts))
@@ -142,11 +146,16 @@ class Prompts:
         self._ids = _PromptIds(prompts, passes, pad_id, rooms, self.device.torch_device)
         self._group([self._ids.batch(rows, k, 0) for k, rows in enumerate(groups)])
         self._slots = [
-            torch.zeros(max(sizes), dtype=torch.int64, device=self.device.torch_device)
+            torch.zeros(
+                max([*sizes, max(batches) * passes.decoded]),
+                dtype=torch.int64,
+                device=self.device.torch_device,
+            )
             for _ in range(0 if self.device.shares_host_memory else slots)
         ]
         self.made: dict[int, Tensor] = {}
         self._entered = False
+        self.guesses: Guesses | None = None
 
     def _positions(self, rows: Sequence[int]) -> int:
         """The positions of the prompts of a batch, including padding."""
@@ -190,7 +199,10 @@ class Prompts:
     def cell(self, number: int, layer: int, batch: int, slot: int) -> BoundCell:
         """A cell of pass `number`, with its tokens: first the prompts or their parts, then one token per pass."""
         token, padding = number - self._batches[batch].first, self._batches[batch].padding
-        return BoundCell(token, layer, batch, slot, self._span(number, batch), padding, number)
+        if self.guesses is None or token < 1:
+            return BoundCell(token, layer, batch, slot, self._span(number, batch), padding, number)
+        new = self.guesses.bind(self._batches[batch], token)
+        return BoundCell(token, layer, batch, slot, new.span, padding, number, guesses=new)
 
     def _span(self, number: int, batch: int) -> Span:
         return self._passes.span(number - self._batches[batch].first, self._batches[batch].width)
@@ -273,7 +285,9 @@ class Prompts:
         self._taken.close()
 
     def source(self, cell: BoundCell) -> Tensor:
-        """(rows, new) in host memory: ids of the prompt for the first token, later the newest id."""
+        """(rows, new) in host memory: ids of the prompt for the first token, later the newest id and guesses."""
+        if cell.guesses is not None:
+            return cell.guesses.computed
         if cell.token > 0:
             return self.newest[self.rows(cell.batch)].unsqueeze(1)
         return self._batches[cell.batch].ids[cell.token]
@@ -309,8 +323,13 @@ class Prompts:
     def positions(self, cell: BoundCell) -> Tensor:
         """(rows, new) on the compute device, counted from the row's first token, which may be in a shared prefix.
         Padding has the position of the first token that is not."""
-        span = cell.span
-        columns = torch.arange(span.length, span.length + span.new, device=self.device.torch_device)
+        span, device = cell.span, self.device.torch_device
+        if cell.guesses is None:
+            columns = torch.arange(span.length, span.length + span.new, device=device)
+        else:  # a guess after the last token has its position: the model may have no other
+            assert self.guesses is not None
+            columns = cell.guesses.lengths.to(device)[:, None] + torch.arange(span.new, device=device)
+            columns.clamp_(max=self._batches[cell.batch].width + self.guesses.tokens - 1)
         positions = (columns - cell.padding.on_device[:, None]).clamp_(min=0)
         return positions.add_(self._passes.shared) if self._passes.shared else positions
 

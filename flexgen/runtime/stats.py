@@ -73,6 +73,8 @@ class Stats:
             prefix_groups=self.groups,
             reused_tokens=self.reused,
             stages=self.timing.places_used,
+            guesses_made=self.timing.guesses_made,
+            guesses_kept=self.timing.guesses_kept,
             padded_share=self.padded_share,
             plan_bytes=self.plan.by_tier,
             peak_bytes=self.peak_bytes,

@@ -19,9 +19,10 @@ from flexgen.memory.device_errors import lane_error, named
 from flexgen.memory.transfer import Chains, bind
 from flexgen.runtime.cell import BoundCell
 from flexgen.runtime.choice import Choice, Listener, NewIds, Rows
+from flexgen.runtime.guesses import by_token
 from flexgen.runtime.prompts import Prompts
 from flexgen.runtime.sampler import INVALID
-from flexgen.schedule.admission import gathered, regrouped
+from flexgen.schedule.admission import gathered, regrouped, unmoved
 
 
 class Output(Protocol):
@@ -82,9 +83,13 @@ class NewTokens:
         self._names = range(count) if names is None else names
         self.ids = torch.full((count, tokens), prompts.pad_id, dtype=torch.int64)
         self._ended = torch.zeros(count, dtype=torch.bool)
-        self.can_finish = choice.can_end
+        self._guesses = prompts.guesses
+        self.can_finish = choice.can_end or self._guesses is not None
 
     def keep(self, cell: BoundCell, logits: Tensor) -> None:
+        if cell.guesses is not None:
+            self._prompts.made[cell.batch] = self._chosen(cell.batch, cell.guesses.first, logits)
+            return
         batch, logits = self._prompts.batch(cell.batch), logits[:, -1]
         chosen = [
             self._choice.choose(logits[some], self._named(batch.rows[some]), cell.token - behind)
@@ -92,10 +97,29 @@ class NewTokens:
         ]
         self._prompts.made[cell.batch] = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
+    def _chosen(self, batch: int, first: Sequence[int], logits: Tensor) -> Tensor:
+        """The ids (rows, new) for logits (rows, new, vocab), chosen as if each one before were right. `first`: the
+        number of the first token of each row."""
+        rows = self._prompts.batch(batch).rows
+        made = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
+        for token, places in by_token(first, logits.shape[1]).items():
+            index = tuple(torch.tensor(places, device=logits.device).T)
+            names = self._named([rows[row] for row, _ in places])
+            made[index] = self._choice.choose(logits[index], names, token)
+        return made
+
     def store(self, cell: BoundCell) -> Chains:
         layout = IdLayout(len(self._prompts.batch(cell.batch).rows), self._prompts.device.topology)
-        fetch, record = partial(self._fetch, cell.batch), partial(self._record, cell.token, cell.batch)
-        return bind(layout.store(), lambda _, move: record if move.kind is Kind.RECORD else fetch)
+        if cell.guesses is not None:
+            drawn = cell.guesses.drawn
+            fetch = partial(self._fetch_to, drawn, cell.batch)
+            record = partial(self._record_guesses, cell.token, cell.batch, drawn)
+        else:
+            newest = self._prompts.newest[self._prompts.rows(cell.batch)]
+            fetch = partial(self._fetch_to, newest, cell.batch)
+            record = partial(self._record, cell.token, cell.batch)
+        new = cell.span.new if cell.guesses is not None else 1  # the head computes one position of a prompt
+        return bind(layout.store(new), lambda _, move: record if move.kind is Kind.RECORD else fetch)
 
     def wants_hidden(self, layer: int) -> bool:
         return False
@@ -109,10 +133,8 @@ class NewTokens:
     def _named(self, rows: Rows) -> Rows:
         return [self._names[row] for row in rows]
 
-    def _fetch(self, batch: int) -> None:
-        self._prompts.device.from_device(
-            self._prompts.newest[self._prompts.rows(batch)], self._prompts.made[batch]
-        )
+    def _fetch_to(self, target: Tensor, batch: int) -> None:
+        self._prompts.device.from_device(target, self._prompts.made[batch])
 
     def _record(self, token: int, batch: int) -> None:
         newest = self._prompts.newest[self._prompts.rows(batch)]
@@ -121,6 +143,29 @@ class NewTokens:
         own = self._prompts.batch(batch)
         for some, behind in own.runs:
             self._accept(token - behind, list(own.rows[some]), newest[some])
+        if self._guesses is not None:
+            self._guesses.start(own, newest.tolist(), self._rows_ended())
+
+    def _record_guesses(self, token: int, batch: int, drawn: Tensor) -> None:
+        """Accept the ids chosen in pass `token` that follow the newest id of each row or guesses that are kept."""
+        assert self._guesses is not None
+        if self._prompts.device.shares_host_memory:
+            drawn.copy_(self._prompts.made[batch])
+        own = self._prompts.batch(batch)
+        first, got = self._guesses.accepted(own, token, drawn.tolist())
+        kept: list[list[int]] = [[] for _ in own.rows]
+        # Token after token, so that a row that ends gets no more.
+        for number, places in by_token(first, drawn.shape[1]).items():
+            live = [(row, got[row][n]) for row, n in places if n < len(got[row])]
+            live = [(row, id) for row, id in live if not self._ended[own.rows[row]]]
+            if live:
+                self._accept(number, [own.rows[row] for row, _ in live], torch.tensor([id for _, id in live]))
+                for row, id in live:
+                    kept[row].append(id)
+        self._guesses.advance(own, token, kept, self._rows_ended())
+
+    def _rows_ended(self) -> set[int]:
+        return set(self._ended.nonzero().flatten().tolist())
 
     def _accept(self, token: int, rows: Rows, ids: Tensor) -> None:
         """Store the ids chosen for these rows as `token`. In `ids`, rows that ended before get the pad id."""
@@ -137,7 +182,7 @@ class NewTokens:
         self.ids[rows, token] = ids
         self.count += len(ids) - int(before.sum())
         ended = before
-        if self.can_finish:
+        if self._choice.can_end:
             ended = before | self._choice.ends(ids, names, token)
         self._ended[rows] = ended | (token == self.ids.shape[1] - 1)
         if self._listeners:
@@ -151,7 +196,9 @@ class NewTokens:
         began, entering = self._prompts.began(), self._prompts.entering(number + 1)
         left = max((tokens - 1 - number + at for row, at in began.items() if not ended[row]), default=0)
         kept: list[list[int]] | None
-        if self._prompts.passes_left(number + 1, tokens) < 1:  # the next prompts start in column 0
+        if self._guesses is not None:  # rows of a batch end in different columns, so they stay together
+            kept = unmoved(self._prompts.batches, ended, entering)
+        elif self._prompts.passes_left(number + 1, tokens) < 1:  # the next prompts start in column 0
             kept = gathered(self._prompts.batches, ended, entering)
         else:
             kept = regrouped(self._prompts.batches, ended, left, entering, bool(waiting))

@@ -47,6 +47,18 @@ def regrouped(
     return [list(batch) for batch, going in zip(batches, live, strict=True) if going]
 
 
+def unmoved(
+    batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
+) -> list[list[int]] | None:
+    """`regrouped` for rows that must stay in their batches: the batches with a row that still generates."""
+    kept = [
+        list(batch)
+        for k, batch in enumerate(batches)
+        if k in entering or not all(stopped[row] for row in batch)
+    ]
+    return None if len(kept) == len(batches) else kept
+
+
 def gathered(
     batches: Sequence[Sequence[int]], stopped: Sequence[bool], entering: Collection[int] = ()
 ) -> list[list[int]]:

@@ -21,6 +21,9 @@ _MOST_BATCHES = 64
 _MOST_CELLS = 6_500
 """The maximum number of cells per token, in all layers. With more, predictions are slow and runs have short steps."""
 
+_GUESSES = (4, 8)
+"""The numbers of guesses to try. More are rarely right, and fewer save little of a pass that loads weights."""
+
 
 class Choices:
     """All policies with the given fields. `fixed`: the names of the given fields.
@@ -50,6 +53,16 @@ class Choices:
             for sep_layer in apart if "sep_layer" not in self.fixed else (form.sep_layer,):
                 yield form.replace(attend_on=attend_on, sep_layer=sep_layer)
 
+    def guessing(self, policy: Policy) -> Iterator[Policy]:
+        """`policy` with numbers of guesses, if the workload says how many of them are right."""
+        if self._job.workload.copied == 1 or "guess" in self.fixed:
+            return
+        if policy.attn_sparsity < 1 or policy.cache.percent(Tier.DISK):
+            return
+        for guess in _GUESSES:
+            if policy.gpu_batch_size * (1 + guess) <= self._job.spec.chunk_tokens:
+                yield policy.replace(guess=guess)
+
     @cached_property
     def joins_layers(self) -> bool:
         """Whether whole layers (`sep_layer = false`) may overlap much better than attention and MLPs apart.
@@ -74,6 +87,8 @@ class Choices:
                 columns += [Column(what, tier, split[tier].codec) for tier in Tier if split.percent(tier)]
                 continue
             for tier in self.tiers:
+                if what == "cache" and tier is Tier.DISK and self._settled.guess:
+                    continue  # see `Policy`
                 columns += [Column(what, tier, codec) for codec in (*NAMES, STORED) if self._may(what, codec)]
         return tuple(columns)
 
@@ -121,7 +136,8 @@ class Choices:
         prompts, settled = self._job.workload.num_prompts, self._settled
         size_fixed, batches_fixed = ("gpu_batch_size" in self.fixed, "num_gpu_batches" in self.fixed)
         most = max(_MOST_CELLS // (2 * self._job.spec.num_layers + 2), 1)
-        sizes = [settled.gpu_batch_size] if size_fixed else self._ladder(prompts)
+        largest = prompts if not settled.guess else self._job.spec.chunk_tokens // (1 + settled.guess)
+        sizes = [settled.gpu_batch_size] if size_fixed else self._ladder(max(min(prompts, largest), 1))
         numbers = (
             [settled.num_gpu_batches] if batches_fixed else self._ladder(min(prompts, _MOST_BATCHES, most))
         )

@@ -182,7 +182,7 @@ class Corners:
             if not any(row):
                 return 0.0, 0.0
             decode = decode_seconds(row[lead:], new, flushing, gen_len, costs.flushes)
-            return sum(row[: lead + 1]), decode
+            return sum(row[: lead + 1]), decode / self._job.workload.tokens_in_pass(policy.guess)
 
         taken = {op: np.array([[*map(of_phases, rows)] for rows in both]) for op, both in sums.items()}
         if several:  # from the first batch and each further one to a line in their number

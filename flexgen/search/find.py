@@ -261,6 +261,9 @@ class _Finder:
         self._try_orders()
         first, *others = sorted(self._tried, key=self._score)
         best = self._in_best_order(self._improved(first))
+        guessing = [best._replace(policy=policy) for policy in self._choices.guessing(best.policy)]
+        self._tried[fastest := simulations.fastest(best, guessing)] = self._tried[best]
+        best = fastest
         kept, laid_out = [best], simulations.cells(best.policy)[0]
         for run in others:
             if len(kept) < top and (len(kept) < 2 or laid_out < self._effort.last_cells):

@@ -28,6 +28,8 @@ def moves(policy: Policy, step: float, tiers: Sequence[Tier], fixed: Collection[
         for source in Tier:
             percent = min(max(step, row), split.percent(source))
             for target in tiers:
+                if what == "cache" and target is Tier.DISK and policy.guess:
+                    continue  # see `Policy`
                 if target is not source and percent:
                     yield policy.replace(**{what: _moved(split, source, target, percent)})
 

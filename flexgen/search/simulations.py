@@ -6,6 +6,7 @@ Each is computed once. Only a part of a large model is simulated.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -93,6 +94,11 @@ class Simulations:
             job = replace(job, order=run.order)
             self._predictions[run, small] = predict_job(job, run.policy, None if exact else 1, placements)
         return self._predictions[run, small]
+
+    def fastest(self, run: Run, others: Sequence[Run]) -> Run:
+        """The one with the shortest predicted time of `run`, which fits, and those of `others` that fit."""
+        fitting = [other for other in others if not self.short(other)]
+        return min((run, *fitting), key=lambda one: self.prediction(one).report.total_s) if fitting else run
 
     def seconds(self, run: Run, figures: Figures) -> float:
         """The seconds of the workload.

@@ -31,7 +31,7 @@ def with_prediction(report: Report, spec: ModelSpec, hardware: Hardware) -> Repo
     computed = (report.prompt_tokens - shared * (prompts - 1)) / (1 - report.padded_share)
     length = shared + max(round((computed - shared) / prompts), 1)
     mean = None if report.new_tokens is None else max(report.new_tokens / prompts, 1.0)
-    workload = Workload(length, report.gen_len, prompts, shared, mean)
+    workload = Workload(length, report.gen_len, prompts, shared, mean, report.copied)
     # The run did fit, so the memory that is free now does not matter.
     hardware = hardware.replace(capacity=dict.fromkeys(hardware.capacity, 1 << 62))
     job = spec, report.policy, hardware, workload

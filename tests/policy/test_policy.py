@@ -83,6 +83,31 @@ def test_a_share_of_the_values_is_above_0_and_at_most_1(given, message):
         Policy(attn_sparsity=given)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(guess=-1), "guess is -1; it must be at least 0"),
+        (dict(guess=1.5), r"guess is 1.5 \(float\); it must be a whole number >= 0"),
+        (dict(guess=True), r"guess is True \(bool\)"),
+        (dict(guess=4, attn_sparsity=0.5), "guess is 4 with attn_sparsity = 0.5, .*set guess to 0 or change"),
+        (
+            dict(guess=4, cache={"cpu": 90, "disk": 10}),
+            "guess is 4 with 10 percent of the cache on disk, .*set guess to 0 or change the other one",
+        ),
+    ],
+)
+def test_guesses_that_do_not_work(fields, message):
+    with pytest.raises(PolicyError, match=message):
+        Policy(**fields)
+
+
+def test_guesses_are_off_by_default_and_saved(tmp_path):
+    assert Policy().guess == 0
+    policy = Policy(guess=4, cache={"cpu": 100}, weights={"disk": 100})
+    policy.save(tmp_path / "policy.toml")
+    assert Policy.load(tmp_path / "policy.toml") == policy
+
+
 def test_short_and_full_forms_mean_the_same():
     short = Policy(weights={"gpu": 20, "cpu": {"percent": 80, "codec": "none"}})
     full = Policy(weights=Split(gpu=Share(20), cpu=Share(80), disk=Share(0)))
@@ -232,7 +257,7 @@ def test_rows_refuse_a_negative_count():
         ({"overlap": 1}, r"overlap is 1 \(int\); it must be true or false"),
         ({"sep_layer": "yes"}, "sep_layer is 'yes'"),
         ({"gpu_batchsize": 4}, "unknown key 'gpu_batchsize'.*did you mean 'gpu_batch_size'"),
-        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*share_prefix$"),
+        ({"zzz": 4}, "unknown key 'zzz'; known: gpu_batch_size, .*guess$"),
     ],
 )
 def test_invalid_values_are_refused(fields, message):

@@ -96,6 +96,26 @@ def test_without_overlap_a_run_is_the_sum(opt, machine):
     assert report.throughput_tokens_s == pytest.approx(12 / (prefill + 3 * later), rel=1e-3)
 
 
+def test_guesses_are_computed_and_passes_are_fewer(opt, machine):
+    """A pass computes five tokens of each row, and three of them are new ones, so one pass makes the last three."""
+    policy = Policy(gpu_batch_size=3, weights={"cpu": 100}, overlap=False, guess=4)
+    plain = predict(opt, policy.replace(guess=0), by_hand(machine), Workload(8, 4, 3, copied=3))
+    guessing = predict(opt, policy, by_hand(machine), Workload(8, 4, 3, copied=3))
+    ids, embedding = (8 + 4 * 64) / 1e6, 4 * 64 * (4096 + 2) / 1e6
+    link = embedding + sum(link for link, _ in layers_of(opt))
+    *body, head = [products for _, products in layers_of(opt)]
+    adding = 64 / 1e6
+    assert plain.report.decode_s == pytest.approx(
+        3 * (link + 3 * (sum(body) + head + adding + ids)), rel=1e-3
+    )
+    later = link + 3 * 5 * (sum(body) + head + adding + ids)
+    assert guessing.report.decode_s == pytest.approx(later, rel=1e-3)
+    assert guessing.report.prefill_s == pytest.approx(plain.report.prefill_s, rel=1e-3)
+    assert guessing.plan.on(Tier.GPU) > plain.plan.on(Tier.GPU), "logits of guesses"
+    most = predict(opt, policy, by_hand(machine), Workload(8, 4, 3, copied=50)).report
+    assert most.decode_s == pytest.approx(later * 3 / 5, rel=1e-3), "a pass keeps at most all guesses"
+
+
 def test_a_prefill_in_parts_brings_the_weights_for_each_part(opt, machine):
     """Five tokens in parts of 1, 2 and 2. The head computes for the last part only."""
     policy = Policy(gpu_batch_size=3, weights={"cpu": 100}, overlap=False, prefill_chunk=2)

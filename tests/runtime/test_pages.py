@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from flexgen.kernels.attention import decode_attention, hide_places
 from flexgen.kernels.heads import GroupwiseHeads, PlainHeads
 from flexgen.kernels.scoring import Scoring, Window
-from flexgen.runtime.pages import Fixed, attend_fixed, attend_several, put, put_at, several_part, stretch
+from flexgen.runtime.pages import (
+    Fixed,
+    attend_fixed,
+    attend_several,
+    put,
+    put_at,
+    put_by_row,
+    several_part,
+    stretch,
+)
 
 FORMS = [PlainHeads(32, torch.float32), GroupwiseHeads(32, 4, 32)]
 
@@ -50,6 +59,26 @@ def test_put_at_a_position_of_each_row(form, kv_heads, tokens, count, positions)
         put([(a[own], b[own]) for a, b in expected], position, k[own], v[own])
     index = [divmod(position % (count * tokens), tokens) for position in positions]
     put_at(found, torch.tensor(index).T, k, v)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "int4"])
+@given(
+    kv_heads=st.integers(1, 2), tokens=st.integers(1, 9), count=st.integers(1, 4), new=st.integers(1, 5),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+)  # fmt: skip
+def test_put_by_row_is_put_of_each_row(form, kv_heads, tokens, count, new, shares):
+    """Several tokens of each row, after the tokens that the row has, within pages or across them."""
+    rows, room = len(shares), count * tokens
+    new = min(new, room)
+    lengths = [int(share * (room - new)) for share in shares]
+    k, v = (form.encode(torch.randn(rows, kv_heads, new, 32)) for _ in range(2))
+    expected, found = (pages_of(form, rows, kv_heads, tokens, count) for _ in range(2))
+    for row, length in enumerate(lengths):
+        own = slice(row, row + 1)
+        put([(a[own], b[own]) for a, b in expected], length, k[own], v[own])
+    put_by_row(found, torch.tensor(lengths), k, v)
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 

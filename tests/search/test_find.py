@@ -250,6 +250,33 @@ def test_what_is_fixed_stays(fixed, opt, machine):
             assert getattr(candidate.policy, name) == getattr(expected, name)
 
 
+COPYING = Workload(100, 60, 4, copied=3.0)
+
+
+@pytest.mark.parametrize(
+    ("workload", "changes", "fixed", "guesses"),
+    [
+        (COPYING, {}, {}, True),
+        (replace(COPYING, copied=1.0), {}, {}, False),
+        (
+            COPYING,
+            dict(products={"float32": [[1e-6, 1e5]]}),
+            {},
+            False,
+        ),  # the products take longer than the link
+        (COPYING, {}, {"cache": {"disk": 100}}, False),  # guesses do not work with it
+        (COPYING, {}, {"guess": 0}, False),
+        (replace(COPYING, copied=1.0), {}, {"guess": 2}, True),
+    ],
+)
+def test_guesses_where_the_link_binds(workload, changes, fixed, guesses, opt, machine):
+    best = find_policy(opt, small(machine, "100MiB", **changes), workload, Auto(fixed)).best
+    assert bool(best.policy.guess) == guesses
+    plain = took(opt, best.policy.replace(guess=0), small(machine, "100MiB", **changes), workload)
+    if guesses and "guess" not in fixed:
+        assert best.prediction.report.total_s < plain
+
+
 MAY_BE_CHOSEN = [name for name, order in ORDERS.items() if not order.for_comparison]
 ON_HOST = {"attend_on": "cpu", "cache": {"cpu": 100}, "gpu_batch_size": 4, "num_gpu_batches": 2}
 """With several batches attention is on the host: the policy's own order is overlap_cpu_attention."""

@@ -1,0 +1,220 @@
+"""Guesses of the next tokens of a row, which a pass of the decode computes together with the row's newest token.
+
+A pass computes the newest id of each row and up to `guess` ids that may follow it. The head then chooses an id at
+each of these positions, as without guesses. A guess is kept if it equals the id that was chosen before it, so each
+row gets the same ids as without guesses, in fewer passes. The next pass overwrites the keys and values of the others.
+
+The default guesses copy what followed an earlier occurrence of the newest ids (prompt lookup decoding, Saxena, 2023).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.layout.cache import Span
+
+Propose = Callable[[np.ndarray, int], Sequence[int]]
+"""From the ids of a row so far (int64) and a number of tokens: guesses for the next ids, at most this number, each
+an id of the model."""
+
+_LOOKED_UP = 3
+"""The newest ids that must occur earlier. With two, many guesses in ordinary text are wrong."""
+
+
+def copied(ids: np.ndarray, count: int) -> Sequence[int]:
+    """The ids that followed the latest earlier occurrence of the last `_LOOKED_UP` of `ids`, at most `count`."""
+    last = len(ids) - _LOOKED_UP
+    if last < 1:
+        return ()
+    equal = ids[:last] == ids[last]
+    for n in range(1, _LOOKED_UP):
+        equal &= ids[n : last + n] == ids[last + n]
+    found = np.flatnonzero(equal)
+    if not len(found):
+        return ()
+    after = int(found[-1]) + _LOOKED_UP
+    guesses: list[int] = ids[after : after + count].tolist()
+    return guesses
+
+
+@dataclass(eq=False)
+class NewIdsOfPass:
+    """The new tokens of a batch in one pass of the decode.
+
+    newest (rows, 1) int64: the newest id of each row. ids (rows, 1 + guess): the same with the guesses after it; rows
+    with fewer guesses have any ids at the end. lengths (rows,) int64: the columns of the cache before them. All are
+    in host memory. guessed: the number of guesses of each row. first: the number of the new token that follows the
+    newest id. The previous pass of the batch fills these before a job of this pass reads them.
+
+    span: the columns for which data moves. Its length is at least that of the longest row. drawn (rows, new): the
+    chosen ids in host memory. `Guesses.bind` sets both.
+    """
+
+    newest: Tensor
+    ids: Tensor
+    lengths: Tensor
+    guessed: list[int]
+    first: list[int]
+    span: Span = Span(0, 0)
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def computed(self) -> Tensor:
+        """The ids (rows, new) that the pass computes."""
+        return self.ids if self.span.guessed else self.newest
+
+
+class Rows(Protocol):
+    """The rows of a GPU batch (see `prompts.Batch`)."""
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+
+    @property
+    def width(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known before pass `token` of a batch: the columns of the longest row, and whether it has guesses."""
+
+    token: int
+    longest: int
+    guesses: bool = True
+
+
+class _Passes:
+    """The passes of one batch whose rows stay together."""
+
+    def __init__(self, batch: Rows, guess: int) -> None:
+        # Not the batch: the passes of one that has ended must not keep it.
+        self._rows, self._width = len(batch.rows), batch.width
+        self._guess = guess
+        self._by_token: dict[int, NewIdsOfPass] = {}
+        self.known = _Known(1, batch.width)
+
+    def of(self, token: int) -> NewIdsOfPass:
+        """The pass that computes new token `token` of a row without guesses. It is made when it is first needed, by
+        the thread that issues steps or by the one that stores the ids of the pass before."""
+        found = self._by_token.get(token)
+        if found is None:
+            found = self._by_token.setdefault(token, self._make(token))
+            for old in [other for other in list(self._by_token) if other < token - 1]:
+                self._by_token.pop(old, None)
+        return found
+
+    def _make(self, token: int) -> NewIdsOfPass:
+        rows = self._rows
+        newest, ids = (torch.zeros(rows, n, dtype=torch.int64) for n in (1, 1 + self._guess))
+        lengths = torch.full((rows,), self._width, dtype=torch.int64)
+        return NewIdsOfPass(newest, ids, lengths, [0] * rows, [token] * rows)
+
+
+class Guesses:
+    """The guesses for the rows of one block, and the ids from which they are made.
+
+    prompts: the ids of each prompt, with those of a shared prefix. tokens: the number of new tokens of each row.
+    guess: the maximum number of guesses of a row in a pass. `made`, `kept`: the numbers of guesses so far.
+    """
+
+    def __init__(
+        self, prompts: Sequence[np.ndarray], tokens: int, guess: int, propose: Propose = copied
+    ) -> None:
+        self.guess = guess
+        self.tokens = tokens
+        self.made = 0
+        self.kept = 0
+        self._propose = propose
+        self._counts = [len(prompt) for prompt in prompts]
+        self._lengths = list(self._counts)
+        self._ids = [np.concatenate([prompt, np.zeros(tokens, np.int64)]) for prompt in prompts]
+        self._passes: WeakKeyDictionary[Rows, _Passes] = WeakKeyDictionary()
+
+    def _of(self, batch: Rows) -> _Passes:
+        passes = self._passes.get(batch)
+        return self._passes.setdefault(batch, _Passes(batch, self.guess)) if passes is None else passes
+
+    def bind(self, batch: Rows, token: int) -> NewIdsOfPass:
+        """The pass of `batch` that computes token `token`, with its span.
+
+        Called when the steps of the pass are issued. The ids of earlier passes may not be known yet, so the span has
+        the most columns that the rows can have by then. Only batches that have guesses compute more than one token.
+        """
+        passes = self._of(batch)
+        found, known = passes.of(token), passes.known
+        if not found.span.new:
+            most = known.longest + (token - known.token) * (1 + self.guess)
+            new = 1 + self.guess if known.guesses else 1
+            found.drawn = torch.zeros(len(batch.rows), new, dtype=torch.int64)
+            found.span = Span(min(most, batch.width + self.tokens - 1), new, guessed=new - 1)
+        return found
+
+    def start(self, batch: Rows, ids: Sequence[int], ended: Collection[int]) -> None:
+        """Accept the first new id of each row of the batch. ended: the rows that have ended."""
+        for row, id in zip(batch.rows, ids, strict=True):
+            self._add(row, id)
+        self._follow(batch, 1, [batch.width] * len(batch.rows), ended)
+
+    def accepted(
+        self, batch: Rows, token: int, drawn: Sequence[Sequence[int]]
+    ) -> tuple[Sequence[int], list[list[int]]]:
+        """The ids that each row has got in pass `token`, and the number of the first of them, for `drawn`, the ids
+        chosen at each of its positions."""
+        now = self._of(batch).of(token)
+        got: list[list[int]] = []
+        for ids, chosen, guessed in zip(now.ids.tolist(), drawn, now.guessed, strict=True):
+            kept, asked = 0, min(guessed, now.span.new - 1)
+            while kept < asked and ids[kept + 1] == chosen[kept]:
+                kept += 1
+            got.append(list(chosen[: kept + 1]))
+            self.made += asked
+        return now.first, got
+
+    def advance(self, batch: Rows, token: int, ids: Sequence[Sequence[int]], ended: Collection[int]) -> None:
+        """Accept the new ids of each row in pass `token`, none for a row that ended before, and make the next
+        guesses."""
+        now = self._of(batch).of(token)
+        for row, some in zip(batch.rows, ids, strict=True):
+            for id in some:
+                self._add(row, id)
+            self.kept += max(len(some) - 1, 0)
+        lengths = [n + len(some) for n, some in zip(now.lengths.tolist(), ids, strict=True)]
+        self._follow(batch, token + 1, lengths, ended)
+
+    def _add(self, row: int, id: int) -> None:
+        self._ids[row][self._lengths[row]] = id
+        self._lengths[row] += 1
+
+    def _follow(self, batch: Rows, token: int, lengths: Sequence[int], ended: Collection[int]) -> None:
+        """Fill the pass `token` of a batch whose rows have these lengths."""
+        passes = self._of(batch)
+        following = passes.of(token)
+        for n, row in enumerate(batch.rows):
+            so_far = self._ids[row][: self._lengths[row]]
+            new = len(so_far) - self._counts[row]
+            # The last token of a row needs no guess after it.
+            most = 0 if row in ended else min(self.guess, self.tokens - new - 1)
+            guesses = list(self._propose(so_far, most))[:most] if most else []
+            following.guessed[n], following.first[n] = len(guesses), new
+            padded = [int(so_far[-1]), *guesses, *[int(so_far[-1])] * (self.guess - len(guesses))]
+            following.ids[n] = torch.tensor(padded)
+        following.newest.copy_(following.ids[:, :1])
+        following.lengths.copy_(torch.tensor(lengths))
+        passes.known = _Known(token, max(lengths), any(following.guessed))
+
+
+def by_token(first: Sequence[int], new: int) -> dict[int, list[tuple[int, int]]]:
+    """The (row, position in the pass) of each new token, for rows whose first one has number `first` of `new`."""
+    places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, begin in enumerate(first):
+        for n in range(new):
+            places[begin + n].append((row, n))
+    return dict(sorted(places.items()))

@@ -1,0 +1,114 @@
+"""Guesses from earlier text, and which of them a pass keeps."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.layout.cache import Span
+from flexgen.runtime.guesses import Guesses, by_token, copied
+
+
+@dataclass(eq=False)
+class Batch:
+    rows: tuple[int, ...]
+    width: int
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "guesses"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3], 2, [4, 5]),
+        ([1, 2, 3, 4, 5, 1, 2, 3], 8, [4, 5, 1, 2, 3]),  # no further than the text
+        ([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1, [5]),  # the latest occurrence
+        ([7, 7, 7, 7], 3, [7]),  # occurrences may overlap
+        ([1, 2, 9, 4, 1, 2, 3], 2, []),
+        ([1, 2, 3], 2, []),  # the only occurrence is the end itself
+        ([1, 2], 2, []),
+        ([], 2, []),
+    ],
+)
+def test_copied(ids: list[int], count: int, guesses: list[int]) -> None:
+    assert list(copied(np.array(ids, dtype=np.int64), count)) == guesses
+
+
+@given(ids=st.lists(st.integers(0, 2), max_size=40), count=st.integers(1, 9))
+def test_copied_is_what_a_plain_search_finds(ids: list[int], count: int) -> None:
+    last, expected = tuple(ids[-3:]), []
+    for begin in range(len(ids) - 4, -1, -1):
+        if tuple(ids[begin : begin + 3]) == last:
+            expected = ids[begin + 3 : begin + 3 + count]
+            break
+    assert list(copied(np.array(ids, dtype=np.int64), count)) == expected
+
+
+def test_by_token() -> None:
+    """Rows 0 and 1 are at tokens 4 and 5; a pass has two tokens of each."""
+    assert by_token([4, 5], 2) == {4: [(0, 0)], 5: [(0, 1), (1, 0)], 6: [(1, 1)]}
+
+
+def test_rows_advance_by_the_guesses_that_are_right() -> None:
+    prompts = [np.array([1, 2, 3]), np.array([4, 5])]
+    guesses = Guesses(prompts, 10, 3, lambda ids, count: [8, 9, 7][:count])
+    batch = Batch((0, 1), 3)
+    assert guesses.bind(batch, 1).span == Span(3, 4, guessed=3), "columns of the prompt, and all guesses"
+    guesses.start(batch, [6, 6], ended=())
+    now = guesses.bind(batch, 1)
+    assert now.computed.tolist() == [[6, 8, 9, 7]] * 2
+    assert now.lengths.tolist() == [3, 3] and now.first == [1, 1]
+    first, got = guesses.accepted(batch, 1, [[8, 9, 5, 0], [3, 9, 7, 0]])
+    assert first == [1, 1]
+    assert got == [[8, 9, 5], [3]], "two guesses of row 0 are right, none of row 1"
+    guesses.advance(batch, 1, got, ended=())
+    now = guesses.bind(batch, 2)
+    assert now.lengths.tolist() == [6, 4] and now.first == [4, 2]
+    assert now.computed.tolist() == [[5, 8, 9, 7], [3, 8, 9, 7]]
+    assert now.span == Span(6, 4, guessed=3)
+    assert (guesses.made, guesses.kept) == (6, 2)
+
+
+def test_the_columns_of_a_pass_whose_rows_are_not_known_yet() -> None:
+    guesses = Guesses([np.array([1, 2])], 20, 4, lambda ids, count: [1] * count)
+    batch = Batch((0,), 2)
+    guesses.start(batch, [5], ended=())
+    assert guesses.bind(batch, 2).span == Span(2 + 5, 5, guessed=4), "if all guesses of pass 1 are right"
+    assert guesses.bind(batch, 9).span.length == 2 + 20 - 1, "never more than all tokens"
+
+
+def test_a_batch_without_guesses_computes_one_token() -> None:
+    found = [[], [7]]
+    guesses = Guesses([np.array([1, 2])], 20, 4, lambda ids, count: found[len(ids) > 3])
+    batch = Batch((0,), 2)
+    guesses.start(batch, [5], ended=())
+    now = guesses.bind(batch, 1)
+    assert now.span == Span(2, 1) and now.span.decodes
+    assert now.computed.tolist() == [[5]] and now.drawn.shape == (1, 1)
+    guesses.advance(batch, 1, guesses.accepted(batch, 1, [[6]])[1], ended=())
+    now = guesses.bind(batch, 2)
+    assert now.span == Span(3, 5, guessed=4) and now.span.decodes and not now.span.extends
+    assert now.computed.tolist() == [[6, 7, 6, 6, 6]] and now.guessed == [1]
+
+
+def test_a_batch_that_has_ended_is_freed() -> None:
+    guesses, batch = Guesses([np.array([1])], 4, 2), Batch((0,), 1)
+    guesses.start(batch, [5], ended=())
+    guesses.bind(batch, 1)
+    gone = weakref.ref(batch)
+    del batch
+    assert gone() is None
+
+
+def test_no_guess_is_beyond_the_last_token_or_for_a_row_that_has_ended() -> None:
+    guesses = Guesses([np.array([1]), np.array([2])], 3, 8, lambda ids, count: [9] * count)
+    batch = Batch((0, 1), 1)
+    guesses.start(batch, [5, 5], ended={1})
+    now = guesses.bind(batch, 1)
+    assert now.guessed == [1, 0], "token 1 is a guess; token 2 follows from it"
+    guesses.advance(batch, 1, [[9, 4], []], ended={0, 1})
+    assert guesses.bind(batch, 2).guessed == [0, 0]
+    assert guesses.bind(batch, 2).lengths.tolist() == [3, 1], "rows that have ended stay"
