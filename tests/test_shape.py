@@ -30,6 +30,7 @@ ATTRIBUTES = {
     "flex_opt/config.py OptConfig": PAPER,
     "flex_opt/policy.py Policy": PAPER,
     "models/spec.py ModelSpec": "an attribute for each property of a checkpoint that the layers do not have",
+    "policy/policy.py Policy": "a field for each key of a policy file",
     "predict/hardware.py Hardware": "a field for each key of a hardware file",
     "results/report.py Report": "a field for each key of a report's JSON",
 }

@@ -117,4 +117,4 @@ def test_rows_that_end_early_are_refilled(capsys):
     assert list(early["stages"]) == ["fill", "steady", "drain"] and whole["stages"] == {}
     assert "of the places in use" in run(f"{job} --mean-new 8", capsys)
     assert simulate.main(shlex.split(f"{job} --mean-new 33")) == 1
-    assert "mean_new is 33.0; it must be from 1 to gen_len, which is 32" in capsys.readouterr().err
+    assert "mean_new is 33.0; it must be a number from 1 to gen_len, which is 32" in capsys.readouterr().err

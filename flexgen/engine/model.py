@@ -275,19 +275,16 @@ class OptLM(Conveniences):
             extra_needs = [*extra_needs, *logits]
         groups, model, plan = self._prepared(request, workload, False, lambda _: extra_needs, whole)
         model = model if order is None else replace(model, order=order)
-        out = completion.blank(pad)
-        new_tokens = 0
+        out, new_tokens = completion.blank(pad), 0
         no_bar = self._no_bar if check is None else True
         bar = tqdm(total=len(out) * tokens, desc="tokens", unit="token", disable=no_bar, leave=False)
         all_listeners = [lambda new: bar.update(len(new.rows)), *listeners]
         active, reserve = self._machine.device.active(), plan.workspace(Tier.GPU)
         with bar, active, torch.inference_mode(), (call := Call(model, workload, pad, check, reserve)), call:
-            waits = completion.ends_rows_apart(model.policy)
+            kind, waits = WholeCallTokens if whole else NewTokens, completion.ends_rows_apart(model.policy)
             for rows, prompts in call.blocks(request, groups, waits=waits):
                 prompts.guesses = completion.guesses(rows, model.policy)
-                output = (WholeCallTokens if whole else NewTokens)(
-                    prompts, tokens, choice, rows, all_listeners
-                )
+                output = kind(prompts, tokens, choice, rows, all_listeners)
                 call.run(prompts, tokens, output)
                 out[rows, request.width : request.width + tokens] = output.ids.numpy()
                 new_tokens += output.count

@@ -42,7 +42,7 @@ class Timing:
 
     `ran`: the number of passes that each block ran after its prompts, fewer than tokens were requested if all of its
     rows stopped earlier, and more if prompts entered.
-    `stages`: seconds, new tokens and passes * places of each stage.
+    `stages`: seconds, new tokens and passes * places of each stage. `counted`: the seconds that are in them.
     `guesses_made`, `guesses_kept`: as in `Report`.
     """
 
@@ -53,6 +53,7 @@ class Timing:
     guesses_made: int = 0
     guesses_kept: int = 0
     stages: dict[Stage, tuple[float, int, int]] = field(default_factory=dict)
+    counted: float = 0.0
 
     @property
     def places_used(self) -> dict[Stage, PlacesUsed]:
@@ -61,14 +62,31 @@ class Timing:
             return {}
         return {stage: PlacesUsed(seconds, new / of) for stage, (seconds, new, of) in self.stages.items()}
 
-    def count_run(self, stage: Stage, seconds: float, new_tokens: int, places: int) -> None:
-        """Add a run to its stage. places: those of all its passes."""
-        before = self.stages.get(stage, (0.0, 0, 0))
-        self.stages[stage] = before[0] + seconds, before[1] + new_tokens, before[2] + places
+    def count_run(self, stage: Stage, until: float, new_tokens: int, places: int) -> None:
+        """Add a run to its stage. until: the seconds of the call at its end. places: those of all its passes."""
+        seconds, new, of = self.stages.get(stage, (0.0, 0, 0))
+        self.stages[stage] = seconds + until - self.counted, new + new_tokens, of + places
+        self.counted = until
 
     @property
     def decode(self) -> float:
         return self.total - self.prefill
+
+
+@dataclass
+class PromptCounts:
+    """Tokens of the prompts of a call.
+
+    shared: those with which all prompts begin and that are computed once. reused: those that were not computed,
+    because they were computed for another prompt. positions_computed: those of all blocks that were computed, with
+    the padding of their batches.
+    groups: the number of groups of prompts that have begun, each with its own prefix.
+    """
+
+    shared: int
+    groups: int = 0
+    reused: int = 0
+    positions_computed: int = 0
 
 
 PrefixOutput = Callable[[Prompts, int], AbstractContextManager[Output]]
@@ -115,17 +133,8 @@ class Call:
         self._retains = retained is not None
         self._undo: list[Callable[[], object]] | None = None
         self._began = 0.0
-        self._counted = 0.0
-        """Seconds of the call that are counted in the stages of `timing`."""
         self.timing = Timing()
-        self.shared = shared_tokens(workload, model.policy)
-        """The number of tokens with which all prompts of the call begin and that are computed once."""
-        self.groups = 0
-        """The number of groups of prompts that have begun, each with its own prefix."""
-        self.reused = 0
-        """The number of tokens of the prompts that were not computed, because they were computed for another one."""
-        self.positions_computed = 0
-        """Positions of the prompts of all blocks, including the padding of their batches."""
+        self.counts = PromptCounts(shared_tokens(workload, model.policy))
 
     def __enter__(self) -> Call:
         self._model.in_use.begin(self)
@@ -195,8 +204,9 @@ class Call:
             self._buffers.prefix = part.close()
         self._workload = group.workload(request, self._workload.gen_len)
         parts = prefix_workloads(self._workload, self._model.policy)[len(self.prefix) :]
-        self.groups += 1
-        self.reused += len(group.rows) * group.shared - sum(part.prompt_len - part.prefix for part in parts)
+        self.counts.groups += 1
+        computed = sum(part.prompt_len - part.prefix for part in parts)
+        self.counts.reused += len(group.rows) * group.shared - computed
         return [self._share(part, row, prompts[row], output, lanes) for part in parts]
 
     def _share(
@@ -214,7 +224,7 @@ class Call:
                 block.run(prompts, 1, received)
                 timed = {lane: block.time_lane(lane, prompts, 1, received) for lane in lanes}
             del self.timing.ran[ran:]  # it counts the tokens of prompts only
-            self.positions_computed += block.positions_computed
+            self.counts.positions_computed += block.counts.positions_computed
             cache = block._buffers.keep_cache()
             self._buffers.prefix = SharedPrefix(cache, part.prompt_len, before, row)
         finally:
@@ -239,7 +249,7 @@ class Call:
         machine, slots = self._model.machine, self._model.slots.cells
         self._prompts = Prompts(prompts, batches, passes, self._pad_id, machine, slots)
         self._model.machine.device.settle()
-        self.positions_computed += self._prompts.positions_computed
+        self.counts.positions_computed += self._prompts.prompt_positions
         return self._prompts
 
     def run(self, prompts: Prompts, tokens: int, output: Output) -> None:
@@ -249,7 +259,7 @@ class Call:
         regrouped, batches of waiting prompts enter, and a new run continues with the next pass. With an output that
         is `by_token`, each token is a run.
         """
-        self._counted = self.timing.total
+        self.timing.counted = self.timing.total
         self.timing.prefill += self._elapsed() - self.timing.total  # the preparation
         self._block.expect(tokens)
         generation = self._execute(prompts, tokens, output, prompts.first)
@@ -286,9 +296,8 @@ class Call:
             known = [offset + event.end for event in events if event.step[:3] == head]
             self.timing.prefill += max(known, default=self._elapsed()) - offset
         if isinstance(output, NewTokens):
-            now, places = self._elapsed(), (generation.next - first) * len(prompts.newest)
-            self.timing.count_run(stage, now - self._counted, output.count - made, places)
-            self._counted = now
+            places = (generation.next - first) * len(prompts.newest)
+            self.timing.count_run(stage, self._elapsed(), output.count - made, places)
         return generation
 
     def _elapsed(self) -> float:

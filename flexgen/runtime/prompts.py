@@ -108,8 +108,8 @@ class Prompts:
     batches: the number of rows of each GPU batch, in order. `self.batches` are the numbers of these rows. Prompts
     beyond them wait for a place in the block: `waiting` has them in batches of the size of the first.
     passes: the passes for the longest prompt. If the cache has tokens before `prompts`, all prompts must have the
-    same length. `positions_computed`: the positions of all prompts, including padding. `made`: the newest ids (rows,)
-    that the compute device has chosen for each batch, which the host may not have yet.
+    same length. `made`: the newest ids (rows,) that the compute device has chosen for each batch, which the host may
+    not have yet.
 
     Pass 0 computes the first new token of the prompts that have begun together. Prompts that enter later use the
     numbers of the other rows' passes.
@@ -138,13 +138,12 @@ class Prompts:
         self.waiting = [list(later[n : n + batches[0]]) for n in range(0, len(later), batches[0])]
         later_sizes = [self._positions(rows) for rows in self.waiting]
         sizes = [self._positions(rows) for rows in groups]
-        self.positions_computed = sum(sizes) + sum(later_sizes)
         sizes = [max([size, *later_sizes]) for size in sizes]
         buffer = self._taken.buffer(machine.host, (sum(sizes) + seated) * torch.int64.itemsize, "prompts")
         *rooms, self.newest = buffer.view(torch.int64).split([*sizes, seated])
         self.newest.zero_()
         self._ids = _PromptIds(prompts, passes, pad_id, rooms, self.device.torch_device)
-        self._group([self._ids.batch(rows, k, 0) for k, rows in enumerate(groups)])
+        self._batches = [self._ids.batch(rows, k, 0) for k, rows in enumerate(groups)]
         self._slots = [
             torch.zeros(
                 max([*sizes, max(batches) * passes.decoded]),
@@ -161,10 +160,10 @@ class Prompts:
         """The positions of the prompts of a batch, including padding."""
         return len(rows) * max(self.lengths[row] for row in rows)
 
-    def _group(self, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-        sizes = accumulate((len(batch.rows) for batch in batches), initial=0)
-        self._in_newest = [slice(a, b) for a, b in pairwise(sizes)]
+    @property
+    def prompt_positions(self) -> int:
+        """The positions of the prompts in the block and of those that wait, including padding."""
+        return sum(map(self._positions, (*self.batches, *self.waiting)))
 
     @property
     def pad_id(self) -> int:
@@ -265,7 +264,7 @@ class Prompts:
                 by_age = tuple(sorted(rows, key=began.__getitem__))
                 own = tuple(began[row] for row in by_age), tuple(self.lengths[row] for row in by_age)
                 made.append(Batch(by_age, *own, self.device.torch_device))
-        self._group(made)
+        self._batches = made
         # A prompt that enters has no newest id yet, so any id will do.
         newest = [order.get(row, 0) for row in chain.from_iterable(batch.rows for batch in made)]
         self.newest[: len(newest)] = self.newest[newest]
@@ -318,7 +317,8 @@ class Prompts:
 
     def rows(self, batch: int) -> slice:
         """The rows of `batch` in `newest`."""
-        return self._in_newest[batch]
+        begin = sum(len(before.rows) for before in self._batches[:batch])
+        return slice(begin, begin + len(self._batches[batch].rows))
 
     def positions(self, cell: BoundCell) -> Tensor:
         """(rows, new) on the compute device, counted from the row's first token, which may be in a shared prefix.

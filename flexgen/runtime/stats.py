@@ -103,6 +103,7 @@ class Meter:
             Tier.DISK: self.weights_on_disk + machine.disk.peak,
         }
         order = call.order_of(len(batch_sizes(model.policy, len(prompts)))).name
-        counts = len(prompts), sum(map(len, prompts)), new_tokens, call.positions_computed
-        sharing = call.shared, call.groups, call.reused
+        found = call.counts
+        counts = len(prompts), sum(map(len, prompts)), new_tokens, found.positions_computed
+        sharing = found.shared, found.groups, found.reused
         return Stats(call.timing, model.policy, order, plan, peak, *counts, *sharing)

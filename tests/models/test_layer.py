@@ -154,8 +154,9 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
         for layer, call in _cases(config, dtype, seq, context, starts, sep_layer):
             peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
-            # The estimate has room for the copies of the compiled products, which `peak_bytes` does not see.
-            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3
+            # The estimate has room for the copies of the compiled products, which `peak_bytes` does not see, and
+            # for those of the rotation in torch, which the compiled one does not make.
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3.5
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 

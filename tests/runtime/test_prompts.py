@@ -31,7 +31,7 @@ def test_prompts_beyond_the_block_wait_and_enter(device: str, machine: Any, run:
     with machine(device) as m:
         prompts = prompts_on(m)
         assert (prompts.batches, prompts.waiting) == ([[0, 1], [2, 3]], [[4, 5]])
-        assert prompts.positions_computed == 8 + 6 + 4
+        assert prompts.prompt_positions == 8 + 6 + 4
         moved = prompts.regroup([[1, 3], [4, 5]], 2)
         assert moved == [Moved(((0, 1), (1, 1)), (5, 4), 4, None), Moved((), (5, 4), 0, None, 2)]
         assert not prompts.waiting
