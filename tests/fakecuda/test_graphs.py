@@ -77,8 +77,9 @@ def test_a_capture_can_be_refused():
 
 # The engine's
 
-LONG = [list(range(5, 5 + n)) for n in (50, 44, 47, 30, 51, 20, 45, 46, 43)]
-"""With 24 new tokens they cross from one extent of attention to the next, which is at 64 tokens."""
+LONG = [list(range(5 + row, 5 + row + n)) for row, n in enumerate((50, 44, 47, 30, 51, 20, 45, 46, 43))]
+"""With 24 new tokens they cross from one extent of attention to the next, which is at 64 tokens. They share no
+prefix, because cells with a prefix are not captured."""
 each_model = pytest.mark.parametrize("config", [cases.OPT, cases.LLAMA], ids=["opt", "llama"])
 
 
