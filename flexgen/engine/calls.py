@@ -27,11 +27,11 @@ from flexgen.runtime.request import Request
 from flexgen.schedule.orders import Slots, normal, overlap_multi_batch
 from flexgen.workload import Workload
 
-_PASS_IN_PLACE = 128
-"""Positions. With fewer rows, products of matrices take about as long."""
-_PASS_THAT_LOADS = 16_384
-"""Positions that a device computes while all weights arrive: two passes at 2000 to 8000 positions each, for a link of
-12 to 25 GB/s and 50 to 100 TFLOPS."""
+_PASS_IN_PLACE = 64
+"""Positions of a pass. With fewer rows, products of matrices take about as long."""
+_PASS_THAT_LOADS = 8_192
+"""Positions that a device computes while all weights arrive once: 2000 to 8000 for a link of 12 to 25 GB/s and 50 to
+100 TFLOPS."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class CallPlans:
     retained: dict[Buffers, tuple[Need, ...]] = field(default_factory=dict)
 
     @cached_property
-    def call_positions(self) -> float:
-        """The number of positions that a call computes in the time that its passes take for any number of rows.
+    def pass_positions(self) -> float:
+        """The number of positions that a pass computes in the time that it takes for any number of rows.
 
         It is a rough estimate, from the share of the weights that move to the compute device in each pass.
         """
@@ -118,7 +118,7 @@ class CallPlans:
         needs = all_logits, extra_needs, whole_prompts
         policy, stretches = self.opened.policy, self.layers[0].spec.stretches(workload.capacity)
         if shares(policy) and not stretches:
-            passes = BlockPasses(policy.block_size, workload.gen_len, self.call_positions / 2)
+            passes = BlockPasses(policy.block_size, workload.gen_len, self.pass_positions)
             groups = prefix_groups(request, shared_tokens(workload, policy), passes)
             if len(groups) > 1:
                 with suppress(CapacityError, RequestError):

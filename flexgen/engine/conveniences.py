@@ -279,7 +279,8 @@ class Conveniences(ABC):
             return self.forward(ids, _all(ids))
 
         texts_ids = [ids.tolist() for ids in request.prompts]
-        return scoring.score(forward, texts_ids, rows, self._plans.call_positions)
+        # A call for texts that share a beginning has two passes: for the beginning, and for the rest.
+        return scoring.score(forward, texts_ids, rows, 2 * self._plans.pass_positions)
 
     def _read(self, texts: Sequence[Text], special_tokens: bool) -> Request:
         if isinstance(texts, str):

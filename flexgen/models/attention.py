@@ -104,6 +104,8 @@ class Attention(AttentionLayer):
     def _stored_values(self, v: Tensor) -> Tensor:
         """v (batch, kv_heads, seq, value_dim) with its norm and factor, (batch, kv_heads, seq, head_dim)."""
         own = self.layer_spec.attention
+        if own.values.from_keys and own.values.norm is None:
+            v = v.clone()  # the rotation may overwrite the keys
         v = normalise(own.values.norm, v, {})
         if own.values.scale != 1:
             v = v * own.values.scale

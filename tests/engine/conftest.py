@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from flexgen import OptLM
 from flexgen.models.embed import Head
 from flexgen.policy import Policy
 
@@ -191,3 +192,22 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Head, "forward", counted)
     return counts
+
+
+@pytest.fixture(scope="session")
+def without_sharing() -> Callable[..., np.ndarray]:
+    """The ids of a call that shares no prefix, with everything in one memory. Each result is computed once."""
+    known: dict[object, np.ndarray] = {}
+
+    def ids(
+        directory: str | Path, rows: list[list[int]], tokens: int, stop: Sequence[int] = ()
+    ) -> np.ndarray:
+        key = str(directory), tuple(map(tuple, rows)), tokens, tuple(stop)
+        if key not in known:
+            policy = Policy(gpu_batch_size=len(rows), share_prefix=False)
+            with OptLM(directory, policy, device="cpu", dtype="float32", progress=False) as lm:
+                known[key] = lm.generate(rows, tokens, stop=stop)
+                assert lm.stats is not None and lm.stats.prefix == 0
+        return known[key]
+
+    return ids

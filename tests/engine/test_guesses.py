@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from piece_sizes import piece_sizes
-from torch import Tensor
 
 from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
 from flexgen.errors import PolicyError
 from flexgen.policy import Policy, Tier
-from flexgen.runtime.choice import NewIds, Sampled
+from flexgen.runtime.choice import Limited, NewIds, Sampled
 from flexgen.runtime.guesses import Propose, copied
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
@@ -35,19 +33,6 @@ SPLITS = [{"gpu": 100}, {"cpu": 100}, {"gpu": 50, "cpu": 50}]
 def completed(lm: OptLM, rows: Any, choice: Any, propose: Propose = copied, **options: Any) -> np.ndarray:
     request = read_request(lm.spec, rows)
     return lm.generate_with(Completion(request, TOKENS, choice, pad=PAD, propose=propose), **options)
-
-
-class Timed(Sampled):
-    """Ends row n with its new token number `times[n]`, counted from 1."""
-
-    can_end = True
-
-    def __init__(self, times: Sequence[int], temperature: float = 0.0, seed: int = 0) -> None:
-        super().__init__(temperature, seed=seed)
-        self._times = torch.tensor(times)
-
-    def ends(self, ids: Tensor, rows: Sequence[int], token: int) -> Tensor:
-        return self._times[list(rows)] == token + 1
 
 
 def oracle(texts: Sequence[np.ndarray], wrong: Callable[[int], bool]) -> Propose:
@@ -115,7 +100,7 @@ def test_every_order(order: str, device: str, attend_on: str, tiny: Any, prompts
                         assert len(heard.setdefault(row, [])) == new.token
                         heard[row].append(id)
 
-            out = completed(lm, rows, Timed(times), PROPOSERS[name](texts), listeners=[listen])
+            out = completed(lm, rows, Limited(Sampled(), times), PROPOSERS[name](texts), listeners=[listen])
             np.testing.assert_array_equal(out, expected)
             width = max(LENGTHS)
             assert [heard[n] for n in range(len(rows))] == [
@@ -180,7 +165,11 @@ def test_ids_do_not_depend_on_guesses(
     )
 
     def choice() -> Sampled:
-        return Sampled(temperature, seed=seed) if times is None else Timed(times, temperature, seed)
+        return (
+            Sampled(temperature, seed=seed)
+            if times is None
+            else Limited(Sampled(temperature, seed=seed), times)
+        )
 
     with piece_sizes(page_tokens=4, memory_page_tokens=4):
         with OptLM(model.directory, policy, device=place[0], order=order, progress=False) as lm:

@@ -54,20 +54,8 @@ def family(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(family: Any) -> Any:
-    """The ids without sharing, with everything in one memory. Each result is computed once."""
-    known: dict[object, np.ndarray] = {}
-
-    def ids(name: str, rows: list[list[int]], stop: Sequence[int] = ()) -> np.ndarray:
-        key = name, tuple(map(tuple, rows)), tuple(stop)
-        if key not in known:
-            policy = Policy(gpu_batch_size=len(rows), share_prefix=False)
-            with OptLM(family(name), policy, device="cpu", dtype="float32", progress=False) as lm:
-                known[key] = lm.generate(rows, TOKENS, stop=stop)
-                assert lm.stats is not None and lm.stats.prefix == 0
-        return known[key]
-
-    return ids
+def whole(family: Any, without_sharing: Any) -> Any:
+    return lambda name, rows, stop=(): without_sharing(family(name), rows, TOKENS, stop)
 
 
 def shared(lm: OptLM, rows: list[list[int]], stop: Sequence[int] = (), length: int = PREFIX) -> np.ndarray:

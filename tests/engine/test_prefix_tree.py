@@ -61,19 +61,8 @@ def _every_group_is_worth_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Any) -> Any:
-    """The ids without sharing, with everything in one memory. Each result is computed once."""
-    known: dict[object, np.ndarray] = {}
-
-    def ids(name: str, rows: list[list[int]], stop: Sequence[int] = ()) -> np.ndarray:
-        key = name, tuple(map(tuple, rows)), tuple(stop)
-        if key not in known:
-            policy = Policy(gpu_batch_size=len(rows), share_prefix=False)
-            with OptLM(tiny(name).directory, policy, device="cpu", dtype="float32", progress=False) as lm:
-                known[key] = lm.generate(rows, TOKENS, stop=stop)
-        return known[key]
-
-    return ids
+def whole(tiny: Any, without_sharing: Any) -> Any:
+    return lambda name, rows, stop=(): without_sharing(tiny(name).directory, rows, TOKENS, stop)
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from piece_sizes import piece_sizes
-from torch import Tensor
 
 from flexgen.engine.completion import Completion
 from flexgen.engine.model import OptLM
@@ -23,7 +21,7 @@ from flexgen.memory.disk import DiskIO
 from flexgen.policy import Policy
 from flexgen.predict.refill import refilled_passes
 from flexgen.results.report import Stage
-from flexgen.runtime.choice import NewIds, Sampled
+from flexgen.runtime.choice import Choice, Limited, NewIds, Sampled
 from flexgen.runtime.request import read_request
 from flexgen.schedule.orders import ORDERS
 from flexgen.schedule.steps import Op
@@ -35,19 +33,6 @@ SPLITS = [{"gpu": 100}, {"cpu": 100}, {"disk": 100}, {"gpu": 34, "cpu": 33, "dis
 PAD = 0
 
 
-class Timed(Sampled):
-    """Ends row n with its new token number `times[n]`, counted from 1."""
-
-    can_end = True
-
-    def __init__(self, times: Sequence[int], temperature: float = 0.0, seed: int = 0) -> None:
-        super().__init__(temperature, seed=seed)
-        self._times = torch.tensor(times)
-
-    def ends(self, ids: Tensor, rows: Sequence[int], token: int) -> Tensor:
-        return self._times[list(rows)] == token + 1
-
-
 def cut(ids: np.ndarray, width: int, times: Sequence[int]) -> np.ndarray:
     """The ids of a call without stops, with pad ids after the end of each row."""
     ids = ids.copy()
@@ -57,7 +42,7 @@ def cut(ids: np.ndarray, width: int, times: Sequence[int]) -> np.ndarray:
 
 
 def generated(
-    lm: OptLM, rows: Any, choice: Timed, tokens: int = TOKENS, sorted_in: int | None = None, **options: Any
+    lm: OptLM, rows: Any, choice: Choice, tokens: int = TOKENS, sorted_in: int | None = None, **options: Any
 ) -> np.ndarray:
     request = replace(read_request(lm.spec, rows), sorted_in=sorted_in)
     return lm.generate_with(Completion(request, tokens, choice, pad=PAD), **options)
@@ -85,7 +70,9 @@ def test_ids_are_those_of_transformers(
     times = geometric(len(rows))
     policy = mixed(cache=split, gpu_batch_size=2, num_gpu_batches=3)
     with OptLM(model.directory, policy, device=device, progress=False, order=order) as lm:
-        np.testing.assert_array_equal(generated(lm, rows, Timed(times)), expected(model, rows, times))
+        np.testing.assert_array_equal(
+            generated(lm, rows, Limited(Sampled(), times)), expected(model, rows, times)
+        )
         assert lm.stats is not None
         refilled = sum(lm.stats.timing.ran)
         blocks = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
@@ -142,7 +129,7 @@ def test_any_times_to_end(
         piece_sizes(page_tokens=page),
         OptLM(model.directory, policy, device=device, progress=False, order=order) as lm,
     ):
-        ids = generated(lm, rows, Timed(times), sorted_in=sorted_in)
+        ids = generated(lm, rows, Limited(Sampled(), times), sorted_in=sorted_in)
         np.testing.assert_array_equal(ids, expected(model, rows, times))
         assert lm.stats is not None
         assert (lm.stats.prefix >= SHORTEST) == (prefix > 0 and len(rows) > 1)
@@ -174,7 +161,9 @@ def test_the_rows_of_each_pass(
     model, rows = tiny(NAME), prompts([4] * 6)
     policy = mixed(gpu_batch_size=2, num_gpu_batches=2)
     with OptLM(model.directory, policy, device=device, progress=False) as lm:
-        np.testing.assert_array_equal(generated(lm, rows, Timed(times), 6), expected(model, rows, times, 6))
+        np.testing.assert_array_equal(
+            generated(lm, rows, Limited(Sampled(), times), 6), expected(model, rows, times, 6)
+        )
         assert lm.stats is not None
         steps = [event.step for event in lm.stats.timing.trace.events]
     assert heads == computed
@@ -190,7 +179,9 @@ def test_rows_that_began_at_many_different_passes(device: str, tiny: Any, prompt
     times = rng.integers(1, TOKENS + 1, len(rows)).tolist()
     policy = mixed(cache=SPLITS[3], gpu_batch_size=8, num_gpu_batches=4)
     with OptLM(model.directory, policy, device=device, progress=False) as lm:
-        np.testing.assert_array_equal(generated(lm, rows, Timed(times)), expected(model, rows, times))
+        np.testing.assert_array_equal(
+            generated(lm, rows, Limited(Sampled(), times)), expected(model, rows, times)
+        )
 
 
 def test_samples_do_not_depend_on_the_batches(tiny: Any, prompts: Any, mixed: Any) -> None:
@@ -199,7 +190,7 @@ def test_samples_do_not_depend_on_the_batches(tiny: Any, prompts: Any, mixed: An
     for size, batches in ((12, 1), (2, 2), (1, 3)):
         policy = mixed(gpu_batch_size=size, num_gpu_batches=batches)
         with OptLM(model.directory, policy, device="emulated", progress=False) as lm:
-            made.append(generated(lm, rows, Timed(times, temperature=1.3, seed=7)))
+            made.append(generated(lm, rows, Limited(Sampled(1.3, seed=7), times)))
     np.testing.assert_array_equal(made[1], made[0])
     np.testing.assert_array_equal(made[2], made[0])
 
@@ -219,7 +210,7 @@ def test_rows_are_heard_as_they_end(tiny: Any, prompts: Any, mixed: Any) -> None
 
     policy = mixed(gpu_batch_size=1, num_gpu_batches=2)
     with OptLM(model.directory, policy, device="cpu", progress=False) as lm:
-        generated(lm, rows, Timed(times), listeners=[listen])
+        generated(lm, rows, Limited(Sampled(), times), listeners=[listen])
     assert heard == times
     assert sorted(row for row, _ in ended) == list(range(8))
     assert ended[0] == (1, 2), "row 1 ends when only two prompts have begun"
@@ -234,7 +225,7 @@ def test_entering_stays_within_the_plan(split: Any, device: str, tiny: Any, prom
         machine = lm._machine
         lm.generate(rows, TOKENS, stop=())
         peaks = machine.host.peak, machine.device.memory.peak, machine.disk.peak
-        generated(lm, rows, Timed(geometric(len(rows))))
+        generated(lm, rows, Limited(Sampled(), geometric(len(rows))))
         assert (machine.host.peak, machine.device.memory.peak, machine.disk.peak) == peaks
         assert machine.disk.used == 0, "nothing of a call stays behind"
         np.testing.assert_array_equal(lm.generate(rows, 3, stop=()), model.greedy(rows, 3))
@@ -255,9 +246,9 @@ def test_an_error_after_prompts_have_entered_leaves_a_working_model(
                     patch.setattr(DiskIO, "write", lambda *args: (_ for _ in ()).throw(OSError(28, "full")))
 
             with pytest.raises(Exception, match="full"):
-                generated(lm, rows, Timed([2, 1] * 4), listeners=[listen])
+                generated(lm, rows, Limited(Sampled(), [2, 1] * 4), listeners=[listen])
         np.testing.assert_array_equal(
-            generated(lm, rows, Timed([2, 1] * 4)), expected(model, rows, [2, 1] * 4)
+            generated(lm, rows, Limited(Sampled(), [2, 1] * 4)), expected(model, rows, [2, 1] * 4)
         )
 
 

@@ -1,5 +1,7 @@
 """Rotary positions: the compiled kernel against float64 and against torch."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,16 @@ from flexgen.kernels.rotation import (
 
 needs_kernel = pytest.mark.skipif(not native_available(), reason="no compiled kernels here")
 VARIANTS = native.variants() if native_available() else []
+
+
+@contextmanager
+def computed_by(variant):
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        yield
+    finally:
+        native.set_variant(before)
 
 
 def operands(rows, heads, kv_heads, head_dim, pairs, dtype, seed=0):
@@ -42,13 +54,9 @@ def operands(rows, heads, kv_heads, head_dim, pairs, dtype, seed=0):
 def test_the_kernel_is_exact(variant, rows, heads, kv_heads, pairs, rest, dtype, seed):
     q, k, cos, sin = operands(rows, heads, kv_heads, 2 * pairs + rest, pairs, dtype, seed)
     factors = token_factors(cos, sin)
-    plain, before = rotate_in_torch(q, k, factors), native.variant()
-    wide = [x.double() for x in (q, k)]
-    native.set_variant(variant)
-    try:
+    plain, wide = rotate_in_torch(q, k, factors), [x.double() for x in (q, k)]
+    with computed_by(variant):
         found = rotate_natively(q, k, factors)
-    finally:
-        native.set_variant(before)
     unit = torch.finfo(dtype).eps
     for each, exact, same in zip(found, wide, plain, strict=True):
         a, b, others = exact[..., :pairs], exact[..., pairs : 2 * pairs], exact[..., 2 * pairs :]
@@ -111,13 +119,9 @@ def test_tokens_are_rotated_as_in_torch(variant, batch, heads, seq, others, pair
     before, x = product.clone(), product[:, :, :heads].transpose(1, 2)
     first, second = pairs_of(x[..., : 2 * pairs], interleaved=False)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    chosen = native.variant()
-    native.set_variant(variant)
-    try:
+    with computed_by(variant):
         assert rotates_tokens(x, cos)
         found = rotate_tokens(x, cos, sin)
-    finally:
-        native.set_variant(chosen)
     assert found[..., : 2 * pairs].equal(turned)
     kept = before[:, :, :heads].transpose(1, 2)
     assert found[..., 2 * pairs :].equal(kept[..., 2 * pairs :])

@@ -26,6 +26,7 @@ from flexgen.models.spec import (
     QKNormSpec,
     RopeSpec,
     ScoreSpec,
+    ValueSpec,
 )
 
 HIDDEN, TOKENS = 32, 11
@@ -133,3 +134,18 @@ def test_queries_keys_and_values_are_multiplied_in_one_call(monkeypatch: pytest.
 
 def _rms(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_values_that_are_the_keys_are_not_rotated(tokens: int) -> None:
+    """In bfloat16, in which the compiled rotation overwrites the keys: like a projection with the same matrix."""
+    torch.manual_seed(0)
+    own, shared = (
+        layer_of(AttentionSpec(4, 2, 8, rope=ROPE, values=ValueSpec(from_keys=same)))
+        for same in (False, True)
+    )
+    weights = {weight.name: torch.randn(weight.shape).bfloat16() for weight in own.weights}
+    weights["v.weight"] = weights["k.weight"]
+    x = torch.randn(1, tokens, HIDDEN).bfloat16()
+    results = [layer.forward(x, weights, WholePrompt(tokens)) for layer in (own, shared)]
+    assert results[0].equal(results[1])
