@@ -5,7 +5,7 @@ def decode_attention(
     q: int,
     out: int,
     lse: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     format: tuple[int, int, int],
     keys: list[int],
     values: list[int],
@@ -17,9 +17,10 @@ def decode_attention(
     threads: int,
     /,
 ) -> None:
-    """`shape`: rows, heads, kv_heads, head_dim. `format`: bits, group, bytes of a head. `starts`, `ends`: 0 for none.
-    `scoring`: scale, cap, and the addresses of slopes and sinks, all float32; 0 for none. `lse`: float32, 0 for none;
-    with it, `out` is float32."""
+    """`shape`: rows, heads, kv_heads, new tokens, head_dim. q and `out`: (rows, new tokens, heads, head_dim).
+    `format`: bits, group, bytes of a head. `starts` (rows, new tokens), `ends` (rows,): int64, 0 for none. `scoring`:
+    scale, cap, and the addresses of slopes and sinks, all float32; 0 for none. `lse`: float32, 0 for none; with it,
+    `out` is float32."""
 
 def attend_prefix(
     type: int,
@@ -37,6 +38,23 @@ def attend_prefix(
 ) -> None:
     """`shape`: rows, heads, kv_heads, new tokens, head_dim, tokens, elements between K/V heads. `first` (rows, new),
     `positions` (rows,): int64, 0 for none. `scoring`: as above, without sinks. `out` and `lse`: float32."""
+
+def attend_prompt(
+    type: int,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    lse: int,
+    shape: tuple[int, int, int, int, int, int, int],
+    first: int,
+    scoring: tuple[float, float, int, int],
+    threads: int,
+    /,
+) -> None:
+    """`shape`: heads, kv_heads, new tokens, head_dim, tokens, and the elements of K and V between heads and between
+    tokens. q and out are (new tokens, heads, head_dim), `lse` (heads, new tokens) float32, 0 for none. `first` (new
+    tokens,): the first token of each window, int64, 0 for none. `scoring`: as for `decode_attention`."""
 
 def choose(
     type: int,
@@ -180,19 +198,69 @@ def largest(type: int, shape: tuple[int, int], x: int, stride: int, indices: int
     """The index (int64) of the first of the largest values of each row, or -1 for a row with a NaN. `shape`: rows,
     size. `stride`: elements between rows."""
 
-def store_token(
-    shape: tuple[int, int, int, int],
+def store_tokens(
+    shape: tuple[int, int, int, int, int],
     position: int,
+    lengths: int,
     k: int,
-    k_strides: tuple[int, int],
+    k_strides: tuple[int, int, int],
     k_pages: list[int],
     v: int,
-    v_strides: tuple[int, int],
+    v_strides: tuple[int, int, int],
     v_pages: list[int],
     /,
 ) -> None:
-    """Copy the keys and values of one token of each row to its place in the pages. `shape`: rows, kv_heads, tokens of
-    a page, bytes of a head. Strides: bytes between rows and between heads."""
+    """Copy the keys and values of the new tokens of each row to their places in the pages, from `position` on, or
+    from the position of the row in `lengths` (rows,) int64, 0 for none. `shape`: rows, kv_heads, new tokens, tokens
+    of a page, bytes of a head. Strides: bytes between rows, heads and tokens."""
+
+def grouped_linear(
+    type: int,
+    scale_type: int,
+    bits: int,
+    shape: tuple[int, int, int],
+    groups: int,
+    x: int,
+    y: int,
+    ends: int,
+    addresses: int,
+    encoding: tuple[int, int, int, int, int, int, bool] | None,
+    threads: int,
+    /,
+) -> None:
+    """`shape`: out, in, group. `ends` (groups,): int32. `addresses` (4, groups): int64, of values, scales, minimums
+    and biases; 0 for none."""
+
+def route(
+    type: int,
+    shape: tuple[int, int, int],
+    logits: int,
+    correction: int,
+    form: tuple[bool, bool, bool, float, float],
+    tokens: int,
+    factors: int,
+    places: int,
+    ends: int,
+    /,
+) -> None:
+    """`shape`: rows, experts, top_k. `correction`: float32, 0 for none. `form`: of `RouterForm`, without top_k."""
+
+def gather_rows(rows: int, nbytes: int, x: int, count: int, indices: int, y: int, /) -> None:
+    """Copy rows of x, which has `count` of them with `nbytes` each. `indices`: int64. Raises RuntimeError for other
+    indices."""
+
+def sum_experts(
+    type: int,
+    wide: bool,
+    shape: tuple[int, int, int],
+    x: int,
+    factors: int,
+    places: int,
+    out: int,
+    threads: int,
+    /,
+) -> None:
+    """`shape`: rows, top_k, size. `out` is in float32 if `wide`."""
 
 def record() -> None:
     """Record the calls of this thread from now on."""
@@ -201,12 +269,20 @@ def end_record() -> object | None:
     """The recorded calls; None if a kernel was called that cannot be recorded."""
 
 def replay(tapes: tuple[object, ...], later: int, threads: int, /) -> list[float]:
-    """Repeat recorded calls, one tape after the other, with `later` more tokens in the cache: `store_token` and
-    `decode_attention` add it to their position and length. Returns the seconds from the beginning to the end of each
-    tape. Raises RuntimeError if the pages have no room for the tokens."""
+    """Repeat recorded calls, one tape after the other, with `later` more tokens in the cache: `store_tokens` and
+    `decode_attention` add it to their position and length, if all rows have the same, and read those of rows again.
+    Returns the seconds from the beginning to the end of each tape. Raises RuntimeError if the pages have no room for
+    the tokens."""
+
+def profile(tapes: tuple[object, ...], later: int, threads: int, /) -> list[tuple[str, float]]:
+    """`replay` that returns the name and the seconds of each call."""
 
 def read(address: int, nbytes: int, threads: int, /) -> int:
     """Read whole MiB once, as fast as the memory gives them; returns a checksum."""
+
+def multiply_registers(steps: int, threads: int, /) -> int:
+    """Repeat products of values in registers on each thread, the most that the arithmetic units can do; returns the
+    number of operations. With products of bfloat16 they are in this type, otherwise in float32."""
 
 def variants() -> list[str]:
     """The instruction sets that this processor has and the kernels know, best first."""

@@ -1,4 +1,4 @@
-"""Attention of one new token per row over a paged cache, in place."""
+"""Attention of the new tokens of each row, one or a few, over a paged cache, in place."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ def decode_attention(
     scoring: Scoring,
     form: HeadFormat | None = None,
 ) -> Tensor:
-    """Attention of one new token per row over the first `length` positions of the cache.
+    """Attention of the new tokens of each row, the last of the first `length` positions of the cache.
 
-    q (rows, heads, 1, head_dim): in the dtype of the cache; heads is a multiple of kv_heads. form: the format of
-    heads in the pages. Plain memory beyond `length` must be finite, because only the compiled kernel never reads it:
-    allocate pages zero-filled. If rows have different lengths, this is also true for encoded memory. The new token of
-    a row is its last position, length - 1. Lengths on a GPU are not checked.
-    starts (rows,): integers below `length`. Positions before a row's start are padding; None for no padding. Without
-    the oldest pages of a window, positions count from the first page, and starts may be negative.
-    Returns (rows, heads, 1, head_dim). Softmax and sums are in float32.
+    q (rows, heads, new, head_dim): in the dtype of the cache; heads is a multiple of kv_heads. Each new token attends
+    to the positions up to its own. form: the format of heads in the pages. Plain memory beyond `length` must be
+    finite, because only the compiled kernel never reads it: allocate pages zero-filled. If rows have different
+    lengths, this is also true for encoded memory. The new tokens of a row are its last positions, up to length - 1.
+    Lengths on a GPU are not checked.
+    starts (rows,): integers, at most the position of the first new token. Positions before a row's start are padding;
+    None for no padding. Without the oldest pages of a window, positions count from the first page, and starts may be
+    negative.
+    Returns (rows, heads, new, head_dim). Softmax and sums are in float32. The compiled kernel reads keys and values
+    once for all new tokens, torch once for each of them.
     """
     form = form or PlainHeads(q.shape[-1], q.dtype)
     check_pages(q, pages, length, form)
@@ -75,9 +78,9 @@ def check_pages(q: Tensor, pages: Pages, length: Length, form: HeadFormat | None
     form = form or PlainHeads(q.shape[-1], q.dtype)
     rows, heads, queries, head_dim = q.shape
     kv_heads = pages[0][0].shape[1]
-    if queries != 1 or heads % kv_heads:
+    if not queries or heads % kv_heads:
         raise ValueError(
-            f"q has shape {tuple(q.shape)}: expected one query and a multiple of {kv_heads} heads"
+            f"q has shape {tuple(q.shape)}: expected a query or more and a multiple of {kv_heads} heads"
         )
     if head_dim != form.head_dim:
         raise ValueError(f"q has shape {tuple(q.shape)}: the pages store heads of {form.head_dim}")
@@ -96,10 +99,14 @@ def check_pages(q: Tensor, pages: Pages, length: Length, form: HeadFormat | None
     if isinstance(length, Tensor):
         if length.shape != (rows,) or length.dtype is not torch.int64 or length.device != q.device:
             raise ValueError(f"lengths must be {rows} int64 values on {q.device}, one per row")
-        if length.device.type == "cpu" and rows and not 1 <= int(length.min()) <= int(length.max()) <= total:
-            raise ValueError(f"lengths {length.tolist()}, but the pages have {total} tokens")
-    elif not 1 <= length <= total:
-        raise ValueError(f"length {length}, but the pages have {total} tokens")
+        if length.device.type == "cpu" and rows:
+            by_row = length.tolist()  # see `longest`
+            if not queries <= min(by_row) <= max(by_row) <= total:
+                raise ValueError(
+                    f"lengths {by_row}, but the pages have {total} tokens, {queries} of them new"
+                )
+    elif not queries <= length <= total:
+        raise ValueError(f"length {length}, but the pages have {total} tokens, {queries} of them new")
 
 
 def attend_in_torch(
@@ -110,13 +117,16 @@ def attend_in_torch(
     scoring: Scoring,
     form: HeadFormat | None = None,
 ) -> Tensor:
-    """`decode_attention` in torch, on every device.
+    """`decode_attention` in torch, on every device, for one new token after another.
 
     Whole pages are multiplied because a batched product with a slice of a larger buffer is ten times slower
     on a CPU. The query heads that share a K/V head are the M dimension of the product, so K and V are read
     once. Plain memory beyond `length` is multiplied by zero probabilities. Encoded pages are decoded in pieces, up to
     `length`.
     """
+    if q.shape[2] > 1:
+        outs = [attend_in_torch(*one, starts, scoring, form) for one in _one_by_one(q, pages, length)]
+        return torch.cat(outs, dim=2)
     probabilities = probabilities_in_torch(q, pages, length, starts, scoring, form).to(q.dtype)
     total = sum(k.shape[2] for k, _ in pages)
     return weigh_in_torch(probabilities, pages, longest(length, total), form).view(q.shape)
@@ -131,11 +141,20 @@ def part_in_torch(
     form: HeadFormat | None = None,
 ) -> Partial:
     """`decode_part` in torch, on every device; see `attend_in_torch`."""
+    if q.shape[2] > 1:
+        parts = [part_in_torch(*one, starts, scoring, form) for one in _one_by_one(q, pages, length)]
+        return Partial(*(torch.cat(some, dim=2) for some in zip(*parts, strict=True)))
     scores = _scores_in_torch(q, pages, length, starts, scoring, form)
     probabilities, lse = softmax_part(scores, scoring.sinks)
     products = probabilities.to(q.dtype).view(-1, q.shape[1] // pages[0][0].shape[1], scores.shape[-1])
     most = longest(length, scores.shape[-1])
     return Partial(_sums_in_torch(products, pages, most, form).view(q.shape), lse)
+
+
+def _one_by_one(q: Tensor, pages: Pages, length: Length) -> Iterator[tuple[Tensor, Pages, Length]]:
+    """The query of each new token, with the pages and the length up to it."""
+    for n, query in enumerate(q.split(1, dim=2), 1):
+        yield query, pages, length - q.shape[2] + n
 
 
 def attend_fused(

@@ -20,6 +20,7 @@ from flexgen.kernels.e4m3 import E4M3
 from flexgen.kernels.loading import NUMBERS, announce, native
 from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
+from flexgen.kernels.results import empty_result
 from flexgen.units import align
 
 _STEP = 32
@@ -239,7 +240,7 @@ def _multiply_natively(
 ) -> list[Tensor]:
     x, call = x.contiguous(), matrices[0].call
     assert call is not None
-    ys = [torch.empty(*x.shape[:-1], matrix.shape[0], dtype=x.dtype) for matrix in matrices]
+    ys = [empty_result((*x.shape[:-1], matrix.shape[0]), x.dtype) for matrix in matrices]
     native.packed_linear(
         NUMBERS[x.dtype],
         call.scale_type,

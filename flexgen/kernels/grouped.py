@@ -94,9 +94,10 @@ def each_linear(
     return results
 
 
-class _Form(NamedTuple):
-    """How the matrices of a call are stored, as `native.packed_linears` needs it."""
+class Form(NamedTuple):
+    """How matrices (out, in) are stored, as the compiled kernel needs it."""
 
+    shape: tuple[int, int]
     scale_type: int
     bits: int
     group: int
@@ -105,33 +106,49 @@ class _Form(NamedTuple):
 
 def _native_form(
     x: Tensor, spans: Sequence[Span], matrices: Sequence[Tensor | QuantizedMatrix]
-) -> _Form | None:
+) -> Form | None:
     """The form of the matrices, if the compiled kernel multiplies all of them fastest."""
     if x.device.type != "cpu" or x.dtype not in NUMBERS or not x.is_contiguous() or not announce():
         return None
     most = max(end - begin for begin, end in spans)
-    forms = {_form(x.dtype, matrix, most) for matrix in matrices}
+    if most > min(most_rows(x.dtype, matrix) for matrix in matrices):
+        return None
+    return common_form(x.dtype, matrices)
+
+
+def most_rows(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix) -> int:
+    """The maximum rows of an x in `dtype` for which the compiled kernel multiplies a matrix of an expert fastest."""
+    rows = half_linear.native_rows(dtype) if isinstance(matrix, Tensor) else matrix.fused_rows(dtype)
+    return min(rows, SPAN)  # x is copied for all matrices at once
+
+
+def common_form(dtype: torch.dtype, matrices: Sequence[Tensor | QuantizedMatrix]) -> Form | None:
+    """The form of all matrices on a CPU for an x in `dtype`; None if they differ or the compiled kernel does not know
+    it."""
+    forms = {_form(dtype, matrix) for matrix in matrices}
     return forms.pop() if len(forms) == 1 else None
 
 
-def _form(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix, rows: int) -> _Form | None:
-    if rows > SPAN:  # x is copied for all matrices at once
-        return None
+def _form(dtype: torch.dtype, matrix: Tensor | QuantizedMatrix) -> Form | None:
     if isinstance(matrix, EncodedMatrix):
         call = matrix.encoded.call
-        if call is None or rows > matrix.fused_rows(dtype):
+        if call is None:
             return None
-        return _Form(call.scale_type, call.bits, call.group, call.encoding)
+        return Form(matrix.encoded.shape, call.scale_type, call.bits, call.group, call.encoding)
     if isinstance(matrix, GroupwiseMatrix):
         packed = matrix.packed
-        plain = all(part.is_contiguous() for part in (packed.values, packed.scales, packed.minimums))
-        if not plain or matrix.rounded or rows > matrix.fused_rows(dtype):
+        parts = packed.values, packed.scales, packed.minimums
+        if matrix.rounded or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
             return None
-        return _Form(NUMBERS[packed.scales.dtype], packed.bits, packed.group)
-    if not isinstance(matrix, Tensor) or matrix.is_mkldnn or matrix.dtype is not dtype:
+        out_size, in_size = packed.shape
+        return Form((out_size, in_size), NUMBERS[packed.scales.dtype], packed.bits, packed.group)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not isinstance(matrix, Tensor) or matrix.is_mkldnn or matrix.dtype is not dtype or not half:
         return None
-    few = rows <= half_linear.native_rows(dtype) and matrix.is_contiguous()
-    return _Form(NUMBERS[dtype], _HALF_BITS, matrix.shape[1]) if few else None
+    if not matrix.is_contiguous() or matrix.device.type != "cpu":
+        return None
+    out_size, in_size = matrix.shape
+    return Form((out_size, in_size), NUMBERS[dtype], _HALF_BITS, in_size)
 
 
 def _multiply_natively(
@@ -139,16 +156,16 @@ def _multiply_natively(
     spans: Sequence[Span],
     columns: Sequence[Sequence[Tensor | QuantizedMatrix]],
     results: Sequence[Tensor],
-    form: _Form,
+    form: Form,
 ) -> None:
-    out_size, in_size = results[0].shape[1], x.shape[1]
+    out_size, in_size = form.shape
     first_x, step_x, step_y = x.data_ptr(), in_size * x.itemsize, out_size * x.itemsize
     products = []
     for column, y in zip(columns, results, strict=True):
         first_y = y.data_ptr()
         for (begin, end), matrix in zip(spans, column, strict=True):
             addresses = end - begin, first_x + begin * step_x, first_y + begin * step_y
-            products.append((*addresses, *_addresses(matrix)))
+            products.append((*addresses, *addresses_of(matrix)))
     native.packed_linears(
         NUMBERS[x.dtype],
         form.scale_type,
@@ -160,7 +177,7 @@ def _multiply_natively(
     )
 
 
-def _addresses(matrix: Tensor | QuantizedMatrix) -> tuple[int, int, int]:
+def addresses_of(matrix: Tensor | QuantizedMatrix) -> tuple[int, int, int]:
     """The addresses of values, scales and minimums; 0 for none."""
     if isinstance(matrix, EncodedMatrix):
         return matrix.encoded.addresses

@@ -1,4 +1,4 @@
-"""Matrices of groups of rows on a GPU, for products that do not need the host.
+"""Matrices of groups of rows, for products of all groups in one call.
 
 A mixture of experts multiplies each expert with the rows that chose it. The numbers of rows are on the GPU, so one
 product for each expert needs them on the host, which waits for the GPU. `grouped_matrices` chooses a product that
@@ -7,8 +7,8 @@ reads them on the GPU:
 - torch's grouped product, for plain bfloat16 matrices at equal distances and any number of rows;
 - otherwise the Triton kernel, for matrices in any places, plain or encoded, and a few rows of each.
 
-Without either, the host multiplies each group (`grouped.each_linear`). An encoded matrix with many rows is faster
-decoded, also one by one.
+On a CPU, the compiled kernel has the same product, which a tape can record. Without any of them, the host multiplies
+each group (`grouped.each_linear`). An encoded matrix with many rows is faster decoded, also one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels import grouped
-from flexgen.kernels.loading import NUMBERS, triton_grouped
+from flexgen.kernels.loading import NUMBERS, announce, native, triton_grouped
 from flexgen.kernels.packed import MatrixForm, StoredMatrix
 from flexgen.kernels.quantized import QuantizedMatrix
 
@@ -75,6 +75,37 @@ class _Scattered:
         return kernels.multiply(x.contiguous(), ends, self.addresses, self.form)
 
 
+@dataclass(frozen=True)
+class _OnHost:
+    """Matrices that the compiled kernel of the CPU multiplies. addresses: as `_Scattered`. first: one of them."""
+
+    form: grouped.Form
+    addresses: Tensor
+    first: Tensor | QuantizedMatrix
+    dtype: torch.dtype
+
+    def serves(self, rows: int) -> bool:
+        return rows <= grouped.most_rows(self.dtype, self.first)
+
+    def multiply(self, x: Tensor, ends: Tensor) -> Tensor:
+        x, (out_size, in_size) = x.contiguous(), self.form.shape
+        y = x.new_empty(len(x), out_size)
+        native.grouped_linear(
+            NUMBERS[x.dtype],
+            self.form.scale_type,
+            self.form.bits,
+            (out_size, in_size, self.form.group),
+            self.addresses.shape[1],
+            x.data_ptr(),
+            y.data_ptr(),
+            ends.data_ptr(),
+            self.addresses.data_ptr(),
+            self.form.encoding,
+            torch.get_num_threads(),
+        )
+        return y
+
+
 def grouped_matrices(
     matrices: Sequence[Tensor | QuantizedMatrix], biases: Sequence[Tensor] | None, dtype: torch.dtype
 ) -> GroupedMatrices | None:
@@ -84,18 +115,30 @@ def grouped_matrices(
     With matrices in different places, it enqueues the upload of a table with their addresses.
     """
     first = _stored(matrices[0])
-    if first is None:
-        return None
+    if first is None:  # a form that only the kernel of a CPU knows
+        return _on_host(matrices, biases, dtype)
     device = first.values.device
     if biases is None and grouped.available(device, dtype):
         stack = grouped.stacked(matrices)
         if stack is not None and stack.dtype is dtype:
             return _Stack(stack)
     if triton_grouped(device) is None:
-        return None
+        return _on_host(matrices, biases, dtype) if device.type == "cpu" else None
     stored = [each for each in map(_stored, matrices) if each is not None]
     form = _common_form(stored, biases, dtype) if len(stored) == len(matrices) else None
     return None if form is None else _Scattered(form, address_table(stored, biases))
+
+
+def _on_host(
+    matrices: Sequence[Tensor | QuantizedMatrix], biases: Sequence[Tensor] | None, dtype: torch.dtype
+) -> _OnHost | None:
+    form = grouped.common_form(dtype, matrices) if dtype in NUMBERS and announce() else None
+    plain = biases is None or all(bias.dtype is dtype and bias.is_contiguous() for bias in biases)
+    if form is None or not plain:
+        return None
+    parts = zip(*map(grouped.addresses_of, matrices), strict=True)
+    own = [0] * len(matrices) if biases is None else [bias.data_ptr() for bias in biases]
+    return _OnHost(form, torch.tensor([*parts, own], dtype=torch.int64), matrices[0], dtype)
 
 
 def _stored(matrix: Tensor | QuantizedMatrix) -> StoredMatrix | None:

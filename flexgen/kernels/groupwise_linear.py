@@ -20,6 +20,7 @@ from flexgen.kernels.groupwise import check_packed, dequantise
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available, triton_kernels
 from flexgen.kernels.packed import MatrixForm, Packed, StoredMatrix
 from flexgen.kernels.quantized import EVERY_ROW, QuantizedMatrix
+from flexgen.kernels.results import empty_result
 
 DOTS = "avx512_bf16"
 """The compiled variant with dot products of bfloat16 and of int8."""
@@ -193,7 +194,7 @@ def multiply_all_natively(
     rows."""
     x, first = x.contiguous(), matrices[0]
     in_size = x.shape[-1]
-    ys = [torch.empty(*x.shape[:-1], len(packed.values), dtype=x.dtype) for packed in matrices]
+    ys = [empty_result((*x.shape[:-1], len(packed.values)), x.dtype) for packed in matrices]
     native.packed_linear(
         NUMBERS[x.dtype],
         NUMBERS[first.scales.dtype],

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexgen.kernels.groupwise_linear import SPAN
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
 from flexgen.kernels.quantized import EVERY_ROW
+from flexgen.kernels.results import empty_result
 from flexgen.units import MIB, align
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -29,8 +30,9 @@ ROWS = 1024
 """Rows of x that are widened at once."""
 PIECE_BYTES = 4 * MIB
 """Bytes in float32 of a piece of the matrix that is widened at once. It stays in a cache until it is multiplied."""
-_TILE_ROWS, _LINE = 4, 64
-"""The same as in cpp/tiles.h: x is copied in whole tiles of rows and whole cache lines, with a line between rows."""
+_TILE_ROWS, _DEPTH_BYTES, _LINE = 4, 4096, 64
+"""The same as in cpp/tiles.h: x is copied in whole tiles of rows, `_DEPTH_BYTES` of all rows before the next ones, in
+whole cache lines, with a line between rows."""
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:
@@ -76,7 +78,9 @@ def workspace_bytes(rows: int, out_size: int, in_size: int, dtype: torch.dtype) 
     if rows <= native_rows(dtype):
         paired = dtype is torch.bfloat16 and has_products(dtype)
         item = dtype.itemsize if paired else torch.float32.itemsize
-        return align(min(rows, SPAN), _TILE_ROWS) * (align(in_size * item, _LINE) + _LINE)
+        row_bytes = in_size * item
+        pitch = align(min(row_bytes, _DEPTH_BYTES), _LINE) + _LINE
+        return align(min(rows, SPAN), _TILE_ROWS) * -(-row_bytes // _DEPTH_BYTES) * pitch
     return 0 if has_products(dtype) else pieces_bytes(rows, out_size, in_size)
 
 
@@ -107,7 +111,7 @@ def multiply_all_natively(
     """`multiply_natively` of x with several matrices in one call."""
     in_size = x.shape[-1]
     x = x.contiguous()
-    ys = [torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype) for weight in weights]
+    ys = [empty_result((*x.shape[:-1], len(weight)), x.dtype) for weight in weights]
     native.packed_linear(
         NUMBERS[x.dtype],
         NUMBERS[x.dtype],

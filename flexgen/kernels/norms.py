@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen.kernels.loading import NUMBERS, announce, native, native_available
+from flexgen.kernels.results import empty_result
 
 
 def rms_norm(
@@ -41,7 +42,7 @@ def rms_norm_natively(x: Tensor, weight: Tensor | None, eps: float, plus: float,
     """`rms_norm` with the compiled kernel, for a weight in the dtype of x."""
     x = x.contiguous()
     size = x.shape[-1]
-    y = torch.empty_like(x)
+    y = empty_result(x.shape, x.dtype)
     native.rms_norm(
         NUMBERS[x.dtype],
         round_first,

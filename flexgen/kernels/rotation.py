@@ -16,8 +16,9 @@ _TYPES = torch.bfloat16, torch.float16
 
 
 def token_factors(cos: Tensor, sin: Tensor) -> Tensor:
-    """The factors of `rotate_token`, (batch, 4, 1, n), from `rope_tables` of one position per row."""
-    return torch.stack((cos, cos, -sin, sin), dim=1).flatten(1, 2)
+    """The factors of `rotate_token`, (batch * seq, 4, 1, n), from `rope_tables` of `seq` positions per row."""
+    cos, sin = (x.flatten(0, 2)[:, None, None] for x in (cos, sin))
+    return torch.cat((cos, cos, -sin, sin), dim=1)
 
 
 def rotate_token(q: Tensor, k: Tensor, factors: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:

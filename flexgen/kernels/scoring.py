@@ -19,7 +19,9 @@ def longest(length: Length, places: int) -> int:
     """The largest of the rows' lengths. For lengths on a GPU it is the limit `places`: to read them is to wait."""
     if isinstance(length, int):
         return length
-    return int(length.max()) if length.device.type == "cpu" and length.numel() else places
+    if length.device.type != "cpu":
+        return places
+    return max(length.tolist(), default=places)  # unlike operations of torch, it can be part of a tape
 
 
 class Window(NamedTuple):

@@ -64,10 +64,10 @@ def choose(
 
     The other arguments are those of `decode_attention`. The last position of a row is the new token. Compiled
     kernels compute scores in float32, torch in the dtype of q. Raises ValueError unless scores are plain and without
-    a window.
+    a window, and q has one new token.
     """
-    if not scoring.plain or scoring.window is not None:
-        raise ValueError("sparse attention needs plain scores without a window")
+    if not scoring.plain or scoring.window is not None or q.shape[2] != 1:
+        raise ValueError("sparse attention needs one new token, and plain scores without a window")
     check_pages(q, pages, length)
     if q.device.type == "cpu" and q.dtype in NUMBERS and announce():
         return choose_natively(q, pages, length, starts, scoring, sparsity)

@@ -8,7 +8,9 @@ number of cached tokens grows, which `replay` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +49,26 @@ def replay(tapes: Sequence[Tape], later: int) -> list[float]:
     Returns the seconds from the beginning to the end of each tape. Raises RuntimeError if the pages of the cache have
     no room for the token.
     """
-    return native.replay(tuple(tape.calls for tape in tapes), later, torch.get_num_threads())
+    arguments = tuple(tape.calls for tape in tapes), later, torch.get_num_threads()
+    if _profile is None:
+        return native.replay(*arguments)
+    began = time.perf_counter()
+    _profile.append(native.profile(*arguments))
+    return [time.perf_counter() - began] * len(tapes)
+
+
+_profile: list[list[tuple[str, float]]] | None = None
+
+
+@contextmanager
+def profiled() -> Iterator[list[list[tuple[str, float]]]]:
+    """The name and the seconds of each call in each `replay` within the context. Only for benchmarks."""
+    global _profile
+    _profile = []
+    try:
+        yield _profile
+    finally:
+        _profile = None
 
 
 def record(work: Callable[[], _Result]) -> tuple[_Result, Tape | None]:

@@ -26,6 +26,10 @@ from flexgen.units import align
 
 _PROJECTIONS = ("q", "k", "v", "qkv")
 
+_FEW_TOKENS = 16
+"""Up to this number of new tokens of each row, the factors of their positions are made once for all layers. Those of
+a prompt would take too much memory."""
+
 
 class Attention(AttentionLayer):
     """Norms, query, key and value projections, attention and output projection."""
@@ -69,14 +73,16 @@ class Attention(AttentionLayer):
         return super().forward(x, weights, ctx)
 
     def qkv(self, x: Tensor, weights: Weights, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        rope = self.layer_spec.attention.rope
-        if rope is None or x.shape[1] > 1:
+        rope, (rows, seq) = self.layer_spec.attention.rope, x.shape[:2]
+        if rope is None or seq > _FEW_TOKENS:
             q, k, v = self._rotated(x, weights, ctx.positions, "qkv", ctx.text_length)
             return q, k, v
-        q, k, v = self._projected(x, weights, "qkv")
+        q, k, v = self._projected(x.flatten(0, 1).unsqueeze(1), weights, "qkv")  # each token as a row
         q, k = rotate_token(q, k, ctx.rope_factors(rope, x.dtype), rope.interleaved)
         q, k = self._normalised([q, k], weights, "qk", rotated=True)
-        return self._scaled(q, ctx.positions), k, v
+        q = self._scaled(q, ctx.positions.reshape(-1, 1))
+        q, k, v = (each.unflatten(0, (rows, seq)).squeeze(3).transpose(1, 2) for each in (q, k, v))
+        return q, k, v
 
     def _projected(self, x: Tensor, weights: Weights, names: str) -> list[Tensor]:
         """The projections whose letters are in `names`, in the order of "qkv": each (batch, heads, seq, head_dim).

@@ -76,7 +76,7 @@ class Context(Protocol):
         """Whether the head computes logits for the last position only."""
 
     def rope_factors(self, rope: RopeSpec, dtype: torch.dtype) -> Tensor:
-        """`token_factors` of `positions`, for one token per row. They are the same for all layers."""
+        """`token_factors` of `positions`, for a token or a few of each row. They are the same for all layers."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Causal attention of the new tokens over themselves and all tokens before them.

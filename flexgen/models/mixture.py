@@ -11,6 +11,15 @@ from torch import Tensor
 
 from flexgen.kernels import grouped
 from flexgen.kernels.linear import linear
+from flexgen.kernels.routing import (
+    Routed,
+    RouterForm,
+    by_expert,
+    expert_sum,
+    route_natively,
+    routes_natively,
+)
+from flexgen.kernels.rows import gather_rows
 from flexgen.kernels.workspaces import Workspaces
 from flexgen.models.layer import MatrixGroup, Weights, linear_weights
 from flexgen.models.mlp import MLP, FeedForward, compute_mlp, mlp_flops, mlp_weights, mlp_workspace
@@ -102,31 +111,38 @@ class Mixture(FeedForward):
         return out.to(x.dtype).view(x.shape)
 
     def _chosen(self, x: Tensor, weights: Weights) -> Tensor:
-        """The sum of the chosen experts' outputs for x (tokens, hidden), in float32."""
+        """The sum of the chosen experts' outputs for x (tokens, hidden), in float32 if it is used further."""
         mixture = self._mixture
-        router = mixture.router
-        chosen, factors = route(router, self._of_router(x, weights), weights)
-        if mixture.expert_scale:
-            factors = factors * weights["expert_scale"][chosen]
+        routed = self._routed(x, weights)
         if mixture.norms is not None:
             x = normalise(mixture.norms.experts_in, x, weights, "experts_in")
-        # The choices in the order of their experts, and where those of each expert end.
-        experts, order = chosen.flatten().sort(stable=True)
-        numbers = torch.arange(router.experts, device=x.device)
-        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        tokens, factors = order // router.top_k, factors.flatten()[order, None]
-        if len(order) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
+        tokens, factors, _, ends = routed
+        if len(tokens) > self.spec.chunk_tokens:  # outputs of all choices would take much memory
             out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for number, (begin, end) in _spans(ends).items():
                 rows, product = tokens[begin:end], self._each({number: (0, end - begin)}, weights)
-                out.index_add_(0, rows, self._weighted(x[rows], factors[begin:end], product))
+                out.index_add_(0, rows, self._weighted(x[rows], factors[begin:end, None], product))
             return out
-        together = self._in_one_product(len(order), weights)
+        together = self._in_one_product(len(tokens), weights)
         product = self._grouped(ends, weights) if together else self._each(_spans(ends), weights)
-        # In the order of the tokens again, because additions to the same row have no fixed order on a GPU.
-        by_token = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-        by_token[order] = self._weighted(x[tokens], factors, product)
-        return by_token.view(*chosen.shape, -1).sum(dim=1)
+        chosen = gather_rows(x, tokens)
+        if mixture.weighted == "inputs":
+            chosen = chosen * factors[:, None].to(x.dtype)
+            routed = routed._replace(factors=torch.ones_like(factors))
+        alone = mixture.norms is None and mixture.shared is None and mixture.scale == 1
+        return expert_sum(self._outputs(chosen, product), routed, x.dtype if alone else torch.float32)
+
+    def _routed(self, x: Tensor, weights: Weights) -> Routed:
+        """The experts that each token of x (tokens, hidden) chooses."""
+        router, own = self._mixture.router, self._of_router(x, weights)
+        logits = router_logits(router, own, weights)
+        plain = router.groups == 1 and not self._mixture.expert_scale
+        if plain and routes_natively(logits):
+            return route_natively(logits, weights.get("correction"), router_form(router))
+        chosen, factors = route(router, logits.float(), weights)
+        if self._mixture.expert_scale:
+            factors = factors * weights["expert_scale"][chosen]
+        return by_expert(chosen, factors, router.experts)
 
     def _of_router(self, x: Tensor, weights: Weights) -> Tensor:
         """The input of the router, from that of the mixture."""
@@ -305,10 +321,27 @@ def _spans(ends: Tensor) -> dict[int, tuple[int, int]]:
     return spans
 
 
-def route(router: RouterSpec, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """The experts that each token of x (tokens, hidden) chooses and their float32 factors, both (tokens, top_k)."""
+def router_logits(router: RouterSpec, x: Tensor, weights: Weights) -> Tensor:
+    """The logits (tokens, experts) for x (tokens, hidden)."""
     given = x.float() if router.wide else x
-    logits = linear(given, weights["router.weight"], weights.get("router.bias")).float()
+    return linear(given, weights["router.weight"], weights.get("router.bias"))
+
+
+def router_form(router: RouterSpec) -> RouterForm:
+    """The router as its kernel needs it."""
+    return RouterForm(
+        router.top_k,
+        router.score == "sigmoid",
+        router.scored == "all",
+        router.normalised,
+        router.least_sum,
+        router.scale,
+    )
+
+
+def route(router: RouterSpec, logits: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """The experts that each token chooses by its float32 logits (tokens, experts), and their float32 factors, both
+    (tokens, top_k)."""
     scores = _scores(router, logits) if router.scored == "all" else logits
     offered = scores + weights["correction"] if router.correction else scores
     if router.groups > 1:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen.kernels.compiled_attention import prompt_compiled
 from flexgen.kernels.elementwise import silu_product
 from flexgen.kernels.partial import Partial, flash_part
 from flexgen.kernels.rotation import pairs_of, rotate_tokens, rotates_tokens
@@ -204,6 +205,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softm
     """start: the position of the rows' first token, at most 0."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
+    compiled = prompt_compiled(
+        q, k, v, scoring, _window_begins(scoring.window, range(keys - queries, keys), start)
+    )
+    if compiled is not None:
+        return compiled if softmax is _PART else compiled[:1]
     if not scoring.plain:
         return _attend_scored(q, k, v, scoring, start, softmax)
     if heads == kv_heads:
@@ -218,6 +224,14 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, start: int, softm
     # The copies are small compared to the attention, and one call serves all rows.
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     return _attend_last(q, k, v, scoring, start, softmax)
+
+
+def _window_begins(window: Window | None, positions: range, start: int) -> Tensor | None:
+    """The first position that the query at each of `positions` attends to, int64 in host memory; None for 0."""
+    if window is None or window.first(positions.stop - 1 - start) + start <= 0:
+        return None
+    there = torch.arange(positions.start, positions.stop) - start
+    return (window.begin(there) + start).clamp_min_(0)
 
 
 def query_blocks(

@@ -10,8 +10,10 @@ import torch
 
 from flexgen.kernels import grouped, half_linear
 from flexgen.kernels.grouped import available, each_linear, grouped_linear, stacked
+from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.kernels.linear import linear
 from flexgen.kernels.loading import native_available
+from flexgen.kernels.tape import record, replay
 from flexgen.quant import codec_for
 
 compiled = pytest.mark.skipif(not native_available(), reason="the compiled kernels are not built")
@@ -150,3 +152,48 @@ def test_rows_do_not_depend_on_the_threads() -> None:
         assert all(map(torch.equal, multiply(), alone))
     finally:
         torch.set_num_threads(before)
+
+
+CODECS = ["none", "int8", "int4"]
+
+
+@compiled
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("codec", CODECS)
+def test_all_groups_on_the_cpu(
+    codec: str, dtype: torch.dtype, biased: bool, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half_linear, "native_rows", lambda dtype: 64)
+    shape, ends = (200, 128), torch.tensor([1, 1, 4, 17], dtype=torch.int32)  # the second group is empty
+    generator = torch.Generator().manual_seed(0)
+    plain = [(torch.randn(shape, generator=generator) / 8).to(dtype) for _ in ends]
+    biases = [torch.randn(200, generator=generator).to(dtype) for _ in ends] if biased else None
+    matrices = plain if codec == "none" else [_encoded(matrix, codec) for matrix in plain]
+    group = grouped_matrices(matrices, biases, dtype)
+    if codec == "none" and dtype is torch.float32:
+        assert group is None, "a library multiplies float32"
+        return
+    assert group is not None and group.serves(16)
+    x = torch.randn(17, 128, generator=generator).to(dtype)
+    y, tape = record(lambda: group.multiply(x, ends))
+    assert tape is not None
+    for found in ([1, 1, 4, 17], [0, 5, 5, 17], [17, 17, 17, 17]):
+        ends.copy_(torch.tensor(found))
+        replay([tape], 0)
+        begin = 0
+        for n, end in enumerate(found):
+            wide = plain[n] if codec == "none" else matrices[n].decoded()
+            exact = x[begin:end].double() @ wide.double().T + (0 if biases is None else biases[n].double())
+            tolerance = 1e-4 if dtype is torch.float32 else 4e-2 if dtype is torch.bfloat16 else 1e-2
+            torch.testing.assert_close(y[begin:end].double(), exact, rtol=tolerance, atol=tolerance)
+            begin = end
+
+
+@compiled
+def test_matrices_that_no_kernel_multiplies_at_once_are_no_group_on_the_cpu() -> None:
+    plain = [torch.randn(64, 128).bfloat16() for _ in range(3)]
+    assert grouped_matrices([*plain[:2], _encoded(plain[2], "int4")], None, torch.bfloat16) is None
+    assert grouped_matrices(plain, None, torch.float16) is None
+    assert grouped_matrices([matrix.t() for matrix in plain], None, torch.bfloat16) is None
+    assert grouped_matrices(plain, [torch.randn(64)] * 3, torch.bfloat16) is None

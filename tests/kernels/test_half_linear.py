@@ -48,7 +48,9 @@ def assert_exact(found, x, weight, bias):
     dtype=st.sampled_from(HALVES),
     rows=st.one_of(st.integers(1, 40), st.integers(60, 140), st.integers(255, 260)),
     out_size=st.integers(1, 140),
-    in_size=st.one_of(st.integers(1, 150), st.integers(1000, 1100), st.integers(2030, 2120)),
+    in_size=st.one_of(
+        st.integers(1, 150), st.integers(1000, 1100), st.integers(2030, 2120), st.integers(4090, 4130)
+    ),
     biased=st.booleans(),
 )
 def test_every_shape(variant, dtype, rows, out_size, in_size, biased):
@@ -110,17 +112,31 @@ def test_a_row_depends_on_no_other(variant):
 @needs_kernel
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 33, 300])
-def test_results_do_not_depend_on_the_threads(variant, dtype, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "out_size"), [(1, 700), (2, 700), (5, 700), (33, 700), (300, 700), (300, 5)]
+)
+def test_results_do_not_depend_on_the_threads(variant, dtype, rows, out_size, monkeypatch):
     before = native.variant()
     native.set_variant(variant)
     try:
-        x, weight, bias = operands(dtype, (rows,), 700, 2100, True)
+        x, weight, bias = operands(dtype, (rows,), out_size, 2100, True)
         found = []
         for threads in (1, 2, 3):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             found.append(multiply_natively(x, weight, bias))
         assert all(each.equal(found[0]) for each in found)
+    finally:
+        native.set_variant(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_of_registers_are_counted(variant):
+    before = native.variant()
+    native.set_variant(variant)
+    try:
+        one = native.multiply_registers(1000, 1)
+        assert one > 0 and native.multiply_registers(3000, 2) == 6 * one
     finally:
         native.set_variant(before)
 

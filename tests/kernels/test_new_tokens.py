@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexgen.kernels.new_tokens import store_token
+from flexgen.kernels.new_tokens import store_tokens
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_a_token_is_copied_to_its_place_and_nothing_else_changes(in_version, dty
     shape = rows, 2, 4, 6
     pages = [tuple(torch.randint(0, 200, shape).to(dtype) for _ in range(2)) for _ in range(3)]
     before = [tuple(x.clone() for x in page) for page in pages]
-    store_token(pages, 6, k, v)  # place 2 of page 1
+    store_tokens(pages, 6, k, v)  # place 2 of page 1
     for n, (page, old) in enumerate(zip(pages, before, strict=True)):
         for found, expected, new in zip(page, old, (k, v), strict=True):
             if n == 1:
@@ -30,8 +30,24 @@ def test_a_token_is_copied_to_its_place_and_nothing_else_changes(in_version, dty
             assert found.equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("by_head", [True, False])
+def test_several_tokens_of_rows_with_lengths_of_their_own(in_version, dtype, by_head):
+    k, v = (torch.randint(0, 200, (3, 5, 2, 6)).to(dtype).transpose(1, 2) for _ in range(2))
+    if by_head:
+        k, v = k.contiguous(), v.contiguous()
+    pages = [tuple(torch.zeros(3, 2, 4, 6, dtype=dtype) for _ in range(2)) for _ in range(3)]
+    lengths = [0, 7, 3]
+    store_tokens(pages, torch.tensor(lengths), k, v)
+    for new, stored in zip((k, v), zip(*pages, strict=True), strict=True):
+        whole = torch.cat(stored, dim=2)
+        for row, length in enumerate(lengths):
+            assert whole[row, :, length : length + 5].equal(new[row])
+        assert whole.count_nonzero() == new.count_nonzero(), "nothing else changes"
+
+
 def test_values_in_another_dtype_are_converted(in_version):
     pages = [(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6))]
     k = torch.randn(1, 2, 1, 6).bfloat16()
-    store_token(pages, 3, k, k)
+    store_tokens(pages, 3, k, k)
     assert pages[0][0][:, :, 3:].equal(k.float()) and pages[0][1][:, :, :3].count_nonzero() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,6 +91,36 @@ def test_parts_merge_to_decode_attention(
         values[early], lse[early] = found
         parts.append(Partial(values, lse))
     torch.testing.assert_close(merge(parts, q.dtype), expected, rtol=0, atol=limit)
+
+
+@relaxed
+@given(
+    rows=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 8]),
+    length=st.integers(1, 400),
+    page_tokens=st.integers(1, 128),
+    cuts=st.lists(st.integers(1, 399), max_size=5),
+    data=st.data(),
+)
+def test_attention_cut_anywhere_is_that_of_the_whole(
+    version, rows, kv_heads, group, length, page_tokens, cuts, data
+):
+    """The tokens of each part are in pages of its own, like those of a prefix. A row may have none of them."""
+    form = PlainHeads(DIM, torch.float32)
+    q, k, v = random_cache(form, rows, kv_heads, group, length)
+    first = data.draw(st.lists(st.integers(0, length - 1), min_size=rows, max_size=rows))
+    starts, scoring = torch.tensor(first), Scoring(1 / math.sqrt(DIM))
+    part = part_in_torch if version == "torch" else decode_part
+    parts = []
+    for begin, end in pairwise(sorted({0, length, *(cut for cut in cuts if cut < length)})):
+        pages = pages_of(form, k[:, :, begin:end], v[:, :, begin:end], page_tokens)
+        parts.append(part(q, pages, end - begin, (starts - begin).clamp(0, end - begin), scoring, form))
+    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    products = q.double() @ keys.mT / math.sqrt(DIM)
+    products.masked_fill_(torch.arange(length) < starts[:, None, None, None], -math.inf)
+    expected = products.softmax(-1) @ values
+    torch.testing.assert_close(merge(parts, torch.float32).double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

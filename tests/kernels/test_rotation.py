@@ -77,6 +77,16 @@ def test_the_values_next_to_queries_and_keys_do_not_change():
     assert not fused[:, :6, :12].equal(before[:, :6, :12])
 
 
+def test_the_factors_of_several_tokens_are_those_of_each():
+    cos, sin = torch.rand(2, 3, 1, 5, 8)[:, :, :, :, :4]
+    factors = token_factors(cos, sin)
+    assert factors.shape == (3 * 5, 4, 1, 4)
+    for row in range(3):
+        for token in range(5):
+            alone = [x[row : row + 1, :, token : token + 1] for x in (cos, sin)]
+            assert factors[5 * row + token].equal(token_factors(*alone)[0])
+
+
 @needs_kernel
 def test_results_do_not_depend_on_the_threads(monkeypatch):
     found = []

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from flexgen.kernels.elementwise import add_, silu_product
 from flexgen.kernels.groupwise import quantise
 from flexgen.kernels.linear import linear, linears
 from flexgen.kernels.loading import native_available
-from flexgen.kernels.new_tokens import store_token
+from flexgen.kernels.new_tokens import store_tokens
 from flexgen.kernels.norms import rms_norm
 from flexgen.kernels.rotation import rotate_token
 from flexgen.kernels.scoring import Scoring
-from flexgen.kernels.tape import record, replay
+from flexgen.kernels.tape import profiled, record, replay
 
 HIDDEN, HEADS, KV_HEADS, DIM = 64, 4, 2, 16
 
@@ -46,7 +47,7 @@ class Layer:
             y.view(1, 1, -1, DIM).transpose(1, 2) for y in linears(normed, self.qkv, [None, None, None])
         )
         q, k = rotate_token(q, k, self.factors)
-        store_token(self.pages, position, k, v)
+        store_tokens(self.pages, position, k, v)
         outputs = decode_attention(q, self.pages, position + 1, None, Scoring(0.25))
         x = add_(linear(outputs.transpose(1, 2).reshape(1, 1, -1), self.out), x)
         gate, up = linears(rms_norm(x, self.norm, 1e-5), self.gate_up, [None, None])
@@ -79,6 +80,37 @@ def test_a_tape_repeats_a_layer_for_later_tokens(variant, monkeypatch):
         replay([tape], 6)
 
 
+def test_a_tape_reads_the_lengths_of_rows_again():
+    """Two rows with three new tokens each, after numbers of tokens of their own at a fixed address."""
+    lengths = torch.zeros(2, 2, dtype=torch.int64)
+    q, k, v = (torch.empty(2, 3, n, DIM).bfloat16().transpose(1, 2) for n in (HEADS, KV_HEADS, KV_HEADS))
+    taped, plain = (
+        [tuple(torch.zeros(2, KV_HEADS, 8, DIM).bfloat16() for _ in range(2)) for _ in range(3)]
+        for _ in range(2)
+    )
+
+    def step(pages):
+        store_tokens(pages, lengths[0], k, v)
+        return decode_attention(q, pages, lengths[1], None, Scoring(0.25))
+
+    def begin(before, seed):
+        lengths.copy_(torch.tensor([before, [n + 3 for n in before]]))
+        for x in (q, k, v):
+            x.normal_(generator=torch.Generator().manual_seed(seed))
+
+    begin([0, 4], 0)
+    y, tape = record(lambda: step(taped))
+    assert tape is not None and y.equal(step(plain))
+    for seed, before in enumerate(([2, 7], [5, 19], [1, 0]), 1):
+        begin(before, seed)
+        replay([tape], 0)
+        assert y.equal(step(plain))
+        assert all(a.equal(b) for a, b in zip(sum(taped, ()), sum(plain, ()), strict=True))
+    begin([0, 22], 9)
+    with pytest.raises(RuntimeError, match="no room for another token"):
+        replay([tape], 0)
+
+
 def test_several_tapes_are_replayed_in_order():
     weight = torch.rand(HIDDEN).bfloat16()
     x = torch.randn(1, HIDDEN).bfloat16()
@@ -101,6 +133,59 @@ def test_a_tape_does_not_depend_on_the_threads(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         replay([tape], 0)
         assert y.equal(expected)
+
+
+def large_products():
+    """Work that threads share: three products with 1 MiB each, with small kernels between them."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [(torch.randn(512, 1024, generator=generator) / 32).bfloat16() for _ in range(3)]
+    x = torch.randn(1, 1024, generator=generator).bfloat16()
+    weight = torch.ones(512).bfloat16()
+
+    def work():
+        gate, up = linears(x, matrices[:2], [None, None])
+        gate = add_(rms_norm(linear(x, matrices[2]), weight, 1e-5), gate)
+        return silu_product(gate, up)
+
+    return work
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_the_work_of_a_tape(threads, variant, monkeypatch):
+    monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 8)
+    work = large_products()
+    y, tape = record(work)
+    expected = y.clone()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for n in range(20):
+        y.zero_()
+        replay([tape] * (1 + n % 3), 0)
+        assert y.equal(expected)
+
+
+def test_tapes_that_several_threads_replay_at_once(monkeypatch):
+    monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 8)
+    works = [large_products() for _ in range(3)]  # they own the matrices
+    tapes = [record(work) for work in works]
+    expected = tapes[0][0].clone()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda tape: replay([tape] * 20, 0), [tape for _, tape in tapes]))
+    assert all(y.equal(expected) for y, _ in tapes)
+
+
+def test_a_profile_has_the_name_and_the_time_of_each_call(monkeypatch):
+    monkeypatch.setattr("flexgen.kernels.half_linear._rows", lambda dtype: 8)
+    work = large_products()
+    y, tape = record(work)
+    expected = y.clone()
+    y.zero_()
+    with profiled() as replays:
+        ends = replay([tape, tape], 0)
+    names = ["product of 1024 with 512 512", "product of 1024 with 512", "rms_norm", "add", "silu"]
+    assert [name for name, _ in replays[0]] == 2 * names and all(seconds > 0 for _, seconds in replays[0])
+    assert y.equal(expected) and len(ends) == 2
+    replay([tape], 0)
+    assert len(replays) == 1
 
 
 def test_a_tape_keeps_the_tensors_of_its_calls():

@@ -34,6 +34,7 @@ from flexgen.models import build_layers, open_model
 from flexgen.models.block import Block
 from flexgen.models.mlp import MLP
 from flexgen.models.ops import MASK_VALUES, causal_attention, rope_tables
+from flexgen.units import MIB
 
 ROWS, PAGE = 4, 128
 GROUPED = dict(
@@ -155,8 +156,8 @@ def test_workspace_is_an_upper_estimate_and_not_a_wild_one(config, seq, context,
             peak = peak_bytes(call)
             estimate = layer.workspace_bytes(ROWS, seq, context, dtype)
             # The estimate has room for the copies of the compiled products, which `peak_bytes` does not see, and
-            # for those of the rotation in torch, which the compiled one does not make.
-            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 3.5
+            # for those of the rotation and of routers in torch, which the compiled ones do not make.
+            near = 1.15 if isinstance(layer, MLP) and dtype is torch.float32 else 4.1
             assert peak <= estimate <= near * peak + 16_384, f"{layer.name}: peak {peak}, estimate {estimate}"
 
 
@@ -205,17 +206,17 @@ def _whole(layer):
 
 
 class _Largest(TorchDispatchMode):
-    """Values of the largest tensor that an operation makes."""
+    """Bytes of the largest tensor that an operation makes."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
         return made
 
 
@@ -232,7 +233,9 @@ def test_scores_of_a_prompt_are_never_built(config, chunk_tokens, peak_bytes):
             with _Largest() as largest:
                 call()
             widest = max(weight.shape[0] for weight in layer.weights)
-            assert 0 < largest.numel <= max(ROWS * seq * widest, MASK_VALUES)
+            # Large results begin with a huge page.
+            most = 4 * max(ROWS * seq * widest, MASK_VALUES) + 2 * MIB
+            assert 0 < largest.nbytes <= most
             assert peak_bytes(call) < ROWS * layer.layer_spec.attention.heads * seq * seq
 
 

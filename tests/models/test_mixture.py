@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 from flexgen.kernels import grouped
 from flexgen.kernels.grouped_matrices import grouped_matrices
 from flexgen.models import build_layers, open_model
-from flexgen.models.mixture import Mixture, route
+from flexgen.models.mixture import Mixture, route, router_logits
 from flexgen.models.mlp_spec import RouterSpec
 
 TOKENS, HIDDEN = 50, 6
@@ -29,21 +29,25 @@ def _inputs() -> torch.Tensor:
     return torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(4))
 
 
+def _route(router: RouterSpec, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> Any:
+    return route(router, router_logits(router, x, weights).float(), weights)
+
+
 def test_softmax_of_all_then_the_largest() -> None:
     weights, x = _weights(7), _inputs()
     scores = (x @ weights["router.weight"].T).softmax(-1)
     largest = scores.topk(3)
-    chosen, factors = route(RouterSpec(7, 3), x, weights)
+    chosen, factors = _route(RouterSpec(7, 3), x, weights)
     assert torch.equal(chosen, largest.indices)
     torch.testing.assert_close(factors, largest.values)
-    _, normalised = route(RouterSpec(7, 3, normalised=True, scale=2.5), x, weights)
+    _, normalised = _route(RouterSpec(7, 3, normalised=True, scale=2.5), x, weights)
     torch.testing.assert_close(normalised, 2.5 * largest.values / largest.values.sum(-1, keepdim=True))
 
 
 def test_the_largest_then_softmax_of_the_chosen() -> None:
     weights, x = _weights(7), _inputs()
     largest = (x @ weights["router.weight"].T).topk(3)
-    chosen, factors = route(RouterSpec(7, 3, scored="chosen"), x, weights)
+    chosen, factors = _route(RouterSpec(7, 3, scored="chosen"), x, weights)
     assert torch.equal(chosen, largest.indices)
     torch.testing.assert_close(factors, largest.values.softmax(-1))
 
@@ -51,7 +55,7 @@ def test_the_largest_then_softmax_of_the_chosen() -> None:
 def test_a_correction_changes_the_choice_and_not_the_factors() -> None:
     weights, x = _weights(7, correction=2.0), _inputs()
     scores = (x @ weights["router.weight"].T).sigmoid()
-    chosen, factors = route(RouterSpec(7, 2, score="sigmoid", correction=True), x, weights)
+    chosen, factors = _route(RouterSpec(7, 2, score="sigmoid", correction=True), x, weights)
     assert torch.equal(chosen, (scores + weights["correction"]).topk(2).indices)
     assert not torch.equal(chosen, scores.topk(2).indices)
     torch.testing.assert_close(factors, scores.gather(-1, chosen))
@@ -61,7 +65,7 @@ def test_experts_are_chosen_from_the_groups_with_the_best_two() -> None:
     weights, x = _weights(12), _inputs()
     scores = (x @ weights["router.weight"].T).sigmoid()
     router = RouterSpec(12, 4, score="sigmoid", groups=4, top_groups=2)
-    chosen, factors = route(router, x, weights)
+    chosen, factors = _route(router, x, weights)
     for token in range(TOKENS):
         groups = scores[token].view(4, 3)
         best = sorted(range(4), key=lambda g: -groups[g].topk(2).values.sum())[:2]
@@ -75,7 +79,7 @@ def test_a_sum_of_zero_gives_factors_of_zero() -> None:
     x = torch.full((1, HIDDEN), -1e30)
     weights = {"router.weight": torch.ones(5, HIDDEN)}
     router = RouterSpec(5, 2, score="sigmoid", normalised=True, least_sum=1e-20)
-    assert route(router, x, weights)[1].tolist() == [[0.0, 0.0]]
+    assert _route(router, x, weights)[1].tolist() == [[0.0, 0.0]]
 
 
 def _mixture(family: str, number: int = 0, **changes: Any) -> tuple[Mixture, dict[str, torch.Tensor]]:
@@ -87,7 +91,7 @@ def _mixture(family: str, number: int = 0, **changes: Any) -> tuple[Mixture, dic
 def test_an_expert_that_no_token_chooses_is_not_computed() -> None:
     layer, weights = _mixture("mixtral")
     x = torch.randn(1, 1, 32)
-    chosen, _ = route(layer.layer_spec.mlp.router, layer_input(layer, x, weights), weights)
+    chosen, _ = _route(layer.layer_spec.mlp.router, layer_input(layer, x, weights), weights)
     whole = layer.forward(x, weights, None)
     hit = {f"experts.{number}." for number in chosen.flatten().tolist()}
     only = {

@@ -1,12 +1,14 @@
 // Decode attention for one variant: one pass over K and V with a running softmax in float32.
 //
-// A block of tokens is scored against up to MAX_HEADS query heads, then its values are summed. Meanwhile, K and V of
+// A block of tokens is scored against up to MAX_HEADS queries, then its values are summed. Meanwhile, K and V of
 // the next block are prefetched in small parts, so that memory reads never wait for the arithmetic. Half of V is
 // prefetched during the scores, which take twice as long as the sums, so that the memory traffic is even.
-// Scores are stored by token, then by head: a vector of scores belongs to LANES / HEADS tokens, and softmax needs no
-// shuffles.
+// Scores are stored by token, then by query: a vector of scores belongs to LANES / HEADS tokens, and softmax needs no
+// shuffles. The new tokens of a row are queries like the query heads of a K/V head. Only in the last blocks, and in the
+// first ones with a window, do they attend to different tokens.
 #include "blocks.h"
 #include "packed.h"
+#include "softmax.h"
 
 namespace VARIANT {
 namespace attention {
@@ -86,52 +88,6 @@ APART void score(const T *k, const Heads &heads, const Pass &pass) {
     for (int64_t i = tokens * HEADS; i % LANES; ++i) scores[i] = -INFINITY;
 }
 
-// cap * tanh(score / cap)
-INLINE Vec capped(Vec score, float cap) {
-    const Vec e = exponential(larger(score, -score) * (-2.0f / cap));
-    const Vec size = (1.0f - e) / (1.0f + e) * cap;
-    return score < 0.0f ? -size : size;
-}
-
-// Cap the scores of a block and add the bias of ALiBi.
-template <int HEADS>
-APART void adjust(const Heads &heads, const Pass &pass) {
-    const int64_t used = pass.tokens * HEADS;
-    const Vec slopes = raw<Vec>(heads.slopes);
-    Vec distance;
-    for (int i = 0; i < LANES; ++i) distance[i] = (float)(pass.distance + i / HEADS);
-    for (int64_t i = 0; i < used; i += LANES, distance += (float)(LANES / HEADS)) {
-        Vec score = raw<Vec>(pass.scores + i);
-        if (pass.cap != 0.0f) score = capped(score, pass.cap);
-        store(pass.scores + i, fma(slopes, distance, score));
-    }
-    for (int64_t i = used; i % LANES; ++i) pass.scores[i] = -INFINITY;
-}
-
-// Convert scores to exponentials relative to the running maximum. `shrink`: the factor for older sums, by lane.
-template <int HEADS>
-INLINE void exponentials(Heads &heads, const Pass &pass, float (&shrink)[LANES]) {
-    const int64_t used = pass.tokens * HEADS;
-    const Vec before = raw<Vec>(heads.maximum);
-    Vec maximum = before;
-    for (int64_t i = 0; i < used; i += LANES) maximum = larger(raw<Vec>(pass.scores + i), maximum);
-    for (int step = HEADS; step < LANES; step *= 2) {  // over the lanes of a head
-        Words turned = {};
-        for (int i = 0; i < LANES; ++i) turned[i] = (uint32_t)((i + step) % LANES);
-        maximum = larger(permute(maximum, turned), maximum);
-    }
-    const Vec shrinks = exponential(before - maximum);
-    Vec total = raw<Vec>(heads.total) * shrinks;
-    for (int64_t i = 0; i < used; i += LANES) {
-        const Vec e = exponential(raw<Vec>(pass.scores + i) - maximum);  // NaN for NaN, for any maximum
-        store(pass.scores + i, e);
-        total += e;
-    }
-    store(heads.maximum, maximum);
-    store(heads.total, total);
-    store(shrink, shrinks);
-}
-
 // Add WIDE vectors of the values, starting at element `at`: whole runs, then at most one other vector.
 // PART: the last vector is partial.
 template <class T, int HEADS, int WIDE, bool PART>
@@ -195,6 +151,7 @@ TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pa
     if constexpr (bits_of<K> != 0) {
         score_packed<bits_of<K>, HEADS>(block.k, heads, pass);
         if (pass.adjusts) adjust<HEADS>(heads, pass);
+        if (pass.hides) hide<HEADS>(heads, pass);
         exponentials<HEADS>(heads, pass, shrink);
         pass.ahead = next ? next->v : nullptr;
         add_packed<bits_of<K>, HEADS>(block.v, heads, pass, shrink);
@@ -203,6 +160,7 @@ TARGET void attend_block(const Block &block, const Block *next, Heads &heads, Pa
         pass.early = next ? next->v : nullptr;
         score<K, HEADS>((const K *)block.k, heads, pass);
         if (pass.adjusts) adjust<HEADS>(heads, pass);
+        if (pass.hides) hide<HEADS>(heads, pass);
         exponentials<HEADS>(heads, pass, shrink);
         pass.ahead = next ? next->v + pass.tokens * pass.dim * (int64_t)sizeof(K) / 2 : nullptr;
         add_values<K, HEADS, WIDE>((const K *)block.v, heads, pass, shrink, 0);
@@ -221,11 +179,13 @@ TARGET void attend_heads(const Block &block, const Block *next, Heads &heads, co
         attend_block<K, MAX_HEADS>(block, next, heads, pass);
 }
 
-// K: the element type of the pages. Queries are widened like the elements.
-template <class K, class T>
-TARGET void begin_task(Heads &heads, const T *q, const Pass &pass) {
+// K: the element type of the pages. Queries are widened like the elements. query_at(h): the address of query h.
+template <class K, class Queries>
+TARGET void begin_task(Heads &heads, const Queries &query_at, const Pass &pass) {
+    typedef std::remove_cv_t<std::remove_pointer_t<decltype(query_at(0))>> T;
     const int64_t runs = bits_of<K> ? 0 : in_runs<T>(pass.dim);
-    for (int h = 0; h < heads.count; ++h, q += pass.dim) {
+    for (int h = 0; h < heads.count; ++h) {
+        const T *q = query_at(h);
         float *wide = &heads.q[h * pass.padded];
         for (int64_t at = 0; at < runs; at += Run<T>::VECTORS * LANES) {
             Vec run[Run<T>::VECTORS];
@@ -259,23 +219,27 @@ TARGET const float *in_order(Heads &heads, const Pass &pass, int h) {
     return heads.ordered.data();
 }
 
-// The slopes of a set of heads that begins with head `first` of all rows.
-inline void begin_slopes(Heads &heads, const Attention &job, int64_t first) {
+// The slopes and the positions of a set of queries of an item that begins with its query `first`.
+inline void begin_positions(Heads &heads, const Attention &job, int64_t item, int64_t first) {
     for (int i = 0; i < LANES; ++i) {
-        const int h = i % heads.width();
-        heads.slopes[i] = job.slopes && h < heads.count ? job.slopes[(first + h) % job.heads] : 0.0f;
+        const int64_t n = first + std::min(i % heads.width(), heads.count - 1), token = job.token(n);
+        const int64_t later = job.fresh - 1 - token, position = job.end(item) - 1 - later;
+        heads.slopes[i] = job.slopes ? job.slopes[job.head(item, n)] : 0.0f;
+        heads.later[i] = (int32_t)later;
+        heads.reach[i] = (int32_t)(job.start(item, token) - position);
     }
 }
 
-// The exponential of a head's sink relative to the maximum of its scores. head: among the heads of all rows.
+// The exponential of a head's sink, relative to the maximum of a query's scores.
 inline float sink(const Attention &job, int64_t head, float maximum) {
-    return job.sinks ? std::exp(job.sinks[head % job.heads] - maximum) : 0.0f;
+    return job.sinks ? std::exp(job.sinks[head] - maximum) : 0.0f;
 }
 
-// The log of the sum of the exponentials of a head's scores and its sink. total: of the scores, relative to the maximum.
+// The log of the sum of the exponentials of a query's scores and its sink. total: of the scores, relative to the
+// maximum.
 inline float log_sum_exp(const Attention &job, int64_t head, float maximum, float total) {
     if (!job.sinks) return maximum + std::log(total);
-    const float sink = job.sinks[head % job.heads], largest = std::max(maximum, sink);
+    const float sink = job.sinks[head], largest = std::max(maximum, sink);
     return largest + std::log(total * std::exp(maximum - largest) + std::exp(sink - largest));
 }
 
@@ -287,14 +251,14 @@ TARGET void write(T *out, const float *sum, float factor, int64_t dim) {
     }
 }
 
-// Write the result of a head, from the sums over its tokens.
+// Write the result of query n of an item, from the sums over its tokens.
 template <class T>
-TARGET void finish(const Attention &job, int64_t head, const float *sum, float maximum, float total) {
-    const int64_t dim = job.head_dim;
+TARGET void finish(const Attention &job, int64_t item, int64_t n, const float *sum, float maximum, float total) {
+    const int64_t dim = job.head_dim, at = job.place(item, n) * dim, head = job.head(item, n);
     const float factor = 1.0f / (total + sink(job, head, maximum));
-    if (!job.lse) return write((T *)job.out + head * dim, sum, factor, dim);
-    write((float *)job.out + head * dim, sum, factor, dim);
-    job.lse[head] = log_sum_exp(job, head, maximum, total);
+    if (!job.lse) return write((T *)job.out + at, sum, factor, dim);
+    write((float *)job.out + at, sum, factor, dim);
+    job.lse[job.lse_place(item, n)] = log_sum_exp(job, head, maximum, total);
 }
 
 // T: the element type of the queries and the output.
@@ -326,24 +290,26 @@ TARGET void attend(Attention &job) {
         more = blocks.next(next);
         pass.tokens = block.tokens;
         pass.distance = block.begin - (job.end(block.item) - 1);
+        const int64_t later = job.fresh - 1;  // than the first query
+        pass.hides = later && (pass.distance + block.tokens - 1 + later > 0 || block.begin < job.start(block.item, later));
         for (size_t n = 0; n < parts.size(); ++n) {
-            const int64_t head = block.item * group + (int64_t)n * MAX_HEADS;
+            const int64_t first = (int64_t)n * MAX_HEADS;
             if (block.first) {
-                begin_task<K>(parts[n], (const T *)job.q + head * dim, pass);
-                begin_slopes(parts[n], job, head);
+                const auto at = [&](int h) { return (const T *)job.q + job.place(block.item, first + h) * dim; };
+                begin_task<K>(parts[n], at, pass);
+                begin_positions(parts[n], job, block.item, first);
             }
-            // The first set of heads prefetches for all.
+            // The first set of queries prefetches for all.
             attend_heads<K>(block, more && n == 0 ? &next : nullptr, parts[n], pass);
             if (!block.last) continue;
             for (int h = 0; h < parts[n].count; ++h) {
                 const float *sum = packing ? unpacked(parts[n], pass, h) : in_order<T>(parts[n], pass, h);
                 const float total = parts[n].total_of(h);
                 if (job.splits == 1) {
-                    finish<T>(job, head + h, sum, parts[n].maximum[h], total);
+                    finish<T>(job, block.item, first + h, sum, parts[n].maximum[h], total);
                     continue;
                 }
-                const int64_t within = (int64_t)n * MAX_HEADS + h;
-                float *partial = &job.partial[block.task * job.partial_size() + within * (2 + dim)];
+                float *partial = &job.partial[block.task * job.partial_size() + (first + h) * (2 + dim)];
                 partial[0] = parts[n].maximum[h];
                 partial[1] = total;
                 memcpy(partial + 2, sum, dim * sizeof(float));
@@ -357,8 +323,8 @@ TARGET void merge(const Attention &job) {
     const int64_t dim = job.head_dim, group = job.group();
     std::vector<float> sum(dim);
     for (int64_t item = 0; item < job.items(); ++item) {
-        for (int64_t h = 0; h < group; ++h) {
-            const float *first = &job.partial[item * job.splits * job.partial_size() + h * (2 + dim)];
+        for (int64_t n = 0; n < group; ++n) {
+            const float *first = &job.partial[item * job.splits * job.partial_size() + n * (2 + dim)];
             float maximum = -INFINITY, total = 0.0f;
             for (int64_t s = 0; s < job.splits; ++s) {
                 const float *partial = first + s * job.partial_size();
@@ -373,7 +339,7 @@ TARGET void merge(const Attention &job) {
                 for (int64_t i = 0; i < dim; ++i) sum[i] += factor * partial[2 + i];
             }
             if (total == 0.0f) continue;
-            finish<T>(job, item * group + h, sum.data(), maximum, total);
+            finish<T>(job, item, n, sum.data(), maximum, total);
         }
     }
 }

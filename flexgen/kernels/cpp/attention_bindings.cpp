@@ -29,8 +29,8 @@ void attend(Attention &job, const Variant &now, int threads) {
         if (job.splits > 1) job.partial.resize(job.tasks() * job.partial_size());
     }
     if (job.starts) {  // a row without tokens is not visited
-        memset(job.out, 0, job.rows * job.heads * job.head_dim * element_bytes(job.lse ? Type::float32 : job.type));
-        if (job.lse) std::fill_n(job.lse, job.rows * job.heads, -INFINITY);
+        memset(job.out, 0, job.queries() * job.head_dim * element_bytes(job.lse ? Type::float32 : job.type));
+        if (job.lse) std::fill_n(job.lse, job.queries(), -INFINITY);
     }
     run_on_threads(threads, [&] { now.attend(job); });
     if (job.splits > 1) now.merge(job);
@@ -38,6 +38,9 @@ void attend(Attention &job, const Variant &now, int threads) {
 
 // With few tasks, the tokens are divided too, so that the threads of a large processor all have work.
 constexpr int64_t PREFIX_TASKS = 32, PREFIX_SPLIT_TOKENS = 256;
+
+// Keys and values are converted once for the queries of a task.
+constexpr int64_t PROMPT_QUERIES = 128;
 
 // Merge the results of the splits of each query.
 void merge(const PrefixAttention &job) {
@@ -90,9 +93,9 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     PyObject *keys, *values, *tokens;
     const auto made = std::make_shared<Attention>();
     Attention &job = *made;
-    long long rows, heads, kv_heads, head_dim, length, code_group, head_bytes;
-    if (!PyArg_ParseTuple(args, "iLLL(LLLL)(iLL)O!O!O!LLL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
-                          &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
+    long long rows, heads, kv_heads, fresh, head_dim, length, code_group, head_bytes;
+    if (!PyArg_ParseTuple(args, "iLLL(LLLLL)(iLL)O!O!O!LLL(ffLL)i", &type, &q, &out, &lse, &rows, &heads, &kv_heads,
+                          &fresh, &head_dim, &job.bits, &code_group, &head_bytes, &PyList_Type, &keys, &PyList_Type,
                           &values, &PyList_Type, &tokens, &length, &starts, &ends, &job.scale, &job.cap,
                           &slopes, &sinks, &threads))
         return nullptr;
@@ -105,6 +108,7 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
     job.rows = rows;
     job.heads = heads;
     job.kv_heads = kv_heads;
+    job.fresh = fresh;
     job.head_dim = head_dim;
     job.length = length;
     job.code_group = code_group;
@@ -123,10 +127,11 @@ PyObject *py_decode_attention(PyObject *, PyObject *args) {
                             (long long)total);
     }
     const auto call = [made, length, now = variant](int64_t later, int most) {
-        made->length = length + later;
+        // The ends of rows are read, because a tape repeats the call after they have changed.
+        made->length = made->ends ? *std::max_element(made->ends, made->ends + made->rows) : length + later;
         attend(*made, *now, most);
     };
-    return run(call, threads);
+    return run("attention", call, threads);
 }
 
 PyObject *py_attend_prefix(PyObject *, PyObject *args) {
@@ -150,10 +155,48 @@ PyObject *py_attend_prefix(PyObject *, PyObject *args) {
     job.head_dim = head_dim;
     job.tokens = tokens;
     job.head_stride = stride;
+    job.token_stride = head_dim;
     job.first = (const int64_t *)first;
     job.positions = (const int64_t *)positions;
     job.slopes = (const float *)slopes;
     if (!run_once([&] { attend(job, threads); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject *py_attend_prompt(PyObject *, PyObject *args) {
+    int type, threads;
+    long long q, k, v, out, lse, heads, kv_heads, fresh, head_dim, tokens, head_stride, token_stride, first, slopes, sinks;
+    PrefixAttention job;
+    if (!PyArg_ParseTuple(args, "iLLLLL(LLLLLLL)L(ffLL)i", &type, &q, &k, &v, &out, &lse, &heads, &kv_heads, &fresh,
+                          &head_dim, &tokens, &head_stride, &token_stride, &first, &job.scale, &job.cap, &slopes, &sinks,
+                          &threads))
+        return nullptr;
+    const int64_t before = tokens - fresh;
+    job.type = (Type)type;
+    job.q = (const void *)q;
+    job.k = (const void *)k;
+    job.v = (const void *)v;
+    job.prompt_out = (void *)out;
+    job.out = nullptr;
+    job.lse = (float *)lse;
+    job.rows = 1;
+    job.heads = heads;
+    job.kv_heads = kv_heads;
+    job.fresh = fresh;
+    job.head_dim = head_dim;
+    job.tokens = job.split_tokens = tokens;
+    job.head_stride = head_stride;
+    job.token_stride = token_stride;
+    job.first = (const int64_t *)first;
+    job.positions = &before;
+    job.slopes = (const float *)slopes;
+    job.sinks = (const float *)sinks;
+    job.causal = true;
+    job.task_queries = PROMPT_QUERIES;
+    const Variant *now = variant;
+    const int64_t work = job.queries() * kv_heads * tokens * head_dim / 4;
+    const auto attend = [&] { run_on_threads(useful_threads(threads, work), [&job, now] { now->attend_prefix(job); }); };
+    if (!run_once(attend)) return nullptr;
     Py_RETURN_NONE;
 }
 

@@ -56,6 +56,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "norms.h"
 #include "prefix.h"
 #include "rotation.h"
+#include "routing.h"
 #include "sparse.h"
 
 static bool supported() {
@@ -73,6 +74,7 @@ const Variant avx2_variant = {
     avx2::groupwise::dequantise_any,
     avx2::groupwise::quantise_any,
     avx2::read,
+    avx2::linear::multiply_registers,
     avx2::linear::prepare_any,
     avx2::linear::order_any,
     avx2::linear::multiply_any,
@@ -84,5 +86,7 @@ const Variant avx2_variant = {
     avx2::elementwise::silu_product_any,
     avx2::elementwise::add_any,
     avx2::largest::find_any,
+    avx2::routing::route_any,
+    avx2::routing::sum_any,
 };
 #endif

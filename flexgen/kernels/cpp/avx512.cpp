@@ -20,6 +20,7 @@ const Variant avx512_variant = {
     avx512::groupwise::dequantise_any,
     avx512::groupwise::quantise_any,
     avx512::read,
+    avx512::linear::multiply_registers,
     avx512::linear::prepare_any,
     avx512::linear::order_any,
     avx512::linear::multiply_any,
@@ -31,5 +32,7 @@ const Variant avx512_variant = {
     avx512::elementwise::silu_product_any,
     avx512::elementwise::add_any,
     avx512::largest::find_any,
+    avx512::routing::route_any,
+    avx512::routing::sum_any,
 };
 #endif

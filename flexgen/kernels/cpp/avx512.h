@@ -77,4 +77,5 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "norms.h"
 #include "prefix.h"
 #include "rotation.h"
+#include "routing.h"
 #include "sparse.h"

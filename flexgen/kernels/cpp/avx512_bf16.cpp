@@ -25,6 +25,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::groupwise::dequantise_any,
     avx512_bf16::groupwise::quantise_any,
     avx512_bf16::read,
+    avx512_bf16::linear::multiply_registers,
     avx512_bf16::linear::prepare_any,
     avx512_bf16::linear::order_any,
     avx512_bf16::linear::multiply_any,
@@ -36,5 +37,7 @@ const Variant avx512_bf16_variant = {
     avx512_bf16::elementwise::silu_product_any,
     avx512_bf16::elementwise::add_any,
     avx512_bf16::largest::find_any,
+    avx512_bf16::routing::route_any,
+    avx512_bf16::routing::sum_any,
 };
 #endif

@@ -75,6 +75,7 @@ INLINE Vec sums(const Vec (&x)[LANES]) {
 #include "norms.h"
 #include "prefix.h"
 #include "rotation.h"
+#include "routing.h"
 #include "sparse.h"
 
 static bool supported() { return true; }
@@ -88,6 +89,7 @@ const Variant baseline_variant = {
     baseline::groupwise::dequantise_any,
     baseline::groupwise::quantise_any,
     baseline::read,
+    baseline::linear::multiply_registers,
     baseline::linear::prepare_any,
     baseline::linear::order_any,
     baseline::linear::multiply_any,
@@ -99,4 +101,6 @@ const Variant baseline_variant = {
     baseline::elementwise::silu_product_any,
     baseline::elementwise::add_any,
     baseline::largest::find_any,
+    baseline::routing::route_any,
+    baseline::routing::sum_any,
 };

@@ -1,6 +1,6 @@
 // What the functions for Python share. attention_bindings.cpp has those of attention, linear_bindings.cpp those of
-// products, elementwise_bindings.cpp those of rows and heads, and tape.cpp those of recordings. module.cpp has the others
-// and registers all of them.
+// products, elementwise_bindings.cpp those of rows and heads, routing_bindings.cpp those of mixtures, and tape.cpp those of
+// recordings. module.cpp has the others and registers all of them.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -14,9 +14,6 @@
 #include "kernels.h"
 
 extern const Variant *variant;  // in use
-
-// The approximate size of a piece of work for one thread.
-constexpr int64_t PIECE_BYTES = 64 << 10;
 
 // Call `work` without the interpreter's lock. Returns false and sets a Python error if it fails.
 template <class Work>
@@ -53,6 +50,7 @@ inline bool integers(PyObject *list, std::vector<int64_t> &out) {
 
 PyObject *py_decode_attention(PyObject *, PyObject *args);
 PyObject *py_attend_prefix(PyObject *, PyObject *args);
+PyObject *py_attend_prompt(PyObject *, PyObject *args);
 PyObject *py_choose(PyObject *, PyObject *args);
 PyObject *py_attend_chosen(PyObject *, PyObject *args);
 PyObject *py_packed_linear(PyObject *, PyObject *args);
@@ -63,7 +61,12 @@ PyObject *py_rotate(PyObject *, PyObject *args);
 PyObject *py_silu_product(PyObject *, PyObject *args);
 PyObject *py_add(PyObject *, PyObject *args);
 PyObject *py_largest(PyObject *, PyObject *args);
-PyObject *py_store_token(PyObject *, PyObject *args);
+PyObject *py_route(PyObject *, PyObject *args);
+PyObject *py_gather_rows(PyObject *, PyObject *args);
+PyObject *py_sum_experts(PyObject *, PyObject *args);
+PyObject *py_grouped_linear(PyObject *, PyObject *args);
+PyObject *py_store_tokens(PyObject *, PyObject *args);
 PyObject *py_record(PyObject *, PyObject *);
 PyObject *py_end_record(PyObject *, PyObject *);
 PyObject *py_replay(PyObject *, PyObject *args);
+PyObject *py_profile(PyObject *, PyObject *args);

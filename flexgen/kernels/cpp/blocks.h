@@ -1,9 +1,10 @@
-// Data of decode attention for all page formats: blocks of tokens, query heads, one pass.
+// Data of decode attention for all page formats: blocks of tokens, sets of queries, one pass.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <type_traits>
 
 namespace VARIANT {
 namespace attention {
@@ -66,8 +67,8 @@ private:
     size_t page_ = 0;
 };
 
-// Query heads of one item that share a softmax pass: HEADS of them, a power of two. Only `count` heads are real; the
-// others have zero queries.
+// Queries of one item that share a softmax pass: HEADS of them, a power of two. They are of different query heads, and
+// with several new tokens also of different tokens. Only `count` are real; the others are zero.
 struct Heads {
     int count;
     std::vector<float> q, sum;  // (HEADS, padded), in the order of runs (vectors.h)
@@ -77,8 +78,11 @@ struct Heads {
     std::vector<float> operands;  // (HEADS, width)
     std::vector<float> query_sums;  // (groups, LANES), in the order of a score vector: the factors of the minimums
     std::vector<float> offsets;  // (groups, MAX_HEADS): the contributions of the minimums
-    float slopes[LANES];  // in the order of a score vector; zero without ALiBi
-    float maximum[LANES], total[LANES];  // in the order of a score vector: for each head, and for each lane
+    // In the order of a score vector:
+    float slopes[LANES];  // zero without ALiBi
+    int32_t later[LANES];  // the number of new tokens after that of the query
+    int32_t reach[LANES];  // from the position of the query to that of the first token that it attends to: at most 0
+    float maximum[LANES], total[LANES];  // for each query, and for each lane
 
     int width() const { return count <= 2 ? count : count <= 4 ? 4 : MAX_HEADS; }  // HEADS
     float total_of(int h) const {
@@ -92,7 +96,7 @@ struct Heads {
 
 struct Packing;
 
-// A pass over one block for one set of heads.
+// A pass over one block for one set of queries.
 struct Pass {
     const char *ahead;  // data to prefetch while this block's K or V is read; null for none
     const char *early;  // data of which half is prefetched while K is read, which takes longer; null for none
@@ -100,7 +104,8 @@ struct Pass {
     float scale;
     bool adjusts;  // whether scores have a cap or a bias
     float cap;
-    int64_t distance;  // from the query's position to that of the block's first token: at most 0
+    bool hides;  // whether a query does not attend to all tokens of the block
+    int64_t distance;  // from the position of the last query to that of the block's first token: at most 0
     float *scores;  // (tokens, HEADS), with space for LANES more
     Packing *packing;  // for packed pages; null for plain pages
 };

@@ -1,5 +1,4 @@
-// Group-wise integers and the x that they are multiplied with, for processors with dot products of short operands. A
-// matrix in bfloat16 has the same form, with codes of 16 bits that are their values, and without groups.
+// Group-wise integers and the x that they are multiplied with, for processors with dot products of short operands.
 //
 // A chunk is 64 values of a row of W. Its dwords are unpacked to vectors of operands, `steps` for each dword. An operand
 // has the codes of a few values: two in bfloat16 or four in int8. Codes keep their places in the dword, and the values
@@ -96,9 +95,6 @@ struct Pairs {
         to[1] = _mm512_unpackhi_epi8(low, high);
     }
 
-    // A dword has two values.
-    INLINE static void unpack(__m512i dwords, __m512i (&to)[1], std::integral_constant<int, 16>) { to[0] = dwords; }
-
     INLINE static void unpack(__m512i codes, __m512i (&to)[2], std::integral_constant<int, 8>) {
         __m512i low, high;
         split(codes, low, high);
@@ -152,7 +148,7 @@ constexpr int steps_of = 32 / BITS / Kind::EACH;  // of a dword
 template <class Kind>
 constexpr int64_t chunk_steps = VALUES / Kind::EACH;
 
-inline int64_t chunks_of(const PackedLinear &job) { return (job.in + VALUES - 1) / VALUES; }
+inline int64_t chunks_of(const PackedLinear &job) { return job.in / VALUES; }
 
 // The values of chunk `c` of a row are two runs of 32. With four bits, the second one is in the high nibbles.
 struct Places {
@@ -181,8 +177,7 @@ struct PairOrder {
 template <int BITS>
 alignas(LINE) constexpr PairOrder<BITS> PAIR_ORDER;
 
-// A chunk of x in the order of the steps. The values are `steps` times `scale`, and their sum is `sum`; both are set only
-// for integers.
+// A chunk of x in the order of the steps. The values are `steps` times `scale`, and their sum is `sum`.
 struct Ordered {
     alignas(LINE) uint32_t steps[VALUES / 2];
     float sum, scale;
@@ -191,22 +186,16 @@ struct Ordered {
 template <int BITS>
 TARGET inline void order_chunk(const PackedLinear &job, int64_t row, int64_t c, Ordered &to, Pairs) {
     const Bf16 *x = (const Bf16 *)job.x + row * job.in;
-    if constexpr (BITS == 16) {
-        const int64_t count = std::min(VALUES, job.in - c * VALUES);
-        if (count < VALUES) memset(to.steps, 0, sizeof to.steps);
-        memcpy(to.steps, x + c * VALUES, count * sizeof(Bf16));
-    } else {
-        const Places at = places(job, c);
-        const __m512i first = load_line(x + at.first), second = load_line(x + at.second);
-        for (int half = 0; half < 2; ++half) {
-            const __m512i places = load_line(PAIR_ORDER<BITS>.words + 32 * half);
-            _mm512_store_si512(to.steps + 16 * half, _mm512_permutex2var_epi16(first, places, second));
-        }
-        Vec total = {};
-        for (int i = 0; i < VALUES / 2; i += LANES) total += load(x + at.first + i) + load(x + at.second + i);
-        to.sum = _mm512_reduce_add_ps(total);
-        to.scale = 1.0f;
+    const Places at = places(job, c);
+    const __m512i first = load_line(x + at.first), second = load_line(x + at.second);
+    for (int half = 0; half < 2; ++half) {
+        const __m512i places = load_line(PAIR_ORDER<BITS>.words + 32 * half);
+        _mm512_store_si512(to.steps + 16 * half, _mm512_permutex2var_epi16(first, places, second));
     }
+    Vec total = {};
+    for (int i = 0; i < VALUES / 2; i += LANES) total += load(x + at.first + i) + load(x + at.second + i);
+    to.sum = _mm512_reduce_add_ps(total);
+    to.scale = 1.0f;
 }
 
 // A chunk is a group. With infinities or NaNs, the scale is NaN.

@@ -1,5 +1,4 @@
-// Products by dot products of short operands: of group-wise integers with x in bfloat16, or in int8 after rounding, and of
-// many rows of x with a matrix in bfloat16.
+// Products of group-wise integers by dot products of short operands, with x in bfloat16, or in int8 after rounding.
 #pragma once
 
 #include "codes.h"
@@ -68,19 +67,17 @@ namespace dots {
 template <class Kind, int BITS>
 TARGET void prepare_bits(PackedLinear &job) {
     const Method method = method_of(job);
-    if (BITS != 16 && method == Method::lines) return prepare_line<Kind, BITS>(job);
+    if (method == Method::lines) return prepare_line<Kind, BITS>(job);
     job.tiled = true;
     job.block = PANEL;
     job.piece = method == Method::strips ? 4 * PANEL : PIECE_PANELS * PANEL;
-    prepare_strips<Kind, BITS>(job);
+    prepare_strips<Kind>(job);
 }
 template <class Kind, int BITS>
 TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
-    if constexpr (BITS != 16) {
-        const Method method = method_of(job);
-        if (method == Method::lines) return multiply_lines<Kind, BITS>(job, begin, end);
-        if (method == Method::strips) return multiply_fused<Kind, BITS>(job, begin, end);
-    }
+    const Method method = method_of(job);
+    if (method == Method::lines) return multiply_lines<Kind, BITS>(job, begin, end);
+    if (method == Method::strips) return multiply_fused<Kind, BITS>(job, begin, end);
     multiply_panels<Kind, BITS>(job, begin, end);
 }
 
@@ -89,8 +86,7 @@ template <class Work>
 inline void with_kind(const PackedLinear &job, const Work &work) {
     constexpr std::integral_constant<int, 4> FOUR;
     constexpr std::integral_constant<int, 8> EIGHT;
-    if (job.bits == 16) work(Pairs(), std::integral_constant<int, 16>());
-    else if (job.rounded) job.bits == 4 ? work(Bytes(), FOUR) : work(Bytes(), EIGHT);
+    if (job.rounded) job.bits == 4 ? work(Bytes(), FOUR) : work(Bytes(), EIGHT);
     else job.bits == 4 ? work(Pairs(), FOUR) : work(Pairs(), EIGHT);
 }
 

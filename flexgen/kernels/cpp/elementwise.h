@@ -35,6 +35,14 @@ TARGET void add(T *out, const T *x, int64_t count) {
     if (i < count) store_part(out + i, load_part(out + i, count - i) + load_part(x + i, count - i), count - i);
 }
 
+// Round floats to T.
+template <class T>
+TARGET void narrow(const float *from, T *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+}
+
 void add_any(Type type, void *out, const void *x, int64_t begin, int64_t end) {
     if (type == Type::float32) return add((float *)out + begin, (const float *)x + begin, end - begin);
     if (type == Type::bfloat16) return add((Bf16 *)out + begin, (const Bf16 *)x + begin, end - begin);

@@ -8,30 +8,20 @@
 
 namespace {
 
-// Call `work(begin, end)` for all rows, in pieces that threads share.
-template <class Work>
-void by_rows(int64_t rows, int64_t row_bytes, int threads, const Work &work) {
-    const int64_t piece = std::max<int64_t>(1, PIECE_BYTES / std::max<int64_t>(row_bytes, 1));
-    std::atomic<int64_t> claimed{0};
-    run_on_threads(useful_threads(threads, rows * row_bytes), [&] {
-        for (int64_t begin; (begin = claimed.fetch_add(piece)) < rows;)
-            work(begin, std::min<int64_t>(begin + piece, rows));
-    });
-}
-
 // The new key or value of one token of each row, and the pages in which it is stored.
 struct NewHeads {
     const char *from;
-    int64_t row_stride, head_stride;  // bytes
+    int64_t row_stride, head_stride, token_stride;  // bytes
     std::vector<int64_t> pages;  // (rows, kv_heads, page_tokens, head_bytes)
 
-    void store(int64_t rows, int64_t heads, int64_t page_tokens, int64_t head_bytes, int64_t position) const {
+    // Store the token of a row at a position.
+    void store(int64_t row, int64_t token, int64_t heads, int64_t page_tokens, int64_t head_bytes,
+               int64_t position) const {
         const int64_t page = position / page_tokens, place = position % page_tokens;
         if (page >= (int64_t)pages.size()) throw std::out_of_range("the cache has no room for another token");
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t head = 0; head < heads; ++head)
-                memcpy((char *)pages[page] + ((row * heads + head) * page_tokens + place) * head_bytes,
-                       from + row * row_stride + head * head_stride, head_bytes);
+        for (int64_t head = 0; head < heads; ++head)
+            memcpy((char *)pages[page] + ((row * heads + head) * page_tokens + place) * head_bytes,
+                   from + row * row_stride + head * head_stride + token * token_stride, head_bytes);
     }
 };
 
@@ -55,7 +45,7 @@ PyObject *py_rms_norm(PyObject *, PyObject *args) {
         by_rows(job.rows, job.size * element_bytes(job.type), most,
                 [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     };
-    return run(call, threads);
+    return run("rms_norm", call, threads);
 }
 
 PyObject *py_rotate(PyObject *, PyObject *args) {
@@ -83,7 +73,7 @@ PyObject *py_rotate(PyObject *, PyObject *args) {
                     kernel(k, begin, end);
                 });
     };
-    return run(call, threads);
+    return run("rotate", call, threads);
 }
 
 PyObject *py_silu_product(PyObject *, PyObject *args) {
@@ -104,7 +94,7 @@ PyObject *py_silu_product(PyObject *, PyObject *args) {
         by_rows(job.rows, job.size * element_bytes(job.type), most,
                 [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     };
-    return run(call, threads);
+    return run("silu", call, threads);
 }
 
 PyObject *py_add(PyObject *, PyObject *args) {
@@ -117,7 +107,7 @@ PyObject *py_add(PyObject *, PyObject *args) {
             kernel((Type)type, (void *)out, (const void *)x, begin, end);
         });
     };
-    return run(call, threads);
+    return run("add", call, threads);
 }
 
 PyObject *py_largest(PyObject *, PyObject *args) {
@@ -134,26 +124,34 @@ PyObject *py_largest(PyObject *, PyObject *args) {
         by_rows(rows, job.size * element_bytes(job.type), most,
                 [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     };
-    return run(call, threads);
+    return run("largest", call, threads);
 }
 
-PyObject *py_store_token(PyObject *, PyObject *args) {
-    long long rows, heads, page_tokens, head_bytes, position, k_at, v_at, k_row, k_head, v_row, v_head;
+PyObject *py_store_tokens(PyObject *, PyObject *args) {
+    long long rows, heads, fresh, page_tokens, head_bytes, position, lengths_at, k_at, v_at;
+    long long k_row, k_head, k_token, v_row, v_head, v_token;
     PyObject *keys, *values;
     NewHeads k, v;
-    if (!PyArg_ParseTuple(args, "(LLLL)LL(LL)O!L(LL)O!", &rows, &heads, &page_tokens, &head_bytes, &position, &k_at,
-                          &k_row, &k_head, &PyList_Type, &keys, &v_at, &v_row, &v_head, &PyList_Type, &values))
+    if (!PyArg_ParseTuple(args, "(LLLLL)LLL(LLL)O!L(LLL)O!", &rows, &heads, &fresh, &page_tokens, &head_bytes,
+                          &position, &lengths_at, &k_at, &k_row, &k_head, &k_token, &PyList_Type, &keys, &v_at, &v_row,
+                          &v_head, &v_token, &PyList_Type, &values))
         return nullptr;
     if (!integers(keys, k.pages) || !integers(values, v.pages)) return nullptr;
     k.from = (const char *)k_at;
     k.row_stride = k_row;
     k.head_stride = k_head;
+    k.token_stride = k_token;
     v.from = (const char *)v_at;
     v.row_stride = v_row;
     v.head_stride = v_head;
-    const auto call = [=](int64_t later, int) {
-        k.store(rows, heads, page_tokens, head_bytes, position + later);
-        v.store(rows, heads, page_tokens, head_bytes, position + later);
+    v.token_stride = v_token;
+    const auto call = [=, lengths = (const int64_t *)lengths_at](int64_t later, int) {
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t token = 0; token < fresh; ++token) {
+                const int64_t at = (lengths ? lengths[row] : position + later) + token;
+                k.store(row, token, heads, page_tokens, head_bytes, at);
+                v.store(row, token, heads, page_tokens, head_bytes, at);
+            }
     };
-    return run(call, 1);
+    return run("store_tokens", call, 1);
 }

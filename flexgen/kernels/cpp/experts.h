@@ -8,9 +8,18 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "products.h"
 
-// Rows of W in a piece, rounded up to whole blocks.
-constexpr int64_t EXPERT_PIECE = 96;
+// Rows of W in a piece, rounded up to whole blocks. With few rows of x, a piece has WEIGHT_PIECE_BYTES, if this is less.
+constexpr int64_t EXPERT_PIECE = 96, FEW_ROWS = 4;
+
+// The addresses of matrices (flexgen/kernels/grouped_matrices.py): four rows with one number for each matrix; 0 for no part.
+struct AddressTable {
+    const int64_t *values, *scales, *minimums, *biases;
+
+    AddressTable(const int64_t *table, int64_t count)
+        : values(table), scales(table + count), minimums(table + 2 * count), biases(table + 3 * count) {}
+};
 
 // Calls the functions of `variant` for products for every job. All jobs have equal sizes, except for their rows.
 inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &jobs, int threads) {
@@ -22,14 +31,9 @@ inline void multiply_each(const Variant &variant, std::vector<PackedLinear> &job
             if (jobs[n].parts) variant.order_linear(jobs[n], 0, jobs[n].parts);
         }
     });
-    int64_t block = 1;  // the largest of all jobs, of which the others are divisors
-    for (const PackedLinear &job : jobs) block = std::max(block, job.block);
-    const int64_t piece = (EXPERT_PIECE + block - 1) / block * block;
-    const int64_t out = jobs[0].out, each = (out + piece - 1) / piece;
-    Pieces pieces(count * each, threads);
-    const auto multiply_piece = [&](int64_t n) {
-        const int64_t begin = n % each * piece;
-        variant.linear(jobs[n / each], begin, std::min(begin + piece, out));
-    };
-    run_on_threads(threads, [&] { pieces.share(multiply_piece); });
+    int64_t rows = 0;
+    for (const PackedLinear &job : jobs) rows = std::max(rows, job.rows);
+    const int64_t few = WEIGHT_PIECE_BYTES * 8 / (jobs[0].in * jobs[0].bits);
+    Pieces pieces(jobs, rows <= FEW_ROWS ? std::min(EXPERT_PIECE, few) : EXPERT_PIECE, threads);
+    run_on_threads(threads, [&] { pieces.multiply(variant); });
 }

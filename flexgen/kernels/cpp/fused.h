@@ -1,6 +1,6 @@
-// Products of up to 64 rows of x (methods.h) with group-wise integers. The unpacked codes stay in registers. The arithmetic
-// units for products are busy while other units unpack, so unpacking again for each block of 16 rows of x costs less than
-// writing the unpacked codes and reading them.
+// Products with group-wise integers whose unpacked codes stay in registers. The arithmetic units for products are busy while
+// other units unpack, so unpacking again for each block of 16 rows of x costs less than writing the unpacked codes and
+// reading them. The blocks of x that fit in the L2 cache are multiplied with all strips before the next ones.
 //
 // The 16 rows of a strip are read in step, which no prefetcher of a processor expects. So while a strip is multiplied, the
 // next one, which is one run of memory, is prefetched line by line.
@@ -8,6 +8,8 @@
 
 namespace VARIANT {
 namespace dots {
+
+constexpr int64_t BLOCKS_BYTES = 512 << 10;  // of x, which stay in the L2 cache for all strips of a piece of W
 
 // The independent sums of a row of x: a sum has to wait for the previous one, which takes several cycles.
 constexpr int fused_chains(int x) { return x <= 3 ? 4 : x <= 8 ? 2 : 1; }
@@ -68,14 +70,16 @@ inline MultiplyStrip strip_function(int64_t rows, std::integer_sequence<int, N..
     return functions[rows - 1];
 }
 
+// Multiply with blocks `first` to `last` of x.
 template <class Kind, int BITS>
-TARGET void multiply_fused(const PackedLinear &job, int64_t begin, int64_t end) {
+TARGET void multiply_blocks(const PackedLinear &job, int64_t begin, int64_t end, int64_t first, int64_t last) {
     constexpr int64_t STEPS = chunk_steps<Kind>;
     const int64_t chunks = chunks_of(job), stride = padded(chunks), row_bytes = job.in * BITS / 8;
-    const int64_t blocks = blocks_of(job);
+    const int64_t blocks = blocks_of(job), m_begin = block_begin(job, first, blocks), m_end = block_begin(job, last, blocks);
     static thread_local std::vector<float> room;
-    float *totals = aligned(room, STRIP * (job.rows + 2 * chunks + 2 * stride) + STRIP * row_bytes / (int64_t)sizeof(float));
-    float *scales = totals + job.rows * STRIP, *minimums = scales + chunks * STRIP, *row = minimums + chunks * STRIP;
+    const int64_t sums = STRIP * (m_end - m_begin);
+    float *totals = aligned(room, sums + STRIP * (2 * chunks + 2 * stride) + STRIP * row_bytes / (int64_t)sizeof(float));
+    float *scales = totals + sums, *minimums = scales + chunks * STRIP, *row = minimums + chunks * STRIP;
     uint8_t *incomplete = (uint8_t *)(row + 2 * STRIP * stride);
     __m512i dwords[2][8];
     for (int64_t n = begin; n < end; n += STRIP) {
@@ -87,16 +91,24 @@ TARGET void multiply_fused(const PackedLinear &job, int64_t begin, int64_t end) 
             codes = incomplete;
         }
         strip_scales<Kind, BITS>(job, n, count, STRIP, row, scales, minimums);
-        std::fill_n(totals, job.rows * STRIP, 0.0f);
-        for (int64_t block = 0; block < blocks; ++block) {
+        std::fill_n(totals, sums, 0.0f);
+        for (int64_t block = first; block < last; ++block) {
             const int64_t m = block_begin(job, block, blocks), x_rows = block_begin(job, block + 1, blocks) - m;
-            const int64_t first = m * chunks;
+            const int64_t at = m * chunks;
             const MultiplyStrip multiply = strip_function<Kind, BITS>(x_rows, Rows<MOST_FUSED>());
-            multiply(codes, row_bytes, (const uint32_t *)job.operand + first * STEPS,
-                     {scales, minimums, job.sums + first, job.x_scales + first}, chunks, dwords, totals + m * STRIP);
+            multiply(codes, row_bytes, (const uint32_t *)job.operand + at * STEPS,
+                     {scales, minimums, job.sums + at, job.x_scales + at}, chunks, dwords, totals + (m - m_begin) * STRIP);
         }
-        for (int64_t m = 0; m < job.rows; ++m) write_outputs(job, load(totals + m * STRIP), m, n, count);
+        for (int64_t m = m_begin; m < m_end; ++m) write_outputs(job, load(totals + (m - m_begin) * STRIP), m, n, count);
     }
+}
+
+template <class Kind, int BITS>
+TARGET void multiply_fused(const PackedLinear &job, int64_t begin, int64_t end) {
+    const int64_t blocks = blocks_of(job), block_bytes = job.in * MOST_FUSED * (int64_t)sizeof(Bf16);
+    const int64_t most = std::max<int64_t>(BLOCKS_BYTES / block_bytes, 1);
+    for (int64_t block = 0; block < blocks; block += most)
+        multiply_blocks<Kind, BITS>(job, begin, end, block, std::min(block + most, blocks));
 }
 
 }  // namespace dots

@@ -28,18 +28,20 @@ struct Page {
     int64_t begin, tokens;  // position of its first token, and its capacity
 };
 
-// Attention of one new token per row. The work is divided into tasks. A task is one item (a row and a K/V head, with
-// all query heads that share it) over one of `splits` ranges of tokens.
+// Attention of the new tokens of each row, the last of its tokens. The work is divided into tasks. A task is one item (a
+// row and a K/V head, with the queries of all new tokens and of all query heads that share it) over one of `splits`
+// ranges of tokens.
 struct Attention {
     Type type;
-    const void *q;  // (rows, heads, head_dim), like out
+    const void *q;  // (rows, fresh, heads, head_dim), like out
     void *out;
-    float *lse = nullptr;  // (rows, heads) or null: the log-sum-exp of the scores and the sink. With it, out is float32
-    int64_t rows, heads, kv_heads, head_dim, length;
+    float *lse = nullptr;  // (rows, heads, fresh) or null: the log-sum-exp of the scores and the sink. With it, out is
+                           // float32
+    int64_t rows, heads, kv_heads, fresh, head_dim, length;
     int bits;  // of the codes in the pages (packed.h); 0 for elements of `type`
     int64_t code_group;  // elements that share a scale
     int64_t head_bytes;  // bytes of one head's key or value of one token
-    const int64_t *starts;  // (rows,) or null
+    const int64_t *starts;  // (rows, fresh) or null: the first token that a query attends to. They grow along a row
     const int64_t *ends;  // (rows,), the largest of them `length`; null if all are
     std::vector<Page> pages;
     float scale;
@@ -51,12 +53,24 @@ struct Attention {
     std::vector<float> partial;  // with splits, for each task: `partial_size` floats, initially zero
     std::atomic<int64_t> claimed{0};
 
-    int64_t group() const { return heads / kv_heads; }
+    int64_t sharing() const { return heads / kv_heads; }  // query heads of a K/V head
+    int64_t group() const { return sharing() * fresh; }  // queries of an item; those of a new token are adjacent
+    int64_t queries() const { return rows * heads * fresh; }
     int64_t items() const { return rows * kv_heads; }
     int64_t tasks() const { return items() * splits; }
-    int64_t start(int64_t item) const { return starts ? starts[item / kv_heads] : 0; }
+    // The first token that the query of a new token attends to, and the end of the tokens of a row.
+    int64_t start(int64_t item, int64_t token = 0) const { return starts ? starts[item / kv_heads * fresh + token] : 0; }
     int64_t end(int64_t item) const { return ends ? ends[item / kv_heads] : length; }
-    // For each query head: the maximum score, the sum of exponentials, then the weighted sum of values.
+    // The new token and the head of the n-th query of an item, and its index in `q` and in `lse`.
+    int64_t token(int64_t n) const { return n / sharing(); }
+    int64_t head(int64_t item, int64_t n) const { return item % kv_heads * sharing() + n % sharing(); }
+    int64_t place(int64_t item, int64_t n) const {
+        return (item / kv_heads * fresh + token(n)) * heads + head(item, n);
+    }
+    int64_t lse_place(int64_t item, int64_t n) const {
+        return (item / kv_heads * heads + head(item, n)) * fresh + token(n);
+    }
+    // For each query: the maximum score, the sum of exponentials, then the weighted sum of values.
     int64_t partial_size() const { return group() * (2 + head_dim); }
 };
 
@@ -64,17 +78,23 @@ struct Attention {
 // all of them. A task is a K/V head, a block of its queries (all those of all rows), and one of `splits` ranges of
 // tokens. Splits do not depend on the number of threads.
 struct PrefixAttention {
-    static constexpr int64_t QUERIES = 64;  // of a task
+    int64_t task_queries = 64;  // at most
 
     Type type;
     const void *q;  // (rows, heads, fresh, head_dim), like `out`
-    const void *k, *v;  // (kv_heads, tokens, head_dim), with `head_stride` elements between heads
+    const void *k, *v;  // (kv_heads, tokens, head_dim), with a stride (elements) between heads and between tokens
     float *out, *lse;  // lse (rows, heads, fresh)
-    int64_t rows, heads, kv_heads, fresh, head_dim, tokens, head_stride;
+    int64_t rows, heads, kv_heads, fresh, head_dim, tokens, head_stride, token_stride;
     const int64_t *first;  // (rows, fresh) or null: the first token that a query attends to, at most `tokens`
     const int64_t *positions;  // (rows,): of the first new token, relative to the first token; only with slopes
     float scale, cap;  // as in Attention
     const float *slopes;  // (heads,) or null
+
+    // For the last `fresh` tokens of a prompt, which attend to no token after themselves: q and `prompt_out` are by token,
+    // (fresh, heads, head_dim) in `type`, there is one row, `out` is not used, and `lse` may be null.
+    bool causal = false;
+    void *prompt_out = nullptr;
+    const float *sinks = nullptr;  // (heads,) or null, as in Attention
 
     int64_t splits = 1, split_tokens = 0;
     std::vector<float> partial;  // with splits: for each of them, values like `out` and sums like `lse`
@@ -82,13 +102,17 @@ struct PrefixAttention {
 
     int64_t group() const { return heads / kv_heads; }
     int64_t queries() const { return rows * group() * fresh; }  // of a K/V head
-    int64_t blocks() const { return (queries() + QUERIES - 1) / QUERIES; }
+    int64_t blocks() const { return (queries() + task_queries - 1) / task_queries; }
     int64_t tasks() const { return kv_heads * blocks() * splits; }
-    // The index of a query of a K/V head in (rows, heads, fresh).
+    // The index of a query of a K/V head in (rows, heads, fresh), or in (fresh, heads).
     int64_t place(int64_t kv_head, int64_t query) const {
         const int64_t each = group() * fresh;
+        if (causal) return query % fresh * heads + kv_head * group() + query / fresh;
         return query / each * heads * fresh + kv_head * each + query % each;
     }
+    int64_t head(int64_t kv_head, int64_t query) const { return kv_head * group() + query / fresh % group(); }
+    // The end of the tokens that a query attends to.
+    int64_t end(int64_t query) const { return causal ? tokens - fresh + query % fresh + 1 : tokens; }
     int64_t places() const { return rows * heads * fresh; }
     float *values(int64_t split) const {
         return splits == 1 ? out : (float *)partial.data() + split * places() * (head_dim + 1);
@@ -192,8 +216,8 @@ struct PackedLinear {
 
     // Set by `prepare_linear`: the rows of W that are multiplied at once, whether x has many rows (tiles.h, strips.h),
     // x in the layout of the variant, and the sums and scales of its groups if the variant needs them.
-    int64_t block = 48;  // a multiple of the blocks of linear.h and tiles.h
-    int64_t piece = 4 * 48;  // the most rows of W that a thread takes at a time, if x has many rows
+    int64_t block = 48;  // a multiple of the blocks of linear.h
+    int64_t piece = 0;  // the most rows of W that a thread takes at a time, if x has many rows
     int64_t parts = 0;  // of the conversion of x, left to `order_linear`
     bool tiled = false;
     const void *operand = nullptr;
@@ -243,6 +267,36 @@ struct Largest {
 };
 constexpr int64_t NO_INDEX = -1;
 
+// The experts that a router chooses for each row of logits, and the factors of their outputs.
+struct Routing {
+    Type type;  // of the logits
+    int64_t rows, experts, top_k;
+    const void *logits;  // (rows, experts)
+    const float *correction;  // (experts,) or null: added to scores for the choice only
+    bool sigmoid;  // or softmax
+    bool scores_all;  // whether the logits are scored before the choice, or only those of the chosen experts
+    bool normalised;  // whether factors are divided by their sum, or by `least_sum` if this is larger
+    float least_sum, scale;
+
+    // Of the choices, in the order of their experts: their rows and factors. The place of each choice of each row, and
+    // the end of the choices of each expert.
+    int64_t *tokens;
+    float *factors;
+    int64_t *places;  // (rows, top_k)
+    int32_t *ends;  // (experts,)
+};
+
+// The sum of the outputs x (rows * top_k, size) of each row's experts, times their factors, as in `Routing`.
+struct ExpertSum {
+    Type type;
+    bool wide;  // whether `out` is in float32, not in `type`
+    int64_t rows, top_k, size;
+    const void *x;
+    const float *factors;
+    const int64_t *places;
+    void *out;  // (rows, size)
+};
+
 struct Variant {
     const char *name;
     bool (*supported)();
@@ -252,6 +306,7 @@ struct Variant {
     void (*dequantise)(const Groupwise &, int64_t begin, int64_t end);  // groups
     void (*quantise)(const Groupwise &, int64_t begin, int64_t end);
     uint32_t (*read)(const uint8_t *, int64_t nbytes);  // reads every byte once; nbytes is a multiple of 1024
+    int64_t (*multiply_registers)(int64_t steps);  // for benchmarks: products without memory. Returns their operations
     void (*prepare_linear)(PackedLinear &);
     void (*order_linear)(const PackedLinear &, int64_t first, int64_t last);  // parts, if `prepare_linear` left some
     void (*linear)(const PackedLinear &, int64_t begin, int64_t end);  // rows of W
@@ -263,6 +318,8 @@ struct Variant {
     void (*silu_product)(const SiluProduct &, int64_t begin, int64_t end);  // rows
     void (*add)(Type, void *out, const void *x, int64_t begin, int64_t end);  // out += x, elements
     void (*largest)(const Largest &, int64_t begin, int64_t end);  // rows
+    void (*route)(const Routing &);
+    void (*sum_experts)(const ExpertSum &, int64_t begin, int64_t end);  // rows
 };
 
 extern const Variant baseline_variant;

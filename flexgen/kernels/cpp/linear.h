@@ -142,9 +142,10 @@ TARGET void multiply_bits(const PackedLinear &job, int64_t begin, int64_t end) {
     multiply_blocks<Kind, 8, MAX_X>(job, begin, end);
 }
 
-// Space for `count` floats, aligned to a cache line.
+// Space for `count` floats, aligned to a cache line. Their values are any.
 inline float *aligned(std::vector<float> &room, int64_t count) {
-    room.resize(count + LINE / sizeof(float));
+    const size_t size = count + LINE / sizeof(float);
+    if (room.size() < size) room.resize(size);
     return (float *)(((uintptr_t)room.data() + LINE - 1) / LINE * LINE);
 }
 
@@ -201,10 +202,9 @@ TARGET void prepare_any(PackedLinear &job) {
 
 // Do parts of the conversion that `prepare_any` left.
 void order_any(const PackedLinear &job, int64_t first, int64_t last) {
+    if (method_of(job) == Method::tiles) return order_tiled(job, first, last);
 #ifdef FLEXGEN_DOT_BF16
     dots::order(job, first, last);
-#else
-    (void)job, (void)first, (void)last;
 #endif
 }
 

@@ -52,12 +52,15 @@ PyObject *py_packed_linear(PyObject *, PyObject *args) {
                             (const void *)minimums});
     }
     const bool encoded = form != Py_None;
-    const auto call = [job, matrices, encoding, encoded, now = variant](int64_t, int most) {
+    std::string name = "product of " + std::to_string(in) + " with";
+    for (const Matrix &matrix : matrices) name += " " + std::to_string(matrix.out);
+    const auto streams = recorded ? std::make_shared<Streams>() : nullptr;
+    const auto call = [job, matrices, encoding, encoded, streams, now = variant](int64_t, int most) {
         PackedLinear own = job;
         if (encoded) own.encoding = &encoding;
-        multiply(*now, own, matrices, most);
+        multiply(*now, own, matrices, most, streams.get());
     };
-    return run(call, threads);
+    return run(name.c_str(), call, threads, streams);
 }
 
 PyObject *py_packed_linears(PyObject *, PyObject *args) {
@@ -97,6 +100,49 @@ PyObject *py_packed_linears(PyObject *, PyObject *args) {
     const int useful = useful_threads(threads, nbytes);
     if (!jobs.empty() && !run_once([&] { multiply_each(now, jobs, useful); })) return nullptr;
     Py_RETURN_NONE;
+}
+
+PyObject *py_grouped_linear(PyObject *, PyObject *args) {
+    PackedLinear one;
+    int type, scale_type, threads;
+    long long out, in, group, groups, x, y, ends, table;
+    PyObject *form;
+    Encoding encoding;
+    if (!PyArg_ParseTuple(args, "iii(LLL)LLLLLOi", &type, &scale_type, &one.bits, &out, &in, &group, &groups, &x, &y,
+                          &ends, &table, &form, &threads) ||
+        !read_encoding(form, encoding))
+        return nullptr;
+    one.type = (Type)type;
+    one.scale_type = (Type)scale_type;
+    one.out = out;
+    one.in = in;
+    one.group = group;
+    const bool encoded = form != Py_None;
+    const auto work = [=, now = variant](int64_t, int most) {
+        const AddressTable at((const int64_t *)table, groups);
+        const int64_t x_bytes = in * element_bytes(one.type), y_bytes = out * element_bytes(one.type);
+        std::vector<PackedLinear> jobs;
+        int64_t nbytes = 0;
+        for (int64_t n = 0, begin = 0; n < groups; ++n) {
+            const int64_t end = ((const int32_t *)ends)[n];
+            if (end == begin) continue;
+            PackedLinear job = one;
+            if (encoded) job.encoding = &encoding;
+            job.rows = end - begin;
+            job.x = (const char *)x + begin * x_bytes;
+            job.y = (char *)y + begin * y_bytes;
+            job.packed = (const uint8_t *)at.values[n];
+            job.scales = (const void *)at.scales[n];
+            job.minimums = (const void *)at.minimums[n];
+            job.bias = (const void *)at.biases[n];
+            jobs.push_back(std::move(job));
+            nbytes += (end - begin) * out * in * one.bits / 8;
+            begin = end;
+        }
+        if (!jobs.empty()) multiply_each(*now, jobs, useful_threads(most, nbytes));
+    };
+    const std::string name = "products of " + std::to_string(in) + " with " + std::to_string(out);
+    return run(name.c_str(), work, threads);
 }
 
 PyObject *py_decode(PyObject *, PyObject *args) {

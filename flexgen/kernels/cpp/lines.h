@@ -41,6 +41,8 @@ TARGET void prepare_line(PackedLinear &job) {
     const int64_t chunks = chunks_of(job), lines = lines_of(job), width = lines * STEPS * LANES;
     const int64_t line_scales = Kind::ROUNDED ? lines * LANES : 0;
     float *room = aligned(job.wide, width + line_scales + padded(chunks));
+    // What is beyond the last chunk is multiplied with zeros.
+    std::fill_n(room, width + line_scales + padded(chunks), 0.0f);
     uint32_t *operand = (uint32_t *)room;
     float *scales = room + width, *sums = scales + line_scales;
     Ordered chunk;
@@ -123,6 +125,13 @@ APART void multiply_lines(const PackedLinear &job, int64_t begin, int64_t end) {
                     some[i] = kept(load_line(codes + (line + i) * LINE));
                 }
                 add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, total);
+            }
+            if ((line + 2) * LINE <= bytes) {
+                const __m512i some[] = {load_line(codes + line * LINE), load_line(codes + (line + 1) * LINE)};
+                Vec two[2] = {};
+                add_lines<Kind, BITS>(some, x, scales, job.x_scales, line, two);
+                rest[0] += two[0] + two[1];
+                line += 2;
             }
             for (; line < lines; ++line) {
                 const bool whole = (line + 1) * LINE <= bytes;

@@ -12,7 +12,7 @@ enum class Method {
     strips,  // fused.h: 16 rows of W at a time, unpacked in registers for each block of x
     panels,  // panels.h: 32 rows of W at a time, unpacked once for all rows of x
     vector,  // tiles.h: a row of W after the other
-    tiles,  // tiles.h: a few rows of W at a time
+    tiles,  // tiles.h: tiles of a few rows of W and of x
     blocks,  // linear.h: a few rows of W at a time, unpacked in registers for each block of x
 };
 
@@ -23,9 +23,9 @@ struct Range {
 constexpr int64_t ANY = INT64_MAX;
 
 // With dot products of bfloat16 or int8:
-constexpr Range INTEGERS_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
-constexpr Range BFLOAT16_BY_DOTS[] = {{1, Method::vector}, {64, Method::tiles}, {ANY, Method::panels}};
-// In float32:
+constexpr Range INT4_BY_DOTS[] = {{1, Method::lines}, {ANY, Method::strips}};
+constexpr Range INT8_BY_DOTS[] = {{1, Method::lines}, {64, Method::strips}, {ANY, Method::panels}};
+// In float32, except for plain bfloat16:
 constexpr Range INTEGERS[] = {{16, Method::blocks}, {ANY, Method::tiles}};
 constexpr Range HALVES[] = {{1, Method::vector}, {ANY, Method::tiles}};
 constexpr int64_t WIDENED_IN_TILES = 16;  // up to this many rows of x, tiles widen half types in registers
@@ -54,10 +54,7 @@ inline bool by_dots(const PackedLinear &job) {
 }
 
 inline Method method_of(const PackedLinear &job) {
-    const Range *range = by_dots(job) ? INTEGERS_BY_DOTS
-                         : by_pairs(job) ? BFLOAT16_BY_DOTS
-                         : job.bits == 16 ? HALVES
-                                          : INTEGERS;
+    const Range *range = by_dots(job) ? (job.bits == 4 ? INT4_BY_DOTS : INT8_BY_DOTS) : job.bits == 16 ? HALVES : INTEGERS;
     while (job.rows > range->rows) ++range;
     return range->method;
 }

@@ -65,6 +65,18 @@ PyObject *py_read(PyObject *, PyObject *args) {
     return PyLong_FromUnsignedLong(sum);
 }
 
+PyObject *py_multiply_registers(PyObject *, PyObject *args) {
+    long long steps;
+    int threads;
+    if (!PyArg_ParseTuple(args, "Li", &steps, &threads)) return nullptr;
+    std::atomic<int64_t> claimed{0}, operations{0};
+    const auto claim = [&] {
+        while (claimed.fetch_add(1) < threads) operations += variant->multiply_registers(steps);
+    };
+    if (!without_gil([&] { run_on_threads(threads, claim); })) return nullptr;
+    return PyLong_FromLongLong(operations);
+}
+
 PyObject *py_variants(PyObject *, PyObject *) {
     PyObject *names = PyList_New(0);
     for (const Variant *each : VARIANTS) {
@@ -93,22 +105,29 @@ PyMethodDef METHODS[] = {
     {"decode_attention", py_decode_attention, METH_VARARGS, nullptr},
     {"choose", py_choose, METH_VARARGS, nullptr},
     {"attend_prefix", py_attend_prefix, METH_VARARGS, nullptr},
+    {"attend_prompt", py_attend_prompt, METH_VARARGS, nullptr},
     {"attend_chosen", py_attend_chosen, METH_VARARGS, nullptr},
     {"quantise", py_quantise, METH_VARARGS, nullptr},
     {"dequantise", py_dequantise, METH_VARARGS, nullptr},
     {"packed_linear", py_packed_linear, METH_VARARGS, nullptr},
     {"packed_linears", py_packed_linears, METH_VARARGS, nullptr},
+    {"grouped_linear", py_grouped_linear, METH_VARARGS, nullptr},
+    {"route", py_route, METH_VARARGS, nullptr},
+    {"gather_rows", py_gather_rows, METH_VARARGS, nullptr},
+    {"sum_experts", py_sum_experts, METH_VARARGS, nullptr},
     {"decode", py_decode, METH_VARARGS, nullptr},
     {"rms_norm", py_rms_norm, METH_VARARGS, nullptr},
     {"rotate", py_rotate, METH_VARARGS, nullptr},
     {"silu_product", py_silu_product, METH_VARARGS, nullptr},
     {"add", py_add, METH_VARARGS, nullptr},
     {"largest", py_largest, METH_VARARGS, nullptr},
-    {"store_token", py_store_token, METH_VARARGS, nullptr},
+    {"store_tokens", py_store_tokens, METH_VARARGS, nullptr},
     {"record", py_record, METH_NOARGS, nullptr},
     {"end_record", py_end_record, METH_NOARGS, nullptr},
     {"replay", py_replay, METH_VARARGS, nullptr},
+    {"profile", py_profile, METH_VARARGS, nullptr},
     {"read", py_read, METH_VARARGS, nullptr},
+    {"multiply_registers", py_multiply_registers, METH_VARARGS, nullptr},
     {"variants", py_variants, METH_NOARGS, nullptr},
     {"variant", py_variant, METH_NOARGS, nullptr},
     {"set_variant", py_set_variant, METH_O, nullptr},

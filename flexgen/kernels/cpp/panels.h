@@ -1,4 +1,4 @@
-// Products of many rows of x (methods.h) with group-wise integers or with a matrix in bfloat16.
+// Products of many rows of x with group-wise integers.
 //
 // A panel is PANEL_CHUNKS chunks of two strips of W, unpacked to operands in the order of use. It is unpacked once, to the
 // L2 cache, and multiplied with all rows of x, in blocks with all sums in registers. Meanwhile, the codes of the next panel
@@ -51,20 +51,16 @@ TARGET void unpack_strip(const uint8_t *from, int64_t stride, int64_t chunks, __
 }
 
 // Unpack chunks `c` to `c` + `chunks` of a panel, of which `count` rows from `n` exist. Memory beyond the matrix must not
-// be read, so incomplete rows or panels are copied to `codes` first.
+// be read, so incomplete panels are copied to `codes` first.
 template <class Kind, int BITS>
 TARGET void unpack_panel(const PackedLinear &job, int64_t n, int64_t count, int64_t c, int64_t chunks, uint8_t *codes,
                          __m512i *to) {
     constexpr int64_t CHUNK_BYTES = VALUES * BITS / 8;
     const int64_t bytes = chunks * CHUNK_BYTES, row_bytes = job.in * BITS / 8;
-    const int64_t there = std::min(bytes, row_bytes - c * CHUNK_BYTES);
     const uint8_t *from = job.packed + n * row_bytes + c * CHUNK_BYTES;
     int64_t stride = row_bytes;
-    if (count < PANEL || there < bytes) {
-        for (int64_t k = 0; k < count; ++k) {
-            memcpy(codes + k * bytes, from + k * row_bytes, there);
-            memset(codes + k * bytes + there, 0, bytes - there);
-        }
+    if (count < PANEL) {
+        for (int64_t k = 0; k < count; ++k) memcpy(codes + k * bytes, from + k * row_bytes, bytes);
         from = codes;
         stride = bytes;
     }
@@ -72,15 +68,9 @@ TARGET void unpack_panel(const PackedLinear &job, int64_t n, int64_t count, int6
     unpack_strip<Kind, BITS>(from + STRIP * stride, stride, chunks, to + 1);
 }
 
-template <bool SCALED, class Own, class Total>
-INLINE auto &chunk_sums(Own &own, Total &total) {
-    if constexpr (SCALED) return own;
-    else return total;
-}
-
-// Add the products of `chunks` chunks of a panel and X rows of x to `totals` (X, PANEL). SCALED: the sums of each chunk
-// are multiplied with scales first.
-template <class Kind, bool SCALED, int X>
+// Add the products of `chunks` chunks of a panel and X rows of x to `totals` (X, PANEL). The sums of each chunk are
+// multiplied with scales first.
+template <class Kind, int X>
 APART void add_panel(const __m512i *panel, const uint32_t *x, int64_t chunks, Scaling scaling, float *totals,
                      Ahead &ahead, int64_t lines) {
     Vec total[X][2];
@@ -89,8 +79,7 @@ APART void add_panel(const __m512i *panel, const uint32_t *x, int64_t chunks, Sc
         for (int strip = 0; strip < 2; ++strip) total[m][strip] = load(totals + m * PANEL + strip * STRIP);
     for (int64_t c = 0; c < chunks; ++c) {
         ahead.fetch(lines);
-        typename Kind::Sum own[X][2] = {};
-        auto &sum = chunk_sums<SCALED>(own, total);
+        typename Kind::Sum sum[X][2] = {};
         for (int64_t step = 0; step < chunk_steps<Kind>; ++step, panel += 2, x += X) {
             const __m512i first = panel[0], second = panel[1];
             UNROLLED
@@ -100,23 +89,21 @@ APART void add_panel(const __m512i *panel, const uint32_t *x, int64_t chunks, Sc
                 sum[m][1] = Kind::add(sum[m][1], second, values);
             }
         }
-        if constexpr (SCALED) {
+        UNROLLED
+        for (int strip = 0; strip < 2; ++strip) {
+            const Vec scale = load(scaling.scales + strip * STRIP);
+            const Vec minimum = load(scaling.minimums + strip * STRIP);
             UNROLLED
-            for (int strip = 0; strip < 2; ++strip) {
-                const Vec scale = load(scaling.scales + strip * STRIP);
-                const Vec minimum = load(scaling.minimums + strip * STRIP);
-                UNROLLED
-                for (int m = 0; m < X; ++m) {
-                    const Vec both = Kind::ROUNDED ? scale * splat(scaling.x_scales[m]) : scale;
-                    total[m][strip] = fma(minimum, splat(scaling.sums[m]), total[m][strip]);
-                    total[m][strip] = fma(Kind::number(sum[m][strip]), both, total[m][strip]);
-                }
+            for (int m = 0; m < X; ++m) {
+                const Vec both = Kind::ROUNDED ? scale * splat(scaling.x_scales[m]) : scale;
+                total[m][strip] = fma(minimum, splat(scaling.sums[m]), total[m][strip]);
+                total[m][strip] = fma(Kind::number(sum[m][strip]), both, total[m][strip]);
             }
-            scaling.scales += PANEL;
-            scaling.minimums += PANEL;
-            scaling.sums += X;
-            scaling.x_scales += X;
         }
+        scaling.scales += PANEL;
+        scaling.minimums += PANEL;
+        scaling.sums += X;
+        scaling.x_scales += X;
     }
     UNROLLED
     for (int m = 0; m < X; ++m)
@@ -125,9 +112,9 @@ APART void add_panel(const __m512i *panel, const uint32_t *x, int64_t chunks, Sc
 
 typedef void (*AddPanel)(const __m512i *, const uint32_t *, int64_t, Scaling, float *, Ahead &, int64_t);
 
-template <class Kind, bool SCALED, int... N>
+template <class Kind, int... N>
 inline AddPanel panel_function(int64_t rows, std::integer_sequence<int, N...>) {
-    constexpr AddPanel functions[] = {add_panel<Kind, SCALED, N + 1>...};
+    constexpr AddPanel functions[] = {add_panel<Kind, N + 1>...};
     return functions[rows - 1];
 }
 
@@ -143,7 +130,7 @@ struct PanelRoom {
         static thread_local std::vector<float> room;
         const int64_t chunks = chunks_of(job), unpacked = PANEL_CHUNKS * steps * 2 * LANES;
         const int64_t copied = PANEL * PANEL_CHUNKS * code_bytes / (int64_t)sizeof(float);
-        const int64_t scaled = job.bits == 16 ? 0 : chunks * PANEL;
+        const int64_t scaled = chunks * PANEL;
         float *at = aligned(room, unpacked + copied + job.rows * PANEL + 2 * scaled + 2 * padded(chunks) * STRIP);
         panel = (__m512i *)at;
         codes = (uint8_t *)(at += unpacked);
@@ -156,7 +143,6 @@ struct PanelRoom {
 
 template <class Kind, int BITS>
 TARGET void multiply_panels(const PackedLinear &job, int64_t begin, int64_t end) {
-    constexpr bool SCALED = BITS != 16;
     constexpr int64_t CHUNK_BYTES = VALUES * BITS / 8, STEPS = chunk_steps<Kind>;
     const int64_t chunks = chunks_of(job), blocks = blocks_of(job), row_bytes = job.in * BITS / 8;
     const int64_t lines = (PANEL * CHUNK_BYTES / LINE + blocks - 1) / blocks;  // to prefetch for each chunk and block
@@ -169,7 +155,7 @@ TARGET void multiply_panels(const PackedLinear &job, int64_t begin, int64_t end)
     for (int64_t n = begin; n < end; n += PANEL) {
         const int64_t rows = std::min(PANEL, end - n), most = n == begin ? FIRST_CHUNKS : PANEL_CHUNKS;
         std::fill_n(room.totals, job.rows * PANEL, 0.0f);
-        if constexpr (SCALED) strip_scales<Kind, BITS>(job, n, rows, PANEL, room.row, room.scales, room.minimums);
+        strip_scales<Kind, BITS>(job, n, rows, PANEL, room.row, room.scales, room.minimums);
         for (int64_t c = 0, count; c < chunks; c += count) {
             count = std::min(most, chunks - c);
             ahead.fetch(PANEL * count * CHUNK_BYTES / LINE);
@@ -180,7 +166,7 @@ TARGET void multiply_panels(const PackedLinear &job, int64_t begin, int64_t end)
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t m = block_begin(job, block, blocks), x_rows = block_begin(job, block + 1, blocks) - m;
                 const int64_t first = m * chunks + c * x_rows;
-                const AddPanel add = panel_function<Kind, SCALED>(x_rows, Rows<SCALED ? MOST_SCALED : MOST_PLAIN>());
+                const AddPanel add = panel_function<Kind>(x_rows, Rows<MOST_SCALED>());
                 add(room.panel, (const uint32_t *)job.operand + first * STEPS, count,
                     {room.scales + c * PANEL, room.minimums + c * PANEL, job.sums + first, job.x_scales + first},
                     room.totals + m * PANEL, ahead, lines);

@@ -1,4 +1,4 @@
-// Attention over keys and values that all rows share, for one variant.
+// Attention over keys and values that all rows share, and attention of the tokens of a prompt, for one variant.
 //
 // Each number of K and V is used for many queries, so the time is that of the arithmetic, not of the memory. A task is a
 // K/V head and a block of queries: those of several rows, of all query heads that share the K/V head. They are in the
@@ -23,8 +23,9 @@ struct Panel {
     std::vector<float> room;  // for both
     float maximum[WIDE * LANES], total[WIDE * LANES];
     float slopes[WIDE * LANES], positions[WIDE * LANES];
-    int32_t first[WIDE * LANES];  // the first token that a query attends to
+    int32_t first[WIDE * LANES], end[WIDE * LANES];  // of the tokens that a query attends to
     int32_t earliest, latest;  // of `first`
+    int32_t earliest_end, latest_end;
 
     int lanes() const { return vectors * LANES; }
 };
@@ -49,8 +50,8 @@ struct Widened {
     template <class T>
     TARGET static void keys(const T *from, int64_t dim, float *to) { linear::widen(from, to, dim); }
     template <class T>
-    TARGET static void values(const T *from, int64_t tokens, int64_t dim, int64_t stride, float *to) {
-        for (int64_t t = 0; t < tokens; ++t) linear::widen(from + t * dim, to + t * stride, dim);
+    TARGET static void values(const T *from, int64_t step, int64_t tokens, int64_t dim, int64_t stride, float *to) {
+        for (int64_t t = 0; t < tokens; ++t) linear::widen(from + t * step, to + t * stride, dim);
     }
     template <int J>
     INLINE static void weights(float *, int64_t) {}
@@ -66,12 +67,12 @@ struct Paired {
         to[dim / 2] = 0.0f;  // the last pair may have one number
         memcpy(to, from, dim * sizeof(Bf16));
     }
-    TARGET static void values(const Bf16 *from, int64_t tokens, int64_t dim, int64_t stride, float *to) {
-        for (int64_t t = 0; t < tokens; t += 2, from += 2 * dim, to += stride) {
+    TARGET static void values(const Bf16 *from, int64_t step, int64_t tokens, int64_t dim, int64_t stride, float *to) {
+        for (int64_t t = 0; t < tokens; t += 2, from += 2 * step, to += stride) {
             for (int64_t d = 0; d < dim; d += LANES) {
                 const int64_t count = std::min<int64_t>(LANES, dim - d);
                 const Words low = to_words(shorts_part(from + d, count));
-                const Words high = t + 1 < tokens ? to_words(shorts_part(from + dim + d, count)) : Words{};
+                const Words high = t + 1 < tokens ? to_words(shorts_part(from + step + d, count)) : Words{};
                 const Vec pairs = (Vec)(low | high << 16);
                 count == LANES ? store(to + d, pairs) : store_part(to + d, pairs, count);
             }
@@ -156,10 +157,11 @@ template <int J>
 APART void hide(const Panel &panel, const Tile &tile, float *scores) {
     const Vec hidden = splat(-INFINITY);
     for (int j = 0; j < J; ++j) {
-        const Ints first = raw<Ints>(panel.first + j * LANES);
+        const Ints first = raw<Ints>(panel.first + j * LANES), end = raw<Ints>(panel.end + j * LANES);
         for (int64_t t = 0; t < tile.tokens; ++t) {
+            const int32_t token = (int32_t)(tile.begin + t);
             float *at = scores + (t * J + j) * LANES;
-            store(at, first <= (int32_t)(tile.begin + t) ? load(at) : hidden);
+            store(at, (first <= token) & (token < end) ? load(at) : hidden);
         }
     }
 }
@@ -195,7 +197,7 @@ TARGET void attend_tile(const PrefixAttention &job, Panel &panel, const Tile &ti
     for (int64_t t = 0; t < tile.tokens; t += AT_ONCE)
         score<Kind, J>(&tile.k[t * tile.padded], tile.padded, panel.q, columns, job.scale, scores + t * J * LANES);
     if (job.cap != 0.0f || job.slopes) adjust<J>(job, panel, tile, scores);
-    if (panel.latest > tile.begin) hide<J>(panel, tile, scores);
+    if (panel.latest > tile.begin || panel.earliest_end < tile.begin + tile.tokens) hide<J>(panel, tile, scores);
     exponentials<J>(panel, tile.tokens, scores, shrink);
     Kind::template weights<J>(scores, tile.tokens);
     for (int64_t d = 0; d < tile.dim; d += AT_ONCE)
@@ -214,8 +216,9 @@ TARGET void begin_panel(const PrefixAttention &job, Panel &panel, int64_t kv_hea
     std::fill_n(panel.slopes, WIDE * LANES, 0.0f);
     std::fill_n(panel.positions, WIDE * LANES, 0.0f);
     std::fill_n(panel.first, WIDE * LANES, 0);
-    panel.earliest = (int32_t)job.tokens;
-    panel.latest = 0;
+    std::fill_n(panel.end, WIDE * LANES, (int32_t)job.tokens);
+    panel.earliest = panel.earliest_end = (int32_t)job.tokens;
+    panel.latest = panel.latest_end = 0;
     std::vector<float> words(dim + 1);
     for (int64_t m = 0; m < panel.count; ++m) {
         const int64_t query = begin + m, place = job.place(kv_head, query);
@@ -223,12 +226,44 @@ TARGET void begin_panel(const PrefixAttention &job, Panel &panel, int64_t kv_hea
         for (int64_t i = 0; i * Kind::NUMBERS < dim; ++i) memcpy(panel.q + i * lanes + m, &words[i], sizeof(float));
         const int64_t row = query / (job.group() * job.fresh), token = query % job.fresh;
         if (job.slopes) {
-            panel.slopes[m] = job.slopes[place / job.fresh % job.heads];
+            panel.slopes[m] = job.slopes[job.head(kv_head, query)];
             panel.positions[m] = (float)(job.positions[row] + token);
         }
         if (job.first) panel.first[m] = (int32_t)job.first[row * job.fresh + token];
         panel.earliest = std::min(panel.earliest, panel.first[m]);
         panel.latest = std::max(panel.latest, panel.first[m]);
+        panel.end[m] = (int32_t)job.end(query);
+        panel.earliest_end = std::min(panel.earliest_end, panel.end[m]);
+        panel.latest_end = std::max(panel.latest_end, panel.end[m]);
+    }
+}
+
+// The largest score of a query and the sum of exponentials relative to it.
+struct Softmax {
+    float maximum, total;
+
+    // Add a score without a value.
+    void add(float sink) {
+        const float most = std::max(maximum, sink);
+        if (most == -INFINITY) return;
+        total = total * std::exp(maximum - most) + std::exp(sink - most);
+        maximum = most;
+    }
+    float lse() const { return total == 0.0f ? -INFINITY : maximum + std::log(total); }
+};
+
+template <class T>
+TARGET void write_prompt(const PrefixAttention &job, const Panel &panel, int64_t kv_head, int64_t begin) {
+    const int64_t dim = job.head_dim, lanes = panel.lanes();
+    std::vector<float> values(dim);
+    for (int64_t m = 0; m < panel.count; ++m) {
+        const int64_t query = begin + m, head = job.head(kv_head, query);
+        Softmax softmax{panel.maximum[m], panel.total[m]};
+        if (job.sinks) softmax.add(job.sinks[head]);
+        const float factor = softmax.total == 0.0f ? 0.0f : std::exp(panel.maximum[m] - softmax.maximum) / softmax.total;
+        for (int64_t d = 0; d < dim; ++d) values[d] = panel.sum[d * lanes + m] * factor;
+        elementwise::narrow(values.data(), (T *)job.prompt_out + job.place(kv_head, query) * dim, dim);
+        if (job.lse) job.lse[head * job.fresh + query % job.fresh] = softmax.lse();
     }
 }
 
@@ -237,50 +272,55 @@ TARGET inline void write_panel(const PrefixAttention &job, const Panel &panel, i
     const int64_t dim = job.head_dim, lanes = panel.lanes();
     for (int64_t m = 0; m < panel.count; ++m) {
         const int64_t place = job.place(kv_head, begin + m);
-        const float total = panel.total[m], factor = total == 0.0f ? 0.0f : 1.0f / total;
+        const Softmax softmax{panel.maximum[m], panel.total[m]};
+        const float factor = softmax.total == 0.0f ? 0.0f : 1.0f / softmax.total;
         float *out = job.values(split) + place * dim;
         for (int64_t d = 0; d < dim; ++d) out[d] = panel.sum[d * lanes + m] * factor;
-        job.sums(split)[place] = total == 0.0f ? -INFINITY : panel.maximum[m] + std::log(total);
+        job.sums(split)[place] = softmax.lse();
     }
 }
 
 template <class Kind, class T>
 TARGET void attend(PrefixAttention &job) {
     constexpr int64_t MOST = WIDE * LANES;
-    const int64_t dim = job.head_dim, stride = job.head_stride;
+    const int64_t dim = job.head_dim;
     Tile tile(dim);
     std::vector<float> room;
     float *const scores = linear::aligned(room, TOKENS * MOST);
     std::vector<Panel> panels;
     for (int64_t task; (task = job.claimed.fetch_add(1, std::memory_order_relaxed)) < job.tasks();) {
         const int64_t split = task % job.splits, block = task / job.splits % job.blocks();
-        const int64_t kv_head = task / job.splits / job.blocks(), begin = block * PrefixAttention::QUERIES;
-        const int64_t end = std::min(begin + PrefixAttention::QUERIES, job.queries());
+        const int64_t kv_head = task / job.splits / job.blocks(), begin = block * job.task_queries;
+        const int64_t end = std::min(begin + job.task_queries, job.queries());
         panels.resize((end - begin + MOST - 1) / MOST);
-        int64_t token = job.tokens;
+        int64_t token = job.tokens, last = 0;
         for (size_t n = 0; n < panels.size(); ++n) {
             const int64_t from = begin + (int64_t)n * MOST;
             panels[n].count = std::min(MOST, end - from);
             panels[n].vectors = panels[n].count > LANES ? 2 : 1;
             begin_panel<Kind, T>(job, panels[n], kv_head, from, tile.padded);
             token = std::min<int64_t>(token, panels[n].earliest);
+            last = std::max<int64_t>(last, panels[n].latest_end);
         }
-        const int64_t last = std::min((split + 1) * job.split_tokens, job.tokens);
+        last = std::min((split + 1) * job.split_tokens, last);
         for (token = std::max(token, split * job.split_tokens); token < last; token += TOKENS) {
             tile.begin = token;
             tile.tokens = std::min(TOKENS, last - token);
-            const int64_t at = kv_head * stride + token * dim;
+            const int64_t at = kv_head * job.head_stride + token * job.token_stride;
             for (int64_t t = 0; t < tile.tokens; ++t)
-                Kind::keys((const T *)job.k + at + t * dim, dim, &tile.k[t * tile.padded]);
-            Kind::values((const T *)job.v + at, tile.tokens, dim, tile.padded, tile.v.data());
+                Kind::keys((const T *)job.k + at + t * job.token_stride, dim, &tile.k[t * tile.padded]);
+            Kind::values((const T *)job.v + at, job.token_stride, tile.tokens, dim, tile.padded, tile.v.data());
             for (Panel &panel : panels) {
-                if (panel.earliest >= token + tile.tokens) continue;
+                if (panel.earliest >= token + tile.tokens || panel.latest_end <= token) continue;
                 panel.vectors == 1 ? attend_tile<Kind, 1>(job, panel, tile, scores)
                                    : attend_tile<Kind, 2>(job, panel, tile, scores);
             }
         }
-        for (size_t n = 0; n < panels.size(); ++n)
-            write_panel(job, panels[n], kv_head, begin + (int64_t)n * MOST, split);
+        for (size_t n = 0; n < panels.size(); ++n) {
+            const int64_t from = begin + (int64_t)n * MOST;
+            if (job.causal) write_prompt<T>(job, panels[n], kv_head, from);
+            else write_panel(job, panels[n], kv_head, from, split);
+        }
     }
 }
 

@@ -88,7 +88,7 @@ struct Item {
         const int64_t length = job.end(item), dim = job.head_dim, token_bytes = dim * (int64_t)sizeof(T);
         for (size_t n = 0; n < sets.size(); ++n) {
             const int64_t head = item * job.group() + (int64_t)n * MAX_HEADS;
-            attention::begin_task<T>(sets[n], (const T *)job.q + head * dim, pass);
+            attention::begin_task<T>(sets[n], [&](int h) { return (const T *)job.q + (head + h) * dim; }, pass);
         }
         for (const Page &page : job.pages) {
             const int64_t end = std::min(page.begin + page.tokens, length);

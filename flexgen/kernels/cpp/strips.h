@@ -1,6 +1,6 @@
 // Rows of x for products with strips, 16 rows of W at a time. A vector has one operand of each of the rows of a strip, so
-// the scales of the rows are vectors too and the sums need no shuffles. For few rows of x, the codes are unpacked while
-// they are multiplied (fused.h); for more, they are unpacked once, before (panels.h).
+// the scales of the rows are vectors too and the sums need no shuffles. The codes are unpacked while they are multiplied
+// (fused.h), or once for all rows of x, before (panels.h); methods.h chooses.
 #pragma once
 
 #include <utility>
@@ -11,22 +11,21 @@ namespace dots {
 constexpr int64_t STRIP = LANES;  // rows
 constexpr int64_t PIECE = 32;  // bytes: 8 dwords
 
-// Rows of x with all sums in registers: those of a strip, those of two, and those of two together with their totals.
-constexpr int MOST_FUSED = 16, MOST_PLAIN = 14, MOST_SCALED = 7;
+// Rows of x with all sums in registers: those of a strip, and those of two strips together with their totals.
+constexpr int MOST_FUSED = 16, MOST_SCALED = 7;
 
 // The number of blocks of rows of x, and the first row of each; they differ by one row at most.
 inline int64_t blocks_of(const PackedLinear &job) {
-    const int64_t most = job.bits == 16 ? MOST_PLAIN : method_of(job) == Method::strips ? MOST_FUSED : MOST_SCALED;
+    const int64_t most = method_of(job) == Method::strips ? MOST_FUSED : MOST_SCALED;
     return (job.rows + most - 1) / most;
 }
 inline int64_t block_begin(const PackedLinear &job, int64_t block, int64_t blocks) { return job.rows * block / blocks; }
 
 // x: for each block and chunk, the steps (steps, rows of the block). `sums` and `x_scales`: for each block, (chunks, rows
 // of the block).
-template <class Kind, int BITS>
+template <class Kind>
 void prepare_strips(PackedLinear &job) {
-    const int64_t values = job.rows * chunks_of(job) * chunk_steps<Kind>;
-    const int64_t count = BITS == 16 ? 0 : job.rows * chunks_of(job);  // a matrix in bfloat16 has no groups
+    const int64_t count = job.rows * chunks_of(job), values = count * chunk_steps<Kind>;
     float *room = aligned(job.wide, values + 2 * count);
     job.operand = room;
     job.sums = room + values;
@@ -48,10 +47,8 @@ TARGET void order_strips(const PackedLinear &job, int64_t first, int64_t last) {
         for (int64_t c = 0; c < chunks; ++c, sums += rows, scales += rows) {
             for (int64_t m = 0; m < rows; ++m) {
                 order_chunk<BITS>(job, begin + m, c, ordered[m], Kind());
-                if constexpr (BITS != 16) {
-                    sums[m] = ordered[m].sum;
-                    scales[m] = ordered[m].scale;
-                }
+                sums[m] = ordered[m].sum;
+                scales[m] = ordered[m].scale;
             }
             for (int64_t step = 0; step < each; step += LANES) {
                 Vec columns[LANES];

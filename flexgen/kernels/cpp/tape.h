@@ -4,25 +4,39 @@
 #pragma once
 
 #include <functional>
+#include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
+#include "pool.h"
 
-// A call of a kernel. `later`: the number of tokens by which the cache has grown since the call was recorded.
-typedef std::function<void(int64_t later, int threads)> Call;
+// A call of a kernel. `later`: the number of tokens by which the cache has grown since the call was recorded. The name is
+// for profiles.
+struct Call {
+    std::string name;
+    std::function<void(int64_t later, int threads)> work;
+    std::shared_ptr<Streams> reads;  // null unless it reads a large matrix
+};
 
 struct Tape {
     std::vector<Call> calls;
     bool whole = true;  // every kernel that ran is on it
+    bool shares = false;  // work with other threads
 };
 
 extern thread_local Tape *recorded;  // by this thread
 
-// Run a kernel that can be recorded. `call` owns its arguments.
-inline PyObject *run(Call call, int threads) {
-    if (!without_gil([&] { call(0, threads); })) return nullptr;
-    if (recorded) recorded->calls.push_back(std::move(call));
+// Run a kernel that can be recorded. `work` owns its arguments.
+template <class Work>
+PyObject *run(const char *name, Work work, int threads, std::shared_ptr<Streams> reads = nullptr) {
+    const int64_t before = times_shared();
+    if (!without_gil([&] { work(0, threads); })) return nullptr;
+    if (recorded) {
+        recorded->calls.push_back({name, std::move(work), std::move(reads)});
+        recorded->shares |= times_shared() > before;
+    }
     Py_RETURN_NONE;
 }
 

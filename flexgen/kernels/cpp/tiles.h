@@ -1,24 +1,24 @@
 // Products of tiles: TILE_WEIGHTS rows of W times TILE_X rows of x, with the sums in registers. The lanes of a sum run
-// along the values, because both matrices are row-major. They are added up when a tile is complete.
+// along the values, because both matrices are row-major. They are added up when a tile is complete; meanwhile, the
+// processor begins the next one.
 //
-// DEPTH_BYTES of each row are multiplied before the next DEPTH_BYTES, so that the rows of W of a tile stay in the L1
-// cache for all tiles of a block of x, and the block of x stays in the L2 cache for all rows of W (Goto and van de
-// Geijn, "Anatomy of high-performance matrix multiplication", 2008). With few rows of x, reading W takes longer than
-// the arithmetic. So each tile prefetches its share of the next rows of W, to the L2 cache: rows of W often share the
-// sets of the L1 cache, which would evict the present ones.
+// DEPTH_BYTES of each row are multiplied before the next DEPTH_BYTES. The rows of x of a tile stay in the L1 cache for
+// all tiles of a band of W, and the band stays in the L2 cache for all rows of x (Goto and van de Geijn, "Anatomy of
+// high-performance matrix multiplication", 2008). With few rows of x, reading W takes longer than the arithmetic. So
+// each tile prefetches its share of the next band, to the L2 cache.
 #pragma once
 
-#include <type_traits>
 #include <utility>
 
 namespace VARIANT {
 namespace linear {
 
-constexpr int TILE_X = 4;
-constexpr int TILE_WEIGHTS = SUM_REGISTERS == 16 ? 6 : 3;  // with these and one row of x, all registers are in use
+// More rows would fit in the registers of AVX-512, but rows of W often share the sets of the L1 cache, which have eight ways.
+constexpr int TILE_X = 4, TILE_WEIGHTS = SUM_REGISTERS == 16 ? 4 : 3;
 constexpr int64_t DEPTH_BYTES = 4096;
-constexpr int64_t AT_ONCE = 64;  // rows of x that are multiplied with the same rows of W
 constexpr int SUM_VECTORS = (TILE_X * TILE_WEIGHTS + LANES - 1) / LANES;  // the sums of a tile, one float each
+constexpr int64_t TILE_TOTALS = SUM_VECTORS * LANES;
+constexpr int64_t BAND_TILES = 8, BAND_ROWS = BAND_TILES * TILE_WEIGHTS, BAND_TOTALS = BAND_TILES * TILE_TOTALS;
 
 // Products in float32: rows of x are widened once, rows of W (of type W) in registers.
 template <class W>
@@ -60,16 +60,20 @@ int64_t depth_of(const PackedLinear &job) {
     return job.bits == 16 ? DEPTH : std::max<int64_t>(DEPTH / job.group, 1) * job.group;
 }
 
-// The distance between rows of `count` values. It is not a power of two, so that rows do not share cache sets.
+// The layout of x: for each depth, all rows with `pitch` values each, up to whole tiles. The pitch is not a power of two,
+// so that rows do not share cache sets.
 template <class X>
-constexpr int64_t pitch_of(int64_t count) {
-    return whole(count * sizeof(X), LINE) / sizeof(X) + LINE / sizeof(X);
-}
+struct Operand {
+    int64_t depth, depths, pitch, tiles;
 
-inline int64_t rows_at_once(const PackedLinear &job) {
-    const int64_t blocks = (job.rows + AT_ONCE - 1) / AT_ONCE;
-    return whole((job.rows + blocks - 1) / blocks, TILE_X);
-}
+    explicit Operand(const PackedLinear &job) : depth(depth_of<X>(job)), depths((job.in + depth - 1) / depth) {
+        pitch = whole(std::min(depth, job.in) * sizeof(X), LINE) / sizeof(X) + LINE / sizeof(X);
+        tiles = (job.rows + TILE_X - 1) / TILE_X;
+    }
+    // The index of the first value of row `m` in depth `d`.
+    int64_t place(int64_t d, int64_t m) const { return (d * tiles * TILE_X + m) * pitch; }
+    int64_t size() const { return place(depths, 0); }
+};
 
 // Widen values `from` to `from` + `count` of a row of W, with zeros up to a whole cache line.
 template <class W>
@@ -110,10 +114,13 @@ TARGET inline void fill(const PackedLinear &job, int64_t row, int64_t from, int6
     std::fill(to + count, to + whole(count, LINE / sizeof(Bf16)), Bf16{0});
 }
 
-// Rows of W to prefetch during a tile, and their bytes for one step.
-struct Next {
-    const uint8_t *rows[TILE_WEIGHTS];
-    int64_t step;
+// Rows in memory.
+template <class W>
+struct Strided {
+    const W *first;
+    int64_t stride;  // from a row to the next one
+
+    Strided from(int64_t row) const { return {first + row * stride, stride}; }
 };
 
 template <int... N>
@@ -135,144 +142,208 @@ INLINE Vec total(const Sums &sum, Numbers<I...>) {
     return sums(some);
 }
 
-// Multiply `depth` values of the rows of w with rows of x, `pitch` apart. Add the products to `totals`, or set them.
+// Multiply `depth` values of rows of W with rows of x. Add the products to `totals`, or set them. Meanwhile, prefetch AHEAD
+// rows, `step` bytes at a time.
 template <class Kind, int AHEAD, int... M, int... N, int... V>
-APART void multiply_tile(const typename Kind::Weight *const (&w)[TILE_WEIGHTS], const typename Kind::X *x,
-                         int64_t pitch, int64_t depth, float *totals, bool add, const Next &next, Numbers<M...>,
-                         Numbers<N...> columns, Numbers<V...>) {
+APART void multiply_tile(Strided<typename Kind::Weight> w, Strided<typename Kind::X> x, int64_t depth, float *totals, bool add,
+                         Strided<uint8_t> next, int64_t step, Numbers<M...>, Numbers<N...> columns, Numbers<V...>) {
     Sums sum = {};
-    for (int64_t i = 0; i < depth; i += Kind::STEP) {
-        const typename Kind::Values weights[] = {Kind::values(w[N] + i)...};
+    for (int64_t i = 0, at = 0; i < depth; i += Kind::STEP, at += step) {
+        const typename Kind::Values weights[] = {Kind::values(w.from(N).first + i)...};
         if constexpr (AHEAD > 0) {
-            const int64_t at = i / Kind::STEP * next.step;
-            if (at % LINE < next.step) {
-                for (int k = 0; k < AHEAD; ++k) __builtin_prefetch(next.rows[k] + at, 0, 2);
-            }
+            if ((at & (LINE - 1)) < step)
+                for (int k = 0; k < AHEAD; ++k) __builtin_prefetch(next.from(k).first + at, 0, 2);
         }
-        (add_row<Kind, M>(sum, weights, x + M * pitch + i, columns), ...);
+        (add_row<Kind, M>(sum, weights, x.from(M).first + i, columns), ...);
     }
     const auto lanes = std::make_integer_sequence<int, LANES>();
     const Vec found[] = {total<V>(sum, lanes)...};
     for (int v = 0; v < SUM_VECTORS; ++v, totals += LANES) store(totals, add ? load(totals) + found[v] : found[v]);
 }
 
+// `steps` steps of a tile with values that stay in registers.
+template <class Kind, int... N>
+APART Vec repeat_tile(const typename Kind::X *from, int64_t steps, Numbers<N...>) {
+    Sums sum = {splat((float)N)...};  // equal ones would be computed once
+    const typename Kind::Values values = Kind::values(from);
+    for (int64_t i = 0; i < steps; ++i) ((sum[N] = Kind::add(sum[N], values, values)), ...);
+    return (sum[N] + ...);
+}
+
 template <class Kind, int AHEAD>
-TARGET void multiply_tile(const typename Kind::Weight *const (&w)[TILE_WEIGHTS], const typename Kind::X *x,
-                          int64_t pitch, int64_t depth, float *totals, bool add, const Next &next) {
-    multiply_tile<Kind, AHEAD>(w, x, pitch, depth, totals, add, next, std::make_integer_sequence<int, TILE_X>(),
+TARGET void multiply_tile(Strided<typename Kind::Weight> w, Strided<typename Kind::X> x, int64_t depth, float *totals, bool add,
+                          Strided<uint8_t> next, int64_t step) {
+    multiply_tile<Kind, AHEAD>(w, x, depth, totals, add, next, step, std::make_integer_sequence<int, TILE_X>(),
                                std::make_integer_sequence<int, TILE_WEIGHTS>(),
                                std::make_integer_sequence<int, SUM_VECTORS>());
 }
 
-// The tiles of the same rows of W with all rows of x of a block. Each one prefetches its share of the next rows.
-template <class Kind>
-TARGET void multiply_tiles(const typename Kind::Weight *const (&w)[TILE_WEIGHTS], const typename Kind::X *x,
-                           int64_t tiles, int64_t pitch, int64_t depth, float *totals, bool add, const Next &next) {
-    for (int64_t t = 0; t < tiles; ++t, x += TILE_X * pitch, totals += SUM_VECTORS * LANES) {
-        const int64_t first = t * TILE_WEIGHTS / tiles, count = (t + 1) * TILE_WEIGHTS / tiles - first;
-        Next own = next;
-        for (int64_t k = 0; k < count; ++k) own.rows[k] = next.rows[first + k];
-        if (count == 0) multiply_tile<Kind, 0>(w, x, pitch, depth, totals, add, own);
-        else if (count == 1) multiply_tile<Kind, 1>(w, x, pitch, depth, totals, add, own);
-        else if (count == 2) multiply_tile<Kind, 2>(w, x, pitch, depth, totals, add, own);
-        else if (count == 3) multiply_tile<Kind, 3>(w, x, pitch, depth, totals, add, own);
-        else multiply_tile<Kind, TILE_WEIGHTS>(w, x, pitch, depth, totals, add, own);
-    }
-}
+// Up to BAND_ROWS rows of W, from row `begin`. DIRECT: they are in the matrix. Then a tile that would not be complete begins
+// earlier, and some rows are multiplied twice, because memory beyond the matrix must not be read. T: the type of y.
+template <class Kind, bool DIRECT, class T>
+struct Band {
+    const PackedLinear &job;
+    int64_t begin, count, depth;  // depth: values of each row
+    bool first, last;  // depth
+    Strided<typename Kind::Weight> rows;
+    Strided<uint8_t> next;  // `next_count` rows to prefetch
+    int64_t next_count;
 
-// Write the totals of rows `n` to `n` + `count` of W with `rows` rows of x, starting at row `m`.
-template <class T>
-TARGET void write_tiles(const PackedLinear &job, const float *totals, int64_t m, int64_t rows, int64_t n,
-                        int64_t count) {
-    float bias[LANES] = {};  // of TILE_WEIGHTS rows
-    if (job.bias) widen(job.type, job.bias, n, bias, count);
-    float biases[SUM_VECTORS * LANES] = {};
-    for (int i = 0; i < TILE_SUMS; ++i) biases[i] = bias[i % TILE_WEIGHTS];
-    for (int64_t i = 0; i < rows; i += TILE_X, totals += SUM_VECTORS * LANES) {
-        T found[SUM_VECTORS * LANES];
-        for (int v = 0; v < SUM_VECTORS; ++v)
-            store(found + v * LANES, load(totals + v * LANES) + load(biases + v * LANES));
-        for (int64_t k = 0; k < std::min<int64_t>(TILE_X, rows - i); ++k)
-            memcpy((T *)job.y + (m + i + k) * job.out + n, found + k * TILE_WEIGHTS, count * sizeof(T));
+    int64_t tiles() const { return (count + TILE_WEIGHTS - 1) / TILE_WEIGHTS; }
+    int64_t place(int64_t tile) const {
+        const int64_t row = tile * TILE_WEIGHTS;
+        return DIRECT ? std::min<int64_t>(row, count - TILE_WEIGHTS) : row;
     }
-}
 
-// Multiply rows `begin` to `end` of W with `rows` rows of x, starting at row `m`. DIRECT: read W in its
-// place, otherwise in pieces that are first converted to the type of x.
-template <class Kind, bool DIRECT>
-TARGET void multiply_at_once(const PackedLinear &job, int64_t begin, int64_t end, int64_t m, int64_t rows) {
-    typedef typename Kind::X X;
-    typedef typename Kind::Weight W;
-    const int64_t most = depth_of<X>(job), tiles = (rows + TILE_X - 1) / TILE_X, pitch = pitch_of<X>(job.in);
-    const int64_t block = tiles * SUM_VECTORS * LANES;
-    static thread_local std::vector<float> room;
-    const int64_t filled = DIRECT ? 0 : TILE_WEIGHTS * pitch_of<X>(most) * sizeof(X) / sizeof(float);
-    float *totals = aligned(room, filled + (end - begin + TILE_WEIGHTS - 1) / TILE_WEIGHTS * block) + filled;
-    X *pieces = (X *)(totals - filled);
-    const X *x = (const X *)job.operand + m * pitch;
-    for (int64_t at = 0; at < job.in; at += most) {
-        const int64_t count = std::min(most, job.in - at);
-        float *to = totals;
-        for (int64_t n = begin; n < end; n += TILE_WEIGHTS, to += block) {
-            const bool last = n + TILE_WEIGHTS >= end;
-            const int64_t next_row = last ? begin : n + TILE_WEIGHTS;
-            const int64_t next_at = last ? std::min(at + most, job.in - 1) : at;
-            const W *w[TILE_WEIGHTS];
-            Next next;
-            next.step = Kind::STEP * job.bits / 8;
-            for (int k = 0; k < TILE_WEIGHTS; ++k) {
-                const int64_t row = std::min(n + k, end - 1);  // memory beyond the last row must not be read
-                if constexpr (DIRECT) {
-                    w[k] = (const W *)job.packed + row * job.in + at;
-                } else {
-                    fill(job, row, at, count, pieces + k * pitch_of<X>(most));
-                    w[k] = pieces + k * pitch_of<X>(most);
-                }
-                next.rows[k] = job.packed + (std::min(next_row + k, end - 1) * job.in + next_at) * job.bits / 8;
-            }
-            multiply_tiles<Kind>(w, x + at, tiles, pitch, whole(count, Kind::STEP), to, at > 0, next);
+    // Multiply with the n-th tile of rows of x, of `x_tiles` tiles. All of them together prefetch the next rows.
+    TARGET void multiply(Strided<typename Kind::X> x, int64_t n, int64_t x_tiles, float *totals) const {
+        const int64_t all = x_tiles * tiles(), step = Kind::STEP * job.bits / 8;
+        if (last) prefetch_outputs(n * TILE_X);
+        for (int64_t tile = 0, at = n * tiles(); tile < tiles(); ++tile, ++at, totals += TILE_TOTALS) {
+            const int64_t begun = at * next_count / all, share = (at + 1) * next_count / all - begun;
+            const auto w = rows.from(place(tile));
+            const auto own = next.from(begun);
+            if (share == 0) multiply_tile<Kind, 0>(w, x, depth, totals, !first, own, step);
+            else if (share == 1) multiply_tile<Kind, 1>(w, x, depth, totals, !first, own, step);
+            else if (share == 2) multiply_tile<Kind, 2>(w, x, depth, totals, !first, own, step);
+            else if (share == 3) multiply_tile<Kind, 3>(w, x, depth, totals, !first, own, step);
+            else multiply_tile<Kind, TILE_WEIGHTS>(w, x, depth, totals, !first, own, step);
+            if (last) write(n * TILE_X, tile, totals);
         }
     }
-    for (int64_t n = begin; n < end; n += TILE_WEIGHTS, totals += block) {
-        const int64_t count = std::min<int64_t>(TILE_WEIGHTS, end - n);
-        if (job.type == Type::float32) write_tiles<float>(job, totals, m, rows, n, count);
-        if (job.type == Type::bfloat16) write_tiles<Bf16>(job, totals, m, rows, n, count);
-        if (job.type == Type::float16) write_tiles<Half>(job, totals, m, rows, n, count);
+
+private:
+    T *output(int64_t m, int64_t row) const { return (T *)job.y + m * job.out + begin + row; }
+
+    void prefetch_outputs(int64_t m) const {
+        for (int64_t end = std::min(m + TILE_X, job.rows); m < end; ++m)
+            for (int64_t at = 0; at < count; at += LINE / sizeof(T)) __builtin_prefetch(output(m, at), 1);
+    }
+
+    // Write the totals of a tile with TILE_X rows of x from row `m`.
+    INLINE void write(int64_t m, int64_t tile, const float *totals) const {
+        const int64_t from = tile * TILE_WEIGHTS, skipped = from - place(tile);
+        const int64_t left = std::min<int64_t>(TILE_WEIGHTS, count - from);
+        float biased[TILE_TOTALS];
+        if (job.bias) {
+            float bias[TILE_WEIGHTS] = {};
+            widen(job.type, job.bias, begin + from, bias + skipped, left);
+            for (int i = 0; i < TILE_SUMS; ++i) biased[i] = totals[i] + bias[i % TILE_WEIGHTS];
+            totals = biased;
+        }
+        T found[TILE_TOTALS];
+        for (int v = 0; v < SUM_VECTORS; ++v) store(found + v * LANES, load(totals + v * LANES));
+        for (int64_t k = 0; k < std::min<int64_t>(TILE_X, job.rows - m); ++k) {
+            const T *some = found + k * TILE_WEIGHTS + skipped;
+            if (left == TILE_WEIGHTS) memcpy(output(m + k, from), some, TILE_WEIGHTS * sizeof(T));  // of constant size
+            else memcpy(output(m + k, from), some, left * sizeof(T));
+        }
+    }
+};
+
+// Multiply rows `begin` to `end` of W with all rows of x. DIRECT: read W in its place, otherwise in pieces that are first
+// converted to the type of x. T: the type of y.
+template <class Kind, bool DIRECT, class T>
+TARGET void multiply_bands(const PackedLinear &job, int64_t begin, int64_t end) {
+    typedef typename Kind::X X;
+    const Operand<X> operand(job);
+    const int64_t filled = DIRECT ? 0 : BAND_ROWS * operand.pitch * sizeof(X) / sizeof(float);
+    const int64_t kept = operand.depths > 1 ? BAND_TOTALS : 0;  // for each tile of x, until all depths are added
+    static thread_local std::vector<float> room;
+    float *totals = aligned(room, filled + BAND_TOTALS + kept * operand.tiles) + filled;
+    X *pieces = (X *)(totals - filled);
+    const int64_t tiles = (end - begin + TILE_WEIGHTS - 1) / TILE_WEIGHTS, bands = (tiles + BAND_TILES - 1) / BAND_TILES;
+    const int64_t row_bytes = job.in * job.bits / 8;
+    for (int64_t b = 0, n = begin, next_n; b < bands; ++b, n = next_n) {
+        next_n = std::min(begin + tiles * (b + 1) / bands * TILE_WEIGHTS, end);
+        for (int64_t d = 0; d < operand.depths; ++d) {
+            const int64_t at = d * operand.depth, depth = std::min(operand.depth, job.in - at);
+            Band<Kind, DIRECT, T> band = {job, n, next_n - n, whole(depth, Kind::STEP), d == 0, d + 1 == operand.depths};
+            if constexpr (DIRECT) {
+                band.rows = {(const typename Kind::Weight *)job.packed + n * job.in + at, job.in};
+            } else {
+                for (int64_t k = 0; k < band.count; ++k) fill(job, n + k, at, depth, pieces + k * operand.pitch);
+                band.rows = {pieces, operand.pitch};
+            }
+            // After the last depth, the next band of the thread often follows.
+            const int64_t next_row = band.last ? next_n : n, next_at = band.last ? 0 : at + operand.depth;
+            band.next = {job.packed + next_row * row_bytes + next_at * job.bits / 8, row_bytes};
+            band.next_count = std::min<int64_t>(band.last ? BAND_ROWS : band.count, job.out - next_row);
+            const X *x = (const X *)job.operand;
+            for (int64_t t = 0; t < operand.tiles; ++t)
+                band.multiply({x + operand.place(d, t * TILE_X), operand.pitch}, t, operand.tiles, totals + t * kept);
+        }
     }
 }
 
 template <class Kind, bool DIRECT>
 TARGET void multiply_all(const PackedLinear &job, int64_t begin, int64_t end) {
-    const int64_t each = rows_at_once(job);
-    for (int64_t m = 0; m < job.rows; m += each)
-        multiply_at_once<Kind, DIRECT>(job, begin, end, m, std::min(each, job.rows - m));
+    if (job.type == Type::float32) return multiply_bands<Kind, DIRECT, float>(job, begin, end);
+    if (job.type == Type::bfloat16) return multiply_bands<Kind, DIRECT, Bf16>(job, begin, end);
+    multiply_bands<Kind, DIRECT, Half>(job, begin, end);
 }
 
 TARGET inline void multiply_tiled(const PackedLinear &job, int64_t begin, int64_t end) {
+    const bool complete = job.out >= TILE_WEIGHTS;
 #ifdef FLEXGEN_DOT_BF16
     if (by_pairs(job)) {
-        if (job.in % Paired::STEP == 0) return multiply_all<Paired, true>(job, begin, end);
+        if (complete && job.in % Paired::STEP == 0) return multiply_all<Paired, true>(job, begin, end);
         return multiply_all<Paired, false>(job, begin, end);
     }
 #endif
-    if (job.rows > WIDENED_IN_TILES || job.bits != 16 || job.in % LANES) return multiply_all<Widened<float>, false>(job, begin, end);
+    if (!complete || job.rows > WIDENED_IN_TILES || job.bits != 16 || job.in % LANES)
+        return multiply_all<Widened<float>, false>(job, begin, end);
     if (job.scale_type == Type::bfloat16) return multiply_all<Widened<Bf16>, true>(job, begin, end);
     multiply_all<Widened<Half>, true>(job, begin, end);
 }
 
-// Copy x (whole tiles of rows, `pitch_of` values each), with zeros where a tile reads beyond a row or the last row.
+template <class X>
+void prepare_operand(PackedLinear &job) {
+    const Operand<X> operand(job);
+    job.operand = aligned(job.wide, operand.size() * sizeof(X) / sizeof(float));
+    job.parts = operand.tiles;
+}
 TARGET inline void prepare_tiled(PackedLinear &job) {
     job.tiled = true;
-    const int64_t rows = whole(job.rows, TILE_X), item = by_pairs(job) ? sizeof(Bf16) : sizeof(float);
-    const int64_t pitch = by_pairs(job) ? pitch_of<Bf16>(job.in) : pitch_of<float>(job.in);
-    auto *to = (uint8_t *)aligned(job.wide, rows * pitch * item / sizeof(float));
-    job.operand = to;
-    for (int64_t row = 0; row < rows; ++row, to += pitch * item) {
-        const int64_t there = row < job.rows ? job.in : 0;
-        if (by_pairs(job)) memcpy(to, (const Bf16 *)job.x + row * job.in, there * item);
-        else if (there) widen(job.type, job.x, row * job.in, (float *)to, there);
-        memset(to + there * item, 0, (pitch - there) * item);
+    job.block = TILE_WEIGHTS;
+    job.piece = 4 * BAND_ROWS;
+    by_pairs(job) ? prepare_operand<Bf16>(job) : prepare_operand<float>(job);
+}
+
+INLINE void copy_row(const PackedLinear &job, int64_t at, Bf16 *to, int64_t count) {
+    memcpy(to, (const Bf16 *)job.x + at, count * sizeof(Bf16));
+}
+INLINE void copy_row(const PackedLinear &job, int64_t at, float *to, int64_t count) { widen(job.type, job.x, at, to, count); }
+
+// Copy some tiles of x, with zeros where a tile reads beyond a row or the last row.
+template <class X>
+TARGET void order_operand(const PackedLinear &job, int64_t first, int64_t last) {
+    const Operand<X> operand(job);
+    for (int64_t d = 0; d < operand.depths; ++d) {
+        const int64_t at = d * operand.depth, depth = std::min(operand.depth, job.in - at);
+        for (int64_t m = first * TILE_X; m < last * TILE_X; ++m) {
+            X *to = (X *)job.operand + operand.place(d, m);
+            const int64_t count = m < job.rows ? depth : 0;
+            if (count) copy_row(job, m * job.in + at, to, count);
+            std::fill(to + count, to + operand.pitch, X{0});
+        }
     }
+}
+TARGET inline void order_tiled(const PackedLinear &job, int64_t first, int64_t last) {
+    by_pairs(job) ? order_operand<Bf16>(job, first, last) : order_operand<float>(job, first, last);
+}
+
+#ifdef FLEXGEN_DOT_BF16
+typedef Paired Fastest;
+#else
+typedef Widened<float> Fastest;
+#endif
+// See `Variant`.
+TARGET int64_t multiply_registers(int64_t steps) {
+    typename Fastest::X zeros[Fastest::STEP] = {};
+    float totals[LANES];
+    store(totals, repeat_tile<Fastest>(zeros, steps, std::make_integer_sequence<int, TILE_SUMS>()));
+    return totals[0] > 0.0f ? 2 * Fastest::STEP * TILE_SUMS * steps : 0;
 }
 
 // For one row of x, no weight is read twice. Each row of W is read from beginning to end, in the order of memory, which
