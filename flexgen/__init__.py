@@ -11,6 +11,7 @@ from flexgen.cli.interrupts import end_quietly_while_starting
 
 end_quietly_while_starting()  # before slow imports
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,13 @@ def __getattr__(name: str) -> Any:
     # Imported on first use (PEP 562): the list of commands and policies need no torch.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    collects = gc.isenabled()
+    gc.disable()  # collections of the objects that an import makes take time and free nothing
+    try:
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    finally:
+        if collects:
+            gc.enable()
     return value
 
 

@@ -42,6 +42,7 @@ class Place:
     offload_dir: str | Path | None
     max_memory: Mapping[Tier, int] | None
     progress: bool | None
+    fast_start: bool = False
 
     def __post_init__(self) -> None:
         """Raises RequestError for invalid values."""
@@ -51,6 +52,8 @@ class Place:
         path = os.fspath(given) if isinstance(given, str | os.PathLike) else given
         if path is not None and (not isinstance(path, str) or "\0" in path or len(path) > MOST_OF_PATH):
             raise RequestError(f"offload_dir is {shown(given)}; it must be the path of a directory or None")
+        if not isinstance(self.fast_start, bool):
+            raise RequestError(f"fast_start is {shown(self.fast_start)}; it must be True or False")
 
 
 def read_policy(policy: Policy | Auto | str | Path) -> Policy | Auto:
@@ -137,7 +140,7 @@ def open_weights(
         in_use = InUse()
         plans = CallPlans(layers, placement, machine, slots, Chosen(policy, order), auto, in_use)
         plan = plans.of_weights()
-        homes = Homes(checkpoint, placement, dtype, machine)
+        homes = Homes(checkpoint, placement, machine, place.fast_start)
         no_bar = None if place.progress is None else not place.progress
         with compute.active():
             homes.load(layers, partial(tqdm, desc="weights", unit="layer", disable=no_bar))

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import CapacityError
+from flexgen.memory.control_groups import control_groups
+from flexgen.memory.cores import usable_cores
+from flexgen.memory.numa import interleave
 from flexgen.memory.pinning import Pinning
 from flexgen.memory.store import Store
 from flexgen.policy import Tier
@@ -27,7 +30,18 @@ except ImportError:  # only on Unix
 
 logger = logging.getLogger(__name__)
 
+# torch reads it before its first allocation: its temporaries of at least 2 MiB use huge pages. A prefill with small
+# pages spends several percent of its time on page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+_ROOT = Path("/")
+_LIMIT_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
+"""The files of a control group with its limit and its use, by version."""
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # mman.h of Linux
 _HUGE = 4 * MIB
 """Bytes. Buffers of at least this size use huge pages."""
 _LARGE = 2 * MIB
@@ -54,7 +68,9 @@ class HostStore(Store):
         super().__init__(tier, capacity)
         self._pinning = Pinning(pin_for) if pin_for is not None and torch.cuda.is_available() else None
         self.pageable = self._pinning is None
+        self._nodes = usable_cores().nodes
         self._spare: dict[int, int] = {}  # address to bytes, oldest first
+        self._by_need: dict[int, mmap.mmap] = {}  # by address
         self._most_held: float = 0
         self._most_pinned: float = math.inf
 
@@ -97,17 +113,47 @@ class HostStore(Store):
             self._pinning.unpin(address)
             del self._spare[address]
 
-    def _map(self, nbytes: int, purpose: str) -> mmap.mmap:
+    def _make_by_need(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
+        """Address space. The system provides a page of memory when it is first written. It is never pinned, because a
+        registration takes all pages."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if copied_by_device and self._pinning is not None:
+            self.pageable = True
+        mapping = self._map(nbytes, purpose, _NO_RESERVE)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # one written byte would take a huge page
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._by_need[buffer.data_ptr()] = mapping
+        return buffer
+
+    def clear(self, buffer: Tensor) -> None:
+        for address, mapping in self._by_need.items():
+            begin = buffer.data_ptr() - address
+            if 0 <= begin < len(mapping):
+                whole = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = max((begin + buffer.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE, whole)
+                if end > whole:
+                    mapping.madvise(mmap.MADV_DONTNEED, whole, end - whole)  # it reads as zeros then
+                buffer[: whole - begin].zero_()
+                buffer[end - begin :].zero_()
+                return
+        buffer.zero_()
+
+    def _map(self, nbytes: int, purpose: str, more_flags: int = 0) -> mmap.mmap:
         try:
-            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | more_flags)
         except OSError as error:
             raise CapacityError(
                 f"{purpose} needs {format_bytes(nbytes)} of host memory, but the system cannot allocate it: "
                 f"{error.strerror}. Raise the address space limit of the process (ulimit -v), put a smaller share "
                 "on the cpu tier, or use smaller batches"
             ) from error
-        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+        if nbytes >= _HUGE:
+            if not more_flags and hasattr(mmap, "MADV_HUGEPAGE"):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            interleave(mapping, self._nodes)
         return mapping
 
     def _pin(self, pinning: Pinning, address: int, mapping: mmap.mmap, purpose: str) -> None:
@@ -136,12 +182,14 @@ class HostStore(Store):
 
     def _free(self, buffer: Tensor) -> None:
         address = buffer.data_ptr()
+        self._by_need.pop(address, None)
         if self._pinning is not None and self._pinning.has(address):
             self._spare[address] = buffer.nbytes
             self._drop_spare(max(self._most_held - self.used + buffer.nbytes, 0))  # `used` still includes it
 
     def close(self) -> None:
         self._spare.clear()
+        self._by_need.clear()
         if self._pinning is not None:
             self._pinning.close()
         super().close()
@@ -158,16 +206,19 @@ def return_large_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
-def available_bytes() -> int:
+def available_bytes(cached: int = 0) -> int:
     """Host memory in bytes that this process can allocate now: the free memory of the system, limited by the cgroup
     and by the address space limit.
 
-    Memory that this process has freed counts as free, including memory that the C library still holds.
+    Memory that this process has freed counts as free, including memory that the C library still holds. The page cache
+    counts as free too, except for `cached` bytes of it: parts of mapped files that this process needs.
     """
     with contextlib.suppress(AttributeError):  # only in glibc
         ctypes.CDLL(None).malloc_trim(0)
-    left = (int(psutil.virtual_memory().available), _cgroup_left(), _address_space_left())
-    return min(count for count in left if count is not None)
+    system, group, addresses = int(psutil.virtual_memory().available), _cgroup_left(), _address_space_left()
+    free = system if group is None else min(system, group)
+    left = max(free - cached, 0)
+    return left if addresses is None else min(left, addresses)
 
 
 def _address_space_left() -> int | None:
@@ -181,32 +232,18 @@ def _address_space_left() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    """Bytes left within the memory limit of this process's control group (v2 or v1), or None without a limit.
-
-    The limits of its parent groups apply too: some systems set limits only there.
-    """
-    groups = Path("/proc/self/cgroup")
-    if not groups.exists():
-        return None
+    """Bytes left within the memory limits of this process's control groups, or None without a limit."""
     left: list[int] = []
-    for line in groups.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage = "/sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+    for folder, version in control_groups("memory", _ROOT):
+        limit, usage = _LIMIT_FILES[version]
+        try:
+            most = (folder / limit).read_text().strip()
+            used = int((folder / usage).read_text())
+            cache = _page_cache(folder)
+        except (OSError, ValueError):
             continue
-        own = Path(root + path)  # may be invisible in a container; then the root has the container's limit
-        for folder in (own, *own.parents):
-            try:
-                most = (folder / limit).read_text().strip()
-                used = int((folder / usage).read_text())
-                cache = _page_cache(folder)
-            except (OSError, ValueError):
-                continue
-            if most != "max":
-                left.append(max(int(most) - used + cache, 0))
+        if most != "max":
+            left.append(max(int(most) - used + cache, 0))
     return min(left, default=None)
 
 

@@ -43,6 +43,8 @@ class ComputeDevice(ABC):
     """Whether its memory is a separate part of host memory, so that both reduce the free memory of the host."""
     pinnable = False
     """Whether its links are faster with pinned host memory."""
+    maps_files = False
+    """Whether it computes with parts of mapped files, which are in the page cache of the host."""
     shares_cores = False
     """Whether it computes on the cores of the host, so that device and host arithmetic take turns."""
     compute_capability = 0.0

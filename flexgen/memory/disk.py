@@ -23,6 +23,9 @@ from flexgen.memory.threads import pool
 from flexgen.memory.throttle import Throttle
 from flexgen.units import BLOCK, KIB, MIB, align
 
+DISK_THREADS = 6
+"""Threads that read and write files. They mostly wait, so the number does not depend on the cores: a disk reaches its
+bandwidth with a few pieces in flight."""
 _HOP_BYTES = 512 * KIB  # a smaller transfer takes less time than a thread switch
 _INLINE_PIECES = 4  # the calling thread moves up to 4 small pieces; several threads move more of them
 
@@ -124,7 +127,7 @@ class DiskIO:
 
     def __init__(
         self,
-        threads: int = 6,
+        threads: int = DISK_THREADS,
         chunk: int = 8 * MIB,
         direct: bool = True,
         open_files: int = 256,

@@ -20,6 +20,7 @@ from flexgen.errors import RequestError, shown
 from flexgen.kernels.half_linear import has_products
 from flexgen.kernels.linear import has_prelayout, prelayout
 from flexgen.layout.topology import SHARED
+from flexgen.memory.cores import usable_cores
 from flexgen.memory.cpu import HostStore
 from flexgen.memory.cuda import CudaDevice
 from flexgen.memory.device import ComputeDevice
@@ -69,6 +70,7 @@ class HostDevice(_HostArithmetic):
 
     def __init__(self) -> None:
         super().__init__(HostStore(Tier.CPU))
+        self.maps_files = len(usable_cores().nodes) == 1
 
     def make_lanes(self, host: Store | None = None) -> Lanes:
         lanes: dict[LaneName, Lane] = dict.fromkeys(LaneName, InlineLane(LaneName.COMPUTE))

@@ -10,6 +10,7 @@ import torch
 
 from flexgen.errors import RequestError
 from flexgen.layout.limits import Limits
+from flexgen.memory.cores import use_one_thread_per_core
 from flexgen.memory.cpu import HostStore, available_bytes, return_large_memory
 from flexgen.memory.device import ComputeDevice
 from flexgen.memory.direct_file import fix_for
@@ -53,6 +54,7 @@ class Machine:
         """offload_dir: the directory for the files of the disk tier. None creates a temporary directory when
         needed."""
         return_large_memory()
+        use_one_thread_per_core()
         compute = open_device(device)
         # If the device computes in host memory, both tiers use one store, and its bytes count once.
         pin_for = compute.torch_device if pin and compute.pinnable else None
@@ -69,7 +71,7 @@ class Machine:
         """
         left = None if self.device.shares_host_memory else self.device.available_bytes()
         try:
-            available = available_bytes()
+            available = available_bytes(self.host.cached)
         except OSError as error:
             raise RequestError(
                 f"{error.filename}: the free host memory cannot be read: {error.strerror}; {fix_for(error)}"

@@ -25,6 +25,8 @@ class Store(ABC):
         self.capacity = capacity
         self.used = 0
         self.peak = 0
+        self.cached = 0
+        """Bytes of `used` that are parts of mapped files. The system counts them as free: it can read them again."""
         self._live: dict[int, int] = {}
 
     def allocate(
@@ -33,14 +35,20 @@ class Store(ABC):
         purpose: str,
         keep: Callable[[Tensor], object] | None = None,
         copied_by_device: bool = True,
+        in_use: int | None = None,
     ) -> Tensor:
         """Allocate a zero-filled uint8 buffer (nbytes,). Raises CapacityError, naming `purpose`, if it does not fit.
 
         keep: called with the buffer before it is counted, so that its owner can release it if Ctrl-C arrives.
         copied_by_device: whether a device's copy engines use the buffer. Only then is host memory pinned.
+        in_use: the maximum bytes that the caller writes before it clears them with `clear`, if the store takes memory
+            when it is first written (`by_need`). These are counted instead of `nbytes`.
         """
-        self._check(nbytes, purpose)
-        buffer = self._make(nbytes, purpose, copied_by_device)
+        self._check(nbytes if in_use is None else in_use, purpose)
+        if in_use is None:
+            buffer = self._make(nbytes, purpose, copied_by_device)
+        else:
+            buffer, nbytes = self._make_by_need(nbytes, purpose, copied_by_device), in_use
         if keep is not None:
             keep(buffer)
         address, peak = buffer.data_ptr(), max(self.peak, self.used + nbytes)
@@ -66,10 +74,12 @@ class Store(ABC):
         """Set the limits for later allocations: `held` bytes, including spare ones, and `pinned` bytes of pinned
         memory."""
 
-    def adopt(self, nbytes: int, purpose: str) -> None:
-        """Count memory of this tier that a library allocates itself and keeps."""
+    def adopt(self, nbytes: int, purpose: str, cached: bool = False) -> None:
+        """Count memory of this tier that is not allocated here and that is in use until `close`: a library's own, or
+        a part of a mapped file (`cached`)."""
         self._check(nbytes, purpose)
         self._count(nbytes)
+        self.cached += nbytes if cached else 0
 
     def _count(self, nbytes: int) -> None:
         self.used += nbytes
@@ -91,8 +101,15 @@ class Store(ABC):
             self.used -= self._live[address]
             del self._live[address]
 
+    def clear(self, buffer: Tensor) -> None:
+        """Fill a part of a buffer with zeros. Memory that is taken when it is first written is given back."""
+        buffer.zero_()
+
     @abstractmethod
     def _make(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor: ...
+
+    def _make_by_need(self, nbytes: int, purpose: str, copied_by_device: bool) -> Tensor:
+        raise NotImplementedError(f"the {self.tier} tier cannot take memory page by page")
 
     def _free(self, buffer: Tensor) -> None:  # noqa: B027 (most memory is freed with its last reference)
         pass
@@ -100,7 +117,7 @@ class Store(ABC):
     def close(self) -> None:
         """Release every buffer."""
         self._live.clear()
-        self.used = 0
+        self.used = self.cached = 0
 
 
 def tensor_at(buffer: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -50,11 +50,18 @@ class Taken:
     def __init__(self) -> None:
         self._back: list[Callable[[], object]] = []
 
-    def buffer(self, store: Store, nbytes: int, purpose: str, copied_by_device: bool = True) -> Tensor:
+    def buffer(
+        self,
+        store: Store,
+        nbytes: int,
+        purpose: str,
+        copied_by_device: bool = True,
+        in_use: int | None = None,
+    ) -> Tensor:
         """`Store.allocate`."""
         held: list[Tensor] = []
         self._back.append(partial(_release, store, held))
-        return store.allocate(nbytes, purpose, held.append, copied_by_device)
+        return store.allocate(nbytes, purpose, held.append, copied_by_device, in_use)
 
     def file(self, disk: DiskStore, name: str, nbytes: int) -> Path:
         """`DiskStore.scratch`."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from flexgen.policy import Policy, Split, Tier
+from flexgen.results.bounds import bound_seconds
+from flexgen.results.threads import ThreadCounts
 from flexgen.results.trace import LaneName, Phase
 from flexgen.units import format_bytes, format_seconds
 
@@ -82,6 +84,9 @@ class Report:
     stages: those of a call in which prompts entered when rows had ended.
     guesses_made, guesses_kept: the numbers of guesses of next tokens (`Policy.guess`) that passes computed, and of
         those that were right. A prediction has none.
+    put_back: the number of times that a row was put back to wait because the cache had too few pages
+        (`Policy.reserve_new`).
+    threads: the threads that ran it; None in a prediction.
     """
 
     model: str
@@ -111,6 +116,8 @@ class Report:
     stages: Mapping[Stage, PlacesUsed] = field(default_factory=dict)
     guesses_made: int = 0
     guesses_kept: int = 0
+    put_back: int = 0
+    threads: ThreadCounts | None = None
 
     @property
     def total_s(self) -> float:
@@ -221,6 +228,7 @@ class Report:
             "peak_bytes": {str(tier): count for tier, count in self.peak_bytes.items()},
             "placement": placement,
             "stages": {str(stage): found._asdict() for stage, found in self.stages.items()},
+            "threads": self.threads and dataclasses.asdict(self.threads),
             "predicted": self.predicted and self.predicted._prediction(),
             **{name: getattr(self, name) for name in _DERIVED},
         }
@@ -236,6 +244,7 @@ class Report:
         """The report as text: sizes, placement, times, bytes and the share of the bound."""
         rows = [
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
+            *([("threads", str(self.threads))] if self.threads else []),
             ("prompts", self._sizes()),
             *([("prefix", self._prefix())] if self.prefix or self.prefix_groups > 1 else []),
             ("schedule", self._schedule()),
@@ -243,6 +252,7 @@ class Report:
             ("prefill", self._prefill()),
             ("decode", self._decode()),
             *([("stages", self._stages())] if self.stages else []),
+            *([("reserved", self._reserved())] if self.policy.reserves(self.gen_len) else []),
             *([("guesses", self._guesses())] if self.guesses_made else []),
             ("throughput", self._throughput()),
             *(
@@ -280,8 +290,8 @@ class Report:
         )
 
     def _guesses(self) -> str:
-        kept = f"{self.guesses_made:,} of next tokens, {self.guesses_kept:,} kept"
-        return f"{kept}: {self.copied:.2f} tokens per row and pass"
+        right = f"{self.guesses_kept:,} of {self.guesses_made:,} guesses were right"
+        return f"{self.copied:.2f} tokens accepted a pass: {right}"
 
     def _schedule(self) -> str:
         shape = f"blocks of {self.policy.num_gpu_batches} x {self.policy.gpu_batch_size} prompts"
@@ -314,6 +324,10 @@ class Report:
             f"{stage} {format_seconds(seconds)} with {used:.0%} of the places in use"
             for stage, (seconds, used) in self.stages.items()
         )
+
+    def _reserved(self) -> str:
+        tokens = f"{self.policy.reserve_new:,} of {self.gen_len:,} new tokens per row"
+        return f"cache for {tokens} on average; rows were put back to wait {self.put_back:,} times"
 
     def _throughput(self) -> str:
         took = f"{self.throughput_tokens_s:,.1f} tokens/s ({format_seconds(self.total_s)} in total)"
@@ -348,52 +362,12 @@ class Report:
         return f"{self.roofline_share:.0%}: bytes and flops alone take {least} at the measured rates"
 
 
-def timed_lanes(host_attends: bool) -> tuple[LaneName, ...]:
-    """The lanes of a bound: those whose work can run alone, with any contents of the buffers.
-
-    The host's lane is one of them if the host computes attention. FROM_DEVICE is not: its data exists only after the
-    cell has been computed.
-    """
-    lanes = LaneName.COMPUTE, LaneName.TO_DEVICE, LaneName.DISK_READ, LaneName.DISK_WRITE
-    return (*lanes, LaneName.HOST) if host_attends else lanes
-
-
-def bound_seconds(phases: ByPhase) -> float:
-    """The lower bound of the time of all orders in seconds, except for prefetches from one phase to the next.
-
-    phases: the seconds that each lane needs if it runs alone. A phase takes at least as long as its slowest lane, and
-    the decode of a block follows its prefill: only the layers in the slots can overlap between the two.
-    """
-    return sum(max(lanes.values()) for lanes in phases.values() if lanes)
-
-
 def _plain_phases(phases: ByPhase) -> dict[str, dict[str, float]]:
     return {str(phase): _plain(lanes) for phase, lanes in phases.items()}
 
 
 def _plain(lanes: Mapping[LaneName, float]) -> dict[str, float]:
     return {str(lane): seconds for lane, seconds in lanes.items()}
-
-
-def placement_table(
-    policy: Policy, weights: Mapping[Tier, float], batches: Sequence[int]
-) -> dict[str, dict[Tier, tuple[float, float]]]:
-    """`Report.placement` from the achieved percentages of the weights and the rows of each batch."""
-    got = {
-        "weights": weights,
-        "cache": _rows(policy.cache, batches),
-        "activations": _rows(policy.activations, batches),
-    }
-    return {
-        what: {tier: (getattr(policy, what).percent(tier), achieved[tier]) for tier in Tier}
-        for what, achieved in got.items()
-    }
-
-
-def _rows(split: Split, batches: Sequence[int]) -> dict[Tier, float]:
-    """The percentage of the rows of a block on each tier."""
-    rows = [split.rows(count) for count in batches]
-    return {tier: 100 * sum(len(parts[tier]) for parts in rows) / sum(batches) for tier in Tier}
 
 
 def _rate(count: int, seconds: float) -> float:

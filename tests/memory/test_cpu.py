@@ -1,18 +1,23 @@
 """Host memory: what may be taken of it, and what is pinned."""
 
 import contextlib
+import mmap
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from flexgen.errors import CapacityError
 from flexgen.memory import cpu
 from flexgen.memory.cpu import HostStore
+from flexgen.memory.store import Store
+from flexgen.policy import Tier
 from flexgen.units import GIB, MIB
 
 V2 = Path("sys/fs/cgroup")
@@ -23,7 +28,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """`files({path: text})` stands in for /proc and /sys."""
-    monkeypatch.setattr(cpu, "Path", lambda path: Path(f"{tmp_path}{path}"))
+    monkeypatch.setattr(cpu, "_ROOT", tmp_path)
 
     def write(texts):
         for path, text in texts.items():
@@ -127,6 +132,7 @@ def test_memory_that_is_freed_between_what_is_kept_goes_back(tmp_path):
 import sys
 from pathlib import Path
 import torch
+from flexgen.errors import CapacityError
 from flexgen.memory import cpu
 from flexgen.memory.machine import Machine
 from flexgen.units import MIB
@@ -141,6 +147,28 @@ print(before - cpu.resident_bytes())
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 7 * 8 * MIB
+
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not _HUGE_PAGES.exists() or "[never]" in _HUGE_PAGES.read_text(), reason="the system has no huge pages"
+)
+def test_temporaries_of_torch_are_in_huge_pages():
+    code = """
+import resource
+import torch
+from flexgen.memory import cpu
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+torch.ones(64 << 20, dtype=torch.uint8)
+print((faults() - before) * resource.getpagesize())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 32 * MIB
 
 
 def test_without_a_device_nothing_is_pinned(monkeypatch):
@@ -256,3 +284,69 @@ def test_registered_memory_is_pinned():
     again = store.allocate(8 * MIB, "weights")
     assert again.is_pinned()
     store.close()
+
+
+def resident_in(buffer):
+    """The bytes of a buffer that the system has provided. Only written pages are (proc(5), pagemap)."""
+    page = mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(buffer.data_ptr() // page * 8)
+        entries = np.frombuffer(file.read(buffer.nbytes // page * 8), dtype=np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * page
+
+
+def test_memory_by_need_is_taken_when_it_is_written():
+    store, page = HostStore(capacity=1 * MIB), mmap.PAGESIZE
+    buffer = store.allocate(64 * MIB, "cache", in_use=1 * MIB)
+    assert (buffer.nbytes, store.used, store.peak) == (64 * MIB, 1 * MIB, 1 * MIB)
+    assert resident_in(buffer) == 0
+    buffer[5 * page : 7 * page] = 3
+    buffer[-1] = 4
+    assert resident_in(buffer) == 3 * page
+    store.clear(buffer[5 * page : 6 * page])
+    assert resident_in(buffer) == 2 * page
+    assert not buffer[5 * page : 6 * page].any() and (buffer[6 * page : 7 * page] == 3).all()
+    store.clear(buffer[6 * page + 1 : 7 * page - 1])  # no whole page
+    assert buffer[6 * page : 7 * page].nonzero().flatten().tolist() == [0, page - 1]
+    store.clear(buffer[page + 9 :])
+    assert resident_in(buffer) <= page and not buffer.any()
+    store.release(buffer)
+    assert store.used == 0 and not store._by_need
+
+
+def test_clearing_other_memory_fills_it_with_zeros():
+    store = HostStore()
+    buffer = store.allocate(3 * mmap.PAGESIZE, "cache")
+    buffer.fill_(1)
+    store.clear(buffer[5:])
+    assert buffer.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_memory_by_need_must_fit_with_what_is_in_use():
+    store = HostStore(capacity=1 * MIB)
+    with pytest.raises(CapacityError, match="cache needs 2 MiB on the cpu tier"):
+        store.allocate(64 * MIB, "cache", in_use=2 * MIB)
+    assert store.used == 0
+
+
+def test_memory_by_need_is_never_pinned(registered):
+    store = HostStore(pin_for=torch.device("cuda", 0))
+    assert not store.pageable
+    store.allocate(1 * MIB, "cache", copied_by_device=False, in_use=MIB)
+    assert not store.pageable and not store.pinned
+    store.allocate(1 * MIB, "cache", in_use=MIB)
+    assert store.pageable and not store.pinned
+    store.close()
+
+
+def test_other_tiers_take_memory_at_once():
+    class Whole(Store):
+        def _make(self, nbytes, purpose, copied_by_device):
+            return torch.zeros(nbytes, dtype=torch.uint8)
+
+    store = Whole(Tier.GPU)
+    with pytest.raises(NotImplementedError, match="the gpu tier cannot take memory page by page"):
+        store.allocate(8, "cache", in_use=4)
+    buffer = store.allocate(8, "cache").fill_(1)
+    store.clear(buffer[2:])
+    assert buffer.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]

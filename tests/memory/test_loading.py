@@ -123,7 +123,7 @@ def test_less_than_a_layer_is_in_memory_in_addition_to_the_homes(family, tier, s
         _, checkpoint = open_model(directory)
         placement = place_weights(layers, Split.of({tier: {"percent": 100, "codec": "int4"}}), torch.float32)
         machine = Machine.open("emulated", Path(tempfile.mkdtemp(dir=tmp_path)))
-        homes = Homes(checkpoint, placement, torch.float32, machine)
+        homes = Homes(checkpoint, placement, machine)
         homes.load(layers)
         machine.close()
 

@@ -58,7 +58,7 @@ def opened(folder, layers, dtype, split, device, before=0):
     safetensors.torch.save_file(tensors, path)
     checkpoint = SafetensorsCheckpoint(Path(folder), [path])
     machine = Machine.open(device, Path(folder) / "offload")
-    homes = Homes(checkpoint, place_weights(layers, split, dtype), dtype, machine)
+    homes = Homes(checkpoint, place_weights(layers, split, dtype), machine)
     homes.load(layers)
     return checkpoint, homes, machine
 

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from flexgen.policy import Policy, Tier
-from flexgen.results.report import PlacesUsed, Report, Stage, bound_seconds
+from flexgen.results.bounds import bound_seconds
+from flexgen.results.report import PlacesUsed, Report, Stage
 from flexgen.results.trace import LaneName, Phase
 
 KEYS = """model policy device prompt_len gen_len num_prompts prefill_s decode_s total_s prefill_tokens_s
